@@ -1,0 +1,1 @@
+"""Ray and MLflow: the command line, launching, the evaluation pool, tracking."""

@@ -1,0 +1,72 @@
+"""RunConfig, the whole recipe. Imports neither ray nor mlflow nor torch, so that the command line starts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.config import DataConfig, DatasetConfig, StorageConfig
+from eval.config import EvaluationConfig
+from model.config import ModelConfig
+from model.errors import ConfigError
+from trainer.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How many processes do the work, and where."""
+
+    address: str | None = None
+    """Address of a running Ray cluster; None starts a local one for the run."""
+    num_workers: int = 1
+    """Training workers (one per GPU)."""
+    num_cpus_per_worker: float = 1.0
+    num_gpus_per_worker: float = 0.0
+    backend: Literal["gloo", "nccl", "auto"] = "auto"
+    """Collectives: nccl where workers have GPUs, else gloo."""
+    max_failures: int = 3
+    """Restarts without progress before the run stops; every new checkpoint resets the count."""
+    shard_tasks: int = 2
+    """Sharding tasks that run at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server; None takes MLFLOW_TRACKING_URI, else sqlite under the run folder."""
+    experiment: str = "m2f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: everything that a recipe says."""
+
+    name: str
+    """Name of the run; with `output` it gives the run folder."""
+    output: str = "runs"
+    """Folder or `s3://` prefix under which the run folder is made."""
+    seed: int = 0
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    datasets: Mapping[str, DatasetConfig]
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        known = ", ".join(sorted(self.datasets)) or "none"
+        named = [("data.train", m.dataset) for m in self.data.train]
+        named += [("evaluation.sets", s.dataset) for s in self.evaluation.sets]
+        for where, dataset in named:
+            if dataset not in self.datasets:
+                raise ConfigError(f"{where}: no data set {dataset!r} under `datasets` (known: {known})")
+
+    @property
+    def run_folder(self) -> str:
+        """Folder or URL that holds everything the run writes."""
+        return f"{self.output.rstrip('/')}/{self.name}"

@@ -1,0 +1,1 @@
+"""From raw data set and bucket to batch: readers, shards, manifest, order, augmentation, loader."""

@@ -1,0 +1,155 @@
+"""Settings of data sets, sharding, augmentation and loading (standard library only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.categories import Task
+from model.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """How `s3://` URLs are reached. Credentials come from the usual AWS chain and are never written in a recipe."""
+
+    endpoint_url: str | None = None
+    """S3-compatible endpoint; None takes AWS_ENDPOINT_URL, else AWS itself."""
+    region: str | None = None
+    max_attempts: int = 8
+    """Attempts per request, with exponential backoff and jitter; bodies that break midway count as one."""
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSource:
+    """Textured shapes made by the project itself, in COCO panoptic and instances form."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    num_images: int = 1000
+    seed: int = 0
+    """Sets with different seeds share no image."""
+    image_id_start: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoPanopticSource:
+    """COCO panoptic format: images, a JSON and a folder of id PNGs."""
+
+    kind: Literal["coco_panoptic"] = "coco_panoptic"
+    images: str
+    """Folder of the images."""
+    panoptic_json: str
+    panoptic_masks: str
+    """Folder of the PNGs whose colours are segment ids."""
+    instances_json: str | None = None
+    """COCO instances of the same images, kept in layers beside the panoptic map; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoInstancesSource:
+    """COCO instances format: polygons, compressed or uncompressed RLE; overlaps are kept in layers."""
+
+    kind: Literal["coco_instances"] = "coco_instances"
+    images: str
+    instances_json: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMapSource:
+    """A folder of images and a folder of class maps with the same stems (CamVid, Pascal VOC, own data)."""
+
+    kind: Literal["label_maps"] = "label_maps"
+    images: str
+    labels: str
+    categories: str
+    """JSON list of `{label, name, color, isthing}`; `label` is the pixel value."""
+    void: tuple[int, ...] = (255,)
+    """Pixel values that carry no label."""
+
+
+SourceConfig = SyntheticSource | CocoPanopticSource | CocoInstancesSource | LabelMapSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One data set: where its shards live and, to make them, where it comes from."""
+
+    shards: str
+    """Folder or `s3://` prefix of the shards and their manifest."""
+    source: SourceConfig | None = None
+    """Raw data that `m2f shard` reads; None where the shards already exist."""
+    shard_mb: float = 128.0
+    """Target size of one shard in MB (10^6 bytes)."""
+    seed: int = 0
+    """Seed of the global permutation at shard time."""
+    max_pixels: int = 178_956_970
+    """Larger images are refused from their header, before decoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargeScaleJitter:
+    """Flip, resize by a random scale, crop or pad to a square (COCO recipe)."""
+
+    kind: Literal["lsj"] = "lsj"
+    size: int = 1024
+    min_scale: float = 0.1
+    max_scale: float = 2.0
+    shrink: Literal["area", "bilinear"] = "area"
+    """Interpolation when shrinking: cv2.INTER_AREA, or plain bilinear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortestEdgeCrop:
+    """Random shortest edge, random crop, colour jitter, flip, pad (ADE20K, Cityscapes, Mapillary recipe)."""
+
+    kind: Literal["shortest_edge"] = "shortest_edge"
+    shortest_edges: tuple[int, ...]
+    max_size: int
+    crop: tuple[int, int]
+    """Height and width of the crop; smaller images are padded to it."""
+    color: bool = True
+    shrink: Literal["area", "bilinear"] = "area"
+
+
+AugmentConfig = LargeScaleJitter | ShortestEdgeCrop
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureItem:
+    """One data set of a training mixture."""
+
+    dataset: str
+    """Name under `datasets`."""
+    weight: float = 1.0
+    """Relative share of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What training reads."""
+
+    task: Task = "panoptic"
+    train: tuple[MixtureItem, ...]
+    augment: AugmentConfig = field(default_factory=LargeScaleJitter)
+    drop_empty_targets: bool = True
+    """Drop targets that the crop left without a pixel (the official panoptic mapper keeps them)."""
+    skip_images_without_targets: bool = True
+    """Leave images without any annotated segment out of the order."""
+    workers: int = 2
+    """Loader processes per rank; 0 = one thread in the training process."""
+    prefetch_steps: int = 2
+    chunk_mb: float = 4.0
+    """Size of one ranged read in MB."""
+    lanes: int = 48
+    """Independent chunk streams of the order; a highly composite number lets many world sizes read each chunk once."""
+    window: int = 128
+    """Shuffle window of a lane in samples."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("data.train is empty: name at least one data set, for example [{dataset: train}]")
+        for item in self.train:
+            if not item.weight > 0:
+                raise ConfigError(f"data.train: weight of {item.dataset!r} is {item.weight}; it must be above 0")

@@ -1,0 +1,11 @@
+"""Errors of data sets, shards and stores."""
+
+from model.errors import UserError
+
+
+class DataError(UserError):
+    """A data set, annotation, sample or manifest that cannot be used. Names the file or key and the remedy."""
+
+
+class StorageError(UserError):
+    """A store or object that cannot be read or written. Names the URL, the cause and the remedy."""

@@ -1,0 +1,41 @@
+"""Settings of evaluation (standard library only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data_pipeline.categories import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """One named set that checkpoints are evaluated on."""
+
+    dataset: str
+    """Name under `datasets`."""
+    limit: int | None = None
+    """Only the first images; the results are labelled as a subset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is computed for every evaluated checkpoint, and by whom."""
+
+    sets: tuple[EvaluationSet, ...] = ()
+    tasks: tuple[Task, ...] = ("panoptic",)
+    """panoptic: PQ; instance: mask AP; semantic: mIoU. All from one forward pass."""
+    policy: Literal["every", "latest"] = "every"
+    """Evaluate every committed checkpoint, or drop stale ones that still wait."""
+    shortest_edge: int = 800
+    max_size: int = 1333
+    """Test-time resize: shorter side to `shortest_edge`, longer side at most `max_size`."""
+    batch_size: int = 1
+    """Images per forward; fixed by the manifest's order, so results do not depend on the actors."""
+    actors: int = 1
+    num_cpus_per_actor: float = 1.0
+    num_gpus_per_actor: float = 0.0
+    threads: int = 1
+    """Torch threads per actor on CPU."""
+    panels: int = 8
+    """Prediction panels (image | truth | prediction) per evaluation."""

@@ -1,0 +1,1 @@
+"""The Mask2Former model: backbones, pixel decoders, transformer decoder, criterion, post-processing."""

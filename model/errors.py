@@ -1,0 +1,15 @@
+"""The base of every error that a user can correct.
+
+UserError                 one message, no traceback, exit status 2
++-- ConfigError           a recipe or override that cannot work (this module)
++-- data_pipeline.errors  a data set, manifest, shard or store that cannot be used
++-- trainer.errors        a run that cannot start, resume or go on
+"""
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct. The message names the thing, its value and the remedy."""
+
+
+class ConfigError(UserError):
+    """A setting that does not exist, has a wrong value, or contradicts another one."""

@@ -1,0 +1,122 @@
+"""The types that travel between model, criterion and post-processing.
+
+Axis letters used in the package: L predictions (learnable queries first, last layer last), B images, Q queries,
+K classes, C channels, N padded targets, Y id-map layers, P points, H x W input pixels, h x w stride-4 map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKGROUND_ID = 0
+"""Id of pixels that belong to no segment and count as ordinary negatives."""
+
+
+def ignore_id(dtype: torch.dtype) -> int:
+    """Id of void, crowd and padding in an id map of this dtype (uint8 or int16). Never the id of a segment."""
+    return torch.iinfo(dtype).max
+
+
+class Predictions(NamedTuple):
+    """Output of the model for L = decoder layers + 1 supervised predictions; layer 0 is the learnable queries.
+
+    A NamedTuple because ZeRO-3's hooks and torch.export do not look inside dataclasses.
+    """
+
+    class_logits: Tensor
+    """[L, B, Q, K + 1], "no object" last."""
+    mask_embeddings: Tensor
+    """[L, B, Q, C]"""
+    mask_features: Tensor
+    """[B, C, h, w] per-pixel embeddings at stride 4."""
+
+    def mask_logits(self, layer: int = -1) -> Tensor:
+        """Dense mask logits [B, Q, h, w] of one layer, accumulated and returned in fp32."""
+        with torch.autocast(self.mask_features.device.type, enabled=False):
+            return torch.einsum("bqc,bchw->bqhw", self.mask_embeddings[layer].float(), self.mask_features.float())
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of a micro-batch as id maps; masks are never stacked, a point's label is a gather and a compare.
+
+    Target n of image b covers the pixels where `id_maps[b, layer[b, n]] == local_id[b, n]`.
+    """
+
+    id_maps: Tensor
+    """[B, Y, H, W] uint8, or int16 above 254 ids. Y = 1 unless instances overlap. See BACKGROUND_ID, ignore_id."""
+    labels: Tensor
+    """[B, N] int64 contiguous classes; 0 where not valid."""
+    layer: Tensor
+    """[B, N] int64 index into Y."""
+    local_id: Tensor
+    """[B, N] int64 id inside its layer."""
+    valid: Tensor
+    """[B, N] bool; valid targets come first in every row."""
+    weight: Tensor
+    """[B] float32: 1, or 0 for a sample that only fills up a rank's micro-batch and must not count anywhere."""
+    dataset: Tensor
+    """[B] int64 index of the data set in the mixture."""
+    position: Tensor
+    """[B] int64 position in the data order; keys every random number of the sample."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        """The same targets on another device."""
+        return Targets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+    def pin_memory(self) -> Targets:
+        """The same targets in pinned host memory."""
+        return Targets(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class PanopticSegment:
+    """One segment of a panoptic prediction."""
+
+    id: int
+    """Value in the segment map, from 1."""
+    label: int
+    """Contiguous class."""
+    is_thing: bool
+    score: float
+    """Class probability of the query (the best one where stuff was merged)."""
+    area: int
+    """Pixels."""
+
+
+@dataclass(frozen=True)
+class PanopticResult:
+    """Panoptic prediction of one image at its original size."""
+
+    segment_map: Tensor
+    """[H, W] int32; 0 = void."""
+    segments: tuple[PanopticSegment, ...]
+
+
+@dataclass(frozen=True)
+class InstanceResult:
+    """Instance prediction of one image in canonical order: score descending, then query, then class.
+
+    Several classes of one query share one mask: instance i has the mask `masks[mask_index[i]]`.
+    """
+
+    masks: Tensor
+    """[U, H, W] bool, one per distinct query."""
+    mask_index: Tensor
+    """[D] int64 into masks."""
+    labels: Tensor
+    """[D] int64 contiguous classes."""
+    scores: Tensor
+    """[D] float32 class probability times mean mask probability inside the mask."""
+
+
+@dataclass(frozen=True)
+class SemanticResult:
+    """Semantic prediction of one image at its original size."""
+
+    label_map: Tensor
+    """[H, W] int64 contiguous classes."""

@@ -1,0 +1,95 @@
+"""Settings of training (standard library only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with the official parameter groups: no decay on norms and embeddings, a lower rate on the backbone."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    backbone_lr_multiplier: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float = 0.01
+    """Global L2 norm of all gradients over all groups and ranks; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolySchedule:
+    """lr * (1 - step / max_steps) ** power (ADE20K, Cityscapes, Mapillary recipes)."""
+
+    kind: Literal["poly"] = "poly"
+    power: float = 0.9
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStepSchedule:
+    """lr multiplied by gamma at every milestone (COCO recipes)."""
+
+    kind: Literal["multi_step"] = "multi_step"
+    milestones: tuple[int, ...]
+    """Steps at which the rate drops."""
+    gamma: float = 0.1
+    warmup_steps: int = 0
+
+
+ScheduleConfig = PolySchedule | MultiStepSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    reduce_bucket_size: int = 12_500_000
+    """Elements per gradient bucket; DeepSpeed's 5e8 is more than the whole model and prevents overlap."""
+    overlap_comm: bool = True
+    param_persistence_threshold: int = 100_000
+    """Stage 3: parameters with fewer elements stay whole on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are taken and how many are kept."""
+
+    every_steps: int = 5000
+    keep: int = 3
+    """Newest checkpoints kept; pinned ones (being evaluated) stay besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run."""
+
+    max_steps: int
+    """Optimizer steps."""
+    global_batch: int = 16
+    """Images per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int = 2
+    """Images per forward on one rank; accumulation follows from global_batch, world size and this."""
+    precision: Literal["fp32", "bf16_autocast"] = "fp32"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=PolySchedule)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every_steps: int = 20
+    max_skipped_steps: int = 20
+    """Steps in a row with non-finite gradients after which the run stops."""
+    deterministic: bool = False
+    """Deterministic kernels on GPU (slower); CPU runs are deterministic in any case."""
+    threads: int = 1
+    """Torch threads per rank on CPU."""
+    collective_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
