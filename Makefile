@@ -1,0 +1,45 @@
+# Seven verbs. Each makes the environment it needs in .venv; only Python (>= 3.11), make and a C++ compiler must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+TESTS ?= tests
+SOAK ?=
+
+export OMP_NUM_THREADS := 1
+export DS_ACCELERATOR ?= cpu
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: demo test check fix bench docs clean
+
+demo: .venv/installed  ## train a small model through the whole chain and show that it learned
+	$(BIN)/m2f demo
+
+test: .venv/installed  ## every test; SOAK=1 adds the long proofs
+	$(BIN)/python -m pytest $(TESTS) -n 2 -m "not cluster $(if $(SOAK),,and not soak)"
+	$(BIN)/python -m pytest $(TESTS) -m "cluster $(if $(SOAK),,and not soak)"
+
+check: .venv/installed  ## lint, types, import rules and the quick tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(TESTS) -n 2 -q -m "not cluster and not slow and not soak"
+
+fix: .venv/installed  ## format and repair what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed  ## benchmarks on this machine, small profile
+	$(BIN)/python -m benchmarks --tiny
+
+docs: .venv/installed  ## write docs/configuration.md from the settings' docstrings
+	$(BIN)/m2f config --explain > docs/configuration.md
+
+clean:  ## remove the environment and caches; runs and data stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]' --constraint constraints.txt
+	touch $@
