@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import RunConfig
+from cluster.explain import explain
+from cluster.recipe import dump_recipe, flatten, load_recipe, parse_recipe
+from data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ShortestEdgeCrop
+from model.errors import ConfigError
+from trainer.config import MultiStepSchedule, PolySchedule
+
+RECIPE = """
+name: first
+datasets:
+  train: {shards: shards/train, source: {kind: synthetic, num_images: 8}}
+  val: {shards: shards/val}
+data:
+  train: [{dataset: train, weight: 2}]
+training:
+  max_steps: 10
+  optimizer: {lr: 1e-4}
+evaluation:
+  sets: [{dataset: val}]
+"""
+
+
+def problems_of(text: str = RECIPE, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(text, overrides, source="r.yaml")
+    return str(caught.value)
+
+
+def test_recipe_with_defaults_loads_and_numbers_without_a_dot_are_numbers():
+    config = parse_recipe(RECIPE)
+    assert config.training.optimizer.lr == 1e-4
+    assert config.data.train[0].weight == 2.0
+    assert isinstance(config.data.augment, LargeScaleJitter)
+    assert config.run_folder == "runs/first"
+
+
+def test_overrides_reach_nested_sections_lists_and_absent_sections():
+    config = parse_recipe(
+        RECIPE,
+        [
+            "training.optimizer.lr=3e-5",
+            "data.train.0.weight=5",
+            "evaluation.sets.0.limit=4",
+            "cluster.num_workers=2",
+            "training.schedule.power=0.5",
+            "model.backbone.options={channels: [8, 16]}",
+            "training.optimizer.betas=[0.8, 0.9]",
+            "name=second",
+        ],
+    )
+    assert config.training.optimizer.lr == 3e-5
+    assert config.data.train[0].weight == 5
+    assert config.evaluation.sets[0].limit == 4
+    assert config.cluster.num_workers == 2
+    assert config.training.schedule == PolySchedule(power=0.5)
+    assert config.model.backbone.options == {"channels": [8, 16]}
+    assert config.training.optimizer.betas == (0.8, 0.9)
+    assert config.name == "second"
+
+
+def test_unions_are_chosen_by_kind_and_leftovers_of_another_kind_are_named():
+    config = parse_recipe(
+        RECIPE,
+        [
+            "training.schedule={kind: multi_step, milestones: [5, 8]}",
+            "data.augment={kind: shortest_edge, shortest_edges: [32], max_size: 64, crop: [32, 32]}",
+            "datasets.val.source={kind: coco_panoptic, images: i, panoptic_json: p, panoptic_masks: m}",
+        ],
+    )
+    assert config.training.schedule == MultiStepSchedule(milestones=(5, 8))
+    assert isinstance(config.data.augment, ShortestEdgeCrop)
+    assert isinstance(config.datasets["val"].source, CocoPanopticSource)
+    message = problems_of(RECIPE, "training.schedule={kind: multi_step, milestones: [5], power: 0.9}")
+    assert "1 problem\n" in message
+    assert "`training.schedule.power`: no such setting in MultiStepSchedule" in message
+
+
+def test_every_problem_is_reported_at_once_with_its_path():
+    message = problems_of(
+        RECIPE,
+        "training.optimiser.lr=1",
+        "training.optimizer.lr=fast",
+        "model.transformer_decoder.num_querys=50",
+        "data.task=panoptik",
+        "datasets.train.source.kind=synthetik",
+        "training.max_steps=null",
+        "data.train.7.weight=1",
+        "nonsense",
+        "cluster.num_workers=true",
+    )
+    assert message.startswith("r.yaml: 9 problems\n")
+    for expected in (
+        "`training.optimiser`: no such setting in TrainingConfig; did you mean `optimizer`?",
+        "`training.optimizer.lr`: input should be a valid number",
+        "(got 'fast')",
+        "`model.transformer_decoder.num_querys`: no such setting in TransformerDecoderConfig; did you mean `num_quer",
+        "`data.task`: input should be 'panoptic', 'instance' or 'semantic'",
+        "`datasets.train.source.kind`: no such kind 'synthetik'; did you mean `synthetic`?",
+        "`training.max_steps`: input should be a valid integer",
+        "`data.train` is a list of 1; `7` is not an index into it",
+        "`nonsense`: an override is written section.key=value",
+        "`cluster.num_workers`: expected a number, got true",
+    ):
+        assert expected in message
+
+
+def test_missing_keys_and_missing_kinds_are_named():
+    message = problems_of("name: x\ndatasets: {a: {shards: s, source: {images: i}}}\ndata: {train: [{weight: 1}]}\n")
+    assert "`datasets.a.source.kind` is missing; one of synthetic, coco_panoptic" in message
+    assert "`data.train.0.dataset` is missing" in message
+    assert "`training` is missing; RunConfig needs it" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.max_steps=0", "training.max_steps is 0; it must be at least 1"),
+        ("data.train.0.dataset=other", "data.train: no data set 'other' under `datasets` (known: train, val)"),
+        ("data.train=[]", "data.train is empty"),
+        ("data.train=train", "`data.train`: expected a list, got the value 'train'"),
+        ("training=5", "`training`: expected a section, got the value 5"),
+        ("name.x=5", "`name` is the value 'first', not a section"),
+        ("training.optimizer.betas=[0.9, x]", "`training.optimizer.betas.1`: input should be a valid number"),
+        ("tracking.uri=http://me:secret@host", "`tracking.uri`: holds a password"),
+        ("a.b={", "the value is not valid YAML"),
+    ],
+)
+def test_one_mistake_gives_one_problem(override, expected):
+    message = problems_of(RECIPE, override)
+    assert expected in message
+    assert message.startswith("r.yaml: 1 problem\n")
+    assert "secret" not in message
+
+
+def test_a_key_written_twice_is_refused_with_both_lines():
+    message = problems_of(RECIPE + "name: again\n")
+    assert "`name` is written twice (lines 2 and 13)" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("- a\n", "this is a list"), ("", "this is nothing"), ("a: [", "not valid YAML")]
+)
+def test_what_is_no_recipe_at_all_is_said_so(text, expected):
+    assert expected in problems_of(text)
+
+
+def test_a_missing_file_names_itself(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the recipe \(No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_the_dumped_recipe_loads_back_equal_and_complete():
+    config = parse_recipe(RECIPE, ["training.schedule={kind: multi_step, milestones: [5, 8]}", "data.augment.size=64"])
+    text = dump_recipe(config)
+    assert parse_recipe(text) == config
+    assert yaml.safe_load(text)["training"]["optimizer"]["eps"] == 1e-8
+
+
+@given(lr=st.floats(1e-12, 1e3), steps=st.integers(1, 10**9), name=st.from_regex(r"[ -~]{1,20}", fullmatch=True))
+def test_any_values_survive_the_round_trip(lr, steps, name):
+    config = parse_recipe(RECIPE)
+    training = dataclasses.replace(
+        config.training, max_steps=steps, optimizer=dataclasses.replace(config.training.optimizer, lr=lr)
+    )
+    config = dataclasses.replace(config, name=name, training=training)
+    assert parse_recipe(dump_recipe(config)) == config
+
+
+def test_flatten_has_one_entry_per_setting():
+    flat = flatten(parse_recipe(RECIPE))
+    assert flat["data.train.0.dataset"] == "train"
+    assert flat["training.optimizer.betas.1"] == "0.999"
+    assert flat["datasets.val.source"] == "None"
+    assert flat["model.backbone.options"] == "{}"
+
+
+def test_explain_shows_types_defaults_and_docstrings():
+    text = explain("training.schedule")
+    assert "## training.schedule (kind: poly)" in text
+    assert "- `milestones` (tuple[int, ...], required): Steps at which the rate drops." in text
+    assert "- `every_steps` (int, default 5000)" in explain("training")
+
+
+def test_explain_covers_every_section_of_the_whole_recipe():
+    text = explain()
+    for field in dataclasses.fields(RunConfig):
+        assert f"- `{field.name}` (" in text
+    assert "## datasets.source (kind: label_maps)" in text
+    assert "`schedule` (ScheduleConfig, default kind poly)" in text
+
+
+def test_explain_of_an_unknown_section_suggests_one():
+    with pytest.raises(ConfigError, match="`optimiser` is no section of `training`; did you mean `optimizer`"):
+        explain("training.optimiser")
