@@ -1,0 +1,167 @@
+"""Decisions of the supervisor and of the evaluation manager, as pure functions of what has happened so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from data_pipeline.errors import StorageError
+from model.errors import UserError
+
+FailureKind = Literal["mistake", "error", "death", "preemption", "collateral"]
+"""mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;
+death: a process, node or health check; preemption: a node that was taken back; collateral: echo of a peer's failure."""
+
+_MISTAKES = (
+    UserError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+_ECHOES = (
+    "connection reset by peer",
+    "connection closed by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "socket timeout",
+    "gloo",
+    "nccl",
+    "distbackenderror",
+    "collective",
+)
+MAX_BACKOFF_S = 60.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended: the root cause of the lowest rank that has one."""
+
+    rank: int | None
+    """None where no single rank is to blame."""
+    kind: FailureKind
+    message: str
+    """Type and text of the error, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run of the worker group that failed."""
+
+    failure: Failure
+    checkpoint_step: int
+    """Step of the newest committed checkpoint when it ended; 0 for none."""
+
+
+@dataclass(frozen=True)
+class AttemptHistory:
+    """Every failed attempt of this supervisor, oldest first."""
+
+    start_step: int = 0
+    """Step of the newest committed checkpoint before the first attempt."""
+    attempts: tuple[Attempt, ...] = ()
+
+    def after(self, attempt: Attempt) -> AttemptHistory:
+        """The history with one more attempt."""
+        return AttemptHistory(self.start_step, (*self.attempts, attempt))
+
+    def without_progress(self) -> tuple[Attempt, ...]:
+        """The trailing attempts since the last new checkpoint; the one that wrote it comes first."""
+        steps = [self.start_step, *(a.checkpoint_step for a in self.attempts)]
+        first = max((i for i in range(len(self.attempts)) if steps[i + 1] > steps[i]), default=0)
+        return self.attempts[first:]
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Start the worker group again."""
+
+    delay_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Give up."""
+
+    reason: str
+
+
+def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
+    """What to do after the last attempt of `history`.
+
+    Mistakes stop at once; so does an error that comes back word for word without a new checkpoint in between. Deaths
+    are retried with exponential backoff up to `max_failures` times without progress. Preemptions cost nothing.
+    """
+    streak = history.without_progress()
+    last = streak[-1].failure
+    if last.kind == "mistake":
+        return Stop("the same would happen again")
+    if last.kind == "preemption":
+        return Retry(0.0, "the node was taken back")
+    if last.kind == "error" and any(a.failure.message == last.message for a in streak[:-1]):
+        return Stop("the same error came back without a new checkpoint in between")
+    spent = sum(a.failure.kind != "preemption" for a in streak)
+    if spent > max_failures:
+        return Stop(f"{spent} failures without a new checkpoint; cluster.max_failures allows {max_failures}")
+    return Retry(min(2.0 ** (spent - 1), MAX_BACKOFF_S), f"failure {spent} of at most {max_failures} without progress")
+
+
+def classify(error: BaseException) -> FailureKind:
+    """Kind of one rank's error. What Ray itself raised is a death; `preempted` is Ray's mark of a lost node."""
+    error = getattr(error, "health_check_failure", error)
+    if getattr(error, "preempted", False) or type(error).__name__ == "PreemptionError":
+        return "preemption"
+    if type(error).__module__.split(".")[0] == "ray":
+        return "death"
+    if isinstance(error, StorageError):
+        return "error"
+    if isinstance(error, _MISTAKES):
+        return "mistake"
+    text = f"{type(error).__name__}: {error}".lower()
+    return "collateral" if any(echo in text for echo in _ECHOES) else "error"
+
+
+def root_cause(errors: Mapping[int, BaseException]) -> Failure:
+    """The failure of the lowest rank that is not the echo of another rank's. All echoes: some process has died.
+
+    A preempted node explains every other error of the same attempt.
+    """
+    assert errors, "a failed attempt has at least one error"
+    failures = [Failure(rank, classify(e), f"{type(e).__name__}: {e}".strip()) for rank, e in sorted(errors.items())]
+    for failure in failures:
+        if failure.kind == "preemption":
+            return failure
+    for failure in failures:
+        if failure.kind != "collateral":
+            return failure
+    return Failure(None, "death", f"every rank lost its peers ({failures[0].message})")
+
+
+@dataclass(frozen=True)
+class QueueChoice:
+    """Which waiting checkpoint is evaluated next, and which are given up."""
+
+    next: int | None
+    dropped: tuple[int, ...] = ()
+
+
+def choose(waiting: Sequence[int], policy: Literal["every", "latest"]) -> QueueChoice:
+    """Choice among the steps that wait: `every` takes the oldest, `latest` the newest and drops the others."""
+    if not waiting:
+        return QueueChoice(None)
+    ordered = sorted(waiting)
+    match policy:
+        case "every":
+            return QueueChoice(ordered[0])
+        case "latest":
+            return QueueChoice(ordered[-1], tuple(ordered[:-1]))
+        case _:
+            assert_never(policy)

@@ -1,0 +1,92 @@
+import pytest
+
+from cluster.policies import Attempt, AttemptHistory, Failure, QueueChoice, Retry, Stop, choose, decide, root_cause
+from data_pipeline.errors import StorageError
+from trainer.errors import TrainingError
+
+
+def history(*attempts: tuple[str, int], start: int = 0, message: str = "m{}") -> AttemptHistory:
+    made = [Attempt(Failure(0, kind, message.format(i)), step) for i, (kind, step) in enumerate(attempts)]  # type: ignore[arg-type]
+    return AttemptHistory(start, tuple(made))
+
+
+class ActorDiedError(Exception):
+    __module__ = "ray.exceptions"
+    preempted = False
+
+
+class HealthCheckFailed(Exception):
+    __module__ = "ray.train.v2"
+
+    def __init__(self, failure: Exception):
+        self.health_check_failure = failure
+
+
+@pytest.mark.parametrize(
+    ("errors", "rank", "kind"),
+    [
+        ({0: RuntimeError("[gloo] Connection reset by peer"), 1: ValueError("bad")}, 1, "mistake"),
+        (
+            {0: RuntimeError("Connection closed by peer [x]"), 1: HealthCheckFailed(ActorDiedError())},
+            1,
+            "death",
+        ),
+        ({1: TrainingError("step 3"), 0: TypeError("x")}, 0, "mistake"),
+        ({0: StorageError("s3://b/k: timed out")}, 0, "error"),
+        ({0: RuntimeError("CUDA error: unspecified launch failure")}, 0, "error"),
+        ({0: RuntimeError("Connection reset by peer"), 1: RuntimeError("Connection closed by peer")}, None, "death"),
+    ],
+)
+def test_root_cause_is_the_lowest_rank_that_is_no_echo(errors, rank, kind):
+    failure = root_cause(errors)
+    assert (failure.rank, failure.kind) == (rank, kind)
+
+
+def test_a_preempted_node_explains_everything_else():
+    lost = ActorDiedError("node gone")
+    lost.preempted = True
+    assert root_cause({0: ValueError("late"), 1: HealthCheckFailed(lost)}).kind == "preemption"
+
+
+def test_mistakes_stop_at_once():
+    assert isinstance(decide(history(("mistake", 10)), max_failures=3), Stop)
+
+
+def test_deaths_are_retried_with_backoff_until_the_budget_is_spent():
+    deaths = [("death", 0)] * 4
+    decisions = [decide(history(*deaths[:n]), max_failures=3) for n in range(1, 5)]
+    assert [d.delay_s for d in decisions if isinstance(d, Retry)] == [1.0, 2.0, 4.0]
+    assert isinstance(decisions[3], Stop)
+    assert "max_failures" in decisions[3].reason
+
+
+def test_progress_resets_the_budget():
+    spent = [("death", 4)] * 3
+    assert isinstance(decide(history(*spent, start=4), max_failures=2), Stop)
+    assert isinstance(decide(history(*spent, ("death", 8), start=4), max_failures=2), Retry)
+    # the attempt that wrote the checkpoint is the first failure of the new budget
+    assert isinstance(decide(history(*spent, ("death", 8), ("death", 8), start=4), max_failures=2), Retry)
+    assert isinstance(decide(history(*spent, ("death", 8), ("death", 8), ("death", 8), start=4), max_failures=2), Stop)
+
+
+def test_an_unclear_error_stops_when_it_comes_back_unchanged():
+    assert isinstance(decide(history(("error", 0)), max_failures=3), Retry)
+    assert isinstance(decide(history(("error", 0), ("error", 0)), max_failures=3), Retry)
+    assert isinstance(decide(history(("error", 0), ("error", 0), message="same"), max_failures=3), Stop)
+    assert isinstance(decide(history(("error", 0), ("error", 5), message="same"), max_failures=3), Retry)
+
+
+def test_preemptions_cost_nothing():
+    taken = [("preemption", 0)] * 20
+    assert decide(history(*taken), max_failures=0) == Retry(0.0, "the node was taken back")
+    assert isinstance(decide(history(*taken, ("death", 0)), max_failures=1), Retry)
+
+
+def test_no_failures_allowed_means_none():
+    assert isinstance(decide(history(("death", 100)), max_failures=0), Stop)
+
+
+def test_queue_policies():
+    assert choose([], "every") == QueueChoice(None)
+    assert choose([30, 10, 20], "every") == QueueChoice(10)
+    assert choose([30, 10, 20], "latest") == QueueChoice(30, (10, 20))
