@@ -1,0 +1,191 @@
+"""Actors that evaluate batches of a checkpoint, and the loop that feeds them whatever happens to them.
+
+A batch may be computed more than once (an actor died after the work, before the answer); its result is entered once.
+A batch that failed before runs alone on its actor, so that a poison batch is told from its neighbours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+from eval.errors import EvaluationError
+
+LOGGER = logging.getLogger(__name__)
+IN_FLIGHT_PER_ACTOR = 2
+MAX_ATTEMPTS = 3
+POLL_S = 1.0
+PING_PAUSE_S = 0.5
+QUIET_WARNING_S = 120.0
+
+
+class BatchLedger:
+    """Which batches of one evaluation wait, run and are done. Results are entered once per batch."""
+
+    def __init__(self, batches: Iterable[int], max_attempts: int = MAX_ATTEMPTS) -> None:
+        self._waiting = deque(batches)
+        self._total = len(self._waiting)
+        self._failures: dict[int, int] = {}
+        self._max_attempts = max_attempts
+        self.done: dict[int, bytes] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every batch has a result."""
+        return len(self.done) == self._total
+
+    def suspect(self, batch: int) -> bool:
+        """Whether the batch failed before and must run alone."""
+        return batch in self._failures
+
+    def take(self, idle: bool) -> int | None:
+        """The next batch for an actor; None when none waits or the next one needs an idle actor."""
+        if not self._waiting or (self.suspect(self._waiting[0]) and not idle):
+            return None
+        return self._waiting.popleft()
+
+    def finish(self, batch: int, result: bytes) -> None:
+        """Enter a result; a second one of the same batch is dropped."""
+        self.done.setdefault(batch, result)
+
+    def fail(self, batch: int, reason: str) -> None:
+        """Queue the batch again, last; raises EvaluationError when its attempts are spent."""
+        if batch in self.done:
+            return
+        self._failures[batch] = self._failures.get(batch, 0) + 1
+        if self._failures[batch] >= self._max_attempts:
+            raise EvaluationError(f"evaluation batch {batch} failed {self._failures[batch]} times, last: {reason}")
+        self._waiting.append(batch)
+
+
+@dataclass
+class _Slot:
+    """One actor's place in the pool."""
+
+    actor: Any
+    batches: set[int] = field(default_factory=set)
+    """In flight."""
+    benched: bool = True
+    """Gets no batch until a ping has answered; every actor starts so."""
+    pinging: bool = False
+    ping_after: float = 0.0
+    deaths: int = 0
+    """Times in a row that the actor could not even be made."""
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A call under way; `batch` is None for a ping."""
+
+    slot: _Slot
+    batch: int | None
+
+
+class EvaluationPool:
+    """`size` actors with the methods `ping()` and `evaluate(task, batch) -> bytes`, kept between evaluations."""
+
+    def __init__(self, spawn: Callable[[], Any], size: int) -> None:
+        self._spawn = spawn
+        self._slots = [_Slot(spawn()) for _ in range(size)]
+
+    def run(
+        self, task: Any, batches: Iterable[int], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[int, bytes]:
+        """Results of all batches by batch number.
+
+        `progress(done, total)` is called after every result. Raises EvaluationError when a batch fails MAX_ATTEMPTS
+        times or an actor cannot be made.
+        """
+        numbers = list(batches)
+        ledger = BatchLedger(numbers)
+        flights: dict[Any, _Flight] = {}
+        task_ref = ray.put(task)
+        last_result = time.monotonic()
+        try:
+            while not ledger.complete:
+                self._launch(ledger, flights, task_ref)
+                before = len(ledger.done)
+                for ref in _next_ready(flights):
+                    self._land(ref, flights.pop(ref), ledger)
+                if len(ledger.done) > before:
+                    last_result = time.monotonic()
+                    progress(len(ledger.done), len(numbers))
+                elif time.monotonic() - last_result > QUIET_WARNING_S:
+                    last_result = time.monotonic()
+                    LOGGER.warning("no evaluation result for %.0f s; do the actors have resources?", QUIET_WARNING_S)
+        finally:
+            self._abandon(flights)
+        return ledger.done
+
+    def close(self) -> None:
+        """End the actors."""
+        for slot in self._slots:
+            ray.kill(slot.actor)
+        self._slots = []
+
+    def _launch(self, ledger: BatchLedger, flights: dict[Any, _Flight], task: Any) -> None:
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.benched:
+                if not slot.pinging and now >= slot.ping_after:
+                    slot.pinging = True
+                    flights[slot.actor.ping.remote()] = _Flight(slot, None)
+                continue
+            while len(slot.batches) < IN_FLIGHT_PER_ACTOR and not any(map(ledger.suspect, slot.batches)):
+                batch = ledger.take(idle=not slot.batches)
+                if batch is None:
+                    break
+                slot.batches.add(batch)
+                flights[slot.actor.evaluate.remote(task, batch)] = _Flight(slot, batch)
+
+    def _land(self, ref: Any, flight: _Flight, ledger: BatchLedger) -> None:
+        slot, batch = flight.slot, flight.batch
+        if batch is None:
+            self._land_ping(ref, slot)
+            return
+        slot.batches.discard(batch)
+        try:
+            ledger.finish(batch, ray.get(ref))
+        except RayActorError as error:
+            slot.benched = True
+            ledger.fail(batch, f"its actor died ({type(error).__name__})")
+        except RayTaskError as error:
+            ledger.fail(batch, f"{type(error.cause).__name__}: {error.cause}")
+
+    def _land_ping(self, ref: Any, slot: _Slot) -> None:
+        slot.pinging = False
+        slot.ping_after = time.monotonic() + PING_PAUSE_S
+        try:
+            ray.get(ref)
+        except ActorDiedError as error:  # for good: Ray restarts an actor by itself in every other case
+            slot.deaths += 1
+            if slot.deaths >= MAX_ATTEMPTS:
+                raise EvaluationError(f"an evaluation actor could not be started: {error}") from None
+            slot.actor = self._spawn()
+        except RayActorError:
+            return
+        else:
+            slot.benched, slot.deaths = False, 0
+
+    def _abandon(self, flights: dict[Any, _Flight]) -> None:
+        """Forget calls under way (late duplicates, or a failed evaluation); a ping comes before the next batch."""
+        for ref, flight in flights.items():
+            ray.cancel(ref, recursive=False)
+            flight.slot.batches.clear()
+            flight.slot.benched, flight.slot.pinging = True, False
+
+
+def _next_ready(flights: dict[Any, _Flight]) -> list[Any]:
+    """Wait for a call to end, or for a moment when every actor is between two pings."""
+    if not flights:
+        time.sleep(PING_PAUSE_S)
+        return []
+    ready, _ = ray.wait(list(flights), timeout=POLL_S)
+    return ready

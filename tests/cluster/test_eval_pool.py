@@ -1,0 +1,99 @@
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.eval_pool import BatchLedger, EvaluationPool
+from eval.errors import EvaluationError
+
+
+def test_a_batch_is_entered_once():
+    ledger = BatchLedger([0, 1])
+    assert [ledger.take(idle=True), ledger.take(idle=False), ledger.take(idle=True)] == [0, 1, None]
+    ledger.finish(0, b"first")
+    ledger.finish(0, b"late duplicate")
+    assert not ledger.complete
+    ledger.fail(0, "its answer came, then its actor died")
+    ledger.finish(1, b"second")
+    assert ledger.complete
+    assert ledger.done == {0: b"first", 1: b"second"}
+
+
+def test_a_batch_that_failed_waits_for_an_idle_actor():
+    ledger = BatchLedger([7])
+    ledger.take(idle=True)
+    ledger.fail(7, "died")
+    assert ledger.take(idle=False) is None
+    assert ledger.take(idle=True) == 7
+
+
+def test_a_poison_batch_is_named():
+    ledger = BatchLedger([7], max_attempts=2)
+    ledger.take(idle=True)
+    ledger.fail(7, "died")
+    ledger.take(idle=True)
+    with pytest.raises(EvaluationError, match="batch 7 failed 2 times, last: ValueError: bad pixel"):
+        ledger.fail(7, "ValueError: bad pixel")
+
+
+class Squares:
+    """Answers with the square; batch numbers listed in the folder's files make it die or raise."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / f"pid_{os.getpid()}").touch()
+
+    def ping(self) -> None:
+        pass
+
+    def evaluate(self, task: str, batch: int) -> bytes:
+        time.sleep(0.02)
+        if (self.folder / f"{task}_dies_{batch}").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self.folder / f"{task}_dies_once_{batch}").exists():
+            (self.folder / f"{task}_dies_once_{batch}").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self.folder / f"{task}_raises_{batch}").exists():
+            raise ValueError("bad pixel")
+        return str(batch**2).encode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pool")
+
+
+@pytest.fixture(scope="module")
+def pool(folder):
+    ray.init(num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Squares)
+    pool = EvaluationPool(lambda: actor.remote(folder), size=2)
+    yield pool
+    pool.close()
+    ray.shutdown()
+
+
+@pytest.mark.cluster
+def test_results_do_not_depend_on_dying_actors(pool, folder):
+    expected = {batch: str(batch**2).encode() for batch in range(20)}
+    assert pool.run("calm", range(20)) == expected
+    for batch in (3, 4, 11):
+        (folder / f"storm_dies_once_{batch}").touch()
+    seen = []
+    assert pool.run("storm", range(20), lambda done, total: seen.append((done, total))) == expected
+    assert seen[-1] == (20, 20)
+    assert len(list(folder.glob("pid_*"))) >= 3
+
+
+@pytest.mark.cluster
+def test_a_batch_that_kills_its_actor_fails_the_evaluation_and_the_pool_lives_on(pool, folder):
+    (folder / "poison_dies_5").touch()
+    with pytest.raises(EvaluationError, match="batch 5 failed 3 times, last: its actor died"):
+        pool.run("poison", range(8))
+    (folder / "error_raises_2").touch()
+    with pytest.raises(EvaluationError, match="batch 2 failed 3 times, last: ValueError: bad pixel"):
+        pool.run("error", range(8))
+    assert len(pool.run("after", range(8))) == 8
