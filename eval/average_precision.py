@@ -1,0 +1,252 @@
+"""Mask average precision as COCO defines it (pycocotools' COCOeval for segmentations), as a mergeable state.
+
+Equal to pycocotools bit for bit, with three exact shortcuts: only detections that overlap some annotation by at least
+the lowest threshold enter the matching, all thresholds and area ranges are matched at once, and the monotone
+precision envelope is one accumulate. Two things are fixed here that pycocotools leaves to its input: the size of a
+detection is always its number of pixels (never a box), and annotations need no ids (there an id of 0 loses a match).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eval.errors import EvaluationError
+from eval.masks import Rle, mask_areas, mask_ious
+from eval.state import MetricState, Record, column
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+AREA_RANGES: dict[str, tuple[float, float]] = {
+    "all": (0.0, 1e10),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+"""Pixels, closed on both sides: an area of 1024 is small and medium."""
+NUM_AREAS = len(AREA_RANGES)
+_THRESHOLD_BITS = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
+
+
+@dataclass(frozen=True)
+class InstanceTruth:
+    """Annotated instances of one image, in the order of the annotation."""
+
+    masks: tuple[Rle, ...]
+    labels: np.ndarray
+    """[G] int64 contiguous classes."""
+    areas: np.ndarray
+    """[G] float64 as the annotation states them."""
+    is_crowd: np.ndarray
+    """[G] bool"""
+
+
+@dataclass(frozen=True)
+class InstanceDetections:
+    """Detections of one image in canonical order (ties of scores keep it). Detections may share a mask."""
+
+    masks: tuple[Rle, ...]
+    """One per distinct mask."""
+    mask_index: np.ndarray
+    """[D] int64 into masks."""
+    labels: np.ndarray
+    """[D] int64 contiguous classes."""
+    scores: np.ndarray
+    """[D] float64"""
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionRecord(Record):
+    """Detections of one image, class by class and best first; bit t of a mask belongs to IOU_THRESHOLDS[t]."""
+
+    label: np.ndarray = field(metadata=column("int32"))
+    score: np.ndarray = field(metadata=column("float64"))
+    matched: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
+    """Matched to an annotation, per area range."""
+    ignored: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
+    """Neither right nor wrong, per area range."""
+    truth_label: np.ndarray = field(metadata=column("int32"))
+    """Classes with annotations, ascending."""
+    truth_count: np.ndarray = field(metadata=column("int32", NUM_AREAS))
+    """Their annotations that count, per area range."""
+
+
+@dataclass(frozen=True)
+class AveragePrecision:
+    """What COCOeval.accumulate and summarize give; -1 marks a class or a range without annotations."""
+
+    max_dets: tuple[int, ...]
+    precision: np.ndarray
+    """[thresholds, recalls, classes, areas, max_dets] float64"""
+    recall: np.ndarray
+    """[thresholds, classes, areas, max_dets] float64"""
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The 12 numbers of COCO in their order; -1 where undefined. AP is at the largest `max_dets`."""
+        areas = {"": 0, "s": 1, "m": 2, "l": 3}
+        last = len(self.max_dets) - 1
+        values = {"AP": _mean(self.precision[..., 0, last])}
+        values |= {f"AP{t}": _mean(self.precision[i, ..., 0, last]) for t, i in ((50, 0), (75, 5))}
+        values |= {f"AP{size}": _mean(self.precision[..., a, last]) for size, a in areas.items() if size}
+        values |= {f"AR{count}": _mean(self.recall[..., 0, m]) for m, count in enumerate(self.max_dets)}
+        return values | {f"AR{size}": _mean(self.recall[..., a, last]) for size, a in areas.items() if size}
+
+    @property
+    def per_class(self) -> tuple[float, ...]:
+        """AP of every class over all areas; -1 where it has no annotation."""
+        return tuple(_mean(self.precision[:, :, k, 0, -1]) for k in range(self.precision.shape[2]))
+
+
+class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
+    """Matched detections per image. `max_dets` limits detections per image and class, as in COCO."""
+
+    name = "average precision"
+
+    def __init__(self, num_classes: int, max_dets: Sequence[int] = (1, 10, 100)) -> None:
+        super().__init__(DetectionRecord, {"num_classes": num_classes, "max_dets": sorted(max_dets)})
+        self.num_classes = num_classes
+        self.max_dets = tuple(sorted(max_dets))
+
+    def update(self, image_id: int, truth: InstanceTruth, detections: InstanceDetections) -> None:
+        """Match the detections of one image."""
+        if not np.isfinite(detections.scores).all():
+            raise EvaluationError(
+                f"image {image_id}: a detection's score is not finite; the checkpoint's weights have overflowed, "
+                "evaluate an earlier one"
+            )
+        for side, labels in (("truth", truth.labels), ("prediction", detections.labels)):
+            if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise EvaluationError(
+                    f"image {image_id}: the {side} has classes from {labels.min()} to {labels.max()}, "
+                    f"outside 0..{self.num_classes - 1}"
+                )
+        self.add(image_id, match_instances(truth, detections, self.max_dets[-1]))
+
+    def compute(self) -> AveragePrecision:
+        """Precision at all recalls and final recall, for all thresholds, classes, areas and detection limits."""
+        shape = (self.num_classes, NUM_AREAS, len(self.max_dets))
+        precision = -np.ones((len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), *shape))
+        recall = -np.ones((len(IOU_THRESHOLDS), *shape))
+        truth_count = np.zeros((self.num_classes, NUM_AREAS), dtype=np.int64)
+        np.add.at(truth_count, self.rows("truth_label"), self.rows("truth_count"))
+
+        label, score = self.rows("label"), self.rows("score")
+        correct = _unpack(self.rows("matched") & ~self.rows("ignored"))
+        wrong = _unpack(~self.rows("matched") & ~self.rows("ignored"))
+        rank = _rank_in_image_and_class(label, self.row_counts("label"))
+        # Classes together, best first; both sorts are stable, so ties stay in ascending image id.
+        order = np.lexsort((-score, label))
+        starts = np.searchsorted(label[order], np.arange(self.num_classes + 1))
+        for k in range(self.num_classes):
+            rows = order[starts[k] : starts[k + 1]]
+            for m, limit in enumerate(self.max_dets):
+                kept = rows[rank[rows] < limit]
+                for a in np.flatnonzero(truth_count[k]):
+                    curve = _precision_at_recalls(correct[a][:, kept], wrong[a][:, kept], int(truth_count[k, a]))
+                    precision[:, :, k, a, m], recall[:, k, a, m] = curve
+        return AveragePrecision(self.max_dets, precision, recall)
+
+
+def match_instances(truth: InstanceTruth, detections: InstanceDetections, limit: int) -> DetectionRecord:
+    """Greedy matching of one image, best score first, at most `limit` detections per class.
+
+    A detection takes the free annotation with the highest IoU (the later one of equals); annotations that count go
+    before ignored ones; a crowd can be taken any number of times, its IoU being intersection over detection.
+    """
+    order = np.lexsort((-detections.scores, detections.labels))
+    labels = detections.labels[order]
+    order = order[_rank_in_image_and_class(labels, np.array([len(labels)])) < limit]
+    labels, masks = detections.labels[order], detections.mask_index[order]
+
+    bounds = np.array(list(AREA_RANGES.values()))
+    truth_ignored = truth.is_crowd | _outside(truth.areas, bounds)
+    matched = np.zeros((NUM_AREAS, len(IOU_THRESHOLDS), len(order)), dtype=bool)
+    ignored = np.zeros_like(matched)
+    ious = mask_ious(detections.masks, truth.masks, truth.is_crowd)[masks]
+    for label in np.intersect1d(labels, truth.labels):
+        d, g = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
+        matched[..., d], ignored[..., d] = _match_class(ious[np.ix_(d, g)], truth.is_crowd[g], truth_ignored[:, g])
+    ignored |= ~matched & _outside(mask_areas(detections.masks)[masks], bounds)[:, None]
+
+    truth_labels = np.unique(truth.labels)
+    counted = [(~truth_ignored[:, truth.labels == label]).sum(axis=1) for label in truth_labels]
+    return DetectionRecord(
+        label=labels,
+        score=detections.scores[order],
+        matched=_pack(matched),
+        ignored=_pack(ignored),
+        truth_label=truth_labels,
+        truth_count=np.array(counted),
+    )
+
+
+def _match_class(ious: np.ndarray, is_crowd: np.ndarray, truth_ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Matched and ignored flags [A, T, D] of one class from IoU [D, G], crowd flags [G] and ignored flags [A, G]."""
+    num_detections, num_truth = ious.shape
+    matched = np.zeros((NUM_AREAS, len(IOU_THRESHOLDS), num_detections), dtype=bool)
+    ignored = np.zeros_like(matched)
+    free = np.ones((NUM_AREAS, len(IOU_THRESHOLDS), num_truth), dtype=bool)
+    counted_first = np.where(truth_ignored, 0, num_truth)[:, None]
+    rank = np.empty(num_truth, dtype=np.int64)
+    for d in np.flatnonzero((ious >= IOU_THRESHOLDS[0]).any(axis=1)):
+        rank[ious[d].argsort(kind="stable")] = np.arange(num_truth)  # a stable sort ranks the later of equals higher
+        candidates = (free | is_crowd) & (ious[d] >= IOU_THRESHOLDS[:, None])
+        preference = np.where(candidates, rank + counted_first, -1)
+        best = preference.argmax(axis=-1)
+        found = np.take_along_axis(preference, best[..., None], axis=-1)[..., 0] >= 0
+        a, t = found.nonzero()
+        free[a, t, best[a, t]] = False
+        matched[..., d] = found
+        ignored[a, t, d] = truth_ignored[a, best[a, t]]
+    return matched, ignored
+
+
+def _outside(areas: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """[A, N] whether each area lies outside each range."""
+    return (areas < bounds[:, :1]) | (areas > bounds[:, 1:])
+
+
+def _rank_in_image_and_class(label: np.ndarray, per_image: np.ndarray) -> np.ndarray:
+    """Position of each row within its run of equal image and class; rows are sorted by class inside an image."""
+    if not len(label):
+        return np.zeros(0, dtype=np.int64)
+    image = np.repeat(np.arange(len(per_image)), per_image)
+    new = np.concatenate([[True], (label[1:] != label[:-1]) | (image[1:] != image[:-1])])
+    rows = np.arange(len(label))
+    return rows - np.maximum.accumulate(np.where(new, rows, 0))
+
+
+def _pack(flags: np.ndarray) -> np.ndarray:
+    """Flags [A, T, D] as bit masks [D, A] uint16."""
+    return np.einsum("atd,t->da", flags, _THRESHOLD_BITS)
+
+
+def _unpack(bits: np.ndarray) -> np.ndarray:
+    """Bit masks [D, A] as flags [A, T, D]."""
+    return (bits.T[:, None] & _THRESHOLD_BITS[:, None]) != 0
+
+
+def _precision_at_recalls(correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolated precision [T, R] and final recall [T] from flags [T, D] of detections in descending score."""
+    num_thresholds, num_detections = correct.shape
+    sampled = np.zeros((num_thresholds, len(RECALL_THRESHOLDS)))
+    if num_detections == 0:
+        return sampled, np.zeros(num_thresholds)
+    tp, fp = correct.cumsum(axis=1, dtype=float), wrong.cumsum(axis=1, dtype=float)
+    recall = tp / num_truth
+    precision = tp / (fp + tp + np.spacing(1))
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    for t in range(num_thresholds):
+        first = np.searchsorted(recall[t], RECALL_THRESHOLDS, side="left")
+        reached = first < num_detections
+        sampled[t, reached] = envelope[t, first[reached]]
+    return sampled, recall[:, -1]
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over what is defined, in the order that pycocotools adds it; -1 where nothing is."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0

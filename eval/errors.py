@@ -1,0 +1,7 @@
+"""Errors of evaluation."""
+
+from model.errors import UserError
+
+
+class EvaluationError(UserError):
+    """Results that cannot be computed, merged or published. Names the image, file or setting and the remedy."""

@@ -1,0 +1,35 @@
+"""Run-length masks: the typed door to pycocotools' C routines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from pycocotools import mask as coco_masks
+
+Rle = dict[str, Any]
+"""COCO run-length encoding: `size` [H, W] and `counts` bytes."""
+
+
+def encode_masks(masks: np.ndarray) -> tuple[Rle, ...]:
+    """Run-length encodings of masks [N, H, W] bool."""
+    if not len(masks):
+        return ()
+    # COCO's runs go down the columns: one transposed copy [N, W, H] is the Fortran-ordered [H, W, N] it asks for.
+    columns = np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8).transpose(2, 1, 0)
+    return tuple(cast("list[Rle]", coco_masks.encode(cast("Any", columns))))
+
+
+def mask_areas(masks: Sequence[Rle]) -> np.ndarray:
+    """Pixels of every mask [N] float64."""
+    areas = coco_masks.area(cast("Any", list(masks))) if masks else []
+    return np.asarray(areas, dtype=np.float64)
+
+
+def mask_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: np.ndarray) -> np.ndarray:
+    """IoU [D, G] float64; for a crowd (flags [G]) the intersection over the detection's area."""
+    if not detected or not annotated:
+        return np.zeros((len(detected), len(annotated)))
+    ious = coco_masks.iou(cast("Any", list(detected)), cast("Any", list(annotated)), is_crowd.tolist())
+    return np.asarray(ious)

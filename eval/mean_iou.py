@@ -1,0 +1,105 @@
+"""Mean IoU and pixel accuracies of semantic segmentation as a mergeable state.
+
+Pixels without a truth label are dropped before anything is counted. Conventions differ in what a class without truth
+pixels counts: `miou` follows detectron2's SemSegEvaluator (the Mask2Former papers' numbers), the others go by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eval.errors import EvaluationError
+from eval.state import MetricState, Record, column
+
+
+def ignore_label(num_classes: int) -> int:
+    """Value of pixels without a label in a truth label map: 255 (uint8), or 65535 (uint16) from 256 classes on."""
+    return 255 if num_classes <= 255 else 65535
+
+
+@dataclass(frozen=True, eq=False)
+class ConfusionRecord(Record):
+    """Non-empty cells of one image's confusion matrix, ascending."""
+
+    cell: np.ndarray = field(metadata=column("int32"))
+    """truth * num_classes + prediction."""
+    pixels: np.ndarray = field(metadata=column("int64"))
+
+
+@dataclass(frozen=True)
+class MeanIoU:
+    """Shares, not per cent; None where no pixel has a label."""
+
+    miou: float | None
+    """Over the classes with truth pixels (detectron2)."""
+    miou_occurring: float | None
+    """Over the classes with truth or predicted pixels: a class that is only predicted counts 0 (mmseg, Cityscapes)."""
+    miou_all: float | None
+    """Over all classes: one that does not occur counts 0."""
+    fwiou: float | None
+    """IoU weighted by the classes' truth pixels."""
+    macc: float | None
+    """Mean accuracy over the classes with truth pixels."""
+    pacc: float | None
+    """Share of labelled pixels with the right class."""
+    per_class: tuple[float | None, ...]
+    """IoU of every class; None where neither truth nor prediction has a pixel of it."""
+    truth_pixels: tuple[int, ...]
+    """Labelled pixels of every class."""
+
+
+class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
+    """Sparse confusion matrices per image."""
+
+    name = "mean IoU"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(ConfusionRecord, {"num_classes": num_classes})
+        self.num_classes = num_classes
+
+    def update(self, image_id: int, truth: np.ndarray, predicted: np.ndarray) -> None:
+        """Count one image: label maps [H, W], truth with `ignore_label(num_classes)` where there is no label."""
+        if truth.shape != predicted.shape:
+            raise EvaluationError(
+                f"image {image_id}: the truth has the shape {truth.shape}, the prediction {predicted.shape}"
+            )
+        labelled = truth != ignore_label(self.num_classes)
+        rows, columns = truth[labelled].astype(np.int32), predicted[labelled].astype(np.int32)
+        for side, labels in (("truth", rows), ("prediction", columns)):
+            if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise EvaluationError(
+                    f"image {image_id}: the {side} has labels from {labels.min()} to {labels.max()}, "
+                    f"outside 0..{self.num_classes - 1}"
+                )
+        counts = np.bincount(rows * self.num_classes + columns)
+        cells = counts.nonzero()[0]
+        self.add(image_id, ConfusionRecord(cells, counts[cells]))
+
+    def confusion(self) -> np.ndarray:
+        """Pixels [K truth, K predicted] int64 of all images."""
+        matrix = np.zeros(self.num_classes**2, dtype=np.int64)
+        np.add.at(matrix, self.rows("cell"), self.rows("pixels"))
+        return matrix.reshape(self.num_classes, self.num_classes)
+
+    def compute(self) -> MeanIoU:
+        """All conventions at once, from one confusion matrix."""
+        confusion = self.confusion()
+        correct = confusion.diagonal().astype(float)
+        truth = confusion.sum(axis=1).astype(float)
+        union = truth + confusion.sum(axis=0) - correct
+        labelled, occurring = truth > 0, union > 0
+        iou = np.divide(correct, union, out=np.zeros_like(correct), where=occurring)
+        if not labelled.any():
+            return MeanIoU(None, None, None, None, None, None, (None,) * self.num_classes, (0,) * self.num_classes)
+        return MeanIoU(
+            miou=float(iou[labelled].sum() / labelled.sum()),
+            miou_occurring=float(iou[occurring].sum() / occurring.sum()),
+            miou_all=float(iou.sum() / self.num_classes),
+            fwiou=float((iou[labelled] * (truth[labelled] / truth.sum())).sum()),
+            macc=float((correct[labelled] / truth[labelled]).sum() / labelled.sum()),
+            pacc=float(correct.sum() / truth.sum()),
+            per_class=tuple(float(v) if seen else None for v, seen in zip(iou, occurring, strict=True)),
+            truth_pixels=tuple(int(pixels) for pixels in truth),
+        )

@@ -1,0 +1,128 @@
+"""What every metric's state has in common: records keyed by image id that merge in any order to the same bits.
+
+A state never holds sums. It holds one small record of arrays per image, so a batch that was evaluated twice counts
+once, and every reduction reads the records in ascending image id, whoever computed them and whenever they arrived.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+
+from eval.errors import EvaluationError
+
+
+def column(dtype: str, *row: int) -> dict[str, Any]:
+    """Metadata of a record's field: an array [rows, *row] of this dtype, with any number of rows per image."""
+    return {"dtype": np.dtype(dtype), "row": row}
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What one image contributes to a metric. Subclasses are frozen dataclasses whose fields are all `column`s."""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            array = np.asarray(getattr(self, spec.name), dtype=spec.metadata["dtype"])
+            object.__setattr__(self, spec.name, array.reshape(-1, *spec.metadata["row"]))
+
+    def same_as(self, other: Record) -> bool:
+        """Whether both records hold the same bits."""
+        return all(getattr(self, f.name).tobytes() == getattr(other, f.name).tobytes() for f in fields(self))
+
+
+R = TypeVar("R", bound=Record)
+Result = TypeVar("Result", covariant=True)
+
+
+class MetricState(ABC, Generic[R, Result]):
+    """Records of one metric keyed by image id. `settings` must be equal in states that merge; JSON values only."""
+
+    name: str
+    """Of the metric, for messages."""
+
+    def __init__(self, record_type: type[R], settings: dict[str, Any]) -> None:
+        self._record_type = record_type
+        self._settings = settings
+        self._records: dict[int, R] = {}
+
+    @property
+    def image_ids(self) -> tuple[int, ...]:
+        """Ids of the images in this state, ascending."""
+        return tuple(sorted(self._records))
+
+    @abstractmethod
+    def compute(self) -> Result:
+        """Reduce the records, in ascending image id, to the metric."""
+
+    def add(self, image_id: int, record: R) -> None:
+        """Keep the record of one image. Raises EvaluationError if another record of this image differs."""
+        self._check_agrees(image_id, record)
+        self._records[image_id] = record
+
+    def merge(self, other: Self) -> None:
+        """Take over the records of another state; those that both hold must be equal, else EvaluationError."""
+        if self._settings != other._settings:
+            raise EvaluationError(
+                f"{self.name}: cannot merge states with different settings: {self._settings} and {other._settings}; "
+                "evaluate both with the same recipe"
+            )
+        for image_id, record in other._records.items():
+            self._check_agrees(image_id, record)
+        self._records.update(other._records)
+
+    def _check_agrees(self, image_id: int, record: R) -> None:
+        known = self._records.get(image_id)
+        if known is not None and not known.same_as(record):
+            raise EvaluationError(
+                f"{self.name}: image {image_id} was evaluated twice with different outcomes; two images share the id, "
+                "or the checkpoint or the data changed in between: evaluate again from the start"
+            )
+
+    def records(self) -> Iterator[tuple[int, R]]:
+        """Image ids and records in ascending image id."""
+        return ((image_id, self._records[image_id]) for image_id in self.image_ids)
+
+    def rows(self, name: str) -> np.ndarray:
+        """One column of all images joined along the rows, in ascending image id."""
+        spec = next(f for f in fields(self._record_type) if f.name == name)
+        empty = np.empty((0, *spec.metadata["row"]), spec.metadata["dtype"])
+        return np.concatenate([empty, *(getattr(record, name) for _, record in self.records())])
+
+    def row_counts(self, name: str) -> np.ndarray:
+        """Rows of one column per image [images] int64, in ascending image id."""
+        return np.array([len(getattr(record, name)) for _, record in self.records()], dtype=np.int64)
+
+    def to_bytes(self) -> bytes:
+        """The state as a compressed npz file without pickles; equal states give equal bytes."""
+        header = np.frombuffer(json.dumps(self._settings, sort_keys=True).encode(), dtype=np.uint8)
+        arrays = {"settings": header, "image_ids": np.array(self.image_ids, dtype=np.int64)}
+        for spec in fields(self._record_type):
+            arrays[f"rows.{spec.name}"] = self.rows(spec.name)
+            arrays[f"counts.{spec.name}"] = self.row_counts(spec.name)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Self:
+        """The state that `to_bytes` wrote. Raises EvaluationError for anything else; never unpickles."""
+        try:
+            with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+                state = cls(**json.loads(arrays["settings"].tobytes()))
+                names = [f.name for f in fields(state._record_type)]
+                parts = [np.split(arrays[f"rows.{n}"], np.cumsum(arrays[f"counts.{n}"]))[:-1] for n in names]
+                for image_id, *columns in zip(arrays["image_ids"].tolist(), *parts, strict=True):
+                    state.add(image_id, state._record_type(*columns))
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise EvaluationError(
+                f"{cls.name}: {len(payload)} bytes are not a stored state ({error}); evaluate again"
+            ) from error
+        return state

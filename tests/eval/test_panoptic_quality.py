@@ -1,0 +1,266 @@
+"""Panoptic quality: micro cases of the rules, a slow reference written from the rules, and merging."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval.errors import EvaluationError
+from eval.panoptic_quality import (
+    PanopticPrediction,
+    PanopticQualityState,
+    PanopticTruth,
+    TruthSegment,
+    match_panoptic,
+)
+
+NUM_CLASSES = 4
+IS_THING = (True, True, False, False)
+
+
+def truth_of(rows, segments):
+    """Truth from a small map; a segment is (label, crowd) or (label, crowd, area)."""
+    id_map = np.array(rows, dtype=np.uint8)
+    table = {}
+    for i, (label, crowd, *area) in segments.items():
+        table[i] = TruthSegment(label, area[0] if area else int((id_map == i).sum()), crowd)
+    return PanopticTruth(id_map, table)
+
+
+def prediction_of(rows, labels):
+    return PanopticPrediction(np.array(rows, dtype=np.int32), labels)
+
+
+def counts(record):
+    return record.matched_label.tolist(), record.false_positive.tolist(), record.false_negative.tolist()
+
+
+def slow_reference(truth, prediction):
+    """The rules one by one, with whole-image masks and no tables: matched (label, iou), fp labels, fn labels."""
+    t_map, p_map = truth.id_map.astype(int), prediction.id_map.astype(int)
+    matched, used_t, used_p = [], set(), set()
+    for t in sorted(truth.segments):
+        for p in sorted(prediction.labels):
+            segment = truth.segments[t]
+            inter = int(((t_map == t) & (p_map == p)).sum())
+            if inter == 0 or segment.is_crowd or segment.label != prediction.labels[p]:
+                continue
+            in_void = int(((t_map == 0) & (p_map == p)).sum())
+            union = int((p_map == p).sum()) + segment.area - inter - in_void
+            if inter / union > 0.5:
+                matched.append((segment.label, inter / union))
+                used_t.add(t)
+                used_p.add(p)
+    last_crowd = {}
+    fn = []
+    for t, segment in truth.segments.items():
+        if segment.is_crowd:
+            last_crowd[segment.label] = t
+        elif t not in used_t:
+            fn.append(segment.label)
+    fp = []
+    for p, label in prediction.labels.items():
+        if p in used_p:
+            continue
+        here = p_map == p
+        forgiven = int((here & (t_map == 0)).sum())
+        if label in last_crowd:
+            forgiven += int((here & (t_map == last_crowd[label])).sum())
+        if not forgiven / int(here.sum()) > 0.5:
+            fp.append(label)
+    return matched, sorted(fp), sorted(fn)
+
+
+def random_pair(rng, size=24, wide_ids=False):
+    """A truth and a prediction derived from it by moving, dropping and relabelling segments."""
+    ids = [int(i) for i in rng.choice(np.arange(1, 60000 if wide_ids else 30), size=8, replace=False)]
+    t_map = np.zeros((size, size), dtype=np.uint16)
+    p_map = np.zeros((size, size), dtype=np.int32)
+    segments, labels = {}, {}
+    for i in ids:
+        y, x = rng.integers(0, size - 6, 2)
+        h, w = rng.integers(3, size // 2, 2)
+        t_map[y : y + h, x : x + w] = i
+        dy, dx = rng.integers(0, 4, 2)
+        p_map[y + dy : y + h, x + dx : x + w] = i + 7
+        label = int(rng.integers(0, NUM_CLASSES))
+        segments[i] = (label, bool(rng.random() < 0.25))
+        labels[i + 7] = label if rng.random() < 0.8 else int(rng.integers(0, NUM_CLASSES))
+    if rng.random() < 0.3:
+        del segments[ids[0]]  # pixels with an id that the annotation does not list
+    table = {
+        i: TruthSegment(label, int((t_map == i).sum()) + float(rng.integers(0, 3)), crowd)
+        for i, (label, crowd) in segments.items()
+    }
+    present = set(np.unique(p_map).tolist())
+    return PanopticTruth(t_map, table), PanopticPrediction(p_map, {i: v for i, v in labels.items() if i in present})
+
+
+def test_iou_of_exactly_one_half_is_no_match():
+    record = match_panoptic(truth_of([[1, 1, 0, 0]], {1: (0, False)}), prediction_of([[5, 0, 0, 0]], {5: 0}))
+    assert counts(record) == ([], [0], [0])
+
+
+def test_iou_above_one_half_is_a_match():
+    record = match_panoptic(truth_of([[1, 1, 1]], {1: (0, False)}), prediction_of([[5, 5, 0]], {5: 0}))
+    assert counts(record) == ([0], [], [])
+    assert record.matched_iou.tolist() == [2 / 3]
+
+
+def test_truth_void_leaves_the_union_but_predicted_void_does_not():
+    truth = truth_of([[1, 1, 1, 1, 0, 0]], {1: (0, False)})
+    assert match_panoptic(truth, prediction_of([[0, 5, 5, 5, 5, 5]], {5: 0})).matched_iou.tolist() == [3 / 4]
+
+
+def test_crowd_pixels_stay_in_the_union():
+    truth = truth_of([[1] * 10 + [2] * 8], {1: (0, False), 2: (0, True)})
+    assert match_panoptic(truth, prediction_of([[5] * 18], {5: 0})).matched_iou.tolist() == [10 / 18]
+
+
+def test_union_uses_the_area_that_the_annotation_states():
+    truth = truth_of([[1, 1, 1, 0]], {1: (0, False, 4)})
+    assert match_panoptic(truth, prediction_of([[5, 5, 5, 0]], {5: 0})).matched_iou.tolist() == [3 / 4]
+
+
+def test_unlisted_truth_id_is_neither_void_nor_segment():
+    record = match_panoptic(truth_of([[9, 9, 9]], {}), prediction_of([[5, 5, 5]], {5: 0}))
+    assert counts(record) == ([], [0], [])
+
+
+def test_listed_segment_without_pixels_is_a_false_negative():
+    assert counts(match_panoptic(truth_of([[0]], {3: (2, False, 7)}), prediction_of([[0]], {}))) == ([], [], [2])
+
+
+@pytest.mark.parametrize(("void", "expected"), [(2, [0]), (3, [])])
+def test_prediction_is_dropped_only_above_one_half_of_void(void, expected):
+    truth = truth_of([[0] * void + [1] * (4 - void)], {1: (1, False)})
+    assert match_panoptic(truth, prediction_of([[5] * 4], {5: 0})).false_positive.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"), [([1, 2], [0]), ([2, 1], [])], ids=["small crowd last", "large crowd last"]
+)
+def test_only_the_last_listed_crowd_of_a_class_protects(order, expected):
+    id_map = [[1, 1, 1, 2]]
+    truth = truth_of(id_map, dict.fromkeys(order, (0, True)))
+    assert match_panoptic(truth, prediction_of([[5] * 4], {5: 0})).false_positive.tolist() == expected
+
+
+def test_crowd_of_another_class_does_not_protect():
+    record = match_panoptic(truth_of([[1, 1]], {1: (1, True)}), prediction_of([[5, 5]], {5: 0}))
+    assert counts(record) == ([], [0], [])
+
+
+def test_class_that_is_only_predicted_counts_and_an_ignored_one_does_not():
+    state = PanopticQualityState(IS_THING)
+    truth = truth_of([[1, 1, 1, 0, 0, 2]], {1: (0, False), 2: (3, False)})
+    state.update(1, truth, prediction_of([[1, 1, 1, 3, 3, 2]], {1: 0, 3: 1, 2: 3}))
+    state.update(2, truth_of([[1, 1]], {1: (0, False)}), prediction_of([[1, 2]], {1: 0, 2: 2}))
+    quality = state.compute()
+    assert not quality.per_class[1].occurs
+    assert quality.per_class[2].false_positives == 1
+    assert quality.things is not None
+    assert quality.stuff is not None
+    assert (quality.things.num_classes, quality.stuff.num_classes) == (1, 2)
+    assert quality.stuff.pq == 0.5
+
+
+def test_split_without_classes_is_none_and_keeps_the_other():
+    state = PanopticQualityState(IS_THING)
+    state.update(1, truth_of([[1]], {1: (0, False)}), prediction_of([[1]], {1: 0}))
+    quality = state.compute()
+    assert quality.stuff is None
+    assert quality.all is not None
+    assert quality.all.pq == 1.0
+    assert PanopticQualityState(IS_THING).compute().all is None
+
+
+def test_inconsistent_predictions_name_the_image():
+    truth = truth_of([[1, 1]], {1: (0, False)})
+    with pytest.raises(EvaluationError, match=r"image 12: .*no segment lists: \[5\]"):
+        PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5, 5]], {}))
+    with pytest.raises(EvaluationError, match=r"image 12: .*without a pixel: \[6\]"):
+        PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5, 5]], {5: 0, 6: 1}))
+    with pytest.raises(EvaluationError, match=r"image 12: .*shape"):
+        PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5]], {5: 0}))
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), wide_ids=st.booleans())
+def test_equal_to_the_slow_reference(seed, wide_ids):
+    truth, prediction = random_pair(np.random.default_rng(seed), wide_ids=wide_ids)
+    matched, fp, fn = slow_reference(truth, prediction)
+    record = match_panoptic(truth, prediction)
+    assert counts(record) == ([label for label, _ in matched], fp, fn)
+    assert record.matched_iou.tolist() == [iou for _, iou in matched]
+
+
+def test_sums_are_those_of_one_pass_over_the_images_in_order():
+    state = PanopticQualityState(IS_THING)
+    pairs = {i: random_pair(np.random.default_rng(i)) for i in range(30)}
+    for i in reversed(pairs):
+        state.update(i, *pairs[i])
+    iou, tp, fp, fn = (np.zeros(NUM_CLASSES) for _ in range(4))
+    for truth, prediction in pairs.values():
+        matched, fps, fns = slow_reference(truth, prediction)
+        for label, value in matched:
+            iou[label] += value
+            tp[label] += 1
+        np.add.at(fp, fps, 1)
+        np.add.at(fn, fns, 1)
+    quality = state.compute()
+    assert [c.pq for c in quality.per_class] == (iou / (tp + fp / 2 + fn / 2)).tolist()
+    assert [c.false_positives for c in quality.per_class] == fp.tolist()
+    assert quality.all is not None
+    assert quality.all.pq == pytest.approx(np.mean(iou / (tp + fp / 2 + fn / 2)), abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), num_shards=st.integers(1, 5))
+def test_any_sharding_order_and_repetition_gives_the_same_bits(seed, num_shards):
+    rng = random.Random(seed)
+    pairs = {i: random_pair(np.random.default_rng(i), size=16) for i in range(9)}
+    whole = PanopticQualityState(IS_THING)
+    shards = [PanopticQualityState(IS_THING) for _ in range(num_shards)]
+    for i, pair in pairs.items():
+        whole.update(i, *pair)
+        for shard in {rng.randrange(num_shards), rng.randrange(num_shards)}:
+            shards[shard].update(i, *pair)
+    shards += rng.sample(shards, 1)
+    rng.shuffle(shards)
+    merged = PanopticQualityState(IS_THING)
+    for shard in shards:
+        merged.merge(PanopticQualityState.from_bytes(shard.to_bytes()))
+    assert merged.compute() == whole.compute()
+    assert merged.to_bytes() == whole.to_bytes()
+
+
+def test_one_image_with_two_outcomes_is_refused_and_named():
+    truth, prediction = truth_of([[1, 1]], {1: (0, False)}), prediction_of([[5, 5]], {5: 0})
+    state, other = PanopticQualityState(IS_THING), PanopticQualityState(IS_THING)
+    state.update(77, truth, prediction)
+    other.update(77, truth, replace(prediction, labels={5: 1}))
+    other.update(78, truth, prediction)
+    with pytest.raises(EvaluationError, match="image 77 was evaluated twice"):
+        state.merge(other)
+    assert state.image_ids == (77,)
+    with pytest.raises(EvaluationError, match="different settings"):
+        state.merge(PanopticQualityState((True,)))
+
+
+def test_worst_images_can_be_found():
+    state = PanopticQualityState(IS_THING)
+    truth = truth_of([[1, 1]], {1: (0, False)})
+    state.update(1, truth, prediction_of([[5, 5]], {5: 0}))
+    state.update(2, truth, prediction_of([[5, 5]], {5: 1}))
+    state.update(3, truth_of([[0, 0]], {}), prediction_of([[0, 0]], {}))
+    assert state.image_quality() == {1: 1.0, 2: 0.0}
+
+
+@pytest.mark.parametrize("payload", [b"", b"not an archive", b"PK\x03\x04 broken"])
+def test_foreign_bytes_are_refused(payload):
+    with pytest.raises(EvaluationError, match="not a stored state"):
+        PanopticQualityState.from_bytes(payload)
