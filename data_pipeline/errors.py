@@ -9,3 +9,11 @@ class DataError(UserError):
 
 class StorageError(UserError):
     """A store or object that cannot be read or written. Names the URL, the cause and the remedy."""
+
+
+class MissingObjectError(StorageError):
+    """The object, its bucket or its folder does not exist."""
+
+
+class ObjectExistsError(StorageError):
+    """A conditional write found an object in its place and left it alone."""

@@ -1,0 +1,156 @@
+"""Objects as local files. Writes are atomic and durable: temporary file, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+
+_TEMPORARY = ".partial-"  # files of writes that are under way or were killed; never listed
+
+
+class LocalStore:
+    """Files on a local or mounted file system. URLs are plain paths."""
+
+    def get(self, url: str) -> bytes:
+        """The whole file."""
+        try:
+            return Path(url).read_bytes()
+        except OSError as error:
+            _fail(url, error)
+
+    def get_range(self, url: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`."""
+        try:
+            with Path(url).open("rb", buffering=0) as file:
+                file.seek(offset)
+                data = _read_fully(file, length)
+        except OSError as error:
+            _fail(url, error)
+        if len(data) != length:
+            raise StorageError(
+                f"{url}: {length} bytes at offset {offset} were asked for, but the file ends after {len(data)} of "
+                "them; it was cut off or replaced"
+            )
+        return data
+
+    def get_file(self, url: str, path: Path) -> int:
+        """Copy the file to `path`; returns its size."""
+        try:
+            with Path(url).open("rb") as source, replacing(path) as target:
+                shutil.copyfileobj(source, target, length=1 << 20)
+                return target.tell()
+        except OSError as error:
+            _fail(url, error)
+
+    def size(self, url: str) -> int:
+        """Size in bytes."""
+        try:
+            return Path(url).stat().st_size
+        except OSError as error:
+            _fail(url, error)
+
+    def exists(self, url: str) -> bool:
+        """Whether the file exists."""
+        return Path(url).is_file()
+
+    def put(self, url: str, data: bytes, if_absent: bool) -> None:
+        """Write a file; with `if_absent` never replace one."""
+        try:
+            with replacing(Path(url), if_absent) as file:
+                file.write(data)
+        except FileExistsError:
+            raise ObjectExistsError(f"{url} exists already and is not overwritten") from None
+        except OSError as error:
+            _fail(url, error)
+
+    def put_file(self, url: str, path: Path) -> None:
+        """Copy a file."""
+        try:
+            with path.open("rb") as source, replacing(Path(url)) as file:
+                shutil.copyfileobj(source, file, length=1 << 20)
+        except OSError as error:
+            _fail(url, error)
+
+    def list(self, prefix: str) -> tuple[str, ...]:
+        """All files below a folder."""
+        root = prefix.rstrip("/") or "/"
+        found = []
+        for folder, _, names in os.walk(root):
+            found += [f"{folder}/{name}" for name in names if not name.startswith(_TEMPORARY)]
+        return tuple(sorted(found))
+
+    def delete(self, url: str) -> None:
+        """Delete a file where it exists."""
+        try:
+            Path(url).unlink(missing_ok=True)
+        except OSError as error:
+            _fail(url, error)
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete a folder where it exists."""
+        folder = Path(prefix)
+        if folder.resolve() == Path(folder.resolve().anchor):
+            raise StorageError(f"{prefix}: refusing to delete the root of the file system")
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _fail(prefix, error)
+
+
+@contextmanager
+def replacing(path: Path, if_absent: bool = False) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)  # mkstemp makes files that only their owner can read
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if if_absent:
+            os.link(temporary, path)  # unlike rename, fails where the target exists
+            os.unlink(temporary)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_fully(file: BinaryIO, length: int) -> bytes:
+    data = file.read(length)
+    while len(data) < length and (more := file.read(length - len(data))):  # raw reads may return less than asked for
+        data += more
+    return data
+
+
+def _fail(url: str, error: OSError) -> NoReturn:
+    if isinstance(error, FileNotFoundError):
+        raise MissingObjectError(f"{url} does not exist; check the path") from error
+    remedies = {
+        errno.EACCES: "check its owner and mode",
+        errno.EISDIR: "it is a folder, not a file; check the path",
+        errno.ENOSPC: "free some space or choose another disk",
+    }
+    remedy = remedies.get(error.errno or 0, "check the path and the disk")
+    raise StorageError(f"{url}: {error.strerror or error}; {remedy}") from error

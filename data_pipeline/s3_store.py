@@ -1,0 +1,270 @@
+"""Objects in S3 and S3-compatible stores, over boto3.
+
+botocore's own retries are off: they do not cover a body that breaks midway. One loop here covers request and body.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from data_pipeline.config import StorageConfig
+from data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from data_pipeline.local_store import replacing
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_POOL_CONNECTIONS = 64
+_BACKOFF_BASE_S = 0.1
+_BACKOFF_CAP_S = 20.0
+_FILE_PART_BYTES = 32 * 1024 * 1024
+_PASSING_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
+_PASSING_CODES = frozenset(
+    {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ThrottlingException"}
+)
+
+
+class _BrokenBodyError(Exception):
+    """A body that ended early."""
+
+
+class S3Store:
+    """One S3 endpoint. Clients are made on first use, one per process, and shared by its threads."""
+
+    def __init__(self, config: StorageConfig, on_retry: Callable[[], None]) -> None:
+        self._config = config
+        self._on_retry = on_retry
+        self._lock = threading.Lock()
+        self._client: Any = None
+        self._client_pid = -1
+
+    def get(self, url: str) -> bytes:
+        """The whole object."""
+        return self._retrying(url, lambda client: _read_body(client.get_object(**_address(url))))
+
+    def get_range(self, url: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`."""
+        if length == 0:
+            return b""
+
+        def request(client: Any) -> bytes:
+            response = client.get_object(**_address(url), Range=f"bytes={offset}-{offset + length - 1}")
+            _check_range(url, response, offset, length)
+            return _read_body(response)
+
+        return self._retrying(url, request)
+
+    def get_file(self, url: str, path: Path) -> int:
+        """Copy the object to `path` in ranges, so that a broken connection costs one range; returns its size."""
+        size = self.size(url)
+        with replacing(path) as file:
+            for offset in range(0, size, _FILE_PART_BYTES):
+                file.write(self.get_range(url, offset, min(_FILE_PART_BYTES, size - offset)))
+        return size
+
+    def size(self, url: str) -> int:
+        """Size in bytes."""
+        return self._retrying(url, lambda client: int(client.head_object(**_address(url))["ContentLength"]))
+
+    def exists(self, url: str) -> bool:
+        """Whether the object exists."""
+        try:
+            self.size(url)
+        except MissingObjectError:
+            return False
+        return True
+
+    def put(self, url: str, data: bytes, if_absent: bool) -> None:
+        """Write an object; with `if_absent` never replace one."""
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        attempts = 0
+
+        def request(client: Any) -> None:
+            nonlocal attempts
+            attempts += 1
+            client.put_object(**_address(url), Body=data, **condition)
+
+        try:
+            self._retrying(url, request)
+        except ObjectExistsError:
+            # A repeated write may meet the object that its own first attempt left when only the answer was lost.
+            if attempts == 1 or self.size(url) != len(data) or self.get(url) != data:
+                raise
+
+    def put_file(self, url: str, path: Path) -> None:
+        """Upload a file of any size (in parts when it is large)."""
+        address = _address(url)
+        self._retrying(url, lambda client: client.upload_file(str(path), address["Bucket"], address["Key"]))
+
+    def list(self, prefix: str) -> tuple[str, ...]:
+        """All objects below a folder."""
+        bucket, folder = _split_folder(prefix)
+
+        def request(client: Any) -> tuple[str, ...]:
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
+            return tuple(sorted(f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())))
+
+        return self._retrying(prefix, request)
+
+    def delete(self, url: str) -> None:
+        """Delete an object where it exists."""
+        self._retrying(url, lambda client: client.delete_object(**_address(url)))
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete a folder where it exists."""
+        if not _split_folder(prefix)[1]:
+            raise StorageError(f"{prefix}: refusing to delete a whole bucket; name a folder in it")
+        for url in self.list(prefix):
+            self.delete(url)
+
+    def _retrying(self, url: str, request: Callable[[Any], T]) -> T:
+        """Run a request until it succeeds, cannot succeed, or `max_attempts` is used up."""
+        attempts = max(1, self._config.max_attempts)
+        for attempt in range(attempts):
+            try:
+                return request(self._connect())
+            except StorageError:
+                raise
+            except Exception as raised:
+                error = _root(raised)
+                if not _is_passing(error):
+                    _fail(url, error)
+                if attempt + 1 == attempts:
+                    raise StorageError(
+                        f"{url}: gave up after {attempts} attempts; the last one failed with {_describe(error)}. "
+                        "Check the endpoint and the network, or raise storage.max_attempts"
+                    ) from error
+                log.debug("retry %d of %s after %s", attempt + 1, url, _describe(error))
+            self._on_retry()
+            time.sleep(random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2**attempt)))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _connect(self) -> Any:
+        """This process's client; one that came through a fork is not used."""
+        with self._lock:
+            if self._client is None or self._client_pid != os.getpid():
+                self._client, self._client_pid = _make_client(self._config), os.getpid()
+            return self._client
+
+
+def _make_client(config: StorageConfig) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    options = Config(
+        connect_timeout=config.connect_timeout_s,
+        read_timeout=config.read_timeout_s,
+        max_pool_connections=_POOL_CONNECTIONS,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        s3={"addressing_style": "path" if _endpoint(config) else "auto"},
+    )
+    # A session of our own: boto3's default session is not safe to create from several threads.
+    session = boto3.session.Session()
+    return session.client("s3", endpoint_url=config.endpoint_url, region_name=config.region, config=options)
+
+
+def _endpoint(config: StorageConfig) -> str | None:
+    return config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _split(url: str) -> tuple[str, str]:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StorageError(f"{url}: no bucket; write s3://bucket/key")
+    return bucket, key
+
+
+def _split_folder(url: str) -> tuple[str, str]:
+    bucket, key = _split(url)
+    return bucket, f"{key.strip('/')}/" if key.strip("/") else ""
+
+
+def _address(url: str) -> dict[str, str]:
+    bucket, key = _split(url)
+    if not key:
+        raise StorageError(f"{url}: no object key; write s3://bucket/key")
+    return {"Bucket": bucket, "Key": key}
+
+
+def _read_body(response: Any) -> bytes:
+    data = response["Body"].read()
+    if len(data) != response["ContentLength"]:
+        raise _BrokenBodyError(f"{len(data)} of {response['ContentLength']} bytes arrived")
+    return data
+
+
+def _check_range(url: str, response: Any, offset: int, length: int) -> None:
+    """An object that is too short fails at once: asking again cannot make it longer."""
+    total = re.search(r"/(\d+)$", response.get("ContentRange", ""))
+    if total and offset + length > int(total[1]):
+        raise StorageError(
+            f"{url}: {length} bytes at offset {offset} were asked for, but the object has {total[1]} bytes; "
+            "it was cut off or replaced"
+        )
+    if response["ContentLength"] != length:
+        raise _BrokenBodyError(f"the store announced {response['ContentLength']} bytes instead of {length}")
+
+
+def _response_error(error: BaseException) -> tuple[int, str]:
+    """HTTP status and S3 error code; (0, "") for errors without an answer."""
+    response = getattr(error, "response", None) or {}  # None on botocore's streaming errors
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return int(status), str(response.get("Error", {}).get("Code", ""))
+
+
+def _root(error: Exception) -> Exception:
+    """What lies behind boto3's wrapper around failed uploads."""
+    from boto3.exceptions import S3UploadFailedError
+
+    wrapped = error.__context__ if isinstance(error, S3UploadFailedError) else None
+    return wrapped if isinstance(wrapped, Exception) else error
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed a moment later."""
+    from botocore.exceptions import ClientError, HTTPClientError, ResponseStreamingError
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, ClientError):
+        status, code = _response_error(error)
+        return status in _PASSING_STATUS or code in _PASSING_CODES
+    passing = (HTTPClientError, ResponseStreamingError, HTTPError, ConnectionError, TimeoutError)
+    return isinstance(error, (*passing, _BrokenBodyError))
+
+
+def _fail(url: str, error: Exception) -> NoReturn:
+    """Raise the StorageError for an error that no retry can cure."""
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+
+    status, code = _response_error(error)
+    if status == 404:
+        what = f"bucket {_split(url)[0]!r}" if code == "NoSuchBucket" else "the object"
+        raise MissingObjectError(
+            f"{url}: {what} does not exist (404); check the URL and storage.endpoint_url"
+        ) from error
+    if status == 412:
+        raise ObjectExistsError(f"{url} exists already and is not overwritten") from error
+    if status in (401, 403):
+        raise StorageError(
+            f"{url}: access is denied ({status} {code}); check the AWS credentials of this machine "
+            "(AWS_ACCESS_KEY_ID, AWS_PROFILE or the instance role) and the bucket's policy"
+        ) from error
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        raise StorageError(
+            f"{url}: no complete AWS credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE, or run where an instance role exists"
+        ) from error
+    raise StorageError(f"{url}: {_describe(error)}; check the URL, storage.endpoint_url and storage.region") from error
+
+
+def _describe(error: BaseException) -> str:
+    status, code = _response_error(error)
+    return f"{status} {code}" if status else f"{type(error).__name__}: {error}"

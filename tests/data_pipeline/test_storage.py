@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import os
+import pickle
+import socketserver
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from data_pipeline import s3_store
+from data_pipeline.config import StorageConfig
+from data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from data_pipeline.storage import Storage, join
+
+BODY = bytes(range(256)) * 4
+
+
+@pytest.fixture(autouse=True)
+def _quick_backoff(monkeypatch):
+    monkeypatch.setattr(s3_store, "_BACKOFF_BASE_S", 0.001)
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+
+
+@pytest.fixture(scope="module")
+def moto_endpoint():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    boto3.session.Session().client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+    ).create_bucket(Bucket="bucket")
+    yield endpoint
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    """A storage and an empty folder in it."""
+    if request.param == "local":
+        return Storage(), str(tmp_path / "root")
+    endpoint = request.getfixturevalue("moto_endpoint")
+    return Storage(StorageConfig(endpoint_url=endpoint)), f"s3://bucket/{tmp_path.name}"
+
+
+def test_bytes_come_back(place, tmp_path):
+    storage, root = place
+    url = join(root, "a", "b.bin")
+    assert not storage.exists(url)
+    storage.put(url, BODY)
+    assert storage.exists(url)
+    assert storage.size(url) == len(BODY)
+    assert storage.get(url) == BODY
+    assert storage.get_range(url, 3, 500) == BODY[3:503]
+    assert storage.get_range(url, 7, 0) == b""
+    storage.put(url, b"new")
+    assert storage.get(url) == b"new"
+    assert storage.counters.bytes_written == len(BODY) + 3
+    assert storage.counters.retries == 0
+
+
+def test_files_come_back(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3_store, "_FILE_PART_BYTES", 300)
+    storage, root = place
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(BODY)
+    storage.put_file(join(root, "file"), source)
+    storage.get_file(join(root, "file"), target)
+    assert target.read_bytes() == BODY
+    with pytest.raises(MissingObjectError):
+        storage.get_file(join(root, "other"), tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_if_absent_never_overwrites(place):
+    storage, root = place
+    url = join(root, "once")
+    storage.put(url, b"first", if_absent=True)
+    with pytest.raises(ObjectExistsError, match="once exists already"):
+        storage.put(url, b"second", if_absent=True)
+    assert storage.get(url) == b"first"
+
+
+def test_only_one_of_many_conditional_writers_wins(place):
+    storage, root = place
+
+    def write(i):
+        try:
+            storage.put(join(root, "race"), b"%d" % i, if_absent=True)
+        except ObjectExistsError:
+            return None
+        return i
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [i for i in pool.map(write, range(8)) if i is not None]
+    assert len(winners) == 1
+    assert storage.get(join(root, "race")) == b"%d" % winners[0]
+
+
+def test_list_and_delete(place):
+    storage, root = place
+    urls = [join(root, name) for name in ("x/1", "x/2", "x/y/3", "xx/4")]
+    assert storage.list(root) == ()
+    for url in urls:
+        storage.put(url, b"")
+    assert storage.list(root) == tuple(sorted(urls))
+    assert storage.list(join(root, "x")) == tuple(urls[:3])
+    assert storage.list(join(root, "x/")) == tuple(urls[:3])
+    storage.delete(urls[0])
+    storage.delete(urls[0])
+    storage.delete_prefix(join(root, "x"))
+    storage.delete_prefix(join(root, "x"))
+    assert storage.list(root) == (urls[3],)
+
+
+def test_missing_and_short_objects_fail_at_once_and_say_which(place):
+    storage, root = place
+    url = join(root, "short")
+    for call in (storage.get, storage.size, lambda u: storage.get_range(u, 0, 1)):
+        with pytest.raises(MissingObjectError, match="short"):
+            call(url)
+    storage.put(url, b"0123456789")
+    for offset in (5, 20):
+        with pytest.raises(StorageError, match="short"):
+            storage.get_range(url, offset, 10)
+    assert storage.counters.retries == 0
+
+
+def test_a_pickled_storage_works_and_carries_no_client(place):
+    storage, root = place
+    storage.put(join(root, "k"), b"v")
+    copy = pickle.loads(pickle.dumps(storage))
+    assert copy.get(join(root, "k")) == b"v"
+    assert copy.config == storage.config
+
+
+def test_wrong_urls_are_named(tmp_path):
+    storage = Storage()
+    for url, words in (
+        ("gs://bucket/key", "scheme 'gs' is not supported"),
+        ("s3://bucket", "no object key"),
+        ("s3:///key", "no bucket"),
+    ):
+        with pytest.raises(StorageError, match=words):
+            storage.get(url)
+    with pytest.raises(StorageError, match="whole bucket"):
+        storage.delete_prefix("s3://bucket/")
+    with pytest.raises(StorageError, match="root of the file system"):
+        storage.delete_prefix("/")
+    with pytest.raises(StorageError, match="is a folder"):
+        storage.get(str(tmp_path))
+
+
+def test_a_missing_bucket_is_named(moto_endpoint):
+    storage = Storage(StorageConfig(endpoint_url=moto_endpoint))
+    with pytest.raises(MissingObjectError, match="bucket 'nowhere' does not exist"):
+        storage.get("s3://nowhere/key")
+    with pytest.raises(MissingObjectError, match="bucket 'nowhere'"):
+        storage.list("s3://nowhere/folder")
+
+
+def test_killed_local_writes_leave_nothing_visible(tmp_path, monkeypatch):
+    storage = Storage()
+    target = tmp_path / "folder" / "file"
+    storage.put(str(target), b"old")
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StorageError, match="No space left on device; free some space"):
+        storage.put(str(target), b"new")
+    assert target.read_bytes() == b"old"
+    (target.parent / ".partial-killed").write_bytes(b"half")
+    assert storage.list(str(tmp_path)) == (str(target),)
+
+
+def test_join():
+    assert join("s3://b/x/", "/y", "z") == "s3://b/x/y/z"
+    assert join("/tmp", "a") == "/tmp/a"
+    assert join("runs", "a", "b") == "runs/a/b"
+
+
+class _FaultyServer(socketserver.ThreadingTCPServer):
+    """Answers ranged GETs of BODY; `faults` says what goes wrong, one entry per request."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    faults: list[str]
+    requests: int
+
+
+class _FaultyHandler(BaseHTTPRequestHandler):
+    server: _FaultyServer
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.requests += 1
+        fault = self.server.faults.pop(0) if self.server.faults else "none"
+        if fault.isdigit():
+            self.send_response(int(fault))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        first, last = (int(v) for v in self.headers["Range"].removeprefix("bytes=").split("-"))
+        body = BODY[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(BODY)}")
+        self.end_headers()
+        if fault == "cut":
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+        elif fault == "stall":
+            self.wfile.write(body[:1])
+            self.wfile.flush()
+            threading.Event().wait(1.0)
+            self.close_connection = True
+        else:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def faulty():
+    with _FaultyServer(("127.0.0.1", 0), _FaultyHandler) as server:
+        server.faults, server.requests = [], 0
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def _storage_at(server, **settings):
+    return Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{server.server_address[1]}", **settings))
+
+
+def test_passing_faults_are_retried(faulty):
+    faulty.faults = ["503", "500", "cut", "429", "stall", "cut"]
+    storage = _storage_at(faulty, read_timeout_s=0.2)
+    assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
+    assert storage.counters.retries == 6
+    assert storage.counters.requests == 7
+
+
+def test_lasting_faults_are_not(faulty):
+    for status, words in (("404", "does not exist"), ("403", "access is denied.*credentials"), ("400", "400")):
+        faulty.faults, faulty.requests = [status], 0
+        with pytest.raises(StorageError, match=f"s3://bucket/key.*{words}"):
+            _storage_at(faulty).get_range("s3://bucket/key", 0, 10)
+        assert faulty.requests == 1
+
+
+def test_attempts_are_bounded(faulty):
+    faulty.faults = ["503"] * 10
+    storage = _storage_at(faulty, max_attempts=3)
+    with pytest.raises(StorageError, match=r"gave up after 3 attempts.*503.*storage\.max_attempts"):
+        storage.get_range("s3://bucket/key", 0, 10)
+    assert faulty.requests == 3
+
+
+def test_an_endpoint_that_is_not_there_is_named():
+    storage = Storage(StorageConfig(endpoint_url="http://127.0.0.1:9", max_attempts=2))
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
+        storage.get("s3://bucket/key")
+
+
+class _LosesFirstAnswer:
+    """A client whose first put succeeds in the store but never hears so."""
+
+    def __init__(self, client):
+        self.client, self.lost = client, False
+
+    def __getattr__(self, name):
+        return getattr(self.client, name)
+
+    def put_object(self, **arguments):
+        self.client.put_object(**arguments)
+        if not self.lost:
+            self.lost = True
+            raise ConnectionResetError("peer went away")
+
+
+def test_a_repeated_conditional_write_recognises_its_own_bytes(moto_endpoint, tmp_path):
+    storage = Storage(StorageConfig(endpoint_url=moto_endpoint))
+    url = f"s3://bucket/{tmp_path.name}/lost-answer"
+    storage._s3._client, storage._s3._client_pid = _LosesFirstAnswer(storage._s3._connect()), os.getpid()
+    storage.put(url, b"same", if_absent=True)
+    assert storage.counters.retries == 1
+    with pytest.raises(ObjectExistsError):
+        storage.put(url, b"same", if_absent=True)
