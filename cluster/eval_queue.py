@@ -1,0 +1,96 @@
+"""The stored queue and ledger of a run's evaluations: what waits, runs, was published, failed or dropped."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from cluster.policies import choose
+from data_pipeline.storage import Storage
+from eval.errors import EvaluationError
+
+Status = Literal["waiting", "running", "published", "failed", "dropped"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed checkpoint and what became of its evaluation."""
+
+    step: int
+    checkpoint: str
+    """Folder or URL of the checkpoint."""
+    queued_ms: int
+    """Unix time. Metrics carry it, so that publishing twice leaves one point in MLflow."""
+    status: Status = "waiting"
+    detail: str = ""
+    """Why it failed."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status in ("published", "failed", "dropped")
+
+
+class EvaluationQueue:
+    """Entries by step in one JSON object, written after every change. One process writes it; its threads may share it.
+
+    An entry that was running when its process died waits again.
+    """
+
+    def __init__(self, storage: Storage, url: str) -> None:
+        self._storage = storage
+        self._url = url
+        self._lock = threading.Lock()
+        self._entries = {e.step: e for e in read_entries(storage, url)}
+        for entry in self._entries.values():
+            if entry.status == "running":
+                self._entries[entry.step] = replace(entry, status="waiting")
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries by ascending step."""
+        with self._lock:
+            return tuple(self._entries[step] for step in sorted(self._entries))
+
+    def add(self, step: int, checkpoint: str) -> bool:
+        """Queue a checkpoint; False if its step is known already."""
+        with self._lock:
+            if step in self._entries:
+                return False
+            self._entries[step] = Entry(step, checkpoint, int(time.time() * 1000))
+            self._save()
+            return True
+
+    def take(self, policy: Literal["every", "latest"]) -> Entry | None:
+        """Mark the next waiting entry as running and return it; the policy may drop others."""
+        with self._lock:
+            choice = choose([e.step for e in self._entries.values() if e.status == "waiting"], policy)
+            if choice.next is None:
+                return None
+            for step in choice.dropped:
+                self._entries[step] = replace(self._entries[step], status="dropped", detail="a newer one was waiting")
+            self._entries[choice.next] = replace(self._entries[choice.next], status="running")
+            self._save()
+            return self._entries[choice.next]
+
+    def settle(self, step: int, status: Literal["published", "failed"], detail: str = "") -> None:
+        """Enter the outcome of a running evaluation."""
+        with self._lock:
+            self._entries[step] = replace(self._entries[step], status=status, detail=detail)
+            self._save()
+
+    def _save(self) -> None:
+        rows = [asdict(self._entries[step]) for step in sorted(self._entries)]
+        self._storage.put(self._url, json.dumps(rows, indent=1).encode())
+
+
+def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
+    """The entries that a queue wrote, by ascending step; none where it does not exist."""
+    if not storage.exists(url):
+        return ()
+    try:
+        return tuple(Entry(**row) for row in json.loads(storage.get(url)))
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(f"{url}: not a queue of evaluations ({error}); delete it to evaluate again") from error

@@ -1,0 +1,105 @@
+import threading
+import time
+
+import pytest
+
+from cluster.eval_manager import EvaluationManager, EvaluationProgress
+from cluster.eval_queue import Entry, EvaluationQueue, read_entries
+from data_pipeline.storage import Storage
+from eval.errors import EvaluationError
+
+
+def queue_in(folder) -> EvaluationQueue:
+    return EvaluationQueue(Storage(), f"{folder}/queue.json")
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def statuses(source) -> dict[int, str]:
+    return {e.step: e.status for e in source}
+
+
+def test_a_step_is_queued_once_and_survives_its_process(tmp_path):
+    queue = queue_in(tmp_path)
+    assert queue.add(20, "c/20")
+    assert queue.add(10, "c/10")
+    assert not queue.add(20, "c/20")
+    running = queue.take("every")
+    assert running is not None
+    assert running.step == 10
+    again = queue_in(tmp_path)  # the process died while step 10 ran
+    assert statuses(again.entries()) == {10: "waiting", 20: "waiting"}
+    assert again.entries()[0].queued_ms == running.queued_ms
+
+
+def test_latest_drops_what_is_stale(tmp_path):
+    queue = queue_in(tmp_path)
+    for step in (10, 20, 30):
+        queue.add(step, f"c/{step}")
+    entry = queue.take("latest")
+    assert entry is not None
+    assert entry.step == 30
+    queue.settle(30, "published")
+    assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {
+        10: "dropped",
+        20: "dropped",
+        30: "published",
+    }
+
+
+def test_a_damaged_queue_is_named(tmp_path):
+    (tmp_path / "queue.json").write_text("[1, 2")
+    with pytest.raises(EvaluationError, match=r"queue\.json: not a queue of evaluations"):
+        queue_in(tmp_path)
+
+
+def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
+    seen: list[int] = []
+
+    def evaluate(entry: Entry, report) -> None:
+        seen.append(entry.step)
+        report(EvaluationProgress(entry.step, "val", 1, 2))
+        if entry.step == 20:
+            raise EvaluationError("evaluation batch 7 failed 3 times")
+
+    manager = EvaluationManager(queue_in(tmp_path), "every", evaluate)
+    for step in (10, 20, 30, 20):
+        manager.submit(step, f"c/{step}")
+    wait_until(lambda: manager.status().idle)
+    manager.close()
+    assert seen == [10, 20, 30]
+    assert statuses(manager.status().entries) == {10: "published", 20: "failed", 30: "published"}
+    assert manager.status().entries[1].detail == "EvaluationError: evaluation batch 7 failed 3 times"
+    assert manager.status().current is None
+
+
+def test_submitting_does_not_wait_for_an_evaluation(tmp_path):
+    gate = threading.Event()
+    manager = EvaluationManager(queue_in(tmp_path), "every", lambda entry, report: gate.wait(10) and None)
+    started = time.monotonic()
+    for step in (1, 2, 3):
+        manager.submit(step, "c")
+    assert time.monotonic() - started < 1
+    assert not manager.status().idle
+    gate.set()
+    wait_until(lambda: manager.status().idle)
+    manager.close()
+
+
+def test_a_new_manager_takes_over_the_stored_queue(tmp_path):
+    queue = queue_in(tmp_path)
+    for step in (10, 20):
+        queue.add(step, f"c/{step}")
+    queue.take("every")
+    queue.settle(10, "published")
+    queue.take("every")  # dies here, in the middle of step 20
+    seen: list[int] = []
+    manager = EvaluationManager(queue_in(tmp_path), "every", lambda entry, report: seen.append(entry.step))
+    wait_until(lambda: manager.status().idle)
+    manager.close()
+    assert seen == [20]
