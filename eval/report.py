@@ -1,0 +1,185 @@
+"""Results of one evaluation: as JSON, as headline metrics for a tracker, and as a table for a terminal.
+
+Everything here is in per cent, as papers print it; the metric modules themselves compute shares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from data_pipeline.categories import CategoryTable
+from eval.average_precision import AveragePrecision
+from eval.mean_iou import MeanIoU
+from eval.panoptic_quality import PanopticQuality, Quality
+
+Number = float | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSubject:
+    """What was evaluated on what."""
+
+    dataset: str
+    """Name under `datasets`."""
+    fingerprint: str
+    """Of the data set's manifest."""
+    subset: str | None = None
+    """How the images were chosen, for example `first 500 of 5000`; None = all of them."""
+    step: int | None = None
+    """Optimizer step of the checkpoint; None for weights that are not a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResults:
+    """Everything that one evaluation found; None for a task that was not requested."""
+
+    subject: EvaluationSubject
+    categories: CategoryTable
+    num_images: int
+    panoptic: PanopticQuality | None
+    instance: AveragePrecision | None
+    semantic: MeanIoU | None
+
+    def metrics(self) -> dict[str, float | None]:
+        """Every number of the set in per cent, under names that MLflow accepts; None where it is undefined."""
+        values: dict[str, float | None] = {}
+        if self.panoptic is not None:
+            splits = (("", self.panoptic.all), ("_th", self.panoptic.things), ("_st", self.panoptic.stuff))
+            for suffix, quality in splits:
+                values |= {f"{name}{suffix}": value for name, value in _quality(quality).items()}
+        if self.instance is not None:
+            values |= {name: None if value < 0 else 100 * value for name, value in self.instance.stats.items()}
+        if self.semantic is not None:
+            values |= _semantic(self.semantic)
+        return values
+
+    def headline(self, prefix: str = "val") -> dict[str, float]:
+        """The defined numbers as `prefix/PQ`, `prefix/PQ_th`, `prefix/AP`, `prefix/mIoU` and so on, in per cent."""
+        return {f"{prefix}/{name}": value for name, value in self.metrics().items() if value is not None}
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """One row per category with the numbers of the requested tasks; None where a class does not occur."""
+        thing_labels = self.categories.labels("instance")
+        average_precisions = self.instance.per_class if self.instance is not None else ()
+        rows = []
+        for label, category in enumerate(self.categories.categories):
+            row: dict[str, Any] = {"id": category.id, "name": category.name, "is_thing": category.is_thing}
+            if self.panoptic is not None:
+                q = self.panoptic.per_class[label]
+                shares = {"PQ": q.pq, "SQ": q.sq, "RQ": q.rq}
+                row |= {name: 100 * value if q.occurs else None for name, value in shares.items()}
+                row |= {"TP": q.true_positives, "FP": q.false_positives, "FN": q.false_negatives}
+            if self.instance is not None:
+                value = average_precisions[thing_labels[category.id]] if category.is_thing else -1.0
+                row["AP"] = None if value < 0 else 100 * value
+            if self.semantic is not None:
+                row["IoU"] = _percent(self.semantic.per_class[label])
+                row["pixels"] = self.semantic.truth_pixels[label]
+            rows.append(row)
+        return rows
+
+    def to_json(self) -> str:
+        """The content of results.json."""
+        content = {
+            "unit": "per cent",
+            **asdict(self.subject),
+            "num_images": self.num_images,
+            "metrics": self.metrics(),
+            "num_classes_averaged": self._classes_averaged(),
+            "per_class": self.per_class(),
+        }
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    def _classes_averaged(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        if self.panoptic is not None:
+            splits = {"PQ": self.panoptic.all, "PQ_th": self.panoptic.things, "PQ_st": self.panoptic.stuff}
+            counts |= {name: quality.num_classes if quality else 0 for name, quality in splits.items()}
+        if self.instance is not None:
+            counts["AP"] = sum(value >= 0 for value in self.instance.per_class)
+        if self.semantic is not None:
+            counts["mIoU"] = sum(pixels > 0 for pixels in self.semantic.truth_pixels)
+        return counts
+
+    def table(self, per_class: bool = True) -> str:
+        """The results as plain text, at most about 100 columns wide."""
+        metrics = self.metrics()
+        blocks = [self._title()]
+        if self.panoptic is not None:
+            counts = self._classes_averaged()
+            rows = [
+                [split, *(metrics[name + suffix] for name in ("PQ", "SQ", "RQ")), counts["PQ" + suffix]]
+                for split, suffix in (("all", ""), ("things", "_th"), ("stuff", "_st"))
+            ]
+            blocks.append(_columns(["panoptic", "PQ", "SQ", "RQ", "classes"], rows))
+        if self.instance is not None:
+            names = list(self.instance.stats)
+            blocks.append(_columns(["mask AP", *names], [["", *(metrics[name] for name in names)]]))
+        if self.semantic is not None:
+            names = list(_semantic(self.semantic))
+            blocks.append(_columns(["semantic", *names], [["", *(metrics[name] for name in names)]]))
+        if per_class:
+            classes = self.per_class()
+            names = [name for name in classes[0] if name not in ("id", "name", "is_thing")]
+            rows = [
+                [row["name"], "thing" if row["is_thing"] else "stuff", *(row[name] for name in names)]
+                for row in classes
+            ]
+            blocks.append(_columns(["class", "kind", *names], rows))
+        return "\n\n".join(blocks) + "\n"
+
+    def _title(self) -> str:
+        subject = self.subject
+        parts = [f"{subject.dataset}: {self.num_images} images"]
+        if subject.subset is not None:
+            parts.append(f"SUBSET ({subject.subset})")
+        if subject.step is not None:
+            parts.append(f"checkpoint of step {subject.step}")
+        return ", ".join(parts) + f"  [data {subject.fingerprint[:12]}]"
+
+
+def _quality(quality: Quality | None) -> dict[str, float | None]:
+    if quality is None:
+        return {"PQ": None, "SQ": None, "RQ": None}
+    return {"PQ": 100 * quality.pq, "SQ": 100 * quality.sq, "RQ": 100 * quality.rq}
+
+
+def _semantic(result: MeanIoU) -> dict[str, float | None]:
+    return {
+        "mIoU": _percent(result.miou),
+        "fwIoU": _percent(result.fwiou),
+        "mACC": _percent(result.macc),
+        "pACC": _percent(result.pacc),
+        "mIoU_occurring": _percent(result.miou_occurring),
+        "mIoU_all": _percent(result.miou_all),
+    }
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lines of aligned columns: words to the left, numbers to the right; `-` for None."""
+    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    words = [all(isinstance(row[i], str) for row in rows) for i in range(len(head))]
+    lines = []
+    for row in cells:
+        aligned = [c.ljust(w) if word else c.rjust(w) for c, w, word in zip(row, widths, words, strict=True)]
+        lines.append("  ".join(aligned).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.2f}"
+        case _:
+            return str(value)

@@ -1,0 +1,85 @@
+"""What each metric compares with, from the annotation of a sample.
+
+Panoptic and semantic truth come from the partition `seg`. Instances come from the layers `inst` where the data set has
+them (COCO instances overlap and have their own areas and crowds), else from the things of `seg`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from data_pipeline.sample import DecodedSample, Segment
+from eval.average_precision import InstanceTruth
+from eval.errors import EvaluationError
+from eval.masks import encode_masks
+from eval.mean_iou import ignore_label
+from eval.panoptic_quality import PanopticTruth, TruthSegment
+
+
+def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> PanopticTruth:
+    """The partition with all its segments, crowds included, in the order of the annotation.
+
+    `labels` maps category ids to classes. Raises EvaluationError naming the image if the sample has no partition.
+    """
+    id_map = _partition(sample, "panoptic quality")
+    segments = {
+        s.id: TruthSegment(_label(sample, s, labels), s.area, s.is_crowd)
+        for s in sample.annotation.segments
+        if s.map == "seg"
+    }
+    return PanopticTruth(id_map, segments)
+
+
+def instance_truth(sample: DecodedSample, labels: Mapping[int, int]) -> InstanceTruth:
+    """The annotated instances, crowds included. `labels` maps the ids of thing categories to classes."""
+    annotation = sample.annotation
+    if annotation.inst is not None:
+        layers = annotation.inst
+        segments = [s for s in annotation.segments if s.map == "inst"]
+    else:
+        layers = _partition(sample, "instances")[None]
+        segments = [s for s in annotation.segments if s.map == "seg" and s.is_thing]
+    masks = np.empty((len(segments), *layers.shape[1:]), dtype=bool)
+    for mask, segment in zip(masks, segments, strict=True):
+        np.equal(layers[segment.layer], segment.id, out=mask)
+    return InstanceTruth(
+        masks=encode_masks(masks),
+        labels=np.array([_label(sample, s, labels) for s in segments], dtype=np.int64),
+        areas=np.array([s.area for s in segments], dtype=np.float64),
+        is_crowd=np.array([s.is_crowd for s in segments], dtype=bool),
+    )
+
+
+def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarray:
+    """Label map [H, W] made from the partition; crowds keep their class, void is `ignore_label(len(labels))`.
+
+    uint8, or uint16 from 256 classes on. The same map that the Mask2Former papers score panoptic models with.
+    """
+    id_map = _partition(sample, "semantic labels")
+    ignore = ignore_label(len(labels))
+    segments = [s for s in sample.annotation.segments if s.map == "seg"]
+    label_of_id = np.full(np.iinfo(id_map.dtype).max + 1, ignore, dtype=np.uint8 if ignore == 255 else np.uint16)
+    for segment in segments:
+        label_of_id[segment.id] = _label(sample, segment, labels)
+    return label_of_id[id_map]
+
+
+def _partition(sample: DecodedSample, what: str) -> np.ndarray:
+    if sample.annotation.seg is None:
+        raise EvaluationError(
+            f"image {sample.image_id} ({sample.source}) has no panoptic or semantic map, so {what} cannot be "
+            "evaluated; evaluate the task `instance`, or shard the data set together with its maps"
+        )
+    return sample.annotation.seg
+
+
+def _label(sample: DecodedSample, segment: Segment, labels: Mapping[int, int]) -> int:
+    label = labels.get(segment.category_id)
+    if label is None:
+        raise EvaluationError(
+            f"image {sample.image_id} ({sample.source}): segment {segment.id} has category {segment.category_id}, "
+            "which is not among the classes that are evaluated; the data set and the model disagree"
+        )
+    return label
