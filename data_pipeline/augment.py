@@ -1,0 +1,245 @@
+"""Augmentation of an image and its id maps with OpenCV: parameters are drawn first, then applied by a pure function.
+
+The part of the image that the crop needs is cut out before it is resized. Where an axis is cropped, the cut moves the
+content by at most half an output pixel (mostly below a tenth) against a resize of the whole image; image and id maps
+move together. Without a crop on an axis there is no such shift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import cv2
+import numpy as np
+
+from data_pipeline.config import AugmentConfig, LargeScaleJitter, ShortestEdgeCrop
+
+PADDING_GREY = 128
+"""Grey level of image pixels outside the image (official mappers)."""
+
+_START_CHOICES = 16  # source pixels that a cut may begin earlier
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Photometric distortion of SSD (Liu et al., 2016, section 3.6) on uint8 images; None leaves a step out."""
+
+    contrast_first: bool = True
+    """Contrast before saturation and hue, else after them."""
+    brightness: float | None = None
+    """Added grey levels."""
+    contrast: float | None = None
+    """Factor."""
+    saturation: float | None = None
+    """Factor."""
+    hue: int | None = None
+    """Added degrees / 2 (OpenCV's hue has 180 steps)."""
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """Everything that was drawn for one sample: resize, crop, recolour, flip, pad."""
+
+    scaled: tuple[int, int]
+    """Height and width of the whole image after resizing."""
+    offset: tuple[int, int]
+    """y and x of the crop's first pixel in the scaled image, before the flip."""
+    canvas: tuple[int, int]
+    """Height and width of the result; the crop is as large as fits, the rest is padding on the right and below."""
+    flip: bool = False
+    shrink: Literal["area", "bilinear"] = "area"
+    color: ColorJitter | None = None
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """The result of `augment`."""
+
+    image: np.ndarray
+    """[H, W, 3] uint8."""
+    id_maps: np.ndarray
+    """[Y, H, W], dtype of the input."""
+    size: tuple[int, int]
+    """Height and width of the part that shows the image."""
+
+
+def draw_params(rng: np.random.Generator, size: tuple[int, int], config: AugmentConfig) -> AugmentParams:
+    """Draw the parameters for an image of `size` (height, width)."""
+    match config:
+        case LargeScaleJitter():
+            return draw_large_scale_jitter(rng, size, config)
+        case ShortestEdgeCrop():
+            return draw_shortest_edge_crop(rng, size, config)
+        case _:
+            assert_never(config)
+
+
+def draw_large_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: LargeScaleJitter) -> AugmentParams:
+    """Flip with probability 1/2, scale and crop position uniform."""
+    flip, scale, place = rng.random(3)
+    scale = config.min_scale + (config.max_scale - config.min_scale) * float(scale)
+    return large_scale_jitter(size, config, flip=bool(flip < 0.5), scale=scale, place=float(place))
+
+
+def large_scale_jitter(
+    size: tuple[int, int], config: LargeScaleJitter, *, flip: bool, scale: float, place: float
+) -> AugmentParams:
+    """The official geometry of given draws: the flip comes first, and one `place` in [0, 1] sets both crop offsets."""
+    factor = min(config.size * scale / size[0], config.size * scale / size[1])
+    height, width = (max(1, round(side * factor)) for side in size)
+    y, x = (round(max(side - config.size, 0) * place) for side in (height, width))
+    if flip:
+        x = max(width - config.size, 0) - x
+    return AugmentParams(
+        scaled=(height, width), offset=(y, x), canvas=(config.size, config.size), flip=flip, shrink=config.shrink
+    )
+
+
+def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], config: ShortestEdgeCrop) -> AugmentParams:
+    """A random shortest edge, a crop uniform over all places, colours, and a flip with probability 1/2."""
+    edge, y, x, flip = rng.random(4)
+    scaled = shortest_edge_size(size, config.shortest_edges[int(edge * len(config.shortest_edges))], config.max_size)
+    room = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
+    return AugmentParams(
+        scaled=scaled,
+        offset=(int(y * (room[0] + 1)), int(x * (room[1] + 1))),
+        canvas=config.crop,
+        flip=bool(flip < 0.5),
+        shrink=config.shrink,
+        color=draw_color_jitter(rng) if config.color else None,
+    )
+
+
+def shortest_edge_size(size: tuple[int, int], shortest_edge: int, max_size: int) -> tuple[int, int]:
+    """Height and width with the shorter side at `shortest_edge` and the longer one at most `max_size`, as Detectron2."""
+    factor = shortest_edge / min(size)
+    if max(size) * factor > max_size:
+        factor = max_size / max(size)
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+
+
+def draw_color_jitter(rng: np.random.Generator) -> ColorJitter:
+    """Official ranges, each step with probability 1/2; always nine draws."""
+    draws = [float(draw) for draw in rng.random(9)]
+    use = [draw < 0.5 for draw in draws[:5]]
+    brightness, contrast, saturation, hue = draws[5:]
+    return ColorJitter(
+        contrast_first=use[0],
+        brightness=64 * brightness - 32 if use[1] else None,
+        contrast=0.5 + contrast if use[2] else None,
+        saturation=0.5 + saturation if use[3] else None,
+        hue=int(hue * 37) - 18 if use[4] else None,
+    )
+
+
+def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignore: int) -> Augmented:
+    """Apply drawn parameters. Pure; the inputs are not written to.
+
+    Args:
+        image: [H, W, 3] uint8 RGB.
+        id_maps: [Y, H, W] uint8 or int16.
+        params: the draws.
+        ignore: value of the id maps outside the image.
+    """
+    rows = _span(image.shape[0], params.scaled[0], params.offset[0], params.canvas[0])
+    columns = _span(image.shape[1], params.scaled[1], params.offset[1], params.canvas[1])
+    crop = _resize_span(image, rows, columns, params.shrink)
+    if params.color is not None:
+        crop = jitter_color(crop, params.color)
+    row_index, column_index = rows.nearest(), columns.nearest()
+    if params.flip:
+        crop, column_index = cv2.flip(crop, 1), column_index[::-1]
+    source = id_maps[:, rows.start : rows.stop]
+    ids = np.take(np.take(source, column_index, axis=2), row_index - rows.start, axis=1)
+    return Augmented(
+        image=_pad(crop, (*params.canvas, 3), PADDING_GREY),
+        id_maps=np.stack([_pad(layer, params.canvas, ignore) for layer in ids]),
+        size=(rows.length, columns.length),
+    )
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Literal["area", "bilinear"] = "area") -> np.ndarray:
+    """The whole image [H, W, 3] at another height and width."""
+    rows, columns = (_span(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
+    return _resize_span(image, rows, columns, shrink)
+
+
+def jitter_color(image: np.ndarray, jitter: ColorJitter) -> np.ndarray:
+    """Apply the colour steps in the official order, rounding to uint8 after each as the official code does."""
+    image = _linear(image, 1.0, jitter.brightness)
+    if jitter.contrast_first:
+        image = _linear(image, jitter.contrast, 0.0)
+    if jitter.saturation is not None:
+        image = _hsv_channel(image, 1, _linear_table(jitter.saturation, 0.0))
+    if jitter.hue is not None:
+        hues = (np.arange(256) + jitter.hue) % 180
+        image = _hsv_channel(image, 0, hues.astype(np.uint8))
+    if not jitter.contrast_first:
+        image = _linear(image, jitter.contrast, 0.0)
+    return image
+
+
+def _linear(image: np.ndarray, factor: float | None, term: float | None) -> np.ndarray:
+    if factor is None or term is None:
+        return image
+    return cv2.LUT(image, _linear_table(factor, term))
+
+
+def _linear_table(factor: float, term: float) -> np.ndarray:
+    values = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(term)
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def _hsv_channel(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hsv[:, :, channel] = cv2.LUT(np.ascontiguousarray(hsv[:, :, channel]), table)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def _pad(array: np.ndarray, shape: tuple[int, ...], value: int) -> np.ndarray:
+    if array.shape == shape:
+        return array
+    padded = np.full(shape, value, dtype=array.dtype)
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One axis of a crop: source pixels start..stop are scaled, then `skip` pixels are dropped and `length` kept."""
+
+    start: int
+    stop: int
+    source: int
+    scale: float
+    skip: int
+    length: int
+
+    def nearest(self) -> np.ndarray:
+        """[length] source pixel under the centre of every output pixel."""
+        index = self.start + np.floor((np.arange(self.length) + self.skip + 0.5) / self.scale).astype(np.intp)
+        return np.minimum(index, self.source - 1)
+
+
+def _span(source: int, scaled: int, offset: int, room: int) -> _Span:
+    """The part of an axis of `source` pixels, `scaled` pixels after resizing, that shows `room` pixels from `offset`."""
+    scale, length = scaled / source, min(scaled, room)
+    if length == scaled:
+        return _Span(0, source, source, scale, 0, length)
+    # One pixel more on both sides, so that interpolation has its neighbours. Of the nearest possible starts the one
+    # that lands closest to a whole output pixel is taken, since the part can only be placed on whole ones.
+    latest = max(0, int(offset / scale) - 1)
+    starts = np.arange(max(0, latest - _START_CHOICES), latest + 1)
+    start = int(starts[np.argmin(np.abs(starts * scale - np.round(starts * scale)))])
+    stop = min(source, int(np.ceil((offset + length) / scale)) + 1)
+    skip = min(round(offset - start * scale), round((stop - start) * scale) - length)
+    return _Span(start, stop, source, scale, skip, length)
+
+
+def _resize_span(image: np.ndarray, rows: _Span, columns: _Span, shrink: Literal["area", "bilinear"]) -> np.ndarray:
+    part = image[rows.start : rows.stop, columns.start : columns.stop]
+    area = shrink == "area" and rows.scale < 1 and columns.scale < 1
+    interpolation = cv2.INTER_AREA if area else cv2.INTER_LINEAR
+    resized = cv2.resize(part, None, fx=columns.scale, fy=rows.scale, interpolation=interpolation)
+    return resized[rows.skip : rows.skip + rows.length, columns.skip : columns.skip + columns.length]

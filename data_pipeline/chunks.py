@@ -1,0 +1,52 @@
+"""Chunks: runs of neighbouring samples of one shard that are fetched by one ranged read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """N samples grouped into C chunks; whole samples only, and every sample in exactly one chunk."""
+
+    samples: np.ndarray
+    """[N] sample indices in storage order: chunk c holds `samples[first[c]:first[c + 1]]`."""
+    first: np.ndarray
+    """[C + 1] bounds of the chunks in `samples`."""
+    chunk_of: np.ndarray
+    """[N] chunk of every sample index."""
+    shard: np.ndarray
+    """[C] shard number."""
+    offset: np.ndarray
+    """[C] first byte in the shard."""
+    length: np.ndarray
+    """[C] bytes to read."""
+
+    def members(self, chunk: int) -> np.ndarray:
+        """Sample indices in this chunk, in storage order."""
+        return self.samples[self.first[chunk] : self.first[chunk + 1]]
+
+
+def plan_chunks(shard: np.ndarray, offset: np.ndarray, length: np.ndarray, chunk_bytes: int) -> Chunks:
+    """Group samples (columns of a manifest, [N] each) by the `chunk_bytes`-sized cell of the shard they start in.
+
+    A chunk is longer than `chunk_bytes` by at most one sample.
+    """
+    samples = np.lexsort((offset, shard))
+    cell = offset[samples] // chunk_bytes
+    starts = np.ones(len(samples), dtype=bool)
+    starts[1:] = (np.diff(shard[samples]) != 0) | (np.diff(cell) != 0)
+    first = np.append(np.flatnonzero(starts), len(samples))
+    chunk_of = np.empty(len(samples), dtype=np.int64)
+    chunk_of[samples] = np.cumsum(starts) - 1
+    head, tail = samples[first[:-1]], samples[first[1:] - 1]
+    return Chunks(
+        samples=samples,
+        first=first,
+        chunk_of=chunk_of,
+        shard=shard[head],
+        offset=offset[head],
+        length=offset[tail] + length[tail] - offset[head],
+    )

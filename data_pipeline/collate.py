@@ -1,0 +1,197 @@
+"""Batches: what the trainer and the evaluation receive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.augment import PADDING_GREY, augment, draw_params, resize_image, shortest_edge_size
+from data_pipeline.categories import Task
+from data_pipeline.config import AugmentConfig, LargeScaleJitter
+from data_pipeline.randomness import Stream, sample_rng
+from data_pipeline.sample import DecodedSample
+from data_pipeline.targets import ImageTargets, drop_empty, image_targets
+from model.structures import BACKGROUND_ID, Targets, ignore_id
+
+FILLER_POSITION = -1
+"""Position of samples of weight zero, which show no image."""
+
+EVAL_PADDING = (124, 116, 104)
+"""ImageNet's mean colour: padding that is near zero after normalisation, as in the official test-time batches."""
+
+EVAL_MULTIPLE = 32
+"""Height and width of evaluation batches are multiples of this (Detectron2's size divisibility)."""
+
+_BUCKET = 8  # targets are padded to a multiple of this, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    images: Tensor
+    """[B, 3, H, W] uint8 RGB in channels_last memory."""
+    targets: Targets
+    keys: tuple[str, ...]
+    """Sample keys, empty for fillers; for error messages and panels."""
+    sizes: Tensor
+    """[B, 2] int64 height and width of the part that shows the image; the rest is padding."""
+    dropped_targets: int
+    """Targets left out because the crop left them without a pixel."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+            sizes=self.sizes.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned host memory."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            targets=self.targets.pin_memory(),
+            sizes=self.sizes.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Resized images for the model and the samples they came from."""
+
+    images: Tensor
+    """[B, 3, H, W] uint8 RGB in channels_last memory, padded on the right and below with EVAL_PADDING."""
+    sizes: Tensor
+    """[B, 2] int64 height and width of the resized images inside the padding."""
+    indices: tuple[int, ...]
+    """Rows of the manifest."""
+    samples: tuple[DecodedSample, ...]
+    """Image and truth at original size."""
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """All that turns a decoded sample into an example."""
+
+    task: Task
+    labels: Mapping[int, int]
+    """Source category id -> class."""
+    augment: AugmentConfig
+    drop_empty_targets: bool
+    seed: int
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height and width of every example."""
+        if isinstance(self.augment, LargeScaleJitter):
+            return self.augment.size, self.augment.size
+        return self.augment.crop
+
+
+@dataclass(frozen=True)
+class Example:
+    """One augmented image with its targets."""
+
+    key: str
+    dataset: int
+    position: int
+    image: np.ndarray
+    """[H, W, 3] uint8 RGB."""
+    targets: ImageTargets
+    size: tuple[int, int]
+    dropped: int
+
+
+def make_example(sample: DecodedSample, dataset: int, position: int, recipe: TrainRecipe) -> Example:
+    """Targets, augmentation and removal of empty targets; a pure function of sample, position and recipe."""
+    targets = image_targets(sample, recipe.task, recipe.labels)
+    rng = sample_rng(recipe.seed, position, Stream.AUGMENT)
+    params = draw_params(rng, sample.size, recipe.augment)
+    augmented = augment(sample.image, targets.id_maps, params, targets.ignore)
+    targets, dropped = replace(targets, id_maps=augmented.id_maps), 0
+    if recipe.drop_empty_targets:
+        targets, dropped = drop_empty(targets)
+    return Example(sample.key, dataset, position, augmented.image, targets, augmented.size, dropped)
+
+
+def collate(examples: Sequence[Example | None], canvas: tuple[int, int]) -> Batch:
+    """Stack examples of one canvas size; None becomes a grey filler of weight zero without targets."""
+    real = [example or _filler(canvas) for example in examples]
+    return Batch(
+        images=_stack_images([example.image for example in real]),
+        targets=_stack_targets(real),
+        keys=tuple(example.key for example in real),
+        sizes=torch.tensor([example.size for example in real], dtype=torch.int64),
+        dropped_targets=sum(example.dropped for example in real),
+    )
+
+
+def collate_eval(
+    samples: Sequence[DecodedSample], indices: Sequence[int], shortest_edge: int, max_size: int
+) -> EvalBatch:
+    """Resize every image by Detectron2's shortest-edge rule and pad all to one size, a multiple of EVAL_MULTIPLE."""
+    sizes = [shortest_edge_size(sample.size, shortest_edge, max_size) for sample in samples]
+    height, width = (-(-max(sides) // EVAL_MULTIPLE) * EVAL_MULTIPLE for sides in zip(*sizes, strict=True))
+    images = np.empty((len(samples), height, width, 3), dtype=np.uint8)
+    images[:] = EVAL_PADDING
+    for image, sample, (h, w) in zip(images, samples, sizes, strict=True):
+        image[:h, :w] = resize_image(sample.image, (h, w))
+    return EvalBatch(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        sizes=torch.tensor(sizes, dtype=torch.int64),
+        indices=tuple(indices),
+        samples=tuple(samples),
+    )
+
+
+def _filler(canvas: tuple[int, int]) -> Example:
+    nothing = np.zeros(0, dtype=np.int64)
+    targets = ImageTargets(np.full((1, *canvas), ignore_id(torch.uint8), dtype=np.uint8), nothing, nothing, nothing)
+    image = np.full((*canvas, 3), PADDING_GREY, dtype=np.uint8)
+    return Example("", 0, FILLER_POSITION, image, targets, (0, 0), 0)
+
+
+def _stack_images(images: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def _stack_targets(examples: Sequence[Example]) -> Targets:
+    most = max(len(example.targets.labels) for example in examples)
+    shape = (len(examples), max(1, -(-most // _BUCKET)) * _BUCKET)
+    labels, layer, local_id = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    valid = torch.zeros(shape, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        count = len(example.targets.labels)
+        labels[row, :count] = torch.from_numpy(example.targets.labels)
+        layer[row, :count] = torch.from_numpy(example.targets.layer)
+        local_id[row, :count] = torch.from_numpy(example.targets.local_id)
+        valid[row, :count] = True
+    return Targets(
+        id_maps=_stack_id_maps([example.targets for example in examples]),
+        labels=labels,
+        layer=layer,
+        local_id=local_id,
+        valid=valid,
+        weight=torch.tensor([float(example.position != FILLER_POSITION) for example in examples]),
+        dataset=torch.tensor([example.dataset for example in examples], dtype=torch.int64),
+        position=torch.tensor([example.position for example in examples], dtype=torch.int64),
+    )
+
+
+def _stack_id_maps(targets: Sequence[ImageTargets]) -> Tensor:
+    """[B, Y, H, W]: int16 as soon as one image needs it; images with fewer layers get empty ones."""
+    dtype = np.result_type(*(t.id_maps.dtype for t in targets))
+    layers = max(len(t.id_maps) for t in targets)
+    stacked = np.full((len(targets), layers, *targets[0].id_maps.shape[1:]), BACKGROUND_ID, dtype=dtype)
+    for row, t in zip(stacked, targets, strict=True):
+        row[: len(t.id_maps)] = t.id_maps
+        if t.id_maps.dtype != dtype:
+            row[row == t.ignore] = ignore_id(torch.int16)
+    return torch.from_numpy(stacked)

@@ -1,0 +1,135 @@
+"""From an image's annotation to the targets of one task, still at source size: one table look-up per map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from data_pipeline.categories import Task
+from data_pipeline.errors import DataError
+from data_pipeline.sample import DecodedSample, Segment
+from model.structures import BACKGROUND_ID, ignore_id
+
+_MAX_UINT8_IDS = 254  # 0 is background and 255 is ignored
+
+
+@dataclass(frozen=True)
+class ImageTargets:
+    """Targets of one image: target n covers the pixels of layer `layer[n]` that equal `local_id[n]`."""
+
+    id_maps: np.ndarray
+    """[Y, H, W] uint8, or int16 above 254 targets; see BACKGROUND_ID and ignore_id of `model.structures`."""
+    labels: np.ndarray
+    """[n] int64 contiguous classes."""
+    layer: np.ndarray
+    """[n] int64"""
+    local_id: np.ndarray
+    """[n] int64, unique over all layers."""
+
+    @property
+    def ignore(self) -> int:
+        """Id of pixels that count nowhere."""
+        return ignore_id(torch.uint8 if self.id_maps.dtype == np.uint8 else torch.int16)
+
+
+def image_targets(sample: DecodedSample, task: Task, labels: Mapping[int, int]) -> ImageTargets:
+    """The targets of a sample.
+
+    panoptic: one target per segment that is not a crowd; crowd and unlabelled pixels are ignored.
+    semantic: one target per class, crowds included (they are pixels of their class); unlabelled pixels are ignored.
+    instance: one target per thing that is not a crowd, from `inst` or else from the things of `seg`; crowd pixels are
+    ignored, everything else is background.
+
+    Args:
+        sample: a decoded sample.
+        task: what the model predicts.
+        labels: source category id -> class, from `CategoryTable.labels(task)`.
+
+    Raises:
+        DataError: the sample has no map for this task, or a category that the table does not know.
+    """
+    annotation = sample.annotation
+    if task == "instance" and annotation.inst is not None:
+        maps, kind = annotation.inst, "inst"
+    elif annotation.seg is not None:
+        maps, kind = annotation.seg[None], "seg"
+    else:
+        raise DataError(
+            f"sample {sample.key!r} ({sample.source}) has no panoptic or semantic map, which task {task!r} needs; "
+            "train with data.task instance, or shard the data set from a panoptic source"
+        )
+    segments = [s for s in annotation.segments if s.map == kind and (s.is_thing or task != "instance")]
+    _check_categories(segments, labels, sample)
+    if task == "semantic":
+        classes = sorted({labels[s.category_id] for s in segments})
+        id_of_class = {label: n for n, label in enumerate(classes, start=1)}
+        target_of = {s.id: id_of_class[labels[s.category_id]] for s in segments}
+        return _remap(maps, target_of, crowd=[], labels=classes, layers=[0] * len(classes), background=False)
+    targets = [s for s in segments if not s.is_crowd]
+    return _remap(
+        maps,
+        target_of={s.id: n for n, s in enumerate(targets, start=1)},
+        crowd=[s.id for s in segments if s.is_crowd],
+        labels=[labels[s.category_id] for s in targets],
+        layers=[s.layer for s in targets],
+        background=task == "instance",
+    )
+
+
+def drop_empty(targets: ImageTargets) -> tuple[ImageTargets, int]:
+    """Leave out targets without a pixel (after a crop). Also returns how many those were."""
+    present = np.stack([_present(layer) for layer in targets.id_maps])
+    keep = present[targets.layer, targets.local_id]
+    if keep.all():
+        return targets, 0
+    left = ImageTargets(targets.id_maps, targets.labels[keep], targets.layer[keep], targets.local_id[keep])
+    return left, int(np.count_nonzero(~keep))
+
+
+def _check_categories(segments: list[Segment], labels: Mapping[int, int], sample: DecodedSample) -> None:
+    unknown = sorted({s.category_id for s in segments} - set(labels))
+    if unknown:
+        raise DataError(
+            f"sample {sample.key!r} ({sample.source}) has segments of categories {unknown[:10]}, which are not in the "
+            "category table of its manifest; shard the data set again"
+        )
+
+
+def _remap(
+    maps: np.ndarray,
+    target_of: dict[int, int],
+    crowd: list[int],
+    labels: list[int],
+    layers: list[int],
+    background: bool,
+) -> ImageTargets:
+    small = len(labels) <= _MAX_UINT8_IDS
+    ignore = ignore_id(torch.uint8 if small else torch.int16)
+    table = np.full(
+        np.iinfo(maps.dtype).max + 1, BACKGROUND_ID if background else ignore, dtype=np.uint8 if small else np.int16
+    )
+    table[crowd] = ignore
+    table[list(target_of)] = list(target_of.values())
+    # cv2.LUT is eight times faster than indexing, but takes 8-bit maps only.
+    id_maps = np.stack([cv2.LUT(m, table) if m.dtype == np.uint8 else table[m] for m in maps])
+    if crowd and len(id_maps) > 1:
+        # A crowd lies in one layer; its pixels are unknown in the others too, except where an instance is drawn.
+        crowded = (id_maps == ignore).any(axis=0)
+        id_maps[(id_maps == BACKGROUND_ID) & crowded] = ignore
+    return ImageTargets(
+        id_maps=id_maps,
+        labels=np.asarray(labels, dtype=np.int64),
+        layer=np.asarray(layers, dtype=np.int64),
+        local_id=np.arange(1, len(labels) + 1, dtype=np.int64),
+    )
+
+
+def _present(layer: np.ndarray) -> np.ndarray:
+    """Bool per id: does it occur in this map?"""
+    if layer.dtype == np.uint8:
+        return cv2.calcHist([layer], [0], None, [256], [0, 256]).ravel() > 0
+    return np.bincount(layer.ravel(), minlength=np.iinfo(np.int16).max + 1) > 0

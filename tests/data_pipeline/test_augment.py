@@ -1,0 +1,191 @@
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.augment import (
+    AugmentParams,
+    ColorJitter,
+    augment,
+    draw_params,
+    jitter_color,
+    large_scale_jitter,
+    resize_image,
+    shortest_edge_size,
+)
+from data_pipeline.config import LargeScaleJitter, ShortestEdgeCrop
+from data_pipeline.randomness import Stream, sample_rng
+
+IGNORE = 255
+
+
+def smooth_image(height, width):
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / 9 + k) * np.cos(y / 7 - k) for k in range(3)]
+    return np.round(127 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def blocks(height, width):
+    y, x = np.mgrid[0:height, 0:width]
+    return (1 + (y // 8) * 7 % 5 + 6 * ((x // 8) % 6)).astype(np.uint8)[None]
+
+
+def whole_then_crop(image, ids, params):
+    """The obvious way: resize everything, crop, flip, pad."""
+    height, width = params.scaled
+    area = params.shrink == "area" and height < image.shape[0] and width < image.shape[1]
+    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+    rows = ((np.arange(height) + 0.5) * image.shape[0] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * image.shape[1] / width).astype(int)
+    labels = ids[0][rows][:, columns]
+    y, x = params.offset
+    crop = resized[y : y + params.canvas[0], x : x + params.canvas[1]]
+    labels = labels[y : y + params.canvas[0], x : x + params.canvas[1]]
+    if params.flip:
+        crop, labels = crop[:, ::-1], labels[:, ::-1]
+    out = np.full((*params.canvas, 3), 128, np.uint8)
+    out_labels = np.full(params.canvas, IGNORE, np.uint8)
+    out[: crop.shape[0], : crop.shape[1]] = crop
+    out_labels[: crop.shape[0], : crop.shape[1]] = labels
+    return out, out_labels
+
+
+@pytest.mark.parametrize("name", ["down", "up_flip", "mid", "tiny"])
+def test_large_scale_jitter_equals_the_official_label_maps(goldens, name):
+    golden = np.load(goldens / "h_augment.npz")
+    flip, scale, place = (float(v) for v in golden[f"lsj_{name}_params"])
+    params = large_scale_jitter((45, 61), LargeScaleJitter(size=64), flip=bool(flip), scale=scale, place=place)
+    result = augment(golden["image"], golden["seg"][None], params, IGNORE)
+    np.testing.assert_array_equal(result.id_maps[0], golden[f"lsj_{name}_seg"])
+    difference = np.abs(result.image.astype(int) - golden[f"lsj_{name}_image"])
+    if params.scaled[0] > 45:  # growing is the same bilinear interpolation; shrinking is INTER_AREA, not PIL's filter
+        assert difference.max() <= 1
+    h, w = result.size
+    assert difference[:h, :w].mean() < 8
+    assert difference[h:].max(initial=0) == 0
+    assert difference[:, w:].max(initial=0) == 0
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_color_jitter_equals_the_official_one(goldens, case):
+    golden = np.load(goldens / "h_augment.npz")
+    order, brightness, contrast, saturation, hue = (
+        float(v) for v in golden[f"color_{case}_params_order_beta_contrast_saturation_hue"]
+    )
+    jitter = ColorJitter(
+        contrast_first=order == 1, brightness=brightness, contrast=contrast, saturation=saturation, hue=int(hue)
+    )
+    difference = jitter_color(golden["image"], jitter).astype(int) - golden[f"color_{case}_image"]
+    assert np.abs(difference).max() <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.tuples(st.integers(20, 90), st.integers(20, 90)),
+    position=st.integers(0, 2**40),
+    canvas=st.sampled_from([32, 64]),
+    jitter=st.booleans(),
+)
+def test_cutting_first_equals_resizing_everything_within_a_pixel(size, position, canvas, jitter):
+    image, ids = smooth_image(*size), blocks(*size)
+    config = (
+        LargeScaleJitter(size=canvas)
+        if jitter
+        else ShortestEdgeCrop(shortest_edges=(24, 48, 96), max_size=200, crop=(canvas, canvas + 8), color=False)
+    )
+    params = draw_params(sample_rng(1, position, Stream.AUGMENT), size, config)
+    result = augment(image, ids, params, IGNORE)
+    _, labels = whole_then_crop(image, ids, params)
+    assert result.image.shape == (*params.canvas, 3)
+    # Every label is found in the reference within one pixel.
+    around = np.pad(labels, 1, mode="edge")
+    h, w = params.canvas
+    near = np.zeros_like(labels, dtype=bool)
+    for dy in range(3):
+        for dx in range(3):
+            near |= result.id_maps[0] == around[dy : dy + h, dx : dx + w]
+    assert near.all()
+    np.testing.assert_array_equal(result.id_maps[0] == IGNORE, labels == IGNORE)
+
+
+@pytest.mark.parametrize("shrink", ["area", "bilinear"])
+@pytest.mark.parametrize("scaled", [(60, 80), (24, 32), (90, 120)])
+def test_without_a_crop_the_pixels_are_those_of_a_plain_resize(shrink, scaled):
+    image, ids = smooth_image(48, 64), blocks(48, 64)
+    params = AugmentParams(scaled=scaled, offset=(0, 0), canvas=(128, 128), flip=True, shrink=shrink)
+    result = augment(image, ids, params, IGNORE)
+    expected, labels = whole_then_crop(image, ids, params)
+    np.testing.assert_array_equal(result.image, expected)
+    np.testing.assert_array_equal(result.id_maps[0], labels)
+
+
+def test_image_and_ids_stay_aligned_when_cropped():
+    # The image shows its own ids, so the two results must agree wherever interpolation is far from a border.
+    ids = blocks(70, 90)
+    image = np.repeat(ids[0][..., None] * 5, 3, axis=-1)
+    for position in range(40):
+        params = draw_params(
+            sample_rng(3, position, Stream.AUGMENT), (70, 90), LargeScaleJitter(size=64, min_scale=1.2)
+        )
+        result = augment(image, ids, params, IGNORE)
+        shown = result.image[..., 0] == result.id_maps[0] * 5
+        flat = cv2.erode(result.image[..., 0], np.ones((5, 5))) == cv2.dilate(result.image[..., 0], np.ones((5, 5)))
+        h, w = result.size
+        assert shown[:h, :w][flat[:h, :w]].all()
+
+
+def test_draws_depend_only_on_seed_and_position():
+    config = ShortestEdgeCrop(shortest_edges=(32, 48, 64), max_size=128, crop=(32, 48))
+    first = [draw_params(sample_rng(5, p, Stream.AUGMENT), (40, 50), config) for p in range(20)]
+    again = [draw_params(sample_rng(5, p, Stream.AUGMENT), (40, 50), config) for p in reversed(range(20))]
+    assert first == again[::-1]
+    assert len({dataclasses.astuple(p) for p in first}) == 20
+    assert first != [draw_params(sample_rng(6, p, Stream.AUGMENT), (40, 50), config) for p in range(20)]
+
+
+def test_draws_cover_the_official_ranges():
+    config = ShortestEdgeCrop(shortest_edges=(32, 64), max_size=256, crop=(32, 32))
+    drawn = [draw_params(sample_rng(0, p, Stream.AUGMENT), (40, 50), config) for p in range(3000)]
+    jitters = [p.color for p in drawn if p.color]
+    for name, low, high in [
+        ("brightness", -32, 32),
+        ("contrast", 0.5, 1.5),
+        ("saturation", 0.5, 1.5),
+        ("hue", -18, 18),
+    ]:
+        values = [getattr(j, name) for j in jitters]
+        used = [v for v in values if v is not None]
+        assert 0.45 < len(used) / len(values) < 0.55
+        assert low <= min(used) < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < max(used) <= high
+    assert {p.scaled for p in drawn} == {(32, 40), (64, 80)}
+    assert {p.offset[1] for p in drawn if p.scaled == (32, 40)} == set(range(9))
+    assert 0.45 < np.mean([p.flip for p in drawn]) < 0.55
+
+
+def test_inputs_are_not_written_to():
+    image, ids = smooth_image(40, 50), blocks(40, 50)
+    image.flags.writeable = ids.flags.writeable = False
+    params = AugmentParams(
+        scaled=(40, 50), offset=(0, 0), canvas=(40, 50), color=ColorJitter(brightness=9.0, saturation=1.2, hue=4)
+    )
+    augment(image, ids, params, IGNORE)
+
+
+def test_wide_id_maps_keep_their_type():
+    ids = np.arange(40 * 50, dtype=np.int16).reshape(1, 40, 50)
+    params = AugmentParams(scaled=(40, 50), offset=(3, 4), canvas=(20, 20))
+    result = augment(smooth_image(40, 50), ids, params, 32767)
+    np.testing.assert_array_equal(result.id_maps, ids[:, 3:23, 4:24])
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "limit", "expected"),
+    [((480, 640), 800, 1333, (800, 1067)), ((640, 480), 800, 1333, (1067, 800)), ((100, 900), 800, 1333, (148, 1333))],
+)
+def test_shortest_edge_rule(size, edge, limit, expected):
+    assert shortest_edge_size(size, edge, limit) == expected
+    assert resize_image(smooth_image(*size), expected).shape == (*expected, 3)
