@@ -1,0 +1,60 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.mask2former import build_model
+from model.weights import to_own_names
+from trainer.config import OptimizerConfig
+from trainer.errors import TrainingError
+from trainer.param_groups import build_param_groups
+
+
+def settings_by_name(model):
+    groups = build_param_groups(model, OptimizerConfig())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+
+def test_every_parameter_has_the_official_settings(goldens):
+    official = json.loads((goldens / "g_param_groups_r50_coco_panoptic.json").read_text())
+    entries = json.loads((goldens / "state_dict_r50_coco_panoptic.json").read_text())["entries"]
+    rows = {entry["key"]: entry["shape"][0] for entry in entries if entry["shape"]}
+    choices = sorted({(lr, decay) for _, lr, decay in official["groups"]})
+    # Each official tensor becomes a column that holds its group, so that joined and split projections carry theirs.
+    coded = {name: torch.full((rows[name],), choices.index((lr, wd))) for name, lr, wd in official["groups"]}
+    expected = to_own_names(coded, "official")
+
+    ours = settings_by_name(build_model(ModelConfig(num_classes=133), pretrained_backbone=False))
+    assert set(ours) == set(expected)
+    for name, codes in expected.items():
+        assert codes.unique().numel() == 1, name
+        assert ours[name] == pytest.approx(choices[codes[0]], rel=1e-15), name
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"conv": nn.Conv2d(1, 1, 1), "norm": nn.GroupNorm(1, 1)})
+        self.backbone.register_parameter("relative_position_bias_table", nn.Parameter(torch.zeros(1)))
+        self.query = nn.Embedding(1, 1)
+        self.linear = nn.Linear(1, 1)
+        self.tied = self.linear
+        self.frozen = nn.Linear(1, 1).requires_grad_(False)
+
+
+def test_groups_are_merged_and_leave_out_frozen_parameters():
+    groups = build_param_groups(Toy(), OptimizerConfig(lr=1.0, weight_decay=0.5, backbone_lr_multiplier=0.1))
+    assert [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in groups] == [
+        ("backbone", 2, 0.1, 0.5),
+        ("backbone_no_decay", 3, 0.1, 0.0),
+        ("head", 2, 1.0, 0.5),
+        ("head_no_decay", 1, 1.0, 0.0),
+    ]
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(TrainingError, match="no trainable parameter"):
+        build_param_groups(nn.Linear(1, 1).requires_grad_(False), OptimizerConfig())

@@ -1,0 +1,39 @@
+import json
+
+import pytest
+
+from trainer.config import MultiStepSchedule, PolySchedule
+from trainer.schedule import lr_factor
+
+COCO_50EP = MultiStepSchedule(milestones=(327_778, 355_092))
+COCO_100EP = MultiStepSchedule(milestones=(655_556, 710_184))
+OFFICIAL = {
+    "coco_50ep": COCO_50EP,
+    "coco_100ep": COCO_100EP,
+    "ade20k_160k": PolySchedule(),
+    "cityscapes_90k": PolySchedule(),
+    "mapillary_300k": PolySchedule(),
+}
+
+
+def test_five_official_schedules(goldens):
+    golden = json.loads((goldens / "g_lr_schedule.json").read_text())
+    assert set(golden) == set(OFFICIAL)
+    for name, expected in golden.items():
+        for step, lr in expected["lr_at_iter"]:
+            ours = 1e-4 * lr_factor(OFFICIAL[name], step, expected["max_iter"])
+            assert ours == pytest.approx(lr, rel=1e-12), f"{name} at {step}"
+
+
+def test_warmup_is_linear_and_ends():
+    schedule = PolySchedule(power=0.0, warmup_steps=3)
+    assert [lr_factor(schedule, step, 100) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_milestones_in_any_order():
+    shuffled = MultiStepSchedule(milestones=(20, 10))
+    assert [lr_factor(shuffled, step, 30) for step in (9, 10, 20)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_poly_is_zero_after_the_end():
+    assert lr_factor(PolySchedule(), 101, 100) == 0.0

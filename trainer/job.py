@@ -1,0 +1,56 @@
+"""What one rank needs to train, and how the outside asks it to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from data_pipeline.config import DataConfig, StorageConfig
+from model.config import ModelConfig
+from trainer.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One training run as one rank sees it; the same for all ranks. Picklable."""
+
+    run_folder: str
+    """Folder or `s3://` prefix; checkpoints go to `checkpoints/` in it."""
+    model: ModelConfig
+    """With `num_classes` set."""
+    data: DataConfig
+    shards: tuple[str, ...]
+    """Folder or `s3://` prefix of the shards of every item of `data.train`, in its order."""
+    training: TrainingConfig
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    seed: int = 0
+    recipe: str = ""
+    """The resolved recipe (YAML), stored with every checkpoint."""
+
+
+class Control(Protocol):
+    """Asked by rank 0 before every step; both end the run after a checkpoint at the next step boundary."""
+
+    def stop_requested(self) -> bool:
+        """Whether the user wants the run to end."""
+        ...
+
+    def drain_requested(self) -> bool:
+        """Whether a machine is about to go away; the run is meant to continue elsewhere."""
+        ...
+
+
+@dataclass
+class ManualControl:
+    """Control by attributes: for tests, and for runs that nobody interrupts."""
+
+    stop: bool = False
+    drain: bool = False
+
+    def stop_requested(self) -> bool:
+        """Whether `stop` was set."""
+        return self.stop
+
+    def drain_requested(self) -> bool:
+        """Whether `drain` was set."""
+        return self.drain

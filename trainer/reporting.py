@@ -1,0 +1,66 @@
+"""Where metrics, checkpoints and events of a run go."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, Protocol, TextIO
+
+EventKind = Literal["resumed", "skipped", "drained", "stopped", "finished"]
+
+
+@dataclass(frozen=True)
+class CommittedCheckpoint:
+    """A checkpoint whose manifest is written: it is complete and can be loaded by anyone."""
+
+    step: int
+    """Optimizer steps done."""
+    url: str
+    """Folder of the checkpoint."""
+
+
+class Reporter(Protocol):
+    """Told by the loop; must return at once and never raise for an outage of what is behind it."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Rank 0 only, every `log_every_steps` optimizer steps."""
+        ...
+
+    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
+        """On every rank, in the same step, after the commit."""
+        ...
+
+    def event(self, kind: EventKind, step: int, message: str) -> None:
+        """Rank 0 only: something worth a line in the log."""
+        ...
+
+
+class LogReporter:
+    """One readable line per report."""
+
+    def __init__(self, max_steps: int, stream: TextIO | None = None) -> None:
+        self.max_steps = max_steps
+        self.stream = stream or sys.stdout
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Step, losses, gradient norm, learning rate, images/s, time waited for data, time left."""
+        left = timedelta(seconds=round(values["eta_s"]))
+        self._line(
+            f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"
+            f"  loss {values['loss/total']:.4f} (class {values['loss/class']:.4f}, mask {values['loss/mask']:.4f}, "
+            f"dice {values['loss/dice']:.4f})  grad {values['grad_norm']:.3g}  lr {values['lr']:.3g}"
+            f"  {values['images_per_s']:.1f} images/s  data wait {100 * values['data_wait_share']:.0f} %  left {left}"
+        )
+
+    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
+        """Where the checkpoint is."""
+        self._line(f"step {checkpoint.step}: checkpoint {checkpoint.url}")
+
+    def event(self, kind: EventKind, step: int, message: str) -> None:
+        """The message."""
+        self._line(f"step {step}: {kind}: {message}")
+
+    def _line(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)  # noqa: T201 (this is the log)
