@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from cluster.journal import Journal
+from cluster.recipe import parse_recipe
+from cluster.tracking import Tracking, TrackingError, create_run, tracking_uri
+
+RECIPE = """
+name: tracked
+datasets: {train: {shards: shards/train}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 10}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return dataclasses.replace(parse_recipe(RECIPE), output=str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def migrated_database(tmp_path_factory):
+    """An empty MLflow database; making one takes seconds, copying it none."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def run(config, migrated_database, tmp_path):
+    folder = tmp_path / "runs" / "tracked"
+    folder.mkdir(parents=True)
+    (folder / "mlflow.db").write_bytes(migrated_database)
+    return create_run(config)
+
+
+def history(run, key):
+    client = MlflowClient(tracking_uri=run.uri)
+    return sorted((m.step, m.value) for m in client.get_metric_history(run.run_id, key))
+
+
+def test_journal_rereads_what_was_not_committed_and_survives_a_half_line(tmp_path):
+    journal = Journal(tmp_path / "a.jsonl")
+    for n in range(3):
+        journal.append({"n": n})
+    first, rest = journal.read(1), journal.read(10)
+    assert [entry["n"] for entry, _ in rest] == [0, 1, 2]
+    journal.commit(first[0][1])
+    with journal.path.open("ab") as file:
+        file.write(b'{"n": 3')  # killed while writing
+    again = Journal(tmp_path / "a.jsonl")
+    again.append({"n": 4})
+    assert [entry["n"] for entry, _ in again.read(10)] == [1, 2, 4]
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_has_parameters_recipe_tags_metrics_and_artifacts(config, run, tmp_path):
+    (tmp_path / "table.txt").write_text("pq 50")
+    tracking = Tracking(run, "driver", interval_s=0.05)
+    tracking.log_metrics(1, {"loss": 2.0, "pq/traffic light, red": 0.5})
+    tracking.log_metrics(2, {"loss": float("nan")})
+    tracking.log_artifact(tmp_path / "table.txt", "evaluation")
+    tracking.set_tag("note", "x")
+    assert tracking.finish("FINISHED")
+    client = MlflowClient(tracking_uri=run.uri)
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.info.run_name == "tracked"
+    assert stored.data.params["training.max_steps"] == "10"
+    assert stored.data.tags["note"] == "x"
+    assert history(run, "pq/traffic light_ red") == [(1, 0.5)]
+    assert [s for s, _ in history(run, "loss")] == [1, 2]
+    assert math.isnan(history(run, "loss")[1][1])
+    names = {a.path for a in client.list_artifacts(run.run_id)}
+    assert names == {"recipe.yaml", "evaluation"}
+    assert not os.listdir(run.spool)
+
+
+def test_a_resumed_run_is_the_same_run_and_repeats_no_step(config, run):
+    first = Tracking(run, "rank0", interval_s=0.05)
+    for step in (1, 2, 3):
+        first.log_metrics(step, {"loss": float(step)})
+    assert first.close()
+    changed = dataclasses.replace(config, seed=7)
+    again = create_run(changed)
+    assert again == run
+    second = Tracking(again, "rank0", interval_s=0.05)
+    for step in (2, 3, 4, 5):  # from the checkpoint of step 1
+        second.log_metrics(step, {"loss": float(step), "new": 0.0})
+    assert second.close()
+    assert Tracking(again, "driver", interval_s=0.05).finish("FINISHED")
+    assert history(run, "loss") == [(n, float(n)) for n in (1, 2, 3, 4, 5)]
+    assert len(history(run, "new")) == 4
+    assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.tags["resumed.seed"] == "7"
+
+
+def test_late_steps_that_the_store_does_not_have_are_kept(run):
+    first = Tracking(run, "evaluation", interval_s=0.05)
+    first.log_metrics(20, {"pq": 0.2})
+    assert first.close()
+    second = Tracking(run, "evaluation", interval_s=0.05)
+    second.log_metrics(10, {"pq": 0.1})
+    second.log_metrics(20, {"pq": 0.2})
+    assert second.close()
+    assert history(run, "pq") == [(10, 0.1), (20, 0.2)]
+
+
+def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):
+    script = (
+        "import os, sys\nfrom cluster.tracking import *\n"
+        f"t = Tracking(TrackedRun(uri={run.uri!r}, run_id={run.run_id!r}, spool={run.spool!r}), 'rank0', 0.05)\n"
+        "for step in range(50): t.log_metrics(step, {'loss': step})\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], cwd=os.getcwd(), capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert Tracking(run, "driver", interval_s=0.05).finish("FAILED")  # sends rank 0's journal too
+    assert history(run, "loss") == [(n, float(n)) for n in range(50)]
+
+
+def test_what_the_store_refuses_does_not_hold_up_the_rest(run, caplog):
+    tracking = Tracking(run, "rank0", interval_s=0.05)
+    tracking.log_metrics(1, {"x" * 300: 1.0})  # MLflow takes keys of up to 250 characters
+    tracking.set_tag("note", "x")
+    tracking.log_metrics(2, {"loss": 1.0})
+    assert tracking.close()
+    assert history(run, "loss") == [(2, 1.0)]
+    assert "refuses 1 entries" in caplog.text
+
+
+def test_default_store_is_sqlite_in_the_run_folder_and_a_bucket_needs_a_server(config, monkeypatch):
+    assert tracking_uri(config) == f"sqlite:///{config.output}/tracked/mlflow.db"
+    with pytest.raises(TrackingError, match=r"set tracking\.uri or MLFLOW_TRACKING_URI"):
+        tracking_uri(dataclasses.replace(config, output="s3://bucket/runs"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        tracking_uri(config)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_unreachable_server_at_the_first_start_is_a_message(config, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(TrackingError, match=r"cannot create an MLflow run at http://127\.0\.0\.1"):
+        create_run(config)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_server(folder, port):
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/server"]
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return process
+        except OSError:
+            time.sleep(0.2)
+        assert process.poll() is None, (folder / "server.log").read_text()
+    raise AssertionError("the server did not start")
+
+
+def stop_server(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_an_outage_of_a_real_server_holds_up_nothing_and_loses_nothing(
+    config, migrated_database, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "server.db").write_bytes(migrated_database)
+    port = free_port()
+    server = start_server(tmp_path, port)
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        run = create_run(config)
+        tracking = Tracking(run, "rank0", interval_s=0.05)
+        tracking.log_metrics(0, {"loss": 0.0})
+        stop_server(server)
+        started = time.monotonic()
+        for step in range(1, 100):
+            tracking.log_metrics(step, {"loss": float(step)})
+        assert time.monotonic() - started < 1.0
+        assert not tracking.close(timeout_s=1.0)
+        assert "wait in" in caplog.text
+        server = start_server(tmp_path, port)
+        (tmp_path / "results.json").write_text(json.dumps({"pq": 1}))
+        resumed = Tracking(create_run(config), "rank0", interval_s=0.05)
+        resumed.log_metrics(100, {"loss": 100.0})
+        resumed.log_artifact(tmp_path / "results.json")
+        assert resumed.close()
+        assert history(run, "loss") == [(n, float(n)) for n in range(101)]
+        names = {a.path for a in MlflowClient(tracking_uri=run.uri).list_artifacts(run.run_id)}
+        assert names == {"recipe.yaml", "results.json"}
+    finally:
+        stop_server(server)
