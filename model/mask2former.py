@@ -1,0 +1,65 @@
+"""The whole model: backbone, pixel decoder and transformer decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.backbones import build_backbone
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.pixel_decoder import MSDeformAttnPixelDecoder
+from model.structures import Predictions
+from model.transformer_decoder import MaskedTransformerDecoder
+
+
+class Mask2Former(nn.Module):
+    """Masked-attention mask transformer (Cheng et al., CVPR 2022)."""
+
+    def __init__(self, config: ModelConfig, backbone: nn.Module, channels: tuple[int, ...], num_classes: int) -> None:
+        """`channels` of the backbone's maps at strides 4, 8, 16, 32; `num_classes` without "no object"."""
+        super().__init__()
+        self.backbone = backbone
+        self.pixel_decoder = MSDeformAttnPixelDecoder(config.pixel_decoder, channels)
+        self.transformer_decoder = MaskedTransformerDecoder(
+            config.transformer_decoder, config.pixel_decoder.conv_dim, config.pixel_decoder.mask_dim, num_classes
+        )
+        # Settings, not weights: kept out of checkpoints.
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Predictions:
+        """`images` [B, 3, H, W] as `normalise` returns them."""
+        mask_features, features = self.pixel_decoder(self.backbone(images))
+        return self.transformer_decoder(features, mask_features)
+
+    @torch.no_grad()
+    def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """RGB `images` [B, 3, H, W] in 0..255 to float32 of zero mean and unit variance, on the device of the images.
+
+        Pixels outside each image's (height, width) in `sizes` [B, 2] become 0, as if they were padded afterwards.
+        """
+        mean, std = (buffer.to(images.device, torch.float32) for buffer in (self.pixel_mean, self.pixel_std))
+        normalised = (images.to(torch.float32) - mean) / std
+        return normalised if sizes is None else zero_outside(normalised, sizes.to(images.device))
+
+
+def zero_outside(images: Tensor, sizes: Tensor) -> Tensor:
+    """`images` [B, C, H, W] with zeros below and to the right of each (height, width) in `sizes` [B, 2]."""
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) < sizes[:, :1]
+    columns = torch.arange(width, device=images.device) < sizes[:, 1:]
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    return images.masked_fill(~inside, 0.0)
+
+
+def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Mask2Former:
+    """Build the model of a recipe; `config.weights` is left to `model.weights.load_weights`.
+
+    With `pretrained_backbone=False` the backbone's own weights are neither fetched nor read: for a model that gets a
+    checkpoint next. Raises ConfigError where the recipe cannot work.
+    """
+    if config.num_classes is None:
+        raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
+    backbone = build_backbone(config.backbone, pretrained=pretrained_backbone)
+    return Mask2Former(config, backbone, backbone.channels, config.num_classes)

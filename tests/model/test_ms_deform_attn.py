@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+
+from model.ms_deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_embedding_bag, ms_deform_attn_grid_sample
+
+FORMS = [ms_deform_attn_embedding_bag, ms_deform_attn_grid_sample]
+
+
+def random_problem(shapes, *, batch=2, queries=7, heads=2, dim=4, points=3, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels, levels = sum(h * w for h, w in shapes), len(shapes)
+    value = torch.randn(batch, pixels, heads, dim, generator=generator, dtype=dtype)
+    locations = torch.rand(batch, queries, heads, levels, points, 2, generator=generator, dtype=dtype) * 1.6 - 0.3
+    weights = torch.rand(batch, queries, heads, levels, points, generator=generator, dtype=dtype)
+    return [tensor.requires_grad_() for tensor in (value, locations, weights)]
+
+
+def pixel_loop(value, shapes, locations, weights):
+    """The definition, one sample and one corner at a time."""
+    batch, queries, heads, levels, points, _ = locations.shape
+    output = torch.zeros(batch, queries, heads, value.shape[-1], dtype=value.dtype)
+    for b, q, g, level, p in np.ndindex(batch, queries, heads, levels, points):
+        height, width = shapes[level]
+        start = sum(h * w for h, w in shapes[:level])
+        x = locations[b, q, g, level, p, 0].item() * width - 0.5
+        y = locations[b, q, g, level, p, 1].item() * height - 0.5
+        for row in (int(np.floor(y)), int(np.floor(y)) + 1):
+            for column in (int(np.floor(x)), int(np.floor(x)) + 1):
+                if 0 <= row < height and 0 <= column < width:
+                    share = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[b, q, g, level, p]
+                    output[b, q, g] += share * value[b, start + row * width + column, g]
+    return output.flatten(2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["c0", "c1", "c2"])
+def test_equals_the_official_operator_and_its_gradients(goldens, case, form):
+    golden = np.load(goldens / "a_msda.npz")
+    names = ("value", "sampling_locations", "attention_weights")
+    inputs = [torch.from_numpy(golden[f"{case}_{name}"]).requires_grad_() for name in names]
+    shapes = [tuple(row) for row in golden[f"{case}_spatial_shapes"].tolist()]
+    output = form(inputs[0], shapes, *inputs[1:])
+    torch.testing.assert_close(output, torch.from_numpy(golden[f"{case}_output"]), rtol=0, atol=1e-10)
+    output.backward(torch.from_numpy(golden[f"{case}_grad_output"]))
+    for name, tensor in zip(names, inputs, strict=True):
+        expected = torch.from_numpy(golden[f"{case}_grad_{name}"])
+        torch.testing.assert_close(tensor.grad, expected, rtol=0, atol=1e-10, msg=name)
+
+
+def test_module_equals_the_official_module_and_its_gradients(goldens):
+    golden = {key: torch.from_numpy(value) for key, value in np.load(goldens / "a_msda.npz").items()}
+    module = MSDeformAttn(32, levels=3, heads=4, points=4).double()
+    module.load_state_dict({key[5:]: value for key, value in golden.items() if key.startswith("modw_")})
+    query = golden["mod_query"].requires_grad_()
+    source = golden["mod_input_flatten"].requires_grad_()
+    shapes = [tuple(row) for row in golden["mod_spatial_shapes"].tolist()]
+    output = module(query, golden["mod_reference_points"], source, shapes)
+    torch.testing.assert_close(output, golden["mod_output"], rtol=0, atol=1e-10)
+    output.backward(golden["mod_grad_output"])
+    torch.testing.assert_close(query.grad, golden["mod_grad_query"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(source.grad, golden["mod_grad_input_flatten"], rtol=0, atol=1e-10)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, golden[f"modg_{name}"], rtol=0, atol=1e-10, msg=name)
+
+
+def test_starts_with_the_official_offsets(goldens):
+    expected = np.load(goldens / "a_msda.npz")["init_sampling_offsets_bias_h8_l3_p4"]
+    bias = MSDeformAttn(256, levels=3, heads=8, points=4).sampling_offsets.bias
+    torch.testing.assert_close(bias.detach(), torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shapes", [[(3, 5)], [(1, 1), (1, 7), (4, 2)]])
+def test_both_forms_follow_the_definition(form, shapes):
+    value, locations, weights = random_problem(shapes, batch=1, queries=3)
+    torch.testing.assert_close(
+        form(value, shapes, locations, weights), pixel_loop(value, shapes, locations, weights), rtol=0, atol=1e-12
+    )
+
+
+def test_both_forms_have_equal_gradients_in_float32():
+    shapes = [(5, 3), (2, 9)]
+    inputs = random_problem(shapes, dtype=torch.float32, seed=3)
+    gradients = []
+    for form in FORMS:
+        output = form(inputs[0], shapes, *inputs[1:])
+        gradients.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_finite_differences(form):
+    shapes = [(3, 4), (2, 2)]
+    inputs = random_problem(shapes, batch=1, queries=2, dim=2, points=2, seed=5)
+    assert torch.autograd.gradcheck(lambda v, x, w: form(v, shapes, x, w), inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("far", [-3.0, 4.0, 1e12])
+def test_samples_outside_count_zero(form, far):
+    shapes = [(3, 4)]
+    value, locations, weights = random_problem(shapes)
+    assert form(value, shapes, torch.full_like(locations, far), weights).abs().max() == 0
+
+
+def test_operator_on_cpu_is_the_embedding_bag_form():
+    shapes = [(3, 5), (2, 2)]
+    inputs = random_problem(shapes)
+    expected = ms_deform_attn_embedding_bag(inputs[0], shapes, *inputs[1:])
+    assert torch.equal(ms_deform_attn(inputs[0], shapes, *inputs[1:]), expected)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "parameters"])
+def test_coordinates_stay_float32_in_bfloat16(monkeypatch, mode):
+    seen = {}
+
+    def spy(value, shapes, locations, weights):
+        seen.update(value=value.dtype, locations=locations.dtype, weights=weights.dtype)
+        return ms_deform_attn_embedding_bag(value, shapes, locations, weights)
+
+    monkeypatch.setattr("model.ms_deform_attn.ms_deform_attn", spy)
+    torch.manual_seed(0)
+    module = MSDeformAttn(16, levels=1, heads=2, points=2)
+    query, source = torch.randn(1, 4, 16), torch.randn(1, 6, 16)
+    exact = module(query, torch.rand(1, 4, 1, 2), source, [(2, 3)])
+    if mode == "parameters":
+        module, query, source = module.bfloat16(), query.bfloat16(), source.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        output = module(query, torch.rand(1, 4, 1, 2), source, [(2, 3)])
+    assert seen == {"value": torch.bfloat16, "locations": torch.float32, "weights": torch.float32}
+    assert output.dtype == torch.bfloat16
+    assert output.shape == exact.shape
+    assert output.isfinite().all()
