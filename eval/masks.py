@@ -33,3 +33,8 @@ def mask_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: np.nd
         return np.zeros((len(detected), len(annotated)))
     ious = coco_masks.iou(cast("Any", list(detected)), cast("Any", list(annotated)), is_crowd.tolist())
     return np.asarray(ious)
+
+
+def decode_mask(mask: Rle) -> np.ndarray:
+    """The pixels [H, W] bool of one mask."""
+    return np.asarray(cast("Any", coco_masks).decode(mask), dtype=bool)

@@ -1,0 +1,215 @@
+"""Pictures to judge a model by: image, truth and prediction side by side, and several of them on one sheet."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipeline.categories import Category
+from data_pipeline.sample import VOID_ID
+
+COLUMN_PIXELS = (560, 960)
+"""Images are scaled so that their longer side lies in this range; in between they keep their size."""
+GAP = 8
+HEADER = 30
+FONT_SIZE = 15
+PAPER = (24, 26, 30)
+INK = (236, 238, 240)
+FILL_OPACITY = 0.55
+VOID_OPACITY = 0.55
+GOLDEN_RATIO = 0.61803398875
+
+
+@dataclass(frozen=True)
+class SceneSegment:
+    """How one segment is drawn."""
+
+    label: int
+    """Contiguous class; an index into the scene's classes."""
+    score: float | None = None
+    """Written behind the class name; None for truth."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture's segments: truth or prediction of any task, flattened to one id map."""
+
+    title: str
+    id_map: np.ndarray
+    """[H, W] integers; VOID_ID and ids without a segment show the dimmed image."""
+    segments: Mapping[int, SceneSegment]
+
+
+def render_panel(image: np.ndarray, name: str, scenes: Sequence[Scene], classes: Sequence[Category]) -> bytes:
+    """PNG of the image [H, W, 3] uint8 RGB followed by the scenes, left to right."""
+    scale = _scale(image.shape[:2])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    columns = [_titled(shown, name)]
+    columns += [_titled(_draw_scene(shown, scene, classes), scene.title) for scene in scenes]
+    gap = np.full((columns[0].shape[0], GAP, 3), PAPER, dtype=np.uint8)
+    joined = [part for column in columns for part in (column, gap)][:-1]
+    return encode_png(np.concatenate(joined, axis=1))
+
+
+def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
+    """PNG of several panels in rows of `columns`, all scaled to the width of the narrowest."""
+    images = [decode_png(panel) for panel in panels]
+    width = min(image.shape[1] for image in images)
+    images = [_to_width(image, width) for image in images]
+    rows = []
+    for start in range(0, len(images), columns):
+        row = images[start : start + columns]
+        sheet = np.full((max(i.shape[0] for i in row) + GAP, columns * (width + GAP) - GAP, 3), PAPER, dtype=np.uint8)
+        for position, image in enumerate(row):
+            left = position * (width + GAP)
+            sheet[: image.shape[0], left : left + width] = image
+        rows.append(sheet)
+    return encode_png(np.concatenate(rows)[:-GAP])
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG of an RGB image [H, W, 3] uint8; equal pixels give equal bytes."""
+    done, png = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    assert done
+    return png.tobytes()
+
+
+def decode_png(png: bytes) -> np.ndarray:
+    """RGB pixels [H, W, 3] uint8 of a panel."""
+    image = cv2.imdecode(np.frombuffer(png, dtype=np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None
+    return image[..., ::-1]
+
+
+def segment_color(category: Category, label: int, instance: int) -> tuple[int, int, int]:
+    """RGB colour of the instance-th segment of a class in its picture: the hue of the class, slightly varied.
+
+    Classes without a colour of their own (black) get evenly spread hues.
+    """
+    if any(category.color):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in category.color))
+    else:
+        hue, saturation, value = label * GOLDEN_RATIO % 1.0, 0.65, 0.9
+    if instance:  # the first one has the colour of its class
+        shift = instance * GOLDEN_RATIO % 1.0 - 0.5
+        hue = (hue + 0.14 * shift) % 1.0
+        saturation = min(1.0, max(saturation, 0.35) * (1.0 + 0.3 * shift))
+        value = min(1.0, max(0.55, value) * (1.0 - 0.5 * shift))
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _scale(size: tuple[int, int]) -> float:
+    least, most = COLUMN_PIXELS
+    longer = max(size)
+    if longer < least:
+        return least / longer
+    return min(1.0, most / longer)
+
+
+def _to_width(image: np.ndarray, width: int) -> np.ndarray:
+    if image.shape[1] == width:
+        return image
+    height = round(image.shape[0] * width / image.shape[1])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _titled(column: np.ndarray, title: str) -> np.ndarray:
+    header = Image.new("RGB", (column.shape[1], HEADER), PAPER)
+    ImageDraw.Draw(header).text((6, HEADER // 2), title, INK, _font(FONT_SIZE + 1), anchor="lm")
+    return np.concatenate([np.asarray(header), column])
+
+
+def _draw_scene(image: np.ndarray, scene: Scene, classes: Sequence[Category]) -> np.ndarray:
+    """The scaled image [H, W, 3] with tinted segments, thin contours and names."""
+    height, width = image.shape[:2]
+    present, positions = np.unique(scene.id_map, return_inverse=True)
+    positions = positions.reshape(scene.id_map.shape).astype(np.float32)
+    positions = cv2.resize(positions, (width, height), interpolation=cv2.INTER_NEAREST).astype(np.int64)
+    drawn = [int(i) if i in scene.segments and i != VOID_ID else None for i in present]
+
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
+    backdrop = 0.5 * image + 0.5 * grey
+    colors, opacity = _palette(drawn, scene, classes)
+    picture = backdrop * (1 - opacity[positions]) + colors[positions] * opacity[positions]
+    picture[_contours(positions)] = (250, 250, 250)
+    canvas = Image.fromarray(picture.round().astype(np.uint8))
+    _write_names(canvas, positions, drawn, scene, classes)
+    return np.asarray(canvas)
+
+
+def _palette(drawn: Sequence[int | None], scene: Scene, classes: Sequence[Category]) -> tuple[np.ndarray, np.ndarray]:
+    """Colour [N, 3] and opacity [N, 1] of every id that is present; what is not drawn is darkened."""
+    colors = np.zeros((len(drawn), 3), dtype=np.float32)
+    opacity = np.full((len(drawn), 1), VOID_OPACITY, dtype=np.float32)
+    seen: dict[int, int] = {}
+    for position, segment_id in enumerate(drawn):
+        if segment_id is not None:
+            label = scene.segments[segment_id].label
+            colors[position] = segment_color(classes[label], label, seen.get(label, 0))
+            opacity[position] = FILL_OPACITY
+            seen[label] = seen.get(label, 0) + 1
+    return colors, opacity
+
+
+def _contours(positions: np.ndarray) -> np.ndarray:
+    """[H, W] bool: pixels whose right or lower neighbour belongs to another segment."""
+    edge = np.zeros(positions.shape, dtype=bool)
+    edge[:, :-1] |= positions[:, :-1] != positions[:, 1:]
+    edge[:-1] |= positions[:-1] != positions[1:]
+    return edge
+
+
+def _write_names(
+    canvas: Image.Image, positions: np.ndarray, drawn: Sequence[int | None], scene: Scene, classes: Sequence[Category]
+) -> None:
+    """Class names and scores where they fit, largest segments first, never over one another."""
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    font = _font(FONT_SIZE)
+    areas = np.bincount(positions.ravel(), minlength=len(drawn))
+    taken: list[tuple[float, float, float, float]] = []
+    for position in np.argsort(-areas, kind="stable"):
+        segment_id = drawn[position]
+        if segment_id is None:
+            continue
+        segment = scene.segments[segment_id]
+        score = "" if segment.score is None else f" {100 * segment.score:.0f}"
+        text = classes[segment.label].name + score
+        x, y, room = _roomiest_point(positions == position)
+        left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")
+        box = _inside((left - 3, top - 2, right + 3, bottom + 2), canvas.size)
+        if 4 * room < bottom - top or box[2] - box[0] > 8 * room or any(_overlap(box, other) for other in taken):
+            continue
+        taken.append(box)
+        draw.rounded_rectangle(box, radius=3, fill=(0, 0, 0, 150))
+        draw.text((box[0] - left + 3 + x, box[1] - top + 2 + y), text, INK, font, anchor="mm")
+
+
+def _roomiest_point(mask: np.ndarray) -> tuple[int, int, float]:
+    """The pixel of a mask that is farthest from its border, and that distance."""
+    padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, 3)
+    row, column = np.unravel_index(int(distance.argmax()), distance.shape)
+    return int(column) - 1, int(row) - 1, float(distance[row, column])
+
+
+def _inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box moved into a picture of this width and height."""
+    left, top, right, bottom = box
+    dx = max(0.0, -left) - max(0.0, right - size[0] + 1)
+    dy = max(0.0, -top) - max(0.0, bottom - size[1] + 1)
+    return left + dx, top + dy, right + dx, bottom + dy
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
