@@ -1,0 +1,194 @@
+"""The training loss: classification over all queries, masks and dice at sampled points of matched queries.
+
+Paper sections 3.2 and 3.3. Every prediction of the decoder is matched and supervised on its own. Losses are sums of the
+local contributions over normalisers of the whole optimizer step, so that adding them over micro-batches and ranks
+gives the loss of the step, however its images are grouped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import LossConfig
+from model.matcher import match
+from model.point_sampling import LabelMaps, most_uncertain, sample_maps
+from model.points import PointSource, RowIndex
+from model.structures import Predictions, Targets
+
+CPU_CHUNK_POINTS = 2**19
+DEVICE_CHUNK_POINTS = 2**24
+"""Candidate points handled at once: what fits the cache of a CPU core, and 128 MiB on an accelerator."""
+
+
+class Normalizers(NamedTuple):
+    """Denominators of the losses: sums over all micro-batches and ranks of one optimizer step."""
+
+    num_masks: Tensor
+    """[] valid targets."""
+    class_weight_sum: Tensor
+    """[] class weights of all queries of one prediction: 1 for matched ones, `no_object_weight` for the others."""
+    num_micro_batches: Tensor
+    """[] micro-batches with at least one image that counts."""
+
+
+class Losses(NamedTuple):
+    """Weighted losses of a micro-batch; three views of the same sum."""
+
+    total: Tensor
+    """[]"""
+    terms: Tensor
+    """[L, 3] class, mask, dice of every prediction."""
+    per_image: Tensor
+    """[B]"""
+
+
+def count_normalizers(targets: Targets, num_queries: int, config: LossConfig) -> Normalizers:
+    """Contribution of one micro-batch, from ground-truth counts alone: known before the first forward."""
+    num_targets = targets.valid.sum(1)
+    matched = num_targets.clamp(max=num_queries)
+    class_weight = matched + config.no_object_weight * (num_queries - matched)
+    return Normalizers(
+        num_masks=(targets.weight * num_targets).sum(),
+        class_weight_sum=(targets.weight * class_weight).sum(),
+        num_micro_batches=(targets.weight > 0).any().float(),
+    )
+
+
+def compute_losses(
+    predictions: Predictions,
+    targets: Targets,
+    points: PointSource,
+    normalizers: Normalizers,
+    config: LossConfig,
+    num_classes: int,
+) -> Losses:
+    """Losses of one micro-batch in fp32.
+
+    Every prediction stays in the graph when nothing is matched: its gradient is then zero, never missing. A non-finite
+    matching cost makes the loss of its image and all its gradients non-finite.
+    """
+    num_layers, _, num_queries, _ = predictions.class_logits.shape
+    with torch.autocast(predictions.class_logits.device.type, enabled=False):
+        label_maps = LabelMaps.pack(targets.id_maps)
+        matching_points = points.matching(targets.position, num_layers, config.num_points)
+        query_index, finite = match(predictions, targets, label_maps, matching_points, config)
+        rows, queries, rows_per_image = _matched_rows(query_index, finite.device)
+
+        class_losses = _class_losses(predictions, targets, rows, queries, config, num_classes)
+        logits = _matched_mask_logits(predictions, rows, queries, rows_per_image)
+        bce, dice = _mask_losses(logits, targets, label_maps, rows, points, num_layers, config)
+
+        poison = torch.where(finite, 1.0, torch.nan)[rows.layer, rows.image]
+        shape = query_index.shape
+        losses = torch.stack(
+            (
+                config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
+                config.mask_weight / normalizers.num_masks.clamp(min=1) * _sum_per_image(bce * poison, rows, shape),
+                config.dice_weight / normalizers.num_masks.clamp(min=1) * _sum_per_image(dice * poison, rows, shape),
+            ),
+            dim=-1,
+        )
+        losses = losses * targets.weight[:, None]  # [L, B, 3]
+        terms = losses.sum(1)
+        return Losses(total=terms.sum(), terms=terms, per_image=losses.sum((0, 2)))
+
+
+def _class_denominator(targets: Targets, num_queries: int, normalizers: Normalizers, config: LossConfig) -> Tensor:
+    """Global sum of class weights, or as in the official code that of this micro-batch with the mean over all of them."""
+    denominator = normalizers.class_weight_sum
+    if config.class_norm == "per_rank":
+        own = count_normalizers(targets, num_queries, config).class_weight_sum
+        denominator = own * normalizers.num_micro_batches
+    return torch.where(denominator > 0, denominator, 1.0)  # nothing counts: every numerator is 0 too
+
+
+def _matched_rows(query_index: Tensor, device: torch.device) -> tuple[RowIndex, Tensor, list[int]]:
+    """Matched pairs in the order image, layer, target; their queries; the number of rows of each image."""
+    image, layer, target = (query_index >= 0).transpose(0, 1).nonzero(as_tuple=True)
+    queries = query_index[layer, image, target]
+    rows_per_image = torch.bincount(image, minlength=query_index.shape[1]).tolist()
+    on_device = torch.stack((layer, image, target, queries)).to(device)
+    return RowIndex(*on_device[:3]), on_device[3], rows_per_image
+
+
+def _class_losses(
+    predictions: Predictions, targets: Targets, rows: RowIndex, queries: Tensor, config: LossConfig, num_classes: int
+) -> Tensor:
+    """Weighted cross-entropy summed over queries [L, B]; queries without a target learn "no object"."""
+    logits = predictions.class_logits.float()
+    labels = torch.full(logits.shape[:-1], num_classes, device=logits.device)
+    labels[rows.layer, rows.image, queries] = targets.labels[rows.image, rows.target]
+    weights = torch.where(labels == num_classes, config.no_object_weight, 1.0)
+    losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(labels)
+    return (losses * weights).sum(-1)
+
+
+def _matched_mask_logits(
+    predictions: Predictions, rows: RowIndex, queries: Tensor, rows_per_image: list[int]
+) -> Tensor:
+    """Dense mask logits [R, h, w] of matched rows only: one product per image over all its predictions and targets."""
+    features = predictions.mask_features.float()
+    embeddings = predictions.mask_embeddings[rows.layer, rows.image, queries].float()
+    per_image = zip(embeddings.split(rows_per_image), features.flatten(2), strict=True)
+    return torch.cat([embedding @ feature for embedding, feature in per_image]).unflatten(1, features.shape[2:])
+
+
+def _mask_losses(
+    logits: Tensor,
+    targets: Targets,
+    label_maps: LabelMaps,
+    rows: RowIndex,
+    points: PointSource,
+    num_layers: int,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """BCE (mean over points) and dice [R] of matched masks at importance-sampled points (PointRend, paper section 3.3)."""
+    at, labels = _training_points(logits.detach(), targets, label_maps, rows, points, num_layers, config)
+    sampled = sample_maps(logits, at)
+    bce = F.binary_cross_entropy_with_logits(sampled, labels, reduction="none").mean(1)
+    probabilities = sampled.sigmoid()
+    overlap = (probabilities * labels).sum(1)
+    dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + labels.sum(1) + 1)
+    return bce, dice
+
+
+@torch.no_grad()
+def _training_points(
+    logits: Tensor,
+    targets: Targets,
+    label_maps: LabelMaps,
+    rows: RowIndex,
+    points: PointSource,
+    num_layers: int,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Points [R, P, 2] (the most uncertain candidates and fresh ones) and soft labels [R, P], in chunks of rows."""
+    num_candidates = int(config.num_points * config.oversample_ratio)
+    num_uncertain = int(config.num_points * config.importance_sample_ratio)
+    candidates = points.candidates(targets.position, num_layers, rows, num_candidates)
+    fresh = points.fresh(targets.position, num_layers, rows, config.num_points - num_uncertain)
+    row_map = rows.image * targets.id_maps.shape[1] + targets.layer[rows.image, rows.target]
+    local_id = targets.local_id[rows.image, rows.target]
+    all_points = logits.new_empty(len(logits), config.num_points, 2)
+    all_labels = logits.new_empty(len(logits), config.num_points)
+    chunk_points = CPU_CHUNK_POINTS if logits.device.type == "cpu" else DEVICE_CHUNK_POINTS
+    step = max(1, chunk_points // num_candidates)
+    for start in range(0, len(logits), step):
+        chunk = slice(start, start + step)
+        proposed = candidates[chunk]
+        all_points[chunk, :num_uncertain] = most_uncertain(
+            sample_maps(logits[chunk], proposed), proposed, num_uncertain
+        )
+        all_points[chunk, num_uncertain:] = fresh[chunk]
+        all_labels[chunk] = label_maps.rows(row_map[chunk], local_id[chunk], all_points[chunk])
+    return all_points, all_labels
+
+
+def _sum_per_image(values: Tensor, rows: RowIndex, shape: torch.Size) -> Tensor:
+    """[L, B] sums of the rows' values [R]; through [L, B, N], so that the order of summation is fixed on any device."""
+    padded = values.new_zeros(shape).index_put((rows.layer, rows.image, rows.target), values)
+    return padded.sum(-1)
