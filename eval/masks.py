@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import cv2
 import numpy as np
 from pycocotools import mask as coco_masks
 
@@ -16,9 +17,9 @@ def encode_masks(masks: np.ndarray) -> tuple[Rle, ...]:
     """Run-length encodings of masks [N, H, W] bool."""
     if not len(masks):
         return ()
-    # COCO's runs go down the columns: one transposed copy [N, W, H] is the Fortran-ordered [H, W, N] it asks for.
-    columns = np.ascontiguousarray(masks.transpose(0, 2, 1)).view(np.uint8).transpose(2, 1, 0)
-    return tuple(cast("list[Rle]", coco_masks.encode(cast("Any", columns))))
+    # COCO's runs go down the columns, so its routine wants [H, W, N] in Fortran order: here transposed mask by mask.
+    columns = np.stack([cv2.transpose(mask.view(np.uint8)) for mask in np.ascontiguousarray(masks)])
+    return tuple(cast("list[Rle]", coco_masks.encode(cast("Any", columns.transpose(2, 1, 0)))))
 
 
 def mask_areas(masks: Sequence[Rle]) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Panoptic quality: micro cases of the rules, a slow reference written from the rules, and merging."""
 
+import json
 import random
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -264,3 +266,25 @@ def test_worst_images_can_be_found():
 def test_foreign_bytes_are_refused(payload):
     with pytest.raises(EvaluationError, match="not a stored state"):
         PanopticQualityState.from_bytes(payload)
+
+
+def test_real_panoptic_truth_moved_by_twelve_pixels_scores_what_panopticapi_says(real_data):
+    """Its two example images, moved to the right with void coming in: panopticapi 7bb4655 gives PQ 0.4291689770."""
+    folder = real_data / "coco_panoptic"
+    content = json.loads((folder / "annotations" / "panoptic_val2017.json").read_text())
+    labels = {category["id"]: k for k, category in enumerate(content["categories"])}
+    state = PanopticQualityState([bool(category["isthing"]) for category in content["categories"]])
+    for annotation in content["annotations"]:
+        blue, green, red = cv2.split(cv2.imread(str(folder / "panoptic_val2017" / annotation["file_name"])).astype(int))
+        ids = red + 256 * green + 65536 * blue
+        moved = np.pad(ids, ((0, 0), (12, 0)))[:, :-12]
+        segments = {
+            s["id"]: TruthSegment(labels[s["category_id"]], s["area"], bool(s["iscrowd"]))
+            for s in annotation["segments_info"]
+        }
+        present = set(np.unique(moved).tolist())
+        found = {i: segment.label for i, segment in segments.items() if i in present}
+        state.update(annotation["image_id"], PanopticTruth(ids, segments), PanopticPrediction(moved, found))
+    quality = state.compute().all
+    assert quality is not None
+    assert quality.pq == pytest.approx(0.4291689770, abs=5e-11)
