@@ -1,0 +1,80 @@
+"""The console script `m2f`: one verb per module of `cluster.verbs`, imported only when it is called.
+
+Exit status: 0 done, 1 the job ran and failed, 2 a mistake that the user can correct (one message, no traceback),
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from model.errors import UserError
+
+VERBS = {
+    "demo": "cluster.verbs.demo",
+    "shard": "cluster.verbs.shard",
+    "stats": "cluster.verbs.stats",
+    "preview": "cluster.verbs.preview",
+    "train": "cluster.verbs.train",
+    "eval": "cluster.verbs.evaluate",
+    "predict": "cluster.verbs.predict",
+    "config": "cluster.verbs.config",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    verb = words[0]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean `m2f {close[0]}`?" if close else f"verbs: {', '.join(VERBS)}"
+        return _fail(f"m2f: no such verb `{verb}`; {hint}")
+    module = importlib.import_module(VERBS[verb])
+    parser = argparse.ArgumentParser(prog=f"m2f {verb}", description=module.SUMMARY, allow_abbrev=False)
+    module.add_arguments(parser)
+    args = parser.parse_intermixed_args(words[1:])
+    try:
+        return module.run(args)
+    except KeyboardInterrupt:
+        print(f"m2f {verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `m2f stats | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        mistake = _user_error(error)
+        if mistake is None:
+            raise
+        return _fail(f"m2f {verb}: {mistake}")
+
+
+def _user_error(error: BaseException) -> UserError | None:
+    """The mistake to show, also where it comes out of a Ray task, whose own text is a remote traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    return error if isinstance(error, UserError) else None
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+def _overview() -> str:
+    lines = ["usage: m2f VERB ...", "", "Train Mask2Former-class segmentation models at scale.", "", "verbs:"]
+    lines += [f"  {verb:<9}{importlib.import_module(module).SUMMARY}" for verb, module in VERBS.items()]
+    return "\n".join([*lines, "", "m2f VERB --help explains a verb; m2f config --explain all settings of a recipe."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""From the recipe to what one package needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.config import RunConfig
+from cluster.recipe import dump_recipe
+from data_pipeline.loader import shared_categories
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.storage import Storage
+from model.errors import ConfigError
+from trainer.job import TrainJob
+
+
+def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
+    """The training job, with the number of classes that the data sets' category table gives for the task.
+
+    Raises:
+        DataError, StorageError: a manifest of `data.train` is missing, damaged, or has other categories than the rest.
+        ConfigError: `model.num_classes` is written in the recipe and differs.
+    """
+    storage = storage or Storage(config.storage)
+    shards = tuple(config.datasets[item.dataset].shards for item in config.data.train)
+    return TrainJob(
+        run_folder=config.run_folder,
+        model=replace(config.model, num_classes=_num_classes(config, [load_manifest(s, storage) for s in shards])),
+        data=config.data,
+        shards=shards,
+        training=config.training,
+        storage=config.storage,
+        seed=config.seed,
+        recipe=dump_recipe(config),
+    )
+
+
+def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:
+    found = len(shared_categories(manifests).for_task(config.data.task))
+    if config.model.num_classes not in (None, found):
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, but the data sets have {found} classes for the task "
+            f"{config.data.task}; remove the setting, it follows from the data"
+        )
+    return found

@@ -1,0 +1,109 @@
+"""What a person sees while a job runs: one live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+
+def say(text: str = "") -> None:
+    """One line of a verb's answer, to standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """One line for the person, to standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def describe_pace(done: int, total: int, first: int, elapsed_s: float, unit: str) -> str:
+    """For example `12.3 images/s, 4:05 left`; work that an earlier run did (`first`) does not count as pace."""
+    rate = (done - first) / elapsed_s if elapsed_s > 0 else 0.0
+    if rate <= 0:
+        return f"- {unit}/s"
+    return f"{rate:.1f} {unit}/s, {format_duration((total - done) / rate)} left"
+
+
+def format_duration(seconds: float) -> str:
+    """`0:42`, `12:05` or `3:07:09`."""
+    minutes, secs = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+class Progress:
+    """Progress of `total` units of work, on standard error. A context manager; `advance` is called by one thread."""
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        stream: TextIO | None = None,
+        interval_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        self._first = self._done = done
+        self._stream = sys.stderr if stream is None else stream
+        self._interval_s, self._clock = interval_s, clock
+        self._started = self._last_line = clock()
+        self._bar: RichProgress | None = None
+        if self._stream.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[pace]}"),
+            )
+            self._bar = RichProgress(*columns, console=Console(file=self._stream))
+            self._task = self._bar.add_task(title, total=total, completed=done, pace="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._line()
+
+    def advance(self, count: int) -> None:
+        """`count` more units are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, pace=self._pace())
+        elif self._clock() - self._last_line >= self._interval_s:
+            self._line()
+
+    def note(self, text: str) -> None:
+        """A line above the progress, for what the person must know now."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            self._write(text)
+
+    def _pace(self) -> str:
+        return describe_pace(self._done, self._total, self._first, self._clock() - self._started, self._unit)
+
+    def _line(self) -> None:
+        self._last_line = self._clock()
+        self._write(f"{self._title}: {self._done}/{self._total} {self._unit}, {self._pace()}")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()

@@ -1,0 +1,155 @@
+"""Connecting to Ray: an existing cluster by its address, else a small one of our own for as long as it is needed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import ceil
+
+import ray
+
+from cluster.config import ClusterConfig, RunConfig
+from model.errors import UserError
+
+OBJECT_STORE_BYTES = 400_000_000
+"""Of a local cluster: Ray's default of 30 % of the memory is taken from the training."""
+
+
+class ClusterError(UserError):
+    """A Ray cluster that cannot be reached or started. Names the address and the remedy."""
+
+
+@contextmanager
+def connect(config: RunConfig) -> Iterator[None]:
+    """Ray for a training run with its evaluations: the recipe's cluster, or a local one with room for all of it.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or started.
+    """
+    cluster, evaluation = config.cluster, config.evaluation
+    num_cpus = cluster.num_workers * cluster.num_cpus_per_worker
+    if evaluation.sets:
+        num_cpus += evaluation.actors * evaluation.num_cpus_per_actor
+    # The state API, through which Ray Train asks whether a run still lives, is part of the dashboard.
+    with local_or_existing(cluster, ceil(num_cpus), dashboard=True):
+        yield
+
+
+@contextmanager
+def local_or_existing(cluster: ClusterConfig, num_cpus: int, dashboard: bool = False) -> Iterator[None]:
+    """Ray connected; a cluster that was started here has at least `num_cpus` and is stopped at the end.
+
+    A process that is connected already stays so. RAY_ADDRESS counts where the recipe names no address, as it is set for
+    drivers that run as Ray jobs.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        except Exception as error:
+            raise ClusterError(
+                f"cannot reach the Ray cluster at {address}: {_first_line(error)}. Correct cluster.address (now "
+                f"{cluster.address!r}; RAY_ADDRESS counts where it is null), or start the cluster"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    _guard_with_token()
+    with _local_environment(), _short_folder() as folder:
+        _start(folder, num_cpus, dashboard)
+        try:
+            # Ray's own look-up of "the cluster of this machine" may find a neighbour's, and clean up its actors.
+            with _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}):
+                yield
+        finally:
+            ray.shutdown()
+
+
+def _start(folder: str, num_cpus: int, dashboard: bool) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            _temp_dir=folder,
+        )
+    except Exception as error:
+        raise ClusterError(
+            f"a local Ray cluster does not start: {_first_line(error)}. Its logs are in {folder}; free some memory, or "
+            "name a running cluster in cluster.address"
+        ) from error
+
+
+def _guard_with_token() -> None:
+    """A secret of this process in place of the file that Ray would leave in the home folder.
+
+    Ray's ports listen on every interface, and whoever reaches them may run code. An explicit RAY_AUTH_MODE stands.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _local_environment() -> Iterator[None]:
+    """What a cluster of our own and its processes inherit. What the person has set stays."""
+    loopback_name = "lo0" if sys.platform == "darwin" else "lo"
+    wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": loopback_name,
+    }
+    with _environment({name: value for name, value in wanted.items() if name not in os.environ}):
+        yield
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _short_folder() -> Iterator[str]:
+    """A session folder of its own, short because the paths of Unix sockets in it may have 107 characters."""
+    folder = tempfile.mkdtemp(prefix="m2f-", dir="/tmp")
+    try:
+        yield folder
+    except ClusterError:  # names the logs in the folder
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

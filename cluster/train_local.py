@@ -1,0 +1,74 @@
+"""`m2f train --launcher local`: the trainer's loop in plain processes, with a log, MLflow, and signals as control."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+from cluster.config import RunConfig
+from cluster.launch_local import launch
+from cluster.tracking import TrackedRun
+from trainer.job import TrainJob
+
+
+def train_locally(config: RunConfig) -> None:
+    """Train a recipe with `cluster.num_workers` processes on this machine. Checkpoints are not evaluated meanwhile.
+
+    Raises:
+        UserError: the recipe, the data or the store cannot be used.
+        LaunchError: a rank failed; the run goes on from its last checkpoint when it is started again.
+    """
+    from cluster.compose import compose_job
+    from cluster.tracking import Tracking, create_run
+
+    job = compose_job(config)
+    run = create_run(config)
+    environment = {"OMP_NUM_THREADS": str(config.training.threads)}
+    if not config.cluster.num_gpus_per_worker:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    driver = Tracking(run, "driver")
+    try:
+        launch(train_rank, (job, run), config.cluster.num_workers, environment)
+    except BaseException as error:
+        driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
+        raise
+    driver.finish("FINISHED")
+
+
+def train_rank(job: TrainJob, run: TrackedRun) -> None:
+    """Body of one rank."""
+    from cluster.reporters import Reporters, TrackingReporter
+    from cluster.tracking import Tracking
+    from trainer.reporting import LogReporter
+    from trainer.worker import run_worker
+
+    control = SignalControl()
+    if os.environ["RANK"] != "0":
+        run_worker(job, Reporters(), control)
+        return
+    tracking = Tracking(run, "rank0")
+    try:
+        reporter = Reporters(LogReporter(job.training.max_steps), TrackingReporter(tracking))
+        run_worker(job, reporter, control)
+    finally:
+        tracking.close()
+
+
+class SignalControl:
+    """SIGTERM asks for the end after a last checkpoint. Made on every rank, so that none dies of the signal."""
+
+    def __init__(self) -> None:
+        self._stop = False
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def stop_requested(self) -> bool:
+        """Whether the signal came."""
+        return self._stop
+
+    def drain_requested(self) -> bool:
+        """Never: machines that go away are Ray's business."""
+        return False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True

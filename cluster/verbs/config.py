@@ -1,0 +1,36 @@
+"""`m2f config`: the complete recipe as it would run, or an explanation of the settings."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "print the complete recipe with all defaults, or explain its settings"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; not needed with --explain")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="SECTION",
+        help="show type, default and meaning of every setting (of SECTION, for example training.optimizer)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print to standard output."""
+    from cluster.explain import explain
+    from cluster.progress import say
+    from cluster.recipe import dump_recipe, load_recipe
+    from model.errors import ConfigError
+
+    if args.explain is not None:
+        say(explain(args.explain).rstrip())
+        return 0
+    if args.recipe is None:
+        raise ConfigError("no recipe given: m2f config RECIPE prints it, m2f config --explain explains all settings")
+    say(dump_recipe(load_recipe(args.recipe, args.overrides)).rstrip())
+    return 0
