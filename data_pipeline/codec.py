@@ -1,0 +1,144 @@
+"""A sample as members of a tar, and back.
+
+Members in this order, which is also the order of their names:
+
+    KEY.img.jpg | KEY.img.png   the original file, untouched
+    KEY.inst.png                instance layers below each other, [Y * H, W]; left out where there is no instance
+    KEY.json                    size, source, EXIF decision, segments
+    KEY.seg.png                 panoptic or semantic map, [H, W]; left out where the source has none
+
+Maps are 8-bit, or 16-bit above 254 ids; the same sample always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import (
+    BrokenImageError,
+    decode_index_png,
+    decode_rgb,
+    encode_png,
+    frame_orientation,
+    read_header,
+)
+from data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
+
+MAX_IDS_8_BIT = 254
+"""Ids that an 8-bit map holds: 0 is void and 255 is left to whoever needs an ignore id."""
+
+
+def id_dtype(num_ids: int) -> type[np.uint8] | type[np.uint16]:
+    """Smallest dtype of a map with ids 1..num_ids."""
+    return np.uint8 if num_ids <= MAX_IDS_8_BIT else np.uint16
+
+
+def encode(sample: Sample) -> list[tuple[str, bytes]]:
+    """Names and bytes of the sample's members in their fixed order."""
+    annotation = sample.annotation
+    members = [(f"{sample.key}.img.{sample.image_ext}", sample.image)]
+    if annotation.inst is not None and annotation.inst.any():
+        members.append((f"{sample.key}.inst.png", encode_png(annotation.inst.reshape(-1, sample.width))))
+    members.append((f"{sample.key}.json", _encode_description(sample)))
+    if annotation.seg is not None:
+        members.append((f"{sample.key}.seg.png", encode_png(annotation.seg)))
+    return members
+
+
+def decode(members: Mapping[str, bytes]) -> DecodedSample:
+    """The sample of members keyed by extension (`img.jpg`, `json`, ...). Raises DataError naming the sample."""
+    description = _decode_description(members)
+    name = f"sample {description['key']!r} ({description['source']})"
+    extension = next((ext for ext in ("img.jpg", "img.png") if ext in members), None)
+    if extension is None:
+        raise DataError(f"{name} has no image member; it has {sorted(members)}")
+    try:
+        image = decode_rgb(members[extension], description["exif"]["applied"])
+    except BrokenImageError as error:
+        raise DataError(f"{name}: {error}") from error
+    if image.shape[:2] != (description["height"], description["width"]):
+        raise DataError(
+            f"{name}: the image is {image.shape[:2]}, its description says otherwise; write the shard again"
+        )
+    annotation = _decode_annotation(members, description, name)
+    return DecodedSample(
+        key=description["key"],
+        image_id=description["image_id"],
+        source=description["source"],
+        image=image,
+        annotation=annotation,
+    )
+
+
+def decode_annotation(members: Mapping[str, bytes]) -> Annotation:
+    """Only the ground truth of a sample, without decoding its image."""
+    description = _decode_description(members)
+    return _decode_annotation(members, description, f"sample {description['key']!r} ({description['source']})")
+
+
+def _encode_description(sample: Sample) -> bytes:
+    header = read_header(sample.image)
+    description = {
+        "key": sample.key,
+        "image_id": sample.image_id,
+        "source": sample.source,
+        "height": sample.height,
+        "width": sample.width,
+        "exif": {
+            "orientation": header.orientation,
+            "applied": frame_orientation(header, sample.height, sample.width),
+        },
+        "mode": header.mode,
+        "inst_layers": 0 if sample.annotation.inst is None else len(sample.annotation.inst),
+        "segments": [asdict(segment) for segment in sample.annotation.segments],
+    }
+    return json.dumps(description, separators=(",", ":")).encode()
+
+
+def _decode_description(members: Mapping[str, bytes]) -> dict[str, Any]:
+    if "json" not in members:
+        raise DataError(f"a sample without its json member: it has {sorted(members)}; the shard is not one of ours")
+    try:
+        description = json.loads(members["json"])
+        for field in ("key", "image_id", "source", "height", "width", "exif", "inst_layers", "segments"):
+            description[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the json member of a sample cannot be read ({error!r}); the shard is not one of ours"
+        ) from error
+    return description
+
+
+def _decode_annotation(members: Mapping[str, bytes], description: dict[str, Any], name: str) -> Annotation:
+    height, width, layers = description["height"], description["width"], description["inst_layers"]
+    seg = _decode_map(members, "seg.png", (height, width), name)
+    inst = _decode_map(members, "inst.png", (layers * height, width), name)
+    if inst is None and layers:
+        inst = np.zeros((layers * height, width), np.uint8)
+    segments = tuple(_decode_segment(fields) for fields in description["segments"])
+    return Annotation(
+        seg=seg, inst=inst.reshape(layers, height, width) if inst is not None else None, segments=segments
+    )
+
+
+def _decode_segment(fields: dict[str, Any]) -> Segment:
+    x, y, width, height = fields.pop("bbox")
+    return Segment(bbox=(x, y, width, height), **fields)
+
+
+def _decode_map(members: Mapping[str, bytes], member: str, shape: tuple[int, int], name: str) -> np.ndarray | None:
+    if member not in members:
+        return None
+    try:
+        values = decode_index_png(members[member])
+    except BrokenImageError as error:
+        raise DataError(f"{name}: member {member}: {error}") from error
+    if values.shape != shape:
+        raise DataError(f"{name}: member {member} is {values.shape}, not {shape}; write the shard again")
+    return values

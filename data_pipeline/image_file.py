@@ -1,0 +1,219 @@
+"""JPEG and PNG files: what their headers say, whether they are whole, and their pixels.
+
+Headers are read without decoding, so that a huge or broken file costs nothing. OpenCV never applies the EXIF
+orientation by itself here: `frame_orientation` decides from the annotation's size whether the image is to be turned.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}
+_JPEG_MODES = {1: "gray", 3: "rgb", 4: "cmyk"}
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+
+
+class BrokenImageError(ValueError):
+    """An image file that cannot be used. The message says why; callers add which file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What an image file says about itself, without decoding its pixels."""
+
+    ext: Literal["jpg", "png"]
+    height: int
+    """As stored, before any EXIF rotation."""
+    width: int
+    mode: str
+    """gray, rgb, cmyk, palette, gray_alpha or rgba."""
+    bit_depth: int
+    orientation: int
+    """EXIF orientation, 1 to 8; 1 = as stored."""
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """Header of a whole JPEG or PNG file. Raises BrokenImageError for other formats and for files that are cut off."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return _read_jpeg_header(data)
+    if data.startswith(_PNG_SIGNATURE):
+        return _read_png_header(data)
+    raise BrokenImageError("it is neither a JPEG nor a PNG file; convert it")
+
+
+def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
+    """EXIF orientation that turns the stored image into the one that an annotation of this size was drawn on.
+
+    Sizes decide where they can. Where they cannot (mirrored, upside down, square), the image is as viewers show it.
+    Raises BrokenImageError where no orientation fits the size.
+    """
+    stored, annotated = (header.height, header.width), (height, width)
+    shown = stored if header.orientation < 5 else stored[::-1]
+    if shown == annotated:
+        return header.orientation
+    if stored == annotated:
+        return 1
+    raise BrokenImageError(
+        f"the image is {shown[1]} x {shown[0]} pixels, its annotation {width} x {height}; they must belong together"
+    )
+
+
+def decode_rgb(data: bytes, orientation: int = 1) -> np.ndarray:
+    """Pixels [H, W, 3] uint8 RGB of an image file, turned by an EXIF orientation. Raises BrokenImageError."""
+    image = _decode(data, cv2.IMREAD_COLOR_RGB)
+    match orientation:
+        case 2:
+            image = image[:, ::-1]
+        case 3:
+            image = image[::-1, ::-1]
+        case 4:
+            image = image[::-1]
+        case 5:
+            image = image.transpose(1, 0, 2)
+        case 6:
+            image = image.transpose(1, 0, 2)[:, ::-1]
+        case 7:
+            image = image.transpose(1, 0, 2)[::-1, ::-1]
+        case 8:
+            image = image.transpose(1, 0, 2)[::-1]
+    return np.ascontiguousarray(image)
+
+
+def decode_index_png(data: bytes) -> np.ndarray:
+    """Values [H, W] uint8 or uint16 of a one-channel PNG; of a palette PNG the indices, not the colours."""
+    header = read_header(data)
+    if header.ext != "png" or header.mode not in ("gray", "palette"):
+        raise BrokenImageError(f"a label map must be a grey or palette PNG, and this is {header.mode} {header.ext}")
+    if header.mode == "palette":
+        data = _without_palette(data)
+    values = _decode(data, cv2.IMREAD_UNCHANGED)
+    if header.bit_depth < 8:  # decoders stretch small depths over 0..255
+        values //= 255 // (2**header.bit_depth - 1)
+    return values
+
+
+def decode_id_png(data: bytes) -> np.ndarray:
+    """Segment ids [H, W] uint32 of a COCO panoptic PNG: R + 256 G + 65536 B."""
+    if read_header(data).ext != "png":
+        raise BrokenImageError("panoptic ids must be a PNG; JPEG changes the colours")
+    rgb = _decode(data, cv2.IMREAD_COLOR_RGB).astype(np.uint32)  # cast first: 256 * uint8 overflows
+    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+
+
+def encode_png(values: np.ndarray) -> bytes:
+    """A PNG of [H, W] uint8 or uint16 or [H, W, 3] uint8 (RGB), the same bytes every time."""
+    bgr = values if values.ndim == 2 else values[..., ::-1]
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
+    done, data = cv2.imencode(".png", np.ascontiguousarray(bgr), options)
+    assert done, f"OpenCV cannot write a PNG of {values.shape} {values.dtype}"
+    return data.tobytes()
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise BrokenImageError(f"it cannot be decoded ({error.err})") from error
+    if image is None:
+        raise BrokenImageError("it cannot be decoded; its pixel data is damaged")
+    return image
+
+
+def _read_jpeg_header(data: bytes) -> ImageHeader:
+    frame, orientation = None, 1
+    for marker, start, end in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES:
+            frame = struct.unpack_from(">BHHB", data, start)
+        elif marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
+            orientation = _exif_orientation(data[start + 6 : end])
+        elif marker == 0xDA and data.find(b"\xff\xd9", end) < 0:
+            raise BrokenImageError("the JPEG file is cut off (no end marker); fetch it again")
+    if frame is None:
+        raise BrokenImageError("the JPEG file has no image in it")
+    bit_depth, height, width, channels = frame
+    return ImageHeader("jpg", height, width, _JPEG_MODES.get(channels, f"{channels} channels"), bit_depth, orientation)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of every segment up to and including the first scan's header."""
+    position, marker = 2, 0
+    while marker != 0xDA:
+        while data[position : position + 2] == b"\xff\xff":  # fill bytes
+            position += 1
+        if position + 4 > len(data) or data[position] != 0xFF:
+            raise BrokenImageError("the JPEG file is cut off or damaged in its header; fetch it again")
+        marker = data[position + 1]
+        position += 2
+        if marker in _JPEG_WITHOUT_LENGTH:
+            continue
+        end = position + int.from_bytes(data[position : position + 2], "big")
+        if end > len(data) or end < position + 2:
+            raise BrokenImageError("the JPEG file is cut off or damaged in its header; fetch it again")
+        yield marker, position + 2, end
+        position = end
+
+
+def _read_png_header(data: bytes) -> ImageHeader:
+    orientation, fields = 1, None
+    for kind, payload in _png_chunks(data):
+        if kind == b"IHDR" and len(payload) == 13:
+            fields = struct.unpack(">IIBBBBB", payload)
+        elif kind == b"eXIf":
+            orientation = _exif_orientation(payload)
+    if fields is None:
+        raise BrokenImageError("the PNG file has no image header")
+    width, height, bit_depth, color = fields[:4]
+    return ImageHeader("png", height, width, _PNG_MODES.get(color, f"colour type {color}"), bit_depth, orientation)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Type and payload of every chunk, checksums checked. Raises BrokenImageError where the file is not whole."""
+    position, kind = len(_PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if end > len(data):
+            raise BrokenImageError("the PNG file is cut off; fetch it again")
+        kind, payload = data[position + 4 : position + 8], data[position + 8 : end - 4]
+        if zlib.crc32(payload, zlib.crc32(kind)) != int.from_bytes(data[end - 4 : end], "big"):
+            raise BrokenImageError(f"the PNG file is damaged (checksum of chunk {kind!r}); fetch it again")
+        yield kind, payload
+        position = end
+
+
+def _without_palette(data: bytes) -> bytes:
+    """The same PNG declared as grey, so that decoders give its indices instead of its colours."""
+    chunks = [_PNG_SIGNATURE]
+    for kind, payload in _png_chunks(data):
+        if kind in (b"PLTE", b"tRNS", b"bKGD", b"hIST"):
+            continue
+        if kind == b"IHDR":
+            payload = payload[:9] + b"\0" + payload[10:]
+        chunks += [len(payload).to_bytes(4, "big"), kind, payload]
+        chunks.append(zlib.crc32(payload, zlib.crc32(kind)).to_bytes(4, "big"))
+    return b"".join(chunks)
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """Value of tag 0x0112 in the first directory; 1 where there is none or it makes no sense."""
+    order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
+    if order not in ("little", "big"):
+        return 1
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(tiff[position : position + size], order)
+
+    directory = number(4, 4)
+    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+        if number(entry, 2) == 0x0112:
+            value = number(entry + 8, 2)
+            return value if 1 <= value <= 8 else 1
+    return 1

@@ -1,0 +1,290 @@
+"""The manifest of a sharded data set: where every sample lies, byte by byte, and what is in it.
+
+dataset.json      format, fingerprint, categories, shards with size and sha256; written last, so its presence means
+                  that everything else is there
+samples.parquet   one row per sample, see SAMPLE_SCHEMA
+shards/00000.tar  plain WebDataset tars
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline import codec
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.errors import DataError, MissingObjectError
+from data_pipeline.sample import DecodedSample
+from data_pipeline.storage import Storage, join
+
+FORMAT = 1
+DATASET_FILE = "dataset.json"
+SAMPLES_FILE = "samples.parquet"
+
+SAMPLE_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "shard": pa.int32(),
+        "offset": pa.int64(),  # of the sample's first tar header in its shard
+        "length": pa.int64(),  # headers, members and padding
+        "crc32": pa.uint32(),  # of these `length` bytes
+        "image_id": pa.int64(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "num_segments": pa.int32(),  # crowds left out, as in the three columns below
+        "category_ids": pa.list_(pa.int32()),
+        "category_counts": pa.list_(pa.int32()),
+        "category_areas": pa.list_(pa.int64()),
+        "member_names": pa.list_(pa.string()),
+        "member_offsets": pa.list_(pa.int64()),  # of the member's data, from the sample's offset
+        "member_lengths": pa.list_(pa.int64()),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One tar of the data set."""
+
+    name: str
+    """Path below the data set's folder."""
+    size: int
+    sha256: str
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Rows of different lengths in one flat array."""
+
+    values: np.ndarray
+    """[sum of lengths]"""
+    offsets: np.ndarray
+    """[rows + 1] int64; row i is values[offsets[i]:offsets[i + 1]]."""
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def rows(self) -> np.ndarray:
+        """[sum of lengths] row number of every value."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryStatistics:
+    """How often one category appears, crowds left out."""
+
+    category: Category
+    num_images: int
+    num_segments: int
+    num_pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """An opened data set. Arrays have one entry per sample, in the order of the shards."""
+
+    url: str
+    """Folder of the data set."""
+    fingerprint: str
+    """Hex digest of the content: categories, shards and their checksums."""
+    plan: str
+    """Hash of the shard plan that made it."""
+    categories: CategoryTable
+    shards: tuple[ShardInfo, ...]
+    key: np.ndarray
+    """[N] str objects"""
+    shard: np.ndarray
+    """[N] int32 index into `shards`"""
+    offset: np.ndarray
+    """[N] int64 first byte in the shard"""
+    length: np.ndarray
+    """[N] int64 bytes"""
+    crc32: np.ndarray
+    """[N] uint32 of those bytes"""
+    image_id: np.ndarray
+    """[N] int64"""
+    height: np.ndarray
+    """[N] int32"""
+    width: np.ndarray
+    """[N] int32"""
+    num_segments: np.ndarray
+    """[N] int32 without crowds; instances where the sample has both maps of its things"""
+    category_ids: Ragged
+    """Categories present (source ids, ascending), without crowds."""
+    category_counts: Ragged
+    """Segments of each of `category_ids`."""
+    category_areas: Ragged
+    """Pixels of each of `category_ids`, as the source states areas."""
+    member_names: tuple[str, ...]
+    """Extensions that members have anywhere in the data set."""
+    member_codes: Ragged
+    """Members of a sample as indices into `member_names`."""
+    member_offsets: Ragged
+    """First byte of each member's data, counted from the sample's offset."""
+    member_lengths: Ragged
+    """Bytes of each member."""
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.key)
+
+    @classmethod
+    def load(cls, url: str, storage: Storage) -> Self:
+        """Open a data set folder. Raises DataError where it is missing, unfinished, newer than this code or damaged."""
+        document = read_document(url, storage)
+        if document is None:
+            raise DataError(f"{join(url, DATASET_FILE)} does not exist; make the shards first (m2f shard)")
+        data = storage.get(join(url, SAMPLES_FILE))
+        if hashlib.sha256(data).hexdigest() != document["samples"]["sha256"]:
+            raise DataError(
+                f"{join(url, SAMPLES_FILE)} is not the file that {DATASET_FILE} was written with; restore it"
+            )
+        table = pq.read_table(io.BytesIO(data), schema=SAMPLE_SCHEMA)
+        names = _flat(table, "member_names").dictionary_encode()
+        return cls(
+            url=url,
+            fingerprint=document["fingerprint"],
+            plan=document["plan"],
+            categories=_categories_from_json(document["categories"]),
+            shards=tuple(ShardInfo(**entry) for entry in document["shards"]),
+            key=table["key"].to_numpy(),
+            shard=table["shard"].to_numpy(),
+            offset=table["offset"].to_numpy(),
+            length=table["length"].to_numpy(),
+            crc32=table["crc32"].to_numpy(),
+            image_id=table["image_id"].to_numpy(),
+            height=table["height"].to_numpy(),
+            width=table["width"].to_numpy(),
+            num_segments=table["num_segments"].to_numpy(),
+            category_ids=_ragged(table, "category_ids"),
+            category_counts=_ragged(table, "category_counts"),
+            category_areas=_ragged(table, "category_areas"),
+            member_offsets=_ragged(table, "member_offsets"),
+            member_lengths=_ragged(table, "member_lengths"),
+            member_names=tuple(names.dictionary.to_pylist()),
+            member_codes=Ragged(names.indices.to_numpy(), _offsets(table, "member_names")),
+        )
+
+    def shard_url(self, shard: int) -> str:
+        """Full URL of a shard."""
+        return join(self.url, self.shards[shard].name)
+
+    def describe(self, index: int) -> str:
+        """A sample's name and place, for messages."""
+        place = f"{self.shard_url(int(self.shard[index]))} at byte {self.offset[index]}"
+        return f"sample {self.key[index]!r} in {place}"
+
+    def members(self, index: int, data: bytes | memoryview) -> dict[str, bytes]:
+        """Members by extension from a sample's bytes. Raises DataError where the checksum differs."""
+        if len(data) != self.length[index] or zlib.crc32(data) != self.crc32[index]:
+            raise DataError(
+                f"{self.describe(index)} is damaged: its checksum differs from the manifest's; write it again"
+            )
+        names = (self.member_names[code] for code in self.member_codes[index])
+        starts, lengths = self.member_offsets[index].tolist(), self.member_lengths[index].tolist()
+        return {
+            name: bytes(data[start : start + length])
+            for name, start, length in zip(names, starts, lengths, strict=True)
+        }
+
+    def read_members(self, index: int, storage: Storage) -> dict[str, bytes]:
+        """Fetch one sample's members by extension with one ranged read."""
+        url = self.shard_url(int(self.shard[index]))
+        return self.members(index, storage.get_range(url, int(self.offset[index]), int(self.length[index])))
+
+    def read_sample(self, index: int, storage: Storage) -> DecodedSample:
+        """Fetch, check and decode one sample."""
+        return codec.decode(self.read_members(index, storage))
+
+    def statistics(self) -> tuple[CategoryStatistics, ...]:
+        """How often every category appears, in the order of the category table."""
+        ids = np.array([category.id for category in self.categories.categories])
+        order = np.argsort(ids)
+        column = order[np.searchsorted(ids[order], self.category_ids.values)]
+        images = np.bincount(column, minlength=len(ids))
+        segments = np.bincount(column, self.category_counts.values, minlength=len(ids))
+        pixels = np.bincount(column, self.category_areas.values, minlength=len(ids))
+        return tuple(
+            CategoryStatistics(category, int(images[i]), int(segments[i]), int(pixels[i]))
+            for i, category in enumerate(self.categories.categories)
+        )
+
+
+def read_document(url: str, storage: Storage) -> dict[str, Any] | None:
+    """`dataset.json` of a data set folder; None where there is none. Raises DataError where it cannot be used."""
+    path = join(url, DATASET_FILE)
+    try:
+        document = json.loads(storage.get(path))
+    except MissingObjectError:
+        return None
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); restore it or write the data set again") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT:
+        raise DataError(f"{path} has format {found!r}, and this version reads {FORMAT}; use a matching version of m2f")
+    return document
+
+
+def make_document(
+    *,
+    plan: str,
+    source_fingerprint: str,
+    categories: CategoryTable,
+    shards: Sequence[ShardInfo],
+    samples: bytes,
+) -> dict[str, Any]:
+    """Content of `dataset.json`."""
+    listed = [{**asdict(c), "color": list(c.color)} for c in categories.categories]
+    shard_list = [asdict(shard) for shard in shards]
+    content = json.dumps([FORMAT, listed, shard_list], sort_keys=True)
+    return {
+        "format": FORMAT,
+        "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+        "plan": plan,
+        "source_fingerprint": source_fingerprint,
+        "num_samples": sum(shard.num_samples for shard in shards),
+        "categories": listed,
+        "shards": shard_list,
+        "samples": {"name": SAMPLES_FILE, "size": len(samples), "sha256": hashlib.sha256(samples).hexdigest()},
+    }
+
+
+def write_table(table: pa.Table) -> bytes:
+    """A parquet file of sample rows."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _categories_from_json(entries: list[dict[str, Any]]) -> CategoryTable:
+    return CategoryTable(
+        tuple(
+            Category(e["id"], e["name"], e["is_thing"], (e["color"][0], e["color"][1], e["color"][2])) for e in entries
+        )
+    )
+
+
+def _flat(table: pa.Table, name: str) -> pa.Array:
+    return pa.chunked_array(
+        [chunk.flatten() for chunk in table[name].chunks], table[name].type.value_type
+    ).combine_chunks()
+
+
+def _offsets(table: pa.Table, name: str) -> np.ndarray:
+    lengths = [chunk.value_lengths().to_numpy() for chunk in table[name].chunks]
+    return np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
+
+
+def _ragged(table: pa.Table, name: str) -> Ragged:
+    return Ragged(_flat(table, name).to_numpy(), _offsets(table, name))

@@ -1,0 +1,195 @@
+"""COCO panoptic data sets, optionally with the instance annotations of the same images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from data_pipeline.categories import CategoryTable
+from data_pipeline.codec import id_dtype
+from data_pipeline.config import CocoPanopticSource
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import BrokenImageError, decode_id_png
+from data_pipeline.readers import coco_json
+from data_pipeline.readers.coco_instances import check_annotations
+from data_pipeline.readers.coco_json import CocoImage, field, stated_box, whole_number
+from data_pipeline.readers.files import (
+    ANNOTATION_BYTES,
+    load_image,
+    make_key,
+    read_bytes,
+    relative_name,
+    require_folder,
+    size_on_disk,
+    some,
+    unique_keys,
+)
+from data_pipeline.readers.masks import instance_layers, pixel_box
+from data_pipeline.sample import VOID_ID, Annotation, Sample, Segment
+
+Instances = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class PanopticRecord:
+    """What the JSON files say about one image."""
+
+    image: CocoImage
+    mask_name: str
+    segments: Sequence[Mapping[str, Any]]
+    instances: Instances | None
+
+
+@dataclass(frozen=True)
+class CocoPanopticReader:
+    """Images, a JSON with segments, and PNGs whose colours are segment ids."""
+
+    images: Path
+    masks: Path
+    categories: CategoryTable
+    records: tuple[PanopticRecord, ...]
+    max_pixels: int
+
+    @classmethod
+    def open(cls, source: CocoPanopticSource, max_pixels: int) -> Self:
+        """Read and check the annotation files. Raises DataError."""
+        images, masks = require_folder(source.images), require_folder(source.panoptic_masks)
+        path = source.panoptic_json
+        document = coco_json.read_document(path, ("images", "annotations", "categories"))
+        categories = coco_json.read_categories(document, path, things_only=False)
+        records = _read_records(document, path)
+        used = Counter(int(s["category_id"]) for record in records for s in record.segments)
+        coco_json.require_known_categories(used, categories, path)
+        if source.instances_json is not None:
+            records = _with_instances(records, categories, source.instances_json)
+        return cls(images, masks, categories, records, max_pixels)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Keys in the order of the annotation file."""
+        return tuple(make_key(record.image.file_name) for record in self.records)
+
+    def source(self, index: int) -> str:
+        """Folder and name of the image."""
+        return f"{self.images.name}/{self.records[index].image.file_name}"
+
+    def read(self, index: int) -> Sample:
+        """One image with its panoptic map and, where the source has them, its instances in layers."""
+        record = self.records[index]
+        image = record.image
+        file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
+        seg, segments = self._read_map(record)
+        inst = None
+        if record.instances is not None:
+            inst, things = instance_layers(
+                record.instances, image.height, image.width, self.categories, self.source(index)
+            )
+            segments += things
+        return Sample(
+            key=self.keys[index],
+            image_id=image.id,
+            source=self.source(index),
+            image=file.data,
+            image_ext=file.ext,
+            height=image.height,
+            width=image.width,
+            annotation=Annotation(seg=seg, inst=inst, segments=segments),
+        )
+
+    def size_hint(self, index: int) -> int:
+        """Size of the image file plus an allowance for maps."""
+        return size_on_disk(self.images / self.records[index].image.file_name) + ANNOTATION_BYTES
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """A reader of only these images."""
+        return replace(self, records=tuple(self.records[i] for i in indices))
+
+    def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...]]:
+        path = self.masks / record.mask_name
+        try:
+            ids = decode_id_png(read_bytes(path))
+        except BrokenImageError as error:
+            raise DataError(f"{path}: {error}") from error
+        if ids.shape != (record.image.height, record.image.width):
+            raise DataError(
+                f"{path}: the mask is {ids.shape[1]} x {ids.shape[0]} pixels, the image "
+                f"{record.image.width} x {record.image.height}; they must belong together"
+            )
+        seg = _local_ids(ids, [int(s["id"]) for s in record.segments], path)
+        segments = []
+        for local_id, entry in enumerate(record.segments, start=1):
+            segments.append(self._segment(entry, seg, local_id))
+        return seg, tuple(segments)
+
+    def _segment(self, entry: Mapping[str, Any], seg: np.ndarray, local_id: int) -> Segment:
+        category = self.categories.by_id[int(entry["category_id"])]
+        area = entry["area"] if "area" in entry else np.count_nonzero(seg == local_id)
+        return Segment(
+            id=local_id,
+            category_id=category.id,
+            is_thing=category.is_thing,
+            is_crowd=bool(entry.get("iscrowd", 0)),
+            area=float(area),
+            bbox=stated_box(entry) or pixel_box(seg == local_id),
+            source_id=int(entry["id"]),
+            map="seg",
+        )
+
+
+def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecord, ...]:
+    images = coco_json.read_images(document, path)
+    unique_keys(image.file_name for image in images)
+    groups = coco_json.group_by_image(document, images, path, strict=True)
+    wrong = [image_id for image_id, group in groups.items() if len(group) != 1]
+    if wrong:
+        raise DataError(
+            f"{path}: every image needs one entry in `annotations`; these have none or several: {some(wrong)}"
+        )
+    records = []
+    for image in images:
+        entry = groups[image.id][0]
+        where = f"{path}: annotation of image {image.id}"
+        segments = field(entry, "segments_info", where)
+        for segment in segments:
+            whole_number(segment, "category_id", where)
+        coco_json.require_unique([whole_number(s, "id", where) for s in segments], f"{where}: segment ids")
+        records.append(PanopticRecord(image, relative_name(field(entry, "file_name", where), where), segments, None))
+    return tuple(records)
+
+
+def _with_instances(
+    records: tuple[PanopticRecord, ...], categories: CategoryTable, path: str
+) -> tuple[PanopticRecord, ...]:
+    """The same records with the instances of another file, which may know more images but not fewer."""
+    document = coco_json.read_document(path, ("images", "annotations"))
+    images = coco_json.read_images(document, path)
+    missing = {record.image.id for record in records} - {image.id for image in images}
+    if missing:
+        raise DataError(f"{path} lacks {len(missing)} images of the panoptic annotations: {some(sorted(missing))}")
+    groups = coco_json.group_by_image(document, [record.image for record in records], path, strict=False)
+    check_annotations(groups, categories, path)
+    return tuple(replace(record, instances=groups[record.image.id]) for record in records)
+
+
+def _local_ids(ids: np.ndarray, source_ids: Sequence[int], path: Path) -> np.ndarray:
+    """Renumber source ids [H, W] to 1.. in the order of the JSON; 0 stays void. Raises DataError where they differ."""
+    outside = [i for i in source_ids if not 0 < i < 1 << 24]
+    if outside:
+        raise DataError(f"{path}: segment ids of its JSON entry do not fit a colour: {some(outside)}")
+    table = np.zeros(1 << 24, id_dtype(len(source_ids)))  # zero pages cost nothing until they are touched
+    table[source_ids] = np.arange(1, len(source_ids) + 1)
+    seg = table[ids]
+    unknown = np.unique(ids[(seg == VOID_ID) & (ids != 0)])
+    if unknown.size:
+        raise DataError(f"{path}: pixels have ids that its JSON entry does not list: {some(unknown.tolist())}")
+    present = np.bincount(seg.ravel(), minlength=len(source_ids) + 1)
+    absent = [i for i, pixels in zip(source_ids, present[1:], strict=True) if not pixels]
+    if absent:
+        raise DataError(f"{path}: its JSON entry lists segments without a pixel: {some(absent)}")
+    return seg

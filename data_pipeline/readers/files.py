@@ -1,0 +1,122 @@
+"""What all readers do with files: find them, name samples after them, load and check images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, read_header
+
+_MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
+ANNOTATION_BYTES = 12_000
+"""Rough size of a sample's other tar members, for estimates."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """A checked image file."""
+
+    data: bytes
+    ext: Literal["jpg", "png"]
+
+
+def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedImage:
+    """Read an image and prove that it decodes to height x width. Raises DataError naming the file."""
+    data = read_bytes(path)
+    try:
+        header = read_header(data)
+        if header.height * header.width > max_pixels:
+            raise BrokenImageError(
+                f"{header.width} x {header.height} pixels are more than max_pixels ({max_pixels}); shrink the image or "
+                "raise datasets.<name>.max_pixels"
+            )
+        if header.bit_depth > 8:
+            raise BrokenImageError(f"{header.bit_depth}-bit images are not supported; convert it to 8 bits")
+        orientation = frame_orientation(header, height, width)
+        decoded = decode_rgb(data, orientation)
+    except BrokenImageError as error:
+        raise DataError(f"{path}: {error}") from error
+    assert decoded.shape == (height, width, 3)
+    return LoadedImage(data, header.ext)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a file. Raises DataError naming it."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; the annotations refer to it") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: str) -> Any:
+    """Content of a JSON file. Raises DataError naming it."""
+    require_file(path)
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def require_file(path: str) -> None:
+    """Raise DataError where there is no such file."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist or is no file; check the paths under datasets.<name>.source")
+
+
+def require_folder(path: str) -> Path:
+    """The folder as a Path. Raises DataError where there is none."""
+    if not Path(path).is_dir():
+        raise DataError(f"{path} does not exist or is no folder; check the paths under datasets.<name>.source")
+    return Path(path)
+
+
+def relative_name(name: Any, where: str) -> str:
+    """A file name from an annotation file, which must stay inside its folder."""
+    if not isinstance(name, str) or not name or name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise DataError(f"{where}: file_name {name!r} is not a relative path inside the data set")
+    return name
+
+
+def make_key(file_name: str) -> str:
+    """Sample key of a relative file name without its extension.
+
+    Other characters than ASCII letters, digits, `_` and `-` would confuse tar tools (webdataset cuts names at the first
+    dot); names that have some are cleaned and get a digest, so that different names stay different.
+    """
+    stem = str(PurePosixPath(file_name).with_suffix(""))
+    clean = re.sub(r"[^A-Za-z0-9_-]", "-", stem)
+    if clean == stem and len(stem) <= _MAX_KEY:
+        return stem
+    return f"{clean[: _MAX_KEY - 9]}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+
+
+def unique_keys(file_names: Iterable[str]) -> tuple[str, ...]:
+    """Keys of file names. Raises DataError naming two files that share one."""
+    first: dict[str, str] = {}
+    for name in file_names:
+        if (other := first.setdefault(make_key(name), name)) is not name:
+            raise DataError(f"{other} and {name} would have the same key {make_key(name)!r}; rename one of them")
+    return tuple(first)
+
+
+def size_on_disk(path: Path) -> int:
+    """Size of a file; 0 where it is missing, which reading it will report."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def some(values: Iterable[object], limit: int = 5) -> str:
+    """The first few values for a message."""
+    listed = list(values)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(map(str, listed[:limit])) + more

@@ -1,0 +1,108 @@
+"""COCO segmentations (polygons, compressed and uncompressed RLE) as layers of an id map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from data_pipeline.categories import CategoryTable
+from data_pipeline.codec import id_dtype
+from data_pipeline.errors import DataError
+from data_pipeline.readers.coco_json import Box, stated_box
+from data_pipeline.sample import Segment
+
+
+def instance_layers(
+    annotations: Sequence[Mapping[str, Any]], height: int, width: int, categories: CategoryTable, where: str
+) -> tuple[np.ndarray, tuple[Segment, ...]]:
+    """Layers [Y, H, W] and segments of one image's instances, crowds included.
+
+    An annotation that covers no pixel (a polygon thinner than the grid) keeps its segment: the official evaluation
+    counts it. Raises DataError naming the annotation.
+    """
+    masks = (_decode(entry, height, width, where) for entry in annotations)
+    inst, layers, measured = stack_layers(masks, len(annotations), height, width)
+    segments = tuple(
+        Segment(
+            id=local_id,
+            category_id=int(entry["category_id"]),
+            is_thing=categories.by_id[int(entry["category_id"])].is_thing,
+            is_crowd=bool(entry.get("iscrowd", 0)),
+            area=float(entry.get("area", area)),
+            bbox=stated_box(entry) or box,
+            source_id=int(entry["id"]),
+            map="inst",
+            layer=layer,
+        )
+        for local_id, (entry, layer, (area, box)) in enumerate(zip(annotations, layers, measured, strict=True), start=1)
+    )
+    return inst, segments
+
+
+def stack_layers(
+    masks: Iterable[np.ndarray], count: int, height: int, width: int
+) -> tuple[np.ndarray, list[int], list[tuple[int, Box]]]:
+    """Put masks [H, W] with ids 1..count into as few layers as first-fit needs, so that no two overlap in a layer.
+
+    Returns the layers [Y, H, W] (at least one), the layer of every mask, and its pixels and bounding box.
+    """
+    layers = [np.zeros((height, width), id_dtype(count))]
+    layer_of: list[int] = []
+    measured: list[tuple[int, Box]] = []
+    for local_id, mask in enumerate(masks, start=1):
+        x, y, w, h = box = pixel_box(mask)
+        window = (slice(y, y + h), slice(x, x + w))
+        inside = mask[window] != 0
+        layer = next((i for i, ids in enumerate(layers) if not (ids[window] * inside).any()), len(layers))
+        if layer == len(layers):
+            layers.append(np.zeros_like(layers[0]))
+        layers[layer][window][inside] = local_id
+        layer_of.append(layer)
+        measured.append((int(np.count_nonzero(inside)), box))
+    return np.stack(layers), layer_of, measured
+
+
+def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """x, y, width, height of the smallest box around the non-zero pixels; zeros where there is none."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return 0, 0, 0, 0
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
+
+
+def _decode(entry: Mapping[str, Any], height: int, width: int, where: str) -> np.ndarray:
+    """Mask [H, W] uint8 of an annotation, rasterised at the image's size exactly as pycocotools does."""
+    name = f"{where}: annotation {entry.get('id')}"
+    segmentation = entry.get("segmentation")
+    match segmentation:
+        case {"counts": counts, "size": [int(rle_height), int(rle_width)]}:
+            if (rle_height, rle_width) != (height, width):
+                raise DataError(f"{name}: its RLE is {rle_width} x {rle_height}, the image {width} x {height}")
+            rle: Any = _uncompressed(counts, height, width, name) if isinstance(counts, list) else dict(segmentation)
+        case [_, *_]:
+            rle = _polygons(segmentation, height, width, name)
+        case _:
+            raise DataError(f"{name} has no usable `segmentation`: {str(segmentation)[:60]}")
+    try:
+        return np.asarray(coco_mask.decode(rle))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{name}: its RLE is damaged ({error})") from error
+
+
+def _uncompressed(counts: list[Any], height: int, width: int, name: str) -> Any:
+    if not all(isinstance(c, int) and c >= 0 for c in counts) or sum(counts) != height * width:
+        raise DataError(f"{name}: the run lengths of its RLE do not add up to {width} x {height} pixels")
+    rle: Any = {"counts": counts, "size": [height, width]}
+    return coco_mask.frPyObjects(rle, height, width)
+
+
+def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
+    for polygon in polygons:
+        # pycocotools would silently take four numbers for a box.
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            raise DataError(f"{name}: a polygon needs an even number of at least 6 coordinates: {str(polygon)[:60]}")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))

@@ -1,0 +1,350 @@
+"""From a reader to shards: plan, write shard by shard in any order on any machine, commit the manifest last.
+
+    plan = plan_shards(reader, config, source_fingerprint)
+    parts = complete_parts(plan, storage)                       what an interrupted run has left
+    parts += [write_shard(reader, plan, i, storage) for i in the others]
+    commit_manifest(plan, parts, storage)
+
+Every step can be repeated. Tars are byte-identical whoever writes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from webdataset import TarWriter
+
+from data_pipeline import codec, manifest
+from data_pipeline.categories import CategoryTable
+from data_pipeline.config import DatasetConfig
+from data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError, StorageError
+from data_pipeline.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo
+from data_pipeline.readers import Reader, source_fingerprint
+from data_pipeline.sample import Annotation, Sample
+from data_pipeline.storage import Storage, join
+
+_BLOCK = 512  # of a tar
+_PLAN_FILE = "plan.json"
+_HINTS = 512  # samples whose sizes are looked up to estimate the mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """Which samples go into which shard. Depends on the source, the seed and the shard size; never on who writes."""
+
+    target: str
+    """Folder or `s3://` prefix of the data set."""
+    rows: tuple[tuple[str, ...], ...]
+    """Keys of every shard in their order."""
+    categories: CategoryTable
+    source_fingerprint: str
+    seed: int
+
+    @property
+    def hash(self) -> str:
+        """Hex digest of everything that decides the shards' content."""
+        content = [manifest.FORMAT, self.rows, asdict(self.categories), self.source_fingerprint, self.seed]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return sum(map(len, self.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class SampleProblem:
+    """A sample that was left out of its shard, and why."""
+
+    key: str
+    source: str
+    """Where the image came from."""
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPart:
+    """Receipt of one shard that was written and verified."""
+
+    index: int
+    info: ShardInfo
+    samples: pa.Table
+    """Rows of SAMPLE_SCHEMA."""
+    problems: tuple[SampleProblem, ...] = ()
+
+
+def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> ShardPlan:
+    """Permute all samples with the seed and cut them into shards of about `shard_mb`. Raises DataError for none."""
+    keys = reader.keys
+    if not keys:
+        raise DataError(f"the source of {config.shards} has no sample")
+    order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(keys))
+    hints = [reader.size_hint(int(i)) for i in order[:_HINTS]]
+    num_shards = max(1, round(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6)))
+    rows = np.array_split(order, min(num_shards, len(keys)))
+    return ShardPlan(
+        target=config.shards,
+        rows=tuple(tuple(keys[i] for i in row) for row in rows),
+        categories=reader.categories,
+        source_fingerprint=fingerprint,
+        seed=config.seed,
+    )
+
+
+def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Storage) -> ShardPart:
+    """Read, check and write one shard, verify what the store holds, then leave its receipt there.
+
+    Samples that cannot be used are left out and reported in the part. Raises StorageError where writing fails.
+    """
+    positions = {key: position for position, key in enumerate(reader.keys)}
+    tar = _Tar(shard_index)
+    problems = []
+    for key in plan.rows[shard_index]:
+        if key not in positions:
+            raise DataError(
+                f"the source has no sample {key!r} of the shard plan; it changed while it was being written"
+            )
+        try:
+            tar.add(reader.read(positions[key]))
+        except DataError as error:
+            problems.append(SampleProblem(key, reader.source(positions[key]), str(error)))
+    data, table = tar.close()
+    info = ShardInfo(f"shards/{shard_index:05d}.tar", len(data), hashlib.sha256(data).hexdigest(), table.num_rows)
+    url = join(plan.target, info.name)
+    storage.put(url, data)
+    if hashlib.sha256(storage.get(url)).hexdigest() != info.sha256:
+        raise StorageError(f"{url}: the store returns other bytes than were written; check the store and run again")
+    part = ShardPart(index=shard_index, info=info, samples=table, problems=tuple(problems))
+    storage.put(_part_url(plan, shard_index), _encode_part(part, plan))
+    return part
+
+
+def complete_parts(plan: ShardPlan, storage: Storage) -> tuple[ShardPart, ...]:
+    """Parts that need not be written again: receipt and shard are there, and no sample was left out.
+
+    Once the manifest is committed, parts that left samples out count too: a data set that exists never changes.
+    Claims the target for this plan. Raises DataError where it belongs to another one.
+    """
+    _claim_target(plan, storage)
+    committed = manifest.read_document(plan.target, storage) is not None
+    present = set(storage.list(plan.target))
+    parts = []
+    for index in range(len(plan.rows)):
+        if _part_url(plan, index) not in present:
+            continue
+        part = _decode_part(storage.get(_part_url(plan, index)), plan)
+        if part is None or (part.problems and not committed):
+            continue
+        if _has_size(join(plan.target, part.info.name), part.info.size, storage):
+            parts.append(part)
+    return tuple(parts)
+
+
+def commit_manifest(
+    plan: ShardPlan, parts: Iterable[ShardPart], storage: Storage, *, skip_bad: bool = False
+) -> Manifest:
+    """Write samples.parquet and then dataset.json, which makes the data set exist. A second commit changes nothing.
+
+    Raises DataError where shards are missing, where samples were left out (unless `skip_bad` accepts that), and where
+    the target holds another data set.
+    """
+    by_index = {part.index: part for part in parts}
+    missing = sorted(set(range(len(plan.rows))) - by_index.keys())
+    if missing:
+        raise DataError(f"{plan.target}: {len(missing)} of {len(plan.rows)} shards are not written yet: {missing[:10]}")
+    ordered = [by_index[i] for i in range(len(plan.rows))]
+    filled = [part for part in ordered if part.info.num_samples]
+    if not filled:
+        raise DataError(f"{plan.target}: not one sample of the source can be used")
+    samples = manifest.write_table(pa.concat_tables([_numbered(part.samples, i) for i, part in enumerate(filled)]))
+    document = manifest.make_document(
+        plan=plan.hash,
+        source_fingerprint=plan.source_fingerprint,
+        categories=plan.categories,
+        shards=[part.info for part in filled],
+        samples=samples,
+    )
+    if not _is_published(plan, document, storage):
+        if not skip_bad:
+            _refuse_problems(plan, [problem for part in ordered for problem in part.problems])
+        _publish(plan, document, samples, storage)
+    return Manifest.load(plan.target, storage)
+
+
+def write_dataset(
+    reader: Reader,
+    config: DatasetConfig,
+    storage: Storage,
+    *,
+    skip_bad: bool = False,
+    progress: Callable[[ShardPart], None] | None = None,
+) -> Manifest:
+    """Plan, write what is missing and commit, in this process. `progress` hears of every part, also of old ones."""
+    if config.source is None:
+        raise DataError(f"the data set at {config.shards} has no source to shard; set datasets.<name>.source")
+    plan = plan_shards(reader, config, source_fingerprint(config.source))
+    parts = {part.index: part for part in complete_parts(plan, storage)}
+    for index in range(len(plan.rows)):
+        if index not in parts:
+            parts[index] = write_shard(reader, plan, index, storage)
+        if progress is not None:
+            progress(parts[index])
+    return commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
+
+
+class _Tar:
+    """A tar in memory and the manifest rows of its samples."""
+
+    def __init__(self, shard_index: int) -> None:
+        self._shard = shard_index
+        self._buffer = io.BytesIO()
+        # Fixed owner, mode and time: the same samples give the same bytes on every machine.
+        self._writer = TarWriter(
+            self._buffer, user="m2f", group="m2f", mode=0o444, mtime=0, encoder=False, compress=False
+        )
+        self._rows: list[dict[str, Any]] = []
+        self._end = 0
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample. A sample that cannot be encoded leaves no trace."""
+        members = {name.removeprefix(f"{sample.key}."): data for name, data in codec.encode(sample)}
+        assert list(members) == sorted(members), "TarWriter sorts members by name"
+        self._writer.write({"__key__": sample.key, **members})
+        start, offsets = self._end, []
+        for data in members.values():
+            offsets.append(self._end + _BLOCK - start)
+            self._end += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+        self._rows.append(
+            {
+                "key": sample.key,
+                "shard": self._shard,
+                "offset": start,
+                "length": self._end - start,
+                "image_id": sample.image_id,
+                "height": sample.height,
+                "width": sample.width,
+                "member_names": list(members),
+                "member_offsets": offsets,
+                "member_lengths": [len(data) for data in members.values()],
+                **_category_columns(sample.annotation),
+            }
+        )
+
+    def close(self) -> tuple[bytes, pa.Table]:
+        """The tar's bytes and the rows of its samples."""
+        self._writer.close()
+        data = self._buffer.getvalue()
+        view = memoryview(data)
+        for row in self._rows:
+            row["crc32"] = zlib.crc32(view[row["offset"] : row["offset"] + row["length"]])
+        return data, pa.Table.from_pylist(self._rows, schema=SAMPLE_SCHEMA)
+
+
+def _category_columns(annotation: Annotation) -> dict[str, Any]:
+    """Counts and areas per category, without crowds. A thing in both maps counts once, as instance."""
+    counts: dict[int, int] = defaultdict(int)
+    areas: dict[int, float] = defaultdict(float)
+    for segment in annotation.segments:
+        twice = segment.map == "seg" and segment.is_thing and annotation.inst is not None
+        if not segment.is_crowd and not twice:
+            counts[segment.category_id] += 1
+            areas[segment.category_id] += segment.area
+    ids = sorted(counts)
+    return {
+        "num_segments": sum(counts.values()),
+        "category_ids": ids,
+        "category_counts": [counts[i] for i in ids],
+        "category_areas": [round(areas[i]) for i in ids],
+    }
+
+
+def _part_url(plan: ShardPlan, index: int) -> str:
+    return join(plan.target, f"parts/{index:05d}.parquet")
+
+
+def _encode_part(part: ShardPart, plan: ShardPlan) -> bytes:
+    receipt = {
+        "plan": plan.hash,
+        "index": part.index,
+        "info": asdict(part.info),
+        "problems": [asdict(problem) for problem in part.problems],
+    }
+    return manifest.write_table(part.samples.replace_schema_metadata({"receipt": json.dumps(receipt)}))
+
+
+def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
+    """The part of a receipt; None where it is damaged or of another plan, so that the shard is written again."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        receipt = json.loads((table.schema.metadata or {})[b"receipt"])
+    except (pa.ArrowInvalid, KeyError, ValueError):
+        return None
+    if receipt["plan"] != plan.hash:
+        return None
+    problems = tuple(SampleProblem(**problem) for problem in receipt["problems"])
+    rows = table.replace_schema_metadata(None).cast(SAMPLE_SCHEMA)
+    return ShardPart(index=receipt["index"], info=ShardInfo(**receipt["info"]), samples=rows, problems=problems)
+
+
+def _claim_target(plan: ShardPlan, storage: Storage) -> None:
+    url = join(plan.target, _PLAN_FILE)
+    claim = {"plan": plan.hash, "num_shards": len(plan.rows), "num_samples": plan.num_samples, "seed": plan.seed}
+    try:
+        storage.put(url, json.dumps(claim, indent=1).encode(), if_absent=True)
+    except ObjectExistsError:
+        if json.loads(storage.get(url))["plan"] != plan.hash:
+            raise DataError(
+                f"{plan.target} belongs to another shard plan (source, seed, shard size or version differ); "
+                "choose another folder, or delete it to write the data set again"
+            ) from None
+
+
+def _has_size(url: str, size: int, storage: Storage) -> bool:
+    try:
+        return storage.size(url) == size
+    except MissingObjectError:
+        return False
+
+
+def _refuse_problems(plan: ShardPlan, problems: Sequence[SampleProblem]) -> None:
+    if problems:
+        listed = "\n".join(f"  {problem.message}" for problem in problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise DataError(
+            f"{plan.target}: {len(problems)} of {plan.num_samples} samples cannot be used; "
+            f"correct them, or accept to leave them out:\n{listed}{more}"
+        )
+
+
+def _numbered(rows: pa.Table, shard: int) -> pa.Table:
+    column = SAMPLE_SCHEMA.get_field_index("shard")
+    return rows.set_column(column, SAMPLE_SCHEMA.field(column), pa.array([shard] * rows.num_rows, pa.int32()))
+
+
+def _is_published(plan: ShardPlan, document: dict[str, Any], storage: Storage) -> bool:
+    """Whether this very data set is there already. Raises DataError where another one is."""
+    existing = manifest.read_document(plan.target, storage)
+    if existing is not None and existing["fingerprint"] != document["fingerprint"]:
+        raise DataError(
+            f"{plan.target} holds another data set already (fingerprint {existing['fingerprint'][:12]}, "
+            f"this one {document['fingerprint'][:12]}); choose another folder, or delete it first"
+        )
+    return existing is not None
+
+
+def _publish(plan: ShardPlan, document: dict[str, Any], samples: bytes, storage: Storage) -> None:
+    storage.put(join(plan.target, manifest.SAMPLES_FILE), samples)
+    try:
+        storage.put(join(plan.target, manifest.DATASET_FILE), json.dumps(document, indent=1).encode(), if_absent=True)
+    except ObjectExistsError:  # another driver of the same plan was quicker
+        _is_published(plan, document, storage)
