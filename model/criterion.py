@@ -15,13 +15,9 @@ from torch import Tensor
 
 from model.config import LossConfig
 from model.matcher import match
-from model.point_sampling import LabelMaps, most_uncertain, sample_maps
+from model.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
 from model.points import PointSource, RowIndex
 from model.structures import Predictions, Targets
-
-CPU_CHUNK_POINTS = 2**19
-DEVICE_CHUNK_POINTS = 2**24
-"""Candidate points handled at once: what fits the cache of a CPU core, and 128 MiB on an accelerator."""
 
 
 class Normalizers(NamedTuple):
@@ -98,7 +94,7 @@ def compute_losses(
 
 
 def _class_denominator(targets: Targets, num_queries: int, normalizers: Normalizers, config: LossConfig) -> Tensor:
-    """Global sum of class weights, or as in the official code that of this micro-batch with the mean over all of them."""
+    """Global sum of class weights; `per_rank`: that of this micro-batch, and the mean over all micro-batches."""
     denominator = normalizers.class_weight_sum
     if config.class_norm == "per_rank":
         own = count_normalizers(targets, num_queries, config).class_weight_sum
@@ -146,7 +142,7 @@ def _mask_losses(
     num_layers: int,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """BCE (mean over points) and dice [R] of matched masks at importance-sampled points (PointRend, paper section 3.3)."""
+    """BCE (mean over points) and dice [R] of matched masks at importance-sampled points (paper section 3.3)."""
     at, labels = _training_points(logits.detach(), targets, label_maps, rows, points, num_layers, config)
     sampled = sample_maps(logits, at)
     bce = F.binary_cross_entropy_with_logits(sampled, labels, reduction="none").mean(1)
@@ -175,8 +171,7 @@ def _training_points(
     local_id = targets.local_id[rows.image, rows.target]
     all_points = logits.new_empty(len(logits), config.num_points, 2)
     all_labels = logits.new_empty(len(logits), config.num_points)
-    chunk_points = CPU_CHUNK_POINTS if logits.device.type == "cpu" else DEVICE_CHUNK_POINTS
-    step = max(1, chunk_points // num_candidates)
+    step = max(1, chunk_elements(logits.device) // (8 * num_candidates))  # coordinates, logits and their temporaries
     for start in range(0, len(logits), step):
         chunk = slice(start, start + step)
         proposed = candidates[chunk]

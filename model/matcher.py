@@ -14,18 +14,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from model.config import LossConfig
-from model.point_sampling import LabelMaps, sample_features
+from model.point_sampling import LabelMaps, chunk_elements, sample_features
 from model.structures import Predictions, Targets
-
-CHUNK_ELEMENTS = 2**25
-"""Largest number of fp32 values alive at once in the matching cost, as long as one layer fits (128 MiB)."""
 
 
 class Matching(NamedTuple):
     """Assignment of queries to targets."""
 
     query_index: Tensor
-    """[L, B, N] int64 on the host; -1 where a target has no query (not valid, weight 0, or more targets than queries)."""
+    """[L, B, N] int64 on the host; -1 where a target has none: not valid, weight 0, or more targets than queries."""
     finite: Tensor
     """[L, B] bool on the device: whether every cost of the image was finite. If not, the assignment means nothing."""
 
@@ -65,7 +62,7 @@ def matching_cost(
         features = predictions.mask_features.float().permute(0, 2, 3, 1).contiguous()
         embeddings = predictions.mask_embeddings.float()
         per_point = num_images * (features.shape[-1] + 2 * num_queries + targets.labels.shape[1])
-        layers = max(1, CHUNK_ELEMENTS // (per_point * points.shape[2]))
+        layers = max(1, chunk_elements(points.device) // (per_point * points.shape[2]))
         mask_cost = torch.cat(
             [
                 _mask_cost(
@@ -82,17 +79,15 @@ def matching_cost(
 
 
 def _mask_cost(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
-    """BCE and dice of all pairs [l, B, Q, N] from logits [l, B, Q, P] and labels [l, B, N, P], in one product.
+    """BCE and dice of all pairs [l, B, Q, N] from logits [l, B, Q, P] (overwritten) and labels [l, B, N, P].
 
-    BCE(x, t) = softplus(x) - x * t, so its sum over points needs only a row sum and a product.
+    BCE(x, t) = softplus(x) - x * t, so its sum over points is a row sum and one product.
     """
-    num_queries, num_points = logits.shape[-2:]
     softplus = F.softplus(logits).sum(-1, keepdim=True)
-    probabilities = logits.sigmoid()
-    products = torch.cat((logits, probabilities), dim=-2) @ labels.transpose(-1, -2)
-    bce = (softplus - products[..., :num_queries, :]) / num_points
+    bce = (softplus - logits @ labels.transpose(-1, -2)) / logits.shape[-1]
+    probabilities = logits.sigmoid_()
     area = probabilities.sum(-1, keepdim=True) + labels.sum(-1)[..., None, :]
-    dice = 1 - (2 * products[..., num_queries:, :] + 1) / (area + 1)
+    dice = 1 - (2 * (probabilities @ labels.transpose(-1, -2)) + 1) / (area + 1)
     return config.mask_weight * bce + config.dice_weight * dice
 
 

@@ -15,13 +15,18 @@ from torch import Tensor
 from model.structures import ignore_id
 
 
+def chunk_elements(device: torch.device) -> int:
+    """Largest number of fp32 temporaries in one piece of work: what a CPU core's cache likes, 512 MiB elsewhere."""
+    return 2**22 if device.type == "cpu" else 2**27
+
+
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     """Values [R, P] of single-channel maps [R, h, w] at points [R, P, 2]; differentiable in the maps."""
     return F.grid_sample(maps[:, None], points[:, :, None] * 2 - 1, align_corners=False)[:, 0, :, 0]
 
 
 def most_uncertain(logits: Tensor, points: Tensor, count: int) -> Tensor:
-    """The `count` points [R, count, 2] of points [R, P, 2] whose logits [R, P] are nearest to 0, in no special order."""
+    """The `count` of points [R, P, 2] whose logits [R, P] are nearest to 0, in no special order."""
     nearest = logits.abs().topk(count, dim=1, largest=False, sorted=False).indices
     return points.gather(1, nearest[..., None].expand(-1, -1, 2))
 
@@ -91,7 +96,7 @@ class LabelMaps(NamedTuple):
         return row.mul_(self.width + 1).add_(column), x, y
 
     def _weigh(self, quads: Tensor, local_id: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of the bilinear weights of the corners that have the id; equal bits to grid_sample of the one-hot mask."""
+        """Sum of the bilinear weights of the corners that have the id: the same bits as grid_sample of the mask."""
         ids = quads.contiguous().view(self.id_dtype).view(*quads.shape, 4)
         hits = (ids == local_id[..., None, None].to(self.id_dtype)).unbind(-1)
         left, upper = 1 - x, 1 - y

@@ -1,11 +1,12 @@
 """Random points in the unit square for the matcher and the losses, reproducible at any batch composition.
 
-A training step draws uniform points in three places (paper section 3.3): one set per image and prediction for matching, a
-larger candidate set per matched mask of which the most uncertain are kept, and a few fresh ones per matched mask.
+A training step draws uniform points in three places (paper section 3.3): one set per image and prediction for matching,
+a larger candidate set per matched mask of which the most uncertain are kept, and a few fresh ones per matched mask.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -24,7 +25,8 @@ class RowIndex(NamedTuple):
     """[R] int64"""
 
 
-class RowPoints(NamedTuple):
+@dataclass(frozen=True)
+class RowPoints:
     """Points of R rows as G shared base sets and one shift on the torus per row.
 
     A shift of independent uniform points modulo 1 leaves them independent and uniform, so every row follows the law of
@@ -38,7 +40,7 @@ class RowPoints(NamedTuple):
     shift: Tensor
     """[R, 2] in [0, 1), multiples of 2^-23."""
 
-    def __getitem__(self, rows: slice) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, rows: slice) -> Tensor:
         """Points [r, P, 2] as (x, y) of a slice of the rows."""
         return self.base[self.group[rows]].add_(self.shift[rows, None]).frac_()
 
@@ -132,8 +134,8 @@ def _unshifted(points: Tensor) -> RowPoints:
     return RowPoints(points, torch.arange(len(points), device=points.device), points.new_zeros(len(points), 2))
 
 
-# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): a counter times an odd constant
-# through a bijective finaliser. Tensors have no unsigned 64-bit arithmetic; two's complement products have the same bits.
+# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): a counter times an odd
+# constant through a bijective finaliser. Tensors lack unsigned 64-bit arithmetic; wrapped products have the same bits.
 
 
 def _signed(value: int) -> int:

@@ -127,7 +127,7 @@ def transformers_losses(predictions: Predictions, targets: Targets, config: Loss
 
 
 def replayed(drawn, assignments, order, targets: Targets) -> GivenPoints:
-    """Draws of the official order (final, then auxiliary; images, then candidates, then fresh) by layer, image, target."""
+    """Draws of the official order (per prediction: each image, candidates, fresh) by layer, image, target."""
     layers, (images, most) = len(order), targets.valid.shape
     per_layer = [drawn[i : i + images + 2] for i in range(0, len(drawn), images + 2)]
     shape = (layers, images, most)
@@ -146,13 +146,13 @@ def replayed(drawn, assignments, order, targets: Targets) -> GivenPoints:
 
 
 CASES = {
-    "two images": dict(counts=(4, 6)),
-    "one empty image": dict(counts=(0, 5)),
-    "all images empty": dict(counts=(0, 0)),
-    "more targets than queries": dict(counts=(12, 3)),
-    "overlapping instances in layers": dict(counts=(6, 8), layers=3),
-    "many ids in int16": dict(counts=(3, 5), dtype=torch.int16),
-    "odd size": dict(counts=(5,), size=(37, 61)),
+    "two images": {"counts": (4, 6)},
+    "one empty image": {"counts": (0, 5)},
+    "all images empty": {"counts": (0, 0)},
+    "more targets than queries": {"counts": (12, 3)},
+    "overlapping instances in layers": {"counts": (6, 8), "layers": 3},
+    "many ids in int16": {"counts": (3, 5), "dtype": torch.int16},
+    "odd size": {"counts": (5,), "size": (37, 61)},
 }
 
 
@@ -162,7 +162,7 @@ def test_equals_transformers(case, class_norm, monkeypatch):
     config = LossConfig(num_points=96, class_norm=class_norm)
     targets = make_targets(**case)
     predictions = make_predictions(len(case["counts"]))
-    terms, assignments, points = transformers_losses(predictions, targets, config, monkeypatch)
+    terms, _, points = transformers_losses(predictions, targets, config, monkeypatch)
     expected = terms * torch.tensor([config.class_weight, config.mask_weight, config.dice_weight])
 
     losses = ours(predictions, targets, config, points)

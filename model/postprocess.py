@@ -1,0 +1,212 @@
+"""From the last prediction of one image to panoptic, instance and semantic results at its original size.
+
+The official procedure (paper section 3.3 and appendix; MaskFormer section 3.3) with equal results and bounded memory:
+queries are filtered before their masks are upsampled, and masks are upsampled in bands of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import PostprocessConfig
+from model.structures import InstanceResult, PanopticResult, PanopticSegment, SemanticResult
+
+BAND_ELEMENTS = 2**24
+"""Largest number of mask values upsampled at once (64 MiB of fp32), as long as one row fits."""
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """How an image became the input of the model; sizes are (height, width) in pixels."""
+
+    padded_size: tuple[int, int]
+    """Input of the model, padded to the right and below."""
+    resized_size: tuple[int, int]
+    """The image inside it."""
+    original_size: tuple[int, int]
+    """The image as it was read."""
+
+
+@torch.no_grad()
+def panoptic(
+    class_logits: Tensor,
+    mask_embeddings: Tensor,
+    mask_features: Tensor,
+    geometry: ImageGeometry,
+    is_thing: Sequence[bool],
+    config: PostprocessConfig,
+) -> PanopticResult:
+    """Panoptic result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
+
+    Queries above `object_threshold` compete for pixels by score * mask probability; a pixel also needs a probability of
+    at least 0.5, and a segment must keep `overlap_threshold` of its own mask. Stuff of one class is one segment.
+    """
+    num_classes = class_logits.shape[-1] - 1
+    scores, labels = class_logits.float().softmax(-1).max(-1)
+    kept = ((labels != num_classes) & (scores > config.object_threshold)).nonzero()[:, 0]
+    if not len(kept):
+        return PanopticResult(torch.zeros(geometry.original_size, dtype=torch.int32, device=kept.device), ())
+    scores, labels = scores[kept], labels[kept]
+
+    winner = torch.empty(geometry.original_size, dtype=torch.int64, device=kept.device)
+    inside = torch.empty(geometry.original_size, dtype=torch.bool, device=kept.device)
+    mask_area = torch.zeros(len(kept), dtype=torch.int64, device=kept.device)
+    for rows, logits in _bands(mask_embeddings[kept], mask_features, geometry):
+        probabilities = logits.sigmoid_()
+        mask_area += (probabilities >= 0.5).sum((1, 2))
+        winner[rows] = (scores[:, None, None] * probabilities).argmax(0)
+        inside[rows] = probabilities.gather(0, winner[rows][None])[0] >= 0.5
+
+    won_area = torch.bincount(winner.flatten(), minlength=len(kept))
+    painted_area = torch.bincount(winner[inside], minlength=len(kept))
+    table = torch.stack((labels, won_area, mask_area, painted_area)).tolist()
+    ids, segments = _merge([_Candidate(*c) for c in zip(*table, scores.tolist(), strict=True)], is_thing, config)
+    segment_map = torch.where(inside, torch.tensor(ids, dtype=torch.int32, device=kept.device)[winner], 0)
+    return PanopticResult(segment_map, segments)
+
+
+class _Candidate(NamedTuple):
+    """A kept query and its pixels: those it won, those of its own mask, and those of both."""
+
+    label: int
+    won_area: int
+    mask_area: int
+    painted_area: int
+    score: float
+
+
+def _merge(
+    candidates: list[_Candidate], is_thing: Sequence[bool], config: PostprocessConfig
+) -> tuple[list[int], tuple[PanopticSegment, ...]]:
+    """Segment id of every candidate (0 where it is dropped) and the segments, in the order of the queries."""
+    ids, segments = [], {}
+    stuff_ids: dict[int, int] = {}
+    for candidate in candidates:
+        if not candidate.painted_area or candidate.won_area / candidate.mask_area < config.overlap_threshold:
+            ids.append(0)
+            continue
+        thing = is_thing[candidate.label]
+        segment_id = len(segments) + 1
+        if not thing:
+            segment_id = stuff_ids.setdefault(candidate.label, segment_id)
+        area, score = candidate.painted_area, candidate.score
+        if (merged := segments.get(segment_id)) is not None:
+            area, score = area + merged.area, max(score, merged.score)
+        segments[segment_id] = PanopticSegment(segment_id, candidate.label, thing, score, area)
+        ids.append(segment_id)
+    return ids, tuple(segments.values())
+
+
+@torch.no_grad()
+def instance(
+    class_logits: Tensor,
+    mask_embeddings: Tensor,
+    mask_features: Tensor,
+    geometry: ImageGeometry,
+    is_thing: Sequence[bool],
+    config: PostprocessConfig,
+) -> InstanceResult:
+    """Instance result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
+
+    The `max_instances` best (query, class) pairs of all classes; then only things stay (an instance model has nothing
+    else). Equal scores go to the lower query, then the lower class.
+    """
+    num_classes = class_logits.shape[-1] - 1
+    flat_scores = class_logits.float().softmax(-1)[:, :num_classes].flatten()
+    best = flat_scores.sort(descending=True, stable=True).indices[: config.max_instances].sort().values
+    best = best[torch.tensor(is_thing, dtype=torch.bool, device=best.device)[best % num_classes]]
+    queries, mask_index = (best // num_classes).unique(return_inverse=True)
+
+    masks = torch.empty(len(queries), *geometry.original_size, dtype=torch.bool, device=best.device)
+    inside_sum = torch.zeros(len(queries), dtype=torch.float64, device=best.device)
+    if len(queries):
+        for rows, logits in _bands(mask_embeddings[queries], mask_features, geometry):
+            masks[:, rows] = logits > 0
+            inside_sum += (logits.sigmoid_() * masks[:, rows]).sum((1, 2), dtype=torch.float64)
+    mask_scores = (inside_sum / (masks.sum((1, 2)) + 1e-6)).float()
+
+    scores = flat_scores[best] * mask_scores[mask_index]
+    scores, order = scores.sort(descending=True, stable=True)
+    return InstanceResult(masks, mask_index[order], best[order] % num_classes, scores)
+
+
+@torch.no_grad()
+def semantic(
+    class_logits: Tensor, mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry
+) -> SemanticResult:
+    """Semantic result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
+
+    The class of a pixel maximises the sum over queries of class probability * mask probability; equal sums go to the
+    lower class.
+    """
+    class_probabilities = class_logits.float().softmax(-1)[:, :-1].T.contiguous()
+    label_map = torch.empty(geometry.original_size, dtype=torch.int64, device=class_logits.device)
+    for rows, logits in _bands(mask_embeddings, mask_features, geometry, outputs=len(class_probabilities)):
+        scores = class_probabilities @ logits.sigmoid_().flatten(1)
+        label_map[rows] = scores.argmax(0).view(label_map[rows].shape)
+    return SemanticResult(label_map)
+
+
+def _bands(
+    mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry, outputs: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Mask logits [Q, rows, W] at the original size, band by band.
+
+    Stride 4 to the padded input, crop, to the original size: two bilinear resizes. Each is separable, so the rows of a
+    band are interpolated first (from few source rows), then the columns. `outputs` more values per pixel count towards
+    the size of a band.
+    """
+    with torch.autocast(mask_features.device.type, enabled=False):
+        logits = torch.einsum("qc,chw->qhw", mask_embeddings.float(), mask_features.float())
+    (padded_height, padded_width), (resized_height, resized_width) = geometry.padded_size, geometry.resized_size
+    height, width = geometry.original_size
+    to_input = _RowTaps.between(logits.shape[1], padded_height)
+    to_original = _RowTaps.between(resized_height, height)
+    band = max(1, BAND_ELEMENTS // ((len(logits) + outputs) * max(padded_width, width)))
+    for start in range(0, height, band):
+        rows = slice(start, min(start + band, height))
+        taps = to_original.of(rows)
+        first, last = int(taps.lower[0]), int(taps.upper[-1])
+        at_input_rows = to_input.of(slice(first, last + 1)).apply(logits)
+        at_rows = taps.relative_to(first).apply(at_input_rows)
+        at_input = F.interpolate(at_rows[None], (at_rows.shape[1], padded_width), mode="bilinear")
+        cropped = at_input[..., :resized_width]
+        yield rows, F.interpolate(cropped, (cropped.shape[2], width), mode="bilinear")[0]
+
+
+class _RowTaps(NamedTuple):
+    """Vertical half of a bilinear resize: the two source rows of every target row. On the host; coordinates in fp32."""
+
+    lower: Tensor
+    """[n] int64"""
+    upper: Tensor
+    """[n] int64"""
+    weight: Tensor
+    """[n] float32 share of the upper row."""
+
+    @staticmethod
+    def between(source: int, target: int) -> _RowTaps:
+        """Taps of a resize as `F.interpolate(mode="bilinear", align_corners=False)` has them."""
+        position = ((torch.arange(target) + 0.5) * (torch.tensor(float(source)) / target) - 0.5).clamp(min=0)
+        lower = position.long().clamp(max=source - 1)
+        return _RowTaps(lower, (lower + 1).clamp(max=source - 1), position - lower)
+
+    def of(self, rows: slice) -> _RowTaps:
+        """The taps of some target rows."""
+        return _RowTaps(self.lower[rows], self.upper[rows], self.weight[rows])
+
+    def relative_to(self, first: int) -> _RowTaps:
+        """The taps into a source that starts at row `first`."""
+        return _RowTaps(self.lower - first, self.upper - first, self.weight)
+
+    def apply(self, source: Tensor) -> Tensor:
+        """Target rows [Q, n, w] of source [Q, rows, w]."""
+        lower, upper, weight = (t.to(source.device) for t in self)
+        weight = weight[:, None]
+        return source[:, lower] * (1 - weight) + source[:, upper] * weight
