@@ -112,7 +112,7 @@ def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], con
 
 
 def shortest_edge_size(size: tuple[int, int], shortest_edge: int, max_size: int) -> tuple[int, int]:
-    """Height and width with the shorter side at `shortest_edge` and the longer one at most `max_size`, as Detectron2."""
+    """Detectron2's rule: the shorter side at `shortest_edge`, unless the longer one then exceeds `max_size`."""
     factor = shortest_edge / min(size)
     if max(size) * factor > max_size:
         factor = max_size / max(size)
@@ -223,7 +223,7 @@ class _Span:
 
 
 def _span(source: int, scaled: int, offset: int, room: int) -> _Span:
-    """The part of an axis of `source` pixels, `scaled` pixels after resizing, that shows `room` pixels from `offset`."""
+    """The part of an axis of `source` pixels that shows `room` pixels from `offset`, once `scaled` as a whole."""
     scale, length = scaled / source, min(scaled, room)
     if length == scaled:
         return _Span(0, source, source, scale, 0, length)

@@ -29,7 +29,7 @@ def _philox(seed: int, stream: Stream, major: int, minor: int) -> np.random.Phil
 
 
 def random_words(seed: int, stream: Stream, major: int, minor: int, count: int) -> np.ndarray:
-    """`count` uniform uint64 words. Raw words, because NumPy promises stability of bit streams, not of `permutation`."""
+    """`count` uniform uint64 words. NumPy promises stable bit streams, which it does not for `permutation`."""
     return _philox(seed, stream, major, minor).random_raw(count)
 
 

@@ -126,10 +126,9 @@ def test_image_and_ids_stay_aligned_when_cropped():
     # The image shows its own ids, so the two results must agree wherever interpolation is far from a border.
     ids = blocks(70, 90)
     image = np.repeat(ids[0][..., None] * 5, 3, axis=-1)
+    config = LargeScaleJitter(size=64, min_scale=1.2)
     for position in range(40):
-        params = draw_params(
-            sample_rng(3, position, Stream.AUGMENT), (70, 90), LargeScaleJitter(size=64, min_scale=1.2)
-        )
+        params = draw_params(sample_rng(3, position, Stream.AUGMENT), (70, 90), config)
         result = augment(image, ids, params, IGNORE)
         shown = result.image[..., 0] == result.id_maps[0] * 5
         flat = cv2.erode(result.image[..., 0], np.ones((5, 5))) == cv2.dilate(result.image[..., 0], np.ones((5, 5)))
@@ -150,12 +149,8 @@ def test_draws_cover_the_official_ranges():
     config = ShortestEdgeCrop(shortest_edges=(32, 64), max_size=256, crop=(32, 32))
     drawn = [draw_params(sample_rng(0, p, Stream.AUGMENT), (40, 50), config) for p in range(3000)]
     jitters = [p.color for p in drawn if p.color]
-    for name, low, high in [
-        ("brightness", -32, 32),
-        ("contrast", 0.5, 1.5),
-        ("saturation", 0.5, 1.5),
-        ("hue", -18, 18),
-    ]:
+    ranges = {"brightness": (-32, 32), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-18, 18)}
+    for name, (low, high) in ranges.items():
         values = [getattr(j, name) for j in jitters]
         used = [v for v in values if v is not None]
         assert 0.45 < len(used) / len(values) < 0.55

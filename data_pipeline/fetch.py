@@ -1,0 +1,155 @@
+"""Bytes of samples whose future is known: chunk-wise ranged reads ahead of use, checked, kept while still needed."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from data_pipeline.chunks import Chunks
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Place
+from data_pipeline.storage import Storage
+
+_REFETCHES = 3
+_THREADS = 8
+_KEPT_BYTES = 1 << 30
+_KEPT_AFTER_EVICTION = 0.9
+
+Group = tuple[Place | None, ...]
+"""Places wanted together (a micro-batch); None is a filler without bytes."""
+
+Members = Mapping[str, bytes]
+"""Members of one sample by extension, as `codec.decode` takes them."""
+
+_Sample = tuple[int, int]  # data set, index
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """How far a fetcher looks and how much it holds."""
+
+    groups_ahead: int
+    """Groups whose reads are started before they are asked for."""
+    horizon: int
+    """Groups of known future: bytes of samples that occur in them are kept once read."""
+    kept_bytes: int = _KEPT_BYTES
+    """Above this, the samples whose next use is farthest away are given up and read again later."""
+
+
+class SampleFetcher:
+    """Iterator over groups of samples. Bookkeeping is done by the consumer's thread; a thread pool only reads."""
+
+    def __init__(
+        self,
+        manifests: Sequence[Manifest],
+        chunks: Sequence[Chunks],
+        storage: Storage,
+        groups: Iterator[Group],
+        limits: FetchLimits,
+    ) -> None:
+        self._manifests, self._chunks, self._storage = manifests, chunks, storage
+        self._groups, self._limits = groups, limits
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
+        self._future: deque[Group] = deque()
+        self._started = 0
+        self._uses: Counter[_Sample] = Counter()
+        self._reads: dict[_Sample, Future[dict[_Sample, Members]]] = {}
+        self._kept: dict[_Sample, Members] = {}
+        self._kept_bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[Members | None, ...]]:
+        return self
+
+    def __next__(self) -> tuple[Members | None, ...]:
+        """Members of the next group. Raises DataError or StorageError where a sample cannot be had."""
+        self._look_ahead()
+        if not self._future:
+            raise StopIteration
+        group = self._future.popleft()
+        self._started -= 1
+        members = tuple(None if place is None else self._take((place.dataset, place.index)) for place in group)
+        if self._kept_bytes > self._limits.kept_bytes:
+            self._evict()
+        return members
+
+    def close(self) -> None:
+        """Cancel reads that have not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _look_ahead(self) -> None:
+        while len(self._future) < self._limits.horizon and (group := next(self._groups, None)) is not None:
+            self._future.append(group)
+            self._uses.update((place.dataset, place.index) for place in group if place is not None)
+        while self._started < min(1 + self._limits.groups_ahead, len(self._future)):
+            for place in self._future[self._started]:
+                if place is not None and (place.dataset, place.index) not in self._kept:
+                    self._start_read(self._chunk((place.dataset, place.index)))
+            self._started += 1
+
+    def _chunk(self, sample: _Sample) -> _Sample:
+        dataset, index = sample
+        return dataset, int(self._chunks[dataset].chunk_of[index])
+
+    def _start_read(self, chunk: _Sample) -> None:
+        if chunk not in self._reads:
+            dataset, number = chunk
+            indices = [int(i) for i in self._chunks[dataset].members(number) if self._uses[dataset, int(i)]]
+            self._reads[chunk] = self._pool.submit(self._read, dataset, number, indices)
+
+    def _take(self, sample: _Sample) -> Members:
+        while sample not in self._kept:
+            chunk = self._chunk(sample)
+            self._start_read(chunk)
+            for found, members in self._reads[chunk].result().items():
+                if self._uses[found] and found not in self._kept:
+                    self._kept[found] = members
+                    self._kept_bytes += self._size(found)
+            del self._reads[chunk]
+        members = self._kept[sample]
+        self._uses[sample] -= 1
+        if not self._uses[sample]:
+            del self._uses[sample]
+            self._forget(sample)
+        return members
+
+    def _forget(self, sample: _Sample) -> None:
+        del self._kept[sample]
+        self._kept_bytes -= self._size(sample)
+
+    def _size(self, sample: _Sample) -> int:
+        dataset, index = sample
+        return int(self._manifests[dataset].length[index])
+
+    def _evict(self) -> None:
+        """Keep what is used soonest (Belady's rule)."""
+        budget, keep = self._limits.kept_bytes * _KEPT_AFTER_EVICTION, set[_Sample]()
+        for group in self._future:
+            for sample in ((place.dataset, place.index) for place in group if place is not None):
+                if sample in self._kept and sample not in keep:
+                    budget -= self._size(sample)
+                    if budget < 0:
+                        for unwanted in self._kept.keys() - keep:
+                            self._forget(unwanted)
+                        return
+                    keep.add(sample)
+
+    def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_Sample, Members]:
+        """One ranged read, repeated while a checksum is wrong. Runs in a thread."""
+        manifest, chunks = self._manifests[dataset], self._chunks[dataset]
+        url, start = manifest.shard_url(int(chunks.shard[number])), int(chunks.offset[number])
+        for attempt in range(1 + _REFETCHES):
+            data = memoryview(self._storage.get_range(url, start, int(chunks.length[number])))
+            try:
+                return {(dataset, index): self._members(dataset, index, data, start) for index in indices}
+            except DataError:
+                if attempt == _REFETCHES:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _members(self, dataset: int, index: int, data: memoryview, start: int) -> Members:
+        manifest = self._manifests[dataset]
+        first = int(manifest.offset[index]) - start
+        return manifest.members(index, data[first : first + int(manifest.length[index])])

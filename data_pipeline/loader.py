@@ -1,0 +1,303 @@
+"""From an order to batches: fetch in this process, decode and augment in worker processes.
+
+Nothing in here has a state that a checkpoint must hold: a loader started at step s yields what an uninterrupted one
+yields from step s on, pixel for pixel, with any number of workers. Prefetched batches are simply thrown away.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count, tee
+from multiprocessing.context import BaseContext
+from typing import Any, TypeVar
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_pipeline.categories import CategoryTable
+from data_pipeline.chunks import plan_chunks
+from data_pipeline.codec import decode
+from data_pipeline.collate import (
+    FILLER_POSITION,
+    Batch,
+    EvalBatch,
+    TrainRecipe,
+    collate,
+    collate_eval,
+    make_example,
+)
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataError
+from data_pipeline.fetch import FetchLimits, Members, SampleFetcher
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order, Place, chunk_bytes, step_plan
+from data_pipeline.storage import Storage
+from model.errors import UserError
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+_MAX_HORIZON = 20_000  # samples; bounds the look-ahead's own memory and start-up time to tens of milliseconds
+_EVAL_CHUNK_BYTES = 4_000_000
+_EVAL_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank computes in one optimizer step."""
+
+    step: int
+    micro_batches: tuple[Batch, ...]
+    positions: tuple[int, ...]
+    """Positions of the order that this rank owns in this step, without fillers."""
+    wait_s: float
+    """Seconds that the caller waited for this step's data."""
+
+
+@dataclass(frozen=True)
+class LoaderSpec:
+    """One rank's share of the work."""
+
+    global_batch: int
+    micro_batch: int
+    """Largest micro-batch; see `step_plan`."""
+    rank: int
+    world: int
+    start_step: int
+    """Steps already done."""
+    seed: int
+    """Seed of the augmentation."""
+
+    def plan(self, step: int) -> tuple[tuple[int | None, ...], ...]:
+        """This rank's micro-batches of positions."""
+        return step_plan(step, self.global_batch, self.rank, self.world, self.micro_batch)
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches in every step."""
+        return len(self.plan(0))
+
+
+def build_loader(
+    manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec
+) -> Iterator[StepBatches]:
+    """Endless batches of one rank from `spec.start_step` on. Close the iterator to stop threads and processes.
+
+    Raises:
+        DataError: data sets whose category tables differ, a sample that is damaged, or a loader process that died.
+        StorageError: a shard that cannot be read.
+    """
+    recipe = TrainRecipe(
+        task=data.task,
+        labels=shared_categories(manifests).labels(data.task),
+        augment=data.augment,
+        drop_empty_targets=data.drop_empty_targets,
+        seed=spec.seed,
+    )
+    return _steps(manifests, order, data, storage, spec, recipe)
+
+
+def shared_categories(manifests: Sequence[Manifest]) -> CategoryTable:
+    """The category table of all data sets of a mixture. Raises DataError where two of them differ."""
+    first = manifests[0]
+    for other in manifests[1:]:
+        if other.categories != first.categories:
+            raise DataError(
+                f"the data sets of a mixture must share one category table, and {other.url} differs from {first.url} "
+                f"({len(other.categories.categories)} and {len(first.categories.categories)} categories); "
+                "shard them with the same categories, or train on one of them"
+            )
+    return first.categories
+
+
+def eval_batches(
+    manifest: Manifest,
+    indices: Sequence[int],
+    storage: Storage,
+    *,
+    batch_size: int,
+    shortest_edge: int,
+    max_size: int,
+) -> Iterator[EvalBatch]:
+    """Batches of these rows of a manifest, in this order, the last one smaller. One batch is prepared ahead.
+
+    Raises:
+        DataError: a sample that is damaged.
+        StorageError: a shard that cannot be read.
+    """
+    groups = [tuple(indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
+    places = (tuple(Place(0, 0, int(index)) for index in group) for group in groups)
+    chunks = plan_chunks(manifest.shard, manifest.offset, manifest.length, _EVAL_CHUNK_BYTES)
+    limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_MAX_HORIZON // batch_size)
+
+    def make(work: tuple[tuple[int, ...], tuple[Members | None, ...]]) -> EvalBatch:
+        group, members = work
+        samples = [decode(m) for m in members if m is not None]
+        return collate_eval(samples, group, shortest_edge, max_size)
+
+    with closing(SampleFetcher([manifest], [chunks], storage, places, limits)) as fetcher:
+        yield from in_thread(make, zip(groups, fetcher, strict=True), ahead=1)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A micro-batch before decoding."""
+
+    positions: tuple[int | None, ...]
+    places: tuple[Place | None, ...]
+    members: tuple[Members | None, ...]
+
+
+def _steps(
+    manifests: Sequence[Manifest],
+    order: Order,
+    data: DataConfig,
+    storage: Storage,
+    spec: LoaderSpec,
+    recipe: TrainRecipe,
+) -> Iterator[StepBatches]:
+    ahead = data.prefetch_steps * spec.per_step
+    with (
+        closing(_tasks(manifests, order, data, storage, spec, ahead)) as tasks,
+        closing(_results(_MicroBatches(recipe), tasks, data.workers, ahead)) as results,
+    ):
+        for step in count(spec.start_step):
+            began = time.perf_counter()
+            batches = tuple(_checked(next(results)) for _ in range(spec.per_step))
+            positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
+            yield StepBatches(step, batches, positions, time.perf_counter() - began)
+
+
+def _tasks(
+    manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec, ahead: int
+) -> Generator[_Task | UserError]:
+    """Micro-batches with their bytes. An error comes in the place of the micro-batch that it spoils, and ends all."""
+    planned = (
+        (positions, tuple(None if position is None else order.at(position) for position in positions))
+        for step in count(spec.start_step)
+        for positions in spec.plan(step)
+    )
+    tasks, for_fetcher = tee(planned)
+    # A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that.
+    spread = min(2 * data.lanes * data.window // spec.world, _MAX_HORIZON)
+    fetcher = SampleFetcher(
+        manifests,
+        [plan_chunks(m.shard, m.offset, m.length, chunk_bytes(data)) for m in manifests],
+        storage,
+        (places for _, places in for_fetcher),
+        FetchLimits(groups_ahead=ahead, horizon=max(spread // len(spec.plan(0)[0]), ahead + 1)),
+    )
+    with closing(fetcher):
+        for positions, places in tasks:
+            try:
+                members = next(fetcher)
+            except UserError as error:
+                yield error
+                return
+            yield _Task(positions, places, members)
+
+
+class _MicroBatches(Dataset[Batch | UserError]):
+    """Decodes and augments a task. An error is a result like others: re-raised by torch it would lose its form."""
+
+    def __init__(self, recipe: TrainRecipe) -> None:
+        self._recipe = recipe
+
+    def __getitem__(self, index: _Task | UserError) -> Batch | UserError:
+        """The batch of a task (torch calls what it hands to a data set an index)."""
+        if isinstance(index, UserError):
+            return index
+        try:
+            return collate(
+                [
+                    None
+                    if position is None or place is None or members is None
+                    else make_example(decode(members), place.dataset, position, self._recipe)
+                    for position, place, members in zip(index.positions, index.places, index.members, strict=True)
+                ],
+                self._recipe.canvas,
+            )
+        except UserError as error:
+            return error
+
+
+def _checked(result: Batch | UserError) -> Batch:
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _results(
+    make: _MicroBatches, tasks: Iterator[_Task | UserError], workers: int, ahead: int
+) -> Generator[Batch | UserError]:
+    if not workers:
+        yield from in_thread(make.__getitem__, tasks, ahead)
+        return
+    loader = DataLoader(
+        make,
+        batch_size=None,
+        sampler=_Once(tasks),
+        num_workers=workers,
+        collate_fn=_as_is,
+        prefetch_factor=-(-ahead // workers),
+        multiprocessing_context=_worker_context(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # its seed is never used; the default would draw from the trainer's generator
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
+            raise DataError(
+                f"a loader process died: {error}. Usually memory or /dev/shm is too small: lower data.workers or "
+                "data.prefetch_steps, or give the container more of it"
+            ) from error
+        raise
+
+
+class _Once(Sampler[_Task | UserError]):
+    """Hands the tasks to the DataLoader as if they were indices."""
+
+    def __init__(self, tasks: Iterator[_Task | UserError]) -> None:
+        self._tasks = tasks
+
+    def __iter__(self) -> Iterator[_Task | UserError]:
+        return self._tasks
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _worker_context() -> BaseContext:
+    # forkserver: the training process has threads and perhaps CUDA, which fork must not copy. The server imports this
+    # module once, so that workers start at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_pipeline.loader"])
+    return context
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)
+
+
+def in_thread(make: Callable[[Work], Result], work: Iterator[Work], ahead: int) -> Generator[Result]:
+    """`map(make, work)`, up to `ahead` results prepared by one thread; `work` is advanced by the caller's thread."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=_start_worker, initargs=(0,))
+    running: deque[Future[Result]] = deque()
+    try:
+        for item in work:
+            running.append(pool.submit(make, item))
+            if len(running) > ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

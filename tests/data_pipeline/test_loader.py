@@ -1,0 +1,311 @@
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.chunks import plan_chunks
+from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
+from data_pipeline.errors import DataError, StorageError
+from data_pipeline.fetch import FetchLimits, SampleFetcher
+from data_pipeline.loader import LoaderSpec, build_loader, eval_batches
+from data_pipeline.order import build_order
+from data_pipeline.sample import Annotation, Sample, Segment
+from data_pipeline.shards import commit_manifest, plan_shards, write_shard
+from data_pipeline.storage import Storage
+
+TABLE = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "box", True, (200, 0, 0))))
+
+
+class BoxReader:
+    """Small noise images, each with a box on the ground; every fifth shows nothing that is annotated."""
+
+    def __init__(self, count, prefix="box", categories=TABLE):
+        self.categories = categories
+        self.keys = [f"{prefix}_{i:04d}" for i in range(count)]
+
+    def source(self, index):
+        return f"{self.keys[index]}.jpg"
+
+    def size_hint(self, index):
+        return 4000
+
+    def subset(self, indices):
+        raise NotImplementedError
+
+    def read(self, index):
+        rng = np.random.default_rng(index)
+        height, width = 24 + index % 9, 40 - index % 7
+        seg = np.full((height, width), 1, np.uint8)
+        seg[6:14, 8:20] = 2
+        segments = tuple(
+            Segment(
+                id=i,
+                category_id=c.id,
+                is_thing=c.is_thing,
+                is_crowd=False,
+                area=float((seg == i).sum()),
+                bbox=(0.0, 0.0, 1.0, 1.0),
+                source_id=i,
+                map="seg",
+            )
+            for i, c in enumerate(TABLE.categories, start=1)
+        )
+        if index % 5 == 4:
+            seg, segments = np.zeros_like(seg), ()
+        image = cv2.imencode(".jpg", rng.integers(0, 255, (height, width, 3), dtype=np.uint8))[1].tobytes()
+        return Sample(
+            key=self.keys[index],
+            image_id=index,
+            source=f"{self.keys[index]}.jpg",
+            image=image,
+            image_ext="jpg",
+            height=height,
+            width=width,
+            annotation=Annotation(seg=seg, inst=None, segments=segments),
+        )
+
+
+def write_boxes(folder, count=60, prefix="box", categories=TABLE, storage=None):
+    config = DatasetConfig(shards=str(folder), shard_mb=0.05)
+    reader = BoxReader(count, prefix, categories)
+    storage = storage or Storage(StorageConfig())
+    plan = plan_shards(reader, config, f"{prefix}{count}")
+    return commit_manifest(plan, [write_shard(reader, plan, i, storage) for i in range(len(plan.rows))], storage)
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory):
+    return write_boxes(tmp_path_factory.mktemp("boxes"))
+
+
+def data_config(**changes):
+    settings = {
+        "train": (MixtureItem(dataset="boxes"),),
+        "augment": LargeScaleJitter(size=32, min_scale=0.5, max_scale=1.5),
+        "workers": 0,
+        "chunk_mb": 0.02,
+        "lanes": 4,
+        "window": 8,
+    }
+    return DataConfig(**{**settings, **changes})
+
+
+def spec(rank=0, world=1, start_step=0, global_batch=6, micro_batch=2):
+    return LoaderSpec(
+        global_batch=global_batch, micro_batch=micro_batch, rank=rank, world=world, start_step=start_step, seed=3
+    )
+
+
+def loaded(manifests, data, steps, storage=None, **changes):
+    """Steps of one rank, with the loader closed afterwards."""
+    manifests = list(manifests)
+    order = build_order(manifests, [1.0] * len(manifests), 3, data)
+    loader = build_loader(manifests, order, data, storage or Storage(StorageConfig()), spec(**changes))
+    try:
+        return list(itertools.islice(loader, steps))
+    finally:
+        loader.close()
+
+
+def pixels_by_position(steps):
+    """Everything that a sample brings into training, keyed by its position."""
+    found = {}
+    for step in steps:
+        for batch in step.micro_batches:
+            for row, position in enumerate(batch.targets.position.tolist()):
+                if position < 0:
+                    assert batch.targets.weight[row] == 0
+                    continue
+                assert position not in found
+                ids, valid = batch.targets.id_maps[row], batch.targets.valid[row]
+                found[position] = (
+                    batch.keys[row],
+                    batch.images[row].numpy().tobytes(),
+                    ids.numpy().tobytes(),
+                    batch.targets.labels[row][valid].tolist(),
+                    batch.sizes[row].tolist(),
+                )
+    return found
+
+
+def test_pixels_depend_on_the_position_only(boxes):
+    """Whatever the world, the micro-batch, the worker count and the start: equal pixels at equal positions."""
+    data = data_config()
+    reference = pixels_by_position(loaded([boxes], data, 8))
+    assert sorted(reference) == list(range(48))
+    for world, micro_batch in [(2, 3), (4, 1), (5, 2)]:
+        found = {}
+        for rank in range(world):
+            found |= pixels_by_position(loaded([boxes], data, 8, rank=rank, world=world, micro_batch=micro_batch))
+        assert found == reference
+    late = pixels_by_position(loaded([boxes], data, 3, start_step=5))
+    assert late == {p: v for p, v in reference.items() if p >= 30}
+    with_workers = pixels_by_position(loaded([boxes], data_config(workers=2), 8))
+    assert with_workers == reference
+
+
+def test_an_epoch_shows_every_annotated_image_once(boxes):
+    steps = loaded([boxes], data_config(), 16)
+    keys = [key for step in steps for batch in step.micro_batches for key in batch.keys]
+    annotated = {f"box_{i:04d}" for i in range(60) if i % 5 != 4}
+    assert set(keys[:48]) == annotated
+    assert set(keys[48:96]) == annotated
+    assert keys[:48] != keys[48:96]
+
+
+def test_positions_and_steps_are_stated(boxes):
+    first, second = loaded([boxes], data_config(), 2, rank=1, world=4)
+    assert (first.step, first.positions) == (0, (1, 5))
+    assert (second.step, second.positions) == (1, (9,))
+    assert len(first.micro_batches) == len(second.micro_batches) == 1
+    assert first.wait_s >= 0
+
+
+def test_images_without_targets_can_stay(boxes):
+    data = data_config(skip_images_without_targets=False)
+    keys = {k for s in loaded([boxes], data, 10) for b in s.micro_batches for k in b.keys}
+    assert len(keys) == 60
+
+
+def test_a_mixture_draws_from_both_by_weight(boxes, tmp_path):
+    more = write_boxes(tmp_path / "more", count=20, prefix="more")
+    data = data_config()
+    order = build_order([boxes, more], [3.0, 1.0], 3, data)
+    places = [order.at(p) for p in range(400)]
+    assert sum(p.dataset == 1 for p in places) == 100
+    assert order.fingerprint != build_order([boxes, more], [1.0, 1.0], 3, data).fingerprint
+    assert order.fingerprint == build_order([boxes, more], [6.0, 2.0], 3, data).fingerprint
+    steps = loaded([boxes, more], data, 6)
+    batches = [batch for step in steps for batch in step.micro_batches]
+    found = {(d, k[:3]) for b in batches for d, k in zip(b.targets.dataset.tolist(), b.keys, strict=True)}
+    assert found == {(0, "box"), (1, "mor")}
+
+
+def test_the_fingerprint_covers_what_moves_samples(boxes):
+    base = build_order([boxes], [1.0], 3, data_config()).fingerprint
+    assert base == build_order([boxes], [2.0], 3, data_config(workers=7)).fingerprint
+    assert base != build_order([boxes], [1.0], 4, data_config()).fingerprint
+    assert base != build_order([replace(boxes, fingerprint="other")], [1.0], 3, data_config()).fingerprint
+    for change in ({"lanes": 5}, {"window": 9}, {"chunk_mb": 0.01}, {"skip_images_without_targets": False}):
+        assert base != build_order([boxes], [1.0], 3, data_config(**change)).fingerprint
+
+
+def test_different_category_tables_are_refused_by_name(boxes, tmp_path):
+    table = CategoryTable((*TABLE.categories, Category(9, "sky", False, (0, 0, 255))))
+    other = write_boxes(tmp_path / "other", count=5, categories=table)
+    with pytest.raises(DataError) as error:
+        loaded([boxes, other], data_config(), 1)
+    assert boxes.url in str(error.value)
+    assert other.url in str(error.value)
+
+
+def test_a_data_set_without_targets_is_refused(boxes, tmp_path):
+    table = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "box", False, (200, 0, 0))))
+    stuff = replace(boxes, categories=table)
+    with pytest.raises(DataError, match="none of its 60 images has a target for task 'instance'"):
+        build_order([stuff], [1.0], 0, data_config(task="instance"))
+
+
+def damage(manifest, index):
+    """Flip one byte in the middle of a sample."""
+    path = Path(manifest.shard_url(int(manifest.shard[index])))
+    data = bytearray(path.read_bytes())
+    data[int(manifest.offset[index]) + int(manifest.length[index]) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_byte_is_an_error_that_names_the_sample(tmp_path, workers):
+    manifest = write_boxes(tmp_path / "set", count=12)
+    index = list(manifest.key).index("box_0006")
+    damage(manifest, index)
+    with pytest.raises(DataError, match=rf"'box_0006'.*\.tar at byte {manifest.offset[index]}\b"):
+        loaded([manifest], data_config(workers=workers), 10)
+
+
+class FlakyStorage(Storage):
+    """Returns damaged bytes for the first reads."""
+
+    def __init__(self, faults):
+        super().__init__(StorageConfig())
+        self.faults = faults
+        self.ranges = []
+
+    def get_range(self, url, offset, length):
+        data = super().get_range(url, offset, length)
+        self.ranges.append((url, offset, length))
+        if self.faults:
+            self.faults -= 1
+            return data[: length // 2] + bytes([data[length // 2] ^ 1]) + data[length // 2 + 1 :]
+        return data
+
+
+def test_damage_on_the_way_is_repaired_by_reading_again(boxes):
+    reference = pixels_by_position(loaded([boxes], data_config(), 4))
+    storage = FlakyStorage(faults=3)
+    assert pixels_by_position(loaded([boxes], data_config(), 4, storage=storage)) == reference
+    assert storage.faults == 0
+
+
+def test_a_missing_shard_is_an_error(tmp_path):
+    manifest = write_boxes(tmp_path / "set", count=12)
+    Path(manifest.shard_url(0)).unlink()
+    with pytest.raises(StorageError, match=r"00000\.tar"):
+        loaded([manifest], data_config(), 10)
+
+
+def fetcher_for(manifest, groups, storage, **limits):
+    chunks = plan_chunks(manifest.shard, manifest.offset, manifest.length, 20_000)
+    return chunks, SampleFetcher([manifest], [chunks], storage, iter(groups), FetchLimits(**limits))
+
+
+def test_every_chunk_is_read_once_while_the_future_is_known(boxes):
+    data, storage = data_config(), FlakyStorage(faults=0)
+    order = build_order([boxes], [1.0], 3, data)
+    groups = [tuple(order.at(p) for p in range(k, k + 4)) for k in range(0, 48, 4)]
+    chunks, fetcher = fetcher_for(boxes, groups, storage, groups_ahead=2, horizon=12)
+    assert len(list(fetcher)) == 12
+    fetcher.close()
+    assert len(storage.ranges) == len(chunks.shard)
+    assert not fetcher._kept
+
+
+def test_a_small_budget_reads_again_and_gives_the_same_bytes(boxes):
+    data = data_config()
+    order = build_order([boxes], [1.0], 3, data)
+    groups = [(order.at(p), None) for p in range(96)]
+    storage = FlakyStorage(faults=0)
+    chunks, small = fetcher_for(boxes, groups, storage, groups_ahead=3, horizon=96, kept_bytes=30_000)
+    for (place, _), (members, filler) in zip(groups, small, strict=True):
+        assert filler is None
+        assert members == boxes.read_members(place.index, storage)
+        assert small._kept_bytes <= 30_000
+    small.close()
+    assert len(storage.ranges) > len(chunks.shard)
+
+
+def test_evaluation_batches_are_the_given_images_in_order(boxes):
+    indices = [5, 4, 40, 41, 42, 0, 4]
+    storage = Storage(StorageConfig())
+    batches = list(eval_batches(boxes, indices, storage, batch_size=3, shortest_edge=48, max_size=64))
+    assert [b.indices for b in batches] == [(5, 4, 40), (41, 42, 0), (4,)]
+    for batch in batches:
+        for image, (h, w), index, sample in zip(batch.images, batch.sizes, batch.indices, batch.samples, strict=True):
+            truth = boxes.read_sample(index, storage)
+            assert sample.key == boxes.key[index]
+            np.testing.assert_array_equal(sample.image, truth.image)
+            np.testing.assert_array_equal(sample.annotation.seg, truth.annotation.seg)
+            assert image[:, :h, :w].shape[1:] == (h, w)
+            assert image.shape[1] % 32 == image.shape[2] % 32 == 0
+
+
+def test_the_trainer_generator_is_left_alone(boxes):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    loaded([boxes], data_config(workers=1), 1)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,172 @@
+import hashlib
+import json
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.chunks import plan_chunks
+from data_pipeline.order import ORDER_VERSION, Mixture, Place, ShardOrder, step_plan
+
+GOLDEN = Path(__file__).parent / f"golden_order_v{ORDER_VERSION}.json"
+
+
+def layout(count, shard_size=100, length=10):
+    """Columns of a data set with `count` samples of varying length in shards of `shard_size` samples."""
+    lengths = length + np.arange(count) % 7
+    shard = np.arange(count) // shard_size
+    end = np.cumsum(lengths)
+    offset = end - lengths
+    offset -= np.array([offset[shard == s].min() for s in range(shard.max() + 1)])[shard]
+    return shard, offset, lengths
+
+
+def shard_order(count, *, chunk=100, lanes=4, window=8, seed=0, keep=None, dataset=0):
+    chunks = plan_chunks(*layout(count), chunk)
+    keep = np.ones(count, bool) if keep is None else keep
+    return ShardOrder(chunks, keep, seed, lanes, window, dataset)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 700),
+    chunk=st.integers(1, 500),
+    lanes=st.integers(1, 60),
+    window=st.integers(1, 50),
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 5),
+)
+def test_every_epoch_is_a_bijection(count, chunk, lanes, window, seed, epoch):
+    order = shard_order(count, chunk=chunk, lanes=lanes, window=window, seed=seed)
+    places = [order.at(position) for position in range(epoch * count, (epoch + 1) * count)]
+    assert {p.epoch for p in places} == {epoch}
+    assert sorted(p.index for p in places) == list(range(count))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), count=st.integers(1, 300))
+def test_only_kept_samples_appear(data, count):
+    keep = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    keep[data.draw(st.integers(0, count - 1))] = True
+    order = shard_order(count, keep=keep)
+    assert order.size == keep.sum()
+    assert sorted(order.at(p).index for p in range(order.size)) == np.flatnonzero(keep).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 400),
+    chunk=st.integers(1, 3000),
+    seed=st.integers(0, 100),
+)
+def test_chunks_hold_every_sample_once_and_cover_its_bytes(count, chunk, seed):
+    shuffle = np.random.default_rng(seed).permutation(count)  # rows of a manifest need not be in storage order
+    shard, offset, length = (column[shuffle] for column in layout(count))
+    chunks = plan_chunks(shard, offset, length, chunk)
+    assert sorted(chunks.samples.tolist()) == list(range(count))
+    for number in range(len(chunks.shard)):
+        for index in chunks.members(number):
+            assert chunks.chunk_of[index] == number
+            assert shard[index] == chunks.shard[number]
+            assert chunks.offset[number] <= offset[index]
+            assert offset[index] + length[index] <= chunks.offset[number] + chunks.length[number]
+        assert chunks.length[number] < chunk + length.max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    global_batch=st.integers(1, 33),
+    micro_batch=st.integers(1, 7),
+    worlds=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=6),
+)
+def test_no_sequence_of_world_sizes_loses_or_repeats_a_position(global_batch, micro_batch, worlds):
+    seen, step = [], 0
+    for world, steps in worlds:
+        for _ in range(steps):
+            plans = [step_plan(step, global_batch, rank, world, micro_batch) for rank in range(world)]
+            shapes = {tuple(len(batch) for batch in plan) for plan in plans}
+            assert len(shapes) == 1, "all ranks must have the same micro-batches"
+            sizes = set(next(iter(shapes)))
+            assert len(sizes) == 1
+            assert sizes.pop() <= micro_batch
+            for rank, plan in enumerate(plans):
+                mine = [p for batch in plan for p in batch if p is not None]
+                assert all(p % world == rank for p in mine)
+                seen += mine
+            step += 1
+    assert sorted(seen) == list(range(step * global_batch))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.fractions(min_value=Fraction(1, 50), max_value=20, max_denominator=50), min_size=2, max_size=5),
+    positions=st.integers(1, 400),
+)
+def test_a_mixture_visits_every_child_in_turn_and_by_its_share(weights, positions):
+    class Counting:
+        fingerprint = ""
+
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def at(self, position):
+            return Place(self.dataset, 0, position)
+
+    left = [sum(weights[k:]) for k in range(len(weights))]
+    shares = tuple(w / rest for w, rest in zip(weights, left, strict=True))
+    mixture = Mixture(tuple(Counting(k) for k in range(len(weights))), shares, "")
+    visited = {k: [] for k in range(len(weights))}
+    for position in range(positions):
+        place = mixture.at(position)
+        visited[place.dataset].append(place.index)
+        for k, weight in enumerate(weights):
+            expected = (position + 1) * weight / left[0]
+            assert abs(len(visited[k]) - expected) <= len(weights)
+    assert all(indices == list(range(len(indices))) for indices in visited.values())
+
+
+def test_random_access_equals_sequential_access():
+    order, sequential = shard_order(500), shard_order(500)
+    positions = np.random.default_rng(0).integers(0, 3000, 200).tolist()
+    expected = {p: sequential.at(p) for p in sorted(positions)}
+    assert [order.at(p) for p in positions] == [expected[p] for p in positions]
+
+
+def test_epochs_and_seeds_differ():
+    order = shard_order(400)
+    epochs = [[order.at(e * 400 + p).index for p in range(400)] for e in range(3)]
+    other = [shard_order(400, seed=1).at(p).index for p in range(400)]
+    second = [shard_order(400, dataset=1).at(p).index for p in range(400)]
+    for a, b in [(epochs[0], epochs[1]), (epochs[1], epochs[2]), (epochs[0], other), (epochs[0], second)]:
+        assert np.mean(np.array(a) == np.array(b)) < 0.05
+
+
+def test_the_shuffle_is_uniform_over_neighbours():
+    """Samples of one shard must not come close together more often than by chance (20 shards, batches of 16)."""
+    order = shard_order(2000, chunk=150, lanes=16, window=32)
+    indices = np.array([order.at(p).index for p in range(2000)])
+    distinct = [len(set(batch // 100)) for batch in indices.reshape(-1, 16)]
+    shuffled = np.random.default_rng(0).permutation(2000).reshape(-1, 16)
+    assert np.mean(distinct) > np.mean([len(set(batch // 100)) for batch in shuffled]) - 0.7
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_a_world_that_divides_the_lanes_reads_nearly_every_chunk_once(world):
+    order = shard_order(4800, chunk=300, lanes=8, window=16)
+    readers = Counter()
+    for rank in range(world):
+        chunks = {int(order.chunks.chunk_of[order.at(p).index]) for p in range(rank, 4800, world)}
+        readers.update(chunks)
+    assert sum(readers.values()) <= len(order.chunks.shard) + order.lanes
+
+
+def test_the_order_of_this_version_never_changes():
+    """The file was written when this version was made. A difference means: raise ORDER_VERSION and write a new one."""
+    order = shard_order(1000, chunk=200, lanes=6, window=16, seed=1234)
+    indices = np.array([order.at(p).index for p in range(3000)], dtype="<i8")
+    found = {"first": indices[:24].tolist(), "sha256": hashlib.sha256(indices.tobytes()).hexdigest()}
+    assert found == json.loads(GOLDEN.read_text())
