@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,19 +44,22 @@ Report = Callable[[EvaluationProgress], None]
 class EvaluationManager:
     """Evaluates queued checkpoints one after the other in a thread of its own.
 
-    `evaluate(entry, report)` computes and publishes one entry; publishing twice must be harmless, since a manager that
-    dies between publication and ledger does it again. Whatever it raises fails that entry alone.
+    `evaluate(entry, report)` computes and publishes one entry and returns its headline numbers. Publishing twice must
+    be harmless, since a manager that dies between publication and ledger does it again; what it raises fails that
+    entry alone. `release(entry)` is called at least once for every settled entry.
     """
 
     def __init__(
         self,
         queue: EvaluationQueue,
         policy: Literal["every", "latest"],
-        evaluate: Callable[[Entry, Report], None],
+        evaluate: Callable[[Entry, Report], Mapping[str, float]],
+        release: Callable[[Entry], None] = lambda entry: None,
     ) -> None:
         self._queue = queue
         self._policy: Literal["every", "latest"] = policy
         self._evaluate = evaluate
+        self._release = release
         self._current: EvaluationProgress | None = None
         self._wake = threading.Event()
         self._closing = False
@@ -80,28 +83,38 @@ class EvaluationManager:
         self._thread.join()
 
     def _run(self) -> None:
+        released = False
         while not self._closing:
             try:
-                entry = self._queue.take(self._policy)
+                if not released:  # the process before this one may have died just before it did so
+                    self._release_all(entry for entry in self._queue.entries() if entry.settled)
+                    released = True
+                self._wake.clear()
+                entry, dropped = self._queue.take(self._policy)
+                self._release_all(dropped)
                 if entry is None:
                     self._wake.wait()
-                    self._wake.clear()
                     continue
                 self._settle(entry)
-            except StorageError as error:  # of the queue itself: its entries are safe in memory, so try again
-                LOGGER.warning("the queue of evaluations cannot be stored: %s", error)
+                self._release(entry)
+            except StorageError as error:  # of the queue or a pin; the entries are safe in memory, so try again
+                LOGGER.warning("evaluations wait for the storage: %s", error)
                 self._wake.wait(RETRY_S)
 
     def _settle(self, entry: Entry) -> None:
         try:
-            self._evaluate(entry, self._note)
+            metrics = self._evaluate(entry, self._note)
         except Exception as error:
             LOGGER.exception("the evaluation of step %d failed", entry.step)
-            self._queue.settle(entry.step, "failed", f"{type(error).__name__}: {error}")
+            self._queue.fail(entry.step, f"{type(error).__name__}: {error}")
         else:
-            self._queue.settle(entry.step, "published")
+            self._queue.publish(entry.step, metrics)
         finally:
             self._current = None
+
+    def _release_all(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self._release(entry)
 
     def _note(self, progress: EvaluationProgress) -> None:
         self._current = progress

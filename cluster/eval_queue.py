@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from cluster.policies import choose
@@ -26,7 +27,9 @@ class Entry:
     """Unix time. Metrics carry it, so that publishing twice leaves one point in MLflow."""
     status: Status = "waiting"
     detail: str = ""
-    """Why it failed."""
+    """Why it failed or was dropped."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Headline numbers, once published."""
 
     @property
     def settled(self) -> bool:
@@ -63,22 +66,29 @@ class EvaluationQueue:
             self._save()
             return True
 
-    def take(self, policy: Literal["every", "latest"]) -> Entry | None:
-        """Mark the next waiting entry as running and return it; the policy may drop others."""
+    def take(self, policy: Literal["every", "latest"]) -> tuple[Entry | None, tuple[Entry, ...]]:
+        """Mark the next waiting entry as running and return it, with those that the policy drops."""
         with self._lock:
             choice = choose([e.step for e in self._entries.values() if e.status == "waiting"], policy)
             if choice.next is None:
-                return None
+                return None, ()
             for step in choice.dropped:
                 self._entries[step] = replace(self._entries[step], status="dropped", detail="a newer one was waiting")
             self._entries[choice.next] = replace(self._entries[choice.next], status="running")
             self._save()
-            return self._entries[choice.next]
+            return self._entries[choice.next], tuple(self._entries[step] for step in choice.dropped)
 
-    def settle(self, step: int, status: Literal["published", "failed"], detail: str = "") -> None:
-        """Enter the outcome of a running evaluation."""
+    def publish(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Enter that an evaluation's results are published."""
+        self._settle(replace(self._entries[step], status="published", metrics=dict(metrics)))
+
+    def fail(self, step: int, reason: str) -> None:
+        """Enter that an evaluation failed."""
+        self._settle(replace(self._entries[step], status="failed", detail=reason))
+
+    def _settle(self, entry: Entry) -> None:
         with self._lock:
-            self._entries[step] = replace(self._entries[step], status=status, detail=detail)
+            self._entries[entry.step] = entry
             self._save()
 
     def _save(self) -> None:

@@ -29,7 +29,7 @@ def test_a_step_is_queued_once_and_survives_its_process(tmp_path):
     assert queue.add(20, "c/20")
     assert queue.add(10, "c/10")
     assert not queue.add(20, "c/20")
-    running = queue.take("every")
+    running, _ = queue.take("every")
     assert running is not None
     assert running.step == 10
     again = queue_in(tmp_path)  # the process died while step 10 ran
@@ -41,10 +41,11 @@ def test_latest_drops_what_is_stale(tmp_path):
     queue = queue_in(tmp_path)
     for step in (10, 20, 30):
         queue.add(step, f"c/{step}")
-    entry = queue.take("latest")
+    entry, dropped = queue.take("latest")
     assert entry is not None
     assert entry.step == 30
-    queue.settle(30, "published")
+    assert [e.step for e in dropped] == [10, 20]
+    queue.publish(30, {"val/PQ": 50.0})
     assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {
         10: "dropped",
         20: "dropped",
@@ -60,19 +61,22 @@ def test_a_damaged_queue_is_named(tmp_path):
 
 def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
     seen: list[int] = []
+    released: list[int] = []
 
-    def evaluate(entry: Entry, report) -> None:
+    def evaluate(entry: Entry, report) -> dict[str, float]:
         seen.append(entry.step)
         report(EvaluationProgress(entry.step, "val", 1, 2))
         if entry.step == 20:
             raise EvaluationError("evaluation batch 7 failed 3 times")
+        return {"val/PQ": float(entry.step)}
 
-    manager = EvaluationManager(queue_in(tmp_path), "every", evaluate)
+    manager = EvaluationManager(queue_in(tmp_path), "every", evaluate, lambda entry: released.append(entry.step))
     for step in (10, 20, 30, 20):
         manager.submit(step, f"c/{step}")
     wait_until(lambda: manager.status().idle)
     manager.close()
-    assert seen == [10, 20, 30]
+    assert seen == released == [10, 20, 30]
+    assert manager.status().entries[2].metrics == {"val/PQ": 30.0}
     assert statuses(manager.status().entries) == {10: "published", 20: "failed", 30: "published"}
     assert manager.status().entries[1].detail == "EvaluationError: evaluation batch 7 failed 3 times"
     assert manager.status().current is None
@@ -80,7 +84,7 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
 
 def test_submitting_does_not_wait_for_an_evaluation(tmp_path):
     gate = threading.Event()
-    manager = EvaluationManager(queue_in(tmp_path), "every", lambda entry, report: gate.wait(10) and None)
+    manager = EvaluationManager(queue_in(tmp_path), "every", lambda entry, report: {"ok": float(gate.wait(10))})
     started = time.monotonic()
     for step in (1, 2, 3):
         manager.submit(step, "c")
@@ -96,10 +100,17 @@ def test_a_new_manager_takes_over_the_stored_queue(tmp_path):
     for step in (10, 20):
         queue.add(step, f"c/{step}")
     queue.take("every")
-    queue.settle(10, "published")
+    queue.publish(10, {"val/PQ": 50.0})
     queue.take("every")  # dies here, in the middle of step 20
     seen: list[int] = []
-    manager = EvaluationManager(queue_in(tmp_path), "every", lambda entry, report: seen.append(entry.step))
+    released: list[int] = []
+
+    def evaluate(entry: Entry, report) -> dict[str, float]:
+        seen.append(entry.step)
+        return {}
+
+    manager = EvaluationManager(queue_in(tmp_path), "every", evaluate, lambda entry: released.append(entry.step))
     wait_until(lambda: manager.status().idle)
     manager.close()
     assert seen == [20]
+    assert released == [10, 20]  # the dead one may not have released step 10

@@ -1,0 +1,126 @@
+"""One evaluation actor: keeps the model of one checkpoint and turns runs of images into metric states.
+
+Also defines which images belong together, so that results do not depend on which actor computes them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cluster.config import RunConfig
+from data_pipeline.loader import eval_batches
+from data_pipeline.manifest import Manifest
+from data_pipeline.storage import Storage, join
+from eval.config import EvaluationSet
+from eval.errors import EvaluationError
+from eval.inference import Evaluator
+from eval.states import EvaluationStates
+from model.mask2former import Mask2Former, build_model
+from model.weights import load_weights
+
+IMAGES_PER_CALL = 8
+"""Images that one call evaluates: enough to share a ranged read, few enough to spread over actors."""
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What all calls of one evaluation have in common."""
+
+    weights: str
+    """Path or URL of the model's weights."""
+    evaluated: EvaluationSet
+
+
+def evaluated_rows(manifest: Manifest, evaluated: EvaluationSet) -> np.ndarray:
+    """Rows of the manifest that are evaluated, in its order."""
+    return np.arange(manifest.num_samples)[: evaluated.limit]
+
+
+def call_rows(manifest: Manifest, evaluated: EvaluationSet, batch_size: int) -> list[np.ndarray]:
+    """The rows of every call: whole forward batches, fixed by the manifest's order."""
+    rows = evaluated_rows(manifest, evaluated)
+    per_call = batch_size * max(1, IMAGES_PER_CALL // batch_size)
+    return [rows[start : start + per_call] for start in range(0, len(rows), per_call)]
+
+
+class EvaluationActor:
+    """Runs as a Ray actor. Models and manifests are loaded when they are first needed; the last model is kept."""
+
+    def __init__(self, config: RunConfig) -> None:
+        torch.set_num_threads(config.evaluation.threads)
+        self._config = config
+        self._storage = Storage(config.storage)
+        self._manifests: dict[str, Manifest] = {}
+        self._loaded: tuple[EvaluationTask, Evaluator] | None = None
+
+    def ping(self) -> None:
+        """Answer, as proof of life."""
+
+    def evaluate(self, task: EvaluationTask, call: int) -> bytes:
+        """States of one call's images, as bytes."""
+        settings = self._config.evaluation
+        manifest = self._manifest(task.evaluated.dataset)
+        evaluator = self._evaluator(task, manifest)
+        states = EvaluationStates.empty(manifest.categories, settings.tasks)
+        batches = eval_batches(
+            manifest,
+            call_rows(manifest, task.evaluated, settings.batch_size)[call].tolist(),
+            self._storage,
+            batch_size=settings.batch_size,
+            shortest_edge=settings.shortest_edge,
+            max_size=settings.max_size,
+        )
+        for batch in batches:
+            states.merge(evaluator.evaluate_batch(batch))
+        return states.to_bytes()
+
+    def _manifest(self, dataset: str) -> Manifest:
+        if dataset not in self._manifests:
+            self._manifests[dataset] = Manifest.load(self._config.datasets[dataset].shards, self._storage)
+        return self._manifests[dataset]
+
+    def _evaluator(self, task: EvaluationTask, manifest: Manifest) -> Evaluator:
+        if self._loaded is None or self._loaded[0] != task:
+            self._loaded = None  # frees the memory of the last one first
+            rows = evaluated_rows(manifest, task.evaluated)[: self._config.evaluation.panels]
+            evaluator = Evaluator(
+                load_model(self._config, manifest, task.weights, self._storage),
+                manifest.categories,
+                self._config.evaluation,
+                model_task=self._config.data.task,
+                postprocess=self._config.model.postprocess,
+                panel_ids=manifest.image_id[rows].tolist(),
+            )
+            self._loaded = task, evaluator
+        return self._loaded[1]
+
+
+def load_model(config: RunConfig, manifest: Manifest, weights: str, storage: Storage) -> Mask2Former:
+    """The recipe's model for the classes of a data set with these weights, on the GPU where there is one.
+
+    Raises EvaluationError if the weights are not those of the whole model, WeightsError if they are of another one.
+    """
+    num_classes = len(manifest.categories.for_task(config.data.task))
+    model = build_model(replace(config.model, num_classes=num_classes), pretrained_backbone=False)
+    with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
+        path = Path(weights)
+        if "://" in weights:
+            path = Path(folder) / weights.rpartition("/")[2]
+            storage.get_file(weights, path)
+        report = load_weights(model, path)
+    if not report.complete:
+        raise EvaluationError(
+            f"{weights} does not hold the whole model of the recipe and the data set {manifest.url}: {report}"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def weights_url(checkpoint: str) -> str:
+    """Weights of a checkpoint folder; a file of weights is taken as it is."""
+    is_file = checkpoint.rsplit("/", 1)[-1].rpartition(".")[2] in ("safetensors", "pt", "pth", "pkl", "bin")
+    return checkpoint if is_file else join(checkpoint, "weights.safetensors")

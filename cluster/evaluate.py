@@ -1,0 +1,131 @@
+"""Evaluate one checkpoint on all sets of a recipe with a pool of actors, and write down what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ray
+
+from cluster.config import RunConfig
+from cluster.eval_actor import EvaluationActor, EvaluationTask, call_rows, evaluated_rows, weights_url
+from cluster.eval_pool import EvaluationPool
+from cluster.progress import Progress
+from cluster.ray_cluster import local_or_existing
+from data_pipeline.manifest import Manifest
+from data_pipeline.storage import Storage, join
+from eval.config import EvaluationSet
+from eval.panels import contact_sheet
+from eval.report import EvaluationResults, EvaluationSubject
+from eval.states import EvaluationStates, check_complete
+from model.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SetEvaluation:
+    """What one set gave."""
+
+    results: EvaluationResults
+    panels: dict[int, bytes]
+    """PNG by image id."""
+
+    def files(self) -> dict[str, bytes]:
+        """What is stored, by file name."""
+        files = {"results.json": self.results.to_json().encode(), "results.txt": self.results.table().encode()}
+        if self.panels:
+            files["panels.png"] = contact_sheet([self.panels[i] for i in sorted(self.panels)])
+        return files
+
+
+OnProgress = Callable[[EvaluationSet, int, int], None]
+"""Called with the set, the calls done and all calls."""
+
+
+def make_pool(config: RunConfig) -> EvaluationPool:
+    """The recipe's actors. Ray restarts those that die."""
+    settings = config.evaluation
+    actor = ray.remote(num_cpus=settings.num_cpus_per_actor, num_gpus=settings.num_gpus_per_actor, max_restarts=-1)(
+        EvaluationActor
+    )
+    return EvaluationPool(lambda: actor.remote(config), settings.actors)
+
+
+def evaluate_sets(
+    config: RunConfig, pool: EvaluationPool, checkpoint: str, step: int | None, on_progress: OnProgress
+) -> tuple[SetEvaluation, ...]:
+    """Results of all sets, in the recipe's order.
+
+    Raises:
+        EvaluationError: images could not be evaluated, or the weights are not those of the recipe's model.
+        DataError, StorageError: a set cannot be read.
+    """
+    storage = Storage(config.storage)
+    return tuple(_evaluate(config, storage, pool, checkpoint, step, s, on_progress) for s in config.evaluation.sets)
+
+
+def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> tuple[SetEvaluation, ...]:
+    """Evaluate a checkpoint folder or a file of weights on a Ray cluster, with a progress line; nothing is written.
+
+    Raises ConfigError without sets, and what `evaluate_sets` raises.
+    """
+    if not config.evaluation.sets:
+        raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
+    settings = config.evaluation
+    with local_or_existing(config.cluster, max(1, round(settings.actors * settings.num_cpus_per_actor))):
+        pool = make_pool(config)
+        bars: dict[EvaluationSet, Progress] = {}
+
+        def show(evaluated: EvaluationSet, done: int, total: int) -> None:
+            if evaluated not in bars:
+                bars[evaluated] = Progress(f"evaluate {evaluated.dataset}", total, "calls").__enter__()
+            bars[evaluated].advance(1)
+            if done == total:
+                bars[evaluated].__exit__(None, None, None)
+
+        try:
+            return evaluate_sets(config, pool, checkpoint, None, show)
+        finally:
+            pool.close()
+
+
+def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path:
+    """Store files under `url`; returns a local folder with them: `url` itself, or `local` where `url` is remote."""
+    for name, data in files.items():
+        storage.put(join(url, name), data)
+    if "://" not in url:
+        return Path(url)
+    folder = Path(local)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def _evaluate(
+    config: RunConfig,
+    storage: Storage,
+    pool: EvaluationPool,
+    checkpoint: str,
+    step: int | None,
+    evaluated: EvaluationSet,
+    on_progress: OnProgress,
+) -> SetEvaluation:
+    manifest = Manifest.load(config.datasets[evaluated.dataset].shards, storage)
+    rows = evaluated_rows(manifest, evaluated)
+    calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
+    task = EvaluationTask(weights_url(checkpoint), evaluated)
+    payloads = pool.run(task, range(calls), partial(on_progress, evaluated))
+    states = EvaluationStates.empty(manifest.categories, config.evaluation.tasks)
+    for call in range(calls):
+        states.merge(EvaluationStates.from_bytes(payloads[call]))
+    check_complete(states, manifest.image_id[rows].tolist())
+    subject = EvaluationSubject(
+        dataset=evaluated.dataset,
+        fingerprint=manifest.fingerprint,
+        subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
+        step=step,
+    )
+    return SetEvaluation(states.compute(manifest.categories, subject), states.panels)

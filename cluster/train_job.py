@@ -1,0 +1,259 @@
+"""The supervisor of a training run: Ray Train runs an attempt, this module decides what follows it.
+
+An attempt is one `TorchTrainer.fit()` with `max_failures=0`, in a thread of its own. The main thread repeats what
+workers and evaluations report, to the person and to MLflow, and listens for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.config import RunConfig as RayRunConfig
+
+from cluster.compose import compose_job
+from cluster.config import RunConfig
+from cluster.eval_queue import Entry
+from cluster.eval_service import EvaluationClient, start_evaluations
+from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
+from cluster.progress import complain, say
+from cluster.ray_cluster import connect
+from cluster.recipe import dump_recipe
+from cluster.run_board import RunBoard
+from cluster.run_relay import RunRelay
+from cluster.tracking import RunStatus, TrackedRun, create_run
+from cluster.train_worker import WorkerSettings, train_loop
+from data_pipeline.storage import Storage, join
+from model.errors import UserError
+from trainer.checkpoint_folder import list_checkpoints
+from trainer.job import TrainJob
+from trainer.reporting import CommittedCheckpoint
+
+POLL_S = 0.5
+Status = Literal["finished", "stopped", "failed"]
+_TRACKED_STATUS: dict[Status, RunStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended."""
+
+    run_folder: str
+    status: Status
+    checkpoint: CommittedCheckpoint | None
+    """The newest one."""
+    failures: tuple[Failure, ...]
+    """Why attempts ended early; the last one is the reason of a failed run."""
+    evaluations: tuple[Entry, ...]
+    tracked: TrackedRun
+
+
+def run_training(config: RunConfig) -> RunSummary:
+    """Train to `training.max_steps`, with restarts after failures and evaluations beside.
+
+    A run folder that holds checkpoints is continued. Ctrl-C or SIGTERM end the run after one more checkpoint (status
+    `stopped`). A finished run has waited for its evaluations; otherwise those that wait stay in the run folder and are
+    done when the run is continued.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the stored run, found here or by a worker.
+    """
+    storage = Storage(config.storage)
+    job = compose_job(config)
+    storage.put(join(config.run_folder, "recipe.yaml"), dump_recipe(config).encode())
+    with connect(config), tempfile.TemporaryDirectory(prefix="m2f-ray-train-") as scratch:
+        return _Supervisor(config, job, storage, scratch).run()
+
+
+class _Supervisor:
+    """One call of `run_training`, between the start of Ray and its end."""
+
+    def __init__(self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str) -> None:
+        self._config, self._job, self._storage, self._scratch = config, job, storage, scratch
+        self._tracked = create_run(config)
+        self._evaluations: EvaluationClient | None = None
+        if config.evaluation.sets:
+            self._evaluations = start_evaluations(config, self._tracked)
+        self._board: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(RunBoard).remote()
+        self._relay = RunRelay(config.training.max_steps, self._board, self._evaluations, self._tracked)
+        self._failures: list[Failure] = []
+        self._interrupts = 0
+
+    def run(self) -> RunSummary:
+        """All attempts, then the evaluations that still wait."""
+        status: Status = "failed"
+        try:
+            with self._listening():
+                status = self._train()
+                if status == "finished":
+                    self._await_evaluations()
+        finally:
+            entries = self._evaluations.close() if self._evaluations is not None else ()
+            self._relay.close(_TRACKED_STATUS[status])
+        return RunSummary(
+            run_folder=self._config.run_folder,
+            status=status,
+            checkpoint=self._newest(),
+            failures=tuple(self._failures),
+            evaluations=entries,
+            tracked=self._tracked,
+        )
+
+    def _train(self) -> Status:
+        """Attempts until the run is done, stopped or hopeless."""
+        history = AttemptHistory(self._newest_step())
+        while self._newest_step() < self._config.training.max_steps:
+            error = self._attempt(len(history.attempts) + 1)
+            step = self._newest_step()
+            if error is None and self._interrupts:
+                return "stopped"
+            if error is None and step >= self._config.training.max_steps:
+                break
+            failure = _failure(error, drained=self._relay.last_event == "drained")
+            self._failures.append(failure)
+            history = history.after(Attempt(failure, step))
+            decision = decide(history, self._config.cluster.max_failures)
+            self._announce(failure, step, decision, error, len(history.attempts))
+            if isinstance(decision, Stop) or self._interrupts:
+                return self._give_up(error, failure)
+            time.sleep(decision.delay_s)
+        return "finished"
+
+    def _attempt(self, number: int) -> BaseException | None:
+        """Run one worker group to its end; the error that ended it."""
+        outcome: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                self._trainer(number).fit()
+            except BaseException as error:
+                outcome.append(error)
+
+        self._relay.last_event = None
+        say(f"starting {self._config.cluster.num_workers} training workers")
+        thread = threading.Thread(target=fit, name=f"attempt-{number}", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            self._relay.update()
+        self._relay.update()
+        self._submit_committed()
+        return outcome[0] if outcome else None
+
+    def _trainer(self, number: int) -> TorchTrainer:
+        cluster = self._config.cluster
+        resources = {"CPU": cluster.num_cpus_per_worker, "GPU": cluster.num_gpus_per_worker}
+        automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
+        manager = self._evaluations.manager if self._evaluations is not None else None
+        return TorchTrainer(
+            train_loop,
+            train_loop_config={"settings": WorkerSettings(self._job, self._board, manager)},
+            torch_config=TorchConfig(
+                backend=automatic if cluster.backend == "auto" else cluster.backend,
+                timeout_s=round(self._config.training.collective_timeout_s),
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=cluster.num_gpus_per_worker > 0,
+                resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            ),
+            run_config=RayRunConfig(
+                name=f"attempt-{number}",  # a new one each: Ray would look for checkpoints of the last
+                storage_path=self._scratch,
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+
+    def _announce(
+        self, failure: Failure, step: int, decision: Retry | Stop, error: BaseException | None, number: int
+    ) -> None:
+        """Say what happened in one line; the whole story goes to a file."""
+        where = "" if failure.rank is None else f" on rank {failure.rank}"
+        complain(f"attempt {number} ended at checkpoint step {step}{where}: {_first_line(failure.message)}")
+        if error is not None:
+            story = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
+            self._storage.put(story, f"{type(error).__name__}: {error}\n".encode())
+            complain(f"  details: {story}")
+        match decision:
+            case Retry(delay_s, reason):
+                complain(f"  starting again in {delay_s:.0f} s: {reason}")
+            case Stop(reason):
+                complain(f"  giving up: {reason}")
+
+    def _give_up(self, error: BaseException | None, failure: Failure) -> Status:
+        """A failed run; raises the user's own mistake where that is the reason."""
+        errors = getattr(error, "worker_failures", {})
+        cause = errors.get(failure.rank, error)
+        if isinstance(cause, UserError):
+            raise cause
+        return "failed"
+
+    def _await_evaluations(self) -> None:
+        """Until every queued evaluation is settled, or the person has had enough."""
+        if self._evaluations is None:
+            return
+        self._submit_committed()
+        while not self._interrupts and not self._relay.evaluations_idle:
+            time.sleep(POLL_S)
+            self._relay.update()
+
+    def _submit_committed(self) -> None:
+        """A worker may have died between a commit and its report; queueing a step twice is harmless."""
+        if self._evaluations is not None:
+            for checkpoint in list_checkpoints(self._storage, self._config.run_folder):
+                self._evaluations.submit(checkpoint)
+
+    def _newest(self) -> CommittedCheckpoint | None:
+        return next(iter(list_checkpoints(self._storage, self._config.run_folder)), None)
+
+    def _newest_step(self) -> int:
+        newest = self._newest()
+        return newest.step if newest is not None else 0
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """First SIGINT or SIGTERM: stop after a checkpoint. Second: KeyboardInterrupt."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+            complain("stopping after a checkpoint; once more to end at once")
+            threading.Thread(target=lambda: ray.get(self._board.request_stop.remote()), daemon=True).start()
+
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _failure(error: BaseException | None, drained: bool) -> Failure:
+    """Why an attempt ended before the last step."""
+    if error is None:
+        if drained:
+            return Failure(None, "preemption", "the workers' machine was taken back")
+        return Failure(None, "error", "the workers returned before the last step")
+    if isinstance(error, ray.train.WorkerGroupError):
+        return root_cause(error.worker_failures)
+    error = getattr(error, "controller_failure", error)
+    return Failure(None, classify(error), f"{type(error).__name__}: {error}")
+
+
+def _first_line(message: str) -> str:
+    return next((line for line in message.splitlines() if line.strip()), "unknown")[:300]

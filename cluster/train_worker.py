@@ -1,0 +1,114 @@
+"""What runs inside a Ray Train worker: the trainer's loop, with a reporter and a control that speak to our actors.
+
+A module of its own, so that Ray pickles the worker function by reference.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2._internal.execution.context import get_train_context
+
+from cluster.run_board import CheckpointReport, EventReport, MetricsReport
+from trainer.job import TrainJob
+from trainer.reporting import CommittedCheckpoint, EventKind
+
+LOGGER = logging.getLogger(__name__)
+STOP_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What the supervisor hands to every worker."""
+
+    job: TrainJob
+    board: Any
+    """Handle of the RunBoard."""
+    manager: Any | None
+    """Handle of the evaluation manager; None where nothing is evaluated."""
+
+
+def train_loop(arguments: dict[str, WorkerSettings]) -> None:
+    """Train on this rank until the run is done, stopped or drained."""
+    settings = arguments["settings"]
+    context = ray.train.get_context()
+    os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())  # DeepSpeed's device count on CPU
+    if not ray.get_gpu_ids():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    from trainer.worker import run_worker  # deepspeed reads the environment when it is imported
+
+    control = RayControl(settings.board) if context.get_world_rank() == 0 else NoControl()
+    run_worker(settings.job, RayReporter(settings, context.get_world_rank()), control)
+
+
+class RayReporter:
+    """Reports to the board, the evaluation manager and Ray Train. Calls to actors are sent, never waited for."""
+
+    def __init__(self, settings: WorkerSettings, rank: int) -> None:
+        self._settings = settings
+        self._rank = rank
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """To the board."""
+        self._settings.board.pin.remote(MetricsReport(step, dict(values)))
+
+    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
+        """Rank 0: to the board and the evaluation manager. Every rank: to Ray Train, as a fact without files."""
+        if self._rank == 0:
+            self._settings.board.pin.remote(CheckpointReport(checkpoint))
+            if self._settings.manager is not None:
+                self._settings.manager.submit.remote(checkpoint)
+        # No ray.train.Checkpoint: Ray accepts only those in its own folder, and ours outlive its attempts.
+        ray.train.report(
+            {"step": checkpoint.step, "checkpoint": checkpoint.url},
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def event(self, kind: EventKind, step: int, message: str) -> None:
+        """To the board."""
+        self._settings.board.pin.remote(EventReport(kind, step, message))
+
+
+class NoControl:
+    """For ranks that are not asked."""
+
+    def stop_requested(self) -> bool:
+        """Never."""
+        return False
+
+    def drain_requested(self) -> bool:
+        """Never."""
+        return False
+
+
+class RayControl:
+    """Stop: from the board, asked by a thread. Drain: Ray's notice that one of the workers' nodes goes away."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._stop = threading.Event()
+        threading.Thread(target=self._poll, name="control", daemon=True).start()
+        self._preemption = get_train_context().preemption_context
+
+    def stop_requested(self) -> bool:
+        """Whether the driver was asked to end the run."""
+        return self._stop.is_set()
+
+    def drain_requested(self) -> bool:
+        """Read from this process: the public get_preemption_info is a barrier that every rank would have to enter."""
+        return self._preemption.preemption_info is not None
+
+    def _poll(self) -> None:
+        while not self._stop.wait(STOP_POLL_S):
+            try:
+                if ray.get(self._board.stop_requested.remote(), timeout=30):
+                    self._stop.set()
+            except ray.exceptions.RayError as error:
+                LOGGER.debug("the board does not answer: %s", error)
