@@ -1,0 +1,173 @@
+"""Scenes of the synthetic set: regions of stuff, objects that hide parts of each other, tiny objects on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from data_pipeline.readers.shapes import SHAPES, TEXTURES, shape_coverage, texture
+
+_SIDE = (128, 192)
+_OBJECTS = (4, 12)
+_REGIONS = (1, 3)
+_TINY_SHARE = 0.25
+_TINY = (8.0, 11.5)  # diameters in pixels
+_LARGE = (22.0, 48.0)
+_OVERLAP_SHARE = 0.8
+"""Share of large objects that are placed across the edge of an earlier one."""
+_MIN_VISIBLE = 0.4
+"""Every object keeps at least this share of its pixels."""
+_TRIES = 30
+_MIN_CONTRAST = 110.0
+"""Euclidean RGB distance between an object and the mean of what it covers."""
+_NOISE = 4.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn image with its truth. Every pixel belongs to a segment; segment i has local id i + 1."""
+
+    image: np.ndarray
+    """[H, W, 3] uint8 RGB"""
+    seg: np.ndarray
+    """[H, W] uint8 local ids"""
+    names: tuple[str, ...]
+    """Shape or texture of every segment."""
+    hidden: tuple[float, ...]
+    """Share of every segment's pixels that later objects hide; 0 for stuff."""
+    diameters: tuple[float, ...]
+    """Drawn diameter of every object; 0 for stuff."""
+
+
+@dataclass
+class _Canvas:
+    """A scene under construction."""
+
+    image: np.ndarray
+    """[H, W, 3] float32"""
+    seg: np.ndarray
+    """[H, W] uint8, ids from 1"""
+    names: list[str]
+    full_areas: list[int]
+    """Pixels of every object before anything hid it; 0 for stuff."""
+    diameters: list[float]
+    centers: list[tuple[float, float]] = field(default_factory=list)
+    """x, y of the objects so far"""
+
+
+def make_scene(seed: int, index: int) -> Scene:
+    """Draw one image: a pure function of its arguments."""
+    random = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
+    canvas = _draw_ground(random)
+    count = int(random.integers(_OBJECTS[0], _OBJECTS[1] + 1))
+    num_tiny = int(random.binomial(count, _TINY_SHARE))
+    for _ in range(count - num_tiny):
+        _add_object(canvas, random.uniform(*_LARGE), random)
+    for _ in range(num_tiny):  # last, so that none of them is hidden
+        _add_object(canvas, random.uniform(*_TINY), random)
+    return _finish(canvas, random)
+
+
+def _draw_ground(random: np.random.Generator) -> _Canvas:
+    """Regions around random points, each with a texture of its own in two random colours."""
+    height, width = (int(side) for side in random.integers(_SIDE[0], _SIDE[1] + 1, size=2))
+    names = [str(n) for n in random.permutation(TEXTURES)[: random.integers(_REGIONS[0], _REGIONS[1] + 1)]]
+    y, x = np.mgrid[:height, :width]
+    sites = random.random((len(names), 2)) * (height, width)
+    region = np.argmin([np.hypot(y - sy, x - sx) for sy, sx in sites], axis=0)
+    image = np.empty((height, width, 3), np.float32)
+    for number, name in enumerate(names):
+        first = random.uniform(0, 255, 3)
+        second = _contrasting(first, 100.0, random)
+        pattern = texture(name, height, width, random)[..., None]
+        inside = region == number
+        image[inside] = (first + pattern * (second - first))[inside]
+    zeros = [0] * len(names)
+    return _Canvas(image, (region + 1).astype(np.uint8), names, zeros, [0.0] * len(names))
+
+
+def _add_object(canvas: _Canvas, diameter: float, random: np.random.Generator) -> None:
+    """Put a random shape on top where it hides no earlier object too much; leave it out where no place is found."""
+    name = str(random.choice(SHAPES))
+    coverage = shape_coverage(name, diameter, random.uniform(0, 2 * np.pi))
+    size = len(coverage)
+    for _ in range(_TRIES):
+        x, y = _propose_center(canvas, diameter, random)
+        left, top = round(x - size / 2), round(y - size / 2)
+        if left < 0 or top < 0 or left + size > canvas.seg.shape[1] or top + size > canvas.seg.shape[0]:
+            continue
+        window = (slice(top, top + size), slice(left, left + size))
+        mask = coverage > 0.5
+        if not _hides_too_much(canvas, window, mask):
+            break
+    else:
+        return
+    _paint(canvas.image[window], coverage, random)
+    canvas.seg[window][mask] = len(canvas.names) + 1
+    canvas.names.append(name)
+    canvas.full_areas.append(int(mask.sum()))
+    canvas.diameters.append(diameter)
+    canvas.centers.append((x, y))
+
+
+def _propose_center(canvas: _Canvas, diameter: float, random: np.random.Generator) -> tuple[float, float]:
+    """Somewhere, or for most large objects across the edge of an earlier one."""
+    height, width = canvas.seg.shape
+    if not canvas.centers or diameter < _LARGE[0] or random.random() > _OVERLAP_SHARE:
+        return random.uniform(0, width), random.uniform(0, height)
+    other = int(random.integers(len(canvas.centers)))
+    x, y = canvas.centers[other]
+    other_diameter = canvas.diameters[len(canvas.names) - len(canvas.centers) + other]
+    distance = random.uniform(0.5, 0.8) * (diameter + other_diameter) / 2
+    angle = random.uniform(0, 2 * np.pi)
+    return x + distance * np.cos(angle), y + distance * np.sin(angle)
+
+
+def _hides_too_much(canvas: _Canvas, window: tuple[slice, slice], mask: np.ndarray) -> bool:
+    num_ids = len(canvas.names) + 1
+    visible = np.bincount(canvas.seg.ravel(), minlength=num_ids)[1:]
+    covered = np.bincount(canvas.seg[window][mask], minlength=num_ids)[1:]
+    full = np.array(canvas.full_areas)
+    tiny = (np.array(canvas.diameters) < _LARGE[0]) & (full > 0)
+    return bool(((visible - covered < _MIN_VISIBLE * full) | (tiny & (covered > 0))).any())
+
+
+def _paint(image: np.ndarray, coverage: np.ndarray, random: np.random.Generator) -> None:
+    """Blend a soft two-colour gradient with a thin rim onto a window [S, S, 3] of the image."""
+    ground = image[coverage > 0.5].mean(axis=0)
+    first = _contrasting(ground, _MIN_CONTRAST, random)
+    second = np.clip(first + random.uniform(-45, 45, 3), 0, 255)
+    ramp = np.linspace(0, 1, len(image), dtype=np.float32)[:, None, None]
+    fill = first + ramp * (second - first)
+    rim = np.where(first.mean() > 127, 0.35 * first, 255 - 0.35 * (255 - first))
+    inner = cv2.erode(coverage, np.ones((3, 3), np.uint8))[..., None]
+    colors = inner * fill + (1 - inner) * rim
+    image += coverage[..., None] * (colors - image)
+
+
+def _contrasting(color: np.ndarray, distance: float, random: np.random.Generator) -> np.ndarray:
+    """A random colour at least this far from another one (in RGB every colour has some that are 127 away)."""
+    while True:
+        candidate = random.uniform(0, 255, 3)
+        if np.linalg.norm(candidate - color) >= distance:
+            return candidate
+
+
+def _finish(canvas: _Canvas, random: np.random.Generator) -> Scene:
+    """Add noise and leave out stuff that objects cover completely."""
+    noisy = canvas.image + _NOISE * random.standard_normal(canvas.image.shape, np.float32)
+    areas = np.bincount(canvas.seg.ravel(), minlength=len(canvas.names) + 1)[1:]
+    kept = np.flatnonzero(areas)
+    renumber = np.zeros(len(canvas.names) + 1, np.uint8)
+    renumber[kept + 1] = np.arange(1, len(kept) + 1)
+    full = np.maximum(canvas.full_areas, areas)
+    hidden = np.where(np.array(canvas.full_areas) > 0, 1 - areas / np.maximum(full, 1), 0.0)
+    return Scene(
+        image=noisy.clip(0, 255).astype(np.uint8),
+        seg=renumber[canvas.seg],
+        names=tuple(canvas.names[i] for i in kept),
+        hidden=tuple(float(hidden[i]) for i in kept),
+        diameters=tuple(canvas.diameters[i] for i in kept),
+    )
