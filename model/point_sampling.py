@@ -109,8 +109,9 @@ class LabelMaps(NamedTuple):
 def _cell(coordinate: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The cell between two pixel centres, from 0 (before the first) to `size` (after the last), and the place in it.
 
-    Rounds as grid_sample does: [0, 1] to [-1, 1] and from there to pixels.
+    Rounds as grid_sample does on CPU: [0, 1] to [-1, 1], and from there to pixels with one fused multiply-add.
     """
-    pixel = (coordinate * 2).sub_(1).add_(1).mul_(size / 2).sub_(0.5)
+    shifted = (coordinate * 2).sub_(1).add_(1)
+    pixel = torch.add(shifted.new_full((1,), -0.5).expand_as(shifted), shifted, alpha=size / 2)
     lower = pixel.floor()
     return (lower + 1).long(), pixel.sub_(lower)
