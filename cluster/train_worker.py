@@ -16,7 +16,9 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution.context import get_train_context
 
+from cluster.policies import PEERS_ERROR
 from cluster.run_board import CheckpointReport, EventReport, MetricsReport
+from trainer.errors import TrainingError
 from trainer.job import TrainJob
 from trainer.reporting import CommittedCheckpoint, EventKind
 
@@ -45,7 +47,11 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     from trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
     control = RayControl(settings.board) if context.get_world_rank() == 0 else NoControl()
-    run_worker(settings.job, RayReporter(settings, context.get_world_rank()), control)
+    try:
+        run_worker(settings.job, RayReporter(settings, context.get_world_rank()), control)
+    except TrainingError as error:
+        own = error.__cause__ if str(error).startswith(PEERS_ERROR) else None
+        raise own or error  # this rank's own error where all ranks stopped for it: a cause is lost on the way to us
 
 
 class RayReporter:

@@ -32,6 +32,7 @@ class HealthCheckFailed(Exception):
             "death",
         ),
         ({1: TrainingError("step 3"), 0: TypeError("x")}, 0, "mistake"),
+        ({0: TrainingError("training stops on all ranks: rank 1: StorageError: x"), 1: StorageError("x")}, 1, "error"),
         ({0: StorageError("s3://b/k: timed out")}, 0, "error"),
         ({0: RuntimeError("CUDA error: unspecified launch failure")}, 0, "error"),
         ({0: RuntimeError("Connection reset by peer"), 1: RuntimeError("Connection closed by peer")}, None, "death"),

@@ -1,0 +1,65 @@
+"""The whole chain on data that the project makes itself: shards, training on two ZeRO workers, evaluation beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.config import RunConfig
+from cluster.eval_queue import Entry
+from cluster.progress import format_duration, say
+from cluster.ray_cluster import connect
+from cluster.recipe import load_recipe
+from cluster.run_relay import HEADLINE
+from cluster.shard_job import run_shard_job
+from cluster.train_job import RunSummary, run_training
+from data_pipeline.storage import Storage, join
+from model.errors import ConfigError
+
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+
+
+def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
+    """Run `configs/demo.yaml` under `output` and say what came of it. A demo that was interrupted is continued.
+
+    `overrides` are further `section.key=value` settings. Raises UserError where something cannot be used or written.
+    """
+    started = time.monotonic()
+    config = demo_config(output, overrides)
+    with connect(config):
+        storage = Storage(config.storage)
+        for name, dataset in config.datasets.items():
+            say(run_shard_job(name, dataset, config.cluster, storage).summary())
+        summary = run_training(config)
+    say(f"\n{describe(summary)}\n\n{format_duration(time.monotonic() - started)} in all")
+    return summary
+
+
+def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The demo's recipe with everything it writes under `output`/demo."""
+    if not RECIPE.is_file():
+        raise ConfigError(f"{RECIPE} is not there; run the demo from a checkout of the repository")
+    shards = [f"datasets.{name}.shards={join(output, 'demo', 'shards', name)}" for name in ("train", "val")]
+    return load_recipe(RECIPE, [f"output={output}", *shards, *overrides])
+
+
+def describe(summary: RunSummary) -> str:
+    """Table of the evaluated checkpoints, where the pictures are, and how to look at the curves."""
+    lines = [f"run {summary.status}: {summary.run_folder}", "", table(summary.evaluations)]
+    published = [entry for entry in summary.evaluations if entry.status == "published"]
+    if published:
+        last = join(summary.run_folder, "evaluations", f"step_{published[-1].step:08d}")
+        lines += ["", f"pictures:  {last}/val/panels.png  (image, truth, prediction)"]
+    lines += [f"curves:    mlflow ui --backend-store-uri {summary.tracked.uri}"]
+    return "\n".join(lines)
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """One line per evaluated checkpoint: the headline numbers of `val`, in per cent."""
+    rows = [["step", *HEADLINE]]
+    for entry in entries:
+        numbers = [entry.metrics.get(f"val/{name}") for name in HEADLINE]
+        cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
+        rows.append([str(entry.step), *(cells if entry.status == "published" else [entry.status])])
+    return "\n".join("".join(cell.rjust(8) for cell in row) for row in rows)
