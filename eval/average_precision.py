@@ -117,6 +117,9 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
                 f"image {image_id}: a detection's score is not finite; the checkpoint's weights have overflowed, "
                 "evaluate an earlier one"
             )
+        sizes = {tuple(mask["size"]) for mask in (*truth.masks, *detections.masks)}
+        if len(sizes) > 1:
+            raise EvaluationError(f"image {image_id}: the masks differ in size: {sorted(sizes)}")
         for side, labels in (("truth", truth.labels), ("prediction", detections.labels)):
             if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 raise EvaluationError(

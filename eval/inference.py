@@ -107,7 +107,9 @@ class Evaluator:
     def _forward(self, batch: EvalBatch) -> Iterator[_Output]:
         """The last layer's predictions, image by image."""
         images = batch.images.to(self._device)
-        predictions = self._model(self._model.normalise(images, batch.sizes.to(self._device)))
+        # Full precision and fixed algorithms: published numbers must not depend on the GPU that a batch met.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            predictions = self._model(self._model.normalise(images, batch.sizes.to(self._device)))
         height, width = batch.images.shape[-2:]
         for row, sample in enumerate(batch.samples):
             resized_height, resized_width = batch.sizes[row].tolist()
@@ -130,7 +132,8 @@ class Evaluator:
         labels = {segment.id: segment.label for segment in result.segments}
         prediction = PanopticPrediction(result.segment_map.cpu().numpy(), labels)
         state.update(sample.image_id, truth, prediction)
-        return partial(panoptic_scenes, truth, prediction, {segment.id: segment.score for segment in result.segments})
+        scores = {segment.id: segment.score for segment in result.segments}
+        return partial(panoptic_scenes, truth, prediction, scores, state.image_quality(sample.image_id))
 
     def _instance(self, sample: DecodedSample, output: _Output, state: AveragePrecisionState) -> _Picture:
         result = instance(*output, self._is_thing, self._postprocess)

@@ -141,17 +141,14 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
             per_class=per_class,
         )
 
-    def image_quality(self) -> dict[int, float]:
-        """PQ of every image by itself, all its segments taken as one class; images without any count are left out.
+    def image_quality(self, image_id: int) -> float | None:
+        """PQ of one image, all its segments taken as one class; None if nothing counts in it.
 
-        For choosing images to look at, not for comparison with published numbers.
+        For choosing and titling pictures, not for comparison with published numbers.
         """
-        quality = {}
-        for image_id, record in self.records():
-            tp, fp, fn = len(record.matched_label), len(record.false_positive), len(record.false_negative)
-            if tp + fp + fn:
-                quality[image_id] = float(record.matched_iou.sum()) / (tp + 0.5 * fp + 0.5 * fn)
-        return quality
+        record = self.record(image_id)
+        tp, fp, fn = len(record.matched_label), len(record.false_positive), len(record.false_negative)
+        return float(record.matched_iou.sum()) / (tp + 0.5 * fp + 0.5 * fn) if tp + fp + fn else None
 
 
 class InconsistentMapError(ValueError):

@@ -62,10 +62,13 @@ class EvaluationResults:
 
     def per_class(self) -> list[dict[str, Any]]:
         """One row per category with the numbers of the requested tasks; None where a class does not occur."""
+        only_things = self.panoptic is None and self.semantic is None
+        labels = self.categories.labels("panoptic")
         thing_labels = self.categories.labels("instance")
         average_precisions = self.instance.per_class if self.instance is not None else ()
         rows = []
-        for label, category in enumerate(self.categories.categories):
+        for category in self.categories.for_task("instance" if only_things else "panoptic"):
+            label = labels[category.id]
             row: dict[str, Any] = {"id": category.id, "name": category.name, "is_thing": category.is_thing}
             if self.panoptic is not None:
                 q = self.panoptic.per_class[label]

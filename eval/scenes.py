@@ -17,12 +17,13 @@ SHOWN_SCORE = 0.5
 
 
 def panoptic_scenes(
-    truth: PanopticTruth, prediction: PanopticPrediction, scores: dict[int, float]
+    truth: PanopticTruth, prediction: PanopticPrediction, scores: dict[int, float], quality: float | None
 ) -> tuple[Scene, Scene]:
-    """Truth and prediction; crowds are drawn like other segments. `scores` by segment id."""
+    """Truth and prediction; crowds are drawn like other segments. `scores` by segment id, `quality` of the image."""
+    title = "prediction" if quality is None else f"prediction, PQ {100 * quality:.1f}"
     annotated = {i: SceneSegment(segment.label) for i, segment in truth.segments.items()}
     predicted = {i: SceneSegment(label, scores[i]) for i, label in prediction.labels.items()}
-    return Scene("truth", truth.id_map, annotated), Scene("prediction", prediction.id_map, predicted)
+    return Scene("truth", truth.id_map, annotated), Scene(title, prediction.id_map, predicted)
 
 
 def instance_scenes(truth: InstanceTruth, detections: InstanceDetections, size: tuple[int, int]) -> tuple[Scene, Scene]:

@@ -86,6 +86,10 @@ class MetricState(ABC, Generic[R, Result]):
                 "or the checkpoint or the data changed in between: evaluate again from the start"
             )
 
+    def record(self, image_id: int) -> R:
+        """The record of an image in this state."""
+        return self._records[image_id]
+
     def records(self) -> Iterator[tuple[int, R]]:
         """Image ids and records in ascending image id."""
         return ((image_id, self._records[image_id]) for image_id in self.image_ids)

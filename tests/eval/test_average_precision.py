@@ -196,6 +196,9 @@ def test_bad_scores_and_classes_name_the_image():
         AveragePrecisionState(4).update(image_id, truths[image_id], bad)
     with pytest.raises(EvaluationError, match=f"image {image_id}: the .* has classes from"):
         AveragePrecisionState(1).update(image_id, truths[image_id], found)
+    small = InstanceDetections(encode_masks(np.ones((1, 8, 9), bool)), np.array([0]), np.array([0]), np.array([0.5]))
+    with pytest.raises(EvaluationError, match=r"differ in size: \[\(8, 9\), \(140, 140\)\]"):
+        AveragePrecisionState(4).update(image_id, truths[image_id], small)
 
 
 def test_real_annotations_with_perturbed_predictions(real_data):

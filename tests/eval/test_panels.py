@@ -67,8 +67,9 @@ def test_contact_sheet_holds_all_panels():
 
 def test_panoptic_scenes_carry_scores_of_predictions_only():
     truth = PanopticTruth(np.array([[1, 0]]), {1: TruthSegment(0, 1, True)})
-    left, right = panoptic_scenes(truth, PanopticPrediction(np.array([[3, 3]]), {3: 1}), {3: 0.9})
+    left, right = panoptic_scenes(truth, PanopticPrediction(np.array([[3, 3]]), {3: 1}), {3: 0.9}, 0.4567)
     assert left.segments == {1: SceneSegment(0)}
+    assert right.title == "prediction, PQ 45.7"
     assert right.segments == {3: SceneSegment(1, 0.9)}
 
 

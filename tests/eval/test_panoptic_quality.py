@@ -253,13 +253,13 @@ def test_one_image_with_two_outcomes_is_refused_and_named():
         state.merge(PanopticQualityState((True,)))
 
 
-def test_worst_images_can_be_found():
+def test_images_have_a_quality_of_their_own():
     state = PanopticQualityState(IS_THING)
     truth = truth_of([[1, 1]], {1: (0, False)})
     state.update(1, truth, prediction_of([[5, 5]], {5: 0}))
     state.update(2, truth, prediction_of([[5, 5]], {5: 1}))
     state.update(3, truth_of([[0, 0]], {}), prediction_of([[0, 0]], {}))
-    assert state.image_quality() == {1: 1.0, 2: 0.0}
+    assert [state.image_quality(i) for i in (1, 2, 3)] == [1.0, 0.0, None]
 
 
 @pytest.mark.parametrize("payload", [b"", b"not an archive", b"PK\x03\x04 broken"])

@@ -122,4 +122,4 @@ def test_one_task_alone_reports_only_its_numbers(task):
     names = {"panoptic": "PQ", "instance": "AP", "semantic": "mIoU"}
     assert [name in results.metrics() for name in names.values()] == [t == task for t in names]
     assert json.loads(results.to_json())["num_images"] == 1
-    assert len(results.table().splitlines()) > 5
+    assert ("sky" in results.table()) == (task != "instance")
