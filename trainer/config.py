@@ -43,6 +43,8 @@ class MultiStepSchedule:
 
 ScheduleConfig = PolySchedule | MultiStepSchedule
 
+Precision = Literal["fp32", "bf16_autocast"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
@@ -75,7 +77,7 @@ class TrainingConfig:
     """Images per optimizer step, over all ranks and micro-batches."""
     micro_batch: int = 2
     """Images per forward on one rank; accumulation follows from global_batch, world size and this."""
-    precision: Literal["fp32", "bf16_autocast"] = "fp32"
+    precision: Precision = "fp32"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=PolySchedule)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

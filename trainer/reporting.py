@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, TextIO
 
-EventKind = Literal["resumed", "skipped", "drained", "stopped", "finished"]
+EventKind = Literal["resumed", "damaged", "skipped", "drained", "stopped", "finished"]
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,4 @@ class LogReporter:
         self._line(f"step {step}: {kind}: {message}")
 
     def _line(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)  # noqa: T201 (this is the log)
+        print(text, file=self.stream, flush=True)

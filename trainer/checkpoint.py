@@ -1,0 +1,150 @@
+"""Save a checkpoint: local files at once, upload in the background, commit when every rank's receipt is there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import safetensors.torch
+
+from data_pipeline.storage import Storage, join
+from trainer.checkpoint_folder import (
+    ENGINE,
+    MANIFEST,
+    RECIPE,
+    STATE,
+    WEIGHTS,
+    Manifest,
+    Receipt,
+    checkpoint_url,
+    delete_old,
+    file_entry,
+    read_receipt,
+    rng_path,
+    write_receipt,
+)
+from trainer.config import CheckpointConfig
+from trainer.control import Ranks
+from trainer.engine import Engine
+from trainer.errors import CheckpointError
+from trainer.random_state import save_random_state
+from trainer.reporting import CommittedCheckpoint
+from trainer.state import TrainState
+
+_POLL_S = (0.05, 2.0)  # first and longest pause between looks for the other ranks' receipts
+
+
+class CheckpointSaver:
+    """Saves checkpoints of one run; one is uploaded at a time.
+
+    `save` and `finish` are collectives. An upload that fails stops the run: its error comes
+    out of the next `newest_commit`, `save` or `finish`.
+    """
+
+    def __init__(
+        self, run_folder: str, recipe: str, config: CheckpointConfig, storage: Storage, ranks: Ranks, timeout_s: float
+    ) -> None:
+        self._run_folder = run_folder
+        self._recipe = recipe
+        self._config = config
+        self._storage = storage
+        self._ranks = ranks
+        self._timeout_s = timeout_s
+        self._attempt = ranks.broadcast(f"{time.time_ns():x}")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._upload: Future[None] | None = None
+        self._saved_step: int | None = None
+        self._committed: CommittedCheckpoint | None = None
+        self._closing = threading.Event()
+
+    def close(self) -> None:
+        """End the thread without waiting for other ranks. What they have all uploaded by now is still committed."""
+        self._closing.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def newest_commit(self) -> CommittedCheckpoint | None:
+        """The newest commit that this rank knows of (rank 0: as soon as it is made). Raises what an upload raised."""
+        if self._upload is not None and self._upload.done():
+            self._upload.result()
+        return self._committed
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Write the files of this rank to local disk and start their upload; waits for the previous one first.
+
+        Nothing happens where the same step was saved or restored last.
+        """
+        if state.step == self._saved_step:
+            return
+        self._wait_together()
+        url = checkpoint_url(self._run_folder, state.step)
+        if self._ranks.is_first:
+            self._storage.delete_prefix(url)  # what an interrupted or damaged save left there
+        folder = Path(tempfile.mkdtemp(prefix="m2f-checkpoint-"))
+        try:
+            engine.save(folder, ENGINE)
+            save_random_state(folder / rng_path(self._ranks.rank))
+            weights = engine.weights()
+            if self._ranks.is_first:
+                safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+                (folder / STATE).write_bytes(state.to_json())
+                (folder / RECIPE).write_text(self._recipe, encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._upload = self._pool.submit(self._publish, folder, url, state)
+        self._saved_step = state.step
+
+    def restored(self, checkpoint: CommittedCheckpoint) -> None:
+        """The run goes on from this checkpoint."""
+        self._saved_step = checkpoint.step
+        self._committed = checkpoint
+
+    def finish(self) -> CommittedCheckpoint | None:
+        """Wait until the last checkpoint is committed, and return it on every rank."""
+        self._wait_together()
+        return self._ranks.broadcast(self._committed)
+
+    def _wait_together(self) -> None:
+        error = self._upload.exception() if self._upload is not None else None
+        self._ranks.check(error)
+        self._upload = None
+
+    def _publish(self, folder: Path, url: str, state: TrainState) -> None:
+        try:
+            paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".py"]
+            files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
+            for path in paths:
+                self._storage.put_file(join(url, path.relative_to(folder).as_posix()), path)
+            write_receipt(self._storage, url, self._ranks.rank, Receipt(self._attempt, files))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self._ranks.is_first:
+            self._commit(url, state)
+
+    def _commit(self, url: str, state: TrainState) -> None:
+        files = {}
+        for rank in range(self._ranks.world_size):
+            files |= self._await_receipt(url, rank).files
+        manifest = Manifest(state.step, state.world_size, state.zero_stage, files)
+        self._storage.put(join(url, MANIFEST), manifest.to_json(), if_absent=True)
+        self._committed = CommittedCheckpoint(state.step, url)
+        delete_old(self._storage, self._run_folder, self._config.keep)
+
+    def _await_receipt(self, url: str, rank: int) -> Receipt:
+        pause, longest = _POLL_S
+        deadline = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline:
+            receipt = read_receipt(self._storage, url, rank)
+            if receipt is not None and receipt.attempt == self._attempt:
+                return receipt
+            if self._closing.wait(pause):
+                break
+            pause = min(2 * pause, longest)
+        raise CheckpointError(
+            f"checkpoint {url} is not committed: rank {rank} did not upload its files within "
+            f"{self._timeout_s:.0f} s; check its log and the storage"
+        )

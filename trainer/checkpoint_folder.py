@@ -1,0 +1,190 @@
+"""What a checkpoint folder holds, when it counts, and which folders are kept. Needs neither torch nor DeepSpeed.
+
+<run folder>/checkpoints/step_00000042/
+    engine/*.pt             DeepSpeed's files of every rank
+    rng/rank_00000.pt       random states of every rank
+    weights.safetensors     the whole model in fp32, loadable by `model.weights.load_weights`
+    state.json              TrainState
+    recipe.yaml             the resolved recipe
+    receipts/rank_00000.json  files of one rank with sizes and checksums, written when they are all uploaded
+    manifest.json           all receipts joined; written last, once: without it the checkpoint does not exist
+    pins/NAME               while any of these exists the folder is not deleted
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_pipeline.errors import StorageError
+from data_pipeline.storage import Storage, join
+from trainer.errors import CheckpointError
+from trainer.reporting import CommittedCheckpoint
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+STATE = "state.json"
+RECIPE = "recipe.yaml"
+ENGINE = "engine"
+
+_VERSION = 1
+_FOLDER = re.compile(r"/step_(\d{8,})/(.+)$")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one rank has uploaded, or all of them."""
+
+    attempt: str
+    """Names the start of the run that wrote the files, so that leftovers of an interrupted one are not taken."""
+    files: Mapping[str, FileEntry]
+    """By path relative to the checkpoint folder."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The commit of a checkpoint."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    files: Mapping[str, FileEntry]
+
+    def to_json(self) -> bytes:
+        """As stored in `manifest.json`."""
+        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1).encode()
+
+
+def checkpoint_url(run_folder: str, step: int) -> str:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return join(run_folder, "checkpoints", f"step_{step:08d}")
+
+
+def receipt_url(url: str, rank: int) -> str:
+    """Receipt of one rank in the checkpoint folder `url`."""
+    return join(url, "receipts", f"rank_{rank:05d}.json")
+
+
+def rng_path(rank: int) -> str:
+    """Random states of one rank, relative to the checkpoint folder."""
+    return f"rng/rank_{rank:05d}.pt"
+
+
+def write_receipt(storage: Storage, url: str, rank: int, receipt: Receipt) -> None:
+    """Store that all files of a rank are there."""
+    storage.put(receipt_url(url, rank), json.dumps(asdict(receipt), indent=1).encode())
+
+
+def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
+    """The receipt of a rank; None where it is not there yet."""
+    address = receipt_url(url, rank)
+    if not storage.exists(address):
+        return None
+    content = json.loads(storage.get(address))
+    return Receipt(content["attempt"], _entries(content["files"]))
+
+
+def read_manifest(storage: Storage, url: str) -> Manifest:
+    """The manifest of the checkpoint folder `url`. Raises CheckpointError where it is not one of ours."""
+    address = join(url, MANIFEST)
+    try:
+        content = json.loads(storage.get(address))
+        if content.pop("version") != _VERSION:
+            raise CheckpointError(f"{address} was written by a newer version of this program; update it")
+        return Manifest(content["step"], content["world_size"], content["zero_stage"], files=_entries(content["files"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError | StorageError):
+            raise
+        raise CheckpointError(f"{address} cannot be read ({error}); resume from an older checkpoint") from error
+
+
+def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckpoint, ...]:
+    """Committed checkpoints of a run, newest first. Their files are not looked at."""
+    found = _matches(storage.list(join(run_folder, "checkpoints")))
+    steps = sorted({step for step, path in found if path == MANIFEST}, reverse=True)
+    return tuple(CommittedCheckpoint(step, checkpoint_url(run_folder, step)) for step in steps)
+
+
+def verify_sizes(storage: Storage, url: str) -> Manifest:
+    """The manifest, after checking that every file is there with its size. Raises CheckpointError naming the file."""
+    manifest = read_manifest(storage, url)
+    for path, entry in manifest.files.items():
+        address = join(url, path)
+        try:
+            size = storage.size(address)
+        except StorageError as error:
+            raise CheckpointError(f"checkpoint {url} is incomplete: {error}") from error
+        if size != entry.size:
+            raise CheckpointError(f"checkpoint {url} is damaged: {path} has {size} bytes instead of {entry.size}")
+    return manifest
+
+
+def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: Manifest, folder: Path) -> None:
+    """Download files of a checkpoint and compare their checksums. Raises CheckpointError for a damaged one."""
+    for path in paths:
+        if path not in manifest.files:
+            raise CheckpointError(f"checkpoint {url} has no {path}")
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            storage.get_file(join(url, path), target)
+        except StorageError as error:
+            raise CheckpointError(f"checkpoint {url} is incomplete: {error}") from error
+        if file_entry(target) != manifest.files[path]:
+            raise CheckpointError(f"checkpoint {url} is damaged: the checksum of {path} differs from the manifest")
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and checksum of a local file."""
+    with path.open("rb") as file:
+        return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def pin(storage: Storage, url: str, name: str) -> None:
+    """Keep the checkpoint folder `url` until `unpin` with the same name."""
+    storage.put(join(url, "pins", name), b"")
+
+
+def unpin(storage: Storage, url: str, name: str) -> None:
+    """Take a pin away; nothing happens where there is none."""
+    storage.delete(join(url, "pins", name))
+
+
+def delete_old(storage: Storage, run_folder: str, keep: int) -> None:
+    """Delete all but the `keep` newest committed checkpoints, and what older interrupted saves left behind."""
+    for step in steps_to_delete(storage.list(join(run_folder, "checkpoints")), keep):
+        url = checkpoint_url(run_folder, step)
+        storage.delete(join(url, MANIFEST))  # first, so that a half-deleted checkpoint does not exist
+        storage.delete_prefix(url)
+
+
+def steps_to_delete(urls: Sequence[str], keep: int) -> tuple[int, ...]:
+    """Which checkpoint folders go, given all objects: older than the `keep` newest committed ones and not pinned."""
+    found = _matches(urls)
+    committed = sorted({step for step, path in found if path == MANIFEST}, reverse=True)
+    pinned = {step for step, path in found if path.startswith("pins/")}
+    if len(committed) < keep:
+        return ()
+    oldest_kept = committed[keep - 1]
+    return tuple(sorted({step for step, _ in found if step < oldest_kept} - pinned))
+
+
+def _matches(urls: Sequence[str]) -> list[tuple[int, str]]:
+    return [(int(match[1]), match[2]) for url in urls if (match := _FOLDER.search(url))]
+
+
+def _entries(files: Mapping[str, Mapping[str, int | str]]) -> dict[str, FileEntry]:
+    return {path: FileEntry(int(entry["size"]), str(entry["sha256"])) for path, entry in files.items()}

@@ -1,0 +1,103 @@
+"""What ranks tell each other before the first forward of a step: one small all-reduce on CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from model.errors import UserError
+from trainer.errors import TrainingError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One rank's contribution to a step; `exchange` returns the sums over ranks. All are small exact numbers."""
+
+    num_masks: float = 0.0
+    """Ground-truth masks that the losses divide by."""
+    class_weight_sum: float = 0.0
+    """Denominator of the class loss."""
+    micro_batches: float = 0.0
+    images: float = 0.0
+    """Images that count (fillers do not)."""
+    stop: float = 0.0
+    drain: float = 0.0
+    committed: float = 0.0
+    """Newest committed checkpoint's step, from rank 0 only."""
+
+
+class Ranks:
+    """The ranks of a run as seen from one of them. Collectives run on a gloo group, beside the training's own."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def exchange(self, mine: StepFacts, error: BaseException | None = None) -> StepFacts:
+        """The sums over all ranks.
+
+        Where any rank brings an error, all raise a TrainingError that names the ranks and their errors (or, where all
+        bring the same UserError, that one).
+        """
+        values = [getattr(mine, field.name) for field in fields(mine)] + [float(error is not None)]
+        total = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        if total[-1]:
+            self._raise_together(error)
+        return StepFacts(*total[:-1])
+
+    def check(self, error: BaseException | None = None) -> None:
+        """Wait for all ranks. Where any brings an error, all raise as in `exchange`."""
+        self.exchange(StepFacts(), error)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over ranks, in place, on CPU."""
+        dist.all_reduce(values, group=self._group)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """The picklable value of every rank, in rank order, on every rank."""
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values  # type: ignore[return-value]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; where it raises there, all ranks raise."""
+        box = self.together(lambda: [make()] if self.is_first else [])
+        return self.broadcast(box)[0]
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank; where it raises on any rank, all ranks raise."""
+        box: list[T] = []
+        error = None
+        try:
+            box.append(make())
+        except Exception as caught:
+            error = caught
+        self.check(error)
+        return box[0]
+
+    def _raise_together(self, error: BaseException | None) -> NoReturn:
+        texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if isinstance(error, UserError) and len(set(texts)) == 1:
+            raise error  # the same mistake everywhere needs no list of ranks
+        causes = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+        raise TrainingError(f"training stops on all ranks: {causes}") from error

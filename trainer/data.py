@@ -1,0 +1,54 @@
+"""The training data of a run: manifests, order and this rank's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from data_pipeline.loader import LoaderSpec, StepBatches, build_loader
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order, build_order
+from data_pipeline.storage import Storage
+from trainer.errors import TrainingError
+from trainer.job import TrainJob
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is read, and in which order."""
+
+    manifests: tuple[Manifest, ...]
+    order: Order
+
+
+def open_data(job: TrainJob, storage: Storage) -> TrainingData:
+    """Load the manifests and build the order. Raises DataError, StorageError, and TrainingError for a wrong job."""
+    if len(job.shards) != len(job.data.train):
+        raise TrainingError(f"{len(job.shards)} shard folders for {len(job.data.train)} data sets in data.train")
+    manifests = tuple(Manifest.load(url, storage) for url in job.shards)
+    weights = [item.weight for item in job.data.train]
+    return TrainingData(manifests, build_order(manifests, weights, job.seed, job.data))
+
+
+def open_batches(
+    job: TrainJob, data: TrainingData, storage: Storage, position: int, rank: int, world_size: int
+) -> Generator[StepBatches]:
+    """This rank's batches from `position` on; close it to stop the loader.
+
+    Raises TrainingError where the global batch does not divide the position.
+    """
+    global_batch = job.training.global_batch
+    if position % global_batch:
+        raise TrainingError(
+            f"the run has consumed {position} images, which training.global_batch ({global_batch}) does not divide; "
+            "keep the global batch of the checkpoint"
+        )
+    spec = LoaderSpec(
+        global_batch=global_batch,
+        micro_batch=job.training.micro_batch,
+        rank=rank,
+        world=world_size,
+        start_step=position // global_batch,
+        seed=job.seed,
+    )
+    yield from build_loader(data.manifests, data.order, job.data, storage, spec)

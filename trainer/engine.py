@@ -1,0 +1,186 @@
+"""DeepSpeed as this project uses it: ZeRO 0 to 3 over a client AdamW, with gradients of the summed global loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.collate import Batch
+from data_pipeline.order import step_plan
+from model.criterion import Losses, Normalizers
+from trainer.config import OptimizerConfig, TrainingConfig
+from trainer.errors import TrainingError
+from trainer.module import TrainingModule
+from trainer.param_groups import build_param_groups
+
+_GATHERED_AT_ONCE = 50_000_000  # elements; 200 MB of fp32 while ZeRO-3 weights are consolidated
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of one optimizer step, the same on all ranks."""
+
+    applied: bool
+    """False where a gradient was not finite: weights and optimizer state are as before."""
+    grad_norm: float
+    """Global L2 norm before clipping; infinity where the step was skipped."""
+
+
+class Engine:
+    """One rank's share of the weights, gradients and optimizer state.
+
+    Use: `set_lr_factor`, `accumulate` once per micro-batch, `finish_step`. Raises TrainingError for settings that
+    cannot work with this number of ranks. The process group must exist.
+    """
+
+    def __init__(self, module: TrainingModule, training: TrainingConfig, device: torch.device) -> None:
+        self.world_size = dist.get_world_size()
+        check_world_size(training, self.world_size)
+        self.device = device
+        self.stage = training.zero.stage
+        self._clip_norm = training.optimizer.clip_norm
+        self.module = module.to(device)
+        groups = build_param_groups(module, training.optimizer)
+        self._base_lrs = [group["lr"] for group in groups]
+        self._engine: Any = _initialize(module, groups, training, self.world_size)
+        self._optimizer = self._engine.optimizer
+        self.lr_factor = 1.0
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Set every group's learning rate to its own base times `factor`."""
+        self.lr_factor = factor
+        for group, base in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * factor
+
+    def accumulate(self, batch: Batch, normalizers: Normalizers) -> Losses:
+        """Forward and backward of one micro-batch on this rank; returns its detached share of the step's losses."""
+        losses = self._engine(batch, normalizers)
+        # DeepSpeed averages over ranks; the losses are shares of one sum, so their gradients must be added.
+        self._engine.backward(losses.total * self.world_size, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+        return Losses(losses.total.detach(), losses.terms, losses.per_image)
+
+    def finish_step(self) -> StepResult:
+        """Clip, then update the weights, or skip the update where a gradient is not finite."""
+        if self.stage == 0:
+            return self._finish_plain_step()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if not self._engine.was_step_applied():
+            return StepResult(applied=False, grad_norm=math.inf)
+        assert norm is not None
+        return StepResult(applied=True, grad_norm=float(norm))
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's files to `folder/tag`. A collective: every rank calls it, each with a folder of its own."""
+        (folder / tag).mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore what `save` wrote; executes pickles, so only for files whose checksum this run vouches for."""
+        self._engine.load_checkpoint(str(folder), tag=tag)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights of the model on CPU, on rank 0; empty on others. A collective under ZeRO-3."""
+        model = self.module.model
+        if self.stage < 3:
+            return {name: value.cpu() for name, value in model.state_dict().items()} if dist.get_rank() == 0 else {}
+        return _gathered_weights(model)
+
+    def _finish_plain_step(self) -> StepResult:
+        """Without ZeRO, DeepSpeed steps the client optimizer even where gradients are not finite."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf))
+        finite = math.isfinite(norm)
+        if not finite:
+            self._engine.zero_grad()  # AdamW leaves parameters without gradient alone
+        self._engine.step()
+        return StepResult(applied=finite, grad_norm=norm if finite else math.inf)
+
+
+def check_world_size(training: TrainingConfig, world_size: int) -> None:
+    """Raise TrainingError where the global batch has less than one image per rank."""
+    if training.global_batch < world_size:
+        raise TrainingError(
+            f"training.global_batch is {training.global_batch}, but there are {world_size} ranks; "
+            "use at least one image per rank or fewer ranks"
+        )
+
+
+def deepspeed_config(training: TrainingConfig, world_size: int) -> dict[str, Any]:
+    """Our settings in DeepSpeed's words. Optimizer, schedule and autocast are ours and not in it."""
+    plan = step_plan(0, training.global_batch, 0, world_size, training.micro_batch)
+    zero = training.zero
+    stage3 = {"stage3_param_persistence_threshold": zero.param_persistence_threshold} if zero.stage == 3 else {}
+    return {
+        "train_micro_batch_size_per_gpu": len(plan[0]),
+        "gradient_accumulation_steps": len(plan),
+        "gradient_clipping": training.optimizer.clip_norm if zero.stage else 0.0,  # stage 0: see _finish_plain_step
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "overlap_comm": zero.overlap_comm and zero.stage > 0,
+            "contiguous_gradients": True,
+            **stage3,
+        },
+    }
+
+
+def _initialize(module: TrainingModule, groups: list[dict[str, Any]], training: TrainingConfig, world_size: int) -> Any:
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # adopts the existing group
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=_adamw(groups, training.optimizer), config=deepspeed_config(training, world_size)
+    )
+    return engine
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed for the device at hand, quietly, and without its compiled shared-memory all-reduce."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only; its build takes minutes
+    return deepspeed
+
+
+def _gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """State dict of a ZeRO-3 model on rank 0, gathered in portions of bounded size."""
+    gathered = _import_deepspeed().zero.GatheredParameters
+    named: dict[str, Any] = dict(model.named_parameters())  # DeepSpeed gives parameters a ds_numel
+    weights = {name: buffer.cpu() for name, buffer in model.state_dict().items() if name not in named}
+    for portion in _portions(list(named), [p.ds_numel for p in named.values()]):
+        with gathered([named[name] for name in portion]):
+            if dist.get_rank() == 0:
+                weights |= {name: named[name].detach().cpu().clone() for name in portion}
+    return weights if dist.get_rank() == 0 else {}
+
+
+def _portions(names: list[str], sizes: list[int]) -> list[list[str]]:
+    portions: list[list[str]] = [[]]
+    filled = 0
+    for name, size in zip(names, sizes, strict=True):
+        if portions[-1] and filled + size > _GATHERED_AT_ONCE:
+            portions.append([])
+            filled = 0
+        portions[-1].append(name)
+        filled += size
+    return portions

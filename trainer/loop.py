@@ -1,0 +1,150 @@
+"""The training loop of one rank, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from data_pipeline.loader import StepBatches
+from model.criterion import Losses, Normalizers, count_normalizers
+from trainer.checkpoint_folder import checkpoint_url
+from trainer.control import StepFacts
+from trainer.errors import TrainingError
+from trainer.job import Control, TrainJob
+from trainer.metrics import Stopwatch, non_finite_keys, summed_losses
+from trainer.reporting import CommittedCheckpoint, EventKind, Reporter
+from trainer.schedule import lr_factor
+from trainer.setup import Run, open_run
+from trainer.state import TrainState
+
+
+def train(job: TrainJob, reporter: Reporter, control: Control) -> TrainState:
+    """Train until `max_steps`, or until `control` asks to end, resuming from the newest whole checkpoint of the run.
+
+    Every rank calls this inside a process group. The returned state is checkpointed and committed. Raises
+    TrainingError (on all ranks where the data or upload of one fails), CheckpointError, DataError, StorageError and
+    ConfigError.
+    """
+    with open_run(job, reporter) as run:
+        return _Loop(run, reporter, control).run()
+
+
+class _Loop:
+    """What one rank does between the first step and the last checkpoint."""
+
+    def __init__(self, run: Run, reporter: Reporter, control: Control) -> None:
+        self._run = run
+        self._training = run.job.training
+        self._reporter = reporter
+        self._control = control
+        self._watch = Stopwatch()
+        self._announced = -1
+
+    def run(self) -> TrainState:
+        training, engine, state = self._training, self._run.engine, self._run.state
+        if self._run.resumed is not None:
+            self._announce(self._run.resumed)
+            self._event("resumed", state.step, f"from {self._run.resumed.url}")
+        while state.step < training.max_steps:
+            batches, facts = self._next_step()
+            if facts.stop or facts.drain:
+                return self._end("stopped" if facts.stop else "drained", state)
+            engine.set_lr_factor(lr_factor(training.schedule, state.step, training.max_steps))
+            losses = self._forward_backward(batches, facts)
+            result = engine.finish_step()
+            state = state.advance(training.global_batch, result.applied)
+            self._watch.add(facts.images, batches.wait_s)
+            if not result.applied:
+                self._report_skip(state, batches, losses)
+                continue
+            if state.step % training.log_every_steps == 0:
+                self._report_metrics(state, losses, result.grad_norm)
+            if state.step % training.checkpoint.every_steps == 0:
+                self._run.saver.save(engine, state)
+        return self._end("finished", state)
+
+    def _next_step(self) -> tuple[StepBatches, StepFacts]:
+        """This rank's batches and what all ranks said about the step. An error on any rank is raised on all."""
+        batches, mine, error = None, StepFacts(), None
+        try:
+            batches = next(self._run.batches)
+            mine = self._facts(batches)
+        except Exception as caught:
+            error = caught
+        facts = self._run.ranks.exchange(mine, error)
+        assert batches is not None
+        step = int(facts.committed)
+        if step > max(self._announced, 0):
+            self._announce(CommittedCheckpoint(step, checkpoint_url(self._run.job.run_folder, step)))
+        return batches, facts
+
+    def _facts(self, batches: StepBatches) -> StepFacts:
+        model, is_first = self._run.job.model, self._run.ranks.is_first
+        counts = [
+            count_normalizers(batch.targets, model.transformer_decoder.num_queries, model.loss)
+            for batch in batches.micro_batches
+        ]
+        commit = self._run.saver.newest_commit()
+        return StepFacts(
+            num_masks=sum(float(count.num_masks) for count in counts),
+            class_weight_sum=sum(float(count.class_weight_sum) for count in counts),
+            micro_batches=sum(float(count.num_micro_batches) for count in counts),
+            images=len(batches.positions),
+            stop=is_first and self._control.stop_requested(),
+            drain=is_first and self._control.drain_requested(),
+            committed=commit.step if is_first and commit is not None else 0,
+        )
+
+    def _forward_backward(self, batches: StepBatches, facts: StepFacts) -> list[Losses]:
+        engine = self._run.engine
+        sums = torch.tensor([facts.num_masks, facts.class_weight_sum, facts.micro_batches]).to(engine.device)
+        normalizers = Normalizers(*sums.unbind())
+        return [
+            engine.accumulate(batch.to(engine.device, non_blocking=True), normalizers)
+            for batch in batches.micro_batches
+        ]
+
+    def _report_metrics(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> None:
+        values = summed_losses(losses, self._run.ranks)  # a collective
+        values |= self._watch.read(steps_left=self._training.max_steps - state.step)
+        values |= {
+            "grad_norm": grad_norm,
+            "lr": self._training.optimizer.lr * self._run.engine.lr_factor,
+            "images": state.position,
+            "skipped_steps": state.skipped_total,
+        }
+        if self._run.ranks.is_first:
+            self._reporter.metrics(state.step, values)
+
+    def _report_skip(self, state: TrainState, batches: StepBatches, losses: Sequence[Losses]) -> None:
+        keys = non_finite_keys([batch.keys for batch in batches.micro_batches], losses, self._run.ranks)
+        first = state.position - self._training.global_batch
+        cause = (
+            f"the loss of {', '.join(keys)} is not finite" if keys else "all losses are finite but a gradient is not"
+        )
+        message = f"update skipped, {cause} (positions {first} to {state.position - 1} of the data order)"
+        self._event("skipped", state.step, message)
+        if state.skipped > self._training.max_skipped_steps:
+            raise TrainingError(
+                f"{state.skipped} updates in a row were skipped after step {state.step}, more than "
+                f"training.max_skipped_steps ({self._training.max_skipped_steps}); the last: {message}. "
+                "Lower training.optimizer.lr, or look at these images"
+            )
+
+    def _end(self, kind: EventKind, state: TrainState) -> TrainState:
+        self._run.saver.save(self._run.engine, state)
+        commit = self._run.saver.finish()
+        assert commit is not None
+        if commit.step > self._announced:
+            self._announce(commit)
+        self._event(kind, state.step, f"checkpoint {commit.url}")
+        return state
+
+    def _announce(self, commit: CommittedCheckpoint) -> None:
+        self._announced = commit.step
+        self._reporter.checkpoint(commit)
+
+    def _event(self, kind: EventKind, step: int, message: str) -> None:
+        if self._run.ranks.is_first:
+            self._reporter.event(kind, step, message)

@@ -1,0 +1,62 @@
+"""Numbers of the log: losses summed over ranks, throughput and time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model.criterion import Losses
+from trainer.control import Ranks
+
+
+@dataclass
+class Stopwatch:
+    """Throughput since the last reading."""
+
+    steps: int = 0
+    images: float = 0.0
+    wait_s: float = 0.0
+    began: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def add(self, images: float, wait_s: float) -> None:
+        """Count one step, skipped or not."""
+        self.steps += 1
+        self.images += images
+        self.wait_s += wait_s
+
+    def read(self, steps_left: int) -> dict[str, float]:
+        """Throughput of the steps since the last reading; starts anew."""
+        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        step_s = elapsed / max(self.steps, 1)
+        values = {
+            "images_per_s": self.images / elapsed,
+            "step_time_s": step_s,
+            "data_wait_share": self.wait_s / elapsed,
+            "eta_s": step_s * steps_left,
+        }
+        self.steps, self.images, self.wait_s, self.began = 0, 0.0, 0.0, time.perf_counter()
+        return values
+
+
+def summed_losses(losses: Sequence[Losses], ranks: Ranks) -> dict[str, float]:
+    """The losses of one step from all micro-batches of all ranks. A collective; copies from the device once."""
+    terms = torch.stack([loss.terms.sum(0) for loss in losses]).double().sum(0)
+    kinds = ranks.sum(terms.cpu()).tolist()
+    return {"loss/total": sum(kinds), **dict(zip(("loss/class", "loss/mask", "loss/dice"), kinds, strict=True))}
+
+
+def non_finite_keys(keys: Sequence[Sequence[str]], losses: Sequence[Losses], ranks: Ranks) -> list[str]:
+    """Keys of the images of a step, on any rank, whose own loss is not finite. A collective."""
+    mine = [
+        key
+        for batch_keys, loss in zip(keys, losses, strict=True)
+        for key, finite in zip(batch_keys, loss.per_image.isfinite().tolist(), strict=True)
+        if not finite
+    ]
+    return sorted(key for found in ranks.gather(mine) for key in found)

@@ -1,0 +1,38 @@
+"""Forward and loss in one module: what DeepSpeed wraps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from data_pipeline.collate import Batch
+from model.config import ModelConfig
+from model.criterion import Losses, Normalizers, compute_losses
+from model.mask2former import Mask2Former
+from model.points import CounterPoints
+from trainer.config import Precision
+
+
+class TrainingModule(nn.Module):
+    """Normalise, predict, match and compute the losses of one micro-batch.
+
+    Everything happens inside one forward, so that ZeRO-3 sees every use of a parameter. Returns tensors only; of these
+    `total` alone carries gradients.
+    """
+
+    def __init__(self, model: Mask2Former, config: ModelConfig, seed: int, precision: Precision) -> None:
+        super().__init__()
+        assert config.num_classes is not None
+        self.model = model
+        self.loss = config.loss
+        self.num_classes = config.num_classes
+        self.points = CounterPoints(seed)
+        self.precision = precision
+
+    def forward(self, batch: Batch, normalizers: Normalizers) -> Losses:
+        """Losses of a micro-batch, in fp32 whatever the precision of the forward."""
+        images = self.model.normalise(batch.images, batch.sizes)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16_autocast"):
+            predictions = self.model(images)
+        losses = compute_losses(predictions, batch.targets, self.points, normalizers, self.loss, self.num_classes)
+        return Losses(losses.total, losses.terms.detach(), losses.per_image.detach())

@@ -1,0 +1,89 @@
+"""Everything a rank needs before its first step."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.loader import StepBatches
+from data_pipeline.storage import Storage
+from model.mask2former import Mask2Former, build_model
+from model.weights import load_weights
+from trainer.checkpoint import CheckpointSaver
+from trainer.checkpoint_folder import list_checkpoints
+from trainer.control import Ranks
+from trainer.data import TrainingData, open_batches, open_data
+from trainer.engine import Engine
+from trainer.job import TrainJob
+from trainer.module import TrainingModule
+from trainer.reporting import CommittedCheckpoint, Reporter
+from trainer.resume import restore
+from trainer.state import TrainState
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rank's parts of a run that is ready to go on."""
+
+    job: TrainJob
+    ranks: Ranks
+    engine: Engine
+    saver: CheckpointSaver
+    batches: Iterator[StepBatches]
+    state: TrainState
+    resumed: CommittedCheckpoint | None
+
+
+@contextmanager
+def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
+    """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
+    timeout_s = job.training.collective_timeout_s
+    storage, ranks = Storage(job.storage), Ranks(timeout_s)
+    data = ranks.together(lambda: open_data(job, storage))
+    candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
+    model = ranks.together(lambda: _build_model(job, storage, from_scratch=not candidates))
+    engine = Engine(TrainingModule(model, job.model, job.seed, job.training.precision), job.training, this_device())
+    state, resumed = _fresh_state(job, data, ranks), None
+    with ExitStack() as stack:
+        saver = CheckpointSaver(job.run_folder, job.recipe, job.training.checkpoint, storage, ranks, timeout_s)
+        stack.enter_context(closing(saver))
+        if candidates:
+            resumed, state = restore(engine, candidates, state, storage, ranks, reporter)
+            saver.restored(resumed)
+        batches = open_batches(job, data, storage, state.position, ranks.rank, ranks.world_size)
+        stack.enter_context(closing(batches))
+        yield Run(job, ranks, engine, saver, batches, state, resumed)
+
+
+def this_device() -> torch.device:
+    """The GPU that `prepare_process` chose for this rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _fresh_state(job: TrainJob, data: TrainingData, ranks: Ranks) -> TrainState:
+    return TrainState(
+        order_fingerprint=data.order.fingerprint,
+        seed=job.seed,
+        world_size=ranks.world_size,
+        zero_stage=job.training.zero.stage,
+    )
+
+
+def _build_model(job: TrainJob, storage: Storage, from_scratch: bool) -> Mask2Former:
+    """The model with the weights that the recipe starts from; without any where a checkpoint will bring them."""
+    torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own share of the initialisation
+    weights = job.model.weights if from_scratch else None
+    model = build_model(job.model, pretrained_backbone=from_scratch and weights is None)
+    if weights is not None:
+        with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
+            path = Path(folder) / Path(weights).name
+            storage.get_file(weights, path)
+            load_weights(model, path)
+    return model

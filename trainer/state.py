@@ -1,0 +1,47 @@
+"""Where a run is: small, exact, stored with every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+from trainer.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Progress of a run after some step, and what the run must have in common with one that resumes it."""
+
+    step: int = 0
+    """Optimizer steps done; skipped ones do not count."""
+    position: int = 0
+    """Samples consumed, including those of skipped steps: the state of the data order."""
+    skipped: int = 0
+    """Steps skipped in a row just now."""
+    skipped_total: int = 0
+    order_fingerprint: str
+    seed: int
+    world_size: int
+    zero_stage: int
+
+    def advance(self, samples: int, applied: bool) -> TrainState:
+        """After an optimizer step over `samples` positions; one that was not applied consumes them all the same."""
+        return replace(
+            self,
+            step=self.step + applied,
+            position=self.position + samples,
+            skipped=0 if applied else self.skipped + 1,
+            skipped_total=self.skipped_total + (not applied),
+        )
+
+    def to_json(self) -> bytes:
+        """As stored in `state.json`."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @staticmethod
+    def from_json(data: bytes, source: str) -> TrainState:
+        """Read back. Raises CheckpointError naming `source`."""
+        try:
+            return TrainState(**json.loads(data))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{source} is not the state of a run ({error}); resume from an older one") from error

@@ -1,0 +1,73 @@
+"""One rank as a process: process group, device, threads, determinism; then the loop."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.errors import TrainingError
+from trainer.job import Control, ManualControl, TrainJob
+from trainer.loop import train
+from trainer.reporting import LogReporter, Reporter
+from trainer.state import TrainState
+
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run_worker(job: TrainJob, reporter: Reporter | None = None, control: Control | None = None) -> TrainState:
+    """Train as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
+
+    A process group that exists already (Ray Train) is used as it is. Without any of these variables the process is
+    the only rank. Raises TrainingError where only some are set and what `train` raises.
+    """
+    device = prepare_process(job)
+    with process_group(device, job.training.collective_timeout_s):
+        return train(job, reporter or LogReporter(job.training.max_steps), control or ManualControl())
+
+
+def prepare_process(job: TrainJob) -> torch.device:
+    """Seeds, threads and deterministic kernels; returns this rank's device."""
+    random.seed(job.seed)
+    np.random.seed(job.seed % 2**32)
+    torch.manual_seed(job.seed)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(job.training.threads)
+        return torch.device("cpu")
+    if job.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
+    """The default process group: an existing one, else nccl on GPU and gloo on CPU from the environment."""
+    if dist.is_initialized():
+        yield
+        return
+    _complete_environment()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _complete_environment() -> None:
+    present = [name for name in _REQUIRED if name in os.environ]
+    if not present:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    elif len(present) < len(_REQUIRED):
+        missing = ", ".join(name for name in _REQUIRED if name not in os.environ)
+        raise TrainingError(f"{missing} not set although {', '.join(present)} are; set all four or none")
+    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
