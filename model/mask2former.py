@@ -24,9 +24,8 @@ class Mask2Former(nn.Module):
         self.transformer_decoder = MaskedTransformerDecoder(
             config.transformer_decoder, config.pixel_decoder.conv_dim, config.pixel_decoder.mask_dim, num_classes
         )
-        # Settings, not weights: kept out of checkpoints.
-        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+        # Numbers and not buffers: a model cast to bfloat16 must not round them.
+        self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
 
     def forward(self, images: Tensor) -> Predictions:
         """`images` [B, 3, H, W] as `normalise` returns them."""
@@ -39,7 +38,11 @@ class Mask2Former(nn.Module):
 
         Pixels outside each image's (height, width) in `sizes` [B, 2] become 0, as if they were padded afterwards.
         """
-        mean, std = (buffer.to(images.device, torch.float32) for buffer in (self.pixel_mean, self.pixel_std))
+        # Filled on the device: a copy from the host would wait for all work queued before it.
+        mean, std = (
+            torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=images.device) for value in values])
+            for values in (self.pixel_mean, self.pixel_std)
+        )
         normalised = (images.to(torch.float32) - mean) / std
         return normalised if sizes is None else zero_outside(normalised, sizes.to(images.device))
 

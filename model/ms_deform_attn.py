@@ -6,11 +6,15 @@ Axis letters: B images, S pixels of all levels, G heads, D channels per head, Q 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Shapes = Sequence[tuple[int, int]]
 """(height, width) of every level, in the order of the flattened pixels."""
@@ -22,7 +26,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     `value` is [B, S, G, D]; `locations` [B, Q, G, L, P, 2] are (x, y) with 0 and 1 at the outer borders of a map, and
     pixels outside count zero; `weights` is [B, Q, G, L, P]. Sampling is done in the dtype of `locations`.
     """
-    if value.device.type == "cpu" and not torch.compiler.is_exporting():
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
         return ms_deform_attn_embedding_bag(value, shapes, locations, weights)
     return ms_deform_attn_grid_sample(value, shapes, locations, weights)
 
@@ -43,45 +47,115 @@ def ms_deform_attn_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor,
 
 
 def ms_deform_attn_embedding_bag(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """`ms_deform_attn` as one bag of 4 L P weighted rows per query and head: fast on CPU, and no sample is stored."""
+    """`ms_deform_attn` as one weighted sum of 4 L P rows per query and head: fast on CPU, and stores no sample."""
     batch, pixels, heads, dim = value.shape
     queries = locations.shape[1]
-    rows, row_weights = _bilinear_corners(shapes, locations)
-    row_weights = row_weights * weights[..., None]
+    rows, row_weights = _bilinear_corners(shapes, locations, weights)
     # Row of the table [B * S * G, D] = ((image * S) + pixel) * G + head.
-    image = torch.arange(batch, device=value.device).view(batch, 1, 1, 1, 1, 1) * pixels
-    head = torch.arange(heads, device=value.device).view(1, 1, heads, 1, 1, 1)
-    rows = (rows + image) * heads + head
-    output = F.embedding_bag(
-        rows.view(batch * queries * heads, -1),
-        value.reshape(-1, dim).to(locations.dtype),
-        per_sample_weights=row_weights.view(batch * queries * heads, -1),
-        mode="sum",
-    )
+    first = torch.arange(batch * heads, dtype=torch.int32, device=value.device).view(batch, 1, heads, 1)
+    first = first + first.div(heads, rounding_mode="floor") * ((pixels - 1) * heads)
+    rows = torch.stack([row * heads + first for row in rows], dim=-2)
+    table = value.reshape(-1, dim).to(locations.dtype)
+    bags = batch * queries * heads
+    output = WeightedRowSum.apply(table, rows.view(bags, -1), torch.stack(row_weights, dim=-2).view(bags, -1))
     return output.view(batch, queries, heads * dim).to(value.dtype)
 
 
-def _bilinear_corners(shapes: Shapes, locations: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat pixel index (int64) and weight of the 4 pixels around every location, both [B, Q, G, L, P, 4].
+def _bilinear_corners(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The 4 pixels around every location: their int32 index among all pixels and their weight, each [B, Q, G, L * P].
 
-    A pixel outside its map gets the weight 0 and the index of a pixel inside.
+    A pixel outside its map gets the weight 0 and the index of a pixel inside. Axes are handled one by one because
+    elementwise loops over a last dimension of 2 are slow.
     """
-    device = locations.device
-    size = torch.tensor([(width, height) for height, width in shapes], device=device).view(-1, 1, 2)
+    points = locations.shape[-2]
     areas = [height * width for height, width in shapes]
-    start = torch.tensor([sum(areas[:level]) for level in range(len(areas))], device=device).view(-1, 1, 1, 1)
-    position = locations * size - 0.5
+    starts = [sum(areas[:level]) for level in range(len(areas))]
+    geometry = [(width, height, start) for (height, width), start in zip(shapes, starts, strict=True)]
+    width, height, start = torch.tensor(geometry, device=locations.device).repeat_interleave(points, dim=0).unbind(1)
+    x, y = locations.flatten(-3, -2).unbind(-1)
+    columns, column_weights = _axis_corners(x, width)
+    lines, line_weights = _axis_corners(y, height)
+    weights = weights.flatten(-2)
+    line_weights = [line_weight * weights for line_weight in line_weights]
+    lines = [(line * width + start).int() for line in lines]
+    columns = [column.int() for column in columns]
+    return (
+        [line + column for line in lines for column in columns],
+        [line_weight * column_weight for line_weight in line_weights for column_weight in column_weights],
+    )
+
+
+def _axis_corners(location: Tensor, size: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The two neighbours of a location on one axis: indices clamped to 0..size-1, and weights, 0 where outside."""
+    position = location * size - 0.5
     low = position.detach().floor()
     fraction = position - low
-    corner = torch.stack([low, low + 1], dim=-1).long()  # [..., 2 axes, 2 sides]
-    inside = (corner >= 0) & (corner < size[..., None])
-    side_weight = torch.stack([1 - fraction, fraction], dim=-1) * inside
-    corner = torch.minimum(corner.clamp(min=0), size[..., None] - 1)
-    x, y = corner.unbind(-2)
-    weight_x, weight_y = side_weight.unbind(-2)
-    width = size[..., :1, None]
-    index = start + y[..., :, None] * width + x[..., None, :]
-    return index.flatten(-2), (weight_y[..., :, None] * weight_x[..., None, :]).flatten(-2)
+    first, last = low.new_zeros(()), (size - 1).to(low.dtype)
+    corners = [low, low + 1]
+    # fmin and fmax give a valid index for NaN too; the weight then carries the NaN to the loss.
+    clamped = [torch.fmin(torch.fmax(corner, first), last) for corner in corners]
+    inside = [corner == limited for corner, limited in zip(corners, clamped, strict=True)]
+    return clamped, [(1 - fraction) * inside[0], fraction * inside[1]]
+
+
+class WeightedRowSum(torch.autograd.Function):
+    """`output[n] = sum_k weights[n, k] * table[rows[n, k]]`, what `F.embedding_bag` computes, for CPU tensors.
+
+    Only the backward pass is ours: the table's gradient is a product with a transposed sparse matrix, which scipy does
+    in one pass where PyTorch sorts all indices first (10 times slower).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        """`table` [R, D], `rows` int32 [N, K], `weights` [N, K] to [N, D]."""
+        ctx.save_for_backward(table, rows, weights)
+        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, None, Tensor | None]:
+        """Gradients of the table and of the weights."""
+        table, rows, weights = ctx.saved_tensors
+        gradient = grad_outputs[0].contiguous()
+        bags, per_bag = rows.shape
+        ends = torch.arange(0, bags * per_bag + 1, per_bag, dtype=rows.dtype)
+        table_gradient = weights_gradient = None
+        if ctx.needs_input_grad[0]:
+            parts = (weights.numpy().ravel(), rows.numpy().ravel(), ends.numpy())
+            matrix = scipy.sparse.csr_array(parts, shape=(bags, len(table)))
+            table_gradient = torch.from_numpy(matrix.T @ gradient.numpy())
+        if ctx.needs_input_grad[2]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+                pattern = torch.sparse_csr_tensor(ends, rows.flatten(), weights.flatten(), (bags, len(table)))
+            products = torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0)
+            weights_gradient = products.values().view(bags, per_bag)
+        return table_gradient, None, weights_gradient
+
+
+class SamplingGrid(NamedTuple):
+    """Where the queries of one forward pass look, apart from their learnt offsets."""
+
+    shapes: Shapes
+    sizes: Tensor
+    """[L, 1, 2] float32 (width, height) of every level."""
+    reference: Tensor
+    """[B or 1, Q, L or 1, 2] float32 (x, y) in [0, 1] around which a query samples."""
+
+    @staticmethod
+    def of_pixels(shapes: Shapes, device: torch.device | str = "cpu") -> SamplingGrid:
+        """Every pixel of every level is a query at its own centre: Q = S."""
+        # Filled on the device: a copy from the host would wait for all work queued before it.
+        sizes = [
+            torch.full((1, 1), float(extent), device=device) for height, width in shapes for extent in (width, height)
+        ]
+        levels = []
+        for height, width in shapes:
+            y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+            x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+            centres = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+            levels.append(centres.flatten(0, 1))
+        return SamplingGrid(shapes, sizes.view(-1, 1, 2), torch.cat(levels)[None, :, None])
 
 
 class Float32Linear(nn.Linear):
@@ -123,17 +197,14 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, source: Tensor, shapes: Shapes) -> Tensor:
-        """Attend from `query` [B, Q, C] to `source` [B, S, C]: [B, Q, C].
-
-        `reference` [B or 1, Q, L or 1, 2] holds float32 (x, y) in [0, 1]. Coordinates and softmax stay float32.
-        """
+    def forward(self, query: Tensor, source: Tensor, grid: SamplingGrid) -> Tensor:
+        """Attend from `query` [B, Q, C] to `source` [B, S, C]: [B, Q, C]. Coordinates and softmax stay float32."""
         batch, queries, dim = query.shape
         value = self.value_proj(source).view(batch, -1, self.heads, dim // self.heads)
-        grid = (batch, queries, self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).view(*grid, 2)
-        logits = self.attention_weights(query).to(offsets.dtype)
-        weights = logits.view(batch, queries, self.heads, -1).softmax(-1).view(grid)
-        size = torch.tensor([(width, height) for height, width in shapes], device=query.device).view(-1, 1, 2)
-        locations = reference[:, :, None, :, None] + offsets / size
-        return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
+        samples = (batch, queries, self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query)
+        weights = self.attention_weights(query).to(offsets.dtype).view(batch, queries, self.heads, -1).softmax(-1)
+        sizes = grid.sizes.expand(self.levels, self.points, 2).flatten()
+        offsets = (offsets.view(batch, queries, self.heads, -1) / sizes).view(*samples, 2)
+        locations = grid.reference[:, :, None, :, None] + offsets
+        return self.output_proj(ms_deform_attn(value, grid.shapes, locations, weights.view(samples)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.config import MSDeformAttnPixelDecoderConfig
 from model.errors import ConfigError
-from model.ms_deform_attn import MSDeformAttn, Shapes
+from model.ms_deform_attn import MSDeformAttn, SamplingGrid
 from model.position_encoding import sine_position_embedding
 
 
@@ -27,16 +27,6 @@ def convolution(in_channels: int, channels: int, kernel: int, *, bias: bool = Tr
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-def reference_points(shapes: Shapes, device: torch.device | str = "cpu") -> Tensor:
-    """Pixel centres of all levels as float32 (x, y) in [0, 1]: [S, 2]."""
-    levels = []
-    for height, width in shapes:
-        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-        levels.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1))
-    return torch.cat(levels)
 
 
 def _input_projection(in_channels: int, channels: int) -> nn.Sequential:
@@ -60,9 +50,9 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, source: Tensor, position: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
+    def forward(self, source: Tensor, position: Tensor, grid: SamplingGrid) -> Tensor:
         """`source` [B, S, C] to the same shape; `position` [S, C] is added to the queries only."""
-        attended = self.attention(source + position, reference, source, shapes)
+        attended = self.attention(source + position, source, grid)
         source = self.norm1(source + self.dropout(attended))
         expanded = self.linear2(self.dropout(self.linear1(source).relu()))
         return self.norm2(source + self.dropout(expanded))
@@ -111,8 +101,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
                 for shape, embedding in zip(shapes, self.level_embed, strict=True)
             ]
         ).to(tokens.dtype)
-        reference = reference_points(shapes, device)[None, :, None]
+        grid = SamplingGrid.of_pixels(shapes, device)
         for layer in self.layers:
-            tokens = layer(tokens, position, reference, shapes)
+            tokens = layer(tokens, position, grid)
         levels = tokens.transpose(1, 2).split([height * width for height, width in shapes], dim=2)
         return tuple(level.unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True))

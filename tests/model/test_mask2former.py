@@ -199,8 +199,11 @@ def test_normalise_zeroes_what_lies_outside_each_image():
     assert padded[1, :, :, 7:].abs().max() == 0
 
 
-def test_statistics_of_the_pixels_are_not_in_the_checkpoint():
-    assert not any(key.startswith("pixel_mean") for key in build_model(TINY).state_dict())
+def test_a_model_in_bfloat16_normalises_in_float32():
+    images = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = build_model(TINY)
+    expected = model.normalise(images)
+    assert torch.equal(model.bfloat16().normalise(images), expected)
 
 
 def test_an_unknown_number_of_classes_is_refused():

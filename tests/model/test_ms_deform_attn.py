@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.ms_deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_embedding_bag, ms_deform_attn_grid_sample
+from model.ms_deform_attn import (
+    MSDeformAttn,
+    SamplingGrid,
+    ms_deform_attn,
+    ms_deform_attn_embedding_bag,
+    ms_deform_attn_grid_sample,
+)
 
 FORMS = [ms_deform_attn_embedding_bag, ms_deform_attn_grid_sample]
 
@@ -55,7 +61,8 @@ def test_module_equals_the_official_module_and_its_gradients(goldens):
     query = golden["mod_query"].requires_grad_()
     source = golden["mod_input_flatten"].requires_grad_()
     shapes = [tuple(row) for row in golden["mod_spatial_shapes"].tolist()]
-    output = module(query, golden["mod_reference_points"], source, shapes)
+    sizes = golden["mod_spatial_shapes"].flip(-1).double()[:, None]
+    output = module(query, source, SamplingGrid(shapes, sizes, golden["mod_reference_points"]))
     torch.testing.assert_close(output, golden["mod_output"], rtol=0, atol=1e-10)
     output.backward(golden["mod_grad_output"])
     torch.testing.assert_close(query.grad, golden["mod_grad_query"], rtol=0, atol=1e-10)
@@ -105,11 +112,32 @@ def test_samples_outside_count_zero(form, far):
     assert form(value, shapes, torch.full_like(locations, far), weights).abs().max() == 0
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_location_that_is_not_finite_gives_a_result_that_is_not_finite(bad):
+    shapes = [(3, 4), (2, 2)]
+    value, locations, weights = random_problem(shapes)
+    with torch.no_grad():
+        locations[0, 1, 0, 0, 0, 0] = bad
+    output = ms_deform_attn_embedding_bag(value, shapes, locations, weights)
+    assert output[0, 1, :4].isnan().all()
+    assert output[1].isfinite().all()
+    output.sum().backward()
+
+
 def test_operator_on_cpu_is_the_embedding_bag_form():
     shapes = [(3, 5), (2, 2)]
     inputs = random_problem(shapes)
     expected = ms_deform_attn_embedding_bag(inputs[0], shapes, *inputs[1:])
     assert torch.equal(ms_deform_attn(inputs[0], shapes, *inputs[1:]), expected)
+
+
+def test_pixels_look_around_their_own_centres_in_float32(goldens):
+    expected = torch.from_numpy(np.load(goldens / "b_position_embedding.npz")["ref_points"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grid = SamplingGrid.of_pixels([(2, 3), (4, 5)])
+    assert grid.reference.dtype == grid.sizes.dtype == torch.float32
+    assert grid.sizes.flatten().tolist() == [3, 2, 5, 4]
+    torch.testing.assert_close(grid.reference.expand_as(expected), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["autocast", "parameters"])
@@ -123,12 +151,13 @@ def test_coordinates_stay_float32_in_bfloat16(monkeypatch, mode):
     monkeypatch.setattr("model.ms_deform_attn.ms_deform_attn", spy)
     torch.manual_seed(0)
     module = MSDeformAttn(16, levels=1, heads=2, points=2)
-    query, source = torch.randn(1, 4, 16), torch.randn(1, 6, 16)
-    exact = module(query, torch.rand(1, 4, 1, 2), source, [(2, 3)])
+    query, source = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
+    grid = SamplingGrid.of_pixels([(2, 3)])
+    exact = module(query, source, grid)
     if mode == "parameters":
         module, query, source = module.bfloat16(), query.bfloat16(), source.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
-        output = module(query, torch.rand(1, 4, 1, 2), source, [(2, 3)])
+        output = module(query, source, grid)
     assert seen == {"value": torch.bfloat16, "locations": torch.float32, "weights": torch.float32}
     assert output.dtype == torch.bfloat16
     assert output.shape == exact.shape

@@ -6,7 +6,7 @@ import torch
 
 from model.config import MSDeformAttnPixelDecoderConfig
 from model.errors import ConfigError
-from model.pixel_decoder import MSDeformAttnPixelDecoder, reference_points
+from model.pixel_decoder import MSDeformAttnPixelDecoder
 from model.weights import to_own_names
 
 SMALL = MSDeformAttnPixelDecoderConfig(conv_dim=64, mask_dim=32, num_layers=2, num_heads=4, feedforward_dim=96)
@@ -38,15 +38,6 @@ def test_equals_the_official_pixel_decoder_and_its_gradients(goldens):
     for name, expected in own_names(golden, "g_").items():
         actual = decoder.get_parameter(name).grad
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), msg=name)
-
-
-def test_reference_points_are_pixel_centres_in_float32(goldens):
-    expected = torch.from_numpy(np.load(goldens / "b_position_embedding.npz")["ref_points"][0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        points = reference_points([(2, 3), (4, 5)])
-    assert points.dtype == torch.float32
-    for level in range(2):
-        torch.testing.assert_close(points, expected[:, level], rtol=0, atol=1e-6)
 
 
 def test_maps_come_coarsest_first_and_odd_sizes_work():
