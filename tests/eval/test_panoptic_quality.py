@@ -190,7 +190,7 @@ def test_inconsistent_predictions_name_the_image():
         PanopticQualityState(IS_THING).update(12, truth, prediction_of([[5]], {5: 0}))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), wide_ids=st.booleans())
 def test_equal_to_the_slow_reference(seed, wide_ids):
     truth, prediction = random_pair(np.random.default_rng(seed), wide_ids=wide_ids)
@@ -220,7 +220,7 @@ def test_sums_are_those_of_one_pass_over_the_images_in_order():
     assert quality.all.pq == pytest.approx(np.mean(iou / (tp + fp / 2 + fn / 2)), abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000), num_shards=st.integers(1, 5))
 def test_any_sharding_order_and_repetition_gives_the_same_bits(seed, num_shards):
     rng = random.Random(seed)
