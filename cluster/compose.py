@@ -7,7 +7,7 @@ from dataclasses import replace
 from cluster.config import RunConfig
 from cluster.recipe import dump_recipe
 from data_pipeline.loader import shared_categories
-from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.storage import Storage
 from model.errors import ConfigError
 from trainer.job import TrainJob
@@ -24,7 +24,7 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
     shards = tuple(config.datasets[item.dataset].shards for item in config.data.train)
     return TrainJob(
         run_folder=config.run_folder,
-        model=replace(config.model, num_classes=_num_classes(config, [load_manifest(s, storage) for s in shards])),
+        model=replace(config.model, num_classes=_num_classes(config, [Manifest.load(s, storage) for s in shards])),
         data=config.data,
         shards=shards,
         training=config.training,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from cluster.config import RunConfig
 from cluster.launch_local import launch
-from cluster.tracking import TrackedRun
 from trainer.job import TrainJob
+
+if TYPE_CHECKING:
+    from cluster.tracking import TrackedRun
 
 
 def train_locally(config: RunConfig) -> None:

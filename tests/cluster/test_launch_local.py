@@ -61,7 +61,9 @@ def wait_for_stop(folder):
     Path(folder, f"stopped{rank()}").touch()
 
 if __name__ == "__main__":
+    import cluster.launch_local
     import launch_targets
+    cluster.launch_local.ECHO_S = 0.5
     try:
         launch(getattr(launch_targets, sys.argv[1]), tuple(sys.argv[3:]), int(sys.argv[2]), {"EXTRA": "e"})
     except (ConfigError, LaunchError) as error:

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from cluster.journal import Journal
 from cluster.recipe import parse_recipe
-from cluster.tracking import Tracking, TrackingError, create_run, tracking_uri
+from cluster.tracking import TrackedRun, Tracking, TrackingError, create_run, tracking_uri
 
 RECIPE = """
 name: tracked
@@ -48,8 +48,8 @@ def run(config, migrated_database, tmp_path):
     return create_run(config)
 
 
-def history(run, key):
-    client = MlflowClient(tracking_uri=run.uri)
+def history(run, key, uri=None):
+    client = MlflowClient(tracking_uri=uri or run.uri)
     return sorted((m.step, m.value) for m in client.get_metric_history(run.run_id, key))
 
 
@@ -184,39 +184,46 @@ def start_server(folder, port):
     raise AssertionError("the server did not start")
 
 
-def stop_server(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+@pytest.fixture
+def server_run(migrated_database, tmp_path):
+    """A run in the database of a server that is not started yet, and the server's port."""
+    (tmp_path / "server.db").write_bytes(migrated_database)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/server.db")
+    experiment = client.create_experiment("m2f", artifact_location="mlflow-artifacts:/m2f")
+    port = free_port()
+    run_id = client.create_run(experiment).info.run_id
+    return TrackedRun(uri=f"http://127.0.0.1:{port}", run_id=run_id, spool=str(tmp_path / "spool")), port
 
 
 @pytest.mark.slow
-def test_an_outage_of_a_real_server_holds_up_nothing_and_loses_nothing(
-    config, migrated_database, tmp_path, monkeypatch, caplog
-):
+def test_outages_of_a_real_server_hold_up_nothing_and_lose_nothing(server_run, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    (tmp_path / "server.db").write_bytes(migrated_database)
-    port = free_port()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    run, port = server_run
+    store = f"sqlite:///{tmp_path}/server.db"  # what the server has, also while it answers nobody
+    tracking = Tracking(run, "rank0", interval_s=0.05)
+    started = time.monotonic()
+    for step in range(100):
+        tracking.log_metrics(step, {"loss": float(step)})
+    assert time.monotonic() - started < 1.0
+    assert not tracking.close(timeout_s=0.2)  # nobody listens
+    assert "wait in" in caplog.text
+
     server = start_server(tmp_path, port)
     try:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-        run = create_run(config)
         tracking = Tracking(run, "rank0", interval_s=0.05)
-        tracking.log_metrics(0, {"loss": 0.0})
-        stop_server(server)
-        started = time.monotonic()
-        for step in range(1, 100):
-            tracking.log_metrics(step, {"loss": float(step)})
-        assert time.monotonic() - started < 1.0
-        assert not tracking.close(timeout_s=1.0)
-        assert "wait in" in caplog.text
-        server = start_server(tmp_path, port)
+        while len(history(run, "loss", store)) < 100:
+            time.sleep(0.05)
+        os.killpg(server.pid, signal.SIGSTOP)  # takes connections, answers nobody
         (tmp_path / "results.json").write_text(json.dumps({"pq": 1}))
-        resumed = Tracking(create_run(config), "rank0", interval_s=0.05)
-        resumed.log_metrics(100, {"loss": 100.0})
-        resumed.log_artifact(tmp_path / "results.json")
-        assert resumed.close()
-        assert history(run, "loss") == [(n, float(n)) for n in range(101)]
-        names = {a.path for a in MlflowClient(tracking_uri=run.uri).list_artifacts(run.run_id)}
-        assert names == {"recipe.yaml", "results.json"}
+        tracking.log_metrics(100, {"loss": 100.0})
+        tracking.log_artifact(tmp_path / "results.json")
+        assert not tracking.close(timeout_s=0.5)
+        os.killpg(server.pid, signal.SIGCONT)
+        tracking = Tracking(run, "rank0", interval_s=0.05)
+        assert tracking.close()
+        assert history(run, "loss", store) == [(n, float(n)) for n in range(101)]
+        assert [a.path for a in MlflowClient(tracking_uri=run.uri).list_artifacts(run.run_id)] == ["results.json"]
     finally:
-        stop_server(server)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -1,0 +1,191 @@
+"""Sharding on Ray: one task per shard, a bounded number at once, the manifest last.
+
+Tasks can be repeated and give the same bytes, so a job that was interrupted in any way is simply started again: shards
+with a receipt are skipped. A finished job is recognised before Ray is started.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.config import ClusterConfig
+from cluster.progress import Progress, format_duration
+from cluster.ray_cluster import local_or_existing
+from data_pipeline.config import DatasetConfig
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import read_document
+from data_pipeline.readers import Reader, open_reader, source_fingerprint
+from data_pipeline.shards import (
+    SampleProblem,
+    ShardPart,
+    ShardPlan,
+    commit_manifest,
+    complete_parts,
+    plan_shards,
+    write_shard,
+)
+from data_pipeline.storage import Storage, join
+from model.errors import UserError
+
+LOGGER = logging.getLogger(__name__)
+TASK_RETRIES = 3
+REPORT_FILE = "report.json"
+SHOWN_PROBLEMS = 10
+
+
+class ShardJobError(UserError):
+    """A shard that cannot be written. Names the shard, the cause and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What a sharding job found and did; stored as report.json beside the shards."""
+
+    dataset: str
+    target: str
+    """Folder or `s3://` prefix of the data set."""
+    num_samples: int
+    """Samples that the source has."""
+    num_shards: int
+    num_bytes: int
+    """Of all shards."""
+    written_shards: int
+    """By this run; the others were there already."""
+    elapsed_s: float
+    problems: tuple[SampleProblem, ...]
+    """Samples that cannot be used."""
+    committed: bool
+    """Whether the manifest is written: the data set exists."""
+
+    def summary(self) -> str:
+        """For a person: what is there now, and what is wrong with what is not."""
+        kept = self.num_samples - len(self.problems)
+        lines = [f"{self.dataset}: {kept} samples in {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB"]
+        if not self.written_shards:
+            lines[0] += ", all there already"
+        else:
+            lines[0] += f"; wrote {self.written_shards} shards in {format_duration(self.elapsed_s)}"
+        lines += [f"  {problem.source}: {problem.message}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"  and {len(self.problems) - SHOWN_PROBLEMS} more in {join(self.target, REPORT_FILE)}")
+        return "\n".join(lines)
+
+
+def run_shard_job(
+    name: str, dataset: DatasetConfig, cluster: ClusterConfig, storage: Storage, skip_bad: bool = False
+) -> ShardReport:
+    """Write what is missing of one data set, then its manifest. The report is stored in any case.
+
+    Raises:
+        DataError: no source, a source that cannot be used, a target that holds another data set, or samples that
+            cannot be used (unless `skip_bad` leaves them out): then no manifest is written.
+        ShardJobError: a task failed for good.
+        StorageError, ClusterError: the store or Ray cannot be reached.
+    """
+    started = time.monotonic()
+    if dataset.source is None:
+        raise DataError(f"datasets.{name} has no source to make shards from; set datasets.{name}.source")
+    reader = open_reader(dataset.source, dataset.max_pixels)
+    plan = plan_shards(reader, dataset, source_fingerprint(dataset.source))
+    existing = read_document(plan.target, storage)
+    if existing is not None and existing["plan"] == plan.hash:
+        return _stored_report(name, plan, existing["shards"], storage)
+    parts = {part.index: part for part in complete_parts(plan, storage)}
+    missing = [index for index in range(len(plan.rows)) if index not in parts]
+    if missing:
+        done = sum(len(plan.rows[index]) for index in parts)
+        with (
+            local_or_existing(cluster, cluster.shard_tasks),
+            Progress(f"sharding {name}", plan.num_samples, "images", done) as progress,
+        ):
+            for part in _write_shards(reader, plan, missing, storage, cluster.shard_tasks):
+                parts[part.index] = part
+                progress.advance(len(plan.rows[part.index]))
+                for problem in part.problems:
+                    progress.note(f"{problem.source}: {problem.message}")
+    problems = tuple(problem for index in sorted(parts) for problem in parts[index].problems)
+    report = ShardReport(
+        dataset=name,
+        target=plan.target,
+        num_samples=plan.num_samples,
+        num_shards=len(plan.rows),
+        num_bytes=sum(part.info.size for part in parts.values()),
+        written_shards=len(missing),
+        elapsed_s=round(time.monotonic() - started, 3),
+        problems=problems,
+        committed=skip_bad or not problems,
+    )
+    if report.committed:
+        commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
+    storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
+    if not report.committed:
+        raise DataError(
+            f"{report.summary()}\n{len(problems)} of {plan.num_samples} samples cannot be used, so the data set is not "
+            f"committed. All are listed in {join(plan.target, REPORT_FILE)}. Correct them and run again, or leave them "
+            "out with --skip-bad"
+        )
+    return report
+
+
+def _write_shards(
+    reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, window: int
+) -> Iterator[ShardPart]:
+    """Parts in the order in which they are done, with at most `window` tasks in flight."""
+    position = {key: index for index, key in enumerate(reader.keys)}
+    plan_ref = ray.put(plan)
+    waiting = list(reversed(missing))
+    running: dict[ray.ObjectRef, int] = {}
+    while waiting or running:
+        while waiting and len(running) < window:
+            index = waiting.pop()
+            samples = reader.subset([position[key] for key in plan.rows[index]])  # not the whole source in each task
+            running[_write_shard_task.remote(samples, plan_ref, index, storage)] = index
+        done, _ = ray.wait(list(running), num_returns=1)
+        yield _result(done[0], running.pop(done[0]), plan)
+
+
+@ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD")
+def _write_shard_task(samples: Reader, plan: ShardPlan, index: int, storage: Storage) -> ShardPart:
+    return write_shard(samples, plan, index, storage)
+
+
+def _result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
+    """The part, or the task's failure as one message."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        text = str(error).strip()
+        reason = text.splitlines()[0] if text else type(error).__name__
+        raise ShardJobError(
+            f"{plan.target}: shard {index:05d} failed {TASK_RETRIES + 1} times: {type(error).__name__}: {reason}. "
+            "If workers run out of memory, lower cluster.shard_tasks or datasets.<name>.shard_mb. The shards that are "
+            "written stay; run again to write the rest"
+        ) from error
+
+
+def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]], storage: Storage) -> ShardReport:
+    """The report of a data set that is committed already."""
+    url = join(plan.target, REPORT_FILE)
+    stored = json.loads(storage.get(url)) if storage.exists(url) else {"problems": []}
+    return ShardReport(
+        dataset=name,
+        target=plan.target,
+        num_samples=plan.num_samples,
+        num_shards=len(plan.rows),
+        num_bytes=sum(shard["size"] for shard in shards),
+        written_shards=0,
+        elapsed_s=0.0,
+        problems=tuple(SampleProblem(**problem) for problem in stored["problems"]),
+        committed=True,
+    )

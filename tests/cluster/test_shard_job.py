@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.ray_cluster import local_or_existing
+from cluster.shard_job import run_shard_job
+from data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+
+CLUSTER = ClusterConfig(shard_tasks=2)
+
+DRIVER = """
+import json, sys
+from cluster.config import ClusterConfig
+from cluster.shard_job import run_shard_job
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.storage import Storage
+dataset = DatasetConfig(shards=sys.argv[1], source=SyntheticSource(num_images=int(sys.argv[2])), shard_mb=0.05)
+report = run_shard_job("train", dataset, ClusterConfig(shard_tasks=1), Storage())
+print(json.dumps([report.num_shards, report.written_shards]))
+"""
+
+
+def digests(folder):
+    names = sorted(p.relative_to(folder) for p in Path(folder).rglob("*") if p.suffix in (".tar", ".parquet"))
+    return {str(n): hashlib.sha256((Path(folder) / n).read_bytes()).hexdigest() for n in names}
+
+
+def start_driver(folder, num_images):
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder), str(num_images)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    num_images = 60
+    dataset = DatasetConfig(
+        shards=str(tmp_path / "undisturbed"), source=SyntheticSource(num_images=num_images), shard_mb=0.05
+    )
+    write_dataset(open_reader(dataset.source), dataset, Storage())
+    expected = digests(tmp_path / "undisturbed")
+    folder = tmp_path / "killed"
+    driver = start_driver(folder, num_images)
+    while not list(folder.glob("parts/*.parquet")):
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    left = len(list(folder.glob("parts/*.parquet")))
+    assert not (folder / "dataset.json").exists()
+    output, log = start_driver(folder, num_images).communicate(timeout=120)
+    num_shards, written = json.loads(output.splitlines()[-1])
+    assert 0 < written <= num_shards - left, log
+    assert digests(folder) == expected
+    assert f"{num_images}/{num_images} images" in log  # a plain line, as standard error is no terminal
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("cluster.shard_job.local_or_existing", refuse)
+
+
+def test_a_finished_job_starts_no_work(tmp_path, no_ray):
+    dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=6))
+    write_dataset(open_reader(dataset.source), dataset, Storage())
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    report = run_shard_job("train", dataset, CLUSTER, Storage())
+    assert (report.written_shards, report.num_samples, report.committed) == (0, 6, True)
+    assert "all there already" in report.summary()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_another_data_set_in_the_same_place_is_refused(tmp_path, no_ray):
+    dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=6))
+    write_dataset(open_reader(dataset.source), dataset, Storage())
+    other = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=7))
+    with pytest.raises(DataError, match="belongs to another shard plan"):
+        run_shard_job("train", other, CLUSTER, Storage())
+
+
+def test_a_data_set_without_a_source_is_a_message(tmp_path):
+    with pytest.raises(DataError, match=r"set datasets\.train\.source"):
+        run_shard_job("train", DatasetConfig(shards=str(tmp_path)), CLUSTER, Storage())
+
+
+@pytest.fixture
+def label_maps(tmp_path):
+    """Twelve images of which one is cut off."""
+    raw = tmp_path / "raw"
+    for name in ("images", "labels"):
+        (raw / name).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(12):
+        cv2.imwrite(str(raw / "images" / f"{i:02}.png"), random.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+        cv2.imwrite(str(raw / "labels" / f"{i:02}.png"), random.integers(0, 2, (24, 32), dtype=np.uint8))
+    broken = raw / "images" / "07.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    categories = [{"label": i, "name": n, "color": [i, 9, 9], "isthing": i} for i, n in enumerate(("sky", "car"))]
+    (raw / "categories.json").write_text(json.dumps(categories))
+    return LabelMapSource(
+        images=str(raw / "images"), labels=str(raw / "labels"), categories=str(raw / "categories.json")
+    )
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_bad_image_is_reported_and_leaves_no_data_set_behind(tmp_path, label_maps):
+    target = tmp_path / "shards"
+    dataset = DatasetConfig(shards=str(target), source=label_maps, shard_mb=0.01)
+    with local_or_existing(CLUSTER, CLUSTER.shard_tasks):
+        with pytest.raises(DataError, match=r"1 of 12 samples cannot be used, so the data set is not commi") as caught:
+            run_shard_job("train", dataset, CLUSTER, Storage())
+        assert "07.png" in str(caught.value)
+        assert not (target / "dataset.json").exists()
+        report = json.loads((target / "report.json").read_text())
+        assert [problem["key"] for problem in report["problems"]] == ["07"]
+        assert run_shard_job("train", dataset, CLUSTER, Storage(), skip_bad=True).committed
+    assert Manifest.load(str(target), Storage()).num_samples == 11
+    again = run_shard_job("train", dataset, CLUSTER, Storage(), skip_bad=True)
+    assert again.written_shards == 0
+    assert len(again.problems) == 1
