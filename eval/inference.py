@@ -110,6 +110,11 @@ class Evaluator:
         # Full precision and fixed algorithms: published numbers must not depend on the GPU that a batch met.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             predictions = self._model(self._model.normalise(images, batch.sizes.to(self._device)))
+        if predictions.class_logits.shape[-1] != len(self._is_thing) + 1:
+            raise EvaluationError(
+                f"the model has {predictions.class_logits.shape[-1] - 1} classes, the data set {len(self._is_thing)} "
+                f"for its task; evaluate on a data set with the category table of training"
+            )
         height, width = batch.images.shape[-2:]
         for row, sample in enumerate(batch.samples):
             resized_height, resized_width = batch.sizes[row].tolist()

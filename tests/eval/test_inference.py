@@ -16,7 +16,13 @@ from eval.inference import Evaluator, check_tasks
 from eval.panels import decode_png
 from eval.report import EvaluationSubject
 from eval.states import EvaluationStates, check_complete
-from model.config import ModelConfig, PostprocessConfig, TimmBackboneConfig, TransformerDecoderConfig
+from model.config import (
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    PostprocessConfig,
+    TimmBackboneConfig,
+    TransformerDecoderConfig,
+)
 from model.errors import ConfigError
 from model.mask2former import build_model
 from model.structures import Predictions
@@ -149,12 +155,18 @@ def test_diverged_weights_name_the_image():
         evaluator_of(Diverged()).evaluate_batch(batch_of(6))
 
 
+def test_model_with_the_classes_of_another_table_is_refused():
+    with pytest.raises(EvaluationError, match="the model has 2 classes, the data set 4"):
+        evaluator_of(Oracle("instance")).evaluate_batch(batch_of(1))
+
+
 def test_a_real_model_with_random_weights_is_evaluated_deterministically():
     torch.manual_seed(0)
     config = ModelConfig(
         backbone=TimmBackboneConfig(name="resnet18", norm="group"),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=4),
         transformer_decoder=TransformerDecoderConfig(
-            num_queries=8, num_layers=1, hidden_dim=256, num_heads=4, feedforward_dim=32
+            num_queries=8, num_layers=1, hidden_dim=32, num_heads=4, feedforward_dim=32
         ),
         num_classes=4,
     )
