@@ -15,9 +15,11 @@ from cluster.eval_actor import EvaluationActor, EvaluationTask, call_rows, evalu
 from cluster.eval_pool import EvaluationPool
 from cluster.progress import Progress
 from cluster.ray_cluster import local_or_existing
+from data_pipeline.loader import shared_categories
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage import Storage, join
 from eval.config import EvaluationSet
+from eval.inference import check_tasks
 from eval.panels import contact_sheet
 from eval.report import EvaluationResults, EvaluationSubject
 from eval.states import EvaluationStates, check_complete
@@ -51,6 +53,21 @@ def make_pool(config: RunConfig) -> EvaluationPool:
         EvaluationActor
     )
     return EvaluationPool(lambda: actor.remote(config), settings.actors)
+
+
+def check_sets(config: RunConfig) -> None:
+    """Find out before training what would make every evaluation fail.
+
+    Raises:
+        ConfigError: tasks that a model of `data.task` cannot be evaluated on.
+        DataError: a set that does not exist or has other categories than the training data.
+    """
+    if not config.evaluation.sets:
+        return
+    check_tasks(config.data.task, config.evaluation.tasks)
+    storage = Storage(config.storage)
+    names = [config.data.train[0].dataset, *(s.dataset for s in config.evaluation.sets)]
+    shared_categories([Manifest.load(config.datasets[name].shards, storage) for name in names])
 
 
 def evaluate_sets(

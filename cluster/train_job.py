@@ -26,6 +26,7 @@ from cluster.compose import compose_job
 from cluster.config import RunConfig
 from cluster.eval_queue import Entry
 from cluster.eval_service import EvaluationClient, start_evaluations
+from cluster.evaluate import check_sets
 from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
 from cluster.progress import complain, say
 from cluster.ray_cluster import connect
@@ -71,6 +72,7 @@ def run_training(config: RunConfig) -> RunSummary:
     """
     storage = Storage(config.storage)
     job = compose_job(config)
+    check_sets(config)
     storage.put(join(config.run_folder, "recipe.yaml"), dump_recipe(config).encode())
     with connect(config), tempfile.TemporaryDirectory(prefix="m2f-ray-train-") as scratch:
         return _Supervisor(config, job, storage, scratch).run()

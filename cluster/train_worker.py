@@ -51,7 +51,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
         run_worker(settings.job, RayReporter(settings, context.get_world_rank()), control)
     except TrainingError as error:
         own = error.__cause__ if str(error).startswith(PEERS_ERROR) else None
-        raise own or error  # this rank's own error where all ranks stopped for it: a cause is lost on the way to us
+        raise (own or error) from None  # a cause is lost on the way to the supervisor
 
 
 class RayReporter:

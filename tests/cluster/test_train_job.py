@@ -1,0 +1,225 @@
+"""Real Ray, real DeepSpeed, real MLflow on a tiny model; processes are really killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from cluster.config import ClusterConfig, RunConfig
+from cluster.eval_queue import read_entries
+from cluster.eval_service import start_evaluations
+from cluster.evaluate import evaluate_checkpoint
+from cluster.ray_cluster import connect
+from cluster.tracking import create_run
+from cluster.train_job import RunSummary, run_training
+from cluster.train_local import train_locally
+from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
+from data_pipeline.readers import open_reader, source_fingerprint
+from data_pipeline.shards import commit_manifest, plan_shards, write_shard
+from data_pipeline.storage import Storage
+from eval.config import EvaluationConfig, EvaluationSet
+from model.config import (
+    LossConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+    TransformerDecoderConfig,
+)
+from model.errors import ConfigError
+from trainer.checkpoint_folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
+from trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+
+STEPS = 12
+EVERY = 4
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def write_shards(config: DatasetConfig) -> None:
+    assert config.source is not None
+    reader = open_reader(config.source, config.max_pixels)
+    plan = plan_shards(reader, config, source_fingerprint(config.source))
+    parts = [write_shard(reader, plan, index, Storage()) for index in range(len(plan.rows))]
+    commit_manifest(plan, parts, Storage())
+
+
+def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> RunConfig:
+    return RunConfig(
+        name=name,
+        output=str(folder / "runs"),
+        datasets=datasets,
+        data=DataConfig(
+            train=(MixtureItem(dataset="train"),),
+            augment=LargeScaleJitter(size=64, min_scale=0.8, max_scale=1.2),
+            workers=0,
+            lanes=4,
+            window=8,
+        ),
+        model=ModelConfig(
+            backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": [8, 16, 16, 32]}),
+            pixel_decoder=MSDeformAttnPixelDecoderConfig(
+                conv_dim=16, mask_dim=16, num_layers=1, num_heads=2, feedforward_dim=32
+            ),
+            transformer_decoder=TransformerDecoderConfig(
+                num_queries=8, num_layers=2, hidden_dim=16, num_heads=2, feedforward_dim=32
+            ),
+            loss=LossConfig(num_points=64),
+        ),
+        training=TrainingConfig(
+            max_steps=STEPS,
+            global_batch=4,
+            micro_batch=2,
+            optimizer=OptimizerConfig(lr=1e-3, clip_norm=1.0),
+            checkpoint=CheckpointConfig(every_steps=EVERY, keep=10),
+            log_every_steps=1,
+            collective_timeout_s=60.0,
+        ),
+        evaluation=EvaluationConfig(
+            sets=(EvaluationSet(dataset="val"),),
+            tasks=("panoptic", "semantic"),
+            shortest_edge=64,
+            max_size=96,
+            panels=2,
+        ),
+        cluster=ClusterConfig(num_workers=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train_job")
+
+
+@pytest.fixture(scope="module")
+def datasets(folder):
+    made = {
+        "train": DatasetConfig(shards=str(folder / "train"), source=SyntheticSource(num_images=24)),
+        "val": DatasetConfig(
+            shards=str(folder / "val"), source=SyntheticSource(num_images=20, seed=1, image_id_start=1001)
+        ),
+    }
+    for config in made.values():
+        write_shards(config)
+    return made
+
+
+@pytest.fixture(scope="module")
+def config(folder, datasets):
+    return tiny_config(folder, "disturbed", datasets)
+
+
+@pytest.fixture(scope="module")
+def cluster(config):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    with connect(config):
+        yield
+    patch.undo()
+
+
+def ray_processes(title: str) -> list[psutil.Process]:
+    """Processes of our cluster whose title holds this word."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline() and title in process.cmdline()[0]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition, seconds: float = 120.0):
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+    return result
+
+
+def history(config: RunConfig, metric: str) -> list[tuple[int, float]]:
+    run = create_run(config)
+    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
+    return sorted((p.step, p.value) for p in points)
+
+
+@pytest.fixture(scope="module")
+def summary(cluster, config) -> RunSummary:
+    """A run whose second worker is killed right after the first checkpoint."""
+
+    def kill_a_worker() -> None:
+        wait_for(lambda: list_checkpoints(Storage(), config.run_folder))
+        os.kill(ray_processes("RayTrainWorker")[-1].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    summary = run_training(config)
+    killer.join()
+    return summary
+
+
+def test_a_killed_worker_costs_nothing_but_time(summary, config, folder, datasets):
+    assert summary.status == "finished"
+    assert [failure.kind for failure in summary.failures] == ["death"]
+    assert summary.checkpoint is not None
+    assert summary.checkpoint.step == STEPS
+    calm = replace(tiny_config(folder, "calm", datasets), evaluation=EvaluationConfig())
+    train_locally(calm)
+    losses = history(config, "train/loss/total")
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))  # every step once
+    assert losses == history(calm, "train/loss/total")  # to the last bit
+
+
+def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
+    steps = list(range(EVERY, STEPS + 1, EVERY))
+    assert [(e.step, e.status) for e in summary.evaluations] == [(step, "published") for step in steps]
+    assert [step for step, _ in history(config, "val/PQ")] == steps
+    for entry in summary.evaluations:
+        folder = Path(config.run_folder) / "evaluations" / f"step_{entry.step:08d}" / "val"
+        results = json.loads((folder / "results.json").read_text())
+        assert results["num_images"] == 20
+        assert results["metrics"]["PQ"] == entry.metrics["val/PQ"]
+        assert (folder / "panels.png").stat().st_size > 1000
+    pins = [url for url in Storage().list(f"{config.run_folder}/checkpoints") if "/pins/" in url]
+    assert pins == []
+
+
+def test_offline_evaluation_gives_the_same_results(summary, config):
+    (evaluation,) = evaluate_checkpoint(config, summary.checkpoint.url)
+    assert evaluation.results.headline("val") == summary.evaluations[-1].metrics
+
+
+def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
+    again = replace(config, name="evaluated-again")
+    client = start_evaluations(again, create_run(again))
+    for step in range(EVERY, STEPS + 1, EVERY):
+        client.submit(CommittedCheckpoint(step, checkpoint_url(config.run_folder, step)))
+    wait_for(lambda: client.status().current)
+    os.kill(ray_processes("EvaluationActor")[0].pid, signal.SIGKILL)
+    wait_for(lambda: any(entry.settled for entry in client.entries()))
+    os.kill(ray_processes("EvaluationService")[0].pid, signal.SIGKILL)
+    wait_for(lambda: (status := client.status()) and status.idle)
+    entries = client.close()
+    assert [(e.step, e.status, e.metrics) for e in entries] == [
+        (e.step, "published", e.metrics) for e in summary.evaluations
+    ]
+    assert [(e.step, e.metrics["val/PQ"]) for e in entries] == history(again, "val/PQ")
+    for step in range(EVERY, STEPS + 1, EVERY):
+        first, second = (Path(c.run_folder) / f"evaluations/step_{step:08d}/val" for c in (config, again))
+        for name in ("results.json", "panels.png"):
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):
+    settings = replace(config.model.backbone, name="resnet10x")
+    wrong = replace(config, name="wrong", model=replace(config.model, backbone=settings))
+    with pytest.raises(ConfigError, match="resnet10x"):
+        run_training(wrong)
+    assert read_entries(Storage(), f"{wrong.run_folder}/evaluations/queue.json") == ()
