@@ -14,7 +14,6 @@ import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 Shapes = Sequence[tuple[int, int]]
 """(height, width) of every level, in the order of the flattened pixels."""
@@ -112,7 +111,6 @@ class WeightedRowSum(torch.autograd.Function):
         return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, None, Tensor | None]:
         """Gradients of the table and of the weights."""
         table, rows, weights = ctx.saved_tensors
@@ -146,9 +144,8 @@ class SamplingGrid(NamedTuple):
     def of_pixels(shapes: Shapes, device: torch.device | str = "cpu") -> SamplingGrid:
         """Every pixel of every level is a query at its own centre: Q = S."""
         # Filled on the device: a copy from the host would wait for all work queued before it.
-        sizes = [
-            torch.full((1, 1), float(extent), device=device) for height, width in shapes for extent in (width, height)
-        ]
+        extents = [float(extent) for height, width in shapes for extent in (width, height)]
+        sizes = torch.stack([torch.full((), extent, dtype=torch.float32, device=device) for extent in extents])
         levels = []
         for height, width in shapes:
             y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
