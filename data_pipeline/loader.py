@@ -7,6 +7,7 @@ yields from step s on, pixel for pixel, with any number of workers. Prefetched b
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -253,13 +254,14 @@ def _results(
     )
     try:
         yield from loader
-    except RuntimeError as error:
-        if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-            raise DataError(
-                f"a loader process died: {error}. Usually memory or /dev/shm is too small: lower data.workers or "
-                "data.prefetch_steps, or give the container more of it"
-            ) from error
-        raise
+    except (RuntimeError, EOFError, OSError) as error:
+        # OSError and EOFError: the process died between sending a batch and handing over its shared memory.
+        if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|killed by signal", str(error)):
+            raise
+        raise DataError(
+            f"a loader process died ({error!r}). Usually memory or /dev/shm is too small: lower data.workers or "
+            "data.prefetch_steps, or give the container more of it"
+        ) from error
 
 
 class _Once(Sampler[_Task | UserError]):

@@ -1,11 +1,18 @@
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import cv2
 import numpy as np
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.chunks import plan_chunks
@@ -309,3 +316,53 @@ def test_the_trainer_generator_is_left_alone(boxes):
     before = torch.get_rng_state()
     loaded([boxes], data_config(workers=1), 1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def endless(manifest, workers):
+    data = data_config(workers=workers)
+    order = build_order([manifest], [1.0], 3, data)
+    return build_loader([manifest], order, data, Storage(StorageConfig()), spec())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_leaves_no_process_and_no_thread(boxes, workers):
+    loader = endless(boxes, workers)
+    next(loader)
+    assert len(multiprocessing.active_children()) == workers
+    loader.close()
+    deadline = time.monotonic() + 20
+    while leftover() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not leftover()
+
+
+def leftover():
+    threads = [t.name for t in threading.enumerate() if t.name.startswith(("fetch", "prepare", "QueueFeeder"))]
+    return multiprocessing.active_children() + threads
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(boxes):
+    loader = endless(boxes, workers=1)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a loader process died .*data\.workers"):
+        list(itertools.islice(loader, 20))
+
+
+def test_shards_in_s3_give_the_same_pixels(boxes, monkeypatch):
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        config = StorageConfig(endpoint_url=f"http://{host}:{port}", region="us-east-1")
+        boto3.client("s3", endpoint_url=config.endpoint_url, region_name=config.region).create_bucket(Bucket="shards")
+        storage = Storage(config)
+        remote = write_boxes("s3://shards/boxes", storage=storage)
+        assert remote.fingerprint == boxes.fingerprint
+        found = pixels_by_position(loaded([remote], data_config(), 4, storage=storage))
+    finally:
+        server.stop()
+    assert found == pixels_by_position(loaded([boxes], data_config(), 4))

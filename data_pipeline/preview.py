@@ -1,0 +1,190 @@
+"""A contact sheet: images beside their annotation as a look-over of what is really in the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from data_pipeline.augment import resize_image
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.image_file import encode_png
+from data_pipeline.manifest import Manifest
+from data_pipeline.sample import Annotation, DecodedSample, Segment
+from data_pipeline.storage import Storage
+
+_TILE = 320  # longer side of one image in pixels
+_GAP = 8
+_LINE = 20  # height of a line of text
+_BACKGROUND = (250, 250, 250)
+_INK = (30, 30, 30)
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_OPACITY = 0.55
+_LABEL_SHARE = 0.01  # segments below this share of the image are coloured but not named
+_SWATCH = 14
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One sample as a picture, and the categories that it shows."""
+
+    picture: np.ndarray
+    category_ids: frozenset[int]
+
+
+def contact_sheet(manifest: Manifest, indices: Sequence[int], storage: Storage, columns: int = 3) -> np.ndarray:
+    """A sheet [H, W, 3] uint8 RGB of these samples: image, annotation, and a legend of all categories shown.
+
+    Instances are drawn over the panoptic or semantic map, crowds hatched. Raises DataError or StorageError where a
+    sample cannot be read.
+    """
+    tiles = [
+        _tile(manifest.read_sample(index, storage), int(manifest.num_segments[index]), manifest.categories)
+        for index in indices
+    ]
+    rows = [_beside([t.picture for t in tiles[k : k + columns]], _GAP) for k in range(0, len(tiles), columns)]
+    shown = frozenset[int]().union(*(tile.category_ids for tile in tiles))
+    legend = _legend([c for c in manifest.categories.categories if c.id in shown], max(r.shape[1] for r in rows))
+    return _frame(_above([*rows, legend], 2 * _GAP))
+
+
+def write_contact_sheet(
+    manifest: Manifest, indices: Sequence[int], storage: Storage, url: str, columns: int = 3
+) -> None:
+    """Write the contact sheet as a PNG to a path or URL."""
+    storage.put(url, encode_png(contact_sheet(manifest, indices, storage, columns)))
+
+
+def spread_indices(manifest: Manifest, count: int) -> tuple[int, ...]:
+    """Up to `count` rows spread evenly over the data set."""
+    count = min(count, manifest.num_samples)
+    return tuple(int(i) for i in np.linspace(0, manifest.num_samples - 1, count).round())
+
+
+def draw_annotation(image: np.ndarray, annotation: Annotation, categories: CategoryTable) -> np.ndarray:
+    """The image [H, W, 3] uint8 with every segment tinted in its category's colour, outlined and named."""
+    drawn = image.copy()
+    segments = list(_drawing_order(annotation))
+    for segment, mask in segments:
+        tint = np.array(_shade(categories.by_id[segment.category_id], segment), dtype=np.float32)
+        drawn[mask] = (image[mask] * (1 - _OPACITY) + tint * _OPACITY).astype(np.uint8)
+        if segment.is_crowd:
+            rows, columns = np.nonzero(mask)
+            hatched = (rows + columns) % 8 < 2
+            drawn[rows[hatched], columns[hatched]] = 255
+    for _, mask in segments:
+        outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(drawn, outline, -1, (255, 255, 255), 1)
+    for segment, mask in segments:
+        if mask.mean() >= _LABEL_SHARE:
+            _name_segment(drawn, mask, categories.by_id[segment.category_id].name)
+    return drawn
+
+
+def _drawing_order(annotation: Annotation) -> Iterator[tuple[Segment, np.ndarray]]:
+    """Segments with their masks [H, W]: the map first, then instances from large to small.
+
+    Things of the map are left out where the sample has instances, which show the same objects in full.
+    """
+    seg, inst = annotation.seg, annotation.inst
+    if seg is not None:
+        for segment in annotation.segments:
+            if segment.map == "seg" and not (segment.is_thing and inst is not None):
+                yield segment, seg == segment.id
+    if inst is not None:
+        instances = [s for s in annotation.segments if s.map == "inst"]
+        for segment in sorted(instances, key=lambda s: -s.area):
+            yield segment, inst[segment.layer] == segment.id
+
+
+def _shade(category: Category, segment: Segment) -> tuple[float, float, float]:
+    """The category's colour; neighbouring instances of it in different brightness."""
+    factor = (1.0, 0.7, 1.25, 0.55, 0.85)[segment.id % 5] if category.is_thing else 1.0
+    red, green, blue = (min(255.0, channel * factor) for channel in category.color)
+    return red, green, blue
+
+
+def _name_segment(picture: np.ndarray, mask: np.ndarray, name: str) -> None:
+    """Write the name around the point of the mask that is farthest from its border."""
+    inside = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    y, x = np.unravel_index(int(np.argmax(inside)), inside.shape)
+    (width, height), _ = cv2.getTextSize(_ascii(name), _FONT, 0.38, 1)
+    left = min(max(0, int(x) - width // 2), max(0, picture.shape[1] - width))
+    base = min(max(height, int(y) + height // 2), picture.shape[0] - 2)
+    # Dark copies around the text make it readable on any colour; a thicker pen would be a wider font.
+    for dx, dy in ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (0, -1), (1, 0), (-1, 0)):
+        cv2.putText(picture, _ascii(name), (left + dx, base + dy), _FONT, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(picture, _ascii(name), (left, base), _FONT, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
+
+
+def _tile(sample: DecodedSample, num_segments: int, categories: CategoryTable) -> _Tile:
+    """Image and annotation side by side under the sample's key, at a longer side of _TILE."""
+    height, width = sample.size
+    scale = _TILE / max(height, width)
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    image = resize_image(sample.image, size)
+    # Maps are resized before drawing, so that outlines and names stay sharp.
+    annotation = Annotation(
+        seg=None if sample.annotation.seg is None else _resize_ids(sample.annotation.seg, size),
+        inst=None
+        if sample.annotation.inst is None
+        else np.stack([_resize_ids(layer, size) for layer in sample.annotation.inst]),
+        segments=sample.annotation.segments,
+    )
+    pair = _beside([image, draw_annotation(image, annotation, categories)], 2)
+    caption = f"{sample.key}  {width}x{height}  {num_segments} segments"
+    return _Tile(
+        picture=_above([_text_line(caption, pair.shape[1]), pair], 0),
+        category_ids=frozenset(s.category_id for s in sample.annotation.segments),
+    )
+
+
+def _resize_ids(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(ids, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def _legend(categories: Sequence[Category], width: int) -> np.ndarray:
+    """Swatches with names in as many columns as fit."""
+    names = [f"{_ascii(c.name)} ({'thing' if c.is_thing else 'stuff'})" for c in categories]
+    cell = 2 * _SWATCH + max((cv2.getTextSize(name, _FONT, 0.45, 1)[0][0] for name in names), default=0)
+    columns = max(1, width // (cell + _GAP))
+    sheet = np.full((max(1, -(-len(names) // columns)) * _LINE, width, 3), _BACKGROUND, dtype=np.uint8)
+    for k, (category, name) in enumerate(zip(categories, names, strict=True)):
+        y, x = k // columns * _LINE, k % columns * (cell + _GAP)
+        sheet[y + 3 : y + 3 + _SWATCH, x : x + _SWATCH] = category.color
+        cv2.putText(sheet, name, (x + _SWATCH + 6, y + 15), _FONT, 0.45, _INK, 1, cv2.LINE_AA)
+    return sheet
+
+
+def _text_line(text: str, width: int) -> np.ndarray:
+    line = np.full((_LINE, width, 3), _BACKGROUND, dtype=np.uint8)
+    cv2.putText(line, _ascii(text), (2, 14), _FONT, 0.42, _INK, 1, cv2.LINE_AA)
+    return line
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "replace").decode()  # OpenCV's fonts have no other letters
+
+
+def _beside(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+    height = max(p.shape[0] for p in pictures)
+    width = sum(p.shape[1] for p in pictures) + gap * (len(pictures) - 1)
+    sheet = np.full((height, width, 3), _BACKGROUND, dtype=np.uint8)
+    x = 0
+    for picture in pictures:
+        sheet[: picture.shape[0], x : x + picture.shape[1]] = picture
+        x += picture.shape[1] + gap
+    return sheet
+
+
+def _above(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+    turned = _beside([p.transpose(1, 0, 2) for p in pictures], gap)
+    return np.ascontiguousarray(turned.transpose(1, 0, 2))
+
+
+def _frame(picture: np.ndarray) -> np.ndarray:
+    framed = np.full((picture.shape[0] + 4 * _GAP, picture.shape[1] + 4 * _GAP, 3), _BACKGROUND, dtype=np.uint8)
+    framed[2 * _GAP : -2 * _GAP, 2 * _GAP : -2 * _GAP] = picture
+    return framed

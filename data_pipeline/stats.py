@@ -1,0 +1,68 @@
+"""What a data set holds, class by class, from its manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow:
+    """One category. Crowds are left out."""
+
+    name: str
+    is_thing: bool
+    num_images: int
+    """Images in which it appears."""
+    image_share: float
+    """Of all images, 0 to 1."""
+    num_segments: int
+    pixel_share: float
+    """Of all pixels of all images, 0 to 1. Overlapping instances count in full."""
+
+
+def class_table(manifest: Manifest) -> tuple[ClassRow, ...]:
+    """One row per category, in the order of the category table."""
+    pixels = int(np.dot(manifest.height.astype(np.int64), manifest.width.astype(np.int64)))
+    return tuple(
+        ClassRow(
+            name=entry.category.name,
+            is_thing=entry.category.is_thing,
+            num_images=entry.num_images,
+            image_share=entry.num_images / manifest.num_samples,
+            num_segments=entry.num_segments,
+            pixel_share=entry.num_pixels / pixels,
+        )
+        for entry in manifest.statistics()
+    )
+
+
+def format_class_table(rows: Sequence[ClassRow]) -> str:
+    """The rows as aligned text with a line of totals."""
+    header = ("class", "kind", "images", "% images", "segments", "% pixels")
+    body = [
+        (
+            row.name,
+            "thing" if row.is_thing else "stuff",
+            f"{row.num_images:,}",
+            f"{100 * row.image_share:.2f}",
+            f"{row.num_segments:,}",
+            f"{100 * row.pixel_share:.2f}",
+        )
+        for row in rows
+    ]
+    segments, pixels = sum(row.num_segments for row in rows), sum(row.pixel_share for row in rows)
+    body.append((f"total of {len(rows)} classes", "", "", "", f"{segments:,}", f"{100 * pixels:.2f}"))
+    widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
+    return "\n".join(_aligned(line, widths) for line in (header, *body))
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Words to the left, numbers to the right."""
+    words = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    return "  ".join(words + numbers)
