@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,13 +22,23 @@ def chunk_elements(device: torch.device) -> int:
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
-    """Values [R, P] of single-channel maps [R, h, w] at points [R, P, 2]; differentiable in the maps."""
+    """Values [R, P] of single-channel maps [R, h, w] at points [R, P, 2]; differentiable in the maps.
+
+    The backward pass of grid_sample on CUDA adds in random order, so deterministic mode takes another form.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        index, weight = _taps(points, *maps.shape[1:])
+        return (maps.flatten(1).gather(1, index.flatten(1)).view(index.shape) * weight).sum(-1)
     return F.grid_sample(maps[:, None], points[:, :, None] * 2 - 1, align_corners=False)[:, 0, :, 0]
 
 
 def most_uncertain(logits: Tensor, points: Tensor, count: int) -> Tensor:
     """The `count` of points [R, P, 2] whose logits [R, P] are nearest to 0, in no special order."""
-    nearest = logits.abs().topk(count, dim=1, largest=False, sorted=False).indices
+    distance = logits.detach().abs()
+    if distance.device.type == "cpu":  # NumPy's partition is vectorised: five times faster than topk
+        nearest = torch.from_numpy(np.argpartition(distance.numpy(), count - 1, axis=1)[:, :count])
+    else:
+        nearest = distance.topk(count, dim=1, largest=False, sorted=False).indices
     return points.gather(1, nearest[..., None].expand(-1, -1, 2))
 
 
@@ -38,19 +49,28 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
     (eight times faster on CPU for 256 channels).
     """
     num_images, height, width, channels = features.shape
+    index, weight = _taps(points, height, width)
+    index += torch.arange(num_images, device=features.device)[:, None, None] * (height * width)
+    bags = F.embedding_bag(
+        index.view(-1, 4), features.reshape(-1, channels), per_sample_weights=weight.view(-1, 4), mode="sum"
+    )
+    return bags.view(*points.shape[:-1], channels)
+
+
+def _taps(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Index into the flattened map and weight, both [..., P, 4], of the pixels around every point.
+
+    Pixels outside the map have weight 0.
+    """
     left, x = _cell(points[..., 0], width)
     top, y = _cell(points[..., 1], height)
     columns = (left - 1).clamp_(min=0), left.clamp(max=width - 1)
     rows = (top - 1).clamp_(min=0), top.clamp(max=height - 1)
     x_weights = (1 - x) * (left > 0), x * (left < width)
     y_weights = (1 - y) * (top > 0), y * (top < height)
-    first = torch.arange(num_images, device=features.device)[:, None] * (height * width)
-    index = torch.stack([r * width + c + first for r in rows for c in columns], dim=-1)
-    weight = torch.stack([wx * wy for wy in y_weights for wx in x_weights], dim=-1)
-    bags = F.embedding_bag(
-        index.view(-1, 4), features.reshape(-1, channels), per_sample_weights=weight.view(-1, 4), mode="sum"
-    )
-    return bags.view(*points.shape[:-1], channels)
+    index = torch.stack([row * width + column for row in rows for column in columns], dim=-1)
+    weight = torch.stack([y_weight * x_weight for y_weight in y_weights for x_weight in x_weights], dim=-1)
+    return index, weight
 
 
 class LabelMaps(NamedTuple):

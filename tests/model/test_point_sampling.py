@@ -19,10 +19,18 @@ def grid_sampled(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     ]
 
 
+@pytest.fixture(params=[False, True], ids=["fast", "deterministic"])
+def deterministic(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_sample_maps_and_its_gradient():
     maps = torch.randn(3, 7, 11, dtype=torch.float64, requires_grad=True)
-    points = torch.rand(3, 20, 2, dtype=torch.float64)
-    assert torch.equal(sample_maps(maps, points), grid_sampled(maps[:, None], points)[:, 0])
+    points = torch.cat((torch.rand(3, 20, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]).expand(3, 2, 2)), 1).double()
+    torch.testing.assert_close(sample_maps(maps, points), grid_sampled(maps[:, None], points)[:, 0])
     assert torch.autograd.gradcheck(lambda m: sample_maps(m, points), maps)
 
 
