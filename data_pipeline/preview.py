@@ -69,7 +69,7 @@ def draw_annotation(image: np.ndarray, annotation: Annotation, categories: Categ
     segments = list(_drawing_order(annotation))
     for segment, mask in segments:
         tint = np.array(_shade(categories.by_id[segment.category_id], segment), dtype=np.float32)
-        drawn[mask] = (image[mask] * (1 - _OPACITY) + tint * _OPACITY).astype(np.uint8)
+        drawn[mask] = np.rint(image[mask] * (1 - _OPACITY) + tint * _OPACITY).astype(np.uint8)
         if segment.is_crowd:
             rows, columns = np.nonzero(mask)
             hatched = (rows + columns) % 8 < 2
