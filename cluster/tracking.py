@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -65,19 +65,22 @@ def create_run(config: RunConfig) -> TrackedRun:
     Raises:
         TrackingError: the store cannot be reached or refuses the run. Only at the first start: later outages wait.
     """
-    storage = Storage(config.storage)
-    record = join(config.run_folder, "tracking.json")
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
-    if storage.exists(record):
-        known = json.loads(storage.get(record))
-        if known["uri"] == uri:
-            run = TrackedRun(uri=uri, run_id=known["run_id"], spool=spool)
-            _note_resume(run, known["parameters"], parameters)
-            return run
+    known = _read_record(config)
+    if known is not None and known["uri"] == uri:
+        run = TrackedRun(uri=uri, run_id=known["run_id"], spool=spool)
+        _note_resume(run, known["parameters"], parameters)
+        return run
     run = TrackedRun(uri=uri, run_id=_start_run(config, uri, parameters), spool=spool)
     content = {"uri": run.uri, "run_id": run.run_id, "parameters": parameters}
-    storage.put(record, json.dumps(content, indent=1).encode())
+    Storage(config.storage).put(_record_url(config), json.dumps(content, indent=1).encode())
     return run
+
+
+def find_run(config: RunConfig) -> TrackedRun | None:
+    """The MLflow run of this run folder, to add to it; None where there is none."""
+    known = _read_record(config)
+    return None if known is None else TrackedRun(uri=known["uri"], run_id=known["run_id"], spool=_spool_folder(config))
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -272,6 +275,15 @@ class _Sender:
         if self.trouble:
             LOGGER.warning(f"tracking: {self._run.uri} answers again; the waiting points are being sent")
         self.trouble = ""
+
+
+def _record_url(config: RunConfig) -> str:
+    return join(config.run_folder, "tracking.json")
+
+
+def _read_record(config: RunConfig) -> dict[str, Any] | None:
+    storage, url = Storage(config.storage), _record_url(config)
+    return json.loads(storage.get(url)) if storage.exists(url) else None
 
 
 def _start_run(config: RunConfig, uri: str, parameters: Mapping[str, str]) -> str:

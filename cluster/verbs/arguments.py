@@ -1,0 +1,44 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from model.errors import ConfigError
+
+OVERRIDE = "section.key=value"
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe and its overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the file")
+
+
+def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
+    """The recipe, names or paths, and overrides, in any order after the recipe."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("words", nargs="*", metavar=metavar, help=f"{what}; {OVERRIDE} changes a setting")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Which weights."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP|PATH",
+        help="step of a checkpoint of the run, or a checkpoint folder or file of weights; default: the newest one",
+    )
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words without and with `=`."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def choose_datasets(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The wanted data sets, all for none. Raises ConfigError for an unknown one."""
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"no data set {name!r} under `datasets` (known: {', '.join(known)})")
+    return list(wanted or known)

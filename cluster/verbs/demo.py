@@ -1,0 +1,22 @@
+"""`m2f demo`: the whole chain on data that the project makes itself."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import OVERRIDE
+
+SUMMARY = "make data, shard, train, evaluate and show pictures, in minutes on a laptop"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("--output", default="runs", metavar="DIR", help="folder for all that is written (default runs)")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from configs/demo.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 1 where the run failed."""
+    from cluster.demo import run_demo
+
+    return 1 if run_demo(args.output, args.overrides).status == "failed" else 0

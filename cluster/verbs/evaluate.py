@@ -1,0 +1,50 @@
+"""`m2f eval`: evaluate a checkpoint or any weights on the recipe's sets."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import add_checkpoint, add_recipe
+
+SUMMARY = "evaluate a checkpoint on the recipe's evaluation sets"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_recipe(parser)
+    add_checkpoint(parser)
+    parser.add_argument("--output", metavar="DIR", help="folder for results; default: evaluations/ in the run folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the tables; results of the run's own checkpoints also go to its MLflow run."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    from cluster.checkpoints import choose_checkpoint
+    from cluster.evaluate import evaluate_checkpoint, write_files
+    from cluster.progress import say
+    from cluster.recipe import load_recipe
+    from cluster.tracking import Tracking, find_run
+    from data_pipeline.storage import Storage, join
+
+    config = load_recipe(args.recipe, args.overrides)
+    storage = Storage(config.storage)
+    weights = choose_checkpoint(config, storage, args.checkpoint)
+    say(f"evaluating {weights.url}")
+    evaluations = evaluate_checkpoint(config, weights.url)
+    run = find_run(config) if weights.step is not None else None
+    tracking = Tracking(run, "offline-evaluation") if run is not None else None
+    with TemporaryDirectory(prefix="m2f-evaluation-") as scratch:
+        for evaluation in evaluations:
+            name = evaluation.results.subject.dataset
+            place = f"evaluations/{weights.name}/{name}"
+            url = join(args.output, name) if args.output else join(config.run_folder, place)
+            folder = write_files(storage, url, evaluation.files(), local=Path(scratch) / name)
+            say(f"\n{evaluation.results.table()}\n\nresults: {url}")
+            if tracking is not None and weights.step is not None:
+                tracking.log_metrics(weights.step, evaluation.results.headline(name))
+                tracking.log_artifact(folder, place)
+        if tracking is not None:
+            tracking.close()
+    return 0

@@ -1,0 +1,40 @@
+"""`m2f preview`: a sheet of images with their annotations, read back from the shards."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+
+SUMMARY = "picture of some images with their annotations, as they are in the shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_recipe_and_names(parser, "DATASET", "name under `datasets`, default the first")
+    parser.add_argument("--output", default="sheet.png", metavar="FILE", help="PNG file or URL (default sheet.png)")
+    parser.add_argument("--images", type=int, default=12, metavar="N", help="how many, spread evenly (default 12)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write one sheet."""
+    from cluster.progress import say
+    from cluster.recipe import load_recipe
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.preview import spread_indices, write_contact_sheet
+    from data_pipeline.storage import Storage
+    from model.errors import ConfigError
+
+    names, overrides = split_overrides(args.words)
+    config = load_recipe(args.recipe, overrides)
+    if len(names) > 1:
+        raise ConfigError(f"one data set per sheet, not {len(names)}: {', '.join(names)}")
+    if args.images < 1:
+        raise ConfigError(f"--images is {args.images}; it must be at least 1")
+    name = choose_datasets(names, list(config.datasets))[0]
+    storage = Storage(config.storage)
+    manifest = Manifest.load(config.datasets[name].shards, storage)
+    indices = spread_indices(manifest, args.images)
+    write_contact_sheet(manifest, indices, storage, args.output)
+    say(f"{args.output}: {len(indices)} of {manifest.num_samples} images of {name}")
+    return 0

@@ -1,0 +1,31 @@
+"""`m2f shard`: raw data sets to shards with a manifest."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+
+SUMMARY = "write raw data sets as shards; an interrupted job goes on where it was"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all that have a source")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be used")
+
+
+def run(args: argparse.Namespace) -> int:
+    """One data set after the other, in one Ray cluster."""
+    from cluster.progress import say
+    from cluster.recipe import load_recipe
+    from cluster.shard_job import run_shard_job
+    from data_pipeline.storage import Storage
+
+    names, overrides = split_overrides(args.words)
+    config = load_recipe(args.recipe, overrides)
+    with_source = [name for name, dataset in config.datasets.items() if dataset.source is not None]
+    storage = Storage(config.storage)
+    for name in choose_datasets(names, list(config.datasets)) if names else with_source:
+        say(run_shard_job(name, config.datasets[name], config.cluster, storage, args.skip_bad).summary())
+    return 0

@@ -1,0 +1,33 @@
+"""`m2f stats`: what a sharded data set holds, from its manifest alone."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+
+SUMMARY = "table of classes of sharded data sets: images, segments, pixels"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one table per data set."""
+    from cluster.progress import say
+    from cluster.recipe import load_recipe
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.stats import class_table, format_class_table
+    from data_pipeline.storage import Storage
+
+    names, overrides = split_overrides(args.words)
+    config = load_recipe(args.recipe, overrides)
+    storage = Storage(config.storage)
+    for name in choose_datasets(names, list(config.datasets)):
+        manifest = Manifest.load(config.datasets[name].shards, storage)
+        size = sum(shard.size for shard in manifest.shards) / 1e6
+        say(f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {size:,.1f} MB, {manifest.url}")
+        say(format_class_table(class_table(manifest)) + "\n")
+    return 0

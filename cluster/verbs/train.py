@@ -1,0 +1,43 @@
+"""`m2f train`: train a recipe; started again, it goes on from the last checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import add_recipe
+
+SUMMARY = "train a recipe; started again, it goes on from the last checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=("ray", "local"),
+        default="ray",
+        help="ray (default): supervised, with evaluations beside; local: plain processes on this machine",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 1 where the run failed."""
+    from cluster.progress import complain, say
+    from cluster.recipe import load_recipe
+
+    config = load_recipe(args.recipe, args.overrides)
+    if args.launcher == "local":
+        from cluster.launch_local import LaunchError
+        from cluster.train_local import train_locally
+
+        try:
+            train_locally(config)
+        except LaunchError as error:
+            complain(str(error))
+            return 1
+        return 0
+    from cluster.train_job import run_training
+
+    summary = run_training(config)
+    say(f"run {summary.status}: {summary.run_folder}")
+    return 1 if summary.status == "failed" else 0

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from cluster.cli import VERBS, main
+from cluster.progress import Progress, describe_pace, format_duration
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+
+RECIPE = """
+name: small
+output: {folder}/runs
+datasets:
+  train: {{shards: {folder}/shards, source: {{kind: synthetic, num_images: 6}}}}
+  absent: {{shards: {folder}/absent}}
+data:
+  train: [{{dataset: train}}]
+model:
+  backbone: {{name: resnet10t, norm: group, options: {{channels: [16, 16, 32, 32]}}}}
+  pixel_decoder: {{conv_dim: 32, mask_dim: 32, num_layers: 1, num_heads: 2, feedforward_dim: 32}}
+  transformer_decoder: {{num_queries: 8, num_layers: 1, hidden_dim: 32, num_heads: 2, feedforward_dim: 32}}
+  postprocess: {{object_threshold: 0.0, overlap_threshold: 0.0}}
+training: {{max_steps: 10}}
+evaluation: {{shortest_edge: 64, max_size: 96}}
+"""
+HEAVY = ("torch", "ray", "mlflow", "pyarrow", "boto3", "cv2", "numpy", "pydantic", "rich", "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe whose training set is sharded."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    dataset = DatasetConfig(shards=str(folder / "shards"), source=SyntheticSource(num_images=6))
+    write_dataset(open_reader(dataset.source), dataset, Storage())
+    return folder / "recipe.yaml"
+
+
+def run(capsys, *words):
+    status = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
+def test_help_needs_none_of_the_heavy_packages(words):
+    script = (
+        "import sys\nfrom cluster.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as end: assert end.code == 0\n"
+        f"heavy = [name for name in {HEAVY} if name in sys.modules]\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: m2f" in done.stdout
+
+
+def test_help_comes_within_a_second():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cluster.cli", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 1.0, times
+
+
+def test_the_overview_lists_every_verb(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(f"  {verb} " in out for verb in VERBS)
+    assert run(capsys)[0] == 2
+
+
+def test_an_unknown_verb_suggests_one(capsys):
+    assert run(capsys, "trian") == (2, "", "m2f: no such verb `trian`; did you mean `m2f train`?\n")
+    assert "verbs: demo, shard" in run(capsys, "xyz")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["config", "none.yaml"], "m2f config: none.yaml: cannot read the recipe"),
+        (["config"], "m2f config: no recipe given"),
+        (["config", "RECIPE", "training.max_step=1"], "did you mean `max_steps`?"),
+        (["config", "--explain", "trainin"], "did you mean `training`?"),
+        (["train", "RECIPE", "data.train.0.dataset=absent", "--launcher", "local"], "make the shards first"),
+        (["stats", "RECIPE", "other"], "no data set 'other' under `datasets` (known: train, absent)"),
+        (["stats", "RECIPE", "absent"], "dataset.json does not exist"),
+        (["preview", "RECIPE", "train", "absent"], "one data set per sheet"),
+        (["shard", "RECIPE", "absent"], "set datasets.absent.source"),
+        (["eval", "RECIPE"], "has no checkpoint; train first"),
+        (["eval", "RECIPE", "--checkpoint", "12"], "has no checkpoint; train first"),
+        (["predict", "RECIPE", "nowhere.jpg", "--output", "out"], "nowhere.jpg: no such image"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(capsys, recipe, words, expected):
+    status, _, err = run(capsys, *(recipe if word == "RECIPE" else word for word in words))
+    assert status == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_config_prints_a_recipe_that_loads_again(capsys, recipe, tmp_path):
+    _, first, _ = run(capsys, "config", recipe, "training.max_steps=7")
+    (tmp_path / "again.yaml").write_text(first)
+    assert run(capsys, "config", tmp_path / "again.yaml") == (0, first, "")
+
+
+def test_config_explains_without_a_recipe(capsys):
+    status, out, _ = run(capsys, "config", "--explain")
+    assert status == 0
+    assert out.startswith("## Recipe")
+    assert "kind: multi_step" in run(capsys, "config", "--explain", "training.schedule")[1]
+
+
+def test_options_and_overrides_may_come_in_any_order(capsys, recipe, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    status, out, _ = run(capsys, "preview", recipe, "--images", "2", "train", "--output", sheet, "seed=3")
+    assert (status, out) == (0, f"{sheet}: 2 of 6 images of train\n")
+    assert cv2.imread(str(sheet)).shape[2] == 3
+
+
+def test_stats_prints_the_classes(capsys, recipe):
+    status, out, _ = run(capsys, "stats", recipe, "train")
+    assert status == 0
+    assert out.startswith("train: 6 images in 1 shards")
+    assert "% pixels" in out
+
+
+def test_shard_of_a_finished_data_set_says_so(capsys, recipe):
+    status, out, _ = run(capsys, "shard", recipe)
+    assert status == 0
+    assert out.startswith("train: 6 samples in 1 shards")
+    assert "all there already" in out
+
+
+@pytest.fixture(scope="module")
+def weights(recipe):
+    """Random weights of the recipe's model."""
+    from cluster.compose import compose_job
+    from cluster.recipe import load_recipe
+    from model.mask2former import build_model
+    from model.weights import save_weights
+
+    path = recipe.parent / "weights.safetensors"
+    save_weights(build_model(compose_job(load_recipe(recipe)).model), path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(2):
+        cv2.imwrite(str(folder / f"{i}.jpg"), random.integers(0, 255, (40, 60 + i, 3), dtype=np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_predict_writes_pictures_and_files(capsys, recipe, weights, images, tmp_path, task):
+    from pycocotools import mask as coco_masks
+
+    out = tmp_path / "out"
+    status, text, _ = run(capsys, "predict", recipe, images, "--checkpoint", weights, "--output", out, "--task", task)
+    assert status == 0
+    assert text.startswith("2 of 2 images")
+    assert cv2.imread(str(out / "0.overlay.png")) is not None
+    categories = json.loads((out / "categories.json").read_text())
+    if task == "panoptic":
+        annotation = json.loads((out / "panoptic.json").read_text())["annotations"][1]
+        colors = cv2.imread(str(out / annotation["file_name"]))[..., ::-1].astype(np.int64)
+        ids, areas = np.unique(colors @ [1, 256, 65536], return_counts=True)
+        found = {i: a for i, a in zip(ids.tolist(), areas.tolist(), strict=True) if i}
+        assert found == {s["id"]: s["area"] for s in annotation["segments_info"]}
+        assert found
+    elif task == "instance":
+        entries = json.loads((out / "instances.json").read_text())
+        things = {c["id"] for c in categories if c["isthing"]}
+        assert {e["image_id"] for e in entries} == {1, 2}
+        assert {e["category_id"] for e in entries} <= things
+        assert coco_masks.decode(entries[-1]["segmentation"]).shape == (40, 61)
+    else:
+        labels = cv2.imread(str(out / "1.labels.png"), cv2.IMREAD_UNCHANGED)
+        assert labels.shape == (40, 61)
+        assert labels.max() < len(categories)
+
+
+def test_predict_goes_on_after_a_broken_image_and_says_so(capsys, recipe, weights, images, tmp_path):
+    (images / "broken.jpg").write_bytes((images / "0.jpg").read_bytes()[:300])
+    out = tmp_path / "out"
+    status, text, err = run(capsys, "predict", recipe, images, "--checkpoint", weights, "--output", out)
+    assert status == 1
+    assert "2 of 3 images" in text
+    assert "broken.jpg: the image cannot be read" in err
+
+
+def test_pace_and_durations_read_well():
+    assert format_duration(42) == "0:42"
+    assert format_duration(3 * 3600 + 7 * 60 + 9) == "3:07:09"
+    assert describe_pace(done=30, total=90, first=10, elapsed_s=10.0, unit="images") == "2.0 images/s, 0:30 left"
+    assert describe_pace(done=10, total=90, first=10, elapsed_s=10.0, unit="images") == "- images/s"
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    now = [0.0]
+    with Progress("sharding", 100, "images", interval_s=10, clock=lambda: now[0]) as progress:
+        for second in range(1, 26):
+            now[0] = float(second)
+            progress.advance(4)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "sharding: 40/100 images, 4.0 images/s, 0:15 left",
+        "sharding: 80/100 images, 4.0 images/s, 0:05 left",
+        "sharding: 100/100 images, 4.0 images/s, 0:00 left",
+    ]
