@@ -82,22 +82,45 @@ def _decode(entry: Mapping[str, Any], height: int, width: int, where: str) -> np
         case {"counts": counts, "size": [int(rle_height), int(rle_width)]}:
             if (rle_height, rle_width) != (height, width):
                 raise DataError(f"{name}: its RLE is {rle_width} x {rle_height}, the image {width} x {height}")
-            rle: Any = _uncompressed(counts, height, width, name) if isinstance(counts, list) else dict(segmentation)
+            rle = _checked_rle(counts, height, width, name)
         case [_, *_]:
             rle = _polygons(segmentation, height, width, name)
         case _:
             raise DataError(f"{name} has no usable `segmentation`: {str(segmentation)[:60]}")
+    return np.asarray(coco_mask.decode(rle))
+
+
+def _checked_rle(counts: Any, height: int, width: int, name: str) -> Any:
+    """An RLE for pycocotools, which itself trusts its input."""
     try:
-        return np.asarray(coco_mask.decode(rle))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{name}: its RLE is damaged ({error})") from error
-
-
-def _uncompressed(counts: list[Any], height: int, width: int, name: str) -> Any:
-    if not all(isinstance(c, int) and c >= 0 for c in counts) or sum(counts) != height * width:
+        runs = np.array(counts, np.int64) if isinstance(counts, list) else _decompress(counts)
+    except (AttributeError, ValueError, TypeError, OverflowError):
+        raise DataError(f"{name}: its RLE is damaged") from None
+    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
         raise DataError(f"{name}: the run lengths of its RLE do not add up to {width} x {height} pixels")
     rle: Any = {"counts": counts, "size": [height, width]}
-    return coco_mask.frPyObjects(rle, height, width)
+    return coco_mask.frPyObjects(rle, height, width) if isinstance(counts, list) else rle
+
+
+def _decompress(text: str) -> np.ndarray:
+    """Run lengths of a compressed RLE: 5 bits per character, later runs as differences to the run before last.
+
+    Raises ValueError where the text is not of this form.
+    """
+    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes & 32 == 0)
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or not ends.size or ends[-1] != codes.size - 1:
+        raise ValueError("not a compressed RLE")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # more than 35 bits
+        raise ValueError("a run is too long")
+    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((codes & 31) << shifts, starts)
+    runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)  # sign bit of the last character
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
 
 
 def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:

@@ -33,7 +33,10 @@ CATEGORIES = CategoryTable(
     )
 )
 _IDS = {category.name: category.id for category in CATEGORIES.categories}
-_JPEG_QUALITY = 95
+_JPEG_OPTIONS = (
+    *(cv2.IMWRITE_JPEG_QUALITY, 92),
+    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),  # thin coloured rims stay sharp
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class SyntheticReader:
 
     def size_hint(self, index: int) -> int:
         """What an image of this kind takes on average."""
-        return 24_000
+        return 32_000
 
     def subset(self, indices: Sequence[int]) -> Self:
         """A reader of only these images."""
@@ -152,7 +155,7 @@ def _segments(scene: Scene) -> tuple[Segment, ...]:
 
 
 def _encode_jpeg(image: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+    done, data = cv2.imencode(".jpg", image[..., ::-1], _JPEG_OPTIONS)
     assert done
     return data.tobytes()
 

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import struct
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.image_file import (
+    BrokenImageError,
+    decode_id_png,
+    decode_index_png,
+    decode_rgb,
+    encode_png,
+    frame_orientation,
+    read_header,
+)
+
+RANDOM = np.random.default_rng(0)
+PIXELS = cv2.resize(RANDOM.integers(0, 256, (6, 8, 3), dtype=np.uint8), (48, 32))
+
+
+def _saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+JPEG = _saved(Image.fromarray(PIXELS), "JPEG", quality=90)
+PNG = _saved(Image.fromarray(PIXELS), "PNG")
+
+
+def _with_orientation(orientation: int, order: str = "<") -> bytes:
+    mark = b"II" if order == "<" else b"MM"
+    directory = struct.pack(order + "HHHIHHI", 1, 0x0112, 3, 1, orientation, 0, 0)
+    exif = b"Exif\0\0" + mark + struct.pack(order + "HI", 42, 8) + directory
+    return JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + JPEG[2:]
+
+
+def test_headers():
+    cases = [
+        (JPEG, "jpg", "rgb"),
+        (_saved(Image.fromarray(PIXELS).convert("L"), "JPEG"), "jpg", "gray"),
+        (_saved(Image.fromarray(PIXELS).convert("CMYK"), "JPEG"), "jpg", "cmyk"),
+        (_saved(Image.fromarray(PIXELS), "JPEG", progressive=True), "jpg", "rgb"),
+        (PNG, "png", "rgb"),
+        (_saved(Image.fromarray(PIXELS).convert("RGBA"), "PNG"), "png", "rgba"),
+        (_saved(Image.fromarray(PIXELS).convert("L"), "PNG"), "png", "gray"),
+        (_saved(Image.fromarray(PIXELS).convert("LA"), "PNG"), "png", "gray_alpha"),
+        (_saved(Image.fromarray(PIXELS).convert("P"), "PNG"), "png", "palette"),
+    ]
+    for data, ext, mode in cases:
+        header = read_header(data)
+        assert (header.ext, header.mode) == (ext, mode)
+        assert (header.height, header.width, header.bit_depth, header.orientation) == (32, 48, 8, 1)
+        assert decode_rgb(data).shape == (32, 48, 3)
+
+
+def test_grey_and_cmyk_become_rgb():
+    for mode in ("L", "CMYK"):
+        data = _saved(Image.fromarray(PIXELS).convert(mode), "JPEG", quality=95)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.abs(decode_rgb(data).astype(int) - expected).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_exif_orientations_equal_opencvs(orientation, order):
+    data = _with_orientation(orientation, order)
+    assert read_header(data).orientation == orientation
+    turned = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # OpenCV applies EXIF by default
+    assert np.array_equal(decode_rgb(data, orientation), turned)
+    assert np.array_equal(decode_rgb(data), decode_rgb(JPEG))
+
+
+def test_senseless_exif_counts_as_none():
+    assert read_header(_with_orientation(99)).orientation == 1
+    broken = bytearray(_with_orientation(6))
+    broken[12:14] = b"XX"
+    assert read_header(bytes(broken)).orientation == 1
+
+
+def test_the_annotations_size_decides_about_the_rotation():
+    turned, mirrored = read_header(_with_orientation(6)), read_header(_with_orientation(3))
+    assert frame_orientation(turned, 48, 32) == 6
+    assert frame_orientation(turned, 32, 48) == 1
+    assert frame_orientation(mirrored, 32, 48) == 3
+    with pytest.raises(BrokenImageError, match=r"the image is 48 x 32 pixels, its annotation 47 x 32"):
+        frame_orientation(read_header(JPEG), 32, 47)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([JPEG, PNG]), st.floats(0, 1, exclude_max=True))
+def test_files_that_are_cut_off_never_pass(data, share):
+    with pytest.raises(BrokenImageError):
+        read_header(data[: int(len(data) * share)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=60), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"]))
+def test_garbage_never_raises_anything_else(garbage, start):
+    for call in (read_header, decode_rgb):
+        with pytest.raises(BrokenImageError):
+            call(start + garbage)
+
+
+def test_a_flipped_bit_in_a_png_is_found():
+    damaged = bytearray(PNG)
+    damaged[len(PNG) // 2] ^= 1
+    with pytest.raises(BrokenImageError, match="damaged"):
+        read_header(bytes(damaged))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_palette_pngs_give_their_indices(bits):
+    values = RANDOM.integers(0, 2**bits, (7, 11), dtype=np.uint8)
+    image = Image.fromarray(values).convert("P")
+    image.putdata(values.ravel().tolist())
+    image.putpalette(RANDOM.integers(0, 256, 768, dtype=np.uint8).tolist())
+    assert np.array_equal(decode_index_png(_saved(image, "PNG", bits=bits)), values)
+
+
+def test_label_maps_of_other_depths():
+    values = RANDOM.integers(0, 2, (5, 9), dtype=np.uint8)
+    assert np.array_equal(decode_index_png(_saved(Image.fromarray(values.astype(bool)), "PNG")), values)
+    deep = RANDOM.integers(0, 1 << 16, (5, 9), dtype=np.uint16)
+    assert np.array_equal(decode_index_png(encode_png(deep)), deep)
+    assert decode_index_png(encode_png(deep)).dtype == np.uint16
+    for wrong in (PNG, JPEG):
+        with pytest.raises(BrokenImageError, match="grey or palette PNG"):
+            decode_index_png(wrong)
+
+
+def test_panoptic_ids_use_all_three_channels():
+    ids = np.array([[0, 1, 255, 256], [65536, 0xFFFFFF, 258, 3937500]], np.uint32)
+    png = encode_png(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8))
+    assert np.array_equal(decode_id_png(png), ids)
+    with pytest.raises(BrokenImageError, match="must be a PNG"):
+        decode_id_png(JPEG)
+
+
+def test_pngs_are_written_the_same_way_every_time():
+    values = RANDOM.integers(0, 40, (30, 50), dtype=np.uint8)
+    assert encode_png(values) == encode_png(values.copy(order="F"))

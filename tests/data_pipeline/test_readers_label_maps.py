@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from data_pipeline.config import LabelMapSource
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import encode_png
+from data_pipeline.readers import open_reader, source_fingerprint
+
+CATEGORIES = [
+    {"label": 0, "name": "sky", "color": [1, 2, 3], "isthing": 0},
+    {"label": 4, "name": "car", "isthing": 1},
+    {"label": 7, "name": "nothing", "ignore": True},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images; the second lies in a folder of its own."""
+    for name in ("images/a.jpg", "images/sub/b.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(path.suffix, np.full((6, 8, 3), 90, np.uint8))[1].tobytes())
+    labels = np.zeros((6, 8), np.uint8)
+    labels[2:4, 3:7] = 4
+    labels[5] = 255
+    labels[0, 0] = 7
+    for name in ("labels/a.png", "labels/sub/b.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(labels))
+    (tmp_path / "classes.json").write_text(json.dumps(CATEGORIES))
+    return tmp_path
+
+
+def _source(folder):
+    return LabelMapSource(images=f"{folder}/images", labels=f"{folder}/labels", categories=f"{folder}/classes.json")
+
+
+def test_every_class_present_is_one_segment(folder):
+    reader = open_reader(_source(folder))
+    assert [(c.id, c.name, c.is_thing) for c in reader.categories.categories] == [(0, "sky", False), (4, "car", True)]
+    assert reader.keys[0] == "a"
+    assert reader.keys[1].startswith("sub-b-")
+    sample = reader.read(0)
+    assert (sample.image_id, sample.source, sample.height, sample.width) == (0, "images/a.jpg", 6, 8)
+    sky, car = sample.annotation.segments
+    assert (sky.id, sky.category_id, sky.area, sky.is_thing, sky.is_crowd, sky.map) == (1, 0, 31, False, False, "seg")
+    assert (car.id, car.category_id, car.area, car.bbox) == (2, 4, 8, (3, 2, 4, 2))
+    seg = sample.annotation.seg
+    assert (seg == 0).sum() == 9  # both kinds of void
+    assert (seg == 2).sum() == 8
+    assert sample.annotation.inst is None
+
+
+def test_image_ids_survive_subsets(folder):
+    reader = open_reader(_source(folder)).subset([1])
+    assert reader.read(0).image_id == 1
+    assert reader.source(0) == "images/sub/b.png"
+
+
+def test_the_fingerprint_follows_the_categories(folder):
+    before = source_fingerprint(_source(folder))
+    (folder / "classes.json").write_text(json.dumps(CATEGORIES[:1]))
+    assert source_fingerprint(_source(folder)) != before
+
+
+def test_unknown_values_are_listed(folder):
+    labels = np.zeros((6, 8), np.uint8)
+    labels[0, :3] = (9, 30, 31)
+    (folder / "labels/a.png").write_bytes(encode_png(labels))
+    with pytest.raises(DataError, match=r"labels/a.png: pixel values 9, 30, 31 are neither categories nor void"):
+        open_reader(_source(folder)).read(0)
+
+
+def test_files_without_a_partner(folder):
+    (folder / "labels/a.png").unlink()
+    with pytest.raises(DataError, match=r"1 files have no partner of the same stem.*: a$"):
+        open_reader(_source(folder))
+
+
+def test_two_images_with_one_stem(folder):
+    (folder / "images/a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a.jpg and a.png would have the same key"):
+        open_reader(_source(folder))
+
+
+def test_sizes_must_agree(folder):
+    (folder / "labels/a.png").write_bytes(encode_png(np.zeros((6, 9), np.uint8)))
+    with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, its annotation 9 x 6"):
+        open_reader(_source(folder)).read(0)
+
+
+def test_colour_label_maps_are_refused(folder):
+    (folder / "labels/a.png").write_bytes(encode_png(np.zeros((6, 8, 3), np.uint8)))
+    with pytest.raises(DataError, match=r"labels/a.png: a label map must be a grey or palette PNG"):
+        open_reader(_source(folder)).read(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", "is not a list"),
+        ('[{"name": "x", "isthing": 1}]', "entry 0 has no field 'label'"),
+        ('[{"label": 255, "name": "x", "isthing": 1}]', "defines no category beside void"),
+    ],
+)
+def test_faults_of_the_categories_file(folder, content, words):
+    (folder / "classes.json").write_text(content)
+    with pytest.raises(DataError, match=f"classes.json.*{words}"):
+        open_reader(_source(folder))
+
+
+def test_empty_and_missing_folders(folder):
+    for path in (folder / "images/a.jpg", folder / "images/sub/b.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"images holds no JPEG or PNG image; the data set is empty"):
+        open_reader(_source(folder))
+    with pytest.raises(DataError, match=r"nowhere/images does not exist or is no folder"):
+        open_reader(_source(folder / "nowhere"))

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from data_pipeline.config import CocoInstancesSource, SyntheticSource
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import decode_rgb
+from data_pipeline.readers import open_reader
+from data_pipeline.readers.scene import make_scene
+from data_pipeline.readers.shapes import SHAPES, TEXTURES
+from data_pipeline.readers.synthetic import CATEGORIES, write_synthetic_coco
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [make_scene(0, index) for index in range(120)]
+
+
+def test_a_scene_depends_on_seed_and_index_alone(scenes):
+    again = make_scene(0, 5)
+    assert np.array_equal(again.image, scenes[5].image)
+    assert np.array_equal(again.seg, scenes[5].seg)
+    others = [make_scene(1, 5), make_scene(5, 0), scenes[6]]
+    assert not any(other.image.shape == again.image.shape and (other.image == again.image).all() for other in others)
+
+
+def test_scenes_are_as_hard_as_promised(scenes):
+    objects = [
+        (hidden, diameter)
+        for scene in scenes
+        for name, hidden, diameter in zip(scene.names, scene.hidden, scene.diameters, strict=True)
+        if name in SHAPES
+    ]
+    counts = [sum(name in SHAPES for name in scene.names) for scene in scenes]
+    assert min(counts) >= 3  # a crowded image may lack room for one
+    assert max(counts) == 12
+    assert np.mean([hidden > 0.1 for hidden, _ in objects]) > 0.3
+    assert 0.2 < np.mean([diameter < 12 for _, diameter in objects]) < 0.3
+    assert {name for scene in scenes for name in scene.names} == {*SHAPES, *TEXTURES}
+    for scene in scenes:
+        assert all(128 <= side <= 192 for side in scene.seg.shape)
+        assert np.array_equal(np.unique(scene.seg), np.arange(1, len(scene.names) + 1))
+
+
+def test_colours_say_nothing_about_the_class(scenes):
+    """The mean colour of every class is the same grey, within what chance leaves."""
+    means = {name: [] for name in CATEGORIES_BY_NAME}
+    for scene in scenes:
+        for local_id, name in enumerate(scene.names, start=1):
+            means[name].append(scene.image[scene.seg == local_id].mean(axis=0))
+    centers = np.array([np.mean(values, axis=0) for values in means.values()])
+    assert np.abs(centers - centers.mean(axis=0)).max() < 25
+
+
+CATEGORIES_BY_NAME = {category.name: category.id for category in CATEGORIES.categories}
+
+
+def _mean_colours(train):
+    """[classes, 3] mean over all pixels of a class."""
+    pixels = {name: [] for name in CATEGORIES_BY_NAME}
+    for scene in train:
+        for local_id, name in enumerate(scene.names, start=1):
+            pixels[name].append(scene.image[scene.seg == local_id])
+    return np.array([np.concatenate(values).mean(axis=0) for values in pixels.values()])
+
+
+def _colour_baseline(centers, scene):
+    """Nearest mean colour per pixel; connected components of shapes are objects. Returns (class, mask) pairs."""
+    nearest = np.linalg.norm(scene.image[:, :, None].astype(float) - centers, axis=-1).argmin(axis=-1)
+    predictions = []
+    for label, name in enumerate(CATEGORIES_BY_NAME):
+        mask = (nearest == label).astype(np.uint8)
+        if name in TEXTURES:
+            predictions += [(name, mask > 0)] if mask.any() else []
+        else:
+            count, components = cv2.connectedComponents(mask, connectivity=8)
+            sizes = np.bincount(components.ravel())
+            predictions += [(name, components == c) for c in range(1, count) if sizes[c] >= 25]
+    return predictions
+
+
+def _panoptic_quality(pairs):
+    """Plain PQ averaged over classes: sum of matched IoUs / (TP + FP / 2 + FN / 2)."""
+    tally = {name: [0.0, 0, 0, 0] for name in CATEGORIES_BY_NAME}
+    for scene, predictions in pairs:
+        matched = set()
+        for name, mask in predictions:
+            best = None
+            for local_id in np.unique(scene.seg[mask]):
+                truth = scene.seg == local_id
+                iou = (truth & mask).sum() / (truth | mask).sum()
+                if iou > 0.5 and scene.names[local_id - 1] == name:
+                    best = (local_id, iou)
+            if best:
+                matched.add(best[0])
+                tally[name][0] += best[1]
+                tally[name][1] += 1
+            else:
+                tally[name][2] += 1
+        for local_id, name in enumerate(scene.names, start=1):
+            tally[name][3] += local_id not in matched
+    return np.mean([iou / max(tp + 0.5 * fp + 0.5 * fn, 1) for iou, tp, fp, fn in tally.values()])
+
+
+def test_a_colour_baseline_fails(scenes):
+    train, held_out = scenes[:80], scenes[80:92]
+    centers = _mean_colours(train)
+    quality = _panoptic_quality([(scene, _colour_baseline(centers, scene)) for scene in held_out])
+    perfect = _panoptic_quality(
+        [(s, [(name, s.seg == i) for i, name in enumerate(s.names, start=1)]) for s in held_out]
+    )
+    assert perfect == 1.0
+    assert quality < 0.25
+
+
+def test_coco_files_hold_the_same_samples(tmp_path):
+    config = SyntheticSource(num_images=6, seed=3, image_id_start=100)
+    source = write_synthetic_coco(tmp_path, config)
+    in_memory, from_files = open_reader(config), open_reader(source)
+    assert tuple(from_files.keys) == tuple(in_memory.keys)
+    assert from_files.categories == in_memory.categories
+    for index in range(6):
+        ours, theirs = in_memory.read(index), from_files.read(index)
+        assert np.array_equal(ours.annotation.seg, theirs.annotation.seg)
+        assert np.array_equal(ours.annotation.inst, theirs.annotation.inst)
+        assert ours.annotation.segments == theirs.annotation.segments
+        fields = ("key", "image_id", "source", "image", "image_ext", "height", "width")
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in fields)
+    instances = open_reader(CocoInstancesSource(images=source.images, instances_json=source.instances_json))
+    assert instances.read(2).annotation.inst is not None
+
+
+def test_coco_files_are_genuine(tmp_path):
+    source = write_synthetic_coco(tmp_path, SyntheticSource(num_images=3))
+    official = COCO(source.instances_json)
+    assert len(official.getImgIds()) == 3
+    for annotation in official.anns.values():
+        mask = official.annToMask(annotation)
+        assert mask.sum() == annotation["area"]
+        ys, xs = np.nonzero(mask)
+        assert annotation["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+    panoptic = json.loads((tmp_path / "panoptic.json").read_text())
+    assert all(len({s["id"] for s in a["segments_info"]}) == len(a["segments_info"]) for a in panoptic["annotations"])
+    assert max(s["id"] for a in panoptic["annotations"] for s in a["segments_info"]) > 255
+
+
+def test_the_reader_is_picklable_and_cuts_subsets():
+    reader = open_reader(SyntheticSource(num_images=1000, seed=4))
+    part = pickle.loads(pickle.dumps(reader.subset([7, 900])))
+    sample = part.read(1)
+    assert part.keys == ("synthetic-4-000007", "synthetic-4-000900")
+    assert sample.image == reader.read(900).image
+    assert sample.image_id == 901
+    decoded = decode_rgb(sample.image)
+    assert np.abs(decoded.astype(int) - make_scene(4, 900).image).mean() < 6
+    assert reader.size_hint(0) == pytest.approx(np.mean([len(reader.read(i).image) for i in range(5)]), rel=0.5)
+
+
+def test_settings_that_make_no_set():
+    with pytest.raises(DataError, match="num_images is 0"):
+        open_reader(SyntheticSource(num_images=0))
+    with pytest.raises(DataError, match="seed is -1"):
+        open_reader(SyntheticSource(seed=-1))
