@@ -153,8 +153,8 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
     source = id_maps[:, rows.start : rows.stop]
     ids = np.take(np.take(source, column_index, axis=2), row_index - rows.start, axis=1)
     return Augmented(
-        image=_pad(crop, (*params.canvas, 3), PADDING_GREY),
-        id_maps=np.stack([_pad(layer, params.canvas, ignore) for layer in ids]),
+        image=_pad(crop, params.canvas, PADDING_GREY, axis=0),
+        id_maps=_pad(ids, params.canvas, ignore, axis=1),
         size=(rows.length, columns.length),
     )
 
@@ -197,11 +197,13 @@ def _hsv_channel(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarr
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
-def _pad(array: np.ndarray, shape: tuple[int, ...], value: int) -> np.ndarray:
-    if array.shape == shape:
+def _pad(array: np.ndarray, canvas: tuple[int, int], value: int, axis: int) -> np.ndarray:
+    """Fill up the two axes from `axis` on at their ends."""
+    height, width = array.shape[axis : axis + 2]
+    if (height, width) == canvas:
         return array
-    padded = np.full(shape, value, dtype=array.dtype)
-    padded[: array.shape[0], : array.shape[1]] = array
+    padded = np.full((*array.shape[:axis], *canvas, *array.shape[axis + 2 :]), value, dtype=array.dtype)
+    padded[(slice(None),) * axis + (slice(height), slice(width))] = array
     return padded
 
 

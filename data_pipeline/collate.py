@@ -117,7 +117,7 @@ def make_example(sample: DecodedSample, dataset: int, position: int, recipe: Tra
     augmented = augment(sample.image, targets.id_maps, params, targets.ignore)
     targets, dropped = replace(targets, id_maps=augmented.id_maps), 0
     if recipe.drop_empty_targets:
-        targets, dropped = drop_empty(targets)
+        targets, dropped = drop_empty(targets, augmented.size)
     return Example(sample.key, dataset, position, augmented.image, targets, augmented.size, dropped)
 
 

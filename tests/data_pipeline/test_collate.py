@@ -131,7 +131,7 @@ def test_a_missing_map_and_an_unknown_category_are_named(panoptic):
 def test_targets_without_pixels_are_dropped_and_counted(panoptic):
     targets = image_targets(panoptic, "panoptic", TABLE.labels("panoptic"))
     targets.id_maps[targets.id_maps == 2] = 0
-    left, dropped = drop_empty(targets)
+    left, dropped = drop_empty(targets, (16, 24))
     assert dropped == 1
     assert left.labels.tolist() == [0, 1, 2]
     assert left.local_id.tolist() == [1, 3, 4]
