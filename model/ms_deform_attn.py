@@ -50,10 +50,10 @@ def ms_deform_attn_embedding_bag(value: Tensor, shapes: Shapes, locations: Tenso
     batch, pixels, heads, dim = value.shape
     queries = locations.shape[1]
     rows, row_weights = _bilinear_corners(shapes, locations, weights)
-    # Row of the table [B * S * G, D] = ((image * S) + pixel) * G + head.
-    first = torch.arange(batch * heads, dtype=torch.int32, device=value.device).view(batch, 1, heads, 1)
-    first = first + first.div(heads, rounding_mode="floor") * ((pixels - 1) * heads)
-    rows = torch.stack([row * heads + first for row in rows], dim=-2)
+    # Row of the table [B * S * G, D] = (image * S + pixel) * G + head.
+    image = torch.arange(batch, dtype=torch.int32).view(batch, 1, 1, 1) * (pixels * heads)
+    head = torch.arange(heads, dtype=torch.int32).view(1, 1, heads, 1)
+    rows = torch.stack([row * heads + (image + head) for row in rows], dim=-2)
     table = value.reshape(-1, dim).to(locations.dtype)
     bags = batch * queries * heads
     output = WeightedRowSum.apply(table, rows.view(bags, -1), torch.stack(row_weights, dim=-2).view(bags, -1))

@@ -169,6 +169,22 @@ def test_bfloat16_trains_and_is_finite(mode):
     assert all(tensor.isfinite().all() for tensor in predictions)
 
 
+def test_the_exported_graph_gives_the_same_predictions_without_embedding_bag():
+    torch.manual_seed(0)
+    decoder = dataclasses.replace(TINY.transformer_decoder, num_layers=3)
+    encoder = dataclasses.replace(TINY.pixel_decoder, num_layers=1)
+    model = build_model(dataclasses.replace(TINY, transformer_decoder=decoder, pixel_decoder=encoder)).eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,))
+        exported, eager = program.module()(images), model(images)
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert "aten.grid_sampler.default" in operators
+    assert not any("embedding_bag" in operator for operator in operators)
+    for actual, expected in zip(exported, eager, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_parameter_counts_are_those_of_the_paper():
     model = build_model(ModelConfig(num_classes=133))
     millions = {
