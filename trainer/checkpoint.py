@@ -41,8 +41,8 @@ _POLL_S = (0.05, 2.0)  # first and longest pause between looks for the other ran
 class CheckpointSaver:
     """Saves checkpoints of one run; one is uploaded at a time.
 
-    `save` and `finish` are collectives. An upload that fails stops the run: its error comes
-    out of the next `newest_commit`, `save` or `finish`.
+    `save` and `finish` are collectives. An upload that fails stops the run: its error comes out of the next
+    `newest_commit` or `finish`.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class CheckpointSaver:
         return self._committed
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Write the files of this rank to local disk and start their upload; waits for the previous one first.
+        """Write the files of this rank to local disk and start their upload; call `finish` first.
 
         Nothing happens where the same step was saved or restored last.
         """
         if state.step == self._saved_step:
             return
-        self._wait_together()
+        assert self._upload is None, "the previous upload is not finished"
         url = checkpoint_url(self._run_folder, state.step)
         if self._ranks.is_first:
             self._storage.delete_prefix(url)  # what an interrupted or damaged save left there
@@ -104,14 +104,11 @@ class CheckpointSaver:
         self._committed = checkpoint
 
     def finish(self) -> CommittedCheckpoint | None:
-        """Wait until the last checkpoint is committed, and return it on every rank."""
-        self._wait_together()
-        return self._ranks.broadcast(self._committed)
-
-    def _wait_together(self) -> None:
+        """Wait until the last saved checkpoint is committed, and return it on every rank; None where there is none."""
         error = self._upload.exception() if self._upload is not None else None
         self._ranks.check(error)
         self._upload = None
+        return self._ranks.broadcast(self._committed)
 
     def _publish(self, folder: Path, url: str, state: TrainState) -> None:
         try:

@@ -61,7 +61,7 @@ class _Loop:
             if state.step % training.log_every_steps == 0:
                 self._report_metrics(state, losses, result.grad_norm)
             if state.step % training.checkpoint.every_steps == 0:
-                self._run.saver.save(engine, state)
+                self._save(state)
         return self._end("finished", state)
 
     def _next_step(self) -> tuple[StepBatches, StepFacts]:
@@ -74,8 +74,8 @@ class _Loop:
             error = caught
         facts = self._run.ranks.exchange(mine, error)
         assert batches is not None
-        step = int(facts.committed)
-        if step > max(self._announced, 0):
+        if facts.committed:
+            step = int(facts.committed)
             self._announce(CommittedCheckpoint(step, checkpoint_url(self._run.job.run_folder, step)))
         return batches, facts
 
@@ -133,17 +133,22 @@ class _Loop:
             )
 
     def _end(self, kind: EventKind, state: TrainState) -> TrainState:
-        self._run.saver.save(self._run.engine, state)
+        self._save(state)
         commit = self._run.saver.finish()
         assert commit is not None
-        if commit.step > self._announced:
-            self._announce(commit)
+        self._announce(commit)
         self._event(kind, state.step, f"checkpoint {commit.url}")
         return state
 
-    def _announce(self, commit: CommittedCheckpoint) -> None:
-        self._announced = commit.step
-        self._reporter.checkpoint(commit)
+    def _save(self, state: TrainState) -> None:
+        self._announce(self._run.saver.finish())  # every commit is heard of, also where the next one follows at once
+        self._run.saver.save(self._run.engine, state)
+
+    def _announce(self, commit: CommittedCheckpoint | None) -> None:
+        """Tell the reporter of a commit, once."""
+        if commit is not None and commit.step > self._announced:
+            self._announced = commit.step
+            self._reporter.checkpoint(commit)
 
     def _event(self, kind: EventKind, step: int, message: str) -> None:
         if self._run.ranks.is_first:

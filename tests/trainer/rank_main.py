@@ -9,10 +9,16 @@ import json
 import os
 import signal
 import sys
-import time
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from math import nan
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from engine_ranks import agreement
+
+import trainer.module
 from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
 from model.config import (
     LossConfig,
@@ -21,8 +27,10 @@ from model.config import (
     TimmBackboneConfig,
     TransformerDecoderConfig,
 )
+from model.errors import UserError
 from trainer.config import CheckpointConfig, OptimizerConfig, PolySchedule, TrainingConfig, ZeroConfig
 from trainer.job import ManualControl, TrainJob
+from trainer.worker import process_group, run_worker
 
 MODEL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (8, 16, 24, 32)}),
@@ -76,3 +84,130 @@ class Recorder:
 
     def event(self, kind, step, message):
         self.events.append((kind, step, message))
+
+
+@dataclass
+class DieAfterFirstCheckpoint(Recorder):
+    """Kills this process when it hears of a commit."""
+
+    def checkpoint(self, checkpoint):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def engine_agreement(folder: Path) -> dict:
+    return agreement(lambda **training: make_job(folder / "none", "none", **training))
+
+
+def uninterrupted(folder: Path) -> dict:
+    return _train(make_job(folder / "uninterrupted", str(folder / "shards")))
+
+
+def killed(folder: Path) -> dict:
+    reporter = DieAfterFirstCheckpoint() if os.environ["RANK"] == "1" else Recorder()
+    return _train(make_job(folder / "killed", str(folder / "shards")), reporter)
+
+
+def resumed(folder: Path) -> dict:
+    return _train(make_job(folder / "killed", str(folder / "shards")))
+
+
+def drained_then_damaged(folder: Path) -> dict:
+    """A drain before the fifth step, then a start that finds the newest checkpoint cut off."""
+    job = make_job(folder / "drained", str(folder / "shards"))
+    drained = _train(job, control=DrainAt(polls=5))
+    if os.environ["RANK"] == "0":
+        states = next((folder / "drained/checkpoints/step_00000004/engine").glob("*optim_states.pt"))
+        states.write_bytes(states.read_bytes()[:-1])
+    dist.barrier()
+    return {"drained": drained, "resumed": _train(job)}
+
+
+def poisoned(folder: Path) -> dict:
+    """The image at position 9 of the order (third step) makes the features non-finite."""
+    shards = str(folder / "shards")
+    stages = {
+        f"stage{stage}": make_job(folder / f"poisoned{stage}", shards, max_steps=3, zero=ZeroConfig(stage=stage))
+        for stage in (0, 1, 3)
+    }
+    given_up = make_job(folder / "given_up", shards, max_steps=3, max_skipped_steps=0)
+    with poisoned_position(9):
+        return {name: _train(job) for name, job in stages.items()} | {"given_up": _train(given_up)}
+
+
+def resumed_in_stages(folder: Path) -> dict:
+    """Three steps at once, and as one and two with a stop between, in the stages that `killed` does not use."""
+    seen = {}
+    for stage in (0, 2, 3):
+        settings = {"max_steps": 3, "zero": ZeroConfig(stage=stage, param_persistence_threshold=0)}
+        whole, parts = (make_job(folder / f"{name}{stage}", str(folder / "shards"), **settings) for name in "wp")
+        stopped = _train(parts, control=StopAt(polls=2))
+        seen[f"stage{stage}"] = {"whole": _train(whole), "stopped": stopped, "resumed": _train(parts)}
+    return seen
+
+
+def unreadable(folder: Path) -> dict:
+    """A shard whose bytes changed after it was written: only the rank that meets the sample notices."""
+    return _train(make_job(folder / "unreadable", str(folder / "damaged_shards")))
+
+
+def misfits(folder: Path) -> dict:
+    """Resuming `uninterrupted` with settings that do not fit its checkpoints."""
+    job = make_job(folder / "uninterrupted", str(folder / "shards"))
+    return {
+        "seed": _train(replace(job, seed=4)),
+        "stage": _train(make_job(folder / "uninterrupted", job.shards[0], zero=ZeroConfig(stage=2))),
+    }
+
+
+@dataclass
+class DrainAt(ManualControl):
+    polls: int = 0
+
+    def drain_requested(self) -> bool:
+        self.polls -= 1
+        return self.polls <= 0
+
+
+@dataclass
+class StopAt(ManualControl):
+    polls: int = 0
+
+    def stop_requested(self) -> bool:
+        self.polls -= 1
+        return self.polls <= 0
+
+
+@contextmanager
+def poisoned_position(position: int):
+    real = trainer.module.compute_losses
+
+    def poisoned(predictions, targets, *rest):
+        bad = (targets.position == position)[:, None, None, None]
+        return real(predictions._replace(mask_features=predictions.mask_features.masked_fill(bad, nan)), targets, *rest)
+
+    trainer.module.compute_losses = poisoned
+    try:
+        yield
+    finally:
+        trainer.module.compute_losses = real
+
+
+def _train(job: TrainJob, reporter: Recorder | None = None, control: ManualControl | None = None) -> dict:
+    reporter = reporter or Recorder()
+    try:
+        state = run_worker(job, reporter, control)
+    except UserError as error:
+        return {**asdict(reporter), "error": f"{type(error).__name__}: {error}"}
+    return {**asdict(reporter), "state": asdict(state)}
+
+
+def main() -> None:
+    scenarios, folder = sys.argv[1].split(","), Path(sys.argv[2])
+    with process_group(torch.device("cpu"), 60.0):
+        for name in scenarios:
+            seen = globals()[name](folder)
+            (folder / f"{name}.rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Starts the ranks of a test as processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Runs scenarios of `rank_main.py` with two ranks and reads what they saw."""
+
+    folder: Path
+
+    def run(self, scenarios):
+        """Exit codes and outputs of the ranks."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), scenarios, str(self.folder)]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+        processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(REPOSITORY)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        try:
+            outputs = [process.communicate(timeout=200)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [process.returncode for process in processes], outputs
+
+    def run_well(self, scenarios):
+        """Both ranks must end without an error."""
+        codes, outputs = self.run(scenarios)
+        assert codes == [0, 0], "\n".join(outputs)
+
+    def seen(self, scenario, rank=0):
+        return json.loads((self.folder / f"{scenario}.rank_{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    return Launcher(tmp_path_factory.mktemp("ranks"))

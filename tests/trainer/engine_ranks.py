@@ -1,0 +1,152 @@
+"""The scenario of test_engine.py: three steps on four images, once per configuration, and once in plain torch.
+
+Not a test module; `rank_main.py` runs it on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.collate import Batch
+from data_pipeline.order import step_plan
+from model.criterion import Normalizers, count_normalizers
+from model.mask2former import build_model
+from model.structures import Targets
+from trainer.config import TrainingConfig, ZeroConfig
+from trainer.control import Ranks
+from trainer.engine import Engine
+from trainer.metrics import summed_losses
+from trainer.module import TrainingModule
+from trainer.param_groups import build_param_groups
+
+STEPS, GLOBAL_BATCH = 3, 4
+
+
+def make_images(model_config, positions) -> Batch:
+    """Images of these positions; the odd ones, which are all on rank 1 of 2, have no objects. None is a filler."""
+    made = [_image(position) for position in positions]
+    stack = {name: torch.stack([image[name] for image in made]) for name in made[0]}
+    return Batch(
+        images=stack["pixels"],
+        targets=Targets(
+            id_maps=stack["id_map"][:, None],
+            labels=stack["labels"] % model_config.num_classes,
+            layer=torch.zeros(len(made), 3, dtype=torch.int64),
+            local_id=torch.arange(1, 4).repeat(len(made), 1),
+            valid=stack["valid"],
+            weight=stack["weight"],
+            dataset=torch.zeros(len(made), dtype=torch.int64),
+            position=stack["position"],
+        ),
+        keys=tuple(str(position) for position in positions),
+        sizes=torch.full((len(made), 2), 64),
+        dropped_targets=0,
+    )
+
+
+def _image(position) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(position or 0)
+    id_map = torch.zeros(64, 64, dtype=torch.uint8)
+    with_objects = position is not None and position % 2 == 0
+    if with_objects:
+        for local_id, corner in enumerate(torch.randint(0, 40, (3, 2), generator=generator).tolist(), start=1):
+            id_map[corner[0] : corner[0] + 24, corner[1] : corner[1] + 24] = local_id
+    return {
+        "pixels": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator),
+        "id_map": id_map,
+        "labels": torch.randint(0, 10, (3,), generator=generator),
+        "valid": torch.full((3,), with_objects),
+        "weight": torch.tensor(0.0 if position is None else 1.0),
+        "position": torch.tensor(-1 if position is None else position),
+    }
+
+
+def fresh_module(job, precision="fp32") -> TrainingModule:
+    torch.manual_seed(0)
+    return TrainingModule(build_model(job.model, pretrained_backbone=False), job.model, job.seed, precision)
+
+
+def normalizers_of(job, batches, ranks=None) -> Normalizers:
+    queries = job.model.transformer_decoder.num_queries
+    counts = [torch.stack(count_normalizers(batch.targets, queries, job.model.loss)).double() for batch in batches]
+    total = torch.stack(counts).sum(0)
+    return Normalizers(*(total if ranks is None else ranks.sum(total)).float().unbind())
+
+
+def plain_torch(job) -> dict:
+    """One rank, one batch per step, no DeepSpeed: what every configuration must reproduce."""
+    config = job.training.optimizer
+    module = fresh_module(job)
+    optimizer = torch.optim.AdamW(build_param_groups(module, config), betas=config.betas, eps=config.eps)
+    seen = {"losses": [], "norms": [], "gradients": None}
+    for step in range(STEPS):
+        batch = make_images(job.model, range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
+        losses = module(batch, normalizers_of(job, [batch]))
+        losses.total.backward()
+        if step == 0:
+            seen["gradients"] = {name: p.grad.clone() for name, p in module.model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen["losses"].append(float(losses.total))
+        seen["norms"].append(float(norm))
+    return {**seen, "weights": module.model.state_dict()}
+
+
+def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) -> dict:
+    """The same steps through DeepSpeed, with the largest differences from plain torch."""
+    engine = Engine(fresh_module(job, training.precision), training, torch.device("cpu"))
+    seen = {"losses": [], "norms": [], "applied": []}
+    for step in range(STEPS):
+        plan = step_plan(step, GLOBAL_BATCH, ranks.rank, ranks.world_size, training.micro_batch)
+        batches = [make_images(job.model, positions) for positions in plan]
+        normalizers = normalizers_of(job, batches, ranks)
+        losses = [engine.accumulate(batch, normalizers) for batch in batches]
+        if step == 0 and training.zero.stage == 0:
+            seen["gradient_error"] = max(
+                float((p.grad - reference["gradients"][name]).abs().max() / (reference["norms"][0]))
+                for name, p in engine.module.model.named_parameters()
+            )
+        result = engine.finish_step()
+        seen["losses"].append(summed_losses(losses, ranks)["loss/total"])
+        seen["norms"].append(result.grad_norm)
+        seen["applied"].append(result.applied)
+    weights = engine.weights()
+    if ranks.is_first:
+        assert set(weights) == set(reference["weights"])
+        seen["weight_error"] = max(
+            float((weights[name] - value).abs().max()) for name, value in reference["weights"].items()
+        )
+    return seen
+
+
+def agreement(make_job) -> dict:
+    """All configurations. `make_job(**training)` gives a job with these training settings."""
+    job = make_job(global_batch=GLOBAL_BATCH)
+    ranks = Ranks(60.0)
+    reference = plain_torch(job)
+    base = {"global_batch": GLOBAL_BATCH, "micro_batch": 2}
+    small = {"reduce_bucket_size": 1000, "param_persistence_threshold": 0}
+    cases = {
+        "stage0": base | {"zero": ZeroConfig(stage=0)},
+        "stage1": base | {"zero": ZeroConfig(stage=1)},
+        "stage2": base | {"zero": ZeroConfig(stage=2)},
+        "stage3": base | {"zero": ZeroConfig(stage=3, param_persistence_threshold=0)},
+        "stage1_small_buckets": base | {"zero": ZeroConfig(stage=1, overlap_comm=False, **small)},
+        "stage2_small_buckets": base | {"zero": ZeroConfig(stage=2, overlap_comm=False, **small)},
+        "stage3_small_buckets": base | {"zero": ZeroConfig(stage=3, overlap_comm=False, **small)},
+        "stage1_accumulated": base | {"zero": ZeroConfig(stage=1), "micro_batch": 1},
+        "stage2_accumulated": base | {"zero": ZeroConfig(stage=2), "micro_batch": 1},
+        "stage3_accumulated": base | {"zero": ZeroConfig(stage=3, param_persistence_threshold=0), "micro_batch": 1},
+        "stage0_accumulated": base | {"zero": ZeroConfig(stage=0), "micro_batch": 1},
+        "stage1_bf16": base | {"precision": "bf16_autocast"},
+        "stage3_bf16": base | {"precision": "bf16_autocast", "zero": ZeroConfig(stage=3, **small)},
+    }
+    seen = {name: with_engine(job, make_job(**case).training, reference, ranks) for name, case in cases.items()}
+    dist.barrier()
+    assert all(math.isfinite(loss) for loss in reference["losses"])
+    return {"plain": {name: reference[name] for name in ("losses", "norms")}, **seen}

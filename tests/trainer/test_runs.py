@@ -1,0 +1,123 @@
+"""Whole runs of two ranks (gloo, no Ray): what is lost when something goes wrong, and what is said about it."""
+
+import math
+import shutil
+
+import pytest
+
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def with_data(launcher):
+    root = launcher.folder
+    source = SyntheticSource(num_images=12, seed=1)
+    write_dataset(open_reader(source), DatasetConfig(shards=str(root / "shards"), source=source), Storage())
+    shutil.copytree(root / "shards", root / "damaged_shards")
+    tar = next((root / "damaged_shards").rglob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    tar.write_bytes(content)
+    return launcher
+
+
+@pytest.fixture(scope="module")
+def whole_runs(with_data):
+    """Scenarios that share one process group, to pay for imports once."""
+    with_data.run_well("uninterrupted,drained_then_damaged,poisoned,resumed_in_stages,unreadable,misfits")
+    return with_data
+
+
+@pytest.fixture(scope="module")
+def after_kill(with_data):
+    codes, outputs = with_data.run("killed")
+    assert codes[1] == -9, outputs[1]
+    assert codes[0] not in (0, -9), outputs[0]
+    with_data.run_well("resumed")
+    return with_data
+
+
+def test_a_run_reports_every_step_and_commits_its_checkpoints(whole_runs):
+    run = whole_runs.seen("uninterrupted")
+    assert list(run["losses"]) == [str(step) for step in range(1, 9)]
+    assert run["state"]["step"] == 8
+    assert run["state"]["position"] == 32
+    assert run["checkpoints"] == whole_runs.seen("uninterrupted", rank=1)["checkpoints"] == [3, 6, 8]
+    kept = sorted(
+        path.parent.name for path in (whole_runs.folder / "uninterrupted/checkpoints").glob("*/manifest.json")
+    )
+    assert kept == ["step_00000006", "step_00000008"]
+
+
+def test_a_killed_rank_costs_nothing_but_time(whole_runs, after_kill):
+    resumed = after_kill.seen("resumed")
+    assert resumed["events"][0][:2] == ["resumed", 3]
+    expected = whole_runs.seen("uninterrupted")["losses"]
+    assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
+
+
+def test_a_drain_takes_a_checkpoint_and_a_damaged_one_is_passed_over(whole_runs):
+    both = whole_runs.seen("drained_then_damaged")
+    assert both["drained"]["state"]["step"] == 4
+    assert both["drained"]["checkpoints"] == [3, 4]
+    assert both["drained"]["events"][-1][0] == "drained"
+    resumed = both["resumed"]
+    assert [event[:2] for event in resumed["events"]] == [["damaged", 4], ["resumed", 3], ["finished", 8]]
+    assert "optim_states.pt" in resumed["events"][0][2]
+    expected = whole_runs.seen("uninterrupted")["losses"]
+    assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_with_a_poisoned_image_is_skipped_and_the_image_named(whole_runs, stage):
+    survived = whole_runs.seen("poisoned")[f"stage{stage}"]
+    kind, step, message = survived["events"][0]
+    assert (kind, step) == ("skipped", 2)
+    assert "positions 8 to 11" in message
+    assert message.count("is not finite") == 1
+    assert "," not in skipped_keys(message)
+    assert survived["state"]["step"] == 3
+    assert survived["state"]["position"] == 16
+    assert survived["state"]["skipped_total"] == 1
+    assert all(math.isfinite(loss) for loss in survived["losses"].values())
+    assert survived["losses"]["3"] == pytest.approx(whole_runs.seen("poisoned")["stage1"]["losses"]["3"], rel=1e-4)
+
+
+def test_too_many_skipped_steps_stop_all_ranks(whole_runs):
+    for rank in (0, 1):
+        runs = whole_runs.seen("poisoned", rank)
+        assert "max_skipped_steps" in runs["given_up"]["error"]
+        assert skipped_keys(whole_runs.seen("poisoned")["stage1"]["events"][0][2]) in runs["given_up"]["error"]
+
+
+def skipped_keys(message):
+    return message.split("the loss of ")[1].split(" is not finite")[0]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_stopping_and_resuming_changes_no_bit(whole_runs, stage):
+    runs = whole_runs.seen("resumed_in_stages")[f"stage{stage}"]
+    assert runs["stopped"]["state"]["step"] == 1
+    assert runs["stopped"]["events"][-1][0] == "stopped"
+    assert runs["resumed"]["checkpoints"] == [1, 3]
+    assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == runs["whole"]["losses"]
+
+
+def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):
+    errors = [whole_runs.seen("unreadable", rank)["error"] for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert "training stops on all ranks: rank " in errors[0]
+    assert "DataError" in errors[0]
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole_runs):
+    for rank in (0, 1):
+        errors = {name: run["error"] for name, run in whole_runs.seen("misfits", rank).items()}
+        assert "CheckpointError" in errors["seed"]
+        assert "another order of the data" in errors["seed"]
+        assert "training.zero.stage 1 and this run has 2" in errors["stage"]
