@@ -5,6 +5,7 @@ Also defines which images belong together, so that results do not depend on whic
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,8 @@ class EvaluationActor:
     """Runs as a Ray actor. Models and manifests are loaded when they are first needed; the last model is kept."""
 
     def __init__(self, config: RunConfig) -> None:
+        if not config.evaluation.num_gpus_per_actor:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the machine's GPUs are not ours
         torch.set_num_threads(config.evaluation.threads)
         self._config = config
         self._storage = Storage(config.storage)

@@ -83,9 +83,10 @@ def evaluate_sets(
     return tuple(_evaluate(config, storage, pool, checkpoint, step, s, on_progress) for s in config.evaluation.sets)
 
 
-def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> tuple[SetEvaluation, ...]:
+def evaluate_checkpoint(config: RunConfig, checkpoint: str, step: int | None = None) -> tuple[SetEvaluation, ...]:
     """Evaluate a checkpoint folder or a file of weights on a Ray cluster, with a progress line; nothing is written.
 
+    `step` is the optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
     Raises ConfigError without sets, and what `evaluate_sets` raises.
     """
     if not config.evaluation.sets:
@@ -103,7 +104,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> tuple[SetEvaluati
                 bars[evaluated].__exit__(None, None, None)
 
         try:
-            return evaluate_sets(config, pool, checkpoint, None, show)
+            return evaluate_sets(config, pool, checkpoint, step, show)
         finally:
             pool.close()
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from cluster.compose import compose_job
@@ -100,9 +100,15 @@ class _Supervisor:
                 status = self._train()
                 if status == "finished":
                     self._await_evaluations()
+        except KeyboardInterrupt:
+            status = "stopped"
+            raise
         finally:
             entries = self._evaluations.close() if self._evaluations is not None else ()
             self._relay.close(_TRACKED_STATUS[status])
+        waiting = sum(not entry.settled for entry in entries)
+        if waiting:
+            say(f"{waiting} evaluations wait; they are done when the run is continued")
         return RunSummary(
             run_folder=self._config.run_folder,
             status=status,
@@ -174,6 +180,7 @@ class _Supervisor:
                 name=f"attempt-{number}",  # a new one each: Ray would look for checkpoints of the last
                 storage_path=self._scratch,
                 failure_config=FailureConfig(max_failures=0),
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # we say what failed; Ray's files keep the rest
             ),
         )
 

@@ -43,7 +43,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     context = ray.train.get_context()
     os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())  # DeepSpeed's device count on CPU
     if not ray.get_gpu_ids():
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     from trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
     control = RayControl(settings.board) if context.get_world_rank() == 0 else NoControl()

@@ -192,8 +192,9 @@ def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
 
 
 def test_offline_evaluation_gives_the_same_results(summary, config):
-    (evaluation,) = evaluate_checkpoint(config, summary.checkpoint.url)
-    assert evaluation.results.headline("val") == summary.evaluations[-1].metrics
+    (evaluation,) = evaluate_checkpoint(config, summary.checkpoint.url, STEPS)
+    for name, data in evaluation.files().items():
+        assert (Path(config.run_folder) / f"evaluations/step_{STEPS:08d}/val" / name).read_bytes() == data
 
 
 def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):

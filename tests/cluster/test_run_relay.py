@@ -1,0 +1,73 @@
+import pytest
+
+from cluster.demo import demo_config, table
+from cluster.eval_queue import Entry
+from cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard
+from cluster.run_relay import describe, headline
+from trainer.reporting import CommittedCheckpoint
+
+
+class Recorder:
+    def __init__(self):
+        self.heard = []
+
+    def metrics(self, step, values):
+        self.heard.append(("metrics", step, dict(values)))
+
+    def checkpoint(self, checkpoint):
+        self.heard.append(("checkpoint", checkpoint.step))
+
+    def event(self, kind, step, message):
+        self.heard.append((kind, step, message))
+
+
+def test_the_board_gives_every_report_once_and_in_order():
+    board, recorder = RunBoard(), Recorder()
+    board.pin(MetricsReport(1, {"loss": 2.0}))
+    board.pin(CheckpointReport(CommittedCheckpoint(1, "c/1")))
+    board.pin(EventReport("finished", 1, "done"))
+    for report in board.take():
+        report.tell(recorder)
+    assert recorder.heard == [("metrics", 1, {"loss": 2.0}), ("checkpoint", 1), ("finished", 1, "done")]
+    assert board.take() == []
+
+
+def test_the_board_carries_the_wish_to_stop():
+    board = RunBoard()
+    assert not board.stop_requested()
+    board.request_stop()
+    assert board.stop_requested()
+
+
+METRICS = {"val/PQ": 51.234, "val/AP": 30.0, "val/SQ": 80.0, "street/mIoU": 70.5}
+
+
+def test_headline_shows_the_main_numbers_of_every_set():
+    assert headline(METRICS) == "street mIoU 70.50; val PQ 51.23, AP 30.00"
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        (Entry(20, "c", 0, "failed", "batch 7 failed"), "step 20: evaluation failed: batch 7 failed"),
+        (Entry(20, "c", 0, "published", metrics={"val/PQ": 1.0}), "step 20: evaluated: val PQ 1.00"),
+    ],
+)
+def test_one_line_per_settled_evaluation(entry, line):
+    assert describe(entry) == line
+
+
+def test_the_demo_lists_every_checkpoint():
+    entries = [Entry(10, "c", 0, "published", metrics=METRICS), Entry(20, "c", 0, "failed", "no")]
+    assert table(entries).splitlines() == [
+        "    step      PQ      AP    mIoU",
+        "      10    51.2    30.0       -",
+        "      20  failed",
+    ]
+
+
+def test_the_demo_writes_only_under_its_output(tmp_path):
+    config = demo_config(str(tmp_path), ["training.max_steps=7"])
+    assert config.training.max_steps == 7
+    assert config.run_folder == f"{tmp_path}/demo"
+    assert all(d.shards.startswith(f"{tmp_path}/demo/shards/") for d in config.datasets.values())
