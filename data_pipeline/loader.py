@@ -133,8 +133,8 @@ def eval_batches(
         DataError: a sample that is damaged.
         StorageError: a shard that cannot be read.
     """
-    groups = [tuple(indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
-    places = (tuple(Place(0, 0, int(index)) for index in group) for group in groups)
+    groups = [tuple(int(i) for i in indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
+    places = (tuple(Place(0, 0, index) for index in group) for group in groups)
     chunks = plan_chunks(manifest.shard, manifest.offset, manifest.length, _EVAL_CHUNK_BYTES)
     limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_MAX_HORIZON // batch_size)
 
@@ -247,7 +247,7 @@ def _results(
         sampler=_Once(tasks),
         num_workers=workers,
         collate_fn=_as_is,
-        prefetch_factor=-(-ahead // workers),
+        prefetch_factor=max(1, -(-ahead // workers)),
         multiprocessing_context=_worker_context(),
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its seed is never used; the default would draw from the trainer's generator

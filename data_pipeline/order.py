@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ class ShardOrder:
     fingerprint: str = ""
     _epochs: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Samples per epoch."""
         return int(np.count_nonzero(self.keep))
