@@ -21,7 +21,10 @@ from model.structures import Predictions, Targets
 
 
 class Normalizers(NamedTuple):
-    """Denominators of the losses: sums over all micro-batches and ranks of one optimizer step."""
+    """Denominators of the losses: sums over all micro-batches and ranks of one optimizer step.
+
+    Float tensors without axes; they may stay on the host while the predictions are on an accelerator.
+    """
 
     num_masks: Tensor
     """[] valid targets."""
@@ -78,17 +81,14 @@ def compute_losses(
         logits = _matched_mask_logits(predictions, rows, queries, rows_per_image)
         bce, dice = _mask_losses(logits, targets, label_maps, rows, points, num_layers, config)
 
+        num_masks = normalizers.num_masks.clamp(min=1)
         poison = torch.where(finite, 1.0, torch.nan)[rows.layer, rows.image]
-        shape = query_index.shape
-        losses = torch.stack(
-            (
-                config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
-                config.mask_weight / normalizers.num_masks.clamp(min=1) * _sum_per_image(bce * poison, rows, shape),
-                config.dice_weight / normalizers.num_masks.clamp(min=1) * _sum_per_image(dice * poison, rows, shape),
-            ),
-            dim=-1,
+        weighted = (
+            config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
+            config.mask_weight / num_masks * _sum_per_image(bce * poison, rows, query_index.shape),
+            config.dice_weight / num_masks * _sum_per_image(dice * poison, rows, query_index.shape),
         )
-        losses = losses * targets.weight[:, None]  # [L, B, 3]
+        losses = torch.stack(weighted, dim=-1) * targets.weight[:, None]  # [L, B, 3]
         terms = losses.sum(1)
         return Losses(total=terms.sum(), terms=terms, per_image=losses.sum((0, 2)))
 

@@ -17,6 +17,9 @@ from model.config import LossConfig
 from model.point_sampling import LabelMaps, chunk_elements, sample_features
 from model.structures import Predictions, Targets
 
+TIE_BREAK = 2.0**-30
+"""Largest tie-breaking term relative to the costs that an assignment uses; fp32 rounds at 2^-24, fp64 at 2^-53."""
+
 
 class Matching(NamedTuple):
     """Assignment of queries to targets."""
@@ -105,7 +108,3 @@ def assign(cost: np.ndarray) -> np.ndarray:
     assigned = np.full(num_targets, -1, dtype=np.int64)
     assigned[columns] = queries
     return assigned
-
-
-TIE_BREAK = 2.0**-30
-"""Largest tie-breaking term relative to the costs that an assignment uses; fp32 rounds at 2^-24, fp64 at 2^-53."""

@@ -17,7 +17,7 @@ from model.structures import ignore_id
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Largest number of fp32 temporaries in one piece of work: what a CPU core's cache likes, 512 MiB elsewhere."""
+    """About how many fp32 values one piece of chunked work may hold: near a CPU core's cache, 512 MiB elsewhere."""
     return 2**22 if device.type == "cpu" else 2**27
 
 

@@ -1,6 +1,6 @@
 """From the last prediction of one image to panoptic, instance and semantic results at its original size.
 
-The official procedure (paper section 3.3 and appendix; MaskFormer section 3.3) with equal results and bounded memory:
+The official procedure (MaskFormer, section 3.4: mask-classification inference) with equal results and bounded memory:
 queries are filtered before their masks are upsampled, and masks are upsampled in bands of rows.
 """
 
@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import PostprocessConfig
+from model.point_sampling import chunk_elements
 from model.structures import InstanceResult, PanopticResult, PanopticSegment, SemanticResult
-
-BAND_ELEMENTS = 2**24
-"""Largest number of mask values upsampled at once (64 MiB of fp32), as long as one row fits."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def instance(
     if len(queries):
         for rows, logits in _bands(mask_embeddings[queries], mask_features, geometry):
             masks[:, rows] = logits > 0
-            inside_sum += (logits.sigmoid_() * masks[:, rows]).sum((1, 2), dtype=torch.float64)
+            inside_sum += logits.sigmoid_().mul_(masks[:, rows]).sum((1, 2))
     mask_scores = (inside_sum / (masks.sum((1, 2)) + 1e-6)).float()
 
     scores = flat_scores[best] * mask_scores[mask_index]
@@ -168,7 +166,7 @@ def _bands(
     height, width = geometry.original_size
     to_input = _RowTaps.between(logits.shape[1], padded_height)
     to_original = _RowTaps.between(resized_height, height)
-    band = max(1, BAND_ELEMENTS // ((len(logits) + outputs) * max(padded_width, width)))
+    band = max(1, chunk_elements(logits.device) // ((len(logits) + outputs) * max(padded_width, width)))
     for start in range(0, height, band):
         rows = slice(start, min(start + band, height))
         taps = to_original.of(rows)

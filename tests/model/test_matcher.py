@@ -111,6 +111,13 @@ def test_assign_finds_the_first_of_the_best(seed):
     assert sum(q * (3 - n) for n, q in enumerate(found)) == sum(q * (3 - n) for n, q in enumerate(best))
 
 
+def test_a_copy_of_a_query_is_taken_only_after_the_query():
+    cost = np.random.default_rng(0).normal(5, 2, size=(100, 60)).astype(np.float32)
+    found = set(assign(np.concatenate((cost, cost))).tolist())
+    assert all(q - 100 in found for q in found if q >= 100)
+    assert any(q >= 100 for q in found)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_non_finite_cost_is_reported_and_still_assigned(bad):
     predictions, targets, label_maps, points = scene((3, 4))

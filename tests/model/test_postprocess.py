@@ -84,9 +84,9 @@ def official_instances(class_logits, embeddings, features, geometry, is_thing, c
     return sorted(found, key=lambda f: (-f[2], f[0], f[1]))
 
 
-@pytest.fixture(params=[2**24, 3000], ids=["one band", "many bands"])
-def band_elements(request, monkeypatch):
-    monkeypatch.setattr(postprocess, "BAND_ELEMENTS", request.param)
+@pytest.fixture(params=[2**22, 3000], ids=["one band", "many bands"])
+def band_size(request, monkeypatch):
+    monkeypatch.setattr(postprocess, "chunk_elements", lambda device: request.param)
 
 
 @pytest.fixture(params=GEOMETRIES.values(), ids=GEOMETRIES)
@@ -94,7 +94,7 @@ def geometry(request):
     return request.param
 
 
-@pytest.mark.usefixtures("band_elements")
+@pytest.mark.usefixtures("band_size")
 @pytest.mark.parametrize("seed", range(3))
 def test_panoptic_equals_official(geometry, seed):
     outputs = predictions(geometry, seed=seed)
@@ -105,7 +105,7 @@ def test_panoptic_equals_official(geometry, seed):
     assert found == expected_segments
 
 
-@pytest.mark.usefixtures("band_elements")
+@pytest.mark.usefixtures("band_size")
 @pytest.mark.parametrize("is_thing", [IS_THING, (True,) * CLASSES], ids=["panoptic model", "instance model"])
 def test_instance_equals_official(geometry, is_thing):
     outputs = predictions(geometry)
@@ -117,7 +117,7 @@ def test_instance_equals_official(geometry, is_thing):
     assert len(result.masks) == len({query for query, *_ in expected})
 
 
-@pytest.mark.usefixtures("band_elements")
+@pytest.mark.usefixtures("band_size")
 def test_semantic_equals_official(geometry):
     class_logits, embeddings, features = predictions(geometry)
     masks = full_size_logits(embeddings, features, geometry).sigmoid()
