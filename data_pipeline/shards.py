@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +91,7 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
         raise DataError(f"the source of {config.shards} has no sample")
     order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(keys))
     hints = [reader.size_hint(int(i)) for i in order[:_HINTS]]
-    num_shards = max(1, round(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6)))
+    num_shards = _stable_count(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6))
     rows = np.array_split(order, min(num_shards, len(keys)))
     return ShardPlan(
         target=config.shards,
@@ -114,10 +115,14 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
             raise DataError(
                 f"the source has no sample {key!r} of the shard plan; it changed while it was being written"
             )
+        source = reader.source(positions[key])
         try:
             tar.add(reader.read(positions[key]))
         except DataError as error:
-            problems.append(SampleProblem(key, reader.source(positions[key]), str(error)))
+            problems.append(SampleProblem(key, source, str(error)))
+        except Exception as error:
+            error.add_note(f"while writing sample {key!r} ({source})")
+            raise
     data, table = tar.close()
     info = ShardInfo(f"shards/{shard_index:05d}.tar", len(data), hashlib.sha256(data).hexdigest(), table.num_rows)
     url = join(plan.target, info.name)
@@ -135,15 +140,17 @@ def complete_parts(plan: ShardPlan, storage: Storage) -> tuple[ShardPart, ...]:
     Once the manifest is committed, parts that left samples out count too: a data set that exists never changes.
     Claims the target for this plan. Raises DataError where it belongs to another one.
     """
+    committed = manifest.read_document(plan.target, storage)
+    if committed is not None and committed["plan"] != plan.hash:
+        _refuse_target(plan)
     _claim_target(plan, storage)
-    committed = manifest.read_document(plan.target, storage) is not None
     present = set(storage.list(plan.target))
     parts = []
     for index in range(len(plan.rows)):
         if _part_url(plan, index) not in present:
             continue
         part = _decode_part(storage.get(_part_url(plan, index)), plan)
-        if part is None or (part.problems and not committed):
+        if part is None or (part.problems and committed is None):
             continue
         if _has_size(join(plan.target, part.info.name), part.info.size, storage):
             parts.append(part)
@@ -250,6 +257,11 @@ class _Tar:
         return data, pa.Table.from_pylist(self._rows, schema=SAMPLE_SCHEMA)
 
 
+def _stable_count(wanted: float) -> int:
+    """The nearest number of shards in steps of 10 %, so that mending one image file does not change the whole plan."""
+    return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
+
+
 def _category_columns(annotation: Annotation) -> dict[str, Any]:
     """Counts and areas per category, without crowds. A thing in both maps counts once, as instance."""
     counts: dict[int, int] = defaultdict(int)
@@ -303,10 +315,14 @@ def _claim_target(plan: ShardPlan, storage: Storage) -> None:
         storage.put(url, json.dumps(claim, indent=1).encode(), if_absent=True)
     except ObjectExistsError:
         if json.loads(storage.get(url))["plan"] != plan.hash:
-            raise DataError(
-                f"{plan.target} belongs to another shard plan (source, seed, shard size or version differ); "
-                "choose another folder, or delete it to write the data set again"
-            ) from None
+            _refuse_target(plan)
+
+
+def _refuse_target(plan: ShardPlan) -> NoReturn:
+    raise DataError(
+        f"{plan.target} belongs to another shard plan (source, seed, shard size or version differ); "
+        "choose another folder, or delete it to write the data set again"
+    )
 
 
 def _has_size(url: str, size: int, storage: Storage) -> bool:

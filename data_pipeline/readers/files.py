@@ -67,15 +67,24 @@ def read_json(path: str) -> Any:
 
 def require_file(path: str) -> None:
     """Raise DataError where there is no such file."""
+    _require_local(path)
     if not Path(path).is_file():
         raise DataError(f"{path} does not exist or is no file; check the paths under datasets.<name>.source")
 
 
 def require_folder(path: str) -> Path:
     """The folder as a Path. Raises DataError where there is none."""
+    _require_local(path)
     if not Path(path).is_dir():
         raise DataError(f"{path} does not exist or is no folder; check the paths under datasets.<name>.source")
     return Path(path)
+
+
+def _require_local(path: str) -> None:
+    if "://" in path:
+        raise DataError(
+            f"{path}: raw data is read from local or mounted folders; copy or mount it, only shards can be in s3://"
+        )
 
 
 def relative_name(name: Any, where: str) -> str:

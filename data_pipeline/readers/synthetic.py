@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,7 +61,7 @@ class SyntheticReader:
         """Six shapes and four textures."""
         return CATEGORIES
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """Keys by seed and index."""
         return tuple(self._key(index) for index in self.indices)

@@ -115,7 +115,7 @@ def test_manifests_that_cannot_be_used(copy):
 
 
 def test_a_manifest_of_coco_size_loads_at_once(tmp_path):
-    """118,287 rows; measured 0.13 s on 2 shared cores, so that ten times as long means something broke."""
+    """118,287 rows of incompressible numbers: 0.09 s of CPU time measured, so that 0.5 s means something broke."""
     count, random = 118_287, np.random.default_rng(0)
     lengths = random.integers(1, 8, count)
     starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
@@ -142,10 +142,10 @@ def test_a_manifest_of_coco_size_loads_at_once(tmp_path):
     )
     STORAGE.put(str(tmp_path / "samples.parquet"), samples)
     STORAGE.put(str(tmp_path / "dataset.json"), json.dumps(document).encode())
-    start = time.perf_counter()
+    start = time.process_time()  # not wall time: other work on the machine must not fail this test
     manifest = Manifest.load(str(tmp_path), STORAGE)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert manifest.num_samples == count
     assert manifest.member_names == ("img.jpg", "inst.png", "json", "seg.png")
     assert manifest.statistics()[0].num_segments > 0
-    assert seconds < 2.0
+    assert seconds < 0.5

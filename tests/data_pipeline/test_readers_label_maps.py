@@ -123,3 +123,5 @@ def test_empty_and_missing_folders(folder):
         open_reader(_source(folder))
     with pytest.raises(DataError, match=r"nowhere/images does not exist or is no folder"):
         open_reader(_source(folder / "nowhere"))
+    with pytest.raises(DataError, match=r"s3://bucket/images: raw data is read from local or mounted folders"):
+        open_reader(_source("s3://bucket"))

@@ -183,6 +183,31 @@ def test_another_plan_at_the_same_place_is_refused(reader, dataset, tmp_path):
         write_dataset(reader, _config(tmp_path, seed=9), STORAGE)
 
 
+def test_a_data_set_that_lost_its_plan_file_is_still_protected(reader, dataset, tmp_path):
+    (tmp_path / "dataset.json").write_bytes(Path(dataset.url, "dataset.json").read_bytes())
+    with pytest.raises(DataError, match="belongs to another shard plan"):
+        complete_parts(_plan(reader, tmp_path, seed=5), STORAGE)
+
+
+def test_small_changes_of_size_do_not_change_the_plan(reader, tmp_path):
+    class Grown(_DamagedReader):
+        def size_hint(self, index):
+            return int(self.reader.size_hint(index) * 1.02)
+
+    config = replace(_config(tmp_path), shard_mb=0.064)
+    assert plan_shards(Grown(reader, frozenset()), config, "").hash == plan_shards(reader, config, "").hash
+
+
+def test_unexpected_errors_name_the_sample(reader, tmp_path):
+    class Broken(_DamagedReader):
+        def read(self, index):
+            raise MemoryError
+
+    with pytest.raises(MemoryError) as caught:
+        write_shard(Broken(reader, frozenset()), _plan(reader, tmp_path), 0, STORAGE)
+    assert caught.value.__notes__[0].startswith("while writing sample 'synthetic-2-")
+
+
 def test_commit_refuses_to_replace_another_data_set(reader, dataset, tmp_path):
     plan = _plan(reader, tmp_path, seed=5)
     parts = [write_shard(reader, plan, index, STORAGE) for index in range(4)]
