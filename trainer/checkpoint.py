@@ -81,8 +81,7 @@ class CheckpointSaver:
             return
         assert self._upload is None, "the previous upload is not finished"
         url = checkpoint_url(self._run_folder, state.step)
-        if self._ranks.is_first:
-            self._storage.delete_prefix(url)  # what an interrupted or damaged save left there
+        self._ranks.from_first(lambda: self._storage.delete_prefix(url))  # left by an interrupted or damaged save
         folder = Path(tempfile.mkdtemp(prefix="m2f-checkpoint-"))
         try:
             engine.save(folder, ENGINE)

@@ -86,14 +86,16 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote; executes pickles, so only for files whose checksum this run vouches for."""
+        """Restore what `save` wrote. Executes pickles, so only for files whose checksum this run vouches for."""
         self._engine.load_checkpoint(str(folder), tag=tag)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights of the model on CPU, on rank 0; empty on others. A collective under ZeRO-3."""
         model = self.module.model
         if self.stage < 3:
-            return {name: value.cpu() for name, value in model.state_dict().items()} if dist.get_rank() == 0 else {}
+            if dist.get_rank() != 0:
+                return {}
+            return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         return _gathered_weights(model)
 
     def _finish_plain_step(self) -> StepResult:

@@ -55,7 +55,7 @@ def _download(url: str, expected: TrainState, storage: Storage, ranks: Ranks, fo
         return manifest
     problem = _fetched(storage, url, [STATE], manifest, folder)
     if problem is None:
-        _check_fits(_read_state(folder, url), expected, url)
+        check_fits(_read_state(folder, url), expected, url)
         problem = _fetched(storage, url, _files_of_rank(manifest, ranks.rank), manifest, folder)
     return next((found for found in ranks.gather(problem) if found), None)
 
@@ -86,7 +86,8 @@ def _read_state(folder: Path, url: str) -> TrainState:
     return TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
 
 
-def _check_fits(state: TrainState, expected: TrainState, url: str) -> None:
+def check_fits(state: TrainState, expected: TrainState, url: str) -> None:
+    """Raise CheckpointError where the checkpoint `url` with this state is not one that `expected` can go on from."""
     if state.world_size != expected.world_size:
         raise CheckpointError(
             f"checkpoint {url} was written by {state.world_size} ranks and this run has {expected.world_size}; "

@@ -1,0 +1,150 @@
+import json
+
+import pytest
+
+from data_pipeline.storage import Storage, join
+from trainer.checkpoint_folder import (
+    MANIFEST,
+    Manifest,
+    Receipt,
+    checkpoint_url,
+    delete_old,
+    fetch,
+    file_entry,
+    list_checkpoints,
+    pin,
+    read_manifest,
+    read_receipt,
+    steps_to_delete,
+    unpin,
+    verify_sizes,
+    write_receipt,
+)
+from trainer.errors import CheckpointError
+
+
+@pytest.fixture
+def storage():
+    return Storage()
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return str(tmp_path / "run")
+
+
+def make_checkpoint(storage, run_folder, step, tmp_path, committed=True):
+    """A checkpoint of two small files; returns its folder."""
+    url, files = checkpoint_url(run_folder, step), {}
+    for name, content in (("state.json", b"{}"), ("engine/a.pt", b"tensors")):
+        local = tmp_path / "local"
+        local.write_bytes(content)
+        storage.put_file(join(url, name), local)
+        files[name] = file_entry(local)
+    if committed:
+        storage.put(join(url, MANIFEST), Manifest(step, 1, 1, files).to_json())
+    return url
+
+
+def test_only_committed_checkpoints_are_listed_newest_first(storage, run_folder, tmp_path):
+    for step in (5, 100_000_000, 10):
+        make_checkpoint(storage, run_folder, step, tmp_path)
+    make_checkpoint(storage, run_folder, 20, tmp_path, committed=False)
+    listed = list_checkpoints(storage, run_folder)
+    assert [c.step for c in listed] == [100_000_000, 10, 5]
+    assert listed[1].url == checkpoint_url(run_folder, 10)
+    assert listed[1].url.endswith("run/checkpoints/step_00000010")
+
+
+def test_a_run_without_checkpoints_has_none(storage, run_folder):
+    assert list_checkpoints(storage, run_folder) == ()
+
+
+def test_a_whole_checkpoint_verifies_and_is_fetched(storage, run_folder, tmp_path):
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+    manifest = verify_sizes(storage, url)
+    fetch(storage, url, list(manifest.files), manifest, tmp_path / "fetched")
+    assert (tmp_path / "fetched/engine/a.pt").read_bytes() == b"tensors"
+
+
+def test_a_missing_file_is_named(storage, run_folder, tmp_path):
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+    storage.delete(join(url, "engine/a.pt"))
+    with pytest.raises(CheckpointError, match=r"incomplete.*engine/a\.pt"):
+        verify_sizes(storage, url)
+
+
+def test_a_file_cut_off_is_named(storage, run_folder, tmp_path):
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+    storage.put(join(url, "engine/a.pt"), b"tensor")
+    with pytest.raises(CheckpointError, match=r"engine/a\.pt has 6 bytes instead of 7"):
+        verify_sizes(storage, url)
+
+
+def test_a_changed_byte_is_found_before_the_file_is_used(storage, run_folder, tmp_path):
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+    storage.put(join(url, "engine/a.pt"), b"tensorS")
+    manifest = verify_sizes(storage, url)
+    with pytest.raises(CheckpointError, match=r"checksum of engine/a\.pt"):
+        fetch(storage, url, ["engine/a.pt"], manifest, tmp_path / "fetched")
+
+
+def test_a_file_that_the_manifest_does_not_know_is_not_fetched(storage, run_folder, tmp_path):
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+    with pytest.raises(CheckpointError, match="has no rng"):
+        fetch(storage, url, ["rng/rank_00001.pt"], read_manifest(storage, url), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"version": 1}', b'{"version": 1, "step": 1, "files": {"a": 1}}', b"\xff"]
+)
+def test_a_manifest_that_is_none_is_refused_with_its_name(storage, run_folder, content):
+    url = checkpoint_url(run_folder, 5)
+    storage.put(join(url, MANIFEST), content)
+    with pytest.raises(CheckpointError, match=r"step_00000005/manifest\.json"):
+        read_manifest(storage, url)
+
+
+def test_a_manifest_of_a_newer_version_is_refused(storage, run_folder):
+    url = checkpoint_url(run_folder, 5)
+    newer = json.loads(Manifest(5, 1, 1, {}).to_json()) | {"version": 2}
+    storage.put(join(url, MANIFEST), json.dumps(newer).encode())
+    with pytest.raises(CheckpointError, match="newer version"):
+        read_manifest(storage, url)
+
+
+def test_receipts(storage, run_folder, tmp_path):
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+    assert read_receipt(storage, url, 1) is None
+    receipt = Receipt("attempt", read_manifest(storage, url).files)
+    write_receipt(storage, url, 1, receipt)
+    assert read_receipt(storage, url, 1) == receipt
+
+
+def test_old_checkpoints_go_and_pinned_ones_stay_until_unpinned(storage, run_folder, tmp_path):
+    urls = {
+        step: make_checkpoint(storage, run_folder, step, tmp_path, committed=step != 15) for step in range(5, 35, 5)
+    }
+    pin(storage, urls[5], "evaluation")
+    delete_old(storage, run_folder, keep=2)
+    assert [c.step for c in list_checkpoints(storage, run_folder)] == [30, 25, 5]
+    assert storage.list(urls[15]) == ()  # the leftover of an interrupted save
+    unpin(storage, urls[5], "evaluation")
+    delete_old(storage, run_folder, keep=2)
+    assert [c.step for c in list_checkpoints(storage, run_folder)] == [30, 25]
+
+
+@pytest.mark.parametrize(
+    ("committed", "others", "keep", "expected"),
+    [
+        ([1, 2, 3], [], 3, ()),
+        ([1, 2, 3, 4], [], 3, (1,)),
+        ([1, 2, 3, 4], [5], 2, (1, 2)),  # 5 is being uploaded
+        ([4], [1, 2], 2, ()),  # fewer than to keep: nothing is touched
+        ([3, 4], [1], 2, (1,)),
+    ],
+)
+def test_retention(committed, others, keep, expected):
+    urls = [f"s3://bucket/run/checkpoints/step_{step:08d}/manifest.json" for step in committed]
+    urls += [f"s3://bucket/run/checkpoints/step_{step:08d}/engine/x.pt" for step in (*committed, *others)]
+    assert steps_to_delete(urls, keep) == expected

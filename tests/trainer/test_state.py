@@ -1,0 +1,63 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.errors import CheckpointError
+from trainer.random_state import load_random_state, save_random_state
+from trainer.resume import check_fits
+from trainer.state import TrainState
+
+STATE = TrainState(order_fingerprint="abc", seed=3, world_size=2, zero_stage=1)
+
+
+def test_an_applied_step_counts_and_a_skipped_one_only_consumes():
+    after = STATE.advance(16, applied=True)
+    assert (after.step, after.position, after.skipped) == (1, 16, 0)
+    skipped = after.advance(16, applied=False).advance(16, applied=False)
+    assert (skipped.step, skipped.position, skipped.skipped, skipped.skipped_total) == (1, 48, 2, 2)
+    assert skipped.advance(16, applied=True).skipped == 0
+
+
+def test_round_trip():
+    state = STATE.advance(16, applied=True)
+    assert TrainState.from_json(state.to_json(), "state.json") == state
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"step": 1}', b'{"unknown": 1}'])
+def test_what_is_no_state_is_refused(content):
+    with pytest.raises(CheckpointError, match="here/state"):
+        TrainState.from_json(content, "here/state.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"world_size": 4}, "written by 4 ranks and this run has 2"),
+        ({"zero_stage": 3}, r"training\.zero\.stage 3 and this run has 1"),
+        ({"order_fingerprint": "xyz"}, "another order of the data"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(changed, message):
+    other = TrainState(**({"order_fingerprint": "abc", "seed": 3, "world_size": 2, "zero_stage": 1} | changed))
+    check_fits(STATE, STATE, "run/checkpoints/step_00000001")
+    with pytest.raises(CheckpointError, match=message):
+        check_fits(other, STATE, "run/checkpoints/step_00000001")
+
+
+def test_random_states_return(tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        draw()
+        save_random_state(tmp_path / "rank.pt")
+        expected = [draw(), draw()]
+        load_random_state(tmp_path / "rank.pt")
+        assert [draw(), draw()] == expected
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
