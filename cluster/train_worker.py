@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution import context as ray_context
 
 from cluster.policies import PEERS_ERROR
 from cluster.run_board import CheckpointReport, EventReport, MetricsReport
@@ -46,6 +46,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
         os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     from trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
+    ray_context.logger.setLevel(logging.WARNING)  # it announces every report
     control = RayControl(settings.board) if context.get_world_rank() == 0 else NoControl()
     try:
         run_worker(settings.job, RayReporter(settings, context.get_world_rank()), control)
@@ -101,7 +102,7 @@ class RayControl:
         self._board = board
         self._stop = threading.Event()
         threading.Thread(target=self._poll, name="control", daemon=True).start()
-        self._preemption = get_train_context().preemption_context
+        self._preemption = ray_context.get_train_context().preemption_context
 
     def stop_requested(self) -> bool:
         """Whether the driver was asked to end the run."""
