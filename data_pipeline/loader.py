@@ -186,14 +186,15 @@ def _tasks(
         for positions in spec.plan(step)
     )
     tasks, for_fetcher = tee(planned)
-    # A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that.
+    # A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that. Reads start
+    # well before a task is due: a task that waits for its bytes holds up batches that are ready.
     spread = min(2 * data.lanes * data.window // spec.world, _MAX_HORIZON)
     fetcher = SampleFetcher(
         manifests,
         [plan_chunks(m.shard, m.offset, m.length, chunk_bytes(data)) for m in manifests],
         storage,
         (places for _, places in for_fetcher),
-        FetchLimits(groups_ahead=ahead, horizon=max(spread // len(spec.plan(0)[0]), ahead + 1)),
+        FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.plan(0)[0]), 2 * ahead + 1)),
     )
     with closing(fetcher):
         for positions, places in tasks:

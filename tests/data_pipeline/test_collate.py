@@ -1,7 +1,11 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from data_pipeline import codec
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.collate import (
     EVAL_PADDING,
@@ -11,8 +15,9 @@ from data_pipeline.collate import (
     collate_eval,
     make_example,
 )
-from data_pipeline.config import LargeScaleJitter, ShortestEdgeCrop
+from data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ShortestEdgeCrop
 from data_pipeline.errors import DataError
+from data_pipeline.readers import open_reader
 from data_pipeline.sample import Annotation, DecodedSample, Segment
 from data_pipeline.targets import drop_empty, image_targets
 
@@ -192,6 +197,29 @@ def test_small_and_wide_maps_with_different_layers_share_a_batch():
     assert targets.id_maps[1].ne(255).all()
     assert targets.valid.sum(1).tolist() == [300, 1]
     assert targets.labels[1, 0] == 1
+
+
+def test_targets_of_real_images_have_the_areas_that_coco_states(real_data):
+    folder = real_data / "coco_panoptic"
+    source = CocoPanopticSource(
+        images=str(folder / "val2017"),
+        panoptic_json=str(folder / "annotations" / "panoptic_val2017.json"),
+        panoptic_masks=str(folder / "panoptic_val2017"),
+    )
+    reader = open_reader(source)
+    labels = reader.categories.labels("panoptic")
+    stated = json.loads(Path(source.panoptic_json).read_text())["annotations"]
+    for index in range(len(reader.keys)):
+        encoded = reader.read(index)
+        members = {name.removeprefix(f"{encoded.key}."): data for name, data in codec.encode(encoded)}
+        targets = image_targets(codec.decode(members), "panoptic", labels)
+        found = [
+            (int(label), int((targets.id_maps[layer] == id_).sum()))
+            for label, layer, id_ in zip(targets.labels, targets.layer, targets.local_id, strict=True)
+        ]
+        segments = next(a for a in stated if a["image_id"] == encoded.image_id)["segments_info"]
+        expected = [(labels[s["category_id"]], s["area"]) for s in segments if not s["iscrowd"]]
+        assert sorted(found) == sorted(expected)
 
 
 def test_an_evaluation_batch_is_resized_and_padded_and_keeps_the_truth(panoptic):
