@@ -14,7 +14,9 @@ _OBJECTS = (4, 12)
 _REGIONS = (1, 3)
 _TINY_SHARE = 0.25
 _TINY = (8.0, 11.5)  # diameters in pixels
-_LARGE = (22.0, 48.0)
+_LARGE = (26.0, 54.0)
+_TILT = 0.4
+"""Shapes are turned by at most this angle in radians: enough to vary, little enough to learn in minutes."""
 _OVERLAP_SHARE = 0.8
 """Share of large objects that are placed across the edge of an earlier one."""
 _MIN_VISIBLE = 0.4
@@ -22,7 +24,7 @@ _MIN_VISIBLE = 0.4
 _TRIES = 30
 _MIN_CONTRAST = 110.0
 """Euclidean RGB distance between an object and the mean of what it covers."""
-_NOISE = 4.0
+_NOISE = 3.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _draw_ground(random: np.random.Generator) -> _Canvas:
 def _add_object(canvas: _Canvas, diameter: float, random: np.random.Generator) -> None:
     """Put a random shape on top where it hides no earlier object too much; leave it out where no place is found."""
     name = str(random.choice(SHAPES))
-    coverage = shape_coverage(name, diameter, random.uniform(0, 2 * np.pi))
+    coverage = shape_coverage(name, diameter, random.uniform(-_TILT, _TILT))
     size = len(coverage)
     for _ in range(_TRIES):
         x, y = _propose_center(canvas, diameter, random)

@@ -61,11 +61,11 @@ def _outline(shape: str) -> np.ndarray:
     """Corners [P, 2] of a polygon in the unit circle."""
     match shape:
         case "square":
-            return _spokes([1.0] * 4)
+            return _spokes([1.0] * 4, first=np.pi / 4)
         case "triangle":
-            return _spokes([1.0] * 3)
+            return _spokes([1.0] * 3, first=-np.pi / 2)
         case "star":
-            return _spokes([1.0, 0.4] * 5)
+            return _spokes([1.0, 0.4] * 5, first=-np.pi / 2)
         case "cross":
             arm = 0.33
             corner = [(1, -arm), (1, arm), (arm, arm)]
@@ -76,7 +76,7 @@ def _outline(shape: str) -> np.ndarray:
             raise AssertionError(shape)
 
 
-def _spokes(radii: list[float]) -> np.ndarray:
-    """Points at these distances from the centre, in equal angles."""
-    angles = np.arange(len(radii)) * 2 * np.pi / len(radii)
+def _spokes(radii: list[float], first: float) -> np.ndarray:
+    """Points at these distances from the centre, in equal angles beginning at `first` (clockwise from the right)."""
+    angles = first + np.arange(len(radii)) * 2 * np.pi / len(radii)
     return np.array(radii)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
