@@ -105,6 +105,8 @@ class EvaluationPool:
         """
         numbers = list(batches)
         ledger = BatchLedger(numbers)
+        for slot in self._slots:
+            slot.deaths = 0
         flights: dict[Any, _Flight] = {}
         task_ref = ray.put(task)
         last_result = time.monotonic()

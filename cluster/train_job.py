@@ -133,9 +133,11 @@ class _Supervisor:
             history = history.after(Attempt(failure, step))
             decision = decide(history, self._config.cluster.max_failures)
             self._announce(failure, step, decision, error, len(history.attempts))
-            if isinstance(decision, Stop) or self._interrupts:
+            if isinstance(decision, Stop):
                 return self._give_up(error, failure)
-            time.sleep(decision.delay_s)
+            self._pause(decision.delay_s)
+            if self._interrupts:
+                return "stopped"
         return "finished"
 
     def _attempt(self, number: int) -> BaseException | None:
@@ -207,6 +209,13 @@ class _Supervisor:
         if isinstance(cause, UserError):
             raise cause
         return "failed"
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, unless the person does not want to."""
+        deadline = time.monotonic() + seconds
+        while not self._interrupts and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            self._relay.update()
 
     def _await_evaluations(self) -> None:
         """Until every queued evaluation is settled, or the person has had enough."""
