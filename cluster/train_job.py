@@ -124,10 +124,10 @@ class _Supervisor:
         while self._newest_step() < self._config.training.max_steps:
             error = self._attempt(len(history.attempts) + 1)
             step = self._newest_step()
-            if error is None and self._interrupts:
-                return "stopped"
             if error is None and step >= self._config.training.max_steps:
                 break
+            if error is None and self._interrupts:
+                return "stopped"
             failure = _failure(error, drained=self._relay.last_event == "drained")
             self._failures.append(failure)
             history = history.after(Attempt(failure, step))
