@@ -19,20 +19,16 @@ class Chunks:
     """[N] chunk of every sample index."""
     shard: np.ndarray
     """[C] shard number."""
-    offset: np.ndarray
-    """[C] first byte in the shard."""
-    length: np.ndarray
-    """[C] bytes to read."""
 
     def members(self, chunk: int) -> np.ndarray:
         """Sample indices in this chunk, in storage order."""
         return self.samples[self.first[chunk] : self.first[chunk + 1]]
 
 
-def plan_chunks(shard: np.ndarray, offset: np.ndarray, length: np.ndarray, chunk_bytes: int) -> Chunks:
+def plan_chunks(shard: np.ndarray, offset: np.ndarray, chunk_bytes: int) -> Chunks:
     """Group samples (columns of a manifest, [N] each) by the `chunk_bytes`-sized cell of the shard they start in.
 
-    A chunk is longer than `chunk_bytes` by at most one sample.
+    A chunk spans fewer than `chunk_bytes` bytes besides its last sample.
     """
     samples = np.lexsort((offset, shard))
     cell = offset[samples] // chunk_bytes
@@ -41,12 +37,4 @@ def plan_chunks(shard: np.ndarray, offset: np.ndarray, length: np.ndarray, chunk
     first = np.append(np.flatnonzero(starts), len(samples))
     chunk_of = np.empty(len(samples), dtype=np.int64)
     chunk_of[samples] = np.cumsum(starts) - 1
-    head, tail = samples[first[:-1]], samples[first[1:] - 1]
-    return Chunks(
-        samples=samples,
-        first=first,
-        chunk_of=chunk_of,
-        shard=shard[head],
-        offset=offset[head],
-        length=offset[tail] + length[tail] - offset[head],
-    )
+    return Chunks(samples=samples, first=first, chunk_of=chunk_of, shard=shard[samples[first[:-1]]])

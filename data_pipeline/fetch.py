@@ -137,11 +137,13 @@ class SampleFetcher:
                     keep.add(sample)
 
     def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_Sample, Members]:
-        """One ranged read, repeated while a checksum is wrong. Runs in a thread."""
-        manifest, chunks = self._manifests[dataset], self._chunks[dataset]
-        url, start = manifest.shard_url(int(chunks.shard[number])), int(chunks.offset[number])
+        """One ranged read from the first to the last of these, repeated while a checksum is wrong. Runs in a thread."""
+        manifest = self._manifests[dataset]
+        url = manifest.shard_url(int(self._chunks[dataset].shard[number]))
+        start, last = int(manifest.offset[indices[0]]), indices[-1]
+        length = int(manifest.offset[last] + manifest.length[last]) - start
         for attempt in range(1 + _REFETCHES):
-            data = memoryview(self._storage.get_range(url, start, int(chunks.length[number])))
+            data = memoryview(self._storage.get_range(url, start, length))
             try:
                 return {(dataset, index): self._members(dataset, index, data, start) for index in indices}
             except DataError:

@@ -88,8 +88,8 @@ class LoaderSpec:
 
 def build_loader(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec
-) -> Iterator[StepBatches]:
-    """Endless batches of one rank from `spec.start_step` on. Close the iterator to stop threads and processes.
+) -> Generator[StepBatches]:
+    """Endless batches of one rank from `spec.start_step` on. Close it to stop its threads and processes.
 
     Raises:
         DataError: data sets whose category tables differ, a sample that is damaged, or a loader process that died.
@@ -126,7 +126,7 @@ def eval_batches(
     batch_size: int,
     shortest_edge: int,
     max_size: int,
-) -> Iterator[EvalBatch]:
+) -> Generator[EvalBatch]:
     """Batches of these rows of a manifest, in this order, the last one smaller. One batch is prepared ahead.
 
     Raises:
@@ -135,7 +135,7 @@ def eval_batches(
     """
     groups = [tuple(int(i) for i in indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
     places = (tuple(Place(0, 0, index) for index in group) for group in groups)
-    chunks = plan_chunks(manifest.shard, manifest.offset, manifest.length, _EVAL_CHUNK_BYTES)
+    chunks = plan_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
     limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_MAX_HORIZON // batch_size)
 
     def make(work: tuple[tuple[int, ...], tuple[Members | None, ...]]) -> EvalBatch:
@@ -163,7 +163,7 @@ def _steps(
     storage: Storage,
     spec: LoaderSpec,
     recipe: TrainRecipe,
-) -> Iterator[StepBatches]:
+) -> Generator[StepBatches]:
     ahead = data.prefetch_steps * spec.per_step
     with (
         closing(_tasks(manifests, order, data, storage, spec, ahead)) as tasks,
@@ -191,7 +191,7 @@ def _tasks(
     spread = min(2 * data.lanes * data.window // spec.world, _MAX_HORIZON)
     fetcher = SampleFetcher(
         manifests,
-        [plan_chunks(m.shard, m.offset, m.length, chunk_bytes(data)) for m in manifests],
+        [plan_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests],
         storage,
         (places for _, places in for_fetcher),
         FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.plan(0)[0]), 2 * ahead + 1)),

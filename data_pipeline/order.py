@@ -159,7 +159,7 @@ def build_order(manifests: Sequence[Manifest], weights: Sequence[float], seed: i
     fingerprint = _fingerprint(manifests, shares, keep, seed, config)
     children = [
         ShardOrder(
-            plan_chunks(manifest.shard, manifest.offset, manifest.length, chunk_bytes(config)),
+            plan_chunks(manifest.shard, manifest.offset, chunk_bytes(config)),
             kept,
             seed,
             config.lanes,

@@ -20,7 +20,7 @@ from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, Mi
 from data_pipeline.errors import DataError, StorageError
 from data_pipeline.fetch import FetchLimits, SampleFetcher
 from data_pipeline.loader import LoaderSpec, build_loader, eval_batches
-from data_pipeline.order import build_order
+from data_pipeline.order import Place, build_order
 from data_pipeline.sample import Annotation, Sample, Segment
 from data_pipeline.shards import commit_manifest, plan_shards, write_shard
 from data_pipeline.storage import Storage
@@ -267,7 +267,7 @@ def test_a_missing_shard_is_an_error(tmp_path):
 
 
 def fetcher_for(manifest, groups, storage, **limits):
-    chunks = plan_chunks(manifest.shard, manifest.offset, manifest.length, 20_000)
+    chunks = plan_chunks(manifest.shard, manifest.offset, 20_000)
     return chunks, SampleFetcher([manifest], [chunks], storage, iter(groups), FetchLimits(**limits))
 
 
@@ -280,6 +280,16 @@ def test_every_chunk_is_read_once_while_the_future_is_known(boxes):
     fetcher.close()
     assert len(storage.ranges) == len(chunks.shard)
     assert not fetcher._kept
+
+
+def test_only_the_span_of_wanted_samples_is_read(boxes):
+    storage = FlakyStorage(faults=0)
+    groups = [(Place(0, 0, 0),), (Place(0, 0, 2),)]
+    chunks, fetcher = fetcher_for(boxes, groups, storage, groups_ahead=1, horizon=2)
+    assert chunks.members(0).tolist()[:3] == [0, 1, 2]
+    assert [members for (members,) in fetcher] == [boxes.read_members(row, Storage()) for row in (0, 2)]
+    fetcher.close()
+    assert storage.ranges == [(boxes.shard_url(0), 0, boxes.offset[2] + boxes.length[2])]
 
 
 def test_a_small_budget_reads_again_and_gives_the_same_bytes(boxes):

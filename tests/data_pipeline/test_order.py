@@ -26,7 +26,7 @@ def layout(count, shard_size=100, length=10):
 
 
 def shard_order(count, *, chunk=100, lanes=4, window=8, seed=0, keep=None, dataset=0):
-    chunks = plan_chunks(*layout(count), chunk)
+    chunks = plan_chunks(*layout(count)[:2], chunk)
     keep = np.ones(count, bool) if keep is None else keep
     return ShardOrder(chunks, keep, seed, lanes, window, dataset)
 
@@ -63,18 +63,17 @@ def test_only_kept_samples_appear(data, count):
     chunk=st.integers(1, 3000),
     seed=st.integers(0, 100),
 )
-def test_chunks_hold_every_sample_once_and_cover_its_bytes(count, chunk, seed):
+def test_chunks_hold_every_sample_once_and_are_short(count, chunk, seed):
     shuffle = np.random.default_rng(seed).permutation(count)  # rows of a manifest need not be in storage order
-    shard, offset, length = (column[shuffle] for column in layout(count))
-    chunks = plan_chunks(shard, offset, length, chunk)
+    shard, offset, _ = (column[shuffle] for column in layout(count))
+    chunks = plan_chunks(shard, offset, chunk)
     assert sorted(chunks.samples.tolist()) == list(range(count))
     for number in range(len(chunks.shard)):
-        for index in chunks.members(number):
-            assert chunks.chunk_of[index] == number
-            assert shard[index] == chunks.shard[number]
-            assert chunks.offset[number] <= offset[index]
-            assert offset[index] + length[index] <= chunks.offset[number] + chunks.length[number]
-        assert chunks.length[number] < chunk + length.max()
+        members = chunks.members(number)
+        assert (chunks.chunk_of[members] == number).all()
+        assert (shard[members] == chunks.shard[number]).all()
+        assert (np.diff(offset[members]) > 0).all()
+        assert offset[members[-1]] - offset[members[0]] < chunk
 
 
 @settings(max_examples=60, deadline=None)
