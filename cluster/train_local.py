@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cluster.config import RunConfig
 from cluster.launch_local import launch
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from cluster.tracking import TrackedRun
 
 
-def train_locally(config: RunConfig) -> None:
+def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
     """Train a recipe with `cluster.num_workers` processes on this machine. Checkpoints are not evaluated meanwhile.
+
+    SIGINT or SIGTERM stop the run after a checkpoint.
 
     Raises:
         UserError: the recipe, the data or the store cannot be used.
@@ -24,6 +26,8 @@ def train_locally(config: RunConfig) -> None:
     """
     from cluster.compose import compose_job
     from cluster.tracking import Tracking, create_run
+    from data_pipeline.storage import Storage
+    from trainer.checkpoint_folder import list_checkpoints
 
     job = compose_job(config)
     run = create_run(config)
@@ -36,7 +40,10 @@ def train_locally(config: RunConfig) -> None:
     except BaseException as error:
         driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
         raise
-    driver.finish("FINISHED")
+    newest = list_checkpoints(Storage(config.storage), config.run_folder)[:1]
+    finished = bool(newest) and newest[0].step >= config.training.max_steps
+    driver.finish("FINISHED" if finished else "KILLED")
+    return "finished" if finished else "stopped"
 
 
 def train_rank(job: TrainJob, run: TrackedRun) -> None:

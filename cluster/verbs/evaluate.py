@@ -22,16 +22,17 @@ def run(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
     from cluster.checkpoints import choose_checkpoint
-    from cluster.evaluate import evaluate_checkpoint, write_files
     from cluster.progress import say
     from cluster.recipe import load_recipe
-    from cluster.tracking import Tracking, find_run
     from data_pipeline.storage import Storage, join
 
     config = load_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint)
     say(f"evaluating {weights.url}")
+    from cluster.evaluate import evaluate_checkpoint, write_files  # after the mistakes, as Ray takes seconds to import
+    from cluster.tracking import Tracking, find_run
+
     evaluations = evaluate_checkpoint(config, weights.url)
     run = find_run(config) if weights.step is not None else None
     tracking = Tracking(run, "offline-evaluation") if run is not None else None

@@ -16,16 +16,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One data set after the other, in one Ray cluster."""
+    """One data set after the other; Ray starts once, and not at all where nothing is to do."""
+    from contextlib import ExitStack
+
     from cluster.progress import say
+    from cluster.ray_cluster import local_or_existing
     from cluster.recipe import load_recipe
     from cluster.shard_job import run_shard_job
+    from data_pipeline.manifest import read_document
     from data_pipeline.storage import Storage
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)
     with_source = [name for name, dataset in config.datasets.items() if dataset.source is not None]
     storage = Storage(config.storage)
-    for name in choose_datasets(names, list(config.datasets)) if names else with_source:
-        say(run_shard_job(name, config.datasets[name], config.cluster, storage, args.skip_bad).summary())
+    chosen = choose_datasets(names, list(config.datasets)) if names else with_source
+    unfinished = [name for name in chosen if read_document(config.datasets[name].shards, storage) is None]
+    with ExitStack() as stack:
+        if len(unfinished) > 1:
+            stack.enter_context(local_or_existing(config.cluster, config.cluster.shard_tasks))
+        for name in chosen:
+            say(run_shard_job(name, config.datasets[name], config.cluster, storage, args.skip_bad).summary())
     return 0

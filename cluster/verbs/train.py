@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         from cluster.train_local import train_locally
 
         try:
-            train_locally(config)
+            say(f"run {train_locally(config)}: {config.run_folder}")
         except LaunchError as error:
             complain(str(error))
             return 1
