@@ -27,10 +27,10 @@ from trainer.checkpoint_folder import (
     rng_path,
     write_receipt,
 )
-from trainer.config import CheckpointConfig
 from trainer.control import Ranks
 from trainer.engine import Engine
 from trainer.errors import CheckpointError
+from trainer.job import TrainJob
 from trainer.random_state import save_random_state
 from trainer.reporting import CommittedCheckpoint
 from trainer.state import TrainState
@@ -45,20 +45,15 @@ class CheckpointSaver:
     `newest_commit` or `finish`.
     """
 
-    def __init__(
-        self, run_folder: str, recipe: str, config: CheckpointConfig, storage: Storage, ranks: Ranks, timeout_s: float
-    ) -> None:
-        self._run_folder = run_folder
-        self._recipe = recipe
-        self._config = config
+    def __init__(self, job: TrainJob, storage: Storage, ranks: Ranks, resumed: CommittedCheckpoint | None) -> None:
+        self._job = job
         self._storage = storage
         self._ranks = ranks
-        self._timeout_s = timeout_s
         self._attempt = ranks.broadcast(f"{time.time_ns():x}")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: Future[None] | None = None
-        self._saved_step: int | None = None
-        self._committed: CommittedCheckpoint | None = None
+        self._committed = resumed
+        self._saved_step = None if resumed is None else resumed.step
         self._closing = threading.Event()
 
     def close(self) -> None:
@@ -80,7 +75,7 @@ class CheckpointSaver:
         if state.step == self._saved_step:
             return
         assert self._upload is None, "the previous upload is not finished"
-        url = checkpoint_url(self._run_folder, state.step)
+        url = checkpoint_url(self._job.run_folder, state.step)
         self._ranks.from_first(lambda: self._storage.delete_prefix(url))  # left by an interrupted or damaged save
         folder = Path(tempfile.mkdtemp(prefix="m2f-checkpoint-"))
         try:
@@ -90,17 +85,12 @@ class CheckpointSaver:
             if self._ranks.is_first:
                 safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
                 (folder / STATE).write_bytes(state.to_json())
-                (folder / RECIPE).write_text(self._recipe, encoding="utf-8")
+                (folder / RECIPE).write_text(self._job.recipe, encoding="utf-8")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._upload = self._pool.submit(self._publish, folder, url, state)
         self._saved_step = state.step
-
-    def restored(self, checkpoint: CommittedCheckpoint) -> None:
-        """The run goes on from this checkpoint."""
-        self._saved_step = checkpoint.step
-        self._committed = checkpoint
 
     def finish(self) -> CommittedCheckpoint | None:
         """Wait until the last saved checkpoint is committed, and return it on every rank; None where there is none."""
@@ -128,11 +118,12 @@ class CheckpointSaver:
         manifest = Manifest(state.step, state.world_size, state.zero_stage, files)
         self._storage.put(join(url, MANIFEST), manifest.to_json(), if_absent=True)
         self._committed = CommittedCheckpoint(state.step, url)
-        delete_old(self._storage, self._run_folder, self._config.keep)
+        delete_old(self._storage, self._job.run_folder, state.step, self._job.training.checkpoint.keep)
 
     def _await_receipt(self, url: str, rank: int) -> Receipt:
         pause, longest = _POLL_S
-        deadline = time.monotonic() + self._timeout_s
+        timeout_s = self._job.training.collective_timeout_s
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             receipt = read_receipt(self._storage, url, rank)
             if receipt is not None and receipt.attempt == self._attempt:
@@ -142,5 +133,5 @@ class CheckpointSaver:
             pause = min(2 * pause, longest)
         raise CheckpointError(
             f"checkpoint {url} is not committed: rank {rank} did not upload its files within "
-            f"{self._timeout_s:.0f} s; check its log and the storage"
+            f"{timeout_s:.0f} s; check its log and the storage"
         )

@@ -163,17 +163,20 @@ def unpin(storage: Storage, url: str, name: str) -> None:
     storage.delete(join(url, "pins", name))
 
 
-def delete_old(storage: Storage, run_folder: str, keep: int) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and what older interrupted saves left behind."""
-    for step in steps_to_delete(storage.list(join(run_folder, "checkpoints")), keep):
+def delete_old(storage: Storage, run_folder: str, newest: int, keep: int) -> None:
+    """After the commit of step `newest`: delete what `steps_to_delete` says."""
+    for step in steps_to_delete(storage.list(join(run_folder, "checkpoints")), newest, keep):
         url = checkpoint_url(run_folder, step)
         storage.delete(join(url, MANIFEST))  # first, so that a half-deleted checkpoint does not exist
         storage.delete_prefix(url)
 
 
-def steps_to_delete(urls: Sequence[str], keep: int) -> tuple[int, ...]:
-    """Which checkpoint folders go, given all objects: older than the `keep` newest committed ones and not pinned."""
-    found = _matches(urls)
+def steps_to_delete(urls: Sequence[str], newest: int, keep: int) -> tuple[int, ...]:
+    """Which checkpoint folders go, given all objects: older than the `keep` newest committed ones and not pinned.
+
+    Steps after `newest` do not count: they are damaged, or the run would not have gone back behind them.
+    """
+    found = [(step, path) for step, path in _matches(urls) if step <= newest]
     committed = sorted({step for step, path in found if path == MANIFEST}, reverse=True)
     pinned = {step for step, path in found if path.startswith("pins/")}
     if len(committed) < keep:

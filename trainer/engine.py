@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,10 @@ class Engine:
     cannot work with this number of ranks. The process group must exist.
     """
 
-    def __init__(self, module: TrainingModule, training: TrainingConfig, device: torch.device) -> None:
+    def __init__(
+        self, module: TrainingModule, training: TrainingConfig, device: torch.device, universal: bool = False
+    ) -> None:
+        """`universal`: `load` will get what `to_universal` made."""
         self.world_size = dist.get_world_size()
         check_world_size(training, self.world_size)
         self.device = device
@@ -50,7 +56,7 @@ class Engine:
         self.module = module.to(device)
         groups = build_param_groups(module, training.optimizer)
         self._base_lrs = [group["lr"] for group in groups]
-        self._engine: Any = _initialize(module, groups, training, self.world_size)
+        self._engine: Any = _initialize(self.module, groups, training, self.world_size, universal)
         self._optimizer = self._engine.optimizer
         self.lr_factor = 1.0
 
@@ -118,7 +124,7 @@ def check_world_size(training: TrainingConfig, world_size: int) -> None:
         )
 
 
-def deepspeed_config(training: TrainingConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool = False) -> dict[str, Any]:
     """Our settings in DeepSpeed's words. Optimizer, schedule and autocast are ours and not in it."""
     plan = step_plan(0, training.global_batch, 0, world_size, training.micro_batch)
     zero = training.zero
@@ -129,6 +135,7 @@ def deepspeed_config(training: TrainingConfig, world_size: int) -> dict[str, Any
         "gradient_clipping": training.optimizer.clip_norm if zero.stage else 0.0,  # stage 0: see _finish_plain_step
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        "checkpoint": {"load_universal": universal},
         "zero_optimization": {
             "stage": zero.stage,
             "reduce_bucket_size": zero.reduce_bucket_size,
@@ -139,11 +146,33 @@ def deepspeed_config(training: TrainingConfig, world_size: int) -> dict[str, Any
     }
 
 
-def _initialize(module: TrainingModule, groups: list[dict[str, Any]], training: TrainingConfig, world_size: int) -> Any:
+def to_universal(source: Path, target: Path) -> None:
+    """Convert the files of all ranks that `Engine.save` wrote, for a number of ranks that is not theirs."""
+    _import_deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress bars
+        ds_to_universal.main(arguments)
+
+
+def _initialize(
+    module: TrainingModule, groups: list[dict[str, Any]], training: TrainingConfig, world_size: int, universal: bool
+) -> Any:
     deepspeed = _import_deepspeed()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # adopts the existing group
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=_adamw(groups, training.optimizer), config=deepspeed_config(training, world_size)
+        model=module,
+        optimizer=_adamw(groups, training.optimizer),
+        config=deepspeed_config(training, world_size, universal),
     )
     return engine
 

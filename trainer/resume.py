@@ -1,98 +1,90 @@
-"""Go on from the newest checkpoint that is whole."""
+"""Go on from the newest checkpoint that is whole, with the same number of ranks or another."""
 
 from __future__ import annotations
 
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.errors import StorageError
 from data_pipeline.storage import Storage
-from trainer.checkpoint_folder import ENGINE, STATE, Manifest, fetch, rng_path, verify_sizes
+from model.mask2former import Mask2Former
+from model.weights import load_weights
+from trainer.checkpoint_folder import ENGINE, STATE, WEIGHTS, Manifest, fetch, rng_path, verify_sizes
 from trainer.control import Ranks
-from trainer.engine import Engine
+from trainer.engine import Engine, to_universal
 from trainer.errors import CheckpointError
 from trainer.random_state import load_random_state
 from trainer.reporting import CommittedCheckpoint, Reporter
 from trainer.state import TrainState
 
+_UNIVERSAL = f"{ENGINE}_universal"
 
-def restore(
-    engine: Engine,
+
+@dataclass(frozen=True)
+class Restart:
+    """A checkpoint on this machine's disk, checked and ready to be loaded."""
+
+    checkpoint: CommittedCheckpoint
+    state: TrainState
+    """Where the run goes on, with the number of ranks that it has now."""
+    folder: Path
+    same_ranks: bool
+
+    @property
+    def reshard(self) -> bool:
+        """Whether the optimizer state is cut for another number of ranks; without ZeRO it is not cut at all."""
+        return not self.same_ranks and self.state.zero_stage > 0
+
+    def load_model(self, model: Mask2Former) -> None:
+        """Before the engine is made: buffers and frozen parameters, which DeepSpeed's universal format lacks."""
+        if self.reshard:
+            load_weights(model, self.folder / WEIGHTS)
+
+    def load_engine(self, engine: Engine, ranks: Ranks) -> None:
+        """Weights and optimizer state. With the same ranks the random states too: then every bit is as at the save."""
+        engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
+        if self.same_ranks:
+            load_random_state(self.folder / rng_path(ranks.rank))
+        ranks.check()  # ranks of one machine may share the folder, which goes when its owner leaves
+
+
+@contextmanager
+def open_restart(
     candidates: tuple[CommittedCheckpoint, ...],
     expected: TrainState,
     storage: Storage,
     ranks: Ranks,
     reporter: Reporter,
-) -> tuple[CommittedCheckpoint, TrainState]:
-    """Load the first of `candidates` (newest first) that is undamaged on every rank. A collective.
+) -> Iterator[Restart | None]:
+    """Bring the first of `candidates` (newest first) that is whole on every rank to disk; None without candidates.
 
-    Weights, optimizer and random states are then bit-equal to those at the save. `expected` is the state of a fresh
-    start of this run, which the checkpoint must fit. Raises CheckpointError where it does not, or where all candidates
-    are damaged.
+    `expected` is the state of a fresh start of this run, which the checkpoint must fit. Raises CheckpointError where it
+    does not, or where all candidates are damaged. A collective.
     """
     problems = []
     for checkpoint in candidates:
         with tempfile.TemporaryDirectory(prefix="m2f-resume-") as name:
-            problem = _download(checkpoint.url, expected, storage, ranks, Path(name))
-            if problem is None:
-                state = _read_state(Path(name), checkpoint.url)
-                engine.load(Path(name), ENGINE)
-                load_random_state(Path(name) / rng_path(ranks.rank))
-                return checkpoint, state
-        problems.append(problem)
+            found = _bring(checkpoint, expected, storage, ranks, Path(name))
+            if isinstance(found, Restart):
+                yield found
+                return
+        problems.append(found)
         if ranks.is_first:
-            reporter.event("damaged", checkpoint.step, f"{problem}; trying the one before")
-    raise CheckpointError(
-        f"none of the {len(candidates)} checkpoints can be used: {'; '.join(problems)}; repair one, or start again "
-        "under another run name"
-    )
-
-
-def _download(url: str, expected: TrainState, storage: Storage, ranks: Ranks, folder: Path) -> str | None:
-    """Bring this rank's files to `folder`; returns what is damaged on any rank. Raises where the run does not fit."""
-    manifest = ranks.from_first(lambda: _verified(storage, url))
-    if isinstance(manifest, str):
-        return manifest
-    problem = _fetched(storage, url, [STATE], manifest, folder)
-    if problem is None:
-        check_fits(_read_state(folder, url), expected, url)
-        problem = _fetched(storage, url, _files_of_rank(manifest, ranks.rank), manifest, folder)
-    return next((found for found in ranks.gather(problem) if found), None)
-
-
-def _verified(storage: Storage, url: str) -> Manifest | str:
-    try:
-        return verify_sizes(storage, url)
-    except (CheckpointError, StorageError) as error:
-        return str(error)
-
-
-def _fetched(storage: Storage, url: str, paths: list[str], manifest: Manifest, folder: Path) -> str | None:
-    try:
-        fetch(storage, url, paths, manifest, folder)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _files_of_rank(manifest: Manifest, rank: int) -> list[str]:
-    """The module's weights (one file for all ranks below ZeRO-3), this rank's partition and its random states."""
-    prefix = f"{ENGINE}/zero_pp_rank_{rank}_"
-    shared = f"{ENGINE}/mp_rank_00_"
-    return [path for path in manifest.files if path.startswith((prefix, shared))] + [rng_path(rank)]
-
-
-def _read_state(folder: Path, url: str) -> TrainState:
-    return TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
+            reporter.event("damaged", checkpoint.step, f"{found}; trying the one before")
+    if problems:
+        raise CheckpointError(
+            f"none of the {len(problems)} checkpoints can be used: {'; '.join(problems)}; repair one, or start again "
+            "under another run name"
+        )
+    yield None
 
 
 def check_fits(state: TrainState, expected: TrainState, url: str) -> None:
     """Raise CheckpointError where the checkpoint `url` with this state is not one that `expected` can go on from."""
-    if state.world_size != expected.world_size:
-        raise CheckpointError(
-            f"checkpoint {url} was written by {state.world_size} ranks and this run has {expected.world_size}; "
-            f"start it with {state.world_size} ranks"
-        )
     if state.zero_stage != expected.zero_stage:
         raise CheckpointError(
             f"checkpoint {url} was written with training.zero.stage {state.zero_stage} and this run has "
@@ -104,3 +96,56 @@ def check_fits(state: TrainState, expected: TrainState, url: str) -> None:
             "or data.chunk_mb, data.lanes or data.window have changed; set them back, or start a new run from its "
             "weights"
         )
+
+
+def _bring(
+    checkpoint: CommittedCheckpoint, expected: TrainState, storage: Storage, ranks: Ranks, folder: Path
+) -> Restart | str:
+    """Download what this rank needs and, for another number of ranks, convert it; or what is damaged on any rank."""
+    inspected = ranks.from_first(lambda: _inspect(storage, checkpoint.url, folder))
+    if isinstance(inspected, str):
+        return inspected
+    manifest, state = inspected
+    check_fits(state, expected, checkpoint.url)
+    same_ranks = state.world_size == ranks.world_size
+    state = replace(state, world_size=ranks.world_size)
+    restart = Restart(checkpoint, state, folder, same_ranks)
+    if restart.reshard:
+        restart = replace(restart, folder=_folder_of_machine(ranks, folder))
+    paths = _paths(restart, manifest, ranks.rank) if restart.folder == folder else []
+    problem = next(filter(None, ranks.gather(_fetched(storage, checkpoint.url, paths, manifest, folder))), None)
+    if problem is None and restart.reshard:
+        ranks.together(lambda: to_universal(folder / ENGINE, folder / _UNIVERSAL) if paths else None)
+    return problem or restart
+
+
+def _inspect(storage: Storage, url: str, folder: Path) -> tuple[Manifest, TrainState] | str:
+    try:
+        manifest = verify_sizes(storage, url)
+        fetch(storage, url, [STATE], manifest, folder)
+        return manifest, TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
+    except (CheckpointError, StorageError) as error:
+        return str(error)
+
+
+def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:
+    """The folder of the first rank on this machine."""
+    host = socket.gethostname()
+    return next(path for other, path in ranks.gather((host, folder)) if other == host)
+
+
+def _paths(restart: Restart, manifest: Manifest, rank: int) -> list[str]:
+    """Files that this rank needs; when resharding, those that its machine needs."""
+    if restart.reshard:
+        return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS]
+    own = (f"{ENGINE}/mp_rank_00_", f"{ENGINE}/zero_pp_rank_{rank}_")  # the first is one file for all ranks
+    engine = [path for path in manifest.files if path.startswith(own)]
+    return [*engine, rng_path(rank)] if restart.same_ranks else engine
+
+
+def _fetched(storage: Storage, url: str, paths: list[str], manifest: Manifest, folder: Path) -> str | None:
+    try:
+        fetch(storage, url, paths, manifest, folder)
+    except CheckpointError as error:
+        return str(error)
+    return None

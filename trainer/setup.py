@@ -22,7 +22,7 @@ from trainer.engine import Engine
 from trainer.job import TrainJob
 from trainer.module import TrainingModule
 from trainer.reporting import CommittedCheckpoint, Reporter
-from trainer.resume import restore
+from trainer.resume import open_restart
 from trainer.state import TrainState
 
 
@@ -42,19 +42,23 @@ class Run:
 @contextmanager
 def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
     """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
-    timeout_s = job.training.collective_timeout_s
-    storage, ranks = Storage(job.storage), Ranks(timeout_s)
+    training = job.training
+    storage, ranks = Storage(job.storage), Ranks(training.collective_timeout_s)
     data = ranks.together(lambda: open_data(job, storage))
-    candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
-    model = ranks.together(lambda: _build_model(job, storage, from_scratch=not candidates))
-    engine = Engine(TrainingModule(model, job.model, job.seed, job.training.precision), job.training, this_device())
     state, resumed = _fresh_state(job, data, ranks), None
+    candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
+    with open_restart(candidates, state, storage, ranks, reporter) as restart:
+        model = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))
+        if restart is not None:
+            restart.load_model(model)
+        module = TrainingModule(model, job.model, job.seed, training.precision)
+        engine = Engine(module, training, this_device(), universal=restart is not None and restart.reshard)
+        if restart is not None:
+            restart.load_engine(engine, ranks)
+            state, resumed = restart.state, restart.checkpoint
     with ExitStack() as stack:
-        saver = CheckpointSaver(job.run_folder, job.recipe, job.training.checkpoint, storage, ranks, timeout_s)
+        saver = CheckpointSaver(job, storage, ranks, resumed)
         stack.enter_context(closing(saver))
-        if candidates:
-            resumed, state = restore(engine, candidates, state, storage, ranks, reporter)
-            saver.restored(resumed)
         batches = open_batches(job, data, storage, state.position, ranks.rank, ranks.world_size)
         stack.enter_context(closing(batches))
         yield Run(job, ranks, engine, saver, batches, state, resumed)

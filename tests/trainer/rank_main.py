@@ -28,7 +28,14 @@ from model.config import (
     TransformerDecoderConfig,
 )
 from model.errors import UserError
-from trainer.config import CheckpointConfig, OptimizerConfig, PolySchedule, TrainingConfig, ZeroConfig
+from trainer.config import (
+    CheckpointConfig,
+    MultiStepSchedule,
+    OptimizerConfig,
+    PolySchedule,
+    TrainingConfig,
+    ZeroConfig,
+)
 from trainer.job import ManualControl, TrainJob
 from trainer.worker import process_group, run_worker
 
@@ -135,14 +142,36 @@ def poisoned(folder: Path) -> dict:
 
 
 def resumed_in_stages(folder: Path) -> dict:
-    """Three steps at once, and as one and two with a stop between, in the stages that `killed` does not use."""
+    """Six steps at once in every stage, and the first three of them as one and two with a stop between."""
     seen = {}
-    for stage in (0, 2, 3):
-        settings = {"max_steps": 3, "zero": ZeroConfig(stage=stage, param_persistence_threshold=0)}
-        whole, parts = (make_job(folder / f"{name}{stage}", str(folder / "shards"), **settings) for name in "wp")
-        stopped = _train(parts, control=StopAt(polls=2))
-        seen[f"stage{stage}"] = {"whole": _train(whole), "stopped": stopped, "resumed": _train(parts)}
+    for stage in range(4):
+        parts = in_stage(folder, "parts", stage, max_steps=3)
+        seen[f"stage{stage}"] = {
+            "whole": _train(in_stage(folder, "whole", stage, max_steps=6)),
+            "stopped": _train(parts, control=StopAt(polls=2)),
+            "resumed": _train(parts),
+        }
     return seen
+
+
+def with_one_rank(folder: Path) -> dict:
+    """Two further steps of the runs of `resumed_in_stages`."""
+    return {f"stage{stage}": _train(in_stage(folder, "parts", stage, max_steps=5)) for stage in range(4)}
+
+
+def with_two_ranks_again(folder: Path) -> dict:
+    """And the sixth step."""
+    return {f"stage{stage}": _train(in_stage(folder, "parts", stage, max_steps=6)) for stage in range(4)}
+
+
+def in_stage(folder: Path, name: str, stage: int, max_steps: int) -> TrainJob:
+    return make_job(
+        folder / f"{name}{stage}",
+        str(folder / "shards"),
+        max_steps=max_steps,
+        schedule=MultiStepSchedule(milestones=()),  # the same rates whatever max_steps is
+        zero=ZeroConfig(stage=stage, param_persistence_threshold=0),
+    )
 
 
 def unreadable(folder: Path) -> dict:

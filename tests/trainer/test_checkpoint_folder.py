@@ -126,25 +126,25 @@ def test_old_checkpoints_go_and_pinned_ones_stay_until_unpinned(storage, run_fol
         step: make_checkpoint(storage, run_folder, step, tmp_path, committed=step != 15) for step in range(5, 35, 5)
     }
     pin(storage, urls[5], "evaluation")
-    delete_old(storage, run_folder, keep=2)
+    delete_old(storage, run_folder, newest=30, keep=2)
     assert [c.step for c in list_checkpoints(storage, run_folder)] == [30, 25, 5]
     assert storage.list(urls[15]) == ()  # the leftover of an interrupted save
     unpin(storage, urls[5], "evaluation")
-    delete_old(storage, run_folder, keep=2)
+    delete_old(storage, run_folder, newest=30, keep=2)
     assert [c.step for c in list_checkpoints(storage, run_folder)] == [30, 25]
 
 
 @pytest.mark.parametrize(
-    ("committed", "others", "keep", "expected"),
+    ("committed", "others", "newest", "keep", "expected"),
     [
-        ([1, 2, 3], [], 3, ()),
-        ([1, 2, 3, 4], [], 3, (1,)),
-        ([1, 2, 3, 4], [5], 2, (1, 2)),  # 5 is being uploaded
-        ([4], [1, 2], 2, ()),  # fewer than to keep: nothing is touched
-        ([3, 4], [1], 2, (1,)),
+        ([1, 2, 3], [], 3, 3, ()),
+        ([1, 2, 3, 4], [], 4, 3, (1,)),
+        ([4], [1, 2], 4, 2, ()),  # fewer than to keep: nothing is touched
+        ([3, 4], [1], 4, 2, (1,)),
+        ([1, 2, 3, 9], [], 3, 2, (1,)),  # 9 was damaged and the run went back to 2
     ],
 )
-def test_retention(committed, others, keep, expected):
+def test_retention(committed, others, newest, keep, expected):
     urls = [f"s3://bucket/run/checkpoints/step_{step:08d}/manifest.json" for step in committed]
     urls += [f"s3://bucket/run/checkpoints/step_{step:08d}/engine/x.pt" for step in (*committed, *others)]
-    assert steps_to_delete(urls, keep) == expected
+    assert steps_to_delete(urls, newest, keep) == expected

@@ -34,12 +34,19 @@ def whole_runs(with_data):
 
 
 @pytest.fixture(scope="module")
-def after_kill(with_data):
-    codes, outputs = with_data.run("killed")
+def other_ranks(whole_runs):
+    """The same runs go on with one rank."""
+    whole_runs.run_well("with_one_rank", ranks=1)
+    return whole_runs
+
+
+@pytest.fixture(scope="module")
+def after_kill(other_ranks):
+    codes, outputs = other_ranks.run("killed")
     assert codes[1] == -9, outputs[1]
     assert codes[0] not in (0, -9), outputs[0]
-    with_data.run_well("resumed")
-    return with_data
+    other_ranks.run_well("resumed,with_two_ranks_again")
+    return other_ranks
 
 
 def test_a_run_reports_every_step_and_commits_its_checkpoints(whole_runs):
@@ -99,13 +106,26 @@ def skipped_keys(message):
     return message.split("the loss of ")[1].split(" is not finite")[0]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stopping_and_resuming_changes_no_bit(whole_runs, stage):
     runs = whole_runs.seen("resumed_in_stages")[f"stage{stage}"]
     assert runs["stopped"]["state"]["step"] == 1
     assert runs["stopped"]["events"][-1][0] == "stopped"
     assert runs["resumed"]["checkpoints"] == [1, 3]
-    assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == runs["whole"]["losses"]
+    losses = runs["stopped"]["losses"] | runs["resumed"]["losses"]
+    assert losses == {step: runs["whole"]["losses"][step] for step in "123"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(after_kill, stage):
+    expected = after_kill.seen("resumed_in_stages")[f"stage{stage}"]["whole"]["losses"]
+    shrunk = after_kill.seen("with_one_rank")[f"stage{stage}"]
+    grown = after_kill.seen("with_two_ranks_again")[f"stage{stage}"]
+    assert shrunk["state"]["world_size"] == 1
+    assert list(shrunk["losses"]) == ["4", "5"]
+    assert list(grown["losses"]) == ["6"]
+    for step, loss in (shrunk["losses"] | grown["losses"]).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step
 
 
 def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):

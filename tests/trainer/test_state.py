@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,16 +35,14 @@ def test_what_is_no_state_is_refused(content):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"world_size": 4}, "written by 4 ranks and this run has 2"),
         ({"zero_stage": 3}, r"training\.zero\.stage 3 and this run has 1"),
         ({"order_fingerprint": "xyz"}, "another order of the data"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(changed, message):
-    other = TrainState(**({"order_fingerprint": "abc", "seed": 3, "world_size": 2, "zero_stage": 1} | changed))
-    check_fits(STATE, STATE, "run/checkpoints/step_00000001")
+    check_fits(replace(STATE, world_size=8), STATE, "run/checkpoints/step_00000001")
     with pytest.raises(CheckpointError, match=message):
-        check_fits(other, STATE, "run/checkpoints/step_00000001")
+        check_fits(replace(STATE, **changed), STATE, "run/checkpoints/step_00000001")
 
 
 def test_random_states_return(tmp_path):
