@@ -128,7 +128,7 @@ class _Supervisor:
                 break
             if error is None and self._interrupts:
                 return "stopped"
-            failure = _failure(error, drained=self._relay.last_event == "drained")
+            failure = failure_of(error, drained=self._relay.last_event == "drained")
             self._failures.append(failure)
             history = history.after(Attempt(failure, step))
             decision = decide(history, self._config.cluster.max_failures)
@@ -261,8 +261,8 @@ class _Supervisor:
                 signal.signal(number, handler)
 
 
-def _failure(error: BaseException | None, drained: bool) -> Failure:
-    """Why an attempt ended before the last step."""
+def failure_of(error: BaseException | None, drained: bool) -> Failure:
+    """Why an attempt ended before the last step; `error` is what Ray Train raised, None where the workers returned."""
     if error is None:
         if drained:
             return Failure(None, "preemption", "the workers' machine was taken back")

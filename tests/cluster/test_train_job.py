@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from ray.train import ControllerError, WorkerGroupError
 
 from cluster.config import ClusterConfig, RunConfig
 from cluster.eval_queue import read_entries
@@ -18,7 +19,7 @@ from cluster.eval_service import start_evaluations
 from cluster.evaluate import evaluate_checkpoint
 from cluster.ray_cluster import connect
 from cluster.tracking import create_run
-from cluster.train_job import RunSummary, run_training
+from cluster.train_job import RunSummary, failure_of, run_training
 from cluster.train_local import train_locally
 from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
 from data_pipeline.readers import open_reader, source_fingerprint
@@ -122,6 +123,20 @@ def cluster(config):
     with connect(config):
         yield
     patch.undo()
+
+
+@pytest.mark.parametrize(
+    ("error", "drained", "kind", "rank"),
+    [
+        (WorkerGroupError("", {0: RuntimeError("Connection reset by peer"), 1: KeyError("x")}), False, "mistake", 1),
+        (ControllerError(TimeoutError("no workers")), False, "error", None),
+        (None, True, "preemption", None),
+        (None, False, "error", None),
+    ],
+)
+def test_what_ray_raises_is_understood(error, drained, kind, rank):
+    failure = failure_of(error, drained)
+    assert (failure.kind, failure.rank) == (kind, rank)
 
 
 def ray_processes(title: str) -> list[psutil.Process]:
