@@ -54,17 +54,16 @@ class Engine:
         self.stage = training.zero.stage
         self._clip_norm = training.optimizer.clip_norm
         self.module = module.to(device)
-        groups = build_param_groups(module, training.optimizer)
-        self._base_lrs = [group["lr"] for group in groups]
-        self._engine: Any = _initialize(self.module, groups, training, self.world_size, universal)
-        self._optimizer = self._engine.optimizer
+        self._adamw = _build_adamw(module, training.optimizer)
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
+        self._engine: Any = _initialize(module, self._adamw, deepspeed_config(training, self.world_size, universal))
         self.lr_factor = 1.0
 
     def set_lr_factor(self, factor: float) -> None:
         """Set every group's learning rate to its own base times `factor`."""
         self.lr_factor = factor
-        for group, base in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * factor
+        for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
+            group["lr"] = settings["lr"] * factor
 
     def accumulate(self, batch: Batch, normalizers: Normalizers) -> Losses:
         """Forward and backward of one micro-batch on this rank; returns its detached share of the step's losses."""
@@ -94,6 +93,12 @@ class Engine:
     def load(self, folder: Path, tag: str) -> None:
         """Restore what `save` wrote. Executes pickles, so only for files whose checksum this run vouches for."""
         self._engine.load_checkpoint(str(folder), tag=tag)
+        # Loading the universal format under ZeRO-3 leaves all groups with the settings of the first and with one step
+        # counter between them, which would then count every group's update.
+        for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
+            group.update(settings)
+        for state in self._adamw.state.values():
+            state["step"] = state["step"].clone()
 
     def weights(self) -> dict[str, Tensor]:
         """All weights of the model on CPU, on rank 0; empty on others. A collective under ZeRO-3."""
@@ -164,21 +169,16 @@ def to_universal(source: Path, target: Path) -> None:
         ds_to_universal.main(arguments)
 
 
-def _initialize(
-    module: TrainingModule, groups: list[dict[str, Any]], training: TrainingConfig, world_size: int, universal: bool
-) -> Any:
+def _build_adamw(module: TrainingModule, config: OptimizerConfig) -> torch.optim.AdamW:
+    groups = build_param_groups(module, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _initialize(module: TrainingModule, optimizer: torch.optim.AdamW, config: dict[str, Any]) -> Any:
     deepspeed = _import_deepspeed()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)  # adopts the existing group
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=_adamw(groups, training.optimizer),
-        config=deepspeed_config(training, world_size, universal),
-    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
-
-
-def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def _import_deepspeed() -> Any:
