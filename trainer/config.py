@@ -66,6 +66,11 @@ class CheckpointConfig:
     keep: int = 3
     """Newest checkpoints kept; pinned ones (being evaluated) stay besides."""
 
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.checkpoint.{name} is {getattr(self, name)}; it must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -92,6 +97,6 @@ class TrainingConfig:
     collective_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps"):
+        for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")

@@ -1,0 +1,65 @@
+import os
+
+import pytest
+import torch
+
+from model.errors import ConfigError
+from trainer.config import CheckpointConfig
+from trainer.control import Ranks, StepFacts
+from trainer.errors import TrainingError
+from trainer.worker import process_group
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what the code sets
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def ranks(no_launcher):
+    with process_group(torch.device("cpu"), timeout_s=30.0):
+        yield Ranks(timeout_s=30.0)
+
+
+def test_half_an_environment_is_refused(no_launcher, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with (
+        pytest.raises(TrainingError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set although RANK are"),
+        process_group(torch.device("cpu"), 1.0),
+    ):
+        pass
+
+
+def test_without_a_launcher_the_process_is_the_only_rank(ranks):
+    assert (ranks.rank, ranks.world_size, ranks.is_first) == (0, 1, True)
+    assert os.environ["LOCAL_RANK"] == "0"
+    facts = StepFacts(num_masks=3.0, class_weight_sum=0.1, drain=1.0)
+    assert ranks.exchange(facts) == facts
+    assert ranks.gather("a") == ["a"]
+    assert ranks.from_first(lambda: 7) == 7
+
+
+def test_a_mistake_of_the_user_keeps_its_type(ranks):
+    def mistake():
+        raise ConfigError("data.train is empty")
+
+    with pytest.raises(ConfigError, match="is empty"):
+        ranks.together(mistake)
+
+
+def test_any_other_error_names_the_rank(ranks):
+    def bug():
+        raise KeyError("missing")
+
+    with pytest.raises(TrainingError, match="on all ranks: rank 0: KeyError: 'missing'"):
+        ranks.from_first(bug)
+
+
+@pytest.mark.parametrize("setting", ["every_steps", "keep"])
+def test_checkpoints_need_a_positive_number(setting):
+    with pytest.raises(ConfigError, match=rf"training\.checkpoint\.{setting} is 0"):
+        CheckpointConfig(**{setting: 0})
