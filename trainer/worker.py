@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from io import StringIO
 
 import numpy as np
 import torch
@@ -24,12 +26,13 @@ _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def run_worker(job: TrainJob, reporter: Reporter | None = None, control: Control | None = None) -> TrainState:
     """Train as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
 
-    A process group that exists already (Ray Train) is used as it is. Without any of these variables the process is
+    Without a reporter, rank 0 prints. A process group that exists already (Ray Train) is used as it is. Without any of these variables the process is
     the only rank. Raises TrainingError where only some are set and what `train` raises.
     """
     device = prepare_process(job)
     with process_group(device, job.training.collective_timeout_s):
-        return train(job, reporter or LogReporter(job.training.max_steps), control or ManualControl())
+        log = LogReporter(job.training.max_steps, sys.stdout if dist.get_rank() == 0 else StringIO())
+        return train(job, reporter or log, control or ManualControl())
 
 
 def prepare_process(job: TrainJob) -> torch.device:
