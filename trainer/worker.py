@@ -26,8 +26,8 @@ _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def run_worker(job: TrainJob, reporter: Reporter | None = None, control: Control | None = None) -> TrainState:
     """Train as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
 
-    Without a reporter, rank 0 prints. A process group that exists already (Ray Train) is used as it is. Without any of these variables the process is
-    the only rank. Raises TrainingError where only some are set and what `train` raises.
+    Without a reporter, rank 0 prints. A process group that exists already (Ray Train) is used as it is. Without any of
+    these variables the process is the only rank. Raises TrainingError where only some are set and what `train` raises.
     """
     device = prepare_process(job)
     with process_group(device, job.training.collective_timeout_s):
