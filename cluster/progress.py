@@ -27,8 +27,8 @@ def complain(text: str) -> None:
 
 def describe_pace(done: int, total: int, first: int, elapsed_s: float, unit: str) -> str:
     """For example `12.3 images/s, 4:05 left`; work that an earlier run did (`first`) does not count as pace."""
-    rate = (done - first) / elapsed_s if elapsed_s > 0 else 0.0
-    if rate <= 0:
+    rate = (done - first) / max(elapsed_s, 1e-9)
+    if rate <= 0 or elapsed_s < 0.1:  # too early to tell
         return f"- {unit}/s"
     return f"{rate:.1f} {unit}/s, {format_duration((total - done) / rate)} left"
 

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
 """Of a local cluster: Ray's default of 30 % of the memory is taken from the training."""
+CONNECT_S = 10.0
 
 
 class ClusterError(UserError):
@@ -57,6 +59,7 @@ def local_or_existing(cluster: ClusterConfig, num_cpus: int, dashboard: bool = F
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         except Exception as error:
             raise ClusterError(
@@ -96,6 +99,13 @@ def _start(folder: str, num_cpus: int, dashboard: bool) -> None:
             f"a local Ray cluster does not start: {_first_line(error)}. Its logs are in {folder}; free some memory, or "
             "name a running cluster in cluster.address"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nobody listens; Ray itself would try for minutes. Names such as `auto` pass."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def _guard_with_token() -> None:

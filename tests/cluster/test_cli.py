@@ -9,12 +9,16 @@ import cv2
 import numpy as np
 import pytest
 
+from cluster.checkpoints import choose_checkpoint
 from cluster.cli import VERBS, main
+from cluster.compose import compose_job
 from cluster.progress import Progress, describe_pace, format_duration
+from cluster.recipe import load_recipe
 from data_pipeline.config import DatasetConfig, SyntheticSource
 from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset
 from data_pipeline.storage import Storage
+from model.errors import ConfigError
 
 RECIPE = """
 name: small
@@ -32,6 +36,8 @@ model:
 training: {{max_steps: 10}}
 evaluation: {{shortest_edge: 64, max_size: 96}}
 """
+SMALL_SHARDS = "datasets.train.shards={folder}/others"
+NOBODY = "cluster.address=127.0.0.1:9"
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "boto3", "cv2", "numpy", "pydantic", "rich", "deepspeed")
 
 
@@ -96,13 +102,15 @@ def test_an_unknown_verb_suggests_one(capsys):
         (["stats", "RECIPE", "absent"], "dataset.json does not exist"),
         (["preview", "RECIPE", "train", "absent"], "one data set per sheet"),
         (["shard", "RECIPE", "absent"], "set datasets.absent.source"),
+        (["shard", "RECIPE", "train", SMALL_SHARDS, NOBODY], "cannot reach the Ray cluster at 127.0.0.1:9"),
         (["eval", "RECIPE"], "has no checkpoint; train first"),
         (["eval", "RECIPE", "--checkpoint", "12"], "has no checkpoint; train first"),
         (["predict", "RECIPE", "nowhere.jpg", "--output", "out"], "nowhere.jpg: no such image"),
     ],
 )
-def test_a_mistake_is_one_message_and_status_2(capsys, recipe, words, expected):
-    status, _, err = run(capsys, *(recipe if word == "RECIPE" else word for word in words))
+def test_a_mistake_is_one_message_and_status_2(capsys, recipe, tmp_path, words, expected):
+    words = [recipe if word == "RECIPE" else word.format(folder=tmp_path) for word in words]
+    status, _, err = run(capsys, *words)
     assert status == 2
     assert expected in err
     assert "Traceback" not in err
@@ -142,11 +150,47 @@ def test_shard_of_a_finished_data_set_says_so(capsys, recipe):
     assert "all there already" in out
 
 
+def test_the_job_has_as_many_classes_as_the_data_has_for_the_task(recipe):
+    assert compose_job(load_recipe(recipe)).model.num_classes == 10
+    job = compose_job(load_recipe(recipe, ["data.task=instance"]))
+    assert job.model.num_classes == 6
+    assert job.shards == (str(recipe.parent / "shards"),)
+    with pytest.raises(ConfigError, match="have 10 classes for the task panoptic; remove the setting"):
+        compose_job(load_recipe(recipe, ["model.num_classes=4"]))
+
+
+@pytest.mark.slow
+def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_run(recipe, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    from cluster.tracking import find_run
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    overrides = [
+        f"output={tmp_path}",
+        "training.max_steps=2",
+        "training.global_batch=1",
+        "training.micro_batch=1",
+        "training.log_every_steps=1",
+        "data.augment.size=64",
+        "data.workers=0",
+        "model.loss.num_points=64",
+    ]
+    command = [sys.executable, "-m", "cluster.cli", "train", str(recipe), "--launcher", "local", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"run finished: {tmp_path}/small\n")
+    config = load_recipe(recipe, overrides)
+    assert choose_checkpoint(config, Storage(), None).name == "step_00000002"
+    run = find_run(config)
+    client = MlflowClient(tracking_uri=run.uri)
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.run_id, "train/loss/total")] == [1, 2]
+
+
 @pytest.fixture(scope="module")
 def weights(recipe):
     """Random weights of the recipe's model."""
-    from cluster.compose import compose_job
-    from cluster.recipe import load_recipe
     from model.mask2former import build_model
     from model.weights import save_weights
 
@@ -207,6 +251,7 @@ def test_pace_and_durations_read_well():
     assert format_duration(42) == "0:42"
     assert format_duration(3 * 3600 + 7 * 60 + 9) == "3:07:09"
     assert describe_pace(done=30, total=90, first=10, elapsed_s=10.0, unit="images") == "2.0 images/s, 0:30 left"
+    assert describe_pace(done=30, total=90, first=10, elapsed_s=0.0, unit="images") == "- images/s"
     assert describe_pace(done=10, total=90, first=10, elapsed_s=10.0, unit="images") == "- images/s"
 
 
