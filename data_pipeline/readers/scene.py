@@ -24,6 +24,10 @@ _MIN_VISIBLE = 0.4
 _TRIES = 30
 _MIN_CONTRAST = 110.0
 """Euclidean RGB distance between an object and the mean of what it covers."""
+_GROUND = ((20.0, 90.0), (60.0, 110.0))
+"""Brightness of a texture's darker tone, and how much brighter its other tone is."""
+_TINT = 20.0
+"""Largest deviation of a tone's channels from grey."""
 _NOISE = 3.0
 
 
@@ -73,7 +77,10 @@ def make_scene(seed: int, index: int) -> Scene:
 
 
 def _draw_ground(random: np.random.Generator) -> _Canvas:
-    """Regions around random points, each with a texture of its own in two random colours."""
+    """Regions around random points, each with a texture of its own in two greyish tones.
+
+    Objects are colourful, so that few images teach what is an object; which one it is, only its outline tells.
+    """
     height, width = (int(side) for side in random.integers(_SIDE[0], _SIDE[1] + 1, size=2))
     names = [str(n) for n in random.permutation(TEXTURES)[: random.integers(_REGIONS[0], _REGIONS[1] + 1)]]
     y, x = np.mgrid[:height, :width]
@@ -81,8 +88,8 @@ def _draw_ground(random: np.random.Generator) -> _Canvas:
     region = np.argmin([np.hypot(y - sy, x - sx) for sy, sx in sites], axis=0)
     image = np.empty((height, width, 3), np.float32)
     for number, name in enumerate(names):
-        first = random.uniform(0, 255, 3)
-        second = _contrasting(first, 100.0, random)
+        first = random.uniform(*_GROUND[0]) + random.uniform(-_TINT, _TINT, 3)
+        second = first + random.uniform(*_GROUND[1]) + random.uniform(-_TINT, _TINT, 3)
         pattern = texture(name, height, width, random)[..., None]
         inside = region == number
         image[inside] = (first + pattern * (second - first))[inside]
@@ -150,9 +157,10 @@ def _paint(image: np.ndarray, coverage: np.ndarray, random: np.random.Generator)
 
 
 def _contrasting(color: np.ndarray, distance: float, random: np.random.Generator) -> np.ndarray:
-    """A random colour at least this far from another one (in RGB every colour has some that are 127 away)."""
+    """A random saturated colour at least this far from another one."""
     while True:
-        candidate = random.uniform(0, 255, 3)
+        low, high = random.uniform(0, 80), random.uniform(170, 255)
+        candidate = random.permutation([low, random.uniform(low, high), high])
         if np.linalg.norm(candidate - color) >= distance:
             return candidate
 

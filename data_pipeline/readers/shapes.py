@@ -1,6 +1,6 @@
 """Drawing for the synthetic set: six shapes told apart by outline alone, four textures told apart by pattern alone.
 
-Colours are random everywhere, so that nothing can be learnt from them.
+Their colours are random and drawn alike for every shape and every texture, so that no class can be told by colour.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class SyntheticReader:
 
     def size_hint(self, index: int) -> int:
         """What an image of this kind takes on average."""
-        return 32_000
+        return 18_000
 
     def subset(self, indices: Sequence[int]) -> Self:
         """A reader of only these images."""
