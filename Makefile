@@ -6,7 +6,6 @@ SOAK ?=
 
 export OMP_NUM_THREADS := 1
 export DS_ACCELERATOR ?= cpu
-export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 

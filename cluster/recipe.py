@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,9 @@ from model.errors import ConfigError
 
 _INVALID = object()
 """Stands for a value whose problem has been noted, so that one mistake gives one message."""
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+"""`${NAME}` or `${NAME:-default}`, so that one recipe finds its data on every machine."""
 
 _CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 
@@ -43,6 +47,7 @@ def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe
     tree = _parse_yaml(text, source)
     for override in overrides:
         _apply_override(tree, override, problems)
+    tree = _expand(tree, "", problems)
     config = _build(RunConfig, tree, "", problems)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -89,6 +94,25 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: a recipe is a YAML mapping of sections, this is {_kind_of(tree)}")
     return tree
+
+
+def _expand(node: Any, path: str, problems: list[str]) -> Any:
+    """The tree with `${NAME}` and `${NAME:-default}` in its texts replaced from the environment."""
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            problems.append(
+                f"`{path}`: the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
+            )
+        return found or ""
+
+    if isinstance(node, dict):
+        return {key: _expand(child, f"{path}.{key}".lstrip("."), problems) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_expand(child, f"{path}.{index}", problems) for index, child in enumerate(node)]
+    return _VARIABLE.sub(value, node) if isinstance(node, str) else node
 
 
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from cluster.evaluate import evaluate_checkpoint, write_files  # after the mistakes, as Ray takes seconds to import
     from cluster.tracking import Tracking, find_run
 
-    evaluations = evaluate_checkpoint(config, weights.url)
+    evaluations = evaluate_checkpoint(config, weights.url, step=weights.step)
     run = find_run(config) if weights.step is not None else None
     tracking = Tracking(run, "offline-evaluation") if run is not None else None
     with TemporaryDirectory(prefix="m2f-evaluation-") as scratch:

@@ -201,3 +201,20 @@ def test_explain_covers_every_section_of_the_whole_recipe():
 def test_explain_of_an_unknown_section_suggests_one():
     with pytest.raises(ConfigError, match="`optimiser` is no section of `training`; did you mean `optimizer`"):
         explain("training.optimiser")
+
+
+def test_environment_variables_in_texts_are_replaced(monkeypatch):
+    monkeypatch.setenv("M2F_TEST_ROOT", "/mnt/sets")
+    monkeypatch.delenv("M2F_TEST_NONE", raising=False)
+    recipe = RECIPE.replace("shards/train", '"${M2F_TEST_ROOT}/train"').replace(
+        "shards/val", '"${M2F_TEST_NONE:-here}/val"'
+    )
+    config = parse_recipe(recipe)
+    assert config.datasets["train"].shards == "/mnt/sets/train"
+    assert config.datasets["val"].shards == "here/val"
+
+
+def test_an_unset_environment_variable_is_named_with_its_place(monkeypatch):
+    monkeypatch.delenv("M2F_TEST_NONE", raising=False)
+    message = problems_of(RECIPE.replace("shards/val", '"${M2F_TEST_NONE}/val"'))
+    assert "`datasets.val.shards`: the environment variable M2F_TEST_NONE is not set" in message
