@@ -91,8 +91,11 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def _group_norm_like(source: nn.BatchNorm2d) -> nn.GroupNorm:
-    """GroupNorm in place of a BatchNorm, with its affine (residual branches may start at zero gain)."""
-    norm = nn.GroupNorm(math.gcd(32, source.num_features), source.num_features)
+    """GroupNorm in place of a BatchNorm, with its affine (residual branches may start at zero gain).
+
+    About 16 channels a group: with a fixed number of groups, a narrow stage would be normalised channel by channel.
+    """
+    norm = nn.GroupNorm(math.gcd(max(1, source.num_features // 16), source.num_features), source.num_features)
     with torch.no_grad():
         norm.weight.copy_(source.weight)
         norm.bias.copy_(source.bias)

@@ -14,20 +14,22 @@ _OBJECTS = (4, 12)
 _REGIONS = (1, 3)
 _TINY_SHARE = 0.25
 _TINY = (8.0, 11.5)  # diameters in pixels
-_LARGE = (26.0, 54.0)
-_TILT = 0.4
+_LARGE = (30.0, 60.0)
+_TILT = 0.15
 """Shapes are turned by at most this angle in radians: enough to vary, little enough to learn in minutes."""
-_OVERLAP_SHARE = 0.8
+_OVERLAP_SHARE = 0.7
 """Share of large objects that are placed across the edge of an earlier one."""
 _MIN_VISIBLE = 0.4
 """Every object keeps at least this share of its pixels."""
 _TRIES = 30
 _MIN_CONTRAST = 110.0
 """Euclidean RGB distance between an object and the mean of what it covers."""
-_GROUND = ((20.0, 90.0), (60.0, 110.0))
+_GROUND = ((20.0, 60.0), (45.0, 80.0))
 """Brightness of a texture's darker tone, and how much brighter its other tone is."""
 _TINT = 20.0
 """Largest deviation of a tone's channels from grey."""
+_RIM = 0.2
+"""Brightness of an object's rim as a share of its fill's."""
 _NOISE = 3.0
 
 
@@ -79,7 +81,8 @@ def make_scene(seed: int, index: int) -> Scene:
 def _draw_ground(random: np.random.Generator) -> _Canvas:
     """Regions around random points, each with a texture of its own in two greyish tones.
 
-    Objects are colourful, so that few images teach what is an object; which one it is, only its outline tells.
+    Objects are brighter and colourful, so that few images teach what is an object; which one it is, only its
+    outline tells.
     """
     height, width = (int(side) for side in random.integers(_SIDE[0], _SIDE[1] + 1, size=2))
     names = [str(n) for n in random.permutation(TEXTURES)[: random.integers(_REGIONS[0], _REGIONS[1] + 1)]]
@@ -144,23 +147,21 @@ def _hides_too_much(canvas: _Canvas, window: tuple[slice, slice], mask: np.ndarr
 
 
 def _paint(image: np.ndarray, coverage: np.ndarray, random: np.random.Generator) -> None:
-    """Blend a soft two-colour gradient with a thin rim onto a window [S, S, 3] of the image."""
+    """Blend a soft two-colour gradient with a thin dark rim onto a window [S, S, 3] of the image."""
     ground = image[coverage > 0.5].mean(axis=0)
     first = _contrasting(ground, _MIN_CONTRAST, random)
     second = np.clip(first + random.uniform(-45, 45, 3), 0, 255)
     ramp = np.linspace(0, 1, len(image), dtype=np.float32)[:, None, None]
     fill = first + ramp * (second - first)
-    rim = np.where(first.mean() > 127, 0.35 * first, 255 - 0.35 * (255 - first))
     inner = cv2.erode(coverage, np.ones((3, 3), np.uint8))[..., None]
-    colors = inner * fill + (1 - inner) * rim
+    colors = fill * (_RIM + (1 - _RIM) * inner)
     image += coverage[..., None] * (colors - image)
 
 
 def _contrasting(color: np.ndarray, distance: float, random: np.random.Generator) -> np.ndarray:
-    """A random saturated colour at least this far from another one."""
+    """A random bright colour at least this far from another one."""
     while True:
-        low, high = random.uniform(0, 80), random.uniform(170, 255)
-        candidate = random.permutation([low, random.uniform(low, high), high])
+        candidate = random.permutation([random.uniform(60, 120), random.uniform(60, 255), random.uniform(220, 255)])
         if np.linalg.norm(candidate - color) >= distance:
             return candidate
 
