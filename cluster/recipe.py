@@ -16,6 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import RunConfig
+from cluster.paths import with_absolute_paths
 from model.errors import ConfigError
 
 _INVALID = object()
@@ -28,7 +29,7 @@ _CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a recipe and apply `section.key=value` overrides.
+    """Read a recipe and apply `section.key=value` overrides; relative paths count from the current directory.
 
     Raises:
         ConfigError: the file cannot be read, or holds problems; the one message lists all of them.
@@ -38,11 +39,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
-    return parse_recipe(text, overrides, source=str(path))
+    return with_absolute_paths(parse_recipe(text, overrides, source=str(path)))
 
 
 def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:
-    """`load_recipe` for text; `source` is named in the error."""
+    """`load_recipe` for text, with paths as written; `source` is named in the error."""
     problems: list[str] = []
     tree = _parse_yaml(text, source)
     for override in overrides:

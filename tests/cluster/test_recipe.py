@@ -218,3 +218,17 @@ def test_an_unset_environment_variable_is_named_with_its_place(monkeypatch):
     monkeypatch.delenv("M2F_TEST_NONE", raising=False)
     message = problems_of(RECIPE.replace("shards/val", '"${M2F_TEST_NONE}/val"'))
     assert "`datasets.val.shards`: the environment variable M2F_TEST_NONE is not set" in message
+
+
+def test_a_recipe_from_a_file_has_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = "{kind: coco_instances, images: raw/images, instances_json: /mnt/instances.json}"
+    recipe = RECIPE.replace("{kind: synthetic, num_images: 8}", source)
+    (tmp_path / "r.yaml").write_text(recipe)
+    config = load_recipe("r.yaml", ["datasets.val.shards=s3://bucket/val", "model.weights=w.safetensors"])
+    assert config.output == f"{tmp_path}/runs"
+    assert config.datasets["train"].shards == f"{tmp_path}/shards/train"
+    assert config.datasets["val"].shards == "s3://bucket/val"
+    assert config.datasets["train"].source.images == f"{tmp_path}/raw/images"
+    assert config.datasets["train"].source.instances_json == "/mnt/instances.json"
+    assert config.model.weights == f"{tmp_path}/w.safetensors"

@@ -1,0 +1,45 @@
+"""Local paths of a recipe made absolute, because the processes of a cluster start in other folders."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from cluster.config import RunConfig
+from data_pipeline.config import DatasetConfig, SourceConfig
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run with every relative path counted from the current directory; URLs stay as they are."""
+    backbone = config.model.backbone
+    return replace(
+        config,
+        output=_absolute(config.output),
+        datasets={name: _dataset(dataset) for name, dataset in config.datasets.items()},
+        model=replace(
+            config.model,
+            weights=_absolute_or_none(config.model.weights),
+            backbone=replace(backbone, weights=_absolute_or_none(backbone.weights)),
+        ),
+    )
+
+
+def _dataset(dataset: DatasetConfig) -> DatasetConfig:
+    source = None if dataset.source is None else _source(dataset.source)
+    return replace(dataset, shards=_absolute(dataset.shards), source=source)
+
+
+def _source(source: SourceConfig) -> SourceConfig:
+    """Every text of a source but its kind is a path."""
+    texts = {
+        f.name: value for f in fields(source) if f.name != "kind" and isinstance(value := getattr(source, f.name), str)
+    }
+    return replace(source, **{name: _absolute(text) for name, text in texts.items()})
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _absolute_or_none(path: str | None) -> str | None:
+    return None if path is None else _absolute(path)
