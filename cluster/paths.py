@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from cluster.config import RunConfig
 from data_pipeline.config import DatasetConfig, SourceConfig
@@ -31,10 +32,9 @@ def _dataset(dataset: DatasetConfig) -> DatasetConfig:
 
 def _source(source: SourceConfig) -> SourceConfig:
     """Every text of a source but its kind is a path."""
-    texts = {
-        f.name: value for f in fields(source) if f.name != "kind" and isinstance(value := getattr(source, f.name), str)
-    }
-    return replace(source, **{name: _absolute(text) for name, text in texts.items()})
+    values: dict[str, Any] = {field.name: getattr(source, field.name) for field in fields(source)}
+    paths = {name: _absolute(value) for name, value in values.items() if name != "kind" and isinstance(value, str)}
+    return type(source)(**values | paths)
 
 
 def _absolute(path: str) -> str:

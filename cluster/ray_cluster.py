@@ -60,7 +60,7 @@ def local_or_existing(cluster: ClusterConfig, num_cpus: int, dashboard: bool = F
     if address is not None:
         try:
             _knock(address)
-            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except Exception as error:
             raise ClusterError(
                 f"cannot reach the Ray cluster at {address}: {_first_line(error)}. Correct cluster.address (now "
@@ -91,7 +91,7 @@ def _start(folder: str, num_cpus: int, dashboard: bool) -> None:
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             logging_level=logging.WARNING,
-            log_to_driver=True,
+            log_to_driver=False,  # what matters comes back as results and errors; Ray's own lines would drown it
             _temp_dir=folder,
         )
     except Exception as error:
