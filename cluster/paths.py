@@ -32,9 +32,12 @@ def _dataset(dataset: DatasetConfig) -> DatasetConfig:
 
 def _source(source: SourceConfig) -> SourceConfig:
     """Every text of a source but its kind is a path."""
-    values: dict[str, Any] = {field.name: getattr(source, field.name) for field in fields(source)}
-    paths = {name: _absolute(value) for name, value in values.items() if name != "kind" and isinstance(value, str)}
-    return type(source)(**values | paths)
+    paths: dict[str, Any] = {}
+    for field in fields(source):
+        value = getattr(source, field.name)
+        if isinstance(value, str) and field.name != "kind":
+            paths[field.name] = _absolute(value)
+    return replace(source, **paths)
 
 
 def _absolute(path: str) -> str:
