@@ -129,7 +129,9 @@ def _decode_annotation(members: Mapping[str, bytes], description: dict[str, Any]
 
 def _decode_segment(fields: dict[str, Any]) -> Segment:
     x, y, width, height = fields.pop("bbox")
-    return Segment(bbox=(x, y, width, height), **fields)
+    rings = fields.pop("polygons")
+    polygons = None if rings is None else tuple(tuple(ring) for ring in rings)
+    return Segment(bbox=(x, y, width, height), polygons=polygons, **fields)
 
 
 def _decode_map(members: Mapping[str, bytes], member: str, shape: tuple[int, int], name: str) -> np.ndarray | None:

@@ -30,6 +30,8 @@ class Segment:
     map: Literal["seg", "inst"]
     layer: int = 0
     """Layer of `inst`; 0 for `seg`."""
+    polygons: tuple[tuple[float, ...], ...] | None = None
+    """Rings x, y, x, y, ... in pixels as the source has them; None where its mask is not polygons."""
 
 
 @dataclass(frozen=True, kw_only=True)

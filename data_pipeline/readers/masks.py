@@ -36,10 +36,18 @@ def instance_layers(
             source_id=int(entry["id"]),
             map="inst",
             layer=layer,
+            polygons=_rings(entry["segmentation"]),
         )
         for local_id, (entry, layer, (area, box)) in enumerate(zip(annotations, layers, measured, strict=True), start=1)
     )
     return inst, segments
+
+
+def _rings(segmentation: Any) -> tuple[tuple[float, ...], ...] | None:
+    """Rings of a polygon segmentation that `_decode` has read; None for run lengths."""
+    if not isinstance(segmentation, list):
+        return None
+    return tuple(tuple(float(value) for value in ring) for ring in segmentation)
 
 
 def stack_layers(

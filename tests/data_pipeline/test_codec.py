@@ -27,6 +27,7 @@ def _segment(local_id, kind, layer=0):
         source_id=10_000_000_000 + local_id,
         map=kind,
         layer=layer,
+        polygons=((0.5, 1.0, 4.0, 1.25, 2.0, 5.0),) if kind == "inst" else None,
     )
 
 

@@ -138,6 +138,7 @@ def test_instances_sample(coco):
     ]
     assert annotation.segments[0].area == 70.5
     polygon = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([POLYGON], H, W)))
+    assert [segment.polygons for segment in annotation.segments] == [(tuple(POLYGON),), None, None]
     for segment, mask in zip(annotation.segments, (polygon, _mask(5, 8, 15, 14), _mask(0, 20, 4, 30)), strict=True):
         assert np.array_equal(annotation.inst[segment.layer] == segment.id, mask.astype(bool))
 
