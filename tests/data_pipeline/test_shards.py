@@ -32,7 +32,7 @@ def reader():
 
 
 def _config(folder, **changes):
-    return DatasetConfig(shards=str(folder), source=SOURCE, shard_mb=0.12, **changes)
+    return DatasetConfig(shards=str(folder), source=SOURCE, shard_mb=0.065, **changes)
 
 
 def _plan(reader, folder, **changes):
@@ -194,7 +194,7 @@ def test_small_changes_of_size_do_not_change_the_plan(reader, tmp_path):
         def size_hint(self, index):
             return int(self.reader.size_hint(index) * 1.02)
 
-    config = replace(_config(tmp_path), shard_mb=0.064)
+    config = replace(_config(tmp_path), shard_mb=0.036)
     assert plan_shards(Grown(reader, frozenset()), config, "").hash == plan_shards(reader, config, "").hash
 
 
