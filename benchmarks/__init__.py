@@ -1,0 +1,1 @@
+"""Ours and peers side by side; agreement is checked before any ratio is printed."""
