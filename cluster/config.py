@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from data_pipeline.config import DataConfig, DatasetConfig, StorageConfig
 from eval.config import EvaluationConfig
 from model.config import ModelConfig
-from model.errors import ConfigError
+from model.errors import ConfigError, require_at_least
 from trainer.config import TrainingConfig
 
 
@@ -29,6 +30,10 @@ class ClusterConfig:
     """Restarts without progress before the run stops; every new checkpoint resets the count."""
     shard_tasks: int = 2
     """Sharding tasks that run at once."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, cluster__num_workers=self.num_workers, cluster__shard_tasks=self.shard_tasks)
+        require_at_least(0, cluster__max_failures=self.max_failures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,8 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ConfigError(f"name is {self.name!r}; use letters, digits, '_', '-' and '.', as it names a folder")
         known = ", ".join(sorted(self.datasets)) or "none"
         named = [("data.train", m.dataset) for m in self.data.train]
         named += [("evaluation.sets", s.dataset) for s in self.evaluation.sets]

@@ -97,7 +97,8 @@ class EvaluationManager:
                     continue
                 self._settle(entry)
                 self._release(entry)
-            except StorageError as error:  # of the queue or a pin; the entries are safe in memory, so try again
+            except StorageError as error:  # of the queue or a pin: do it again, results of the same step are the same
+                self._queue.put_back()
                 LOGGER.warning("evaluations wait for the storage: %s", error)
                 self._wake.wait(RETRY_S)
 

@@ -48,9 +48,7 @@ class EvaluationQueue:
         self._url = url
         self._lock = threading.Lock()
         self._entries = {e.step: e for e in read_entries(storage, url)}
-        for entry in self._entries.values():
-            if entry.status == "running":
-                self._entries[entry.step] = replace(entry, status="waiting")
+        self.put_back()
 
     def entries(self) -> tuple[Entry, ...]:
         """All entries by ascending step."""
@@ -62,8 +60,7 @@ class EvaluationQueue:
         with self._lock:
             if step in self._entries:
                 return False
-            self._entries[step] = Entry(step, checkpoint, int(time.time() * 1000))
-            self._save()
+            self._store(Entry(step, checkpoint, int(time.time() * 1000)))
             return True
 
     def take(self, policy: Literal["every", "latest"]) -> tuple[Entry | None, tuple[Entry, ...]]:
@@ -72,11 +69,18 @@ class EvaluationQueue:
             choice = choose([e.step for e in self._entries.values() if e.status == "waiting"], policy)
             if choice.next is None:
                 return None, ()
-            for step in choice.dropped:
-                self._entries[step] = replace(self._entries[step], status="dropped", detail="a newer one was waiting")
-            self._entries[choice.next] = replace(self._entries[choice.next], status="running")
-            self._save()
-            return self._entries[choice.next], tuple(self._entries[step] for step in choice.dropped)
+            reason = "a newer one was waiting"
+            dropped = [replace(self._entries[step], status="dropped", detail=reason) for step in choice.dropped]
+            taken = replace(self._entries[choice.next], status="running")
+            self._store(taken, *dropped)
+            return taken, tuple(dropped)
+
+    def put_back(self) -> None:
+        """What was taken and not settled waits again; needs no storage, as a stored `running` means the same."""
+        with self._lock:
+            for entry in tuple(self._entries.values()):
+                if entry.status == "running":
+                    self._entries[entry.step] = replace(entry, status="waiting")
 
     def publish(self, step: int, metrics: Mapping[str, float]) -> None:
         """Enter that an evaluation's results are published."""
@@ -88,12 +92,14 @@ class EvaluationQueue:
 
     def _settle(self, entry: Entry) -> None:
         with self._lock:
-            self._entries[entry.step] = entry
-            self._save()
+            self._store(entry)
 
-    def _save(self) -> None:
-        rows = [asdict(self._entries[step]) for step in sorted(self._entries)]
+    def _store(self, *changed: Entry) -> None:
+        """Write first, believe after: a change that the storage refuses has not happened."""
+        entries = {**self._entries, **{entry.step: entry for entry in changed}}
+        rows = [asdict(entries[step]) for step in sorted(entries)]
         self._storage.put(self._url, json.dumps(rows, indent=1).encode())
+        self._entries = entries
 
 
 def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:

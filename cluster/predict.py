@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -225,11 +226,10 @@ def _write_labels(result: SemanticResult, name: str, classes: Sequence[Category]
 
 def _unique_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """Stems; images of the same stem get a number."""
-    seen: dict[str, int] = {}
-    names = []
+    names: list[str] = []
     for path in paths:
-        seen[path.stem] = seen.get(path.stem, 0) + 1
-        names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}")
+        numbered = (f"{path.stem}-{number}" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain([path.stem], numbered) if name not in names))
     return tuple(names)
 
 

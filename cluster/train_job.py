@@ -6,6 +6,7 @@ workers and evaluations report, to the person and to MLflow, and listens for Ctr
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from cluster.eval_service import EvaluationClient, start_evaluations
 from cluster.evaluate import check_sets
 from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
 from cluster.progress import complain, say
-from cluster.ray_cluster import connect
+from cluster.ray_cluster import ClusterError, connect
 from cluster.recipe import dump_recipe
 from cluster.run_board import RunBoard
 from cluster.run_relay import RunRelay
@@ -74,8 +75,30 @@ def run_training(config: RunConfig) -> RunSummary:
     job = compose_job(config)
     check_sets(config)
     storage.put(join(config.run_folder, "recipe.yaml"), dump_recipe(config).encode())
+    may_grow = config.cluster.address is not None or "RAY_ADDRESS" in os.environ
     with connect(config), tempfile.TemporaryDirectory(prefix="m2f-ray-train-") as scratch:
+        check_gpus(config, ray.cluster_resources().get("GPU", 0), may_grow)
         return _Supervisor(config, job, storage, scratch).run()
+
+
+def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
+    """Raise ClusterError where a local cluster has too few GPUs: Ray would wait for them for ever, without a word.
+
+    A cluster that was there before the run may grow, so there it is only said.
+    """
+    cluster, evaluation = config.cluster, config.evaluation
+    training = cluster.num_workers * cluster.num_gpus_per_worker
+    evaluating = evaluation.actors * evaluation.num_gpus_per_actor if evaluation.sets else 0
+    if training + evaluating <= available:
+        return
+    message = (
+        f"the run asks for {training:g} GPUs to train and {evaluating:g} to evaluate, and the cluster has "
+        f"{available:g}; lower cluster.num_workers, cluster.num_gpus_per_worker, evaluation.actors or "
+        "evaluation.num_gpus_per_actor"
+    )
+    if not may_grow:
+        raise ClusterError(message)
+    complain(f"waiting for the cluster to grow: {message}")
 
 
 class _Supervisor:

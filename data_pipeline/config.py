@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.categories import Task
-from model.errors import ConfigError
+from model.errors import ConfigError, require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,9 @@ class DatasetConfig:
     max_pixels: int = 178_956_970
     """Larger images are refused from their header, before decoding."""
 
+    def __post_init__(self) -> None:
+        require_positive(datasets__shard_mb=self.shard_mb, datasets__max_pixels=self.max_pixels)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LargeScaleJitter:
@@ -148,6 +151,9 @@ class DataConfig:
     """Shuffle window of a lane in samples."""
 
     def __post_init__(self) -> None:
+        require_at_least(0, data__workers=self.workers)
+        require_at_least(1, data__prefetch_steps=self.prefetch_steps, data__lanes=self.lanes, data__window=self.window)
+        require_positive(data__chunk_mb=self.chunk_mb)
         if not self.train:
             raise ConfigError("data.train is empty: name at least one data set, for example [{dataset: train}]")
         for item in self.train:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_pipeline.categories import Task
+from model.errors import require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,10 @@ class EvaluationSet:
     """Name under `datasets`."""
     limit: int | None = None
     """Only the first images; the results are labelled as a subset."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            require_at_least(1, evaluation__sets__limit=self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +44,8 @@ class EvaluationConfig:
     """Torch threads per actor on CPU."""
     panels: int = 8
     """Prediction panels (image | truth | prediction) per evaluation."""
+
+    def __post_init__(self) -> None:
+        names = ("shortest_edge", "max_size", "batch_size", "actors", "threads")
+        require_at_least(1, **{f"evaluation__{name}": getattr(self, name) for name in names})
+        require_at_least(0, evaluation__panels=self.panels)

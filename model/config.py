@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.errors import ConfigError
+from model.errors import ConfigError, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,10 @@ class TransformerDecoderConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        where = "model__transformer_decoder__"
+        require_at_least(
+            1, **{where + name: getattr(self, name) for name in ("num_queries", "num_layers", "num_heads")}
+        )
         if self.hidden_dim % self.num_heads:
             raise ConfigError(
                 f"model.transformer_decoder.hidden_dim is {self.hidden_dim}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.errors import ConfigError
+from model.errors import ConfigError, require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,15 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_norm: float = 0.01
     """Global L2 norm of all gradients over all groups and ranks; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        require_positive(training__optimizer__lr=self.lr, training__optimizer__eps=self.eps)
+        require_at_least(
+            0,
+            training__optimizer__weight_decay=self.weight_decay,
+            training__optimizer__backbone_lr_multiplier=self.backbone_lr_multiplier,
+            training__optimizer__clip_norm=self.clip_norm,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import pytest
 
 from cluster.eval_manager import EvaluationManager, EvaluationProgress
 from cluster.eval_queue import Entry, EvaluationQueue, read_entries
+from data_pipeline.errors import StorageError
 from data_pipeline.storage import Storage
 from eval.errors import EvaluationError
 
@@ -114,3 +115,49 @@ def test_a_new_manager_takes_over_the_stored_queue(tmp_path):
     manager.close()
     assert seen == [20]
     assert released == [10, 20]  # the dead one may not have released step 10
+
+
+class RefusingStorage(Storage):
+    """A store whose next writes fail as often as `refusals` says."""
+
+    refusals = 0
+
+    def put(self, url, data, if_absent=False):
+        if self.refusals:
+            self.refusals -= 1
+            raise StorageError(f"{url}: the store is away")
+        super().put(url, data, if_absent)
+
+
+def test_a_change_that_the_storage_refuses_has_not_happened(tmp_path):
+    storage = RefusingStorage()
+    queue = EvaluationQueue(storage, f"{tmp_path}/queue.json")
+    storage.refusals = 1
+    with pytest.raises(StorageError):
+        queue.add(10, "c/10")
+    assert queue.entries() == ()
+    assert queue.add(10, "c/10")
+    storage.refusals = 1
+    with pytest.raises(StorageError):
+        queue.take("every")
+    assert statuses(queue.entries()) == {10: "waiting"}
+
+
+@pytest.mark.parametrize("when", ["taking", "publishing"])
+def test_an_outage_of_the_storage_delays_and_loses_nothing(tmp_path, monkeypatch, when):
+    monkeypatch.setattr("cluster.eval_manager.RETRY_S", 0.01)
+    storage, evaluated = RefusingStorage(), []
+    queue = EvaluationQueue(storage, f"{tmp_path}/queue.json")
+    queue.add(10, "c/10")
+
+    def evaluate(entry: Entry, report) -> dict[str, float]:
+        evaluated.append(entry.step)
+        storage.refusals = int(when == "publishing" and len(evaluated) == 1)
+        return {"val/PQ": 50.0}
+
+    storage.refusals = int(when == "taking")
+    manager = EvaluationManager(queue, "every", evaluate)
+    wait_until(lambda: statuses(manager.status().entries) == {10: "published"})
+    manager.close()
+    assert evaluated == [10] * (2 if when == "publishing" else 1)
+    assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {10: "published"}

@@ -17,9 +17,10 @@ from cluster.config import ClusterConfig, RunConfig
 from cluster.eval_queue import read_entries
 from cluster.eval_service import start_evaluations
 from cluster.evaluate import evaluate_checkpoint
-from cluster.ray_cluster import connect
+from cluster.ray_cluster import ClusterError, connect
+from cluster.recipe import parse_recipe
 from cluster.tracking import create_run
-from cluster.train_job import RunSummary, failure_of, run_training
+from cluster.train_job import RunSummary, check_gpus, failure_of, run_training
 from cluster.train_local import train_locally
 from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
 from data_pipeline.readers import open_reader, source_fingerprint
@@ -239,3 +240,15 @@ def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):
     with pytest.raises(ConfigError, match="resnet10x"):
         run_training(wrong)
     assert read_entries(Storage(), f"{wrong.run_folder}/evaluations/queue.json") == ()
+
+
+def test_too_few_gpus_are_said_at_once():
+    config = parse_recipe(
+        "{name: r, datasets: {d: {shards: s}}, data: {train: [{dataset: d}]}, training: {max_steps: 1},"
+        " cluster: {num_workers: 8, num_gpus_per_worker: 1},"
+        " evaluation: {sets: [{dataset: d}], actors: 2, num_gpus_per_actor: 1}}"
+    )
+    check_gpus(config, 10, may_grow=False)
+    with pytest.raises(ClusterError, match="8 GPUs to train and 2 to evaluate, and the cluster has 8"):
+        check_gpus(config, 8, may_grow=False)
+    check_gpus(config, 0, may_grow=True)
