@@ -94,6 +94,9 @@ def describe_exit(code: int) -> str:
     return f"was ended by {name}{hint}"
 
 
+_MOST_TEXT = 25_000  # of an error, and of its traceback: together they fit into a pipe that nobody reads yet
+
+
 def _worker(
     target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], pipe: Connection
 ) -> None:
@@ -103,7 +106,7 @@ def _worker(
     try:
         target(*arguments)
     except BaseException as error:
-        pipe.send((_portable(error), traceback.format_exc()))
+        pipe.send((_portable(error), traceback.format_exc()[-_MOST_TEXT:]))
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,12 +114,14 @@ def _worker(
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error itself where it survives pickling, else one with its words."""
+    """The error itself where it survives pickling and is no book, else one with its words."""
     try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error if isinstance(copy, type(error)) else RuntimeError(f"{type(error).__name__}: {error}")
+        data = pickle.dumps(error)
+        if len(data) <= _MOST_TEXT and isinstance(pickle.loads(data), type(error)):
+            return error
+    except Exception:  # whatever an error class does when it is pickled
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}"[:_MOST_TEXT])
 
 
 def _watch(ranks: list[_Rank]) -> None:

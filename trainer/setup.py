@@ -13,7 +13,7 @@ import torch
 from data_pipeline.loader import StepBatches
 from data_pipeline.storage import Storage
 from model.mask2former import Mask2Former, build_model
-from model.weights import load_weights
+from model.weights import LoadReport, load_weights
 from trainer.checkpoint import CheckpointSaver
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.control import Ranks
@@ -48,7 +48,9 @@ def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
     state, resumed = _fresh_state(job, data, ranks), None
     candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
     with open_restart(candidates, state, storage, ranks, reporter) as restart:
-        model = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))
+        model, report = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))
+        if report is not None and ranks.is_first:
+            reporter.event("weights", 0, f"{job.model.weights}: {report}")
         if restart is not None:
             restart.load_model(model)
         module = TrainingModule(model, job.model, job.seed, training.precision)
@@ -80,14 +82,14 @@ def _fresh_state(job: TrainJob, data: TrainingData, ranks: Ranks) -> TrainState:
     )
 
 
-def _build_model(job: TrainJob, storage: Storage, from_scratch: bool) -> Mask2Former:
+def _build_model(job: TrainJob, storage: Storage, from_scratch: bool) -> tuple[Mask2Former, LoadReport | None]:
     """The model with the weights that the recipe starts from; without any where a checkpoint will bring them."""
     torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own share of the initialisation
     weights = job.model.weights if from_scratch else None
     model = build_model(job.model, pretrained_backbone=from_scratch and weights is None)
-    if weights is not None:
-        with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
-            path = Path(folder) / Path(weights).name
-            storage.get_file(weights, path)
-            load_weights(model, path)
-    return model
+    if weights is None:
+        return model, None
+    with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
+        path = Path(folder) / Path(weights).name
+        storage.get_file(weights, path)
+        return model, load_weights(model, path)

@@ -40,4 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     summary = run_training(config)
     say(f"run {summary.status}: {summary.run_folder}")
+    for entry in summary.evaluations:
+        if entry.status == "failed":
+            complain(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")
     return 1 if summary.status == "failed" else 0
