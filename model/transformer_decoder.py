@@ -128,11 +128,8 @@ class MaskedTransformerDecoder(nn.Module):
         """`in_dim` channels of the multi-scale features, `mask_dim` channels of the mask features."""
         super().__init__()
         dim = config.hidden_dim
-        if config.num_layers < 1 or dim % 4:
-            raise ConfigError(
-                f"model.transformer_decoder needs num_layers of at least 1 (is {config.num_layers}) "
-                f"and a hidden_dim divisible by 4 (is {dim})"
-            )
+        if dim % 4:
+            raise ConfigError(f"model.transformer_decoder.hidden_dim is {dim}; 4 must divide it")
         self.query_feat = nn.Embedding(config.num_queries, dim)
         self.query_embed = nn.Embedding(config.num_queries, dim)
         self.level_embed = nn.Embedding(NUM_LEVELS, dim)

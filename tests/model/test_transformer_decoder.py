@@ -105,7 +105,8 @@ def test_initialisation_is_the_official_one():
         assert 0.7 < embedding.weight.std() < 1.3
 
 
-def test_a_decoder_without_layers_is_refused():
-    config = TransformerDecoderConfig(num_layers=0, hidden_dim=32)
-    with pytest.raises(ConfigError, match="num_layers of at least 1"):
-        MaskedTransformerDecoder(config, 32, 16, num_classes=5)
+def test_settings_that_make_no_decoder_are_refused():
+    with pytest.raises(ConfigError, match="num_layers is 0"):
+        TransformerDecoderConfig(num_layers=0)
+    with pytest.raises(ConfigError, match="hidden_dim is 30"):
+        MaskedTransformerDecoder(TransformerDecoderConfig(hidden_dim=30, num_heads=2), 30, 16, num_classes=5)
