@@ -13,9 +13,13 @@ class TrackingReporter:
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
+        self._last_step = 0
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Under `train/`."""
+        """Under `train/`. Steps that a restart does again are left out: they have the same values."""
+        if step <= self._last_step:
+            return
+        self._last_step = step
         self._tracking.log_metrics(step, {f"train/{name}": value for name, value in values.items()})
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:

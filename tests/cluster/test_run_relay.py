@@ -2,6 +2,7 @@ import pytest
 
 from cluster.demo import demo_config, table
 from cluster.eval_queue import Entry
+from cluster.reporters import TrackingReporter
 from cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard
 from cluster.run_relay import describe, headline
 from trainer.reporting import CommittedCheckpoint
@@ -71,3 +72,16 @@ def test_the_demo_writes_only_under_its_output(tmp_path):
     assert config.training.max_steps == 7
     assert config.run_folder == f"{tmp_path}/demo"
     assert all(d.shards.startswith(f"{tmp_path}/demo/shards/") for d in config.datasets.values())
+
+
+def test_steps_that_a_restart_does_again_are_tracked_once():
+    logged = []
+
+    class Recorder:
+        def log_metrics(self, step, values):
+            logged.append((step, dict(values)))
+
+    reporter = TrackingReporter(Recorder())
+    for step in (4, 5, 5, 6):
+        reporter.metrics(step, {"loss": float(step)})
+    assert logged == [(step, {"train/loss": float(step)}) for step in (4, 5, 6)]
