@@ -167,7 +167,10 @@ def test_inputs_are_not_written_to():
     params = AugmentParams(
         scaled=(40, 50), offset=(0, 0), canvas=(40, 50), color=ColorJitter(brightness=9.0, saturation=1.2, hue=4)
     )
-    augment(image, ids, params, IGNORE)
+    before = image.copy()
+    result = augment(image, ids, params, IGNORE)  # writing to a protected array would raise
+    assert np.array_equal(image, before)
+    assert not np.array_equal(result.image, image)
 
 
 def test_wide_id_maps_keep_their_type():
