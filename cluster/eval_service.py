@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import RunConfig
@@ -25,6 +27,8 @@ from trainer.reporting import CommittedCheckpoint
 NAMESPACE = "m2f"
 PIN = "evaluation"
 PATIENCE_S = 10.0
+CLOSE_S = 60.0
+MAX_STARTS = 4
 
 
 class EvaluationService:
@@ -59,7 +63,15 @@ class EvaluationService:
         self._tracking.close()
 
     def _evaluate(self, entry: Entry, report: Report) -> Mapping[str, float]:
-        """Evaluate and publish; returns the headline numbers of all sets."""
+        """Evaluate and publish; returns the headline numbers of all sets. The story of a failure goes to a file."""
+        try:
+            return self._evaluate_sets(entry, report)
+        except Exception:
+            story = traceback.format_exc().encode()
+            self._storage.put(join(self._config.run_folder, _place(entry), "error.txt"), story)
+            raise
+
+    def _evaluate_sets(self, entry: Entry, report: Report) -> Mapping[str, float]:
         if self._pool is None:
             self._pool = make_pool(self._config)
         metrics: dict[str, float] = {}
@@ -72,7 +84,7 @@ class EvaluationService:
         )
         for evaluation in evaluations:
             name = evaluation.results.subject.dataset
-            place = f"evaluations/step_{entry.step:08d}/{name}"
+            place = f"{_place(entry)}/{name}"
             folder = write_files(
                 self._storage,
                 join(self._config.run_folder, place),
@@ -89,23 +101,38 @@ class EvaluationService:
 
 
 class EvaluationClient:
-    """The driver's handle of the manager."""
+    """The driver's handle of the manager, which it makes anew where Ray does not."""
 
-    def __init__(self, config: RunConfig, manager: Any) -> None:
-        self.manager = manager
-        """Actor handle; workers submit through it too."""
+    def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
         self._config = config
+        self._tracked = tracked
+        self._name = f"evaluation-{hashlib.sha256(config.run_folder.encode()).hexdigest()[:16]}"
+        self._submitted: dict[int, CommittedCheckpoint] = {}
+        self._deaths = 0
+        self._next_start = 0.0
+        self.lost: str | None = None
+        """Why there is no manager any more; its queue is stored, and done when the run is continued."""
+        _end_earlier(self._name)
+        self._manager = self._start()
 
     def submit(self, checkpoint: CommittedCheckpoint) -> None:
         """Queue a checkpoint; sent, not waited for."""
-        self.manager.submit.remote(checkpoint)
+        self._submitted[checkpoint.step] = checkpoint
+        self._manager.submit.remote(checkpoint)
 
     def status(self) -> EvaluationStatus | None:
         """What the manager knows; None while it does not answer."""
+        if self.lost is not None:
+            return None
         try:
-            return ray.get(self.manager.status.remote(), timeout=PATIENCE_S)
+            status = ray.get(self._manager.status.remote(), timeout=PATIENCE_S)
+        except ActorDiedError as error:  # for good: in every other case Ray restarts it by itself
+            self._replace(error)
+            return None
         except (RayActorError, GetTimeoutError):
             return None
+        self._deaths = 0
+        return status
 
     def entries(self) -> tuple[Entry, ...]:
         """The stored queue."""
@@ -115,26 +142,41 @@ class EvaluationClient:
         """End the actor and its pool; the entries as they are stored. What waits is done when the run is continued."""
         status = self.status()
         if status is not None and status.idle:
-            ray.get(self.manager.close.remote())
-        ray.kill(self.manager)
+            with suppress(RayError):  # what it could not send waits in its journal
+                ray.get(self._manager.close.remote(), timeout=CLOSE_S)
+        ray.kill(self._manager)
         return self.entries()
 
+    def _start(self) -> Any:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
+        return service.options(  # on the driver's node, where the journal of MLflow points is
+            name=self._name, namespace=NAMESPACE, lifetime="detached", scheduling_strategy=here
+        ).remote(self._config, self._tracked)
 
-def start_evaluations(config: RunConfig, tracked: TrackedRun) -> EvaluationClient:
-    """Start the manager of this run folder; one that an earlier driver left is replaced and its queue taken over."""
-    name = f"evaluation-{hashlib.sha256(config.run_folder.encode()).hexdigest()[:16]}"
-    _end_earlier(name)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
-    manager = service.options(  # on the driver's node, where the journal of MLflow points is
-        name=name, namespace=NAMESPACE, lifetime="detached", scheduling_strategy=here
-    ).remote(config, tracked)
-    return EvaluationClient(config, manager)
+    def _replace(self, error: ActorDiedError) -> None:
+        """Another manager in place of one that could not even be made, after a pause that doubles."""
+        if time.monotonic() < self._next_start:
+            return
+        self._deaths += 1
+        if self._deaths > MAX_STARTS:
+            self.lost = str(error).strip().splitlines()[-1]
+            return
+        self._next_start = time.monotonic() + 2.0**self._deaths
+        _end_earlier(self._name)
+        self._manager = self._start()
+        for checkpoint in self._submitted.values():  # calls to the dead one are lost
+            self._manager.submit.remote(checkpoint)
 
 
 def queue_url(config: RunConfig) -> str:
     """Where the queue of a run's evaluations is stored."""
     return join(config.run_folder, "evaluations", "queue.json")
+
+
+def _place(entry: Entry) -> str:
+    """Folder of an evaluation's files within the run folder."""
+    return f"evaluations/step_{entry.step:08d}"
 
 
 def _end_earlier(name: str) -> None:

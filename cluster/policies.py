@@ -8,7 +8,7 @@ from typing import Literal, assert_never
 
 from data_pipeline.errors import StorageError
 from model.errors import UserError
-from trainer.errors import TrainingError
+from trainer.errors import PeersError
 
 FailureKind = Literal["mistake", "error", "death", "preemption", "collateral"]
 """mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;
@@ -38,8 +38,6 @@ _ECHOES = (
     "distbackenderror",
     "collective",
 )
-PEERS_ERROR = "training stops on all ranks"
-"""How the trainer's error begins on ranks that stop because another one has an error."""
 MAX_BACKOFF_S = 60.0
 
 
@@ -126,7 +124,7 @@ def classify(error: BaseException) -> FailureKind:
         return "death"
     if isinstance(error, StorageError):
         return "error"
-    if isinstance(error, TrainingError) and str(error).startswith(PEERS_ERROR):
+    if isinstance(error, PeersError):
         return "collateral"
     if isinstance(error, _MISTAKES):
         return "mistake"

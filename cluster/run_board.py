@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,26 +51,43 @@ class EventReport:
 Report = MetricsReport | CheckpointReport | EventReport
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """Reports on their way to the driver, which says with its next call that it has them."""
+
+    board: str
+    """Names this life of the board: after a restart it counts anew."""
+    last: int
+    """Number of the newest report that the board has had."""
+    reports: tuple[Report, ...]
+    """In order; the last of them has the number `last`."""
+
+
 class RunBoard:
     """The actor: rank 0 pins reports up, the driver takes them down. The oldest fall off when nobody takes them."""
 
     def __init__(self) -> None:
+        self._name = uuid.uuid4().hex
         self._reports: deque[Report] = deque(maxlen=MAX_REPORTS)
+        self._last = 0
         self._stop = False
 
     def pin(self, report: Report) -> None:
         """Add a report."""
         self._reports.append(report)
+        self._last += 1
 
-    def take(self) -> list[Report]:
-        """All reports since the last call, in order."""
-        taken = list(self._reports)
-        self._reports.clear()
-        return taken
+    def take(self, received: Delivery | None, stop: bool) -> Delivery:
+        """Everything after `received`, which the driver has: an answer that got lost on the way is given again.
 
-    def request_stop(self) -> None:
-        """Ask the workers to end after a checkpoint."""
-        self._stop = True
+        `stop` asks the workers to end after a checkpoint. The driver says it with every call, since a board that dies
+        forgets it.
+        """
+        self._stop = self._stop or stop
+        if received is not None and received.board == self._name:
+            while self._reports and self._last - len(self._reports) < received.last:
+                self._reports.popleft()
+        return Delivery(self._name, self._last, tuple(self._reports))
 
     def stop_requested(self) -> bool:
         """Whether the workers shall end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from cluster.eval_queue import Entry
 from cluster.eval_service import EvaluationClient
 from cluster.progress import say
 from cluster.reporters import Reporters, TrackingReporter
-from cluster.run_board import EventReport
+from cluster.run_board import CheckpointReport, Delivery, EventReport
 from cluster.tracking import RunStatus, TrackedRun, Tracking
 from trainer.reporting import EventKind, LogReporter
 
@@ -32,23 +33,28 @@ class RunRelay:
         self._reporter = Reporters(LogReporter(max_steps, sys.stdout), TrackingReporter(self._tracking))
         self._told = {entry.step for entry in evaluations.entries() if entry.settled} if evaluations else set()
         self._running: int | None = None
+        self._received: Delivery | None = None
         self.last_event: EventKind | None = None
         """Kind of the last event that the workers reported."""
         self.evaluations_idle = False
         """Whether every queued evaluation was settled when the manager last answered."""
 
-    def update(self) -> None:
-        """Repeat what is new."""
+    def update(self, stop: bool = False) -> bool:
+        """Repeat what is new; returns whether the workers have said anything. `stop` asks them to end."""
         try:
-            reports = ray.get(self._board.take.remote(), timeout=PATIENCE_S)
+            delivery = ray.get(self._board.take.remote(self._received, stop), timeout=PATIENCE_S)
         except RayError:  # it restarts by itself
-            return
-        for report in reports:
+            return False
+        self._received = replace(delivery, reports=())
+        for report in delivery.reports:
             report.tell(self._reporter)
             if isinstance(report, EventReport):
                 self.last_event = report.kind
+            if isinstance(report, CheckpointReport) and self._evaluations is not None:
+                self._evaluations.submit(report.checkpoint)
         if self._evaluations is not None:
             self._tell_evaluations(self._evaluations)
+        return bool(delivery.reports)
 
     def close(self, status: RunStatus) -> None:
         """Send what waits and set the run's status."""

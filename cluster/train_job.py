@@ -24,12 +24,12 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from cluster.compose import compose_job
-from cluster.config import RunConfig
+from cluster.config import ClusterConfig, RunConfig
 from cluster.eval_queue import Entry
-from cluster.eval_service import EvaluationClient, start_evaluations
+from cluster.eval_service import EvaluationClient
 from cluster.evaluate import check_sets
 from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
-from cluster.progress import complain, say
+from cluster.progress import complain, format_duration, say
 from cluster.ray_cluster import ClusterError, connect
 from cluster.recipe import dump_recipe
 from cluster.run_board import RunBoard
@@ -38,11 +38,12 @@ from cluster.tracking import RunStatus, TrackedRun, create_run
 from cluster.train_worker import WorkerSettings, train_loop
 from data_pipeline.storage import Storage, join
 from model.errors import UserError
-from trainer.checkpoint_folder import list_checkpoints
+from trainer.checkpoint_folder import list_checkpoints, newest_whole
 from trainer.job import TrainJob
 from trainer.reporting import CommittedCheckpoint
 
 POLL_S = 0.5
+SILENCE_S = 60.0
 Status = Literal["finished", "stopped", "failed"]
 _TRACKED_STATUS: dict[Status, RunStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -109,7 +110,7 @@ class _Supervisor:
         self._tracked = create_run(config)
         self._evaluations: EvaluationClient | None = None
         if config.evaluation.sets:
-            self._evaluations = start_evaluations(config, self._tracked)
+            self._evaluations = EvaluationClient(config, self._tracked)
         self._board: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(RunBoard).remote()
         self._relay = RunRelay(config.training.max_steps, self._board, self._evaluations, self._tracked)
         self._failures: list[Failure] = []
@@ -127,8 +128,10 @@ class _Supervisor:
             status = "stopped"
             raise
         finally:
-            entries = self._evaluations.close() if self._evaluations is not None else ()
-            self._relay.close(_TRACKED_STATUS[status])
+            try:
+                entries = self._evaluations.close() if self._evaluations is not None else ()
+            finally:
+                self._relay.close(_TRACKED_STATUS[status])
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
             say(f"{waiting} evaluations wait; they are done when the run is continued")
@@ -174,13 +177,15 @@ class _Supervisor:
                 outcome.append(error)
 
         self._relay.last_event = None
-        say(f"starting {self._config.cluster.num_workers} training workers")
+        cluster = self._config.cluster
+        say(f"starting {cluster.num_workers} training workers")
         thread = threading.Thread(target=fit, name=f"attempt-{number}", daemon=True)
         thread.start()
+        silence = _Silence(cluster)
         while thread.is_alive():
             thread.join(POLL_S)
-            self._relay.update()
-        self._relay.update()
+            silence.note(self._update())
+        self._update()
         self._submit_committed()
         return outcome[0] if outcome else None
 
@@ -188,10 +193,9 @@ class _Supervisor:
         cluster = self._config.cluster
         resources = {"CPU": cluster.num_cpus_per_worker, "GPU": cluster.num_gpus_per_worker}
         automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
-        manager = self._evaluations.manager if self._evaluations is not None else None
         return TorchTrainer(
             train_loop,
-            train_loop_config={"settings": WorkerSettings(self._job, self._board, manager)},
+            train_loop_config={"settings": WorkerSettings(self._job, self._board)},
             torch_config=TorchConfig(
                 backend=automatic if cluster.backend == "auto" else cluster.backend,
                 timeout_s=round(self._config.training.collective_timeout_s),
@@ -238,7 +242,7 @@ class _Supervisor:
         deadline = time.monotonic() + seconds
         while not self._interrupts and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            self._relay.update()
+            self._update()
 
     def _await_evaluations(self) -> None:
         """Until every queued evaluation is settled, or the person has had enough."""
@@ -246,8 +250,14 @@ class _Supervisor:
             return
         self._submit_committed()
         while not self._interrupts and not self._relay.evaluations_idle:
+            if self._evaluations.lost is not None:
+                complain(f"no evaluation: their manager cannot start ({self._evaluations.lost})")
+                return
             time.sleep(POLL_S)
-            self._relay.update()
+            self._update()
+
+    def _update(self) -> bool:
+        return self._relay.update(stop=self._interrupts > 0)
 
     def _submit_committed(self) -> None:
         """A worker may have died between a commit and its report; queueing a step twice is harmless."""
@@ -256,7 +266,7 @@ class _Supervisor:
                 self._evaluations.submit(checkpoint)
 
     def _newest(self) -> CommittedCheckpoint | None:
-        return next(iter(list_checkpoints(self._storage, self._config.run_folder)), None)
+        return newest_whole(self._storage, self._config.run_folder)
 
     def _newest_step(self) -> int:
         newest = self._newest()
@@ -274,7 +284,6 @@ class _Supervisor:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
             complain("stopping after a checkpoint; once more to end at once")
-            threading.Thread(target=lambda: ray.get(self._board.request_stop.remote()), daemon=True).start()
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -282,6 +291,29 @@ class _Supervisor:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+class _Silence:
+    """Says so while the workers of an attempt have not reported anything yet, once a minute."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster = cluster
+        self._since = self._said = time.monotonic()
+        self._broken = False
+
+    def note(self, heard: bool) -> None:
+        """Called at every look; `heard` says whether there was a report."""
+        self._broken = self._broken or heard
+        now = time.monotonic()
+        if self._broken or now - self._said < SILENCE_S:
+            return
+        self._said = now
+        free, workers = ray.available_resources(), self._cluster
+        complain(
+            f"no word from the workers for {format_duration(now - self._since)}; each needs "
+            f"{workers.num_cpus_per_worker:g} CPUs and {workers.num_gpus_per_worker:g} GPUs, and the cluster has "
+            f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} free now"
+        )
 
 
 def failure_of(error: BaseException | None, drained: bool) -> Failure:

@@ -16,9 +16,8 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution import context as ray_context
 
-from cluster.policies import PEERS_ERROR
 from cluster.run_board import CheckpointReport, EventReport, MetricsReport
-from trainer.errors import TrainingError
+from trainer.errors import PeersError
 from trainer.job import TrainJob
 from trainer.reporting import CommittedCheckpoint, EventKind
 
@@ -33,8 +32,6 @@ class WorkerSettings:
     job: TrainJob
     board: Any
     """Handle of the RunBoard."""
-    manager: Any | None
-    """Handle of the evaluation manager; None where nothing is evaluated."""
 
 
 def train_loop(arguments: dict[str, WorkerSettings]) -> None:
@@ -49,29 +46,26 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     ray_context.logger.setLevel(logging.WARNING)  # it announces every report
     control = RayControl(settings.board) if context.get_world_rank() == 0 else NoControl()
     try:
-        run_worker(settings.job, RayReporter(settings, context.get_world_rank()), control)
-    except TrainingError as error:
-        own = error.__cause__ if str(error).startswith(PEERS_ERROR) else None
-        raise (own or error) from None  # a cause is lost on the way to the supervisor
+        run_worker(settings.job, RayReporter(settings.board, context.get_world_rank()), control)
+    except PeersError as error:
+        raise (error.__cause__ or error) from None  # a cause is lost on the way to the supervisor
 
 
 class RayReporter:
-    """Reports to the board, the evaluation manager and Ray Train. Calls to actors are sent, never waited for."""
+    """Reports to the board and to Ray Train. Calls to actors are sent, never waited for."""
 
-    def __init__(self, settings: WorkerSettings, rank: int) -> None:
-        self._settings = settings
+    def __init__(self, board: Any, rank: int) -> None:
+        self._board = board
         self._rank = rank
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """To the board."""
-        self._settings.board.pin.remote(MetricsReport(step, dict(values)))
+        self._board.pin.remote(MetricsReport(step, dict(values)))
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """Rank 0: to the board and the evaluation manager. Every rank: to Ray Train, as a fact without files."""
+        """Rank 0: to the board, from where it is queued for evaluation. Every rank: to Ray Train, without files."""
         if self._rank == 0:
-            self._settings.board.pin.remote(CheckpointReport(checkpoint))
-            if self._settings.manager is not None:
-                self._settings.manager.submit.remote(checkpoint)
+            self._board.pin.remote(CheckpointReport(checkpoint))
         # No ray.train.Checkpoint: Ray accepts only those in its own folder, and ours outlive its attempts.
         ray.train.report(
             {"step": checkpoint.step, "checkpoint": checkpoint.url},
@@ -80,7 +74,7 @@ class RayReporter:
 
     def event(self, kind: EventKind, step: int, message: str) -> None:
         """To the board."""
-        self._settings.board.pin.remote(EventReport(kind, step, message))
+        self._board.pin.remote(EventReport(kind, step, message))
 
 
 class NoControl:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from data_pipeline.storage import Storage, join
 from trainer.checkpoint_folder import (
@@ -94,10 +95,18 @@ class CheckpointSaver:
 
     def finish(self) -> CommittedCheckpoint | None:
         """Wait until the last saved checkpoint is committed, and return it on every rank; None where there is none."""
+        self._await_uploads()
         error = self._upload.exception() if self._upload is not None else None
         self._ranks.check(error)
         self._upload = None
         return self._ranks.broadcast(self._committed)
+
+    def _await_uploads(self) -> None:
+        """Until no rank uploads any more. Ranks talk all the while: a slow upload is no lost peer."""
+        pause, longest = _POLL_S
+        while self._ranks.sum(torch.tensor([float(self._upload is not None and not self._upload.done())])).item():
+            self._closing.wait(pause)
+            pause = min(2 * pause, longest)
 
     def _publish(self, folder: Path, url: str, state: TrainState) -> None:
         try:
@@ -122,7 +131,7 @@ class CheckpointSaver:
 
     def _await_receipt(self, url: str, rank: int) -> Receipt:
         pause, longest = _POLL_S
-        timeout_s = self._job.training.collective_timeout_s
+        timeout_s = self._job.training.checkpoint.upload_timeout_s
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             receipt = read_receipt(self._storage, url, rank)
@@ -133,5 +142,5 @@ class CheckpointSaver:
             pause = min(2 * pause, longest)
         raise CheckpointError(
             f"checkpoint {url} is not committed: rank {rank} did not upload its files within "
-            f"{timeout_s:.0f} s; check its log and the storage"
+            f"{timeout_s:.0f} s (training.checkpoint.upload_timeout_s); check its log and the storage"
         )

@@ -8,6 +8,7 @@
     recipe.yaml             the resolved recipe
     receipts/rank_00000.json  files of one rank with sizes and checksums, written when they are all uploaded
     manifest.json           all receipts joined; written last, once: without it the checkpoint does not exist
+    damaged.json            the manifest of a checkpoint that was found damaged
     pins/NAME               while any of these exists the folder is not deleted
 """
 
@@ -20,12 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipeline.errors import StorageError
+from data_pipeline.errors import MissingObjectError, StorageError
 from data_pipeline.storage import Storage, join
 from trainer.errors import CheckpointError
 from trainer.reporting import CommittedCheckpoint
 
 MANIFEST = "manifest.json"
+DAMAGED = "damaged.json"
 WEIGHTS = "weights.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
@@ -118,14 +120,34 @@ def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckp
     return tuple(CommittedCheckpoint(step, checkpoint_url(run_folder, step)) for step in steps)
 
 
+def newest_whole(storage: Storage, run_folder: str) -> CommittedCheckpoint | None:
+    """The newest committed checkpoint whose files are there with their sizes; None without any."""
+    for checkpoint in list_checkpoints(storage, run_folder):
+        try:
+            verify_sizes(storage, checkpoint.url)
+        except CheckpointError:
+            continue
+        return checkpoint
+    return None
+
+
+def set_aside(storage: Storage, url: str) -> None:
+    """Take a damaged checkpoint out of the run's list; its files stay, for a person to look at."""
+    storage.put(join(url, DAMAGED), storage.get(join(url, MANIFEST)))
+    storage.delete(join(url, MANIFEST))
+
+
 def verify_sizes(storage: Storage, url: str) -> Manifest:
-    """The manifest, after checking that every file is there with its size. Raises CheckpointError naming the file."""
+    """The manifest, after checking that every file is there with its size.
+
+    Raises CheckpointError naming the file, and StorageError where the storage does not answer: that is no damage.
+    """
     manifest = read_manifest(storage, url)
     for path, entry in manifest.files.items():
         address = join(url, path)
         try:
             size = storage.size(address)
-        except StorageError as error:
+        except MissingObjectError as error:
             raise CheckpointError(f"checkpoint {url} is incomplete: {error}") from error
         if size != entry.size:
             raise CheckpointError(f"checkpoint {url} is damaged: {path} has {size} bytes instead of {entry.size}")
@@ -133,7 +155,10 @@ def verify_sizes(storage: Storage, url: str) -> Manifest:
 
 
 def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: Manifest, folder: Path) -> None:
-    """Download files of a checkpoint and compare their checksums. Raises CheckpointError for a damaged one."""
+    """Download files of a checkpoint and compare their checksums.
+
+    Raises CheckpointError for a damaged one, and StorageError where the storage does not answer.
+    """
     for path in paths:
         if path not in manifest.files:
             raise CheckpointError(f"checkpoint {url} has no {path}")
@@ -141,7 +166,7 @@ def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: Manifest, 
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             storage.get_file(join(url, path), target)
-        except StorageError as error:
+        except MissingObjectError as error:
             raise CheckpointError(f"checkpoint {url} is incomplete: {error}") from error
         if file_entry(target) != manifest.files[path]:
             raise CheckpointError(f"checkpoint {url} is damaged: the checksum of {path} differs from the manifest")

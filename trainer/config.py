@@ -74,11 +74,14 @@ class CheckpointConfig:
     every_steps: int = 5000
     keep: int = 3
     """Newest checkpoints kept; pinned ones (being evaluated) stay besides."""
+    upload_timeout_s: float = 3600.0
+    """How long rank 0 waits for the files of all ranks before it gives a checkpoint and the attempt up."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.checkpoint.{name} is {getattr(self, name)}; it must be at least 1")
+        require_positive(training__checkpoint__upload_timeout_s=self.upload_timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,7 @@ class TrainingConfig:
     threads: int = 1
     """Torch threads per rank on CPU."""
     collective_timeout_s: float = 600.0
+    """How long a rank waits for the others before the attempt ends."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps", "threads"):

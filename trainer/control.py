@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
-from trainer.errors import TrainingError
+from trainer.errors import PeersError
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Ranks:
     def exchange(self, mine: StepFacts, error: BaseException | None = None) -> StepFacts:
         """The sums over all ranks.
 
-        Where any rank brings an error, all raise a TrainingError that names the ranks and their errors (or, where all
+        Where any rank brings an error, all raise a PeersError that names the ranks and their errors (or, where all
         bring the same UserError, that one).
         """
         values = [getattr(mine, field.name) for field in fields(mine)] + [float(error is not None)]
@@ -100,4 +100,4 @@ class Ranks:
         if isinstance(error, UserError) and len(set(texts)) == 1:
             raise error  # the same mistake everywhere needs no list of ranks
         causes = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
-        raise TrainingError(f"training stops on all ranks: {causes}") from error
+        raise PeersError(f"training stops on all ranks: {causes}") from error

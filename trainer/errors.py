@@ -9,3 +9,7 @@ class TrainingError(UserError):
 
 class CheckpointError(TrainingError):
     """A checkpoint that is incomplete, damaged or belongs to another run. Names the file and the remedy."""
+
+
+class PeersError(TrainingError):
+    """Raised on every rank because some have an error: names them. The cause is this rank's own error, if any."""

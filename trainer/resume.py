@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_pipeline.errors import StorageError
 from data_pipeline.storage import Storage
 from model.mask2former import Mask2Former
 from model.weights import load_weights
-from trainer.checkpoint_folder import ENGINE, STATE, WEIGHTS, Manifest, fetch, rng_path, verify_sizes
+from trainer.checkpoint_folder import ENGINE, STATE, WEIGHTS, Manifest, fetch, rng_path, set_aside, verify_sizes
 from trainer.control import Ranks
 from trainer.engine import Engine, to_universal
 from trainer.errors import CheckpointError
@@ -62,14 +61,16 @@ def open_restart(
 ) -> Iterator[Restart | None]:
     """Bring the first of `candidates` (newest first) that is whole on every rank to disk; None without candidates.
 
-    `expected` is the state of a fresh start of this run, which the checkpoint must fit. Raises CheckpointError where it
-    does not, or where all candidates are damaged. A collective.
+    `expected` is the state of a fresh start of this run, which the checkpoint must fit. Damaged ones before it
+    are set aside. Raises CheckpointError where the checkpoint does not fit or all candidates are damaged, StorageError
+    where the storage does not answer. A collective.
     """
     problems = []
     for checkpoint in candidates:
         with tempfile.TemporaryDirectory(prefix="m2f-resume-") as name:
             found = _bring(checkpoint, expected, storage, ranks, Path(name))
             if isinstance(found, Restart):
+                _set_aside(candidates[: len(problems)], storage, ranks)
                 yield found
                 return
         problems.append(found)
@@ -81,6 +82,11 @@ def open_restart(
             "under another run name"
         )
     yield None
+
+
+def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks: Ranks) -> None:
+    """Now that a whole one is found: what lists checkpoints shall not take these for the run's progress."""
+    ranks.from_first(lambda: [set_aside(storage, checkpoint.url) for checkpoint in damaged])
 
 
 def check_fits(state: TrainState, expected: TrainState, url: str) -> None:
@@ -113,7 +119,8 @@ def _bring(
     if restart.reshard:
         restart = replace(restart, folder=_folder_of_machine(ranks, folder))
     paths = _paths(restart, manifest, ranks.rank) if restart.folder == folder else []
-    problem = next(filter(None, ranks.gather(_fetched(storage, checkpoint.url, paths, manifest, folder))), None)
+    own = ranks.together(lambda: _fetched(storage, checkpoint.url, paths, manifest, folder))
+    problem = next(filter(None, ranks.gather(own)), None)
     if problem is None and restart.reshard:
         ranks.together(lambda: to_universal(folder / ENGINE, folder / _UNIVERSAL) if paths else None)
     return problem or restart
@@ -124,7 +131,7 @@ def _inspect(storage: Storage, url: str, folder: Path) -> tuple[Manifest, TrainS
         manifest = verify_sizes(storage, url)
         fetch(storage, url, [STATE], manifest, folder)
         return manifest, TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
-    except (CheckpointError, StorageError) as error:
+    except CheckpointError as error:
         return str(error)
 
 

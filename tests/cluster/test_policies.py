@@ -2,7 +2,7 @@ import pytest
 
 from cluster.policies import Attempt, AttemptHistory, Failure, QueueChoice, Retry, Stop, choose, decide, root_cause
 from data_pipeline.errors import StorageError
-from trainer.errors import TrainingError
+from trainer.errors import PeersError, TrainingError
 
 
 def history(*attempts: tuple[str, int], start: int = 0, message: str = "m{}") -> AttemptHistory:
@@ -32,7 +32,7 @@ class HealthCheckFailed(Exception):
             "death",
         ),
         ({1: TrainingError("step 3"), 0: TypeError("x")}, 0, "mistake"),
-        ({0: TrainingError("training stops on all ranks: rank 1: StorageError: x"), 1: StorageError("x")}, 1, "error"),
+        ({0: PeersError("rank 1: StorageError: x"), 1: StorageError("x")}, 1, "error"),
         ({0: StorageError("s3://b/k: timed out")}, 0, "error"),
         ({0: RuntimeError("CUDA error: unspecified launch failure")}, 0, "error"),
         ({0: RuntimeError("Connection reset by peer"), 1: RuntimeError("Connection closed by peer")}, None, "death"),

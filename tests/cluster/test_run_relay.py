@@ -27,16 +27,46 @@ def test_the_board_gives_every_report_once_and_in_order():
     board.pin(MetricsReport(1, {"loss": 2.0}))
     board.pin(CheckpointReport(CommittedCheckpoint(1, "c/1")))
     board.pin(EventReport("finished", 1, "done"))
-    for report in board.take():
+    delivery = board.take(None, stop=False)
+    for report in delivery.reports:
         report.tell(recorder)
     assert recorder.heard == [("metrics", 1, {"loss": 2.0}), ("checkpoint", 1), ("finished", 1, "done")]
-    assert board.take() == []
+    assert board.take(delivery, stop=False).reports == ()
+
+
+def test_a_delivery_that_got_lost_is_given_again():
+    board = RunBoard()
+    board.pin(EventReport("skipped", 1, "a"))
+    first = board.take(None, stop=False)
+    board.pin(EventReport("skipped", 2, "b"))
+    board.take(first, stop=False)  # the driver never hears this answer
+    board.pin(EventReport("skipped", 3, "c"))
+    assert [report.step for report in board.take(first, stop=False).reports] == [2, 3]
+
+
+def test_a_board_that_was_made_again_counts_anew():
+    old, new = RunBoard(), RunBoard()
+    for step in range(3):
+        old.pin(EventReport("skipped", step, ""))
+    new.pin(EventReport("skipped", 9, ""))
+    assert [report.step for report in new.take(old.take(None, stop=False), stop=False).reports] == [9]
+
+
+def test_reports_that_fell_off_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr("cluster.run_board.MAX_REPORTS", 2)
+    board = RunBoard()
+    first = board.take(None, stop=False)
+    for step in range(5):
+        board.pin(EventReport("skipped", step, ""))
+    assert [report.step for report in board.take(first, stop=False).reports] == [3, 4]
 
 
 def test_the_board_carries_the_wish_to_stop():
     board = RunBoard()
+    board.take(None, stop=False)
     assert not board.stop_requested()
-    board.request_stop()
+    board.take(None, stop=True)
+    board.take(None, stop=False)
     assert board.stop_requested()
 
 

@@ -15,7 +15,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from cluster.config import ClusterConfig, RunConfig
 from cluster.eval_queue import read_entries
-from cluster.eval_service import start_evaluations
+from cluster.eval_service import EvaluationClient
 from cluster.evaluate import evaluate_checkpoint
 from cluster.ray_cluster import ClusterError, connect
 from cluster.recipe import parse_recipe
@@ -215,7 +215,7 @@ def test_offline_evaluation_gives_the_same_results(summary, config):
 
 def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
     again = replace(config, name="evaluated-again")
-    client = start_evaluations(again, create_run(again))
+    client = EvaluationClient(again, create_run(again))
     for step in range(EVERY, STEPS + 1, EVERY):
         client.submit(CommittedCheckpoint(step, checkpoint_url(config.run_folder, step)))
     wait_for(lambda: client.status().current)
@@ -232,6 +232,16 @@ def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
         first, second = (Path(c.run_folder) / f"evaluations/step_{step:08d}/val" for c in (config, again))
         for name in ("results.json", "panels.png"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_manager_that_cannot_start_is_given_up(cluster, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.eval_service.MAX_STARTS", 1)
+    tracked = replace(create_run(replace(config, name="lost")), spool=str(tmp_path / "file" / "below"))
+    (tmp_path / "file").write_text("no folder")
+    client = EvaluationClient(config, tracked)
+    wait_for(lambda: client.status() or client.lost)
+    assert "NotADirectoryError" in client.lost
+    client.close()
 
 
 def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):

@@ -126,7 +126,10 @@ def drained_then_damaged(folder: Path) -> dict:
         states = next((folder / "drained/checkpoints/step_00000004/engine").glob("*optim_states.pt"))
         states.write_bytes(states.read_bytes()[:-1])
     dist.barrier()
-    return {"drained": drained, "resumed": _train(job)}
+    resumed = _train(job)
+    checkpoints = folder / "drained/checkpoints"
+    left = [path.relative_to(checkpoints).as_posix() for path in checkpoints.glob("step_00000004/*.json")]
+    return {"drained": drained, "resumed": resumed, "left": sorted(set(left) - {"step_00000004/state.json"})}
 
 
 def poisoned(folder: Path) -> dict:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from data_pipeline.errors import StorageError
 from data_pipeline.storage import Storage, join
 from trainer.checkpoint_folder import (
     MANIFEST,
@@ -12,9 +13,11 @@ from trainer.checkpoint_folder import (
     fetch,
     file_entry,
     list_checkpoints,
+    newest_whole,
     pin,
     read_manifest,
     read_receipt,
+    set_aside,
     steps_to_delete,
     unpin,
     verify_sizes,
@@ -148,3 +151,34 @@ def test_retention(committed, others, newest, keep, expected):
     urls = [f"s3://bucket/run/checkpoints/step_{step:08d}/manifest.json" for step in committed]
     urls += [f"s3://bucket/run/checkpoints/step_{step:08d}/engine/x.pt" for step in (*committed, *others)]
     assert steps_to_delete(urls, newest, keep) == expected
+
+
+def test_the_newest_whole_checkpoint_is_not_one_with_a_file_cut_off(storage, run_folder, tmp_path):
+    assert newest_whole(storage, run_folder) is None
+    for step in (5, 10, 15):
+        make_checkpoint(storage, run_folder, step, tmp_path)
+    storage.put(join(checkpoint_url(run_folder, 15), "engine/a.pt"), b"tensor")
+    storage.delete(join(checkpoint_url(run_folder, 10), "state.json"))
+    assert newest_whole(storage, run_folder).step == 5
+
+
+def test_what_is_set_aside_is_not_listed_and_keeps_its_files(storage, run_folder, tmp_path):
+    for step in (5, 10):
+        make_checkpoint(storage, run_folder, step, tmp_path)
+    url = checkpoint_url(run_folder, 10)
+    manifest = storage.get(join(url, MANIFEST))
+    set_aside(storage, url)
+    assert [c.step for c in list_checkpoints(storage, run_folder)] == [5]
+    assert storage.get(join(url, "damaged.json")) == manifest
+    assert storage.exists(join(url, "engine/a.pt"))
+
+
+def test_a_storage_that_does_not_answer_is_no_damage(storage, run_folder, tmp_path, monkeypatch):
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+
+    def refuse(address):
+        raise StorageError(f"{address}: 503")
+
+    monkeypatch.setattr(storage, "size", refuse)
+    with pytest.raises(StorageError, match="503"):
+        verify_sizes(storage, url)
