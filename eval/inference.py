@@ -27,7 +27,7 @@ from model.config import PostprocessConfig
 from model.errors import ConfigError
 from model.mask2former import Mask2Former
 from model.postprocess import ImageGeometry, instance, panoptic, semantic
-from model.structures import InstanceResult
+from model.structures import InstanceResult, Predictions
 
 PREDICTS: dict[Task, tuple[Task, ...]] = {"panoptic": TASKS, "instance": ("instance",), "semantic": ("semantic",)}
 """Tasks that a model trained for a task can be evaluated on."""
@@ -36,8 +36,8 @@ _Picture = Callable[[], tuple[Scene, Scene]]
 """Makes truth and prediction of one image ready to be drawn."""
 
 
-class _Output(NamedTuple):
-    """The model's last prediction for one image."""
+class ImageOutput(NamedTuple):
+    """What one layer of the model predicts for one image: the first arguments of the post-processing."""
 
     class_logits: Tensor
     """[Q, K + 1]"""
@@ -46,6 +46,25 @@ class _Output(NamedTuple):
     mask_features: Tensor
     """[C, h, w]"""
     geometry: ImageGeometry
+
+
+def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -> Iterator[ImageOutput]:
+    """One layer's predictions, image by image. Raises EvaluationError naming an image whose output is not finite."""
+    height, width = batch.images.shape[-2:]
+    for row, sample in enumerate(batch.samples):
+        resized_height, resized_width = batch.sizes[row].tolist()
+        geometry = ImageGeometry((height, width), (resized_height, resized_width), sample.size)
+        tensors = (
+            predictions.class_logits[layer, row],
+            predictions.mask_embeddings[layer, row],
+            predictions.mask_features[row],
+        )
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise EvaluationError(
+                f"image {sample.image_id} ({sample.source}): the model's output is not finite; "
+                "its weights have diverged, evaluate an earlier checkpoint"
+            )
+        yield ImageOutput(*tensors, geometry)
 
 
 def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
@@ -89,8 +108,27 @@ class Evaluator:
     @torch.inference_mode()
     def evaluate_batch(self, batch: EvalBatch) -> EvaluationStates:
         """States of the batch's images for all requested tasks, with panels (of the first task) of the chosen ones."""
+        return self.score(batch, self.predict(batch))
+
+    @torch.inference_mode()
+    def predict(self, batch: EvalBatch) -> Predictions:
+        """The model's predictions of all layers. Raises EvaluationError if it has other classes than the data set."""
+        images = batch.images.to(self._device)
+        # Full precision and fixed algorithms: published numbers must not depend on the GPU that a batch met.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            predictions = self._model(self._model.normalise(images, batch.sizes.to(self._device)))
+        if predictions.class_logits.shape[-1] != len(self._is_thing) + 1:
+            raise EvaluationError(
+                f"the model has {predictions.class_logits.shape[-1] - 1} classes, the data set {len(self._is_thing)} "
+                f"for its task; evaluate on a data set with the category table of training"
+            )
+        return predictions
+
+    @torch.inference_mode()
+    def score(self, batch: EvalBatch, predictions: Predictions, layer: int = -1) -> EvaluationStates:
+        """States of the batch's images as `evaluate_batch` gives them, from one layer of their predictions."""
         states = EvaluationStates.empty(self._categories, self._tasks)
-        for sample, output in zip(batch.samples, self._forward(batch), strict=True):
+        for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
             pictures: dict[Task, _Picture] = {}
             if states.panoptic is not None:
                 pictures["panoptic"] = self._panoptic(sample, output, states.panoptic)
@@ -104,34 +142,7 @@ class Evaluator:
                 states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", scenes, classes)
         return states
 
-    def _forward(self, batch: EvalBatch) -> Iterator[_Output]:
-        """The last layer's predictions, image by image."""
-        images = batch.images.to(self._device)
-        # Full precision and fixed algorithms: published numbers must not depend on the GPU that a batch met.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            predictions = self._model(self._model.normalise(images, batch.sizes.to(self._device)))
-        if predictions.class_logits.shape[-1] != len(self._is_thing) + 1:
-            raise EvaluationError(
-                f"the model has {predictions.class_logits.shape[-1] - 1} classes, the data set {len(self._is_thing)} "
-                f"for its task; evaluate on a data set with the category table of training"
-            )
-        height, width = batch.images.shape[-2:]
-        for row, sample in enumerate(batch.samples):
-            resized_height, resized_width = batch.sizes[row].tolist()
-            geometry = ImageGeometry((height, width), (resized_height, resized_width), sample.size)
-            tensors = (
-                predictions.class_logits[-1, row],
-                predictions.mask_embeddings[-1, row],
-                predictions.mask_features[row],
-            )
-            if not all(tensor.isfinite().all() for tensor in tensors):
-                raise EvaluationError(
-                    f"image {sample.image_id} ({sample.source}): the model's output is not finite; "
-                    "its weights have diverged, evaluate an earlier checkpoint"
-                )
-            yield _Output(*tensors, geometry)
-
-    def _panoptic(self, sample: DecodedSample, output: _Output, state: PanopticQualityState) -> _Picture:
+    def _panoptic(self, sample: DecodedSample, output: ImageOutput, state: PanopticQualityState) -> _Picture:
         result = panoptic(*output, self._is_thing, self._postprocess)
         truth = panoptic_truth(sample, self._categories.labels("panoptic"))
         labels = {segment.id: segment.label for segment in result.segments}
@@ -140,14 +151,14 @@ class Evaluator:
         scores = {segment.id: segment.score for segment in result.segments}
         return partial(panoptic_scenes, truth, prediction, scores, state.image_quality(sample.image_id))
 
-    def _instance(self, sample: DecodedSample, output: _Output, state: AveragePrecisionState) -> _Picture:
+    def _instance(self, sample: DecodedSample, output: ImageOutput, state: AveragePrecisionState) -> _Picture:
         result = instance(*output, self._is_thing, self._postprocess)
         truth = instance_truth(sample, self._categories.labels("instance"))
         detections = self._detections(result)
         state.update(sample.image_id, truth, detections)
         return partial(instance_scenes, truth, detections, sample.size)
 
-    def _semantic(self, sample: DecodedSample, output: _Output, state: MeanIoUState) -> _Picture:
+    def _semantic(self, sample: DecodedSample, output: ImageOutput, state: MeanIoUState) -> _Picture:
         predicted = semantic(*output).label_map.cpu().numpy()
         truth = semantic_truth(sample, self._categories.labels("semantic"))
         state.update(sample.image_id, truth, predicted)
