@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from data_pipeline.errors import StorageError
+from data_pipeline.errors import LoaderDiedError, StorageError
 from model.errors import UserError
 from trainer.errors import PeersError
 
@@ -121,6 +121,8 @@ def classify(error: BaseException) -> FailureKind:
     if getattr(error, "preempted", False) or type(error).__name__ == "PreemptionError":
         return "preemption"
     if type(error).__module__.split(".")[0] == "ray":
+        return "death"
+    if isinstance(error, LoaderDiedError):
         return "death"
     if isinstance(error, StorageError):
         return "error"

@@ -93,7 +93,8 @@ def tracking_uri(config: RunConfig) -> str:
     if uri is not None and re.search(r"://[^/@\s]+:[^/@\s]+@", uri):
         raise TrackingError(
             "the tracking URI holds a password, which would be stored with the run: "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, or what the database's own client "
+            "reads (PGPASSWORD or ~/.pgpass, ~/.my.cnf)"
         )
     return uri or f"sqlite:///{Path(config.run_folder).resolve() / 'mlflow.db'}"
 

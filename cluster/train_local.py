@@ -27,7 +27,7 @@ def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
     from cluster.compose import compose_job
     from cluster.tracking import Tracking, create_run
     from data_pipeline.storage import Storage
-    from trainer.checkpoint_folder import list_checkpoints
+    from trainer.checkpoint_folder import newest_whole
 
     job = compose_job(config)
     run = create_run(config)
@@ -40,8 +40,8 @@ def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
     except BaseException as error:
         driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
         raise
-    newest = list_checkpoints(Storage(config.storage), config.run_folder)[:1]
-    finished = bool(newest) and newest[0].step >= config.training.max_steps
+    newest = newest_whole(Storage(config.storage), config.run_folder)
+    finished = newest is not None and newest.step >= config.training.max_steps
     driver.finish("FINISHED" if finished else "KILLED")
     return "finished" if finished else "stopped"
 

@@ -7,6 +7,10 @@ class DataError(UserError):
     """A data set, annotation, sample or manifest that cannot be used. Names the file or key and the remedy."""
 
 
+class LoaderDiedError(DataError):
+    """A loader process is gone, which says nothing about the data. Names the usual cause and the remedy."""
+
+
 class StorageError(UserError):
     """A store or object that cannot be read or written. Names the URL, the cause and the remedy."""
 

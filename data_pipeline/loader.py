@@ -35,7 +35,7 @@ from data_pipeline.collate import (
     make_example,
 )
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, LoaderDiedError
 from data_pipeline.fetch import FetchLimits, Members, SampleFetcher
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order, Place, chunk_bytes, step_plan
@@ -92,7 +92,8 @@ def build_loader(
     """Endless batches of one rank from `spec.start_step` on. Close it to stop its threads and processes.
 
     Raises:
-        DataError: data sets whose category tables differ, a sample that is damaged, or a loader process that died.
+        DataError: data sets whose category tables differ, a sample that is damaged, or a loader process that died
+            (LoaderDiedError).
         StorageError: a shard that cannot be read.
     """
     recipe = TrainRecipe(
@@ -259,7 +260,7 @@ def _results(
         # OSError and EOFError: the process died between sending a batch and handing over its shared memory.
         if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|killed by signal", str(error)):
             raise
-        raise DataError(
+        raise LoaderDiedError(
             f"a loader process died ({error!r}). Usually memory or /dev/shm is too small: lower data.workers or "
             "data.prefetch_steps, or give the container more of it"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from trainer.loop import train
 from trainer.reporting import LogReporter, Reporter
 from trainer.state import TrainState
 
+_LOOPBACK = ("127.0.0.1", "localhost")
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -59,11 +61,35 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
         return
     _complete_environment()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    if _is_one_machine():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _loopback_store(rank, world_size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _is_one_machine() -> bool:
+    """Whether all ranks meet on loopback, and not at the store of torchrun's agent."""
+    return os.environ["MASTER_ADDR"] in _LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+
+
+def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """Where ranks find each other; torch would listen on every interface of the machine, and asks for no password."""
+    host, port = _LOOPBACK[0], int(os.environ["MASTER_PORT"])
+    if rank:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    listener = socket.create_server((host, port))
+    port = listener.getsockname()[1]
+    # The store owns the descriptor from here on.
+    return dist.TCPStore(
+        host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach(), use_libuv=False
+    )
 
 
 def _complete_environment() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from cluster.policies import Attempt, AttemptHistory, Failure, QueueChoice, Retry, Stop, choose, decide, root_cause
-from data_pipeline.errors import StorageError
+from data_pipeline.errors import LoaderDiedError, StorageError
 from trainer.errors import PeersError, TrainingError
 
 
@@ -34,6 +34,7 @@ class HealthCheckFailed(Exception):
         ({1: TrainingError("step 3"), 0: TypeError("x")}, 0, "mistake"),
         ({0: PeersError("rank 1: StorageError: x"), 1: StorageError("x")}, 1, "error"),
         ({0: StorageError("s3://b/k: timed out")}, 0, "error"),
+        ({0: LoaderDiedError("killed")}, 0, "death"),
         ({0: RuntimeError("CUDA error: unspecified launch failure")}, 0, "error"),
         ({0: RuntimeError("Connection reset by peer"), 1: RuntimeError("Connection closed by peer")}, None, "death"),
     ],

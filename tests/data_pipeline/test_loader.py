@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.chunks import plan_chunks
 from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
-from data_pipeline.errors import DataError, StorageError
+from data_pipeline.errors import DataError, LoaderDiedError, StorageError
 from data_pipeline.fetch import FetchLimits, SampleFetcher
 from data_pipeline.loader import LoaderSpec, build_loader, eval_batches
 from data_pipeline.order import Place, build_order
@@ -356,7 +356,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(boxes):
     next(loader)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a loader process died .*data\.workers"):
+    with pytest.raises(LoaderDiedError, match=r"a loader process died .*data\.workers"):
         list(itertools.islice(loader, 20))
 
 

@@ -1,5 +1,6 @@
 import os
 
+import psutil
 import pytest
 import torch
 
@@ -63,3 +64,8 @@ def test_any_other_error_names_the_rank(ranks):
 def test_checkpoints_need_a_positive_number(setting):
     with pytest.raises(ConfigError, match=rf"training\.checkpoint\.{setting} is 0"):
         CheckpointConfig(**{setting: 0})
+
+
+def test_on_one_machine_nothing_listens_beyond_loopback(ranks):
+    listening = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
