@@ -11,22 +11,67 @@ from model.errors import ConfigError, require_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class TimmBackboneConfig:
-    """Any convolutional timm model that supports `features_only`."""
+    """A model of timm: convolutional, hierarchical (Swin V2, Hiera) or a plain vision transformer (DINOv2, EVA-02)."""
 
     kind: Literal["timm"] = "timm"
     name: str = "resnet50"
-    """Name of the model in timm, for example `resnet50` or `convnext_tiny`."""
+    """Name of the model in timm, for example `resnet50`, `convnext_tiny` or `vit_small_patch14_dinov2`."""
     pretrained: bool = False
     """Fetch timm's published weights of this name. Needs a network; use `weights` where there is none."""
     weights: str | None = None
     """Path of a safetensors or torch file with weights of the backbone alone. Read without executing pickles."""
-    norm: Literal["frozen_batch", "group", "native"] = "frozen_batch"
-    """`frozen_batch` as in the paper, `group` to train from random weights, `native` to keep what timm builds."""
+    norm: Literal["frozen_batch", "sync_batch", "group", "native"] = "frozen_batch"
+    """What becomes of BatchNorms: `frozen_batch` as in the paper, `sync_batch` with the statistics of all ranks (the
+    paper's Cityscapes recipes), `group` to train from random weights, `native` to keep what timm builds."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the timm model, for example `{channels: [32, 64, 128, 256]}`."""
+    """Further keyword arguments of the timm model, for example `{drop_path_rate: 0.1}`."""
 
 
-BackboneConfig = TimmBackboneConfig
+@dataclass(frozen=True, kw_only=True)
+class SwinBackboneConfig:
+    """Swin Transformer as in the paper. The defaults are Swin-T.
+
+    Swin-S has depths (2, 2, 18, 2); Swin-B also embed_dim 128 and num_heads (4, 8, 16, 32); Swin-L also embed_dim 192
+    and num_heads (6, 12, 24, 48). The paper's B and L have window_size 12.
+    """
+
+    kind: Literal["swin"] = "swin"
+    embed_dim: int = 96
+    """Channels at stride 4; they double with every stage."""
+    depths: tuple[int, int, int, int] = (2, 2, 6, 2)
+    num_heads: tuple[int, int, int, int] = (3, 6, 12, 24)
+    window_size: int = 7
+    drop_path: float = 0.3
+    """Probability that a sample skips a residual branch of the last block; it grows linearly from 0 with the depth."""
+    pretrained: str | None = None
+    """Name in timm of published weights to start from, for example `swin_tiny_patch4_window7_224`. Needs a network."""
+    weights: str | None = None
+    """Path of a safetensors or torch file with weights of the backbone, under the names of timm, of the Swin authors
+    or of the official Mask2Former. Read without executing pickles."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        where = "model.backbone"
+        require_at_least(1, model__backbone__window_size=self.window_size)
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"{where}.drop_path is {self.drop_path}; it must be at least 0 and below 1")
+        if min(self.depths) < 1:
+            raise ConfigError(f"{where}.depths is {self.depths}; every stage needs a block")
+        for stage, heads in enumerate(self.num_heads):
+            channels = self.embed_dim * 2**stage
+            if heads < 1 or channels < 1 or channels % heads:
+                raise ConfigError(
+                    f"{where}.num_heads is {self.num_heads}, but stage {stage} has {channels} channels "
+                    f"(embed_dim {self.embed_dim} doubles with every stage), which {heads} heads do not divide"
+                )
+        if self.pretrained is not None and self.weights is not None:
+            raise ConfigError(f"{where} has both pretrained ({self.pretrained}) and weights ({self.weights}); keep one")
+
+
+BackboneConfig = TimmBackboneConfig | SwinBackboneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,32 +91,176 @@ class MSDeformAttnPixelDecoderConfig:
     """The official code has 1024 although its recipes say 2048."""
     dropout: float = 0.0
 
-
-PixelDecoderConfig = MSDeformAttnPixelDecoderConfig
+    def __post_init__(self) -> None:
+        _check_pixel_decoder(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerDecoderConfig:
-    """Masked-attention transformer decoder (paper section 3.2)."""
+class FPNPixelDecoderConfig:
+    """Feature pyramid network, MaskFormer's default (paper Tables 4e and XIb)."""
 
+    kind: Literal["fpn"] = "fpn"
+    conv_dim: int = 256
+    """Channels of the multi-scale features."""
+    mask_dim: int = 256
+    """Channels of the per-pixel embeddings at stride 4."""
+
+    def __post_init__(self) -> None:
+        _check_pixel_decoder(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticFPNPixelDecoderConfig:
+    """Feature pyramid network with the semantic branch of Panoptic FPN (paper Table 4e)."""
+
+    kind: Literal["semantic_fpn"] = "semantic_fpn"
+    conv_dim: int = 256
+    """Channels of the multi-scale features and of the semantic branch."""
+    mask_dim: int = 256
+    """Channels of the per-pixel embeddings at stride 4."""
+
+    def __post_init__(self) -> None:
+        _check_pixel_decoder(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiFPNPixelDecoderConfig:
+    """Bidirectional feature pyramid with weighted fusion of EfficientDet (paper Table 4e)."""
+
+    kind: Literal["bifpn"] = "bifpn"
+    conv_dim: int = 256
+    """Channels of the multi-scale features."""
+    mask_dim: int = 256
+    """Channels of the per-pixel embeddings at stride 4."""
+    num_layers: int = 3
+    """Ways down and up the pyramid, as in the smallest EfficientDet."""
+
+    def __post_init__(self) -> None:
+        _check_pixel_decoder(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaPNPixelDecoderConfig:
+    """Feature-aligned pyramid network with deformable convolutions (paper Tables 4e and V)."""
+
+    kind: Literal["fapn"] = "fapn"
+    conv_dim: int = 256
+    """Channels of the multi-scale features."""
+    mask_dim: int = 256
+    """Channels of the per-pixel embeddings at stride 4."""
+    offset_groups: int = 8
+    """Groups of channels that are sampled at offsets of their own."""
+
+    def __post_init__(self) -> None:
+        _check_pixel_decoder(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerFPNPixelDecoderConfig:
+    """Transformer encoder over the 1/32 map, then a feature pyramid network: MaskFormer's larger pixel decoder."""
+
+    kind: Literal["transformer_fpn"] = "transformer_fpn"
+    conv_dim: int = 256
+    """Channels of the encoder and of the multi-scale features."""
+    mask_dim: int = 256
+    """Channels of the per-pixel embeddings at stride 4."""
+    num_layers: int = 6
+    num_heads: int = 8
+    feedforward_dim: int = 2048
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_pixel_decoder(self)
+
+
+PixelDecoderConfig = (
+    MSDeformAttnPixelDecoderConfig
+    | FPNPixelDecoderConfig
+    | SemanticFPNPixelDecoderConfig
+    | BiFPNPixelDecoderConfig
+    | FaPNPixelDecoderConfig
+    | TransformerFPNPixelDecoderConfig
+)
+
+
+def _check_pixel_decoder(config: PixelDecoderConfig) -> None:
+    sizes = {name: value for name, value in vars(config).items() if isinstance(value, int)}
+    require_at_least(1, **{f"model__pixel_decoder__{name}": value for name, value in sizes.items()})
+    match config:
+        case MSDeformAttnPixelDecoderConfig() | TransformerFPNPixelDecoderConfig():
+            divisors, names = (4, config.num_heads), f"4 and num_heads ({config.num_heads})"
+        case FaPNPixelDecoderConfig():
+            divisors, names = (config.offset_groups,), f"offset_groups ({config.offset_groups})"
+        case _:
+            return
+    if any(config.conv_dim % divisor for divisor in divisors):
+        raise ConfigError(f"model.pixel_decoder.conv_dim is {config.conv_dim}; {names} must divide it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTransformerDecoderConfig:
+    """Mask2Former's transformer decoder (paper section 3.2), with every variant that the paper measures."""
+
+    kind: Literal["masked"] = "masked"
     num_queries: int = 100
     num_layers: int = 9
-    """Layers after the supervised learnable queries; the official recipes write 10 for these 9."""
+    """Layers after the learnable queries; the official recipes write 10 for these 9."""
     hidden_dim: int = 256
     num_heads: int = 8
     feedforward_dim: int = 2048
     dropout: float = 0.0
+    attention: Literal["masked", "cross", "smca", "mask_pooling"] = "masked"
+    """How queries look at the image (Table 4c): inside their predicted masks; everywhere; everywhere with a Gaussian
+    prior (SMCA); as the mean over their predicted masks, without attention (K-Net's pooling)."""
+    features: Literal["multi_scale", "naive_multi_scale", "stride_8", "stride_16", "stride_32"] = "multi_scale"
+    """What the layers look at (Table 4d): 1/32, 1/16 and 1/8 in turn; all three at once in every layer; one scale."""
+    queries: Literal["supervised", "learnable", "zero"] = "supervised"
+    """Initial queries (Table Xb): learnt, and supervised before the first layer; learnt; zero as in DETR. Without the
+    supervision there is one prediction fewer. Their positional embeddings are always learnt."""
+    cross_attention_first: bool = True
+    """Look at the image before attending to each other (Table 4b)."""
+    pre_norm: bool = False
+    """LayerNorm before each block instead of after its residual."""
 
     def __post_init__(self) -> None:
-        where = "model__transformer_decoder__"
-        require_at_least(
-            1, **{where + name: getattr(self, name) for name in ("num_queries", "num_layers", "num_heads")}
-        )
-        if self.hidden_dim % self.num_heads:
+        _check_decoder(self)
+        if self.attention == "mask_pooling" and self.pre_norm:
             raise ConfigError(
-                f"model.transformer_decoder.hidden_dim is {self.hidden_dim}, "
-                f"which num_heads ({self.num_heads}) does not divide"
+                "model.transformer_decoder.pre_norm is true, but mask_pooling does not read the queries that it would "
+                "normalise; set pre_norm to false or choose another attention"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardTransformerDecoderConfig:
+    """MaskFormer's transformer decoder, that of DETR (Cheng et al., NeurIPS 2021; Table XIb of the Mask2Former paper).
+
+    It looks at one map of stride 32: the encoder's with the pixel decoder `transformer_fpn`, else the backbone's.
+    """
+
+    kind: Literal["standard"] = "standard"
+    num_queries: int = 100
+    num_layers: int = 6
+    hidden_dim: int = 256
+    num_heads: int = 8
+    feedforward_dim: int = 2048
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_decoder(self)
+
+
+TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig
+
+
+def _check_decoder(config: TransformerDecoderConfig) -> None:
+    where = "model__transformer_decoder__"
+    require_at_least(1, **{where + name: getattr(config, name) for name in ("num_queries", "num_layers", "num_heads")})
+    if config.hidden_dim % config.num_heads or config.hidden_dim % 4:
+        raise ConfigError(
+            f"model.transformer_decoder.hidden_dim is {config.hidden_dim}; "
+            f"4 and num_heads ({config.num_heads}) must divide it"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +298,7 @@ class ModelConfig:
 
     backbone: BackboneConfig = field(default_factory=TimmBackboneConfig)
     pixel_decoder: PixelDecoderConfig = field(default_factory=MSDeformAttnPixelDecoderConfig)
-    transformer_decoder: TransformerDecoderConfig = field(default_factory=TransformerDecoderConfig)
+    transformer_decoder: TransformerDecoderConfig = field(default_factory=MaskedTransformerDecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     num_classes: int | None = None

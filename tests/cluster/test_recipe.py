@@ -102,7 +102,7 @@ def test_every_problem_is_reported_at_once_with_its_path():
         "`training.optimiser`: no such setting in TrainingConfig; did you mean `optimizer`?",
         "`training.optimizer.lr`: input should be a valid number",
         "(got 'fast')",
-        "`model.transformer_decoder.num_querys`: no such setting in TransformerDecoderConfig; did you mean `num_quer",
+        "`model.transformer_decoder.num_querys`: no such setting in MaskedTransformerDecoderConfig; did you mean",
         "`data.task`: input should be 'panoptic', 'instance' or 'semantic'",
         "`datasets.train.source.kind`: no such kind 'synthetik'; did you mean `synthetic`?",
         "`training.max_steps`: input should be a valid integer",

@@ -29,10 +29,10 @@ from data_pipeline.storage import Storage
 from eval.config import EvaluationConfig, EvaluationSet
 from model.config import (
     LossConfig,
+    MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
-    TransformerDecoderConfig,
 )
 from model.errors import ConfigError
 from trainer.checkpoint_folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
@@ -69,7 +69,7 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
             pixel_decoder=MSDeformAttnPixelDecoderConfig(
                 conv_dim=16, mask_dim=16, num_layers=1, num_heads=2, feedforward_dim=32
             ),
-            transformer_decoder=TransformerDecoderConfig(
+            transformer_decoder=MaskedTransformerDecoderConfig(
                 num_queries=8, num_layers=2, hidden_dim=16, num_heads=2, feedforward_dim=32
             ),
             loss=LossConfig(num_points=64),

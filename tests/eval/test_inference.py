@@ -17,11 +17,11 @@ from eval.panels import decode_png
 from eval.report import EvaluationSubject
 from eval.states import EvaluationStates, check_complete
 from model.config import (
+    MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     PostprocessConfig,
     TimmBackboneConfig,
-    TransformerDecoderConfig,
 )
 from model.errors import ConfigError
 from model.mask2former import build_model
@@ -165,7 +165,7 @@ def test_a_real_model_with_random_weights_is_evaluated_deterministically():
     config = ModelConfig(
         backbone=TimmBackboneConfig(name="resnet18", norm="group"),
         pixel_decoder=MSDeformAttnPixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=4),
-        transformer_decoder=TransformerDecoderConfig(
+        transformer_decoder=MaskedTransformerDecoderConfig(
             num_queries=8, num_layers=1, hidden_dim=32, num_heads=4, feedforward_dim=32
         ),
         num_classes=4,

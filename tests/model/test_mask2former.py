@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from model.config import (
+    MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
-    TransformerDecoderConfig,
 )
 from model.errors import ConfigError
 from model.mask2former import build_model
@@ -21,7 +21,7 @@ TINY = ModelConfig(
     pixel_decoder=MSDeformAttnPixelDecoderConfig(
         conv_dim=64, mask_dim=32, num_layers=2, num_heads=4, feedforward_dim=48
     ),
-    transformer_decoder=TransformerDecoderConfig(
+    transformer_decoder=MaskedTransformerDecoderConfig(
         num_queries=9, num_layers=5, hidden_dim=64, num_heads=4, feedforward_dim=80
     ),
     num_classes=NUM_CLASSES,

@@ -2,11 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config import TransformerDecoderConfig
+from model.attention import attention_mask, resize_for_attention
+from model.config import MaskedTransformerDecoderConfig
 from model.errors import ConfigError
-from model.transformer_decoder import MaskedTransformerDecoder, attention_mask, resize_for_attention
+from model.transformer_decoder import MaskedTransformerDecoder
 
-SMALL = TransformerDecoderConfig(num_queries=6, num_layers=4, hidden_dim=32, num_heads=4, feedforward_dim=48)
+SMALL = MaskedTransformerDecoderConfig(num_queries=6, num_layers=4, hidden_dim=32, num_heads=4, feedforward_dim=48)
 SIZES = ((2, 3), (4, 6), (8, 12))
 
 
@@ -47,7 +48,7 @@ def test_mask_is_accumulated_in_float32_under_autocast():
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
 def test_every_parameter_gets_a_gradient(num_layers, in_dim):
     torch.manual_seed(0)
-    config = TransformerDecoderConfig(
+    config = MaskedTransformerDecoderConfig(
         num_queries=6, num_layers=num_layers, hidden_dim=32, num_heads=4, feedforward_dim=48
     )
     decoder = MaskedTransformerDecoder(config, in_dim, 16, num_classes=5)
@@ -107,6 +108,6 @@ def test_initialisation_is_the_official_one():
 
 def test_settings_that_make_no_decoder_are_refused():
     with pytest.raises(ConfigError, match="num_layers is 0"):
-        TransformerDecoderConfig(num_layers=0)
+        MaskedTransformerDecoderConfig(num_layers=0)
     with pytest.raises(ConfigError, match="hidden_dim is 30"):
-        MaskedTransformerDecoder(TransformerDecoderConfig(hidden_dim=30, num_heads=2), 30, 16, num_classes=5)
+        MaskedTransformerDecoder(MaskedTransformerDecoderConfig(hidden_dim=30, num_heads=2), 30, 16, num_classes=5)

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from model.config import (
+    MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
-    TransformerDecoderConfig,
 )
 from model.mask2former import build_model
-from model.weights import WeightsError, load_weights, read_state, save_weights, to_own_names
+from model.weights import WeightsError, load_weights, read_state, to_own_names
 
 
 def small_config(num_classes=5, num_queries=6, num_layers=4):
@@ -19,7 +19,7 @@ def small_config(num_classes=5, num_queries=6, num_layers=4):
         pixel_decoder=MSDeformAttnPixelDecoderConfig(
             conv_dim=32, mask_dim=16, num_layers=1, num_heads=2, feedforward_dim=24
         ),
-        transformer_decoder=TransformerDecoderConfig(
+        transformer_decoder=MaskedTransformerDecoderConfig(
             num_queries=num_queries, num_layers=num_layers, hidden_dim=32, num_heads=2, feedforward_dim=24
         ),
         num_classes=num_classes,

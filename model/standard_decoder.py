@@ -1,0 +1,53 @@
+"""MaskFormer's transformer decoder (Cheng et al., NeurIPS 2021), the baseline of Tables XIc and XId."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
+from model.structures import Predictions
+from model.transformer_decoder import DecoderLayer, LevelMemory, mask_head
+
+
+class StandardTransformerDecoder(nn.Module):
+    """DETR's decoder on one map: queries of zeros with learnt positions attend to each other, then everywhere.
+
+    Every layer is supervised (deep supervision) through the one LayerNorm and the heads that they share.
+    """
+
+    def __init__(self, config: StandardTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int) -> None:
+        """`in_dim` channels of the map at stride 32, `mask_dim` channels of the mask features."""
+        super().__init__()
+        dim = config.hidden_dim
+        layer = MaskedTransformerDecoderConfig(
+            hidden_dim=dim,
+            num_heads=config.num_heads,
+            feedforward_dim=config.feedforward_dim,
+            dropout=config.dropout,
+            attention="cross",
+            cross_attention_first=False,
+        )
+        self.query_embed = nn.Embedding(config.num_queries, dim)
+        self.memory = LevelMemory(in_dim, layer, config.num_layers)
+        self.layers = nn.ModuleList(DecoderLayer(layer) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.class_embed = nn.Linear(dim, num_classes + 1)
+        self.mask_embed = mask_head(dim, mask_dim)
+
+    def forward(self, features: Sequence[Tensor], mask_features: Tensor) -> Predictions:
+        """`features` [B, in_dim, h, w] of which the first, at stride 32, is used; `mask_features` [B, mask_dim, h, w].
+
+        Prediction i is that of layer i; there is none before the first layer.
+        """
+        memory = self.memory(features[:1], (0.0,))
+        indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
+        position = self.query_embed(indices).expand(len(mask_features), -1, -1)
+        queries, states = torch.zeros_like(position), []
+        for layer, keys_and_values in zip(self.layers, memory, strict=True):
+            queries = layer(queries, position, keys_and_values, None)
+            states.append(queries)
+        normalised = self.norm(torch.stack(states))
+        return Predictions(self.class_embed(normalised), self.mask_embed(normalised), mask_features)
