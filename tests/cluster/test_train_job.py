@@ -8,12 +8,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import psutil
 import pytest
 from mlflow import MlflowClient
+from moto.server import ThreadedMotoServer
 from ray.train import ControllerError, WorkerGroupError
 
-from cluster.config import ClusterConfig, RunConfig
+from cluster.config import ClusterConfig, RunConfig, TrackingConfig
 from cluster.eval_queue import read_entries
 from cluster.eval_service import EvaluationClient
 from cluster.evaluate import evaluate_checkpoint
@@ -22,7 +24,14 @@ from cluster.recipe import parse_recipe
 from cluster.tracking import create_run
 from cluster.train_job import RunSummary, check_gpus, failure_of, run_training
 from cluster.train_local import train_locally
-from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
+from data_pipeline.config import (
+    DataConfig,
+    DatasetConfig,
+    LargeScaleJitter,
+    MixtureItem,
+    StorageConfig,
+    SyntheticSource,
+)
 from data_pipeline.readers import open_reader, source_fingerprint
 from data_pipeline.shards import commit_manifest, plan_shards, write_shard
 from data_pipeline.storage import Storage
@@ -44,12 +53,22 @@ EVERY = 4
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-def write_shards(config: DatasetConfig) -> None:
+def write_shards(config: DatasetConfig, storage: Storage) -> None:
     assert config.source is not None
     reader = open_reader(config.source, config.max_pixels)
     plan = plan_shards(reader, config, source_fingerprint(config.source))
-    parts = [write_shard(reader, plan, index, Storage()) for index in range(len(plan.rows))]
-    commit_manifest(plan, parts, Storage())
+    parts = [write_shard(reader, plan, index, storage) for index in range(len(plan.rows))]
+    commit_manifest(plan, parts, storage)
+
+
+def small_sets(place: str, storage: Storage) -> dict[str, DatasetConfig]:
+    made = {
+        "train": DatasetConfig(shards=f"{place}/train", source=SyntheticSource(num_images=24)),
+        "val": DatasetConfig(shards=f"{place}/val", source=SyntheticSource(num_images=20, seed=1, image_id_start=1001)),
+    }
+    for config in made.values():
+        write_shards(config, storage)
+    return made
 
 
 def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> RunConfig:
@@ -101,15 +120,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def datasets(folder):
-    made = {
-        "train": DatasetConfig(shards=str(folder / "train"), source=SyntheticSource(num_images=24)),
-        "val": DatasetConfig(
-            shards=str(folder / "val"), source=SyntheticSource(num_images=20, seed=1, image_id_start=1001)
-        ),
-    }
-    for config in made.values():
-        write_shards(config)
-    return made
+    return small_sets(str(folder), Storage())
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +132,8 @@ def config(folder, datasets):
 def cluster(config):
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        patch.setenv(f"AWS_{name}", "test")  # every process of the cluster inherits them
     with connect(config):
         yield
     patch.undo()
@@ -232,6 +245,39 @@ def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
         first, second = (Path(c.run_folder) / f"evaluations/step_{step:08d}/val" for c in (config, again))
         for name in ("results.json", "panels.png"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.fixture
+def bucket():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="box")
+    yield StorageConfig(endpoint_url=endpoint, region="us-east-1")
+    server.stop()
+
+
+def test_a_run_lives_in_object_storage(cluster, folder, bucket):
+    storage = Storage(bucket)
+    local = tiny_config(folder, "remote", small_sets("s3://box/shards", storage))
+    config = replace(
+        local,
+        output="s3://box/runs",
+        storage=bucket,
+        training=replace(local.training, max_steps=EVERY),
+        tracking=TrackingConfig(uri=f"sqlite:///{folder}/remote.db"),
+    )
+    summary = run_training(config)
+    assert summary.status == "finished"
+    assert summary.checkpoint.url == f"s3://box/runs/remote/checkpoints/step_{EVERY:08d}"
+    assert [(entry.step, entry.status) for entry in summary.evaluations] == [(EVERY, "published")]
+    assert [step for step, _ in history(config, "val/PQ")] == [EVERY]
+    (evaluation,) = evaluate_checkpoint(config, summary.checkpoint.url, EVERY)
+    published = f"s3://box/runs/remote/evaluations/step_{EVERY:08d}/val"
+    assert {name: storage.get(f"{published}/{name}") for name in evaluation.files()} == evaluation.files()
+    longer = run_training(replace(config, training=replace(config.training, max_steps=EVERY + 1)))
+    assert longer.checkpoint.step == EVERY + 1
+    assert [step for step, _ in history(config, "train/loss/total")] == list(range(1, EVERY + 2))
 
 
 def test_a_manager_that_cannot_start_is_given_up(cluster, config, tmp_path, monkeypatch):
