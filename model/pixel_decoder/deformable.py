@@ -1,8 +1,7 @@
-"""Pixel decoder: multi-scale deformable attention encoder and one FPN step (Mask2Former, section 3.2.1)."""
+"""Multi-scale deformable attention encoder and one FPN step (Mask2Former, section 4.1)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,23 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MSDeformAttnPixelDecoderConfig
-from model.errors import ConfigError
 from model.ms_deform_attn import MSDeformAttn, SamplingGrid
+from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, lateral, output
 from model.position_encoding import sine_position_embedding
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or as many powers of two as divide `channels`."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
-def convolution(in_channels: int, channels: int, kernel: int, *, bias: bool = True) -> nn.Conv2d:
-    """Convolution that keeps the size, initialised uniformly over +-sqrt(3 / fan_in) with zero bias."""
-    layer = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=bias)
-    nn.init.kaiming_uniform_(layer.weight, a=1)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 def _input_projection(in_channels: int, channels: int) -> nn.Sequential:
@@ -58,30 +43,23 @@ class EncoderLayer(nn.Module):
         return self.norm2(source + self.dropout(expanded))
 
 
-class MSDeformAttnPixelDecoder(nn.Module):
-    """Turns a backbone's maps at strides 4 to 32 into per-pixel embeddings and multi-scale features."""
+class MSDeformAttnPixelDecoder(PixelDecoder):
+    """Deformable self-attention over the pixels of strides 8 to 32, and one FPN step to stride 4."""
 
     def __init__(self, config: MSDeformAttnPixelDecoderConfig, channels: Sequence[int]) -> None:
         """`channels` of the backbone's maps at strides 4, 8, 16, 32."""
-        super().__init__()
+        super().__init__(config.conv_dim, config.mask_dim)
         dim = config.conv_dim
-        if dim % config.num_heads or dim % 4:
-            raise ConfigError(
-                f"model.pixel_decoder.conv_dim is {dim}; 4 and num_heads ({config.num_heads}) must divide it"
-            )
         stride4, *others = channels
-        self.dim = dim
         self.input_proj = nn.ModuleList(_input_projection(width, dim) for width in reversed(others))
         self.level_embed = nn.Parameter(torch.randn(len(others), dim))
         self.layers = nn.ModuleList(EncoderLayer(config, len(others)) for _ in range(config.num_layers))
-        self.lateral = nn.Sequential(convolution(stride4, dim, 1, bias=False), group_norm(dim))
-        self.output = nn.Sequential(convolution(dim, dim, 3, bias=False), group_norm(dim), nn.ReLU())
+        self.lateral = lateral(stride4, dim)
+        self.output = output(dim, dim)
         self.mask_features = convolution(dim, config.mask_dim, 1)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`features` at strides 4, 8, 16, 32 to mask features [B, mask_dim, h, w] at stride 4 and three maps
-        [B, conv_dim, ., .] in the order 1/32, 1/16, 1/8.
-        """
+        """See PixelDecoder."""
         stride4, *others = features
         projected = [proj(feature) for proj, feature in zip(self.input_proj, reversed(others), strict=True)]
         maps = self._encode(projected)
@@ -97,7 +75,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in maps], dim=1).to(self.level_embed.dtype)
         position = torch.cat(
             [
-                sine_position_embedding(*shape, self.dim, device).flatten(0, 1) + embedding
+                sine_position_embedding(*shape, self.feature_dim, device).flatten(0, 1) + embedding
                 for shape, embedding in zip(shapes, self.level_embed, strict=True)
             ]
         ).to(tokens.dtype)

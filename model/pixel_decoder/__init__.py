@@ -1,0 +1,44 @@
+"""Pixel decoders: a backbone's maps to per-pixel embeddings and multi-scale features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import assert_never
+
+from model.config import (
+    BiFPNPixelDecoderConfig,
+    FaPNPixelDecoderConfig,
+    FPNPixelDecoderConfig,
+    MSDeformAttnPixelDecoderConfig,
+    PixelDecoderConfig,
+    SemanticFPNPixelDecoderConfig,
+    TransformerFPNPixelDecoderConfig,
+)
+from model.pixel_decoder.bifpn import BiFPNPixelDecoder
+from model.pixel_decoder.deformable import MSDeformAttnPixelDecoder
+from model.pixel_decoder.fapn import FaPNPixelDecoder
+from model.pixel_decoder.fpn import FPNPixelDecoder
+from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm
+from model.pixel_decoder.semantic_fpn import SemanticFPNPixelDecoder
+from model.pixel_decoder.transformer_fpn import TransformerFPNPixelDecoder
+
+__all__ = ["MSDeformAttnPixelDecoder", "PixelDecoder", "build_pixel_decoder", "convolution", "group_norm"]
+
+
+def build_pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int]) -> PixelDecoder:
+    """The pixel decoder of a recipe for a backbone with `channels` at strides 4, 8, 16, 32."""
+    match config:
+        case MSDeformAttnPixelDecoderConfig():
+            return MSDeformAttnPixelDecoder(config, channels)
+        case FPNPixelDecoderConfig():
+            return FPNPixelDecoder(config, channels)
+        case SemanticFPNPixelDecoderConfig():
+            return SemanticFPNPixelDecoder(config, channels)
+        case BiFPNPixelDecoderConfig():
+            return BiFPNPixelDecoder(config, channels)
+        case FaPNPixelDecoderConfig():
+            return FaPNPixelDecoder(config, channels)
+        case TransformerFPNPixelDecoderConfig():
+            return TransformerFPNPixelDecoder(config, channels)
+        case _:
+            assert_never(config)

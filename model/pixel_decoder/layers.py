@@ -1,0 +1,49 @@
+"""What pixel decoders have in common: their contract and their convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class PixelDecoder(nn.Module):
+    """Turns a backbone's maps into per-pixel embeddings and multi-scale features.
+
+    The forward takes the maps [B, C, ., .] at strides 4, 8, 16, 32, of any size, and returns mask features
+    [B, mask_dim, h, w] at stride 4 and three maps [B, feature_dim, ., .] in the order 1/32, 1/16, 1/8.
+    """
+
+    def __init__(self, feature_dim: int, mask_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.mask_dim = mask_dim
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`features` at strides 4, 8, 16, 32 to mask features and the maps at 1/32, 1/16, 1/8."""
+        raise NotImplementedError
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or as many powers of two as divide `channels`."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def convolution(in_channels: int, channels: int, kernel: int, *, bias: bool = True, groups: int = 1) -> nn.Conv2d:
+    """Convolution that keeps the size, initialised uniformly over +-sqrt(3 / fan_in) with zero bias."""
+    layer = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=bias, groups=groups)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def lateral(in_channels: int, channels: int) -> nn.Sequential:
+    """Brings a backbone's map to the decoder's width: 1x1 convolution and GroupNorm."""
+    return nn.Sequential(convolution(in_channels, channels, 1, bias=False), group_norm(channels))
+
+
+def output(in_channels: int, channels: int) -> nn.Sequential:
+    """Smooths a fused map: 3x3 convolution, GroupNorm and ReLU."""
+    return nn.Sequential(convolution(in_channels, channels, 3, bias=False), group_norm(channels), nn.ReLU())
