@@ -52,6 +52,8 @@ def describe(summary: RunSummary) -> str:
         last = join(summary.run_folder, "evaluations", f"step_{published[-1].step:08d}")
         lines += ["", f"pictures:  {last}/val/panels.png  (image, truth, prediction)"]
     lines += [f"curves:    mlflow ui --backend-store-uri {summary.tracked.uri}"]
+    failed = [entry for entry in summary.evaluations if entry.status == "failed"]
+    lines += [f"the evaluation of step {entry.step} failed: {entry.detail}" for entry in failed]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Set before torch, deepspeed or ray are imported anywhere.
@@ -14,6 +15,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Machines are noisy: an example that takes long once is no defect.
+hypothesis.settings.register_profile("m2f", deadline=None)
+hypothesis.settings.load_profile("m2f")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("M2F_SHARED", REPOSITORY.parent / "shared"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from model.errors import ConfigError
 
@@ -32,8 +33,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words without and with `=`."""
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    """Names or paths, and overrides: words with `=` that are no existing file or folder."""
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    return [word for word in words if word not in overrides], overrides
 
 
 def choose_datasets(wanted: Sequence[str], known: Sequence[str]) -> list[str]:

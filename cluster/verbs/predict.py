@@ -29,8 +29,11 @@ def run(args: argparse.Namespace) -> int:
     from cluster.progress import say
     from cluster.recipe import load_recipe
     from data_pipeline.storage import Storage
+    from model.errors import ConfigError
 
     images, overrides = split_overrides(args.words)
+    if "://" in args.output:
+        raise ConfigError(f"--output is {args.output}; predictions are written to a local folder, copy them from there")
     config = load_recipe(args.recipe, overrides)
     storage = Storage(config.storage)
     paths = find_images(images)

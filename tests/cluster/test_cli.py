@@ -14,6 +14,7 @@ from cluster.cli import VERBS, main
 from cluster.compose import compose_job
 from cluster.progress import Progress, describe_pace, format_duration
 from cluster.recipe import load_recipe
+from cluster.verbs.arguments import split_overrides
 from data_pipeline.config import DatasetConfig, SyntheticSource
 from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset
@@ -245,6 +246,19 @@ def test_predict_goes_on_after_a_broken_image_and_says_so(capsys, recipe, weight
     assert status == 1
     assert "2 of 3 images" in text
     assert "broken.jpg: the image cannot be read" in err
+
+
+def test_a_file_with_an_equals_sign_is_no_override(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "id=7.jpg").touch()
+    words = ["id=7.jpg", "seed=3", "other.jpg"]
+    assert split_overrides(words) == (["id=7.jpg", "other.jpg"], ["seed=3"])
+
+
+def test_predictions_are_written_locally(capsys, recipe, images):
+    status, _, err = run(capsys, "predict", recipe, images, "--output", "s3://box/out")
+    assert status == 2
+    assert "--output is s3://box/out" in err
 
 
 def test_pace_and_durations_read_well():
