@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -30,9 +32,8 @@ class CategoryTable:
     categories: tuple[Category, ...]
 
     def __post_init__(self) -> None:
-        ids = [c.id for c in self.categories]
-        if len(set(ids)) != len(ids):
-            repeated = sorted({i for i in ids if ids.count(i) > 1})
+        repeated = sorted(i for i, count in Counter(c.id for c in self.categories).items() if count > 1)
+        if repeated:
             raise DataError(f"category ids must be unique; these appear more than once: {repeated[:10]}")
 
     @cached_property
@@ -47,3 +48,10 @@ class CategoryTable:
     def labels(self, task: Task) -> dict[int, int]:
         """Source id -> contiguous class of this task."""
         return {c.id: label for label, c in enumerate(self.for_task(task))}
+
+
+def distinct_color(number: int) -> tuple[int, int, int]:
+    """RGB colour of category `number` (from 0) where the source gives none: always the same, 1000 different ones."""
+    hue = number * 0.618034 % 1.0  # steps of the golden ratio spread evenly for any number of categories
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (number % 3) / 2, 0.95 - 0.35 * (number % 2))
+    return round(red * 255), round(green * 255), round(blue * 255)

@@ -69,7 +69,99 @@ class LabelMapSource:
     """Pixel values that carry no label."""
 
 
-SourceConfig = SyntheticSource | CocoPanopticSource | CocoInstancesSource | LabelMapSource
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceSource:
+    """A folder of images and a folder of colour PNGs with the same stems: red is the class, green the instance."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    images: str
+    annotations: str
+    categories: str
+    """JSON list of `{label, name, color, isthing}`; `label` is the value of the red channel."""
+    void: tuple[int, ...] = (0, 255)
+    """Values of the red channel that carry no label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ade20kSource:
+    """ADE20K in the layout of the 2016 challenge (150 classes, 100 things); folders of one split."""
+
+    kind: Literal["ade20k"] = "ade20k"
+    images: str
+    annotations: str
+    """Folder of the label maps."""
+    instances: str | None = None
+    """Folder `annotations_instance/<split>`: makes the set panoptic. None keeps it semantic, every label as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ade20kFullSource:
+    """The full release of ADE20K (2021): images beside their `_seg.png`."""
+
+    kind: Literal["ade20k_full"] = "ade20k_full"
+    folder: str
+    """Folder of a split, or of a scene in it; read with all folders below it."""
+    categories: str | None = None
+    """JSON list of `{label, name, color, isthing}`, where `label` is the class index `name_ndx` of the release; None
+    takes the 847 classes of the usual benchmark. Other classes are void."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CityscapesSource:
+    """Cityscapes from `*_instanceIds.png`: 19 classes, 8 things, group regions as crowds."""
+
+    kind: Literal["cityscapes"] = "cityscapes"
+    images: str
+    """Folder `leftImg8bit/<split>`."""
+    annotations: str
+    """Folder `gtFine/<split>` or `gtCoarse/<split>`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CityscapesPanopticSource:
+    """Cityscapes from the COCO panoptic form that its scripts make."""
+
+    kind: Literal["cityscapes_panoptic"] = "cityscapes_panoptic"
+    images: str
+    """Folder `leftImg8bit/<split>`; images are found by their ids."""
+    panoptic_json: str
+    panoptic_masks: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapillarySource:
+    """Mapillary Vistas 1.2 or 2.0 from its instance maps."""
+
+    kind: Literal["mapillary"] = "mapillary"
+    images: str
+    instances: str
+    """Folder of the 16-bit PNGs: `<split>/instances` (older copies of 1.2) or `<split>/<version>/instances`."""
+    config_json: str
+    """The config file of the same version, which lists the labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomSource:
+    """Samples from your own Python code through `data_pipeline.shards.write_dataset`; `m2f shard` cannot read it."""
+
+    kind: Literal["custom"] = "custom"
+    version: int = 1
+    """Count up when the data or the code changes, so that old and new shards are not mixed."""
+
+
+SourceConfig = (
+    SyntheticSource
+    | CocoPanopticSource
+    | CocoInstancesSource
+    | LabelMapSource
+    | HuggingFaceSource
+    | Ade20kSource
+    | Ade20kFullSource
+    | CityscapesSource
+    | CityscapesPanopticSource
+    | MapillarySource
+    | CustomSource
+)
 
 
 @dataclass(frozen=True, kw_only=True)

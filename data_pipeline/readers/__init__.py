@@ -11,14 +11,31 @@ from typing import Protocol, Self, assert_never
 
 from data_pipeline.categories import CategoryTable
 from data_pipeline.config import (
+    Ade20kFullSource,
+    Ade20kSource,
+    CityscapesPanopticSource,
+    CityscapesSource,
     CocoInstancesSource,
     CocoPanopticSource,
+    CustomSource,
     DatasetConfig,
+    HuggingFaceSource,
     LabelMapSource,
+    MapillarySource,
     SourceConfig,
     SyntheticSource,
 )
+from data_pipeline.errors import DataError
+from data_pipeline.readers.ade20k import open_ade20k
+from data_pipeline.readers.ade20k_full import open_ade20k_full
+from data_pipeline.readers.cityscapes import open_cityscapes, open_cityscapes_panoptic
+from data_pipeline.readers.coco_instances import CocoInstancesReader
+from data_pipeline.readers.coco_panoptic import CocoPanopticReader
 from data_pipeline.readers.files import require_file
+from data_pipeline.readers.huggingface import open_huggingface
+from data_pipeline.readers.label_maps import open_label_maps
+from data_pipeline.readers.mapillary import open_mapillary
+from data_pipeline.readers.synthetic import SyntheticReader
 from data_pipeline.sample import Sample
 
 
@@ -56,21 +73,30 @@ def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels
     """Reader of a raw data set. Raises DataError where files are missing, unreadable or contradict each other."""
     match source:
         case SyntheticSource():
-            from data_pipeline.readers.synthetic import SyntheticReader
-
             return SyntheticReader.open(source)
         case CocoPanopticSource():
-            from data_pipeline.readers.coco_panoptic import CocoPanopticReader
-
             return CocoPanopticReader.open(source, max_pixels)
         case CocoInstancesSource():
-            from data_pipeline.readers.coco_instances import CocoInstancesReader
-
             return CocoInstancesReader.open(source, max_pixels)
         case LabelMapSource():
-            from data_pipeline.readers.label_maps import LabelMapReader
-
-            return LabelMapReader.open(source, max_pixels)
+            return open_label_maps(source, max_pixels)
+        case HuggingFaceSource():
+            return open_huggingface(source, max_pixels)
+        case Ade20kSource():
+            return open_ade20k(source, max_pixels)
+        case Ade20kFullSource():
+            return open_ade20k_full(source, max_pixels)
+        case CityscapesSource():
+            return open_cityscapes(source, max_pixels)
+        case CityscapesPanopticSource():
+            return open_cityscapes_panoptic(source, max_pixels)
+        case MapillarySource():
+            return open_mapillary(source, max_pixels)
+        case CustomSource():
+            raise DataError(
+                "datasets.<name>.source.kind is custom: its shards come from your own Python code, which calls "
+                "data_pipeline.shards.write_dataset (docs/datasets.md has an example)"
+            )
         case _:
             assert_never(source)
 
@@ -82,17 +108,27 @@ def source_fingerprint(source: SourceConfig) -> str:
     they are written.
     """
     digest = hashlib.sha256(source.kind.encode())
+    files: tuple[str | None, ...] = ()
     match source:
-        case SyntheticSource():
+        case SyntheticSource() | CustomSource():
             digest.update(json.dumps(asdict(source), sort_keys=True).encode())
-            files: tuple[str | None, ...] = ()
         case CocoPanopticSource():
             files = (source.panoptic_json, source.instances_json)
         case CocoInstancesSource():
             files = (source.instances_json,)
-        case LabelMapSource():
+        case LabelMapSource() | HuggingFaceSource():
             digest.update(repr(source.void).encode())
             files = (source.categories,)
+        case Ade20kSource():
+            digest.update(b"semantic" if source.instances is None else b"panoptic")
+        case Ade20kFullSource():
+            files = (source.categories,)
+        case CityscapesSource():
+            pass  # everything is in the maps
+        case CityscapesPanopticSource():
+            files = (source.panoptic_json,)
+        case MapillarySource():
+            files = (source.config_json,)
         case _:
             assert_never(source)
     for file in files:

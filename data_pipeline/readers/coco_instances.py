@@ -47,7 +47,7 @@ class CocoInstancesReader:
         categories = coco_json.read_categories(document, path, things_only=True)
         groups = coco_json.group_by_image(document, images, path, strict=True)
         check_annotations(groups, categories, path)
-        return cls(folder, categories, tuple((image, groups[image.id]) for image in images), max_pixels)
+        return cls(folder, categories, tuple((image, groups[image.source_id]) for image in images), max_pixels)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ class CocoInstancesReader:
         return replace(self, records=tuple(self.records[i] for i in indices))
 
 
-def check_annotations(groups: Mapping[int, Sequence[Mapping[str, Any]]], categories: CategoryTable, path: str) -> None:
+def check_annotations(groups: Mapping[str, Sequence[Mapping[str, Any]]], categories: CategoryTable, path: str) -> None:
     """Raise DataError where annotations lack fields, repeat ids or use unknown categories."""
     entries = [entry for group in groups.values() for entry in group]
     for entry in entries:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import colorsys
+import math
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.categories import Category, CategoryTable, distinct_color
 from data_pipeline.errors import DataError
 from data_pipeline.readers.files import read_json, relative_name, some
 
@@ -20,6 +21,9 @@ class CocoImage:
     """An entry of `images`."""
 
     id: int
+    """Its id where all are whole numbers (COCO), else its position in the file (Cityscapes, Mapillary)."""
+    source_id: str
+    """Its id as text, by which annotations refer to it."""
     file_name: str
     height: int
     width: int
@@ -43,9 +47,19 @@ def read_images(document: Mapping[str, Any], path: str) -> tuple[CocoImage, ...]
         where = f"{path}: images[{number}]"
         name = relative_name(field(entry, "file_name", where), where)
         height, width = (whole_number(entry, side, where) for side in ("height", "width"))
-        images.append(CocoImage(whole_number(entry, "id", where), name, height, width))
-    require_unique((image.id for image in images), f"{path}: image ids")
+        images.append(CocoImage(number, id_text(entry, "id", where), name, height, width))
+    require_unique((image.source_id for image in images), f"{path}: image ids")
+    if all(re.fullmatch(r"-?\d+", image.source_id) for image in images):
+        images = [replace(image, id=int(image.source_id)) for image in images]
     return tuple(images)
+
+
+def id_text(entry: Any, name: str, where: str) -> str:
+    """An id, whole number or text, in one form: 7, "7" and "007" are the same. Raises DataError naming the entry."""
+    value = field(entry, name, where)
+    if isinstance(value, str) and value:
+        return str(int(value)) if value.isascii() and value.isdigit() else value
+    return str(whole_number(entry, name, where))
 
 
 def read_categories(document: Mapping[str, Any], path: str, things_only: bool) -> CategoryTable:
@@ -53,33 +67,43 @@ def read_categories(document: Mapping[str, Any], path: str, things_only: bool) -
     categories = []
     for number, entry in enumerate(document["categories"]):
         where = f"{path}: categories[{number}]"
-        is_thing = True if things_only else bool(field(entry, "isthing", where))
+        is_thing = True if things_only else read_flag(entry, "isthing", where)
         name = str(field(entry, "name", where))
-        categories.append(Category(whole_number(entry, "id", where), name, is_thing, read_color(entry, number)))
+        categories.append(Category(whole_number(entry, "id", where), name, is_thing, read_color(entry, number, where)))
     if not categories:
         raise DataError(f"{path} lists no category")
     return CategoryTable(tuple(categories))
 
 
-def read_color(entry: Mapping[str, Any], number: int) -> tuple[int, int, int]:
-    """RGB colour of a category, or one of a fixed palette where the file gives none."""
-    color = entry.get("color")
-    if isinstance(color, Sequence) and len(color) == 3:
-        red, green, blue = (int(channel) for channel in color)
-        return red, green, blue
-    hue = number * 0.618034 % 1.0  # steps of the golden ratio spread evenly for any number of categories
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (number % 3) / 2, 0.95 - 0.35 * (number % 2))
-    return round(red * 255), round(green * 255), round(blue * 255)
+def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, int, int]:
+    """RGB colour of a category, or a generated one where the file gives none. Raises DataError for a senseless one."""
+    match entry.get("color"):
+        case None:
+            return distinct_color(number)
+        case [int(red), int(green), int(blue)] if all(0 <= channel <= 255 for channel in (red, green, blue)):
+            return red, green, blue
+        case color:
+            raise DataError(f"{where}: color is {str(color)[:40]!r}, not three whole numbers from 0 to 255")
+
+
+def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
+    """A field that must be 0, 1, true or false; the text "0" would count as true otherwise. Raises DataError."""
+    value = field(entry, name, where)
+    if value not in (0, 1):
+        raise DataError(f"{where}: {name} is {value!r}; it must be 0 or 1")
+    return bool(value)
 
 
 def group_by_image(
     document: Mapping[str, Any], images: Collection[CocoImage], path: str, strict: bool
-) -> dict[int, list[dict[str, Any]]]:
-    """Annotations of every image id. With `strict`, one that belongs to no image is an error, else it is left out."""
-    groups: dict[int, list[dict[str, Any]]] = {image.id: [] for image in images}
+) -> dict[str, list[dict[str, Any]]]:
+    """Annotations by `source_id` of their image. With `strict`, one that belongs to no image is an error, else it is
+    left out.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {image.source_id: [] for image in images}
     strangers = []
     for number, entry in enumerate(document["annotations"]):
-        image_id = whole_number(entry, "image_id", f"{path}: annotations[{number}]")
+        image_id = id_text(entry, "image_id", f"{path}: annotations[{number}]")
         if image_id in groups:
             groups[image_id].append(entry)
         else:
@@ -124,10 +148,26 @@ def whole_number(entry: Any, name: str, where: str) -> int:
     return number
 
 
-def stated_box(entry: Mapping[str, Any]) -> Box | None:
-    """The bounding box as the file states it; None where it gives none (or an empty list)."""
-    box = entry.get("bbox")
-    if not isinstance(box, Sequence) or len(box) != 4:
-        return None
-    x, y, width, height = (float(value) for value in box)
-    return x, y, width, height
+def stated_box(entry: Mapping[str, Any], where: str) -> Box | None:
+    """The bounding box as the file states it; None where it gives none (or an empty list). Raises DataError."""
+    match entry.get("bbox"):
+        case None | []:
+            return None
+        case [float() | int(), float() | int(), float() | int(), float() | int()] as box if all(
+            map(math.isfinite, box)
+        ):
+            x, y, width, height = (float(value) for value in box)
+            return x, y, width, height
+        case box:
+            raise DataError(f"{where}: bbox is {str(box)[:60]}, not four finite numbers")
+
+
+def stated_area(entry: Mapping[str, Any], where: str) -> float | None:
+    """The area as the file states it; None where it gives none. Raises DataError for one that is no area."""
+    match entry.get("area"):
+        case None:
+            return None
+        case (int() | float()) as area if 0 <= area < math.inf:
+            return float(area)
+        case area:
+            raise DataError(f"{where}: area is {str(area)[:40]!r}; it must be a finite number of at least 0")

@@ -15,21 +15,20 @@ from data_pipeline.categories import CategoryTable
 from data_pipeline.codec import id_dtype
 from data_pipeline.config import CocoPanopticSource
 from data_pipeline.errors import DataError
-from data_pipeline.image_file import BrokenImageError, decode_id_png
 from data_pipeline.readers import coco_json
 from data_pipeline.readers.coco_instances import check_annotations
-from data_pipeline.readers.coco_json import CocoImage, field, stated_box, whole_number
+from data_pipeline.readers.coco_json import CocoImage, field, stated_area, stated_box, whole_number
 from data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
     make_key,
-    read_bytes,
     relative_name,
     require_folder,
     size_on_disk,
     some,
     unique_keys,
 )
+from data_pipeline.readers.map_reader import read_color_map
 from data_pipeline.readers.masks import instance_layers, pixel_box
 from data_pipeline.sample import VOID_ID, Annotation, Sample, Segment
 
@@ -112,10 +111,7 @@ class CocoPanopticReader:
 
     def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...]]:
         path = self.masks / record.mask_name
-        try:
-            ids = decode_id_png(read_bytes(path))
-        except BrokenImageError as error:
-            raise DataError(f"{path}: {error}") from error
+        ids = read_color_map(path)
         if ids.shape != (record.image.height, record.image.width):
             raise DataError(
                 f"{path}: the mask is {ids.shape[1]} x {ids.shape[0]} pixels, the image "
@@ -124,19 +120,19 @@ class CocoPanopticReader:
         seg = _local_ids(ids, [int(s["id"]) for s in record.segments], path)
         segments = []
         for local_id, entry in enumerate(record.segments, start=1):
-            segments.append(self._segment(entry, seg, local_id))
+            segments.append(self._segment(entry, seg, local_id, f"{path}: segment {entry['id']}"))
         return seg, tuple(segments)
 
-    def _segment(self, entry: Mapping[str, Any], seg: np.ndarray, local_id: int) -> Segment:
+    def _segment(self, entry: Mapping[str, Any], seg: np.ndarray, local_id: int, where: str) -> Segment:
         category = self.categories.by_id[int(entry["category_id"])]
-        area = entry["area"] if "area" in entry else np.count_nonzero(seg == local_id)
+        area = stated_area(entry, where)
         return Segment(
             id=local_id,
             category_id=category.id,
             is_thing=category.is_thing,
             is_crowd=bool(entry.get("iscrowd", 0)),
-            area=float(area),
-            bbox=stated_box(entry) or pixel_box(seg == local_id),
+            area=float(np.count_nonzero(seg == local_id)) if area is None else area,
+            bbox=stated_box(entry, where) or pixel_box(seg == local_id),
             source_id=int(entry["id"]),
             map="seg",
         )
@@ -153,9 +149,11 @@ def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecor
         )
     records = []
     for image in images:
-        entry = groups[image.id][0]
-        where = f"{path}: annotation of image {image.id}"
+        entry = groups[image.source_id][0]
+        where = f"{path}: annotation of image {image.source_id}"
         segments = field(entry, "segments_info", where)
+        if not isinstance(segments, list):
+            raise DataError(f"{where}: segments_info is not a list")
         for segment in segments:
             whole_number(segment, "category_id", where)
         coco_json.require_unique([whole_number(s, "id", where) for s in segments], f"{where}: segment ids")
@@ -169,12 +167,12 @@ def _with_instances(
     """The same records with the instances of another file, which may know more images but not fewer."""
     document = coco_json.read_document(path, ("images", "annotations"))
     images = coco_json.read_images(document, path)
-    missing = {record.image.id for record in records} - {image.id for image in images}
+    missing = {record.image.source_id for record in records} - {image.source_id for image in images}
     if missing:
         raise DataError(f"{path} lacks {len(missing)} images of the panoptic annotations: {some(sorted(missing))}")
     groups = coco_json.group_by_image(document, [record.image for record in records], path, strict=False)
     check_annotations(groups, categories, path)
-    return tuple(replace(record, instances=groups[record.image.id]) for record in records)
+    return tuple(replace(record, instances=groups[record.image.source_id]) for record in records)
 
 
 def _local_ids(ids: np.ndarray, source_ids: Sequence[int], path: Path) -> np.ndarray:

@@ -28,7 +28,11 @@ class LoadedImage:
 
 def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedImage:
     """Read an image and prove that it decodes to height x width. Raises DataError naming the file."""
-    data = read_bytes(path)
+    return check_image(read_bytes(path), height, width, max_pixels, str(path))
+
+
+def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str) -> LoadedImage:
+    """Prove that the content of an image file decodes to height x width. Raises DataError beginning with the name."""
     try:
         header = read_header(data)
         if header.height * header.width > max_pixels:
@@ -41,7 +45,7 @@ def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedIm
         orientation = frame_orientation(header, height, width)
         decoded = decode_rgb(data, orientation)
     except BrokenImageError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{name}: {error}") from error
     assert decoded.shape == (height, width, 3)
     return LoadedImage(data, header.ext)
 

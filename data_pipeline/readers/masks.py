@@ -11,8 +11,11 @@ from pycocotools import mask as coco_mask
 from data_pipeline.categories import CategoryTable
 from data_pipeline.codec import id_dtype
 from data_pipeline.errors import DataError
-from data_pipeline.readers.coco_json import Box, stated_box
+from data_pipeline.readers.coco_json import Box, stated_area, stated_box
 from data_pipeline.sample import Segment
+
+_POLYGON_REACH = 10
+"""Coordinates beyond this many image sides are refused."""
 
 
 def instance_layers(
@@ -25,22 +28,25 @@ def instance_layers(
     """
     masks = (_decode(entry, height, width, where) for entry in annotations)
     inst, layers, measured = stack_layers(masks, len(annotations), height, width)
-    segments = tuple(
-        Segment(
-            id=local_id,
-            category_id=int(entry["category_id"]),
-            is_thing=categories.by_id[int(entry["category_id"])].is_thing,
-            is_crowd=bool(entry.get("iscrowd", 0)),
-            area=float(entry.get("area", area)),
-            bbox=stated_box(entry) or box,
-            source_id=int(entry["id"]),
-            map="inst",
-            layer=layer,
-            polygons=_rings(entry["segmentation"]),
+    segments = []
+    for local_id, (entry, layer, (pixels, box)) in enumerate(zip(annotations, layers, measured, strict=True), start=1):
+        name = f"{where}: annotation {entry['id']}"
+        area = stated_area(entry, name)
+        segments.append(
+            Segment(
+                id=local_id,
+                category_id=int(entry["category_id"]),
+                is_thing=categories.by_id[int(entry["category_id"])].is_thing,
+                is_crowd=bool(entry.get("iscrowd", 0)),
+                area=float(pixels) if area is None else area,
+                bbox=stated_box(entry, name) or box,
+                source_id=int(entry["id"]),
+                map="inst",
+                layer=layer,
+                polygons=_rings(entry["segmentation"]),
+            )
         )
-        for local_id, (entry, layer, (area, box)) in enumerate(zip(annotations, layers, measured, strict=True), start=1)
-    )
-    return inst, segments
+    return inst, tuple(segments)
 
 
 def _rings(segmentation: Any) -> tuple[tuple[float, ...], ...] | None:
@@ -136,4 +142,8 @@ def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
         # pycocotools would silently take four numbers for a box.
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"{name}: a polygon needs an even number of at least 6 coordinates: {str(polygon)[:60]}")
+        # It also walks along every edge: senseless coordinates would take all memory, or crash it.
+        reach = _POLYGON_REACH * max(height, width)
+        if not all(isinstance(value, int | float) and -reach <= value <= reach for value in polygon):
+            raise DataError(f"{name}: a polygon has coordinates far outside the {width} x {height} pixels of its image")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))

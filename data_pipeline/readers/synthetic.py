@@ -17,11 +17,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.categories import Category, CategoryTable, distinct_color
 from data_pipeline.config import CocoPanopticSource, SyntheticSource
 from data_pipeline.errors import DataError
 from data_pipeline.image_file import encode_png
-from data_pipeline.readers.coco_json import read_color
 from data_pipeline.readers.masks import pixel_box
 from data_pipeline.readers.scene import Scene, make_scene
 from data_pipeline.readers.shapes import SHAPES, TEXTURES
@@ -29,7 +28,7 @@ from data_pipeline.sample import Annotation, Sample, Segment
 
 CATEGORIES = CategoryTable(
     tuple(
-        Category(number, name, name in SHAPES, read_color({}, number))
+        Category(number, name, name in SHAPES, distinct_color(number))
         for number, name in enumerate((*SHAPES, *TEXTURES), start=1)
     )
 )

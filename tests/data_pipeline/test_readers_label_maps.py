@@ -85,7 +85,7 @@ def test_files_without_a_partner(folder):
 
 def test_two_images_with_one_stem(folder):
     (folder / "images/a.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a.jpg and a.png would have the same key"):
+    with pytest.raises(DataError, match=r"a.jpg and a.png have the same stem; keep one of them"):
         open_reader(_source(folder))
 
 
@@ -119,7 +119,7 @@ def test_faults_of_the_categories_file(folder, content, words):
 def test_empty_and_missing_folders(folder):
     for path in (folder / "images/a.jpg", folder / "images/sub/b.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"images holds no JPEG or PNG image; the data set is empty"):
+    with pytest.raises(DataError, match=r"images holds no image \(.jpg, .jpeg, .png\); the data set is empty"):
         open_reader(_source(folder))
     with pytest.raises(DataError, match=r"nowhere/images does not exist or is no folder"):
         open_reader(_source(folder / "nowhere"))

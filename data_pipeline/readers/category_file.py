@@ -1,0 +1,33 @@
+"""The file in which users describe the classes of label maps: a JSON list of {label, name, color, isthing}."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.errors import DataError
+from data_pipeline.readers.coco_json import field, read_color, read_flag, whole_number
+from data_pipeline.readers.files import read_json
+
+
+def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable, frozenset[int]]:
+    """Categories in the order of the file, and the values of void: those given and entries with `"ignore": true`.
+
+    Raises:
+        DataError: entries that cannot be understood, or no category at all.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path} is not a list of {{label, name, color, isthing}}")
+    categories, ignored = [], set(void)
+    for number, entry in enumerate(entries):
+        where = f"{path}: entry {number}"
+        value = whole_number(entry, "label", where)
+        if entry.get("ignore"):
+            ignored.add(value)
+        elif value not in ignored:
+            name, is_thing = str(field(entry, "name", where)), read_flag(entry, "isthing", where)
+            categories.append(Category(value, name, is_thing, read_color(entry, number, where)))
+    if not categories:
+        raise DataError(f"{path} defines no category beside void")
+    return CategoryTable(tuple(categories)), frozenset(ignored)

@@ -1,0 +1,113 @@
+"""Cityscapes, from its instance maps or from its panoptic JSON.
+
+Class list: https://github.com/mcordts/cityscapesScripts, cityscapesscripts/helpers/labels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
+from data_pipeline.errors import DataError
+from data_pipeline.readers.coco_panoptic import CocoPanopticReader
+from data_pipeline.readers.files import require_folder, some
+from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_index_map
+from data_pipeline.sample import Annotation
+
+_IMAGE_ENDING = "_leftImg8bit.png"
+_MAP_ENDINGS = ("_gtFine_instanceIds.png", "_gtCoarse_instanceIds.png")
+_LAST_LABEL = 33
+_STUFF = {
+    7: ("road", (128, 64, 128)),
+    8: ("sidewalk", (244, 35, 232)),
+    11: ("building", (70, 70, 70)),
+    12: ("wall", (102, 102, 156)),
+    13: ("fence", (190, 153, 153)),
+    17: ("pole", (153, 153, 153)),
+    19: ("traffic light", (250, 170, 30)),
+    20: ("traffic sign", (220, 220, 0)),
+    21: ("vegetation", (107, 142, 35)),
+    22: ("terrain", (152, 251, 152)),
+    23: ("sky", (70, 130, 180)),
+}
+_THINGS = {
+    24: ("person", (220, 20, 60)),
+    25: ("rider", (255, 0, 0)),
+    26: ("car", (0, 0, 142)),
+    27: ("truck", (0, 0, 70)),
+    28: ("bus", (0, 60, 100)),
+    31: ("train", (0, 80, 100)),
+    32: ("motorcycle", (0, 0, 230)),
+    33: ("bicycle", (119, 11, 32)),
+}
+CATEGORIES = CategoryTable(
+    tuple(Category(label, name, label in _THINGS, color) for label, (name, color) in sorted((_STUFF | _THINGS).items()))
+)
+"""The 19 classes of the benchmark by label id; in this order their positions are the train ids."""
+
+
+def open_cityscapes(source: CityscapesSource, max_pixels: int) -> MapReader:
+    """Reader of the instance maps, which hold all that the label maps do. Raises DataError for missing files."""
+    images, annotations = require_folder(source.images), require_folder(source.annotations)
+    records = pair_files(images, annotations, image_endings=(_IMAGE_ENDING,), map_endings=_MAP_ENDINGS)
+    return MapReader(images, CATEGORIES, InstanceIds(), records, max_pixels)
+
+
+def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) -> CocoPanopticReader:
+    """Reader of the COCO panoptic form that `createPanopticImgs.py` makes.
+
+    Its JSON names images `<id>_gtFine_leftImg8bit.png`, without their city; the real `<city>/<id>_leftImg8bit.png` is
+    found by the id. Raises DataError where there is none.
+    """
+    images = require_folder(source.images)
+    reader = CocoPanopticReader.open(
+        CocoPanopticSource(
+            images=source.images, panoptic_json=source.panoptic_json, panoptic_masks=source.panoptic_masks
+        ),
+        max_pixels,
+    )
+    names = [path.relative_to(images).as_posix() for path in sorted(images.rglob(f"*{_IMAGE_ENDING}"))]
+    by_id = {PurePosixPath(name).name.removesuffix(_IMAGE_ENDING): name for name in names}
+    missing = [record.image.source_id for record in reader.records if record.image.source_id not in by_id]
+    if missing:
+        raise DataError(
+            f"{images} lacks {len(missing)} images of {source.panoptic_json}, as <id>{_IMAGE_ENDING}: {some(missing)}; "
+            "point source.images at leftImg8bit or at its folder of this split"
+        )
+    return replace(
+        reader,
+        records=tuple(
+            replace(record, image=replace(record.image, file_name=by_id[record.image.source_id]))
+            for record in reader.records
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class InstanceIds:
+    """16-bit values: a label id, or 1000 times a label id plus the number of the instance.
+
+    Things that carry only their label id are groups, whose members nobody told apart: crowds. Labels outside the 19
+    classes are void.
+    """
+
+    def decode(self, maps: Sequence[Path]) -> Annotation:
+        """A segment per instance, group and class of stuff."""
+        return partition(
+            read_index_map(maps[0]), _classify, maps[0], f"belong to no label of Cityscapes (0 to {_LAST_LABEL})"
+        )
+
+
+def _classify(value: int) -> Region | None:
+    label = value if value < 1000 else value // 1000
+    if label > _LAST_LABEL:
+        raise KeyError(value)
+    category = CATEGORIES.by_id.get(label)
+    if category is None:
+        return None
+    if not category.is_thing:
+        return Region(category, label)
+    return Region(category, value, is_crowd=value < 1000)

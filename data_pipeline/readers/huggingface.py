@@ -1,0 +1,48 @@
+"""Folders of images and three-channel maps, the form of Hugging Face's instance segmentation examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.categories import Category
+from data_pipeline.config import HuggingFaceSource
+from data_pipeline.readers.category_file import read_category_file
+from data_pipeline.readers.files import require_folder
+from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_color_map
+from data_pipeline.sample import Annotation
+
+
+def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
+    """Reader of the set. Raises DataError for files without a partner and faults of the categories file."""
+    images, annotations = require_folder(source.images), require_folder(source.annotations)
+    categories, void = read_category_file(source.categories, source.void)
+    decoder = ClassAndInstanceMaps(categories.by_id | dict.fromkeys(void))
+    return MapReader(images, categories, decoder, pair_files(images, annotations), max_pixels)
+
+
+@dataclass(frozen=True)
+class ClassAndInstanceMaps:
+    """Red is the class, green + 256 blue the number of the instance (blue is 0 unless there are more than 255).
+
+    Every pair of a thing class and a number is one instance; the numbers of stuff do not count.
+    """
+
+    categories: Mapping[int, Category | None]
+    """By class; None for void."""
+
+    def decode(self, maps: Sequence[Path]) -> Annotation:
+        """A segment per instance and per class of stuff."""
+        return partition(
+            read_color_map(maps[0]),
+            self._classify,
+            maps[0],
+            "of the red channel are neither categories nor void; add them to the categories file or to source.void",
+        )
+
+    def _classify(self, value: int) -> Region | None:
+        category = self.categories[value & 255]
+        if category is None:
+            return None
+        return Region(category, value if category.is_thing else category.id)

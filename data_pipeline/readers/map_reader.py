@@ -1,0 +1,235 @@
+"""What data sets have in common whose ground truth is one or two maps per image with pixels that name their segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.codec import id_dtype
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from data_pipeline.readers.files import (
+    ANNOTATION_BYTES,
+    load_image,
+    make_key,
+    read_bytes,
+    size_on_disk,
+    some,
+    unique_keys,
+)
+from data_pipeline.sample import Annotation, Sample, Segment
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+class Region(NamedTuple):
+    """The segment that the pixels of a value belong to. Values with equal regions are one segment."""
+
+    category: Category
+    source_id: int
+    """Id of the segment, unique in its image."""
+    is_crowd: bool = False
+
+
+class MapDecoder(Protocol):
+    """How a data set writes its maps. Picklable."""
+
+    def decode(self, maps: Sequence[Path]) -> Annotation:
+        """Ground truth of one image from its map files. Raises DataError naming the file and the problem."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MapRecord:
+    """The files of one image."""
+
+    index: int
+    """Position in the whole data set; the image id."""
+    image: str
+    """Relative to the folder of the images."""
+    maps: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class MapReader:
+    """Images with map files; the decoder makes segments of the maps."""
+
+    images: Path
+    categories: CategoryTable
+    decoder: MapDecoder
+    records: tuple[MapRecord, ...]
+    max_pixels: int
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Keys in the order of the file names."""
+        return tuple(make_key(record.image) for record in self.records)
+
+    def source(self, index: int) -> str:
+        """Folder and name of the image."""
+        return f"{self.images.name}/{self.records[index].image}"
+
+    def read(self, index: int) -> Sample:
+        """One image with its segments."""
+        record = self.records[index]
+        annotation = self.decoder.decode(record.maps)
+        assert annotation.seg is not None
+        height, width = annotation.seg.shape
+        file = load_image(self.images / record.image, height, width, self.max_pixels)
+        return Sample(
+            key=self.keys[index],
+            image_id=record.index,
+            source=self.source(index),
+            image=file.data,
+            image_ext=file.ext,
+            height=height,
+            width=width,
+            annotation=annotation,
+        )
+
+    def size_hint(self, index: int) -> int:
+        """Size of the image file plus an allowance for the map."""
+        return size_on_disk(self.images / self.records[index].image) + ANNOTATION_BYTES
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """A reader of only these images."""
+        return replace(self, records=tuple(self.records[i] for i in indices))
+
+
+def partition(values: np.ndarray, classify: Callable[[int], Region | None], path: Path, unknown_are: str) -> Annotation:
+    """Segments of a map whose pixels name their segment, in the order of their lowest value.
+
+    Args:
+        values: [H, W], unsigned, below 2^24.
+        classify: the region of a value, None for void; raises KeyError with what the data set does not know.
+        path: file of the map, for the message.
+        unknown_are: the message after the list of unknown values: what is wrong with them and the remedy.
+
+    Raises:
+        DataError: unknown values.
+    """
+    areas = np.bincount(values.ravel())
+    regions: dict[Region, int] = {}
+    local_of: dict[int, int] = {}
+    unknown: dict[object, None] = {}
+    for value in np.flatnonzero(areas).tolist():
+        try:
+            region = classify(value)
+        except KeyError as error:
+            unknown[error.args[0]] = None
+            continue
+        if region is not None:
+            local_of[value] = regions.setdefault(region, len(regions) + 1)
+    if unknown:
+        raise DataError(f"{path}: pixel values {some(unknown, 20)} {unknown_are}")
+    known, local_ids = list(local_of), np.array(list(local_of.values()), np.int64)
+    table = np.zeros(len(areas), id_dtype(len(regions)))
+    table[known] = local_ids
+    seg = table[values]
+    pixels = np.bincount(local_ids, weights=areas[known], minlength=len(regions) + 1)
+    boxes = segment_boxes(seg, len(regions))
+    segments = tuple(
+        Segment(
+            id=local_id,
+            category_id=region.category.id,
+            is_thing=region.category.is_thing,
+            is_crowd=region.is_crowd,
+            area=float(pixels[local_id]),
+            bbox=boxes[local_id - 1],
+            source_id=region.source_id,
+            map="seg",
+        )
+        for region, local_id in regions.items()
+    )
+    return Annotation(seg=seg, inst=None, segments=segments)
+
+
+def segment_boxes(seg: np.ndarray, count: int) -> list[tuple[int, int, int, int]]:
+    """x, y, width, height of ids 1..count in a map [H, W] where each occurs.
+
+    Looks only at the first and last pixel of every run in a row: one pass, however many segments there are.
+    """
+    height, width = seg.shape
+    starts = np.ones(seg.shape, bool)
+    starts[:, 1:] = seg[:, 1:] != seg[:, :-1]
+    y, x = np.nonzero(starts)
+    ids = seg[y, x]
+    last_x = (
+        np.roll(x, -1) - 1
+    )  # a run ends where the next begins, in the last column where that is another row's first
+    last_x[last_x < 0] = width - 1
+    left, top = np.full(count + 1, width), np.full(count + 1, height)
+    right, bottom = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    for extreme, extremes, values in (
+        (np.minimum, left, x),
+        (np.minimum, top, y),
+        (np.maximum, right, last_x + 1),
+        (np.maximum, bottom, y + 1),
+    ):
+        extreme.at(extremes, ids, values)
+    boxes = np.stack([left, top, right - left, bottom - top], axis=1)[1:]
+    return [(x, y, w, h) for x, y, w, h in boxes.tolist()]
+
+
+def read_index_map(path: Path) -> np.ndarray:
+    """Values [H, W] uint8 or uint16 of a grey or palette PNG. Raises DataError naming the file."""
+    try:
+        return decode_index_png(read_bytes(path))
+    except BrokenImageError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def read_color_map(path: Path) -> np.ndarray:
+    """R + 256 G + 65536 B [H, W] uint32 of a colour PNG. Raises DataError naming the file."""
+    data = read_bytes(path)
+    try:
+        header = read_header(data)
+        if header.mode.startswith("gray") or header.bit_depth > 8:
+            raise BrokenImageError(
+                f"this map holds its ids in three 8-bit channels, and the file is {header.bit_depth}-bit {header.mode}"
+            )
+        return decode_id_png(data)
+    except BrokenImageError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def pair_files(
+    images: Path, *maps: Path, image_endings: tuple[str, ...] = IMAGE_ENDINGS, map_endings: tuple[str, ...] = (".png",)
+) -> tuple[MapRecord, ...]:
+    """Records of all images with their file of the same stem in every folder of maps, in the order of stems.
+
+    A stem is the name relative to its folder without its ending. Raises DataError for files without a partner.
+    """
+    image_names = _names_by_stem(images, image_endings)
+    if not image_names:
+        raise DataError(f"{images} holds no image ({', '.join(image_endings)}); the data set is empty")
+    unique_keys(image_names.values())
+    map_names = [_names_by_stem(folder, map_endings) for folder in maps]
+    for folder, names in zip(maps, map_names, strict=True):
+        alone = sorted(image_names.keys() ^ names.keys())
+        if alone:
+            raise DataError(
+                f"{len(alone)} files have no partner of the same stem between {images} ({', '.join(image_endings)}) "
+                f"and {folder} ({', '.join(map_endings)}): {some(alone)}"
+            )
+    return tuple(
+        MapRecord(i, image_names[stem], tuple(f / names[stem] for f, names in zip(maps, map_names, strict=True)))
+        for i, stem in enumerate(sorted(image_names))
+    )
+
+
+def _names_by_stem(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:
+    """Relative names of all files with one of these endings, by stem."""
+    names: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        ending = next((ending for ending in endings if name.lower().endswith(ending.lower())), None)
+        if ending is not None and (other := names.setdefault(name[: -len(ending)], name)) is not name:
+            raise DataError(f"{folder}: {other} and {name} have the same stem; keep one of them")
+    return names

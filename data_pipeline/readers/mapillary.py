@@ -1,0 +1,68 @@
+"""Mapillary Vistas 1.2 and 2.0, from its instance maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.config import MapillarySource
+from data_pipeline.errors import DataError
+from data_pipeline.readers.coco_json import field, read_color, read_flag
+from data_pipeline.readers.files import read_json, require_folder
+from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_index_map
+from data_pipeline.sample import Annotation
+
+
+def open_mapillary(source: MapillarySource, max_pixels: int) -> MapReader:
+    """Reader of the set. Raises DataError for files without a partner and faults of the config file."""
+    images, instances = require_folder(source.images), require_folder(source.instances)
+    labels = _read_labels(source.config_json)
+    categories = CategoryTable(tuple(category for category in labels if category is not None))
+    return MapReader(images, categories, InstanceMaps(labels), pair_files(images, instances), max_pixels)
+
+
+@dataclass(frozen=True)
+class InstanceMaps:
+    """16-bit values: 256 times the position of the label in the config file plus the number of the instance."""
+
+    labels: tuple[Category | None, ...]
+    """None for labels that are not evaluated: void."""
+
+    def decode(self, maps: Sequence[Path]) -> Annotation:
+        """A segment per instance and per class of stuff. These maps do not mark crowds."""
+        last = len(self.labels) - 1
+        return partition(
+            read_index_map(maps[0]),
+            self._classify,
+            maps[0],
+            f"(256 x label + instance) belong to no label of the config file (0 to {last}); take the instances "
+            "folder (16 bits) and the config file of the same version",
+        )
+
+    def _classify(self, value: int) -> Region | None:
+        label = value >> 8
+        if label >= len(self.labels):
+            raise KeyError(value)
+        category = self.labels[label]
+        if category is None:
+            return None
+        return Region(category, value if category.is_thing else label << 8)
+
+
+def _read_labels(path: str) -> tuple[Category | None, ...]:
+    """The labels of a config file by position; 1.2 evaluates 65 of 66, all but `void--unlabeled`."""
+    document = read_json(path)
+    entries = document.get("labels") if isinstance(document, dict) else None
+    if not isinstance(entries, list) or not 0 < len(entries) <= 256:
+        raise DataError(f"{path} has no list of up to 256 labels; it is not a config file of Mapillary Vistas")
+    labels: list[Category | None] = []
+    for number, entry in enumerate(entries):
+        where = f"{path}: labels[{number}]"
+        name = str(field(entry, "name", where))
+        is_thing, is_evaluated = (read_flag(entry, flag, where) for flag in ("instances", "evaluate"))
+        labels.append(Category(number, name, is_thing, read_color(entry, number, where)) if is_evaluated else None)
+    if not any(labels):
+        raise DataError(f"{path}: no label has `evaluate` true; there is nothing to learn")
+    return tuple(labels)
