@@ -2,6 +2,7 @@
 
 UserError                 one message, no traceback, exit status 2
 +-- ConfigError           a recipe or override that cannot work (this module)
++-- WeightsError          a file of weights that cannot be read or used (this module)
 +-- data_pipeline.errors  a data set, manifest, shard or store that cannot be used
 +-- trainer.errors        a run that cannot start, resume or go on
 """
@@ -13,6 +14,10 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A setting that does not exist, has a wrong value, or contradicts another one."""
+
+
+class WeightsError(UserError):
+    """A file of weights that cannot be read, does not belong to a model, or cannot be written in some format."""
 
 
 def require_at_least(minimum: float, **settings: float) -> None:

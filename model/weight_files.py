@@ -1,0 +1,162 @@
+"""Read files of weights of any common kind without executing what they hold.
+
+The kind is told by the first bytes, not by the name. Safetensors hold no code; torch files are read with
+`weights_only`; plain pickles, which Detectron2 publishes, go through an unpickler that knows arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from model.errors import WeightsError
+
+_FOLDER_FILES = (
+    "weights.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What a checkpoint folder of ours or a Hugging Face folder holds; the first that exists is read."""
+
+_LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""Number with which torch files from before version 1.6 begin."""
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name from a file, or from a folder that holds a checkpoint of ours or a Hugging Face model.
+
+    A wrapper such as {"model": ...} is opened. Raises WeightsError for what is no such file or cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise WeightsError(f"weights {path}: there is no such file or folder")
+    try:
+        content = _read(path)
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(f"weights {path} cannot be read: {_why(error, path)}") from error
+    for wrapper in ("model", "state_dict", "blobs"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    state = {str(k): t for k, v in content.items() if (t := _tensor(v)) is not None} if _is_mapping(content) else {}
+    if not state:
+        raise WeightsError(f"weights {path} hold a {type(content).__name__} without any named tensor")
+    return state
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    found = next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightsError(f"weights {folder}: the folder has none of {', '.join(_FOLDER_FILES)}")
+    if found.suffix != ".json":
+        return read_state(found)
+    try:
+        shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"weights {found}: not an index of weights ({_first_line(error)})") from error
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        if shard != Path(shard).name:
+            raise WeightsError(f"weights {found}: names the file {shard!r}, which is not in the same folder")
+        state |= read_state(folder / shard)
+    return state
+
+
+def _read(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head.startswith(b"PK\x03\x04") or _LEGACY_TORCH in head:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        if head[8:9] == b"{":
+            return safetensors.torch.load_file(path)
+        if head.startswith(b"\x80"):
+            file.seek(0)
+            return _ArrayUnpickler(file, encoding="latin1").load()  # the encoding of pickles that Python 2 wrote
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"weights {path} are a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    raise WeightsError(
+        f"weights {path} ({path.stat().st_size} bytes) are neither a safetensors file nor a torch file nor a pickle"
+    )
+
+
+def _load_storage(data: bytes) -> Any:
+    """In place of the function of this name in torch, which would run a pickle inside the pickle."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How pickles of protocol 2 write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _arrays_of(numpy_core: str) -> dict[tuple[str, str], Callable[..., Any]]:
+    """Numpy's own constructors under the package name of one of its versions."""
+    return {
+        (f"{numpy_core}.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        (f"{numpy_core}.multiarray", "scalar"): np._core.multiarray.scalar,  # type: ignore[attr-defined]
+        (f"{numpy_core}.numeric", "_frombuffer"): np._core.numeric._frombuffer,  # type: ignore[attr-defined]
+    }
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **_arrays_of("numpy.core"),
+    **_arrays_of("numpy._core"),
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): _load_storage,
+}
+"""Everything that a plain pickle may name: what arrays and tensors consist of."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles dictionaries of arrays; whatever else a file names is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The constructor that a pickle asks for by name."""
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+def _is_mapping(content: Any) -> bool:
+    return isinstance(content, Mapping)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """Tensors as they are and numeric arrays copied; None for anything else."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
+    return value if isinstance(value, Tensor) else None
+
+
+def _why(error: Exception, path: Path) -> str:
+    """What a reader's error means; torch's own text advises to load the file unsafely."""
+    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and asked:
+        return f"it asks for {asked[1]}; files of weights need nothing but tensors, so nothing of it was executed"
+    return f"it may be cut off, it has {path.stat().st_size} bytes ({_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,221 @@
+"""Names of weights in the layouts that people have, both ways.
+
+Between any two layouts lie *atoms*: every tensor under the official name, with query, key and value projections one by
+one. Layouts differ from atoms in names, which templates translate, and in how they pack projections: the official code
+packs the three of one attention into a matrix; ours keeps the keys (and values) of all layers that attend to one level
+in one matrix, and query and key of the self-attention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.errors import WeightsError
+from model.weight_tables import ATOMS_TO_OWN, HUGGING_FACE_TO_ATOMS, NameTable
+
+Layout = Literal["own", "official", "hugging_face", "backbone"]
+"""Whose names a state dict uses; `backbone` are published weights of a backbone alone."""
+
+_IGNORED = re.compile(r"num_batches_tracked$|relative_position_index$|^criterion\.|^(backbone\.(body\.|stem\.)?)?fc\.")
+"""What files hold besides weights of ours: counters, tables that follow from settings, classifiers."""
+
+
+_OLD_OFFICIAL = (
+    # Heads from before version 2 lack the level `pixel_decoder` and call the query features `static_query`.
+    (re.compile(r"^sem_seg_head\.(?!pixel_decoder\.|predictor\.)"), "sem_seg_head.pixel_decoder."),
+    (re.compile(r"\.predictor\.static_query\."), ".predictor.query_feat."),
+)
+
+_NEW_HUGGING_FACE = (
+    # Since transformers 5 a Swin in memory has other names than its files, which keep those of the table.
+    (re.compile(r"\.encoder\.swin\."), ".encoder."),
+    (re.compile(r"(\.blocks\.\d+\.attention)\.q_proj\."), r"\1.self.query."),
+    (re.compile(r"(\.blocks\.\d+\.attention)\.k_proj\."), r"\1.self.key."),
+    (re.compile(r"(\.blocks\.\d+\.attention)\.v_proj\."), r"\1.self.value."),
+    (re.compile(r"(\.blocks\.\d+\.attention)\.o_proj\."), r"\1.output.dense."),
+    (re.compile(r"(\.blocks\.\d+\.attention)\.relative_position_bias\."), r"\1.self."),
+    (re.compile(r"(\.blocks\.\d+)\.mlp\.fc1\."), r"\1.intermediate.dense."),
+    (re.compile(r"(\.blocks\.\d+)\.mlp\.fc2\."), r"\1.output.dense."),
+    # Behind the last stage, before the norms that the features go through: nothing uses it.
+    (re.compile(r"^model\.pixel_level_module\.encoder\.layernorm\."), "criterion.layernorm."),
+)
+
+
+def detect_layout(state: Mapping[str, Tensor]) -> Layout:
+    """Whose names a state dict uses."""
+    if any(name.startswith("sem_seg_head.") for name in state):
+        return "official"
+    if any(name.startswith("model.pixel_level_module.") for name in state):
+        return "hugging_face"
+    if any(name.startswith(("backbone.", "pixel_decoder.", "transformer_decoder.")) for name in state):
+        return "own"
+    return "backbone"
+
+
+def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -> dict[str, Tensor]:
+    """The same weights under our names, projections packed as ours; names that no rule knows stay as they are.
+
+    `levels` is the number of feature levels that the transformer decoder visits in turn.
+    """
+    match layout:
+        case "own":
+            return dict(state)
+        case "official":
+            return _atoms_to_own({_substitute(name, _OLD_OFFICIAL): t for name, t in state.items()}, levels)
+        case "hugging_face":
+            files = {_substitute(name, _NEW_HUGGING_FACE): tensor for name, tensor in state.items()}
+            return _atoms_to_own({HUGGING_FACE_TO_ATOMS.there(name) or name: t for name, t in files.items()}, levels)
+        case "backbone":
+            return _backbone_to_own(state)
+
+
+def to_official_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under the official names. Raises WeightsError for a model that the official code cannot express."""
+    atoms = _own_to_atoms(own)
+    return _pack(atoms, _attention_packs(atoms))
+
+
+def to_hugging_face_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under the names of Hugging Face's files. Raises WeightsError for a model that has none."""
+    atoms = _own_to_atoms(own)
+    cross = {name: parts for name, parts in _attention_packs(atoms).items() if "cross_attention" in name}
+    return _renamed(_pack(atoms, cross), HUGGING_FACE_TO_ATOMS, "Hugging Face")
+
+
+def count_levels(own: Iterable[str]) -> int:
+    """Feature levels that our transformer decoder visits in turn, from its names; 3 where they do not say."""
+    levels = {match[1] for name in own if (match := re.match(r"transformer_decoder\.memories\.(\d+)\.", name))}
+    return len(levels) or 3
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a name is of something that files hold besides weights of ours."""
+    return _IGNORED.search(name) is not None
+
+
+Packs = Mapping[str, tuple[str, ...]]
+"""Name of a packed tensor and the names of its parts, joined along the first axis."""
+
+
+def _atoms_to_own(state: Mapping[str, Tensor], levels: int = 3) -> dict[str, Tensor]:
+    weights = {name: tensor for name, tensor in state.items() if not is_ignored(name)}
+    atoms = _unpack(weights, _attention_packs(weights))
+    own = {ATOMS_TO_OWN.there(name) or name: tensor for name, tensor in atoms.items()}
+    return _pack(own, _own_packs(own, levels))
+
+
+def _own_to_atoms(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kept = {name: tensor for name, tensor in own.items() if not is_ignored(name)}
+    parts = _unpack(kept, _own_packs(kept, count_levels(kept)))
+    atoms: dict[str, Tensor] = {}
+    unknown = [name for name in parts if ATOMS_TO_OWN.back(name) is None]
+    if unknown:
+        raise WeightsError(_no_counterpart("the official code", unknown))
+    for name, tensor in parts.items():
+        atoms[ATOMS_TO_OWN.back(name) or name] = tensor
+    return atoms
+
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def _attention_packs(names: Iterable[str]) -> Packs:
+    """How the official layout packs projections, packed or not yet: `qkv` in Swin, else as `nn.MultiheadAttention`."""
+    packs: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.+)\.(?:qkv\.|in_proj_|q_proj\.)(weight|bias)", name)
+        if match:
+            attention, kind = match.groups()
+            packed = f"{attention}.qkv.{kind}" if attention.endswith(".attn") else f"{attention}.in_proj_{kind}"
+            packs[packed] = tuple(f"{attention}.{projection}.{kind}" for projection in _PROJECTIONS)
+    return packs
+
+
+def _own_packs(names: Iterable[str], levels: int) -> Packs:
+    """How our model packs projections: cross-attention per level over its layers, self-attention per layer, Swin."""
+    names = tuple(names)
+    layers = {int(match[1]) for name in names if (match := re.match(r"transformer_decoder\.layers\.(\d+)\.", name))}
+    packs = dict(_attention_packs(name for name in names if name.startswith("backbone.")))
+    for kind in ("weight", "bias"):
+        for level in range(levels):
+            of_level = sorted(layer for layer in layers if layer % levels == level)
+            for role in ("key", "value"):
+                packs[f"transformer_decoder.memories.{level}.{role}.{kind}"] = tuple(
+                    f"transformer_decoder.layers.{layer}.cross_{role}.{kind}" for layer in of_level
+                )
+        for layer in layers:
+            own = f"transformer_decoder.layers.{layer}"
+            packs[f"{own}.self_query_key.{kind}"] = (f"{own}.self_query.{kind}", f"{own}.self_key.{kind}")
+    return packs
+
+
+def _pack(state: Mapping[str, Tensor], packs: Packs) -> dict[str, Tensor]:
+    """Join the parts that are all there."""
+    whole = {name: parts for name, parts in packs.items() if parts and all(part in state for part in parts)}
+    packed = {part for parts in whole.values() for part in parts}
+    joined = {name: torch.cat([state[part] for part in parts]) for name, parts in whole.items()}
+    return {name: tensor for name, tensor in state.items() if name not in packed} | joined
+
+
+def _unpack(state: Mapping[str, Tensor], packs: Packs) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        names = packs.get(name, (name,))
+        parts |= zip(names, tensor.chunk(len(names)), strict=True) if len(names) > 1 else {names[0]: tensor}
+    return parts
+
+
+def _renamed(atoms: Mapping[str, Tensor], table: NameTable, target: str) -> dict[str, Tensor]:
+    names = {name: table.back(name) for name in atoms}
+    unknown = [name for name, new in names.items() if new is None]
+    if unknown:
+        raise WeightsError(_no_counterpart(target, unknown))
+    return {new: atoms[name] for name, new in names.items() if new is not None}
+
+
+def _no_counterpart(target: str, names: list[str]) -> str:
+    return (
+        f"{len(names)} weights have no counterpart in {target}, for example {names[0]}; "
+        "a ResNet or Swin backbone with the default pixel decoder and transformer decoder can be exported"
+    )
+
+
+def _backbone_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights of a backbone: Detectron2's ResNets, Swin of Microsoft and of timm, and timm's other models."""
+    if "res2_0_branch2a_w" in state:
+        raise WeightsError(
+            "these are ResNet weights of Caffe2 (MSRA), which strides in the first convolution of a block and takes "
+            "BGR images; the features would be wrong. Take the torchvision weights, for example R-50.pkl of torchvision"
+        )
+    if "stem.conv1.weight" in state:
+        return _atoms_to_own({f"backbone.{name}": tensor for name, tensor in state.items()})
+    if "patch_embed.proj.weight" in state and "layers.0.blocks.0.attn.qkv.weight" in state:
+        return {f"backbone.{name}": tensor for name, tensor in swin_from_timm(state).items()}
+    return {f"backbone.body.{name}": tensor for name, tensor in state.items() if not re.match(r"(fc|head)\.", name)}
+
+
+def swin_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Swin under Microsoft's names, which end a stage with its patch merging; timm begins the next one with it.
+
+    Without the classifier and the norm before it. Microsoft's own names are returned as they are.
+    """
+    shift = "layers.0.downsample.reduction.weight" not in state
+    swin: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", name)
+        if match and shift:
+            name = f"layers.{int(match[1]) - 1}.downsample.{match[2]}"
+        if not re.match(r"head\.|norm\.|.*\.(relative_position_index|attn_mask)$", name):
+            swin[name] = tensor
+    return swin
+
+
+def _substitute(name: str, rules: Iterable[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name
