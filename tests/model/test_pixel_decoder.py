@@ -1,11 +1,8 @@
-import re
-
 import numpy as np
 import pytest
 import torch
 
 from model.config import MSDeformAttnPixelDecoderConfig
-from model.errors import ConfigError
 from model.pixel_decoder import MSDeformAttnPixelDecoder
 from model.weights import to_own_names
 
@@ -83,9 +80,3 @@ def test_initialisation_is_the_official_one():
     assert spread(decoder.output[0].weight, (3 / (64 * 9)) ** 0.5)
     assert spread(decoder.mask_features.weight, (3 / 64) ** 0.5)
     assert 0.8 < decoder.level_embed.std() < 1.2
-
-
-def test_a_width_that_heads_do_not_divide_is_refused():
-    config = MSDeformAttnPixelDecoderConfig(conv_dim=60, num_heads=8)
-    with pytest.raises(ConfigError, match=re.escape("model.pixel_decoder.conv_dim is 60")):
-        MSDeformAttnPixelDecoder(config, CHANNELS)
