@@ -265,8 +265,15 @@ def _check_decoder(config: TransformerDecoderConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of losses and matching costs (the paper uses equal numbers for both) and point sampling."""
+    """Losses and matching costs, their weights (the paper uses equal numbers for both) and point sampling."""
 
+    mask_loss: Literal["bce", "focal"] = "bce"
+    """Loss of a pixel: binary cross-entropy, or the focal loss of MaskFormer (alpha 0.25, gamma 2)."""
+    matching: Literal["points", "masks"] = "points"
+    """Where the cost of a pair is computed (Table 5): at random points, or on every pixel of the stride-4 map."""
+    supervision: Literal["points", "masks"] = "points"
+    """Where the loss is computed (Table 5): at importance-sampled points, or on every pixel of the input, to which
+    the predicted masks are resized as in MaskFormer."""
     class_weight: float = 2.0
     mask_weight: float = 5.0
     dice_weight: float = 5.0

@@ -1,8 +1,8 @@
-"""The training loss: classification over all queries, masks and dice at sampled points of matched queries.
+"""The training loss: classification over all queries, masks and dice of matched queries, at points or everywhere.
 
-Paper sections 3.2 and 3.3. Every prediction of the decoder is matched and supervised on its own. Losses are sums of the
-local contributions over normalisers of the whole optimizer step, so that adding them over micro-batches and ranks
-gives the loss of the step, however its images are grouped.
+Paper sections 3.2 and 3.3 and Table 5. Every prediction of the decoder is matched and supervised on its own. Losses are
+sums of the local contributions over normalisers of the whole optimizer step, so that adding them over micro-batches and
+ranks gives the loss of the step, however its images are grouped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LossConfig
+from model.mask_losses import MaskLoss, row_losses
 from model.matcher import match
 from model.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
 from model.points import PointSource, RowIndex
@@ -73,19 +75,24 @@ def compute_losses(
     num_layers, _, num_queries, _ = predictions.class_logits.shape
     with torch.autocast(predictions.class_logits.device.type, enabled=False):
         label_maps = LabelMaps.pack(targets.id_maps)
-        matching_points = points.matching(targets.position, num_layers, config.num_points)
+        matching_points = None
+        if config.matching == "points":
+            matching_points = points.matching(targets.position, num_layers, config.num_points)
         query_index, finite = match(predictions, targets, label_maps, matching_points, config)
         rows, queries, rows_per_image = _matched_rows(query_index, finite.device)
 
         class_losses = _class_losses(predictions, targets, rows, queries, config, num_classes)
         logits = _matched_mask_logits(predictions, rows, queries, rows_per_image)
-        bce, dice = _mask_losses(logits, targets, label_maps, rows, points, num_layers, config)
+        if config.supervision == "points":
+            mask, dice = _losses_at_points(logits, targets, label_maps, rows, points, num_layers, config)
+        else:
+            mask, dice = _losses_of_whole_masks(logits, targets, rows, config.mask_loss)
 
         num_masks = normalizers.num_masks.clamp(min=1)
         poison = torch.where(finite, 1.0, torch.nan)[rows.layer, rows.image]
         weighted = (
             config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
-            config.mask_weight / num_masks * _sum_per_image(bce * poison, rows, query_index.shape),
+            config.mask_weight / num_masks * _sum_per_image(mask * poison, rows, query_index.shape),
             config.dice_weight / num_masks * _sum_per_image(dice * poison, rows, query_index.shape),
         )
         losses = torch.stack(weighted, dim=-1) * targets.weight[:, None]  # [L, B, 3]
@@ -133,7 +140,7 @@ def _matched_mask_logits(
     return torch.cat([embedding @ feature for embedding, feature in per_image]).unflatten(1, features.shape[2:])
 
 
-def _mask_losses(
+def _losses_at_points(
     logits: Tensor,
     targets: Targets,
     label_maps: LabelMaps,
@@ -142,14 +149,40 @@ def _mask_losses(
     num_layers: int,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """BCE (mean over points) and dice [R] of matched masks at importance-sampled points (paper section 3.3)."""
+    """BCE or focal loss, and dice [R] of matched masks at importance-sampled points (paper section 3.3)."""
     at, labels = _training_points(logits.detach(), targets, label_maps, rows, points, num_layers, config)
-    sampled = sample_maps(logits, at)
-    bce = F.binary_cross_entropy_with_logits(sampled, labels, reduction="none").mean(1)
-    probabilities = sampled.sigmoid()
-    overlap = (probabilities * labels).sum(1)
-    dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + labels.sum(1) + 1)
-    return bce, dice
+    return row_losses(sample_maps(logits, at), labels, config.mask_loss)
+
+
+def _losses_of_whole_masks(logits: Tensor, targets: Targets, rows: RowIndex, kind: MaskLoss) -> tuple[Tensor, Tensor]:
+    """BCE or focal loss, and dice [R] over every pixel of the input, to which the masks are resized (MaskFormer).
+
+    A few rows at a time; at the size of the input nothing is kept for the backward pass, which computes it again.
+    """
+    row_map, local_id = _row_targets(targets, rows)
+    maps = targets.id_maps.flatten(0, 1)
+    step = max(1, chunk_elements(logits.device) // (8 * maps[0].numel()))  # logits, labels and their temporaries
+    pieces = zip(logits.split(step), row_map.split(step), local_id.split(step), strict=True)
+    losses = [
+        checkpoint(_full_size_losses, *piece, maps, kind, use_reentrant=False, preserve_rng_state=False)
+        for piece in pieces
+    ]
+    mask, dice = zip(*losses, strict=True)
+    return torch.cat(mask), torch.cat(dice)
+
+
+def _full_size_losses(
+    logits: Tensor, row_map: Tensor, local_id: Tensor, maps: Tensor, kind: MaskLoss
+) -> tuple[Tensor, Tensor]:
+    resized = F.interpolate(logits[:, None], maps.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    labels = maps[row_map] == local_id[:, None, None]
+    return row_losses(resized.flatten(1), labels.flatten(1).to(logits.dtype), kind)
+
+
+def _row_targets(targets: Targets, rows: RowIndex) -> tuple[Tensor, Tensor]:
+    """Of every row [R]: index into the flattened first two axes of the id maps, and its id there."""
+    row_map = rows.image * targets.id_maps.shape[1] + targets.layer[rows.image, rows.target]
+    return row_map, targets.local_id[rows.image, rows.target]
 
 
 @torch.no_grad()
@@ -167,8 +200,7 @@ def _training_points(
     num_uncertain = int(config.num_points * config.importance_sample_ratio)
     candidates = points.candidates(targets.position, num_layers, rows, num_candidates)
     fresh = points.fresh(targets.position, num_layers, rows, config.num_points - num_uncertain)
-    row_map = rows.image * targets.id_maps.shape[1] + targets.layer[rows.image, rows.target]
-    local_id = targets.local_id[rows.image, rows.target]
+    row_map, local_id = _row_targets(targets, rows)
     all_points = logits.new_empty(len(logits), config.num_points, 2)
     all_labels = logits.new_empty(len(logits), config.num_points)
     step = max(1, chunk_elements(logits.device) // (8 * num_candidates))  # coordinates, logits and their temporaries

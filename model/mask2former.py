@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import torch
 from torch import Tensor, nn
 
 from model.backbones import build_backbone
-from model.config import ModelConfig
+from model.config import (
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    StandardTransformerDecoderConfig,
+    TransformerFPNPixelDecoderConfig,
+)
 from model.errors import ConfigError
-from model.pixel_decoder import MSDeformAttnPixelDecoder
+from model.pixel_decoder import build_pixel_decoder
+from model.standard_decoder import StandardTransformerDecoder
 from model.structures import Predictions
 from model.transformer_decoder import MaskedTransformerDecoder
 
 
 class Mask2Former(nn.Module):
-    """Masked-attention mask transformer (Cheng et al., CVPR 2022)."""
+    """Masked-attention mask transformer (Cheng et al., CVPR 2022), or MaskFormer with the decoder `standard`."""
 
     def __init__(self, config: ModelConfig, backbone: nn.Module, channels: tuple[int, ...], num_classes: int) -> None:
         """`channels` of the backbone's maps at strides 4, 8, 16, 32; `num_classes` without "no object"."""
         super().__init__()
         self.backbone = backbone
-        self.pixel_decoder = MSDeformAttnPixelDecoder(config.pixel_decoder, channels)
-        self.transformer_decoder = MaskedTransformerDecoder(
-            config.transformer_decoder, config.pixel_decoder.conv_dim, config.pixel_decoder.mask_dim, num_classes
-        )
+        self.pixel_decoder = build_pixel_decoder(config.pixel_decoder, channels)
+        decoder, feature_dim = config.transformer_decoder, self.pixel_decoder.feature_dim
+        dims = self.pixel_decoder.mask_dim, num_classes
+        self.decodes_backbone = False
+        match decoder:
+            case MaskedTransformerDecoderConfig():
+                self.transformer_decoder = MaskedTransformerDecoder(decoder, feature_dim, *dims)
+            case StandardTransformerDecoderConfig():
+                # MaskFormer takes the backbone's last map, unless a transformer encoder has refined it.
+                self.decodes_backbone = not isinstance(config.pixel_decoder, TransformerFPNPixelDecoderConfig)
+                source_dim = channels[-1] if self.decodes_backbone else feature_dim
+                self.transformer_decoder = StandardTransformerDecoder(decoder, source_dim, *dims)
+            case _:
+                assert_never(decoder)
         # Numbers and not buffers: a model cast to bfloat16 must not round them.
         self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
 
     def forward(self, images: Tensor) -> Predictions:
         """`images` [B, 3, H, W] as `normalise` returns them."""
-        mask_features, features = self.pixel_decoder(self.backbone(images))
-        return self.transformer_decoder(features, mask_features)
+        maps = self.backbone(images)
+        mask_features, features = self.pixel_decoder(maps)
+        return self.transformer_decoder(maps[-1:] if self.decodes_backbone else features, mask_features)
 
     @torch.no_grad()
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:

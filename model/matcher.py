@@ -1,6 +1,7 @@
 """Bipartite matching of predictions with ground truth, for all predictions and images of a micro-batch at once.
 
-Paper section 3.1 (inherited from MaskFormer) with the cost on sampled points of section 3.3.
+Paper section 3.1 (inherited from MaskFormer) with the cost on sampled points of section 3.3, or on whole masks as in
+MaskFormer (Table 5).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from model.config import LossConfig
+from model.mask_losses import pair_sums
 from model.point_sampling import LabelMaps, chunk_elements, sample_features
 from model.structures import Predictions, Targets
 
@@ -32,9 +34,9 @@ class Matching(NamedTuple):
 
 @torch.no_grad()
 def match(
-    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor, config: LossConfig
+    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor | None, config: LossConfig
 ) -> Matching:
-    """Cheapest assignment for every prediction and image at the given points [L, B, P, 2].
+    """Cheapest assignment for every prediction and image at the given points [L, B, P, 2], or of whole masks.
 
     min(queries, targets) pairs per image. Equal costs go to the lowest query. One copy from device to host.
     """
@@ -53,45 +55,70 @@ def match(
 
 
 def matching_cost(
-    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor, config: LossConfig
+    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor | None, config: LossConfig
 ) -> Tensor:
     """Cost [L, B, Q, N] of giving a target to a query, in fp32; columns of targets that are not valid mean nothing.
 
-    class_weight * -p(label) + mask_weight * BCE + dice_weight * dice. Mask logits at the points are products of the
-    embeddings with sampled features: sampling is linear, so this equals sampling the dense logits.
+    class_weight * -p(label) + mask_weight * BCE (or focal loss) + dice_weight * dice, at points [L, B, P, 2] or, with
+    None, over whole masks.
     """
-    num_layers, num_images, num_queries, _ = predictions.class_logits.shape
-    with torch.autocast(points.device.type, enabled=False):
-        features = predictions.mask_features.float().permute(0, 2, 3, 1).contiguous()
-        embeddings = predictions.mask_embeddings.float()
-        per_point = num_images * (features.shape[-1] + 2 * num_queries + targets.labels.shape[1])
-        layers = max(1, chunk_elements(points.device) // (per_point * points.shape[2]))
-        mask_cost = torch.cat(
-            [
-                _mask_cost(
-                    torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(features, at)),
-                    label_maps.images(targets.layer, targets.local_id, at),
-                    config,
-                )
-                for embedding, at in zip(embeddings.split(layers), points.split(layers), strict=True)
-            ]
-        )
+    num_layers, _, num_queries, _ = predictions.class_logits.shape
+    with torch.autocast(predictions.class_logits.device.type, enabled=False):
+        if points is None:
+            mask_cost = _cost_of_whole_masks(predictions, targets, config)
+        else:
+            mask_cost = _cost_at_points(predictions, targets, label_maps, points, config)
         labels = targets.labels[None, :, None].expand(num_layers, -1, num_queries, -1)
         class_cost = -predictions.class_logits.float().softmax(-1).gather(-1, labels)
         return mask_cost.add_(class_cost, alpha=config.class_weight)
 
 
-def _mask_cost(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
-    """BCE and dice of all pairs [l, B, Q, N] from logits [l, B, Q, P] (overwritten) and labels [l, B, N, P].
+def _cost_at_points(
+    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor, config: LossConfig
+) -> Tensor:
+    """[L, B, Q, N] for pieces of predictions.
 
-    BCE(x, t) = softplus(x) - x * t, so its sum over points is a row sum and one product.
+    Mask logits at the points are products of the embeddings with sampled features: sampling is linear, so this equals
+    sampling the dense logits.
     """
-    softplus = F.softplus(logits).sum(-1, keepdim=True)
-    bce = (softplus - logits @ labels.transpose(-1, -2)) / logits.shape[-1]
-    probabilities = logits.sigmoid_()
-    area = probabilities.sum(-1, keepdim=True) + labels.sum(-1)[..., None, :]
-    dice = 1 - (2 * (probabilities @ labels.transpose(-1, -2)) + 1) / (area + 1)
-    return config.mask_weight * bce + config.dice_weight * dice
+    _, num_images, num_queries, _ = predictions.class_logits.shape
+    num_points = points.shape[2]
+    features = predictions.mask_features.float().permute(0, 2, 3, 1).contiguous()
+    embeddings = predictions.mask_embeddings.float()
+    per_point = num_images * (features.shape[-1] + 2 * num_queries + targets.labels.shape[1])
+    layers = max(1, chunk_elements(points.device) // (per_point * num_points))
+    costs = []
+    for embedding, at in zip(embeddings.split(layers), points.split(layers), strict=True):
+        logits = torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(features, at))
+        labels = label_maps.images(targets.layer, targets.local_id, at)
+        sums = pair_sums(logits, labels, config.mask_loss)
+        costs.append(sums.cost(num_points, config.mask_weight, config.dice_weight))
+    return torch.cat(costs)
+
+
+def _cost_of_whole_masks(predictions: Predictions, targets: Targets, config: LossConfig) -> Tensor:
+    """[L, B, Q, N] over all pixels of the stride-4 map, summed over pieces of it for one prediction at a time.
+
+    As in MaskFormer, targets shrink to that size by taking the nearest pixel.
+    """
+    num_images, num_queries = predictions.class_logits.shape[1:3]
+    features = predictions.mask_features.float()
+    ids = F.interpolate(targets.id_maps.float(), features.shape[-2:], mode="nearest").flatten(2)
+    features = features.flatten(2)
+    image = torch.arange(num_images, device=ids.device)[:, None]
+    num_pixels = features.shape[-1]
+    per_pixel = num_images * (4 * num_queries + targets.labels.shape[1])
+    step = max(1, chunk_elements(ids.device) // per_pixel)
+    costs = []
+    for embedding in predictions.mask_embeddings.float():
+        total = None
+        for pixels, piece in zip(features.split(step, dim=-1), ids.split(step, dim=-1), strict=True):
+            labels = (piece[image, targets.layer] == targets.local_id[..., None]).float()
+            sums = pair_sums(embedding @ pixels, labels, config.mask_loss)
+            total = sums if total is None else total.plus(sums)
+        assert total is not None  # a map has pixels
+        costs.append(total.cost(num_pixels, config.mask_weight, config.dice_weight))
+    return torch.stack(costs)
 
 
 def assign(cost: np.ndarray) -> np.ndarray:

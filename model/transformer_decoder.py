@@ -189,10 +189,10 @@ class MaskedTransformerDecoder(nn.Module):
     def _initial_queries(self, mask_features: Tensor) -> tuple[Tensor, Tensor]:
         """Features and positional embeddings of the queries [B, Q, C]."""
         indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
-        position = self.query_embed(indices).expand(len(mask_features), -1, -1)
+        position = self.query_embed(indices).expand(mask_features.shape[0], -1, -1)
         if self.zero_initialised:
             return torch.zeros_like(position), position
-        return self.query_feat(indices).expand(len(mask_features), -1, -1), position
+        return self.query_feat(indices).expand(mask_features.shape[0], -1, -1), position
 
     def _guide(
         self, features: Sequence[Tensor], mask_features: Tensor, queries: Tensor, position: Tensor

@@ -1,0 +1,71 @@
+"""Loss of masks, row by row for training and between all pairs for matching.
+
+Per pixel (or point) either binary cross-entropy (Mask2Former) or focal loss (MaskFormer), and dice over the whole mask.
+Labels may be soft. Axis letters: R rows, P pixels or points, Q queries, N targets.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+MaskLoss = Literal["bce", "focal"]
+
+FOCAL_ALPHA = 0.25
+"""Weight of the pixels inside the target; those outside have 1 - alpha (Lin et al., ICCV 2017)."""
+
+
+def row_losses(logits: Tensor, labels: Tensor, kind: MaskLoss) -> tuple[Tensor, Tensor]:
+    """Mean over pixels of BCE or focal loss, and dice: [R] each, from logits and labels [R, P]."""
+    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    probabilities = logits.sigmoid()
+    if kind == "focal":
+        hit = probabilities * labels + (1 - probabilities) * (1 - labels)
+        alpha = FOCAL_ALPHA * labels + (1 - FOCAL_ALPHA) * (1 - labels)
+        losses = alpha * losses * (1 - hit).square()
+    overlap = (probabilities * labels).sum(1)
+    dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + labels.sum(1) + 1)
+    return losses.mean(1), dice
+
+
+class PairSums(NamedTuple):
+    """Sums over some pixels for all pairs of a query and a target; those of disjoint sets of pixels can be added."""
+
+    loss: Tensor
+    """[..., Q, N]"""
+    overlap: Tensor
+    """[..., Q, N]"""
+    area: Tensor
+    """[..., Q, N] of prediction and target together."""
+
+    def plus(self, other: PairSums) -> PairSums:
+        """Over both sets of pixels."""
+        return PairSums(*(mine + others for mine, others in zip(self, other, strict=True)))
+
+    def cost(self, num_pixels: int, mask_weight: float, dice_weight: float) -> Tensor:
+        """Weighted mean pixel loss and dice [..., Q, N]."""
+        dice = 1 - (2 * self.overlap + 1) / (self.area + 1)
+        return mask_weight * (self.loss / num_pixels) + dice_weight * dice
+
+
+def pair_sums(logits: Tensor, labels: Tensor, kind: MaskLoss) -> PairSums:
+    """Sums of all pairs from logits [..., Q, P] (overwritten) and labels [..., N, P].
+
+    A pixel's loss is linear in its label: the loss of label 0 minus the label times what label 1 would spare. For BCE
+    these are softplus(x) and x. So the sum over pixels is a row sum and one product.
+    """
+    targets = labels.transpose(-1, -2)
+    if kind == "bce":
+        loss = F.softplus(logits).sum(-1, keepdim=True) - logits @ targets
+        probabilities = logits.sigmoid_()
+    else:
+        outside = (1 - FOCAL_ALPHA) * F.softplus(logits)
+        inside = FOCAL_ALPHA * F.softplus(-logits)
+        probabilities = logits.sigmoid_()
+        outside *= probabilities.square()
+        inside *= (1 - probabilities).square()
+        loss = outside.sum(-1, keepdim=True) - (outside - inside) @ targets
+    area = probabilities.sum(-1, keepdim=True) + labels.sum(-1)[..., None, :]
+    return PairSums(loss, probabilities @ targets, area)
