@@ -1,0 +1,31 @@
+"""Whether a file had the weights of a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from model.config import TimmBackboneConfig
+from model.errors import ConfigError
+
+_ENOUGH = 0.5
+"""Share of a model's matrices and kernels that must come from the file; stems and positions may be resampled."""
+
+
+def require_weights_of(model: nn.Module, state: Mapping[str, Tensor], config: TimmBackboneConfig) -> None:
+    """Raise ConfigError unless most weights of `model` are in `state`: timm passes over files of other models.
+
+    timm renames, splits and resamples, so values are compared and not names.
+    """
+    in_file = {_fingerprint(tensor) for tensor in state.values()}
+    is_found = [_fingerprint(parameter) in in_file for parameter in model.parameters() if parameter.ndim > 1]
+    if sum(is_found) < _ENOUGH * len(is_found):
+        raise ConfigError(
+            f"model.backbone.weights is {config.weights!r}, which has only {sum(is_found)} of the {len(is_found)} "
+            f"matrices and kernels of {config.name!r}; the file is of another model"
+        )
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, float]:
+    return tensor.numel(), tensor.detach().double().sum().item()

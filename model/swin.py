@@ -1,0 +1,240 @@
+"""Swin Transformer (Liu et al., ICCV 2021) with the arithmetic of the published Mask2Former weights.
+
+It differs from timm's Swin on maps that the window does not divide: they are padded first and rolled second, windows
+never shrink, padding takes part in attention, and every output has its own LayerNorm. Names are the official ones.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import SwinBackboneConfig
+
+_PATCH = 4
+_MLP_RATIO = 4
+_OTHER_REGION = -100.0
+"""Added to the attention logits between pixels that only the roll made neighbours; the published value."""
+
+
+class SwinTransformer(nn.Module):
+    """Four stages of window attention; each one's output is normalised for the pixel decoder."""
+
+    channels: tuple[int, ...]
+    """Channels of the maps at strides 4, 8, 16, 32."""
+
+    def __init__(self, config: SwinBackboneConfig) -> None:
+        super().__init__()
+        self.channels = tuple(config.embed_dim * 2**stage for stage in range(len(config.depths)))
+        self._depths = config.depths
+        self.drop_path = config.drop_path
+        self.checkpointing = config.checkpointing
+        self.patch_embed = PatchEmbedding(config.embed_dim)
+        self.layers = nn.ModuleList()
+        for stage, (width, depth, heads) in enumerate(zip(self.channels, config.depths, config.num_heads, strict=True)):
+            is_last = stage == len(config.depths) - 1
+            self.layers.append(Stage(width, depth, heads, config.window_size, merges=not is_last))
+            self.add_module(f"norm{stage}", nn.LayerNorm(width))
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """`images` [B, 3, H, W] to maps [B, C_i, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up.
+
+        The maps are channels-last in memory.
+        """
+        tokens = self.patch_embed(images)
+        # Drawn before any block, so that checkpointed blocks draw nothing when they run again.
+        is_drawn = self.training and self.drop_path > 0
+        gains = drop_path_gains(self.drop_path, sum(self._depths), tokens) if is_drawn else None
+        maps = []
+        for index, (stage, end) in enumerate(zip(self.layers, accumulate(self._depths), strict=True)):
+            of_stage = None if gains is None else gains[end - self._depths[index] : end]
+            tokens, merged = stage(tokens, of_stage, self.checkpointing and torch.is_grad_enabled())
+            maps.append(self.get_submodule(f"norm{index}")(tokens).permute(0, 3, 1, 2))
+            tokens = merged
+        return tuple(maps)
+
+
+class PatchEmbedding(nn.Module):
+    """Images to tokens of 4 x 4 pixels; sizes that 4 does not divide are padded with zeros."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, _PATCH, stride=_PATCH)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, H / 4, W / 4, C], rounded up."""
+        height, width = images.shape[-2:]
+        patches = self.proj(F.pad(images, (0, -width % _PATCH, 0, -height % _PATCH)))
+        return self.norm(patches.permute(0, 2, 3, 1))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, every second one with shifted windows, and the merging that follows them."""
+
+    def __init__(self, width: int, depth: int, heads: int, window: int, *, merges: bool) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = window // 2
+        self.blocks = nn.ModuleList(
+            Block(width, heads, window, shift=self.shift if index % 2 else 0) for index in range(depth)
+        )
+        self.downsample = PatchMerging(width) if merges else None
+
+    def forward(self, tokens: Tensor, gains: Tensor | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
+        """`tokens` [B, H, W, C], `gains` [depth, 2, B] to the tokens after the blocks and those of the next stage."""
+        height, width = tokens.shape[1:3]
+        mask = shift_mask(height + -height % self.window, width + -width % self.window, self.window, self.shift, tokens)
+        for index, block in enumerate(self.blocks):
+            inputs = (tokens, mask, None if gains is None else gains[index])
+            if checkpointing:
+                tokens = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(*inputs)
+        return tokens, tokens if self.downsample is None else self.downsample(tokens)
+
+
+class Block(nn.Module):
+    """Window attention and MLP, each a residual branch behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int, window: int, *, shift: int) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, heads, window)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width)
+
+    def forward(self, tokens: Tensor, mask: Tensor, gains: Tensor | None) -> Tensor:
+        """`tokens` [B, H, W, C] to the same shape; `mask` as `shift_mask` returns it; `gains` [2, B] of drop path."""
+        attended = self._attend(self.norm1(tokens), mask if self.shift else None)
+        tokens = tokens + (attended if gains is None else gains[0, :, None, None, None] * attended)
+        transformed = self.mlp(self.norm2(tokens))
+        return tokens + (transformed if gains is None else gains[1, :, None, None, None] * transformed)
+
+    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        height, width = tokens.shape[1:3]
+        padded = F.pad(tokens, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        shape = padded.shape
+        if self.shift:
+            padded = padded.roll((-self.shift, -self.shift), dims=(1, 2))
+        attended = merge_windows(self.attn(split_windows(padded, self.window), mask), shape, self.window)
+        if self.shift:
+            attended = attended.roll((self.shift, self.shift), dims=(1, 2))
+        return attended[:, :height, :width]
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows with a learned bias per relative position."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        # Not a weight, so not in the state dict: loaders skip it in official files.
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        """`windows` [B * M, N, C] of M windows per image and N pixels each; `mask` [M, N, N] is added to the logits."""
+        queries, keys, values = self.qkv(windows).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+        if mask is not None:
+            # [M, heads, N, N], then once per image: fused kernels want the batch of the mask to be that of the queries.
+            bias = bias + mask[:, None]
+            bias = bias.expand(len(windows) // len(mask), -1, -1, -1, -1).flatten(0, 1)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.to(queries.dtype))
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, _MLP_RATIO * width)
+        self.fc2 = nn.Linear(_MLP_RATIO * width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[..., C] to the same shape."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class PatchMerging(nn.Module):
+    """Joins 2 x 2 tokens into one of twice the width; odd maps are padded with zeros."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, H, W, C] to [B, H / 2, W / 2, 2C], rounded up."""
+        height, width = tokens.shape[1:3]
+        padded = F.pad(tokens, (0, 0, 0, width % 2, 0, height % 2))
+        quads = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H / 2, 2, W / 2, 2, C]
+        # The weights expect the four in column order: top left, bottom left, top right, bottom right.
+        return self.reduction(self.norm(quads.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+def drop_path_gains(rate: float, depth: int, tokens: Tensor) -> Tensor:
+    """Factors [depth, 2, B] of the residual branches of `depth` blocks on `tokens` [B, ...].
+
+    0 where a sample skips the branch, else 1 / P(kept); P(skipped) grows linearly from 0 to `rate`.
+    """
+    kept = 1 - torch.linspace(0, rate, depth, device=tokens.device)[:, None, None]
+    draws = torch.rand(depth, 2, len(tokens), device=tokens.device)
+    return ((draws < kept) / kept).to(tokens.dtype)
+
+
+def split_windows(tokens: Tensor, window: int) -> Tensor:
+    """[B, H, W, C] to [B * M, window * window, C]; images are outermost, then rows of windows."""
+    return tokens.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def merge_windows(windows: Tensor, shape: torch.Size, window: int) -> Tensor:
+    """Undo `split_windows` of tokens of this shape."""
+    batch, height, width, channels = shape
+    grid = windows.view(batch, height // window, width // window, window, window, channels)
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def relative_position_index(window: int) -> Tensor:
+    """[N, N] int64: the row of the bias table for every pair of the N = window * window pixels."""
+    offsets = torch.arange(window)
+    distance = offsets[:, None] - offsets + window - 1  # [window, window] in 0..2 * window - 2
+    index = distance[:, None, :, None] * (2 * window - 1) + distance[None, :, None, :]
+    return index.flatten(2).flatten(0, 1)
+
+
+def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -> Tensor:
+    """[M, N, N] for a padded map that was rolled by `shift`: 0 inside a region of the image, -100 between regions.
+
+    The roll brings the first rows next to the last ones; a window that holds both must not mix them.
+    """
+    rows, columns = (
+        (steps >= size - window).int() + (steps >= size - shift)
+        for size in (height, width)
+        for steps in (torch.arange(size, device=like.device),)
+    )
+    regions = split_windows((3 * rows[:, None] + columns)[None, :, :, None], window).squeeze(2)
+    return torch.where(regions[:, :, None] == regions[:, None], 0.0, _OTHER_REGION).to(like.dtype)
+
+
+def _initialise(module: nn.Module) -> None:
+    match module:
+        case nn.Linear():
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        case WindowAttention():
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)

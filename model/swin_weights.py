@@ -1,0 +1,83 @@
+"""Start a Swin Transformer from published weights, whoever named them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import timm
+from torch import Tensor
+
+from model.config import SwinBackboneConfig
+from model.errors import ConfigError, WeightsError
+from model.swin import SwinTransformer
+from model.weight_files import read_state
+
+_OF_THE_CLASSIFIER = re.compile(r"^(norm|head|fc)\.")
+_NOT_WEIGHTS = re.compile(r"\.(relative_position_index|attn_mask)$")
+_OUTPUT_NORM = re.compile(r"^norm\d\.")
+
+
+def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> None:
+    """Load what `config.pretrained` or `config.weights` names; a recipe with neither keeps the initialisation.
+
+    Raises ConfigError if the weights cannot be had or are of another Swin.
+    """
+    if config.weights is not None:
+        setting, source = "weights", config.weights
+        try:
+            state: Mapping[str, Tensor] = read_state(config.weights)
+        except WeightsError as error:
+            raise ConfigError(f"model.backbone.weights: {error}") from error
+    elif config.pretrained is not None:
+        setting, source = "pretrained", config.pretrained
+        state = _fetch(config.pretrained)
+    else:
+        return
+    weights = official_swin_names(state)
+    own = backbone.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in weights and not _OUTPUT_NORM.match(key)]
+    problems += [f"{key} is unknown" for key in weights if key not in own]
+    problems += [
+        f"{key} is {tuple(tensor.shape)} and not {tuple(own[key].shape)}"
+        for key, tensor in weights.items()
+        if key in own and tensor.shape != own[key].shape
+    ]
+    if problems:
+        raise ConfigError(
+            f"model.backbone.{setting} is {source!r}, which is not of a Swin with embed_dim {config.embed_dim}, depths "
+            f"{config.depths} and window_size {config.window_size} ({len(problems)} differences): "
+            + "; ".join(problems[:3])
+        )
+    backbone.load_state_dict(weights, strict=False)
+
+
+def official_swin_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights of a state dict of timm, of the Swin authors or of a whole official model.
+
+    The three agree but for a prefix and for the merging between two stages, which timm counts to the later one. The
+    norms of the outputs, `norm0` to `norm3`, exist in segmentation models only.
+    """
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    weights = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in state.items()
+        if key.startswith(prefix) and not _NOT_WEIGHTS.search(key)
+    }
+    weights = {key: tensor for key, tensor in weights.items() if not _OF_THE_CLASSIFIER.match(key)}
+    if "layers.0.downsample.reduction.weight" in weights:
+        return weights
+    return {
+        re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample.", key): tensor
+        for key, tensor in weights.items()
+    }
+
+
+def _fetch(name: str) -> dict[str, Tensor]:
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:
+        raise ConfigError(
+            f"model.backbone.pretrained is {name!r}, whose weights timm cannot fetch: {error}. "
+            "Without a network, set model.backbone.weights to a file"
+        ) from error

@@ -1,0 +1,189 @@
+"""Any timm model as a feature pyramid at strides 4, 8, 16 and 32, for images of any size."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import model_entrypoint
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor, nn
+
+from model.backbone_weights import require_weights_of
+from model.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d, group_norm_like, replace_batch_norms
+from model.config import TimmBackboneConfig
+from model.errors import ConfigError, WeightsError
+from model.feature_pyramid import SimpleFeaturePyramid
+from model.hiera import AnySizeHiera
+from model.weight_files import read_state
+
+STRIDES = (4, 8, 16, 32)
+_VIT_PATCH = 16
+
+
+class TimmBackbone(nn.Module):
+    """A timm model cut into four feature maps."""
+
+    channels: tuple[int, ...]
+    """Channels of the maps at strides 4, 8, 16, 32."""
+
+    def __init__(self, config: TimmBackboneConfig, *, pretrained: bool = True) -> None:
+        super().__init__()
+        starts_trained = pretrained and (config.pretrained or config.weights is not None)
+        self.body = _create_body(config, starts_trained)
+        match config.norm:
+            case "frozen_batch":
+                replace_batch_norms(self.body, FrozenBatchNorm2d.from_trained if starts_trained else FrozenBatchNorm2d)
+            case "sync_batch":
+                replace_batch_norms(self.body, SyncBatchNorm2d.like)
+            case "group":
+                replace_batch_norms(self.body, group_norm_like)
+            case "native":
+                pass
+        self.multiple = _required_multiple(self.body)
+        self.channels = self._probe_channels(config.name)
+        if config.checkpointing:
+            _enable_checkpointing(self.body, config)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """`images` [B, 3, H, W] to maps [B, C_i, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up.
+
+        Sizes that `multiple` does not divide are padded with zeros first: some models would drop the last rows and
+        columns, others would mix opposite borders.
+        """
+        height, width = images.shape[-2:]
+        features = self._maps(F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple)))
+        return tuple(
+            feature[..., : math.ceil(height / stride), : math.ceil(width / stride)]
+            for feature, stride in zip(features, STRIDES, strict=True)
+        )
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        maps = self.body(images)
+        is_channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
+        return [features.permute(0, 3, 1, 2) for features in maps] if is_channels_last else list(maps)
+
+    @torch.no_grad()
+    def _probe_channels(self, name: str) -> tuple[int, ...]:
+        """Run a small image through the model: the honest test of layout, strides and freedom of size."""
+        height, width = 64, 96
+        training = self.training
+        try:
+            features = self.eval()._maps(torch.zeros(1, 3, height, width))
+            shapes = [tuple(feature.shape) for feature in features]
+        except Exception as error:
+            raise ConfigError(
+                f"model.backbone.name is {name!r}, which cannot process a {height} x {width} image: {error}. "
+                "Choose a model for images of any size, for example resnet50 or convnext_tiny"
+            ) from error
+        finally:
+            self.train(training)
+        wanted = [(height // stride, width // stride) for stride in STRIDES]
+        if [shape[2:] for shape in shapes] != wanted:
+            raise ConfigError(
+                f"model.backbone.name is {name!r}, whose features of a {height} x {width} image have the shapes "
+                f"{shapes}; [batch, channels, height, width] at strides 4, 8, 16 and 32 are needed. "
+                "Choose a model with such features, for example resnet50 or convnext_tiny"
+            )
+        return tuple(shape[1] for shape in shapes)
+
+
+class PlainTransformer(nn.Module):
+    """A vision transformer with all features at one stride, followed by a simple feature pyramid."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        model.prune_intermediate_layers(1, prune_norm=False, prune_head=True)
+        self.model = model
+        self.pyramid = SimpleFeaturePyramid(model.num_features)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3, H, W], sides divisible by 32, to four maps. The last block's tokens pass the model's final norm."""
+        (features,) = self.model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        return self.pyramid(features)
+
+
+def _create_body(config: TimmBackboneConfig, starts_trained: bool) -> nn.Module:
+    """The module that makes four maps of images whose sides `_required_multiple` divides."""
+    if not timm.is_model(config.name):
+        close = difflib.get_close_matches(config.name, timm.list_models(), n=5)
+        hint = f"did you mean {', '.join(close)}?" if close else "`timm.list_models()` lists all names"
+        raise ConfigError(f"model.backbone.name is {config.name!r}, which timm does not have; {hint}")
+    pyramid = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
+    match model_entrypoint(config.name).__module__.rpartition(".")[2]:
+        case "swin_transformer":
+            raise ConfigError(
+                f"model.backbone.name is {config.name!r}, whose arithmetic in timm differs from the published one on "
+                "most image sizes; use model.backbone.kind swin"
+            )
+        case "vision_transformer" | "eva" | "deit":
+            # Positions are interpolated for every image size; patches of 14 are resampled to 16, for strides 4 to 32.
+            any_size = {"dynamic_img_size": True, "patch_size": _VIT_PATCH}
+            return PlainTransformer(_create(config, starts_trained, num_classes=0, **any_size))
+        case "hiera":
+            return AnySizeHiera(_create(config, starts_trained, num_classes=0))
+        case "swin_transformer_v2":
+            return _create(config, starts_trained, strict_img_size=False, feature_cls="getter", **pyramid)
+        case _:
+            return _create(config, starts_trained, **pyramid)
+
+
+def _create(config: TimmBackboneConfig, starts_trained: bool, **settings: Any) -> Any:
+    settings |= dict(config.options)
+    state: dict[str, Tensor] = {}
+    if starts_trained and config.weights is not None:
+        try:
+            state = read_state(config.weights)
+        except WeightsError as error:
+            raise ConfigError(f"model.backbone.weights: {error}") from error
+        # timm then adapts names and drops the classifier as it does with its own files.
+        settings["pretrained_cfg_overlay"] = {"state_dict": dict(state)}
+    try:
+        model = timm.create_model(config.name, pretrained=starts_trained, **settings)
+    except Exception as error:
+        raise ConfigError(
+            f"model.backbone: timm cannot build {config.name!r} as a feature pyramid with options "
+            f"{dict(config.options)} and weights {config.weights!r}: {error}"
+        ) from error
+    if state:
+        require_weights_of(model, state, config)
+    return model
+
+
+def _required_multiple(body: nn.Module) -> int:
+    """What must divide the sides of an image, so that no stage has to pad its map."""
+    if isinstance(body, AnySizeHiera):
+        return math.lcm(STRIDES[-1], body.multiple)
+    sides = [STRIDES[-1]]
+    if isinstance(model := getattr(body, "model", None), SwinTransformerV2):
+        # It rolls before it pads, so that padding inside a stage would mix opposite borders.
+        for stride, stage in zip(STRIDES, model.layers, strict=True):
+            sides += [stride * side for side in stage.blocks[0].window_size]
+    return math.lcm(*sides)
+
+
+def _enable_checkpointing(body: nn.Module, config: TimmBackboneConfig) -> None:
+    """Block by block where the model's parts can, else stage by stage."""
+    where = f"model.backbone.checkpointing is true, but {config.name!r}"
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in body.modules()):
+        raise ConfigError(
+            f"{where} with norm {config.norm!r} would count every batch twice in its running statistics; "
+            "set norm to frozen_batch or group"
+        )
+    parts: list[Any] = [
+        module for module in body.modules() if module is not body and hasattr(module, "grad_checkpointing")
+    ]
+    for part in parts:
+        part.grad_checkpointing = True
+    if parts:
+        return
+    if isinstance(body, AnySizeHiera):
+        body.grad_checkpointing = True
+    elif callable(enable := getattr(body, "set_grad_checkpointing", None)):
+        enable(True)
+    else:
+        raise ConfigError(f"{where} has no activation checkpointing in timm; set it to false")
