@@ -21,7 +21,7 @@ def open_ade20k_full(source: Ade20kFullSource, max_pixels: int) -> MapReader:
     """Reader of all images under a folder of the release. Raises DataError for images without `_seg.png`."""
     folder = require_folder(source.folder)
     categories = categories_847() if source.categories is None else read_category_file(source.categories, ())[0]
-    records = pair_files(folder, folder, image_endings=(".jpg",), map_endings=("_seg.png",))
+    records = pair_files(folder, folder, image_endings=(".jpg",), map_endings=("_seg.png",), base_names=True)
     return MapReader(folder, categories, ObjectMaps(categories), records, max_pixels)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
 from data_pipeline.errors import DataError
-from data_pipeline.readers.coco_panoptic import CocoPanopticReader
-from data_pipeline.readers.files import require_folder, some
+from data_pipeline.readers.coco_panoptic import CocoPanopticReader, PanopticRecord
+from data_pipeline.readers.files import make_key, require_folder, some
 from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_index_map
 from data_pipeline.sample import Annotation
 
@@ -52,7 +52,7 @@ CATEGORIES = CategoryTable(
 def open_cityscapes(source: CityscapesSource, max_pixels: int) -> MapReader:
     """Reader of the instance maps, which hold all that the label maps do. Raises DataError for missing files."""
     images, annotations = require_folder(source.images), require_folder(source.annotations)
-    records = pair_files(images, annotations, image_endings=(_IMAGE_ENDING,), map_endings=_MAP_ENDINGS)
+    records = pair_files(images, annotations, image_endings=(_IMAGE_ENDING,), map_endings=_MAP_ENDINGS, base_names=True)
     return MapReader(images, CATEGORIES, InstanceIds(), records, max_pixels)
 
 
@@ -77,13 +77,13 @@ def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) 
             f"{images} lacks {len(missing)} images of {source.panoptic_json}, as <id>{_IMAGE_ENDING}: {some(missing)}; "
             "point source.images at leftImg8bit or at its folder of this split"
         )
-    return replace(
-        reader,
-        records=tuple(
-            replace(record, image=replace(record.image, file_name=by_id[record.image.source_id]))
-            for record in reader.records
-        ),
-    )
+    return replace(reader, records=tuple(_renamed(record, by_id[record.image.source_id]) for record in reader.records))
+
+
+def _renamed(record: PanopticRecord, name: str) -> PanopticRecord:
+    """The record with its image's real name, keyed by the id."""
+    key = make_key(f"{record.image.source_id}.png")
+    return replace(record, key=key, image=replace(record.image, file_name=name))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from data_pipeline.readers.coco_json import CocoImage, field, stated_area, state
 from data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
-    make_key,
     relative_name,
     require_folder,
     size_on_disk,
@@ -39,6 +38,7 @@ Instances = Sequence[Mapping[str, Any]]
 class PanopticRecord:
     """What the JSON files say about one image."""
 
+    key: str
     image: CocoImage
     mask_name: str
     segments: Sequence[Mapping[str, Any]]
@@ -72,7 +72,7 @@ class CocoPanopticReader:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """Keys in the order of the annotation file."""
-        return tuple(make_key(record.image.file_name) for record in self.records)
+        return tuple(record.key for record in self.records)
 
     def source(self, index: int) -> str:
         """Folder and name of the image."""
@@ -91,7 +91,7 @@ class CocoPanopticReader:
             )
             segments += things
         return Sample(
-            key=self.keys[index],
+            key=record.key,
             image_id=image.id,
             source=self.source(index),
             image=file.data,
@@ -140,7 +140,7 @@ class CocoPanopticReader:
 
 def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecord, ...]:
     images = coco_json.read_images(document, path)
-    unique_keys(image.file_name for image in images)
+    keys = unique_keys(image.file_name for image in images)
     groups = coco_json.group_by_image(document, images, path, strict=True)
     wrong = [image_id for image_id, group in groups.items() if len(group) != 1]
     if wrong:
@@ -148,7 +148,7 @@ def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecor
             f"{path}: every image needs one entry in `annotations`; these have none or several: {some(wrong)}"
         )
     records = []
-    for image in images:
+    for key, image in zip(keys, images, strict=True):
         entry = groups[image.source_id][0]
         where = f"{path}: annotation of image {image.source_id}"
         segments = field(entry, "segments_info", where)
@@ -157,7 +157,8 @@ def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecor
         for segment in segments:
             whole_number(segment, "category_id", where)
         coco_json.require_unique([whole_number(s, "id", where) for s in segments], f"{where}: segment ids")
-        records.append(PanopticRecord(image, relative_name(field(entry, "file_name", where), where), segments, None))
+        mask_name = relative_name(field(entry, "file_name", where), where)
+        records.append(PanopticRecord(key, image, mask_name, segments, None))
     return tuple(records)
 
 

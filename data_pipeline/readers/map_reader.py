@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -17,7 +17,6 @@ from data_pipeline.image_file import BrokenImageError, decode_id_png, decode_ind
 from data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
-    make_key,
     read_bytes,
     size_on_disk,
     some,
@@ -51,6 +50,7 @@ class MapRecord:
 
     index: int
     """Position in the whole data set; the image id."""
+    key: str
     image: str
     """Relative to the folder of the images."""
     maps: tuple[Path, ...]
@@ -69,7 +69,7 @@ class MapReader:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """Keys in the order of the file names."""
-        return tuple(make_key(record.image) for record in self.records)
+        return tuple(record.key for record in self.records)
 
     def source(self, index: int) -> str:
         """Folder and name of the image."""
@@ -83,7 +83,7 @@ class MapReader:
         height, width = annotation.seg.shape
         file = load_image(self.images / record.image, height, width, self.max_pixels)
         return Sample(
-            key=self.keys[index],
+            key=record.key,
             image_id=record.index,
             source=self.source(index),
             image=file.data,
@@ -200,16 +200,26 @@ def read_color_map(path: Path) -> np.ndarray:
 
 
 def pair_files(
-    images: Path, *maps: Path, image_endings: tuple[str, ...] = IMAGE_ENDINGS, map_endings: tuple[str, ...] = (".png",)
+    images: Path,
+    *maps: Path,
+    image_endings: tuple[str, ...] = IMAGE_ENDINGS,
+    map_endings: tuple[str, ...] = (".png",),
+    base_names: bool = False,
 ) -> tuple[MapRecord, ...]:
     """Records of all images with their file of the same stem in every folder of maps, in the order of stems.
 
     A stem is the name relative to its folder without its ending. Raises DataError for files without a partner.
+
+    Args:
+        images: folder of the images; folders below it count too.
+        maps: folders of the maps, in the order in which the decoder takes them.
+        image_endings: how names of images end, in any case.
+        map_endings: how names of maps end, in any case.
+        base_names: keys are stems without folders, for data sets that keep these unique.
     """
     image_names = _names_by_stem(images, image_endings)
     if not image_names:
         raise DataError(f"{images} holds no image ({', '.join(image_endings)}); the data set is empty")
-    unique_keys(image_names.values())
     map_names = [_names_by_stem(folder, map_endings) for folder in maps]
     for folder, names in zip(maps, map_names, strict=True):
         alone = sorted(image_names.keys() ^ names.keys())
@@ -218,9 +228,11 @@ def pair_files(
                 f"{len(alone)} files have no partner of the same stem between {images} ({', '.join(image_endings)}) "
                 f"and {folder} ({', '.join(map_endings)}): {some(alone)}"
             )
+    stems = sorted(image_names)
+    keys = unique_keys(f"{PurePosixPath(stem).name}.png" if base_names else image_names[stem] for stem in stems)
     return tuple(
-        MapRecord(i, image_names[stem], tuple(f / names[stem] for f, names in zip(maps, map_names, strict=True)))
-        for i, stem in enumerate(sorted(image_names))
+        MapRecord(i, key, image_names[stem], tuple(f / names[stem] for f, names in zip(maps, map_names, strict=True)))
+        for i, (stem, key) in enumerate(zip(stems, keys, strict=True))
     )
 
 

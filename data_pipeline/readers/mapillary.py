@@ -60,8 +60,8 @@ def _read_labels(path: str) -> tuple[Category | None, ...]:
     labels: list[Category | None] = []
     for number, entry in enumerate(entries):
         where = f"{path}: labels[{number}]"
-        name = str(field(entry, "name", where))
         is_thing, is_evaluated = (read_flag(entry, flag, where) for flag in ("instances", "evaluate"))
+        name = str(entry.get("readable") or field(entry, "name", where))
         labels.append(Category(number, name, is_thing, read_color(entry, number, where)) if is_evaluated else None)
     if not any(labels):
         raise DataError(f"{path}: no label has `evaluate` true; there is nothing to learn")
