@@ -1,0 +1,52 @@
+"""Multiply-adds of the official backbones."""
+
+from __future__ import annotations
+
+from model.flops.operations import BATCH_NORM, NORM, Map, attention, convolution, feed_forward
+
+RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
+"""Bottleneck blocks of the stages at strides 4, 8, 16 and 32."""
+
+
+def resnet(blocks: tuple[int, ...], size: tuple[int, int]) -> int:
+    """ResNet with bottlenecks that stride in their 3x3 convolution, as torchvision and the official configs have it."""
+    at = Map(*size).strided(2)
+    total, channels = _batch_normed(at, 3, 64, 7), 64
+    at = at.strided(2)  # max pooling
+    for stage, count in enumerate(blocks):
+        width, before = 64 * 2**stage, at
+        at = at.strided(1 if stage == 0 else 2)
+        for block in range(count):
+            total += _batch_normed(before if block == 0 else at, channels, width)
+            total += _batch_normed(at, width, width, 3) + _batch_normed(at, width, 4 * width)
+            if block == 0:
+                total += _batch_normed(at, channels, 4 * width)
+            channels = 4 * width
+    return total
+
+
+def _batch_normed(at: Map, inputs: int, outputs: int, kernel: int = 1) -> int:
+    return convolution(at.pixels, inputs, outputs, kernel) + BATCH_NORM * at.pixels * outputs
+
+
+def swin(embed_dim: int, depths: tuple[int, ...], window_size: int, size: tuple[int, int]) -> int:
+    """Swin transformer with a LayerNorm on every stage's output; maps are padded to whole windows inside each block."""
+    patch = 4
+    at = Map(*size).strided(patch)
+    channels = embed_dim
+    total = convolution(at.pixels, 3, channels, patch) + NORM * at.pixels * channels
+    for stage, depth in enumerate(depths):
+        if stage > 0:
+            at = at.strided(2)
+            total += NORM * at.pixels * 4 * channels + convolution(at.pixels, 4 * channels, 2 * channels)
+            channels *= 2
+        total += depth * _swin_block(at, channels, window_size) + NORM * at.pixels * channels
+    return total
+
+
+def _swin_block(at: Map, channels: int, window_size: int) -> int:
+    padded = at.strided(window_size)
+    tokens = padded.pixels * window_size**2
+    total = convolution(tokens, channels, 4 * channels)  # queries, keys, values and output
+    total += attention(tokens, window_size**2, channels)
+    return total + feed_forward(at.pixels, channels, 4 * channels) + 2 * NORM * at.pixels * channels

@@ -1,0 +1,99 @@
+"""Multiply-adds of the official code for a recipe's model, by formula: the FLOPs of the paper's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import MappingProxyType
+from typing import assert_never
+
+from model.config import (
+    BackboneConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    StandardTransformerDecoderConfig,
+    SwinBackboneConfig,
+    TimmBackboneConfig,
+    TransformerFPNPixelDecoderConfig,
+)
+from model.errors import ConfigError
+from model.flops.backbones import RESNET_BLOCKS, resnet, swin
+from model.flops.executed import build_backbone_shapes, executed_backbone_flops
+from model.flops.operations import BILINEAR, Flops, Map, pyramid
+from model.flops.pixel_decoders import pixel_decoder
+from model.flops.transformer_decoders import masked, standard
+
+COCO_SIZES: Mapping[tuple[int, int], int] = MappingProxyType(
+    {
+        (672, 1344): 1,
+        (736, 1344): 2,
+        (768, 1344): 6,
+        (800, 800): 5,
+        (800, 832): 2,
+        (800, 896): 1,
+        (800, 928): 1,
+        (800, 960): 3,
+        (800, 992): 1,
+        (800, 1024): 2,
+        (800, 1088): 33,
+        (800, 1120): 2,
+        (800, 1184): 2,
+        (800, 1216): 36,
+        (800, 1248): 1,
+        (800, 1344): 2,
+    }
+)
+"""Inputs that the paper's FLOPs on COCO are the mean of: how often each size, height and width in either order, occurs
+among the first 100 images (by id) of val2017 with the shorter side at 800, the longer at most 1333, padded to 32."""
+
+
+def official_flops(config: ModelConfig, size: tuple[int, int], *, semantic: bool = False) -> Flops:
+    """Multiply-adds for an input of this height and width; `semantic` adds the semantic inference to them.
+
+    Backbones that the paper does not use have no official code: what ours executes is counted.
+    """
+    if config.num_classes is None:
+        raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
+    backbone, channels = _backbone(config.backbone, size)
+    maps, area = pyramid(size), size[0] * size[1]
+    return Flops(
+        backbone=backbone,
+        pixel_decoder=pixel_decoder(config.pixel_decoder, channels, maps),
+        transformer_decoder=_transformer_decoder(config, config.num_classes, channels[-1], maps),
+        inference=config.transformer_decoder.num_queries * area * (BILINEAR + (config.num_classes if semantic else 0)),
+    )
+
+
+def mean_flops(config: ModelConfig, sizes: Mapping[tuple[int, int], int] = COCO_SIZES) -> Flops:
+    """Mean of `official_flops` over sizes and how often they occur."""
+    images = sum(sizes.values())
+    counted = [(count / images, official_flops(config, size)) for size, count in sizes.items()]
+    return Flops(**{f.name: sum(share * getattr(flops, f.name) for share, flops in counted) for f in fields(Flops)})
+
+
+def _transformer_decoder(config: ModelConfig, num_classes: int, coarsest_channels: int, maps: Sequence[Map]) -> int:
+    pixel, decoder = config.pixel_decoder, config.transformer_decoder
+    match decoder:
+        case MaskedTransformerDecoderConfig():
+            return masked(decoder, pixel.conv_dim, pixel.mask_dim, num_classes, maps)
+        case StandardTransformerDecoderConfig():
+            encoded = isinstance(pixel, TransformerFPNPixelDecoderConfig)
+            in_dim = pixel.conv_dim if encoded else coarsest_channels
+            return standard(decoder, in_dim, pixel.mask_dim, num_classes, maps)
+        case _:
+            assert_never(decoder)
+
+
+def _backbone(config: BackboneConfig, size: tuple[int, int]) -> tuple[float, tuple[int, ...]]:
+    """Multiply-adds, and channels at strides 4, 8, 16 and 32."""
+    match config:
+        case SwinBackboneConfig():
+            channels = tuple(config.embed_dim * 2**stage for stage in range(4))
+            return swin(config.embed_dim, config.depths, config.window_size, size), channels
+        case TimmBackboneConfig(name=name) if name in RESNET_BLOCKS and not config.options:
+            return resnet(RESNET_BLOCKS[name], size), (256, 512, 1024, 2048)
+        case TimmBackboneConfig():
+            backbone = build_backbone_shapes(config)
+            return executed_backbone_flops(backbone, size), backbone.channels
+        case _:
+            assert_never(config)

@@ -1,0 +1,163 @@
+"""The models whose size the Mask2Former paper states: their settings and what it prints about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from model.config import (
+    BackboneConfig,
+    BiFPNPixelDecoderConfig,
+    FaPNPixelDecoderConfig,
+    FPNPixelDecoderConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    PixelDecoderConfig,
+    SemanticFPNPixelDecoderConfig,
+    StandardTransformerDecoderConfig,
+    SwinBackboneConfig,
+    TimmBackboneConfig,
+    TransformerFPNPixelDecoderConfig,
+)
+
+R50 = TimmBackboneConfig(name="resnet50")
+R101 = TimmBackboneConfig(name="resnet101")
+SWIN_T = SwinBackboneConfig()
+SWIN_S = SwinBackboneConfig(depths=(2, 2, 18, 2))
+SWIN_B = SwinBackboneConfig(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=12)
+SWIN_L = SwinBackboneConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12)
+
+COCO_CLASSES, ADE_CLASSES = 80, 150
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperModel:
+    """One row of a table."""
+
+    name: str
+    table: str
+    """Of the Mask2Former paper."""
+    config: ModelConfig
+    size: tuple[int, int] | None = None
+    """Input (height, width); None for the mean over images of COCO."""
+    semantic: bool = False
+    """Whether semantic inference is part of the FLOPs."""
+    parameters: float | None = None
+    """Millions, as printed."""
+    flops: float | None = None
+    """Milliards of multiply-adds, as printed."""
+
+
+def paper_models() -> tuple[PaperModel, ...]:
+    """All rows, in the order of the tables."""
+    return (*_coco(), *_decoder_variants(), *_pixel_decoders(), *_query_counts(), *_maskformer(), *_ade20k())
+
+
+def _coco() -> Iterator[PaperModel]:
+    backbones: tuple[tuple[str, BackboneConfig, int, int, int], ...] = (
+        ("R50", R50, 100, 44, 226),
+        ("R101", R101, 100, 63, 293),
+        ("Swin-T", SWIN_T, 100, 47, 232),
+        ("Swin-S", SWIN_S, 100, 69, 313),
+        ("Swin-B", SWIN_B, 100, 107, 466),
+        ("Swin-L, 200 queries", SWIN_L, 200, 216, 868),
+    )
+    for name, backbone, queries, parameters, flops in backbones:
+        decoder = MaskedTransformerDecoderConfig(num_queries=queries)
+        config = ModelConfig(backbone=backbone, transformer_decoder=decoder, num_classes=COCO_CLASSES)
+        yield PaperModel(name=name, table="I, III", config=config, parameters=parameters, flops=flops)
+
+
+def _decoder_variants() -> Iterator[PaperModel]:
+    masked = MaskedTransformerDecoderConfig()
+    variants = (
+        ("zero-initialised queries", "4b, Xb", replace(masked, queries="zero"), 226),
+        ("learnable queries without supervision", "Xb", replace(masked, queries="learnable"), 226),
+        ("self-attention first", "4b", replace(masked, cross_attention_first=False), 226),
+        ("with dropout", "4b", replace(masked, dropout=0.1), 226),
+        ("cross-attention", "4c", replace(masked, attention="cross"), 213),
+        ("SMCA", "4c", replace(masked, attention="smca"), 213),
+        ("mask pooling", "4c", replace(masked, attention="mask_pooling"), 217),
+        ("single scale 1/32", "4d", replace(masked, features="stride_32"), 218),
+        ("single scale 1/16", "4d", replace(masked, features="stride_16"), 222),
+        ("single scale 1/8", "4d", replace(masked, features="stride_8"), 239),
+        ("naive multi-scale", "4d", replace(masked, features="naive_multi_scale"), 247),
+    )
+    for name, table, decoder, flops in variants:
+        config = ModelConfig(transformer_decoder=decoder, num_classes=COCO_CLASSES)
+        yield PaperModel(name=f"R50, {name}", table=table, config=config, flops=flops)
+
+
+def _pixel_decoders() -> Iterator[PaperModel]:
+    variants: tuple[tuple[str, str, PixelDecoderConfig, int | None], ...] = (
+        ("FPN", "4e", FPNPixelDecoderConfig(), 195),
+        ("Semantic FPN", "4e", SemanticFPNPixelDecoderConfig(), 258),
+        ("FaPN", "4e", FaPNPixelDecoderConfig(), None),
+        ("BiFPN", "4e", BiFPNPixelDecoderConfig(), 204),
+        ("transformer encoder and FPN", "XI d", TransformerFPNPixelDecoderConfig(), 195),
+    )
+    for name, table, pixel_decoder, flops in variants:
+        config = ModelConfig(pixel_decoder=pixel_decoder, num_classes=COCO_CLASSES)
+        yield PaperModel(name=f"R50, {name}", table=table, config=config, flops=flops)
+
+
+def _query_counts() -> Iterator[PaperModel]:
+    for queries, flops in ((50, 217), (200, 246), (300, 265), (1000, 405)):
+        decoder = MaskedTransformerDecoderConfig(num_queries=queries)
+        config = ModelConfig(transformer_decoder=decoder, num_classes=COCO_CLASSES)
+        yield PaperModel(name=f"R50, {queries} queries", table="Xa", config=config, flops=flops)
+
+
+def _maskformer() -> Iterator[PaperModel]:
+    encoder, fpn = TransformerFPNPixelDecoderConfig(), FPNPixelDecoderConfig()
+    on_coco: tuple[tuple[str, BackboneConfig, PixelDecoderConfig, int, int], ...] = (
+        ("R50", R50, encoder, 45, 181),
+        ("R101", R101, encoder, 64, 248),
+        ("Swin-T", SWIN_T, fpn, 42, 179),
+        ("Swin-S", SWIN_S, fpn, 63, 259),
+        ("Swin-B", SWIN_B, fpn, 102, 411),
+        ("Swin-L", SWIN_L, fpn, 212, 792),
+    )
+    for name, backbone, pixel_decoder, parameters, flops in on_coco:
+        config = ModelConfig(
+            backbone=backbone,
+            pixel_decoder=pixel_decoder,
+            transformer_decoder=StandardTransformerDecoderConfig(),
+            num_classes=COCO_CLASSES,
+        )
+        yield PaperModel(name=f"MaskFormer {name}", table="I", config=config, parameters=parameters, flops=flops)
+
+
+def _ade20k() -> Iterator[PaperModel]:
+    """Semantic segmentation: one size of input, and the sum over queries is part of the FLOPs."""
+    rows: tuple[tuple[str, BackboneConfig, int, int, int], ...] = (
+        ("R50", R50, 512, 44, 71),
+        ("R101", R101, 512, 63, 90),
+        ("Swin-T", SWIN_T, 512, 47, 74),
+        ("Swin-S", SWIN_S, 512, 69, 98),
+        ("Swin-B", SWIN_B, 640, 107, 223),
+        ("Swin-L", SWIN_L, 640, 215, 403),
+    )
+    for name, backbone, side, parameters, flops in rows:
+        config = ModelConfig(backbone=backbone, num_classes=ADE_CLASSES)
+        yield _ade20k_row(name, config, side, parameters, flops)
+    config = ModelConfig(backbone=SWIN_L, pixel_decoder=FaPNPixelDecoderConfig(), num_classes=ADE_CLASSES)
+    yield _ade20k_row("Swin-L, FaPN", config, 640, 217, None)
+    config = ModelConfig(
+        pixel_decoder=FPNPixelDecoderConfig(),
+        transformer_decoder=StandardTransformerDecoderConfig(),
+        num_classes=ADE_CLASSES,
+    )
+    yield _ade20k_row("MaskFormer R50", config, 512, 41, 53)
+
+
+def _ade20k_row(name: str, config: ModelConfig, side: int, parameters: int, flops: int | None) -> PaperModel:
+    return PaperModel(
+        name=f"ADE20K {name}",
+        table="V",
+        config=config,
+        size=(side, side),
+        semantic=True,
+        parameters=parameters,
+        flops=flops,
+    )
