@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
 from model.mask2former import build_model
 from model.weights import to_own_names
 from trainer.config import OptimizerConfig
@@ -18,16 +18,20 @@ def settings_by_name(model):
     return {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
-def test_every_parameter_has_the_official_settings(goldens):
-    official = json.loads((goldens / "g_param_groups_r50_coco_panoptic.json").read_text())
-    entries = json.loads((goldens / "state_dict_r50_coco_panoptic.json").read_text())["entries"]
+@pytest.mark.parametrize(
+    ("golden", "backbone"),
+    [("r50_coco_panoptic", TimmBackboneConfig()), ("swin_tiny_coco_panoptic", SwinBackboneConfig())],
+)
+def test_every_parameter_has_the_official_settings(goldens, golden, backbone):
+    official = json.loads((goldens / f"g_param_groups_{golden}.json").read_text())
+    entries = json.loads((goldens / f"state_dict_{golden}.json").read_text())["entries"]
     rows = {entry["key"]: entry["shape"][0] for entry in entries if entry["shape"]}
     choices = sorted({(lr, decay) for _, lr, decay in official["groups"]})
     # Each official tensor becomes a column that holds its group, so that joined and split projections carry theirs.
     coded = {name: torch.full((rows[name],), choices.index((lr, wd))) for name, lr, wd in official["groups"]}
     expected = to_own_names(coded, "official")
 
-    ours = settings_by_name(build_model(ModelConfig(num_classes=133), pretrained_backbone=False))
+    ours = settings_by_name(build_model(ModelConfig(num_classes=133, backbone=backbone), pretrained_backbone=False))
     assert set(ours) == set(expected)
     for name, codes in expected.items():
         assert codes.unique().numel() == 1, name
