@@ -58,7 +58,7 @@ class TimmBackbone(nn.Module):
         height, width = images.shape[-2:]
         features = self._maps(F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple)))
         return tuple(
-            feature[..., : math.ceil(height / stride), : math.ceil(width / stride)]
+            feature[..., : -(-height // stride), : -(-width // stride)]  # integers only, for torch.export
             for feature, stride in zip(features, STRIDES, strict=True)
         )
 
@@ -161,7 +161,8 @@ def _required_multiple(body: nn.Module) -> int:
     sides = [STRIDES[-1]]
     if isinstance(model := getattr(body, "model", None), SwinTransformerV2):
         # It rolls before it pads, so that padding inside a stage would mix opposite borders.
-        for stride, stage in zip(STRIDES, model.layers, strict=True):
+        stages: Any = model.layers
+        for stride, stage in zip(STRIDES, stages, strict=True):
             sides += [stride * side for side in stage.blocks[0].window_size]
     return math.lcm(*sides)
 
