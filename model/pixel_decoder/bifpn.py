@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import BiFPNPixelDecoderConfig
-from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, lateral, output
+from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, keep_in_graph, lateral, output
 
 _EPSILON = 1e-4
 """Keeps the fusion weights finite where all of them are zero."""
@@ -82,4 +82,4 @@ class BiFPNPixelDecoder(PixelDecoder):
         maps = [project(feature) for project, feature in zip(self.laterals, reversed(features), strict=True)]
         fused = self.layers(maps)
         *coarse, finest = (smooth(level) for smooth, level in zip(self.outputs, fused, strict=True))
-        return self.mask_features(finest), tuple(coarse)
+        return keep_in_graph(self.mask_features(finest), coarse), tuple(coarse)

@@ -12,7 +12,7 @@ from torchvision.ops import deform_conv2d
 
 from model.attention import at_least_float32
 from model.config import FaPNPixelDecoderConfig
-from model.pixel_decoder.layers import PixelDecoder, convolution, lateral, output
+from model.pixel_decoder.layers import PixelDecoder, convolution, keep_in_graph, lateral, output
 
 _TAPS = 9
 """Samples of a 3x3 kernel."""
@@ -106,4 +106,4 @@ class FaPNPixelDecoder(PixelDecoder):
             level = step(feature, level)
             maps.append(smooth(level))
         *coarse, finest = maps
-        return self.mask_features(finest), tuple(coarse)
+        return keep_in_graph(self.mask_features(finest), coarse), tuple(coarse)

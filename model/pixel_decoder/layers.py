@@ -12,7 +12,8 @@ class PixelDecoder(nn.Module):
     """Turns a backbone's maps into per-pixel embeddings and multi-scale features.
 
     The forward takes the maps [B, C, ., .] at strides 4, 8, 16, 32, of any size, and returns mask features
-    [B, mask_dim, h, w] at stride 4 and three maps [B, feature_dim, ., .] in the order 1/32, 1/16, 1/8.
+    [B, mask_dim, h, w] at stride 4 and three maps [B, feature_dim, ., .] in the order 1/32, 1/16, 1/8. Whichever of
+    these are used, every parameter gets a gradient as long as the mask features are.
     """
 
     def __init__(self, feature_dim: int, mask_dim: int) -> None:
@@ -23,6 +24,15 @@ class PixelDecoder(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`features` at strides 4, 8, 16, 32 to mask features and the maps at 1/32, 1/16, 1/8."""
         raise NotImplementedError
+
+
+def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """`used` as it is, whose backward pass also reaches `others`, with zeros.
+
+    ZeRO wants a gradient for every parameter, and a transformer decoder need not read every map.
+    """
+    nothing = [other[:0].sum() for other in others]  # exactly 0, even where a map is not finite
+    return sum(nothing, start=used)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

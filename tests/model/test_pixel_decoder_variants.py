@@ -69,6 +69,13 @@ def test_every_parameter_and_every_input_gets_a_gradient(config):
     assert all(level.grad.abs().max() > 0 for level in inputs)
 
 
+@every_decoder
+def test_every_parameter_gets_a_gradient_where_only_mask_features_are_used(config):
+    decoder = build_pixel_decoder(config, CHANNELS)
+    decoder(random_maps(SIZES["odd, rounded down"]))[0].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in decoder.parameters())
+
+
 @pytest.mark.parametrize("mode", ["autocast", "parameters"])
 @every_decoder
 def test_bfloat16_is_close_to_float32_forward_and_runs_backward(config, mode):

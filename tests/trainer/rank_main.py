@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engine_ranks import agreement
+from family_ranks import family_agreement
 
 import trainer.module
 from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
@@ -103,6 +104,10 @@ class DieAfterFirstCheckpoint(Recorder):
 
 def engine_agreement(folder: Path) -> dict:
     return agreement(lambda **training: make_job(folder / "none", "none", **training))
+
+
+def family(folder: Path) -> dict:
+    return family_agreement(lambda **training: make_job(folder / "none", "none", **training))
 
 
 def uninterrupted(folder: Path) -> dict:

@@ -1,0 +1,131 @@
+"""The scenario of test_family.py: one step of every member of the model family under ZeRO-3, and in plain torch.
+
+Not a test module; `rank_main.py` runs it on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+from engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
+
+from data_pipeline.order import step_plan
+from model.config import (
+    BiFPNPixelDecoderConfig,
+    FaPNPixelDecoderConfig,
+    FPNPixelDecoderConfig,
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    MSDeformAttnPixelDecoderConfig,
+    PixelDecoderConfig,
+    SemanticFPNPixelDecoderConfig,
+    StandardTransformerDecoderConfig,
+    TransformerDecoderConfig,
+    TransformerFPNPixelDecoderConfig,
+)
+from trainer.config import ZeroConfig
+from trainer.control import Ranks
+from trainer.engine import Engine
+from trainer.metrics import summed_losses
+
+WIDTH = {"conv_dim": 16, "mask_dim": 16}
+ENCODER = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}
+DECODER = {"num_queries": 8, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}
+
+FPN = FPNPixelDecoderConfig(**WIDTH)
+BIFPN = BiFPNPixelDecoderConfig(**WIDTH, num_layers=1)
+TRANSFORMER_FPN = TransformerFPNPixelDecoderConfig(**WIDTH, **ENCODER)
+
+
+def masked(**settings) -> MaskedTransformerDecoderConfig:
+    return MaskedTransformerDecoderConfig(**DECODER, **settings)
+
+
+STANDARD = StandardTransformerDecoderConfig(**DECODER)
+POINTS = LossConfig(num_points=64)
+
+FAMILY = {
+    "ms_deform_attn": (MSDeformAttnPixelDecoderConfig(**WIDTH, **ENCODER, num_points=2), masked(), POINTS),
+    "fpn, cross, stride_32": (FPN, masked(attention="cross", features="stride_32"), POINTS),
+    "semantic_fpn, smca, stride_16": (
+        SemanticFPNPixelDecoderConfig(**WIDTH),
+        masked(attention="smca", features="stride_16"),
+        POINTS,
+    ),
+    "bifpn, mask_pooling, stride_8": (BIFPN, masked(attention="mask_pooling", features="stride_8"), POINTS),
+    "fapn, naive_multi_scale, learnable": (
+        FaPNPixelDecoderConfig(**WIDTH, offset_groups=2),
+        masked(features="naive_multi_scale", queries="learnable"),
+        POINTS,
+    ),
+    "transformer_fpn, zero, pre_norm, self-attention first": (
+        TRANSFORMER_FPN,
+        masked(queries="zero", pre_norm=True, cross_attention_first=False),
+        POINTS,
+    ),
+    "fpn, smca, multi_scale, focal": (FPN, masked(attention="smca"), replace(POINTS, mask_loss="focal")),
+    "fpn, standard, masks, focal": (
+        FPN,
+        STANDARD,
+        replace(POINTS, matching="masks", supervision="masks", mask_loss="focal"),
+    ),
+    "transformer_fpn, standard, masks": (TRANSFORMER_FPN, STANDARD, replace(POINTS, supervision="masks")),
+    "bifpn, mask_pooling, zero, masks": (
+        BIFPN,
+        masked(attention="mask_pooling", queries="zero"),
+        replace(POINTS, matching="masks"),
+    ),
+}
+
+
+def family_agreement(make_job) -> dict:
+    """Loss and gradient norm of one step of four images: whole in plain torch, and sharded over the ranks."""
+    assert not left_out()
+    ranks = Ranks(60.0)
+    zero = ZeroConfig(stage=3, param_persistence_threshold=0)
+    job = make_job(global_batch=GLOBAL_BATCH, micro_batch=2, zero=zero)
+    seen = {}
+    for name, (pixel_decoder, transformer_decoder, loss) in FAMILY.items():
+        model = replace(job.model, pixel_decoder=pixel_decoder, transformer_decoder=transformer_decoder, loss=loss)
+        member = replace(job, model=model)
+        seen[name] = [whole_step(member), sharded_step(member, ranks)]
+    dist.barrier()
+    return seen
+
+
+def left_out() -> set[object]:
+    """Kinds and choices that no member has."""
+    pixel_decoders, transformer_decoders, losses = zip(*FAMILY.values(), strict=True)
+    there = {type(config) for config in (*pixel_decoders, *transformer_decoders)}
+    known = {*get_args(PixelDecoderConfig), *get_args(TransformerDecoderConfig)}
+    for cls, configs in ((MaskedTransformerDecoderConfig, transformer_decoders), (LossConfig, losses)):
+        of_class = [vars(config) for config in configs if isinstance(config, cls)]
+        for name, hint in get_type_hints(cls).items():
+            if get_origin(hint) is Literal and name != "class_norm":
+                known |= {(name, choice) for choice in get_args(hint)}
+                there |= {(name, values[name]) for values in of_class}
+    return known - there
+
+
+def whole_step(job) -> dict[str, float]:
+    batch = make_images(job.model, range(GLOBAL_BATCH))
+    module = fresh_module(job)
+    losses = module(batch, normalizers_of(job, [batch]))
+    losses.total.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.requires_grad])
+    return {"loss": losses.total.item(), "norm": norm.item()}
+
+
+def sharded_step(job, ranks: Ranks) -> dict[str, float]:
+    training = job.training
+    engine = Engine(fresh_module(job), training, torch.device("cpu"))
+    plan = step_plan(0, GLOBAL_BATCH, ranks.rank, ranks.world_size, training.micro_batch)
+    batches = [make_images(job.model, positions) for positions in plan]
+    normalizers = normalizers_of(job, batches, ranks)
+    losses = [engine.accumulate(batch, normalizers) for batch in batches]
+    result = engine.finish_step()
+    assert result.applied
+    return {"loss": summed_losses(losses, ranks)["loss/total"], "norm": result.grad_norm}

@@ -1,0 +1,12 @@
+"""Every pixel decoder, transformer decoder and loss under ZeRO-3 on two ranks, of which one sees no object."""
+
+import pytest
+
+
+@pytest.mark.slow
+def test_a_sharded_step_of_every_member_of_the_family_equals_the_whole_one(launcher):
+    launcher.run_well("family")
+    for rank in (0, 1):
+        for member, (whole, sharded) in launcher.seen("family", rank).items():
+            assert sharded["loss"] == pytest.approx(whole["loss"], rel=1e-5), member
+            assert sharded["norm"] == pytest.approx(whole["norm"], rel=1e-4), member
