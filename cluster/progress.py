@@ -58,6 +58,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._interval_s, self._clock = interval_s, clock
         self._started = self._last_line = clock()
+        self._told: int | None = None
         self._bar: RichProgress | None = None
         if self._stream.isatty():
             columns = (
@@ -79,7 +80,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._told != self._done:
             self._line()
 
     def advance(self, count: int) -> None:
@@ -101,7 +102,7 @@ class Progress:
         return describe_pace(self._done, self._total, self._first, self._clock() - self._started, self._unit)
 
     def _line(self) -> None:
-        self._last_line = self._clock()
+        self._last_line, self._told = self._clock(), self._done
         self._write(f"{self._title}: {self._done}/{self._total} {self._unit}, {self._pace()}")
 
     def _write(self, text: str) -> None:

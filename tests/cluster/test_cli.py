@@ -269,6 +269,14 @@ def test_pace_and_durations_read_well():
     assert describe_pace(done=10, total=90, first=10, elapsed_s=10.0, unit="images") == "- images/s"
 
 
+def test_the_last_line_of_progress_is_said_once(capsys):
+    now = [0.0]
+    with Progress("sharding", 2, "images", interval_s=10, clock=lambda: now[0]) as progress:
+        now[0] = 20.0
+        progress.advance(2)
+    assert capsys.readouterr().err == "sharding: 2/2 images, 0.1 images/s, 0:00 left\n"
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
     now = [0.0]
     with Progress("sharding", 100, "images", interval_s=10, clock=lambda: now[0]) as progress:
