@@ -65,7 +65,7 @@ def _shrunk(feature: Tensor, size: Sequence[int]) -> Tensor:
 class BiFPNPixelDecoder(PixelDecoder):
     """FPN with BiFPN layers between the lateral and the output convolutions.
 
-    Depth and convolutions are not in the paper; these give its 204G FLOPs (Table 4e), see docs/numerics.md.
+    The paper leaves depth and convolutions open; docs/numerics.md says how these were chosen.
     """
 
     def __init__(self, config: BiFPNPixelDecoderConfig, channels: Sequence[int]) -> None:
