@@ -314,22 +314,3 @@ class ModelConfig:
     """Path or URL of weights to start from (a whole model); None starts from the initialisation."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-
-    def __post_init__(self) -> None:
-        has_parts_per_level = isinstance(self.pixel_decoder, BiFPNPixelDecoderConfig | FaPNPixelDecoderConfig)
-        if has_parts_per_level and not _reads_every_level(self.transformer_decoder):
-            raise ConfigError(
-                f"model.pixel_decoder.kind is {self.pixel_decoder.kind!r}, which has parts of its own for every scale, "
-                "but model.transformer_decoder does not read every scale, so that some would never learn; choose "
-                "features multi_scale with 3 layers or more, or the pixel decoder fpn, semantic_fpn or ms_deform_attn"
-            )
-
-
-def _reads_every_level(decoder: TransformerDecoderConfig) -> bool:
-    match decoder:
-        case MaskedTransformerDecoderConfig(features="naive_multi_scale"):
-            return True
-        case MaskedTransformerDecoderConfig(features="multi_scale"):
-            return decoder.num_layers >= 3
-        case _:
-            return False
