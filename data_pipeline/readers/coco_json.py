@@ -83,7 +83,7 @@ def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, 
         case [int(red), int(green), int(blue)] if all(0 <= channel <= 255 for channel in (red, green, blue)):
             return red, green, blue
         case color:
-            raise DataError(f"{where}: color is {str(color)[:40]!r}, not three whole numbers from 0 to 255")
+            raise DataError(f"{where}: color is {str(color)[:40]}, not three whole numbers from 0 to 255")
 
 
 def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
@@ -170,4 +170,4 @@ def stated_area(entry: Mapping[str, Any], where: str) -> float | None:
         case (int() | float()) as area if 0 <= area < math.inf:
             return float(area)
         case area:
-            raise DataError(f"{where}: area is {str(area)[:40]!r}; it must be a finite number of at least 0")
+            raise DataError(f"{where}: area is {str(area)[:40]}; it must be a finite number of at least 0")

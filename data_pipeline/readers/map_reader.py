@@ -114,7 +114,8 @@ def partition(values: np.ndarray, classify: Callable[[int], Region | None], path
     Raises:
         DataError: unknown values.
     """
-    areas = np.bincount(values.ravel())
+    runs = _find_runs(values)
+    areas = np.bincount(runs.value, weights=runs.end - runs.start)
     regions: dict[Region, int] = {}
     local_of: dict[int, int] = {}
     unknown: dict[object, None] = {}
@@ -131,9 +132,8 @@ def partition(values: np.ndarray, classify: Callable[[int], Region | None], path
     known, local_ids = list(local_of), np.array(list(local_of.values()), np.int64)
     table = np.zeros(len(areas), id_dtype(len(regions)))
     table[known] = local_ids
-    seg = table[values]
     pixels = np.bincount(local_ids, weights=areas[known], minlength=len(regions) + 1)
-    boxes = segment_boxes(seg, len(regions))
+    boxes = _boxes(runs, table[runs.value], len(regions), values.shape)
     segments = tuple(
         Segment(
             id=local_id,
@@ -147,34 +147,38 @@ def partition(values: np.ndarray, classify: Callable[[int], Region | None], path
         )
         for region, local_id in regions.items()
     )
-    return Annotation(seg=seg, inst=None, segments=segments)
+    return Annotation(seg=table[values], inst=None, segments=segments)
 
 
-def segment_boxes(seg: np.ndarray, count: int) -> list[tuple[int, int, int, int]]:
-    """x, y, width, height of ids 1..count in a map [H, W] where each occurs.
+class _Runs(NamedTuple):
+    """Runs of equal values in the rows of a map: few beside its pixels, so that counting them is fast."""
 
-    Looks only at the first and last pixel of every run in a row: one pass, however many segments there are.
-    """
-    height, width = seg.shape
-    starts = np.ones(seg.shape, bool)
-    starts[:, 1:] = seg[:, 1:] != seg[:, :-1]
-    y, x = np.nonzero(starts)
-    ids = seg[y, x]
-    last_x = (
-        np.roll(x, -1) - 1
-    )  # a run ends where the next begins, in the last column where that is another row's first
-    last_x[last_x < 0] = width - 1
-    left, top = np.full(count + 1, width), np.full(count + 1, height)
+    value: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    """Column after the last."""
+
+
+def _find_runs(values: np.ndarray) -> _Runs:
+    is_start = np.ones(values.shape, bool)
+    is_start[:, 1:] = values[:, 1:] != values[:, :-1]
+    row, start = np.nonzero(is_start)
+    end = np.roll(start, -1)  # a run ends where the next one starts,
+    end[end == 0] = values.shape[1]  # or at the border where that is the first of another row
+    return _Runs(values[row, start], row, start, end)
+
+
+def _boxes(runs: _Runs, ids: np.ndarray, count: int, shape: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """x, y, width, height of ids 1..count, given the id of every run; each id has at least one."""
+    left, top = np.full(count + 1, shape[1]), np.full(count + 1, shape[0])
     right, bottom = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
-    for extreme, extremes, values in (
-        (np.minimum, left, x),
-        (np.minimum, top, y),
-        (np.maximum, right, last_x + 1),
-        (np.maximum, bottom, y + 1),
-    ):
-        extreme.at(extremes, ids, values)
+    np.minimum.at(left, ids, runs.start)
+    np.minimum.at(top, ids, runs.row)
+    np.maximum.at(right, ids, runs.end)
+    np.maximum.at(bottom, ids, runs.row + 1)
     boxes = np.stack([left, top, right - left, bottom - top], axis=1)[1:]
-    return [(x, y, w, h) for x, y, w, h in boxes.tolist()]
+    return [(x, y, width, height) for x, y, width, height in boxes.tolist()]
 
 
 def read_index_map(path: Path) -> np.ndarray:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.config import CocoInstancesSource, CocoPanopticSource
 from data_pipeline.errors import DataError
 from data_pipeline.image_file import encode_png
@@ -300,6 +301,16 @@ def _path_outside(coco):
     return r"file_name '../../secret.jpg' is not a relative path"
 
 
+def _senseless_id(coco):
+    coco.images[0]["id"] = 1.5
+    return r"images\[0\]: id is 1.5, not a whole number"
+
+
+def _senseless_color(coco):
+    coco.categories[0]["color"] = [1, 2, "x"]
+    return r"categories\[0\]: color is \[1, 2, 'x'\], not three whole numbers"
+
+
 def _repeated_category(coco):
     coco.categories.append(coco.categories[0])
     return r"category ids must be unique.*\[3\]"
@@ -320,6 +331,8 @@ def _repeated_category(coco):
             _senseless_size,
             _path_outside,
             _repeated_category,
+            _senseless_id,
+            _senseless_color,
         )
     ],
 )
@@ -351,6 +364,20 @@ def test_every_panoptic_image_needs_one_entry(coco):
     coco.write()
     with pytest.raises(DataError, match=r"every image needs one entry.*none or several: 41"):
         open_reader(coco.panoptic_source)
+
+
+def test_ids_may_be_names(coco):
+    coco.images = [coco.images[0] | {"id": "berlin_1", "file_name": "b.jpg"}, coco.images[0] | {"id": "ulm_2"}]
+    coco.panoptic = [coco.panoptic[0] | {"image_id": name} for name in ("ulm_2", "berlin_1")]
+    coco.instances = [coco.instances[0] | {"image_id": "ulm_2"}]
+    sample = (coco.write(), open_reader(coco.panoptic_source).read(1))[1]
+    assert (sample.key, sample.image_id) == ("a", 1), "the position where ids are no numbers"
+    assert [len(group) for _, group in open_reader(coco.instances_source).records] == [0, 1]
+    coco.images[0]["id"] = coco.panoptic[1]["image_id"] = "000007"
+    coco.images[1]["id"] = 8
+    coco.panoptic[0]["image_id"] = "8"
+    coco.write()
+    assert [record.image.id for record in open_reader(coco.panoptic_source).records] == [7, 8]
 
 
 def test_repeated_segment_and_annotation_ids(coco):
@@ -450,6 +477,50 @@ def test_faults_of_segmentations(coco, segmentation, words):
     coco.instances[1]["segmentation"] = segmentation
     with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{words}"):
         coco.read_instances()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"area": float("nan")}, "area is nan; it must be a finite number"),
+        ({"area": -1}, "area is -1; it must be"),
+        ({"area": "large"}, "area is large; it must be"),
+        ({"bbox": [0, 0, float("inf"), 1]}, r"bbox is \[0, 0, inf, 1\], not four finite numbers"),
+        ({"bbox": [0, 0, 1]}, r"bbox is \[0, 0, 1\], not four"),
+        ({"segmentation": [[0.0, 0.0, 5.0, 0.0, 1e12, 5.0]]}, "coordinates far outside the 30 x 20 pixels"),
+        ({"segmentation": [[0.0, 0.0, 5.0, 0.0, float("nan"), 5.0]]}, "coordinates far outside"),
+        ({"segmentation": [[0.0, 0.0, 5.0, 0.0, "x", 5.0]]}, "coordinates far outside"),
+    ],
+)
+def test_senseless_numbers(coco, change, words):
+    coco.instances[1] |= change
+    with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{words}"):
+        coco.read_instances()
+    if "segmentation" not in change:
+        coco.panoptic[0]["segments_info"][1] |= change
+        with pytest.raises(DataError, match=f"masks/a.png: segment 70000.*{words}"):
+            coco.read_panoptic()
+
+
+def test_segments_and_flags_must_be_what_they_are_called(coco):
+    coco.categories[0]["isthing"] = "0"
+    with pytest.raises(DataError, match=r"panoptic.json: categories\[0\]: isthing is '0'; it must be 0 or 1"):
+        coco.read_panoptic()
+    coco.categories[0]["isthing"] = 1
+    coco.panoptic[0]["segments_info"] = None
+    with pytest.raises(DataError, match=r"annotation of image 40: segments_info is not a list"):
+        coco.read_panoptic()
+    coco.panoptic[0]["segments_info"] = []
+    coco.write()
+    (coco.root / "masks" / "a.png").write_bytes(encode_png(np.zeros((H, W), np.uint8)))
+    with pytest.raises(DataError, match=r"a.png: this map holds its ids in three 8-bit channels"):
+        open_reader(coco.panoptic_source).read(0)
+
+
+def test_a_million_categories_are_checked_in_linear_time():
+    table = [Category(i, str(i), True, (0, 0, 0)) for i in range(10**6)]
+    with pytest.raises(DataError, match=r"category ids must be unique.*\[7\]"):
+        CategoryTable((*table, table[7]))
 
 
 def test_boxes_alone_are_refused(coco):

@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from data_pipeline import codec
 from data_pipeline.config import CocoInstancesSource, CocoPanopticSource, LabelMapSource
-from data_pipeline.image_file import decode_index_png
+from data_pipeline.image_file import decode_id_png, decode_index_png
 from data_pipeline.readers import open_reader
+from data_pipeline.targets import image_targets
 
 
 def _round_trip(sample):
@@ -29,11 +31,7 @@ def _round_trip(sample):
 def test_coco_panoptic_areas_equal_the_json(real_data):
     root = real_data / "coco_panoptic"
     path = root / "annotations" / "panoptic_val2017.json"
-    reader = open_reader(
-        CocoPanopticSource(
-            images=str(root / "val2017"), panoptic_json=str(path), panoptic_masks=str(root / "panoptic_val2017")
-        )
-    )
+    reader = _coco_panoptic(root)
     truth = {a["image_id"]: a["segments_info"] for a in json.loads(path.read_text())["annotations"]}
     assert [len(truth[reader.read(i).image_id]) for i in range(len(reader.keys))] == [18, 32]
     for index in range(len(reader.keys)):
@@ -45,6 +43,62 @@ def test_coco_panoptic_areas_equal_the_json(real_data):
         _round_trip(sample)
     assert len(reader.categories.for_task("panoptic")) == 133
     assert len(reader.categories.for_task("instance")) == 80
+
+
+def _coco_panoptic(root):
+    return open_reader(
+        CocoPanopticSource(
+            images=str(root / "val2017"),
+            panoptic_json=str(root / "annotations" / "panoptic_val2017.json"),
+            panoptic_masks=str(root / "panoptic_val2017"),
+        )
+    )
+
+
+def test_coco_panoptic_equals_the_officially_converted_forms(real_data):
+    root = real_data / "coco_panoptic"
+    reader = _coco_panoptic(root)
+    detection = json.loads((root / "extra" / "panoptic_coco_detection_format.json").read_text())["annotations"]
+    for index in range(len(reader.keys)):
+        sample = reader.read(index)
+        segments, seg = sample.annotation.segments, sample.annotation.seg
+        entries = [entry for entry in detection if entry["image_id"] == sample.image_id]
+        masks = [coco_mask.decode(entry["segmentation"]).astype(bool) for entry in entries]
+        assert len(entries) == len(segments)
+        for segment in segments:
+            (found,) = [e for e, mask in zip(entries, masks, strict=True) if np.array_equal(mask, seg == segment.id)]
+            assert (segment.category_id, segment.area, segment.bbox) == (
+                found["category_id"],
+                found["area"],
+                tuple(found["bbox"]),
+            )
+            assert segment.is_crowd == bool(found["iscrowd"])
+        # Two channels: category and number within it, 255 = crowd.
+        channels = decode_id_png((root / "extra" / "two_channel" / f"{sample.key}.png").read_bytes())
+        categories = np.array([0, *(s.category_id for s in segments)])[seg]
+        assert np.array_equal(categories, channels & 255)
+        crowds = [s.id for s in segments if s.is_crowd]
+        assert np.array_equal(np.isin(seg, crowds), channels >> 8 == 255)
+
+
+def test_task_semantic_on_coco_panoptic_is_the_official_semantic_form(real_data):
+    """The official preparation paints every segment with its category, crowds too, in the order of the 133 ids."""
+    root = real_data / "coco_panoptic"
+    reader = _coco_panoptic(root)
+    document = json.loads((root / "annotations" / "panoptic_val2017.json").read_text())
+    class_of = {c["id"]: n for n, c in enumerate(document["categories"])}
+    entries = {entry["image_id"]: entry for entry in document["annotations"]}
+    for index in range(len(reader.keys)):
+        sample = reader.read(index)
+        entry = entries[sample.image_id]
+        ids = decode_id_png((root / "panoptic_val2017" / entry["file_name"]).read_bytes())
+        expected = np.full(ids.shape, 255)
+        for segment in entry["segments_info"]:
+            expected[ids == segment["id"]] = class_of[segment["category_id"]]
+        targets = image_targets(_round_trip(sample), "semantic", reader.categories.labels("semantic"))
+        table = np.full(256, 255)
+        table[targets.local_id] = targets.labels
+        assert np.array_equal(table[targets.id_maps[0]], expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.config import CustomSource, DatasetConfig
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import encode_png
+from data_pipeline.manifest import Manifest
+from data_pipeline.readers import open_reader, source_fingerprint
+from data_pipeline.readers.custom import CustomReader
+from data_pipeline.sample import Annotation, Segment
+from data_pipeline.storage import Storage
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "datasets.md"
+H, W = 6, 8
+TABLE = CategoryTable((Category(1, "cell", True, (1, 2, 3)),))
+IMAGE = encode_png(np.full((H, W, 3), 90, np.uint8))
+
+
+def _segment(id_, map_="seg", category_id=1):
+    return Segment(
+        id=id_,
+        category_id=category_id,
+        is_thing=True,
+        is_crowd=False,
+        area=4.0,
+        bbox=(0, 0, 2, 2),
+        source_id=id_,
+        map=map_,
+    )
+
+
+def _annotation(**changes):
+    seg = np.zeros((H, W), np.uint8)
+    seg[:2, :2] = 1
+    return replace(Annotation(seg=seg, inst=None, segments=(_segment(1),)), **changes)
+
+
+def _read(annotation, image=IMAGE):
+    return CustomReader.of(TABLE, ("scans/a.png",), lambda _: (image, annotation), 10_000).read(0)
+
+
+def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "slides").mkdir()
+    for name in ("one", "two"):
+        values = np.ones((H, W), np.int64)
+        values[0] = 0
+        values[1:3, :2], values[3:5, 4:] = 2, 3
+        np.save(tmp_path / "slides" / f"{name}.npy", values)
+        (tmp_path / "slides" / f"{name}.jpg").write_bytes(IMAGE)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    exec(compile(code, "docs/datasets.md", "exec"), {})
+    assert "2 samples" in capsys.readouterr().out
+    manifest = Manifest.load("shards/slides", Storage())
+    sample = manifest.read_sample(0, Storage())
+    assert [(s.category_id, s.area) for s in sample.annotation.segments] == [(1, 28), (2, 4), (2, 8)]
+    assert sample.source in ("slides/one.jpg", "slides/two.jpg")
+
+
+def test_custom_sources_are_not_opened_but_have_versions():
+    with pytest.raises(DataError, match=r"source.kind is custom.*write_dataset \(docs/datasets.md"):
+        open_reader(CustomSource())
+    assert source_fingerprint(CustomSource()) == source_fingerprint(CustomSource(version=1))
+    assert source_fingerprint(CustomSource()) != source_fingerprint(CustomSource(version=2))
+
+
+def test_custom_samples_and_subsets():
+    names = ("scans/a.png", "scans/b.png")
+    reader = CustomReader.of(TABLE, names, lambda _: (IMAGE, _annotation()), DatasetConfig.max_pixels)
+    part = reader.subset([1])
+    sample = part.read(0)
+    assert (sample.key, sample.image_id, sample.source, part.source(0)) == (reader.keys[1], 1, names[1], names[1])
+    assert (sample.height, sample.width, sample.image) == (H, W, IMAGE)
+    assert reader.size_hint(1) > len(IMAGE)
+    with pytest.raises(DataError, match="would have the same key 'a'"):
+        CustomReader.of(TABLE, ("a.png", "a.jpg"), lambda _: (IMAGE, _annotation()), 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seg": None}, "has neither `seg` nor `inst`"),
+        ({"inst": np.zeros((1, H, W + 1), np.uint8)}, "`seg` and `inst` differ in size"),
+        ({"segments": (_segment(1, category_id=5),)}, "categories that the table does not define: 5"),
+        ({"segments": ()}, "`seg` has ids without a segment: 1"),
+        ({"segments": (_segment(1), _segment(2))}, "segments have no pixel in `seg`: 2"),
+        ({"segments": (_segment(1), _segment(1))}, "segment ids of `seg` repeat"),
+        ({"inst": np.full((1, H, W), 3, np.uint8)}, "`inst` has ids without a segment: 3"),
+    ],
+)
+def test_faults_of_custom_annotations(changes, words):
+    with pytest.raises(DataError, match=f"scans/a.png: .*{words}"):
+        _read(_annotation(**changes))
+
+
+def test_faults_of_custom_images():
+    with pytest.raises(DataError, match=r"scans/a.png: it is neither a JPEG nor a PNG"):
+        _read(_annotation(), b"GIF89a")
+    with pytest.raises(DataError, match=r"scans/a.png: the image is 8 x 6 pixels, its annotation 9 x 6"):
+        _read(_annotation(seg=np.pad(_annotation().seg, ((0, 0), (0, 1)))))

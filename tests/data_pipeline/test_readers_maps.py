@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.categories import Category, distinct_color
+from data_pipeline.config import HuggingFaceSource
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import encode_png
+from data_pipeline.readers import open_reader, source_fingerprint
+from data_pipeline.readers.map_reader import Region, pair_files, partition
+from data_pipeline.readers.masks import pixel_box
+
+H, W = 6, 8
+
+
+def _touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 12), st.sampled_from([np.uint8, np.uint16, np.uint32]))
+def test_a_partition_is_that_of_a_slow_reference(seed, height, width, dtype):
+    random = np.random.default_rng(seed)
+    names = random.choice(200, size=9, replace=False) * (1 if dtype == np.uint8 else 300)
+    values = names[random.integers(0, 9, (height, width))].astype(dtype)
+    categories = [Category(i, str(i), i % 2 == 0, distinct_color(i)) for i in range(4)]
+    # Some values are void, and some share a region.
+    regions = {
+        int(v): None if r == 5 else Region(categories[r % 4], int(r), is_crowd=r == 3)
+        for v, r in zip(names, random.integers(0, 6, 9), strict=True)
+    }
+    annotation = partition(values, regions.__getitem__, Path("m.png"), "are wrong")
+    assert len({s.source_id for s in annotation.segments}) == len(annotation.segments)
+    assert [s.id for s in annotation.segments] == list(range(1, len(annotation.segments) + 1))
+    expected = np.zeros((height, width), int)
+    for segment in annotation.segments:
+        members = [v for v, r in regions.items() if r is not None and r.source_id == segment.source_id]
+        mask = np.isin(values, members)
+        assert segment.area == mask.sum() > 0
+        assert segment.bbox == pixel_box(mask)
+        region = regions[members[0]]
+        assert (segment.category_id, segment.is_crowd) == (region.category.id, region.is_crowd)
+        expected[mask] = segment.id
+    np.testing.assert_array_equal(annotation.seg, expected)
+
+
+def test_more_than_254_segments_take_16_bits():
+    values = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    thing = Category(1, "cell", True, (1, 2, 3))
+    annotation = partition(values, lambda v: Region(thing, v), Path("m.png"), "")
+    assert annotation.seg.dtype == np.uint16
+    assert len(annotation.segments) == annotation.seg.max() == 600
+
+
+def test_unknown_values_are_listed_with_the_file():
+    with pytest.raises(DataError, match=r"m.png: pixel values 3, 7 are not in the table"):
+        partition(np.array([[1, 3], [7, 3]], np.uint8), {1: None}.__getitem__, Path("m.png"), "are not in the table")
+
+
+def test_generated_colours_differ():
+    assert len({distinct_color(i) for i in range(1000)}) == 1000
+
+
+def test_files_are_paired_by_stem(tmp_path):
+    images, labels, more = tmp_path / "images", tmp_path / "labels", tmp_path / "more"
+    _touch(images, "b.JPG", "sub/a.jpeg", "notes.txt")
+    _touch(labels, "b.png", "sub/a.png", "b.json")
+    _touch(more, "b.png", "sub/a.png")
+    first, second = pair_files(images, labels, more)
+    assert (first.index, first.key, first.image) == (0, "b", "b.JPG")
+    assert first.maps == (labels / "b.png", more / "b.png")
+    assert (second.image, second.maps[0]) == ("sub/a.jpeg", labels / "sub/a.png")
+    assert [r.key for r in pair_files(images, labels, base_names=True)] == ["b", "a"]
+
+
+def test_base_names_that_repeat_are_refused(tmp_path):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    _touch(images, "x/a.jpg", "y/a.jpg")
+    _touch(labels, "x/a.png", "y/a.png")
+    with pytest.raises(DataError, match="would have the same key 'a'"):
+        pair_files(images, labels, base_names=True)
+
+
+def test_files_without_partner_name_both_folders(tmp_path):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    _touch(images, "a.jpg", "b.jpg")
+    _touch(labels, "b.png", "c.png")
+    with pytest.raises(DataError, match=r"2 files have no partner .*images \(.jpg.*labels \(.png\): a, c"):
+        pair_files(images, labels)
+
+
+# Three-channel maps.
+
+
+CLASSES = [
+    {"label": 0, "name": "background", "isthing": 0, "ignore": True},
+    {"label": 1, "name": "person", "isthing": 1},
+    {"label": 2, "name": "grass", "isthing": 0, "color": [9, 8, 7]},
+]
+
+
+@pytest.fixture
+def channels(tmp_path):
+    """Channels [H, W, 3] of the only map, a function that writes the set, and its source."""
+    for name in ("images", "annotations"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "images/a.png").write_bytes(encode_png(np.full((H, W, 3), 90, np.uint8)))
+    (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
+    source = HuggingFaceSource(
+        images=f"{tmp_path}/images", annotations=f"{tmp_path}/annotations", categories=f"{tmp_path}/classes.json"
+    )
+
+    def write(pixels):
+        (tmp_path / "annotations/a.png").write_bytes(encode_png(pixels))
+        return open_reader(source)
+
+    return write, source, tmp_path
+
+
+def test_three_channel_maps(channels):
+    write, source, folder = channels
+    pixels = np.zeros((H, W, 3), np.uint8)
+    pixels[0, :3] = (1, 1, 0)
+    pixels[1, :3] = (1, 2, 0)
+    pixels[2, :3] = (1, 2, 1)  # instance 258
+    pixels[3:5] = (2, 5, 0)
+    pixels[4] = (2, 6, 0)
+    pixels[5] = (255, 0, 0)
+    sample = write(pixels).read(0)
+    segments = [(s.category_id, s.source_id, s.is_thing, s.area) for s in sample.annotation.segments]
+    assert segments == [(1, 257, True, 3), (1, 513, True, 3), (2, 2, False, 16), (1, 66049, True, 3)]
+    assert (sample.annotation.seg == 0).sum() == H * W - 25
+    assert (sample.key, sample.image_id, sample.height, sample.width) == ("a", 0, H, W)
+    before = source_fingerprint(source)
+    (folder / "classes.json").write_text(json.dumps(CLASSES[:2]))
+    assert source_fingerprint(source) != before
+    pixels[0, 0] = (9, 1, 0)
+    with pytest.raises(DataError, match=r"annotations/a.png: pixel values 9, 2 of the red channel are neither"):
+        write(pixels).read(0)
+
+
+def test_grey_files_are_no_three_channel_maps(channels):
+    write, _, _ = channels
+    with pytest.raises(DataError, match=r"a.png: this map holds its ids in three 8-bit channels.*8-bit gray"):
+        write(np.ones((H, W), np.uint8)).read(0)
+
+
+def test_map_readers_are_picklable_and_subsets_keep_their_ids(channels):
+    write, _, folder = channels
+    pixels = np.zeros((H, W, 3), np.uint8)
+    write(pixels)
+    for place in ("images", "annotations"):
+        (folder / place / "b.png").write_bytes((folder / place / "a.png").read_bytes())
+    part = pickle.loads(pickle.dumps(write(pixels).subset([1])))
+    assert (part.keys, part.source(0), part.read(0).image_id) == (("b",), "images/b.png", 1)
+    assert part.read(0).annotation.segments == ()
+    assert part.size_hint(0) > 12_000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"isthing": "0"}, "isthing is '0'; it must be 0 or 1"),
+        ({"color": "red"}, "color is red, not three whole numbers"),
+        ({"color": [0, 0, 256]}, "color is .*, not three whole numbers from 0 to 255"),
+    ],
+)
+def test_senseless_categories(channels, change, words):
+    write, _, folder = channels
+    (folder / "classes.json").write_text(json.dumps([CLASSES[1] | change]))
+    with pytest.raises(DataError, match=f"classes.json: entry 0: {words}"):
+        write(np.zeros((H, W, 3), np.uint8))
+
+
+def test_gray_images_pass_and_sizes_must_agree(channels):
+    write, _, folder = channels
+    (folder / "images/a.png").unlink()
+    (folder / "images/a.jpg").write_bytes(cv2.imencode(".jpg", np.full((H, W), 90, np.uint8))[1].tobytes())
+    assert write(np.zeros((H, W, 3), np.uint8)).read(0).image_ext == "jpg"
+    with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, its annotation 9 x 6"):
+        write(np.zeros((H, W + 1, 3), np.uint8)).read(0)

@@ -1,0 +1,283 @@
+"""Cityscapes and Mapillary Vistas: layouts that the tests write, and real samples where present."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from data_pipeline.codec import decode, encode
+from data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource, MapillarySource
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import decode_index_png, encode_png
+from data_pipeline.readers import open_reader, source_fingerprint
+from data_pipeline.readers.cityscapes import CATEGORIES
+from data_pipeline.targets import image_targets
+
+H, W = 6, 10
+
+
+def _write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_png(pixels))
+
+
+def _targets(sample, table, task):
+    members = {name.removeprefix(f"{sample.key}."): data for name, data in encode(sample)}
+    return image_targets(decode(members), task, table.labels(task))
+
+
+def _class_map(annotation):
+    """Category ids [H, W], -1 for void."""
+    table = np.full(len(annotation.segments) + 1, -1)
+    for segment in annotation.segments:
+        table[segment.id] = segment.category_id
+    return table[annotation.seg]
+
+
+# Cityscapes.
+
+
+@pytest.fixture
+def street(tmp_path):
+    """One image of one city; returns its source and a function that writes its instance ids."""
+    _write(tmp_path / "leftImg8bit/val/ulm/ulm_000001_000019_leftImg8bit.png", np.full((H, W, 3), 80, np.uint8))
+
+    def write(ids):
+        _write(tmp_path / "gtFine/val/ulm/ulm_000001_000019_gtFine_instanceIds.png", ids.astype(np.uint16))
+        _write(tmp_path / "gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png", np.zeros((H, W), np.uint8))
+
+    return CityscapesSource(images=f"{tmp_path}/leftImg8bit/val", annotations=f"{tmp_path}/gtFine/val"), write
+
+
+def test_cityscapes_instances_groups_and_void(street):
+    source, write = street
+    ids = np.full((H, W), 7)
+    ids[0] = 3  # out of roi
+    ids[1, :4], ids[1, 4:6], ids[1, 6:] = 26000, 26001, 26  # two cars and a group of cars
+    ids[2], ids[3] = 23, 29001  # sky and a caravan, which is not evaluated
+    write(ids)
+    reader = open_reader(source)
+    sample = reader.read(0)
+    assert (sample.key, sample.source) == ("ulm_000001_000019", "val/ulm/ulm_000001_000019_leftImg8bit.png")
+    segments = [(s.source_id, s.category_id, s.is_thing, s.is_crowd, s.area) for s in sample.annotation.segments]
+    assert segments == [
+        (7, 7, False, False, 20),
+        (23, 23, False, False, 10),
+        (26, 26, True, True, 4),
+        (26000, 26, True, False, 4),
+        (26001, 26, True, False, 2),
+    ]
+    assert (sample.annotation.seg == 0).sum() == 20
+    table = reader.categories
+    assert (len(table.for_task("panoptic")), len(table.for_task("instance"))) == (19, 8)
+    assert _targets(sample, table, "instance").labels.tolist() == [2, 2]
+    assert _targets(sample, table, "panoptic").labels.tolist() == [0, 10, 13, 13]
+    semantic = _targets(sample, table, "semantic")
+    assert semantic.labels.tolist() == [0, 10, 13]
+    assert (semantic.id_maps == 3).sum() == 10, "a group is its class in semantic segmentation"
+
+
+def test_cityscapes_faults(street):
+    source, write = street
+    with pytest.raises(DataError, match=r"gtFine/val does not exist or is no folder"):
+        open_reader(source)
+    ids = np.full((H, W), 7)
+    ids[0, 0], ids[0, 1] = 34, 40002
+    write(ids)
+    with pytest.raises(DataError, match=r"instanceIds.png: pixel values 34, 40002 belong to no label of Cityscapes"):
+        open_reader(source).read(0)
+    _write(
+        open_reader(source).images / "ulm/ulm_000001_000020_leftImg8bit.png",
+        np.zeros((H, W, 3), np.uint8),
+    )
+    with pytest.raises(DataError, match=r"1 files have no partner .*: ulm/ulm_000001_000020"):
+        open_reader(source)
+
+
+def test_a_missing_cityscapes_image_names_its_id(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    image = {"id": "ulm_1", "file_name": "ulm_1_gtFine_leftImg8bit.png", "height": H, "width": W}
+    document = {
+        "images": [image],
+        "annotations": [{"image_id": "ulm_1", "file_name": "ulm_1.png", "segments_info": []}],
+        "categories": [{"id": 7, "name": "road", "isthing": 0}],
+    }
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    source = CityscapesPanopticSource(
+        images=f"{tmp_path}/images", panoptic_json=f"{tmp_path}/p.json", panoptic_masks=f"{tmp_path}/masks"
+    )
+    with pytest.raises(DataError, match=r"lacks 1 images of .*p.json, as <id>_leftImg8bit.png: ulm_1; point"):
+        open_reader(source)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_cityscapes_layout_agrees_with_its_other_files(real_data, split):
+    root = real_data / "cityscapes_layout_from_camvid"
+    gt = root / "gtFine"
+    reader = open_reader(CityscapesSource(images=f"{root}/leftImg8bit/{split}", annotations=f"{gt}/{split}"))
+    panoptic = open_reader(
+        CityscapesPanopticSource(
+            images=f"{root}/leftImg8bit/{split}",
+            panoptic_json=f"{gt}/cityscapes_panoptic_{split}.json",
+            panoptic_masks=f"{gt}/cityscapes_panoptic_{split}",
+        )
+    )
+    assert sorted(panoptic.keys) == list(reader.keys)
+    train_ids = reader.categories.labels("semantic")
+    for index, key in enumerate(reader.keys):
+        sample = reader.read(index)
+        other = panoptic.read(panoptic.keys.index(key))
+        assert other.image == sample.image
+        ours = {(s.source_id, s.category_id, s.is_crowd, s.area, s.bbox) for s in sample.annotation.segments}
+        assert ours == {(s.source_id, s.category_id, s.is_crowd, s.area, s.bbox) for s in other.annotation.segments}
+        classes = _class_map(sample.annotation)
+        prefix = gt / split / key.split("_")[0] / f"{key}_gtFine"
+        labels = decode_index_png((prefix.parent / f"{prefix.name}_labelIds.png").read_bytes())
+        known = np.isin(labels, list(CATEGORIES.by_id))
+        assert np.array_equal(classes, np.where(known, labels.astype(int), -1))
+        trained = decode_index_png((prefix.parent / f"{prefix.name}_labelTrainIds.png").read_bytes())
+        assert np.array_equal(np.vectorize(lambda c: train_ids.get(c, 255))(classes), trained)
+    assert any(s.is_crowd for i in range(len(reader.keys)) for s in reader.read(i).annotation.segments)
+
+
+def test_cityscapes_dummies(real_data, tmp_path):
+    root = real_data / "cityscapes_dummy"
+    tiny = open_reader(CityscapesSource(images=f"{root}/tiny/leftImg8bit/test", annotations=f"{root}/tiny/gtFine/test"))
+    found = [[(s.source_id, s.area) for s in tiny.read(i).annotation.segments] for i in range(2)]
+    assert found == [[(27001, 1), (27002, 2)], [(12, 1), (31001, 2)]]
+    # The train-id variant leaves out the lists of images and categories.
+    document = json.loads((root / "deeplab2/gtFine/cityscapes_panoptic_dummy_trainId.json").read_text())
+    image_id = document["annotations"][0]["image_id"]
+    document["images"] = [{"id": image_id, "file_name": f"{image_id}_gtFine_leftImg8bit.png"}]
+    document["images"][0] |= {"height": 800, "width": 800}
+    document["categories"] = [
+        {"id": i, "name": c.name, "isthing": int(c.is_thing)} for i, c in enumerate(CATEGORIES.categories)
+    ]
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    reader = open_reader(
+        CityscapesPanopticSource(
+            images=f"{root}/deeplab2/leftImg8bit",
+            panoptic_json=f"{tmp_path}/p.json",
+            panoptic_masks=f"{root}/deeplab2/gtFine/cityscapes_panoptic_dummy_trainId",
+        )
+    )
+    annotation = reader.read(0).annotation
+    pixels = np.bincount(annotation.seg.ravel())
+    assert [s.source_id for s in annotation.segments if s.is_crowd] == [26]
+    assert all(pixels[s.id] == s.area for s in annotation.segments)
+
+
+# Mapillary Vistas.
+
+
+LABELS = [
+    {"name": "nature--sky", "readable": "Sky", "color": [1, 2, 3], "instances": False, "evaluate": True},
+    {"name": "object--car", "color": [4, 5, 6], "instances": True, "evaluate": True},
+    {"name": "void--unlabeled", "readable": "Unlabeled", "color": [0, 0, 0], "instances": False, "evaluate": False},
+]
+
+
+@pytest.fixture
+def vistas(tmp_path):
+    _write(tmp_path / "images/a.png", np.full((H, W, 3), 80, np.uint8))
+    (tmp_path / "config.json").write_text(json.dumps({"labels": LABELS}))
+    source = MapillarySource(
+        images=f"{tmp_path}/images", instances=f"{tmp_path}/instances", config_json=f"{tmp_path}/config.json"
+    )
+    return source, lambda values: _write(tmp_path / "instances/a.png", values.astype(np.uint16)), tmp_path
+
+
+def test_mapillary_instances_and_void(vistas):
+    source, write, folder = vistas
+    values = np.zeros((H, W))
+    values[1], values[2], values[3] = 256, 257, 512
+    write(values)
+    reader = open_reader(source)
+    assert [(c.id, c.name, c.is_thing) for c in reader.categories.categories] == [
+        (0, "Sky", False),
+        (1, "object--car", True),
+    ]
+    annotation = reader.read(0).annotation
+    assert [(s.source_id, s.category_id, s.area) for s in annotation.segments] == [
+        (0, 0, 30),
+        (256, 1, 10),
+        (257, 1, 10),
+    ]
+    assert (annotation.seg == 0).sum() == 10
+    before = source_fingerprint(source)
+    (folder / "config.json").write_text(json.dumps({"labels": LABELS[:2]}))
+    assert source_fingerprint(source) != before
+    with pytest.raises(DataError, match=r"instances/a.png: pixel values 512 \(256 x label \+ instance\) belong to no"):
+        open_reader(source).read(0)
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({}, "has no list of up to 256 labels"),
+        ({"labels": [LABELS[2]]}, "no label has `evaluate` true"),
+        ({"labels": [{"name": "x", "instances": True}]}, r"labels\[0\] has no field 'evaluate'"),
+    ],
+)
+def test_faults_of_the_mapillary_config(vistas, document, words):
+    source, write, folder = vistas
+    write(np.zeros((H, W)))
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=f"config.json.*{words}"):
+        open_reader(source)
+
+
+def test_mapillary_layout_agrees_with_its_other_files(real_data):
+    root = real_data / "mapillary_layout_from_camvid"
+    for split in ("training", "validation"):
+        folder = root / split
+        source = MapillarySource(
+            images=f"{folder}/images", instances=f"{folder}/instances", config_json=f"{root}/config.json"
+        )
+        reader = open_reader(source)
+        panoptic = open_reader(
+            CocoPanopticSource(
+                images=f"{folder}/images",
+                panoptic_json=f"{folder}/panoptic/panoptic_2018.json",
+                panoptic_masks=f"{folder}/panoptic",
+            )
+        )
+        assert list(reader.keys) == sorted(panoptic.keys)
+        for index, key in enumerate(reader.keys):
+            annotation, other = reader.read(index).annotation, panoptic.read(panoptic.keys.index(key)).annotation
+            labels = decode_index_png((folder / "labels" / f"{key}.png").read_bytes())
+            assert np.array_equal(_class_map(annotation), np.where(labels == 11, -1, labels.astype(int)))
+            # The JSON counts categories from 1, and leaves blobs below 25 pixels void that the instance maps keep.
+            category_of = {s.id: s.category_id + 1 for s in annotation.segments}
+            for segment in other.segments:
+                (ours,) = np.unique(annotation.seg[other.seg == segment.id])
+                assert category_of[ours] == segment.category_id
+            assert np.count_nonzero((annotation.seg != 0) & (other.seg == 0)) < 0.01 * labels.size
+            assert len(other.segments) <= len(annotation.segments)
+
+
+@pytest.mark.parametrize(("version", "year"), [("v1.2", 2018), ("v2.0", 2020)])
+def test_mapillary_dummies(real_data, version, year):
+    root = real_data / "mapillary_dummy"
+    folder = root / "val"
+    source = MapillarySource(
+        images=f"{folder}/images",
+        instances=f"{folder}/{version}/instances",
+        config_json=f"{root}/config_{version}.json",
+    )
+    reader = open_reader(source)
+    found = [[(s.category_id, s.area) for s in reader.read(i).annotation.segments] for i in range(2)]
+    assert found == [[(0, 15), (1, 10)], [(1, 5), (2, 10), (2, 10)]]
+    panoptic = open_reader(
+        CocoPanopticSource(
+            images=f"{folder}/images",
+            panoptic_json=f"{folder}/{version}/panoptic/panoptic_{year}.json",
+            panoptic_masks=f"{folder}/{version}/panoptic",
+        )
+    )
+    first, second = (panoptic.read(i).annotation.segments for i in range(2))
+    assert [(s.category_id, s.is_crowd, s.area) for s in first] == [(1, True, 15), (10, False, 10)]
+    assert all(s.bbox[2] > 0 for s in (*first, *second)), "empty boxes are measured"
