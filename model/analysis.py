@@ -1,0 +1,100 @@
+"""Where the queries of a decoder look: cross-attention weights and how much of them falls on an object.
+
+The paper's Figure I (maps) and Table I b (attention on foreground and background). Fused attention does not return its
+weights, so they are computed again from what each layer's cross-attention was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Attend, MaskPooling, split_heads
+from model.mask2former import Mask2Former
+from model.transformer_decoder import DecoderLayer, MaskedTransformerDecoder
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """What the cross-attention of one layer looked at."""
+
+    layer: int
+    """Decoder layer, from 1: its queries give prediction `layer` of a model with supervised queries."""
+    strides: tuple[int, ...]
+    """Of the feature levels that the layer saw, in the order of the pixels."""
+    shapes: tuple[tuple[int, int], ...]
+    """(height, width) of these levels."""
+    weights: Tensor
+    """[B, Q, T] float32, mean over heads; every row sums to 1 over the T pixels of all levels."""
+
+    @property
+    def level_name(self) -> str:
+        """`1/8`, or `1/32 + 1/16 + 1/8` where the layer saw all."""
+        return " + ".join(f"1/{stride}" for stride in self.strides)
+
+    def level_maps(self, image: int, query: int) -> tuple[Tensor, ...]:
+        """One map [height, width] of weights per level."""
+        parts = self.weights[image, query].split([height * width for height, width in self.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+
+@contextmanager
+def recorded_attention(model: Mask2Former) -> Iterator[list[AttentionMap]]:
+    """A list that is filled, layer by layer, by a forward pass inside the context; a second pass appends to it."""
+    decoder = model.transformer_decoder
+    groups = decoder.groups if isinstance(decoder, MaskedTransformerDecoder) else ((0,),)
+    maps: list[AttentionMap] = []
+    sizes: list[tuple[int, int]] = []
+
+    def note_sizes(_: nn.Module, inputs: tuple[Sequence[Tensor], Tensor]) -> None:
+        sizes[:] = [(feature.shape[-2], feature.shape[-1]) for feature in inputs[0]]
+
+    def note_weights(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        group = groups[index % len(groups)]
+        strides, shapes = tuple(32 >> level for level in group), tuple(sizes[level] for level in group)
+        maps.append(AttentionMap(index + 1, strides, shapes, attention_weights(module, *inputs)))
+
+    with ExitStack() as hooks:
+        handles = [decoder.register_forward_pre_hook(note_sizes)]
+        handles += [
+            cast("DecoderLayer", layer).cross.register_forward_pre_hook(partial(note_weights, index))
+            for index, layer in enumerate(decoder.layers)
+        ]
+        for handle in handles:
+            hooks.callback(handle.remove)
+        yield maps
+
+
+@torch.no_grad()
+def attention_weights(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Weights [B, Q, T] of an `Attend` or a `MaskPooling` for its inputs: float32, mean over heads."""
+    if isinstance(module, MaskPooling):
+        _, mask = inputs
+        inside = mask[:, 0].float()
+        return inside / inside.sum(-1, keepdim=True)
+    assert isinstance(module, Attend)
+    query, key, _, *mask = inputs
+    query, key = (split_heads(tokens.float(), module.heads) for tokens in (query, key))
+    logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    for guide in mask:
+        if guide is not None:
+            logits = logits.masked_fill(~guide, -torch.inf) if guide.dtype == torch.bool else logits + guide.float()
+    return logits.softmax(-1).mean(1)
+
+
+def foreground_mass(weights: Tensor, shapes: Sequence[tuple[int, int]], masks: Tensor) -> Tensor:
+    """Share [N] of attention that falls on an object (Table I b).
+
+    `weights` [N, T] sum to 1 over the pixels of the levels `shapes`; `masks` [N, H, W] bool cover the whole input. A
+    pixel of a level counts as foreground by the share of its area that the mask covers.
+    """
+    masks = masks.float()[:, None]
+    cover = torch.cat([F.adaptive_avg_pool2d(masks, shape).flatten(1) for shape in shapes], dim=1)
+    return (weights * cover).sum(-1)
