@@ -45,6 +45,15 @@ class Scene:
     segments: Mapping[int, SceneSegment]
 
 
+@dataclass(frozen=True)
+class HeatMap:
+    """Weights over an image, drawn as colours from none to the map's largest."""
+
+    title: str
+    values: np.ndarray
+    """[h, w] floats of at least 0, at any resolution."""
+
+
 def render_panel(image: np.ndarray, name: str, scenes: Sequence[Scene], classes: Sequence[Category]) -> bytes:
     """PNG of the image [H, W, 3] uint8 RGB followed by the scenes, left to right."""
     scale = _scale(image.shape[:2])
@@ -52,9 +61,21 @@ def render_panel(image: np.ndarray, name: str, scenes: Sequence[Scene], classes:
     shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     columns = [_titled(shown, name)]
     columns += [_titled(_draw_scene(shown, scene, classes), scene.title) for scene in scenes]
-    gap = np.full((columns[0].shape[0], GAP, 3), PAPER, dtype=np.uint8)
-    joined = [part for column in columns for part in (column, gap)][:-1]
-    return encode_png(np.concatenate(joined, axis=1))
+    return encode_png(_beside(columns))
+
+
+def render_heat(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequence[HeatMap]) -> bytes:
+    """PNG of the image [H, W, 3] uint8 RGB with the outline of a mask [H, W] bool, followed by the same under each map.
+
+    Every column shows the range of its own map.
+    """
+    scale = _scale(image.shape[:2])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    edge = _contours(cv2.resize(outline.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST))
+    columns = [_titled(_outlined(shown, edge), name)]
+    columns += [_titled(_outlined(_heated(shown, heat.values), edge), heat.title) for heat in heats]
+    return encode_png(_beside(columns))
 
 
 def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
@@ -118,6 +139,26 @@ def _to_width(image: np.ndarray, width: int) -> np.ndarray:
         return image
     height = round(image.shape[0] * width / image.shape[1])
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _beside(columns: Sequence[np.ndarray]) -> np.ndarray:
+    gap = np.full((columns[0].shape[0], GAP, 3), PAPER, dtype=np.uint8)
+    return np.concatenate([part for column in columns for part in (column, gap)][:-1], axis=1)
+
+
+def _heated(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The image [H, W, 3] under a map [h, w] of which every value keeps a visible cell of its own."""
+    height, width = image.shape[:2]
+    strength = values / max(float(values.max()), np.finfo(np.float32).tiny)
+    cells = cv2.resize(strength.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
+    colors = cv2.applyColorMap((255 * cells).round().astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    return (0.35 * image + 0.65 * colors).round().astype(np.uint8)
+
+
+def _outlined(image: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    drawn = image.copy()
+    drawn[edge] = (250, 250, 250)
+    return drawn
 
 
 def _titled(column: np.ndarray, title: str) -> np.ndarray:

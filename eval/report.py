@@ -117,13 +117,13 @@ class EvaluationResults:
                 [split, *(metrics[name + suffix] for name in ("PQ", "SQ", "RQ")), counts["PQ" + suffix]]
                 for split, suffix in (("all", ""), ("things", "_th"), ("stuff", "_st"))
             ]
-            blocks.append(_columns(["panoptic", "PQ", "SQ", "RQ", "classes"], rows))
+            blocks.append(columns(["panoptic", "PQ", "SQ", "RQ", "classes"], rows))
         if self.instance is not None:
             names = list(self.instance.stats)
-            blocks.append(_columns(["mask AP", *names], [["", *(metrics[name] for name in names)]]))
+            blocks.append(columns(["mask AP", *names], [["", *(metrics[name] for name in names)]]))
         if self.semantic is not None:
             names = list(_semantic(self.semantic))
-            blocks.append(_columns(["semantic", *names], [["", *(metrics[name] for name in names)]]))
+            blocks.append(columns(["semantic", *names], [["", *(metrics[name] for name in names)]]))
         if per_class:
             classes = self.per_class()
             names = [name for name in classes[0] if name not in ("id", "name", "is_thing")]
@@ -131,7 +131,7 @@ class EvaluationResults:
                 [row["name"], "thing" if row["is_thing"] else "stuff", *(row[name] for name in names)]
                 for row in classes
             ]
-            blocks.append(_columns(["class", "kind", *names], rows))
+            blocks.append(columns(["class", "kind", *names], rows))
         return "\n\n".join(blocks) + "\n"
 
     def _title(self) -> str:
@@ -165,7 +165,7 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Lines of aligned columns: words to the left, numbers to the right; `-` for None."""
     cells = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,0 +1,107 @@
+"""Quality of the predictions of every decoder layer (Figure II) and of their masks as proposals (Figure 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.categories import CategoryTable
+from data_pipeline.collate import EvalBatch
+from eval.average_precision import AveragePrecisionState, InstanceDetections
+from eval.inference import Evaluator, ImageOutput, image_outputs
+from eval.masks import encode_masks
+from eval.report import EvaluationSubject, columns
+from eval.states import EvaluationStates
+from eval.truth import instance_truth
+from model.config import PostprocessConfig
+from model.postprocess import instance
+from model.structures import Predictions
+
+PROPOSALS = (10, 100)
+"""Proposals per image at which recall is measured; the paper has 100."""
+SHOWN_METRICS = ("PQ", "PQ_th", "PQ_st", "AP", "mIoU")
+
+
+@dataclass(frozen=True)
+class LayerQuality:
+    """What the predictions after one layer are worth."""
+
+    layer: int
+    """0 is the learnable queries before the decoder, where they are supervised."""
+    metrics: dict[str, float | None]
+    """Metrics of the evaluated tasks in per cent, and AR10 and AR100 of proposals; None where undefined."""
+
+
+class LayerAnalysis:
+    """Metric states of every layer, from one forward pass per batch."""
+
+    def __init__(self, evaluator: Evaluator, categories: CategoryTable) -> None:
+        self._evaluator, self._categories = evaluator, categories
+        self._states: list[EvaluationStates] = []
+        self._proposals: list[AveragePrecisionState] = []
+
+    @torch.inference_mode()
+    def update(self, batch: EvalBatch) -> None:
+        """Score all layers on the images of a batch."""
+        predictions = self._evaluator.predict(batch)
+        for layer in range(len(predictions.class_logits)):
+            states = self._evaluator.score(batch, predictions, layer)
+            proposals = self._score_proposals(batch, predictions, layer)
+            if layer == len(self._states):
+                self._states.append(states)
+                self._proposals.append(proposals)
+            else:
+                self._states[layer].merge(states)
+                self._proposals[layer].merge(proposals)
+
+    def compute(self, subject: EvaluationSubject, num_layers: int) -> tuple[LayerQuality, ...]:
+        """Quality of all predictions of a decoder with so many layers: one more where its queries are supervised."""
+        results, first_layer = [], 1 + num_layers - len(self._states)
+        for layer, (states, proposals) in enumerate(zip(self._states, self._proposals, strict=True), first_layer):
+            recalls = proposals.compute().stats
+            metrics = states.compute(self._categories, subject).metrics()
+            metrics = {name: metrics[name] for name in SHOWN_METRICS if name in metrics}
+            for name in (f"AR{count}" for count in PROPOSALS):
+                metrics[name] = None if recalls[name] < 0 else 100 * recalls[name]
+            results.append(LayerQuality(layer, metrics))
+        return tuple(results)
+
+    def _score_proposals(self, batch: EvalBatch, predictions: Predictions, layer: int) -> AveragePrecisionState:
+        state = AveragePrecisionState(1, PROPOSALS)
+        labels = self._categories.labels("instance")
+        for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
+            truth = instance_truth(sample, labels)
+            state.update(
+                sample.image_id, replace(truth, labels=np.zeros_like(truth.labels)), class_agnostic_proposals(output)
+            )
+        return state
+
+
+def class_agnostic_proposals(output: ImageOutput) -> InstanceDetections:
+    """The mask of every query as a detection of the only class 0.
+
+    Its score is the probability of any class times the mean mask probability inside the mask.
+    """
+    only_class = torch.stack([_any_class(output.class_logits), output.class_logits[:, -1].float()], dim=-1)
+    config = PostprocessConfig(max_instances=len(only_class))
+    result = instance(only_class, output.mask_embeddings, output.mask_features, output.geometry, (True,), config)
+    return InstanceDetections(
+        masks=encode_masks(result.masks.cpu().numpy()),
+        mask_index=result.mask_index.cpu().numpy(),
+        labels=result.labels.cpu().numpy(),
+        scores=result.scores.cpu().numpy().astype(np.float64),
+    )
+
+
+def layer_table(layers: tuple[LayerQuality, ...]) -> str:
+    """One line per layer."""
+    names = list(layers[0].metrics)
+    return columns(["layer", *names], [[q.layer, *(q.metrics[name] for name in names)] for q in layers])
+
+
+def _any_class(class_logits: Tensor) -> Tensor:
+    """Logit [Q] whose softmax with "no object" is the probability of all classes together."""
+    return class_logits[:, :-1].float().logsumexp(-1)
