@@ -23,6 +23,7 @@ VERBS = {
     "train": "cluster.verbs.train",
     "eval": "cluster.verbs.evaluate",
     "predict": "cluster.verbs.predict",
+    "analyze": "cluster.verbs.analyze",
     "config": "cluster.verbs.config",
 }
 

@@ -1,0 +1,142 @@
+"""`m2f analyze`: size and speed of models, quality by decoder layer, and where attention goes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, split_overrides
+
+if TYPE_CHECKING:
+    from cluster.analyze import AnalysisSubject
+
+SUMMARY = "size and speed of models; quality by decoder layer; where attention goes"
+ANALYSES = {
+    "table": "parameters and multiply-adds of the recipes' models, or of all models of the paper without a recipe",
+    "layers": "metrics of every decoder layer's prediction, and recall of its masks as proposals",
+    "attention": "share of attention on objects by layer and level, and pictures of it",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("what", choices=ANALYSES, help="; ".join(f"{name}: {text}" for name, text in ANALYSES.items()))
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE",
+        help="table: YAML files; else one, and the name of a data set (default: the first that the recipe evaluates); "
+        f"{OVERRIDE} changes a setting",
+    )
+    add_checkpoint(parser)
+    parser.add_argument("--images", type=int, default=100, metavar="N", help="how many, spread evenly (default 100)")
+    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="attention: how many (default 8)")
+    parser.add_argument("--output", metavar="DIR", help="folder for results as JSON and pictures (default: none)")
+    parser.add_argument("--size", default="512x512", metavar="HxW", help="table: input (default 512x512)")
+    parser.add_argument("--seconds", action="store_true", help="table: also time a forward pass on this CPU")
+    parser.add_argument("--markdown", action="store_true", help="table: as Markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print tables; files go to --output."""
+    match args.what:
+        case "table":
+            return _table(args)
+        case "layers":
+            return _layers(args)
+        case _:
+            return _attention(args)
+
+
+def _table(args: argparse.Namespace) -> int:
+    from cluster.model_table import format_model_table, paper_sizes, recipe_size
+    from cluster.progress import Progress, say
+    from cluster.recipe import load_recipe
+    from model.errors import ConfigError
+    from model.paper_models import paper_models
+
+    size = _parse_size(args.size)
+    recipes, overrides = split_overrides(args.words)
+    if overrides and not recipes:
+        raise ConfigError(f"{overrides[0]} changes a setting of a recipe, but none is given")
+    rows = [recipe_size(load_recipe(recipe, overrides), size, timed=args.seconds) for recipe in recipes]
+    if not recipes:
+        models = paper_models()
+        with Progress("measuring", len(models), "models") as progress:
+            for row in paper_sizes(models, size, timed=args.seconds):
+                rows.append(row)
+                progress.advance(1)
+    say(format_model_table(rows, size, markdown=args.markdown))
+    return 0
+
+
+def _layers(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from cluster.analyze import analyze_layers
+    from cluster.progress import say
+    from eval.layers import layer_table
+
+    subject = _subject(args)
+    layers = analyze_layers(subject)
+    say(f"{subject.title}\n\n{layer_table(layers)}")
+    _write(args.output, {"layers.json": json.dumps([asdict(layer) for layer in layers], indent=1).encode()})
+    return 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    import json
+
+    from cluster.analyze import analyze_attention
+    from cluster.progress import say
+
+    subject = _subject(args)
+    mass, pictures = analyze_attention(subject, args.pictures if args.output else 0)
+    say(f"{subject.title}\n\n{mass.table()}")
+    shares = {"object_share_by_layer": mass.by_layer, "object_share_by_level": mass.by_level}
+    files = {"attention.json": json.dumps(shares, indent=1).encode()}
+    _write(args.output, files | {f"attention_{image_id}.png": png for image_id, png in pictures.items()})
+    return 0
+
+
+def _subject(args: argparse.Namespace) -> AnalysisSubject:
+    from cluster.analyze import open_subject
+    from cluster.checkpoints import choose_checkpoint
+    from cluster.recipe import load_recipe
+    from data_pipeline.storage import Storage
+    from model.errors import ConfigError
+
+    words, overrides = split_overrides(args.words)
+    recipe, names = words[:1], words[1:]
+    if not recipe or len(names) > 1:
+        raise ConfigError(f"analyze {args.what} takes one recipe and at most one data set, not {words}")
+    if args.images < 1:
+        raise ConfigError(f"--images is {args.images}; it must be at least 1")
+    config = load_recipe(recipe[0], overrides)
+    evaluated = [s.dataset for s in config.evaluation.sets] or [config.data.train[0].dataset]
+    dataset = choose_datasets(names, list(config.datasets))[0] if names else evaluated[0]
+    storage = Storage(config.storage)
+    return open_subject(config, choose_checkpoint(config, storage, args.checkpoint), dataset, args.images, storage)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    from model.errors import ConfigError
+
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
+        raise ConfigError(f"--size is {text!r}; write height and width in pixels of at least 32, for example 512x512")
+    return int(height), int(width)
+
+
+def _write(folder: str | None, files: dict[str, bytes]) -> None:
+    from pathlib import Path
+
+    from cluster.progress import say
+
+    if folder is None:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (Path(folder) / name).write_bytes(data)
+    say(f"\n{folder}: {', '.join(files)}")

@@ -1,0 +1,138 @@
+"""`m2f analyze` from the command line: tables of models, and analyses of a small random model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cluster.cli import main
+from cluster.model_table import format_model_table, paper_sizes, seconds_per_image
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+from eval.panels import decode_png
+from model.config import (
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from model.mask2former import build_model
+from model.paper_models import paper_models
+
+RECIPE = """
+name: small
+output: {folder}/runs
+datasets:
+  train: {{shards: {folder}/shards}}
+  absent: {{shards: {folder}/absent}}
+data:
+  train: [{{dataset: train}}]
+model:
+  backbone: {{name: resnet10t, norm: group, options: {{channels: [16, 16, 32, 32]}}}}
+  pixel_decoder: {{conv_dim: 32, mask_dim: 32, num_layers: 1, num_heads: 2, feedforward_dim: 32}}
+  transformer_decoder: {{num_queries: 8, num_layers: 3, hidden_dim: 32, num_heads: 2, feedforward_dim: 32}}
+training: {{max_steps: 10}}
+evaluation: {{shortest_edge: 64, max_size: 96}}
+"""
+SMALL = ModelConfig(
+    backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": [16, 16, 32, 32]}),
+    pixel_decoder=MSDeformAttnPixelDecoderConfig(
+        conv_dim=32, mask_dim=32, num_layers=1, num_heads=2, feedforward_dim=32
+    ),
+    transformer_decoder=MaskedTransformerDecoderConfig(
+        num_queries=8, num_layers=3, hidden_dim=32, num_heads=2, feedforward_dim=32
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    """A recipe with shards, and a file of random weights."""
+    folder = tmp_path_factory.mktemp("analyze")
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    dataset = DatasetConfig(shards=str(folder / "shards"), source=SyntheticSource(num_images=6))
+    write_dataset(open_reader(dataset.source), dataset, Storage())
+    torch.manual_seed(0)
+    categories = len(open_reader(dataset.source).categories.for_task("panoptic"))
+    model = build_model(ModelConfig(**{**vars(SMALL), "num_classes": categories}), pretrained_backbone=False)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    return folder
+
+
+def run(capsys, *words):
+    status = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_layers_are_compared(capsys, analysed, tmp_path):
+    words = ("layers", analysed / "recipe.yaml", "train", "--checkpoint", analysed / "weights.safetensors")
+    status, out, err = run(capsys, "analyze", *words, "--images", "2", "--output", tmp_path / "out")
+    assert status == 0, err
+    assert out.startswith("train: 2 of 6 images, weights")
+    layers = json.loads((tmp_path / "out" / "layers.json").read_text())
+    assert [layer["layer"] for layer in layers] == [0, 1, 2, 3]
+    assert {"PQ", "AP", "mIoU", "AR10", "AR100"} <= set(layers[0]["metrics"])
+
+
+def test_attention_is_weighed_and_drawn(capsys, analysed, tmp_path):
+    words = ("attention", analysed / "recipe.yaml", "--checkpoint", analysed / "weights.safetensors")
+    options = ("--images", "3", "--pictures", "2", "--output", tmp_path / "out")
+    status, out, err = run(capsys, "analyze", *words, *options)
+    assert status == 0, err
+    assert "average" in out
+    shares = json.loads((tmp_path / "out" / "attention.json").read_text())
+    assert list(shares["object_share_by_level"]) == ["1/32", "1/16", "1/8", "average"]
+    assert all(0 < share < 1 for share in shares["object_share_by_layer"].values())
+    pictures = sorted((tmp_path / "out").glob("attention_*.png"))
+    assert len(pictures) == 2
+    assert decode_png(pictures[0].read_bytes()).shape[1] > 4 * 500
+
+
+def test_a_recipe_is_measured_with_the_classes_of_its_data(capsys, analysed):
+    recipe = analysed / "recipe.yaml"
+    status, out, _ = run(capsys, "analyze", "table", recipe, "--size", "64x96", "--seconds")
+    assert status == 0
+    assert out.splitlines()[0].split()[-2:] == ["s", "64x96"]
+    assert out.splitlines()[2].startswith("small")
+    more = run(capsys, "analyze", "table", recipe, "--size", "64x96", "model.num_classes=5000", "--markdown")[1]
+    assert more.splitlines()[1].startswith("| --- |")
+    assert float(more.splitlines()[2].split("|")[3]) > float(out.split("small")[1].split()[0])
+
+
+def test_paper_rows_carry_the_papers_figures():
+    row = next(paper_sizes([m for m in paper_models() if m.name == "R50"], (256, 256), timed=False))
+    assert (row.paper_parameters, row.paper_flops, row.table, row.seconds) == (44, 226, "I, III", None)
+    assert row.executed < row.flops_at_size
+    line = format_model_table([row], (64, 64), markdown=True).splitlines()[2]
+    assert line.startswith("| R50 | I, III | 44.0 | 44 | 227.5 | 226 |")
+
+
+def test_time_is_taken():
+    config = ModelConfig(**{**vars(SMALL), "num_classes": 3})
+    assert 0 < seconds_per_image(config, (64, 64)) < 10
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["table", "model.num_classes=3"], "model.num_classes=3 changes a setting of a recipe, but none is given"),
+        (["table", "RECIPE", "--size", "512"], "--size is '512'; write height and width"),
+        (["table", "RECIPE", "data.train.0.dataset=absent"], "or give the number of classes: model.num_classes=80"),
+        (["layers"], "analyze layers takes one recipe and at most one data set"),
+        (["layers", "RECIPE", "train", "absent"], "analyze layers takes one recipe and at most one data set"),
+        (["layers", "RECIPE", "other"], "no data set 'other' under `datasets` (known: train, absent)"),
+        (["attention", "RECIPE", "--images", "0"], "--images is 0; it must be at least 1"),
+        (["attention", "RECIPE"], "has no checkpoint; train first"),
+    ],
+)
+def test_a_mistake_is_one_message(capsys, analysed, words, expected):
+    status, _, err = run(capsys, "analyze", *[analysed / "recipe.yaml" if word == "RECIPE" else word for word in words])
+    assert status == 2
+    assert expected in err
+    assert "Traceback" not in err
