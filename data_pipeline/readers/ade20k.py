@@ -33,9 +33,9 @@ def open_ade20k(source: Ade20kSource, max_pixels: int) -> MapReader:
 class SemanticMaps:
     """Values 1 to 150; 0 is void."""
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """A segment per class present."""
-        return partition(read_index_map(maps[0]), _classify_label, maps[0], _UNKNOWN)
+        return partition(read_index_map(maps[0], max_pixels), _classify_label, maps[0], _UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class PanopticMaps:
     map gives to a thing and the instance map to no instance are void.
     """
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """A segment per instance and per class of stuff."""
-        labels, colors = read_index_map(maps[0]), read_color_map(maps[1])
+        labels, colors = read_index_map(maps[0], max_pixels), read_color_map(maps[1], max_pixels)
         if labels.shape != colors.shape:
             raise DataError(
                 f"{maps[1]}: the instance map is {colors.shape[1]} x {colors.shape[0]} pixels, the label map "

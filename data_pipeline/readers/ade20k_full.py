@@ -34,9 +34,9 @@ class ObjectMaps:
 
     categories: CategoryTable
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """A segment per instance and per class of stuff."""
-        colors = read_color_map(maps[0])
+        colors = read_color_map(maps[0], max_pixels)
         classes = (colors & 255) // 10 * 256 + (colors >> 8 & 255)
         # Every value is void or known, so there is nothing to complain about.
         return partition(classes * np.uint32(256) + (colors >> 16), self._classify, maps[0], "")

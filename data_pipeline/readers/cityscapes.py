@@ -94,11 +94,10 @@ class InstanceIds:
     classes are void.
     """
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """A segment per instance, group and class of stuff."""
-        return partition(
-            read_index_map(maps[0]), _classify, maps[0], f"belong to no label of Cityscapes (0 to {_LAST_LABEL})"
-        )
+        values = read_index_map(maps[0], max_pixels)
+        return partition(values, _classify, maps[0], f"belong to no label of Cityscapes (0 to {_LAST_LABEL})")
 
 
 def _classify(value: int) -> Region | None:

@@ -111,7 +111,7 @@ class CocoPanopticReader:
 
     def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...]]:
         path = self.masks / record.mask_name
-        ids = read_color_map(path)
+        ids = read_color_map(path, self.max_pixels)
         if ids.shape != (record.image.height, record.image.width):
             raise DataError(
                 f"{path}: the mask is {ids.shape[1]} x {ids.shape[0]} pixels, the image "

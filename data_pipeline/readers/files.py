@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from data_pipeline.errors import DataError
-from data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, read_header
+from data_pipeline.image_file import BrokenImageError, ImageHeader, decode_rgb, frame_orientation, read_header
 
 _MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
 ANNOTATION_BYTES = 12_000
@@ -35,11 +35,7 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
     """Prove that the content of an image file decodes to height x width. Raises DataError beginning with the name."""
     try:
         header = read_header(data)
-        if header.height * header.width > max_pixels:
-            raise BrokenImageError(
-                f"{header.width} x {header.height} pixels are more than max_pixels ({max_pixels}); shrink the image or "
-                "raise datasets.<name>.max_pixels"
-            )
+        require_size(header, max_pixels)
         if header.bit_depth > 8:
             raise BrokenImageError(f"{header.bit_depth}-bit images are not supported; convert it to 8 bits")
         orientation = frame_orientation(header, height, width)
@@ -48,6 +44,15 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
         raise DataError(f"{name}: {error}") from error
     assert decoded.shape == (height, width, 3)
     return LoadedImage(data, header.ext)
+
+
+def require_size(header: ImageHeader, max_pixels: int) -> None:
+    """Raise BrokenImageError for an image that is too large to decode."""
+    if header.height * header.width > max_pixels:
+        raise BrokenImageError(
+            f"{header.width} x {header.height} pixels are more than max_pixels ({max_pixels}); shrink the image or "
+            "raise datasets.<name>.max_pixels"
+        )
 
 
 def read_bytes(path: Path) -> bytes:

@@ -32,10 +32,10 @@ class ClassAndInstanceMaps:
     categories: Mapping[int, Category | None]
     """By class; None for void."""
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """A segment per instance and per class of stuff."""
         return partition(
-            read_color_map(maps[0]),
+            read_color_map(maps[0], max_pixels),
             self._classify,
             maps[0],
             "of the red channel are neither categories nor void; add them to the categories file or to source.void",

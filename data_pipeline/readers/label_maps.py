@@ -29,10 +29,10 @@ class LabelMaps:
     regions: Mapping[int, Region | None]
     """By pixel value; None for void."""
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """A segment per class present."""
         return partition(
-            read_index_map(maps[0]),
+            read_index_map(maps[0], max_pixels),
             self.regions.__getitem__,
             maps[0],
             "are neither categories nor void; add them to the categories file or to source.void",

@@ -18,6 +18,7 @@ from data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
     read_bytes,
+    require_size,
     size_on_disk,
     some,
     unique_keys,
@@ -39,7 +40,7 @@ class Region(NamedTuple):
 class MapDecoder(Protocol):
     """How a data set writes its maps. Picklable."""
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """Ground truth of one image from its map files. Raises DataError naming the file and the problem."""
         ...
 
@@ -78,7 +79,7 @@ class MapReader:
     def read(self, index: int) -> Sample:
         """One image with its segments."""
         record = self.records[index]
-        annotation = self.decoder.decode(record.maps)
+        annotation = self.decoder.decode(record.maps, self.max_pixels)
         assert annotation.seg is not None
         height, width = annotation.seg.shape
         file = load_image(self.images / record.image, height, width, self.max_pixels)
@@ -181,19 +182,22 @@ def _boxes(runs: _Runs, ids: np.ndarray, count: int, shape: tuple[int, int]) -> 
     return [(x, y, width, height) for x, y, width, height in boxes.tolist()]
 
 
-def read_index_map(path: Path) -> np.ndarray:
+def read_index_map(path: Path, max_pixels: int) -> np.ndarray:
     """Values [H, W] uint8 or uint16 of a grey or palette PNG. Raises DataError naming the file."""
+    data = read_bytes(path)
     try:
-        return decode_index_png(read_bytes(path))
+        require_size(read_header(data), max_pixels)
+        return decode_index_png(data)
     except BrokenImageError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def read_color_map(path: Path) -> np.ndarray:
+def read_color_map(path: Path, max_pixels: int) -> np.ndarray:
     """R + 256 G + 65536 B [H, W] uint32 of a colour PNG. Raises DataError naming the file."""
     data = read_bytes(path)
     try:
         header = read_header(data)
+        require_size(header, max_pixels)
         if header.mode.startswith("gray") or header.bit_depth > 8:
             raise BrokenImageError(
                 f"this map holds its ids in three 8-bit channels, and the file is {header.bit_depth}-bit {header.mode}"

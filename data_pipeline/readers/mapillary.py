@@ -30,11 +30,11 @@ class InstanceMaps:
     labels: tuple[Category | None, ...]
     """None for labels that are not evaluated: void."""
 
-    def decode(self, maps: Sequence[Path]) -> Annotation:
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
         """A segment per instance and per class of stuff. These maps do not mark crowds."""
         last = len(self.labels) - 1
         return partition(
-            read_index_map(maps[0]),
+            read_index_map(maps[0], max_pixels),
             self._classify,
             maps[0],
             f"(256 x label + instance) belong to no label of the config file (0 to {last}); take the instances "

@@ -517,8 +517,8 @@ def test_segments_and_flags_must_be_what_they_are_called(coco):
         open_reader(coco.panoptic_source).read(0)
 
 
-def test_a_million_categories_are_checked_in_linear_time():
-    table = [Category(i, str(i), True, (0, 0, 0)) for i in range(10**6)]
+def test_very_many_categories_are_checked_in_linear_time():
+    table = [Category(i, str(i), True, (0, 0, 0)) for i in range(10**5)]
     with pytest.raises(DataError, match=r"category ids must be unique.*\[7\]"):
         CategoryTable((*table, table[7]))
 

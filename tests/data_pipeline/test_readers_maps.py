@@ -189,3 +189,11 @@ def test_gray_images_pass_and_sizes_must_agree(channels):
     assert write(np.zeros((H, W, 3), np.uint8)).read(0).image_ext == "jpg"
     with pytest.raises(DataError, match=r"images/a.jpg: the image is 8 x 6 pixels, its annotation 9 x 6"):
         write(np.zeros((H, W + 1, 3), np.uint8)).read(0)
+
+
+def test_huge_maps_are_refused_before_decoding(channels, monkeypatch):
+    write, source, _ = channels
+    write(np.zeros((H, W, 3), np.uint8))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match=r"annotations/a.png: 8 x 6 pixels are more than max_pixels \(47\)"):
+        open_reader(source, max_pixels=47).read(0)

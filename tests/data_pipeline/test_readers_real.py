@@ -10,9 +10,22 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from data_pipeline import codec
-from data_pipeline.config import CocoInstancesSource, CocoPanopticSource, LabelMapSource
+from data_pipeline.config import (
+    Ade20kFullSource,
+    Ade20kSource,
+    CityscapesPanopticSource,
+    CityscapesSource,
+    CocoInstancesSource,
+    CocoPanopticSource,
+    DatasetConfig,
+    LabelMapSource,
+    MapillarySource,
+)
 from data_pipeline.image_file import decode_id_png, decode_index_png
+from data_pipeline.preview import contact_sheet
 from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
 from data_pipeline.targets import image_targets
 
 
@@ -162,3 +175,43 @@ def test_camvid_label_maps(real_data):
         for segment in sample.annotation.segments:
             table[segment.id] = segment.category_id
         assert np.array_equal(table[sample.annotation.seg], np.where(labels == 255, 11, labels))
+
+
+_LAYOUTS = {
+    "ade20k": lambda root: Ade20kSource(
+        images=f"{root}/ade20k_challenge_layout/images/training",
+        annotations=f"{root}/ade20k_challenge_layout/annotations/training",
+        instances=f"{root}/ade20k_challenge_layout/annotations_instance/training",
+    ),
+    "ade20k_full": lambda root: Ade20kFullSource(folder=f"{root}/ade20k_full"),
+    "cityscapes": lambda root: CityscapesSource(
+        images=f"{root}/cityscapes_layout_from_camvid/leftImg8bit/val",
+        annotations=f"{root}/cityscapes_layout_from_camvid/gtFine/val",
+    ),
+    "cityscapes_panoptic": lambda root: CityscapesPanopticSource(
+        images=f"{root}/cityscapes_layout_from_camvid/leftImg8bit",
+        panoptic_json=f"{root}/cityscapes_layout_from_camvid/gtFine/cityscapes_panoptic_val.json",
+        panoptic_masks=f"{root}/cityscapes_layout_from_camvid/gtFine/cityscapes_panoptic_val",
+    ),
+    "mapillary": lambda root: MapillarySource(
+        images=f"{root}/mapillary_layout_from_camvid/validation/images",
+        instances=f"{root}/mapillary_layout_from_camvid/validation/instances",
+        config_json=f"{root}/mapillary_layout_from_camvid/config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_every_layout_shards_reads_back_and_previews(real_data, tmp_path, layout):
+    source = _LAYOUTS[layout](real_data)
+    reader = open_reader(source)
+    manifest = write_dataset(reader, DatasetConfig(shards=str(tmp_path), source=source), Storage())
+    assert sorted(manifest.key) == sorted(reader.keys)
+    for row, key in enumerate(manifest.key):
+        original, stored = reader.read(reader.keys.index(key)), manifest.read_sample(row, Storage())
+        assert stored.annotation.segments == original.annotation.segments
+        assert np.array_equal(stored.annotation.seg, original.annotation.seg)
+        for task in ("panoptic", "instance", "semantic"):
+            targets = image_targets(stored, task, reader.categories.labels(task))
+            assert len(targets.labels) > 0
+    assert contact_sheet(manifest, [0], Storage()).shape[1] > 640
