@@ -99,7 +99,7 @@ class Predictor:
             case "instance":
                 return instance(*output, geometry, is_thing, self._config.model.postprocess)
             case "semantic":
-                return semantic(*output, geometry)
+                return semantic(*output, geometry, self._config.model.postprocess)
             case _:
                 assert_never(self._task)
 

@@ -159,7 +159,7 @@ class Evaluator:
         return partial(instance_scenes, truth, detections, sample.size)
 
     def _semantic(self, sample: DecodedSample, output: ImageOutput, state: MeanIoUState) -> _Picture:
-        predicted = semantic(*output).label_map.cpu().numpy()
+        predicted = semantic(*output, self._postprocess).label_map.cpu().numpy()
         truth = semantic_truth(sample, self._categories.labels("semantic"))
         state.update(sample.image_id, truth, predicted)
         return partial(semantic_scenes, truth, predicted, state.num_classes)

@@ -297,6 +297,9 @@ class PostprocessConfig:
     """Panoptic: a segment that keeps less than this share of its mask is dropped."""
     max_instances: int = 100
     """Instance: number of (query, class) pairs kept per image."""
+    semantic_resize: Literal["masks", "class_scores"] = "masks"
+    """Semantic: what is resized to the original image, the masks before their sum over queries, or the sum. The
+    official code resizes the sum in models for semantic segmentation alone, else the masks."""
 
 
 @dataclass(frozen=True, kw_only=True)

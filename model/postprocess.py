@@ -136,18 +136,28 @@ def instance(
 
 @torch.no_grad()
 def semantic(
-    class_logits: Tensor, mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry
+    class_logits: Tensor,
+    mask_embeddings: Tensor,
+    mask_features: Tensor,
+    geometry: ImageGeometry,
+    config: PostprocessConfig,
 ) -> SemanticResult:
     """Semantic result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
     The class of a pixel maximises the sum over queries of class probability * mask probability; equal sums go to the
-    lower class.
+    lower class. `semantic_resize` says whether masks or these sums are brought to the original size.
     """
     class_probabilities = class_logits.float().softmax(-1)[:, :-1].T.contiguous()
     label_map = torch.empty(geometry.original_size, dtype=torch.int64, device=class_logits.device)
-    for rows, logits in _bands(mask_embeddings, mask_features, geometry, outputs=len(class_probabilities)):
-        scores = class_probabilities @ logits.sigmoid_().flatten(1)
-        label_map[rows] = scores.argmax(0).view(label_map[rows].shape)
+    if config.semantic_resize == "masks":
+        for rows, logits in _bands(mask_embeddings, mask_features, geometry, outputs=len(class_probabilities)):
+            label_map[rows] = torch.einsum("kq,qhw->khw", class_probabilities, logits.sigmoid_()).argmax(0)
+    else:
+        resize = _Resize(mask_embeddings, mask_features, geometry)
+        for band in resize.bands(len(mask_embeddings) + len(class_probabilities)):
+            probabilities = resize.input_columns(resize.input_rows(band)).sigmoid_()
+            scores = torch.einsum("kq,qhw->khw", class_probabilities, probabilities)
+            label_map[band.rows] = resize.original_columns(band.taps.apply(scores)).argmax(0)
     return SemanticResult(label_map)
 
 
@@ -156,26 +166,62 @@ def _bands(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Mask logits [Q, rows, W] at the original size, band by band.
 
-    Stride 4 to the padded input, crop, to the original size: two bilinear resizes. Each is separable, so the rows of a
-    band are interpolated first (from few source rows), then the columns. `outputs` more values per pixel count towards
-    the size of a band.
+    The rows of a band are interpolated first (from few source rows), then the columns. `outputs` more values per pixel
+    count towards the size of a band.
     """
-    with torch.autocast(mask_features.device.type, enabled=False):
-        logits = torch.einsum("qc,chw->qhw", mask_embeddings.float(), mask_features.float())
-    (padded_height, padded_width), (resized_height, resized_width) = geometry.padded_size, geometry.resized_size
-    height, width = geometry.original_size
-    to_input = _RowTaps.between(logits.shape[1], padded_height)
-    to_original = _RowTaps.between(resized_height, height)
-    band = max(1, chunk_elements(logits.device) // ((len(logits) + outputs) * max(padded_width, width)))
-    for start in range(0, height, band):
-        rows = slice(start, min(start + band, height))
-        taps = to_original.of(rows)
-        first, last = int(taps.lower[0]), int(taps.upper[-1])
-        at_input_rows = to_input.of(slice(first, last + 1)).apply(logits)
-        at_rows = taps.relative_to(first).apply(at_input_rows)
-        at_input = F.interpolate(at_rows[None], (at_rows.shape[1], padded_width), mode="bilinear")
-        cropped = at_input[..., :resized_width]
-        yield rows, F.interpolate(cropped, (cropped.shape[2], width), mode="bilinear")[0]
+    resize = _Resize(mask_embeddings, mask_features, geometry)
+    for band in resize.bands(len(mask_embeddings) + outputs):
+        at_rows = band.taps.apply(resize.input_rows(band))
+        yield band.rows, resize.original_columns(resize.input_columns(at_rows))
+
+
+class _Band(NamedTuple):
+    """Some rows of the original image and what they come from."""
+
+    rows: slice
+    """Of the original."""
+    source: slice
+    """Rows of the input."""
+    taps: _RowTaps
+    """From these rows of the input to the rows of the original."""
+
+
+class _Resize:
+    """The way of masks from stride 4 to the padded input, and from its crop to the original: two bilinear resizes.
+
+    Each is separable into rows and columns.
+    """
+
+    def __init__(self, mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry) -> None:
+        with torch.autocast(mask_features.device.type, enabled=False):
+            self._logits = torch.einsum("qc,chw->qhw", mask_embeddings.float(), mask_features.float())
+        self._geometry = geometry
+        self._to_input = _RowTaps.between(self._logits.shape[1], geometry.padded_size[0])
+        self._to_original = _RowTaps.between(geometry.resized_size[0], geometry.original_size[0])
+
+    def bands(self, values_per_pixel: int) -> Iterator[_Band]:
+        """Bands of as many rows as fit into one piece of chunked work."""
+        height, width = self._geometry.original_size
+        row_values = values_per_pixel * max(self._geometry.padded_size[1], width)
+        step = max(1, chunk_elements(self._logits.device) // row_values)
+        for start in range(0, height, step):
+            rows = slice(start, min(start + step, height))
+            taps = self._to_original.of(rows)
+            first, last = int(taps.lower[0]), int(taps.upper[-1])
+            yield _Band(rows, slice(first, last + 1), taps.relative_to(first))
+
+    def input_rows(self, band: _Band) -> Tensor:
+        """Mask logits [Q, rows, w] at the band's rows of the input."""
+        return self._to_input.of(band.source).apply(self._logits)
+
+    def input_columns(self, maps: Tensor) -> Tensor:
+        """[n, rows, w] to the columns of the image in the input."""
+        padded = F.interpolate(maps[None], (maps.shape[1], self._geometry.padded_size[1]), mode="bilinear")[0]
+        return padded[..., : self._geometry.resized_size[1]]
+
+    def original_columns(self, maps: Tensor) -> Tensor:
+        """[n, rows, w] from the columns of the image in the input to those of the original."""
+        return F.interpolate(maps[None], (maps.shape[1], self._geometry.original_size[1]), mode="bilinear")[0]
 
 
 class _RowTaps(NamedTuple):

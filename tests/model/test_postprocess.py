@@ -122,7 +122,21 @@ def test_semantic_equals_official(geometry):
     class_logits, embeddings, features = predictions(geometry)
     masks = full_size_logits(embeddings, features, geometry).sigmoid()
     expected = torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], masks).argmax(0)
-    assert torch.equal(semantic(class_logits, embeddings, features, geometry).label_map, expected)
+    assert torch.equal(semantic(class_logits, embeddings, features, geometry, LOOSE).label_map, expected)
+
+
+@pytest.mark.usefixtures("band_size")
+def test_semantic_of_resized_class_scores_equals_official(geometry):
+    class_logits, embeddings, features = predictions(geometry)
+    masks = torch.einsum("qc,chw->qhw", embeddings, features)[None]
+    masks = F.interpolate(masks, geometry.padded_size, mode="bilinear", align_corners=False)[0].sigmoid()
+    scores = torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], masks)
+    height, width = geometry.resized_size
+    cropped = scores[None, :, :height, :width]
+    expected = F.interpolate(cropped, geometry.original_size, mode="bilinear", align_corners=False)[0].argmax(0)
+    config = PostprocessConfig(semantic_resize="class_scores")
+    label_map = semantic(class_logits, embeddings, features, geometry, config).label_map
+    assert torch.equal(label_map, expected)
 
 
 @pytest.mark.parametrize("geometry", [GEOMETRIES["padded and shrunk"]])
