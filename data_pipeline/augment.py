@@ -2,7 +2,8 @@
 
 The part of the image that the crop needs is cut out before it is resized. Where an axis is cropped, the cut moves the
 content by at most half an output pixel (mostly below a tenth) against a resize of the whole image; image and id maps
-move together. Without a crop on an axis there is no such shift.
+move together. Without a crop on an axis there is no such shift. With `shrink: bilinear` the whole image is resized
+first, by Pillow, and everything is where the official code has it, pixel for pixel.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from typing import Literal, assert_never
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from data_pipeline.config import AugmentConfig, LargeScaleJitter, ShortestEdgeCrop
+from data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 
 PADDING_GREY = 128
 """Grey level of image pixels outside the image (official mappers)."""
+
+_CROP_FIRST_EDGES = (400, 500, 600)
+"""Shortest edges before the first crop of DETR."""
 
 _START_CHOICES = 16  # source pixels that a cut may begin earlier
 
@@ -71,6 +76,8 @@ def draw_params(rng: np.random.Generator, size: tuple[int, int], config: Augment
             return draw_large_scale_jitter(rng, size, config)
         case ShortestEdgeCrop():
             return draw_shortest_edge_crop(rng, size, config)
+        case ScaleJitter():
+            return draw_scale_jitter(rng, size, config)
         case _:
             assert_never(config)
 
@@ -99,11 +106,11 @@ def large_scale_jitter(
 def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], config: ShortestEdgeCrop) -> AugmentParams:
     """A random shortest edge, a crop uniform over all places, colours, and a flip with probability 1/2."""
     edge, y, x, flip = rng.random(4)
-    scaled = shortest_edge_size(size, config.shortest_edges[int(edge * len(config.shortest_edges))], config.max_size)
+    scaled = shortest_edge_size(size, _choose(config.shortest_edges, edge), config.max_size)
     room = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
     return AugmentParams(
         scaled=scaled,
-        offset=(int(y * (room[0] + 1)), int(x * (room[1] + 1))),
+        offset=(_between(0, room[0], y), _between(0, room[1], x)),
         canvas=config.crop,
         flip=bool(flip < 0.5),
         shrink=config.shrink,
@@ -111,10 +118,42 @@ def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], con
     )
 
 
-def shortest_edge_size(size: tuple[int, int], shortest_edge: int, max_size: int) -> tuple[int, int]:
+def draw_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: ScaleJitter) -> AugmentParams:
+    """A flip with probability 1/2 and a random shortest edge of the image or, with `crop_first`, of a part of it."""
+    flip, edge, use_part, part_edge, height, width, y, x = rng.random(8).tolist()
+    inner, part, start = size, size, (0, 0)
+    if config.crop_first is not None and use_part < 0.5:
+        inner = shortest_edge_size(size, _choose(_CROP_FIRST_EDGES, part_edge))
+        low, high = config.crop_first
+        rows, columns = ((min(side, low), min(side, high)) for side in inner)
+        part = _between(*rows, height), _between(*columns, width)
+        start = _between(0, inner[0] - part[0], y), _between(0, inner[1] - part[1], x)
+    canvas = shortest_edge_size(part, _choose(config.shortest_edges, edge), config.max_size)
+    # Both resizes in one: the whole image at the scale that brings the part to its final size.
+    rows, columns = (_magnified(*axis) for axis in zip(inner, part, start, canvas, strict=True))
+    scaled, offset = zip(rows, columns, strict=True)
+    return AugmentParams(scaled=scaled, offset=offset, canvas=canvas, flip=flip < 0.5, shrink=config.shrink)
+
+
+def _magnified(side: int, part: int, start: int, canvas: int) -> tuple[int, int]:
+    """Length of an axis of `side` pixels, and where a part of it begins, once the part is `canvas` pixels long."""
+    scaled = max(canvas, round(side * canvas / part))
+    return scaled, min(round(start * canvas / part), scaled - canvas)
+
+
+def _choose(values: tuple[int, ...], draw: float) -> int:
+    return values[int(draw * len(values))]
+
+
+def _between(low: int, high: int, draw: float) -> int:
+    """A whole number from low to high, both possible."""
+    return low + int(draw * (high - low + 1))
+
+
+def shortest_edge_size(size: tuple[int, int], shortest_edge: int, max_size: int | None = None) -> tuple[int, int]:
     """Detectron2's rule: the shorter side at `shortest_edge`, unless the longer one then exceeds `max_size`."""
     factor = shortest_edge / min(size)
-    if max(size) * factor > max_size:
+    if max_size is not None and max(size) * factor > max_size:
         factor = max_size / max(size)
     return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
@@ -142,8 +181,9 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
         params: the draws.
         ignore: value of the id maps outside the image.
     """
-    rows = _span(image.shape[0], params.scaled[0], params.offset[0], params.canvas[0])
-    columns = _span(image.shape[1], params.scaled[1], params.offset[1], params.canvas[1])
+    span = _cut_span if params.shrink == "area" else _whole_span
+    rows = span(image.shape[0], params.scaled[0], params.offset[0], params.canvas[0])
+    columns = span(image.shape[1], params.scaled[1], params.offset[1], params.canvas[1])
     crop = _resize_span(image, rows, columns, params.shrink)
     if params.color is not None:
         crop = jitter_color(crop, params.color)
@@ -161,7 +201,7 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
 
 def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Literal["area", "bilinear"] = "area") -> np.ndarray:
     """The whole image [H, W, 3] at another height and width."""
-    rows, columns = (_span(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
+    rows, columns = (_whole_span(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
     return _resize_span(image, rows, columns, shrink)
 
 
@@ -224,11 +264,16 @@ class _Span:
         return np.minimum(index, self.source - 1)
 
 
-def _span(source: int, scaled: int, offset: int, room: int) -> _Span:
-    """The part of an axis of `source` pixels that shows `room` pixels from `offset`, once `scaled` as a whole."""
+def _whole_span(source: int, scaled: int, offset: int, room: int) -> _Span:
+    """All of an axis of `source` pixels, of which `room` pixels from `offset` are shown once it is `scaled`."""
+    return _Span(0, source, source, scaled / source, offset, min(scaled, room))
+
+
+def _cut_span(source: int, scaled: int, offset: int, room: int) -> _Span:
+    """The same with only the part of the axis that is needed."""
     scale, length = scaled / source, min(scaled, room)
     if length == scaled:
-        return _Span(0, source, source, scale, 0, length)
+        return _whole_span(source, scaled, 0, room)
     # One pixel more on both sides, so that interpolation has its neighbours. Of the nearest possible starts the one
     # that lands closest to a whole output pixel is taken, since the part can only be placed on whole ones.
     latest = max(0, int(offset / scale) - 1)
@@ -241,7 +286,10 @@ def _span(source: int, scaled: int, offset: int, room: int) -> _Span:
 
 def _resize_span(image: np.ndarray, rows: _Span, columns: _Span, shrink: Literal["area", "bilinear"]) -> np.ndarray:
     part = image[rows.start : rows.stop, columns.start : columns.stop]
-    area = shrink == "area" and rows.scale < 1 and columns.scale < 1
-    interpolation = cv2.INTER_AREA if area else cv2.INTER_LINEAR
-    resized = cv2.resize(part, None, fx=columns.scale, fy=rows.scale, interpolation=interpolation)
+    if shrink == "bilinear":
+        width, height = (round((axis.stop - axis.start) * axis.scale) for axis in (columns, rows))
+        resized = np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        interpolation = cv2.INTER_AREA if rows.scale < 1 and columns.scale < 1 else cv2.INTER_LINEAR
+        resized = cv2.resize(part, None, fx=columns.scale, fy=rows.scale, interpolation=interpolation)
     return resized[rows.skip : rows.skip + rows.length, columns.skip : columns.skip + columns.length]

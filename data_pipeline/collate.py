@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.augment import PADDING_GREY, augment, draw_params, resize_image, shortest_edge_size
 from data_pipeline.categories import Task
-from data_pipeline.config import AugmentConfig, LargeScaleJitter
+from data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from data_pipeline.randomness import Stream, sample_rng
 from data_pipeline.sample import DecodedSample
 from data_pipeline.targets import ImageTargets, drop_empty, image_targets
@@ -23,8 +24,8 @@ FILLER_POSITION = -1
 EVAL_PADDING = (124, 116, 104)
 """ImageNet's mean colour: padding that is near zero after normalisation, as in the official test-time batches."""
 
-EVAL_MULTIPLE = 32
-"""Height and width of evaluation batches are multiples of this (Detectron2's size divisibility)."""
+SIZE_MULTIPLE = 32
+"""Height and width of batches without a fixed size are multiples of this (Detectron2's size divisibility)."""
 
 _BUCKET = 8  # targets are padded to a multiple of this, so that few shapes occur
 
@@ -88,11 +89,17 @@ class TrainRecipe:
     seed: int
 
     @property
-    def canvas(self) -> tuple[int, int]:
-        """Height and width of every example."""
-        if isinstance(self.augment, LargeScaleJitter):
-            return self.augment.size, self.augment.size
-        return self.augment.crop
+    def canvas(self) -> tuple[int, int] | None:
+        """Height and width of every example; None where they differ."""
+        match self.augment:
+            case LargeScaleJitter(size=size):
+                return size, size
+            case ShortestEdgeCrop(crop=crop):
+                return crop
+            case ScaleJitter():
+                return None
+            case _:
+                assert_never(self.augment)
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,16 @@ def make_example(sample: DecodedSample, dataset: int, position: int, recipe: Tra
     return Example(sample.key, dataset, position, augmented.image, targets, augmented.size, dropped)
 
 
-def collate(examples: Sequence[Example | None], canvas: tuple[int, int]) -> Batch:
-    """Stack examples of one canvas size; None becomes a grey filler of weight zero without targets."""
-    real = [example or _filler(canvas) for example in examples]
+def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) -> Batch:
+    """Stack examples, filled up on the right and below; None becomes a grey filler of weight zero without targets.
+
+    Args:
+        examples: of any sizes, which `canvas` holds.
+        canvas: height and width of the batch; None for the smallest multiples of SIZE_MULTIPLE that hold every example.
+    """
+    shapes = [example.image.shape[:2] for example in examples if example is not None]
+    canvas = canvas or _smallest_canvas(shapes)
+    real = [_filler(canvas) if example is None else _padded(example, canvas) for example in examples]
     return Batch(
         images=_stack_images([example.image for example in real]),
         targets=_stack_targets(real),
@@ -136,9 +150,9 @@ def collate(examples: Sequence[Example | None], canvas: tuple[int, int]) -> Batc
 def collate_eval(
     samples: Sequence[DecodedSample], indices: Sequence[int], shortest_edge: int, max_size: int
 ) -> EvalBatch:
-    """Resize every image by Detectron2's shortest-edge rule and pad all to one size, a multiple of EVAL_MULTIPLE."""
+    """Resize every image by Detectron2's shortest-edge rule and pad all to one size, a multiple of SIZE_MULTIPLE."""
     sizes = [shortest_edge_size(sample.size, shortest_edge, max_size) for sample in samples]
-    height, width = (-(-max(sides) // EVAL_MULTIPLE) * EVAL_MULTIPLE for sides in zip(*sizes, strict=True))
+    height, width = _smallest_canvas(sizes)
     images = np.empty((len(samples), height, width, 3), dtype=np.uint8)
     images[:] = EVAL_PADDING
     for image, sample, (h, w) in zip(images, samples, sizes, strict=True):
@@ -149,6 +163,22 @@ def collate_eval(
         indices=tuple(indices),
         samples=tuple(samples),
     )
+
+
+def _smallest_canvas(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    """Multiples of SIZE_MULTIPLE that hold all these (height, width)."""
+    height, width = (-(-max(sides) // SIZE_MULTIPLE) * SIZE_MULTIPLE for sides in zip((1, 1), *sizes, strict=True))
+    return height, width
+
+
+def _padded(example: Example, canvas: tuple[int, int]) -> Example:
+    if example.image.shape[:2] == canvas:
+        return example
+    below, right = (side - old for side, old in zip(canvas, example.image.shape, strict=False))
+    image = np.pad(example.image, ((0, below), (0, right), (0, 0)), constant_values=PADDING_GREY)
+    ignore = example.targets.ignore
+    id_maps = np.pad(example.targets.id_maps, ((0, 0), (0, below), (0, right)), constant_values=ignore)
+    return replace(example, image=image, targets=replace(example.targets, id_maps=id_maps))
 
 
 def _filler(canvas: tuple[int, int]) -> Example:

@@ -192,7 +192,8 @@ class LargeScaleJitter:
     min_scale: float = 0.1
     max_scale: float = 2.0
     shrink: Literal["area", "bilinear"] = "area"
-    """Interpolation when shrinking: cv2.INTER_AREA, or plain bilinear."""
+    """`area`: bilinear, but averaging areas where an image shrinks. `bilinear`: Pillow's antialiased interpolation, the
+    pixels of the official code; resizes the whole image before it is cropped, which takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,27 @@ class ShortestEdgeCrop:
     shrink: Literal["area", "bilinear"] = "area"
 
 
-AugmentConfig = LargeScaleJitter | ShortestEdgeCrop
+@dataclass(frozen=True, kw_only=True)
+class ScaleJitter:
+    """Flip and random shortest edge, without colours. Images keep their shape, and batches are padded to their largest.
+
+    The defaults are Detectron2's standard augmentation for COCO, which large-scale jitter replaced.
+    """
+
+    kind: Literal["scale"] = "scale"
+    shortest_edges: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    max_size: int = 1333
+    crop_first: tuple[int, int] | None = None
+    """Of half of the images only a part is taken: resized to a shortest edge of 400, 500 or 600, the part's sides are
+    drawn between these two. DETR and MaskFormer have [384, 600]."""
+    shrink: Literal["area", "bilinear"] = "area"
+
+    def __post_init__(self) -> None:
+        if self.crop_first is not None and not 1 <= self.crop_first[0] <= self.crop_first[1]:
+            raise ConfigError(f"data.augment.crop_first is {list(self.crop_first)}; give [smallest, largest] side")
+
+
+AugmentConfig = LargeScaleJitter | ShortestEdgeCrop | ScaleJitter
 
 
 @dataclass(frozen=True, kw_only=True)

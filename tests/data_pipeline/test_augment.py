@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_pipeline.augment import (
     AugmentParams,
@@ -16,7 +17,7 @@ from data_pipeline.augment import (
     resize_image,
     shortest_edge_size,
 )
-from data_pipeline.config import LargeScaleJitter, ShortestEdgeCrop
+from data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from data_pipeline.randomness import Stream, sample_rng
 
 IGNORE = 255
@@ -36,8 +37,11 @@ def blocks(height, width):
 def whole_then_crop(image, ids, params):
     """The obvious way: resize everything, crop, flip, pad."""
     height, width = params.scaled
-    area = params.shrink == "area" and height < image.shape[0] and width < image.shape[1]
-    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+    if params.shrink == "bilinear":
+        resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        area = height < image.shape[0] and width < image.shape[1]
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
     rows = ((np.arange(height) + 0.5) * image.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * image.shape[1] / width).astype(int)
     labels = ids[0][rows][:, columns]
@@ -67,6 +71,17 @@ def test_large_scale_jitter_equals_the_official_label_maps(goldens, name):
     assert difference[:h, :w].mean() < 8
     assert difference[h:].max(initial=0) == 0
     assert difference[:, w:].max(initial=0) == 0
+
+
+@pytest.mark.parametrize("name", ["down", "up_flip", "mid", "tiny"])
+def test_bilinear_shrinking_gives_the_official_pixels(goldens, name):
+    golden = np.load(goldens / "h_augment.npz")
+    flip, scale, place = (float(v) for v in golden[f"lsj_{name}_params"])
+    config = LargeScaleJitter(size=64, shrink="bilinear")
+    params = large_scale_jitter((45, 61), config, flip=bool(flip), scale=scale, place=place)
+    result = augment(golden["image"], golden["seg"][None], params, IGNORE)
+    np.testing.assert_array_equal(result.image, golden[f"lsj_{name}_image"])
+    np.testing.assert_array_equal(result.id_maps[0], golden[f"lsj_{name}_seg"])
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -159,6 +174,45 @@ def test_draws_cover_the_official_ranges():
     assert {p.scaled for p in drawn} == {(32, 40), (64, 80)}
     assert {p.offset[1] for p in drawn if p.scaled == (32, 40)} == set(range(9))
     assert 0.45 < np.mean([p.flip for p in drawn]) < 0.55
+
+
+@pytest.mark.parametrize("size", [(480, 640), (612, 387), (100, 900)])
+def test_scale_jitter_shows_the_whole_image_at_an_official_size(size):
+    config = ScaleJitter()
+    drawn = [draw_params(sample_rng(0, p, Stream.AUGMENT), size, config) for p in range(300)]
+    assert {p.scaled for p in drawn} == {shortest_edge_size(size, e, 1333) for e in range(640, 801, 32)}
+    assert all(p.canvas == p.scaled and p.offset == (0, 0) and p.color is None for p in drawn)
+    assert 0.4 < np.mean([p.flip for p in drawn]) < 0.6
+
+
+def test_scale_jitter_cuts_a_part_out_of_half_of_the_images():
+    config = ScaleJitter(shortest_edges=tuple(range(480, 801, 32)), crop_first=(384, 600))
+    drawn = [draw_params(sample_rng(0, p, Stream.AUGMENT), (480, 640), config) for p in range(4000)]
+    parts = [p for p in drawn if p.scaled != p.canvas]
+    assert 0.45 < len(parts) / len(drawn) < 0.53  # where the part is the whole image, nothing is cut
+    for p in drawn:
+        assert min(p.canvas) in config.shortest_edges or max(p.canvas) == 1333
+        assert all(0 <= o <= s - c for o, s, c in zip(p.offset, p.scaled, p.canvas, strict=True))
+    # The part before it is enlarged: of an image of 400, 500 or 600 rows, 384 to 600 rows are taken.
+    shares = np.array([p.canvas[0] / p.scaled[0] for p in parts])
+    assert 384 / 600 - 0.01 < shares.min() < 384 / 600 + 0.03
+    assert shares.max() <= 1
+    places = np.array([p.offset[1] / (p.scaled[1] - p.canvas[1]) for p in parts if p.scaled[1] - p.canvas[1] > 99])
+    assert 0.45 < places.mean() < 0.55
+    assert places.min() < 0.02
+    assert places.max() > 0.98
+
+
+def test_a_part_of_the_image_is_that_part_enlarged():
+    image, ids = smooth_image(48, 64), blocks(48, 64)
+    config = ScaleJitter(shortest_edges=(32,), max_size=100, crop_first=(20, 40))
+    for position in range(20):
+        params = draw_params(sample_rng(2, position, Stream.AUGMENT), (48, 64), config)
+        result = augment(image, ids, dataclasses.replace(params, shrink="bilinear"), IGNORE)
+        expected, labels = whole_then_crop(image, ids, dataclasses.replace(params, shrink="bilinear"))
+        np.testing.assert_array_equal(result.image, expected)
+        np.testing.assert_array_equal(result.id_maps[0], labels)
+        assert result.size == params.canvas
 
 
 def test_inputs_are_not_written_to():

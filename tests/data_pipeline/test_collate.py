@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data_pipeline.collate import (
     collate_eval,
     make_example,
 )
-from data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ShortestEdgeCrop
+from data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from data_pipeline.errors import DataError
 from data_pipeline.readers import open_reader
 from data_pipeline.sample import Annotation, DecodedSample, Segment
@@ -220,6 +221,22 @@ def test_targets_of_real_images_have_the_areas_that_coco_states(real_data):
         segments = next(a for a in stated if a["image_id"] == encoded.image_id)["segments_info"]
         expected = [(labels[s["category_id"]], s["area"]) for s in segments if not s["iscrowd"]]
         assert sorted(found) == sorted(expected)
+
+
+def test_images_of_several_sizes_fill_up_to_the_largest(panoptic):
+    varied = dataclasses.replace(recipe(), augment=ScaleJitter(shortest_edges=(40, 50), max_size=60))
+    assert varied.canvas is None
+    examples = [make_example(panoptic, 0, position, varied) for position in range(12)]
+    assert {example.size for example in examples} == {(40, 60)}  # 16 x 24: the longer side decides
+    tall = make_example(sample_of(np.ones((30, 20), np.uint8), segments=(segment(1, SKY),)), 0, 5, varied)
+    batch = collate([examples[0], tall, None], varied.canvas)
+    assert batch.images.shape == (3, 3, 64, 64)
+    assert batch.sizes.tolist() == [[40, 60], list(tall.size), [0, 0]]
+    np.testing.assert_array_equal(batch.images[0, :, :40, :60].permute(1, 2, 0), examples[0].image)
+    np.testing.assert_array_equal(batch.targets.id_maps[0, 0, :40, :60], examples[0].targets.id_maps[0])
+    assert (batch.images[0, :, 40:] == 128).all()
+    assert (batch.targets.id_maps[0, 0, :, 60:] == 255).all()
+    assert collate([None], None).images.shape == (1, 3, 32, 32)
 
 
 def test_an_evaluation_batch_is_resized_and_padded_and_keeps_the_truth(panoptic):
