@@ -1,6 +1,6 @@
 """The types that travel between model, criterion and post-processing.
 
-Axis letters used in the package: L predictions (learnable queries first, last layer last), B images, Q queries,
+Axis letters used in the package: L predictions (see Predictions), B images, Q queries,
 K classes, C channels, N padded targets, Y id-map layers, P points, H x W input pixels, h x w stride-4 map.
 """
 
@@ -22,8 +22,10 @@ def ignore_id(dtype: torch.dtype) -> int:
 
 
 class Predictions(NamedTuple):
-    """Output of the model for L = decoder layers + 1 supervised predictions; layer 0 is the learnable queries.
+    """Output of the model for L supervised predictions, the last decoder layer's last.
 
+    With supervised learnable queries (the default), L = decoder layers + 1 and layer 0 is these queries before the
+    decoder. With initial queries that are not supervised, L = decoder layers and layer 0 is the first decoder layer.
     A NamedTuple because ZeRO-3's hooks and torch.export do not look inside dataclasses.
     """
 
