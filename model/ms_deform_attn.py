@@ -144,7 +144,7 @@ class SamplingGrid(NamedTuple):
     def of_pixels(shapes: Shapes, device: torch.device | str = "cpu") -> SamplingGrid:
         """Every pixel of every level is a query at its own centre: Q = S."""
         # Filled on the device: a copy from the host would wait for all work queued before it.
-        extents = [float(extent) for height, width in shapes for extent in (width, height)]
+        extents = [torch.sym_float(extent) for height, width in shapes for extent in (width, height)]
         sizes = torch.stack([torch.full((), extent, dtype=torch.float32, device=device) for extent in extents])
         levels = []
         for height, width in shapes:

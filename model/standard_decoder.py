@@ -44,7 +44,7 @@ class StandardTransformerDecoder(nn.Module):
         """
         memory = self.memory(features[:1], (0.0,))
         indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
-        position = self.query_embed(indices).expand(len(mask_features), -1, -1)
+        position = self.query_embed(indices).expand(mask_features.shape[0], -1, -1)
         queries, states = torch.zeros_like(position), []
         for layer, keys_and_values in zip(self.layers, memory, strict=True):
             queries = layer(queries, position, keys_and_values, None)
