@@ -1,0 +1,127 @@
+"""Write models in the formats of others: official checkpoints, Hugging Face folders, torch.export and ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig, SwinBackboneConfig
+from model.errors import WeightsError
+from model.hugging_face import write_hugging_face_config
+from model.mask2former import Mask2Former
+from model.weight_names import to_hugging_face_names, to_official_names
+
+_OPSET = 20
+_STRIDE = 32
+_MAX_SIZE = 16384
+"""Largest height and width, in pixels, that an exported graph promises to take."""
+
+
+class Inference(nn.Module):
+    """What is exported as a graph: pixels in, the last layer's predictions out."""
+
+    def __init__(self, model: Mask2Former) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """RGB `images` [B, 3, H, W] float32 in 0..255 to class logits [B, Q, K + 1] ("no object" last) and mask logits
+        [B, Q, H / 4, W / 4].
+        """
+        predictions = self.model(self.model.normalise(images))
+        return predictions.class_logits[-1], predictions.mask_logits()
+
+
+def export_official(model: Mask2Former) -> dict[str, Tensor]:
+    """Weights under the official names, on the CPU. Raises WeightsError for a model that the official code lacks."""
+    return _contiguous(to_official_names(model.state_dict()))
+
+
+def write_official(model: Mask2Former, path: Path) -> None:
+    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth)."""
+    torch.save({"model": export_official(model)}, path)
+
+
+def export_hugging_face(
+    model: Mask2Former,
+    config: ModelConfig,
+    folder: Path,
+    labels: Sequence[str],
+    *,
+    notes: Mapping[str, Any] | None = None,
+    shortest_edge: int = 800,
+    max_size: int = 1333,
+) -> None:
+    """Write a folder that `Mask2FormerForUniversalSegmentation.from_pretrained` opens, and its image processor.
+
+    `labels` are the names of the classes; `shortest_edge` and `max_size` (pixels) are what images are resized to;
+    `notes` are kept under the key `m2f` of config.json. Raises WeightsError where Hugging Face has no such model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_hugging_face_config(folder, config, labels, notes or {}, shortest_edge, max_size)
+    state = to_hugging_face_names(model.state_dict())
+    state = _contiguous(state | _unused_by_inference(state, len(labels), config))
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: ModelConfig) -> dict[str, Tensor]:
+    """What Hugging Face's module holds besides our weights, so that nothing is reported missing when it is opened."""
+    empty_weight = torch.ones(num_classes + 1)
+    empty_weight[-1] = config.loss.no_object_weight
+    unused = {"criterion.empty_weight": empty_weight}
+    for name, tensor in state.items():
+        if name.endswith("normalization.running_var"):
+            unused[name.replace("running_var", "num_batches_tracked")] = torch.zeros((), dtype=torch.int64)
+        if ".hidden_states_norms.stage4." in name:
+            unused[name.replace("hidden_states_norms.stage4", "swin.layernorm")] = tensor
+    return unused
+
+
+def export_program(model: Mask2Former, config: ModelConfig, size: tuple[int, int]) -> torch.export.ExportedProgram:
+    """The graph of `Inference` for any number of images whose sides `size_multiple` divides.
+
+    `size` (height, width) in pixels, for tracing only. Runs where the model is: the graph is of its device.
+    """
+    multiple = size_multiple(config)
+    height, width = (max(2, -(-side // multiple)) * multiple for side in size)
+    batch, rows, columns = (torch.export.Dim(name, min=1, max=_MAX_SIZE // multiple) for name in ("batch", "h", "w"))
+    images = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
+    shapes = {"images": {0: batch, 2: multiple * rows, 3: multiple * columns}}
+    with torch.no_grad():
+        return torch.export.export(Inference(model).eval(), (images,), dynamic_shapes=shapes)
+
+
+def size_multiple(config: ModelConfig) -> int:
+    """What must divide height and width of the images of an exported graph.
+
+    Windows of a Swin are padded by sizes that torch.export cannot reason about unless they divide every map.
+    """
+    backbone = config.backbone
+    return _STRIDE * backbone.window_size if isinstance(backbone, SwinBackboneConfig) else _STRIDE
+
+
+def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Save a graph that `torch.export.load` opens (.pt2)."""
+    torch.export.save(program, path)
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Save a graph as ONNX, weights inside. Raises WeightsError where the packages for it are not installed."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise WeightsError(f"ONNX needs the packages {' and '.join(missing)}: pip install 'm2f[export]'")
+    names = {"input_names": ["images"], "output_names": ["class_logits", "mask_logits"]}
+    onnx_program = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
+    assert onnx_program is not None
+    onnx_program.save(path)
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each tensor with its own memory: parts of packed matrices share theirs."""
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}

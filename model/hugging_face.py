@@ -1,0 +1,306 @@
+"""Recipes and folders of Hugging Face's Mask2Former: `config.json` to settings, and settings to `config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+from model.config import (
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    SwinBackboneConfig,
+    TimmBackboneConfig,
+)
+from model.errors import WeightsError
+
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+_RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
+_WIDTHS = (256, 512, 1024, 2048)
+_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """What a folder says about its model besides the weights."""
+
+    config: ModelConfig
+    labels: tuple[str, ...]
+    """Names of the classes, by class."""
+    notes: Mapping[str, Any]
+    """What `write_hugging_face_config` was given as notes; empty for folders of others."""
+
+
+def is_hugging_face_folder(path: str | Path) -> bool:
+    """Whether a path is a folder with a `config.json`."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
+    """Settings of the model in a folder that `save_pretrained` wrote.
+
+    Raises WeightsError for another model or for one whose arithmetic ours does not have.
+    """
+    path = Path(folder) / CONFIG
+    values = _read_json(path)
+    if values.get("model_type") != "mask2former":
+        raise WeightsError(f"{path}: model_type is {values.get('model_type')!r}; only mask2former can be read")
+    values = _DEFAULTS | values
+    _require(path, values, _ONLY)
+    labels = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
+    preprocessor = Path(folder) / PREPROCESSOR
+    pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
+    defaults = ModelConfig()
+    config = ModelConfig(
+        backbone=_read_backbone(path, values.get("backbone_config") or {}),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(
+            conv_dim=values["feature_size"],
+            mask_dim=values["mask_feature_size"],
+            num_layers=values["encoder_layers"],
+            num_heads=values["num_attention_heads"],
+            feedforward_dim=values["encoder_feedforward_dim"],
+        ),
+        transformer_decoder=MaskedTransformerDecoderConfig(
+            num_queries=values["num_queries"],
+            num_layers=values["decoder_layers"] - 1,  # theirs counts the learnable queries
+            hidden_dim=values["hidden_dim"],
+            num_heads=values["num_attention_heads"],
+            feedforward_dim=values["dim_feedforward"],
+            dropout=values["dropout"],
+        ),
+        loss=LossConfig(
+            class_weight=values["class_weight"],
+            mask_weight=values["mask_weight"],
+            dice_weight=values["dice_weight"],
+            no_object_weight=values["no_object_weight"],
+            num_points=values["train_num_points"],
+            oversample_ratio=values["oversample_ratio"],
+            importance_sample_ratio=values["importance_sample_ratio"],
+        ),
+        num_classes=len(labels),
+        pixel_mean=_scaled(pixels.get("image_mean"), 255, defaults.pixel_mean),
+        pixel_std=_scaled(pixels.get("image_std"), 255, defaults.pixel_std),
+    )
+    notes = values.get("m2f") or {}
+    return HuggingFaceModel(config, tuple(labels[str(i)] for i in range(len(labels))), notes)
+
+
+def write_hugging_face_config(
+    folder: Path,
+    config: ModelConfig,
+    labels: Sequence[str],
+    notes: Mapping[str, Any],
+    shortest_edge: int,
+    max_size: int,
+) -> None:
+    """Write `config.json` and `preprocessor_config.json`; `notes` are kept under the key `m2f`.
+
+    Raises WeightsError for settings that Hugging Face's Mask2Former does not have.
+    """
+    pixels, queries = config.pixel_decoder, config.transformer_decoder
+    if not isinstance(pixels, MSDeformAttnPixelDecoderConfig):
+        raise WeightsError(
+            f"model.pixel_decoder.kind is {pixels.kind}; Hugging Face's Mask2Former has ms_deform_attn only"
+        )
+    if not isinstance(queries, MaskedTransformerDecoderConfig):
+        raise WeightsError(
+            f"model.transformer_decoder.kind is {queries.kind}; Hugging Face's Mask2Former has masked only"
+        )
+    _require_plain(queries, pixels)
+    loss = config.loss
+    values = _DEFAULTS | {
+        "architectures": ["Mask2FormerForUniversalSegmentation"],
+        "model_type": "mask2former",
+        "backbone_config": _write_backbone(config),
+        "feature_size": pixels.conv_dim,
+        "mask_feature_size": pixels.mask_dim,
+        "hidden_dim": queries.hidden_dim,
+        "encoder_feedforward_dim": pixels.feedforward_dim,
+        "encoder_layers": pixels.num_layers,
+        "decoder_layers": queries.num_layers + 1,
+        "num_attention_heads": queries.num_heads,
+        "dropout": queries.dropout,
+        "dim_feedforward": queries.feedforward_dim,
+        "num_queries": queries.num_queries,
+        "no_object_weight": loss.no_object_weight,
+        "class_weight": loss.class_weight,
+        "mask_weight": loss.mask_weight,
+        "dice_weight": loss.dice_weight,
+        "train_num_points": loss.num_points,
+        "oversample_ratio": loss.oversample_ratio,
+        "importance_sample_ratio": loss.importance_sample_ratio,
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {name: i for i, name in enumerate(labels)},
+        "m2f": dict(notes),
+    }
+    preprocessor = {
+        "image_processor_type": "Mask2FormerImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": shortest_edge, "longest_edge": max_size},
+        "size_divisor": 32,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _scaled(config.pixel_mean, 1 / 255, config.pixel_mean),
+        "image_std": _scaled(config.pixel_std, 1 / 255, config.pixel_std),
+        "num_labels": len(labels),
+    }
+    for name, content in ((CONFIG, values), (PREPROCESSOR, preprocessor)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+_ONLY = {
+    "activation_function": "relu",
+    "common_stride": 4,
+    "feature_strides": [4, 8, 16, 32],
+    "pre_norm": False,
+    "enforce_input_projection": False,
+}
+"""Settings that the library could have otherwise, and ours could not."""
+
+_DEFAULTS: dict[str, Any] = {
+    **_ONLY,
+    "feature_size": 256,
+    "mask_feature_size": 256,
+    "hidden_dim": 256,
+    "encoder_feedforward_dim": 1024,
+    "encoder_layers": 6,
+    "decoder_layers": 10,
+    "num_attention_heads": 8,
+    "dropout": 0.0,
+    "dim_feedforward": 2048,
+    "num_queries": 100,
+    "no_object_weight": 0.1,
+    "class_weight": 2.0,
+    "mask_weight": 5.0,
+    "dice_weight": 5.0,
+    "train_num_points": 12544,
+    "oversample_ratio": 3.0,
+    "importance_sample_ratio": 0.75,
+    "init_std": 0.02,
+    "init_xavier_std": 1.0,
+    "use_auxiliary_loss": True,
+    "ignore_value": 255,
+}
+"""The library's own defaults, which older files leave out."""
+
+_SWIN_ONLY = {
+    "patch_size": 4,
+    "mlp_ratio": 4.0,
+    "qkv_bias": True,
+    "use_absolute_embeddings": False,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "out_features": _STAGES,
+}
+_RESNET_ONLY = {
+    "embedding_size": 64,
+    "layer_type": "bottleneck",
+    "hidden_act": "relu",
+    "downsample_in_first_stage": False,
+    "downsample_in_bottleneck": False,
+    "out_features": _STAGES,
+}
+
+
+def _read_backbone(path: Path, values: Mapping[str, Any]) -> TimmBackboneConfig | SwinBackboneConfig:
+    kind = values.get("model_type")
+    try:
+        if kind == "swin":
+            _require(path, _SWIN_ONLY | dict(values), _SWIN_ONLY, "backbone_config.")
+            return SwinBackboneConfig(
+                embed_dim=values["embed_dim"],
+                depths=tuple(values["depths"]),
+                num_heads=tuple(values["num_heads"]),
+                window_size=values["window_size"],
+                drop_path=values.get("drop_path_rate", 0.1),
+            )
+        if kind == "resnet":
+            _require(path, _RESNET_ONLY | dict(values), _RESNET_ONLY, "backbone_config.")
+            depths, widths = tuple(values["depths"]), tuple(values["hidden_sizes"])
+            if widths == _WIDTHS and depths in _RESNETS:
+                return TimmBackboneConfig(name=_RESNETS[depths])
+            channels = tuple(width // _EXPANSION for width in widths)
+            return TimmBackboneConfig(name="resnet50", options={"layers": depths, "channels": channels})
+    except KeyError as error:
+        raise WeightsError(f"{path}: backbone_config.{error.args[0]} is missing") from error
+    raise WeightsError(f"{path}: backbone_config.model_type is {kind!r}; swin and resnet can be read")
+
+
+def _write_backbone(config: ModelConfig) -> dict[str, Any]:
+    backbone = config.backbone
+    match backbone:
+        case SwinBackboneConfig():
+            return _SWIN_ONLY | {
+                "model_type": "swin",
+                "embed_dim": backbone.embed_dim,
+                "hidden_size": backbone.embed_dim * 8,
+                "depths": list(backbone.depths),
+                "num_heads": list(backbone.num_heads),
+                "num_layers": len(backbone.depths),
+                "window_size": backbone.window_size,
+                "drop_path_rate": backbone.drop_path,
+            }
+        case TimmBackboneConfig():
+            depths = next((d for d, name in _RESNETS.items() if name == backbone.name), None)
+            unknown = sorted(set(backbone.options) - {"layers", "channels"})
+            if depths is None or unknown or backbone.norm == "group":
+                raise WeightsError(
+                    f"model.backbone is {backbone.name!r} with norm {backbone.norm!r} and options "
+                    f"{dict(backbone.options)}; Hugging Face's Mask2Former takes resnet50, resnet101 and kind swin"
+                )
+            channels = backbone.options.get("channels", tuple(width // _EXPANSION for width in _WIDTHS))
+            return _RESNET_ONLY | {
+                "model_type": "resnet",
+                "depths": list(backbone.options.get("layers", depths)),
+                "hidden_sizes": [_EXPANSION * width for width in channels],
+            }
+        case _:
+            assert_never(backbone)
+
+
+def _require_plain(queries: MaskedTransformerDecoderConfig, pixels: MSDeformAttnPixelDecoderConfig) -> None:
+    """Raise WeightsError where the transformer decoder is a variant that Hugging Face does not have."""
+    plain = MaskedTransformerDecoderConfig()
+    for name in ("attention", "features", "queries", "cross_attention_first", "pre_norm"):
+        value, wanted = getattr(queries, name), getattr(plain, name)
+        if value != wanted:
+            raise WeightsError(
+                f"model.transformer_decoder.{name} is {value!r}; Hugging Face's Mask2Former has {wanted!r} only"
+            )
+    if pixels.num_points != 4:
+        raise WeightsError(
+            f"model.pixel_decoder.num_points is {pixels.num_points}; Hugging Face's Mask2Former has 4 only"
+        )
+    if queries.num_heads != pixels.num_heads:
+        raise WeightsError(
+            f"model.transformer_decoder.num_heads is {queries.num_heads} and model.pixel_decoder.num_heads is "
+            f"{pixels.num_heads}; Hugging Face's Mask2Former has one number for both"
+        )
+
+
+def _require(path: Path, values: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> None:
+    for name, value in wanted.items():
+        if values[name] != value:
+            raise WeightsError(f"{path}: {prefix}{name} is {values[name]!r}; only {value!r} can be read")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: a JSON object is expected")
+    return content
+
+
+def _scaled(values: Sequence[float] | None, factor: float, default: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = default if values is None else (value * factor for value in values)
+    return (red, green, blue)
