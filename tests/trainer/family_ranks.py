@@ -23,6 +23,8 @@ from model.config import (
     PixelDecoderConfig,
     SemanticFPNPixelDecoderConfig,
     StandardTransformerDecoderConfig,
+    SwinBackboneConfig,
+    TimmBackboneConfig,
     TransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
@@ -80,6 +82,15 @@ FAMILY = {
     ),
 }
 
+VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+BACKBONES = {
+    "swin": SwinBackboneConfig(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), drop_path=0.0),
+    "dinov2": TimmBackboneConfig(name="vit_small_patch14_dinov2", options=VIT),
+    "hiera": TimmBackboneConfig(name="hiera_small_abswin_256", options={"embed_dim": 16, "stages": (1, 1, 2, 1)}),
+    "convnext": TimmBackboneConfig(name="convnextv2_atto", options={"dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1)}),
+}
+"""Sharded with checkpointing, which gathers the shards a second time."""
+
 
 def family_agreement(make_job) -> dict:
     """Loss and gradient norm of one step of four images: whole in plain torch, and sharded over the ranks."""
@@ -92,6 +103,12 @@ def family_agreement(make_job) -> dict:
         model = replace(job.model, pixel_decoder=pixel_decoder, transformer_decoder=transformer_decoder, loss=loss)
         member = replace(job, model=model)
         seen[name] = [whole_step(member), sharded_step(member, ranks)]
+    for name, backbone in BACKBONES.items():
+        whole, sharded = (
+            replace(job, model=replace(job.model, backbone=replace(backbone, checkpointing=checkpointing)))
+            for checkpointing in (False, True)
+        )
+        seen[name] = [whole_step(whole), sharded_step(sharded, ranks)]
     dist.barrier()
     return seen
 
@@ -126,6 +143,6 @@ def sharded_step(job, ranks: Ranks) -> dict[str, float]:
     batches = [make_images(job.model, positions) for positions in plan]
     normalizers = normalizers_of(job, batches, ranks)
     losses = [engine.accumulate(batch, normalizers) for batch in batches]
-    result = engine.finish_step()
+    result = engine.finish_step(1)
     assert result.applied
     return {"loss": summed_losses(losses, ranks)["loss/total"], "norm": result.grad_norm}

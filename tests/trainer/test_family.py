@@ -1,4 +1,4 @@
-"""Every pixel decoder, transformer decoder and loss under ZeRO-3 on two ranks, of which one sees no object."""
+"""Every pixel decoder, transformer decoder and loss and some backbones under ZeRO-3. One of two ranks has no object."""
 
 import pytest
 
