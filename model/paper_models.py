@@ -94,7 +94,7 @@ def _pixel_decoders() -> Iterator[PaperModel]:
         ("Semantic FPN", "4e", SemanticFPNPixelDecoderConfig(), 258),
         ("FaPN", "4e", FaPNPixelDecoderConfig(), None),
         ("BiFPN", "4e", BiFPNPixelDecoderConfig(), 204),
-        ("transformer encoder and FPN", "XI d", TransformerFPNPixelDecoderConfig(), 195),
+        ("transformer encoder and FPN", "XI d", TransformerFPNPixelDecoderConfig(), None),
     )
     for name, table, pixel_decoder, flops in variants:
         config = ModelConfig(pixel_decoder=pixel_decoder, num_classes=COCO_CLASSES)
@@ -143,12 +143,22 @@ def _ade20k() -> Iterator[PaperModel]:
         yield _ade20k_row(name, config, side, parameters, flops)
     config = ModelConfig(backbone=SWIN_L, pixel_decoder=FaPNPixelDecoderConfig(), num_classes=ADE_CLASSES)
     yield _ade20k_row("Swin-L, FaPN", config, 640, 217, None)
-    config = ModelConfig(
-        pixel_decoder=FPNPixelDecoderConfig(),
-        transformer_decoder=StandardTransformerDecoderConfig(),
-        num_classes=ADE_CLASSES,
+    maskformers: tuple[tuple[str, BackboneConfig, int, int, int], ...] = (
+        ("R50", R50, 512, 41, 53),
+        ("R101", R101, 512, 60, 73),
+        ("Swin-T", SWIN_T, 512, 42, 55),
+        ("Swin-S", SWIN_S, 512, 63, 79),
+        ("Swin-B", SWIN_B, 640, 102, 195),
+        ("Swin-L", SWIN_L, 640, 212, 375),
     )
-    yield _ade20k_row("MaskFormer R50", config, 512, 41, 53)
+    for name, backbone, side, parameters, flops in maskformers:
+        config = ModelConfig(
+            backbone=backbone,
+            pixel_decoder=FPNPixelDecoderConfig(),
+            transformer_decoder=StandardTransformerDecoderConfig(),
+            num_classes=ADE_CLASSES,
+        )
+        yield _ade20k_row(f"MaskFormer {name}", config, side, parameters, flops)
 
 
 def _ade20k_row(name: str, config: ModelConfig, side: int, parameters: int, flops: int | None) -> PaperModel:
