@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=8, metavar="N", help="attention: how many (default 8)")
     parser.add_argument("--output", metavar="DIR", help="folder for results as JSON and pictures (default: none)")
     parser.add_argument("--size", default="512x512", metavar="HxW", help="table: input (default 512x512)")
-    parser.add_argument("--seconds", action="store_true", help="table: also time a forward pass on this CPU")
+    parser.add_argument("--seconds", action="store_true", help="table: also CPU seconds of a forward pass")
     parser.add_argument("--markdown", action="store_true", help="table: as Markdown")
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.cli import main
-from cluster.model_table import format_model_table, paper_sizes, seconds_per_image
+from cluster.model_table import cpu_seconds_per_image, format_model_table, paper_sizes
 from data_pipeline.config import DatasetConfig, SyntheticSource
 from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset
@@ -98,7 +98,7 @@ def test_a_recipe_is_measured_with_the_classes_of_its_data(capsys, analysed):
     recipe = analysed / "recipe.yaml"
     status, out, _ = run(capsys, "analyze", "table", recipe, "--size", "64x96", "--seconds")
     assert status == 0
-    assert out.splitlines()[0].split()[-2:] == ["s", "64x96"]
+    assert out.splitlines()[0].split()[-3:] == ["CPU", "s", "64x96"]
     assert out.splitlines()[2].startswith("small")
     more = run(capsys, "analyze", "table", recipe, "--size", "64x96", "model.num_classes=5000", "--markdown")[1]
     assert more.splitlines()[1].startswith("| --- |")
@@ -107,7 +107,7 @@ def test_a_recipe_is_measured_with_the_classes_of_its_data(capsys, analysed):
 
 def test_paper_rows_carry_the_papers_figures():
     row = next(paper_sizes([m for m in paper_models() if m.name == "R50"], (256, 256), timed=False))
-    assert (row.paper_parameters, row.paper_flops, row.table, row.seconds) == (44, 226, "I, III", None)
+    assert (row.paper_parameters, row.paper_flops, row.table, row.cpu_seconds) == (44, 226, "I, III", None)
     assert row.executed < row.flops_at_size
     line = format_model_table([row], (64, 64), markdown=True).splitlines()[2]
     assert line.startswith("| R50 | I, III | 44.0 | 44 | 227.5 | 226 |")
@@ -115,7 +115,7 @@ def test_paper_rows_carry_the_papers_figures():
 
 def test_time_is_taken():
     config = ModelConfig(**{**vars(SMALL), "num_classes": 3})
-    assert 0 < seconds_per_image(config, (64, 64)) < 10
+    assert 0 < cpu_seconds_per_image(config, (64, 64)) < 10
 
 
 @pytest.mark.parametrize(
