@@ -82,9 +82,9 @@ class MaskPooling(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """`tokens` [B, T, C] and `mask` bool [B, 1, Q, T] with at least one True in every row: [B, Q, C]."""
         inside = mask[:, 0]
-        area = inside.sum(-1, keepdim=True).to(tokens.dtype)
-        pooled = (inside.to(tokens.dtype) @ tokens) / area
-        return F.dropout(self.output(pooled), self.dropout, self.training)
+        # An area of some thousand pixels has more digits than bfloat16.
+        pooled = at_least_float32(inside.to(tokens.dtype) @ tokens) / inside.sum(-1, keepdim=True)
+        return F.dropout(self.output(pooled.to(tokens.dtype)), self.dropout, self.training)
 
 
 class SpatialPrior(nn.Module):
