@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eval.boundary import mask_boundaries
 from eval.errors import EvaluationError
 from eval.masks import Rle, mask_areas, mask_ious
 from eval.state import MetricState, Record, column
@@ -86,8 +87,12 @@ class AveragePrecision:
     @property
     def stats(self) -> dict[str, float]:
         """The 12 numbers of COCO in their order; -1 where undefined. AP is at the largest `max_dets`."""
+        return self.stats_at(self.max_dets[-1])
+
+    def stats_at(self, limit: int) -> dict[str, float]:
+        """The numbers of COCO with AP, and recall by size, at one of `max_dets`."""
         areas = {"": 0, "s": 1, "m": 2, "l": 3}
-        last = len(self.max_dets) - 1
+        last = self.max_dets.index(limit)
         values = {"AP": _mean(self.precision[..., 0, last])}
         values |= {f"AP{t}": _mean(self.precision[i, ..., 0, last]) for t, i in ((50, 0), (75, 5))}
         values |= {f"AP{size}": _mean(self.precision[..., a, last]) for size, a in areas.items() if size}
@@ -101,17 +106,24 @@ class AveragePrecision:
 
 
 class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
-    """Matched detections per image. `max_dets` limits detections per image and class, as in COCO."""
+    """Matched detections per image. `max_dets` limits detections per image and class, as in COCO.
+
+    With a `boundary_ratio` (see `eval.boundary`) it is Boundary AP.
+    """
 
     name = "average precision"
 
-    def __init__(self, num_classes: int, max_dets: Sequence[int] = (1, 10, 100)) -> None:
-        super().__init__(DetectionRecord, {"num_classes": num_classes, "max_dets": sorted(max_dets)})
+    def __init__(
+        self, num_classes: int, max_dets: Sequence[int] = (1, 10, 100), boundary_ratio: float | None = None
+    ) -> None:
+        settings = {"num_classes": num_classes, "max_dets": sorted(max_dets), "boundary_ratio": boundary_ratio}
+        super().__init__(DetectionRecord, settings)
         self.num_classes = num_classes
         self.max_dets = tuple(sorted(max_dets))
+        self.boundary_ratio = boundary_ratio
 
     def update(self, image_id: int, truth: InstanceTruth, detections: InstanceDetections) -> None:
-        """Match the detections of one image."""
+        """Match the detections of one image. Raises EvaluationError naming it for scores, sizes or classes amiss."""
         if not np.isfinite(detections.scores).all():
             raise EvaluationError(
                 f"image {image_id}: a detection's score is not finite; the checkpoint's weights have overflowed, "
@@ -126,7 +138,7 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
                     f"image {image_id}: the {side} has classes from {labels.min()} to {labels.max()}, "
                     f"outside 0..{self.num_classes - 1}"
                 )
-        self.add(image_id, match_instances(truth, detections, self.max_dets[-1]))
+        self.add(image_id, match_instances(truth, detections, self.max_dets[-1], self.boundary_ratio))
 
     def compute(self) -> AveragePrecision:
         """Precision at all recalls and final recall, for all thresholds, classes, areas and detection limits."""
@@ -153,11 +165,14 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         return AveragePrecision(self.max_dets, precision, recall)
 
 
-def match_instances(truth: InstanceTruth, detections: InstanceDetections, limit: int) -> DetectionRecord:
+def match_instances(
+    truth: InstanceTruth, detections: InstanceDetections, limit: int, boundary_ratio: float | None = None
+) -> DetectionRecord:
     """Greedy matching of one image, best score first, at most `limit` detections per class.
 
     A detection takes the free annotation with the highest IoU (the later one of equals); annotations that count go
-    before ignored ones; a crowd can be taken any number of times, its IoU being intersection over detection.
+    before ignored ones; a crowd can be taken any number of times, its IoU being intersection over detection. With a
+    `boundary_ratio` the IoU is the smaller one of masks and of boundaries, except for crowds.
     """
     order = np.lexsort((-detections.scores, detections.labels))
     labels = detections.labels[order]
@@ -168,7 +183,10 @@ def match_instances(truth: InstanceTruth, detections: InstanceDetections, limit:
     truth_ignored = truth.is_crowd | _outside(truth.areas, bounds)
     matched = np.zeros((NUM_AREAS, len(IOU_THRESHOLDS), len(order)), dtype=bool)
     ignored = np.zeros_like(matched)
-    ious = mask_ious(detections.masks, truth.masks, truth.is_crowd)[masks]
+    ious = mask_ious(detections.masks, truth.masks, truth.is_crowd)
+    if boundary_ratio is not None:
+        ious = _with_boundaries(ious, truth, detections, boundary_ratio)
+    ious = ious[masks]
     for label in np.intersect1d(labels, truth.labels):
         d, g = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
         matched[..., d], ignored[..., d] = _match_class(ious[np.ix_(d, g)], truth.is_crowd[g], truth_ignored[:, g])
@@ -184,6 +202,37 @@ def match_instances(truth: InstanceTruth, detections: InstanceDetections, limit:
         truth_label=truth_labels,
         truth_count=np.array(counted),
     )
+
+
+def _with_boundaries(
+    ious: np.ndarray, truth: InstanceTruth, detections: InstanceDetections, ratio: float
+) -> np.ndarray:
+    """IoU [masks, G] of masks and boundaries, from that of masks. Pairs too far apart to match keep theirs."""
+    near = (ious >= IOU_THRESHOLDS[0]) & ~truth.is_crowd
+    found, annotated = np.flatnonzero(near.any(axis=1)), np.flatnonzero(near.any(axis=0))
+    boundary_ious = mask_ious(
+        mask_boundaries([detections.masks[i] for i in found], ratio),
+        mask_boundaries([truth.masks[i] for i in annotated], ratio),
+        np.zeros(len(annotated), dtype=bool),
+    )
+    smaller = ious.copy()
+    pairs = np.ix_(found, annotated)
+    smaller[pairs] = np.where(near[pairs], np.minimum(ious[pairs], boundary_ious), ious[pairs])
+    return smaller
+
+
+def class_agnostic_truth(truth: InstanceTruth) -> InstanceTruth:
+    """All instances as one class, in the order that pycocotools takes them with `useCats=0`: class by class."""
+    order = truth.labels.argsort(kind="stable")
+    masks = tuple(truth.masks[i] for i in order)
+    return InstanceTruth(masks, np.zeros_like(truth.labels), truth.areas[order], truth.is_crowd[order])
+
+
+def class_agnostic_detections(detections: InstanceDetections) -> InstanceDetections:
+    """All detections as one class; of equal scores the lower class goes first, as in pycocotools with `useCats=0`."""
+    order = detections.labels.argsort(kind="stable")
+    labels = np.zeros_like(detections.labels)
+    return InstanceDetections(detections.masks, detections.mask_index[order], labels, detections.scores[order])
 
 
 def _match_class(ious: np.ndarray, is_crowd: np.ndarray, truth_ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,12 @@ def mask_areas(masks: Sequence[Rle]) -> np.ndarray:
     return np.asarray(areas, dtype=np.float64)
 
 
+def mask_boxes(masks: Sequence[Rle]) -> np.ndarray:
+    """Smallest box of every mask as x, y, width, height [N, 4] float64; zeros for an empty mask."""
+    boxes = coco_masks.toBbox(cast("Any", list(masks))) if masks else []
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+
+
 def mask_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: np.ndarray) -> np.ndarray:
     """IoU [D, G] float64; for a crowd (flags [G]) the intersection over the detection's area."""
     if not detected or not annotated:

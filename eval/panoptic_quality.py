@@ -1,7 +1,7 @@
 """Panoptic quality (Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4) as a mergeable state.
 
-Follows the COCO panoptic evaluation to the letter, crowd and void rules included, on id maps in memory: one pair table
-per image gives every intersection and area.
+Follows the COCO panoptic evaluation to the letter, crowd and void rules included, on id maps in memory: one table
+of overlaps per image gives every intersection and area.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_pipeline.sample import VOID_ID
+from eval.boundary import boundary_width, outline_map
 from eval.errors import EvaluationError
+from eval.overlaps import InconsistentMapError, Overlaps, count_overlaps
 from eval.state import MetricState, Record, column
 
 MATCH_IOU = 0.5
 """A match needs a larger IoU than this, which makes matches unique."""
-IGNORE_SHARE = 0.5
+MAX_IGNORED = 0.5
 """An unmatched prediction with a larger share of void and crowd than this is not counted."""
-DENSE_IDS = 2048
-"""Id maps whose largest id is below this index the pair table directly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ class ClassQuality:
     pq: float
     sq: float
     rq: float
+    iou: float
+    """Sum over the matches."""
     true_positives: int
     false_positives: int
     false_negatives: int
@@ -105,18 +107,22 @@ class PanopticQuality:
 
 
 class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
-    """Matches and errors per image. `is_thing[label]` tells things from stuff."""
+    """Matches and errors per image. `is_thing[label]` tells things from stuff.
+
+    With a `boundary_ratio` (see `eval.boundary`) it is Boundary PQ.
+    """
 
     name = "panoptic quality"
 
-    def __init__(self, is_thing: Sequence[bool]) -> None:
-        super().__init__(PanopticRecord, {"is_thing": list(is_thing)})
+    def __init__(self, is_thing: Sequence[bool], boundary_ratio: float | None = None) -> None:
+        super().__init__(PanopticRecord, {"is_thing": list(is_thing), "boundary_ratio": boundary_ratio})
         self.is_thing = tuple(is_thing)
+        self.boundary_ratio = boundary_ratio
 
     def update(self, image_id: int, truth: PanopticTruth, prediction: PanopticPrediction) -> None:
         """Match one image. Raises EvaluationError where the two maps or the prediction's own tables disagree."""
         try:
-            self.add(image_id, match_panoptic(truth, prediction))
+            self.add(image_id, match_panoptic(truth, prediction, self.boundary_ratio))
         except InconsistentMapError as error:
             raise EvaluationError(f"image {image_id}: {error}") from error
 
@@ -151,40 +157,36 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
         return float(record.matched_iou.sum()) / (tp + 0.5 * fp + 0.5 * fn) if tp + fp + fn else None
 
 
-class InconsistentMapError(ValueError):
-    """Maps that do not belong together, or a map and a table that do not."""
+def match_panoptic(
+    truth: PanopticTruth, prediction: PanopticPrediction, boundary_ratio: float | None = None
+) -> PanopticRecord:
+    """Matches, false positives and false negatives of one image, matches in ascending (truth id, predicted id).
 
+    With a `boundary_ratio` a match also needs that much of the boundaries (Boundary PQ). Raises InconsistentMapError
+    where the maps or the prediction's own tables disagree.
+    """
+    overlaps = count_overlaps(truth.id_map, prediction.id_map)
+    _check_tables_agree(prediction, overlaps.predicted_area)
+    outlines = None if boundary_ratio is None else _count_outlines(truth.id_map, prediction.id_map, boundary_ratio)
 
-def match_panoptic(truth: PanopticTruth, prediction: PanopticPrediction) -> PanopticRecord:
-    """Matches, false positives and false negatives of one image, matches in ascending (truth id, predicted id)."""
-    truth_ids, predicted_ids, pairs = pair_table(truth.id_map, prediction.id_map)
-    predicted_area = dict(zip(predicted_ids, pairs.sum(axis=0).tolist(), strict=True))
-    _check_tables_agree(prediction, predicted_area)
-
-    inside: dict[tuple[int, int], int] = {
-        (truth_ids[row], predicted_ids[col]): int(pairs[row, col]) for row, col in zip(*pairs.nonzero(), strict=True)
-    }
     matches: list[tuple[int, float]] = []
     matched_truth, matched_prediction = set(), set()
-    for (truth_id, predicted_id), intersection in inside.items():
+    for truth_id, predicted_id in overlaps.pixels:
         segment = truth.segments.get(truth_id)
         if segment is None or segment.is_crowd or segment.label != prediction.labels.get(predicted_id):
             continue
-        void = inside.get((VOID_ID, predicted_id), 0)
-        iou = intersection / (predicted_area[predicted_id] + segment.area - intersection - void)
+        iou = overlaps.iou(truth_id, predicted_id, segment.area)
+        if outlines is not None:
+            iou = min(iou, outlines.iou(truth_id, predicted_id, outlines.truth_area[truth_id]))
         if iou > MATCH_IOU:
             matches.append((segment.label, iou))
             matched_truth.add(truth_id)
             matched_prediction.add(predicted_id)
 
-    crowd_of = {segment.label: truth_id for truth_id, segment in truth.segments.items() if segment.is_crowd}
-    false_positive = []
-    for predicted_id, label in prediction.labels.items():
-        ignored = inside.get((VOID_ID, predicted_id), 0)
-        if label in crowd_of:
-            ignored += inside.get((crowd_of[label], predicted_id), 0)
-        if predicted_id not in matched_prediction and ignored / predicted_area[predicted_id] <= IGNORE_SHARE:
-            false_positive.append(label)
+    unmatched = {i: label for i, label in prediction.labels.items() if i not in matched_prediction}
+    false_positive = [
+        label for i, label in unmatched.items() if _ignored_share(i, label, truth, overlaps) <= MAX_IGNORED
+    ]
     false_negative = [s.label for i, s in truth.segments.items() if i not in matched_truth and not s.is_crowd]
     return PanopticRecord(
         matched_label=np.array([label for label, _ in matches]),
@@ -194,26 +196,18 @@ def match_panoptic(truth: PanopticTruth, prediction: PanopticPrediction) -> Pano
     )
 
 
-def pair_table(truth: np.ndarray, predicted: np.ndarray) -> tuple[list[int], list[int], np.ndarray]:
-    """Pixels in every pair of ids: the ids of rows and columns, ascending, and their counts [rows, columns]."""
-    if truth.shape != predicted.shape:
-        raise InconsistentMapError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
-    truth_ids, rows = _compact(truth)
-    predicted_ids, columns = _compact(predicted)
-    index = rows.astype(np.intp)
-    index *= len(predicted_ids)
-    index += columns
-    counts = np.bincount(index.ravel(), minlength=len(truth_ids) * len(predicted_ids))
-    return truth_ids, predicted_ids, counts.reshape(len(truth_ids), len(predicted_ids))
+def _count_outlines(truth: np.ndarray, predicted: np.ndarray, ratio: float) -> Overlaps:
+    """Overlaps of the segments' boundaries, whose area is their pixels."""
+    height, width = truth.shape
+    steps = boundary_width((height, width), ratio)
+    return count_overlaps(outline_map(truth, steps), outline_map(predicted, steps))
 
 
-def _compact(id_map: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Ids (a superset of those present) and the map of positions in them."""
-    largest = int(id_map.max(initial=0))
-    if largest < DENSE_IDS and int(id_map.min(initial=0)) >= 0:
-        return list(range(largest + 1)), id_map
-    ids, positions = np.unique(id_map, return_inverse=True)
-    return ids.tolist(), positions.reshape(id_map.shape)
+def _ignored_share(predicted_id: int, label: int, truth: PanopticTruth, overlaps: Overlaps) -> float:
+    """Share of a predicted segment in void or in the last listed crowd of its class."""
+    crowds = [i for i, segment in truth.segments.items() if segment.is_crowd and segment.label == label]
+    ignored = sum(overlaps.pixels.get((i, predicted_id), 0) for i in (VOID_ID, *crowds[-1:]))
+    return ignored / overlaps.predicted_area[predicted_id]
 
 
 def _check_tables_agree(prediction: PanopticPrediction, area: Mapping[int, int]) -> None:
@@ -227,9 +221,9 @@ def _check_tables_agree(prediction: PanopticPrediction, area: Mapping[int, int])
 
 def _class_quality(iou: float, tp: int, fp: int, fn: int) -> ClassQuality:
     if tp + fp + fn == 0:
-        return ClassQuality(0.0, 0.0, 0.0, 0, 0, 0)
+        return ClassQuality(0.0, 0.0, 0.0, 0.0, 0, 0, 0)
     size = tp + 0.5 * fp + 0.5 * fn
-    return ClassQuality(iou / size, iou / tp if tp else 0.0, tp / size, tp, fp, fn)
+    return ClassQuality(iou / size, iou / tp if tp else 0.0, tp / size, iou, tp, fp, fn)
 
 
 def _average(classes: Sequence[ClassQuality]) -> Quality | None:

@@ -11,14 +11,20 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
+from eval.average_precision import (
+    AveragePrecisionState,
+    InstanceDetections,
+    InstanceTruth,
+    class_agnostic_detections,
+    class_agnostic_truth,
+)
 from eval.errors import EvaluationError
 from eval.masks import encode_masks
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
 
-def pycocotools_eval(num_classes, truths, detections, max_dets=(1, 10, 100)):
+def pycocotools_eval(num_classes, truths, detections, max_dets=(1, 10, 100), use_classes=True):
     """COCOeval's precision, recall and stats; image ids ascending, classes as category ids + 1."""
     annotations, results = [], []
     for image_id, truth in truths.items():
@@ -44,6 +50,7 @@ def pycocotools_eval(num_classes, truths, detections, max_dets=(1, 10, 100)):
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(results), "segm")
         evaluation.params.maxDets = list(max_dets)
+        evaluation.params.useCats = int(use_classes)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -117,6 +124,22 @@ def test_random_sets(seed):
     result = assert_equal_to_pycocotools(4, *random_set(seed))
     assert list(result.stats) == STATS
     assert 0.0 < result.stats["AP"] < 1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_class_agnostic_recall_is_that_of_one_class(seed):
+    """Also recall at 1000, without changing anything at 100."""
+    truths, detections = random_set(seed)
+    state = AveragePrecisionState(1, (1, 10, 100, 1000))
+    for image_id in truths:
+        truth, found = class_agnostic_truth(truths[image_id]), class_agnostic_detections(detections[image_id])
+        state.update(image_id, truth, found)
+    result = state.compute()
+    oracle = pycocotools_eval(4, truths, detections, use_classes=False)
+    assert np.abs(result.precision[..., :3] - oracle.eval["precision"]).max() == 0.0
+    numbers = result.stats_at(100)
+    assert [numbers[name] for name in STATS] == oracle.stats.tolist()
+    assert numbers["AR1000"] >= numbers["AR100"] > 0
 
 
 @pytest.mark.parametrize("max_dets", [(1, 3, 100), (2, 5, 8), (1, 10, 256)])
