@@ -80,6 +80,19 @@ def test_maps_and_gradients_equal_those_of_transformers(config, size):
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8 * gradients[0].abs().max().item())
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("window", [7, 12])
+def test_swin_tiny_equals_transformers_at_full_depth_and_512_pixels(window):
+    config = SwinBackboneConfig(window_size=window)
+    torch.manual_seed(0)
+    ours = SwinTransformer(config).double().eval()
+    theirs = huggingface_swin(ours, config).double()
+    images = torch.randn(1, 3, 512, 509, dtype=torch.float64)
+    with torch.no_grad():
+        for theirs_map, our_map in zip(theirs(images).feature_maps, ours(images), strict=True):
+            torch.testing.assert_close(our_map, theirs_map, rtol=1e-9, atol=1e-9)
+
+
 def test_maps_equal_timms_where_windows_fit():
     source = timm.create_model(
         "swin_tiny_patch4_window7_224", embed_dim=16, num_heads=(1, 2, 4, 8), num_classes=0, always_partition=True
