@@ -240,6 +240,28 @@ class MixtureItem:
     """Name under `datasets`."""
     weight: float = 1.0
     """Relative share of samples."""
+    include: tuple[str, ...] = ()
+    """Only images that show one of these classes (names; a crowd does not count); empty takes all."""
+    exclude: tuple[str, ...] = ()
+    """No image that shows one of these classes."""
+    fraction: float = 1.0
+    """Share of the remaining images to use: the same ones in every run, and a smaller share lies within a larger."""
+    limit: int | None = None
+    """At most so many images, chosen in the same way."""
+    repeat_threshold: float | None = None
+    """Show images of rare classes more often: a class in a share f of the images is repeated sqrt(repeat_threshold / f)
+    times where that is above 1 (LVIS: 0.001)."""
+
+    def __post_init__(self) -> None:
+        where = f"of {self.dataset!r} in data.train"
+        if not self.weight > 0:
+            raise ConfigError(f"weight {where} is {self.weight}; it must be above 0")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction {where} is {self.fraction}; it must be above 0 and at most 1")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit {where} is {self.limit}; it must be at least 1")
+        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
+            raise ConfigError(f"repeat_threshold {where} is {self.repeat_threshold}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +291,3 @@ class DataConfig:
         require_positive(data__chunk_mb=self.chunk_mb)
         if not self.train:
             raise ConfigError("data.train is empty: name at least one data set, for example [{dataset: train}]")
-        for item in self.train:
-            if not item.weight > 0:
-                raise ConfigError(f"data.train: weight of {item.dataset!r} is {item.weight}; it must be above 0")

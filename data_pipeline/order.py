@@ -6,31 +6,32 @@ without losing or repeating a sample.
 
 One epoch of a data set: chunks are permuted and laid end to end; the sequence is cut into `lanes` equal segments; each
 lane is shuffled inside windows; positions go round the lanes. A rank count that divides `lanes` gives every chunk one
-owner (two at the cuts), and a chunk's samples are wanted close together.
+owner (two at the cuts), and a chunk's samples are wanted close together. Samples that an epoch repeats come again with
+their chunk at another place of the sequence.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from data_pipeline.chunks import Chunks, plan_chunks
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.randomness import Stream, random_words
+from data_pipeline.selection import Visits, select
 
 ORDER_VERSION = 1
 """Part of every fingerprint. Raise it with any change that moves a sample; the golden test then needs a new file."""
 
-_EPOCHS_KEPT = 2  # a global batch straddles at most two epochs of a data set of ordinary size
+_EPOCHS_KEPT = 3  # a global batch straddles at most two epochs of a data set of ordinary size, and caches look ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,16 @@ class Place:
     """Row of the manifest."""
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Places of n positions in a row."""
+
+    dataset: np.ndarray
+    """[n] int64"""
+    index: np.ndarray
+    """[n] int64"""
+
+
 class Order(Protocol):
     """An endless sequence of places with random access."""
 
@@ -57,39 +68,60 @@ class Order(Protocol):
         """The place at a position, from 0."""
         ...
 
+    def places(self, start: int, count: int) -> Places:
+        """The places at positions start .. start + count - 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """One epoch's visits as rows of the manifest, and the position of the first."""
+
+    number: int
+    start: int
+    rows: np.ndarray
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.rows)
+
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """Exact epochs over the kept samples of one data set: each appears once in positions eN .. eN + N - 1."""
+    """Exact epochs over one data set: every sample appears in each as often as `visits` says. Safe in threads."""
 
     chunks: Chunks
-    keep: np.ndarray
-    """[N] bool, the samples that take part."""
+    visits: Visits
     seed: int
     lanes: int
     window: int
     dataset: int = 0
     fingerprint: str = ""
-    _epochs: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
-
-    @cached_property
-    def size(self) -> int:
-        """Samples per epoch."""
-        return int(np.count_nonzero(self.keep))
+    _epochs: list[_Epoch] = field(default_factory=list, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def at(self, position: int) -> Place:
         """The place at a position. Computes an epoch's permutation on first use (about 0.3 us per sample)."""
-        epoch, place = divmod(position, self.size)
-        return Place(self.dataset, epoch, int(self._permutation(epoch)[place]))
+        epoch = self._epoch_at(position)
+        return Place(self.dataset, epoch.number, int(epoch.rows[position - epoch.start]))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        found = self._epochs.get(epoch)
-        if found is None:
-            found = self._permute(epoch)
-            while len(self._epochs) >= _EPOCHS_KEPT:
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = found
-        return found
+    def places(self, start: int, count: int) -> Places:
+        """The places at `count` positions from `start` on."""
+        parts, position = [np.zeros(0, dtype=np.int64)], start
+        while position < start + count:
+            epoch = self._epoch_at(position)
+            parts.append(epoch.rows[position - epoch.start : start + count - epoch.start])
+            position = epoch.stop
+        return Places(np.full(count, self.dataset), np.concatenate(parts))
+
+    def _epoch_at(self, position: int) -> _Epoch:
+        with self._lock:
+            found = next((e for e in self._epochs if e.start <= position < e.stop), None)
+            if found is None:
+                number = self.visits.epoch_of(position)
+                found = _Epoch(number, self.visits.total(number), self._permute(number))
+                self._epochs[:] = [*self._epochs[1 - _EPOCHS_KEPT :], found]
+            return found
 
     def _permute(self, epoch: int) -> np.ndarray:
         sequence = self._permuted_chunks(epoch)
@@ -109,12 +141,21 @@ class ShardOrder:
         return shuffled[lane_start[position % lanes] + position // lanes]
 
     def _permuted_chunks(self, epoch: int) -> np.ndarray:
-        """Kept samples [size], chunk after chunk in this epoch's chunk order."""
-        words = random_words(self.seed, Stream.CHUNK_ORDER, self.dataset, epoch, len(self.chunks.shard))
+        """The epoch's samples, chunk after chunk in this epoch's chunk order.
+
+        Repeats make further chunks of what has a second visit, a third, and so on, so that they are spread over the
+        epoch and not seen in a row.
+        """
+        counts = self.visits.counts(epoch)[self.chunks.samples]
+        samples = np.repeat(self.chunks.samples, counts)
+        repeat = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
+        chunk = self.chunks.chunk_of[samples] + repeat * len(self.chunks.shard)
+        words = random_words(
+            self.seed, Stream.CHUNK_ORDER, self.dataset, epoch, len(self.chunks.shard) * int(counts.max())
+        )
         rank = np.empty(len(words), dtype=np.int64)
         rank[np.argsort(words, kind="stable")] = np.arange(len(words))
-        kept = self.chunks.samples[self.keep[self.chunks.samples]]
-        return kept[np.argsort(rank[self.chunks.chunk_of[kept]], kind="stable")]
+        return samples[np.argsort(rank[chunk], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -138,36 +179,71 @@ class Mixture:
             position -= before
         raise AssertionError("the last share is 1 and takes what the others left")
 
+    def places(self, start: int, count: int) -> Places:
+        """The places at `count` positions from `start` on."""
+        dataset, index = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        left = np.arange(count)  # those that no child has taken yet; they are neighbours among themselves
+        for child, share in zip(self.children, self.shares, strict=True):
+            # floor(start * share) in Python's integers, the small rest in numpy's.
+            first, rest = divmod(start * share.numerator, share.denominator)
+            exact = np.int64 if share.numerator * (count + 1) < 1 << 62 else object
+            owned = first + (rest + np.arange(len(left) + 1, dtype=exact) * share.numerator) // share.denominator
+            mine = np.diff(owned) > 0
+            found = child.places(first, int(np.count_nonzero(mine)))
+            dataset[left[mine]], index[left[mine]] = found.dataset, found.index
+            left, start = left[~mine], start - first
+        return Places(dataset, index)
 
-def build_order(manifests: Sequence[Manifest], weights: Sequence[float], seed: int, config: DataConfig) -> Order:
-    """The order of a mixture: data sets with their relative shares of samples.
 
-    The fingerprint covers the manifests, the weights' ratios, the kept samples, the seed and the shuffle's settings.
+@dataclass(frozen=True)
+class LaterOrder:
+    """Another order from some position on: what a run goes on with when its data have changed."""
+
+    order: Order
+    start: int
+    """The position where `order` begins."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the order, wherever it begins."""
+        return self.order.fingerprint
+
+    def at(self, position: int) -> Place:
+        """The place at a position, from `start`."""
+        return self.order.at(position - self.start)
+
+    def places(self, start: int, count: int) -> Places:
+        """The places at `count` positions from `start` on."""
+        return self.order.places(start - self.start, count)
+
+
+def build_order(manifests: Sequence[Manifest], seed: int, config: DataConfig) -> Order:
+    """The order of the mixture `config.train`, whose data sets have these manifests.
+
+    The fingerprint covers the manifests, the weights' ratios, which samples are visited how often, the seed and the
+    shuffle's settings.
 
     Raises:
-        DataError: a data set has no image with a target for the task.
+        DataError: a data set of which no image is left, or a filter with an unknown class.
     """
-    keep = [kept_samples(manifest, config) for manifest in manifests]
-    for manifest, kept in zip(manifests, keep, strict=True):
-        if not kept.any():
-            raise DataError(
-                f"{manifest.url}: none of its {len(kept)} images has a target for task {config.task!r}; choose another "
-                "task or data set"
-            )
-    total = sum((Fraction(str(weight)) for weight in weights), Fraction(0))
-    shares = [Fraction(str(weight)) / total for weight in weights]
-    fingerprint = _fingerprint(manifests, shares, keep, seed, config)
+    visits = [
+        select(manifest, item, config, seed, dataset)
+        for dataset, (manifest, item) in enumerate(zip(manifests, config.train, strict=True))
+    ]
+    weights = [Fraction(str(item.weight)) for item in config.train]
+    shares = [weight / sum(weights, Fraction(0)) for weight in weights]
+    fingerprint = _fingerprint(manifests, shares, visits, seed, config)
     children = [
         ShardOrder(
             plan_chunks(manifest.shard, manifest.offset, chunk_bytes(config)),
-            kept,
+            counts,
             seed,
             config.lanes,
             config.window,
             dataset,
             fingerprint,
         )
-        for dataset, (manifest, kept) in enumerate(zip(manifests, keep, strict=True))
+        for dataset, (manifest, counts) in enumerate(zip(manifests, visits, strict=True))
     ]
     if len(children) == 1:
         return children[0]
@@ -175,17 +251,8 @@ def build_order(manifests: Sequence[Manifest], weights: Sequence[float], seed: i
     return Mixture(tuple(children), tuple(s / rest for s, rest in zip(shares, left, strict=True)), fingerprint)
 
 
-def kept_samples(manifest: Manifest, config: DataConfig) -> np.ndarray:
-    """[N] bool: the samples that take part in training, by default those with a target (a crowd is none)."""
-    if not config.skip_images_without_targets:
-        return np.ones(manifest.num_samples, dtype=bool)
-    present = manifest.category_ids
-    wanted = np.isin(present.values, list(manifest.categories.labels(config.task)))
-    return np.bincount(present.rows()[wanted], minlength=manifest.num_samples) > 0
-
-
 def _fingerprint(
-    manifests: Sequence[Manifest], shares: Sequence[Fraction], keep: Sequence[np.ndarray], seed: int, config: DataConfig
+    manifests: Sequence[Manifest], shares: Sequence[Fraction], visits: Sequence[Visits], seed: int, config: DataConfig
 ) -> str:
     identity = {
         "version": ORDER_VERSION,
@@ -194,8 +261,8 @@ def _fingerprint(
         "lanes": config.lanes,
         "window": config.window,
         "datasets": [
-            [manifest.fingerprint, str(share), hashlib.sha256(np.packbits(kept).tobytes()).hexdigest()]
-            for manifest, share, kept in zip(manifests, shares, keep, strict=True)
+            [manifest.fingerprint, str(share), counts.digest()]
+            for manifest, share, counts in zip(manifests, shares, visits, strict=True)
         ],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

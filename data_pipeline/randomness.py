@@ -19,6 +19,7 @@ class Stream(IntEnum):
     CHUNK_ORDER = 1
     WINDOW_ORDER = 2
     AUGMENT = 3
+    REPEATS = 5
 
 
 def _philox(seed: int, stream: Stream, major: int, minor: int) -> np.random.Philox:

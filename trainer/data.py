@@ -26,8 +26,7 @@ def open_data(job: TrainJob, storage: Storage) -> TrainingData:
     if len(job.shards) != len(job.data.train):
         raise TrainingError(f"{len(job.shards)} shard folders for {len(job.data.train)} data sets in data.train")
     manifests = tuple(Manifest.load(url, storage) for url in job.shards)
-    weights = [item.weight for item in job.data.train]
-    return TrainingData(manifests, build_order(manifests, weights, job.seed, job.data))
+    return TrainingData(manifests, build_order(manifests, job.seed, job.data))
 
 
 def open_batches(

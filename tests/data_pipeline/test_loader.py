@@ -111,7 +111,8 @@ def spec(rank=0, world=1, start_step=0, global_batch=6, micro_batch=2):
 def loaded(manifests, data, steps, storage=None, **changes):
     """Steps of one rank, with the loader closed afterwards."""
     manifests = list(manifests)
-    order = build_order(manifests, [1.0] * len(manifests), 3, data)
+    data = replace(data, train=data.train[:1] * len(manifests)) if len(data.train) == 1 else data
+    order = build_order(manifests, 3, data)
     loader = build_loader(manifests, order, data, storage or Storage(StorageConfig()), spec(**changes))
     try:
         return list(itertools.islice(loader, steps))
@@ -179,27 +180,31 @@ def test_images_without_targets_can_stay(boxes):
     assert len(keys) == 60
 
 
+def weighted(*weights):
+    return data_config(train=tuple(MixtureItem(dataset="boxes", weight=weight) for weight in weights))
+
+
 def test_a_mixture_draws_from_both_by_weight(boxes, tmp_path):
     more = write_boxes(tmp_path / "more", count=20, prefix="more")
-    data = data_config()
-    order = build_order([boxes, more], [3.0, 1.0], 3, data)
+    order = build_order([boxes, more], 3, weighted(3.0, 1.0))
     places = [order.at(p) for p in range(400)]
     assert sum(p.dataset == 1 for p in places) == 100
-    assert order.fingerprint != build_order([boxes, more], [1.0, 1.0], 3, data).fingerprint
-    assert order.fingerprint == build_order([boxes, more], [6.0, 2.0], 3, data).fingerprint
-    steps = loaded([boxes, more], data, 6)
+    assert order.fingerprint != build_order([boxes, more], 3, weighted(1.0, 1.0)).fingerprint
+    assert order.fingerprint == build_order([boxes, more], 3, weighted(6.0, 2.0)).fingerprint
+    steps = loaded([boxes, more], weighted(1.0, 1.0), 6)
     batches = [batch for step in steps for batch in step.micro_batches]
     found = {(d, k[:3]) for b in batches for d, k in zip(b.targets.dataset.tolist(), b.keys, strict=True)}
     assert found == {(0, "box"), (1, "mor")}
 
 
 def test_the_fingerprint_covers_what_moves_samples(boxes):
-    base = build_order([boxes], [1.0], 3, data_config()).fingerprint
-    assert base == build_order([boxes], [2.0], 3, data_config(workers=7)).fingerprint
-    assert base != build_order([boxes], [1.0], 4, data_config()).fingerprint
-    assert base != build_order([replace(boxes, fingerprint="other")], [1.0], 3, data_config()).fingerprint
+    base = build_order([boxes], 3, data_config()).fingerprint
+    assert base == build_order([boxes], 3, data_config(workers=7)).fingerprint
+    assert base == build_order([boxes], 3, weighted(2.0)).fingerprint
+    assert base != build_order([boxes], 4, data_config()).fingerprint
+    assert base != build_order([replace(boxes, fingerprint="other")], 3, data_config()).fingerprint
     for change in ({"lanes": 5}, {"window": 9}, {"chunk_mb": 0.01}, {"skip_images_without_targets": False}):
-        assert base != build_order([boxes], [1.0], 3, data_config(**change)).fingerprint
+        assert base != build_order([boxes], 3, data_config(**change)).fingerprint
 
 
 def test_different_category_tables_are_refused_by_name(boxes, tmp_path):
@@ -215,7 +220,7 @@ def test_a_data_set_without_targets_is_refused(boxes, tmp_path):
     table = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "box", False, (200, 0, 0))))
     stuff = replace(boxes, categories=table)
     with pytest.raises(DataError, match="none of its 60 images has a target for task 'instance'"):
-        build_order([stuff], [1.0], 0, data_config(task="instance"))
+        build_order([stuff], 0, data_config(task="instance"))
 
 
 def damage(manifest, index):
@@ -273,7 +278,7 @@ def fetcher_for(manifest, groups, storage, **limits):
 
 def test_every_chunk_is_read_once_while_the_future_is_known(boxes):
     data, storage = data_config(), FlakyStorage(faults=0)
-    order = build_order([boxes], [1.0], 3, data)
+    order = build_order([boxes], 3, data)
     groups = [tuple(order.at(p) for p in range(k, k + 4)) for k in range(0, 48, 4)]
     chunks, fetcher = fetcher_for(boxes, groups, storage, groups_ahead=2, horizon=12)
     assert len(list(fetcher)) == 12
@@ -294,7 +299,7 @@ def test_only_the_span_of_wanted_samples_is_read(boxes):
 
 def test_a_small_budget_reads_again_and_gives_the_same_bytes(boxes):
     data = data_config()
-    order = build_order([boxes], [1.0], 3, data)
+    order = build_order([boxes], 3, data)
     groups = [(order.at(p), None) for p in range(96)]
     storage = FlakyStorage(faults=0)
     chunks, small = fetcher_for(boxes, groups, storage, groups_ahead=3, horizon=96, kept_bytes=30_000)
@@ -330,7 +335,7 @@ def test_the_trainer_generator_is_left_alone(boxes):
 
 def endless(manifest, workers):
     data = data_config(workers=workers)
-    order = build_order([manifest], [1.0], 3, data)
+    order = build_order([manifest], 3, data)
     return build_loader([manifest], order, data, Storage(StorageConfig()), spec())
 
 

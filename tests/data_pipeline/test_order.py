@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.chunks import plan_chunks
-from data_pipeline.order import ORDER_VERSION, Mixture, Place, ShardOrder, step_plan
-
-GOLDEN = Path(__file__).parent / f"golden_order_v{ORDER_VERSION}.json"
+from data_pipeline.config import DataConfig, MixtureItem
+from data_pipeline.order import ORDER_VERSION, LaterOrder, Mixture, Place, ShardOrder, build_order, step_plan
+from data_pipeline.selection import Visits, once
 
 
 def layout(count, shard_size=100, length=10):
@@ -28,7 +29,7 @@ def layout(count, shard_size=100, length=10):
 def shard_order(count, *, chunk=100, lanes=4, window=8, seed=0, keep=None, dataset=0):
     chunks = plan_chunks(*layout(count)[:2], chunk)
     keep = np.ones(count, bool) if keep is None else keep
-    return ShardOrder(chunks, keep, seed, lanes, window, dataset)
+    return ShardOrder(chunks, once(keep), seed, lanes, window, dataset)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,8 +54,8 @@ def test_only_kept_samples_appear(data, count):
     keep = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     keep[data.draw(st.integers(0, count - 1))] = True
     order = shard_order(count, keep=keep)
-    assert order.size == keep.sum()
-    assert sorted(order.at(p).index for p in range(order.size)) == np.flatnonzero(keep).tolist()
+    assert order.visits.total(1) == keep.sum()
+    assert sorted(order.at(p).index for p in range(keep.sum())) == np.flatnonzero(keep).tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,6 +129,76 @@ def test_a_mixture_visits_every_child_in_turn_and_by_its_share(weights, position
     assert all(indices == list(range(len(indices))) for indices in visited.values())
 
 
+def mixed(counts, weights, *, lanes, window, chunk, repeats=()):
+    """A mixture of data sets of these sizes; those in `repeats` visit samples up to three times."""
+    children = []
+    for k, count in enumerate(counts):
+        order = shard_order(count, chunk=chunk, lanes=lanes, window=window, seed=5, dataset=k)
+        if k in repeats:
+            random = np.random.default_rng(k)
+            order = replace(
+                order, visits=Visits(random.integers(1 << 24, 3 << 24, count), random.integers(0, 1 << 24, count))
+            )
+        children.append(order)
+    left = [sum(weights[k:]) for k in range(len(weights))]
+    shares = tuple(Fraction(w) / rest for w, rest in zip(weights, left, strict=True))
+    return Mixture(tuple(children), shares, "")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sets=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=4),
+    lanes=st.integers(1, 50),
+    window=st.integers(1, 40),
+    chunk=st.integers(1, 400),
+    worlds=st.lists(st.tuples(st.integers(1, 17), st.integers(1, 4)), min_size=1, max_size=6),
+    global_batch=st.integers(1, 20),
+    repeated=st.booleans(),
+)
+def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
+    sets, lanes, window, chunk, worlds, global_batch, repeated
+):
+    """Dealt to any ranks, the places are those of the data sets' own orders, one after the other from the first on."""
+    counts, weights = zip(*sets, strict=True)
+    mixture = mixed(counts, weights, lanes=lanes, window=window, chunk=chunk, repeats=(0,) if repeated else ())
+    dealt, step = {}, 0
+    for world, steps in worlds:
+        for _ in range(steps):
+            for rank in range(world):
+                for batch in step_plan(step, global_batch, rank, world, 3):
+                    dealt |= {p: mixture.at(p) for p in batch if p is not None}
+            step += 1
+    assert len(dealt) == step * global_batch
+    for k, child in enumerate(mixture.children):
+        visits = [dealt[p] for p in sorted(dealt) if dealt[p].dataset == k]
+        assert visits == [child.at(q) for q in range(len(visits))]
+        whole = [place.index for place in visits if place.epoch < visits[-1].epoch] if visits else []
+        expected = sum((child.visits.counts(e) for e in range(visits[-1].epoch)), np.zeros(counts[k])) if visits else 0
+        assert (np.bincount(whole, minlength=counts[k]) == expected).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=3),
+    start=st.integers(0, 10**7),
+    count=st.integers(0, 300),
+)
+def test_many_places_at_once_are_those_one_by_one(weights, start, count):
+    weights = [Fraction(str(weight)) for weight in weights]
+    mixture = mixed([70, 30, 110][: len(weights)], weights, lanes=6, window=8, chunk=90, repeats=(1,))
+    places = mixture.places(start, count)
+    single = [mixture.at(p) for p in range(start, start + count)]
+    assert places.dataset.tolist() == [place.dataset for place in single]
+    assert places.index.tolist() == [place.index for place in single]
+
+
+def test_a_later_order_begins_anew():
+    order = shard_order(50)
+    later = LaterOrder(order, 30)
+    assert [later.at(30 + p) for p in range(60)] == [order.at(p) for p in range(60)]
+    assert later.places(40, 20).index.tolist() == order.places(10, 20).index.tolist()
+
+
 def test_random_access_equals_sequential_access():
     order, sequential = shard_order(500), shard_order(500)
     positions = np.random.default_rng(0).integers(0, 3000, 200).tolist()
@@ -164,8 +235,29 @@ def test_a_world_that_divides_the_lanes_reads_nearly_every_chunk_once(world):
 
 
 def test_the_order_of_this_version_never_changes():
-    """The file was written when this version was made. A difference means: raise ORDER_VERSION and write a new one."""
+    """The files were written when this version was made. A difference means: raise ORDER_VERSION and write new ones."""
     order = shard_order(1000, chunk=200, lanes=6, window=16, seed=1234)
     indices = np.array([order.at(p).index for p in range(3000)], dtype="<i8")
     found = {"first": indices[:24].tolist(), "sha256": hashlib.sha256(indices.tobytes()).hexdigest()}
-    assert found == json.loads(GOLDEN.read_text())
+    assert found == json.loads(golden("order"))
+
+
+def test_mixtures_and_repeats_of_this_version_never_change(make_manifest):
+    manifests = [make_manifest(400, seed=1, sample_bytes=4000), make_manifest(150, seed=2, sample_bytes=4000)]
+    items = (
+        MixtureItem(dataset="a", weight=2.5, repeat_threshold=0.1),
+        MixtureItem(dataset="b", exclude=("class 1",), fraction=0.5),
+    )
+    order = build_order(manifests, 99, DataConfig(train=items, chunk_mb=0.02, lanes=6, window=16))
+    places = order.places(0, 3000)
+    both = np.stack([places.dataset, places.index], axis=1).astype("<i8")
+    found = {
+        "fingerprint": order.fingerprint,
+        "first": both[:24].tolist(),
+        "sha256": hashlib.sha256(both.tobytes()).hexdigest(),
+    }
+    assert found == json.loads(golden("mixture"))
+
+
+def golden(name):
+    return (Path(__file__).parent / f"golden_{name}_v{ORDER_VERSION}.json").read_text()

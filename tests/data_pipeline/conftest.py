@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.manifest import Manifest, Ragged, ShardInfo
+
+CLASSES = 20
+
+
+def _ragged(lengths, values):
+    return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+@pytest.fixture(scope="session")
+def make_manifest():
+    """Makes manifests without shards: class k of CLASSES appears in about every (k + 1)^2-th image."""
+
+    def make(count, seed=0, sample_bytes=150_000, shard_samples=1000):
+        random = np.random.default_rng(seed)
+        shows = random.random((count, CLASSES)) < 1 / np.arange(1, CLASSES + 1) ** 2
+        rows, column = np.nonzero(shows)
+        length = random.integers(sample_bytes // 2, sample_bytes * 3 // 2, count) // 512 * 512
+        shard = np.arange(count) // shard_samples
+        end = np.cumsum(length)
+        first = np.unique(shard, return_index=True)[1]
+        offset = end - length - (end - length)[first][shard]
+        ones = np.ones(count, dtype=np.int64)
+        names = _ragged(ones, np.zeros(count, dtype=np.int32))
+        table = CategoryTable(tuple(Category(k + 1, f"class {k}", k % 2 == 0, (k, k, k)) for k in range(CLASSES)))
+        return Manifest(
+            url="memory",
+            fingerprint=f"{count}-{seed}",
+            plan="",
+            categories=table,
+            shards=tuple(
+                ShardInfo(f"{s:05d}.tar", int(length[shard == s].sum()), "0", int((shard == s).sum()))
+                for s in range(shard[-1] + 1)
+            ),
+            key=np.array([f"image_{i:08d}" for i in range(count)], dtype=object),
+            shard=shard.astype(np.int32),
+            offset=offset,
+            length=length,
+            crc32=ones.astype(np.uint32),
+            image_id=np.arange(count),
+            height=ones.astype(np.int32) * 480,
+            width=ones.astype(np.int32) * 640,
+            num_segments=shows.sum(1).astype(np.int32),
+            category_ids=_ragged(shows.sum(1), (column + 1).astype(np.int32)),
+            category_counts=_ragged(shows.sum(1), np.ones(len(rows), dtype=np.int32)),
+            category_areas=_ragged(shows.sum(1), np.full(len(rows), 100)),
+            member_names=("img.jpg",),
+            member_codes=names,
+            member_offsets=names,
+            member_lengths=names,
+        )
+
+    return make

@@ -1,0 +1,192 @@
+import math
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.config import DataConfig, MixtureItem
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import build_order
+from data_pipeline.selection import Visits, once, repeat_factors, select
+from data_pipeline.stats import class_table
+from model.errors import ConfigError
+
+ONCE = 1 << 24
+
+
+@pytest.fixture(scope="module")
+def manifest(make_manifest) -> Manifest:
+    return make_manifest(600, sample_bytes=4000, shard_samples=100)
+
+
+def item(**changes):
+    return MixtureItem(dataset="train", **changes)
+
+
+def config(**changes):
+    return DataConfig(train=(item(),), chunk_mb=0.05, lanes=4, window=8, **changes)
+
+
+def chosen(manifest, **changes):
+    return select(manifest, item(**changes), config(), seed=1, dataset=0)
+
+
+def classes(manifest, index):
+    return {f"class {k - 1}" for k in manifest.category_ids[index].tolist()}
+
+
+def test_class_filters_equal_a_loop_over_the_images(manifest):
+    visits = chosen(manifest, include=("class 2", "class 4"), exclude=("class 1",))
+    slow = [
+        bool(classes(manifest, i) & {"class 2", "class 4"}) and "class 1" not in classes(manifest, i)
+        for i in range(600)
+    ]
+    assert visits.kept.tolist() == slow
+    assert 0 < sum(slow) < 300
+
+
+def test_unknown_classes_and_empty_selections_are_named(manifest):
+    with pytest.raises(
+        DataError, match=r"include of 'train' names the class 'clas 2', which is not in it; did you mean"
+    ):
+        chosen(manifest, include=("clas 2",))
+    with pytest.raises(DataError, match=r"none of its 600 images passes include .* and exclude .* of 'train'"):
+        chosen(manifest, include=("class 3",), exclude=("class 3",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"weight": 0}, "weight of 'train' in data.train is 0"),
+        ({"fraction": 0}, "fraction of 'train'"),
+        ({"fraction": 1.5}, "fraction of 'train'"),
+        ({"limit": 0}, "limit of 'train'"),
+        ({"repeat_threshold": 0.0}, "repeat_threshold of 'train'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(setting, words):
+    with pytest.raises(ConfigError, match=words):
+        item(**setting)
+
+
+def test_subsets_are_nested_and_do_not_depend_on_the_shards(manifest):
+    parts = [set(manifest.key[chosen(manifest, fraction=f).kept]) for f in (0.1, 0.25, 0.5)]
+    everything = chosen(manifest).kept
+    assert [len(part) for part in parts] == [round(f * everything.sum()) for f in (0.1, 0.25, 0.5)]
+    assert parts[0] < parts[1] < parts[2]
+    turned = np.arange(600)[::-1]
+    other = replace(
+        manifest,
+        key=manifest.key[turned],
+        category_ids=type(manifest.category_ids)(
+            np.concatenate([manifest.category_ids[i] for i in turned]),
+            np.concatenate([[0], np.cumsum([len(manifest.category_ids[i]) for i in turned])]),
+        ),
+    )
+    assert set(other.key[chosen(other, fraction=0.1).kept]) == parts[0]
+    assert set(manifest.key[chosen(manifest, limit=7).kept]) < parts[0]
+    assert chosen(manifest, fraction=0.25, limit=7).kept.sum() == 7
+
+
+def test_repeat_factors_are_those_of_the_paper(manifest):
+    kept = chosen(manifest, exclude=("class 2",)).kept
+    rows = np.flatnonzero(kept)
+    images = Counter(name for i in rows for name in classes(manifest, i))
+    factors = repeat_factors(manifest, kept, 0.05)
+    for i in rows:
+        slow = max(max(1.0, math.sqrt(0.05 / (images[name] / len(rows)))) for name in classes(manifest, i))
+        assert factors[i] == pytest.approx(slow, rel=1e-12)
+    assert factors.max() > 1.5
+
+
+@given(
+    rates=st.lists(st.one_of(st.just(0.0), st.floats(1.0, 9.0)), min_size=1, max_size=20).filter(any),
+    epoch=st.integers(0, 10**6),
+    seed=st.integers(0, 100),
+)
+def test_visits_never_stray_from_their_rate(rates, epoch, seed):
+    rate = np.array([round(r * ONCE) for r in rates])
+    visits = Visits(rate, np.random.default_rng(seed).integers(0, ONCE, len(rate)))
+    counts = visits.counts(epoch)
+    assert ((counts == rate // ONCE) | (counts == -(-rate // ONCE))).all()
+    assert visits.total(epoch + 1) - visits.total(epoch) == counts.sum()
+    for position in (visits.total(epoch), visits.total(epoch + 1) - 1):
+        assert visits.epoch_of(position) == epoch
+    if epoch < 50:
+        so_far = sum((visits.counts(e) for e in range(epoch)), np.zeros(len(rate), dtype=np.int64))
+        assert (np.abs(so_far - epoch * rate / ONCE) < 1).all()
+
+
+def test_fractional_rates_are_met_on_average():
+    phase = np.random.default_rng(0).integers(0, ONCE, 4000)
+    visits = Visits(np.full(4000, int(1.3 * ONCE)), phase)
+    for epoch in range(5):
+        assert visits.counts(epoch).mean() == pytest.approx(1.3, abs=0.03)
+
+
+def test_an_epoch_visits_every_image_as_often_as_it_should(manifest):
+    settings = replace(config(), train=(item(repeat_threshold=0.05),))
+    order = build_order([manifest], 1, settings)
+    visits = select(manifest, settings.train[0], settings, 1, 0)
+    assert visits.repeats
+    start = 0
+    for epoch in range(3):
+        places = [order.at(p) for p in range(start, visits.total(epoch + 1))]
+        assert {place.epoch for place in places} == {epoch}
+        found = np.bincount([place.index for place in places], minlength=600)
+        assert found.tolist() == visits.counts(epoch).tolist()
+        start = visits.total(epoch + 1)
+    assert order.at(5) == build_order([manifest], 1, settings).at(5)
+
+
+def test_repeats_are_spread_over_the_epoch(manifest):
+    settings = replace(config(), train=(item(repeat_threshold=0.2),))
+    order = build_order([manifest], 1, settings)
+    count = select(manifest, settings.train[0], settings, 1, 0).total(1)
+    rows = order.places(0, count).index
+    often = np.argmax(np.bincount(rows))
+    visited = np.flatnonzero(rows == often)
+    assert len(visited) >= 4
+    assert visited[-1] - visited[0] > count / 3
+
+
+def test_filters_are_part_of_the_fingerprint(manifest):
+    changes = [
+        {},
+        {"include": ("class 2",)},
+        {"exclude": ("class 2",)},
+        {"fraction": 0.5},
+        {"limit": 9},
+        {"repeat_threshold": 0.05},
+        {"repeat_threshold": 0.06},
+    ]
+    prints = [build_order([manifest], 1, replace(config(), train=(item(**c),))).fingerprint for c in changes]
+    assert len(set(prints)) == len(changes)
+    without_effect = replace(config(), train=(item(limit=5000, repeat_threshold=1e-9),))
+    assert build_order([manifest], 1, without_effect).fingerprint == prints[0]
+
+
+def test_whole_rates_visit_everything_once():
+    visits = once(np.array([True, False, True]))
+    assert visits.counts(10**6).tolist() == [1, 0, 1]
+    assert (visits.total(7), visits.per_epoch, visits.repeats) == (14, 2.0, False)
+
+
+def test_queries_of_a_coco_sized_manifest_take_no_time(make_manifest):
+    """Measured: 0.03 s of CPU time for the table, 0.25 s for the costliest selection."""
+    manifest = make_manifest(118_287)
+    start = time.process_time()
+    rows = class_table(manifest)
+    statistics_s = time.process_time() - start
+    start = time.process_time()
+    visits = chosen(manifest, include=("class 0",), exclude=("class 19",), fraction=0.5, repeat_threshold=0.01)
+    selection_s = time.process_time() - start
+    assert rows[0].num_images == 118_287
+    assert visits.repeats
+    assert statistics_s < 1
+    assert selection_s < 2
