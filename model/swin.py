@@ -151,7 +151,7 @@ class WindowAttention(nn.Module):
         if mask is not None:
             # [M, heads, N, N], then once per image: fused kernels want the batch of the mask to be that of the queries.
             bias = bias + mask[:, None]
-            bias = bias.expand(len(windows) // len(mask), -1, -1, -1, -1).flatten(0, 1)
+            bias = bias.expand(windows.shape[0] // mask.shape[0], -1, -1, -1, -1).flatten(0, 1)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.to(queries.dtype))
         return self.proj(attended.transpose(1, 2).flatten(2))
 
