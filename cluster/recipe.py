@@ -64,7 +64,12 @@ def dump_recipe(config: RunConfig) -> str:
 
 def flatten(config: RunConfig) -> dict[str, str]:
     """Every setting as `{dotted path: text}`, lists by index; what MLflow keeps as parameters."""
-    return dict(_leaves(_plain(config), ""))
+    return flatten_tree(_plain(config))
+
+
+def flatten_tree(tree: Any) -> dict[str, str]:
+    """The same of a tree as YAML gives it, whatever its keys: recipes of other versions can be compared."""
+    return dict(_leaves(tree, ""))
 
 
 # Reading YAML

@@ -269,7 +269,7 @@ class _Sender:
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
-            self._client = _client(self._run.uri)
+            self._client = connect(self._run.uri)
         return self._client
 
     def _note_recovery(self) -> None:
@@ -292,7 +292,7 @@ def _start_run(config: RunConfig, uri: str, parameters: Mapping[str, str]) -> st
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        client = _client(uri)
+        client = connect(uri)
         tags = {"m2f.run_folder": config.run_folder, "m2f.version": version("m2f")}
         run_id = client.create_run(_experiment(client, config, uri), run_name=config.name, tags=tags).info.run_id
         params = [Param(_key(key)[:250], _shortened(value)) for key, value in parameters.items()]
@@ -325,7 +325,8 @@ def _note_resume(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, s
             journal.append({"tag": f"resumed.{_key(key)}"[:250], "value": _shortened(now.get(key, "not set"))})
 
 
-def _client(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
+    """A client of a tracking store that is quiet and gives up soon."""
     # By default MLflow retries a request for minutes; our journal waits better than a blocked thread does.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
