@@ -1,0 +1,394 @@
+"""Every recipe loads, says what the paper's row and the official configuration say, and trains a step."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.recipe import flatten, load_recipe, parse_recipe
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.collate import TrainRecipe, collate, make_example
+from data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from data_pipeline.readers.ade20k_classes import CATEGORIES_150
+from data_pipeline.readers.cityscapes import CATEGORIES as CATEGORIES_19
+from data_pipeline.sample import Annotation, DecodedSample, Segment
+from model.config import (
+    FaPNPixelDecoderConfig,
+    MSDeformAttnPixelDecoderConfig,
+    PostprocessConfig,
+    SwinBackboneConfig,
+    TimmBackboneConfig,
+    TransformerFPNPixelDecoderConfig,
+)
+from model.criterion import count_normalizers
+from model.mask2former import build_model
+from trainer.config import MultiStepSchedule, OptimizerConfig, PolySchedule
+from trainer.module import TrainingModule
+from trainer.schedule import lr_factor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "configs"
+RECIPES = {path.stem: path for path in sorted(CONFIGS.rglob("*.yaml"))}
+PAPER = {name: path for name, path in RECIPES.items() if path.parent != CONFIGS}
+"""The recipes of the paper's tables."""
+
+
+@cache
+def loaded(name):
+    return load_recipe(RECIPES[name])
+
+
+def is_of(name, *folders):
+    return PAPER[name].relative_to(CONFIGS).parts[0] in folders
+
+
+# What each file says
+
+
+def test_no_two_recipes_have_the_same_name():
+    assert len(RECIPES) == len(list(CONFIGS.rglob("*.yaml")))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_load_and_begin_with_command_and_result(name):
+    path = RECIPES[name]
+    lines = path.read_text().splitlines()
+    command = "m2f demo" if name == "demo" else f"m2f train {path.relative_to(REPOSITORY).as_posix()}"
+    assert lines[0].startswith("# ")
+    assert lines[0].endswith(command)
+    assert re.match(r"# .*(PQ|AP|mIoU)", lines[1]), "line 2 says which result to expect"
+    assert parse_recipe(path.read_text(), source=path.name).name == name
+
+
+def test_the_document_lists_every_recipe_with_its_figures():
+    document = (REPOSITORY / "docs" / "recipes.md").read_text()
+    listed = {name for pattern in re.findall(r"`([\w*]+)`", document) for name in expanded(pattern)}
+    assert listed == set(PAPER)
+    columns: list[str] = []
+    for line in document.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        columns = cells if "mIoU" in cells else columns
+        for name in (name for pattern in re.findall(r"`([\w*]+)`", cells[0]) for name in expanded(pattern)):
+            if line.startswith("|"):
+                assert figures(name).items() <= dict(zip(columns, cells, strict=True)).items(), name
+
+
+def expanded(pattern):
+    """Recipes that a name in the document stands for: `*_r50_smca` for the same ablation on three tasks."""
+    name = pattern.replace("*", r"(coco_panoptic|coco_instance|ade20k_semantic)")
+    return [recipe for recipe in PAPER if re.fullmatch(name, recipe)]
+
+
+def figures(name):
+    """PQ, AP and mIoU as a recipe's second line states them."""
+    expected = PAPER[name].read_text().splitlines()[1]
+    return dict(re.findall(r"(?<!boundary )\b(PQ|AP|mIoU) ([\d.]+)", expected))
+
+
+# Facts of the official configurations
+
+
+COCO_EPOCH = 7375
+"""Official steps of 16 images that count as an epoch of COCO."""
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_schedules_are_the_official_ones(name):
+    training = loaded(name).training
+    assert training.global_batch == 16
+    own_training = re.search(r"maskformer_r50$", name)  # MaskFormer's own parameters
+    assert training.optimizer == OptimizerConfig(weight_decay=1e-4 if own_training else 0.05)
+    if not name.startswith("coco"):
+        steps = {"ade20k": 160_000, "cityscapes": 90_000, "mapillary": 300_000}[name.split("_")[0]]
+        assert (training.max_steps, training.schedule) == (steps, PolySchedule(power=0.9))
+    elif own_training:
+        assert (training.max_steps, training.schedule) == (554_400, MultiStepSchedule(milestones=(369_600,)))
+    else:
+        match = re.search(r"_(\d+)ep", name)
+        epochs = int(match[1]) if match else 100 if "swin_l" in name else 50
+        milestones = tuple(round(step * epochs / 50) for step in (327_778, 355_092))
+        assert training.max_steps == epochs * COCO_EPOCH
+        assert training.schedule == MultiStepSchedule(milestones=milestones)
+
+
+@pytest.mark.parametrize(
+    ("golden", "name"),
+    [
+        ("coco_50ep", "coco_panoptic_r50"),
+        ("coco_100ep", "coco_instance_swin_l_200q"),
+        ("ade20k_160k", "ade20k_semantic_swin_t"),
+        ("cityscapes_90k", "cityscapes_panoptic_r50"),
+        ("mapillary_300k", "mapillary_semantic_r50"),
+    ],
+)
+def test_learning_rates_are_those_of_the_official_code(goldens, golden, name):
+    expected = json.loads((goldens / "g_lr_schedule.json").read_text())[golden]
+    training = loaded(name).training
+    assert training.max_steps == expected["max_iter"]
+    for step, lr in expected["lr_at_iter"]:
+        ours = training.optimizer.lr * lr_factor(training.schedule, step, training.max_steps)
+        assert ours == pytest.approx(lr, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_sizes_are_the_official_ones(name):
+    config = loaded(name)
+    augment, data_set = config.data.augment, name.split("_")[0]
+    if data_set == "coco":
+        assert (config.evaluation.shortest_edge, config.evaluation.max_size) == (800, 1333)
+        if isinstance(augment, LargeScaleJitter):
+            assert (augment.size, augment.min_scale, augment.max_scale) == (1024, 0.1, 2.0)
+        return
+    assert isinstance(augment, ShortestEdgeCrop)
+    large = re.search("panoptic|instance|swin_[bl]", name)
+    base = {"ade20k": 640 if large else 512, "cityscapes": 1024, "mapillary": 2048}[data_set]
+    crops = {"ade20k": (base, base), "cityscapes": (512, 1024), "mapillary": (1024, 1024)}
+    assert augment.shortest_edges == tuple(int(x * 0.1 * base) for x in range(5, 21))
+    assert (augment.max_size, augment.crop, augment.color) == (4 * base, crops[data_set], True)
+    longest = {"ade20k": 4 * base, "cityscapes": 2048, "mapillary": 2048}[data_set]
+    assert (config.evaluation.shortest_edge, config.evaluation.max_size) == (base, longest)
+
+
+def test_only_convergence_rows_and_maskformer_augment_coco_otherwise():
+    others = {n: loaded(n).data.augment for n in PAPER if n.startswith("coco")}
+    others = {n: augment for n, augment in others.items() if isinstance(augment, ScaleJitter)}
+    assert set(others) == {n for n in PAPER if n.endswith("_standard") or re.match(r"coco.*_maskformer_r50$", n)}
+    for name, augment in others.items():
+        cropped = not name.endswith("_standard")
+        assert augment == ScaleJitter(
+            shortest_edges=tuple(range(480 if cropped else 640, 801, 32)), crop_first=(384, 600) if cropped else None
+        )
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_queries_thresholds_and_norms_are_the_official_ones(name):
+    config = loaded(name)
+    match = re.search(r"_(\d+)q$", name)
+    assert config.model.transformer_decoder.num_queries == (int(match[1]) if match else 100)
+    assert ("swin_l" in name and "semantic" not in name) <= name.endswith("200q")
+    postprocess = config.model.postprocess
+    assert postprocess.object_threshold == (0.0 if name.startswith("mapillary_panoptic") else 0.8)
+    assert postprocess.overlap_threshold == 0.8
+    assert postprocess.semantic_resize == ("class_scores" if config.data.task == "semantic" else "masks")
+    backbone = config.model.backbone
+    assert isinstance(backbone, SwinBackboneConfig) == ("swin" in name)
+    if isinstance(backbone, TimmBackboneConfig):
+        assert backbone.name == f"resnet{101 if 'r101' in name else 50}.tv_in1k"
+        assert backbone.pretrained
+        trained = name.startswith("cityscapes") or name == "ade20k_semantic_r101"
+        assert backbone.norm == ("sync_batch" if trained else "frozen_batch")
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if "swin" in name])
+def test_swin_starts_from_weights_of_its_own_shape(name):
+    backbone = loaded(name).model.backbone
+    size, window, width = {
+        (96, 6): ("tiny", 7, 224),
+        (96, 18): ("small", 7, 224),
+        (128, 18): ("base", 12, 384),
+        (192, 18): ("large", 12, 384),
+    }[backbone.embed_dim, backbone.depths[2]]
+    data = "in22k" if "in22k" in name or size == "large" else "in1k"
+    assert f"swin_{size[0]}" in name
+    assert backbone.pretrained == f"swin_{size}_patch4_window{window}_{width}.ms_{data}"
+    assert (backbone.window_size, backbone.drop_path) == (window, 0.3)
+
+
+OFFICIAL = {"model.loss.class_norm": "per_rank", "data.augment.shrink": "bilinear"}
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if name.endswith("_official")])
+def test_official_recipes_change_the_documented_switches_alone(name):
+    changed = OFFICIAL | ({"data.drop_empty_targets": "False"} if "panoptic" in name else {})
+    assert differences(name.removesuffix("_official"), name) == changed
+
+
+# Ablations
+
+
+ABLATED = {
+    "attention": r"model\.transformer_decoder\.attention",
+    "features": r"model\.transformer_decoder\.features",
+    "decoder": r"model\.transformer_decoder\.(queries|cross_attention_first|dropout)",
+    "queries": r"model\.transformer_decoder\.num_queries",
+    "pixel_decoder": r"model\.pixel_decoder\..*",
+    "loss": r"model\.loss\.(matching|supervision)|training\.micro_batch",
+    "epochs": r"training\.(max_steps|schedule\.milestones\.\d)|data\.augment\..*",
+}
+"""Settings that the recipes of a folder may change."""
+
+
+def differences(base, name):
+    """Settings of `name` that `base` has otherwise, but for the name itself."""
+    ours, theirs = (flatten(loaded(n)) for n in (name, base))
+    keys = (ours.keys() | theirs.keys()) - {"name"}
+    return {key: ours.get(key, "") for key in keys if ours.get(key) != theirs.get(key)}
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if is_of(name, "ablations")])
+def test_an_ablation_changes_one_thing(name):
+    base = re.match(r"\w+?_(panoptic|instance|semantic)_r50", name)[0]
+    changed = differences(base, name)
+    assert changed
+    pattern = ABLATED[PAPER[name].parent.name]
+    assert [key for key in changed if not re.fullmatch(pattern, key)] == []
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PAPER if not is_of(n, "ablations", "maskformer") and not n.endswith("_official")]
+)
+def test_backbones_are_compared_on_equal_terms(name):
+    """Against R50 on the same data and task: backbone, queries, images per forward, FaPN, Swin-L's schedule on COCO,
+    the larger crops on ADE20K."""
+    allowed = r"model\.backbone\..*|model\.transformer_decoder\.num_queries|training\.micro_batch"
+    if "fapn" in name:
+        allowed += r"|model\.pixel_decoder\..*"
+    if name.startswith("coco") and "swin_l" in name:
+        allowed += r"|training\.(max_steps|schedule\.milestones\.\d)"
+    if re.match("ade20k_semantic_swin_[bl]", name):
+        allowed += r"|data\.augment\..*|evaluation\.(shortest_edge|max_size)"
+    if name.endswith("trainval"):
+        allowed += r"|data\.train\..*|evaluation\..*"
+    base = re.match(r"\w+?_(panoptic|instance|semantic)", name)[0] + "_r50"
+    assert [key for key in differences(base, name) if not re.fullmatch(allowed, key)] == []
+
+
+# One step
+
+
+def category_table(num_things, num_stuff):
+    kinds = [True] * num_things + [False] * num_stuff
+    return CategoryTable(tuple(Category(i, f"class {i}", thing, (i, 0, 0)) for i, thing in enumerate(kinds, start=1)))
+
+
+TABLES = {
+    "coco": category_table(80, 53),
+    "ade20k": CATEGORIES_150,
+    "cityscapes": CATEGORIES_19,
+    "mapillary": category_table(37, 28),
+}
+CLASSES = {
+    "coco": (133, 80, 133),
+    "ade20k": (150, 100, 150),
+    "cityscapes": (19, 8, 19),
+    "mapillary": (65, 37, 65),
+}
+"""Of panoptic, instance and semantic models (paper section 4)."""
+
+
+def test_tables_have_the_classes_of_the_paper():
+    for data_set, counts in CLASSES.items():
+        tasks = ("panoptic", "instance", "semantic")
+        assert tuple(len(TABLES[data_set].for_task(task)) for task in tasks) == counts
+
+
+def narrow(model):
+    """The same structure with few channels and layers."""
+    if isinstance(model.backbone, SwinBackboneConfig):
+        backbone = replace(model.backbone, embed_dim=8, depths=(2, 1, 1, 1), num_heads=(1, 1, 2, 2), pretrained=None)
+    else:
+        options = {"channels": [16, 16, 32, 32]}
+        backbone = replace(model.backbone, name="resnet10t", pretrained=False, options=options)
+    pixel_decoder = replace(model.pixel_decoder, conv_dim=32, mask_dim=32)
+    match pixel_decoder:
+        case MSDeformAttnPixelDecoderConfig() | TransformerFPNPixelDecoderConfig():
+            pixel_decoder = replace(pixel_decoder, num_layers=1, num_heads=2, feedforward_dim=32)
+        case FaPNPixelDecoderConfig():
+            pixel_decoder = replace(pixel_decoder, offset_groups=2)
+    decoder = replace(model.transformer_decoder, num_layers=3, hidden_dim=32, num_heads=2, feedforward_dim=32)
+    loss = replace(model.loss, num_points=64)
+    return replace(model, backbone=backbone, pixel_decoder=pixel_decoder, transformer_decoder=decoder, loss=loss)
+
+
+def small(augment):
+    match augment:
+        case LargeScaleJitter():
+            return replace(augment, size=64)
+        case ShortestEdgeCrop(crop=(height, width)):
+            edges = tuple(edge * 64 // width for edge in augment.shortest_edges)
+            return replace(augment, shortest_edges=edges, max_size=256, crop=(64 * height // width, 64))
+        case ScaleJitter():
+            return replace(augment, shortest_edges=(48, 64), max_size=96)
+
+
+def reduced(name):
+    """The recipe's model and augmentation, small enough for a step in a test."""
+    config = loaded(name)
+    return replace(config, model=narrow(config.model), data=replace(config.data, augment=small(config.data.augment)))
+
+
+def representatives():
+    """Recipes of which each brings a structure of the model, or a kind of data, that those before it lack."""
+    seen: set[str] = set()
+    for name in PAPER:
+        config = reduced(name)
+        structure = replace(config.model, postprocess=PostprocessConfig())
+        traits = {repr(structure), f"{name.split('_')[0]} {config.data.task} {type(config.data.augment)}"}
+        if traits - seen:
+            yield name
+        seen |= traits
+
+
+def checkered(table, position):
+    """An image of 48 x 64 pixels with twelve segments, things and stuff in turn."""
+    things, stuff = ([c for c in table.categories if c.is_thing == wanted] for wanted in (True, False))
+    columns, rows = np.meshgrid(np.arange(64) // 16, np.arange(48) // 16)
+    seg = (1 + 4 * rows + columns).astype(np.uint8)
+    segments = []
+    for number in range(1, 13):
+        group = (things, stuff)[number % 2]
+        category = group[(7 * number + position) % len(group)]
+        segments.append(
+            Segment(
+                id=number,
+                category_id=category.id,
+                is_thing=category.is_thing,
+                is_crowd=False,
+                area=256.0,
+                bbox=(0.0, 0.0, 16.0, 16.0),
+                source_id=number,
+                map="seg",
+            )
+        )
+    image = np.random.default_rng(position).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    annotation = Annotation(seg=seg, inst=None, segments=tuple(segments))
+    return DecodedSample(key=f"s{position}", image_id=position, source="memory", image=image, annotation=annotation)
+
+
+def one_batch(config, table):
+    recipe = TrainRecipe(
+        task=config.data.task,
+        labels=table.labels(config.data.task),
+        augment=config.data.augment,
+        drop_empty_targets=config.data.drop_empty_targets,
+        seed=0,
+    )
+    return collate([make_example(checkered(table, p), 0, p, recipe) for p in range(2)], recipe.canvas)
+
+
+@pytest.mark.parametrize("name", representatives())
+def test_one_step_at_reduced_size(name):
+    config, table = reduced(name), TABLES[name.split("_")[0]]
+    model_config = replace(config.model, num_classes=len(table.for_task(config.data.task)))
+    torch.manual_seed(0)
+    module = TrainingModule(build_model(model_config), model_config, seed=0, precision="fp32")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    batch = one_batch(config, table)
+    assert batch.targets.valid.any()
+    queries = model_config.transformer_decoder.num_queries
+    losses = module(batch, count_normalizers(batch.targets, queries, model_config.loss))
+    losses.total.backward()
+    assert torch.isfinite(losses.total)
+    without = [key for key, parameter in module.named_parameters() if parameter.grad is None]
+    assert without == []
+    assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters())
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
