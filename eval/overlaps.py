@@ -38,8 +38,8 @@ def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
     """Overlaps of two id maps [H, W] of integers. Raises InconsistentMapError if they differ in size."""
     if truth.shape != predicted.shape:
         raise InconsistentMapError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
-    truth_ids, rows = _compact(truth)
-    predicted_ids, columns = _compact(predicted)
+    truth_ids, rows = compact_ids(truth)
+    predicted_ids, columns = compact_ids(predicted)
     cell = rows.astype(np.intp)
     cell *= len(predicted_ids)
     cell += columns
@@ -55,7 +55,7 @@ def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
     )
 
 
-def _compact(id_map: np.ndarray) -> tuple[list[int], np.ndarray]:
+def compact_ids(id_map: np.ndarray) -> tuple[list[int], np.ndarray]:
     """Ids, ascending (a superset of those present), and the map of positions in them.
 
     Large ids are sorted once per horizontal run of equal pixels instead of once per pixel.

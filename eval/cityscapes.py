@@ -1,0 +1,173 @@
+"""Instance AP as Cityscapes defines it (cityscapesScripts, evalInstanceLevelSemanticLabeling.py), as a mergeable state.
+
+It differs from COCO's: thresholds are strict, detections count with all their pixels whatever their rank, equal scores
+are one point of the curve, and the curve is integrated in steps. Groups of things that nobody told apart, void and
+instances below 100 pixels are neither right nor wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline.readers.cityscapes import CATEGORIES
+from eval.errors import EvaluationError
+from eval.overlaps import compact_ids
+from eval.state import MetricState, Record, column
+
+OVERLAPS = np.arange(0.5, 1.0, 0.05)
+"""A match needs a larger IoU."""
+MIN_PIXELS = 100
+"""Smaller annotated instances do not count."""
+FIRST_INSTANCE = 1000
+"""Ids below are plain label ids: stuff, or a group of things."""
+VOID_LABELS = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
+"""Label ids that are not evaluated."""
+THING_LABELS = tuple(c.id for c in CATEGORIES.for_task("instance"))
+_BITS = 1 << np.arange(len(OVERLAPS), dtype=np.uint16)
+
+
+@dataclass(frozen=True, eq=False)
+class CityscapesDetection:
+    """One detected instance."""
+
+    mask: np.ndarray
+    """[H, W] bool"""
+    label: int
+    """Label id, 24 to 33; others are left out, as the benchmark does."""
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class CityscapesRecord(Record):
+    """Detections of one image that have a pixel; bit t of a mask belongs to OVERLAPS[t]."""
+
+    label: np.ndarray = field(metadata=column("int32"))
+    score: np.ndarray = field(metadata=column("float64"))
+    correct: np.ndarray = field(metadata=column("uint16"))
+    wrong: np.ndarray = field(metadata=column("uint16"))
+    """Neither correct nor wrong: ignored."""
+    truth_label: np.ndarray = field(metadata=column("int32"))
+    """Label of every annotated instance that counts."""
+
+
+@dataclass(frozen=True)
+class CityscapesAP:
+    """Shares, not per cent; None where no annotated instance counts."""
+
+    ap: float | None
+    """Mean over classes and overlaps."""
+    ap50: float | None
+    per_class: dict[int, tuple[float, float] | None]
+    """AP and AP50 by label id."""
+
+
+class CityscapesAPState(MetricState[CityscapesRecord, CityscapesAP]):
+    """Matched detections per image."""
+
+    name = "Cityscapes instance AP"
+
+    def __init__(self) -> None:
+        super().__init__(CityscapesRecord, {})
+
+    def update(self, image_id: int, truth: np.ndarray, detections: Iterable[CityscapesDetection]) -> None:
+        """Match one image: instance ids [H, W] as in gtFine_instanceIds.png. Detections are taken one at a time."""
+        try:
+            self.add(image_id, match_cityscapes(truth, detections))
+        except ValueError as error:
+            raise EvaluationError(f"image {image_id}: {error}") from error
+
+    def compute(self) -> CityscapesAP:
+        """AP of every class at every overlap, and their means."""
+        label, score, truth = self.rows("label"), self.rows("score"), self.rows("truth_label")
+        correct, wrong = ((self.rows(name)[:, None] & _BITS) != 0 for name in ("correct", "wrong"))
+        table = {}
+        for k in THING_LABELS:
+            rows, num_truth = label == k, int((truth == k).sum())
+            if num_truth:
+                curves = zip(correct[rows].T, wrong[rows].T, strict=True)
+                table[k] = [_average_precision(score[rows], right, bad, num_truth) for right, bad in curves]
+        if not table:
+            return CityscapesAP(None, None, dict.fromkeys(THING_LABELS))
+        values = np.array(list(table.values()))
+        per_class = {k: (float(np.mean(table[k])), table[k][0]) if k in table else None for k in THING_LABELS}
+        return CityscapesAP(float(values.mean()), float(values[:, 0].mean()), per_class)
+
+
+def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection]) -> CityscapesRecord:
+    """Right and wrong detections of one image at every overlap. Raises ValueError for a mask of another size."""
+    ids, positions = compact_ids(truth)
+    truth_ids, truth_pixels = np.array(ids), np.bincount(positions.ravel(), minlength=len(ids))
+    grouped = truth_ids < FIRST_INSTANCE
+    truth_label = np.where(grouped, truth_ids, truth_ids // FIRST_INSTANCE)
+    counted = ~grouped & (truth_pixels >= MIN_PIXELS)
+    void = np.isin(truth_ids, VOID_LABELS)
+
+    found = []
+    for detection in detections:
+        if detection.mask.shape != truth.shape:
+            raise ValueError(f"a mask has the shape {detection.mask.shape}, the truth {truth.shape}")
+        shared = np.bincount(positions[detection.mask], minlength=len(ids))
+        pixels = int(shared.sum())
+        if not pixels or detection.label not in THING_LABELS:
+            continue
+        own = truth_label == detection.label
+        # A small group is counted twice, as the benchmark does: as a group, and as too small.
+        ignored = shared[void].sum() + shared[own & grouped].sum() + shared[own & (truth_pixels < MIN_PIXELS)].sum()
+        iou = np.where(own, shared / (truth_pixels + pixels - shared), 0.0)
+        found.append(_Found(detection.label, detection.score, iou, float(ignored) / pixels))
+    correct, wrong = _judge(found, counted)
+    return CityscapesRecord(
+        label=np.array([f.label for f in found]),
+        score=np.array([f.score for f in found]),
+        correct=correct @ _BITS,
+        wrong=wrong @ _BITS,
+        truth_label=truth_label[counted & np.isin(truth_label, THING_LABELS)],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    label: int
+    score: float
+    iou: np.ndarray
+    """With every truth id of its class."""
+    ignored: float
+    """Share of its pixels in void, groups and small instances."""
+
+
+def _judge(found: list[_Found], counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correct and wrong flags [D, T] of detections; of several on one instance the best score is correct."""
+    ious = np.array([f.iou for f in found]).reshape(len(found), len(counted))
+    scores, ignored = np.array([f.score for f in found]), np.array([f.ignored for f in found])
+    correct = np.zeros((len(found), len(OVERLAPS)), dtype=bool)
+    wrong = np.zeros_like(correct)
+    for t, overlap in enumerate(OVERLAPS):
+        matches = ious > overlap
+        wrong[:, t] = (matches & counted).any(axis=1) | (~matches.any(axis=1) & (ignored <= overlap))
+        for g in np.flatnonzero((matches & counted).any(axis=0)):
+            rivals = np.flatnonzero(matches[:, g])
+            best = rivals[scores[rivals].argmax()]
+            correct[best, t], wrong[best, t] = True, False
+    return correct, wrong
+
+
+def _average_precision(score: np.ndarray, correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> float:
+    """Area under the steps of precision over recall; a point per distinct score, and precision 1 at recall 0.
+
+    Nothing to judge gives 0.
+    """
+    judged = correct | wrong
+    if not judged.any():
+        return 0.0
+    order = score[judged].argsort(kind="stable")
+    right = correct[judged][order]
+    _, first = np.unique(score[judged][order], return_index=True)
+    above = np.cumsum(right[::-1])[::-1][first]  # correct detections with at least this score
+    precision = above / (len(right) - first)
+    recall = above / num_truth
+    precision = np.append(precision, 1.0)
+    recall = np.concatenate([recall[:1], recall, [0.0, 0.0]])
+    return float(precision @ ((recall[:-2] - recall[2:]) / 2))
