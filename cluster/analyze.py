@@ -58,7 +58,7 @@ def open_subject(
         Manifest.load(config.datasets[name].shards, storage) for name in (dataset, config.data.train[0].dataset)
     )
     shared_categories([manifest, trained])
-    model = load_model(config, manifest, weights_url(weights.url), storage).eval()
+    model = load_model(config, manifest, weights_url(weights.url, storage), storage).eval()
     indices = spread_indices(manifest, num_images)
     return AnalysisSubject(config, model, dataset, manifest, indices, storage, weights.step)
 

@@ -21,8 +21,10 @@ from eval.config import EvaluationSet
 from eval.errors import EvaluationError
 from eval.inference import Evaluator
 from eval.states import EvaluationStates
+from model.config import ModelConfig
 from model.mask2former import Mask2Former, build_model
 from model.weights import load_weights
+from trainer.checkpoint_folder import AVERAGE, WEIGHTS
 
 IMAGES_PER_CALL = 8
 """Images that one call evaluates: enough to share a ranged read, few enough to spread over actors."""
@@ -104,12 +106,17 @@ class EvaluationActor:
 
 
 def load_model(config: RunConfig, manifest: Manifest, weights: str, storage: Storage) -> Mask2Former:
-    """The recipe's model for the classes of a data set with these weights, on the GPU where there is one.
+    """The recipe's model for the classes of a data set with these weights; see `model_with_weights`."""
+    num_classes = len(manifest.categories.for_task(config.data.task))
+    return model_with_weights(replace(config.model, num_classes=num_classes), weights, storage)
+
+
+def model_with_weights(config: ModelConfig, weights: str, storage: Storage) -> Mask2Former:
+    """The model with weights from a URL, a file or a local folder, for inference, on the GPU where there is one.
 
     Raises EvaluationError if the weights are not those of the whole model, WeightsError if they are of another one.
     """
-    num_classes = len(manifest.categories.for_task(config.data.task))
-    model = build_model(replace(config.model, num_classes=num_classes), pretrained_backbone=False)
+    model = build_model(config, pretrained_backbone=False)
     with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
         path = Path(weights)
         if "://" in weights:
@@ -118,12 +125,15 @@ def load_model(config: RunConfig, manifest: Manifest, weights: str, storage: Sto
         report = load_weights(model, path)
     if not report.complete:
         raise EvaluationError(
-            f"{weights} does not hold the whole model of the recipe and the data set {manifest.url}: {report}"
+            f"{weights} does not hold the whole model of the recipe with {config.num_classes} classes: {report}"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def weights_url(checkpoint: str) -> str:
-    """Weights of a checkpoint folder; a file of weights is taken as it is."""
+def weights_url(checkpoint: str, storage: Storage) -> str:
+    """Weights of a checkpoint folder, the moving average where it has one; other files and folders as they are."""
     is_file = checkpoint.rsplit("/", 1)[-1].rpartition(".")[2] in ("safetensors", "pt", "pth", "pkl", "bin")
-    return checkpoint if is_file else join(checkpoint, "weights.safetensors")
+    if is_file:
+        return checkpoint
+    found = (url for name in (AVERAGE, WEIGHTS) if storage.exists(url := join(checkpoint, name)))
+    return next(found, checkpoint)

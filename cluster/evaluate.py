@@ -134,7 +134,7 @@ def _evaluate(
     manifest = Manifest.load(config.datasets[evaluated.dataset].shards, storage)
     rows = evaluated_rows(manifest, evaluated)
     calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
-    task = EvaluationTask(weights_url(checkpoint), evaluated)
+    task = EvaluationTask(weights_url(checkpoint, storage), evaluated)
     payloads = pool.run(task, range(calls), partial(on_progress, evaluated))
     states = EvaluationStates.empty(manifest.categories, config.evaluation.tasks)
     for call in range(calls):

@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.storage import Storage, join
 from trainer.checkpoint_folder import (
+    AVERAGE,
     ENGINE,
     MANIFEST,
     RECIPE,
@@ -83,7 +84,10 @@ class CheckpointSaver:
             engine.save(folder, ENGINE)
             save_random_state(folder / rng_path(self._ranks.rank))
             weights = engine.weights()
+            averaged = engine.averaged_weights(weights)
             if self._ranks.is_first:
+                if averaged is not None:
+                    safetensors.torch.save_file(averaged, folder / AVERAGE, metadata={"format": "pt"})
                 safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
                 (folder / STATE).write_bytes(state.to_json())
                 (folder / RECIPE).write_text(self._job.recipe, encoding="utf-8")

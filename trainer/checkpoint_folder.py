@@ -4,6 +4,7 @@
     engine/*.pt             DeepSpeed's files of every rank
     rng/rank_00000.pt       random states of every rank
     weights.safetensors     the whole model in fp32, loadable by `model.weights.load_weights`
+    ema.safetensors         the same with the moving average of the weights, where the run keeps one
     state.json              TrainState
     recipe.yaml             the resolved recipe
     receipts/rank_00000.json  files of one rank with sizes and checksums, written when they are all uploaded
@@ -29,6 +30,7 @@ from trainer.reporting import CommittedCheckpoint
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"
 WEIGHTS = "weights.safetensors"
+AVERAGE = "ema.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
 ENGINE = "engine"

@@ -99,6 +99,8 @@ class TrainingConfig:
     schedule: ScheduleConfig = field(default_factory=PolySchedule)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, which is then what evaluations use; 0 keeps no average."""
     log_every_steps: int = 20
     max_skipped_steps: int = 20
     """Steps in a row with non-finite gradients after which the run stops."""
@@ -113,3 +115,5 @@ class TrainingConfig:
         for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -19,6 +20,7 @@ from torch import Tensor
 from data_pipeline.collate import Batch
 from data_pipeline.order import step_plan
 from model.criterion import Losses, Normalizers
+from trainer.average import WeightAverage
 from trainer.config import OptimizerConfig, TrainingConfig
 from trainer.errors import TrainingError
 from trainer.module import TrainingModule
@@ -58,6 +60,8 @@ class Engine:
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         self._engine: Any = _initialize(module, self._adamw, deepspeed_config(training, self.world_size, universal))
         self.lr_factor = 1.0
+        parameters = dict(self.module.model.named_parameters())
+        self._average = WeightAverage(parameters, training.ema_decay) if training.ema_decay else None
 
     def set_lr_factor(self, factor: float) -> None:
         """Set every group's learning rate to its own base times `factor`."""
@@ -74,10 +78,14 @@ class Engine:
             self._engine.step()
         return Losses(losses.total.detach(), losses.terms, losses.per_image)
 
-    def finish_step(self) -> StepResult:
-        """Clip, then update the weights, or skip the update where a gradient is not finite."""
-        if self.stage == 0:
-            return self._finish_plain_step()
+    def finish_step(self, number: int) -> StepResult:
+        """Clip, then update the weights for the `number`-th time, or skip that where a gradient is not finite."""
+        result = self._finish_sharded_step() if self.stage else self._finish_plain_step()
+        if result.applied and self._average is not None:
+            self._average.update(number)
+        return result
+
+    def _finish_sharded_step(self) -> StepResult:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         if not self._engine.was_step_applied():
@@ -108,6 +116,19 @@ class Engine:
                 return {}
             return {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         return _gathered_weights(model)
+
+    def averaged_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """`weights` with the moving averages in place of what was trained; None where none is kept. A collective."""
+        return None if self._average is None else weights | self._average.gathered()
+
+    def load_average(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Go on from the average of a checkpoint, or from the loaded weights where it has none."""
+        if self._average is None:
+            return
+        if weights is None:
+            self._average = WeightAverage(dict(self.module.model.named_parameters()), self._average.decay)
+        else:
+            self._average.load(weights)
 
     def _finish_plain_step(self) -> StepResult:
         """Without ZeRO, DeepSpeed steps the client optimizer even where gradients are not finite."""

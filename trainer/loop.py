@@ -52,7 +52,7 @@ class _Loop:
                 return self._end("stopped" if facts.stop else "drained", state)
             engine.set_lr_factor(lr_factor(training.schedule, state.step, training.max_steps))
             losses = self._forward_backward(batches, facts)
-            result = engine.finish_step()
+            result = engine.finish_step(state.step + 1)
             state = state.advance(training.global_batch, result.applied)
             self._watch.add(facts.images, batches.wait_s)
             if not result.applied:

@@ -9,10 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
+
 from data_pipeline.storage import Storage
 from model.mask2former import Mask2Former
 from model.weights import load_weights
-from trainer.checkpoint_folder import ENGINE, STATE, WEIGHTS, Manifest, fetch, rng_path, set_aside, verify_sizes
+from trainer.checkpoint_folder import (
+    AVERAGE,
+    ENGINE,
+    STATE,
+    WEIGHTS,
+    Manifest,
+    fetch,
+    rng_path,
+    set_aside,
+    verify_sizes,
+)
 from trainer.control import Ranks
 from trainer.engine import Engine, to_universal
 from trainer.errors import CheckpointError
@@ -46,6 +58,8 @@ class Restart:
     def load_engine(self, engine: Engine, ranks: Ranks) -> None:
         """Weights and optimizer state. With the same ranks the random states too: then every bit is as at the save."""
         engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
+        average = self.folder / AVERAGE
+        engine.load_average(safetensors.torch.load_file(average) if average.is_file() else None)
         if self.same_ranks:
             load_random_state(self.folder / rng_path(ranks.rank))
         ranks.check()  # ranks of one machine may share the folder, which goes when its owner leaves
@@ -143,10 +157,11 @@ def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:
 
 def _paths(restart: Restart, manifest: Manifest, rank: int) -> list[str]:
     """Files that this rank needs; when resharding, those that its machine needs."""
+    average = [AVERAGE] if AVERAGE in manifest.files else []
     if restart.reshard:
-        return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS]
+        return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS, *average]
     own = (f"{ENGINE}/mp_rank_00_", f"{ENGINE}/zero_pp_rank_{rank}_")  # the first is one file for all ranks
-    engine = [path for path in manifest.files if path.startswith(own)]
+    engine = [path for path in manifest.files if path.startswith(own)] + average
     return [*engine, rng_path(rank)] if restart.same_ranks else engine
 
 

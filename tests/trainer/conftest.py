@@ -42,7 +42,7 @@ class Launcher:
             for rank in map(str, range(ranks))
         ]
         try:
-            outputs = [process.communicate(timeout=200)[0] for process in processes]
+            outputs = [process.communicate(timeout=280)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -23,7 +23,7 @@ from trainer.metrics import summed_losses
 from trainer.module import TrainingModule
 from trainer.param_groups import build_param_groups
 
-STEPS, GLOBAL_BATCH = 3, 4
+STEPS, GLOBAL_BATCH, EMA_DECAY = 3, 4, 0.2  # the first step has a decay of 2 / 11
 
 
 def make_images(model_config, positions) -> Batch:
@@ -83,6 +83,7 @@ def plain_torch(job) -> dict:
     module = fresh_module(job)
     start = {name: value.clone() for name, value in module.model.state_dict().items()}
     optimizer = torch.optim.AdamW(build_param_groups(module, config), betas=config.betas, eps=config.eps)
+    average = dict(start)
     seen = {"losses": [], "norms": [], "gradients": None}
     for step in range(STEPS):
         batch = make_images(job.model, range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH))
@@ -93,10 +94,12 @@ def plain_torch(job) -> dict:
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        decay = min(EMA_DECAY, (2 + step) / (11 + step))
+        average = {name: decay * average[name] + (1 - decay) * p for name, p in module.model.state_dict().items()}
         seen["losses"].append(float(losses.total))
         seen["norms"].append(float(norm))
     weights = module.model.state_dict()
-    return {**seen, "weights": weights, "change": distance(weights, start)}
+    return {**seen, "weights": weights, "average": average, "change": distance(weights, start)}
 
 
 def distance(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
@@ -118,15 +121,17 @@ def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) ->
                 float((p.grad - reference["gradients"][name]).abs().max() / (reference["norms"][0]))
                 for name, p in engine.module.model.named_parameters()
             )
-        result = engine.finish_step()
+        result = engine.finish_step(step + 1)
         seen["losses"].append(summed_losses(losses, ranks)["loss/total"])
         seen["norms"].append(result.grad_norm)
         seen["applied"].append(result.applied)
     weights = engine.weights()
+    averaged = engine.averaged_weights(weights)
     if ranks.is_first:
         assert set(weights) == set(reference["weights"])
         # Not element by element: where a gradient is zero but for rounding, Adam takes a whole step either way.
         seen["weight_error"] = distance(weights, reference["weights"]) / reference["change"]
+        seen["average_error"] = distance(averaged, reference["average"]) / reference["change"]
     return seen
 
 
@@ -135,7 +140,7 @@ def agreement(make_job) -> dict:
     job = make_job(global_batch=GLOBAL_BATCH)
     ranks = Ranks(60.0)
     reference = plain_torch(job)
-    base = {"global_batch": GLOBAL_BATCH, "micro_batch": 2}
+    base = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "ema_decay": EMA_DECAY}
     small = {"reduce_bucket_size": 1000, "param_persistence_threshold": 0}
     cases = {
         "stage0": base | {"zero": ZeroConfig(stage=0)},

@@ -156,6 +156,8 @@ def resumed_in_stages(folder: Path) -> dict:
             "stopped": _train(parts, control=StopAt(polls=2)),
             "resumed": _train(parts),
         }
+        averages = [folder / f"{name}{stage}/checkpoints/step_00000003/ema.safetensors" for name in ("whole", "parts")]
+        seen[f"stage{stage}"]["same_average"] = averages[0].read_bytes() == averages[1].read_bytes()
     return seen
 
 
@@ -176,6 +178,7 @@ def in_stage(folder: Path, name: str, stage: int, max_steps: int) -> TrainJob:
         max_steps=max_steps,
         schedule=MultiStepSchedule(milestones=()),  # the same rates whatever max_steps is
         zero=ZeroConfig(stage=stage, param_persistence_threshold=0),
+        ema_decay=0.9,
     )
 
 

@@ -27,6 +27,7 @@ def test_every_stage_and_grouping_equals_plain_torch(steps, case):
     assert steps[case]["losses"][0] == pytest.approx(steps["plain"]["losses"][0], rel=1e-6)
     assert steps[case]["norms"] == pytest.approx(steps["plain"]["norms"], rel=1e-4)
     assert steps[case]["weight_error"] < 0.02  # as a share of what training changed
+    assert steps[case]["average_error"] < 0.02
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import math
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data_pipeline.config import DatasetConfig, SyntheticSource
 from data_pipeline.readers import open_reader
@@ -114,6 +116,7 @@ def test_stopping_and_resuming_changes_no_bit(whole_runs, stage):
     assert runs["resumed"]["checkpoints"] == [1, 3]
     losses = runs["stopped"]["losses"] | runs["resumed"]["losses"]
     assert losses == {step: runs["whole"]["losses"][step] for step in "123"}
+    assert runs["same_average"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -126,6 +129,13 @@ def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(after_kil
     assert list(grown["losses"]) == ["6"]
     for step, loss in (shrunk["losses"] | grown["losses"]).items():
         assert loss == pytest.approx(expected[step], rel=1e-6), step
+    whole, parts = (
+        load_file(after_kill.folder / f"{name}{stage}/checkpoints/step_00000006/ema.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert set(whole) == set(parts)
+    for name, average in whole.items():
+        torch.testing.assert_close(parts[name], average, rtol=1e-3, atol=1e-4)
 
 
 def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):

@@ -1,0 +1,67 @@
+"""Exponential moving average of the weights (EMA), which often evaluates better than the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Average of all trainable weights in fp32; each rank keeps an equal part of every one, under any ZeRO stage."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        """Starts at the weights as they are. The parameters must have their final place and device."""
+        self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self.decay = decay
+        self._parts = {name: _own_part(p).float().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step number `step`. The decay grows with the steps, so that the start is soon forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = [_own_part(parameter).float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_(list(self._parts.values()), current, 1 - decay)
+
+    def gathered(self) -> dict[str, Tensor]:
+        """The averages on CPU, on rank 0; empty on others. A collective."""
+        averages = {}
+        for name, parameter in self._parameters.items():
+            part, shape = self._parts[name], _whole_shape(parameter)
+            size = _part_size(parameter)
+            part = F.pad(part, (0, size - part.numel()))
+            first = dist.get_rank() == 0
+            parts = [torch.empty_like(part) for _ in range(dist.get_world_size())] if first else None
+            dist.gather(part, parts, dst=0)
+            if parts is not None:
+                averages[name] = torch.cat(parts)[: shape.numel()].view(shape).cpu()
+        return averages
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of what `gathered` returned, with any number of ranks then."""
+        for name, part in self._parts.items():
+            start = _part_size(self._parameters[name]) * dist.get_rank()
+            own = weights[name].flatten()[start : start + part.numel()]
+            part[: own.numel()] = own
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter, one-dimensional; under ZeRO-3 the one that DeepSpeed keeps, with its padding."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.detach()  # type: ignore[attr-defined]
+    size = _part_size(parameter)
+    return parameter.detach().flatten()[size * dist.get_rank() :][:size]
+
+
+def _part_size(parameter: nn.Parameter) -> int:
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    return -(-parameter.numel() // dist.get_world_size())
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
