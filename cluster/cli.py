@@ -22,8 +22,11 @@ VERBS = {
     "preview": "cluster.verbs.preview",
     "train": "cluster.verbs.train",
     "eval": "cluster.verbs.evaluate",
+    "score": "cluster.verbs.score",
     "predict": "cluster.verbs.predict",
+    "export": "cluster.verbs.export",
     "analyze": "cluster.verbs.analyze",
+    "compare": "cluster.verbs.compare",
     "config": "cluster.verbs.config",
 }
 
@@ -42,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(VERBS[verb])
     parser = argparse.ArgumentParser(prog=f"m2f {verb}", description=module.SUMMARY, allow_abbrev=False)
     module.add_arguments(parser)
-    args = parser.parse_intermixed_args(words[1:])
+    # Words and options mix freely, except in a verb with kinds of its own, which argparse cannot do for both.
+    parse = parser.parse_args if hasattr(module, "KINDS") else parser.parse_intermixed_args
+    args = parse(words[1:])
     try:
         return module.run(args)
     except KeyboardInterrupt:

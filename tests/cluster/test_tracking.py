@@ -32,14 +32,6 @@ def config(tmp_path, monkeypatch):
     return dataclasses.replace(parse_recipe(RECIPE), output=str(tmp_path / "runs"))
 
 
-@pytest.fixture(scope="module")
-def migrated_database(tmp_path_factory):
-    """An empty MLflow database; making one takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path.read_bytes()
-
-
 @pytest.fixture
 def run(config, migrated_database, tmp_path):
     folder = tmp_path / "runs" / "tracked"

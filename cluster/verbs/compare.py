@@ -1,0 +1,82 @@
+"""`m2f compare`: which of several runs is better, by how much, and what differs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cluster.compare import Comparison
+
+SUMMARY = "compare runs: metrics with deltas, recipe differences, classes, curves, speed"
+ENDINGS = {".md": "markdown", ".html": "html", ".htm": "html", ".json": "json", ".txt": "text"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="run folder, or id or name of an MLflow run; the first is the baseline"
+    )
+    parser.add_argument("--experiment", metavar="E", help="MLflow experiment; without RUN all its runs, newest first")
+    parser.add_argument(
+        "--filter", metavar="F", help="MLflow search, as in: params.seed = '0' and metrics.\"val/PQ\" > 50"
+    )
+    parser.add_argument("--tracking", metavar="URI", help="MLflow server; default: MLFLOW_TRACKING_URI")
+    parser.add_argument(
+        "--metric", action="append", default=[], metavar="M", help="PQ, val/PQ, train/loss/total; repeatable"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="of the evaluations; default: the newest of each run")
+    parser.add_argument(
+        "--format", choices=("text", "markdown", "html", "json"), help="default: by --output, else text"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write to a file; Markdown's curves go beside it as .svg")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the comparison, or write it to --output."""
+    from pathlib import Path
+
+    from cluster.compare import compare_runs
+    from cluster.progress import say
+    from cluster.run_records import read_runs
+
+    form = args.format or ENDINGS.get(Path(args.output or "").suffix.lower(), "text")
+    runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)
+    comparison = compare_runs(runs, args.metric, args.step)
+    if args.output is None:
+        say(_render(comparison, form, None).rstrip("\n"))
+        return 0
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(_render(comparison, form, output))
+    say(f"{output}: {len(runs)} runs")
+    return 0
+
+
+def _render(comparison: Comparison, form: str, output: Path | None) -> str:
+    from cluster.compare_page import as_page
+    from cluster.compare_report import as_json, as_markdown, as_text
+
+    match form:
+        case "html":
+            return as_page(comparison)
+        case "json":
+            return as_json(comparison)
+        case "markdown":
+            return as_markdown(comparison, _write_curves(comparison, output) if output is not None else None)
+        case _:
+            return as_text(comparison)
+
+
+def _write_curves(comparison: Comparison, output: Path) -> str | None:
+    """Put the curves beside a Markdown file; returns the picture's name."""
+    from cluster.compare_page import plot_svg
+    from eval.charts import stacked
+
+    if not comparison.plots:
+        return None
+    picture = output.with_name(f"{output.stem}_curves.svg")
+    picture.write_text(stacked([plot_svg(plot, comparison) for plot in comparison.plots]))
+    return picture.name

@@ -1,0 +1,267 @@
+"""Charts as SVG text: curves, bars and a matrix, in the colours of the page that holds them.
+
+Text and grid take the page's text colour, so one chart serves light and dark screens and paper. Charts are 420 units
+wide: one fills a telephone, two or three stand side by side on a desk.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 420
+SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
+"""Told apart by colour-blind readers, on white and on black; runs beyond them start again with dashes."""
+GOOD, BAD = "#0072b2", "#d55e00"
+MAX_POINTS = 300
+"""Longer curves are drawn as means of equal pieces."""
+DOTTED_POINTS = 15
+"""Curves of so few points show them."""
+ROW = 18
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 34
+_PLOT_HEIGHT = 190
+_LETTER = 6.1
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve; points with a value that is not finite interrupt it."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """(x, y) in ascending x."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart."""
+
+    name: str
+    value: float
+    text: str
+    """Written behind the bar."""
+    color: str = GOOD
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The axes of a line chart: ticks of both, and where a point lies."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
+        up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
+        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), _TOP + (1 - up) * _PLOT_HEIGHT
+
+    def axes(self, x_label: str) -> list[str]:
+        parts = []
+        for tick in self.ys:
+            y = self.place(self.xs[0], tick)[1]
+            parts += [_line(_LEFT, y, WIDTH - _RIGHT, y), _text(_LEFT - 5, y + 4, number(tick, self.ys), anchor="end")]
+        bottom = _TOP + _PLOT_HEIGHT
+        for tick in self.xs:
+            x = self.place(tick, self.ys[0])[0]
+            parts += [_text(x, bottom + 14, number(tick, self.xs), anchor="middle")]
+        return [*parts, _text(WIDTH - _RIGHT, bottom + 28, x_label, anchor="end", faint=True)]
+
+    def curve(self, one: Series, position: int) -> list[str]:
+        parts = []
+        for piece in _pieces(thinned(one.points)):
+            placed = [self.place(x, y) for x, y in piece]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+            name = f"<title>{escape(one.name)}</title>"
+            parts.append(f'<polyline points="{path}" {_stroke(position)}>{name}</polyline>')
+            if len(placed) <= DOTTED_POINTS:
+                color = series_color(position)
+                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in placed]
+        return parts
+
+
+def line_chart(title: str, series: Sequence[Series], x_label: str) -> str:
+    """Curves over a common x axis with a legend. A series without points keeps its colour for other charts."""
+    points = [p for one in series for p in one.points if math.isfinite(p[1])]
+    heading = _text(0, 14, title, weight="bold")
+    if not points:
+        return _svg(80, title, [heading, _text(_LEFT, 60, "no values")])
+    x_values, y_values = zip(*points, strict=True)
+    frame = _Frame(ticks(min(x_values), max(x_values)), ticks(min(y_values), max(y_values)))
+    parts = [heading, *frame.axes(x_label)]
+    row = _TOP + _PLOT_HEIGHT + _BOTTOM
+    for position, one in enumerate(series):
+        if one.points:
+            parts += frame.curve(one, position)
+            parts.append(f'<path d="M{_LEFT} {row + 8}h22" {_stroke(position)}/>')
+            parts.append(_text(_LEFT + 28, row + 12, shortened(one.name, 52)))
+            row += ROW
+    return _svg(row, title, parts)
+
+
+def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | None = None) -> str:
+    """Horizontal bars from zero, negative ones to the left. `limits` fixes the scale."""
+    label_width = min(150.0, max((len(bar.name) for bar in bars), default=0) * _LETTER + 8)
+    value_width = max((len(bar.text) for bar in bars), default=0) * _LETTER + 8
+    low, high = limits or (min(0.0, *(b.value for b in bars)), max(0.0, *(b.value for b in bars)))
+    span = (high - low) or 1.0
+    room = WIDTH - label_width - value_width
+    zero = label_width + room * -low / span
+    parts = [_text(0, 14, title, weight="bold")]
+    for position, bar in enumerate(bars):
+        top = 24 + ROW * position
+        length = room * abs(bar.value) / span
+        left = zero if bar.value >= 0 else zero - length
+        parts.append(_text(label_width - 6, top + 13, shortened(bar.name, round(label_width / _LETTER)), anchor="end"))
+        parts.append(
+            f'<rect x="{left:.1f}" y="{top + 3}" width="{max(length, 0.5):.1f}" height="{ROW - 6}" rx="2" '
+            f'fill="{bar.color}"><title>{escape(bar.name)}: {escape(bar.text)}</title></rect>'
+        )
+        parts.append(_text(WIDTH, top + 13, bar.text, anchor="end"))
+    bottom = 24 + ROW * len(bars)
+    parts.append(f'<path d="M{zero:.1f} 22V{bottom}" stroke="currentColor" stroke-opacity="0.5"/>')
+    return _svg(bottom + 4, title, parts)
+
+
+def matrix_chart(
+    title: str, names: Sequence[str], shares: Sequence[Sequence[float]], texts: Sequence[Sequence[str]]
+) -> str:
+    """A square matrix of shares in 0..1 as tinted cells; rows and columns have the same names; `texts` are tooltips.
+
+    Numbers are written into cells that are wide enough.
+    """
+    label_width = min(110.0, max(map(len, names)) * _LETTER + 8)
+    cell = (WIDTH - label_width) / len(names)
+    top = 24 + label_width
+    small = min(11.0, max(5.0, cell * 0.62))
+    parts = [_text(0, 14, title, weight="bold")]
+    for position, name in enumerate(names):
+        middle = (position + 0.5) * cell
+        shown = shortened(name, round(label_width / _LETTER))
+        parts.append(_text(label_width - 5, top + middle + small / 3, shown, anchor="end", size=small))
+        x = label_width + middle + small / 3
+        parts.append(_text(x, top - 5, shown, size=small, turn=f"rotate(-90 {x:.1f} {top - 5:.1f})"))
+    for row, (row_shares, row_texts) in enumerate(zip(shares, texts, strict=True)):
+        for column, (share, text) in enumerate(zip(row_shares, row_texts, strict=True)):
+            if share <= 0:
+                continue
+            x, y = label_width + column * cell, top + row * cell
+            color = GOOD if row == column else BAD
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" fill="{color}" '
+                f'fill-opacity="{0.08 + 0.92 * min(1.0, share):.2f}"><title>{escape(text)}</title></rect>'
+            )
+            if cell >= 17:
+                percent = f"{100 * share:.0f}"
+                parts.append(
+                    _text(x + cell / 2, y + cell / 2 + 3.5, percent, anchor="middle", size=min(10.0, cell * 0.45))
+                )
+    side = cell * len(names)
+    frame = 'fill="none" stroke="currentColor" stroke-opacity="0.4"'
+    parts.append(f'<rect x="{label_width:.1f}" y="{top:.1f}" width="{side:.1f}" height="{side:.1f}" {frame}/>')
+    return _svg(top + side + 4, title, parts)
+
+
+def stacked(charts: Sequence[str]) -> str:
+    """Several charts one under another as one picture on white."""
+    parts, top = [], 10.0
+    for chart in charts:
+        box = re.search(r'viewBox="0 0 \d+ (\d+)"', chart)
+        assert box is not None
+        height = float(box[1])
+        parts.append(chart.replace("<svg ", f'<svg x="10" y="{top:.0f}" width="{WIDTH}" height="{height:.0f}" ', 1))
+        top += height + 14
+    size = f'viewBox="0 0 {WIDTH + 20} {top:.0f}" width="{1.5 * (WIDTH + 20):.0f}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} color="#222">'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def series_color(position: int) -> str:
+    """Colour of the series at a position."""
+    return SERIES_COLORS[position % len(SERIES_COLORS)]
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers, ascending, whose first and last enclose [low, high]; at least two."""
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - max(0.5, abs(low) * 0.05), high + max(0.5, abs(high) * 0.05)
+    rough = (high - low) / count
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def number(value: float, among: Sequence[float]) -> str:
+    """A tick with as many decimals as the distance to its neighbours needs; thousands as k."""
+    step = among[1] - among[0]
+    if max(map(abs, among)) >= 10_000 and step >= 100:
+        return f"{value / 1000:g}k"
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if step * 10**decimals % 1 > 1e-6:  # 2.5 needs one more than 2
+        decimals += 1
+    return f"{value:.{decimals}f}"
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """At most MAX_POINTS points: each the mean of equally many neighbours."""
+    if len(points) <= MAX_POINTS:
+        return points
+    per_piece = math.ceil(len(points) / MAX_POINTS)
+    pieces = [points[i : i + per_piece] for i in range(0, len(points), per_piece)]
+    return [(sum(x for x, _ in piece) / len(piece), sum(y for _, y in piece) / len(piece)) for piece in pieces]
+
+
+def shortened(text: str, letters: int) -> str:
+    """The text, cut in its middle where it is longer: names differ at both ends."""
+    if len(text) <= letters:
+        return text
+    kept = max(1, letters - 2)
+    return text[: math.ceil(kept / 2)] + ".." + text[len(text) - kept // 2 :]
+
+
+def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """Runs of points with finite values."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if math.isfinite(y):
+            pieces[-1].append((x, y))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _stroke(position: int) -> str:
+    dash = ' stroke-dasharray="6 3"' if position >= len(SERIES_COLORS) else ""
+    return f'stroke="{series_color(position)}" stroke-width="2" fill="none"{dash}'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="currentColor" stroke-opacity="0.15"/>'
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    anchor: str = "start",
+    weight: str = "normal",
+    size: float = 11,
+    faint: bool = False,
+    turn: str = "",
+) -> str:
+    style = f'text-anchor="{anchor}" font-weight="{weight}" font-size="{size:g}"'
+    style += ' fill-opacity="0.65"' if faint else ""
+    style += f' transform="{turn}"' if turn else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
+
+
+def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+    head += f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" fill="currentColor">'
+    return head + "".join(parts) + "</svg>"

@@ -1,0 +1,323 @@
+"""Comparison of runs: figures, missing values, differences, reports, and reading from folders and MLflow."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from cluster.cli import main
+from cluster.compare import compare_runs
+from cluster.compare_page import as_page
+from cluster.compare_report import as_json, as_markdown, as_text
+from cluster.paper_results import PAPER_RESULTS, paper_result
+from cluster.run_records import CompareError, RunRecord, SetResult, read_runs
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def per_class(**classes):
+    return [{"id": i, "name": name, "PQ": value} for i, (name, value) in enumerate(classes.items())]
+
+
+def set_result(step, metrics, classes=None, *, fingerprint="f" * 64, subset=None, num_images=10):
+    return SetResult(
+        step=step,
+        fingerprint=fingerprint,
+        subset=subset,
+        num_images=num_images,
+        metrics=metrics,
+        per_class=per_class(**(classes or {})),
+    )
+
+
+def record(name, curves, results=None, **recipe):
+    settings = {"name": name} | {key.replace("__", "."): value for key, value in recipe.items()}
+    return RunRecord(name=name, source=f"runs/{name}", recipe=settings, curves=curves, results=results or {})
+
+
+@pytest.fixture
+def pair():
+    base = record(
+        "base",
+        {"val/PQ": ((10, 40.0), (20, 50.0)), "val/mIoU": ((20, 60.0),), "train/loss/total": ((1, 3.0), (20, 1.0))},
+        {"val": set_result(20, {"PQ": 50.0}, {"cat": 30.0, "sky": 70.0, "dog": None})},
+        training__optimizer__lr="0.001",
+        model__gone="x",
+        training__global_batch="4",
+    )
+    other = record(
+        "other",
+        {"val/PQ": ((10, 42.5),), "train/loss/total": ((1, 2.5), (10, 0.5)), "train/images_per_s": ((10, 7.0),)},
+        {"val": set_result(10, {"PQ": 42.5}, {"cat": 33.0, "sky": 69.0, "dog": 5.0})},
+        training__optimizer__lr="0.0005",
+        training__global_batch="8",
+    )
+    return [base, other]
+
+
+def values(rows, name):
+    row = next(row for row in rows if row.name == name)
+    return [(v.value, v.delta, v.best) for v in row.values]
+
+
+def test_deltas_are_to_the_first_run_and_missing_values_stay_missing(pair):
+    comparison = compare_runs(pair)
+    assert [row.name for row in comparison.metrics] == ["val/PQ", "val/mIoU"]
+    assert values(comparison.metrics, "val/PQ") == [(50.0, None, True), (42.5, -7.5, False)]
+    assert values(comparison.metrics, "val/mIoU") == [(60.0, None, False), (None, None, False)]
+    assert comparison.steps == {"val": (20, 10)}
+    assert any("different steps" in note for note in comparison.notes)
+
+
+def test_one_step_can_be_asked_for(pair):
+    comparison = compare_runs(pair, step=10)
+    assert values(comparison.metrics, "val/PQ") == [(40.0, None, False), (42.5, 2.5, True)]
+    assert not any("different steps" in note for note in comparison.notes)
+    assert "val: not evaluated at step 20: other" in compare_runs(pair, ["train/loss/total", "PQ"], step=20).notes
+
+
+def test_less_loss_is_better_and_ties_are_not_marked(pair):
+    comparison = compare_runs(pair, ["train/loss/total"])
+    assert values(comparison.metrics, "train/loss/total") == [(1.0, None, False), (0.5, -0.5, True)]
+    twice = compare_runs([pair[0], pair[0]])
+    assert not any(value.best for row in twice.metrics for value in row.values)
+    assert not twice.differences
+
+
+def test_differences_are_the_settings_that_differ(pair):
+    found = {d.setting: d.values for d in compare_runs(pair).differences}
+    assert found == {
+        "training.optimizer.lr": ("0.001", "0.0005"),
+        "model.gone": ("x", None),
+        "training.global_batch": ("4", "8"),
+    }
+
+
+def test_classes_speed_and_curves(pair):
+    comparison = compare_runs(pair)
+    (table,) = comparison.classes
+    assert values(table.rows, "cat") == [(30.0, None, False), (33.0, 3.0, True)]
+    assert values(table.rows, "dog") == [(None, None, False), (5.0, None, False)]
+    assert values(comparison.speed, "images/s (median)") == [(None, None, False), (7.0, None, False)]
+    pq = comparison.plots[0]
+    assert (pq.metric, pq.x_label) == ("val/PQ", "images")
+    assert pq.curves == (((40.0, 40.0), (80.0, 50.0)), ((80.0, 42.5),))
+
+
+def test_training_time_counts_every_step():
+    times = {"val/PQ": ((10, 1.0),), "train/step_time_s": ((50, 1.0), (100, 3.0))}
+    (hours,) = [row for row in compare_runs([record("a", times)]).speed if row.name == "training time, h"]
+    assert hours.values[0].value == pytest.approx(200 / 3600)
+
+
+def test_runs_without_a_common_metric_are_refused_with_what_they_have(pair):
+    other = record("stranger", {"test/PQ": ((5, 1.0),)})
+    with pytest.raises(CompareError, match=r"base: val/PQ, val/mIoU; stranger: test/PQ"):
+        compare_runs([pair[0], other])
+    with pytest.raises(CompareError, match="no run has the metric 'AP'"):
+        compare_runs(pair, ["AP"])
+
+
+def test_other_data_and_subsets_are_said(pair):
+    other = record(
+        "other", pair[1].curves, {"val": set_result(10, {"PQ": 42.5}, fingerprint="0" * 64, subset="first 5 of 10")}
+    )
+    notes = " ".join(compare_runs([pair[0], other]).notes)
+    assert "different data (base ffffffffffff, other 000000000000)" in notes
+    assert "other first 5 of 10" in notes
+
+
+def test_the_papers_row_is_beside_the_first_set():
+    curves = {"val/PQ": ((10, 50.0),), "val/SQ": ((10, 80.0),), "small/PQ": ((10, 9.0),)}
+    run = record("coco_panoptic_r50_official", curves, evaluation__sets__0__dataset="val")
+    comparison = compare_runs([run])
+    assert {row.name: row.paper for row in comparison.metrics} == {"small/PQ": None, "val/PQ": 51.9, "val/SQ": None}
+    assert "Table I, COCO" in as_text(comparison)
+    assert re.search(r"val/PQ +50\.00 +51\.90", as_text(comparison))
+    assert compare_runs([record("mine", curves)]).paper is None
+
+
+def test_published_figures_are_those_that_the_recipes_name():
+    """Line 2 of a recipe starts with its published figures."""
+    compared = 0
+    for path in CONFIGS.rglob("*.yaml"):
+        row, promise = paper_result(path.stem), path.read_text().splitlines()[1]
+        if row is not None:
+            for metric, figure in re.findall(r"\b(PQ|AP|mIoU) (\d+\.\d+)", promise.replace("boundary AP", "")):
+                assert row.metrics[metric] == float(figure), path
+                compared += 1
+    assert compared
+    assert len(PAPER_RESULTS) > 40
+
+
+class WellFormed(HTMLParser):
+    """Fails on tags that are not closed in order; collects the text."""
+
+    VOID = ("meta", "img", "!doctype")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.links = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_reports_agree_and_stand_alone(pair):
+    pair[1] = record("<b>other</b>|", pair[1].curves, pair[1].results, note="a|b")
+    comparison = compare_runs(pair)
+    text, markdown, html = as_text(comparison), as_markdown(comparison, "c.svg"), as_page(comparison)
+    content = json.loads(as_json(comparison))
+    assert content["metrics"][0]["values"][1] == {"value": 42.5, "delta": -7.5, "best": False}
+    assert content["metrics"][1]["values"][1]["value"] is None
+    for report in (text, markdown, html):
+        assert "42.50" in report
+        assert "-7.50" in report
+    assert "| val/PQ | 50.00* | 42.50 -7.50 |" in markdown
+    assert "<b>other" not in html
+    parsed = WellFormed(html)
+    assert "(absent)" in parsed.text
+    assert all(link.startswith("#") for link in parsed.links)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", html)
+
+
+def test_many_runs_are_shown_in_blocks_that_repeat_the_baseline(pair):
+    runs = [pair[0], *(record(f"run_number_{i}", pair[1].curves) for i in range(12))]
+    lines = as_text(compare_runs(runs)).splitlines()
+    heads = [line for line in lines if line.startswith("metric")]
+    assert len(heads) > 1
+    assert all("base" in head for head in heads)
+    assert max(map(len, lines[: lines.index(heads[-1])][14:])) <= 122
+
+
+# Reading
+
+
+def write_run(folder, name, pq, *, lr="0.001", step=100):
+    place = folder / "evaluations" / f"step_{step:08d}" / "val"
+    place.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(f"name: {name}\ntraining:\n  optimizer: {{lr: {lr}}}\n")
+    content = {
+        "step": step,
+        "fingerprint": "ab" * 32,
+        "subset": None,
+        "num_images": 3,
+        "metrics": {"PQ": pq, "APl": None},
+        "per_class": per_class(cat=pq),
+    }
+    (place / "results.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def read(*wanted, **options):
+    return read_runs(wanted, **({"tracking": None, "experiment": None, "query": None, "step": None} | options))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, migrated_database):
+    """A database with three runs, two of one name, one with artifacts; returns its URI and the ids."""
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "mlflow.db").write_bytes(migrated_database)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("m2f", artifact_location=(folder / "artifacts").as_uri())
+    ids = {}
+    for key, name, pq in (("a", "alpha", 50.0), ("b", "beta", 52.0), ("c", "beta", 53.0)):
+        run_id = client.create_run(experiment, run_name=name, tags={"m2f.version": "0.1.0"}).info.run_id
+        points = [Metric("val/PQ", pq - 5, 1, 50), Metric("val/PQ", pq, 2, 100), Metric("train/eta_s", 9.0, 1, 5)]
+        client.log_batch(run_id, points)
+        client.set_terminated(run_id)
+        ids[key] = run_id
+    written = write_run(folder / "alpha", "alpha", 50.0)
+    client.log_artifact(ids["a"], f"{written}/recipe.yaml")
+    client.log_artifacts(ids["a"], f"{written}/evaluations", "evaluations")
+    client.log_param(ids["b"], "training.optimizer.lr", "0.5")
+    return uri, ids
+
+
+def test_folders_are_read_without_mlflow(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    first = write_run(tmp_path / "a", "a", 50.0)
+    write_run(tmp_path / "a", "a", 55.0, step=200)
+    second = write_run(tmp_path / "b", "b", 57.0, lr="0.01", step=200)
+    comparison = compare_runs(read(first, second))
+    assert values(comparison.metrics, "val/PQ") == [(55.0, None, False), (57.0, 2.0, True)]
+    assert [d.setting for d in comparison.differences] == ["training.optimizer.lr"]
+    assert comparison.runs[0].curves["val/PQ"] == ((100, 50.0), (200, 55.0))
+    assert "val/APl" not in comparison.runs[0].curves
+    assert read(first, step=100)[0].results["val"].metrics["PQ"] == 50.0
+
+
+def test_runs_are_found_by_id_name_and_filter(store):
+    uri, ids = store
+    alpha, beta = read("alpha", ids["b"], tracking=uri)
+    assert (alpha.name, alpha.status, alpha.version) == ("alpha", "FINISHED", "0.1.0")
+    assert alpha.curves == {"val/PQ": ((50, 45.0), (100, 50.0))}
+    assert alpha.results["val"].per_class[0]["PQ"] == 50.0
+    assert alpha.recipe["training.optimizer.lr"] == "0.001"
+    assert alpha.notes == ()
+    assert beta.recipe == {"training.optimizer.lr": "0.5"}  # of its parameters
+    assert [note.split(" ")[0] for note in beta.notes] == ["recipe.yaml", "evaluations/step_00000100/val/results.json"]
+    found = read(tracking=uri, experiment="m2f", query='metrics."val/PQ" > 51')
+    assert [run.name for run in found] == ["beta (1)", "beta (2)"]
+    assert len(read(tracking=uri, experiment="m2f")) == 3
+
+
+def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
+    uri, _ = store
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for options, wanted, message in (
+        ({"tracking": uri}, ["alpa"], "did you mean 'alpha'"),
+        ({"tracking": uri}, ["0" * 32], "no run folder, run id or run name"),
+        ({"tracking": uri}, ["beta"], "2 runs .* give an id"),
+        ({"tracking": uri, "experiment": "m3f"}, [], "did you mean 'm2f'"),
+        ({"tracking": uri, "query": "nonsense ==="}, [], "--filter is 'nonsense ==='"),
+        ({"tracking": uri, "query": "metrics.x > 1"}, [], "passes the filter"),
+        ({"tracking": f"sqlite:///{tmp_path}/none.db"}, ["alpha"], "there is no MLflow database"),
+        ({}, ["runs/none"], "no run folder .* MLFLOW_TRACKING_URI"),
+        ({}, [], "no run to compare"),
+    ):
+        with pytest.raises(CompareError, match=message):
+            read(*wanted, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_is_away_is_said(tmp_path):
+    with pytest.raises(CompareError, match=r"does not answer .* start the server"):
+        read("alpha", tracking="http://127.0.0.1:9")
+    folder = write_run(tmp_path / "a", "a", 50.0)
+    record = json.dumps({"uri": "http://127.0.0.1:9", "run_id": "0" * 32})
+    (tmp_path / "a" / "tracking.json").write_text(record)
+    (run,) = read(folder)
+    assert run.curves == {"val/PQ": ((100, 50.0),)}
+    assert "no curves of training: http://127.0.0.1:9 does not answer" in run.notes[0]
+
+
+def test_the_verb_writes_every_format(tmp_path, capsys):
+    folders = [write_run(tmp_path / name, name, pq) for name, pq in (("a", 50.0), ("b", 51.0))]
+    assert main(["compare", *folders]) == 0
+    assert "51.00 +1.00*" in capsys.readouterr().out
+    for name in ("r.md", "r.html", "r.json"):
+        assert main(["compare", *folders, "--output", str(tmp_path / "out" / name)]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"r.md", "r_curves.svg", "r.html", "r.json"}
+    assert "![Curves of training](r_curves.svg)" in (tmp_path / "out" / "r.md").read_text()
+    assert main(["compare", *folders, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out.split("\n", 3)[-1])["metrics"][0]["name"] == "val/PQ"
+    assert main(["compare", str(tmp_path / "none")]) == 2
