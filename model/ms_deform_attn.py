@@ -5,9 +5,10 @@ Axis letters: B images, S pixels of all levels, G heads, D channels per head, Q 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import scipy.sparse
@@ -49,7 +50,7 @@ def ms_deform_attn_embedding_bag(value: Tensor, shapes: Shapes, locations: Tenso
     """`ms_deform_attn` as one weighted sum of 4 L P rows per query and head: fast on CPU, and stores no sample."""
     batch, pixels, heads, dim = value.shape
     queries = locations.shape[1]
-    rows, row_weights = _bilinear_corners(shapes, locations, weights)
+    rows, row_weights = bilinear_corners(shapes, locations, weights)
     # Row of the table [B * S * G, D] = (image * S + pixel) * G + head.
     image = torch.arange(batch, dtype=torch.int32).view(batch, 1, 1, 1) * (pixels * heads)
     head = torch.arange(heads, dtype=torch.int32).view(1, 1, heads, 1)
@@ -60,7 +61,7 @@ def ms_deform_attn_embedding_bag(value: Tensor, shapes: Shapes, locations: Tenso
     return output.view(batch, queries, heads * dim).to(value.dtype)
 
 
-def _bilinear_corners(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def bilinear_corners(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The 4 pixels around every location: their int32 index among all pixels and their weight, each [B, Q, G, L * P].
 
     A pixel outside its map gets the weight 0 and the index of a pixel inside. Axes are handled one by one because
@@ -200,8 +201,70 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(source).view(batch, -1, self.heads, dim // self.heads)
         samples = (batch, queries, self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query)
-        weights = self.attention_weights(query).to(offsets.dtype).view(batch, queries, self.heads, -1).softmax(-1)
+        logits = self.attention_weights(query)
+        if self._is_fused(value):
+            from model.ms_deform_attn_triton import fused_ms_deform_attn
+
+            reference = grid.reference.squeeze(2)
+            attended = fused_ms_deform_attn(
+                value, grid.shapes, reference, offsets.view(*samples, 2), logits.view(samples)
+            )
+            return self.output_proj(attended)
+        weights = logits.to(offsets.dtype).view(batch, queries, self.heads, -1).softmax(-1)
         sizes = grid.sizes.expand(self.levels, self.points, 2).flatten()
         offsets = (offsets.view(batch, queries, self.heads, -1) / sizes).view(*samples, 2)
         locations = grid.reference[:, :, None, :, None] + offsets
         return self.output_proj(ms_deform_attn(value, grid.shapes, locations, weights.view(samples)))
+
+    def _is_fused(self, value: Tensor) -> bool:
+        """Whether the kernel takes this input: on CUDA, except in exported graphs and in float64."""
+        if value.device.type != "cuda" or value.dtype == torch.float64 or torch.compiler.is_exporting():
+            return False
+        return _kernel_is_right(value.dtype, self.levels, self.heads, self.points, value.shape[-1])
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _kernel_is_right(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
+    """Try the Triton kernel on this machine against the plain form, once; say so where the plain form must do."""
+    try:
+        from model.ms_deform_attn_triton import fused_ms_deform_attn
+
+        worst = _kernel_error(fused_ms_deform_attn, dtype, levels, heads, points, dim)
+        trouble = f"it is wrong by {worst:.2g}" if worst > (1e-4 if dtype == torch.float32 else 0.05) else None
+    except Exception as error:  # no triton, no compiler, an unsupported GPU
+        trouble = f"{type(error).__name__}: {error}"
+    if trouble is not None:
+        warnings.warn(
+            f"the fused kernel of deformable attention cannot be used ({trouble}); training and inference go on with "
+            "grid_sample, which is several times slower",
+            stacklevel=2,
+        )
+    return trouble is None
+
+
+def _kernel_error(
+    fused: Callable[..., Tensor], dtype: torch.dtype, levels: int, heads: int, points: int, dim: int
+) -> float:
+    """Largest difference of outputs and gradients, as a share of the largest value of each."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(level + 2, level + 3) for level in range(levels)]
+    grid = SamplingGrid.of_pixels(shapes, "cuda")
+    queries = grid.reference.shape[1]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=generator)
+
+    value = random(1, queries, heads, dim).to(dtype).requires_grad_()
+    offsets = (2 * random(1, queries, heads, levels, points, 2)).requires_grad_()
+    logits = random(1, queries, heads, levels, points).requires_grad_()
+    cotangent = random(1, queries, heads * dim).to(dtype)
+    with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        ours = fused(value, shapes, grid.reference.squeeze(2), offsets, logits)
+        locations = grid.reference[:, :, None, :, None] + offsets / grid.sizes
+        weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+        plain = ms_deform_attn_grid_sample(value, shapes, locations, weights)
+        inputs = (value, offsets, logits)
+        pairs = [(ours, plain)]
+        pairs += zip(*(torch.autograd.grad(o, inputs, cotangent) for o in (ours, plain)), strict=True)
+    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)

@@ -1,0 +1,75 @@
+"""Compares the Triton kernel with the plain form, in Triton's interpreter on CPU tensors: `python FILE`.
+
+Not a test module: TRITON_INTERPRET must be set before triton is imported, so test_ms_deform_attn_triton.py starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import torch
+
+from model.ms_deform_attn import ms_deform_attn_grid_sample
+from model.ms_deform_attn_triton import fused_ms_deform_attn
+
+SHAPES = [(3, 4), (5, 2), (1, 7)]
+PIXELS = sum(height * width for height, width in SHAPES)
+
+
+def plain(value, reference, offsets, logits):
+    """The same function in float64, written as softmax, division and grid_sample."""
+    sizes = torch.tensor([[width, height] for height, width in SHAPES], dtype=torch.float64)
+    locations = reference[:, :, None, None, None] + offsets / sizes[:, None]
+    weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+    return ms_deform_attn_grid_sample(value, SHAPES, locations, weights)
+
+
+def errors(dtype, batch, heads, dim, points, queries, shared_reference, in_order=False) -> dict[str, float]:
+    """Largest differences of output and gradients, as a share of the largest value of each."""
+    torch.manual_seed(0)
+    value = torch.randn(batch, PIXELS, heads, dim).to(dtype)
+    reference = torch.rand(1 if shared_reference else batch, queries, 2)
+    offsets = 3 * torch.randn(batch, queries, heads, len(SHAPES), points, 2)  # many fall outside
+    logits = torch.randn(batch, queries, heads, len(SHAPES), points)
+    cotangent = torch.randn(batch, queries, heads * dim).to(dtype)
+    ours = [tensor.requires_grad_() for tensor in (value, offsets, logits)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in ours]
+    torch.use_deterministic_algorithms(in_order)
+    output = fused_ms_deform_attn(ours[0], SHAPES, reference, *ours[1:])
+    gradients = torch.autograd.grad(output, ours, cotangent)
+    torch.use_deterministic_algorithms(False)
+    expected = plain(exact[0], reference.double(), *exact[1:])
+    wanted = torch.autograd.grad(expected, exact, cotangent.double())
+    assert output.dtype == dtype
+    pairs = zip(("output", "value", "offsets", "logits"), (output, *gradients), (expected, *wanted), strict=True)
+    return {name: float((a.double() - b).abs().max() / b.abs().max()) for name, a, b in pairs}
+
+
+def a_location_without_a_number_reaches_the_output() -> bool:
+    """NaN in an offset makes its query's output NaN, and no other."""
+    value, reference = torch.randn(1, PIXELS, 1, 4), torch.rand(1, 3, 2)
+    offsets, logits = torch.zeros(1, 3, 1, len(SHAPES), 1, 2), torch.zeros(1, 3, 1, len(SHAPES), 1)
+    offsets[0, 1, 0, 2, 0, 0] = math.nan
+    output = fused_ms_deform_attn(value, SHAPES, reference, offsets, logits)
+    return output.isnan().all(-1).tolist() == [[False, True, False]]
+
+
+def main() -> None:
+    """One JSON object on standard output."""
+    seen = {
+        "float32": errors(torch.float32, 2, 2, 4, 2, 19, shared_reference=True),
+        "reference_per_image": errors(torch.float32, 2, 1, 4, 2, 5, shared_reference=False),
+        "odd_dim": errors(torch.float32, 1, 2, 6, 3, 9, shared_reference=True),
+        "many_blocks": errors(torch.float32, 1, 1, 4, 1, 70, shared_reference=True),
+        "in_order": errors(torch.float32, 2, 2, 4, 2, 9, shared_reference=True, in_order=True),
+        "bfloat16": errors(torch.bfloat16, 1, 2, 4, 2, 19, shared_reference=True),
+        "float16": errors(torch.float16, 1, 2, 4, 2, 19, shared_reference=True),
+        "nan": a_location_without_a_number_reaches_the_output(),
+    }
+    sys.stdout.write(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
