@@ -51,21 +51,22 @@ class MeanIoU:
 
 
 class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
-    """Sparse confusion matrices per image."""
+    """Sparse confusion matrices per image. Truth pixels of the value `ignore` have no label."""
 
     name = "mean IoU"
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(ConfusionRecord, {"num_classes": num_classes})
+    def __init__(self, num_classes: int, ignore: int | None = None) -> None:
         self.num_classes = num_classes
+        self.ignore = ignore_label(num_classes) if ignore is None else ignore
+        super().__init__(ConfusionRecord, {"num_classes": num_classes, "ignore": self.ignore})
 
     def update(self, image_id: int, truth: np.ndarray, predicted: np.ndarray) -> None:
-        """Count one image: label maps [H, W], truth with `ignore_label(num_classes)` where there is no label."""
+        """Count one image: label maps [H, W]. Raises EvaluationError naming it for sizes or labels amiss."""
         if truth.shape != predicted.shape:
             raise EvaluationError(
                 f"image {image_id}: the truth has the shape {truth.shape}, the prediction {predicted.shape}"
             )
-        labelled = truth != ignore_label(self.num_classes)
+        labelled = truth != self.ignore
         rows, columns = truth[labelled].astype(np.int32), predicted[labelled].astype(np.int32)
         for side, labels in (("truth", rows), ("prediction", columns)):
             if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:

@@ -91,17 +91,23 @@ def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 def _decode(entry: Mapping[str, Any], height: int, width: int, where: str) -> np.ndarray:
     """Mask [H, W] uint8 of an annotation, rasterised at the image's size exactly as pycocotools does."""
     name = f"{where}: annotation {entry.get('id')}"
-    segmentation = entry.get("segmentation")
+    return np.asarray(coco_mask.decode(read_rle(entry.get("segmentation"), height, width, name)))
+
+
+def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
+    """Compressed RLE, as pycocotools takes it, of polygons or run lengths that were checked first.
+
+    Raises DataError beginning with the name for what is neither, or does not fit to the size of its image.
+    """
     match segmentation:
         case {"counts": counts, "size": [int(rle_height), int(rle_width)]}:
             if (rle_height, rle_width) != (height, width):
                 raise DataError(f"{name}: its RLE is {rle_width} x {rle_height}, the image {width} x {height}")
-            rle = _checked_rle(counts, height, width, name)
+            return _checked_rle(counts, height, width, name)
         case [_, *_]:
-            rle = _polygons(segmentation, height, width, name)
+            return _polygons(segmentation, height, width, name)
         case _:
             raise DataError(f"{name} has no usable `segmentation`: {str(segmentation)[:60]}")
-    return np.asarray(coco_mask.decode(rle))
 
 
 def _checked_rle(counts: Any, height: int, width: int, name: str) -> Any:

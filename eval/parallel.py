@@ -1,0 +1,54 @@
+"""Work on many images in several processes of this machine, with results in order and a bounded number in flight."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import TypeVar
+
+import cv2
+
+from eval.errors import EvaluationError
+
+CHUNK = 16
+"""Jobs per message to a worker."""
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def map_jobs(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+    """`work(job)` of every job, in order. Work and jobs are pickled, jobs are taken only as workers become free.
+
+    One worker means this process. Raises what the work raises, and EvaluationError where a worker dies.
+    """
+    if workers == 1:
+        yield from map(work, jobs)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])  # imported once, not once per worker
+    pool = ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,))
+    waiting = iter(jobs)
+    chunks = iter(lambda: tuple(itertools.islice(waiting, CHUNK)), ())
+    pending: deque[Future[list[Result]]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(partial(_work_through, work), chunk))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise EvaluationError(
+            "a worker process died, most likely for want of memory; use fewer of them (--workers)"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _work_through(work: Callable[[Job], Result], chunk: tuple[Job, ...]) -> list[Result]:
+    return [work(job) for job in chunk]

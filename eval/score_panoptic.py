@@ -1,0 +1,153 @@
+"""PQ of panoptic results in COCO format, with the rules and the numbers of panopticapi and boundary-iou-api."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eval.boundary import BOUNDARY_RATIO
+from eval.errors import EvaluationError
+from eval.overlaps import InconsistentMapError
+from eval.panoptic_quality import (
+    ClassQuality,
+    PanopticPrediction,
+    PanopticQuality,
+    PanopticQualityState,
+    PanopticRecord,
+    PanopticTruth,
+    Quality,
+    TruthSegment,
+    match_panoptic,
+)
+from eval.report import columns
+from eval.score_files import (
+    ScoredCategory,
+    read_categories,
+    read_document,
+    read_ids,
+    require,
+    require_folder,
+    some,
+)
+from eval.scoring import ScoreReport, Scoring
+
+_Pair = tuple[dict[str, Any], dict[str, Any]]
+"""Annotation and prediction of one image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanopticFiles:
+    """Truth and predictions, each as a JSON file and a folder of RGB maps."""
+
+    truth: Path
+    truth_masks: Path
+    predictions: Path
+    prediction_masks: Path
+
+
+def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
+    """PQ, or Boundary PQ, over the annotations of the truth. Predictions of other images are not looked at.
+
+    Raises EvaluationError for JSON files that are unusable and for images without a prediction.
+    """
+    document = read_document(files.truth, "annotations", "categories")
+    categories = read_categories(document, files.truth)
+    truth = document["annotations"]
+    predictions = {
+        str(require(a, "image_id", f"{files.predictions}: an annotation")): a
+        for a in read_document(files.predictions, "annotations")["annotations"]
+    }
+    ids = [str(require(a, "image_id", f"{files.truth}: an annotation")) for a in truth]
+    if missing := [i for i in ids if i not in predictions]:
+        raise EvaluationError(
+            f"{files.predictions} has no prediction for {len(missing)} of {len(ids)} images: {some(missing)}; "
+            "an image without segments needs an entry with an empty list"
+        )
+    require_folder(files.truth_masks, "the maps of the truth")
+    require_folder(files.prediction_masks, "the predicted maps")
+
+    ratio = BOUNDARY_RATIO if boundary else None
+    labels = {c.id: label for label, c in enumerate(categories)}
+    return Scoring(
+        jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
+        work=_ScoreImage(files, labels, ratio),
+        state=PanopticQualityState([c.is_thing for c in categories], ratio),
+        report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ"),
+    )
+
+
+@dataclass(frozen=True)
+class _ScoreImage:
+    files: PanopticFiles
+    labels: Mapping[int, int]
+    """Category id -> class."""
+    boundary_ratio: float | None
+
+    def __call__(self, job: _Pair) -> PanopticRecord:
+        truth, prediction = job
+        where = f"image {truth['image_id']}"
+        try:
+            return match_panoptic(self._truth(truth, where), self._prediction(prediction, where), self.boundary_ratio)
+        except InconsistentMapError as error:
+            path = self.files.prediction_masks / prediction["file_name"]
+            raise EvaluationError(f"{where} ({path}): {error}") from error
+
+    def _truth(self, annotation: dict[str, Any], where: str) -> PanopticTruth:
+        where = f"{self.files.truth}: {where}"
+        segments = {
+            segment_id: TruthSegment(label, float(require(entry, "area", where)), bool(entry.get("iscrowd", 0)))
+            for segment_id, label, entry in self._segments(annotation, where)
+        }
+        return PanopticTruth(read_ids(self.files.truth_masks / require(annotation, "file_name", where)), segments)
+
+    def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
+        where = f"{self.files.predictions}: {where}"
+        labels = {segment_id: label for segment_id, label, _ in self._segments(annotation, where)}
+        id_map = read_ids(self.files.prediction_masks / require(annotation, "file_name", where))
+        return PanopticPrediction(id_map, labels)
+
+    def _segments(self, annotation: dict[str, Any], where: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Id, class and entry of every segment; of a repeated id the last entry stays, as in panopticapi."""
+        for entry in require(annotation, "segments_info", where):
+            segment_id, category = (require(entry, name, where) for name in ("id", "category_id"))
+            if category not in self.labels:
+                raise EvaluationError(
+                    f"{where}: segment {segment_id} has the category {category}, which {self.files.truth} does not list"
+                )
+            yield int(segment_id), self.labels[category], entry
+
+
+def _report(
+    categories: tuple[ScoredCategory, ...], num_images: int, name: str, quality: PanopticQuality
+) -> ScoreReport:
+    splits: dict[str, Quality | None] = {"all": quality.all, "things": quality.things, "stuff": quality.stuff}
+    per_class = dict(zip(categories, quality.per_class, strict=True))
+    content: dict[str, Any] = {
+        split: {"pq": q.pq, "sq": q.sq, "rq": q.rq, "n": q.num_classes} if q is not None else None
+        for split, q in splits.items()
+    }
+    content["per_class"] = {
+        str(category.id): {"pq": q.pq, "sq": q.sq, "rq": q.rq, "iou": q.iou}
+        | {"tp": q.true_positives, "fp": q.false_positives, "fn": q.false_negatives}
+        for category, q in per_class.items()
+    }
+    rows = [[split, *_percents(q), q.num_classes if q is not None else 0] for split, q in splits.items()]
+    class_rows = [
+        [category.name, "thing" if category.is_thing else "stuff", *_percents(q), *counts]
+        for category, q in per_class.items()
+        if any(counts := (q.true_positives, q.false_positives, q.false_negatives))
+    ]
+    names = [name, "SQ", "RQ"]
+    tables = [
+        f"{num_images} images, in per cent",
+        columns(["", *names, "classes"], rows),
+        columns(["class", "kind", *names, "TP", "FP", "FN"], class_rows),
+    ]
+    return ScoreReport(content, "\n\n".join(tables))
+
+
+def _percents(quality: Quality | ClassQuality | None) -> tuple[float | None, ...]:
+    return (None,) * 3 if quality is None else (100 * quality.pq, 100 * quality.sq, 100 * quality.rq)
