@@ -15,6 +15,8 @@ class OptimizerConfig:
     lr: float = 1e-4
     weight_decay: float = 0.05
     backbone_lr_multiplier: float = 0.1
+    layer_decay: float = 1.0
+    """Learning rates of the backbone shrink by this factor per block, counted from its top; 1 treats all alike."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float = 0.01
@@ -22,6 +24,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(training__optimizer__lr=self.lr, training__optimizer__eps=self.eps)
+        require_positive(training__optimizer__layer_decay=self.layer_decay)
         require_at_least(
             0,
             training__optimizer__weight_decay=self.weight_decay,

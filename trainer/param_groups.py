@@ -1,7 +1,8 @@
-"""Parameter groups of the official optimizer, merged: same maths, at most four groups instead of one per tensor."""
+"""Parameter groups of the official optimizer, merged: same maths, few groups instead of one per tensor."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,8 @@ _NORMS = (
     nn.LocalResponseNorm,
     nn.RMSNorm,
 )
+_BLOCK = re.compile(r"(.*?(?:blocks|layer\d+)\.\d+)\.")
+"""Residual blocks of ResNet (layer1.0), of transformers (blocks.0) and of stages (layers.0.blocks.0)."""
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
@@ -23,28 +26,54 @@ def build_param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[s
     """Groups `{name, params, lr, weight_decay}` for torch.optim.AdamW.
 
     No decay on norms, `nn.Embedding` and the position tables of Swin; all else decays, biases included. Everything
-    under the submodule `backbone` takes `lr * backbone_lr_multiplier`. Raises TrainingError where nothing is trainable.
+    under the submodule `backbone` takes `lr * backbone_lr_multiplier`, and with `layer_decay` once more that number for
+    every block between it and the head. Raises TrainingError where nothing is trainable, and where a backbone without
+    blocks shall have `layer_decay`.
     """
-    merged: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    merged: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
+    below_head = _blocks_below_head(model) if config.layer_decay != 1 else {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            in_backbone = "backbone" in module_name.split(".")
-            merged.setdefault((in_backbone, _decays(module, name)), []).append(parameter)
+            depth = below_head.get(parameter, 0)
+            merged.setdefault((_in_backbone(module_name), depth, _decays(module, name)), []).append(parameter)
     if not merged:
         raise TrainingError("the model has no trainable parameter; check the backbone's and the model's settings")
     return [
         {
-            "name": f"{'backbone' if in_backbone else 'head'}{'' if decays else '_no_decay'}",
-            "params": merged[in_backbone, decays],
-            "lr": config.lr * (config.backbone_lr_multiplier if in_backbone else 1.0),
+            "name": f"{f'backbone_{depth}' if depth else 'backbone' if in_backbone else 'head'}"
+            f"{'' if decays else '_no_decay'}",
+            "params": merged[in_backbone, depth, decays],
+            "lr": config.lr * (config.backbone_lr_multiplier if in_backbone else 1.0) * config.layer_decay**depth,
             "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for in_backbone, decays in sorted(merged, reverse=True)
+        for in_backbone, depth, decays in sorted(merged, reverse=True)
     ]
+
+
+def _in_backbone(module_name: str) -> bool:
+    return "backbone" in module_name.split(".")
+
+
+def _blocks_below_head(model: nn.Module) -> dict[nn.Parameter, int]:
+    """For every parameter of the backbone how many blocks lie between it and the head, its own counted: 1 at the top.
+
+    What is not in a block (downsampling, norms) counts with the block before it; what precedes all blocks is deepest.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if _in_backbone(name.rpartition(".")[0])]
+    blocks: list[str] = []
+    index: dict[nn.Parameter, int] = {}
+    for name, parameter in named:
+        block = _BLOCK.match(name)
+        if block is not None and block[1] not in blocks:
+            blocks.append(block[1])
+        index[parameter] = len(blocks)
+    if named and not blocks:
+        raise TrainingError("training.optimizer.layer_decay needs a backbone that is made of blocks; set it to 1")
+    return {parameter: len(blocks) + 1 - place for parameter, place in index.items()}
 
 
 def _decays(module: nn.Module, name: str) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from model.backbones import build_backbone
 from model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
 from model.mask2former import build_model
 from model.weights import to_own_names
@@ -62,3 +63,43 @@ def test_groups_are_merged_and_leave_out_frozen_parameters():
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(TrainingError, match="no trainable parameter"):
         build_param_groups(nn.Linear(1, 1).requires_grad_(False), OptimizerConfig())
+
+
+def rates(backbone):
+    model = nn.Module()
+    model.backbone = build_backbone(backbone, pretrained=False)
+    groups = build_param_groups(model, OptimizerConfig(lr=1.0, backbone_lr_multiplier=0.5, layer_decay=0.1))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p].removeprefix("backbone."): g["lr"] for g in groups for p in g["params"]}
+
+
+def test_learning_rates_decay_per_block_of_a_swin():
+    found = rates(SwinBackboneConfig(embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 1, 1, 1)))
+    expected = {
+        "patch_embed.proj.weight": 5e-7,  # below five blocks
+        "layers.0.blocks.0.mlp.fc1.weight": 5e-6,
+        "layers.0.downsample.reduction.weight": 5e-6,
+        "norm0.weight": 5e-2,  # the norm of an output is next to the head
+        "layers.1.blocks.0.mlp.fc1.weight": 5e-5,
+        "layers.1.blocks.1.mlp.fc1.weight": 5e-4,
+        "layers.3.blocks.0.mlp.fc1.weight": 5e-2,
+        "norm3.weight": 5e-2,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "blocks"),
+    [
+        ("resnet10t", {"channels": [8, 16, 16, 32]}, 4),
+        ("convnext_atto", {"depths": [1, 1, 2, 1], "dims": [8, 16, 16, 32]}, 5),
+    ],
+)
+def test_blocks_are_found_in_convolutional_backbones(name, options, blocks):
+    found = rates(TimmBackboneConfig(name=name, norm="native", options=options))
+    assert sorted(set(found.values())) == pytest.approx([0.5 * 0.1**depth for depth in range(blocks + 1, 0, -1)])
+
+
+def test_a_backbone_without_blocks_cannot_have_layer_decay():
+    with pytest.raises(TrainingError, match="layer_decay needs a backbone that is made of blocks"):
+        build_param_groups(Toy(), OptimizerConfig(layer_decay=0.9))
