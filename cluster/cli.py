@@ -27,6 +27,7 @@ VERBS = {
     "export": "cluster.verbs.export",
     "analyze": "cluster.verbs.analyze",
     "compare": "cluster.verbs.compare",
+    "checkpoint": "cluster.verbs.checkpoint",
     "config": "cluster.verbs.config",
 }
 
@@ -78,7 +79,7 @@ def _fail(message: str) -> int:
 
 def _overview() -> str:
     lines = ["usage: m2f VERB ...", "", "Train Mask2Former-class segmentation models at scale.", "", "verbs:"]
-    lines += [f"  {verb:<9}{importlib.import_module(module).SUMMARY}" for verb, module in VERBS.items()]
+    lines += [f"  {verb:<11}{importlib.import_module(module).SUMMARY}" for verb, module in VERBS.items()]
     return "\n".join([*lines, "", "m2f VERB --help explains a verb; m2f config --explain all settings of a recipe."])
 
 

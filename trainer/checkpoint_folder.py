@@ -190,6 +190,12 @@ def unpin(storage: Storage, url: str, name: str) -> None:
     storage.delete(join(url, "pins", name))
 
 
+def pins(storage: Storage, url: str) -> tuple[str, ...]:
+    """Names of all pins of a checkpoint folder."""
+    folder = join(url, "pins")
+    return tuple(address.removeprefix(f"{folder}/") for address in storage.list(folder))
+
+
 def delete_old(storage: Storage, run_folder: str, newest: int, keep: int) -> None:
     """After the commit of step `newest`: delete what `steps_to_delete` says."""
     for step in steps_to_delete(storage.list(join(run_folder, "checkpoints")), newest, keep):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset
 from data_pipeline.storage import Storage
 from model.errors import ConfigError
+from trainer.checkpoint_folder import FileEntry, Manifest, checkpoint_url, pin
 
 RECIPE = """
 name: small
@@ -259,6 +261,28 @@ def test_predictions_are_written_locally(capsys, recipe, images):
     status, _, err = run(capsys, "predict", recipe, images, "--output", "s3://box/out")
     assert status == 2
     assert "--output is s3://box/out" in err
+
+
+def test_checkpoints_are_listed_and_verified_to_the_byte(capsys, recipe):
+    storage, folder = Storage(), load_recipe(recipe).run_folder
+    for step in (5, 10):
+        url = checkpoint_url(folder, step)
+        storage.put(f"{url}/weights.safetensors", b"weights")
+        entry = FileEntry(7, hashlib.sha256(b"weights").hexdigest())
+        manifest = Manifest(step, 2, 1, {"weights.safetensors": entry})
+        storage.put(f"{url}/manifest.json", manifest.to_json())
+    pin(storage, checkpoint_url(folder, 5), "evaluation")
+    status, out, _ = run(capsys, "checkpoint", "ls", recipe)
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["step", "10", "5"]
+    assert out.splitlines()[2].endswith("whole, kept for evaluation")
+    storage.put(f"{checkpoint_url(folder, 10)}/weights.safetensors", b"weighty")
+    assert run(capsys, "checkpoint", "ls", recipe)[0] == 0  # the size is right
+    status, out, _ = run(capsys, "checkpoint", "verify", recipe)
+    assert status == 1
+    assert "damaged: " in out.splitlines()[1]
+    assert "every byte verified" in out.splitlines()[2]
+    assert run(capsys, "checkpoint", "verify", recipe, "--step", "5")[0] == 0
 
 
 def test_pace_and_durations_read_well():
