@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.readers.cityscapes import CATEGORIES
 from eval.errors import EvaluationError
-from eval.overlaps import compact_ids
+from eval.overlaps import common_runs, compact_ids
 from eval.state import MetricState, Record, column
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
@@ -98,7 +98,9 @@ class CityscapesAPState(MetricState[CityscapesRecord, CityscapesAP]):
 
 def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection]) -> CityscapesRecord:
     """Right and wrong detections of one image at every overlap. Raises ValueError for a mask of another size."""
-    ids, positions = compact_ids(truth)
+    values, _, lengths = common_runs(truth, truth)
+    ids, run_positions = compact_ids(values)
+    positions = run_positions.repeat(lengths).reshape(truth.shape)
     truth_ids, truth_pixels = np.array(ids), np.bincount(positions.ravel(), minlength=len(ids))
     grouped = truth_ids < FIRST_INSTANCE
     truth_label = np.where(grouped, truth_ids, truth_ids // FIRST_INSTANCE)

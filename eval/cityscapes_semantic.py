@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.readers.cityscapes import CATEGORIES
 from eval.errors import EvaluationError
-from eval.overlaps import compact_ids
+from eval.overlaps import common_runs, compact_ids
 from eval.state import MetricState, Record, column
 
 NUM_LABELS = 34
@@ -128,15 +128,16 @@ def count_cityscapes(truth: np.ndarray, predicted: np.ndarray) -> CityscapesPixe
     """Confusions and instances of one image. Raises ValueError for other sizes and for labels that do not exist."""
     if truth.shape != predicted.shape:
         raise ValueError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
-    ids, positions = compact_ids(truth)
+    truth_ids, predicted_labels, lengths = common_runs(truth, predicted)
+    ids, positions = compact_ids(truth_ids)
     values = np.array(ids)
     labels = np.where(values < 1000, values, values // 1000)
     for side, largest in (("truth", labels.max(initial=0)), ("prediction", predicted.max(initial=0))):
         if largest >= NUM_LABELS:
             raise ValueError(f"the {side} has label id {largest}; those of Cityscapes are 0..{NUM_LABELS - 1}")
-    by_id = np.bincount(
-        (positions.astype(np.intp) * NUM_LABELS + predicted).ravel(), minlength=len(ids) * NUM_LABELS
-    ).reshape(len(ids), NUM_LABELS)
+    cell = positions.astype(np.intp) * NUM_LABELS + predicted_labels
+    by_id = np.bincount(cell, weights=lengths, minlength=len(ids) * NUM_LABELS).astype(np.int64)
+    by_id = by_id.reshape(len(ids), NUM_LABELS)
     confusion = np.zeros((NUM_LABELS, NUM_LABELS), dtype=np.int64)
     np.add.at(confusion, labels, by_id)
     cells = np.flatnonzero(confusion)

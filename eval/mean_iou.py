@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eval.errors import EvaluationError
+from eval.overlaps import common_runs
 from eval.state import MetricState, Record, column
 
 
@@ -66,17 +67,18 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
             raise EvaluationError(
                 f"image {image_id}: the truth has the shape {truth.shape}, the prediction {predicted.shape}"
             )
-        labelled = truth != self.ignore
-        rows, columns = truth[labelled].astype(np.int32), predicted[labelled].astype(np.int32)
+        truth_labels, predicted_labels, lengths = common_runs(truth, predicted)
+        labelled = truth_labels != self.ignore
+        rows, columns = truth_labels[labelled].astype(np.intp), predicted_labels[labelled].astype(np.intp)
         for side, labels in (("truth", rows), ("prediction", columns)):
             if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 raise EvaluationError(
                     f"image {image_id}: the {side} has labels from {labels.min()} to {labels.max()}, "
                     f"outside 0..{self.num_classes - 1}"
                 )
-        counts = np.bincount(rows * self.num_classes + columns)
-        cells = counts.nonzero()[0]
-        self.add(image_id, ConfusionRecord(cells, counts[cells]))
+        pixels = np.bincount(rows * self.num_classes + columns, weights=lengths[labelled])
+        cells = pixels.nonzero()[0]
+        self.add(image_id, ConfusionRecord(cells, pixels[cells]))
 
     def confusion(self) -> np.ndarray:
         """Pixels [K truth, K predicted] int64 of all images."""

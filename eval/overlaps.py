@@ -9,7 +9,7 @@ import numpy as np
 from data_pipeline.sample import VOID_ID
 
 DENSE_IDS = 512
-"""Id maps whose largest id is below this index the pair table directly."""
+"""Ids below this are positions in the table of pairs already."""
 
 
 class InconsistentMapError(ValueError):
@@ -38,12 +38,11 @@ def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
     """Overlaps of two id maps [H, W] of integers. Raises InconsistentMapError if they differ in size."""
     if truth.shape != predicted.shape:
         raise InconsistentMapError(f"the truth has the shape {truth.shape}, the prediction {predicted.shape}")
-    truth_ids, rows = compact_ids(truth)
-    predicted_ids, columns = compact_ids(predicted)
-    cell = rows.astype(np.intp)
-    cell *= len(predicted_ids)
-    cell += columns
-    table = np.bincount(cell.ravel(), minlength=len(truth_ids) * len(predicted_ids))
+    truth_values, predicted_values, lengths = common_runs(truth, predicted)
+    truth_ids, rows = compact_ids(truth_values)
+    predicted_ids, columns = compact_ids(predicted_values)
+    cell = rows.astype(np.intp) * len(predicted_ids) + columns
+    table = np.bincount(cell, weights=lengths, minlength=len(truth_ids) * len(predicted_ids)).astype(np.int64)
     table = table.reshape(len(truth_ids), len(predicted_ids))
     return Overlaps(
         truth_area={i: n for i, n in zip(truth_ids, table.sum(axis=1).tolist(), strict=True) if n},
@@ -55,16 +54,23 @@ def count_overlaps(truth: np.ndarray, predicted: np.ndarray) -> Overlaps:
     )
 
 
-def compact_ids(id_map: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Ids, ascending (a superset of those present), and the map of positions in them.
+def common_runs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of neighbouring pixels over which both maps are constant: values of a, values of b, lengths [runs] int64.
 
-    Large ids are sorted once per horizontal run of equal pixels instead of once per pixel.
+    Segments are wide, so there are far fewer runs than pixels, and everything after this costs little.
     """
-    largest = int(id_map.max(initial=0))
-    if largest < DENSE_IDS and int(id_map.min(initial=0)) >= 0:
-        return list(range(largest + 1)), id_map
-    flat = id_map.ravel()
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    ids, positions = np.unique(flat[starts], return_inverse=True)
-    lengths = np.diff(starts, append=len(flat))
-    return ids.tolist(), np.repeat(positions, lengths).reshape(id_map.shape)
+    flat_a, flat_b = a.ravel(), b.ravel()
+    if not flat_a.size:
+        return flat_a, flat_b, np.zeros(0, dtype=np.int64)
+    changes = (flat_a[1:] != flat_a[:-1]) | (flat_b[1:] != flat_b[:-1])
+    starts = np.concatenate([[0], changes.nonzero()[0] + 1])
+    return flat_a[starts], flat_b[starts], np.diff(starts, append=len(flat_a))
+
+
+def compact_ids(ids: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The different ids, ascending (a superset of those present), and the array of positions in them."""
+    largest = int(ids.max(initial=0))
+    if largest < DENSE_IDS and int(ids.min(initial=0)) >= 0:
+        return list(range(largest + 1)), ids
+    present, positions = np.unique(ids, return_inverse=True)
+    return present.tolist(), positions.reshape(ids.shape)

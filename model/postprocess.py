@@ -1,7 +1,8 @@
 """From the last prediction of one image to panoptic, instance and semantic results at its original size.
 
 The official procedure (MaskFormer, section 3.4: mask-classification inference) with equal results and bounded memory:
-queries are filtered before their masks are upsampled, and masks are upsampled in bands of rows.
+queries are filtered before their masks are upsampled, and masks are upsampled in bands of rows. `max(0).indices` is
+`argmax(0)`, the first of equals, at a quarter of its time on CPU.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def panoptic(
     for rows, logits in _bands(mask_embeddings[kept], mask_features, geometry):
         probabilities = logits.sigmoid_()
         mask_area += (probabilities >= 0.5).sum((1, 2))
-        winner[rows] = (scores[:, None, None] * probabilities).argmax(0)
+        winner[rows] = (scores[:, None, None] * probabilities).max(0).indices
         inside[rows] = probabilities.gather(0, winner[rows][None])[0] >= 0.5
 
     won_area = torch.bincount(winner.flatten(), minlength=len(kept))
@@ -151,13 +152,13 @@ def semantic(
     label_map = torch.empty(geometry.original_size, dtype=torch.int64, device=class_logits.device)
     if config.semantic_resize == "masks":
         for rows, logits in _bands(mask_embeddings, mask_features, geometry, outputs=len(class_probabilities)):
-            label_map[rows] = torch.einsum("kq,qhw->khw", class_probabilities, logits.sigmoid_()).argmax(0)
+            label_map[rows] = torch.einsum("kq,qhw->khw", class_probabilities, logits.sigmoid_()).max(0).indices
     else:
         resize = _Resize(mask_embeddings, mask_features, geometry)
         for band in resize.bands(len(mask_embeddings) + len(class_probabilities)):
             probabilities = resize.input_columns(resize.input_rows(band)).sigmoid_()
             scores = torch.einsum("kq,qhw->khw", class_probabilities, probabilities)
-            label_map[band.rows] = resize.original_columns(band.taps.apply(scores)).argmax(0)
+            label_map[band.rows] = resize.original_columns(band.taps.apply(scores)).max(0).indices
     return SemanticResult(label_map)
 
 

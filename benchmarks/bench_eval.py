@@ -1,0 +1,283 @@
+"""Metrics per image against the reference tools' ways, and panoptic post-processing against the plain procedure.
+
+PQ: id maps in memory against two PNG files per image and one sort of 64-bit pairs, as panopticapi does it (written here
+for the comparison). AP: against pycocotools on the same run lengths. Post-processing: against all queries at full size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from benchmarks.measure import Row, compare
+from eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
+from eval.masks import encode_masks, mask_areas
+from eval.mean_iou import MeanIoUState
+from eval.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
+from model.config import PostprocessConfig
+from model.postprocess import ImageGeometry, panoptic
+
+SIZE = (480, 640)
+CLASSES = 20
+
+
+def run(tiny: bool) -> list[Row]:
+    """PQ, mIoU and AP on generated images, then post-processing of one large image. Times of metrics are per image."""
+    count = 10 if tiny else 50
+    scenes = [_scene(seed) for seed in range(count)]
+    found = [_detections(scene, seed) for seed, scene in enumerate(scenes)]
+    rows = [_panoptic_quality(scenes), _mean_iou(scenes), _average_precision(scenes, found)]
+    return [*rows, _postprocess((512, 1024) if tiny else (1024, 2048))]
+
+
+@dataclass(frozen=True)
+class _Scene:
+    truth: np.ndarray
+    """[H, W] uint8 ids: things on stuff on a little void."""
+    predicted: np.ndarray
+    label_of: dict[int, int]
+    """Class of every id of both maps."""
+
+
+def _scene(seed: int) -> _Scene:
+    """About 12 segments, drawn as ellipses; the prediction is moved by some pixels and has other errors."""
+    rng = np.random.default_rng(seed)
+    truth = np.ones(SIZE, np.uint8)
+    truth[: SIZE[0] // 2] = 2
+    for i in range(3, 14):
+        center = tuple(int(v) for v in rng.integers(0, SIZE[::-1]))
+        axes = tuple(int(v) for v in rng.integers(8, 90, 2))
+        cv2.ellipse(truth, center, axes, float(rng.integers(0, 180)), 0, 360, i, -1)
+    truth[:, :8] = 0
+    predicted = np.roll(truth, rng.integers(-6, 7, 2), axis=(0, 1))
+    label_of = {i: i % 2 if i < 3 else int(rng.integers(2, CLASSES)) for i in range(1, 14)}
+    return _Scene(truth, predicted, label_of)
+
+
+def _present(id_map: np.ndarray, scene: _Scene) -> dict[int, int]:
+    return {i: scene.label_of[i] for i in np.unique(id_map).tolist() if i}
+
+
+def _panoptic_quality(scenes: Sequence[_Scene]) -> Row:
+    pairs = []
+    for scene in scenes:
+        areas = np.bincount(scene.truth.ravel())
+        segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present(scene.truth, scene).items()}
+        prediction = PanopticPrediction(scene.predicted, _present(scene.predicted, scene))
+        pairs.append((PanopticTruth(scene.truth, segments), prediction))
+    files = [tuple(_as_png(id_map) for id_map in (s.truth, s.predicted)) for s in scenes]
+
+    def ours() -> Sequence[Tensor]:
+        state = PanopticQualityState([k > 1 for k in range(CLASSES)])
+        for image_id, (truth, prediction) in enumerate(pairs):
+            state.update(image_id, truth, prediction)
+        per_class = state.compute().per_class
+        counts = [[c.iou, c.true_positives, c.false_positives, c.false_negatives] for c in per_class]
+        return [torch.tensor(counts, dtype=torch.float64)]
+
+    def peer() -> Sequence[Tensor]:
+        table = np.zeros((CLASSES, 4))
+        for (truth, prediction), png in zip(pairs, files, strict=True):
+            _count_from_png(table, png, truth, prediction)
+        return [torch.from_numpy(table)]
+
+    return _per_image(compare("PQ", _shape(scenes), ours, "PNG route", peer, tolerance=1e-12, repeats=3), len(scenes))
+
+
+def _as_png(id_map: np.ndarray) -> bytes:
+    """RGB map with ids spread over all three channels, as in COCO."""
+    wide = id_map.astype(np.uint32) * 1_000_003 % 2**24
+    buffer = io.BytesIO()
+    Image.fromarray(np.stack([wide & 255, wide >> 8 & 255, wide >> 16], -1).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _count_from_png(
+    table: np.ndarray, files: tuple[bytes, ...], truth: PanopticTruth, prediction: PanopticPrediction
+) -> None:
+    """The same rules from PNG files: two decodes, a sort of all pairs of pixels, dictionaries. Adds to `table`."""
+    maps = [np.array(Image.open(io.BytesIO(data)), dtype=np.uint32) for data in files]
+    t_map, p_map = (m[..., 0] + 256 * m[..., 1] + 65536 * m[..., 2] for m in maps)
+    wide = {i: i * 1_000_003 % 2**24 for i in range(14)}
+    segments = {wide[i]: s for i, s in truth.segments.items()}
+    labels = {wide[i]: k for i, k in prediction.labels.items()}
+    area = dict(zip(*(a.tolist() for a in np.unique(p_map, return_counts=True)), strict=True))
+    keys, counts = np.unique(t_map.astype(np.uint64) * 2**24 + p_map.astype(np.uint64), return_counts=True)
+    shared = {divmod(int(key), 2**24): int(n) for key, n in zip(keys, counts, strict=True)}
+    matched_t, matched_p = set(), set()
+    for (t, p), pixels in shared.items():
+        if t in segments and p in labels and segments[t].label == labels[p]:
+            iou = pixels / (area[p] + segments[t].area - pixels - shared.get((0, p), 0))
+            if iou > 0.5:
+                table[labels[p], :2] += iou, 1
+                matched_t.add(t)
+                matched_p.add(p)
+    for t, segment in segments.items():
+        table[segment.label, 3] += t not in matched_t
+    for p, label in labels.items():
+        table[label, 2] += p not in matched_p and shared.get((0, p), 0) / area[p] <= 0.5
+
+
+def _mean_iou(scenes: Sequence[_Scene]) -> Row:
+    def labels(id_map: np.ndarray, scene: _Scene, void: int) -> np.ndarray:
+        return np.array([void, *(scene.label_of[i] for i in range(1, 14))], np.uint8)[id_map]
+
+    maps = [(labels(s.truth, s, 255), labels(s.predicted, s, 0)) for s in scenes]
+
+    def ours() -> Sequence[Tensor]:
+        state = MeanIoUState(CLASSES)
+        for image_id, (truth, predicted) in enumerate(maps):
+            state.update(image_id, truth, predicted.astype(np.int64))
+        return [torch.from_numpy(state.confusion()).double()]
+
+    def peer() -> Sequence[Tensor]:
+        confusion = np.zeros((CLASSES + 1) ** 2, dtype=np.int64)
+        for truth, predicted in maps:
+            truth = np.where(truth == 255, CLASSES, truth).astype(np.int64)
+            index = (CLASSES + 1) * truth.ravel() + predicted.astype(np.int64).ravel()
+            confusion += np.bincount(index, minlength=confusion.size)
+        return [torch.from_numpy(confusion.reshape(CLASSES + 1, -1)[:CLASSES, :CLASSES]).double()]
+
+    row = compare("mIoU", _shape(scenes), ours, "dense int64 matrix", peer, tolerance=0.0, repeats=5)
+    return _per_image(row, len(scenes))
+
+
+def _detections(scene: _Scene, seed: int) -> InstanceDetections:
+    """100 detections that share 40 masks: moved things and junk."""
+    rng = np.random.default_rng(seed)
+    ids = [i for i in _present(scene.truth, scene) if i > 2]
+    chosen = rng.choice(ids, 40)
+    masks = np.stack([np.roll(scene.truth == i, rng.integers(-12, 13, 2), axis=(0, 1)) for i in chosen])
+    index = rng.integers(0, 40, 100)
+    labels = np.array([scene.label_of[int(chosen[m])] for m in index])
+    labels = np.where(rng.random(100) < 0.5, labels, rng.integers(2, CLASSES, 100))
+    return InstanceDetections(encode_masks(masks), index, labels, rng.random(100))
+
+
+def _average_precision(scenes: Sequence[_Scene], found: Sequence[InstanceDetections]) -> Row:
+    truths = []
+    for scene in scenes:
+        things = {i: k for i, k in _present(scene.truth, scene).items() if i > 2}
+        masks = encode_masks(np.stack([scene.truth == i for i in things]))
+        crowd = np.zeros(len(things), dtype=bool)
+        truths.append(InstanceTruth(masks, np.array(list(things.values())), mask_areas(masks), crowd))
+    coco, results = _as_coco(truths, found)
+
+    def ours() -> Sequence[Tensor]:
+        state = AveragePrecisionState(CLASSES)
+        for image_id, (truth, detections) in enumerate(zip(truths, found, strict=True)):
+            state.update(image_id, truth, detections)
+        return [torch.from_numpy(state.compute().precision)]
+
+    def peer() -> Sequence[Tensor]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), "segm")
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return [torch.from_numpy(evaluation.eval["precision"])]
+
+    row = compare("mask AP", _shape(scenes), ours, "pycocotools", peer, tolerance=0.0, repeats=3)
+    return _per_image(row, len(scenes))
+
+
+def _as_coco(truths: Sequence[InstanceTruth], found: Sequence[InstanceDetections]) -> tuple[COCO, list[dict[str, Any]]]:
+    annotations, results = [], []
+    for image_id, (truth, detections) in enumerate(zip(truths, found, strict=True)):
+        for mask, label, area in zip(truth.masks, truth.labels.tolist(), truth.areas.tolist(), strict=True):
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "area": area}
+            annotations.append(annotation | {"iscrowd": 0, "segmentation": mask})
+        for m, label, score in zip(
+            detections.mask_index.tolist(), detections.labels.tolist(), detections.scores.tolist(), strict=True
+        ):
+            result = {"image_id": image_id, "category_id": label, "score": score}
+            results.append(result | {"segmentation": detections.masks[m]})
+    coco = COCO()
+    images = [{"id": i, "height": SIZE[0], "width": SIZE[1]} for i in range(len(truths))]
+    categories = [{"id": k, "name": str(k)} for k in range(CLASSES)]
+    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco, results
+
+
+def _postprocess(size: tuple[int, int]) -> Row:
+    """100 queries, of which 12 cover the image and are sure of their class; the other 88 are not."""
+    torch.manual_seed(0)
+    embeddings = torch.linalg.qr(torch.randn(256, 100))[0].T.contiguous()
+    centers = torch.rand(100, 2, 1, 1)
+    y, x = torch.meshgrid(torch.linspace(0, 1, size[0] // 4), torch.linspace(0, 1, size[1] // 4), indexing="ij")
+    distance = ((torch.stack((y, x)) - centers) * torch.tensor([1.0, 2.0])[:, None, None]).square().sum(1).sqrt()
+    own = distance[:12].argmin(0)
+    logits = torch.where(own == torch.arange(100)[:, None, None], 5.0, -5.0) + torch.randn(100, *own.shape) * 0.5
+    features = (embeddings.T @ logits.flatten(1)).view(256, *own.shape)
+    class_logits = torch.full((100, CLASSES + 1), -4.0)
+    class_logits[torch.arange(100), torch.arange(100) % CLASSES] = torch.where(torch.arange(100) < 12, 5.0, -1.0)
+    class_logits[12:, -1] = 1.0
+    geometry = ImageGeometry(size, size, size)
+    is_thing = [k > 1 for k in range(CLASSES)]
+    config = PostprocessConfig()
+
+    def ours() -> Sequence[Tensor]:
+        result = panoptic(class_logits, embeddings, features, geometry, is_thing, config)
+        assert len(result.segments) >= 8, "a scene without segments says nothing"
+        return [result.segment_map.double()]
+
+    def peer() -> Sequence[Tensor]:
+        return [_plain_panoptic(class_logits, embeddings, features, geometry, is_thing, config).double()]
+
+    shape = f"100 queries, {size[0]} x {size[1]}"
+    return compare("panoptic post-processing", shape, ours, "plain procedure", peer, tolerance=0.0, repeats=3)
+
+
+def _plain_panoptic(
+    class_logits: Tensor,
+    embeddings: Tensor,
+    features: Tensor,
+    geometry: ImageGeometry,
+    is_thing: Sequence[bool],
+    config: PostprocessConfig,
+) -> Tensor:
+    """Segment map: all queries upsampled, then filtered, then painted one by one."""
+    masks = torch.einsum("qc,chw->qhw", embeddings, features)
+    masks = F.interpolate(masks[None], geometry.padded_size, mode="bilinear")
+    masks = masks[..., : geometry.resized_size[0], : geometry.resized_size[1]]
+    masks = F.interpolate(masks, geometry.original_size, mode="bilinear")[0].sigmoid()
+    scores, labels = class_logits.softmax(-1).max(-1)
+    keep = (labels != CLASSES) & (scores > config.object_threshold)
+    scores, labels, masks = scores[keep], labels[keep], masks[keep]
+    winner = (scores[:, None, None] * masks).argmax(0)
+    segment_map, stuff, last = torch.zeros(geometry.original_size, dtype=torch.int32), {}, 0
+    for k, label in enumerate(labels.tolist()):
+        own = masks[k] >= 0.5
+        painted = own & (winner == k)
+        if not painted.any() or (winner == k).sum().item() / own.sum().item() < config.overlap_threshold:
+            continue
+        if label in stuff:
+            segment_map[painted] = stuff[label]
+            continue
+        last += 1
+        segment_map[painted] = last
+        if not is_thing[label]:
+            stuff[label] = last
+    return segment_map
+
+
+def _shape(scenes: Sequence[_Scene]) -> str:
+    return f"{len(scenes)} images, {SIZE[0]} x {SIZE[1]}"
+
+
+def _per_image(row: Row, count: int) -> Row:
+    return Row(row.case, row.shape, row.ours_ms / count, row.peer, row.peer_ms / count, row.error)
