@@ -12,23 +12,18 @@ from typing import Any, assert_never
 import numpy as np
 import torch
 
-from cluster.checkpoints import ChosenWeights
-from cluster.config import RunConfig
-from cluster.eval_actor import load_model, weights_url
 from cluster.progress import Progress
-from data_pipeline.categories import Category, CategoryTable, Task
+from cluster.trained_model import TrainedModel
+from data_pipeline.categories import Category, Task
 from data_pipeline.collate import collate_eval
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataError
 from data_pipeline.image_file import BrokenImageError, decode_rgb, encode_png, read_header
-from data_pipeline.manifest import Manifest
 from data_pipeline.sample import VOID_ID, Annotation, DecodedSample
-from data_pipeline.storage import Storage
 from eval.inference import check_tasks
 from eval.masks import encode_masks
 from eval.panels import Scene, SceneSegment, render_panel
 from eval.scenes import SHOWN_SCORE
-from model.mask2former import Mask2Former
 from model.postprocess import ImageGeometry, instance, panoptic, semantic
 from model.structures import InstanceResult, PanopticResult, Predictions, SemanticResult
 
@@ -59,25 +54,22 @@ def find_images(paths: Sequence[str]) -> tuple[Path, ...]:
 
 
 class Predictor:
-    """A recipe's model with some weights, for one task. Classes are those of the data that it was trained on."""
+    """A trained model at work on one task."""
 
-    def __init__(self, config: RunConfig, weights: ChosenWeights, task: Task, storage: Storage) -> None:
-        check_tasks(config.data.task, [task])
-        torch.set_num_threads(config.evaluation.threads)
-        manifest = Manifest.load(config.datasets[config.data.train[0].dataset].shards, storage)
-        self._config, self._task = config, task
-        self._categories: CategoryTable = manifest.categories
-        self._model: Mask2Former = load_model(config, manifest, weights_url(weights.url), storage).eval()
+    def __init__(self, trained: TrainedModel, task: Task) -> None:
+        check_tasks(trained.task, [task])
+        torch.set_num_threads(trained.evaluation.threads)
+        self._trained, self._task, self._model = trained, task, trained.model
 
     @property
     def classes(self) -> tuple[Category, ...]:
         """By label of the model."""
-        return self._categories.for_task(self._config.data.task)
+        return self._trained.classes
 
     @torch.inference_mode()
     def predict(self, image: np.ndarray) -> PanopticResult | InstanceResult | SemanticResult:
         """Result for an RGB image [H, W, 3] uint8, at its size."""
-        settings, device = self._config.evaluation, next(self._model.parameters()).device
+        settings, device = self._trained.evaluation, next(self._model.parameters()).device
         height, width = image.shape[:2]
         nothing = Annotation(seg=np.full((height, width), VOID_ID, dtype=np.uint8), inst=None, segments=())
         sample = DecodedSample(key="", image_id=0, source="", image=image, annotation=nothing)
@@ -95,11 +87,11 @@ class Predictor:
         is_thing = [c.is_thing for c in self.classes]
         match self._task:
             case "panoptic":
-                return panoptic(*output, geometry, is_thing, self._config.model.postprocess)
+                return panoptic(*output, geometry, is_thing, self._trained.config.postprocess)
             case "instance":
-                return instance(*output, geometry, is_thing, self._config.model.postprocess)
+                return instance(*output, geometry, is_thing, self._trained.config.postprocess)
             case "semantic":
-                return semantic(*output, geometry, self._config.model.postprocess)
+                return semantic(*output, geometry, self._trained.config.postprocess)
             case _:
                 assert_never(self._task)
 

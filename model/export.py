@@ -84,13 +84,16 @@ def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: 
 
 
 def export_program(model: Mask2Former, config: ModelConfig, size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """The graph of `Inference` for any number of images whose sides `size_multiple` divides.
+    """The graph of `Inference` for any number of images of at least 64 x 64 whose sides `size_multiple` divides.
 
     `size` (height, width) in pixels, for tracing only. Runs where the model is: the graph is of its device.
     """
     multiple = size_multiple(config)
-    height, width = (max(2, -(-side // multiple)) * multiple for side in size)
-    batch, rows, columns = (torch.export.Dim(name, min=1, max=_MAX_SIZE // multiple) for name in ("batch", "h", "w"))
+    # A map of a single pixel would be a special case of its own.
+    fewest = max(1, -(-2 * _STRIDE // multiple))
+    height, width = (max(fewest, -(-side // multiple)) * multiple for side in size)
+    batch = torch.export.Dim("batch", min=1, max=_MAX_SIZE)
+    rows, columns = (torch.export.Dim(name, min=fewest, max=_MAX_SIZE // multiple) for name in ("rows", "columns"))
     images = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
     shapes = {"images": {0: batch, 2: multiple * rows, 3: multiple * columns}}
     with torch.no_grad():
@@ -111,11 +114,16 @@ def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Save a graph as ONNX, weights inside. Raises WeightsError where the packages for it are not installed."""
+def require_onnx() -> None:
+    """Raise WeightsError where the packages that write ONNX are not installed."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise WeightsError(f"ONNX needs the packages {' and '.join(missing)}: pip install 'm2f[export]'")
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Save a graph as ONNX, weights inside. Raises WeightsError as `require_onnx`."""
+    require_onnx()
     names = {"input_names": ["images"], "output_names": ["class_logits", "mask_logits"]}
     onnx_program = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
     assert onnx_program is not None

@@ -26,7 +26,7 @@ _WIDTHS = (256, 512, 1024, 2048)
 _EXPANSION = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
     """What a folder says about its model besides the weights."""
 
@@ -35,6 +35,9 @@ class HuggingFaceModel:
     """Names of the classes, by class."""
     notes: Mapping[str, Any]
     """What `write_hugging_face_config` was given as notes; empty for folders of others."""
+    shortest_edge: int | None
+    max_size: int | None
+    """What images are resized to, in pixels; None where the folder does not say, or says one fixed size."""
 
 
 def is_hugging_face_folder(path: str | Path) -> bool:
@@ -87,8 +90,15 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
         pixel_mean=_scaled(pixels.get("image_mean"), 255, defaults.pixel_mean),
         pixel_std=_scaled(pixels.get("image_std"), 255, defaults.pixel_std),
     )
-    notes = values.get("m2f") or {}
-    return HuggingFaceModel(config, tuple(labels[str(i)] for i in range(len(labels))), notes)
+    size = pixels.get("size")
+    size = size if isinstance(size, dict) else {}
+    return HuggingFaceModel(
+        config=config,
+        labels=tuple(labels[str(i)] for i in range(len(labels))),
+        notes=values.get("m2f") or {},
+        shortest_edge=size.get("shortest_edge"),
+        max_size=size.get("longest_edge"),
+    )
 
 
 def write_hugging_face_config(

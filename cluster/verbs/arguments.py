@@ -32,6 +32,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trained(parser: argparse.ArgumentParser) -> None:
+    """Which trained model, for `cluster.trained_model.open_trained`."""
+    parser.add_argument(
+        "source",
+        metavar="RECIPE|FOLDER",
+        help="YAML file of a run, folder of a run or checkpoint, or Hugging Face folder",
+    )
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names or paths, and overrides: words with `=` that are no existing file or folder."""
     overrides = [word for word in words if "=" in word and not Path(word).exists()]

@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import OVERRIDE, add_checkpoint, split_overrides
+from cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, split_overrides
 
 SUMMARY = "predict images: pictures to look at, and files in COCO formats or label maps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file that the weights were trained with")
+    add_trained(parser)
     parser.add_argument(
         "words", nargs="+", metavar="IMAGE", help=f"JPEG or PNG files or folders of them; {OVERRIDE} changes a setting"
     )
     add_checkpoint(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is written")
-    parser.add_argument("--task", choices=("panoptic", "instance", "semantic"), help="default: the recipe's data.task")
+    parser.add_argument(
+        "--task", choices=("panoptic", "instance", "semantic"), help="default: what the model was trained for"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where some image could not be used."""
     from pathlib import Path
 
-    from cluster.checkpoints import choose_checkpoint
     from cluster.predict import Predictor, find_images, predict_images
     from cluster.progress import say
-    from cluster.recipe import load_recipe
-    from data_pipeline.storage import Storage
+    from cluster.trained_model import open_trained
     from model.errors import ConfigError
 
     images, overrides = split_overrides(args.words)
     if "://" in args.output:
         raise ConfigError(f"--output is {args.output}; predictions are written to a local folder, copy them from there")
-    config = load_recipe(args.recipe, overrides)
-    storage = Storage(config.storage)
     paths = find_images(images)
-    weights = choose_checkpoint(config, storage, args.checkpoint)
-    predictor = Predictor(config, weights, args.task or config.data.task, storage)
+    trained = open_trained(args.source, overrides, args.checkpoint)
+    predictor = Predictor(trained, args.task or trained.task)
     problems = predict_images(predictor, paths, Path(args.output))
-    say(f"{len(paths) - len(problems)} of {len(paths)} images: {args.output} (weights: {weights.url})")
+    say(f"{len(paths) - len(problems)} of {len(paths)} images: {args.output} (weights: {trained.weights})")
     return 1 if problems else 0

@@ -1,0 +1,35 @@
+"""`m2f export`: a trained model in the formats of others."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained
+
+SUMMARY = "write a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
+FORMATS = ("official", "hugging_face", "torch_export", "onnx")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_trained(parser)
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the recipe")
+    add_checkpoint(parser)
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument(
+        "--output", required=True, metavar="PATH", help="file (.pth, .pt2, .onnx), or folder for hugging_face"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0."""
+    from pathlib import Path
+
+    from cluster.export import check_output, write_model
+    from cluster.progress import say
+    from cluster.trained_model import open_trained
+
+    check_output(args.format, args.output)
+    trained = open_trained(args.source, args.overrides, args.checkpoint)
+    say(f"{args.output}: {write_model(trained, args.format, Path(args.output))} (weights: {trained.weights})")
+    return 0
