@@ -37,6 +37,8 @@ class EvaluationTask:
     weights: str
     """Path or URL of the model's weights."""
     evaluated: EvaluationSet
+    drawn: tuple[int, ...] = ()
+    """Rows of the manifest to draw panels of, one per call, in place of the evaluation of the set."""
 
 
 def evaluated_rows(manifest: Manifest, evaluated: EvaluationSet) -> np.ndarray:
@@ -61,7 +63,7 @@ class EvaluationActor:
         self._config = config
         self._storage = Storage(config.storage)
         self._manifests: dict[str, Manifest] = {}
-        self._loaded: tuple[EvaluationTask, Evaluator] | None = None
+        self._loaded: tuple[tuple[str, str], Mask2Former] | None = None
 
     def ping(self) -> None:
         """Answer, as proof of life."""
@@ -70,11 +72,23 @@ class EvaluationActor:
         """States of one call's images, as bytes."""
         settings = self._config.evaluation
         manifest = self._manifest(task.evaluated.dataset)
-        evaluator = self._evaluator(task, manifest)
+        if task.drawn:
+            rows = drawn = np.array(task.drawn[call : call + 1])
+        else:
+            rows = call_rows(manifest, task.evaluated, settings.batch_size)[call]
+            drawn = evaluated_rows(manifest, task.evaluated)[: settings.panels]
+        evaluator = Evaluator(
+            self._model(task, manifest),
+            manifest.categories,
+            settings,
+            model_task=self._config.data.task,
+            postprocess=self._config.model.postprocess,
+            panel_ids=manifest.image_id[drawn].tolist(),
+        )
         states = EvaluationStates.empty(manifest.categories, settings.tasks)
         batches = eval_batches(
             manifest,
-            call_rows(manifest, task.evaluated, settings.batch_size)[call].tolist(),
+            rows.tolist(),
             self._storage,
             batch_size=settings.batch_size,
             shortest_edge=settings.shortest_edge,
@@ -89,19 +103,11 @@ class EvaluationActor:
             self._manifests[dataset] = Manifest.load(self._config.datasets[dataset].shards, self._storage)
         return self._manifests[dataset]
 
-    def _evaluator(self, task: EvaluationTask, manifest: Manifest) -> Evaluator:
-        if self._loaded is None or self._loaded[0] != task:
+    def _model(self, task: EvaluationTask, manifest: Manifest) -> Mask2Former:
+        wanted = task.weights, task.evaluated.dataset
+        if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # frees the memory of the last one first
-            rows = evaluated_rows(manifest, task.evaluated)[: self._config.evaluation.panels]
-            evaluator = Evaluator(
-                load_model(self._config, manifest, task.weights, self._storage),
-                manifest.categories,
-                self._config.evaluation,
-                model_task=self._config.data.task,
-                postprocess=self._config.model.postprocess,
-                panel_ids=manifest.image_id[rows].tolist(),
-            )
-            self._loaded = task, evaluator
+            self._loaded = wanted, load_model(self._config, manifest, task.weights, self._storage)
         return self._loaded[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from data_pipeline.loader import shared_categories
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage import Storage, join
 from eval.config import EvaluationSet
+from eval.evaluation_page import details_json, evaluation_page
 from eval.inference import check_tasks
 from eval.panels import contact_sheet
 from eval.report import EvaluationResults, EvaluationSubject
-from eval.states import EvaluationStates, check_complete
+from eval.states import EvaluationStates, check_complete, image_qualities
 from model.errors import ConfigError
 
 
@@ -32,13 +33,22 @@ class SetEvaluation:
 
     results: EvaluationResults
     panels: dict[int, bytes]
-    """PNG by image id."""
+    """PNG of the fixed images, by image id."""
+    worst: dict[int, bytes]
+    """PNG of the images with the lowest quality, the worst first."""
 
     def files(self) -> dict[str, bytes]:
         """What is stored, by file name."""
-        files = {"results.json": self.results.to_json().encode(), "results.txt": self.results.table().encode()}
+        files = {
+            "results.json": self.results.to_json().encode(),
+            "results.txt": self.results.table().encode(),
+            "details.json": details_json(self.results).encode(),
+            "report.html": evaluation_page(self.results, self.panels, self.worst).encode(),
+        }
         if self.panels:
             files["panels.png"] = contact_sheet([self.panels[i] for i in sorted(self.panels)])
+        if self.worst:
+            files["worst.png"] = contact_sheet(list(self.worst.values()))
         return files
 
 
@@ -146,4 +156,19 @@ def _evaluate(
         subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
         step=step,
     )
-    return SetEvaluation(states.compute(manifest.categories, subject), states.panels)
+    worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, states)
+    return SetEvaluation(states.compute(manifest.categories, subject), states.panels, worst)
+
+
+def _draw_worst(
+    count: int, manifest: Manifest, pool: EvaluationPool, task: EvaluationTask, states: EvaluationStates
+) -> dict[int, bytes]:
+    """Panels of the images with the lowest quality, the worst first: only now is it known which they are."""
+    qualities = image_qualities(states)
+    worst = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))[:count]
+    if not worst:
+        return {}
+    row_of = {image_id: row for row, image_id in enumerate(manifest.image_id.tolist())}
+    drawing = replace(task, drawn=tuple(row_of[image_id] for image_id in worst))
+    payloads = pool.run(drawing, range(len(worst)))
+    return {image_id: EvaluationStates.from_bytes(payloads[i]).panels[image_id] for i, image_id in enumerate(worst)}

@@ -26,6 +26,10 @@ _PLOT_HEIGHT = 190
 _LETTER = 6.1
 
 
+Limits = tuple[tuple[float, float], tuple[float, float]]
+"""(lowest, highest) of x and of y."""
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve; points with a value that is not finite interrupt it."""
@@ -82,14 +86,18 @@ class _Frame:
         return parts
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str) -> str:
-    """Curves over a common x axis with a legend. A series without points keeps its colour for other charts."""
+def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limits | None = None) -> str:
+    """Curves over a common x axis with a legend. A series without points keeps its colour for other charts.
+
+    `limits` fixes what both axes cover; else they cover the points.
+    """
     points = [p for one in series for p in one.points if math.isfinite(p[1])]
     heading = _text(0, 14, title, weight="bold")
     if not points:
         return _svg(80, title, [heading, _text(_LEFT, 60, "no values")])
     x_values, y_values = zip(*points, strict=True)
-    frame = _Frame(ticks(min(x_values), max(x_values)), ticks(min(y_values), max(y_values)))
+    across, up = limits or ((min(x_values), max(x_values)), (min(y_values), max(y_values)))
+    frame = _Frame(ticks(*across), ticks(*up))
     parts = [heading, *frame.axes(x_label)]
     row = _TOP + _PLOT_HEIGHT + _BOTTOM
     for position, one in enumerate(series):
@@ -130,38 +138,28 @@ def matrix_chart(
 ) -> str:
     """A square matrix of shares in 0..1 as tinted cells; rows and columns have the same names; `texts` are tooltips.
 
-    Numbers are written into cells that are wide enough.
+    Per cents are written into cells that are wide enough.
     """
     label_width = min(110.0, max(map(len, names)) * _LETTER + 8)
     cell = (WIDTH - label_width) / len(names)
     top = 24 + label_width
-    small = min(11.0, max(5.0, cell * 0.62))
+    size = min(11.0, max(5.0, cell * 0.62))
     parts = [_text(0, 14, title, weight="bold")]
     for position, name in enumerate(names):
-        middle = (position + 0.5) * cell
+        middle = (position + 0.5) * cell + size / 3
         shown = shortened(name, round(label_width / _LETTER))
-        parts.append(_text(label_width - 5, top + middle + small / 3, shown, anchor="end", size=small))
-        x = label_width + middle + small / 3
-        parts.append(_text(x, top - 5, shown, size=small, turn=f"rotate(-90 {x:.1f} {top - 5:.1f})"))
-    for row, (row_shares, row_texts) in enumerate(zip(shares, texts, strict=True)):
-        for column, (share, text) in enumerate(zip(row_shares, row_texts, strict=True)):
-            if share <= 0:
-                continue
-            x, y = label_width + column * cell, top + row * cell
-            color = GOOD if row == column else BAD
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" fill="{color}" '
-                f'fill-opacity="{0.08 + 0.92 * min(1.0, share):.2f}"><title>{escape(text)}</title></rect>'
-            )
-            if cell >= 17:
-                percent = f"{100 * share:.0f}"
-                parts.append(
-                    _text(x + cell / 2, y + cell / 2 + 3.5, percent, anchor="middle", size=min(10.0, cell * 0.45))
-                )
-    side = cell * len(names)
+        parts.append(_text(label_width - 5, top + middle, shown, anchor="end", size=size))
+        x = label_width + middle
+        parts.append(_text(x, top - 5, shown, size=size, turn=f"rotate(-90 {x:.1f} {top - 5:.1f})"))
+    for row, columns in enumerate(zip(shares, texts, strict=True)):
+        for column, (share, text) in enumerate(zip(*columns, strict=True)):
+            if share > 0:
+                color = GOOD if row == column else BAD
+                parts += _matrix_cell(label_width + column * cell, top + row * cell, cell, share, color, text)
     frame = 'fill="none" stroke="currentColor" stroke-opacity="0.4"'
-    parts.append(f'<rect x="{label_width:.1f}" y="{top:.1f}" width="{side:.1f}" height="{side:.1f}" {frame}/>')
-    return _svg(top + side + 4, title, parts)
+    side = f"{cell * len(names):.1f}"
+    parts.append(f'<rect x="{label_width:.1f}" y="{top:.1f}" width="{side}" height="{side}" {frame}/>')
+    return _svg(top + cell * len(names) + 4, title, parts)
 
 
 def stacked(charts: Sequence[str]) -> str:
@@ -240,6 +238,17 @@ def _stroke(position: int) -> str:
     return f'stroke="{series_color(position)}" stroke-width="2" fill="none"{dash}'
 
 
+def _matrix_cell(x: float, y: float, side: float, share: float, color: str, text: str) -> list[str]:
+    box = f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" fill="{color}"'
+    opacity = 0.08 + 0.92 * min(1.0, share)
+    parts = [f'{box} fill-opacity="{opacity:.2f}"><title>{escape(text)}</title></rect>']
+    if side >= 17 and share >= 0.005:
+        ink = "#fff" if share > 0.5 else "currentColor"
+        size = min(10.0, side * 0.45)
+        parts.append(_text(x + side / 2, y + side / 2 + 3.5, f"{100 * share:.0f}", anchor="middle", size=size, ink=ink))
+    return parts
+
+
 def _line(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="currentColor" stroke-opacity="0.15"/>'
 
@@ -254,10 +263,12 @@ def _text(
     size: float = 11,
     faint: bool = False,
     turn: str = "",
+    ink: str = "currentColor",
 ) -> str:
     style = f'text-anchor="{anchor}" font-weight="{weight}" font-size="{size:g}"'
     style += ' fill-opacity="0.65"' if faint else ""
     style += f' transform="{turn}"' if turn else ""
+    style += f' fill="{ink}"' if ink != "currentColor" else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
 
 

@@ -43,7 +43,7 @@ class EvaluationConfig:
     threads: int = 1
     """Torch threads per actor on CPU."""
     panels: int = 8
-    """Prediction panels (image | truth | prediction) per evaluation."""
+    """Fixed images drawn per evaluation (image, truth, prediction), and half as many of the worst."""
 
     def __post_init__(self) -> None:
         names = ("shortest_edge", "max_size", "batch_size", "actors", "threads")

@@ -21,6 +21,7 @@ from eval.mean_iou import MeanIoUState
 from eval.panels import Scene, render_panel
 from eval.panoptic_quality import PanopticPrediction, PanopticQualityState
 from eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
+from eval.segment_errors import SegmentErrorState, instance_candidates, panoptic_candidates
 from eval.states import EvaluationStates
 from eval.truth import instance_truth, panoptic_truth, semantic_truth
 from model.config import PostprocessConfig
@@ -131,9 +132,10 @@ class Evaluator:
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
             pictures: dict[Task, _Picture] = {}
             if states.panoptic is not None:
-                pictures["panoptic"] = self._panoptic(sample, output, states.panoptic)
+                pictures["panoptic"] = self._panoptic(sample, output, states.panoptic, states.segments)
             if states.instance is not None:
-                pictures["instance"] = self._instance(sample, output, states.instance)
+                segments = states.segments if states.panoptic is None else None
+                pictures["instance"] = self._instance(sample, output, states.instance, segments)
             if states.semantic is not None:
                 pictures["semantic"] = self._semantic(sample, output, states.semantic)
             if sample.image_id in self._panel_ids:
@@ -142,20 +144,36 @@ class Evaluator:
                 states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", scenes, classes)
         return states
 
-    def _panoptic(self, sample: DecodedSample, output: ImageOutput, state: PanopticQualityState) -> _Picture:
+    def _panoptic(
+        self,
+        sample: DecodedSample,
+        output: ImageOutput,
+        state: PanopticQualityState,
+        segments: SegmentErrorState | None,
+    ) -> _Picture:
         result = panoptic(*output, self._is_thing, self._postprocess)
         truth = panoptic_truth(sample, self._categories.labels("panoptic"))
         labels = {segment.id: segment.label for segment in result.segments}
         prediction = PanopticPrediction(result.segment_map.cpu().numpy(), labels)
         state.update(sample.image_id, truth, prediction)
+        if segments is not None:
+            segments.update(sample.image_id, panoptic_candidates(truth, prediction))
         scores = {segment.id: segment.score for segment in result.segments}
         return partial(panoptic_scenes, truth, prediction, scores, state.image_quality(sample.image_id))
 
-    def _instance(self, sample: DecodedSample, output: ImageOutput, state: AveragePrecisionState) -> _Picture:
+    def _instance(
+        self,
+        sample: DecodedSample,
+        output: ImageOutput,
+        state: AveragePrecisionState,
+        segments: SegmentErrorState | None,
+    ) -> _Picture:
         result = instance(*output, self._is_thing, self._postprocess)
         truth = instance_truth(sample, self._categories.labels("instance"))
         detections = self._detections(result)
         state.update(sample.image_id, truth, detections)
+        if segments is not None:
+            segments.update(sample.image_id, instance_candidates(truth, detections))
         return partial(instance_scenes, truth, detections, sample.size)
 
     def _semantic(self, sample: DecodedSample, output: ImageOutput, state: MeanIoUState) -> _Picture:

@@ -22,18 +22,19 @@ th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-botto
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 thead th { border-bottom: 2px solid #8886; vertical-align: bottom; }
 td.word, th.word { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6em; }
-@media (max-width: 600px) { th, td { padding: 3px 6px; }
-  th, th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; max-width: 40vw; } }
+@media (max-width: 600px) { th, td { padding: 3px 6px; } th { white-space: normal; }
+  th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6.5em; max-width: 40vw; } }
 .best { font-weight: bold; }
 .good { color: #0072b2; } .bad { color: #d55e00; }
 @media (prefers-color-scheme: dark) { .good { color: #56b4e9; } .bad { color: #ff8c42; } }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px; }
 svg { width: 100%; height: auto; }
-img { width: 100%; height: auto; display: block; margin: 8px 0; border-radius: 4px; }
+img { width: 100%; min-width: 800px; height: auto; display: block; margin: 8px 0; border-radius: 4px; }
 summary { cursor: pointer; padding: 4px 0; }
 nav a { margin-right: 14px; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } nav { display: none; }
-  .grid { grid-template-columns: 1fr 1fr; } svg, img, tr { break-inside: avoid; } .scroll { overflow: visible; } }
+  .grid { grid-template-columns: 1fr 1fr; } svg, img, tr { break-inside: avoid; }
+  .scroll { overflow: visible; } img { min-width: 0; } }
 """
 
 
@@ -96,9 +97,9 @@ def folded(summary: str, body: str) -> str:
 
 
 def picture(jpeg: bytes, text: str) -> str:
-    """An image inside the page; `text` describes it to those who do not see it."""
+    """A wide image inside the page; `text` describes it to those who do not see it."""
     data = base64.b64encode(jpeg).decode()
-    return f'<img alt="{escape(text)}" loading="lazy" src="data:image/jpeg;base64,{data}">'
+    return f'<div class="scroll"><img alt="{escape(text)}" src="data:image/jpeg;base64,{data}"></div>'
 
 
 def _cell(value: str | Cell) -> str:

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.categories import CategoryTable
 from eval.average_precision import AveragePrecision
 from eval.mean_iou import MeanIoU
 from eval.panoptic_quality import PanopticQuality, Quality
+from eval.segment_errors import SegmentErrors
 
 Number = float | int | None
 
@@ -42,6 +45,9 @@ class EvaluationResults:
     panoptic: PanopticQuality | None
     instance: AveragePrecision | None
     semantic: MeanIoU | None
+    segments: SegmentErrors | None = None
+    pixels: np.ndarray | None = None
+    """[K truth, K predicted] int64 of the semantic task."""
 
     def metrics(self) -> dict[str, float | None]:
         """Every number of the set in per cent, under names that MLflow accepts; None where it is undefined."""

@@ -13,12 +13,18 @@ import numpy as np
 from data_pipeline.categories import CategoryTable, Task
 from eval.average_precision import AveragePrecisionState
 from eval.errors import EvaluationError
-from eval.mean_iou import MeanIoUState
+from eval.mean_iou import ConfusionRecord, MeanIoUState
 from eval.panoptic_quality import PanopticQualityState
 from eval.report import EvaluationResults, EvaluationSubject
+from eval.segment_errors import SegmentErrorState
 from eval.state import MetricState
 
-_STATE_TYPES = {"panoptic": PanopticQualityState, "instance": AveragePrecisionState, "semantic": MeanIoUState}
+_STATE_TYPES = {
+    "panoptic": PanopticQualityState,
+    "instance": AveragePrecisionState,
+    "semantic": MeanIoUState,
+    "segments": SegmentErrorState,
+}
 
 
 @dataclass
@@ -28,21 +34,25 @@ class EvaluationStates:
     panoptic: PanopticQualityState | None = None
     instance: AveragePrecisionState | None = None
     semantic: MeanIoUState | None = None
+    segments: SegmentErrorState | None = None
+    """Of the panoptic task, else of the instance task; None where neither is requested."""
     panels: dict[int, bytes] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, categories: CategoryTable, tasks: Collection[Task]) -> Self:
         """States of these tasks without an image."""
         classes = categories.for_task("panoptic")
+        of_segments: Task | None = next((task for task in ("panoptic", "instance") if task in tasks), None)
         return cls(
             panoptic=PanopticQualityState([c.is_thing for c in classes]) if "panoptic" in tasks else None,
             instance=AveragePrecisionState(len(categories.for_task("instance"))) if "instance" in tasks else None,
             semantic=MeanIoUState(len(classes)) if "semantic" in tasks else None,
+            segments=SegmentErrorState(len(categories.for_task(of_segments))) if of_segments is not None else None,
         )
 
     def metric_states(self) -> dict[str, MetricState]:
-        """The states by task."""
-        states = {"panoptic": self.panoptic, "instance": self.instance, "semantic": self.semantic}
+        """The states by task, and that of segments."""
+        states = {name: getattr(self, name) for name in _STATE_TYPES}
         return {task: state for task, state in states.items() if state is not None}
 
     @property
@@ -69,6 +79,8 @@ class EvaluationStates:
             panoptic=self.panoptic.compute() if self.panoptic is not None else None,
             instance=self.instance.compute() if self.instance is not None else None,
             semantic=self.semantic.compute() if self.semantic is not None else None,
+            segments=self.segments.compute() if self.segments is not None else None,
+            pixels=self.semantic.confusion() if self.semantic is not None else None,
         )
 
     def to_bytes(self) -> bytes:
@@ -98,6 +110,30 @@ class EvaluationStates:
                 f"{len(payload)} bytes are not stored evaluation states ({error}); evaluate again"
             ) from error
         return states
+
+
+def image_qualities(states: EvaluationStates) -> dict[int, float]:
+    """How good every image's prediction is, from 0 to 1, by image id: to choose pictures, not to publish.
+
+    PQ of the image, else the share of instances that were found, else pixel accuracy; images in which nothing counts
+    are left out.
+    """
+    if states.semantic is not None and states.segments is None:
+        found = {
+            image_id: _pixel_accuracy(record, states.semantic.num_classes)
+            for image_id, record in states.semantic.records()
+        }
+    else:
+        scored = states.panoptic or states.segments
+        assert scored is not None
+        found = {image_id: scored.image_quality(image_id) for image_id in scored.image_ids}
+    return {image_id: quality for image_id, quality in found.items() if quality is not None}
+
+
+def _pixel_accuracy(record: ConfusionRecord, num_classes: int) -> float | None:
+    truth, predicted = np.divmod(record.cell, num_classes)
+    pixels = int(record.pixels.sum())
+    return int(record.pixels[truth == predicted].sum()) / pixels if pixels else None
 
 
 def check_complete(states: EvaluationStates, expected_ids: Collection[int]) -> None:

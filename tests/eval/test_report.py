@@ -12,6 +12,7 @@ from eval.errors import EvaluationError
 from eval.masks import encode_masks
 from eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from eval.report import EvaluationSubject
+from eval.segment_errors import instance_candidates, panoptic_candidates
 from eval.states import EvaluationStates, check_complete
 
 TABLE = CategoryTable(
@@ -34,14 +35,16 @@ def states_of(image_ids, tasks=TASKS):
     for image_id in image_ids:
         if states.panoptic is not None:
             truth = PanopticTruth(id_map, {1: TruthSegment(0, 16, False), 2: TruthSegment(1, 32, False)})
-            states.panoptic.update(image_id, truth, PanopticPrediction(predicted, {1: 0, 2: 1}))
+            prediction = PanopticPrediction(predicted, {1: 0, 2: 1})
+            states.panoptic.update(image_id, truth, prediction)
+            states.segments.update(image_id, panoptic_candidates(truth, prediction))
         if states.instance is not None:
             one = np.array([0])
-            states.instance.update(
-                image_id,
-                InstanceTruth(cat, one, np.array([16.0]), np.array([False])),
-                InstanceDetections(cat, one, one, np.array([0.9])),
-            )
+            truth = InstanceTruth(cat, one, np.array([16.0]), np.array([False]))
+            detections = InstanceDetections(cat, one, one, np.array([0.9]))
+            states.instance.update(image_id, truth, detections)
+            if states.panoptic is None:
+                states.segments.update(image_id, instance_candidates(truth, detections))
         if states.semantic is not None:
             states.semantic.update(image_id, (id_map - 1).astype(np.uint8), np.where(predicted > 0, id_map - 1, 0))
         states.panels[image_id] = b"png of " + str(image_id).encode()

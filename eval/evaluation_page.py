@@ -1,0 +1,269 @@
+"""One evaluation as an HTML page: metrics, classes, errors, confusion, precision and recall, and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import cv2
+import numpy as np
+
+from eval.average_precision import IOU_THRESHOLDS, RECALL_THRESHOLDS
+from eval.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart, matrix_chart
+from eval.page import Cell, Section, folded, grid, page, paragraph, picture, table
+from eval.panels import decode_png
+from eval.report import EvaluationResults
+from eval.segment_errors import SIZES, Outcome, SegmentErrors
+
+CHART_CLASSES = 40
+"""Classes that a bar chart shows: the worst, where there are more."""
+MATRIX_CLASSES = 30
+"""Classes of a confusion matrix: those with the most errors."""
+TOP_CONFUSIONS = 15
+PICTURE_WIDTH = 1500
+JPEG_QUALITY = 82
+NO_PARTNER = "(none)"
+PR_THRESHOLDS = {"IoU 0.50": 0, "IoU 0.75": 5}
+"""Positions in IOU_THRESHOLDS that get curves of their own, beside the mean over all."""
+
+EXPLAINED = {
+    Outcome.MATCHED: ("found", "right class, IoU above 0.5"),
+    Outcome.OUTLINE: ("bad outline", "right class, IoU from 0.1 to 0.5"),
+    Outcome.CLASS: ("wrong class", "IoU above 0.5, another class"),
+    Outcome.MISSED: ("missed", "annotated, but nothing fits"),
+    Outcome.DUPLICATE: ("duplicate", "mostly inside a segment of its class that is found already"),
+    Outcome.BACKGROUND: ("invented", "predicted, but nothing annotated fits"),
+}
+
+
+def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], worst: Mapping[int, bytes]) -> str:
+    """The page, with everything inside. Panels are PNG by image id; those of the worst images in their order."""
+    sections = [Section("Metrics", _metrics(results)), Section("Classes", _classes(results))]
+    if results.segments is not None:
+        sections.append(Section("Errors", _errors(results, results.segments)))
+    confusion = _confusion(results)
+    if confusion:
+        sections.append(Section("Confusion", confusion))
+    curves = precision_recall(results)
+    if curves is not None:
+        sections.append(Section("Precision and recall", grid([_curves(curves)])))
+    if worst:
+        lead = paragraph("The images with the lowest quality of all that were evaluated, the worst first.", "faint")
+        sections.append(Section("Worst images", lead + _pictures(worst)))
+    if panels:
+        lead = paragraph("The same images in every evaluation: image, truth, prediction.", "faint")
+        sections.append(Section("Images", lead + _pictures({i: panels[i] for i in sorted(panels)})))
+    subject = results.subject
+    step = "" if subject.step is None else f" at step {subject.step:,}"
+    lead = paragraph(
+        f"{results.num_images:,} images, data {subject.fingerprint[:12]}; all figures in per cent.", "faint"
+    )
+    if subject.subset is not None:
+        lead = paragraph(f"A subset: {subject.subset}. Not comparable with figures of the whole set.", "note") + lead
+    return page(f"{subject.dataset}{step}", lead, sections)
+
+
+def details_json(results: EvaluationResults) -> str:
+    """Errors, confusion and curves as JSON: what the page draws."""
+    content: dict[str, Any] = {"precision_recall": precision_recall(results)}
+    if results.segments is not None:
+        outcomes = [EXPLAINED[outcome][0] for outcome in Outcome]
+        names = [*_segment_names(results), NO_PARTNER]
+        content["segments"] = {
+            "outcomes": dict(zip(outcomes, results.segments.by_class.sum(axis=0).tolist(), strict=True)),
+            "by_size": _labelled(list(SIZES), outcomes, results.segments.by_size),
+            "by_class": _labelled(names[:-1], outcomes, results.segments.by_class),
+            "confusion": [[names[t], names[p], n] for t, p, n in _cells(results.segments.confusion)],
+        }
+    if results.pixels is not None:
+        names = [c.name for c in results.categories.for_task("semantic")]
+        content["pixels"] = {"confusion": [[names[t], names[p], n] for t, p, n in _cells(results.pixels)]}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def precision_recall(results: EvaluationResults) -> dict[str, list[float]] | None:
+    """Precision at every recall, mean over classes with annotations; None without the instance task or annotations."""
+    if results.instance is None:
+        return None
+    precision = results.instance.precision[..., 0, -1]  # [thresholds, recalls, classes]
+    annotated = precision[0, 0] > -1
+    if not annotated.any():
+        return None
+    curves = precision[..., annotated].mean(axis=-1)
+    named = {name: curves[position].tolist() for name, position in PR_THRESHOLDS.items()}
+    mean = f"mean of IoU {IOU_THRESHOLDS[0]:.2f} to {IOU_THRESHOLDS[-1]:.2f}"
+    return {"recall": RECALL_THRESHOLDS.tolist(), **named, mean: curves.mean(axis=0).tolist()}
+
+
+def to_jpeg(png: bytes) -> bytes:
+    """A panel small enough to be one of many on a page."""
+    image = decode_png(png)
+    height, width = image.shape[:2]
+    if width > PICTURE_WIDTH:
+        image = cv2.resize(image, (PICTURE_WIDTH, round(height * PICTURE_WIDTH / width)), interpolation=cv2.INTER_AREA)
+    done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    assert done
+    return jpeg.tobytes()
+
+
+def _metrics(results: EvaluationResults) -> str:
+    metrics = results.metrics()
+    blocks = []
+    if results.panoptic is not None:
+        splits = (("all", ""), ("things", "_th"), ("stuff", "_st"))
+        rows = [[split, *(_number(metrics[name + suffix]) for name in ("PQ", "SQ", "RQ"))] for split, suffix in splits]
+        blocks.append(table(["panoptic", "PQ", "SQ", "RQ"], rows))
+    if results.instance is not None:
+        blocks.append(_one_row(metrics, list(results.instance.stats)))
+    if results.semantic is not None:
+        blocks.append(
+            _one_row(metrics, [name for name in metrics if name.startswith(("mIoU", "fwIoU", "mACC", "pACC"))])
+        )
+    return "".join(blocks)
+
+
+def _one_row(metrics: Mapping[str, float | None], names: Sequence[str]) -> str:
+    return table(names, [[_number(metrics[name]) for name in names]])
+
+
+def _classes(results: EvaluationResults) -> str:
+    """A chart per metric, worst classes last, and the whole table."""
+    rows = results.per_class()
+    charts = []
+    for metric in ("PQ", "AP", "IoU"):
+        values = [(row["name"], row[metric]) for row in rows if row.get(metric) is not None]
+        if values:
+            shown = sorted(values, key=lambda pair: -pair[1])[-CHART_CLASSES:]
+            name = f"{metric} by class" if len(shown) == len(values) else f"{metric}: the {len(shown)} worst classes"
+            bars = [Bar(class_name, value, f"{value:.1f}") for class_name, value in shown]
+            charts.append(bar_chart(name, bars, limits=(0.0, 100.0)))
+    names = [name for name in rows[0] if name not in ("id", "name", "is_thing")]
+    lines = [[r["name"], "thing" if r["is_thing"] else "stuff", *(_number(r[n]) for n in names)] for r in rows]
+    return grid(charts) + folded(f"all {len(rows)} classes", table(["class", "kind", *names], lines))
+
+
+def _errors(results: EvaluationResults, errors: SegmentErrors) -> str:
+    counts = errors.by_class.sum(axis=0)
+    total = max(1, int(counts.sum()))
+    bars = [
+        Bar(
+            EXPLAINED[o][0],
+            int(counts[o]),
+            f"{counts[o]:,} ({100 * counts[o] / total:.0f} %)",
+            GOOD if o == Outcome.MATCHED else BAD,
+        )
+        for o in Outcome
+    ]
+    meanings = table(["outcome", "meaning"], [[name, Cell(escape(text), "word")] for name, text in EXPLAINED.values()])
+    names = _segment_names(results)
+    order = np.argsort(-errors.by_class[:, 1:].sum(axis=1), kind="stable")
+    by_class = _outcome_table("class", [names[k] for k in order], errors.by_class[order])
+    return (
+        grid([bar_chart("segments and pairs of segments", bars), meanings])
+        + _outcome_table("size", [_size_name(name) for name in SIZES], errors.by_size)
+        + folded("by class, most errors first", by_class)
+    )
+
+
+def _outcome_table(first: str, names: Sequence[str], counts: np.ndarray) -> str:
+    """Counts of every outcome, with its share of the row."""
+    rows = []
+    for name, row in zip(names, counts.tolist(), strict=True):
+        total = max(1, sum(row))
+        shares = [Cell(f'{count:,} <span class="faint">{100 * count / total:.0f}&nbsp;%</span>') for count in row]
+        rows.append([name, *shares])
+    return table([first, *(name for name, _ in EXPLAINED.values())], rows)
+
+
+def _confusion(results: EvaluationResults) -> str:
+    """Matrices and the most frequent confusions; "" where no task has them."""
+    found: list[tuple[str, list[str], np.ndarray]] = []
+    if results.segments is not None:
+        found.append(("segments", [*_segment_names(results), NO_PARTNER], results.segments.confusion))
+    if results.pixels is not None:
+        found.append(("pixels", [c.name for c in results.categories.for_task("semantic")], results.pixels))
+    found = [one for one in found if one[2].any()]
+    if not found:
+        return ""
+    lead = paragraph("Per cent of the row. Segments are paired as under Errors, bad outlines included.", "faint")
+    return lead + grid([_matrix(*one) for one in found]) + grid([_top_confusions(*one) for one in found])
+
+
+def _matrix(what: str, names: Sequence[str], counts: np.ndarray) -> str:
+    """Shares of every row; of many classes those with the most errors."""
+    title = f"{what}: truth by row, prediction by column"
+    wrong = counts - np.diag(counts.diagonal())
+    erring = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MATRIX_CLASSES]
+    chosen = np.sort(erring)
+    part = counts[np.ix_(chosen, chosen)]
+    totals = np.maximum(counts.sum(axis=1)[chosen], 1)
+    shown = [names[k] for k in chosen]
+    texts = [
+        [f"{t} as {p}: {n:,} of {total:,}" for p, n in zip(shown, row, strict=True)]
+        for t, row, total in zip(shown, part.tolist(), totals.tolist(), strict=True)
+    ]
+    if len(chosen) < len(names):
+        title += f" ({len(chosen)} classes with the most errors)"
+    return matrix_chart(title, shown, (part / totals[:, None]).tolist(), texts)
+
+
+def _top_confusions(what: str, names: Sequence[str], counts: np.ndarray) -> str:
+    """Pairs of different classes; segments without a partner are in the table of errors."""
+    pairs = [(t, p, n) for t, p, n in _cells(counts) if t != p and NO_PARTNER not in (names[t], names[p])]
+    top = sorted(pairs, key=lambda cell: -cell[2])[:TOP_CONFUSIONS]
+    totals = counts.sum(axis=1).tolist()
+    rows = [[names[t], names[p], f"{n:,}", f"{100 * n / totals[t]:.1f} %"] for t, p, n in top]
+    return (
+        table(["truth", "taken for", what, "of the truth"], rows)
+        if rows
+        else paragraph(f"No class of {what} is confused.")
+    )
+
+
+def _curves(curves: Mapping[str, Sequence[float]]) -> str:
+    recall = curves["recall"]
+    series = [
+        Series(name, [(100 * r, 100 * p) for r, p in zip(recall, precision, strict=True)])
+        for name, precision in curves.items()
+        if name != "recall"
+    ]
+    return line_chart("precision at recall, mean over classes", series, "recall", limits=((0.0, 100.0), (0.0, 100.0)))
+
+
+def _pictures(panels: Mapping[int, bytes]) -> str:
+    return "".join(
+        picture(to_jpeg(png), f"image {image_id}: image, truth, prediction") for image_id, png in panels.items()
+    )
+
+
+def _segment_names(results: EvaluationResults) -> list[str]:
+    task = "panoptic" if results.panoptic is not None else "instance"
+    return [category.name for category in results.categories.for_task(task)]
+
+
+def _cells(counts: np.ndarray) -> list[tuple[int, int, int]]:
+    return [(t, p, int(counts[t, p])) for t, p in zip(*(axis.tolist() for axis in counts.nonzero()), strict=True)]
+
+
+def _labelled(rows: Sequence[str], columns: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, int]]:
+    return {name: dict(zip(columns, row, strict=True)) for name, row in zip(rows, counts.tolist(), strict=True)}
+
+
+def _size_name(size: str) -> str:
+    """With the sides of squares that bound it."""
+    low, high = (round(area**0.5) if area != float("inf") else None for area in SIZES[size])
+    if high is None:
+        return f"{size}, from {low} px"
+    return f"{size}, {low} to {high} px" if low else f"{size}, under {high} px"
+
+
+def _number(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.2f}"
+        case _:
+            return f"{value:,}"

@@ -1,0 +1,197 @@
+"""What went wrong with segments: which were missed, found as another class, outlined badly, found twice or invented.
+
+A mergeable state beside the metrics. Every annotated segment (no crowds) and every prediction that counts gets exactly
+one outcome; a pair shares one. For panoptic results MATCHED is what panoptic quality counts as true positives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+from data_pipeline.sample import VOID_ID
+from eval.average_precision import InstanceDetections, InstanceTruth
+from eval.masks import mask_areas, mask_ious
+from eval.overlaps import count_overlaps
+from eval.panoptic_quality import MATCH_IOU, MAX_IGNORED, PanopticPrediction, PanopticTruth
+from eval.state import MetricState, Record, column
+
+NEAR_IOU = 0.1
+"""A prediction of the right class with at least this IoU is a bad outline rather than a miss and an invention."""
+CONFIDENT = 0.5
+"""Detections of instances below this score are left out: a model lists 100 for every image."""
+SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
+"""Pixels, upper bounds excluded."""
+NONE = -1
+
+
+class Outcome(IntEnum):
+    """Of a segment or a pair of segments."""
+
+    MATCHED = 0
+    """Right class, IoU above 0.5."""
+    OUTLINE = 1
+    """Right class, IoU from 0.1 to 0.5."""
+    CLASS = 2
+    """IoU above 0.5, another class."""
+    MISSED = 3
+    """An annotated segment that no prediction fits."""
+    DUPLICATE = 4
+    """More than half of the prediction lies in a segment of its class that has another prediction."""
+    BACKGROUND = 5
+    """A prediction that no annotated segment fits."""
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentRecord(Record):
+    """Segments and pairs of one image."""
+
+    truth: np.ndarray = field(metadata=column("int32"))
+    """Class of the annotated segment; NONE for a prediction alone."""
+    predicted: np.ndarray = field(metadata=column("int32"))
+    """Class of the prediction; NONE for an annotated segment alone."""
+    outcome: np.ndarray = field(metadata=column("uint8"))
+    area: np.ndarray = field(metadata=column("float64"))
+    """Pixels of the annotated segment, else of the prediction."""
+
+
+@dataclass(frozen=True)
+class SegmentErrors:
+    """Counts over an image set."""
+
+    confusion: np.ndarray
+    """[K + 1 truth, K + 1 predicted] int64: the last row and column are segments without a partner."""
+    by_class: np.ndarray
+    """[K, outcomes] int64, by the class of the annotated segment, or of the prediction that has none."""
+    by_size: np.ndarray
+    """[sizes, outcomes] int64"""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Segments of one image and how they overlap; T annotated ones without crowds, P predicted ones."""
+
+    truth_labels: np.ndarray
+    """[T] int"""
+    truth_areas: np.ndarray
+    """[T] pixels"""
+    predicted_labels: np.ndarray
+    """[P] int"""
+    predicted_areas: np.ndarray
+    """[P] pixels"""
+    iou: np.ndarray
+    """[P, T]"""
+    inside: np.ndarray
+    """[P, T] share of the prediction that lies in the annotated segment."""
+    ignored: np.ndarray
+    """[P] share of the prediction in void and in crowds of its class."""
+
+
+class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
+    """Outcomes per image, of panoptic segments or of confident instances."""
+
+    name = "segment errors"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(SegmentRecord, {"num_classes": num_classes})
+        self.num_classes = num_classes
+
+    def update(self, image_id: int, candidates: Candidates) -> None:
+        """Count one image."""
+        self.add(image_id, judge(candidates))
+
+    def image_quality(self, image_id: int) -> float | None:
+        """Matches over the mean number of annotated and predicted segments; None where an image has neither."""
+        outcome = self.record(image_id).outcome
+        matched = int((outcome == Outcome.MATCHED).sum())
+        pairs = int(np.isin(outcome, (Outcome.MATCHED, Outcome.OUTLINE, Outcome.CLASS)).sum())
+        segments = (len(outcome) + pairs) / 2
+        return matched / segments if segments else None
+
+    def compute(self) -> SegmentErrors:
+        """Add up the images."""
+        truth, predicted, outcome = self.rows("truth"), self.rows("predicted"), self.rows("outcome")
+        confusion = np.zeros((self.num_classes + 1, self.num_classes + 1), dtype=np.int64)
+        np.add.at(confusion, (truth, predicted), 1)  # NONE is -1: the last row or column
+        by_class = np.zeros((self.num_classes, len(Outcome)), dtype=np.int64)
+        np.add.at(by_class, (np.where(truth == NONE, predicted, truth), outcome), 1)
+        by_size = np.zeros((len(SIZES), len(Outcome)), dtype=np.int64)
+        upper = [high for _, high in SIZES.values()][:-1]
+        np.add.at(by_size, (np.searchsorted(upper, self.rows("area"), side="right"), outcome), 1)
+        return SegmentErrors(confusion, by_class, by_size)
+
+
+def judge(segments: Candidates) -> SegmentRecord:
+    """Pair segments, best fit first: right class, then another class, then a bad outline; then judge the rest."""
+    same = segments.predicted_labels[:, None] == segments.truth_labels
+    fits = segments.iou > MATCH_IOU
+    tiers = (
+        (Outcome.MATCHED, same & fits),
+        (Outcome.CLASS, ~same & fits),
+        (Outcome.OUTLINE, same & (segments.iou >= NEAR_IOU)),
+    )
+    free_truth = np.ones(len(segments.truth_labels), dtype=bool)
+    free_predicted = np.ones(len(segments.predicted_labels), dtype=bool)
+    rows: list[tuple[int, int, int, float]] = []
+    for outcome, allowed in tiers:
+        p, t = allowed.nonzero()
+        for i in np.argsort(-segments.iou[p, t], kind="stable"):
+            if free_predicted[p[i]] and free_truth[t[i]]:
+                free_predicted[p[i]] = free_truth[t[i]] = False
+                labels = segments.truth_labels[t[i]], segments.predicted_labels[p[i]]
+                rows.append((*labels, outcome, segments.truth_areas[t[i]]))
+    missed = zip(segments.truth_labels[free_truth], segments.truth_areas[free_truth], strict=True)
+    rows += [(label, NONE, Outcome.MISSED, area) for label, area in missed]
+    taken = same & ~free_truth
+    for p in np.flatnonzero(free_predicted & (segments.ignored <= MAX_IGNORED)):
+        twice = segments.inside[p][taken[p]].sum() > 0.5
+        outcome = Outcome.DUPLICATE if twice else Outcome.BACKGROUND
+        rows.append((NONE, segments.predicted_labels[p], outcome, segments.predicted_areas[p]))
+    truth, predicted, outcomes, areas = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    return SegmentRecord(truth=truth, predicted=predicted, outcome=outcomes, area=areas)
+
+
+def panoptic_candidates(truth: PanopticTruth, prediction: PanopticPrediction) -> Candidates:
+    """Segments of two id maps; IoU as panoptic quality has it, without the prediction's pixels in void."""
+    overlaps = count_overlaps(truth.id_map, prediction.id_map)
+    truth_ids = [i for i, segment in truth.segments.items() if not segment.is_crowd]
+    areas = [truth.segments[i].area for i in truth_ids]
+    predicted_ids = list(prediction.labels)
+    shape = len(predicted_ids), len(truth_ids)
+    iou = [[overlaps.iou(t, p, area) for t, area in zip(truth_ids, areas, strict=True)] for p in predicted_ids]
+    shared = [[overlaps.pixels.get((t, p), 0) for t in truth_ids] for p in predicted_ids]
+    last_crowd = {segment.label: i for i, segment in truth.segments.items() if segment.is_crowd}
+    ignored = [
+        sum(overlaps.pixels.get((i, p), 0) for i in (VOID_ID, last_crowd.get(label)) if i is not None)
+        for p, label in prediction.labels.items()
+    ]
+    predicted_areas = np.array([overlaps.predicted_area[p] for p in predicted_ids], dtype=float)
+    return Candidates(
+        truth_labels=np.array([truth.segments[i].label for i in truth_ids], dtype=np.int64),
+        truth_areas=np.array(areas, dtype=float),
+        predicted_labels=np.array(list(prediction.labels.values()), dtype=np.int64),
+        predicted_areas=predicted_areas,
+        iou=np.array(iou, dtype=float).reshape(shape),
+        inside=np.array(shared, dtype=float).reshape(shape) / predicted_areas[:, None],
+        ignored=np.array(ignored, dtype=float) / predicted_areas,
+    )
+
+
+def instance_candidates(truth: InstanceTruth, detections: InstanceDetections) -> Candidates:
+    """Annotated instances and confident detections of one image."""
+    confident = np.flatnonzero(detections.scores >= CONFIDENT)
+    masks = tuple(detections.masks[i] for i in detections.mask_index[confident])
+    labels, ordinary = detections.labels[confident], ~truth.is_crowd
+    inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # of a crowd: shared over predicted pixels
+    in_crowd = np.where(truth.is_crowd & (labels[:, None] == truth.labels), inside, 0.0)
+    return Candidates(
+        truth_labels=truth.labels[ordinary],
+        truth_areas=truth.areas[ordinary],
+        predicted_labels=labels,
+        predicted_areas=mask_areas(masks).astype(float),
+        iou=mask_ious(masks, truth.masks, np.zeros_like(truth.is_crowd))[:, ordinary],
+        inside=inside[:, ordinary],
+        ignored=in_crowd.sum(axis=1),
+    )

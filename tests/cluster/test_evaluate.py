@@ -1,0 +1,97 @@
+"""All files of an evaluation, from actors that are called in this process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cluster.eval_actor import EvaluationActor
+from cluster.evaluate import evaluate_sets
+from cluster.recipe import parse_recipe
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+from eval.panels import decode_png
+from model.mask2former import build_model
+
+RECIPE = """
+name: small
+output: {folder}/runs
+datasets:
+  val: {{shards: {folder}/shards}}
+data:
+  train: [{{dataset: val}}]
+model:
+  num_classes: {classes}
+  backbone: {{name: resnet10t, norm: group, options: {{channels: [16, 16, 32, 32]}}}}
+  pixel_decoder: {{conv_dim: 32, mask_dim: 32, num_layers: 1, num_heads: 2, feedforward_dim: 32}}
+  transformer_decoder: {{num_queries: 8, num_layers: 1, hidden_dim: 32, num_heads: 2, feedforward_dim: 32}}
+  postprocess: {{object_threshold: 0.0, overlap_threshold: 0.0}}
+training: {{max_steps: 10}}
+evaluation:
+  sets: [{{dataset: val}}, {{dataset: val, limit: 3}}]
+  tasks: [panoptic, instance, semantic]
+  shortest_edge: 64
+  max_size: 96
+  panels: 4
+"""
+
+
+class PoolHere:
+    """Stands in for the pool: one actor, called directly; counts its calls."""
+
+    def __init__(self, config):
+        self.actor = EvaluationActor(config)
+        self.calls = []
+
+    def run(self, task, batches, progress=lambda done, total: None):
+        self.calls.append((task, list(batches)))
+        return {batch: self.actor.evaluate(task, batch) for batch in batches}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the actor sets it
+    dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=SyntheticSource(num_images=10))
+    reader = open_reader(dataset.source)
+    write_dataset(reader, dataset, Storage())
+    config = parse_recipe(RECIPE.format(folder=tmp_path, classes=len(reader.categories.for_task("panoptic"))))
+    torch.manual_seed(0)
+    save_file(build_model(config.model, pretrained_backbone=False).state_dict(), tmp_path / "weights.safetensors")
+    return config, str(tmp_path / "weights.safetensors")
+
+
+def test_fixed_and_worst_images_tables_and_the_page(small):
+    config, weights = small
+    pool = PoolHere(config)
+    whole, subset = evaluate_sets(config, pool, weights, 7, lambda *_: None)
+    files = whole.files()
+    assert set(files) == {"results.json", "results.txt", "details.json", "report.html", "panels.png", "worst.png"}
+    assert len(whole.panels) == 4
+    assert len(whole.worst) == 2
+    assert decode_png(files["worst.png"]).shape[1] > 1000
+    assert b"A subset: first 3 of 10" in subset.files()["report.html"]
+    assert files["report.html"].count(b"<img") == 6
+
+    evaluation, drawing = pool.calls[:2]
+    assert evaluation[1] == [0, 1]
+    assert drawing[1] == [0, 1]
+    again = evaluate_sets(config, PoolHere(config), weights, 7, lambda *_: None)[0]
+    assert again.files() == files
+    errors = json.loads(files["details.json"])["segments"]
+    found = sum(row["found"] for row in errors["by_class"].values())
+    assert found == errors["outcomes"]["found"] == sum(r["TP"] for r in json.loads(files["results.json"])["per_class"])
+
+
+def test_no_panels_means_no_pictures(small):
+    config, weights = small
+    config = replace(config, evaluation=replace(config.evaluation, panels=0))
+    pool = PoolHere(config)
+    whole, _ = evaluate_sets(config, pool, weights, None, lambda *_: None)
+    assert not {"panels.png", "worst.png"} & set(whole.files())
+    assert [task.drawn for task, _ in pool.calls] == [(), ()]
