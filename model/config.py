@@ -314,6 +314,14 @@ class ModelConfig:
     num_classes: int | None = None
     """Number of classes without "no object"; None until the category table is known."""
     weights: str | None = None
-    """Path or URL of weights to start from (a whole model); None starts from the initialisation."""
+    """Path or URL of weights to start from: a file of ours, an official checkpoint, a Hugging Face folder, or published
+    weights of the backbone alone. None starts from the initialisation."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        if "://" in (self.backbone.weights or ""):
+            raise ConfigError(
+                f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights may be; "
+                "set that instead, it takes weights of a backbone alone too"
+            )

@@ -20,6 +20,7 @@ from model.errors import ConfigError, WeightsError
 from model.feature_pyramid import SimpleFeaturePyramid
 from model.hiera import AnySizeHiera
 from model.weight_files import read_state
+from model.weight_names import to_timm_names
 
 STRIDES = (4, 8, 16, 32)
 _VIT_PATCH = 16
@@ -137,7 +138,7 @@ def _create(config: TimmBackboneConfig, starts_trained: bool, **settings: Any) -
     state: dict[str, Tensor] = {}
     if starts_trained and config.weights is not None:
         try:
-            state = read_state(config.weights)
+            state = to_timm_names(read_state(config.weights))
         except WeightsError as error:
             raise ConfigError(f"model.backbone.weights: {error}") from error
         # timm then adapts names and drops the classifier as it does with its own files.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.errors import WeightsError
+from model.swin_weights import official_swin_names
 from model.weight_tables import ATOMS_TO_OWN, HUGGING_FACE_TO_ATOMS, NameTable
 
 Layout = Literal["own", "official", "hugging_face", "backbone"]
@@ -185,34 +186,30 @@ def _no_counterpart(target: str, names: list[str]) -> str:
     )
 
 
+def to_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a backbone with a ResNet of Detectron2 under the names that torchvision and timm share."""
+    if not _is_detectron_resnet(state):
+        return dict(state)
+    return {name.removeprefix("backbone.body."): tensor for name, tensor in _backbone_to_own(state).items()}
+
+
 def _backbone_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights of a backbone: Detectron2's ResNets, Swin of Microsoft and of timm, and timm's other models."""
+    if _is_detectron_resnet(state):
+        return _atoms_to_own({f"backbone.{name}": tensor for name, tensor in state.items()})
+    if "patch_embed.proj.weight" in state and "layers.0.blocks.0.attn.qkv.weight" in state:
+        return {f"backbone.{name}": tensor for name, tensor in official_swin_names(state).items()}
+    return {f"backbone.body.{name}": tensor for name, tensor in state.items() if not re.match(r"(fc|head)\.", name)}
+
+
+def _is_detectron_resnet(state: Mapping[str, Tensor]) -> bool:
+    """Raises WeightsError for the older ones, whose arithmetic is another."""
     if "res2_0_branch2a_w" in state:
         raise WeightsError(
             "these are ResNet weights of Caffe2 (MSRA), which strides in the first convolution of a block and takes "
             "BGR images; the features would be wrong. Take the torchvision weights, for example R-50.pkl of torchvision"
         )
-    if "stem.conv1.weight" in state:
-        return _atoms_to_own({f"backbone.{name}": tensor for name, tensor in state.items()})
-    if "patch_embed.proj.weight" in state and "layers.0.blocks.0.attn.qkv.weight" in state:
-        return {f"backbone.{name}": tensor for name, tensor in swin_from_timm(state).items()}
-    return {f"backbone.body.{name}": tensor for name, tensor in state.items() if not re.match(r"(fc|head)\.", name)}
-
-
-def swin_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Swin under Microsoft's names, which end a stage with its patch merging; timm begins the next one with it.
-
-    Without the classifier and the norm before it. Microsoft's own names are returned as they are.
-    """
-    shift = "layers.0.downsample.reduction.weight" not in state
-    swin: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        match = re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", name)
-        if match and shift:
-            name = f"layers.{int(match[1]) - 1}.downsample.{match[2]}"
-        if not re.match(r"head\.|norm\.|.*\.(relative_position_index|attn_mask)$", name):
-            swin[name] = tensor
-    return swin
+    return "stem.conv1.weight" in state
 
 
 def _substitute(name: str, rules: Iterable[tuple[re.Pattern[str], str]]) -> str:

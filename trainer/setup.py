@@ -89,6 +89,8 @@ def _build_model(job: TrainJob, storage: Storage, from_scratch: bool) -> tuple[M
     model = build_model(job.model, pretrained_backbone=from_scratch and weights is None)
     if weights is None:
         return model, None
+    if "://" not in weights:  # a file or a folder
+        return model, load_weights(model, weights)
     with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
         path = Path(folder) / Path(weights).name
         storage.get_file(weights, path)
