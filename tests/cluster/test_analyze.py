@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
+from model.flops.official import mean_flops, official_flops
 from model.mask2former import build_model
 from model.paper_models import paper_models
 
@@ -111,6 +113,22 @@ def test_paper_rows_carry_the_papers_figures():
     assert row.executed < row.flops_at_size
     line = format_model_table([row], (64, 64), markdown=True).splitlines()[2]
     assert line.startswith("| R50 | I, III | 44.0 | 44 | 227.5 | 226 |")
+
+
+def test_the_documented_table_is_that_of_the_formulas():
+    written = {}
+    for line in (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and len(cells) == 9:
+            written[cells[0]] = cells
+    assert list(written)[2:] == [row.name for row in paper_models()]
+    for row in paper_models():
+        counted = mean_flops(row.config) if row.size is None else official_flops(row.config, row.size, semantic=True)
+        small = official_flops(row.config, (256, 256))
+        _, table, _, _, flops, paper, official, _, _ = written[row.name]
+        assert table == row.table
+        assert (flops, official) == (f"{counted.total / 1e9:.1f}", f"{(small.total - small.inference) / 1e9:.1f}")
+        assert paper == ("-" if row.flops is None else f"{row.flops:.0f}")
 
 
 def test_time_is_taken():
