@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from data_pipeline.sample import DecodedSample
 from eval.average_precision import AveragePrecisionState, InstanceDetections
 from eval.config import EvaluationConfig
 from eval.errors import EvaluationError
-from eval.masks import encode_masks
+from eval.masks import Rle, encode_masks
 from eval.mean_iou import MeanIoUState
 from eval.panels import Scene, render_panel
 from eval.panoptic_quality import PanopticPrediction, PanopticQualityState
@@ -27,8 +28,8 @@ from eval.truth import instance_truth, panoptic_truth, semantic_truth
 from model.config import PostprocessConfig
 from model.errors import ConfigError
 from model.mask2former import Mask2Former
-from model.postprocess import ImageGeometry, instance, panoptic, semantic
-from model.structures import InstanceResult, Predictions
+from model.postprocess import ImageGeometry, panoptic, semantic, stream_instances
+from model.structures import Predictions
 
 PREDICTS: dict[Task, tuple[Task, ...]] = {"panoptic": TASKS, "instance": ("instance",), "semantic": ("semantic",)}
 """Tasks that a model trained for a task can be evaluated on."""
@@ -168,9 +169,9 @@ class Evaluator:
         state: AveragePrecisionState,
         segments: SegmentErrorState | None,
     ) -> _Picture:
-        result = instance(*output, self._is_thing, self._postprocess)
+        detections = detect(output, self._is_thing, self._postprocess)
+        detections = replace(detections, labels=self._thing_labels[detections.labels])
         truth = instance_truth(sample, self._categories.labels("instance"))
-        detections = self._detections(result)
         state.update(sample.image_id, truth, detections)
         if segments is not None:
             segments.update(sample.image_id, instance_candidates(truth, detections))
@@ -182,10 +183,16 @@ class Evaluator:
         state.update(sample.image_id, truth, predicted)
         return partial(semantic_scenes, truth, predicted, state.num_classes)
 
-    def _detections(self, result: InstanceResult) -> InstanceDetections:
-        return InstanceDetections(
-            masks=encode_masks(result.masks.cpu().numpy()),
-            mask_index=result.mask_index.cpu().numpy(),
-            labels=self._thing_labels[result.labels.cpu().numpy()],
-            scores=result.scores.cpu().numpy().astype(np.float64),
-        )
+
+def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessConfig) -> InstanceDetections:
+    """Detections of one image, labelled with the model's classes. Masks are encoded as they come, a few at a time."""
+    masks: list[Rle] = []
+    ranking = stream_instances(
+        *output, is_thing, config, take=lambda group: masks.extend(encode_masks(group.cpu().numpy()))
+    )
+    return InstanceDetections(
+        masks=tuple(masks),
+        mask_index=ranking.mask_index.cpu().numpy(),
+        labels=ranking.labels.cpu().numpy(),
+        scores=ranking.scores.cpu().numpy().astype(np.float64),
+    )

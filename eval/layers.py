@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.categories import CategoryTable
 from data_pipeline.collate import EvalBatch
-from eval.average_precision import AveragePrecisionState, InstanceDetections
-from eval.inference import Evaluator, ImageOutput, image_outputs
-from eval.masks import encode_masks
+from eval.average_precision import AveragePrecisionState, InstanceDetections, class_agnostic_truth
+from eval.inference import Evaluator, ImageOutput, detect, image_outputs
 from eval.report import EvaluationSubject, columns
 from eval.states import EvaluationStates
 from eval.truth import instance_truth
 from model.config import PostprocessConfig
-from model.postprocess import instance
 from model.structures import Predictions
 
 PROPOSALS = (10, 100)
@@ -73,10 +70,8 @@ class LayerAnalysis:
         state = AveragePrecisionState(1, PROPOSALS)
         labels = self._categories.labels("instance")
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
-            truth = instance_truth(sample, labels)
-            state.update(
-                sample.image_id, replace(truth, labels=np.zeros_like(truth.labels)), class_agnostic_proposals(output)
-            )
+            truth = class_agnostic_truth(instance_truth(sample, labels))
+            state.update(sample.image_id, truth, class_agnostic_proposals(output))
         return state
 
 
@@ -87,13 +82,7 @@ def class_agnostic_proposals(output: ImageOutput) -> InstanceDetections:
     """
     only_class = torch.stack([_any_class(output.class_logits), output.class_logits[:, -1].float()], dim=-1)
     config = PostprocessConfig(max_instances=len(only_class))
-    result = instance(only_class, output.mask_embeddings, output.mask_features, output.geometry, (True,), config)
-    return InstanceDetections(
-        masks=encode_masks(result.masks.cpu().numpy()),
-        mask_index=result.mask_index.cpu().numpy(),
-        labels=result.labels.cpu().numpy(),
-        scores=result.scores.cpu().numpy().astype(np.float64),
-    )
+    return detect(output._replace(class_logits=only_class), (True,), config)
 
 
 def layer_table(layers: tuple[LayerQuality, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import cv2
@@ -13,13 +13,15 @@ Rle = dict[str, Any]
 """COCO run-length encoding: `size` [H, W] and `counts` bytes."""
 
 
-def encode_masks(masks: np.ndarray) -> tuple[Rle, ...]:
-    """Run-length encodings of masks [N, H, W] bool."""
-    if not len(masks):
-        return ()
-    # COCO's runs go down the columns, so its routine wants [H, W, N] in Fortran order: here transposed mask by mask.
-    columns = np.stack([cv2.transpose(mask.view(np.uint8)) for mask in np.ascontiguousarray(masks)])
-    return tuple(cast("list[Rle]", coco_masks.encode(cast("Any", columns.transpose(2, 1, 0)))))
+def encode_masks(masks: Iterable[np.ndarray]) -> tuple[Rle, ...]:
+    """Run-length encodings of masks [H, W] bool, or of an array [N, H, W] of them. Takes one at a time."""
+    return tuple(map(_encode, masks))
+
+
+def _encode(mask: np.ndarray) -> Rle:
+    # COCO's runs go down the columns: its routine wants [H, W, 1] in Fortran order, which is the transposed mask.
+    columns = cv2.transpose(np.ascontiguousarray(mask).view(np.uint8))
+    return cast("list[Rle]", coco_masks.encode(cast("Any", columns.T[..., None])))[0]
 
 
 def mask_areas(masks: Sequence[Rle]) -> np.ndarray:

@@ -41,11 +41,8 @@ def instance_truth(sample: DecodedSample, labels: Mapping[int, int]) -> Instance
     else:
         layers = _partition(sample, "instances")[None]
         segments = [s for s in annotation.segments if s.map == "seg" and s.is_thing]
-    masks = np.empty((len(segments), *layers.shape[1:]), dtype=bool)
-    for mask, segment in zip(masks, segments, strict=True):
-        np.equal(layers[segment.layer], segment.id, out=mask)
     return InstanceTruth(
-        masks=encode_masks(masks),
+        masks=encode_masks(layers[s.layer] == s.id for s in segments),
         labels=np.array([_label(sample, s, labels) for s in segments], dtype=np.int64),
         areas=np.array([s.area for s in segments], dtype=np.float64),
         is_crowd=np.array([s.is_crowd for s in segments], dtype=bool),

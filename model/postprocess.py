@@ -7,7 +7,7 @@ queries are filtered before their masks are upsampled, and masks are upsampled i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from torch import Tensor
 from model.config import PostprocessConfig
 from model.point_sampling import chunk_elements
 from model.structures import InstanceResult, PanopticResult, PanopticSegment, SemanticResult
+
+MASK_GROUP_BYTES = 2**28
+"""Instance masks at full size that are made together."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,6 @@ def _merge(
     return ids, tuple(segments.values())
 
 
-@torch.no_grad()
 def instance(
     class_logits: Tensor,
     mask_embeddings: Tensor,
@@ -116,23 +118,68 @@ def instance(
     The `max_instances` best (query, class) pairs of all classes; then only things stay (an instance model has nothing
     else). Equal scores go to the lower query, then the lower class.
     """
+    groups: list[Tensor] = []
+    ranking = stream_instances(class_logits, mask_embeddings, mask_features, geometry, is_thing, config, groups.append)
+    masks = groups[0] if len(groups) == 1 else torch.cat(groups)
+    return InstanceResult(masks, *ranking)
+
+
+class InstanceRanking(NamedTuple):
+    """What an InstanceResult holds besides its masks."""
+
+    mask_index: Tensor
+    """[D] int64"""
+    labels: Tensor
+    """[D] int64"""
+    scores: Tensor
+    """[D] float32"""
+
+
+@torch.no_grad()
+def stream_instances(
+    class_logits: Tensor,
+    mask_embeddings: Tensor,
+    mask_features: Tensor,
+    geometry: ImageGeometry,
+    is_thing: Sequence[bool],
+    config: PostprocessConfig,
+    take: Callable[[Tensor], None],
+) -> InstanceRanking:
+    """As `instance`, but `take` is handed the masks [n, H, W] bool of some queries at a time, at least once.
+
+    So the masks of a large image need not be in memory together: a group has at most MASK_GROUP_BYTES, or one mask.
+    """
     num_classes = class_logits.shape[-1] - 1
     flat_scores = class_logits.float().softmax(-1)[:, :num_classes].flatten()
     best = flat_scores.sort(descending=True, stable=True).indices[: config.max_instances].sort().values
     best = best[torch.tensor(is_thing, dtype=torch.bool, device=best.device)[best % num_classes]]
     queries, mask_index = (best // num_classes).unique(return_inverse=True)
 
-    masks = torch.empty(len(queries), *geometry.original_size, dtype=torch.bool, device=best.device)
-    inside_sum = torch.zeros(len(queries), dtype=torch.float64, device=best.device)
-    if len(queries):
-        for rows, logits in _bands(mask_embeddings[queries], mask_features, geometry):
-            masks[:, rows] = logits > 0
-            inside_sum += logits.sigmoid_().mul_(masks[:, rows]).sum((1, 2))
-    mask_scores = (inside_sum / (masks.sum((1, 2)) + 1e-6)).float()
+    height, width = geometry.original_size
+    group_size = max(1, MASK_GROUP_BYTES // (height * width))
+    group_scores = []
+    for group in queries.split(group_size):
+        masks, mask_scores = _masks_and_scores(mask_embeddings[group], mask_features, geometry)
+        take(masks)
+        group_scores.append(mask_scores)
 
-    scores = flat_scores[best] * mask_scores[mask_index]
+    scores = flat_scores[best] * torch.cat(group_scores)[mask_index]
     scores, order = scores.sort(descending=True, stable=True)
-    return InstanceResult(masks, mask_index[order], best[order] % num_classes, scores)
+    return InstanceRanking(mask_index[order], best[order] % num_classes, scores)
+
+
+def _masks_and_scores(mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry) -> tuple[Tensor, Tensor]:
+    """Masks [n, H, W] bool and the mean mask probabilities [n] inside them."""
+    count, device = len(mask_embeddings), mask_embeddings.device
+    masks = torch.empty(count, *geometry.original_size, dtype=torch.bool, device=device)
+    inside_sum = torch.zeros(count, dtype=torch.float64, device=device)
+    area = torch.zeros(count, dtype=torch.int64, device=device)
+    if count:
+        for rows, logits in _bands(mask_embeddings, mask_features, geometry):
+            masks[:, rows] = logits > 0
+            area += masks[:, rows].sum((1, 2))  # a sum of all masks at once would widen them all to int64
+            inside_sum += logits.sigmoid_().mul_(masks[:, rows]).sum((1, 2))
+    return masks, (inside_sum / (area + 1e-6)).float()
 
 
 @torch.no_grad()

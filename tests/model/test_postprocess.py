@@ -117,6 +117,22 @@ def test_instance_equals_official(geometry, is_thing):
     assert len(result.masks) == len({query for query, *_ in expected})
 
 
+def test_masks_of_large_images_come_in_groups_of_bounded_size(geometry, monkeypatch):
+    outputs = predictions(geometry)
+    whole = instance(*outputs, geometry, IS_THING, LOOSE)
+    height, width = geometry.original_size
+    monkeypatch.setattr(postprocess, "MASK_GROUP_BYTES", 3 * height * width + 1)
+    groups = []
+    ranking = postprocess.stream_instances(*outputs, geometry, IS_THING, LOOSE, groups.append)
+    assert len(groups) > 2
+    assert max(map(len, groups)) == 3
+    assert torch.equal(torch.cat(groups), whole.masks)
+    assert torch.equal(ranking.mask_index, whole.mask_index)
+    assert torch.equal(ranking.labels, whole.labels)
+    torch.testing.assert_close(ranking.scores, whole.scores, rtol=1e-6, atol=0)
+    assert torch.equal(instance(*outputs, geometry, IS_THING, LOOSE).masks, whole.masks)
+
+
 @pytest.mark.usefixtures("band_size")
 def test_semantic_equals_official(geometry):
     class_logits, embeddings, features = predictions(geometry)
