@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cluster.config import RunConfig
 from cluster.recipe import dump_recipe
-from data_pipeline.loader import shared_categories
+from data_pipeline.loader import mixture_labels
 from data_pipeline.manifest import Manifest
 from data_pipeline.storage import Storage
 from model.errors import ConfigError
@@ -35,7 +35,8 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
 
 
 def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:
-    found = len(shared_categories(manifests).for_task(config.data.task))
+    mixture_labels(manifests, config.data.task)  # refuses data sets that do not go together
+    found = len(manifests[0].categories.for_task(config.data.task))
     if config.model.num_classes not in (None, found):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, but the data sets have {found} classes for the task "

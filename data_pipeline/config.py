@@ -284,6 +284,9 @@ class DataConfig:
     """Independent chunk streams of the order; a highly composite number lets many world sizes read each chunk once."""
     window: int = 128
     """Shuffle window of a lane in samples."""
+    accept_changes: bool = False
+    """Let a run go on although its data sets, weights, filters, seed or the three settings above have changed: the new
+    order then begins at its start. Otherwise the run is refused."""
 
     def __post_init__(self) -> None:
         require_at_least(0, data__workers=self.workers)

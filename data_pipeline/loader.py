@@ -22,7 +22,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_pipeline.categories import CategoryTable
+from data_pipeline.categories import CategoryTable, Task
 from data_pipeline.chunks import plan_chunks
 from data_pipeline.codec import decode
 from data_pipeline.collate import (
@@ -96,25 +96,48 @@ def build_loader(
             (LoaderDiedError).
         StorageError: a shard that cannot be read.
     """
-    recipe = TrainRecipe(
-        task=data.task,
-        labels=shared_categories(manifests).labels(data.task),
-        augment=data.augment,
-        drop_empty_targets=data.drop_empty_targets,
-        seed=spec.seed,
-    )
-    return _steps(manifests, order, data, storage, spec, recipe)
+    recipes = [
+        TrainRecipe(
+            task=data.task,
+            labels=labels,
+            augment=data.augment,
+            drop_empty_targets=data.drop_empty_targets,
+            seed=spec.seed,
+        )
+        for labels in mixture_labels(manifests, data.task)
+    ]
+    return _steps(manifests, order, data, storage, spec, recipes)
+
+
+def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, int]]:
+    """For every data set of a mixture: source id -> class, where the first data set's table defines the classes.
+
+    The others may have other ids, another order, and only some of the classes. Raises DataError for a class that the
+    first one lacks or that is a thing in one and stuff in the other.
+    """
+    first = manifests[0]
+    classes = {(c.name, c.is_thing): label for label, c in enumerate(first.categories.for_task(task))}
+    for other in manifests[1:]:
+        unknown = [c.name for c in other.categories.for_task(task) if (c.name, c.is_thing) not in classes]
+        if unknown:
+            raise DataError(
+                f"the first data set of a mixture defines the classes, and {first.url} does not have {unknown[:5]} of "
+                f"{other.url} (by name, as thing or stuff); name the one with all classes first, or shard them with "
+                "the same categories"
+            )
+    others = [{c.id: classes[c.name, c.is_thing] for c in m.categories.for_task(task)} for m in manifests[1:]]
+    return [first.categories.labels(task), *others]
 
 
 def shared_categories(manifests: Sequence[Manifest]) -> CategoryTable:
-    """The category table of all data sets of a mixture. Raises DataError where two of them differ."""
+    """The category table of data sets that must have the same. Raises DataError where two of them differ."""
     first = manifests[0]
     for other in manifests[1:]:
         if other.categories != first.categories:
             raise DataError(
-                f"the data sets of a mixture must share one category table, and {other.url} differs from {first.url} "
+                f"the data sets must share one category table, and {other.url} differs from {first.url} "
                 f"({len(other.categories.categories)} and {len(first.categories.categories)} categories); "
-                "shard them with the same categories, or train on one of them"
+                "shard them with the same categories"
             )
     return first.categories
 
@@ -163,12 +186,12 @@ def _steps(
     data: DataConfig,
     storage: Storage,
     spec: LoaderSpec,
-    recipe: TrainRecipe,
+    recipes: Sequence[TrainRecipe],
 ) -> Generator[StepBatches]:
     ahead = data.prefetch_steps * spec.per_step
     with (
         closing(_tasks(manifests, order, data, storage, spec, ahead)) as tasks,
-        closing(_results(_MicroBatches(recipe), tasks, data.workers, ahead)) as results,
+        closing(_results(_MicroBatches(recipes), tasks, data.workers, ahead)) as results,
     ):
         for step in count(spec.start_step):
             began = time.perf_counter()
@@ -210,8 +233,8 @@ def _tasks(
 class _MicroBatches(Dataset[Batch | UserError]):
     """Decodes and augments a task. An error is a result like others: re-raised by torch it would lose its form."""
 
-    def __init__(self, recipe: TrainRecipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipes: Sequence[TrainRecipe]) -> None:
+        self._recipes = recipes  # of every data set
 
     def __getitem__(self, index: _Task | UserError) -> Batch | UserError:
         """The batch of a task (torch calls what it hands to a data set an index)."""
@@ -222,10 +245,10 @@ class _MicroBatches(Dataset[Batch | UserError]):
                 [
                     None
                     if position is None or place is None or members is None
-                    else make_example(decode(members), place.dataset, position, self._recipe)
+                    else make_example(decode(members), place.dataset, position, self._recipes[place.dataset])
                     for position, place, members in zip(index.positions, index.places, index.members, strict=True)
                 ],
-                self._recipe.canvas,
+                self._recipes[0].canvas,
             )
         except UserError as error:
             return error

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from data_pipeline.loader import LoaderSpec, StepBatches, build_loader
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order, build_order
+from data_pipeline.order import LaterOrder, Order, build_order
 from data_pipeline.storage import Storage
 from trainer.errors import TrainingError
 from trainer.job import TrainJob
+from trainer.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ def open_data(job: TrainJob, storage: Storage) -> TrainingData:
 
 
 def open_batches(
-    job: TrainJob, data: TrainingData, storage: Storage, position: int, rank: int, world_size: int
+    job: TrainJob, data: TrainingData, storage: Storage, state: TrainState, rank: int
 ) -> Generator[StepBatches]:
-    """This rank's batches from `position` on; close it to stop the loader.
+    """This rank's batches from where the run is; close it to stop the loader.
 
     Raises TrainingError where the global batch does not divide the position.
     """
-    global_batch = job.training.global_batch
+    global_batch, position = job.training.global_batch, state.position
     if position % global_batch:
         raise TrainingError(
             f"the run has consumed {position} images, which training.global_batch ({global_batch}) does not divide; "
@@ -46,8 +47,9 @@ def open_batches(
         global_batch=global_batch,
         micro_batch=job.training.micro_batch,
         rank=rank,
-        world=world_size,
+        world=state.world_size,
         start_step=position // global_batch,
         seed=job.seed,
     )
-    yield from build_loader(data.manifests, data.order, job.data, storage, spec)
+    order = LaterOrder(data.order, state.order_start) if state.order_start else data.order
+    yield from build_loader(data.manifests, order, job.data, storage, spec)

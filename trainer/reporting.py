@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, TextIO
 
-EventKind = Literal["weights", "resumed", "damaged", "skipped", "drained", "stopped", "finished"]
+EventKind = Literal["weights", "resumed", "damaged", "data", "skipped", "drained", "stopped", "finished"]
 
 
 @dataclass(frozen=True)

@@ -72,17 +72,18 @@ def open_restart(
     storage: Storage,
     ranks: Ranks,
     reporter: Reporter,
+    accept_changes: bool,
 ) -> Iterator[Restart | None]:
     """Bring the first of `candidates` (newest first) that is whole on every rank to disk; None without candidates.
 
-    `expected` is the state of a fresh start of this run, which the checkpoint must fit. Damaged ones before it
-    are set aside. Raises CheckpointError where the checkpoint does not fit or all candidates are damaged, StorageError
-    where the storage does not answer. A collective.
+    `expected` is the state of a fresh start of this run, which the checkpoint must fit (with `accept_changes`: but for
+    its order of the data). Damaged ones before it are set aside. Raises CheckpointError where the checkpoint does not
+    fit or all candidates are damaged, StorageError where the storage does not answer. A collective.
     """
     problems = []
     for checkpoint in candidates:
         with tempfile.TemporaryDirectory(prefix="m2f-resume-") as name:
-            found = _bring(checkpoint, expected, storage, ranks, Path(name))
+            found = _bring(checkpoint, expected, storage, ranks, Path(name), accept_changes)
             if isinstance(found, Restart):
                 _set_aside(candidates[: len(problems)], storage, ranks)
                 yield found
@@ -103,30 +104,42 @@ def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks
     ranks.from_first(lambda: [set_aside(storage, checkpoint.url) for checkpoint in damaged])
 
 
-def check_fits(state: TrainState, expected: TrainState, url: str) -> None:
-    """Raise CheckpointError where the checkpoint `url` with this state is not one that `expected` can go on from."""
+def fitted(state: TrainState, expected: TrainState, url: str, accept_changes: bool) -> TrainState:
+    """The state of checkpoint `url` as the run `expected` goes on from it.
+
+    With `accept_changes` another order of the data begins anew at the checkpoint's position. Raises CheckpointError
+    where the run cannot go on from it.
+    """
     if state.zero_stage != expected.zero_stage:
         raise CheckpointError(
             f"checkpoint {url} was written with training.zero.stage {state.zero_stage} and this run has "
             f"{expected.zero_stage}; set it back, or start a new run from its weights"
         )
     if state.order_fingerprint != expected.order_fingerprint:
+        if accept_changes:
+            return state.with_order(expected.order_fingerprint)
         raise CheckpointError(
             f"checkpoint {url} belongs to another order of the data: the data sets, their weights, filters, the seed "
-            "or data.chunk_mb, data.lanes or data.window have changed; set them back, or start a new run from its "
-            "weights"
+            "or data.chunk_mb, data.lanes or data.window have changed; set them back, let the run go on with a new "
+            "order (data.accept_changes=true), or start a new run from its weights"
         )
+    return state
 
 
 def _bring(
-    checkpoint: CommittedCheckpoint, expected: TrainState, storage: Storage, ranks: Ranks, folder: Path
+    checkpoint: CommittedCheckpoint,
+    expected: TrainState,
+    storage: Storage,
+    ranks: Ranks,
+    folder: Path,
+    accept_changes: bool,
 ) -> Restart | str:
     """Download what this rank needs and, for another number of ranks, convert it; or what is damaged on any rank."""
     inspected = ranks.from_first(lambda: _inspect(storage, checkpoint.url, folder))
     if isinstance(inspected, str):
         return inspected
     manifest, state = inspected
-    check_fits(state, expected, checkpoint.url)
+    state = fitted(state, expected, checkpoint.url, accept_changes)
     same_ranks = state.world_size == ranks.world_size
     state = replace(state, world_size=ranks.world_size)
     restart = Restart(checkpoint, state, folder, same_ranks)

@@ -47,7 +47,7 @@ def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
     data = ranks.together(lambda: open_data(job, storage))
     state, resumed = _fresh_state(job, data, ranks), None
     candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
-    with open_restart(candidates, state, storage, ranks, reporter) as restart:
+    with open_restart(candidates, state, storage, ranks, reporter, job.data.accept_changes) as restart:
         model, report = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))
         if report is not None and ranks.is_first:
             reporter.event("weights", 0, f"{job.model.weights}: {report}")
@@ -61,7 +61,9 @@ def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
     with ExitStack() as stack:
         saver = CheckpointSaver(job, storage, ranks, resumed)
         stack.enter_context(closing(saver))
-        batches = open_batches(job, data, storage, state.position, ranks.rank, ranks.world_size)
+        if state.order_start and state.order_start == state.position and ranks.is_first:
+            reporter.event("data", state.step, f"changed: a new order begins at image {state.position} of the run")
+        batches = open_batches(job, data, storage, state, ranks.rank)
         stack.enter_context(closing(batches))
         yield Run(job, ranks, engine, saver, batches, state, resumed)
 

@@ -20,6 +20,8 @@ class TrainState:
     """Steps skipped in a row just now."""
     skipped_total: int = 0
     order_fingerprint: str
+    order_start: int = 0
+    """Position at which this order began; above 0 only after the data of the run were changed."""
     seed: int
     world_size: int
     zero_stage: int
@@ -33,6 +35,10 @@ class TrainState:
             skipped=0 if applied else self.skipped + 1,
             skipped_total=self.skipped_total + (not applied),
         )
+
+    def with_order(self, fingerprint: str) -> TrainState:
+        """The state with another order of the data that begins here."""
+        return replace(self, order_fingerprint=fingerprint, order_start=self.position)
 
     def to_json(self) -> bytes:
         """As stored in `state.json`."""

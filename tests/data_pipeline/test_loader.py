@@ -19,7 +19,7 @@ from data_pipeline.chunks import plan_chunks
 from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
 from data_pipeline.errors import DataError, LoaderDiedError, StorageError
 from data_pipeline.fetch import FetchLimits, SampleFetcher
-from data_pipeline.loader import LoaderSpec, build_loader, eval_batches
+from data_pipeline.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
 from data_pipeline.order import Place, build_order
 from data_pipeline.sample import Annotation, Sample, Segment
 from data_pipeline.shards import commit_manifest, plan_shards, write_shard
@@ -60,7 +60,7 @@ class BoxReader:
                 source_id=i,
                 map="seg",
             )
-            for i, c in enumerate(TABLE.categories, start=1)
+            for i, c in enumerate(sorted(self.categories.categories[:2], key=lambda c: c.is_thing), start=1)
         )
         if index % 5 == 4:
             seg, segments = np.zeros_like(seg), ()
@@ -157,6 +157,26 @@ def test_pixels_depend_on_the_position_only(boxes):
     assert with_workers == reference
 
 
+def test_elastic_worlds_lose_and_repeat_nothing(boxes, tmp_path):
+    """Three epochs of a mixture in six attempts, each with other ranks, some with fillers: as in one go."""
+    more = write_boxes(tmp_path / "more", count=15, prefix="more")
+    manifests, data, batch = [boxes, more], weighted(4.0, 1.0), 12
+    reference = pixels_by_position(loaded(manifests, data, 16, global_batch=batch, micro_batch=6))
+    found, step = {}, 0
+    for world, steps in [(8, 3), (6, 2), (4, 3), (1, 2), (3, 3), (16, 3)]:
+        for rank in range(world):
+            some = loaded(manifests, data, steps, rank=rank, world=world, start_step=step, global_batch=batch)
+            mine = pixels_by_position(some)
+            assert not mine.keys() & found.keys()
+            found |= mine
+        step += steps
+    assert found == reference
+    assert sorted(found) == list(range(16 * batch))
+    boxes_seen = [found[p][0] for p in sorted(found) if found[p][0].startswith("box")]
+    for epoch in range(3):
+        assert len(set(boxes_seen[epoch * 48 : (epoch + 1) * 48])) == 48
+
+
 def test_an_epoch_shows_every_annotated_image_once(boxes):
     steps = loaded([boxes], data_config(), 16)
     keys = [key for step in steps for batch in step.micro_batches for key in batch.keys]
@@ -207,6 +227,17 @@ def test_the_fingerprint_covers_what_moves_samples(boxes):
         assert base != build_order([boxes], 3, data_config(**change)).fingerprint
 
 
+def test_data_sets_of_a_mixture_keep_their_own_ids(boxes, tmp_path):
+    """The second set has the same classes with other ids and in another order; its labels are those of the first."""
+    swapped = CategoryTable((Category(7, "box", True, (0, 0, 9)), Category(2, "ground", False, (9, 0, 0))))
+    other = write_boxes(tmp_path / "other", count=20, prefix="more", categories=swapped)
+    assert mixture_labels([boxes, other], "panoptic") == [{1: 0, 4: 1}, {7: 1, 2: 0}]
+    assert mixture_labels([other, boxes], "instance") == [{7: 0}, {4: 0}]
+    found = pixels_by_position(loaded([boxes, other], weighted(1.0, 1.0), 8))
+    things = {key[:3]: set(labels) for key, _, _, labels, _ in found.values() if len(labels) == 2}
+    assert things == {"box": {0, 1}, "mor": {0, 1}}
+
+
 def test_different_category_tables_are_refused_by_name(boxes, tmp_path):
     table = CategoryTable((*TABLE.categories, Category(9, "sky", False, (0, 0, 255))))
     other = write_boxes(tmp_path / "other", count=5, categories=table)
@@ -214,6 +245,7 @@ def test_different_category_tables_are_refused_by_name(boxes, tmp_path):
         loaded([boxes, other], data_config(), 1)
     assert boxes.url in str(error.value)
     assert other.url in str(error.value)
+    assert "does not have ['sky']" in str(error.value)
 
 
 def test_a_data_set_without_targets_is_refused(boxes, tmp_path):

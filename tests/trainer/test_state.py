@@ -7,7 +7,7 @@ import torch
 
 from trainer.errors import CheckpointError
 from trainer.random_state import load_random_state, save_random_state
-from trainer.resume import check_fits
+from trainer.resume import fitted
 from trainer.state import TrainState
 
 STATE = TrainState(order_fingerprint="abc", seed=3, world_size=2, zero_stage=1)
@@ -40,9 +40,17 @@ def test_what_is_no_state_is_refused(content):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(changed, message):
-    check_fits(replace(STATE, world_size=8), STATE, "run/checkpoints/step_00000001")
+    assert fitted(replace(STATE, step=4), STATE, "run/checkpoints/step_00000001", False).step == 4
     with pytest.raises(CheckpointError, match=message):
-        check_fits(replace(STATE, **changed), STATE, "run/checkpoints/step_00000001")
+        fitted(replace(STATE, **changed), STATE, "run/checkpoints/step_00000001", False)
+
+
+def test_changed_data_begin_anew_where_that_is_accepted():
+    state = replace(STATE, position=64, order_fingerprint="old")
+    changed = fitted(state, STATE, "run/checkpoints/step_00000001", True)
+    assert (changed.order_fingerprint, changed.order_start, changed.position) == ("abc", 64, 64)
+    later = changed.advance(16, applied=True)
+    assert fitted(later, STATE, "run/checkpoints/step_00000002", True) == later
 
 
 def test_random_states_return(tmp_path):
