@@ -101,7 +101,13 @@ class _ScoreImage:
     boundary_ratio: float | None
 
     def __call__(self, image: _Image) -> DetectionRecord:
-        truth, detections = self._truth(image), self._detections(image)
+        try:
+            truth, detections = self._truth(image), self._detections(image)
+        except TypeError as error:  # null, a list or a word where a number should be
+            raise EvaluationError(
+                f"image {image.id}: an entry in {self.truth} or {self.predictions} has a field of the wrong type "
+                f"({error})"
+            ) from error
         if self.class_agnostic:
             truth, detections = class_agnostic_truth(truth), class_agnostic_detections(detections)
         return match_instances(truth, detections, self.limit, self.boundary_ratio)

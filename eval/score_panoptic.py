@@ -94,6 +94,11 @@ class _ScoreImage:
         except InconsistentMapError as error:
             path = self.files.prediction_masks / prediction["file_name"]
             raise EvaluationError(f"{where} ({path}): {error}") from error
+        except TypeError as error:  # null, a list or a word where a number should be
+            raise EvaluationError(
+                f"{where}: a segment in {self.files.truth} or {self.files.predictions} has a field of the wrong type "
+                f"({error})"
+            ) from error
 
     def _truth(self, annotation: dict[str, Any], where: str) -> PanopticTruth:
         where = f"{self.files.truth}: {where}"
