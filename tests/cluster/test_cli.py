@@ -9,6 +9,7 @@ import time
 import cv2
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from cluster.checkpoints import choose_checkpoint
 from cluster.cli import VERBS, main
@@ -195,10 +196,9 @@ def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_r
 def weights(recipe):
     """Random weights of the recipe's model."""
     from model.mask2former import build_model
-    from model.weights import save_weights
 
     path = recipe.parent / "weights.safetensors"
-    save_weights(build_model(compose_job(load_recipe(recipe)).model), path)
+    save_file(build_model(compose_job(load_recipe(recipe)).model).state_dict(), path)
     return path
 
 
