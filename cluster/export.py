@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -14,7 +14,6 @@ from model.export import (
     export_hugging_face,
     export_program,
     require_onnx,
-    size_multiple,
     write_official,
     write_onnx,
     write_program,
@@ -22,12 +21,13 @@ from model.export import (
 
 Format = Literal["official", "hugging_face", "torch_export", "onnx"]
 _SUFFIXES: dict[Format, str] = {"official": ".pth", "hugging_face": "", "torch_export": ".pt2", "onnx": ".onnx"}
-_TRACED = (512, 512)
 
 
-def check_output(format: Format, output: str) -> None:  # noqa: A002 - the word of the command line
+def check_output(format: Format, output: str, size: Sequence[int] | None) -> None:  # noqa: A002 - the word of the command line
     """Raise ConfigError before any work where the output cannot be written."""
     suffix = _SUFFIXES[format]
+    if size is not None and format not in ("torch_export", "onnx"):
+        raise ConfigError(f"--size is for the formats torch_export and onnx; {format} has none")
     if "://" in output:
         raise ConfigError(f"--output is {output}; exports are written to a local path, copy them from there")
     if Path(output).suffix != suffix and suffix:
@@ -38,8 +38,11 @@ def check_output(format: Format, output: str) -> None:  # noqa: A002 - the word 
         require_onnx()
 
 
-def write_model(trained: TrainedModel, format: Format, output: Path) -> str:  # noqa: A002
-    """Write the model to a path that does not exist yet; returns what was written, in words."""
+def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple[int, int] | None = None) -> str:  # noqa: A002
+    """Write the model to a path that does not exist yet; returns what was written, in words.
+
+    `size` (height, width) fixes that of a graph's images.
+    """
     match format:
         case "official":
             _whole(output, lambda path: write_official(trained.model, path))
@@ -49,11 +52,11 @@ def write_model(trained: TrainedModel, format: Format, output: Path) -> str:  # 
             return f"Hugging Face Mask2FormerForUniversalSegmentation with {len(trained.classes)} classes"
         case "torch_export" | "onnx":
             model = trained.model.cpu()
-            program = export_program(model, trained.config, _TRACED)
+            program = export_program(model, trained.config, size)
             write = write_program if format == "torch_export" else write_onnx
             _whole(output, lambda path: write(program, path))
-            multiple = size_multiple(trained.config)
-            return f"graph for any number of images with height and width divisible by {multiple}"
+            sizes = "sides divisible by 32" if size is None else f"{size[0]} x {size[1]} pixels"
+            return f"graph for any number of images with {sizes}"
         case _:
             assert_never(format)
 

@@ -19,8 +19,8 @@ from model.weight_names import to_hugging_face_names, to_official_names
 
 _OPSET = 20
 _STRIDE = 32
-_MAX_SIZE = 16384
-"""Largest height and width, in pixels, that an exported graph promises to take."""
+_SMALLEST, _LARGEST = 64, 16384
+"""Heights and widths, in pixels, that an exported graph takes."""
 
 
 class Inference(nn.Module):
@@ -83,30 +83,30 @@ def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: 
     return unused
 
 
-def export_program(model: Mask2Former, config: ModelConfig, size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """The graph of `Inference` for any number of images of at least 64 x 64 whose sides `size_multiple` divides.
+def export_program(
+    model: Mask2Former, config: ModelConfig, size: tuple[int, int] | None = None
+) -> torch.export.ExportedProgram:
+    """The graph of `Inference` for any number of images.
 
-    `size` (height, width) in pixels, for tracing only. Runs where the model is: the graph is of its device.
+    Height and width are free, from 64 and in steps of 32 pixels, or fixed to `size` where it is given. A Swin needs it:
+    how its windows are padded is more than torch.export can reason about (it does not finish). Raises WeightsError
+    without. The graph runs on the device of the model.
     """
-    multiple = size_multiple(config)
-    # A map of a single pixel would be a special case of its own.
-    fewest = max(1, -(-2 * _STRIDE // multiple))
-    height, width = (max(fewest, -(-side // multiple)) * multiple for side in size)
-    batch = torch.export.Dim("batch", min=1, max=_MAX_SIZE)
-    rows, columns = (torch.export.Dim(name, min=fewest, max=_MAX_SIZE // multiple) for name in ("rows", "columns"))
+    if size is None and isinstance(config.backbone, SwinBackboneConfig):
+        raise WeightsError("the graph of a Swin is for images of one size: name it, for example --size 1024 1024")
+    if size is not None and (min(size) < _SMALLEST or any(side % _STRIDE for side in size)):
+        raise WeightsError(
+            f"--size is {size[0]} {size[1]}; height and width are at least {_SMALLEST} and divisible by {_STRIDE}"
+        )
+    shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=_LARGEST)}
+    if size is None:
+        # A map of a single pixel would be a special case of its own.
+        limits = {"min": _SMALLEST // _STRIDE, "max": _LARGEST // _STRIDE}
+        shapes |= {axis: _STRIDE * torch.export.Dim(name, **limits) for axis, name in ((2, "rows"), (3, "columns"))}
+    height, width = size or (_SMALLEST, _SMALLEST + _STRIDE)
     images = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
-    shapes = {"images": {0: batch, 2: multiple * rows, 3: multiple * columns}}
     with torch.no_grad():
-        return torch.export.export(Inference(model).eval(), (images,), dynamic_shapes=shapes)
-
-
-def size_multiple(config: ModelConfig) -> int:
-    """What must divide height and width of the images of an exported graph.
-
-    Windows of a Swin are padded by sizes that torch.export cannot reason about unless they divide every map.
-    """
-    backbone = config.backbone
-    return _STRIDE * backbone.window_size if isinstance(backbone, SwinBackboneConfig) else _STRIDE
+        return torch.export.export(Inference(model).eval(), (images,), dynamic_shapes={"images": shapes})
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path) -> None:

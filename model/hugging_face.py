@@ -312,5 +312,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _scaled(values: Sequence[float] | None, factor: float, default: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = default if values is None else (value * factor for value in values)
+    # Rounded, so that 123.675 comes back from 0.485.
+    red, green, blue = default if values is None else (round(value * factor, 9) for value in values)
     return (red, green, blue)

@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="PATH", help="file (.pth, .pt2, .onnx), or folder for hugging_face"
     )
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="fix the size of a graph's images (divisible by 32); a Swin needs it, others take any without it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from cluster.progress import say
     from cluster.trained_model import open_trained
 
-    check_output(args.format, args.output)
+    check_output(args.format, args.output, args.size)
     trained = open_trained(args.source, args.overrides, args.checkpoint)
-    say(f"{args.output}: {write_model(trained, args.format, Path(args.output))} (weights: {trained.weights})")
+    size = None if args.size is None else (args.size[0], args.size[1])
+    written = write_model(trained, args.format, Path(args.output), size)
+    say(f"{args.output}: {written} (weights: {trained.weights})")
     return 0

@@ -1,18 +1,28 @@
+import dataclasses
 import json
+import pickle
+import re
 
 import pytest
+import timm
 import torch
 
+from model.backbones import build_backbone
 from model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    SwinBackboneConfig,
     TimmBackboneConfig,
 )
-from model.errors import WeightsError
+from model.errors import ConfigError, WeightsError
+from model.export import export_official
 from model.mask2former import build_model
-from model.weight_names import to_own_names
+from model.weight_names import to_official_names, to_own_names
 from model.weights import load_weights
+
+TINY_RESNET = TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)})
+TINY_SWIN = SwinBackboneConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), window_size=3)
 
 
 def small_config(num_classes=5, num_queries=6, num_layers=4):
@@ -28,29 +38,155 @@ def small_config(num_classes=5, num_queries=6, num_layers=4):
     )
 
 
+NARROW_RESNET = TimmBackboneConfig(name="resnet50", options={"channels": (8, 16, 24, 32)})
+
+
+def torchvision_resnet50():
+    """Random weights of a narrow ResNet-50 under the names of torchvision, which timm has too."""
+    state = timm.create_model("resnet50", channels=(8, 16, 24, 32), num_classes=3).state_dict()
+    return {key: torch.rand_like(tensor) for key, tensor in state.items() if "num_batches_tracked" not in key}
+
+
+def assert_equal_states(module, expected):
+    state = module.state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+
+
 @pytest.fixture
 def small():
     torch.manual_seed(0)
     return build_model(small_config())
 
 
-@pytest.mark.parametrize("name", ["r50_coco_panoptic", "r50_coco_instance", "r50_ade20k_semantic"])
-def test_official_checkpoints_load_completely(goldens, name):
+SWIN_LARGE = SwinBackboneConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12)
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "queries"),
+    [
+        ("r50_coco_panoptic", TimmBackboneConfig(), 100),
+        ("r50_coco_instance", TimmBackboneConfig(), 100),
+        ("r50_ade20k_semantic", TimmBackboneConfig(), 100),
+        ("swin_tiny_coco_panoptic", SwinBackboneConfig(), 100),
+        ("swin_large_coco_panoptic_200q", SWIN_LARGE, 200),
+    ],
+)
+def test_official_checkpoints_load_completely(goldens, name, backbone, queries):
     layout = json.loads((goldens / f"state_dict_{name}.json").read_text())
-    official = {entry["key"]: torch.rand(entry["shape"]) for entry in layout["entries"]}
-    classes = len(official["criterion.empty_weight"]) - 1
-    model = build_model(ModelConfig(num_classes=classes))
+    with torch.device("meta"):  # names and shapes without memory
+        official = {entry["key"]: torch.empty(entry["shape"]) for entry in layout["entries"]}
+        decoder = MaskedTransformerDecoderConfig(num_queries=queries)
+        classes = len(official["criterion.empty_weight"]) - 1
+        config = ModelConfig(backbone=backbone, transformer_decoder=decoder, num_classes=classes)
+        model = build_model(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == layout["num_parameters"]
     report = load_weights(model, official)
     assert report.layout == "official"
     assert report.complete, report
     assert not report.unexpected, report
+    assert not report.resized
     assert len(report.loaded) == len(model.state_dict())
+    not_weights = {key for key in official if key.startswith("criterion.") or key.endswith("relative_position_index")}
+    exported = to_official_names(model.state_dict())
+    assert set(exported) == set(official) - not_weights
+    assert all(exported[key].shape == official[key].shape for key in exported)
+
+
+@pytest.mark.parametrize("backbone", [TINY_RESNET, TINY_SWIN], ids=["resnet", "swin"])
+def test_official_names_and_back_are_the_same_weights(backbone):
+    torch.manual_seed(0)
+    model = build_model(dataclasses.replace(small_config(num_layers=5), backbone=backbone))
+    official = export_official(model)
+    decoder, dim = model.transformer_decoder, 32
     packed = official["sem_seg_head.predictor.transformer_cross_attention_layers.4.multihead_attn.in_proj_weight"]
-    decoder = model.transformer_decoder  # layer 4 is the second of level 1
-    assert torch.equal(decoder.layers[4].cross_query.weight, packed[:256])
-    assert torch.equal(decoder.memories[1].key.weight[256:512], packed[256:512])
-    assert torch.equal(decoder.memories[1].value.weight[256:512], packed[512:])
+    assert torch.equal(decoder.layers[4].cross_query.weight, packed[:dim])  # layer 4 is the second of level 1
+    assert torch.equal(decoder.memories[1].key.weight[dim:], packed[dim : 2 * dim])
+    assert torch.equal(decoder.memories[1].value.weight[dim:], packed[2 * dim :])
+    other = build_model(dataclasses.replace(small_config(num_layers=5), backbone=backbone))
+    assert load_weights(other, official).complete
+    assert_equal_states(other, model.state_dict())
+
+
+def test_models_without_official_counterpart_are_not_exported(small):
+    with pytest.raises(WeightsError, match=r"weights have no counterpart in the official code, for example backbone"):
+        export_official(small)  # its stem has three convolutions
+
+
+@pytest.mark.parametrize(("source", "target"), [(3, 4), (4, 3)])
+def test_swin_position_biases_are_resized_to_another_window(source, target):
+    def model(window):
+        backbone = dataclasses.replace(TINY_SWIN, window_size=window)
+        return build_model(dataclasses.replace(small_config(), backbone=backbone))
+
+    file, resized = model(source), model(target)
+    state = file.state_dict()
+    key = "backbone.layers.0.blocks.0.attn.relative_position_bias_table"
+    # Bicubic interpolation reproduces a plane, but for the borders.
+    side = torch.arange(2.0 * source - 1) - (source - 1)
+    state[key] = (side[:, None] + 10 * side).reshape(-1, 1) / (2 * source - 1)
+    report = load_weights(resized, state)
+    assert report.complete
+    assert len(report.resized) == sum(TINY_SWIN.depths)
+    loaded = resized.state_dict()[key].view(2 * target - 1, 2 * target - 1)
+    wanted = torch.arange(2.0 * target - 1) - (target - 1)
+    inside = slice(target - 1, target)
+    expected = ((wanted[:, None] + 10 * wanted) / (2 * target - 1))[inside, inside]
+    torch.testing.assert_close(loaded[inside, inside], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaded, -loaded.flip(0, 1), atol=1e-5, rtol=0)
+
+
+def test_detectron_resnets_load_into_the_backbone(goldens, tmp_path):
+    keymap = json.loads((goldens / "i_keymap_torchvision_resnet50.json").read_text())["map"]
+    torchvision = torchvision_resnet50()
+    assert {key for key in keymap if "num_batches_tracked" not in key} == set(torchvision)
+    detectron = {keymap[key]: tensor.numpy() for key, tensor in torchvision.items()}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": detectron, "__author__": "torchvision", "matching_heuristics": True}))
+    direct = build_backbone(dataclasses.replace(NARROW_RESNET, weights=str(path)))
+    model = build_model(dataclasses.replace(small_config(), backbone=NARROW_RESNET))
+    report = load_weights(model, path)
+    assert report.layout == "backbone"
+    assert not report.unexpected, report
+    assert not any(key.startswith("backbone.") for key in report.missing)
+    for backbone in (direct, model.backbone):
+        assert_equal_states(backbone.body, {k: v for k, v in torchvision.items() if not k.startswith("fc.")})
+
+
+def test_torchvision_and_timm_weights_load_into_the_backbone():
+    torchvision = torchvision_resnet50()
+    model = build_model(dataclasses.replace(small_config(), backbone=NARROW_RESNET))
+    report = load_weights(model, torchvision)
+    assert not report.unexpected
+    assert not any(key.startswith("backbone.") for key in report.missing)
+    convnext = timm.create_model("convnext_atto", num_classes=3).state_dict()
+    model = build_model(dataclasses.replace(small_config(), backbone=TimmBackboneConfig(name="convnext_atto")))
+    report = load_weights(model, convnext)
+    assert not any(key.startswith("backbone.") for key in report.missing), report
+
+
+def test_timm_names_of_swin_load_into_the_backbone():
+    model = build_model(dataclasses.replace(small_config(), backbone=TINY_SWIN))
+    microsoft = {key: torch.rand_like(tensor) for key, tensor in model.backbone.state_dict().items()}
+    timm_names = {
+        re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key): tensor
+        for key, tensor in microsoft.items()
+    }
+    for state in (microsoft, timm_names):
+        report = load_weights(build_into := build_model(dataclasses.replace(small_config(), backbone=TINY_SWIN)), state)
+        assert not report.unexpected, report
+        assert not any(key.startswith("backbone.") for key in report.missing)
+        assert_equal_states(build_into.backbone, microsoft)
+
+
+def test_weights_of_msra_are_refused(small):
+    with pytest.raises(WeightsError, match="strides in the first convolution"):
+        load_weights(small, {"conv1_w": torch.zeros(1), "res2_0_branch2a_w": torch.zeros(1)})
+
+
+def test_a_url_of_a_backbone_is_refused_early():
+    with pytest.raises(ConfigError, match=r"model\.backbone\.weights is s3://b/r50\.pkl, a URL.*set that instead"):
+        ModelConfig(backbone=TimmBackboneConfig(weights="s3://b/r50.pkl"))
 
 
 def test_names_of_old_official_files_are_understood():

@@ -1,0 +1,168 @@
+"""`m2f export` and `m2f predict` on the models of others, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from cluster.cli import main
+from cluster.recipe import load_recipe
+from cluster.trained_model import open_trained
+from model.config import (
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from model.export import export_hugging_face, export_official
+from model.mask2former import build_model
+
+RECIPE = """
+name: small
+output: {folder}/runs
+datasets: {{train: {{shards: {folder}/absent}}}}
+data: {{train: [{{dataset: train}}]}}
+model:
+  backbone: {{name: resnet50, options: {{layers: [1, 1, 1, 1], channels: [8, 16, 24, 32]}}}}
+  pixel_decoder: {{conv_dim: 32, mask_dim: 16, num_layers: 1, num_heads: 2, feedforward_dim: 40}}
+  transformer_decoder: {{num_queries: 5, num_layers: 2, hidden_dim: 32, num_heads: 2, feedforward_dim: 48}}
+  num_classes: 3
+training: {{max_steps: 10}}
+evaluation: {{shortest_edge: 64, max_size: 96}}
+"""
+CONFIG = ModelConfig(
+    backbone=TimmBackboneConfig(name="resnet50", options={"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}),
+    pixel_decoder=MSDeformAttnPixelDecoderConfig(
+        conv_dim=32, mask_dim=16, num_layers=1, num_heads=2, feedforward_dim=40
+    ),
+    transformer_decoder=MaskedTransformerDecoderConfig(
+        num_queries=5, num_layers=2, hidden_dim=32, num_heads=2, feedforward_dim=48
+    ),
+    num_classes=3,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(CONFIG).eval()
+
+
+@pytest.fixture
+def hugging_face(tmp_path, model):
+    folder = tmp_path / "theirs"
+    export_hugging_face(model, CONFIG, folder, ["person", "sky", "tree"], shortest_edge=64, max_size=96)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    torch.save({"model": export_official(model)}, tmp_path / "official.pth")
+    return path
+
+
+def m2f(capsys, *words):
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_a_hugging_face_folder_is_predicted_with_and_written_again(tmp_path, capsys, model, hugging_face):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "image.png"), pixels)
+    status, text = m2f(capsys, "predict", hugging_face, tmp_path / "image.png", "--output", tmp_path / "seen")
+    assert status == 0, text
+    assert {path.name for path in (tmp_path / "seen").iterdir()} >= {"image.overlay.png", "image.panoptic.png"}
+    names = [entry["name"] for entry in json.loads((tmp_path / "seen" / "categories.json").read_text())]
+    assert names == ["person", "sky", "tree"]
+
+    status, text = m2f(capsys, "export", hugging_face, "--format", "hugging_face", "--output", tmp_path / "ours")
+    assert status == 0, text
+    assert "with 3 classes" in text
+    first, second = (open_trained(str(folder), (), None) for folder in (hugging_face, tmp_path / "ours"))
+    assert second.classes == first.classes
+    assert second.config == first.config == CONFIG
+    assert second.evaluation == first.evaluation
+    assert (second.evaluation.shortest_edge, second.evaluation.max_size) == (64, 96)
+    assert all(torch.equal(value, second.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_folder_of_transformers_goes_through_and_comes_out_equal(tmp_path, capsys, hugging_face):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(hugging_face).eval()
+    theirs.save_pretrained(tmp_path / "saved")
+    status, text = m2f(capsys, "export", tmp_path / "saved", "--format", "hugging_face", "--output", tmp_path / "ours")
+    assert status == 0, text
+    ours = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "ours").eval()
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, actual = theirs(pixel_values=images), ours(pixel_values=images)
+    torch.testing.assert_close(actual.masks_queries_logits, expected.masks_queries_logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual.class_queries_logits, expected.class_queries_logits, rtol=0, atol=1e-5)
+
+
+def test_an_official_checkpoint_with_a_recipe_is_opened_without_the_data(tmp_path, capsys, model, recipe):
+    words = ("export", recipe, "--checkpoint", tmp_path / "official.pth")
+    status, text = m2f(capsys, *words, "--format", "hugging_face", "--output", tmp_path / "hf")
+    assert status == 0, text
+    assert [c.name for c in open_trained(str(tmp_path / "hf"), (), None).classes] == ["class 0", "class 1", "class 2"]
+    status, text = m2f(capsys, *words, "--format", "official", "--output", tmp_path / "again.pth")
+    assert status == 0, text
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert all(torch.equal(again[key], tensor) for key, tensor in export_official(model).items())
+    # a Hugging Face folder takes the place of a file of weights
+    trained = open_trained(str(recipe), (), str(tmp_path / "hf"))
+    assert all(torch.equal(value, trained.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_folder_is_opened_by_itself(tmp_path, model, recipe):
+    folder = tmp_path / "runs" / "small" / "checkpoints" / "step_00000007"
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(model.state_dict(), folder / "weights.safetensors")
+    (folder / "recipe.yaml").write_text(recipe.read_text())
+    (folder / "manifest.json").write_text("{}")
+    trained = open_trained(str(folder), (), None)
+    assert trained.weights == str(folder)
+    assert trained.config.num_classes == 3
+    assert load_recipe(recipe).evaluation == trained.evaluation
+
+
+def test_mistakes_get_one_clear_message(tmp_path, capsys, recipe, hugging_face):
+    weights, cut = tmp_path / "official.pth", tmp_path / "cut.pth"
+    cut.write_bytes(weights.read_bytes()[:5000])
+    (tmp_path / "there.pth").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    official, given = ("--format", "official", "--output"), ("--checkpoint", weights)
+    for words, message in (
+        ((recipe, *given, *official, tmp_path / "there.pth"), "there.pth exists; remove it or choose another name"),
+        ((recipe, *given, *official, tmp_path / "new.bin"), "its name ends in .pth"),
+        ((recipe, *given, *official, "s3://bucket/new.pth"), "exports are written to a local path"),
+        ((recipe, *given, *official, tmp_path / "n.pth", "--size", "64", "64"), "official has none"),
+        ((weights, *official, tmp_path / "new.pth"), "are weights alone; give the recipe of their model"),
+        ((tmp_path / "empty", *official, tmp_path / "new.pth"), "neither a recipe.yaml"),
+        ((hugging_face, *given, *official, tmp_path / "new.pth"), "takes neither settings nor --checkpoint"),
+        ((recipe, "--checkpoint", cut, *official, tmp_path / "new.pth"), "it may be cut off, it has 5000 bytes"),
+        ((recipe, *official, tmp_path / "new.pth"), "has no checkpoint; train first"),
+        (
+            (recipe, "model.num_classes=8", *given, *official, tmp_path / "new.pth"),
+            "does not hold the whole model of the recipe with 8 classes",
+        ),
+        ((recipe, "model.num_classes=null", *given, *official, tmp_path / "new.pth"), "set model.num_classes"),
+        (
+            (recipe, "model.pixel_decoder.feedforward_dim=41", *given, *official, tmp_path / "new.pth"),
+            "belongs to another architecture",
+        ),
+    ):
+        status, text = m2f(capsys, "export", *words)
+        assert status == 2, text
+        assert message in text
+        assert "Traceback" not in text
+    assert not list(tmp_path.glob("*.partial*"))
+    assert not (tmp_path / "new.pth").exists()

@@ -1,0 +1,193 @@
+"""What is written for others: `transformers`, torch.export and onnxruntime open it and give the same outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from model.config import (
+    FPNPixelDecoderConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    SwinBackboneConfig,
+    TimmBackboneConfig,
+)
+from model.errors import WeightsError
+from model.export import (
+    Inference,
+    export_hugging_face,
+    export_program,
+    write_official,
+    write_onnx,
+    write_program,
+)
+from model.hugging_face import read_hugging_face_config
+from model.mask2former import build_model
+from model.weights import load_weights
+
+LABELS = ("person", "sky", "tree")
+RESNET = TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)})
+SWIN = SwinBackboneConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), window_size=4, drop_path=0.1)
+
+
+def export_config(backbone):
+    return ModelConfig(
+        backbone=backbone,
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(
+            conv_dim=32, mask_dim=16, num_layers=1, num_heads=2, feedforward_dim=40
+        ),
+        transformer_decoder=MaskedTransformerDecoderConfig(
+            num_queries=5, num_layers=3, hidden_dim=32, num_heads=2, feedforward_dim=48
+        ),
+        num_classes=len(LABELS),
+    )
+
+
+def random_model(config):
+    """A model whose every path counts: deformable sampling and frozen norms start with trivial weights."""
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor += 0.05 * torch.rand_like(tensor)
+    return model
+
+
+def assert_same_outputs(ours, theirs, tolerance=1e-5):
+    for size in ((64, 96), (96, 64)):
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            actual, expected = theirs(pixel_values=images), ours(images)
+        pairs = (
+            (actual.class_queries_logits, expected.class_logits[-1]),
+            (actual.masks_queries_logits, expected.mask_logits()),
+        )
+        for theirs_out, ours_out in pairs:
+            assert (theirs_out - ours_out).abs().max() < tolerance * max(1, ours_out.abs().max())
+
+
+@pytest.mark.parametrize("backbone", [RESNET, SWIN], ids=["resnet", "swin"])
+def test_transformers_opens_our_folder_and_we_open_theirs(tmp_path, backbone):
+    transformers = pytest.importorskip("transformers")
+    config = export_config(backbone)
+    model = random_model(config)
+    export_hugging_face(model, config, tmp_path / "ours", LABELS, notes={"task": "panoptic"}, shortest_edge=320)
+    opened, info = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert opened.config.id2label == dict(enumerate(LABELS))
+    assert_same_outputs(model, opened.eval())
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert processor.image_mean == pytest.approx((0.485, 0.456, 0.406))
+    assert processor.size["shortest_edge"] == 320
+
+    opened.save_pretrained(tmp_path / "theirs")
+    described = read_hugging_face_config(tmp_path / "theirs")
+    assert described.config == config
+    assert described.labels == LABELS
+    assert described.notes == {"task": "panoptic"}
+    in_files, in_memory = build_model(described.config).eval(), build_model(described.config)
+    for report in (load_weights(in_files, tmp_path / "theirs"), load_weights(in_memory, opened.state_dict())):
+        assert report.layout == "hugging_face"
+        assert report.complete, report
+        assert not report.unexpected, report
+    assert all(torch.equal(value, in_memory.state_dict()[key]) for key, value in in_files.state_dict().items())
+    assert_same_outputs(in_files, opened)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "maskformer"}, "model_type is 'maskformer'; only mask2former can be read"),
+        ({"pre_norm": True}, "pre_norm is True; only False can be read"),
+        ({"backbone_config": {"model_type": "dinov2"}}, "backbone_config.model_type is 'dinov2'; swin and resnet"),
+        ({"backbone_config": {"model_type": "swin", "embed_dim": 8}}, "backbone_config.depths is missing"),
+        ({"feature_strides": [8, 16, 32]}, "feature_strides is"),
+    ],
+)
+def test_folders_of_other_models_are_refused(tmp_path, changes, message):
+    content = {"model_type": "mask2former", "backbone_config": {"model_type": "swin"}, "id2label": {"0": "a"}}
+    (tmp_path / "config.json").write_text(json.dumps(content | changes))
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        read_hugging_face_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("backbone", TimmBackboneConfig(name="convnext_atto"), "takes resnet50, resnet101 and kind swin"),
+        ("pixel_decoder", FPNPixelDecoderConfig(), "pixel_decoder.kind is fpn"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(attention="cross"), "attention is 'cross'"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(num_heads=4), "one number for both"),
+    ],
+)
+def test_models_that_hugging_face_lacks_are_refused(tmp_path, part, value, message):
+    config = dataclasses.replace(ModelConfig(num_classes=3), **{part: value})
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        export_hugging_face(nn.Module(), config, tmp_path, LABELS)
+
+
+def test_official_checkpoints_are_wrapped_as_detectron_reads_them(tmp_path):
+    config = export_config(RESNET)
+    model = random_model(config)
+    write_official(model, tmp_path / "model.pth")
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert set(content) == {"model"}
+    other = build_model(config)
+    assert load_weights(other, tmp_path / "model.pth").complete
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def assert_graph_equals(run, model, shapes):
+    for shape in shapes:
+        images = 255 * torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = Inference(model)(images)
+        for actual, output in zip(run(images), expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(actual), output, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_one_graph_serves_all_batches_and_sizes(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    small = dataclasses.replace(RESNET, options={"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)})
+    config = export_config(small)
+    config = dataclasses.replace(
+        config, transformer_decoder=dataclasses.replace(config.transformer_decoder, num_layers=2)
+    )
+    model = random_model(config)
+    program = export_program(model, config)
+    write_program(program, tmp_path / "model.pt2")
+    write_onnx(program, tmp_path / "model.onnx")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["model.onnx", "model.pt2"]
+    shapes = ((1, 3, 96, 128), (3, 3, 128, 64))
+    assert_graph_equals(torch.export.load(tmp_path / "model.pt2").module(), model, shapes)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    assert_graph_equals(lambda images: session.run(None, {"images": images.numpy()}), model, shapes)
+
+
+@pytest.mark.slow
+def test_a_graph_of_swin_serves_all_batches_of_one_size():
+    size = (96, 128)
+    config = export_config(SWIN)
+    model = random_model(config)
+    program = export_program(model, config, size)
+    assert_graph_equals(program.module(), model, ((1, 3, *size), (3, 3, *size)))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(None, "for images of one size"), ((100, 96), "divisible by 32"), ((32, 64), "at least 64")]
+)
+def test_sizes_that_a_graph_cannot_have_are_refused(size, message):
+    with pytest.raises(WeightsError, match=message):
+        export_program(random_model(export_config(SWIN)), export_config(SWIN), size)

@@ -1,0 +1,155 @@
+"""Reading files of weights: every kind, folders, and files that are damaged, foreign or malicious."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from model.errors import WeightsError
+from model.weight_files import read_state
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.5, -2.0]).half()}
+
+
+def assert_is_the_state(read):
+    assert set(read) == set(STATE)
+    assert all(torch.equal(read[key], tensor) and read[key].dtype == tensor.dtype for key, tensor in STATE.items())
+
+
+def arrays():
+    return {key: tensor.numpy() for key, tensor in STATE.items()}
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_old_and_new(tmp_path, wrapper, zipped):
+    content = STATE if wrapper is None else {wrapper: STATE, "iteration": 7, "note": "text"}
+    torch.save(content, tmp_path / "any.name", _use_new_zipfile_serialization=zipped)
+    assert_is_the_state(read_state(tmp_path / "any.name"))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_detectron_pickles_of_arrays(tmp_path, protocol):
+    content = {"model": arrays(), "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    assert_is_the_state(read_state(tmp_path / "model.pkl"))
+
+
+def test_pickles_that_older_numpy_wrote(tmp_path):
+    data = pickle.dumps({"model": arrays()}, protocol=2).replace(b"numpy._core.", b"numpy.core.")
+    (tmp_path / "model.pkl").write_bytes(data)
+    assert_is_the_state(read_state(tmp_path / "model.pkl"))
+
+
+def test_pickles_of_torch_tensors(tmp_path):
+    content = {"model": collections.OrderedDict(STATE), "__author__": "third_party", "matching_heuristics": True}
+    (tmp_path / "swin.pkl").write_bytes(pickle.dumps(content))
+    assert_is_the_state(read_state(tmp_path / "swin.pkl"))
+
+
+def test_what_is_not_a_numeric_array_is_left_out(tmp_path):
+    content = {**arrays(), "step": np.int64(3), "names": np.array(["a"]), "objects": np.array([None, 1])}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
+    assert_is_the_state(read_state(tmp_path / "model.pkl"))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.safetensors", "pytorch_model.bin"])
+def test_folders(tmp_path, name):
+    if name.endswith(".bin"):
+        torch.save(STATE, tmp_path / name)
+    else:
+        safetensors.torch.save_file(STATE, tmp_path / name)
+    assert_is_the_state(read_state(tmp_path))
+
+
+def write_sharded(folder, first="model-1.safetensors"):
+    safetensors.torch.save_file({"a.weight": STATE["a.weight"]}, folder / "model-1.safetensors")
+    safetensors.torch.save_file({"a.bias": STATE["a.bias"]}, folder / "model-2.safetensors")
+    index = {"weight_map": {"a.weight": first, "a.bias": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_folders_with_several_files(tmp_path):
+    write_sharded(tmp_path)
+    assert_is_the_state(read_state(tmp_path))
+
+
+@pytest.mark.parametrize("shard", ["../model-1.safetensors", "/etc/passwd"])
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path, shard):
+    write_sharded(tmp_path, first=shard)
+    with pytest.raises(WeightsError, match=r"which is not in the same folder"):
+        read_state(tmp_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was executed",)
+
+
+def test_no_pickle_is_executed(tmp_path):
+    torch.save({"model": Evil()}, tmp_path / "new.pth")
+    torch.save({"model": Evil()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": {"a": np.zeros(1), "b": Evil()}}))
+    for name in ("new.pth", "old.pth", "plain.pkl"):
+        with pytest.raises(
+            WeightsError, match=rf"(?i){name} cannot be read: it asks for .*fail; .*nothing of it was exec"
+        ):
+            read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("call", ["os.system", "builtins.eval", "builtins.getattr", "torch.load", "numpy.load"])
+def test_a_pickle_may_name_nothing_but_parts_of_arrays(tmp_path, call):
+    module, _, name = call.rpartition(".")
+    code = f"c{module}\n{name}\n(Vecho\ntR.".encode()
+    (tmp_path / "evil.pkl").write_bytes(b"\x80\x02" + code)
+    with pytest.raises(WeightsError, match=f"it asks for {call}"):
+        read_state(tmp_path / "evil.pkl")
+
+
+def test_a_pickle_inside_a_storage_is_not_executed(tmp_path):
+    inner = pickle.dumps(Evil())
+    code = b"\x80\x04ctorch.storage\n_load_from_bytes\nB" + len(inner).to_bytes(4, "little") + inner + b"\x85R."
+    (tmp_path / "evil.pkl").write_bytes(code)
+    with pytest.raises(WeightsError, match=r"evil\.pkl cannot be read"):
+        read_state(tmp_path / "evil.pkl")
+
+
+@pytest.mark.parametrize("kind", ["new.pth", "old.pth", "model.pkl", "model.safetensors"])
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.97])
+def test_files_that_are_cut_off_say_so(tmp_path, kind, share):
+    path, big = tmp_path / kind, {"w": torch.rand(1000)}
+    match kind:
+        case "model.safetensors":
+            safetensors.torch.save_file(big, path)
+        case "model.pkl":
+            path.write_bytes(pickle.dumps({"w": big["w"].numpy()}))
+        case _:
+            torch.save(big, path, _use_new_zipfile_serialization=kind == "new.pth")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(WeightsError, match=rf"{kind} cannot be read: it may be cut off, it has \d+ bytes"):
+        read_state(path)
+
+
+def test_things_that_are_no_weights(tmp_path):
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]))
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("empty.pth", r"\(0 bytes\) are neither a safetensors file nor a torch file nor a pickle"),
+        ("page.pth", r"\(16 bytes\) are neither"),
+        ("pointer.safetensors", "a Git LFS pointer"),
+        ("list.pkl", "hold a list without any named tensor"),
+        ("folder", r"the folder has none of weights\.safetensors, model\.safetensors"),
+        ("absent", "there is no such file or folder"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            read_state(tmp_path / name)
