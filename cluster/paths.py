@@ -12,11 +12,12 @@ from data_pipeline.config import DatasetConfig, SourceConfig
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same run with every relative path counted from the current directory; URLs stay as they are."""
-    backbone = config.model.backbone
+    backbone, cache = config.model.backbone, config.data.cache
     return replace(
         config,
         output=_absolute(config.output),
         datasets={name: _dataset(dataset) for name, dataset in config.datasets.items()},
+        data=replace(config.data, cache=cache and replace(cache, folder=_absolute(cache.folder))),
         model=replace(
             config.model,
             weights=_absolute_or_none(config.model.weights),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.manifest import Manifest
+
 
 @dataclass(frozen=True)
 class Chunks:
@@ -23,6 +25,12 @@ class Chunks:
     def members(self, chunk: int) -> np.ndarray:
         """Sample indices in this chunk, in storage order."""
         return self.samples[self.first[chunk] : self.first[chunk + 1]]
+
+    def span(self, manifest: Manifest, chunk: int) -> tuple[int, int, int]:
+        """Shard, first byte and number of bytes of a whole chunk."""
+        first, last = self.members(chunk)[[0, -1]]
+        start = int(manifest.offset[first])
+        return int(self.shard[chunk]), start, int(manifest.offset[last] + manifest.length[last]) - start
 
 
 def plan_chunks(shard: np.ndarray, offset: np.ndarray, chunk_bytes: int) -> Chunks:

@@ -265,6 +265,19 @@ class MixtureItem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Copies of what was read from the object store, on a disk of each machine and shared by its ranks."""
+
+    folder: str
+    """Folder on a local disk; may be shared by runs."""
+    max_gb: float
+    """Limit of its size (10^9 bytes). What is wanted last is given up first; a full disk only makes it smaller."""
+
+    def __post_init__(self) -> None:
+        require_positive(data__cache__max_gb=self.max_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What training reads."""
 
@@ -284,12 +297,16 @@ class DataConfig:
     """Independent chunk streams of the order; a highly composite number lets many world sizes read each chunk once."""
     window: int = 128
     """Shuffle window of a lane in samples."""
+    cache: CacheConfig | None = None
+    max_bad_samples: int = 0
+    """How many samples may stay damaged or unreadable before training stops. Each is reported, and the next good one of
+    the order is shown at its position; 0 stops at the first."""
     accept_changes: bool = False
-    """Let a run go on although its data sets, weights, filters, seed or the three settings above have changed: the new
+    """Let a run go on although its data sets, weights, filters, seed, chunk_mb, lanes or window have changed: the new
     order then begins at its start. Otherwise the run is refused."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, data__workers=self.workers)
+        require_at_least(0, data__workers=self.workers, data__max_bad_samples=self.max_bad_samples)
         require_at_least(1, data__prefetch_steps=self.prefetch_steps, data__lanes=self.lanes, data__window=self.window)
         require_positive(data__chunk_mb=self.chunk_mb)
         if not self.train:

@@ -1,4 +1,7 @@
-"""Bytes of samples whose future is known: chunk-wise ranged reads ahead of use, checked, kept while still needed."""
+"""Bytes of samples whose future is known: chunk-wise ranged reads ahead of use, checked, kept while still needed.
+
+Bytes whose checksum is wrong are read again; a sample that stays damaged is handed over as the error that says so.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from data_pipeline.cache import ChunkCache, chunk_name
 from data_pipeline.chunks import Chunks
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Place
 from data_pipeline.storage import Storage
@@ -23,6 +27,9 @@ Group = tuple[Place | None, ...]
 
 Members = Mapping[str, bytes]
 """Members of one sample by extension, as `codec.decode` takes them."""
+
+Fetched = Members | DataError | None
+"""A sample, why it cannot be had, or a filler."""
 
 _Sample = tuple[int, int]  # data set, index
 
@@ -49,22 +56,24 @@ class SampleFetcher:
         storage: Storage,
         groups: Iterator[Group],
         limits: FetchLimits,
+        cache: ChunkCache | None = None,
     ) -> None:
         self._manifests, self._chunks, self._storage = manifests, chunks, storage
-        self._groups, self._limits = groups, limits
+        self._groups, self._limits, self._cache = groups, limits, cache
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
         self._future: deque[Group] = deque()
         self._started = 0
         self._uses: Counter[_Sample] = Counter()
-        self._reads: dict[_Sample, Future[dict[_Sample, Members]]] = {}
-        self._kept: dict[_Sample, Members] = {}
+        self._reads: dict[_Sample, Future[dict[_Sample, Members | DataError]]] = {}
+        self._kept: dict[_Sample, Members | DataError] = {}
+        self._etags: dict[str, str | None] = {}
         self._kept_bytes = 0
 
-    def __iter__(self) -> Iterator[tuple[Members | None, ...]]:
+    def __iter__(self) -> Iterator[tuple[Fetched, ...]]:
         return self
 
-    def __next__(self) -> tuple[Members | None, ...]:
-        """Members of the next group. Raises DataError or StorageError where a sample cannot be had."""
+    def __next__(self) -> tuple[Fetched, ...]:
+        """The next group. Raises StorageError where a shard cannot be read or is not the manifest's."""
         self._look_ahead()
         if not self._future:
             raise StopIteration
@@ -99,7 +108,7 @@ class SampleFetcher:
             indices = [int(i) for i in self._chunks[dataset].members(number) if self._uses[dataset, int(i)]]
             self._reads[chunk] = self._pool.submit(self._read, dataset, number, indices)
 
-    def _take(self, sample: _Sample) -> Members:
+    def _take(self, sample: _Sample) -> Members | DataError:
         while sample not in self._kept:
             chunk = self._chunk(sample)
             self._start_read(chunk)
@@ -136,22 +145,62 @@ class SampleFetcher:
                         return
                     keep.add(sample)
 
-    def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_Sample, Members]:
-        """One ranged read from the first to the last of these, repeated while a checksum is wrong. Runs in a thread."""
+    def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_Sample, Members | DataError]:
+        """These samples of a chunk, the damaged ones read again a few times. Runs in a thread."""
+        found: dict[_Sample, Members | DataError] = {}
+        for _ in range(1 + _REFETCHES):
+            data, start = self._read_span(dataset, number, indices)
+            found |= {(dataset, index): self._members(dataset, index, data, start) for index in indices}
+            indices = [index for index in indices if isinstance(found[dataset, index], DataError)]
+            if not indices:
+                break
+            if self._cache is not None:
+                self._cache.forget(self._name(dataset, number))
+        return found
+
+    def _read_span(self, dataset: int, number: int, indices: list[int]) -> tuple[memoryview, int]:
+        """Bytes from the first to the last of these samples and where they begin; with a cache the whole chunk."""
         manifest = self._manifests[dataset]
-        url = manifest.shard_url(int(self._chunks[dataset].shard[number]))
+        shard, start, length = self._chunks[dataset].span(manifest, number)
+        if self._cache is not None:
+            name = self._name(dataset, number)
+            return memoryview(self._cache.read(name, length, lambda: self._get(dataset, shard, start, length))), start
         start, last = int(manifest.offset[indices[0]]), indices[-1]
         length = int(manifest.offset[last] + manifest.length[last]) - start
-        for attempt in range(1 + _REFETCHES):
-            data = memoryview(self._storage.get_range(url, start, length))
-            try:
-                return {(dataset, index): self._members(dataset, index, data, start) for index in indices}
-            except DataError:
-                if attempt == _REFETCHES:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+        return memoryview(self._get(dataset, shard, start, length)), start
 
-    def _members(self, dataset: int, index: int, data: memoryview, start: int) -> Members:
+    def _name(self, dataset: int, number: int) -> str:
+        manifest = self._manifests[dataset]
+        return chunk_name(manifest, *self._chunks[dataset].span(manifest, number))
+
+    def _get(self, dataset: int, shard: int, start: int, length: int) -> bytes:
+        """A ranged read of the shard as it was at its first one, when it had the manifest's size."""
+        manifest = self._manifests[dataset]
+        url = manifest.shard_url(shard)
+        if url not in self._etags:  # two threads may both ask, which costs one request
+            info, size = self._storage.stat(url), manifest.shards[shard].size
+            if info.size != size:
+                raise StorageError(
+                    f"{url} has {info.size} bytes and {size} by its manifest; it was cut off or replaced; "
+                    "copy it again or write the data set again (m2f shard)"
+                )
+            self._etags[url] = info.etag
+        return self._storage.get_range(url, start, length, self._etags[url])
+
+    def _members(self, dataset: int, index: int, data: memoryview, start: int) -> Members | DataError:
         manifest = self._manifests[dataset]
         first = int(manifest.offset[index]) - start
-        return manifest.members(index, data[first : first + int(manifest.length[index])])
+        try:
+            return manifest.members(index, data[first : first + int(manifest.length[index])])
+        except DataError as error:
+            return error
+
+
+def read_single(manifest: Manifest, index: int, storage: Storage) -> Members:
+    """One sample by itself. Raises DataError where it stays damaged."""
+    for _ in range(_REFETCHES):
+        try:
+            return manifest.read_members(index, storage)
+        except DataError:
+            continue
+    return manifest.read_members(index, storage)

@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 import cv2
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from data_pipeline.cache import ChunkCache, UpcomingChunks
 from data_pipeline.categories import CategoryTable, Task
 from data_pipeline.chunks import plan_chunks
 from data_pipeline.codec import decode
@@ -30,20 +31,19 @@ from data_pipeline.collate import (
     Batch,
     EvalBatch,
     TrainRecipe,
-    collate,
     collate_eval,
-    make_example,
 )
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, LoaderDiedError
-from data_pipeline.fetch import FetchLimits, Members, SampleFetcher
+from data_pipeline.fetch import Fetched, FetchLimits, Members, SampleFetcher
 from data_pipeline.manifest import Manifest
+from data_pipeline.micro_batches import MicroBatches, Repair, Spoiled, Substitution, Work, checked
 from data_pipeline.order import Order, Place, chunk_bytes, step_plan
 from data_pipeline.storage import Storage
 from model.errors import UserError
 
-Work = TypeVar("Work")
-Result = TypeVar("Result")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 _MAX_HORIZON = 20_000  # samples; bounds the look-ahead's own memory and start-up time to tens of milliseconds
 _EVAL_CHUNK_BYTES = 4_000_000
@@ -60,6 +60,8 @@ class StepBatches:
     """Positions of the order that this rank owns in this step, without fillers."""
     wait_s: float
     """Seconds that the caller waited for this step's data."""
+    substitutions: tuple[Substitution, ...] = ()
+    """Samples of this step that stay bad, and what is shown in their place."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class LoaderSpec:
     """Steps already done."""
     seed: int
     """Seed of the augmentation."""
+    neighbors: tuple[int, ...] = ()
+    """Ranks on this machine, which share a cache; empty means this one alone."""
 
     def plan(self, step: int) -> tuple[tuple[int | None, ...], ...]:
         """This rank's micro-batches of positions."""
@@ -162,22 +166,20 @@ def eval_batches(
     chunks = plan_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
     limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_MAX_HORIZON // batch_size)
 
-    def make(work: tuple[tuple[int, ...], tuple[Members | None, ...]]) -> EvalBatch:
-        group, members = work
-        samples = [decode(m) for m in members if m is not None]
+    def make(work: tuple[tuple[int, ...], tuple[Fetched, ...]]) -> EvalBatch:
+        group, fetched = work
+        samples = [decode(_whole(members)) for members in fetched]
         return collate_eval(samples, group, shortest_edge, max_size)
 
     with closing(SampleFetcher([manifest], [chunks], storage, places, limits)) as fetcher:
         yield from in_thread(make, zip(groups, fetcher, strict=True), ahead=1)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A micro-batch before decoding."""
-
-    positions: tuple[int | None, ...]
-    places: tuple[Place | None, ...]
-    members: tuple[Members | None, ...]
+def _whole(members: Fetched) -> Members:
+    if isinstance(members, DataError):
+        raise members
+    assert members is not None, "evaluation has no fillers"
+    return members
 
 
 def _steps(
@@ -189,20 +191,24 @@ def _steps(
     recipes: Sequence[TrainRecipe],
 ) -> Generator[StepBatches]:
     ahead = data.prefetch_steps * spec.per_step
+    make = MicroBatches(recipes)
+    repair = Repair(manifests, order, storage, make) if data.max_bad_samples else None
     with (
         closing(_tasks(manifests, order, data, storage, spec, ahead)) as tasks,
-        closing(_results(_MicroBatches(recipes), tasks, data.workers, ahead)) as results,
+        closing(_results(make, tasks, data.workers, ahead)) as results,
     ):
         for step in count(spec.start_step):
             began = time.perf_counter()
-            batches = tuple(_checked(next(results)) for _ in range(spec.per_step))
+            made = [checked(next(results), repair) for _ in range(spec.per_step)]
+            batches = tuple(batch for batch, _ in made)
+            substitutions = tuple(substitution for _, several in made for substitution in several)
             positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
-            yield StepBatches(step, batches, positions, time.perf_counter() - began)
+            yield StepBatches(step, batches, positions, time.perf_counter() - began, substitutions)
 
 
 def _tasks(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec, ahead: int
-) -> Generator[_Task | UserError]:
+) -> Generator[Work | UserError]:
     """Micro-batches with their bytes. An error comes in the place of the micro-batch that it spoils, and ends all."""
     planned = (
         (positions, tuple(None if position is None else order.at(position) for position in positions))
@@ -213,56 +219,30 @@ def _tasks(
     # A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that. Reads start
     # well before a task is due: a task that waits for its bytes holds up batches that are ready.
     spread = min(2 * data.lanes * data.window // spec.world, _MAX_HORIZON)
+    chunks = [plan_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
+    soonest = UpcomingChunks(manifests, chunks, order, spec.world, spec.neighbors or (spec.rank,))
     fetcher = SampleFetcher(
         manifests,
-        [plan_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests],
+        chunks,
         storage,
         (places for _, places in for_fetcher),
         FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.plan(0)[0]), 2 * ahead + 1)),
+        None if data.cache is None else ChunkCache(data.cache, storage.counters, soonest),
     )
     with closing(fetcher):
         for positions, places in tasks:
+            soonest.position = next((p for p in positions if p is not None), soonest.position)
             try:
                 members = next(fetcher)
             except UserError as error:
                 yield error
                 return
-            yield _Task(positions, places, members)
-
-
-class _MicroBatches(Dataset[Batch | UserError]):
-    """Decodes and augments a task. An error is a result like others: re-raised by torch it would lose its form."""
-
-    def __init__(self, recipes: Sequence[TrainRecipe]) -> None:
-        self._recipes = recipes  # of every data set
-
-    def __getitem__(self, index: _Task | UserError) -> Batch | UserError:
-        """The batch of a task (torch calls what it hands to a data set an index)."""
-        if isinstance(index, UserError):
-            return index
-        try:
-            return collate(
-                [
-                    None
-                    if position is None or place is None or members is None
-                    else make_example(decode(members), place.dataset, position, self._recipes[place.dataset])
-                    for position, place, members in zip(index.positions, index.places, index.members, strict=True)
-                ],
-                self._recipes[0].canvas,
-            )
-        except UserError as error:
-            return error
-
-
-def _checked(result: Batch | UserError) -> Batch:
-    if isinstance(result, UserError):
-        raise result
-    return result
+            yield Work(positions, places, members)
 
 
 def _results(
-    make: _MicroBatches, tasks: Iterator[_Task | UserError], workers: int, ahead: int
-) -> Generator[Batch | UserError]:
+    make: MicroBatches, tasks: Iterator[Work | UserError], workers: int, ahead: int
+) -> Generator[Batch | Spoiled | UserError]:
     if not workers:
         yield from in_thread(make.__getitem__, tasks, ahead)
         return
@@ -289,13 +269,13 @@ def _results(
         ) from error
 
 
-class _Once(Sampler[_Task | UserError]):
+class _Once(Sampler[Work | UserError]):
     """Hands the tasks to the DataLoader as if they were indices."""
 
-    def __init__(self, tasks: Iterator[_Task | UserError]) -> None:
+    def __init__(self, tasks: Iterator[Work | UserError]) -> None:
         self._tasks = tasks
 
-    def __iter__(self) -> Iterator[_Task | UserError]:
+    def __iter__(self) -> Iterator[Work | UserError]:
         return self._tasks
 
 
@@ -315,10 +295,10 @@ def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
 
 
-def in_thread(make: Callable[[Work], Result], work: Iterator[Work], ahead: int) -> Generator[Result]:
+def in_thread(make: Callable[[In], Out], work: Iterator[In], ahead: int) -> Generator[Out]:
     """`map(make, work)`, up to `ahead` results prepared by one thread; `work` is advanced by the caller's thread."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=_start_worker, initargs=(0,))
-    running: deque[Future[Result]] = deque()
+    running: deque[Future[Out]] = deque()
     try:
         for item in work:
             running.append(pool.submit(make, item))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from data_pipeline.object_info import ObjectInfo
 
 _TEMPORARY = ".partial-"  # files of writes that are under way or were killed; never listed
 
@@ -26,8 +27,8 @@ class LocalStore:
         except OSError as error:
             _fail(url, error)
 
-    def get_range(self, url: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`."""
+    def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes:
+        """Exactly `length` bytes from `offset`. Files have no `etag`."""
         try:
             with Path(url).open("rb", buffering=0) as file:
                 file.seek(offset)
@@ -50,10 +51,10 @@ class LocalStore:
         except OSError as error:
             _fail(url, error)
 
-    def size(self, url: str) -> int:
-        """Size in bytes."""
+    def stat(self, url: str) -> ObjectInfo:
+        """Size of the file."""
         try:
-            return Path(url).stat().st_size
+            return ObjectInfo(Path(url).stat().st_size, None)
         except OSError as error:
             _fail(url, error)
 

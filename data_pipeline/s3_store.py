@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from data_pipeline.config import StorageConfig
 from data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
 from data_pipeline.local_store import replacing
+from data_pipeline.object_info import ObjectInfo
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -50,13 +51,16 @@ class S3Store:
         """The whole object."""
         return self._retrying(url, lambda client: _read_body(client.get_object(**_address(url))))
 
-    def get_range(self, url: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`."""
+    def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes:
+        """Exactly `length` bytes from `offset` of the object that has this `etag`."""
         if length == 0:
             return b""
+        condition = {} if etag is None else {"IfMatch": etag}
 
         def request(client: Any) -> bytes:
-            response = client.get_object(**_address(url), Range=f"bytes={offset}-{offset + length - 1}")
+            response = client.get_object(**_address(url), Range=f"bytes={offset}-{offset + length - 1}", **condition)
+            if etag is not None and response.get("ETag", etag) != etag:  # a store that ignores the condition
+                _fail_replaced(url)
             _check_range(url, response, offset, length)
             return _read_body(response)
 
@@ -64,20 +68,21 @@ class S3Store:
 
     def get_file(self, url: str, path: Path) -> int:
         """Copy the object to `path` in ranges, so that a broken connection costs one range; returns its size."""
-        size = self.size(url)
+        info = self.stat(url)
         with replacing(path) as file:
-            for offset in range(0, size, _FILE_PART_BYTES):
-                file.write(self.get_range(url, offset, min(_FILE_PART_BYTES, size - offset)))
-        return size
+            for offset in range(0, info.size, _FILE_PART_BYTES):
+                file.write(self.get_range(url, offset, min(_FILE_PART_BYTES, info.size - offset), info.etag))
+        return info.size
 
-    def size(self, url: str) -> int:
-        """Size in bytes."""
-        return self._retrying(url, lambda client: int(client.head_object(**_address(url))["ContentLength"]))
+    def stat(self, url: str) -> ObjectInfo:
+        """Size and ETag."""
+        response = self._retrying(url, lambda client: client.head_object(**_address(url)))
+        return ObjectInfo(int(response["ContentLength"]), response.get("ETag"))
 
     def exists(self, url: str) -> bool:
         """Whether the object exists."""
         try:
-            self.size(url)
+            self.stat(url)
         except MissingObjectError:
             return False
         return True
@@ -96,7 +101,7 @@ class S3Store:
             self._retrying(url, request)
         except ObjectExistsError:
             # A repeated write may meet the object that its own first attempt left when only the answer was lost.
-            if attempts == 1 or self.size(url) != len(data) or self.get(url) != data:
+            if attempts == 1 or self.stat(url).size != len(data) or self.get(url) != data:
                 raise
 
     def put_file(self, url: str, path: Path) -> None:
@@ -250,6 +255,8 @@ def _fail(url: str, error: Exception) -> NoReturn:
         raise MissingObjectError(
             f"{url}: {what} does not exist (404); check the URL and storage.endpoint_url"
         ) from error
+    if status == 412 and getattr(error, "operation_name", "") == "GetObject":
+        _fail_replaced(url)
     if status == 412:
         raise ObjectExistsError(f"{url} exists already and is not overwritten") from error
     if status in (401, 403):
@@ -263,6 +270,13 @@ def _fail(url: str, error: Exception) -> NoReturn:
             "AWS_PROFILE, or run where an instance role exists"
         ) from error
     raise StorageError(f"{url}: {_describe(error)}; check the URL, storage.endpoint_url and storage.region") from error
+
+
+def _fail_replaced(url: str) -> NoReturn:
+    raise StorageError(
+        f"{url} was replaced while it was being read; leave the data of a running job alone, and start it again to "
+        "read the new ones"
+    )
 
 
 def _describe(error: BaseException) -> str:

@@ -15,35 +15,50 @@ from typing import Any, Protocol
 from data_pipeline.config import StorageConfig
 from data_pipeline.errors import StorageError
 from data_pipeline.local_store import LocalStore
+from data_pipeline.object_info import ObjectInfo
 from data_pipeline.s3_store import S3Store
 
 
 @dataclass
 class StorageCounters:
-    """What went through one Storage in this process."""
+    """What went through one Storage in this process, and what a cache kept from it."""
 
     requests: int = 0
     retries: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    cache_hits: int = 0
+    bytes_cached: int = 0
+    """Bytes that came from the cache."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def add(self, *, requests: int = 0, retries: int = 0, bytes_read: int = 0, bytes_written: int = 0) -> None:
+    def add(
+        self,
+        *,
+        requests: int = 0,
+        retries: int = 0,
+        bytes_read: int = 0,
+        bytes_written: int = 0,
+        cache_hits: int = 0,
+        bytes_cached: int = 0,
+    ) -> None:
         """Add to the counters from any thread."""
         with self._lock:
             self.requests += requests
             self.retries += retries
             self.bytes_read += bytes_read
             self.bytes_written += bytes_written
+            self.cache_hits += cache_hits
+            self.bytes_cached += bytes_cached
 
 
 class _Store(Protocol):
     """What a local and an S3 store have in common."""
 
     def get(self, url: str) -> bytes: ...
-    def get_range(self, url: str, offset: int, length: int) -> bytes: ...
+    def get_range(self, url: str, offset: int, length: int, etag: str | None) -> bytes: ...
     def get_file(self, url: str, path: Path) -> int: ...
-    def size(self, url: str) -> int: ...
+    def stat(self, url: str) -> ObjectInfo: ...
     def exists(self, url: str) -> bool: ...
     def put(self, url: str, data: bytes, if_absent: bool) -> None: ...
     def put_file(self, url: str, path: Path) -> None: ...
@@ -77,9 +92,12 @@ class Storage:
         self.counters.add(requests=1, bytes_read=len(data))
         return data
 
-    def get_range(self, url: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`. Raises StorageError where the object is shorter."""
-        data = self._store(url).get_range(url, offset, length)
+    def get_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
+        """Exactly `length` bytes from `offset`.
+
+        Raises StorageError where the object is shorter, or where it is not the one that had this `etag`.
+        """
+        data = self._store(url).get_range(url, offset, length, etag)
         self.counters.add(requests=1, bytes_read=len(data))
         return data
 
@@ -88,10 +106,14 @@ class Storage:
         written = self._store(url).get_file(url, Path(path))
         self.counters.add(requests=1, bytes_read=written)
 
+    def stat(self, url: str) -> ObjectInfo:
+        """Size and version. Raises StorageError where the object does not exist."""
+        self.counters.add(requests=1)
+        return self._store(url).stat(url)
+
     def size(self, url: str) -> int:
         """Size in bytes. Raises StorageError where the object does not exist."""
-        self.counters.add(requests=1)
-        return self._store(url).size(url)
+        return self.stat(url).size
 
     def exists(self, url: str) -> bool:
         """Whether the object exists. Raises StorageError where that cannot be found out."""

@@ -33,7 +33,7 @@ def make_manifest():
             plan="",
             categories=table,
             shards=tuple(
-                ShardInfo(f"{s:05d}.tar", int(length[shard == s].sum()), "0", int((shard == s).sum()))
+                ShardInfo(f"{s:05d}.tar", int(length[shard == s].sum()), f"{seed}x{s}", int((shard == s).sum()))
                 for s in range(shard[-1] + 1)
             ),
             key=np.array([f"image_{i:08d}" for i in range(count)], dtype=object),

@@ -280,8 +280,8 @@ class FlakyStorage(Storage):
         self.faults = faults
         self.ranges = []
 
-    def get_range(self, url, offset, length):
-        data = super().get_range(url, offset, length)
+    def get_range(self, url, offset, length, etag=None):
+        data = super().get_range(url, offset, length, etag)
         self.ranges.append((url, offset, length))
         if self.faults:
             self.faults -= 1

@@ -131,6 +131,21 @@ def test_missing_and_short_objects_fail_at_once_and_say_which(place):
     assert storage.counters.retries == 0
 
 
+def test_a_replaced_object_is_not_mixed_with_the_old_one(place):
+    storage, root = place
+    url = join(root, "shard")
+    storage.put(url, BODY)
+    info = storage.stat(url)
+    assert info.size == len(BODY)
+    assert storage.get_range(url, 5, 10, info.etag) == BODY[5:15]
+    storage.put(url, BODY[::-1])
+    if info.etag is None:  # files have checksums only
+        return
+    with pytest.raises(StorageError, match="shard was replaced while it was being read"):
+        storage.get_range(url, 5, 10, info.etag)
+    assert storage.counters.retries == 0
+
+
 def test_a_pickled_storage_works_and_carries_no_client(place):
     storage, root = place
     storage.put(join(root, "k"), b"v")
@@ -217,7 +232,7 @@ class _FaultyHandler(BaseHTTPRequestHandler):
         elif fault == "stall":
             self.wfile.write(body[:1])
             self.wfile.flush()
-            threading.Event().wait(1.0)
+            threading.Event().wait(2.5)
             self.close_connection = True
         else:
             self.wfile.write(body)
@@ -238,7 +253,7 @@ def _storage_at(server, **settings):
 
 def test_passing_faults_are_retried(faulty):
     faulty.faults = ["503", "500", "cut", "429", "stall", "cut"]
-    storage = _storage_at(faulty, read_timeout_s=0.2)
+    storage = _storage_at(faulty, read_timeout_s=1.0)
     assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
     assert storage.counters.retries == 6
     assert storage.counters.requests == 7

@@ -1,0 +1,195 @@
+import errno
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.cache import ChunkCache, UpcomingChunks, upcoming, victims
+from data_pipeline.chunks import plan_chunks
+from data_pipeline.config import CacheConfig, DataConfig, MixtureItem
+from data_pipeline.errors import StorageError
+from data_pipeline.order import build_order
+from data_pipeline.storage import StorageCounters
+from model.errors import ConfigError
+
+
+def cache_in(folder, max_bytes=10_000, soonest=lambda: ()):
+    return ChunkCache(CacheConfig(folder=str(folder), max_gb=max_bytes / 1e9), StorageCounters(), soonest)
+
+
+def content(name, length=1000):
+    return random.Random(name).randbytes(length)
+
+
+def held(folder):
+    return {path.stem: path.stat().st_size for path in Path(folder, "chunks").glob("*.chunk")}
+
+
+def test_a_chunk_is_fetched_once_and_shared(tmp_path):
+    fetched = []
+
+    def fetch():
+        fetched.append(1)
+        return content("a")
+
+    first, second = cache_in(tmp_path), cache_in(tmp_path)
+    assert [cache.read("a", 1000, fetch) for cache in (first, second, first)] == [content("a")] * 3
+    assert len(fetched) == 1
+    assert (first._counters.cache_hits, second._counters.bytes_cached) == (1, 1000)
+    first.forget("a")
+    second.read("a", 1000, fetch)
+    assert len(fetched) == 2
+
+
+def test_simultaneous_readers_wait_for_one_fetch(tmp_path):
+    fetched = []
+
+    def fetch():
+        fetched.append(1)
+        time.sleep(0.2)
+        return content("a")
+
+    results = []
+    caches = [cache_in(tmp_path) for _ in range(6)]
+    threads = [threading.Thread(target=lambda c=c: results.append(c.read("a", 1000, fetch))) for c in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [content("a")] * 6
+    assert len(fetched) == 1
+
+
+def test_errors_of_the_fetch_pass_through_and_leave_nothing(tmp_path):
+    cache = cache_in(tmp_path)
+
+    def fetch():
+        raise StorageError("no such shard")
+
+    with pytest.raises(StorageError, match="no such shard"):
+        cache.read("a", 1000, fetch)
+    assert not held(tmp_path)
+
+
+def test_a_cut_file_is_no_hit(tmp_path):
+    cache = cache_in(tmp_path)
+    cache.read("a", 1000, lambda: content("a"))
+    path = tmp_path / "chunks" / "a.chunk"
+    path.write_bytes(path.read_bytes()[:500])
+    assert cache.read("a", 1000, lambda: content("a")) == content("a")
+
+
+def test_the_limit_holds_and_what_is_wanted_last_goes_first(tmp_path):
+    names = [f"n{i}" for i in range(40)]
+    cache = cache_in(tmp_path, 10_000, lambda: names[::-1])  # the last ones written are wanted soonest
+    for name in names:
+        cache.read(name, 1000, lambda name=name: content(name))
+        assert sum(held(tmp_path).values()) <= 10_000
+    assert set(held(tmp_path)) <= set(names[-10:])
+    assert len(held(tmp_path)) >= 8
+
+
+@given(
+    sizes=st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 9), min_size=1),
+    soonest=st.permutations("abcdef"),
+    excess=st.integers(0, 40),
+)
+def test_victims_are_those_wanted_last(sizes, soonest, excess):
+    gone = victims(sizes, soonest, excess)
+    freed = sum(sizes[name] for name in gone)
+    assert freed >= min(excess, sum(sizes.values()))
+    assert not gone or freed - sizes[gone[-1]] < excess
+    wanted = {name: soonest.index(name) if name in soonest else 99 for name in sizes}
+    assert all(wanted[a] >= wanted[b] for a in gone for b in sizes.keys() - set(gone))
+
+
+def test_a_full_disk_makes_the_cache_smaller_and_says_so_once(tmp_path, monkeypatch, caplog):
+    cache = cache_in(tmp_path)
+    for name in "abcd":
+        cache.read(name, 1000, lambda name=name: content(name))
+
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with caplog.at_level(logging.WARNING):
+        for name in "efghij":
+            assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
+    assert len(caplog.records) == 1
+    assert "No space left on device" in caplog.text
+    assert "data.cache.max_gb" in caplog.text
+    assert sum(held(tmp_path).values()) < 4000
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_cannot_be_a_cache_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"data\.cache\.folder .*file/x cannot be made"):
+        cache_in(tmp_path / "file" / "x")
+    with pytest.raises(ConfigError, match=r"data\.cache\.max_gb"):
+        CacheConfig(folder="x", max_gb=0)
+
+
+def read_forever(folder, seed):
+    cache, draw = cache_in(folder, 50_000), random.Random(seed)
+    while True:
+        name = f"n{draw.randrange(100)}"
+        assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
+
+
+def kill_readers(folder, rounds):
+    context = multiprocessing.get_context("fork")
+    for turn in range(rounds):
+        readers = [context.Process(target=read_forever, args=(folder, 10 * turn + i)) for i in range(3)]
+        for reader in readers:
+            reader.start()
+        time.sleep(0.1 + 0.1 * random.Random(turn).random())
+        for reader in readers:
+            assert reader.is_alive()
+            os.kill(reader.pid, signal.SIGKILL)
+            reader.join()
+        for path in Path(folder, "chunks").glob("*.chunk"):
+            assert path.read_bytes() == content(path.stem)
+    cache = cache_in(folder, 50_000)
+    for name in (f"n{i}" for i in range(100)):
+        assert cache.read(name, 1000, lambda name=name: content(name)) == content(name)
+    assert sum(held(folder).values()) <= 50_000
+
+
+def test_killed_readers_leave_whole_chunks_only(tmp_path):
+    kill_readers(tmp_path, rounds=2)
+
+
+@pytest.mark.soak
+def test_readers_killed_many_times(tmp_path):
+    kill_readers(tmp_path, rounds=40)
+
+
+def test_the_upcoming_chunks_are_those_of_a_slow_walk(make_manifest):
+    manifests = [make_manifest(300, seed=s, sample_bytes=4000, shard_samples=50) for s in (1, 2)]
+    items = (MixtureItem(dataset="a", weight=2), MixtureItem(dataset="b"))
+    order = build_order(manifests, 0, DataConfig(train=items, chunk_mb=0.03, lanes=6, window=8))
+    chunks = [plan_chunks(m.shard, m.offset, 30_000) for m in manifests]
+    slow = []
+    for position in range(77, 77 + 500):
+        place = order.at(position)
+        chunk = (place.dataset, int(chunks[place.dataset].chunk_of[place.index]))
+        if position % 5 in (1, 3) and chunk not in slow:
+            slow.append(chunk)
+    assert upcoming(order, chunks, 77, 500, 5, [1, 3]) == slow
+    future = UpcomingChunks(manifests, chunks, order, 1, [0])
+    everything = future()
+    assert len(everything) == len(set(everything)) == sum(len(c.shard) for c in chunks)
+    first = manifests[order.at(0).dataset].offset[order.at(0).index]
+    start, length = map(int, everything[0].split("-")[1:])
+    assert start <= first < start + length

@@ -1,0 +1,327 @@
+"""Every fault between the shards and the loader: each sample comes exactly once, or the run stops with the reason."""
+
+import hashlib
+import itertools
+import logging
+import random
+import shutil
+import socketserver
+import struct
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import s3_store
+from data_pipeline.config import (
+    CacheConfig,
+    DataConfig,
+    DatasetConfig,
+    LargeScaleJitter,
+    MixtureItem,
+    StorageConfig,
+    SyntheticSource,
+)
+from data_pipeline.errors import DataError, StorageError
+from data_pipeline.loader import LoaderSpec, build_loader
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import build_order
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+
+IMAGES = 24
+
+
+class FaultyS3(socketserver.ThreadingTCPServer):
+    """Files of a folder as objects of any bucket, with ETags and conditions; `fault(number)` spoils requests."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.fault, self.ranges, self.numbers = Path(folder), lambda number: "", [], itertools.count()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """Clients that hang up are what these tests are about."""
+
+    @property
+    def storage(self):
+        url = f"http://127.0.0.1:{self.server_address[1]}"
+        return Storage(StorageConfig(endpoint_url=url, region="us-east-1", read_timeout_s=2.0))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FaultyS3
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(None)
+
+    def do_GET(self):
+        self.answer(self.server.fault(next(self.server.numbers)) if "Range" in self.headers else "")
+
+    def answer(self, fault):
+        path = self.server.folder / self.path.split("?")[0].split("/", 2)[2]
+        if not path.is_file() or (fault or "").isdigit():
+            self.empty(int(fault) if (fault or "").isdigit() else 404)
+            return
+        whole = path.read_bytes()
+        etag = f'"{hashlib.md5(whole).hexdigest()}"'
+        if self.headers.get("If-Match", etag) != etag:
+            self.empty(412)
+            return
+        body, ranged = whole, "Range" in self.headers
+        if ranged:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            body = whole[first : last + 1]
+            self.server.ranges.append((path.name, first, last))
+        self.send_response(206 if ranged else 200)
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(len(body)))
+        if ranged:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
+        if fault == "slow":
+            threading.Event().wait(0.3)
+        self.end_headers()
+        if fault is not None:
+            self.body(body, fault)
+
+    def body(self, body, fault):
+        if fault == "flip":
+            spot = len(body) // 3
+            body = body[:spot] + bytes([body[spot] ^ 4]) + body[spot + 1 :]
+        if fault in ("cut", "reset"):
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if fault == "reset":
+                self.connection.setsockopt(1, 13, struct.pack("ii", 1, 0))  # SO_LINGER 0: close sends a reset
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+    def empty(self, status):
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(s3_store, "_BACKOFF_BASE_S", 0.001)
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The folder of a data set."""
+    folder = tmp_path_factory.mktemp("written")
+    source = SyntheticSource(num_images=IMAGES, seed=8)
+    config = DatasetConfig(shards=str(folder), source=source, shard_mb=0.15)
+    write_dataset(open_reader(source), config, Storage())
+    return folder
+
+
+@pytest.fixture
+def served(written, tmp_path):
+    """A server with a copy of the data set."""
+    shutil.copytree(written, tmp_path / "objects" / "set")
+    with FaultyS3(tmp_path / "objects") as server:
+        yield server
+        server.shutdown()
+
+
+URL = "s3://bucket/set"
+SETTINGS = DataConfig(
+    train=(MixtureItem(dataset="set"),),
+    augment=LargeScaleJitter(size=32),
+    workers=0,
+    chunk_mb=0.05,
+    lanes=4,
+    window=4,
+)
+
+
+def deliver(storage, url=URL, data=SETTINGS, steps=2 * IMAGES // 6, rank=0, world=1, start_step=0):
+    """What a rank gets: position -> (key, pixels), and the substitutions."""
+    manifest = Manifest.load(url, storage)
+    order = build_order([manifest], 1, data)
+    spec = LoaderSpec(global_batch=6, micro_batch=3, rank=rank, world=world, start_step=start_step, seed=1)
+    found, substitutions = {}, []
+    loader = build_loader([manifest], order, data, storage, spec)
+    try:
+        for step in itertools.islice(loader, steps):
+            substitutions += step.substitutions
+            for batch in step.micro_batches:
+                for row, position in enumerate(batch.targets.position.tolist()):
+                    if position >= 0:
+                        assert position not in found
+                        found[position] = (batch.keys[row], batch.images[row].numpy().tobytes())
+    finally:
+        loader.close()
+    return found, substitutions
+
+
+@pytest.fixture(scope="module")
+def truth(written):
+    """Without faults and without a server."""
+    found, _ = deliver(Storage(), str(written))
+    assert len(found) == 2 * IMAGES
+    for epoch in range(2):
+        assert len({found[p][0] for p in range(epoch * IMAGES, (epoch + 1) * IMAGES)}) == IMAGES
+    return found
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "429", "reset", "cut", "flip", "slow"])
+def test_faults_that_pass_cost_nothing_but_time(served, truth, fault):
+    served.fault = lambda number: fault if number % 3 == 1 else ""
+    storage = served.storage
+    assert deliver(storage)[0] == truth
+    if fault not in ("flip", "slow"):
+        assert storage.counters.retries > 0
+
+
+def mixed_faults(seed, rate):
+    draw = random.Random(seed)
+    kinds = ["503", "500", "reset", "cut", "flip"]
+    return lambda number: draw.choice(kinds) if draw.random() < rate else ""
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_all_faults_together(served, truth, tmp_path, cached):
+    served.fault = mixed_faults(3, rate=0.25)
+    cache = CacheConfig(folder=str(tmp_path / "cache"), max_gb=1e-3) if cached else None
+    assert deliver(served.storage, data=replace(SETTINGS, cache=cache))[0] == truth
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_all_faults_together_many_times(served, truth, tmp_path, seed):
+    served.fault = mixed_faults(seed, rate=0.35)
+    size = (1e-3, 1e-4)[seed % 2]
+    cache = CacheConfig(folder=str(tmp_path / "cache"), max_gb=size) if seed % 3 else None
+    found = {}
+    for rank in range(1 + seed % 4):
+        found |= deliver(served.storage, data=replace(SETTINGS, cache=cache), rank=rank, world=1 + seed % 4)[0]
+    assert found == truth
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("403", r"access is denied \(403"), ("404", "does not exist"), ("503", "gave up after")],
+)
+def test_faults_that_stay_stop_the_run_with_the_reason(served, fault, words):
+    served.fault = lambda number: fault if number > 3 else ""
+    with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{words}"):
+        deliver(served.storage)
+
+
+def test_a_cut_object_is_named_with_both_sizes(served):
+    path = served.folder / "set" / "shards" / "00001.tar"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1024])
+    with pytest.raises(StorageError, match=rf"00001\.tar has {size - 1024} bytes and {size} by its manifest"):
+        deliver(served.storage)
+
+
+def test_a_missing_object_is_named(served):
+    (served.folder / "set" / "shards" / "00001.tar").unlink()
+    with pytest.raises(StorageError, match=r"s3://bucket/set/shards/00001\.tar.*does not exist"):
+        deliver(served.storage)
+
+
+def test_an_object_that_is_replaced_meanwhile_is_an_error(served):
+    def replace_shards(number):
+        if number == 4:
+            for path in (served.folder / "set" / "shards").iterdir():
+                path.write_bytes(bytes(reversed(path.read_bytes())))
+        return ""
+
+    served.fault = replace_shards
+    with pytest.raises(StorageError, match="was replaced while it was being read"):
+        deliver(served.storage)
+
+
+def test_a_sample_that_stays_bad_stops_the_run_by_name(served):
+    spoil(served)
+    with pytest.raises(
+        DataError, match=r"sample '[\w-]+' in s3://bucket/set/shards/0000\d\.tar at byte \d+ is damaged"
+    ):
+        deliver(served.storage)
+
+
+def spoil(served):
+    """Damage the sample of position 7 in its shard; returns its key."""
+    manifest = Manifest.load(str(served.folder / "set"), Storage())
+    index = build_order([manifest], 1, SETTINGS).at(7).index
+    path = Path(manifest.shard_url(int(manifest.shard[index])))
+    data = bytearray(path.read_bytes())
+    data[int(manifest.offset[index]) + 600] ^= 1
+    path.write_bytes(data)
+    return str(manifest.key[index])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_samples_are_replaced_by_their_position(served, truth, workers):
+    bad = spoil(served)
+    data = replace(SETTINGS, max_bad_samples=2, workers=workers)
+    found, substitutions = deliver(served.storage, data=data)
+    assert sorted(found) == sorted(truth)
+    spoiled = [p for p in truth if truth[p][0] == bad]
+    assert [s.position for s in substitutions] == spoiled
+    for substitution in substitutions:
+        assert substitution.key == bad
+        assert f"sample {bad!r} in s3://bucket/set/shards/" in substitution.cause
+        assert found[substitution.position][0] == substitution.substitute != bad
+        assert substitution.substitute == truth.get(substitution.position + 1, (substitution.substitute,))[0]
+    assert {p: v for p, v in found.items() if p not in spoiled} == {p: v for p, v in truth.items() if p not in spoiled}
+    if not workers:
+        elsewhere, _ = deliver(served.storage, data=data, rank=1, world=3)
+        others = (
+            deliver(served.storage, data=data, rank=0, world=3)[0]
+            | deliver(served.storage, data=data, rank=2, world=3)[0]
+        )
+        assert elsewhere | others == found
+
+
+def test_a_cache_saves_the_second_epoch_and_repairs_itself(served, truth, tmp_path):
+    data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
+    storage = served.storage
+    assert deliver(storage, data=data)[0] == truth
+    reads = len(served.ranges)
+    assert len(set(served.ranges)) == reads, "every chunk is fetched once"
+    assert storage.counters.cache_hits > reads / 2
+    for path in (tmp_path / "cache" / "chunks").iterdir():
+        content = bytearray(path.read_bytes())
+        content[600] ^= 1
+        path.write_bytes(content)
+    assert deliver(served.storage, data=data)[0] == truth
+    assert len(served.ranges) == 2 * reads, "damaged copies are fetched again, once"
+
+
+def test_ranks_of_a_machine_share_a_cache(served, truth, tmp_path):
+    data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
+    found = {}
+    for rank in range(3):
+        found |= deliver(served.storage, data=data, rank=rank, world=3)[0]
+    assert found == truth
+    assert len(set(served.ranges)) == len(served.ranges)
+
+
+def test_a_full_disk_is_read_past(served, truth, tmp_path, monkeypatch, caplog):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
+    with caplog.at_level(logging.WARNING, "data_pipeline.cache"):
+        assert deliver(served.storage, data=data)[0] == truth
+    assert len([r for r in caplog.records if r.name == "data_pipeline.cache"]) == 1
