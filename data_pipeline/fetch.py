@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from data_pipeline.cache import ChunkCache, chunk_name
 from data_pipeline.chunks import Chunks
-from data_pipeline.errors import DataError, StorageError
+from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Place
 from data_pipeline.storage import Storage
@@ -178,13 +178,7 @@ class SampleFetcher:
         manifest = self._manifests[dataset]
         url = manifest.shard_url(shard)
         if url not in self._etags:  # two threads may both ask, which costs one request
-            info, size = self._storage.stat(url), manifest.shards[shard].size
-            if info.size != size:
-                raise StorageError(
-                    f"{url} has {info.size} bytes and {size} by its manifest; it was cut off or replaced; "
-                    "copy it again or write the data set again (m2f shard)"
-                )
-            self._etags[url] = info.etag
+            self._etags[url] = manifest.check_shard(shard, self._storage).etag
         return self._storage.get_range(url, start, length, self._etags[url])
 
     def _members(self, dataset: int, index: int, data: memoryview, start: int) -> Members | DataError:

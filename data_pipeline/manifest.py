@@ -13,6 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -22,13 +23,16 @@ import pyarrow.parquet as pq
 
 from data_pipeline import codec
 from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.errors import DataError, MissingObjectError
+from data_pipeline.errors import DataError, MissingObjectError, StorageError
+from data_pipeline.object_info import ObjectInfo
 from data_pipeline.sample import DecodedSample
 from data_pipeline.storage import Storage, join
 
 FORMAT = 1
 DATASET_FILE = "dataset.json"
 SAMPLES_FILE = "samples.parquet"
+
+_CHECKS_AT_ONCE = 16
 
 SAMPLE_SCHEMA = pa.schema(
     {
@@ -179,6 +183,23 @@ class Manifest:
     def shard_url(self, shard: int) -> str:
         """Full URL of a shard."""
         return join(self.url, self.shards[shard].name)
+
+    def check_shard(self, shard: int, storage: Storage) -> ObjectInfo:
+        """What the store says about a shard. Raises StorageError where it is missing or has another size than here."""
+        url, size = self.shard_url(shard), self.shards[shard].size
+        info = storage.stat(url)
+        if info.size != size:
+            raise StorageError(
+                f"{url} has {info.size} bytes and {size} by its manifest: it was cut off or replaced; copy it again or "
+                "write the data set again (m2f shard)"
+            )
+        return info
+
+    def check_shards(self, storage: Storage) -> None:
+        """`check_shard` for all of them, at once. Reads no sample."""
+        with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
+            for _ in pool.map(lambda shard: self.check_shard(shard, storage), range(len(self.shards))):
+                pass
 
     def describe(self, index: int) -> str:
         """A sample's name and place, for messages."""

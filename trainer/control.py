@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -27,6 +28,8 @@ class StepFacts:
     micro_batches: float = 0.0
     images: float = 0.0
     """Images that count (fillers do not)."""
+    substitutions: float = 0.0
+    """Samples that others took the place of."""
     stop: float = 0.0
     drain: float = 0.0
     committed: float = 0.0
@@ -72,6 +75,11 @@ class Ranks:
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]
+
+    def neighbors(self) -> tuple[int, ...]:
+        """The ranks on this machine, this one among them. A collective."""
+        hosts = self.gather(socket.gethostname())
+        return tuple(rank for rank, host in enumerate(hosts) if host == hosts[self.rank])
 
     def broadcast(self, value: T) -> T:
         """Rank 0's picklable value."""

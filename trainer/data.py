@@ -31,9 +31,9 @@ def open_data(job: TrainJob, storage: Storage) -> TrainingData:
 
 
 def open_batches(
-    job: TrainJob, data: TrainingData, storage: Storage, state: TrainState, rank: int
+    job: TrainJob, data: TrainingData, storage: Storage, state: TrainState, rank: int, neighbors: tuple[int, ...]
 ) -> Generator[StepBatches]:
-    """This rank's batches from where the run is; close it to stop the loader.
+    """This rank's batches from where the run is; close it to stop the loader. `neighbors` share its machine's cache.
 
     Raises TrainingError where the global batch does not divide the position.
     """
@@ -50,6 +50,7 @@ def open_batches(
         world=state.world_size,
         start_step=position // global_batch,
         seed=job.seed,
+        neighbors=neighbors,
     )
     order = LaterOrder(data.order, state.order_start) if state.order_start else data.order
     yield from build_loader(data.manifests, order, job.data, storage, spec)

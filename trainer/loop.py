@@ -8,11 +8,12 @@ import torch
 
 from data_pipeline.loader import StepBatches
 from model.criterion import Losses, Normalizers, count_normalizers
+from trainer.bad_samples import BadSamples
 from trainer.checkpoint_folder import checkpoint_url
 from trainer.control import StepFacts
 from trainer.errors import TrainingError
 from trainer.job import Control, TrainJob
-from trainer.metrics import Stopwatch, non_finite_keys, summed_losses
+from trainer.metrics import Stopwatch, Traffic, non_finite_keys, summed_losses
 from trainer.reporting import CommittedCheckpoint, EventKind, Reporter
 from trainer.schedule import lr_factor
 from trainer.setup import Run, open_run
@@ -39,6 +40,8 @@ class _Loop:
         self._reporter = reporter
         self._control = control
         self._watch = Stopwatch()
+        self._traffic = Traffic(run.storage.counters)
+        self._bad_samples = BadSamples(run.job.data.max_bad_samples, run.ranks)
         self._announced = -1
 
     def run(self) -> TrainState:
@@ -48,6 +51,8 @@ class _Loop:
             self._event("resumed", state.step, f"from {self._run.resumed.url}")
         while state.step < training.max_steps:
             batches, facts = self._next_step()
+            if facts.substitutions:
+                self._report_substitutions(state, batches)
             if facts.stop or facts.drain:
                 return self._end("stopped" if facts.stop else "drained", state)
             engine.set_lr_factor(lr_factor(training.schedule, state.step, training.max_steps))
@@ -91,6 +96,7 @@ class _Loop:
             class_weight_sum=sum(float(count.class_weight_sum) for count in counts),
             micro_batches=sum(float(count.num_micro_batches) for count in counts),
             images=len(batches.positions),
+            substitutions=len(batches.substitutions),
             stop=is_first and self._control.stop_requested(),
             drain=is_first and self._control.drain_requested(),
             committed=commit.step if is_first and commit is not None else 0,
@@ -107,6 +113,7 @@ class _Loop:
 
     def _report_metrics(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> None:
         values = summed_losses(losses, self._run.ranks)  # a collective
+        values |= self._traffic.read(self._run.ranks)  # another
         values |= self._watch.read(steps_left=self._training.max_steps - state.step)
         values |= {
             "grad_norm": grad_norm,
@@ -116,6 +123,11 @@ class _Loop:
         }
         if self._run.ranks.is_first:
             self._reporter.metrics(state.step, values)
+
+    def _report_substitutions(self, state: TrainState, batches: StepBatches) -> None:
+        for found in self._bad_samples.note(batches.substitutions):  # a collective
+            message = f"{found.cause}; {found.substitute!r} takes its place at position {found.position}"
+            self._event("substituted", state.step, message)
 
     def _report_skip(self, state: TrainState, batches: StepBatches, losses: Sequence[Losses]) -> None:
         keys = non_finite_keys([batch.keys for batch in batches.micro_batches], losses, self._run.ranks)

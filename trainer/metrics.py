@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data_pipeline.storage import StorageCounters
 from model.criterion import Losses
 from trainer.control import Ranks
 
@@ -42,6 +43,27 @@ class Stopwatch:
         }
         self.steps, self.images, self.wait_s, self.began = 0, 0.0, 0.0, time.perf_counter()
         return values
+
+
+class Traffic:
+    """What all ranks read and wrote since the last reading."""
+
+    def __init__(self, counters: StorageCounters) -> None:
+        self._counters = counters
+        self._before = self._now()
+
+    def read(self, ranks: Ranks) -> dict[str, float]:
+        """Requests, retries, megabytes and hits of the cache of all ranks; starts anew. A collective."""
+        now = self._now()
+        names = ("requests", "retries", "read_mb", "written_mb", "cache_hits", "cached_mb")
+        total = ranks.sum(torch.tensor(now, dtype=torch.float64) - torch.tensor(self._before, dtype=torch.float64))
+        self._before = now
+        return {f"storage/{name}": value for name, value in zip(names, total.tolist(), strict=True)}
+
+    def _now(self) -> tuple[float, ...]:
+        c = self._counters
+        sizes = c.bytes_read / 1e6, c.bytes_written / 1e6, c.bytes_cached / 1e6
+        return c.requests, c.retries, sizes[0], sizes[1], c.cache_hits, sizes[2]
 
 
 def summed_losses(losses: Sequence[Losses], ranks: Ranks) -> dict[str, float]:

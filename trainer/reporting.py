@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, TextIO
 
-EventKind = Literal["weights", "resumed", "damaged", "data", "skipped", "drained", "stopped", "finished"]
+EventKind = Literal["weights", "resumed", "damaged", "data", "substituted", "skipped", "drained", "stopped", "finished"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class LogReporter:
         self.stream = stream or sys.stdout
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Step, losses, gradient norm, learning rate, images/s, time waited for data, time left."""
+        """Step, losses, gradient norm, learning rate, images/s, time waited for data, traffic, time left."""
         left = timedelta(seconds=round(values["eta_s"]))
         self._line(
             f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"
             f"  loss {values['loss/total']:.4f} (class {values['loss/class']:.4f}, mask {values['loss/mask']:.4f}, "
             f"dice {values['loss/dice']:.4f})  grad {values['grad_norm']:.3g}  lr {values['lr']:.3g}"
-            f"  {values['images_per_s']:.1f} images/s  data wait {100 * values['data_wait_share']:.0f} %  left {left}"
+            f"  {values['images_per_s']:.1f} images/s  data wait {100 * values['data_wait_share']:.0f} %"
+            f"{_traffic(values)}  left {left}"
         )
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
@@ -64,3 +65,13 @@ class LogReporter:
 
     def _line(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
+
+
+def _traffic(values: Mapping[str, float]) -> str:
+    """What was read since the last line, in words that are left out where there is nothing to say."""
+    words = f"  read {values['storage/read_mb']:.1f} MB"
+    if values["storage/cached_mb"]:
+        words += f" and {values['storage/cached_mb']:.1f} MB cached"
+    if values["storage/retries"]:
+        words += f" with {values['storage/retries']:.0f} retries"
+    return words

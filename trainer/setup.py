@@ -32,6 +32,7 @@ class Run:
 
     job: TrainJob
     ranks: Ranks
+    storage: Storage
     engine: Engine
     saver: CheckpointSaver
     batches: Iterator[StepBatches]
@@ -45,6 +46,7 @@ def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
     training = job.training
     storage, ranks = Storage(job.storage), Ranks(training.collective_timeout_s)
     data = ranks.together(lambda: open_data(job, storage))
+    ranks.from_first(lambda: [manifest.check_shards(storage) for manifest in data.manifests])
     state, resumed = _fresh_state(job, data, ranks), None
     candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
     with open_restart(candidates, state, storage, ranks, reporter, job.data.accept_changes) as restart:
@@ -63,9 +65,9 @@ def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
         stack.enter_context(closing(saver))
         if state.order_start and state.order_start == state.position and ranks.is_first:
             reporter.event("data", state.step, f"changed: a new order begins at image {state.position} of the run")
-        batches = open_batches(job, data, storage, state, ranks.rank)
+        batches = open_batches(job, data, storage, state, ranks.rank, ranks.neighbors())
         stack.enter_context(closing(batches))
-        yield Run(job, ranks, engine, saver, batches, state, resumed)
+        yield Run(job, ranks, storage, engine, saver, batches, state, resumed)
 
 
 def this_device() -> torch.device:

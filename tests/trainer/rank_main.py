@@ -81,11 +81,13 @@ class Recorder:
     """Reporter that remembers everything."""
 
     losses: dict[int, float] = field(default_factory=dict)
+    requests: float = 0.0
     checkpoints: list[int] = field(default_factory=list)
     events: list[tuple[str, int, str]] = field(default_factory=list)
 
     def metrics(self, step, values):
         self.losses[step] = values["loss/total"]
+        self.requests += values["storage/requests"]
 
     def checkpoint(self, checkpoint):
         self.checkpoints.append(checkpoint.step)
@@ -194,6 +196,23 @@ def misfits(folder: Path) -> dict:
         "seed": _train(replace(job, seed=4)),
         "stage": _train(make_job(folder / "uninterrupted", job.shards[0], zero=ZeroConfig(stage=2))),
     }
+
+
+def bad_samples(folder: Path) -> dict:
+    """The same shards where a bad sample may be replaced."""
+    job = make_job(folder / "bad_samples", str(folder / "damaged_shards"))
+    return _train(replace(job, data=replace(job.data, max_bad_samples=1)))
+
+
+def changed_data(folder: Path) -> dict:
+    """Three steps, then another selection of the images: with and without leave to go on."""
+    job = make_job(folder / "changed", str(folder / "shards"), max_steps=3)
+    before = _train(job)
+    data = replace(job.data, train=(MixtureItem(dataset="train", fraction=0.5),))
+    longer = replace(job, training=replace(job.training, max_steps=6), data=data)
+    refused = _train(longer)
+    accepted = _train(replace(longer, data=replace(data, accept_changes=True)))
+    return {"before": before, "refused": refused, "accepted": accepted}
 
 
 @dataclass

@@ -31,7 +31,9 @@ def with_data(launcher):
 @pytest.fixture(scope="module")
 def whole_runs(with_data):
     """Scenarios that share one process group, to pay for imports once."""
-    with_data.run_well("uninterrupted,drained_then_damaged,poisoned,resumed_in_stages,unreadable,misfits")
+    with_data.run_well(
+        "uninterrupted,drained_then_damaged,poisoned,resumed_in_stages,unreadable,misfits,bad_samples,changed_data"
+    )
     return with_data
 
 
@@ -143,6 +145,28 @@ def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):
     assert errors[0] == errors[1]
     assert "training stops on all ranks: rank " in errors[0]
     assert "DataError" in errors[0]
+
+
+def test_bad_samples_are_replaced_and_reported(whole_runs):
+    run = whole_runs.seen("bad_samples")
+    assert run["state"]["position"] == 32
+    events = [message for kind, _, message in run["events"] if kind == "substituted"]
+    assert events
+    assert all("is damaged" in message and "takes its place at position" in message for message in events)
+
+
+def test_changed_data_need_leave_and_begin_anew(whole_runs):
+    run = whole_runs.seen("changed_data")
+    assert run["before"]["state"]["order_start"] == 0
+    assert "data.accept_changes=true" in run["refused"]["error"]
+    state = run["accepted"]["state"]
+    assert (state["step"], state["position"], state["order_start"]) == (6, 24, 12)
+    assert state["order_fingerprint"] != run["before"]["state"]["order_fingerprint"]
+    assert ["data", 3, "changed: a new order begins at image 12 of the run"] in run["accepted"]["events"]
+
+
+def test_traffic_is_reported(whole_runs):
+    assert whole_runs.seen("uninterrupted")["requests"] > 0
 
 
 def test_a_checkpoint_of_another_run_is_refused(whole_runs):

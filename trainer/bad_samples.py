@@ -1,0 +1,35 @@
+"""Samples that stay bad, over all ranks: reported one by one, and the end of the run when there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data_pipeline.errors import DataError
+from data_pipeline.micro_batches import Substitution
+from trainer.control import Ranks
+
+
+class BadSamples:
+    """The bad samples that this attempt has met on any rank; equal on all ranks."""
+
+    def __init__(self, limit: int, ranks: Ranks) -> None:
+        """`limit` is `data.max_bad_samples`."""
+        self._limit, self._ranks = limit, ranks
+        self._causes: dict[str, str] = {}
+
+    def note(self, mine: Sequence[Substitution]) -> list[Substitution]:
+        """Add this rank's substitutions of a step; returns those of all ranks by position. A collective.
+
+        Raises DataError, on all ranks, where more different samples are bad than the limit allows.
+        """
+        found = sorted(
+            (substitution for of_rank in self._ranks.gather(list(mine)) for substitution in of_rank),
+            key=lambda substitution: substitution.position,
+        )
+        self._causes |= {substitution.key: substitution.cause for substitution in found}
+        if len(self._causes) > self._limit:
+            raise DataError(
+                f"{len(self._causes)} samples stay bad, more than data.max_bad_samples ({self._limit}): "
+                f"{'; '.join(self._causes.values())}"
+            )
+        return found
