@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import ModelConfig, SwinBackboneConfig
 from model.errors import WeightsError
@@ -125,7 +126,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     """Save a graph as ONNX, weights inside. Raises WeightsError as `require_onnx`."""
     require_onnx()
     names = {"input_names": ["images"], "output_names": ["class_logits", "mask_logits"]}
-    onnx_program = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
+    # Fused attention returns another memory layout than the plain form that the conversion puts in its place.
+    with sdpa_kernel(SDPBackend.MATH):
+        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
     assert onnx_program is not None
     onnx_program.save(path)
 
