@@ -20,6 +20,7 @@ VERBS = {
     "shard": "cluster.verbs.shard",
     "stats": "cluster.verbs.stats",
     "preview": "cluster.verbs.preview",
+    "plan": "cluster.verbs.plan",
     "train": "cluster.verbs.train",
     "eval": "cluster.verbs.evaluate",
     "score": "cluster.verbs.score",

@@ -38,14 +38,14 @@ from data_pipeline.errors import DataError, LoaderDiedError
 from data_pipeline.fetch import Fetched, FetchLimits, Members, SampleFetcher
 from data_pipeline.manifest import Manifest
 from data_pipeline.micro_batches import MicroBatches, Repair, Spoiled, Substitution, Work, checked
-from data_pipeline.order import Order, Place, chunk_bytes, step_plan
+from data_pipeline.order import Order, Place, chunk_bytes, look_ahead, step_plan
 from data_pipeline.storage import Storage
 from model.errors import UserError
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_MAX_HORIZON = 20_000  # samples; bounds the look-ahead's own memory and start-up time to tens of milliseconds
+_EVAL_HORIZON = 20_000  # samples
 _EVAL_CHUNK_BYTES = 4_000_000
 _EVAL_BATCHES_AHEAD = 2
 
@@ -164,7 +164,7 @@ def eval_batches(
     groups = [tuple(int(i) for i in indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
     places = (tuple(Place(0, 0, index) for index in group) for group in groups)
     chunks = plan_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
-    limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_MAX_HORIZON // batch_size)
+    limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_EVAL_HORIZON // batch_size)
 
     def make(work: tuple[tuple[int, ...], tuple[Fetched, ...]]) -> EvalBatch:
         group, fetched = work
@@ -216,9 +216,8 @@ def _tasks(
         for positions in spec.plan(step)
     )
     tasks, for_fetcher = tee(planned)
-    # A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that. Reads start
-    # well before a task is due: a task that waits for its bytes holds up batches that are ready.
-    spread = min(2 * data.lanes * data.window // spec.world, _MAX_HORIZON)
+    # Reads start well before a task is due: a task that waits for its bytes holds up batches that are ready.
+    spread = look_ahead(data, spec.world)
     chunks = [plan_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
     soonest = UpcomingChunks(manifests, chunks, order, spec.world, spec.neighbors or (spec.rank,))
     fetcher = SampleFetcher(

@@ -34,6 +34,9 @@ ORDER_VERSION = 1
 _EPOCHS_KEPT = 3  # a global batch straddles at most two epochs of a data set of ordinary size, and caches look ahead
 
 
+_MAX_LOOK_AHEAD = 20_000  # samples; bounds the loader's own memory and start-up time to tens of milliseconds
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """One visit of one image."""
@@ -271,6 +274,14 @@ def _fingerprint(
 def chunk_bytes(config: DataConfig) -> int:
     """Bytes of one ranged read."""
     return max(1, round(config.chunk_mb * 1e6))
+
+
+def look_ahead(config: DataConfig, world: int) -> int:
+    """Own samples ahead of which a rank of `world` keeps what it has read.
+
+    A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that.
+    """
+    return min(2 * config.lanes * config.window // world, _MAX_LOOK_AHEAD)
 
 
 def step_plan(

@@ -313,3 +313,13 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
         "sharding: 80/100 images, 4.0 images/s, 0:05 left",
         "sharding: 100/100 images, 4.0 images/s, 0:00 left",
     ]
+
+
+def test_plan_predicts_and_names_wrong_options(recipe, capsys):
+    status, out, _ = run(capsys, "plan", recipe, "--world", 4, "--batch", 2)
+    assert status == 0
+    assert out.startswith("4 ranks with 2 images each on 1 machines, 160 images/s in all")
+    assert "an epoch      6 images in" in out
+    status, _, err = run(capsys, "plan", recipe, "--world", -1)
+    assert status == 2
+    assert "--world is -1" in err

@@ -1,0 +1,49 @@
+"""`m2f plan`: what reading the training data will cost, from the manifests alone."""
+
+from __future__ import annotations
+
+import argparse
+
+from cluster.verbs.arguments import add_recipe
+
+SUMMARY = "predict requests, traffic, cache and memory of training on so many ranks"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_recipe(parser)
+    parser.add_argument("--world", type=int, metavar="N", help="ranks (default cluster.num_workers)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images per rank and step (default: training.global_batch over the ranks)",
+    )
+    parser.add_argument("--per-machine", type=int, default=8, metavar="N", help="ranks of a machine (default 8)")
+    parser.add_argument("--speed", type=float, default=40.0, metavar="X", help="images/s of a rank (default 40)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the prediction."""
+    from cluster.progress import say
+    from cluster.recipe import load_recipe
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.order import build_order
+    from data_pipeline.plan import Ranks, format_prediction, predict
+    from data_pipeline.storage import Storage
+    from model.errors import ConfigError
+
+    config = load_recipe(args.recipe, args.overrides)
+    world = args.world or config.cluster.num_workers
+    batch = args.batch or -(-config.training.global_batch // world)
+    for option, value in (("--world", world), ("--batch", batch), ("--per-machine", args.per_machine)):
+        if value < 1:
+            raise ConfigError(f"{option} is {value}; it must be at least 1")
+    if not args.speed > 0:
+        raise ConfigError(f"--speed is {args.speed}; it must be above 0")
+    storage = Storage(config.storage)
+    manifests = [Manifest.load(config.datasets[item.dataset].shards, storage) for item in config.data.train]
+    order = build_order(manifests, config.seed, config.data)
+    ranks = Ranks(world=world, per_machine=min(args.per_machine, world), batch=batch, images_per_s=args.speed)
+    say(format_prediction(predict(manifests, order, config.data, config.seed, ranks), ranks))
+    return 0
