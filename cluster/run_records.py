@@ -25,7 +25,7 @@ from model.errors import UserError
 Curve = tuple[tuple[int, float], ...]
 """(step, value), ascending, one per step."""
 NOT_COMPARED = {"train/eta_s", "train/images"}
-"""Metrics whose history says nothing about a run."""
+"""Metrics whose history says nothing about a run; so does traffic (`train/storage/`)."""
 MAX_RUNS = 50
 
 
@@ -169,7 +169,8 @@ class _Store:
     def curves(self, run: Run) -> dict[str, Curve]:
         """The history of every metric that is worth it."""
         with _Answering(self.uri):
-            return {key: self._curve(run.info.run_id, key) for key in run.data.metrics if key not in NOT_COMPARED}
+            wanted = [key for key in run.data.metrics if key not in NOT_COMPARED and "/storage/" not in key]
+            return {key: self._curve(run.info.run_id, key) for key in wanted}
 
     def _curve(self, run_id: str, key: str) -> Curve:
         by_step = {point.step: point.value for point in self._client.get_metric_history(run_id, key)}
