@@ -8,6 +8,7 @@ import shutil
 import socketserver
 import struct
 import threading
+from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -36,14 +37,21 @@ IMAGES = 24
 
 
 class FaultyS3(socketserver.ThreadingTCPServer):
-    """Files of a folder as objects of any bucket, with ETags and conditions; `fault(number)` spoils requests."""
+    """Files of a folder as objects of any bucket, with ETags and conditions; `fault(number, again)` spoils requests."""
 
     allow_reuse_address = True
     daemon_threads = True
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.fault, self.ranges, self.numbers = Path(folder), lambda number: "", [], itertools.count()
+        self.folder, self.fault, self.ranges, self.numbers = (
+            Path(folder),
+            lambda number, again: "",
+            [],
+            itertools.count(),
+        )
+        self.asked: Counter[tuple[str, str]] = Counter()
+        self.flipped: set[tuple[str, int]] = set()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def handle_error(self, request, client_address):
@@ -66,7 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(None)
 
     def do_GET(self):
-        self.answer(self.server.fault(next(self.server.numbers)) if "Range" in self.headers else "")
+        if "Range" not in self.headers:
+            self.answer("")
+            return
+        request = (self.path, self.headers["Range"])
+        self.server.asked[request] += 1
+        self.answer(self.server.fault(next(self.server.numbers), self.server.asked[request] - 1))
 
     def answer(self, fault):
         path = self.server.folder / self.path.split("?")[0].split("/", 2)[2]
@@ -91,13 +104,20 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             threading.Event().wait(0.3)
         self.end_headers()
+        if fault == "flip" and ranged:
+            body = self.flip(body, path.name, first)
         if fault is not None:
             self.body(body, fault)
 
+    def flip(self, body, name, first):
+        """One bit changed, unless one of these bytes was flipped before: a flip that passes is gone on the re-read."""
+        flipped, spot = self.server.flipped, len(body) // 3
+        if any((name, first + offset) in flipped for offset in range(len(body))):
+            return body
+        flipped.add((name, first + spot))
+        return body[:spot] + bytes([body[spot] ^ 4]) + body[spot + 1 :]
+
     def body(self, body, fault):
-        if fault == "flip":
-            spot = len(body) // 3
-            body = body[:spot] + bytes([body[spot] ^ 4]) + body[spot + 1 :]
         if fault in ("cut", "reset"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
@@ -140,6 +160,8 @@ def served(written, tmp_path):
 
 
 URL = "s3://bucket/set"
+PASSES = 3
+"""A fault that passes spoils a request this often at most: fewer times than the storage retries."""
 SETTINGS = DataConfig(
     train=(MixtureItem(dataset="set"),),
     augment=LargeScaleJitter(size=32),
@@ -182,7 +204,7 @@ def truth(written):
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "reset", "cut", "flip", "slow"])
 def test_faults_that_pass_cost_nothing_but_time(served, truth, fault):
-    served.fault = lambda number: fault if number % 3 == 1 else ""
+    served.fault = lambda number, again: fault if number % 3 == 1 and again < PASSES else ""
     storage = served.storage
     assert deliver(storage)[0] == truth
     if fault not in ("flip", "slow"):
@@ -192,7 +214,7 @@ def test_faults_that_pass_cost_nothing_but_time(served, truth, fault):
 def mixed_faults(seed, rate):
     draw = random.Random(seed)
     kinds = ["503", "500", "reset", "cut", "flip"]
-    return lambda number: draw.choice(kinds) if draw.random() < rate else ""
+    return lambda number, again: draw.choice(kinds) if draw.random() < rate and again < PASSES else ""
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -219,7 +241,7 @@ def test_all_faults_together_many_times(served, truth, tmp_path, seed):
     [("403", r"access is denied \(403"), ("404", "does not exist"), ("503", "gave up after")],
 )
 def test_faults_that_stay_stop_the_run_with_the_reason(served, fault, words):
-    served.fault = lambda number: fault if number > 3 else ""
+    served.fault = lambda number, again: fault if number > 3 else ""
     with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{words}"):
         deliver(served.storage)
 
@@ -239,7 +261,7 @@ def test_a_missing_object_is_named(served):
 
 
 def test_an_object_that_is_replaced_meanwhile_is_an_error(served):
-    def replace_shards(number):
+    def replace_shards(number, again):
         if number == 4:
             for path in (served.folder / "set" / "shards").iterdir():
                 path.write_bytes(bytes(reversed(path.read_bytes())))
