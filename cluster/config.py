@@ -24,6 +24,8 @@ class ClusterConfig:
     """Training workers (one per GPU)."""
     num_cpus_per_worker: float = 1.0
     num_gpus_per_worker: float = 0.0
+    resources_per_worker: Mapping[str, float] = field(default_factory=dict)
+    """Custom Ray resources that each takes, for example `{trainer: 1}`: it runs only on nodes that offer them."""
     backend: Literal["gloo", "nccl", "auto"] = "auto"
     """Collectives: nccl where workers have GPUs, else gloo."""
     max_failures: int = 3

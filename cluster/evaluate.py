@@ -59,9 +59,12 @@ OnProgress = Callable[[EvaluationSet, int, int], None]
 def make_pool(config: RunConfig) -> EvaluationPool:
     """The recipe's actors. Ray restarts those that die."""
     settings = config.evaluation
-    actor = ray.remote(num_cpus=settings.num_cpus_per_actor, num_gpus=settings.num_gpus_per_actor, max_restarts=-1)(
-        EvaluationActor
-    )
+    actor = ray.remote(
+        num_cpus=settings.num_cpus_per_actor,
+        num_gpus=settings.num_gpus_per_actor,
+        resources=dict(settings.resources_per_actor),
+        max_restarts=-1,
+    )(EvaluationActor)
     return EvaluationPool(lambda: actor.remote(config), settings.actors)
 
 
@@ -102,7 +105,8 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str, step: int | None = N
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
     settings = config.evaluation
-    with local_or_existing(config.cluster, max(1, round(settings.actors * settings.num_cpus_per_actor))):
+    num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
+    with local_or_existing(config.cluster, num_cpus, resources=settings.resources_per_actor):
         pool = make_pool(config)
         bars: dict[EvaluationSet, Progress] = {}
 

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
 
@@ -21,6 +21,8 @@ from model.errors import UserError
 OBJECT_STORE_BYTES = 400_000_000
 """Of a local cluster: Ray's default of 30 % of the memory is taken from the training."""
 CONNECT_S = 10.0
+PLENTY = 10_000.0
+"""Of every custom resource, on the only node of a local cluster."""
 
 
 class ClusterError(UserError):
@@ -39,13 +41,18 @@ def connect(config: RunConfig) -> Iterator[None]:
     if evaluation.sets:
         num_cpus += evaluation.actors * evaluation.num_cpus_per_actor
     # The state API, through which Ray Train asks whether a run still lives, is part of the dashboard.
-    with local_or_existing(cluster, ceil(num_cpus), dashboard=True):
+    groups = (*cluster.resources_per_worker, *evaluation.resources_per_actor)
+    with local_or_existing(cluster, ceil(num_cpus), dashboard=True, resources=groups):
         yield
 
 
 @contextmanager
-def local_or_existing(cluster: ClusterConfig, num_cpus: int, dashboard: bool = False) -> Iterator[None]:
+def local_or_existing(
+    cluster: ClusterConfig, num_cpus: int, dashboard: bool = False, resources: Iterable[str] = ()
+) -> Iterator[None]:
     """Ray connected; a cluster that was started here has at least `num_cpus` and is stopped at the end.
+
+    It also has plenty of the custom `resources`, by which recipes for large clusters choose their nodes.
 
     A process that is connected already stays so. RAY_ADDRESS counts where the recipe names no address, as it is set for
     drivers that run as Ray jobs.
@@ -73,7 +80,7 @@ def local_or_existing(cluster: ClusterConfig, num_cpus: int, dashboard: bool = F
         return
     _guard_with_token()
     with _local_environment(), _short_folder() as folder:
-        _start(folder, num_cpus, dashboard)
+        _start(folder, num_cpus, dashboard, resources)
         try:
             # Ray's own look-up of "the cluster of this machine" may find a neighbour's, and clean up its actors.
             with _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}):
@@ -82,11 +89,12 @@ def local_or_existing(cluster: ClusterConfig, num_cpus: int, dashboard: bool = F
             ray.shutdown()
 
 
-def _start(folder: str, num_cpus: int, dashboard: bool) -> None:
+def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]) -> None:
     try:
         ray.init(
             address="local",
             num_cpus=max(num_cpus, os.cpu_count() or 1),
+            resources=dict.fromkeys(resources, PLENTY),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",

@@ -192,6 +192,7 @@ class _Supervisor:
     def _trainer(self, number: int) -> TorchTrainer:
         cluster = self._config.cluster
         resources = {"CPU": cluster.num_cpus_per_worker, "GPU": cluster.num_gpus_per_worker}
+        resources |= cluster.resources_per_worker
         automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
         return TorchTrainer(
             train_loop,

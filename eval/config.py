@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.categories import Task
@@ -40,6 +41,8 @@ class EvaluationConfig:
     actors: int = 1
     num_cpus_per_actor: float = 1.0
     num_gpus_per_actor: float = 0.0
+    resources_per_actor: Mapping[str, float] = field(default_factory=dict)
+    """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
     threads: int = 1
     """Torch threads per actor on CPU."""
     panels: int = 8
