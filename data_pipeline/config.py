@@ -293,10 +293,11 @@ class DataConfig:
     prefetch_steps: int = 2
     chunk_mb: float = 4.0
     """Size of one ranged read in MB."""
-    lanes: int = 48
-    """Independent chunk streams of the order; a highly composite number lets many world sizes read each chunk once."""
-    window: int = 128
-    """Shuffle window of a lane in samples."""
+    lanes: int = 192
+    """Independent chunk streams of the order. Ranks whose number divides it read nearly every chunk once, others several
+    times: 192 suits 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192; `m2f plan` says what another number costs."""
+    window: int = 32
+    """Shuffle window of a lane in samples. All ranks together hold the files of about lanes x window samples."""
     cache: CacheConfig | None = None
     max_bad_samples: int = 0
     """How many samples may stay damaged or unreadable before training stops. Each is reported, and the next good one of
