@@ -1,7 +1,8 @@
 """Actors that evaluate batches of a checkpoint, and the loop that feeds them whatever happens to them.
 
 A batch may be computed more than once (an actor died after the work, before the answer); its result is entered once.
-A batch that failed before runs alone on its actor, so that a poison batch is told from its neighbours.
+A batch that failed before runs alone on its actor, so that a poison batch is told from its neighbours. An actor that
+owes an answer for too long hangs: it is killed and replaced, and what it had is done elsewhere.
 """
 
 from __future__ import annotations
@@ -72,10 +73,14 @@ class _Slot:
     actor: Any
     batches: set[int] = field(default_factory=set)
     """In flight."""
+    since: float = 0.0
+    """When the call that the actor is at became its next: monotonic seconds."""
     benched: bool = True
     """Gets no batch until a ping has answered; every actor starts so."""
     pinging: bool = False
     ping_after: float = 0.0
+    answered: bool = False
+    """Whether a ping was ever answered: one that waits for resources is no hanging actor."""
     deaths: int = 0
     """Times in a row that the actor could not even be made."""
 
@@ -89,10 +94,14 @@ class _Flight:
 
 
 class EvaluationPool:
-    """`size` actors with the methods `ping()` and `evaluate(task, batch) -> bytes`, kept between evaluations."""
+    """`size` actors with the methods `ping()` and `evaluate(task, batch) -> bytes`, kept between evaluations.
 
-    def __init__(self, spawn: Callable[[], Any], size: int) -> None:
+    An actor that has an answer due for more than `hang_s` seconds is replaced.
+    """
+
+    def __init__(self, spawn: Callable[[], Any], size: int, hang_s: float) -> None:
         self._spawn = spawn
+        self._hang_s = hang_s
         self._slots = [_Slot(spawn()) for _ in range(size)]
 
     def run(
@@ -100,8 +109,8 @@ class EvaluationPool:
     ) -> dict[int, bytes]:
         """Results of all batches by batch number.
 
-        `progress(done, total)` is called after every result. Raises EvaluationError when a batch fails MAX_ATTEMPTS
-        times or an actor cannot be made.
+        `progress(done, total)` is called after every result. Raises EvaluationError when a batch fails or hangs
+        MAX_ATTEMPTS times or an actor cannot be made.
         """
         numbers = list(batches)
         ledger = BatchLedger(numbers)
@@ -116,6 +125,7 @@ class EvaluationPool:
                 before = len(ledger.done)
                 for ref in _next_ready(flights):
                     self._land(ref, flights.pop(ref), ledger)
+                self._replace_hanging(ledger, flights)
                 if len(ledger.done) > before:
                     last_result = time.monotonic()
                     progress(len(ledger.done), len(numbers))
@@ -137,13 +147,15 @@ class EvaluationPool:
         for slot in self._slots:
             if slot.benched:
                 if not slot.pinging and now >= slot.ping_after:
-                    slot.pinging = True
+                    slot.pinging, slot.since = True, now
                     flights[slot.actor.ping.remote()] = _Flight(slot, None)
                 continue
             while len(slot.batches) < IN_FLIGHT_PER_ACTOR and not any(map(ledger.suspect, slot.batches)):
                 batch = ledger.take(idle=not slot.batches)
                 if batch is None:
                     break
+                if not slot.batches:
+                    slot.since = now
                 slot.batches.add(batch)
                 flights[slot.actor.evaluate.remote(task, batch)] = _Flight(slot, batch)
 
@@ -153,6 +165,7 @@ class EvaluationPool:
             self._land_ping(ref, slot)
             return
         slot.batches.discard(batch)
+        slot.since = time.monotonic()
         try:
             ledger.finish(batch, ray.get(ref))
         except RayActorError as error:
@@ -170,11 +183,28 @@ class EvaluationPool:
             slot.deaths += 1
             if slot.deaths >= MAX_ATTEMPTS:
                 raise EvaluationError(f"an evaluation actor could not be started: {error}") from None
-            slot.actor = self._spawn()
+            slot.actor, slot.answered = self._spawn(), False
         except RayActorError:
             return
         else:
-            slot.benched, slot.deaths = False, 0
+            slot.benched, slot.answered, slot.deaths = False, True, 0
+
+    def _replace_hanging(self, ledger: BatchLedger, flights: dict[Any, _Flight]) -> None:
+        """Kill actors whose answer is overdue. Each of their batches counts as failed: one of them may be the cause."""
+        now = time.monotonic()
+        for slot in self._slots:
+            owes = bool(slot.batches) or (slot.pinging and slot.answered)
+            if not owes or now - slot.since <= self._hang_s:
+                continue
+            LOGGER.warning("an evaluation actor gave no answer for %.0f s and is replaced", self._hang_s)
+            ray.kill(slot.actor)
+            overdue, slot.batches = slot.batches, set()
+            slot.actor, slot.answered = self._spawn(), False
+            slot.benched, slot.pinging = True, False
+            for ref in [ref for ref, flight in flights.items() if flight.slot is slot]:
+                del flights[ref]
+            for batch in sorted(overdue):
+                ledger.fail(batch, f"its actor gave no answer for {self._hang_s:g} s (evaluation.hang_s)")
 
     def _abandon(self, flights: dict[Any, _Flight]) -> None:
         """Forget calls under way (late duplicates, or a failed evaluation); a ping comes before the next batch."""

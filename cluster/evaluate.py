@@ -23,6 +23,7 @@ from eval.evaluation_page import details_json, evaluation_page
 from eval.inference import check_tasks
 from eval.panels import contact_sheet
 from eval.report import EvaluationResults, EvaluationSubject
+from eval.result_dump import join_dump
 from eval.states import EvaluationStates, check_complete, image_qualities
 from model.errors import ConfigError
 
@@ -65,7 +66,7 @@ def make_pool(config: RunConfig) -> EvaluationPool:
         resources=dict(settings.resources_per_actor),
         max_restarts=-1,
     )(EvaluationActor)
-    return EvaluationPool(lambda: actor.remote(config), settings.actors)
+    return EvaluationPool(lambda: actor.remote(config), settings.actors, settings.hang_s)
 
 
 def check_sets(config: RunConfig) -> None:
@@ -84,22 +85,32 @@ def check_sets(config: RunConfig) -> None:
 
 
 def evaluate_sets(
-    config: RunConfig, pool: EvaluationPool, checkpoint: str, step: int | None, on_progress: OnProgress
+    config: RunConfig,
+    pool: EvaluationPool,
+    checkpoint: str,
+    step: int | None,
+    on_progress: OnProgress,
+    dump: str | None = None,
 ) -> tuple[SetEvaluation, ...]:
-    """Results of all sets, in the recipe's order.
+    """Results of all sets, in the recipe's order. `dump/DATASET` gets the predictions, see `eval.result_dump`.
 
     Raises:
         EvaluationError: images could not be evaluated, or the weights are not those of the recipe's model.
         DataError, StorageError: a set cannot be read.
     """
     storage = Storage(config.storage)
-    return tuple(_evaluate(config, storage, pool, checkpoint, step, s, on_progress) for s in config.evaluation.sets)
+    return tuple(
+        _evaluate(config, storage, pool, checkpoint, step, s, on_progress, dump and join(dump, s.dataset))
+        for s in config.evaluation.sets
+    )
 
 
-def evaluate_checkpoint(config: RunConfig, checkpoint: str, step: int | None = None) -> tuple[SetEvaluation, ...]:
-    """Evaluate a checkpoint folder or a file of weights on a Ray cluster, with a progress line; nothing is written.
+def evaluate_checkpoint(
+    config: RunConfig, checkpoint: str, step: int | None = None, dump: str | None = None
+) -> tuple[SetEvaluation, ...]:
+    """Evaluate a checkpoint folder or a file of weights on a Ray cluster, with a progress line.
 
-    `step` is the optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
+    Nothing is written, except predictions where `dump` is a folder or URL that all actors reach. `step` is the optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
     Raises ConfigError without sets, and what `evaluate_sets` raises.
     """
     if not config.evaluation.sets:
@@ -118,7 +129,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: str, step: int | None = N
                 bars[evaluated].__exit__(None, None, None)
 
         try:
-            return evaluate_sets(config, pool, checkpoint, step, show)
+            return evaluate_sets(config, pool, checkpoint, step, show, dump)
         finally:
             pool.close()
 
@@ -144,16 +155,19 @@ def _evaluate(
     step: int | None,
     evaluated: EvaluationSet,
     on_progress: OnProgress,
+    dump: str | None,
 ) -> SetEvaluation:
     manifest = Manifest.load(config.datasets[evaluated.dataset].shards, storage)
     rows = evaluated_rows(manifest, evaluated)
     calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
-    task = EvaluationTask(weights_url(checkpoint, storage), evaluated)
+    task = EvaluationTask(weights_url(checkpoint, storage), evaluated, dump=dump)
     payloads = pool.run(task, range(calls), partial(on_progress, evaluated))
     states = EvaluationStates.empty(manifest.categories, config.evaluation.tasks)
     for call in range(calls):
         states.merge(EvaluationStates.from_bytes(payloads[call]))
     check_complete(states, manifest.image_id[rows].tolist())
+    if dump is not None:
+        join_dump(storage, dump, calls, manifest.categories)
     subject = EvaluationSubject(
         dataset=evaluated.dataset,
         fingerprint=manifest.fingerprint,
@@ -173,6 +187,6 @@ def _draw_worst(
     if not worst:
         return {}
     row_of = {image_id: row for row, image_id in enumerate(manifest.image_id.tolist())}
-    drawing = replace(task, drawn=tuple(row_of[image_id] for image_id in worst))
+    drawing = replace(task, drawn=tuple(row_of[image_id] for image_id in worst), dump=None)
     payloads = pool.run(drawing, range(len(worst)))
     return {image_id: EvaluationStates.from_bytes(payloads[i]).panels[image_id] for i, image_id in enumerate(worst)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.categories import Task
-from model.errors import require_at_least
+from model.errors import require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class EvaluationConfig:
     """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
     threads: int = 1
     """Torch threads per actor on CPU."""
+    hang_s: float = 1800.0
+    """Seconds without an answer to a call of eight images, after which an actor is replaced."""
     panels: int = 8
     """Fixed images drawn per evaluation (image, truth, prediction), and half as many of the worst."""
 
@@ -52,3 +54,4 @@ class EvaluationConfig:
         names = ("shortest_edge", "max_size", "batch_size", "actors", "threads")
         require_at_least(1, **{f"evaluation__{name}": getattr(self, name) for name in names})
         require_at_least(0, evaluation__panels=self.panels)
+        require_positive(evaluation__hang_s=self.hang_s)

@@ -56,6 +56,11 @@ class Squares:
         if (self.folder / f"{task}_dies_once_{batch}").exists():
             (self.folder / f"{task}_dies_once_{batch}").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        if (self.folder / f"{task}_hangs_{batch}").exists():
+            time.sleep(3600)
+        if (self.folder / f"{task}_hangs_once_{batch}").exists():
+            (self.folder / f"{task}_hangs_once_{batch}").unlink()
+            time.sleep(3600)
         if (self.folder / f"{task}_raises_{batch}").exists():
             raise ValueError("bad pixel")
         return str(batch**2).encode()
@@ -70,7 +75,7 @@ def folder(tmp_path_factory):
 def pool(folder):
     ray.init(num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Squares)
-    pool = EvaluationPool(lambda: actor.remote(folder), size=2)
+    pool = EvaluationPool(lambda: actor.remote(folder), size=2, hang_s=3)
     yield pool
     pool.close()
     ray.shutdown()
@@ -97,3 +102,21 @@ def test_a_batch_that_kills_its_actor_fails_the_evaluation_and_the_pool_lives_on
     with pytest.raises(EvaluationError, match="batch 2 failed 3 times, last: ValueError: bad pixel"):
         pool.run("error", range(8))
     assert len(pool.run("after", range(8))) == 8
+
+
+@pytest.mark.cluster
+def test_an_actor_that_hangs_is_replaced(pool, folder):
+    expected = {batch: str(batch**2).encode() for batch in range(12)}
+    for batch in (2, 9):
+        (folder / f"stuck_hangs_once_{batch}").touch()
+    assert pool.run("stuck", range(12)) == expected
+    assert pool.run("calm", range(12)) == expected
+
+
+@pytest.mark.cluster
+def test_a_batch_on_which_actors_hang_is_named(pool, folder, monkeypatch):
+    monkeypatch.setattr(pool, "_hang_s", 1.5)
+    (folder / "tar_hangs_4").touch()
+    with pytest.raises(EvaluationError, match="batch 4 failed 3 times, last: its actor gave no answer for 1.5 s"):
+        pool.run("tar", range(6))
+    assert len(pool.run("after tar", range(6))) == 6
