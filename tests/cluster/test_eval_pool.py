@@ -117,6 +117,6 @@ def test_an_actor_that_hangs_is_replaced(pool, folder):
 def test_a_batch_on_which_actors_hang_is_named(pool, folder, monkeypatch):
     monkeypatch.setattr(pool, "_hang_s", 1.5)
     (folder / "tar_hangs_4").touch()
-    with pytest.raises(EvaluationError, match="batch 4 failed 3 times, last: its actor gave no answer for 1.5 s"):
+    with pytest.raises(EvaluationError, match=r"batch 4 failed 3 times, last: its actor gave no answer for 1\.5 s"):
         pool.run("tar", range(6))
     assert len(pool.run("after tar", range(6))) == 6
