@@ -20,6 +20,7 @@ from data_pipeline.storage import Storage, join
 from eval.config import EvaluationSet
 from eval.errors import EvaluationError
 from eval.inference import Evaluator
+from eval.result_dump import ResultDump
 from eval.states import EvaluationStates
 from model.config import ModelConfig
 from model.mask2former import Mask2Former, build_model
@@ -39,6 +40,8 @@ class EvaluationTask:
     evaluated: EvaluationSet
     drawn: tuple[int, ...] = ()
     """Rows of the manifest to draw panels of, one per call, in place of the evaluation of the set."""
+    dump: str | None = None
+    """Folder or URL that every call stores its predictions in."""
 
 
 def evaluated_rows(manifest: Manifest, evaluated: EvaluationSet) -> np.ndarray:
@@ -77,6 +80,7 @@ class EvaluationActor:
         else:
             rows = call_rows(manifest, task.evaluated, settings.batch_size)[call]
             drawn = evaluated_rows(manifest, task.evaluated)[: settings.panels]
+        dump = None if task.dump is None else ResultDump(manifest.categories)
         evaluator = Evaluator(
             self._model(task, manifest),
             manifest.categories,
@@ -84,6 +88,7 @@ class EvaluationActor:
             model_task=self._config.data.task,
             postprocess=self._config.model.postprocess,
             panel_ids=manifest.image_id[drawn].tolist(),
+            dump=dump,
         )
         states = EvaluationStates.empty(manifest.categories, settings.tasks)
         batches = eval_batches(
@@ -96,6 +101,8 @@ class EvaluationActor:
         )
         for batch in batches:
             states.merge(evaluator.evaluate_batch(batch))
+        if dump is not None:
+            dump.store(self._storage, str(task.dump), call)
         return states.to_bytes()
 
     def _manifest(self, dataset: str) -> Manifest:

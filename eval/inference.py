@@ -21,6 +21,7 @@ from eval.masks import Rle, encode_masks
 from eval.mean_iou import MeanIoUState
 from eval.panels import Scene, render_panel
 from eval.panoptic_quality import PanopticPrediction, PanopticQualityState
+from eval.result_dump import ResultDump
 from eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
 from eval.segment_errors import SegmentErrorState, instance_candidates, panoptic_candidates
 from eval.states import EvaluationStates
@@ -94,6 +95,7 @@ class Evaluator:
         model_task: Task,
         postprocess: PostprocessConfig,
         panel_ids: Collection[int] = (),
+        dump: ResultDump | None = None,
     ) -> None:
         check_tasks(model_task, config.tasks)
         self._model = model.eval()
@@ -101,6 +103,7 @@ class Evaluator:
         self._tasks = config.tasks
         self._postprocess = postprocess
         self._panel_ids = frozenset(panel_ids)
+        self._dump = dump
         self._device = next(model.parameters()).device
         classes = categories.for_task(model_task)
         self._is_thing = [c.is_thing for c in classes]
@@ -153,6 +156,8 @@ class Evaluator:
         segments: SegmentErrorState | None,
     ) -> _Picture:
         result = panoptic(*output, self._is_thing, self._postprocess)
+        if self._dump is not None:
+            self._dump.add_panoptic(sample, result)
         truth = panoptic_truth(sample, self._categories.labels("panoptic"))
         labels = {segment.id: segment.label for segment in result.segments}
         prediction = PanopticPrediction(result.segment_map.cpu().numpy(), labels)
@@ -171,6 +176,8 @@ class Evaluator:
     ) -> _Picture:
         detections = detect(output, self._is_thing, self._postprocess)
         detections = replace(detections, labels=self._thing_labels[detections.labels])
+        if self._dump is not None:
+            self._dump.add_instances(sample, detections)
         truth = instance_truth(sample, self._categories.labels("instance"))
         state.update(sample.image_id, truth, detections)
         if segments is not None:
@@ -179,6 +186,8 @@ class Evaluator:
 
     def _semantic(self, sample: DecodedSample, output: ImageOutput, state: MeanIoUState) -> _Picture:
         predicted = semantic(*output, self._postprocess).label_map.cpu().numpy()
+        if self._dump is not None:
+            self._dump.add_labels(sample, predicted)
         truth = semantic_truth(sample, self._categories.labels("semantic"))
         state.update(sample.image_id, truth, predicted)
         return partial(semantic_scenes, truth, predicted, state.num_classes)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.config import PostprocessConfig
 from model.point_sampling import chunk_elements
-from model.structures import InstanceResult, PanopticResult, PanopticSegment, SemanticResult
+from model.structures import UNLABELLED, InstanceResult, PanopticResult, PanopticSegment, SemanticResult
 
 MASK_GROUP_BYTES = 2**28
 """Instance masks at full size that are made together."""
@@ -189,24 +189,33 @@ def semantic(
     mask_features: Tensor,
     geometry: ImageGeometry,
     config: PostprocessConfig,
+    min_score: float | None = None,
 ) -> SemanticResult:
     """Semantic result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
     The class of a pixel maximises the sum over queries of class probability * mask probability; equal sums go to the
-    lower class. `semantic_resize` says whether masks or these sums are brought to the original size.
+    lower class. `semantic_resize` says whether masks or these sums are brought to the original size. Pixels whose best
+    sum is below `min_score` stay UNLABELLED.
     """
     class_probabilities = class_logits.float().softmax(-1)[:, :-1].T.contiguous()
     label_map = torch.empty(geometry.original_size, dtype=torch.int64, device=class_logits.device)
     if config.semantic_resize == "masks":
         for rows, logits in _bands(mask_embeddings, mask_features, geometry, outputs=len(class_probabilities)):
-            label_map[rows] = torch.einsum("kq,qhw->khw", class_probabilities, logits.sigmoid_()).max(0).indices
+            scores = torch.einsum("kq,qhw->khw", class_probabilities, logits.sigmoid_())
+            label_map[rows] = _best_class(scores, min_score)
     else:
         resize = _Resize(mask_embeddings, mask_features, geometry)
         for band in resize.bands(len(mask_embeddings) + len(class_probabilities)):
             probabilities = resize.input_columns(resize.input_rows(band)).sigmoid_()
             scores = torch.einsum("kq,qhw->khw", class_probabilities, probabilities)
-            label_map[band.rows] = resize.original_columns(band.taps.apply(scores)).max(0).indices
+            label_map[band.rows] = _best_class(resize.original_columns(band.taps.apply(scores)), min_score)
     return SemanticResult(label_map)
+
+
+def _best_class(scores: Tensor, min_score: float | None) -> Tensor:
+    """[rows, W] class of the highest score in [K, rows, W]."""
+    best = scores.max(0)
+    return best.indices if min_score is None else torch.where(best.values >= min_score, best.indices, UNLABELLED)
 
 
 def _bands(

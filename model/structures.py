@@ -15,6 +15,9 @@ from torch import Tensor
 BACKGROUND_ID = 0
 """Id of pixels that belong to no segment and count as ordinary negatives."""
 
+UNLABELLED = -1
+"""Label of pixels without a class in a semantic prediction."""
+
 
 def ignore_id(dtype: torch.dtype) -> int:
     """Id of void, crowd and padding in an id map of this dtype (uint8 or int16). Never the id of a segment."""
@@ -121,4 +124,4 @@ class SemanticResult:
     """Semantic prediction of one image at its original size."""
 
     label_map: Tensor
-    """[H, W] int64 contiguous classes."""
+    """[H, W] int64 contiguous classes; UNLABELLED where no class reached the lowest score that was asked for."""

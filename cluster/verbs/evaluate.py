@@ -14,10 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     add_checkpoint(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for results; default: evaluations/ in the run folder")
+    parser.add_argument(
+        "--dump", metavar="DIR", help="folder or URL for the predictions in COCO formats and as label maps, by data set"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables; results of the run's own checkpoints also go to its MLflow run."""
+    from os.path import abspath
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
@@ -33,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from cluster.evaluate import evaluate_checkpoint, write_files  # after the mistakes, as Ray takes seconds to import
     from cluster.tracking import Tracking, find_run
 
-    evaluations = evaluate_checkpoint(config, weights.url, step=weights.step)
+    dump = args.dump if args.dump is None or "://" in args.dump else abspath(args.dump)
+    evaluations = evaluate_checkpoint(config, weights.url, step=weights.step, dump=dump)
     run = find_run(config) if weights.step is not None else None
     tracking = Tracking(run, "offline-evaluation") if run is not None else None
     with TemporaryDirectory(prefix="m2f-evaluation-") as scratch:
@@ -43,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
             url = join(args.output, name) if args.output else join(config.run_folder, place)
             folder = write_files(storage, url, evaluation.files(), local=Path(scratch) / name)
             say(f"\n{evaluation.results.table()}\n\nresults: {url}")
+            if dump is not None:
+                say(f"predictions: {join(dump, name)}")
             if tracking is not None and weights.step is not None:
                 tracking.log_metrics(weights.step, evaluation.results.headline(name))
                 tracking.log_artifact(folder, place)

@@ -1,0 +1,90 @@
+"""Predictions of images in the formats that others read: COCO panoptic, COCO results and label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.categories import Category
+from data_pipeline.image_file import encode_png
+from eval.average_precision import InstanceDetections
+from eval.errors import EvaluationError
+from eval.masks import mask_boxes
+from model.structures import UNLABELLED, PanopticSegment
+
+
+def panoptic_png(segment_map: np.ndarray) -> bytes:
+    """PNG of segment ids [H, W] as COCO colours them: id = R + 256 G + 65536 B."""
+    return encode_png(np.stack([segment_map >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8))
+
+
+def panoptic_annotation(
+    image_id: int, file_name: str, segments: Sequence[PanopticSegment], classes: Sequence[Category]
+) -> dict[str, Any]:
+    """The entry of one image in a COCO panoptic JSON. `classes` by label."""
+    described = [
+        {
+            "id": segment.id,
+            "category_id": classes[segment.label].id,
+            "isthing": int(segment.is_thing),
+            "area": segment.area,
+            "score": segment.score,
+        }
+        for segment in segments
+    ]
+    return {"image_id": image_id, "file_name": file_name, "segments_info": described}
+
+
+def mask_results(image_id: int, detections: InstanceDetections, classes: Sequence[Category]) -> list[dict[str, Any]]:
+    """Detections as COCO results with run-length masks, best first.
+
+    Without boxes: where there are some, pycocotools takes the size of a detection from its box, which moves AP by size.
+    """
+    masks = [{"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")} for mask in detections.masks]
+    return [
+        {"image_id": image_id, "category_id": classes[label].id, "segmentation": masks[mask], "score": score}
+        for mask, label, score in _rows(detections)
+    ]
+
+
+def box_results(image_id: int, detections: InstanceDetections, classes: Sequence[Category]) -> list[dict[str, Any]]:
+    """Detections as COCO results with the smallest boxes around their masks: x, y, width, height in pixels."""
+    boxes = mask_boxes(detections.masks).tolist()
+    return [
+        {"image_id": image_id, "category_id": classes[label].id, "bbox": boxes[mask], "score": score}
+        for mask, label, score in _rows(detections)
+    ]
+
+
+def label_png(label_map: np.ndarray, classes: Sequence[Category]) -> bytes:
+    """PNG of labels [H, W] as the ids of their categories, 8 bits or, above 255, 16; see `unlabelled_value`.
+
+    ADE20K's and Cityscapes' servers want such maps. Raises EvaluationError for ids that no PNG holds.
+    """
+    ids = [category.id for category in classes]
+    if not 0 <= min(ids) <= max(ids) < 2**16 - 1:
+        raise EvaluationError(
+            f"category ids from {min(ids)} to {max(ids)} do not fit into the 16 bits of a PNG; leave out label maps"
+        )
+    values = np.array([*ids, unlabelled_value(classes)], dtype=np.uint8 if max(ids) < 255 else np.uint16)
+    return encode_png(values[np.where(label_map == UNLABELLED, len(ids), label_map)])
+
+
+def unlabelled_value(classes: Sequence[Category]) -> int:
+    """Value of pixels without a label in `label_png`: 0, or where a category has the id 0 the highest that fits."""
+    ids = [category.id for category in classes]
+    if 0 not in ids:
+        return 0
+    return 255 if max(ids) < 255 else 2**16 - 1
+
+
+def describe_categories(classes: Sequence[Category]) -> list[dict[str, Any]]:
+    """Categories as COCO files list them."""
+    return [{"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in classes]
+
+
+def _rows(detections: InstanceDetections) -> list[tuple[int, int, float]]:
+    columns = detections.mask_index, detections.labels, detections.scores
+    return list(zip(*(column.tolist() for column in columns), strict=True))
