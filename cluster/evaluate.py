@@ -110,7 +110,8 @@ def evaluate_checkpoint(
 ) -> tuple[SetEvaluation, ...]:
     """Evaluate a checkpoint folder or a file of weights on a Ray cluster, with a progress line.
 
-    Nothing is written, except predictions where `dump` is a folder or URL that all actors reach. `step` is the optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
+    Nothing is written, except predictions where `dump` is a folder or URL that all actors reach. `step` is the
+    optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
     Raises ConfigError without sets, and what `evaluate_sets` raises.
     """
     if not config.evaluation.sets:

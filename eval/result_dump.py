@@ -40,9 +40,7 @@ class ResultDump:
         """Take the panoptic result of one image."""
         name = f"{sample.key}.png"
         self._files[f"panoptic/{name}"] = panoptic_png(result.segment_map.cpu().numpy())
-        annotation = panoptic_annotation(
-            sample.image_id, name, result.segments, self._categories.for_task("panoptic")
-        )
+        annotation = panoptic_annotation(sample.image_id, name, result.segments, self._categories.for_task("panoptic"))
         self._entries.setdefault("panoptic", []).append(annotation)
 
     def add_instances(self, sample: DecodedSample, detections: InstanceDetections) -> None:

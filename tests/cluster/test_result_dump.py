@@ -1,0 +1,129 @@
+"""What `m2f eval --dump` writes, scored with `m2f score` against the original files, gives what the pool published."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from cluster import eval_actor
+from cluster.cli import main
+from cluster.eval_actor import EvaluationActor
+from cluster.evaluate import evaluate_sets
+from cluster.recipe import parse_recipe
+from data_pipeline.image_file import decode_id_png, decode_index_png
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
+
+RECIPE = """
+name: painted
+output: {folder}/runs
+datasets:
+  val:
+    shards: {folder}/shards
+    source:
+      kind: coco_panoptic
+      images: {folder}/truth/images
+      panoptic_json: {folder}/truth/panoptic.json
+      panoptic_masks: {folder}/truth/panoptic
+data:
+  train: [{{dataset: val}}]
+model:
+  backbone: {{name: resnet10t}}
+  postprocess: {{object_threshold: 0.5, overlap_threshold: 0.6}}
+training: {{max_steps: 10}}
+evaluation: {{sets: [{{dataset: val}}], tasks: [panoptic, instance, semantic], shortest_edge: 64, panels: 2}}
+"""
+
+
+class TroubledPool:
+    """Stands in for the pool: calls come in any order, and twice."""
+
+    def __init__(self, config):
+        self.actors = [EvaluationActor(config), EvaluationActor(config)]
+
+    def run(self, task, batches, progress=lambda done, total: None):
+        order = [*reversed(list(batches)), *batches]
+        return {b: self.actors[i % 2].evaluate(task, b) for i, b in enumerate(order)}
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory):
+    """Folder with truth and dump, and the pool's results."""
+    folder = tmp_path_factory.mktemp("painted")
+    write_painted_scenes(folder / "truth", 19)
+    config = parse_recipe(RECIPE.format(folder=folder))
+    write_dataset(open_reader(config.datasets["val"].source), config.datasets["val"], Storage())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(eval_actor, "load_model", lambda *_: Reader())
+        (evaluation,) = evaluate_sets(
+            config, TroubledPool(config), "weights.pth", 7, lambda *_: None, dump=str(folder / "dump")
+        )
+    return folder, evaluation.results
+
+
+def score(folder, kind, *arguments):
+    output = folder / f"{kind}.json"
+    assert main(["score", kind, *map(str, arguments), "--workers", "1", "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def test_nothing_but_results_stays(dumped):
+    folder, _ = dumped
+    dump = folder / "dump/val"
+    assert sorted(path.name for path in dump.iterdir()) == [
+        *("categories.json", "instances.json", "labels", "panoptic", "panoptic.json")
+    ]
+    assert len(list((dump / "panoptic").iterdir())) == len(list((dump / "labels").iterdir())) == 19
+
+
+def test_panoptic(dumped):
+    folder, results = dumped
+    dump, truth = folder / "dump/val", folder / "truth"
+    truth_files = "--truth", truth / "panoptic.json", "--truth-masks", truth / "panoptic"
+    files = "--predictions", dump / "panoptic.json", "--prediction-masks", dump / "panoptic"
+    scored = score(folder, "panoptic", *truth_files, *files)
+    metrics = results.metrics()
+    for split, suffix in (("all", ""), ("things", "_th"), ("stuff", "_st")):
+        for name in ("pq", "sq", "rq"):
+            assert 100 * scored[split][name] == metrics[name.upper() + suffix]
+    assert 5 < metrics["PQ"] < 95
+    rows = {str(row["id"]): row for row in results.per_class()}
+    counts = {i: tuple(rows[i][n] for n in ("TP", "FP", "FN")) for i in rows}
+    assert counts == {i: (q["tp"], q["fp"], q["fn"]) for i, q in scored["per_class"].items()}
+
+
+def test_instances(dumped):
+    folder, results = dumped
+    files = "--truth", folder / "truth/instances.json", "--predictions", folder / "dump/val/instances.json"
+    scored = score(folder, "instances", *files)
+    stats = results.instance.stats
+    assert {name: scored[name] for name in stats} == stats
+    assert 0.05 < stats["AP"] < 0.95
+    assert stats["APs"] > 0
+
+
+def test_semantic(dumped):
+    folder, results = dumped
+    files = "--truth", folder / "truth/labels", "--predictions", folder / "dump/val/labels"
+    scored = score(folder, "semantic", *files, "--num-classes", 201, "--ignore", 0)
+    metrics = results.metrics()
+    for ours, published in (("mIoU", "mIoU"), ("mIoU_union", "mIoU_occurring"), ("fwIoU", "fwIoU"), ("pACC", "pACC")):
+        assert 100 * scored[ours] == pytest.approx(metrics[published], rel=1e-14)
+    assert 5 < metrics["mIoU"] < 95
+
+
+def test_maps_hold_ids_of_segments_and_categories(dumped):
+    folder, _ = dumped
+    dump = folder / "dump/val"
+    entry = json.loads((dump / "panoptic.json").read_text())["annotations"][0]
+    ids = decode_id_png((dump / "panoptic" / entry["file_name"]).read_bytes())
+    areas = {segment["id"]: segment["area"] for segment in entry["segments_info"]}
+    assert areas == {i: int((ids == i).sum()) for i in np.unique(ids).tolist() if i}
+    labels = decode_index_png((dump / "labels" / entry["file_name"]).read_bytes())
+    assert set(np.unique(labels)) <= {category["id"] for category in CATEGORIES}
+    assert [c["id"] for c in json.loads((dump / "categories.json").read_text())] == [3, 11, 200, 7]
