@@ -25,12 +25,13 @@ def complain(text: str) -> None:
     sys.stderr.flush()
 
 
-def describe_pace(done: int, total: int, first: int, elapsed_s: float, unit: str) -> str:
-    """For example `12.3 images/s, 4:05 left`; work that an earlier run did (`first`) does not count as pace."""
+def describe_pace(done: int, total: int, first: int, elapsed_s: float, unit: str, num_bytes: int = 0) -> str:
+    """For example `12.3 images/s, 1.9 MB/s, 4:05 left`; work of an earlier run (`first`) does not count as pace."""
     rate = (done - first) / max(elapsed_s, 1e-9)
     if rate <= 0 or elapsed_s < 0.1:  # too early to tell
         return f"- {unit}/s"
-    return f"{rate:.1f} {unit}/s, {format_duration((total - done) / rate)} left"
+    volume = f"{num_bytes / 1e6 / elapsed_s:.1f} MB/s, " if num_bytes else ""
+    return f"{rate:.1f} {unit}/s, {volume}{format_duration((total - done) / rate)} left"
 
 
 def format_duration(seconds: float) -> str:
@@ -55,6 +56,7 @@ class Progress:
     ) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._first = self._done = done
+        self._bytes = 0
         self._stream = sys.stderr if stream is None else stream
         self._interval_s, self._clock = interval_s, clock
         self._started = self._last_line = clock()
@@ -83,9 +85,10 @@ class Progress:
         elif kind is None and self._told != self._done:
             self._line()
 
-    def advance(self, count: int) -> None:
-        """`count` more units are done."""
+    def advance(self, count: int, num_bytes: int = 0) -> None:
+        """`count` more units are done, which took so many bytes of reading or writing."""
         self._done += count
+        self._bytes += num_bytes
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, pace=self._pace())
         elif self._clock() - self._last_line >= self._interval_s:
@@ -99,7 +102,8 @@ class Progress:
             self._write(text)
 
     def _pace(self) -> str:
-        return describe_pace(self._done, self._total, self._first, self._clock() - self._started, self._unit)
+        elapsed_s = self._clock() - self._started
+        return describe_pace(self._done, self._total, self._first, elapsed_s, self._unit, self._bytes)
 
     def _line(self) -> None:
         self._last_line, self._told = self._clock(), self._done

@@ -107,7 +107,7 @@ def run_shard_job(
         ):
             for part in _write_shards(reader, plan, missing, storage, cluster.shard_tasks):
                 parts[part.index] = part
-                progress.advance(len(plan.rows[part.index]))
+                progress.advance(len(plan.rows[part.index]), part.info.size)
                 for problem in part.problems:
                     progress.note(f"{problem.source}: {problem.message}")
     problems = tuple(problem for index in sorted(parts) for problem in parts[index].problems)

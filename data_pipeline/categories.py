@@ -11,6 +11,9 @@ from typing import Literal, get_args
 from data_pipeline.errors import DataError
 
 Task = Literal["panoptic", "instance", "semantic"]
+MAX_CATEGORIES = 65_535
+"""More are a mistake: the largest data sets have a few thousand."""
+
 TASKS: tuple[Task, ...] = get_args(Task)
 
 
@@ -35,6 +38,11 @@ class CategoryTable:
         repeated = sorted(i for i, count in Counter(c.id for c in self.categories).items() if count > 1)
         if repeated:
             raise DataError(f"category ids must be unique; these appear more than once: {repeated[:10]}")
+        if len(self.categories) > MAX_CATEGORIES:
+            raise DataError(
+                f"{len(self.categories)} categories are more than {MAX_CATEGORIES}; this is no list of classes (were "
+                "ids of segments or images taken for it?)"
+            )
 
     @cached_property
     def by_id(self) -> dict[int, Category]:

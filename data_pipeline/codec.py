@@ -13,6 +13,7 @@ Maps are 8-bit, or 16-bit above 254 ids; the same sample always gives the same b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -58,14 +59,17 @@ def decode(members: Mapping[str, bytes]) -> DecodedSample:
     extension = next((ext for ext in ("img.jpg", "img.png") if ext in members), None)
     if extension is None:
         raise DataError(f"{name} has no image member; it has {sorted(members)}")
+    size = description["height"], description["width"]
     try:
+        header = read_header(members[extension])
+        stored = header.height, header.width
+        if size not in (stored, stored[::-1]):  # before decoding: a small file may claim to be huge
+            raise DataError(f"{name}: the image is {stored}, its description says {size}; write the shard again")
         image = decode_rgb(members[extension], description["exif"]["applied"])
     except BrokenImageError as error:
         raise DataError(f"{name}: {error}") from error
-    if image.shape[:2] != (description["height"], description["width"]):
-        raise DataError(
-            f"{name}: the image is {image.shape[:2]}, its description says otherwise; write the shard again"
-        )
+    if image.shape[:2] != size:
+        raise DataError(f"{name}: the image is {image.shape[:2]}, its description says {size}; write the shard again")
     annotation = _decode_annotation(members, description, name)
     return DecodedSample(
         key=description["key"],
@@ -108,7 +112,7 @@ def _decode_description(members: Mapping[str, bytes]) -> dict[str, Any]:
         description = json.loads(members["json"])
         for field in ("key", "image_id", "source", "height", "width", "exif", "inst_layers", "segments"):
             description[field]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"the json member of a sample cannot be read ({error!r}); the shard is not one of ours"
         ) from error
@@ -121,7 +125,12 @@ def _decode_annotation(members: Mapping[str, bytes], description: dict[str, Any]
     inst = _decode_map(members, "inst.png", (layers * height, width), name)
     if inst is None and layers:
         inst = np.zeros((layers * height, width), np.uint8)
-    segments = tuple(_decode_segment(fields) for fields in description["segments"])
+    try:
+        segments = tuple(_decode_segment(fields) for fields in description["segments"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{name}: a segment of its json member cannot be read ({error!r}); write the shard again"
+        ) from error
     return Annotation(
         seg=seg, inst=inst.reshape(layers, height, width) if inst is not None else None, segments=segments
     )
@@ -131,6 +140,8 @@ def _decode_segment(fields: dict[str, Any]) -> Segment:
     x, y, width, height = fields.pop("bbox")
     rings = fields.pop("polygons")
     polygons = None if rings is None else tuple(tuple(ring) for ring in rings)
+    if not all(map(math.isfinite, (x, y, width, height, fields["area"]))):
+        raise ValueError(f"area {fields['area']} or box {x, y, width, height} is not finite")
     return Segment(bbox=(x, y, width, height), polygons=polygons, **fields)
 
 
@@ -138,9 +149,10 @@ def _decode_map(members: Mapping[str, bytes], member: str, shape: tuple[int, int
     if member not in members:
         return None
     try:
-        values = decode_index_png(members[member])
+        header = read_header(members[member])
+        if (header.height, header.width) != shape:  # before decoding: a small file may claim to be huge
+            found = header.height, header.width
+            raise DataError(f"{name}: member {member} is {found}, not {shape}; write the shard again")
+        return decode_index_png(members[member])
     except BrokenImageError as error:
         raise DataError(f"{name}: member {member}: {error}") from error
-    if values.shape != shape:
-        raise DataError(f"{name}: member {member} is {values.shape}, not {shape}; write the shard again")
-    return values

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import zlib
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from data_pipeline import codec
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.errors import DataError, MissingObjectError, StorageError
 from data_pipeline.object_info import ObjectInfo
-from data_pipeline.sample import DecodedSample
+from data_pipeline.sample import Annotation, DecodedSample
 from data_pipeline.storage import Storage, join
 
 FORMAT = 1
@@ -150,11 +151,20 @@ class Manifest:
         if document is None:
             raise DataError(f"{join(url, DATASET_FILE)} does not exist; make the shards first (m2f shard)")
         data = storage.get(join(url, SAMPLES_FILE))
-        if hashlib.sha256(data).hexdigest() != document["samples"]["sha256"]:
+        if hashlib.sha256(data).hexdigest() != document.get("samples", {}).get("sha256"):
             raise DataError(
                 f"{join(url, SAMPLES_FILE)} is not the file that {DATASET_FILE} was written with; restore it"
             )
-        table = pq.read_table(io.BytesIO(data), schema=SAMPLE_SCHEMA)
+        try:
+            return cls._of(url, document, pq.read_table(io.BytesIO(data), schema=SAMPLE_SCHEMA))
+        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise DataError(
+                f"{url}: {DATASET_FILE} and {SAMPLES_FILE} do not say what they must ({error!r:.200}); restore them or "
+                "write the data set again"
+            ) from error
+
+    @classmethod
+    def _of(cls, url: str, document: dict[str, Any], table: pa.Table) -> Self:
         names = _flat(table, "member_names").dictionary_encode()
         return cls(
             url=url,
@@ -249,7 +259,7 @@ def read_document(url: str, storage: Storage) -> dict[str, Any] | None:
         document = json.loads(storage.get(path))
     except MissingObjectError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); restore it or write the data set again") from error
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
@@ -278,6 +288,24 @@ def make_document(
         "categories": listed,
         "shards": shard_list,
         "samples": {"name": SAMPLES_FILE, "size": len(samples), "sha256": hashlib.sha256(samples).hexdigest()},
+    }
+
+
+def category_columns(annotation: Annotation) -> dict[str, Any]:
+    """What SAMPLE_SCHEMA says about segments, crowds left out. A thing in both maps counts once, as instance."""
+    counts: dict[int, int] = defaultdict(int)
+    areas: dict[int, float] = defaultdict(float)
+    for segment in annotation.segments:
+        twice = segment.map == "seg" and segment.is_thing and annotation.inst is not None
+        if not segment.is_crowd and not twice:
+            counts[segment.category_id] += 1
+            areas[segment.category_id] += segment.area
+    ids = sorted(counts)
+    return {
+        "num_segments": sum(counts.values()),
+        "category_ids": ids,
+        "category_counts": [counts[i] for i in ids],
+        "category_areas": [round(areas[i]) for i in ids],
     }
 
 

@@ -15,7 +15,6 @@ import io
 import json
 import math
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -29,9 +28,9 @@ from data_pipeline import codec, manifest
 from data_pipeline.categories import CategoryTable
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError, StorageError
-from data_pipeline.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo
+from data_pipeline.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo, category_columns
 from data_pipeline.readers import Reader, source_fingerprint
-from data_pipeline.sample import Annotation, Sample
+from data_pipeline.sample import Sample
 from data_pipeline.storage import Storage, join
 
 _BLOCK = 512  # of a tar
@@ -243,7 +242,7 @@ class _Tar:
                 "member_names": list(members),
                 "member_offsets": offsets,
                 "member_lengths": [len(data) for data in members.values()],
-                **_category_columns(sample.annotation),
+                **category_columns(sample.annotation),
             }
         )
 
@@ -260,24 +259,6 @@ class _Tar:
 def _stable_count(wanted: float) -> int:
     """The nearest number of shards in steps of 10 %, so that mending one image file does not change the whole plan."""
     return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
-
-
-def _category_columns(annotation: Annotation) -> dict[str, Any]:
-    """Counts and areas per category, without crowds. A thing in both maps counts once, as instance."""
-    counts: dict[int, int] = defaultdict(int)
-    areas: dict[int, float] = defaultdict(float)
-    for segment in annotation.segments:
-        twice = segment.map == "seg" and segment.is_thing and annotation.inst is not None
-        if not segment.is_crowd and not twice:
-            counts[segment.category_id] += 1
-            areas[segment.category_id] += segment.area
-    ids = sorted(counts)
-    return {
-        "num_segments": sum(counts.values()),
-        "category_ids": ids,
-        "category_counts": [counts[i] for i in ids],
-        "category_areas": [round(areas[i]) for i in ids],
-    }
 
 
 def _part_url(plan: ShardPlan, index: int) -> str:

@@ -70,7 +70,7 @@ def read_json(path: str) -> Any:
     require_file(path)
     try:
         return json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets nested thousands deep are no JSON of ours
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -1,0 +1,76 @@
+"""`m2f verify`: whether sharded data sets are whole."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_pipeline.storage import Storage
+    from data_pipeline.verify import Depth, Verification
+
+SUMMARY = "check sharded data sets: sizes, or every byte, sample and label"
+_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("urls", nargs="+", metavar="URL", help="folder or s3:// prefix with a dataset.json")
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--quick", action="store_true", help="manifest, presence and size of all shards (default)")
+    depth.add_argument("--full", action="store_true", help="read every byte: checksums, pixels, labels")
+    parser.add_argument("--threads", type=int, metavar="N", help="shards that are read at once (default: cores)")
+    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for all that was found")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 1 where a fault was found."""
+    import json
+    import os
+    from dataclasses import asdict
+
+    from cluster.progress import say
+    from data_pipeline.storage import Storage
+    from model.errors import ConfigError
+
+    threads = args.threads or os.cpu_count() or 1
+    if threads < 1:
+        raise ConfigError(f"--threads is {threads}; it must be at least 1")
+    storage = Storage()
+    found = [_verify(url, storage, "full" if args.full else "quick", threads) for url in args.urls]
+    for verification in found:
+        say(_summary(verification, args.report))
+    if args.report:
+        entries = [{**asdict(verification), "passed": verification.passed} for verification in found]
+        storage.put(args.report, json.dumps(entries, indent=1).encode())
+    return 0 if all(verification.passed for verification in found) else 1
+
+
+def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verification:
+    """One data set, with progress."""
+    from contextlib import ExitStack
+
+    from cluster.progress import Progress
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.verify import verify
+
+    bars: list[Progress] = []
+    with ExitStack() as stack:
+
+        def start(manifest: Manifest) -> None:
+            bars.append(stack.enter_context(Progress(f"verifying {url}", manifest.num_samples, "samples")))
+
+        return verify(url, storage, depth, threads, start, lambda samples, size: bars[0].advance(samples, size))
+
+
+def _summary(found: Verification, report: str | None) -> str:
+    """For a person: whole, or what is not."""
+    what = f"{found.num_samples:,} samples in {found.num_shards:,} shards, {found.num_bytes / 1e6:,.1f} MB"
+    if found.passed:
+        read = "every byte and sample is right" if found.depth == "full" else "all shards are there with their sizes"
+        return f"{found.url}: {what}: {read}"
+    lines = [f"{found.url}: {what}: {len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"]
+    lines += [f"  {fault}" for fault in found.faults[:_SHOWN]]
+    if len(found.faults) > _SHOWN:
+        lines.append(f"  and {len(found.faults) - _SHOWN} more" + (f" in {report}" if report else "; --report FILE"))
+    return "\n".join(lines)

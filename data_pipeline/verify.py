@@ -1,0 +1,245 @@
+"""Whether a data set is what its manifest says: quickly by sizes, or in full down to every sample.
+
+Each fault becomes one entry that names the object, the sample, the byte and the remedy; the search goes on after it.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline import codec
+from data_pipeline.errors import DataError, StorageError
+from data_pipeline.manifest import DATASET_FILE, SAMPLES_FILE, Manifest, category_columns
+from data_pipeline.object_stream import ObjectStream
+from data_pipeline.readers.custom import check_annotation
+from data_pipeline.storage import Storage, join
+
+Depth = Literal["quick", "full"]
+Heard = Callable[[int, int], None]
+"""Called with samples checked and bytes read since the last call, by the caller's thread."""
+
+_REWRITE = "copy the shard again from where it is whole, or delete the data set and write it again (m2f shard)"
+_HEARD_EVERY_S = 0.5
+_HEADER = 512  # bytes of a tar header
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong."""
+
+    object: str
+    """URL of the file."""
+    key: str | None = None
+    """The sample; None where it is not about one."""
+    offset: int | None = None
+    """First byte in the object of what is wrong, where that is known."""
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        place = "" if self.offset is None else f" at byte {self.offset}"
+        sample = "" if self.key is None else f" (sample {self.key!r})"
+        return f"{self.object}{place}{sample}: {self.problem}; {self.remedy}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was looked at and what was found."""
+
+    url: str
+    depth: Depth
+    num_samples: int
+    """By the manifest; 0 where it cannot be read."""
+    num_shards: int
+    num_bytes: int
+    """Of all shards by the manifest."""
+    faults: tuple[Fault, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no fault."""
+        return not self.faults
+
+
+def verify(
+    url: str,
+    storage: Storage,
+    depth: Depth,
+    threads: int = 1,
+    started: Callable[[Manifest], None] | None = None,
+    heard: Heard | None = None,
+) -> Verification:
+    """Check a data set; faults are returned, never raised.
+
+    Args:
+        url: folder or `s3://` prefix with `dataset.json`.
+        storage: where it is.
+        depth: `quick` compares the manifest with itself and with the sizes in the store; `full` reads every byte:
+            SHA-256 of shards, crc32, tar members and decodability of samples, labels against the manifest.
+        threads: shards that are read at once.
+        started: hears of the manifest before the first shard is looked at.
+        heard: hears of samples and bytes as they are checked.
+    """
+    try:
+        manifest = Manifest.load(url, storage)
+    except (DataError, StorageError) as error:
+        fault = _from_message(join(url, DATASET_FILE), str(error))
+        return Verification(url=url, depth=depth, num_samples=0, num_shards=0, num_bytes=0, faults=(fault,))
+    if started is not None:
+        started(manifest)
+    faults = list(_check_rows(manifest))
+    if not faults:  # rows that contradict each other say nothing about shards
+        shards = range(len(manifest.shards))
+        with ThreadPoolExecutor(threads) as pool:
+            counts: list[tuple[int, int]] = []  # appended by threads, taken by this one
+            check = _ShardCheck(manifest, storage, depth, lambda samples, size: counts.append((samples, size)))
+            running = {pool.submit(check, shard) for shard in shards}
+            while running:
+                done, running = wait(running, _HEARD_EVERY_S, FIRST_COMPLETED)
+                faults += [fault for future in done for fault in future.result()]
+                while counts:
+                    samples, size = counts.pop()
+                    if heard is not None:
+                        heard(samples, size)
+    return Verification(
+        url=url,
+        depth=depth,
+        num_samples=manifest.num_samples,
+        num_shards=len(manifest.shards),
+        num_bytes=sum(shard.size for shard in manifest.shards),
+        faults=tuple(sorted(faults, key=lambda fault: (fault.object, fault.offset or 0))),
+    )
+
+
+def _check_rows(manifest: Manifest) -> Iterator[Fault]:
+    """Whether the manifest contradicts itself."""
+    samples = join(manifest.url, SAMPLES_FILE)
+    remedy = f"restore {DATASET_FILE} and {SAMPLES_FILE}, or write the data set again"
+
+    def fault(row: int | None, problem: str) -> Fault:
+        key = None if row is None else str(manifest.key[row])
+        return Fault(object=samples, key=key, problem=problem, remedy=remedy)
+
+    keys, counts = np.unique(manifest.key.astype(str), return_counts=True)
+    for key in keys[counts > 1][:10]:
+        yield fault(int(np.flatnonzero(manifest.key == key)[0]), "its key appears more than once")
+    inside = (manifest.shard >= 0) & (manifest.shard < len(manifest.shards))
+    for row in np.flatnonzero(~inside)[:10]:
+        yield fault(int(row), f"it is in shard {manifest.shard[row]}, and there are {len(manifest.shards)}")
+    if not inside.all():
+        return
+    sizes = np.array([shard.size for shard in manifest.shards])
+    end = manifest.offset + manifest.length
+    for row in np.flatnonzero((manifest.offset < 0) | (manifest.length <= 0) | (end > sizes[manifest.shard]))[:10]:
+        yield fault(int(row), f"its bytes {manifest.offset[row]} to {end[row]} are not inside its shard")
+    order = np.lexsort((manifest.offset, manifest.shard))
+    overlaps = (manifest.offset[order][1:] < end[order][:-1]) & (np.diff(manifest.shard[order]) == 0)
+    for row in order[1:][overlaps][:10]:
+        yield fault(int(row), "its bytes overlap those of the sample before it")
+    held = np.bincount(manifest.shard, minlength=len(manifest.shards))
+    for shard, count in zip(manifest.shards, held, strict=True):
+        if shard.num_samples != count:
+            yield fault(None, f"{shard.name} has {count} samples here and {shard.num_samples} in {DATASET_FILE}")
+    unknown = sorted(set(manifest.category_ids.values.tolist()) - set(manifest.categories.by_id))
+    if unknown:
+        yield fault(None, f"category ids {unknown[:10]} are not in {DATASET_FILE}")
+
+
+@dataclass(frozen=True)
+class _ShardCheck:
+    """Faults of one shard."""
+
+    manifest: Manifest
+    storage: Storage
+    depth: Depth
+    heard: Heard
+
+    def __call__(self, shard: int) -> list[Fault]:
+        url, count = self.manifest.shard_url(shard), self.manifest.shards[shard].num_samples
+        try:
+            self.manifest.check_shard(shard, self.storage)
+            if self.depth == "full":
+                return self._read(shard)
+        except StorageError as error:
+            return [_from_message(url, str(error))]
+        self.heard(count, 0)
+        return []
+
+    def _read(self, shard: int) -> list[Fault]:
+        """Read the shard once, sample by sample, and compare its checksum."""
+        manifest, faults = self.manifest, []
+        stream = ObjectStream(manifest.shard_url(shard), self.storage)
+        rows = np.flatnonzero(manifest.shard == shard)
+        for row in rows[np.argsort(manifest.offset[rows])].tolist():
+            offset, length = int(manifest.offset[row]), int(manifest.length[row])
+            stream.forget(offset)
+            problem = _sample_problem(manifest, row, stream.take(offset, length))
+            if problem is not None:
+                key = str(manifest.key[row])
+                faults.append(Fault(object=stream.url, key=key, offset=offset, problem=problem, remedy=_REWRITE))
+            self.heard(1, length)
+        if stream.finish() != manifest.shards[shard].sha256 and not faults:
+            problem = "its SHA-256 differs from the manifest's in bytes that belong to no sample"
+            faults.append(Fault(object=stream.url, problem=problem, remedy=_REWRITE))
+        return faults
+
+
+def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
+    """What is wrong with a sample's bytes, None for nothing."""
+    try:
+        members = manifest.members(row, data)
+    except DataError:
+        return "its checksum differs from the manifest's"
+    for member in range(len(manifest.member_codes[row])):
+        if problem := _member_problem(manifest, row, member, data):
+            return problem
+    try:
+        sample = codec.decode(members)
+        size = check_annotation(sample.annotation, manifest.categories, "its annotation")
+    except DataError as error:
+        return f"it cannot be decoded: {error}"
+    except Exception as error:  # whatever a hostile sample provokes is its fault, and the others are still looked at
+        return f"it cannot be decoded: {error!r:.200}"
+    found = {
+        "key": sample.key,
+        "image_id": sample.image_id,
+        "size": size,
+        **category_columns(sample.annotation),
+    }
+    stated = {
+        "key": manifest.key[row],
+        "image_id": manifest.image_id[row],
+        "size": (manifest.height[row], manifest.width[row]),
+        "num_segments": manifest.num_segments[row],
+        "category_ids": manifest.category_ids[row].tolist(),
+        "category_counts": manifest.category_counts[row].tolist(),
+        "category_areas": manifest.category_areas[row].tolist(),
+    }
+    differing = [name for name, value in stated.items() if value != found[name]]
+    return f"its {differing[0]} is {found[differing[0]]}, by the manifest {stated[differing[0]]}" if differing else None
+
+
+def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> str | None:
+    """Whether the tar header before a member's data is one that other tar tools read in the same way."""
+    offset, length = int(manifest.member_offsets[row][member]), int(manifest.member_lengths[row][member])
+    name = manifest.member_names[manifest.member_codes[row][member]]
+    header = data[max(0, offset - _HEADER) : offset]
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return f"member {name} has no tar header ({error})"
+    if info.size != length or not info.name.endswith(name):
+        return f"member {name} of {length} bytes has a tar header for {info.name} of {info.size} bytes"
+    return None
+
+
+def _from_message(url: str, message: str) -> Fault:
+    """A fault of a message whose last clause is the remedy, as in all errors for users."""
+    problem, _, remedy = message.rpartition("; ")
+    return Fault(object=url, problem=problem.removeprefix(f"{url}: "), remedy=remedy)

@@ -1,0 +1,315 @@
+"""Every fault of a data set is found and named with its object, sample and byte, and hides no other one."""
+
+import hashlib
+import json
+import re
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from cluster.cli import main
+from data_pipeline import manifest as manifest_module
+from data_pipeline import object_stream
+from data_pipeline.config import DatasetConfig, StorageConfig, SyntheticSource
+from data_pipeline.image_file import encode_png
+from data_pipeline.manifest import Manifest
+from data_pipeline.object_stream import ObjectStream
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+from data_pipeline.verify import verify
+
+STORAGE = Storage()
+SOURCE = SyntheticSource(num_images=10, seed=4)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound")
+    return write_dataset(open_reader(SOURCE), DatasetConfig(shards=str(folder), source=SOURCE, shard_mb=0.1), STORAGE)
+
+
+@pytest.fixture
+def damaged(sound, tmp_path):
+    """A copy to damage."""
+    shutil.copytree(sound.url, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def faults(folder, depth="full"):
+    return verify(str(folder), STORAGE, depth, threads=2).faults
+
+
+def rewrite(folder, change_rows=None, change_document=None):
+    """The manifest with changed rows or fields and right checksums, as who wants to deceive would write it."""
+    table = pq.read_table(folder / "samples.parquet")
+    rows = table.to_pylist()
+    if change_rows:
+        change_rows(rows)
+    data = manifest_module.write_table(pa.Table.from_pylist(rows, schema=manifest_module.SAMPLE_SCHEMA))
+    (folder / "samples.parquet").write_bytes(data)
+    document = json.loads((folder / "dataset.json").read_text())
+    document["samples"]["sha256"] = hashlib.sha256(data).hexdigest()
+    if change_document:
+        change_document(document)
+    (folder / "dataset.json").write_text(json.dumps(document))
+
+
+def replace_sample(folder, row, change):
+    """Bytes of a sample changed in place, with right checksums everywhere."""
+    manifest = Manifest.load(str(folder), STORAGE)
+    path = Path(manifest.shard_url(int(manifest.shard[row])))
+    data = bytearray(path.read_bytes())
+    first, length = int(manifest.offset[row]), int(manifest.length[row])
+    sample = bytearray(data[first : first + length])
+    change(sample, manifest)
+    assert len(sample) == length
+    data[first : first + length] = sample
+    path.write_bytes(data)
+
+    def rows(entries):
+        entries[row]["crc32"] = zlib.crc32(sample)
+
+    def document(content):
+        content["shards"][int(manifest.shard[row])]["sha256"] = hashlib.sha256(data).hexdigest()
+
+    rewrite(folder, rows, document)
+
+
+def put_member(name, row, new):
+    """A change for `replace_sample`: other content of a member, of the same length or padded with zeros."""
+
+    def change(sample, manifest):
+        code = manifest.member_names.index(name)
+        member = manifest.member_codes[row].tolist().index(code)
+        first, length = int(manifest.member_offsets[row][member]), int(manifest.member_lengths[row][member])
+        content = new(bytes(sample[first : first + length]))
+        assert len(content) <= length
+        sample[first : first + length] = content.ljust(length, b" " if name == "json" else b"\0")
+
+    return change
+
+
+@pytest.mark.parametrize("depth", ["quick", "full"])
+def test_a_sound_set_passes_and_is_counted(sound, depth):
+    heard = []
+    started = []
+    found = verify(sound.url, STORAGE, depth, 2, started.append, lambda n, size: heard.append((n, size)))
+    assert found.passed
+    assert (found.num_samples, found.num_shards) == (10, len(sound.shards))
+    assert sum(n for n, _ in heard) == 10
+    assert sum(size for _, size in heard) == (sound.length.sum() if depth == "full" else 0)
+    assert [manifest.num_samples for manifest in started] == [10]
+
+
+def test_missing_and_cut_shards_are_found_quickly(damaged, sound):
+    (damaged / sound.shards[0].name).unlink()
+    cut = damaged / sound.shards[1].name
+    cut.write_bytes(cut.read_bytes()[:-512])
+    missing, short = faults(damaged, "quick")
+    assert missing.object.endswith("00000.tar")
+    assert "does not exist" in missing.problem
+    assert short.object == str(cut)
+    assert f"has {sound.shards[1].size - 512} bytes and {sound.shards[1].size} by its manifest" in short.problem
+    assert "write the data set again" in short.remedy
+    assert len(faults(damaged)) == 2
+
+
+def test_flipped_bits_are_named_to_the_sample(damaged, sound):
+    for row in (1, 8):
+        path = damaged / sound.shards[sound.shard[row]].name
+        data = bytearray(path.read_bytes())
+        data[int(sound.offset[row]) + 900] ^= 4
+        path.write_bytes(data)
+    assert not faults(damaged, "quick")
+    found = faults(damaged)
+    assert [(f.key, f.offset) for f in found] == [(sound.key[row], sound.offset[row]) for row in (1, 8)]
+    assert all("checksum" in f.problem for f in found)
+    assert f"at byte {sound.offset[1]} (sample '{sound.key[1]}'): its checksum differs" in str(found[0])
+
+
+def test_bytes_of_no_sample_count_too(damaged, sound):
+    path = damaged / sound.shards[0].name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    (fault,) = faults(damaged)
+    assert (fault.object, fault.key) == (str(path), None)
+    assert "SHA-256" in fault.problem
+
+
+def test_manifests_that_cannot_be_read_are_a_fault(damaged):
+    (damaged / "samples.parquet").write_bytes(b"x")
+    (fault,) = faults(damaged, "quick")
+    assert fault.object.endswith("dataset.json")
+    assert "is not the file that dataset.json was written with" in fault.problem
+    (damaged / "dataset.json").write_text("[" * 100_000)
+    assert "not valid JSON" in faults(damaged, "quick")[0].problem
+    (damaged / "dataset.json").unlink()
+    assert "does not exist" in faults(damaged, "quick")[0].problem
+
+
+def test_a_parquet_file_of_other_columns(damaged):
+    other = manifest_module.write_table(pa.table({"key": ["a"]}))
+    (damaged / "samples.parquet").write_bytes(other)
+    document = json.loads((damaged / "dataset.json").read_text())
+    document["samples"]["sha256"] = hashlib.sha256(other).hexdigest()
+    (damaged / "dataset.json").write_text(json.dumps(document))
+    (fault,) = faults(damaged, "quick")
+    assert "do not say what they must" in fault.problem
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("key", "synthetic-4-000003", "appears more than once"),
+        ("shard", 77, "is in shard 77, and there are"),
+        ("shard", -1, "is in shard -1"),
+        ("offset", 1 << 40, "not inside its shard"),
+        ("length", -5, "not inside its shard"),
+        ("category_ids", [991], "category ids [991] are not in dataset.json"),
+    ],
+)
+def test_manifests_that_contradict_themselves(damaged, sound, column, value, words):
+    row = next(i for i, key in enumerate(sound.key) if key != "synthetic-4-000003" and i)
+
+    def change(rows):
+        rows[row][column] = value
+        if column == "category_ids":
+            rows[row] |= {"category_counts": [1], "category_areas": [1]}
+
+    rewrite(damaged, change)
+    assert any(words in fault.problem for fault in faults(damaged, "quick"))
+
+
+def test_overlapping_samples(damaged, sound):
+    row = next(i for i in range(1, 10) if sound.shard[i] == sound.shard[i - 1])
+
+    def change(rows):
+        rows[row]["offset"] = rows[row - 1]["offset"] + 512
+
+    rewrite(damaged, change)
+    assert any("overlap" in fault.problem for fault in faults(damaged, "quick"))
+
+
+def test_labels_that_differ_from_the_statistics(damaged, sound):
+    def change(rows):
+        rows[2]["category_areas"] = [area + 1 for area in rows[2]["category_areas"]]
+        rows[5]["height"] += 1
+
+    rewrite(damaged, change)
+    assert not faults(damaged, "quick")
+    found = {fault.key: fault.problem for fault in faults(damaged)}
+    assert found.keys() == {sound.key[2], sound.key[5]}
+    assert "its category_areas is" in found[sound.key[2]]
+    assert "its size is" in found[sound.key[5]]
+
+
+def bomb(width, height):
+    """A PNG of a few bytes that claims to be huge."""
+
+    def chunk(kind, payload):
+        return len(payload).to_bytes(4, "big") + kind + payload + zlib.crc32(kind + payload).to_bytes(4, "big")
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("member", "new", "words"),
+    [
+        ("seg.png", lambda old: bomb(60_000, 60_000), "seg.png is (60000, 60000), not"),
+        ("seg.png", lambda old: encode_png(np.full((2, 2), 9, np.uint8)), "seg.png is (2, 2), not"),
+        ("img.jpg", lambda old: bomb(60_000, 60_000), "the image is (60000, 60000), its description says"),
+        ("json", lambda old: b"[" * len(old), "json member of a sample cannot be read"),
+        ("json", lambda old: b'{"key": 1}', "json member of a sample cannot be read"),
+        ("json", lambda old: old.replace(b'"area":', b'"arxa":', 1), "a segment of its json member cannot be read"),
+        ("json", lambda old: old.replace(b'"id":1,', b'"id":9,', 1), "segment ids of `seg` repeat"),
+    ],
+)
+def test_hostile_members_with_right_checksums(damaged, sound, member, new, words):
+    replace_sample(damaged, 3, put_member(member, 3, new))
+    (fault,) = faults(damaged)
+    assert fault.key == sound.key[3]
+    assert words in fault.problem
+
+
+def test_areas_that_are_no_numbers(damaged, sound):
+    replace_sample(
+        damaged, 3, put_member("json", 3, lambda old: re.sub(rb'"area":[0-9.]+', b'"area":NaN', old, count=1))
+    )
+    (fault,) = faults(damaged)
+    assert "area nan or box" in fault.problem
+
+
+def test_tar_headers_that_other_tools_would_read_otherwise(damaged, sound):
+    def change(sample, manifest):
+        other = bytearray(sample[:512])
+        other[0:4] = b"/etc"
+        sample[:512] = other
+
+    replace_sample(damaged, 3, change)
+    (fault,) = faults(damaged)
+    assert "has no tar header" in fault.problem
+
+
+def test_objects_larger_than_a_block_are_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_stream, "_BLOCK", 1000)
+    data = np.random.default_rng(0).bytes(10_500)
+    (tmp_path / "object").write_bytes(data)
+    stream = ObjectStream(str(tmp_path / "object"), STORAGE)
+    assert stream.take(0, 10) == data[:10]
+    stream.forget(4000)
+    assert stream.take(4000, 2500) == data[4000:6500]
+    assert stream.take(10_000, 2000) == data[10_000:]
+    assert not stream.is_zero_from(10_000)
+    assert stream.finish() == hashlib.sha256(data).hexdigest()
+
+
+def test_the_verb_reports_and_sets_its_status(capsys, damaged, sound, tmp_path):
+    report = tmp_path / "report.json"
+    assert main(["verify", sound.url, "--full"]) == 0
+    out, err = capsys.readouterr()
+    assert "every byte and sample is right" in out
+    assert "10/10 samples" in err
+    (damaged / sound.shards[0].name).unlink()
+    assert main(["verify", sound.url, str(damaged), "--quick", "--report", str(report)]) == 1
+    out = capsys.readouterr().out
+    assert "all shards are there with their sizes" in out
+    assert "1 fault\n" in out
+    assert "00000.tar" in out
+    good, bad = json.loads(report.read_text())
+    assert good["passed"]
+    assert not bad["passed"]
+    assert set(bad["faults"][0]) == {"object", "key", "offset", "problem", "remedy"}
+    assert main(["verify", str(tmp_path / "nothing")]) == 1
+    assert "m2f shard" in capsys.readouterr().out
+
+
+def test_a_set_in_s3(sound, monkeypatch, capsys):
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="sets")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        storage = Storage(StorageConfig())
+        for path in Path(sound.url).rglob("*"):
+            if path.is_file():
+                storage.put_file(f"s3://sets/a/{path.relative_to(sound.url)}", path)
+        assert main(["verify", "s3://sets/a", "--full"]) == 0
+        data = bytearray(Path(sound.shard_url(0)).read_bytes())
+        data[int(sound.offset[0]) + 700] ^= 1
+        storage.put(f"s3://sets/a/{sound.shards[0].name}", bytes(data))
+        assert main(["verify", "s3://sets/a", "--full"]) == 1
+        assert f"s3://sets/a/{sound.shards[0].name} at byte 0 (sample" in capsys.readouterr().out
+    finally:
+        server.stop()
