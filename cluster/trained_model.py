@@ -10,11 +10,12 @@ from typing import Any
 from cluster.checkpoints import choose_checkpoint
 from cluster.config import RunConfig
 from cluster.eval_actor import model_with_weights, weights_url
-from cluster.recipe import load_recipe
+from cluster.paths import with_absolute_paths
+from cluster.recipe import load_recipe, parse_recipe
 from data_pipeline.categories import TASKS, Category, Task, distinct_color
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
-from data_pipeline.storage import Storage
+from data_pipeline.storage import Storage, join
 from eval.config import EvaluationConfig
 from model.config import ModelConfig
 from model.errors import ConfigError, WeightsError
@@ -52,8 +53,8 @@ class TrainedModel:
 def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
     """Open the model that a word on the command line means.
 
-    `source` is a recipe, a folder of a run or of one of its checkpoints, or a Hugging Face folder; `checkpoint` as in
-    `choose_checkpoint`.
+    `source` is a recipe, a folder or URL of a run or of one of its checkpoints, or a Hugging Face folder; `checkpoint`
+    as in `choose_checkpoint`.
 
     Raises:
         ConfigError: the source is none of these, or the run has no such checkpoint.
@@ -67,18 +68,22 @@ def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) 
         return _open_hugging_face(folder)
     if folder.suffix in _WEIGHT_SUFFIXES:
         raise ConfigError(f"{source} are weights alone; give the recipe of their model, and --checkpoint {source}")
-    if not folder.is_dir():
-        config = load_recipe(source, overrides)
-    elif (folder / _RECIPE).is_file():
-        config = load_recipe(folder / _RECIPE, overrides)
-        if (folder / "manifest.json").is_file():
-            checkpoint = checkpoint or source
-        else:
-            whole = folder.resolve()
-            config = replace(config, output=str(whole.parent), name=whole.name)  # it may have been moved or renamed
-    else:
-        raise ConfigError(f"{source} has neither a {_RECIPE} (a run) nor a config.json (a Hugging Face model)")
-    return _open_run(config, checkpoint)
+    if "://" not in source and not folder.is_dir():
+        return _open_run(load_recipe(source, overrides), checkpoint)
+    return _open_folder(source if "://" in source else str(folder.resolve()), overrides, checkpoint)
+
+
+def _open_folder(url: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
+    """A run or one of its checkpoints."""
+    storage = Storage()
+    recipe = join(url, _RECIPE)
+    if not storage.exists(recipe):
+        raise ConfigError(f"{url} has neither a {_RECIPE} (a run) nor a config.json (a Hugging Face model)")
+    config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
+    if storage.exists(join(url, "manifest.json")):
+        return _open_run(config, checkpoint or url)
+    parent, _, name = url.rstrip("/").rpartition("/")  # it may have been moved or renamed
+    return _open_run(replace(config, output=parent, name=name), checkpoint)
 
 
 def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_pipeline.sample import VOID_ID
 from eval.average_precision import InstanceDetections, InstanceTruth
 from eval.masks import Rle, decode_mask
 from eval.mean_iou import ignore_label
 from eval.panels import Scene, SceneSegment
 from eval.panoptic_quality import PanopticPrediction, PanopticTruth
+from model.structures import UNLABELLED
 
 SHOWN_SCORE = 0.5
 """Detections below this are left out of pictures; metrics count them all."""
@@ -22,8 +24,8 @@ def panoptic_scenes(
     """Truth and prediction; crowds are drawn like other segments. `scores` by segment id, `quality` of the image."""
     title = "prediction" if quality is None else f"prediction, PQ {100 * quality:.1f}"
     annotated = {i: SceneSegment(segment.label) for i, segment in truth.segments.items()}
-    predicted = {i: SceneSegment(label, scores[i]) for i, label in prediction.labels.items()}
-    return Scene("truth", truth.id_map, annotated), Scene(title, prediction.id_map, predicted)
+    predicted = predicted_segments(title, prediction.id_map, prediction.labels, scores)
+    return Scene("truth", truth.id_map, annotated), predicted
 
 
 def instance_scenes(truth: InstanceTruth, detections: InstanceDetections, size: tuple[int, int]) -> tuple[Scene, Scene]:
@@ -32,24 +34,42 @@ def instance_scenes(truth: InstanceTruth, detections: InstanceDetections, size: 
     annotated = _flatten(
         "truth", [truth.masks[i] for i in by_area], [SceneSegment(int(truth.labels[i])) for i in by_area], size
     )
-    shown = np.flatnonzero(detections.scores >= SHOWN_SCORE)[::-1]
-    predicted = _flatten(
+    return annotated, predicted_instances(detections, size)
+
+
+def semantic_scenes(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[Scene, Scene]:
+    """Truth and prediction; one segment per class."""
+    labelled = truth != ignore_label(num_classes)
+    annotated = np.where(labelled, truth.astype(np.int32), UNLABELLED)
+    return _labels("truth", annotated, num_classes), predicted_labels(predicted, num_classes)
+
+
+def predicted_segments(title: str, id_map: np.ndarray, labels: dict[int, int], scores: dict[int, float]) -> Scene:
+    """A panoptic map [H, W] with labels and scores by segment id."""
+    return Scene(title, id_map, {i: SceneSegment(label, scores[i]) for i, label in labels.items()})
+
+
+def predicted_instances(
+    detections: InstanceDetections, size: tuple[int, int], shown_score: float = SHOWN_SCORE
+) -> Scene:
+    """Good detections over worse ones; those below `shown_score` are left out."""
+    shown = np.flatnonzero(detections.scores >= shown_score)[::-1]
+    return _flatten(
         "prediction",
         [detections.masks[detections.mask_index[i]] for i in shown],
         [SceneSegment(int(detections.labels[i]), float(detections.scores[i])) for i in shown],
         size,
     )
-    return annotated, predicted
 
 
-def semantic_scenes(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[Scene, Scene]:
-    """Truth and prediction; one segment per class."""
+def predicted_labels(label_map: np.ndarray, num_classes: int) -> Scene:
+    """A label map [H, W]; one segment per class, nothing where it is UNLABELLED."""
+    return _labels("prediction", label_map, num_classes)
+
+
+def _labels(title: str, label_map: np.ndarray, num_classes: int) -> Scene:
     segments = {label + 1: SceneSegment(label) for label in range(num_classes)}
-    labelled = truth != ignore_label(num_classes)
-    return (
-        Scene("truth", np.where(labelled, truth.astype(np.int32) + 1, 0), segments),
-        Scene("prediction", predicted.astype(np.int32) + 1, segments),
-    )
+    return Scene(title, np.where(label_map == UNLABELLED, VOID_ID, label_map + 1).astype(np.int32), segments)
 
 
 def _flatten(title: str, masks: Sequence[Rle], segments: Sequence[SceneSegment], size: tuple[int, int]) -> Scene:

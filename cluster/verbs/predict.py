@@ -13,30 +13,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_trained(parser)
     parser.add_argument(
-        "words", nargs="+", metavar="IMAGE", help=f"JPEG or PNG files or folders of them; {OVERRIDE} changes a setting"
+        "words",
+        nargs="+",
+        metavar="IMAGE",
+        help=f"JPEG or PNG files, folders of them, 'quoted patterns*.jpg', here or s3://; {OVERRIDE} changes a setting",
     )
     add_checkpoint(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is written")
     parser.add_argument(
         "--task", choices=("panoptic", "instance", "semantic"), help="default: what the model was trained for"
     )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        metavar="S",
+        help="leave out segments, detections and pixels of a lower score, from 0 to 1 (default: segments by the "
+        "recipe's object_threshold; all detections, pictures from 0.5; all pixels)",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of one shape together (default 1)")
+    parser.add_argument("--no-pictures", action="store_true", help="write the files alone")
+    parser.add_argument(
+        "--image-info", metavar="FILE", help="COCO list of images: their ids, and which of those given are predicted"
+    )
+    parser.add_argument("--submission", choices=("coco", "ade20k"), help="also write the zip for this server")
+    parser.add_argument("--algorithm", default="mask2former", metavar="NAME", help="in the names of a submission")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where some image could not be used."""
     from pathlib import Path
 
-    from cluster.predict import Predictor, find_images, predict_images
-    from cluster.progress import say
+    from cluster.image_inputs import find_images, listed_images, number_images, read_image_list
+    from cluster.predict import Predictor, predict_images
+    from cluster.prediction_files import PredictionFolder
+    from cluster.progress import complain, say
+    from cluster.submission import check_submission, write_submission
     from cluster.trained_model import open_trained
+    from data_pipeline.storage import Storage
+
+    words, overrides = split_overrides(args.words)
+    _check(args)
+    storage = Storage()
+    urls = find_images(words, storage)
+    listed = read_image_list(Path(args.image_info)) if args.image_info else None
+    images = number_images(urls) if listed is None else listed_images(urls, listed)
+    trained = open_trained(args.source, overrides, args.checkpoint)
+    task = args.task or trained.task
+    predictor = Predictor(trained, task, args.min_score)
+    if args.submission:
+        check_submission(args.submission, task, trained.classes, listed, args.algorithm)
+
+    output = Path(args.output)
+    options = {"pictures": not args.no_pictures, "shown_score": args.min_score}
+    with PredictionFolder(output, predictor.classes, **options) as folder:
+        problems = predict_images(predictor, images, storage, folder, args.batch)
+    say(f"{len(images) - len(problems)} of {len(images)} images: {args.output} (weights: {trained.weights})")
+    if args.submission and not problems:
+        say(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
+    elif args.submission:
+        complain(f"no submission is written: {len(problems)} images are missing, and the server would refuse it")
+    return 1 if problems else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from model.errors import ConfigError
 
-    images, overrides = split_overrides(args.words)
     if "://" in args.output:
         raise ConfigError(f"--output is {args.output}; predictions are written to a local folder, copy them from there")
-    paths = find_images(images)
-    trained = open_trained(args.source, overrides, args.checkpoint)
-    predictor = Predictor(trained, args.task or trained.task)
-    problems = predict_images(predictor, paths, Path(args.output))
-    say(f"{len(paths) - len(problems)} of {len(paths)} images: {args.output} (weights: {trained.weights})")
-    return 1 if problems else 0
+    if Path(args.output).is_file():
+        raise ConfigError(f"--output is {args.output}, which is a file; name a folder")
+    if args.batch < 1:
+        raise ConfigError(f"--batch is {args.batch}; it must be at least 1")

@@ -220,11 +220,11 @@ def test_predict_writes_pictures_and_files(capsys, recipe, weights, images, tmp_
     status, text, _ = run(capsys, "predict", recipe, images, "--checkpoint", weights, "--output", out, "--task", task)
     assert status == 0
     assert text.startswith("2 of 2 images")
-    assert cv2.imread(str(out / "0.overlay.png")) is not None
+    assert cv2.imread(str(out / "overlays/0.png")) is not None
     categories = json.loads((out / "categories.json").read_text())
     if task == "panoptic":
         annotation = json.loads((out / "panoptic.json").read_text())["annotations"][1]
-        colors = cv2.imread(str(out / annotation["file_name"]))[..., ::-1].astype(np.int64)
+        colors = cv2.imread(str(out / "panoptic" / annotation["file_name"]))[..., ::-1].astype(np.int64)
         ids, areas = np.unique(colors @ [1, 256, 65536], return_counts=True)
         found = {i: a for i, a in zip(ids.tolist(), areas.tolist(), strict=True) if i}
         assert found == {s["id"]: s["area"] for s in annotation["segments_info"]}
@@ -236,9 +236,9 @@ def test_predict_writes_pictures_and_files(capsys, recipe, weights, images, tmp_
         assert {e["category_id"] for e in entries} <= things
         assert coco_masks.decode(entries[-1]["segmentation"]).shape == (40, 61)
     else:
-        labels = cv2.imread(str(out / "1.labels.png"), cv2.IMREAD_UNCHANGED)
+        labels = cv2.imread(str(out / "labels/1.png"), cv2.IMREAD_UNCHANGED)
         assert labels.shape == (40, 61)
-        assert labels.max() < len(categories)
+        assert set(np.unique(labels)) <= {c["id"] for c in categories}
 
 
 def test_predict_goes_on_after_a_broken_image_and_says_so(capsys, recipe, weights, images, tmp_path):

@@ -79,7 +79,7 @@ def test_a_hugging_face_folder_is_predicted_with_and_written_again(tmp_path, cap
     cv2.imwrite(str(tmp_path / "image.png"), pixels)
     status, text = m2f(capsys, "predict", hugging_face, tmp_path / "image.png", "--output", tmp_path / "seen")
     assert status == 0, text
-    assert {path.name for path in (tmp_path / "seen").iterdir()} >= {"image.overlay.png", "image.panoptic.png"}
+    assert {path.name for path in (tmp_path / "seen").iterdir()} >= {"overlays", "panoptic", "panoptic.json"}
     names = [entry["name"] for entry in json.loads((tmp_path / "seen" / "categories.json").read_text())]
     assert names == ["person", "sky", "tree"]
 
