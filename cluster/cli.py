@@ -30,6 +30,7 @@ VERBS = {
     "analyze": "cluster.verbs.analyze",
     "compare": "cluster.verbs.compare",
     "checkpoint": "cluster.verbs.checkpoint",
+    "submit": "cluster.verbs.submit",
     "config": "cluster.verbs.config",
 }
 

@@ -66,7 +66,7 @@ def local_or_existing(
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         try:
-            _knock(address)
+            knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except Exception as error:
             raise ClusterError(
@@ -109,7 +109,7 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
         ) from error
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """Raise OSError at once where nobody listens; Ray itself would try for minutes. Names such as `auto` pass."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdecimal():

@@ -1,0 +1,148 @@
+"""A recipe as a KubeRay `RayJob`: a template of the cluster, filled with the run and checked before it is sent."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+
+from cluster.config import RunConfig
+from cluster.recipe import dump_recipe
+from cluster.submit import job_name
+from model.errors import UserError
+
+SCHEMA = Path(__file__).parent / "cloud" / "ray_job_schema.yaml"
+RECIPE_FOLDER = "/etc/m2f"
+APPLY_S = 60
+
+
+class KubeRayError(UserError):
+    """A template that gives no RayJob that could work, or a Kubernetes that refuses it."""
+
+
+def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> str:
+    """A ConfigMap with the recipe and the RayJob that trains it, as one YAML text.
+
+    Args:
+        config: recipe for the cluster, see `cluster.submit.for_cluster`.
+        template: YAML of one RayJob without a command.
+        env: environment variables of the job, no secrets.
+
+    Raises:
+        KubeRayError: the template cannot be read, KubeRay would refuse it, or the run does not fit in it.
+    """
+    ray_job = _read(template)
+    problems = schema_problems(ray_job)
+    problems = problems or cluster_problems(config, ray_job["spec"]["rayClusterSpec"])
+    if problems:
+        raise KubeRayError(f"{template}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    name = job_name(config).lower().replace("_", "-")
+    metadata = ray_job.setdefault("metadata", {}) | {"name": name}
+    ray_job["metadata"] = metadata
+    ray_job["spec"] |= {
+        "entrypoint": f"m2f train {RECIPE_FOLDER}/recipe.yaml",
+        "runtimeEnvYAML": yaml.safe_dump({"env_vars": dict(env)}, sort_keys=True),
+    }
+    _mount_recipe(ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"], name)
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {key: metadata[key] for key in ("name", "namespace") if key in metadata},
+        "data": {"recipe.yaml": dump_recipe(config)},
+    }
+    return yaml.dump_all([config_map, ray_job], Dumper=_BlockDumper, sort_keys=False, width=120)
+
+
+class _BlockDumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, as a person would write them."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_BlockDumper.add_representer(str, _represent_text)
+
+
+def apply(text: str) -> None:
+    """Hand it to kubectl, whose own words are shown. Raises KubeRayError where it is absent or refuses."""
+    try:
+        subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True, timeout=APPLY_S)
+    except FileNotFoundError as error:
+        raise KubeRayError("kubectl is not here; write the RayJob with --output and apply it elsewhere") from error
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise KubeRayError(f"kubectl does not take the RayJob: {error}") from error
+
+
+def schema_problems(ray_job: object) -> list[str]:
+    """What KubeRay or Kubernetes would refuse, or silently drop, by path."""
+    validator = Draft202012Validator(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
+    errors = sorted(validator.iter_errors(ray_job), key=lambda error: error.json_path)
+    return [f"{error.json_path.removeprefix('$.')}: {error.message[:200]}" for error in errors]
+
+
+def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
+    """What would keep the run from starting or make it fragile, though Kubernetes takes it."""
+    problems: list[str] = []
+    head, groups = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    if head["rayStartParams"].get("num-cpus") != "0":
+        problems.append('headGroupSpec.rayStartParams.num-cpus must be "0", or workers would run beside the driver')
+    for group in groups:
+        problems += _pod_problems(group["groupName"], group["template"]["spec"])
+    wanted = [("cluster.resources_per_worker", config.cluster.num_workers, config.cluster.resources_per_worker)]
+    if config.evaluation.sets:
+        settings = config.evaluation
+        wanted.append(("evaluation.resources_per_actor", settings.actors, settings.resources_per_actor))
+    offers = [(group.get("maxReplicas", 0), _custom_resources(group)) for group in groups]
+    for setting, count, resources in wanted:
+        for name, amount in resources.items():
+            most = sum(replicas * offered.get(name, 0.0) for replicas, offered in offers)
+            if count * amount > most:
+                problems.append(f"{setting} asks for {count * amount:g} {name!r} in all, the groups offer {most:g}")
+    return problems
+
+
+def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    container = pod["containers"][0]
+    if all(mount["mountPath"] != "/dev/shm" for mount in container.get("volumeMounts", ())):
+        problems.append(f"{group}: nothing is mounted at /dev/shm, where Kubernetes gives 64 MiB")
+    resources = container.get("resources", {})
+    for name, amount in resources.get("limits", {}).items():
+        if "/" in name and resources.get("requests", {}).get(name) != amount:
+            problems.append(f"{group}: limits.{name} is {amount}; requests.{name} must be the same")
+    return problems
+
+
+def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
+    """What `rayStartParams.resources` of a group offers per pod; the value is JSON within quotes for the shell."""
+    text = group["rayStartParams"].get("resources", "{}").strip("'")
+    try:
+        value = json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise KubeRayError(f"{group['groupName']}: rayStartParams.resources is not JSON: {text} ({error})") from error
+
+
+def _read(template: Path) -> dict[str, Any]:
+    try:
+        documents = [d for d in yaml.safe_load_all(template.read_text(encoding="utf-8")) if d is not None]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise KubeRayError(f"{template}: cannot read the template ({reason})") from error
+    if len(documents) != 1 or not isinstance(documents[0], dict) or documents[0].get("kind") != "RayJob":
+        raise KubeRayError(f"{template}: a template is one document of kind RayJob; see cluster/cloud/kuberay.yaml")
+    return documents[0]
+
+
+def _mount_recipe(head: dict[str, Any], name: str) -> None:
+    """The driver runs on the head, which alone needs the file."""
+    head.setdefault("volumes", []).append({"name": "recipe", "configMap": {"name": name}})
+    mount = {"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True}
+    head["containers"][0].setdefault("volumeMounts", []).append(mount)

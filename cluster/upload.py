@@ -1,0 +1,83 @@
+"""What a Ray job needs of this machine: the code of m2f as it is here and the recipe, in one archive.
+
+Ray unpacks it in the working directory of the driver and of every worker, so all run the same code. Libraries are not
+in it; they are part of the cluster's image or environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+from ray._private.runtime_env.packaging import create_package
+
+from model.errors import UserError
+
+PACKAGES = ("model", "data_pipeline", "trainer", "eval", "cluster")
+RECIPE = "recipe.yaml"
+LIMIT_BYTES = 100 * 2**20
+"""Ray's dashboard refuses larger requests with HTTP 413."""
+IGNORE_FILE = ".rayignore"
+_BESIDE = ("pyproject.toml", IGNORE_FILE)
+_NAMED_FOLDERS = 5
+_EPOCH = 946684800
+"""Date of the recipe in the archive, 2000-01-01: equal content must give an equal archive, which Ray sends once."""
+
+
+class UploadError(UserError):
+    """Too much to send to a cluster."""
+
+
+def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | None = None) -> Path:
+    """An archive in `folder` of the code, but what .rayignore beside it excludes, and of the recipe.
+
+    Args:
+        folder: where the archive is made.
+        recipe: complete recipe as YAML; None for jobs that have none.
+        code: False leaves the code out, for clusters that have m2f installed.
+        source: folder of m2f's packages; None takes the one that this module is from.
+
+    Raises:
+        UploadError: the archive is larger than Ray takes; names the largest folders.
+    """
+    staged, archive = folder / "working_dir", folder / "m2f.zip"
+    staged.mkdir()
+    if code:
+        _copy_code(source or Path(__file__).parents[1], staged)
+    if recipe is not None:
+        path = staged / RECIPE
+        path.write_text(recipe, encoding="utf-8")
+        os.utime(path, (_EPOCH, _EPOCH))
+    create_package(str(staged), archive, include_gitignore=False)
+    _check_size(archive)
+    return archive
+
+
+def _copy_code(source: Path, staged: Path) -> None:
+    for package in PACKAGES:
+        shutil.copytree(source / package, staged / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in _BESIDE:
+        if (source / name).is_file():
+            shutil.copy2(source / name, staged / name)
+
+
+def _check_size(archive: Path) -> None:
+    size = archive.stat().st_size
+    if size <= LIMIT_BYTES:
+        return
+    folders: Counter[str] = Counter()
+    with zipfile.ZipFile(archive) as members:
+        for member in members.infolist():
+            folders[str(Path(member.filename).parent)] += member.compress_size
+    largest = ", ".join(f"{name} ({_mib(sent)})" for name, sent in folders.most_common(_NAMED_FOLDERS))
+    raise UploadError(
+        f"the code to send is {_mib(size)}, and Ray takes {_mib(LIMIT_BYTES)}. Largest folders: {largest}. Move data "
+        f"out of the code, or list it in {IGNORE_FILE} beside pyproject.toml"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

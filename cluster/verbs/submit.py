@@ -1,0 +1,107 @@
+"""`m2f submit`: train a recipe on a Ray cluster, as a job that this machine only watches."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.verbs.arguments import OVERRIDE
+
+if TYPE_CHECKING:
+    from cluster.jobs import JobClient, KnownJob
+
+SUMMARY = "train a recipe on a Ray cluster or on Kubernetes; given again, it follows the job that runs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", metavar="RECIPE|ID", help="YAML file; --stop and --status also take the id of a job")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the file")
+    parser.add_argument(
+        "--address", metavar="URL", help="dashboard of the cluster, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--detach", action="store_true", help="return when the job is sent; default: follow it")
+    what.add_argument("--stop", action="store_true", help="end the run's job; it saves a checkpoint first")
+    what.add_argument("--status", action="store_true", help="say how the run's jobs stand")
+    what.add_argument(
+        "--kuberay",
+        metavar="TEMPLATE",
+        help="write a RayJob for Kubernetes from a file like cluster/cloud/kuberay.yaml",
+    )
+    parser.add_argument("--output", metavar="FILE", help="with --kuberay: where to write; default: standard output")
+    parser.add_argument("--apply", action="store_true", help="with --kuberay: hand it to kubectl")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable of the job; no secrets; repeatable"
+    )
+    parser.add_argument(
+        "--shared", action="append", default=[], metavar="FOLDER", help="folder that every node mounts; repeatable"
+    )
+    parser.add_argument("--installed", action="store_true", help="the nodes have m2f: send the recipe alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status of the job; 130 for one that was stopped or left alone with Ctrl-C."""
+    if args.kuberay is not None:
+        return _write_ray_job(args)
+    from cluster.jobs import JobClient
+
+    if args.stop or args.status:
+        return _ask(JobClient(args.address), args)
+    from cluster.progress import say
+    from cluster.recipe import load_recipe
+    from cluster.submit import Attach, job_environment, submit_training
+
+    config = load_recipe(args.recipe, args.overrides)
+    client = JobClient(args.address)
+    env = job_environment(args.env, config)
+    choice = submit_training(client, config, env, args.shared, args.installed)
+    where = f"{choice.job_id} on {client.address}"
+    say(f"the run has a job already: {where}" if isinstance(choice, Attach) else f"sent: {where}")
+    return 0 if args.detach else client.follow(choice.job_id)
+
+
+def _ask(client: JobClient, args: argparse.Namespace) -> int:
+    """--stop and --status."""
+    from cluster.progress import complain, say
+
+    jobs = _named_jobs(client, args)
+    if not jobs:
+        complain("the cluster knows no job of this run")
+        return 1
+    if args.stop:
+        jobs = [job if job.ended else client.stop(job.job_id) for job in jobs[-1:]]
+    for job in jobs:
+        say(job.line())
+        if job.status == "FAILED":
+            complain(f"  {job.message}")
+    return 1 if jobs[-1].status == "FAILED" else 0
+
+
+def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[KnownJob]:
+    """The job of an id, or all of a recipe's run."""
+    from cluster.recipe import load_recipe
+    from cluster.submit import jobs_of
+
+    if Path(args.recipe).suffix in (".yaml", ".yml"):
+        return jobs_of(load_recipe(args.recipe, args.overrides), client.jobs())
+    return [client.job(args.recipe)]
+
+
+def _write_ray_job(args: argparse.Namespace) -> int:
+    """--kuberay."""
+    from cluster.kuberay import apply, ray_job_yaml
+    from cluster.progress import say
+    from cluster.recipe import load_recipe
+    from cluster.submit import for_cluster, job_environment
+
+    config = for_cluster(load_recipe(args.recipe, args.overrides), args.shared)
+    text = ray_job_yaml(config, Path(args.kuberay), job_environment(args.env, config))
+    if args.output is not None:
+        Path(args.output).write_text(text, encoding="utf-8")
+    if args.apply:
+        apply(text)
+    elif args.output is None:
+        say(text)
+    return 0
