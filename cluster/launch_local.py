@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from model.errors import UserError
+from trainer.reporting import STALL_EXIT
 
 ECHO_S = 5.0
 """How long the other ranks may take to report what a dead one did to them, before they are ended."""
@@ -87,6 +88,8 @@ def launch(
 
 def describe_exit(code: int) -> str:
     """How a process ended, in words with a remedy where one is known."""
+    if code == STALL_EXIT:
+        return "ended itself because the run stood still (see the event above)"
     if code >= 0:
         return f"exited with status {code}"
     name = signal.Signals(-code).name

@@ -1,11 +1,11 @@
-"""Reporters that MLflow and several listeners hear."""
+"""The reporter that MLflow hears."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from cluster.tracking import Tracking
-from trainer.reporting import CommittedCheckpoint, EventKind, Reporter
+from trainer.reporting import CommittedCheckpoint, EventKind
 
 
 class TrackingReporter:
@@ -16,11 +16,17 @@ class TrackingReporter:
         self._last_step = 0
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Under `train/`. Steps that a restart does again are left out: they have the same values."""
+        """Under `train/`, and under `system/` what MLflow shows as such.
+
+        Steps that a restart does again are left out: they have the same values.
+        """
         if step <= self._last_step:
             return
         self._last_step = step
-        self._tracking.log_metrics(step, {f"train/{name}": value for name, value in values.items()})
+        self._tracking.log_metrics(step, {_tracked_name(name): value for name, value in values.items()})
+
+    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing: `metrics` has what matters of all ranks."""
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
         """The newest one, as tags."""
@@ -32,23 +38,5 @@ class TrackingReporter:
         self._tracking.set_tag(f"event.{kind}", f"step {step}: {message}")
 
 
-class Reporters:
-    """One reporter that repeats everything to several."""
-
-    def __init__(self, *reporters: Reporter) -> None:
-        self._reporters = reporters
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """To all."""
-        for reporter in self._reporters:
-            reporter.metrics(step, values)
-
-    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """To all."""
-        for reporter in self._reporters:
-            reporter.checkpoint(checkpoint)
-
-    def event(self, kind: EventKind, step: int, message: str) -> None:
-        """To all."""
-        for reporter in self._reporters:
-            reporter.event(kind, step, message)
+def _tracked_name(name: str) -> str:
+    return name if name.startswith("system/") else f"train/{name}"

@@ -14,10 +14,10 @@ from cluster.eval_manager import EvaluationProgress
 from cluster.eval_queue import Entry
 from cluster.eval_service import EvaluationClient
 from cluster.progress import say
-from cluster.reporters import Reporters, TrackingReporter
+from cluster.reporters import TrackingReporter
 from cluster.run_board import CheckpointReport, Delivery, EventReport
 from cluster.tracking import RunStatus, TrackedRun, Tracking
-from trainer.reporting import EventKind, LogReporter
+from trainer.reporting import EventKind, LogReporter, Reporters
 
 PATIENCE_S = 10.0
 HEADLINE = ("PQ", "AP", "mIoU")

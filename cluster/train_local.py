@@ -48,9 +48,9 @@ def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
 
 def train_rank(job: TrainJob, run: TrackedRun) -> None:
     """Body of one rank."""
-    from cluster.reporters import Reporters, TrackingReporter
+    from cluster.reporters import TrackingReporter
     from cluster.tracking import Tracking
-    from trainer.reporting import LogReporter
+    from trainer.reporting import LogReporter, Reporters
     from trainer.worker import run_worker
 
     control = SignalControl()

@@ -16,10 +16,11 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution import context as ray_context
 
+from cluster.prometheus import PrometheusReporter
 from cluster.run_board import CheckpointReport, EventReport, MetricsReport
 from trainer.errors import PeersError
 from trainer.job import TrainJob
-from trainer.reporting import CommittedCheckpoint, EventKind
+from trainer.reporting import CommittedCheckpoint, EventKind, Reporters
 
 LOGGER = logging.getLogger(__name__)
 STOP_POLL_S = 1.0
@@ -44,9 +45,11 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     from trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
     ray_context.logger.setLevel(logging.WARNING)  # it announces every report
-    control = RayControl(settings.board) if context.get_world_rank() == 0 else NoControl()
+    rank, run_name = context.get_world_rank(), settings.job.run_folder.rpartition("/")[2]
+    control = RayControl(settings.board) if rank == 0 else NoControl()
+    reporter = Reporters(RayReporter(settings.board, rank), PrometheusReporter(run_name, rank))
     try:
-        run_worker(settings.job, RayReporter(settings.board, context.get_world_rank()), control)
+        run_worker(settings.job, reporter, control)
     except PeersError as error:
         raise (error.__cause__ or error) from None  # a cause is lost on the way to the supervisor
 
@@ -61,6 +64,9 @@ class RayReporter:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """To the board."""
         self._board.pin.remote(MetricsReport(step, dict(values)))
+
+    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing: they go to Prometheus."""
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
         """Rank 0: to the board, from where it is queued for evaluation. Every rank: to Ray Train, without files."""

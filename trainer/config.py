@@ -113,6 +113,10 @@ class TrainingConfig:
     """Torch threads per rank on CPU."""
     collective_timeout_s: float = 600.0
     """How long a rank waits for the others before the attempt ends."""
+    stall_timeout_s: float = 300.0
+    """A rank that spends this long in one phase of a step (data, forward pass, update, ...) stalls the run: the stacks
+    of all ranks are written and the attempt ends. Less than collective_timeout_s, or that ends it first and says less;
+    0 switches it off."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps", "threads"):

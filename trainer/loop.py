@@ -13,7 +13,8 @@ from trainer.checkpoint_folder import checkpoint_url
 from trainer.control import StepFacts
 from trainer.errors import TrainingError
 from trainer.job import Control, TrainJob
-from trainer.metrics import Stopwatch, Traffic, non_finite_keys, summed_losses
+from trainer.metrics import non_finite_keys
+from trainer.observer import Observer
 from trainer.reporting import CommittedCheckpoint, EventKind, Reporter
 from trainer.schedule import lr_factor
 from trainer.setup import Run, open_run
@@ -27,20 +28,19 @@ def train(job: TrainJob, reporter: Reporter, control: Control) -> TrainState:
     TrainingError (on all ranks where the data or upload of one fails), CheckpointError, DataError, StorageError and
     ConfigError.
     """
-    with open_run(job, reporter) as run:
-        return _Loop(run, reporter, control).run()
+    with open_run(job, reporter) as run, Observer(run, reporter) as observer:
+        return _Loop(run, reporter, control, observer).run()
 
 
 class _Loop:
     """What one rank does between the first step and the last checkpoint."""
 
-    def __init__(self, run: Run, reporter: Reporter, control: Control) -> None:
+    def __init__(self, run: Run, reporter: Reporter, control: Control, observer: Observer) -> None:
         self._run = run
         self._training = run.job.training
         self._reporter = reporter
         self._control = control
-        self._watch = Stopwatch()
-        self._traffic = Traffic(run.storage.counters)
+        self._observer = observer
         self._bad_samples = BadSamples(run.job.data.max_bad_samples, run.ranks)
         self._announced = -1
 
@@ -59,12 +59,12 @@ class _Loop:
             losses = self._forward_backward(batches, facts)
             result = engine.finish_step(state.step + 1)
             state = state.advance(training.global_batch, result.applied)
-            self._watch.add(facts.images, batches.wait_s)
+            self._observer.step_done(state, batches, facts.images, losses, result)
             if not result.applied:
                 self._report_skip(state, batches, losses)
                 continue
             if state.step % training.log_every_steps == 0:
-                self._report_metrics(state, losses, result.grad_norm)
+                self._observer.report(state, losses, result.grad_norm)
             if state.step % training.checkpoint.every_steps == 0:
                 self._save(state)
         return self._end("finished", state)
@@ -72,11 +72,13 @@ class _Loop:
     def _next_step(self) -> tuple[StepBatches, StepFacts]:
         """This rank's batches and what all ranks said about the step. An error on any rank is raised on all."""
         batches, mine, error = None, StepFacts(), None
+        self._observer.enter("data")
         try:
             batches = next(self._run.batches)
             mine = self._facts(batches)
         except Exception as caught:
             error = caught
+        self._observer.enter("exchange")
         facts = self._run.ranks.exchange(mine, error)
         assert batches is not None
         if facts.committed:
@@ -106,23 +108,12 @@ class _Loop:
         engine = self._run.engine
         sums = torch.tensor([facts.num_masks, facts.class_weight_sum, facts.micro_batches]).to(engine.device)
         normalizers = Normalizers(*sums.unbind())
-        return [
-            engine.accumulate(batch.to(engine.device, non_blocking=True), normalizers)
-            for batch in batches.micro_batches
-        ]
-
-    def _report_metrics(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> None:
-        values = summed_losses(losses, self._run.ranks)  # a collective
-        values |= self._traffic.read(self._run.ranks)  # another
-        values |= self._watch.read(steps_left=self._training.max_steps - state.step)
-        values |= {
-            "grad_norm": grad_norm,
-            "lr": self._training.optimizer.lr * self._run.engine.lr_factor,
-            "images": state.position,
-            "skipped_steps": state.skipped_total,
-        }
-        if self._run.ranks.is_first:
-            self._reporter.metrics(state.step, values)
+        losses = []
+        for batch in batches.micro_batches:
+            self._observer.enter("forward")
+            losses.append(engine.accumulate(batch.to(engine.device, non_blocking=True), normalizers))
+        self._observer.enter("update")
+        return losses
 
     def _report_substitutions(self, state: TrainState, batches: StepBatches) -> None:
         for found in self._bad_samples.note(batches.substitutions):  # a collective
@@ -153,6 +144,7 @@ class _Loop:
         return state
 
     def _save(self, state: TrainState) -> None:
+        self._observer.enter("checkpoint")
         self._announce(self._run.saver.finish())  # every commit is heard of, also where the next one follows at once
         self._run.saver.save(self._run.engine, state)
 

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from data_pipeline.storage import StorageCounters
 from model.criterion import Losses
+from trainer.clock import Phase
 from trainer.control import Ranks
 
 
-@dataclass
 class Stopwatch:
-    """Throughput since the last reading."""
+    """Throughput and phases since the last reading."""
 
-    steps: int = 0
-    images: float = 0.0
-    wait_s: float = 0.0
-    began: float = 0.0
+    def __init__(self) -> None:
+        self.reset()
 
-    def __post_init__(self) -> None:
+    def reset(self) -> None:
+        """Start anew."""
+        self.steps = 0
+        self.images = 0.0
+        self.phases: dict[Phase, float] = {}
+        """Seconds of all steps."""
         self.began = time.perf_counter()
 
-    def add(self, images: float, wait_s: float) -> None:
+    def add(self, images: float, phases: Mapping[Phase, float]) -> None:
         """Count one step, skipped or not."""
         self.steps += 1
         self.images += images
-        self.wait_s += wait_s
+        for phase, seconds in phases.items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     def read(self, steps_left: int) -> dict[str, float]:
         """Throughput of the steps since the last reading; starts anew."""
@@ -38,10 +41,10 @@ class Stopwatch:
         values = {
             "images_per_s": self.images / elapsed,
             "step_time_s": step_s,
-            "data_wait_share": self.wait_s / elapsed,
+            "data_wait_share": self.phases.get("data", 0.0) / elapsed,
             "eta_s": step_s * steps_left,
         }
-        self.steps, self.images, self.wait_s, self.began = 0, 0.0, 0.0, time.perf_counter()
+        self.reset()
         return values
 
 

@@ -8,7 +8,24 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, TextIO
 
-EventKind = Literal["weights", "resumed", "damaged", "data", "substituted", "skipped", "drained", "stopped", "finished"]
+EventKind = Literal[
+    "weights",
+    "resumed",
+    "damaged",
+    "data",
+    "substituted",
+    "skipped",
+    "spike",
+    "memory",
+    "slow",
+    "stalled",
+    "drained",
+    "stopped",
+    "finished",
+]
+
+STALL_EXIT = 75
+"""Status of a rank that ended itself after the event `stalled`."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +45,44 @@ class Reporter(Protocol):
         """Rank 0 only, every `log_every_steps` optimizer steps."""
         ...
 
+    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """On every rank, as often as `metrics`: what it measured of itself (see RankNumbers)."""
+        ...
+
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
         """On every rank, in the same step, after the commit."""
         ...
 
     def event(self, kind: EventKind, step: int, message: str) -> None:
-        """Rank 0 only: something worth a line in the log."""
+        """Rank 0 (`stalled`: any): something worth a line in the log."""
         ...
+
+
+class Reporters:
+    """One reporter that repeats everything to several."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters = reporters
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """To all."""
+        for reporter in self._reporters:
+            reporter.metrics(step, values)
+
+    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """To all."""
+        for reporter in self._reporters:
+            reporter.rank_metrics(step, values)
+
+    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
+        """To all."""
+        for reporter in self._reporters:
+            reporter.checkpoint(checkpoint)
+
+    def event(self, kind: EventKind, step: int, message: str) -> None:
+        """To all."""
+        for reporter in self._reporters:
+            reporter.event(kind, step, message)
 
 
 class LogReporter:
@@ -54,6 +102,9 @@ class LogReporter:
             f"  {values['images_per_s']:.1f} images/s  data wait {100 * values['data_wait_share']:.0f} %"
             f"{_traffic(values)}  left {left}"
         )
+
+    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing: the line of `metrics` speaks for all ranks."""
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
         """Where the checkpoint is."""

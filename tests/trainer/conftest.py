@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -60,3 +65,12 @@ class Launcher:
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory):
     return Launcher(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def training_shards(launcher):
+    """Twelve images in `shards` of the launcher's folder."""
+    url = str(launcher.folder / "shards")
+    source = SyntheticSource(num_images=12, seed=1)
+    write_dataset(open_reader(source), DatasetConfig(shards=url, source=source), Storage())
+    return launcher.folder / "shards"

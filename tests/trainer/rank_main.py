@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from engine_ranks import agreement
 from family_ranks import family_agreement
 
+import trainer.loop
 import trainer.module
 from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
 from model.config import (
@@ -89,6 +91,9 @@ class Recorder:
         self.losses[step] = values["loss/total"]
         self.requests += values["storage/requests"]
 
+    def rank_metrics(self, step, values):
+        pass
+
     def checkpoint(self, checkpoint):
         self.checkpoints.append(checkpoint.step)
 
@@ -102,6 +107,17 @@ class DieAfterFirstCheckpoint(Recorder):
 
     def checkpoint(self, checkpoint):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Diary(Recorder):
+    """Writes events down at once."""
+
+    path: Path = Path()
+
+    def event(self, kind, step, message):
+        with self.path.open("a") as file:
+            file.write(json.dumps((kind, step, message)) + "\n")
 
 
 def engine_agreement(folder: Path) -> dict:
@@ -119,6 +135,22 @@ def uninterrupted(folder: Path) -> dict:
 def killed(folder: Path) -> dict:
     reporter = DieAfterFirstCheckpoint() if os.environ["RANK"] == "1" else Recorder()
     return _train(make_job(folder / "killed", str(folder / "shards")), reporter)
+
+
+def stalled(folder: Path) -> dict:
+    """Rank 1 falls asleep before the third step."""
+    real, calls = trainer.loop.count_normalizers, 0
+
+    def fall_asleep(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and os.environ["RANK"] == "1":
+            time.sleep(600)
+        return real(*arguments)
+
+    trainer.loop.count_normalizers = fall_asleep
+    job = make_job(folder / "stalled", str(folder / "shards"), stall_timeout_s=2.0)
+    return _train(job, Diary(path=folder / "stalled.events"))
 
 
 def resumed(folder: Path) -> dict:

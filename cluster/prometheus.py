@@ -1,0 +1,72 @@
+"""Numbers of a run as Prometheus metrics, on the metrics port of every Ray node.
+
+A restart makes new worker processes and with them new series; group by the tags `run` and `rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ray.util.metrics import Counter, Gauge
+
+from trainer.reporting import CommittedCheckpoint, EventKind
+
+RUN_GAUGES = {
+    "images_per_s": ("m2f_images_per_second", "Images that all ranks trained on, per second."),
+    "data_wait_share": ("m2f_data_wait_ratio", "Share of the time in which rank 0 waited for data."),
+    "loss/total": ("m2f_loss", "Loss of the last reported step."),
+    "grad_norm": ("m2f_grad_norm", "Norm of the gradients before clipping."),
+    "mfu": ("m2f_mfu_ratio", "FLOPs of the model over the bf16 peak of all GPUs."),
+    "skipped_steps": ("m2f_skipped_steps", "Updates skipped since the start of the run."),
+    "ranks/count": ("m2f_ranks", "Training workers."),
+    "ranks/slowest_over_median": (
+        "m2f_slowest_rank_ratio",
+        "Slowest rank over the median, in its own work.",
+    ),
+    "eta_s": ("m2f_eta_seconds", "Time left at the present pace."),
+}
+RANK_GAUGES = {
+    "step_s": ("m2f_rank_step_seconds", 1.0, "Time per step."),
+    "data_s": ("m2f_rank_data_wait_seconds", 1.0, "Waiting for data, per step."),
+    "forward_s": ("m2f_rank_forward_seconds", 1.0, "Forward passes and losses, per step."),
+    "exchange_s": ("m2f_rank_exchange_seconds", 1.0, "Waiting for the other ranks before the forward pass, per step."),
+    "process_gb": ("m2f_rank_process_bytes", 1e9, "Resident memory of the process."),
+    "gpu_memory_gb": ("m2f_rank_gpu_memory_bytes", 1e9, "Most that tensors took on the GPU."),
+    "gpu_percent": ("m2f_rank_gpu_utilization_percent", 1.0, "Share of time in which the GPU did something."),
+}
+
+
+class PrometheusReporter:
+    """Sets gauges; Ray's agent on each node exports them. Made inside a Ray worker."""
+
+    def __init__(self, run: str, rank: int) -> None:
+        self._tags = {"run": run}
+        self._rank_tags = {"run": run, "rank": str(rank)}
+        self._step = Gauge("m2f_step", "Optimizer steps done.", ("run",))
+        self._run = {key: Gauge(name, text, ("run",)) for key, (name, text) in RUN_GAUGES.items()}
+        self._rank = {key: Gauge(name, text, ("run", "rank")) for key, (name, _, text) in RANK_GAUGES.items()}
+        self._checkpoint = Gauge("m2f_checkpoint_step", "Step of the newest whole checkpoint.", ("run",))
+        self._events = Counter("m2f_events", "Events of the run's journal.", ("run", "kind"))
+        self._is_first = rank == 0
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """What concerns the run as a whole."""
+        self._step.set(step, self._tags)
+        for key, gauge in self._run.items():
+            if key in values:
+                gauge.set(values[key], self._tags)
+
+    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """What concerns this rank."""
+        for key, gauge in self._rank.items():
+            if key in values:
+                gauge.set(values[key] * RANK_GAUGES[key][1], self._rank_tags)
+
+    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
+        """The newest commit."""
+        if self._is_first:
+            self._checkpoint.set(checkpoint.step, self._tags)
+
+    def event(self, kind: EventKind, step: int, message: str) -> None:
+        """One more of its kind."""
+        self._events.inc(1, {**self._tags, "kind": kind})

@@ -1,0 +1,91 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from data_pipeline.storage import Storage
+from trainer.rank_numbers import RankNumbers, joined_numbers, slow_ranks
+from trainer.trace import Trace
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_killed_process_loses_no_line(tmp_path):
+    script = (
+        "import os\nfrom data_pipeline.storage import Storage\nfrom trainer.trace import Trace\n"
+        f"trace = Trace(Storage(), {str(tmp_path)!r}, 'now', 3)\n"
+        "for step in range(100): trace.write({'step': step})\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], cwd=os.getcwd(), capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [line["step"] for line in read_lines(tmp_path / "traces/now/rank_0003.jsonl")] == list(range(100))
+
+
+def test_a_trace_has_bounded_size_and_keeps_the_newest_lines(tmp_path):
+    trace = Trace(Storage(), str(tmp_path), "now", 0, max_bytes=1000)
+    for step in range(200):
+        trace.write({"step": step})
+    trace.close()
+    older, newer = (read_lines(tmp_path / "traces/now" / name) for name in ("rank_0000.1.jsonl", "rank_0000.jsonl"))
+    steps = [line["step"] for line in older + newer]
+    assert steps == list(range(steps[0], 200))
+    assert sum(path.stat().st_size for path in (tmp_path / "traces/now").iterdir()) < 2200
+
+
+def test_a_trace_of_a_run_in_a_bucket_is_uploaded(monkeypatch, tmp_path):
+    stored = {}
+
+    class Bucket:
+        def put_file(self, url, path):
+            stored[url] = path.read_text()
+
+    trace = Trace(Bucket(), "s3://box/run", "now", 1)
+    trace.write({"step": 1})
+    trace.close()
+    assert list(stored) == ["s3://box/run/traces/now/rank_0001.jsonl"]
+    assert json.loads(stored["s3://box/run/traces/now/rank_0001.jsonl"])["step"] == 1
+
+
+def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path, monkeypatch, caplog):
+    trace = Trace(Storage(), str(tmp_path), "now", 0)
+    trace.write({"step": 1})
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.trace.os.write", refuse)
+    trace.write({"step": 2})
+    trace.write({"step": 3})
+    trace.close()
+    assert caplog.text.count("No space left on device") == 1
+
+
+def rank_numbers(rank, data_s=0.1, forward_s=1.0, host="a"):
+    return RankNumbers(
+        rank=rank, host=host, step_s=2.0, data_s=data_s, forward_s=forward_s, exchange_s=0.0, process_gb=1.0 + rank,
+        cpu_percent=50.0, memory_percent=20.0, disk_free_gb=5.0,
+    )  # fmt: skip
+
+
+def test_numbers_of_ranks_become_a_few():
+    values = joined_numbers([rank_numbers(0), rank_numbers(1, forward_s=2.1, host="b"), rank_numbers(2)])
+    assert values["ranks/count"] == 3
+    assert values["ranks/slowest"] == 1
+    assert values["ranks/slowest_over_median"] == pytest.approx(2.0)
+    assert values["system/process_gb"] == 3.0
+    assert "system/gpu_percent" not in values
+
+
+def test_a_rank_is_slow_where_it_takes_much_longer_than_the_median_alone():
+    numbers = [rank_numbers(0), rank_numbers(1, data_s=0.4), rank_numbers(2, forward_s=1.6), rank_numbers(3)]
+    assert [str(found) for found in slow_ranks(numbers)] == [
+        "rank 1 on a waits for data for 0.40 s per step, the median rank for 0.10 s",
+        "rank 2 on a computes its forward passes for 1.60 s per step, the median rank for 1.00 s",
+    ]
+    assert slow_ranks([rank_numbers(0), rank_numbers(1)]) == []

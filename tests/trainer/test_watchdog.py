@@ -1,0 +1,60 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from trainer.clock import PhaseClock
+from trainer.reporting import STALL_EXIT
+from trainer.watchdog import RankStacks, describe_stall
+
+WAITING = RankStacks(
+    rank=0, host="a", count=7, phase="exchange", seconds=9.0, in_collective=True, place="control.py:82", stacks=""
+)
+SLOW = replace(WAITING, rank=1, host="b", count=6, phase="data", in_collective=False, place="loader.py:5 in get: x()")
+
+
+def test_the_rank_that_got_least_far_is_named():
+    assert describe_stall([WAITING, SLOW, replace(WAITING, rank=2)], 3) == (
+        "the run stands still: rank 1 on b has been in `data` for 9 s at loader.py:5 in get: x(); "
+        "ranks 0, 2 waited for it"
+    )
+
+
+def test_among_ranks_that_got_equally_far_those_that_wait_for_others_are_not_to_blame():
+    found = [replace(WAITING, count=6, phase="backward"), replace(SLOW, phase="backward")]
+    assert "rank 1 on b has been in `backward`" in describe_stall(found, 2)
+    assert describe_stall(found, 2).endswith("; rank 0 waited for it")
+
+
+def test_a_rank_without_a_sign_of_life_comes_first():
+    assert describe_stall([WAITING], 2) == "the run stands still: rank 1 gave no sign of life; rank 0 waited for it"
+
+
+def test_the_clock_adds_up_phases_and_counts_them():
+    clock = PhaseClock()
+    for phase in ("data", "forward", "backward", "forward", "backward", "update"):
+        clock.enter(phase)
+    assert clock.mark.count == 6
+    assert list(clock.lap()) == ["start", "data", "forward", "backward"]
+    clock.enter("data")
+    assert list(clock.lap()) == ["update"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_ends_the_attempt_with_the_stacks_of_all(launcher, training_shards):
+    codes, outputs = launcher.run("stalled")
+    assert codes == [STALL_EXIT, STALL_EXIT], outputs
+    events = [json.loads(line) for line in (launcher.folder / "stalled.events").read_text().splitlines()]
+    kind, step, message = events[-1]
+    assert (kind, step) == ("stalled", 2)
+    assert "rank 1 on " in message
+    assert "has been in `data` for" in message
+    assert "in fall_asleep: time.sleep(600)" in message
+    assert "rank 0 waited for it" in message
+    (stacks,) = (launcher.folder / "stalled" / "failures").glob("stall-*/stacks.txt")
+    assert str(stacks) in message
+    text = stacks.read_text()
+    assert text.index("==== rank 0 on") < text.index("==== rank 1 on")
+    assert "all_reduce" in text.split("==== rank 1")[0]
+    assert "fall_asleep" in text.split("==== rank 1")[1]
+    assert outputs[0].count("the run stands still") == 1

@@ -1,0 +1,52 @@
+"""Model FLOPs utilisation: what the model needs by counting, over what the GPUs can do."""
+
+from __future__ import annotations
+
+import torch
+
+from model.config import ModelConfig
+from model.flops.executed import build_shapes, executed_flops
+
+_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+"""Dense bf16 of tensor cores, from the makers' data sheets; the first name that is part of the device's counts."""
+_PASSES = 3
+"""A backward pass counts for two forward passes, as usual; what checkpointing computes again does not count."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """bf16 FLOP/s of a GPU by the name that CUDA gives; None where it is not known."""
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+
+
+class Utilization:
+    """The model's work over the peak of all GPUs, in bf16 whatever the precision of the run.
+
+    Counting runs the model once per size of input, without values: seconds, and only where the peak is known.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, world_size: int) -> None:
+        self._config = config
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._world_size = world_size
+        self._flops_of: dict[tuple[int, int], float] = {}
+
+    def share(self, size: tuple[int, int], images_per_s: float) -> float | None:
+        """Between 0 and 1 at this height, width and throughput of all ranks; None where the peak is not known."""
+        if self._peak is None:
+            return None
+        if size not in self._flops_of:
+            multiply_adds = executed_flops(build_shapes(self._config), size).total
+            self._flops_of[size] = 2 * _PASSES * multiply_adds
+        return self._flops_of[size] * images_per_s / (self._peak * self._world_size)

@@ -1,0 +1,117 @@
+"""Everything that looks at the training loop without being part of it: times, numbers, trace, watchdog."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from types import TracebackType
+from typing import Any
+
+from data_pipeline.loader import StepBatches
+from model.criterion import Losses
+from trainer.clock import Phase, PhaseClock
+from trainer.engine import StepResult
+from trainer.metrics import Stopwatch, Traffic, summed_losses
+from trainer.mfu import Utilization
+from trainer.rank_numbers import joined_numbers, measure_rank, memory_gb, slow_ranks
+from trainer.reporting import Reporter
+from trainer.setup import Run
+from trainer.state import TrainState
+from trainer.trace import Trace
+from trainer.watchdog import Watchdog
+
+
+class Observer:
+    """One rank's observer; a context manager around the steps. `report` is a collective, nothing else waits."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        job, self._run, self._reporter = run.job, run, reporter
+        attempt = run.ranks.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+        self._clock = PhaseClock()
+        self._stopwatch = Stopwatch()
+        self._traffic = Traffic(run.storage.counters)
+        self._utilization = Utilization(job.model, run.engine.device, run.ranks.world_size)
+        self._trace = Trace(run.storage, job.run_folder, attempt, run.ranks.rank)
+        self._watchdog = Watchdog(self._clock, run.ranks, run.storage, job.run_folder, attempt, job.training, reporter)
+        self._size = (0, 0)
+        self._slow: set[tuple[int, str]] = set()
+        self._stack = ExitStack()
+        # The engine's forward runs our module, then DeepSpeed's backward follows.
+        self._hook = run.engine.module.register_forward_hook(lambda *_: self._clock.enter("backward"))
+
+    def __enter__(self) -> Observer:
+        self._stack.callback(self._hook.remove)
+        self._stack.enter_context(closing(self._trace))
+        self._stack.enter_context(self._watchdog)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def enter(self, phase: Phase) -> None:
+        """The loop turns to its next phase."""
+        self._clock.enter(phase)
+
+    def step_done(
+        self, state: TrainState, batches: StepBatches, images: float, losses: Sequence[Losses], result: StepResult
+    ) -> None:
+        """After an update, applied or not: a line of the trace. `images` are those of all ranks."""
+        self._clock.step = state.step
+        phases = self._clock.lap()
+        self._stopwatch.add(images, phases)
+        *_, height, width = batches.micro_batches[0].images.shape
+        self._size = (height, width)
+        record: dict[str, Any] = {
+            "step": state.step,
+            "position": state.position,
+            "seconds": {phase: round(seconds, 4) for phase, seconds in phases.items()},
+            "loss_share": _number(sum(float(loss.total) for loss in losses)),
+            "grad_norm": _number(result.grad_norm),
+            "memory_gb": round(memory_gb(), 3),
+        }
+        if not result.applied:
+            record["skipped"] = True
+            record["loss_of"] = {
+                key: _number(value)
+                for batch, loss in zip(batches.micro_batches, losses, strict=True)
+                for key, value in zip(batch.keys, loss.per_image.tolist(), strict=True)
+            }
+        self._trace.write(record)
+
+    def report(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> None:
+        """The numbers of all ranks since the last report. A collective."""
+        run, training = self._run, self._run.job.training
+        self._clock.enter("report")
+        values = summed_losses(losses, run.ranks)
+        values |= self._traffic.read(run.ranks)
+        own = measure_rank(run.ranks.rank, self._stopwatch.steps, self._stopwatch.phases, run.job.run_folder)
+        numbers = run.ranks.gather(own)
+        self._reporter.rank_metrics(state.step, own.values())
+        if not run.ranks.is_first:
+            self._stopwatch.reset()
+            return
+        rate = self._stopwatch.read(steps_left=training.max_steps - state.step)
+        values |= rate | joined_numbers(numbers)
+        utilization = self._utilization.share(self._size, rate["images_per_s"])
+        if utilization is not None:
+            values["mfu"] = utilization
+        values |= {
+            "grad_norm": grad_norm,
+            "lr": training.optimizer.lr * run.engine.lr_factor,
+            "images": state.position,
+            "skipped_steps": state.skipped_total,
+        }
+        self._reporter.metrics(state.step, values)
+        slow = {(found.rank, found.work): found for found in slow_ranks(numbers)}
+        for key in slow.keys() - self._slow:
+            self._reporter.event("slow", state.step, str(slow[key]))
+        self._slow = set(slow)
+
+
+def _number(value: float) -> float | str:
+    """JSON has no infinities."""
+    return round(value, 6) if math.isfinite(value) else str(value)

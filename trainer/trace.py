@@ -1,0 +1,97 @@
+"""One line of JSON per step and rank, for the hour when something was odd.
+
+On a disk the lines are in the run folder at once, each written with one call, so that a process that is killed loses
+none. Objects of a store cannot grow, so there the file is kept on this machine and uploaded every minute and at the
+end. An attempt has files of its own, of bounded size: the oldest half of the lines goes when they get too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import StorageError
+from data_pipeline.storage import Storage, join
+
+LOGGER = logging.getLogger(__name__)
+MAX_BYTES = 16_000_000
+"""Of one file; the one before it is kept besides."""
+UPLOAD_S = 60.0
+
+
+class Trace:
+    """The trace of one rank. `write` never raises; `close` makes the last upload."""
+
+    def __init__(self, storage: Storage, run_folder: str, attempt: str, rank: int, max_bytes: int = MAX_BYTES) -> None:
+        self._storage, self._max_bytes = storage, max_bytes
+        self._url = join(run_folder, "traces", attempt, f"rank_{rank:04d}.jsonl")
+        self._is_remote = "://" in self._url
+        folder = Path(tempfile.mkdtemp(prefix="m2f-trace-")) if self._is_remote else Path(self._url).parent
+        self._path = folder / Path(self._url).name
+        self._closing = threading.Event()
+        self._broken = False
+        self._file: int | None = None
+        self._uploader = threading.Thread(target=self._upload_now_and_then, name="trace", daemon=True)
+        if self._is_remote:
+            self._uploader.start()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line; `time` is put before the rest. Where the disk refuses it, tracing ends with one warning."""
+        if self._broken:
+            return
+        line = json.dumps({"time": round(time.time(), 3), **record}).encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = self._open()
+            os.write(self._file, line)
+            if os.fstat(self._file).st_size > self._max_bytes:
+                self._close_file()
+                self._path.replace(_older(self._path))
+        except OSError as error:
+            self._broken = True
+            LOGGER.warning(f"no trace from here on: {self._path} cannot be written ({error})")
+
+    def close(self) -> None:
+        """End the file, and upload it where it is not in place already."""
+        self._closing.set()
+        if self._is_remote:
+            self._uploader.join()
+        with contextlib.suppress(OSError):
+            self._close_file()
+        if self._is_remote:
+            shutil.rmtree(self._path.parent, ignore_errors=True)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+    def _open(self) -> int:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def _upload_now_and_then(self) -> None:
+        while not self._closing.wait(UPLOAD_S):
+            self._upload()
+        self._upload()
+
+    def _upload(self) -> None:
+        for path in (_older(self._path), self._path):
+            try:
+                if path.exists():
+                    self._storage.put_file(join(self._url.rpartition("/")[0], path.name), path)
+            except (StorageError, OSError) as error:  # a trace is worth no failed run
+                LOGGER.warning(f"the trace {path.name} is not uploaded: {error}")
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.1{path.suffix}")
