@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import PADDING_GREY, augment, draw_params, resize_image, shortest_edge_size
-from data_pipeline.categories import Task
-from data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from data_pipeline.randomness import Stream, sample_rng
+from data_pipeline.augment import PADDING_GREY, resize_image, shortest_edge_size
+from data_pipeline.example import Example
 from data_pipeline.sample import DecodedSample
-from data_pipeline.targets import ImageTargets, drop_empty, image_targets
+from data_pipeline.targets import ImageTargets
 from model.structures import BACKGROUND_ID, Targets, ignore_id
 
 FILLER_POSITION = -1
@@ -42,7 +39,7 @@ class Batch:
     sizes: Tensor
     """[B, 2] int64 height and width of the part that shows the image; the rest is padding."""
     dropped_targets: int
-    """Targets left out because the crop left them without a pixel."""
+    """Targets left out because nothing of them is left to see."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -75,57 +72,6 @@ class EvalBatch:
     """Rows of the manifest."""
     samples: tuple[DecodedSample, ...]
     """Image and truth at original size."""
-
-
-@dataclass(frozen=True)
-class TrainRecipe:
-    """All that turns a decoded sample into an example."""
-
-    task: Task
-    labels: Mapping[int, int]
-    """Source category id -> class."""
-    augment: AugmentConfig
-    drop_empty_targets: bool
-    seed: int
-
-    @property
-    def canvas(self) -> tuple[int, int] | None:
-        """Height and width of every example; None where they differ."""
-        match self.augment:
-            case LargeScaleJitter(size=size):
-                return size, size
-            case ShortestEdgeCrop(crop=crop):
-                return crop
-            case ScaleJitter():
-                return None
-            case _:
-                assert_never(self.augment)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One augmented image with its targets."""
-
-    key: str
-    dataset: int
-    position: int
-    image: np.ndarray
-    """[H, W, 3] uint8 RGB."""
-    targets: ImageTargets
-    size: tuple[int, int]
-    dropped: int
-
-
-def make_example(sample: DecodedSample, dataset: int, position: int, recipe: TrainRecipe) -> Example:
-    """Targets, augmentation and removal of empty targets; a pure function of sample, position and recipe."""
-    targets = image_targets(sample, recipe.task, recipe.labels)
-    rng = sample_rng(recipe.seed, position, Stream.AUGMENT)
-    params = draw_params(rng, sample.size, recipe.augment)
-    augmented = augment(sample.image, targets.id_maps, params, targets.ignore)
-    targets, dropped = replace(targets, id_maps=augmented.id_maps), 0
-    if recipe.drop_empty_targets:
-        targets, dropped = drop_empty(targets, augmented.size)
-    return Example(sample.key, dataset, position, augmented.image, targets, augmented.size, dropped)
 
 
 def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) -> Batch:

@@ -233,6 +233,18 @@ AugmentConfig = LargeScaleJitter | ShortestEdgeCrop | ScaleJitter
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyPasteConfig:
+    """Simple Copy-Paste: things of another image, augmented like this one, on top of it (CVPR 2021)."""
+
+    probability: float = 1.0
+    """Share of the images that receive objects; each thing of the partner is pasted with probability 1/2."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probability <= 1:
+            raise ConfigError(f"data.copy_paste.probability is {self.probability}; it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixtureItem:
     """One data set of a training mixture."""
 
@@ -284,6 +296,8 @@ class DataConfig:
     task: Task = "panoptic"
     train: tuple[MixtureItem, ...]
     augment: AugmentConfig = field(default_factory=LargeScaleJitter)
+    copy_paste: CopyPasteConfig | None = None
+    """Paste objects of other images; needs an `augment` with a fixed size (`lsj` or `shortest_edge`)."""
     drop_empty_targets: bool = True
     """Drop targets that the crop left without a pixel (the official panoptic mapper keeps them)."""
     skip_images_without_targets: bool = True
@@ -294,8 +308,8 @@ class DataConfig:
     chunk_mb: float = 4.0
     """Size of one ranged read in MB."""
     lanes: int = 192
-    """Independent chunk streams of the order. Ranks whose number divides it read nearly every chunk once, others several
-    times: 192 suits 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192; `m2f plan` says what another number costs."""
+    """Independent chunk streams of the order. Ranks whose number divides it read nearly every chunk once, others
+    several times: 192 suits 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192; `m2f plan` says what others cost."""
     window: int = 32
     """Shuffle window of a lane in samples. All ranks together hold the files of about lanes x window samples."""
     cache: CacheConfig | None = None
@@ -312,3 +326,8 @@ class DataConfig:
         require_positive(data__chunk_mb=self.chunk_mb)
         if not self.train:
             raise ConfigError("data.train is empty: name at least one data set, for example [{dataset: train}]")
+        if self.copy_paste is not None and isinstance(self.augment, ScaleJitter):
+            raise ConfigError(
+                "data.copy_paste needs two images of one size, and data.augment.kind scale keeps their shapes; choose "
+                "lsj or shortest_edge"
+            )

@@ -26,18 +26,14 @@ from data_pipeline.cache import ChunkCache, UpcomingChunks
 from data_pipeline.categories import CategoryTable, Task
 from data_pipeline.chunks import plan_chunks
 from data_pipeline.codec import decode
-from data_pipeline.collate import (
-    FILLER_POSITION,
-    Batch,
-    EvalBatch,
-    TrainRecipe,
-    collate_eval,
-)
+from data_pipeline.collate import FILLER_POSITION, Batch, EvalBatch, collate_eval
 from data_pipeline.config import DataConfig
+from data_pipeline.copy_paste import partner_position
 from data_pipeline.errors import DataError, LoaderDiedError
-from data_pipeline.fetch import Fetched, FetchLimits, Members, SampleFetcher
+from data_pipeline.example import TrainRecipe
+from data_pipeline.fetch import Fetched, FetchLimits, Group, Members, SampleFetcher
 from data_pipeline.manifest import Manifest
-from data_pipeline.micro_batches import MicroBatches, Repair, Spoiled, Substitution, Work, checked
+from data_pipeline.micro_batches import MicroBatches, Repair, Row, Spoiled, Substitution, Visit, Work, checked
 from data_pipeline.order import Order, Place, chunk_bytes, look_ahead, step_plan
 from data_pipeline.storage import Storage
 from model.errors import UserError
@@ -100,6 +96,7 @@ def build_loader(
             (LoaderDiedError).
         StorageError: a shard that cannot be read.
     """
+    things = _things(manifests[0], data)
     recipes = [
         TrainRecipe(
             task=data.task,
@@ -107,10 +104,19 @@ def build_loader(
             augment=data.augment,
             drop_empty_targets=data.drop_empty_targets,
             seed=spec.seed,
+            things=things,
         )
         for labels in mixture_labels(manifests, data.task)
     ]
     return _steps(manifests, order, data, storage, spec, recipes)
+
+
+def _things(manifest: Manifest, data: DataConfig) -> frozenset[int]:
+    classes = manifest.categories.for_task(data.task)
+    things = frozenset(label for label, category in enumerate(classes) if category.is_thing)
+    if data.copy_paste is not None and not things:
+        raise DataError(f"{manifest.url}: no class is a thing, so data.copy_paste has nothing to paste; leave it out")
+    return things
 
 
 def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, int]]:
@@ -206,12 +212,21 @@ def _steps(
             yield StepBatches(step, batches, positions, time.perf_counter() - began, substitutions)
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A row of a micro-batch before it is read."""
+
+    position: int
+    shown: Place
+    pasted: Place | None
+
+
 def _tasks(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec, ahead: int
 ) -> Generator[Work | UserError]:
     """Micro-batches with their bytes. An error comes in the place of the micro-batch that it spoils, and ends all."""
     planned = (
-        (positions, tuple(None if position is None else order.at(position) for position in positions))
+        tuple(None if position is None else _plan_row(position, order, data, spec.seed) for position in positions)
         for step in count(spec.start_step)
         for positions in spec.plan(step)
     )
@@ -224,19 +239,40 @@ def _tasks(
         manifests,
         chunks,
         storage,
-        (places for _, places in for_fetcher),
+        map(_wanted, for_fetcher),
         FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.plan(0)[0]), 2 * ahead + 1)),
         None if data.cache is None else ChunkCache(data.cache, storage.counters, soonest),
     )
     with closing(fetcher):
-        for positions, places in tasks:
-            soonest.position = next((p for p in positions if p is not None), soonest.position)
+        for rows in tasks:
+            soonest.position = next((row.position for row in rows if row is not None), soonest.position)
             try:
-                members = next(fetcher)
+                fetched = next(fetcher)
             except UserError as error:
                 yield error
                 return
-            yield Work(positions, places, members)
+            yield Work(tuple(map(_read_row, rows, fetched[: len(rows)], fetched[len(rows) :])))
+
+
+def _plan_row(position: int, order: Order, data: DataConfig, seed: int) -> _Planned:
+    partner = partner_position(position, seed, data)
+    return _Planned(position, order.at(position), None if partner is None else order.at(partner))
+
+
+def _wanted(rows: Sequence[_Planned | None]) -> Group:
+    """Places of what is shown, then those of what is pasted on it."""
+    return (
+        *(None if row is None else row.shown for row in rows),
+        *(None if row is None else row.pasted for row in rows),
+    )
+
+
+def _read_row(row: _Planned | None, shown: Fetched, pasted: Fetched) -> Row | None:
+    if row is None:
+        return None
+    assert shown is not None
+    partner = None if row.pasted is None or pasted is None else Visit(row.pasted, pasted)
+    return Row(row.position, Visit(row.shown, shown), partner)
 
 
 def _results(

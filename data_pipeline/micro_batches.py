@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch.utils.data import Dataset
 
 from data_pipeline.codec import decode
-from data_pipeline.collate import Batch, Example, TrainRecipe, collate, make_example
+from data_pipeline.collate import Batch, collate
 from data_pipeline.errors import DataError
-from data_pipeline.fetch import Fetched, read_single
+from data_pipeline.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
+from data_pipeline.fetch import Members, read_single
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order, Place
+from data_pipeline.randomness import Stream
 from data_pipeline.storage import Storage
 from model.errors import UserError
 
@@ -21,7 +24,9 @@ _MOST_CANDIDATES = 100  # so many bad samples in a row are no accident
 
 @dataclass(frozen=True)
 class Substitution:
-    """A sample that cannot be used, and the next good one of the order, which took its place."""
+    """A sample that cannot be used, and the next good one of the order, which took its place in the image shown there
+    or as the one that gives objects to it.
+    """
 
     position: int
     key: str
@@ -31,52 +36,98 @@ class Substitution:
     """Key of what is shown instead."""
 
 
+Role = Literal["shown", "pasted"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One sample before decoding."""
+
+    place: Place
+    members: Members | DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one image of a micro-batch is made of."""
+
+    position: int
+    shown: Visit
+    pasted: Visit | None
+    """Whose objects are pasted on it."""
+
+    def visit(self, role: Role) -> Visit | None:
+        """The sample in this role."""
+        return self.shown if role == "shown" else self.pasted
+
+    def having(self, role: Role, visit: Visit) -> Row:
+        """The row with another sample in this role."""
+        return replace(self, shown=visit) if role == "shown" else replace(self, pasted=visit)
+
+
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch before decoding."""
+    """A micro-batch before decoding; None is a filler."""
 
-    positions: tuple[int | None, ...]
-    places: tuple[Place | None, ...]
-    members: tuple[Fetched, ...]
+    rows: tuple[Row | None, ...]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A sample that cannot be used, and what is wrong with it."""
+
+    row: int
+    role: Role
+    error: DataError
 
 
 @dataclass(frozen=True)
 class Spoiled:
     """A micro-batch with samples that cannot be used."""
 
-    task: Work
-    causes: tuple[tuple[int, DataError], ...]
-    """Rows and what is wrong."""
+    work: Work
+    causes: tuple[Cause, ...]
 
 
 class MicroBatches(Dataset["Batch | Spoiled | UserError"]):
-    """Decodes and augments a task. An error is a result like others: re-raised by torch it would lose its form."""
+    """Decodes and augments work. An error is a result like others: re-raised by torch it would lose its form."""
 
     def __init__(self, recipes: Sequence[TrainRecipe]) -> None:
         self._recipes = recipes  # of every data set
 
     def __getitem__(self, index: Work | UserError) -> Batch | Spoiled | UserError:
-        """The batch of a task (torch calls what it hands to a data set an index)."""
+        """The batch of a piece of work (torch calls what it hands to a data set an index)."""
         if isinstance(index, UserError):
             return index
-        rows = list(zip(index.positions, index.places, index.members, strict=True))
+        causes: list[Cause] = []
         try:
-            examples = [self._example(*row) for row in rows]
-            causes = tuple((row, found) for row, found in enumerate(examples) if isinstance(found, DataError))
+            examples = [None if row is None else self._example(n, row, causes) for n, row in enumerate(index.rows)]
             if causes:
-                return Spoiled(index, causes)
-            whole = [example for example in examples if not isinstance(example, DataError)]
-            return collate(whole, self._recipes[0].canvas)
+                return Spoiled(index, tuple(causes))
+            return collate(examples, self._recipes[0].canvas)
         except UserError as error:
             return error
 
-    def _example(self, position: int | None, place: Place | None, members: Fetched) -> Example | DataError | None:
-        if position is None or place is None or members is None or isinstance(members, DataError):
-            return members if isinstance(members, DataError) else None
+    def _example(self, number: int, row: Row, causes: list[Cause]) -> Example | None:
+        """The example of a row; None where a sample of it cannot be used, which is added to the causes."""
+        shown, pasted = (self._cut(number, row, role, causes) for role in ("shown", "pasted"))
+        if shown is None:
+            return None
+        recipe = self._recipes[row.shown.place.dataset]
+        return without_empty(shown if pasted is None else paste_objects(shown, pasted, recipe), recipe)
+
+    def _cut(self, number: int, row: Row, role: Role, causes: list[Cause]) -> Example | None:
+        visit, stream = row.visit(role), Stream.AUGMENT if role == "shown" else Stream.PASTED
+        if visit is None:
+            return None
         try:
-            return make_example(decode(members), place.dataset, position, self._recipes[place.dataset])
+            if isinstance(visit.members, DataError):
+                raise visit.members
+            dataset = visit.place.dataset
+            return cut_example(decode(visit.members), dataset, row.position, self._recipes[dataset], stream)
         except DataError as error:
-            return error
+            causes.append(Cause(number, role, error))
+            return None
 
 
 class Repair:
@@ -86,34 +137,33 @@ class Repair:
         self._manifests, self._order, self._storage, self._make = manifests, order, storage, make
 
     def __call__(self, spoiled: Spoiled) -> tuple[Batch, tuple[Substitution, ...]]:
-        """The batch with other samples in the bad ones' rows. Raises DataError where none can be found."""
-        task, substitutions = spoiled.task, []
-        for row, cause in spoiled.causes:
-            task, substitution = self._replace(task, row, cause)
+        """The batch with other samples in the place of the bad ones. Raises DataError where none can be found."""
+        rows, substitutions = list(spoiled.work.rows), []
+        for cause in spoiled.causes:
+            row = rows[cause.row]
+            assert row is not None
+            rows[cause.row], substitution = self._replace(row, cause)
             substitutions.append(substitution)
-        result = self._make[task]
+        result = self._make[Work(tuple(rows))]
         if isinstance(result, Spoiled):
-            raise result.causes[0][1]
+            raise result.causes[0].error
         return checked(result, None)[0], tuple(substitutions)
 
-    def _replace(self, task: Work, row: int, cause: DataError) -> tuple[Work, Substitution]:
+    def _replace(self, row: Row, cause: Cause) -> tuple[Row, Substitution]:
         """The next sample of the order that is whole: a function of the position alone, whatever the ranks."""
-        position, bad = task.positions[row], task.places[row]
-        assert position is not None
+        bad = row.visit(cause.role)
         assert bad is not None
         for ahead in range(1, _MOST_CANDIDATES + 1):
-            place = self._order.at(position + ahead)
+            place = self._order.at(row.position + ahead)
             try:
                 members = read_single(self._manifests[place.dataset], place.index, self._storage)
                 decode(members)
             except DataError:
                 continue
-            places, contents = list(task.places), list(task.members)
-            places[row], contents[row] = place, members
-            keys = [str(self._manifests[p.dataset].key[p.index]) for p in (bad, place)]
-            repaired = Work(task.positions, tuple(places), tuple(contents))
-            return repaired, Substitution(position, keys[0], str(cause), keys[1])
-        raise DataError(f"{cause}; nor can any of the {_MOST_CANDIDATES} samples after it in the order be used")
+            keys = [str(self._manifests[p.dataset].key[p.index]) for p in (bad.place, place)]
+            found = row.having(cause.role, Visit(place, members))
+            return found, Substitution(row.position, keys[0], str(cause.error), keys[1])
+        raise DataError(f"{cause.error}; nor can any of the {_MOST_CANDIDATES} samples after it in the order be used")
 
 
 def checked(result: Batch | Spoiled | UserError, repair: Repair | None) -> tuple[Batch, tuple[Substitution, ...]]:
@@ -123,7 +173,7 @@ def checked(result: Batch | Spoiled | UserError, repair: Repair | None) -> tuple
             raise result
         case Spoiled(causes=causes):
             if repair is None:
-                raise causes[0][1]
+                raise causes[0].error
             return repair(result)
         case _:
             return result, ()

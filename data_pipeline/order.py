@@ -279,9 +279,11 @@ def chunk_bytes(config: DataConfig) -> int:
 def look_ahead(config: DataConfig, world: int) -> int:
     """Own samples ahead of which a rank of `world` keeps what it has read.
 
-    A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that.
+    A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that. With
+    copy-paste a sample is first wanted up to one window before its turn.
     """
-    return min(2 * config.lanes * config.window // world, _MAX_LOOK_AHEAD)
+    windows = 2 if config.copy_paste is None else 3
+    return min(windows * config.lanes * config.window // world, _MAX_LOOK_AHEAD)
 
 
 def step_plan(

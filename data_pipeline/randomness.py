@@ -19,7 +19,10 @@ class Stream(IntEnum):
     CHUNK_ORDER = 1
     WINDOW_ORDER = 2
     AUGMENT = 3
+    COPY_PASTE = 4
     REPEATS = 5
+    PASTED = 6
+    PASTED_OBJECTS = 7
 
 
 def _philox(seed: int, stream: Stream, major: int, minor: int) -> np.random.Philox:

@@ -14,7 +14,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.sample import DecodedSample, Segment
 from model.structures import BACKGROUND_ID, ignore_id
 
-_MAX_UINT8_IDS = 254  # 0 is background and 255 is ignored
+MAX_UINT8_TARGETS = 254
+"""Targets of a uint8 map: 0 is background and 255 is ignored."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def image_targets(sample: DecodedSample, task: Task, labels: Mapping[int, int]) 
 
 def drop_empty(targets: ImageTargets, size: tuple[int, int]) -> tuple[ImageTargets, int]:
     """Leave out targets without a pixel in the first `size` rows and columns. Also returns how many those were."""
-    present = np.stack([_present(layer[: size[0], : size[1]]) for layer in targets.id_maps])
+    present = np.stack([present_ids(layer[: size[0], : size[1]]) for layer in targets.id_maps])
     keep = present[targets.layer, targets.local_id]
     if keep.all():
         return targets, 0
@@ -107,7 +108,7 @@ def _remap(
     layers: list[int],
     background: bool,
 ) -> ImageTargets:
-    small = len(labels) <= _MAX_UINT8_IDS
+    small = len(labels) <= MAX_UINT8_TARGETS
     ignore = ignore_id(torch.uint8 if small else torch.int16)
     table = np.full(
         np.iinfo(maps.dtype).max + 1, BACKGROUND_ID if background else ignore, dtype=np.uint8 if small else np.int16
@@ -128,7 +129,7 @@ def _remap(
     )
 
 
-def _present(layer: np.ndarray) -> np.ndarray:
+def present_ids(layer: np.ndarray) -> np.ndarray:
     """Bool per id: does it occur in this map?
 
     Only the first pixel of every run in a row is looked up, five times as fast as a histogram of all pixels.

@@ -14,8 +14,9 @@ import torch
 
 from cluster.recipe import flatten, load_recipe, parse_recipe
 from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.collate import TrainRecipe, collate, make_example
+from data_pipeline.collate import collate
 from data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from data_pipeline.example import TrainRecipe, make_example
 from data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from data_pipeline.readers.cityscapes import CATEGORIES as CATEGORIES_19
 from data_pipeline.sample import Annotation, DecodedSample, Segment

@@ -11,13 +11,12 @@ from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.collate import (
     EVAL_PADDING,
     FILLER_POSITION,
-    TrainRecipe,
     collate,
     collate_eval,
-    make_example,
 )
 from data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from data_pipeline.errors import DataError
+from data_pipeline.example import TrainRecipe, make_example
 from data_pipeline.readers import open_reader
 from data_pipeline.sample import Annotation, DecodedSample, Segment
 from data_pipeline.targets import drop_empty, image_targets

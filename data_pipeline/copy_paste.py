@@ -1,0 +1,118 @@
+"""Copy-paste: things of another image on top of this one (Ghiasi et al., "Simple Copy-Paste", CVPR 2021, section 3).
+
+Both images are augmented by themselves, then some things of the partner cover what is under them. The partner of a
+position is the sample at a later position of the same lane of the order. Whoever reads a lane reads both, so that no
+byte is read for it alone where the number of ranks divides the lanes; and everything is a function of the position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_pipeline.config import DataConfig
+from data_pipeline.randomness import Stream, sample_rng
+from data_pipeline.targets import MAX_UINT8_TARGETS, ImageTargets, present_ids
+from model.structures import BACKGROUND_ID, ignore_id
+
+_PICKED = 0.5  # share of the partner's objects that are pasted (the paper: "a random subset")
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """The result of `paste`."""
+
+    targets: ImageTargets
+    mask: np.ndarray
+    """[H, W] bool: pixels of the pasted objects."""
+    hidden: int
+    """Targets that were left out because the objects cover all that was to be seen of them."""
+
+
+def partner_position(position: int, seed: int, config: DataConfig) -> int | None:
+    """Position of the sample whose objects are pasted on the one at `position`; None where nothing is."""
+    if config.copy_paste is None:
+        return None
+    used, distance = sample_rng(seed, position, Stream.COPY_PASTE).random(2).tolist()
+    if used >= config.copy_paste.probability:
+        return None
+    return position + config.lanes * (1 + int(distance * config.window))
+
+
+def draw_objects(partner: ImageTargets, things: Collection[int], seed: int, position: int) -> np.ndarray:
+    """[k] rows of the partner's targets to paste: each visible thing with probability 1/2."""
+    draws = sample_rng(seed, position, Stream.PASTED_OBJECTS).random(len(partner.labels))
+    chosen = np.isin(partner.labels, list(things)) & (draws < _PICKED)
+    return np.flatnonzero(chosen & _visible(partner))
+
+
+def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, merge_classes: bool) -> Pasted:
+    """Put these targets of `partner` on top of `base`, whose id maps have the same height and width.
+
+    Under the objects nothing of the base remains, in no layer. Objects keep their layers, so that those that overlap
+    each other do so in the result. Inputs are not written to.
+
+    Args:
+        base: targets of the image that is covered.
+        partner: targets of the image that the objects come from.
+        objects: rows of its targets.
+        merge_classes: an object becomes part of the base's target of its class (semantic: one target per class).
+    """
+    labels = partner.labels[objects]
+    known = {int(label): int(id_) for label, id_ in zip(base.labels, base.local_id, strict=True)}
+    merged = np.array([merge_classes and int(label) in known for label in labels], dtype=bool)
+    added = np.flatnonzero(~merged)
+    first = int(base.local_id.max(initial=0)) + 1
+    ids = np.array([known.get(int(label), 0) for label in labels], dtype=np.int64)
+    ids[added] = first + np.arange(len(added))
+
+    dtype, ignore = _id_type(first + len(added) - 1, base)
+    covering = _covering(partner, objects, ids, dtype)
+    mask = (covering != BACKGROUND_ID).any(axis=0)
+    maps = _in_layers(base, max(len(base.id_maps), len(covering)), dtype, ignore)
+    seen = _has_pixel(maps, base.layer, base.local_id)
+    maps[:, mask] = BACKGROUND_ID
+    maps[: len(covering)][covering != BACKGROUND_ID] = covering[covering != BACKGROUND_ID]
+    hidden = seen & ~_has_pixel(maps, base.layer, base.local_id)
+    keep = ~hidden
+    targets = ImageTargets(
+        id_maps=maps,
+        labels=np.concatenate([base.labels[keep], labels[added]]),
+        layer=np.concatenate([base.layer[keep], partner.layer[objects][added]]),
+        local_id=np.concatenate([base.local_id[keep], ids[added]]),
+    )
+    return Pasted(targets, mask, int(np.count_nonzero(hidden)))
+
+
+def _covering(partner: ImageTargets, objects: np.ndarray, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """[Y, H, W] new ids where these objects are, else BACKGROUND_ID."""
+    table = np.full(np.iinfo(partner.id_maps.dtype).max + 1, BACKGROUND_ID, dtype=dtype)
+    table[partner.local_id[objects]] = ids
+    return table[partner.id_maps]
+
+
+def _id_type(highest: int, base: ImageTargets) -> tuple[np.dtype, int]:
+    wide = highest > MAX_UINT8_TARGETS or base.id_maps.dtype == np.int16
+    return np.dtype(np.int16 if wide else np.uint8), ignore_id(torch.int16 if wide else torch.uint8)
+
+
+def _in_layers(base: ImageTargets, layers: int, dtype: np.dtype, ignore: int) -> np.ndarray:
+    """A copy of the id maps with so many layers. What is unknown in an old layer is unknown in the new ones."""
+    unknown = base.id_maps == base.ignore
+    maps = np.empty((layers, *base.id_maps.shape[1:]), dtype=dtype)
+    maps[: len(base.id_maps)] = base.id_maps
+    maps[: len(base.id_maps)][unknown] = ignore
+    maps[len(base.id_maps) :] = np.where(unknown.any(axis=0), ignore, BACKGROUND_ID)
+    return maps
+
+
+def _visible(targets: ImageTargets) -> np.ndarray:
+    return _has_pixel(targets.id_maps, targets.layer, targets.local_id)
+
+
+def _has_pixel(maps: np.ndarray, layer: np.ndarray, local_id: np.ndarray) -> np.ndarray:
+    """[n] bool: is there a pixel of this id in this layer?"""
+    return np.stack([present_ids(one) for one in maps])[layer, local_id]

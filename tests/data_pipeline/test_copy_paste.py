@@ -1,0 +1,325 @@
+import itertools
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.chunks import plan_chunks
+from data_pipeline.config import (
+    CopyPasteConfig,
+    DataConfig,
+    DatasetConfig,
+    LargeScaleJitter,
+    MixtureItem,
+    ScaleJitter,
+    SyntheticSource,
+)
+from data_pipeline.copy_paste import draw_objects, partner_position, paste
+from data_pipeline.errors import DataError
+from data_pipeline.example import TrainRecipe, cut_example, make_example, paste_objects, without_empty
+from data_pipeline.fetch import FetchLimits, SampleFetcher
+from data_pipeline.loader import LoaderSpec, build_loader
+from data_pipeline.order import build_order, chunk_bytes, look_ahead
+from data_pipeline.plan import Ranks, predict
+from data_pipeline.randomness import Stream
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+from data_pipeline.targets import ImageTargets
+from model.errors import ConfigError
+
+BATCH = 6
+DATA = DataConfig(
+    train=(MixtureItem(dataset="a"),),
+    augment=LargeScaleJitter(size=96, min_scale=0.5, max_scale=1.5),
+    copy_paste=CopyPasteConfig(probability=0.8),
+    workers=0,
+    chunk_mb=0.06,
+    lanes=4,
+    window=3,
+)
+
+
+def written_to(folder):
+    source = SyntheticSource(num_images=40, seed=4)
+    return write_dataset(open_reader(source), DatasetConfig(shards=str(folder), source=source, shard_mb=0.3), Storage())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return written_to(tmp_path_factory.mktemp("set"))
+
+
+def random_targets(rng, layers, count, dtype=np.uint8, size=(12, 14)):
+    """Rectangles of targets 1..count over a background with some ignored pixels; some targets may have no pixel."""
+    ignore = 255 if dtype == np.uint8 else 32767
+    maps = np.where(rng.random((layers, *size)) < 0.1, ignore, 0).astype(dtype)
+    layer = rng.integers(0, layers, count)
+    for id_, k in enumerate(layer, start=1):
+        y, x = rng.integers(0, size[0]), rng.integers(0, size[1])
+        maps[k, y : y + rng.integers(1, 9), x : x + rng.integers(1, 9)] = id_
+    return ImageTargets(maps, rng.integers(0, 4, count), layer, np.arange(1, count + 1))
+
+
+def one_per_class(targets):
+    """Semantic targets: the first of each class stands for it."""
+    _, first = np.unique(targets.labels, return_index=True)
+    maps = targets.id_maps.copy()
+    for label, id_ in zip(targets.labels, targets.local_id, strict=True):
+        maps[targets.id_maps == id_] = targets.local_id[first[targets.labels[first] == label][0]]
+    return ImageTargets(maps, targets.labels[first], targets.layer[first], targets.local_id[first])
+
+
+def masks(targets):
+    """Of every target its class, its pixels and those that are unknown to it."""
+    return [
+        (int(label), targets.id_maps[k] == id_, targets.id_maps[k] == targets.ignore)
+        for label, k, id_ in zip(targets.labels, targets.layer, targets.local_id, strict=True)
+    ]
+
+
+def pasted_slowly(base, partner, objects, merge):
+    """One boolean mask per target, as the paper tells it."""
+    new = [masks(partner)[row] for row in objects]
+    covered = np.any([mask for _, mask, _ in new], axis=0)
+    result, hidden = [], 0
+    for label, mask, unknown in masks(base):
+        left = mask & ~covered
+        if merge:
+            for other, added, _ in new:
+                left |= added & (other == label)
+        if mask.any() and not left.any():
+            hidden += 1
+            continue
+        result.append((label, left, unknown & ~covered))
+    known = {label for label, _, _ in masks(base)} if merge else set()
+    unknown = (base.id_maps == base.ignore).any(axis=0) & ~covered
+    for row in objects:
+        label, mask, _ = masks(partner)[row]
+        if label not in known:
+            layer = partner.layer[row]
+            theirs = base.id_maps[layer] == base.ignore if layer < len(base.id_maps) else unknown
+            result.append((label, mask, theirs & ~covered))
+    return result, covered, hidden
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    counts=st.tuples(st.integers(0, 7), st.integers(1, 7)),
+    wide=st.tuples(st.booleans(), st.booleans()),
+    semantic=st.booleans(),
+)
+def test_pasting_equals_a_loop_over_masks(seed, layers, counts, wide, semantic):
+    rng = np.random.default_rng(seed)
+    if semantic:
+        layers = (1, 1)
+    base, partner = (
+        random_targets(rng, y, n, np.int16 if w else np.uint8) for y, n, w in zip(layers, counts, wide, strict=True)
+    )
+    if semantic:
+        base, partner = one_per_class(base), one_per_class(partner)
+    objects = np.array([row for row, (_, mask, _) in enumerate(masks(partner)) if mask.any() and rng.random() < 0.7])
+    if not len(objects):
+        return
+    before = base.id_maps.copy()
+    found = paste(base, partner, objects, merge_classes=semantic)
+    expected, covered, hidden = pasted_slowly(base, partner, objects, semantic)
+    np.testing.assert_array_equal(found.mask, covered)
+    for mine, slow in zip(masks(found.targets), expected, strict=True):
+        assert mine[0] == slow[0]
+        np.testing.assert_array_equal(mine[1], slow[1])
+        np.testing.assert_array_equal(mine[2], slow[2])
+    assert found.hidden == hidden
+    assert len(set(found.targets.local_id.tolist())) == len(found.targets.local_id)
+    np.testing.assert_array_equal(base.id_maps, before)
+
+
+def test_many_targets_get_a_wider_map():
+    base = ImageTargets(
+        np.arange(1, 255, dtype=np.uint8).reshape(1, 2, 127), np.zeros(254, int), np.zeros(254, int), np.arange(1, 255)
+    )
+    base.id_maps[0, 0, 0] = 255
+    maps = np.zeros((1, 2, 127), np.uint8)
+    maps[0, 1, 5:7] = 1
+    found = paste(
+        base, ImageTargets(maps, np.array([3]), np.array([0]), np.array([1])), np.array([0]), merge_classes=False
+    )
+    assert found.targets.id_maps.dtype == np.int16
+    assert found.targets.id_maps[0, 0, 0] == found.targets.ignore == 32767
+    assert found.hidden == 2
+    assert (found.targets.labels == 3).sum() == 1
+    assert (found.targets.id_maps[0, 1, 5:7] == 255).all()
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_an_example_shows_what_its_targets_say(written, task):
+    """Pixels and targets come from the same image: the partner's under the pasted objects, else the image's own."""
+    table = written.categories
+    things = frozenset(label for label, c in enumerate(table.for_task(task)) if c.is_thing)
+    recipe = TrainRecipe(task, table.labels(task), DATA.augment, drop_empty_targets=True, seed=3, things=things)
+    samples = [written.read_sample(row, Storage()) for row in (5, 9)]
+    changed = 0
+    for position in range(12):
+        shown = cut_example(samples[0], 0, position, recipe, Stream.AUGMENT)
+        partner = cut_example(samples[1], 0, position, recipe, Stream.PASTED)
+        result = without_empty(paste_objects(shown, partner, recipe), recipe)
+        objects = draw_objects(partner.targets, things, 3, position)
+        assert set(partner.targets.labels[objects].tolist()) <= things
+        mask = np.zeros((96, 96), bool)
+        for row in objects:
+            mask |= partner.targets.id_maps[partner.targets.layer[row]] == partner.targets.local_id[row]
+        np.testing.assert_array_equal(result.image, np.where(mask[..., None], partner.image, shown.image))
+        plain = make_example(samples[0], 0, position, recipe)
+        if not mask.any():
+            np.testing.assert_array_equal(result.targets.id_maps, plain.targets.id_maps)
+            assert result.size == plain.size
+            continue
+        changed += 1
+        rows, columns = np.nonzero(mask)
+        assert result.size == (max(plain.size[0], rows.max() + 1), max(plain.size[1], columns.max() + 1))
+        assert all(pixels.any() for _, pixels, _ in masks(result.targets))
+        if task == "semantic":
+            assert len(set(result.targets.labels)) == len(result.targets.labels)
+        else:
+            gone = len(plain.targets.labels) + len(objects) - len(result.targets.labels)
+            assert result.dropped == plain.dropped + gone
+    assert changed > 6
+
+
+def loaded(manifest, data, steps, storage=None, world=1, ranks=None, start=0, micro_batch=2):
+    """What every position shows: key, pixels, ids, labels, size; and the substitutions."""
+    found, substitutions = {}, []
+    order = build_order([manifest], 3, data)
+    for rank in range(world) if ranks is None else ranks:
+        spec = LoaderSpec(global_batch=BATCH, micro_batch=micro_batch, rank=rank, world=world, start_step=start, seed=3)
+        loader = build_loader([manifest], order, data, storage or Storage(), spec)
+        for step in itertools.islice(loader, steps):
+            substitutions += step.substitutions
+            for batch in step.micro_batches:
+                for row, position in enumerate(batch.targets.position.tolist()):
+                    if position >= 0:
+                        valid = batch.targets.valid[row]
+                        found[position] = (
+                            batch.keys[row],
+                            batch.images[row].numpy().tobytes(),
+                            # Layers of the batch without a target are empty; how many there are depends on its rows.
+                            [m.tobytes() for m in batch.targets.id_maps[row].numpy() if m.any()],
+                            batch.targets.labels[row][valid].tolist(),
+                            batch.sizes[row].tolist(),
+                        )
+        loader.close()
+    return found, substitutions
+
+
+def test_pixels_depend_on_the_position_only(written):
+    reference, _ = loaded(written, DATA, 8)
+    assert sorted(reference) == list(range(8 * BATCH))
+    plain, _ = loaded(written, replace(DATA, copy_paste=None), 8)
+    assert sum(plain[p] != reference[p] for p in plain) > 20
+    assert [plain[p][0] for p in sorted(plain)] == [reference[p][0] for p in sorted(plain)]
+    for world, micro_batch in [(2, 3), (5, 1)]:
+        assert loaded(written, DATA, 8, world=world, micro_batch=micro_batch)[0] == reference
+    assert loaded(written, DATA, 3, start=5)[0] == {p: v for p, v in reference.items() if p >= 5 * BATCH}
+    assert loaded(written, replace(DATA, workers=1), 3)[0] == {p: v for p, v in reference.items() if p < 3 * BATCH}
+
+
+class Counting(Storage):
+    def __init__(self):
+        super().__init__()
+        self.ranges = []
+
+    def get_range(self, url, offset, length, etag=None):
+        self.ranges.append((url, offset))
+        return super().get_range(url, offset, length, etag)
+
+
+def reads_of_an_epoch(manifest, data, world):
+    """Ranged reads of all ranks for exactly the epoch's positions."""
+    order, storage = build_order([manifest], 3, data), Counting()
+    chunks = plan_chunks(manifest.shard, manifest.offset, chunk_bytes(data))
+    for rank in range(world):
+        partners = [(p, partner_position(p, 3, data)) for p in range(rank, manifest.num_samples, world)]
+        groups = [tuple(None if p is None else order.at(p) for p in pair) for pair in partners]
+        limits = FetchLimits(groups_ahead=1, horizon=1 + look_ahead(data, world))
+        with closing(SampleFetcher([manifest], [chunks], storage, iter(groups), limits)) as fetcher:
+            assert len(list(fetcher)) == len(groups)
+    return len(storage.ranges)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_partners_are_read_as_planned(written, world):
+    """Where the ranks divide the lanes they cost next to nothing: what is beyond the epoch's end is read early."""
+    order = build_order([written], 3, DATA)
+    found = predict([written], order, DATA, 3, Ranks(world=world, per_machine=1, batch=2, images_per_s=1.0))
+    reads, plain = (reads_of_an_epoch(written, data, world) for data in (DATA, replace(DATA, copy_paste=None)))
+    assert found.images == 40
+    assert found.reads == reads
+    assert world == 3 or reads <= plain + 2 * DATA.lanes
+
+
+def test_partners_come_from_the_same_lane_and_by_the_probability():
+    data = replace(DATA, lanes=12, window=5)
+    partners = [partner_position(p, 0, data) for p in range(4000)]
+    steps = {(other - p) for p, other in enumerate(partners) if other is not None}
+    assert steps == {12, 24, 36, 48, 60}
+    assert 0.78 < np.mean([other is not None for other in partners]) < 0.82
+    assert partners != [partner_position(p, 1, data) for p in range(4000)]
+    assert partner_position(7, 0, replace(data, copy_paste=None)) is None
+
+
+def test_a_damaged_partner_is_replaced_and_reported(tmp_path):
+    """The image it would have been pasted on keeps its own place; the cause names the partner."""
+    manifest = written_to(tmp_path)
+    order = build_order([manifest], 3, DATA)
+    reference, _ = loaded(manifest, DATA, 4)
+    bad = next(
+        other
+        for p in range(4 * BATCH)
+        if (other := partner_position(p, 3, DATA)) is not None and order.at(other).index != order.at(p).index
+    )
+    row = order.at(bad).index
+    path = Path(manifest.shard_url(int(manifest.shard[row])))
+    content = bytearray(path.read_bytes())
+    content[int(manifest.offset[row]) + int(manifest.length[row]) // 2] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=str(manifest.key[row])):
+        loaded(manifest, DATA, 4)
+    found, substitutions = loaded(manifest, replace(DATA, max_bad_samples=1), 4)
+    assert {s.key for s in substitutions} == {manifest.key[row]}
+    touched = {s.position for s in substitutions}
+    as_partner = {
+        p for p in range(4 * BATCH) if (q := partner_position(p, 3, DATA)) is not None and order.at(q).index == row
+    }
+    assert touched == as_partner | {p for p in range(4 * BATCH) if order.at(p).index == row}
+    for position in as_partner & touched:
+        if order.at(position).index != row:
+            assert found[position][0] == reference[position][0]
+    assert {p: v for p, v in found.items() if p not in touched} == {
+        p: v for p, v in reference.items() if p not in touched
+    }
+    for world in (2, 3):
+        again, reported = loaded(manifest, replace(DATA, max_bad_samples=1), 4, world=world)
+        assert again == found
+        assert sorted(map(repr, reported)) == sorted(map(repr, substitutions))
+
+
+def test_settings_that_cannot_work_are_refused(written):
+    with pytest.raises(ConfigError, match=r"data\.copy_paste needs two images of one size"):
+        replace(DATA, augment=ScaleJitter())
+    with pytest.raises(ConfigError, match=r"data\.copy_paste\.probability is 0"):
+        CopyPasteConfig(probability=0)
+    stuff = replace(
+        written,
+        categories=replace(
+            written.categories,
+            categories=tuple(replace(c, is_thing=False) for c in written.categories.categories),
+        ),
+    )
+    with pytest.raises(DataError, match=r"no class is a thing, so data\.copy_paste has nothing to paste"):
+        loaded(stuff, DATA, 1)
