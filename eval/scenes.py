@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def semantic_scenes(truth: np.ndarray, predicted: np.ndarray, num_classes: int) 
     return _labels("truth", annotated, num_classes), predicted_labels(predicted, num_classes)
 
 
-def predicted_segments(title: str, id_map: np.ndarray, labels: dict[int, int], scores: dict[int, float]) -> Scene:
+def predicted_segments(title: str, id_map: np.ndarray, labels: Mapping[int, int], scores: Mapping[int, float]) -> Scene:
     """A panoptic map [H, W] with labels and scores by segment id."""
     return Scene(title, id_map, {i: SceneSegment(label, scores[i]) for i, label in labels.items()})
 

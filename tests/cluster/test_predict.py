@@ -1,0 +1,311 @@
+"""Prediction of images: what is found, how it is batched, what a lowest score leaves out, and what servers get."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import replace
+
+import boto3
+import cv2
+import numpy as np
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from cluster import trained_model
+from cluster.cli import main
+from cluster.image_inputs import find_images, listed_images, number_images, read_image_list, read_images
+from cluster.predict import LoadedImage, Predictor, batches_by_shape
+from cluster.recipe import parse_recipe
+from cluster.submission import check_submission
+from cluster.trained_model import TrainedModel, open_trained
+from data_pipeline.categories import Category
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import decode_id_png, decode_index_png
+from data_pipeline.readers.ade20k_classes import CATEGORIES_150
+from data_pipeline.storage import Storage
+from eval.config import EvaluationConfig
+from model.config import ModelConfig, PostprocessConfig
+from model.errors import ConfigError
+from model.mask2former import build_model
+from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
+from tests.cluster.test_evaluate import RECIPE
+
+CLASSES = tuple(Category(c["id"], c["name"], bool(c["isthing"]), tuple(c["color"])) for c in CATEGORIES)
+PAINTED = TrainedModel(
+    model=Reader(),
+    config=ModelConfig(postprocess=PostprocessConfig(object_threshold=0.3, overlap_threshold=0.3)),
+    task="panoptic",
+    classes=CLASSES,
+    evaluation=EvaluationConfig(shortest_edge=64),
+    weights="painted",
+)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_painted_scenes(folder, 5)
+    return folder
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    """Every model that a verb opens is the painted one."""
+    monkeypatch.setattr(trained_model, "open_trained", lambda *_: PAINTED)
+
+
+def predict(scenes, output, *options):
+    return main(["predict", "model", str(scenes / "images"), "--output", str(output), *map(str, options)])
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+# Scores
+
+
+def test_a_lowest_score_leaves_out_segments_of_lower_ones(painted, scenes, tmp_path):
+    assert predict(scenes, tmp_path / "all") == 0
+    assert predict(scenes, tmp_path / "few", "--min-score", 0.75) == 0
+    scores = [
+        [s["score"] for a in load(tmp_path / name / "panoptic.json")["annotations"] for s in a["segments_info"]]
+        for name in ("all", "few")
+    ]
+    assert len(scores[0]) > len(scores[1]) > 0
+    assert min(scores[0]) < 0.75 <= min(scores[1])
+    maps = [(tmp_path / name / "panoptic/12.png").read_bytes() for name in ("all", "few")]
+    assert (decode_id_png(maps[1]) == 0).sum() > (decode_id_png(maps[0]) == 0).sum()
+    pictures = [(tmp_path / name / "overlays/12.png").read_bytes() for name in ("all", "few")]
+    assert pictures[0] != pictures[1]
+
+
+def test_a_lowest_score_leaves_out_detections_of_lower_ones(painted, scenes, tmp_path):
+    assert predict(scenes, tmp_path / "all", "--task", "instance") == 0
+    assert predict(scenes, tmp_path / "few", "--task", "instance", "--min-score", 0.6) == 0
+    everything, few = (load(tmp_path / name / "instances.json") for name in ("all", "few"))
+    assert few == [entry for entry in everything if entry["score"] >= 0.6]
+    assert 0 < len(few) < len(everything)
+    boxes = load(tmp_path / "few/boxes.json")
+    assert [(b["image_id"], b["category_id"], b["score"]) for b in boxes] == [
+        (e["image_id"], e["category_id"], e["score"]) for e in few
+    ]
+    assert all("bbox" not in entry for entry in few)
+
+
+def test_a_lowest_score_leaves_out_pixels_of_lower_ones(painted, scenes, tmp_path):
+    assert predict(scenes, tmp_path / "all", "--task", "semantic") == 0
+    assert predict(scenes, tmp_path / "few", "--task", "semantic", "--min-score", 0.75) == 0
+    everything, few = (decode_index_png((tmp_path / n / "labels/12.png").read_bytes()) for n in ("all", "few"))
+    labelled = few > 0
+    assert 0.05 < labelled.mean() < 0.95
+    assert (few[labelled] == everything[labelled]).all()
+    assert set(np.unique(everything)) <= {category.id for category in CLASSES}
+
+
+# Batches
+
+
+def test_batches_hold_images_of_one_shape_and_change_nothing_but_noise():
+    recipe = RECIPE.replace("{folder}", "nowhere").replace("{classes}", "4").replace("{{", "{").replace("}}", "}")
+    config = parse_recipe(recipe).model
+    torch.manual_seed(0)
+    model = build_model(config, pretrained_backbone=False).eval()
+    settings = EvaluationConfig(shortest_edge=64, max_size=96)
+    trained = replace(PAINTED, model=model, config=config, evaluation=settings)
+    random = np.random.default_rng(0)
+    sizes = [(60, 80), (80, 60), (62, 80), (60, 80), (40, 90), (60, 79), (81, 60)]
+    pixels = [random.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes]
+    inputs = number_images([f"{i}.jpg" for i in range(len(sizes))])
+    images = [LoadedImage(image, array) for image, array in zip(inputs, pixels, strict=True)]
+
+    predictor = Predictor(trained, "instance")
+    batches = list(batches_by_shape(images, predictor, 3))
+    assert [[one.image.id for one in batch] for batch in batches] == [[1, 3, 4], [2, 7], [5, 6]]
+    together = {one.image.id: result for b in batches for one, result in zip(b, predictor.predict(b), strict=True)}
+    for one in images:
+        (alone,) = predictor.predict([one])
+        assert alone.scores == pytest.approx(together[one.image.id].scores, abs=1e-4)
+
+
+def test_no_image_waits_for_ever_for_others_of_its_shape():
+    (image,) = number_images(["a.png"])
+    waiting = most = 0
+
+    def counted():
+        nonlocal waiting, most
+        for i in range(20):
+            waiting += 1
+            most = max(most, waiting)
+            yield LoadedImage(image, np.zeros((64, 64 + 32 * i, 3), np.uint8))
+
+    for batch in batches_by_shape(counted(), Predictor(PAINTED, "panoptic"), 2):
+        waiting -= len(batch)
+    assert (waiting, most) == (0, 8)
+
+
+# Inputs
+
+
+@pytest.fixture(scope="module")
+def bucket(scenes):
+    """The scenes in a bucket `box`, with a file that is no image."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="box")
+        for path in (scenes / "images").iterdir():
+            client.put_object(Bucket="box", Key=f"photos/{path.name}", Body=path.read_bytes())
+        client.put_object(Bucket="box", Key="photos/deep/10.PNG", Body=(scenes / "images/10.png").read_bytes())
+        client.put_object(Bucket="box", Key="photos/notes.txt", Body=b"no image")
+        yield "s3://box/photos"
+    server.stop()
+
+
+def names(urls):
+    return [url.rpartition("/")[2] for url in urls]
+
+
+def test_files_folders_and_patterns_name_every_image_once(scenes):
+    folder, storage = str(scenes / "images"), Storage()
+    assert names(find_images([folder, f"{folder}/10.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
+    assert names(find_images([f"{folder}/1[13].*"], storage)) == ["11.png", "13.png"]
+    assert len(find_images([f"{scenes}/**/10.png"], storage)) == 3
+    with pytest.raises(DataError, match="nothing.jpg: no such image"):
+        find_images([folder, "nothing.jpg"], storage)
+    with pytest.raises(DataError, match="no JPEG or PNG file there"):
+        find_images([f"{scenes}/*.json"], storage)
+
+
+def test_buckets_are_searched_like_disks(bucket):
+    storage = Storage()
+    assert names(find_images([bucket], storage)) == ["10.png", "11.png", "12.png", "13.png", "14.png", "10.PNG"]
+    assert names(find_images([f"{bucket}/1?.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
+    assert names(find_images([f"{bucket}/**/*.PNG"], storage)) == ["10.PNG"]
+    assert names(find_images([f"{bucket}/12.png"], storage)) == ["12.png"]
+    with pytest.raises(DataError, match="s3://box/photos/15.png: no such image"):
+        find_images([f"{bucket}/15.png"], storage)
+    images = number_images(find_images([bucket], storage))
+    assert [image.name for image in images] == ["10", "11", "12", "13", "14", "10-2"]
+    assert [pixels.shape for _, pixels in read_images(images, storage)] == [(64, 96, 3)] * 6
+
+
+def test_images_in_a_bucket_are_predicted(painted, bucket, tmp_path):
+    assert main(["predict", "model", bucket, "--output", str(tmp_path), "--batch", "4", "--no-pictures"]) == 0
+    assert len(load(tmp_path / "panoptic.json")["annotations"]) == 6
+    assert not (tmp_path / "overlays").exists()
+
+
+def test_a_run_in_a_bucket_is_opened(bucket, monkeypatch):
+    opened = []
+    monkeypatch.setattr(trained_model, "_open_run", lambda config, checkpoint: opened.append((config, checkpoint)))
+    Storage().put("s3://box/runs/moved/recipe.yaml", RECIPE.format(folder="/elsewhere", classes=4).encode())
+    Storage().put("s3://box/runs/moved/checkpoints/a/recipe.yaml", RECIPE.format(folder="/x", classes=4).encode())
+    Storage().put("s3://box/runs/moved/checkpoints/a/manifest.json", b"{}")
+    open_trained("s3://box/runs/moved/", ["seed=7"], None)
+    open_trained("s3://box/runs/moved/checkpoints/a", [], None)
+    assert (opened[0][0].run_folder, opened[0][0].seed, opened[0][1]) == ("s3://box/runs/moved", 7, None)
+    assert opened[1][1] == "s3://box/runs/moved/checkpoints/a"
+    with pytest.raises(ConfigError, match="s3://box/runs/other has neither"):
+        open_trained("s3://box/runs/other", [], None)
+
+
+def test_an_image_list_gives_ids_and_leaves_out_others(scenes, tmp_path):
+    urls = find_images([str(scenes / "images")], Storage())
+    listed = [{"id": 900 + i, "file_name": f"{i}.png", "height": 64, "width": 96} for i in (13, 11)]
+    (tmp_path / "list.json").write_text(json.dumps({"images": listed}))
+    images = listed_images(urls, read_image_list(tmp_path / "list.json"))
+    assert [(image.id, image.name) for image in images] == [(913, "13"), (911, "11")]
+    with pytest.raises(DataError, match=r"lists 1 of 2 images .* such as 13.png"):
+        listed_images(urls[:2], read_image_list(tmp_path / "list.json"))
+    wrong = [replace(images[0], size=(60, 90))]
+    ((_, problem),) = read_images(wrong, Storage())
+    assert "96 x 64 pixels, its annotation 90 x 60" in str(problem)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(DataError, match="no COCO image list"):
+        read_image_list(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--min-score", "1.5"], "--min-score is 1.5"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--image-info", "nowhere.json"], "nowhere.json: the image list cannot be read: No such file"),
+        (["--submission", "coco"], "COCO's servers need the ids of their images"),
+        (["--submission", "ade20k"], "takes label maps, not panoptic results; give --task semantic"),
+        (["--submission", "ade20k", "--task", "semantic"], "the model has 4 classes with ids from 3 to 200"),
+        (["--submission", "coco", "--task", "semantic"], "COCO's servers take panoptic results and masks"),
+        (["--submission", "coco", "--algorithm", "a/b"], "--algorithm is 'a/b'"),
+    ],
+)
+def test_mistakes_are_one_message(painted, scenes, tmp_path, capsys, options, expected):
+    assert predict(scenes, tmp_path / "out", *options) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# Submissions
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_submission_to_coco_has_the_names_of_its_server_and_can_be_scored(painted, scenes, tmp_path, task):
+    truth = scenes / ("panoptic.json" if task == "panoptic" else "instances.json")
+    content = load(truth)
+    prefix = "panoptic_" if task == "panoptic" else ""
+    info = tmp_path / f"{prefix}image_info_test-dev2017.json"
+    info.write_text(json.dumps({"images": content["images"], "categories": content["categories"]}))
+    out = tmp_path / "out"
+    options = ["--task", task, "--submission", "coco", "--image-info", info, "--algorithm", "m2f", "--no-pictures"]
+    assert predict(scenes, out, *options) == 0
+    kind = "panoptic" if task == "panoptic" else "detections"
+    name = f"{kind}_test-dev2017_m2f_results"
+    with zipfile.ZipFile(out / f"{name}.zip") as archive:
+        inside = archive.namelist()
+        archive.extractall(tmp_path / "zip")
+    maps = [f"{name}/{i}.png" for i in range(10, 15)] if task == "panoptic" else []
+    assert inside == [f"{name}.json", *maps]
+    words = ["score", "panoptic" if task == "panoptic" else "instances", "--truth", truth, "--workers", "1"]
+    words += ["--predictions", tmp_path / "zip" / f"{name}.json"]
+    if task == "panoptic":
+        words += ["--truth-masks", scenes / "panoptic", "--prediction-masks", tmp_path / "zip" / name]
+    assert main([*map(str, words), "--output", str(tmp_path / "score.json")]) == 0
+    score = load(tmp_path / "score.json")
+    assert (score["all"]["pq"] if task == "panoptic" else score["AP"]) > 0.05
+
+
+def test_submission_to_ade20k_is_one_label_map_per_image(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained_model, "open_trained", lambda *_: replace(PAINTED, classes=CATEGORIES_150.categories))
+    assert predict(scenes, tmp_path, "--task", "semantic", "--submission", "ade20k") == 0
+    with zipfile.ZipFile(tmp_path / "ade20k_mask2former.zip") as archive:
+        assert archive.namelist() == [f"{i}.png" for i in range(10, 15)]
+        labels = decode_index_png(archive.read("11.png"))
+    assert labels.dtype == np.uint8
+    assert set(np.unique(labels)) <= {1, 2, 3, 4}
+
+
+def test_foreign_categories_are_refused(tmp_path):
+    info = tmp_path / "image_info_test-dev2017.json"
+    info.write_text(json.dumps({"images": [], "categories": [{"id": 11, "name": "boat"}]}))
+    with pytest.raises(ConfigError, match=r"category 3 \(sea\) and 2 others are not those of .*panoptic_image_info"):
+        check_submission("coco", "panoptic", CLASSES, read_image_list(info), "m2f")
+
+
+def test_nothing_is_submitted_while_images_are_missing(painted, scenes, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.jpg").write_bytes(b"broken")
+    cv2.imwrite(str(tmp_path / "in/2.png"), np.zeros((64, 96, 3), np.uint8))
+    listed = [{"id": i, "file_name": name, "height": 64, "width": 96} for i, name in ((1, "1.jpg"), (2, "2.png"))]
+    document = {"images": listed, "categories": list(CATEGORIES)}
+    (tmp_path / "in/image_info_x.json").write_text(json.dumps(document))
+    words = ["predict", "model", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--submission", "coco"]
+    assert main([*words, "--image-info", str(tmp_path / "in/image_info_x.json")]) == 1
+    assert "no submission is written: 1 images are missing" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.zip"))
