@@ -185,7 +185,8 @@ def _row(name: str, values: Sequence[float | None], *, higher: bool | None = Non
 
 def _first_set(runs: Sequence[RunRecord], by_run: Sequence[Mapping[str, float]]) -> str | None:
     """The set that the baseline's recipe evaluates first: the one that a paper's numbers are about."""
-    named = runs[0].recipe.get("evaluation.sets.0.dataset")
+    recipe = runs[0].recipe
+    named = recipe.get("evaluation.sets.0.name") or recipe.get("evaluation.sets.0.dataset")
     sets = [set_and_metric(name)[0] for name in by_run[0] if not name.startswith("train/")]
     return named if named in sets else next(iter(sets), None)
 

@@ -73,7 +73,7 @@ class EvaluationActor:
 
     def evaluate(self, task: EvaluationTask, call: int) -> bytes:
         """States of one call's images, as bytes."""
-        settings = self._config.evaluation
+        settings = self._config.evaluation.for_set(task.evaluated)
         manifest = self._manifest(task.evaluated.dataset)
         if task.drawn:
             rows = drawn = np.array(task.drawn[call : call + 1])
@@ -90,7 +90,7 @@ class EvaluationActor:
             panel_ids=manifest.image_id[drawn].tolist(),
             dump=dump,
         )
-        states = EvaluationStates.empty(manifest.categories, settings.tasks)
+        states = EvaluationStates.empty(manifest.categories, settings.tasks, settings.extra_metrics)
         batches = eval_batches(
             manifest,
             rows.tolist(),

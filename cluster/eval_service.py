@@ -80,10 +80,10 @@ class EvaluationService:
             self._pool,
             entry.checkpoint,
             entry.step,
-            lambda s, done, total: report(EvaluationProgress(entry.step, s.dataset, done, total)),
+            lambda s, done, total: report(EvaluationProgress(entry.step, s.label, done, total)),
         )
         for evaluation in evaluations:
-            name = evaluation.results.subject.dataset
+            name = evaluation.results.subject.label
             place = f"{_place(entry)}/{name}"
             folder = write_files(
                 self._storage,

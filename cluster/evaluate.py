@@ -20,7 +20,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.storage import Storage, join
 from eval.config import EvaluationSet
 from eval.evaluation_page import details_json, evaluation_page
-from eval.inference import check_tasks
+from eval.inference import check_extra_metrics, check_tasks
 from eval.panels import contact_sheet
 from eval.report import EvaluationResults, EvaluationSubject
 from eval.result_dump import join_dump
@@ -73,15 +73,19 @@ def check_sets(config: RunConfig) -> None:
     """Find out before training what would make every evaluation fail.
 
     Raises:
-        ConfigError: tasks that a model of `data.task` cannot be evaluated on.
+        ConfigError: tasks that a model of `data.task` cannot be evaluated on, or metrics that a set cannot have.
         DataError: a set that does not exist or has other categories than the training data.
     """
     if not config.evaluation.sets:
         return
-    check_tasks(config.data.task, config.evaluation.tasks)
+    settings = [config.evaluation.for_set(evaluated) for evaluated in config.evaluation.sets]
+    for each in settings:
+        check_tasks(config.data.task, each.tasks)
     storage = Storage(config.storage)
     names = [config.data.train[0].dataset, *(s.dataset for s in config.evaluation.sets)]
-    shared_categories([Manifest.load(config.datasets[name].shards, storage) for name in names])
+    categories = shared_categories([Manifest.load(config.datasets[name].shards, storage) for name in names])
+    for each in settings:
+        check_extra_metrics(categories, each.extra_metrics)
 
 
 def evaluate_sets(
@@ -92,7 +96,7 @@ def evaluate_sets(
     on_progress: OnProgress,
     dump: str | None = None,
 ) -> tuple[SetEvaluation, ...]:
-    """Results of all sets, in the recipe's order. `dump/DATASET` gets the predictions, see `eval.result_dump`.
+    """Results of all sets, in the recipe's order. `dump/SET` gets the predictions, see `eval.result_dump`.
 
     Raises:
         EvaluationError: images could not be evaluated, or the weights are not those of the recipe's model.
@@ -100,7 +104,7 @@ def evaluate_sets(
     """
     storage = Storage(config.storage)
     return tuple(
-        _evaluate(config, storage, pool, checkpoint, step, s, on_progress, dump and join(dump, s.dataset))
+        _evaluate(config, storage, pool, checkpoint, step, s, on_progress, dump and join(dump, s.label))
         for s in config.evaluation.sets
     )
 
@@ -124,7 +128,7 @@ def evaluate_checkpoint(
 
         def show(evaluated: EvaluationSet, done: int, total: int) -> None:
             if evaluated not in bars:
-                bars[evaluated] = Progress(f"evaluate {evaluated.dataset}", total, "calls").__enter__()
+                bars[evaluated] = Progress(f"evaluate {evaluated.label}", total, "calls").__enter__()
             bars[evaluated].advance(1)
             if done == total:
                 bars[evaluated].__exit__(None, None, None)
@@ -163,7 +167,8 @@ def _evaluate(
     calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
     task = EvaluationTask(weights_url(checkpoint, storage), evaluated, dump=dump)
     payloads = pool.run(task, range(calls), partial(on_progress, evaluated))
-    states = EvaluationStates.empty(manifest.categories, config.evaluation.tasks)
+    settings = config.evaluation.for_set(evaluated)
+    states = EvaluationStates.empty(manifest.categories, settings.tasks, settings.extra_metrics)
     for call in range(calls):
         states.merge(EvaluationStates.from_bytes(payloads[call]))
     check_complete(states, manifest.image_id[rows].tolist())
@@ -171,8 +176,10 @@ def _evaluate(
         join_dump(storage, dump, calls, manifest.categories)
     subject = EvaluationSubject(
         dataset=evaluated.dataset,
+        name=evaluated.name,
         fingerprint=manifest.fingerprint,
         subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
+        test_time=evaluated.test_time.describe(),
         step=step,
     )
     worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, states)

@@ -2,12 +2,88 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from data_pipeline.categories import Task
-from model.errors import require_at_least, require_positive
+from model.errors import ConfigError, require_at_least, require_positive
+
+ExtraMetric = Literal["boundary", "class_agnostic", "cityscapes"]
+EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {
+    "boundary": ("panoptic", "instance"),
+    "class_agnostic": ("instance",),
+    "cityscapes": ("instance", "semantic"),
+}
+"""Tasks whose predictions an extra metric judges."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeImage:
+    """One forward pass per image, resized by `shortest_edge` and `max_size` of the evaluation."""
+
+    kind: Literal["whole"] = "whole"
+
+    def describe(self) -> str | None:
+        """Nothing to say: it is the usual way."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiScale:
+    """Class scores averaged over several sizes of the image: the papers' m.s. columns. Semantic task only."""
+
+    kind: Literal["multi_scale"] = "multi_scale"
+    shortest_edges: tuple[int, ...] = (256, 384, 512, 640, 768, 896)
+    """The shorter side at every size; officially 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times that of one scale."""
+    max_size: int = 3584
+    """Longer side at most."""
+    flip: bool = True
+    """Every size also mirrored."""
+
+    def __post_init__(self) -> None:
+        sizes = self.shortest_edges
+        if not sizes or len(set(sizes)) < len(sizes):
+            raise ConfigError(
+                f"evaluation.sets.test_time.shortest_edges is {list(sizes)}; name at least one size, each once"
+            )
+        require_at_least(1, evaluation__sets__test_time__shortest_edges=min(sizes))
+        require_at_least(1, evaluation__sets__test_time__max_size=self.max_size)
+
+    def describe(self) -> str | None:
+        """For titles of results."""
+        return f"{len(self.shortest_edges)} scales{', flipped too' if self.flip else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindows:
+    """Class scores averaged over overlapping windows, for images too large for one pass. Semantic task only."""
+
+    kind: Literal["windows"] = "windows"
+    size: int = 1024
+    """Side of a window in pixels."""
+    stride: int = 768
+    """Pixels from one window to the next; the last of a row or column is moved back to end with the image."""
+    shortest_edge: int | None = None
+    """The image is brought to this shorter side before it is cut; None keeps its size."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, evaluation__sets__test_time__stride=self.stride)
+        if self.size < self.stride:
+            raise ConfigError(
+                f"evaluation.sets.test_time: windows of {self.size} pixels every {self.stride} leave gaps; "
+                "let stride be at most size"
+            )
+        if self.shortest_edge is not None:
+            require_at_least(1, evaluation__sets__test_time__shortest_edge=self.shortest_edge)
+
+    def describe(self) -> str | None:
+        """For titles of results."""
+        return f"windows of {self.size} every {self.stride} pixels"
+
+
+TestTime = WholeImage | MultiScale | SlidingWindows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +92,27 @@ class EvaluationSet:
 
     dataset: str
     """Name under `datasets`."""
+    name: str | None = None
+    """What its results are called, in folders and in front of metrics; None takes the data set's name."""
     limit: int | None = None
     """Only the first images; the results are labelled as a subset."""
+    tasks: tuple[Task, ...] | None = None
+    """Tasks of this set; None takes `evaluation.tasks`."""
+    test_time: TestTime = WholeImage()
+    """How an image goes through the model."""
 
     def __post_init__(self) -> None:
         if self.limit is not None:
             require_at_least(1, evaluation__sets__limit=self.limit)
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ConfigError(
+                f"evaluation.sets.name is {self.name!r}; use letters, digits, '_', '-' and '.', as it names a folder"
+            )
+
+    @property
+    def label(self) -> str:
+        """What its results are called."""
+        return self.name or self.dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +122,9 @@ class EvaluationConfig:
     sets: tuple[EvaluationSet, ...] = ()
     tasks: tuple[Task, ...] = ("panoptic",)
     """panoptic: PQ; instance: mask AP; semantic: mIoU. All from one forward pass."""
+    extra_metrics: tuple[ExtraMetric, ...] = ()
+    """boundary: Boundary PQ and AP; class_agnostic: recall of instances whatever their class; cityscapes: the AP, IoU
+    and iIoU of that benchmark. Each for those of the tasks that it judges."""
     policy: Literal["every", "latest"] = "every"
     """Evaluate every committed checkpoint, or drop stale ones that still wait."""
     shortest_edge: int = 800
@@ -55,3 +149,33 @@ class EvaluationConfig:
         require_at_least(1, **{f"evaluation__{name}": getattr(self, name) for name in names})
         require_at_least(0, evaluation__panels=self.panels)
         require_positive(evaluation__hang_s=self.hang_s)
+        self._check_sets()
+        self._check_extra_metrics()
+
+    def for_set(self, evaluated: EvaluationSet) -> EvaluationConfig:
+        """These settings with the set's own tasks, and the extra metrics that judge them."""
+        tasks = self.tasks if evaluated.tasks is None else evaluated.tasks
+        judged = (metric for metric in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[metric]))
+        return replace(self, sets=(evaluated,), tasks=tasks, extra_metrics=tuple(judged))
+
+    def _check_sets(self) -> None:
+        labels = [s.label for s in self.sets]
+        for evaluated in self.sets:
+            if labels.count(evaluated.label) > 1:
+                raise ConfigError(f"evaluation.sets: two are called {evaluated.label!r}; give each a `name` of its own")
+            tasks = evaluated.tasks if evaluated.tasks is not None else self.tasks
+            if not isinstance(evaluated.test_time, WholeImage) and tasks != ("semantic",):
+                raise ConfigError(
+                    f"evaluation.sets: {evaluated.label!r} has test_time.kind={evaluated.test_time.kind}, which "
+                    f"averages class scores of pixels, but the tasks {list(tasks)}; give it `tasks: [semantic]`"
+                )
+
+    def _check_extra_metrics(self) -> None:
+        requested = {*self.tasks, *(task for s in self.sets for task in s.tasks or ())}
+        for metric in self.extra_metrics:
+            judged = EXTRA_METRIC_TASKS[metric]
+            if requested.isdisjoint(judged):
+                raise ConfigError(
+                    f"evaluation.extra_metrics has {metric!r}, which judges {' and '.join(judged)}, but "
+                    f"evaluation.tasks is {list(self.tasks)}; add one of these or remove the metric"
+                )

@@ -62,7 +62,9 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
     )
     if subject.subset is not None:
         lead = paragraph(f"A subset: {subject.subset}. Not comparable with figures of the whole set.", "note") + lead
-    return page(f"{subject.dataset}{step}", lead, sections)
+    if subject.test_time is not None:
+        lead = paragraph(f"Test time: {subject.test_time}.", "note") + lead
+    return page(f"{subject.label}{step}", lead, sections)
 
 
 def details_json(results: EvaluationResults) -> str:
@@ -121,6 +123,9 @@ def _metrics(results: EvaluationResults) -> str:
         blocks.append(
             _one_row(metrics, [name for name in metrics if name.startswith(("mIoU", "fwIoU", "mACC", "pACC"))])
         )
+    for group in results.extra.groups():
+        row = [_number(value) for value in group.numbers.values()]
+        blocks.append(table([group.title, *group.numbers], [["", *row]]))
     return "".join(blocks)
 
 

@@ -13,19 +13,20 @@ from torch import Tensor
 
 from data_pipeline.categories import TASKS, CategoryTable, Task
 from data_pipeline.collate import EvalBatch
+from data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
 from data_pipeline.sample import DecodedSample
-from eval.average_precision import AveragePrecisionState, InstanceDetections
-from eval.config import EvaluationConfig
+from eval.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
+from eval.cityscapes import CityscapesDetection
+from eval.config import EvaluationConfig, ExtraMetric
 from eval.errors import EvaluationError
-from eval.masks import Rle, encode_masks
-from eval.mean_iou import MeanIoUState
+from eval.masks import Rle, decode_mask, encode_masks
 from eval.panels import Scene, render_panel
-from eval.panoptic_quality import PanopticPrediction, PanopticQualityState
+from eval.panoptic_quality import PanopticPrediction
 from eval.result_dump import ResultDump
 from eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
-from eval.segment_errors import SegmentErrorState, instance_candidates, panoptic_candidates
+from eval.segment_errors import instance_candidates, panoptic_candidates
 from eval.states import EvaluationStates
-from eval.truth import instance_truth, panoptic_truth, semantic_truth
+from eval.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
 from model.config import PostprocessConfig
 from model.errors import ConfigError
 from model.mask2former import Mask2Former
@@ -34,6 +35,8 @@ from model.structures import Predictions
 
 PREDICTS: dict[Task, tuple[Task, ...]] = {"panoptic": TASKS, "instance": ("instance",), "semantic": ("semantic",)}
 """Tasks that a model trained for a task can be evaluated on."""
+
+_CITYSCAPES = {(c.id, c.name) for c in CITYSCAPES.categories}
 
 _Picture = Callable[[], tuple[Scene, Scene]]
 """Makes truth and prediction of one image ready to be drawn."""
@@ -80,6 +83,15 @@ def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
         )
 
 
+def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetric]) -> None:
+    """Raises ConfigError for the metrics of Cityscapes on a data set with other classes."""
+    if "cityscapes" in metrics and {(c.id, c.name) for c in categories.categories} != _CITYSCAPES:
+        raise ConfigError(
+            "evaluation.extra_metrics has 'cityscapes', but the data set has other classes than that benchmark; "
+            "remove it, or evaluate on shards of Cityscapes"
+        )
+
+
 class Evaluator:
     """A model and what to measure of it. `model_task` is the task that it was trained for, so the classes it has.
 
@@ -98,9 +110,10 @@ class Evaluator:
         dump: ResultDump | None = None,
     ) -> None:
         check_tasks(model_task, config.tasks)
+        check_extra_metrics(categories, config.extra_metrics)
         self._model = model.eval()
         self._categories = categories
-        self._tasks = config.tasks
+        self._tasks, self._extra_metrics = config.tasks, config.extra_metrics
         self._postprocess = postprocess
         self._panel_ids = frozenset(panel_ids)
         self._dump = dump
@@ -132,65 +145,72 @@ class Evaluator:
     @torch.inference_mode()
     def score(self, batch: EvalBatch, predictions: Predictions, layer: int = -1) -> EvaluationStates:
         """States of the batch's images as `evaluate_batch` gives them, from one layer of their predictions."""
-        states = EvaluationStates.empty(self._categories, self._tasks)
+        states = EvaluationStates.empty(self._categories, self._tasks, self._extra_metrics)
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
             pictures: dict[Task, _Picture] = {}
             if states.panoptic is not None:
-                pictures["panoptic"] = self._panoptic(sample, output, states.panoptic, states.segments)
+                pictures["panoptic"] = self._panoptic(sample, output, states)
             if states.instance is not None:
-                segments = states.segments if states.panoptic is None else None
-                pictures["instance"] = self._instance(sample, output, states.instance, segments)
+                pictures["instance"] = self._instance(sample, output, states)
             if states.semantic is not None:
-                pictures["semantic"] = self._semantic(sample, output, states.semantic)
+                pictures["semantic"] = self._semantic(sample, output, states)
             if sample.image_id in self._panel_ids:
                 shown = self._tasks[0]
                 classes, scenes = self._categories.for_task(shown), pictures[shown]()
                 states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", scenes, classes)
         return states
 
-    def _panoptic(
-        self,
-        sample: DecodedSample,
-        output: ImageOutput,
-        state: PanopticQualityState,
-        segments: SegmentErrorState | None,
-    ) -> _Picture:
+    def _panoptic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _Picture:
+        assert states.panoptic is not None
         result = panoptic(*output, self._is_thing, self._postprocess)
         if self._dump is not None:
             self._dump.add_panoptic(sample, result)
         truth = panoptic_truth(sample, self._categories.labels("panoptic"))
         labels = {segment.id: segment.label for segment in result.segments}
         prediction = PanopticPrediction(result.segment_map.cpu().numpy(), labels)
-        state.update(sample.image_id, truth, prediction)
-        if segments is not None:
-            segments.update(sample.image_id, panoptic_candidates(truth, prediction))
+        states.panoptic.update(sample.image_id, truth, prediction)
+        if states.boundary_panoptic is not None:
+            states.boundary_panoptic.update(sample.image_id, truth, prediction)
+        if states.segments is not None:
+            states.segments.update(sample.image_id, panoptic_candidates(truth, prediction))
         scores = {segment.id: segment.score for segment in result.segments}
-        return partial(panoptic_scenes, truth, prediction, scores, state.image_quality(sample.image_id))
+        return partial(panoptic_scenes, truth, prediction, scores, states.panoptic.image_quality(sample.image_id))
 
-    def _instance(
-        self,
-        sample: DecodedSample,
-        output: ImageOutput,
-        state: AveragePrecisionState,
-        segments: SegmentErrorState | None,
-    ) -> _Picture:
+    def _instance(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _Picture:
+        assert states.instance is not None
         detections = detect(output, self._is_thing, self._postprocess)
         detections = replace(detections, labels=self._thing_labels[detections.labels])
         if self._dump is not None:
             self._dump.add_instances(sample, detections)
         truth = instance_truth(sample, self._categories.labels("instance"))
-        state.update(sample.image_id, truth, detections)
-        if segments is not None:
-            segments.update(sample.image_id, instance_candidates(truth, detections))
+        states.instance.update(sample.image_id, truth, detections)
+        if states.boundary_instance is not None:
+            states.boundary_instance.update(sample.image_id, truth, detections)
+        if states.class_agnostic is not None:
+            one_class = class_agnostic_truth(truth), class_agnostic_detections(detections)
+            states.class_agnostic.update(sample.image_id, *one_class)
+        if states.cityscapes_instance is not None:
+            found = cityscapes_detections(detections, self._category_ids("instance"))
+            states.cityscapes_instance.update(sample.image_id, cityscapes_truth(sample), found)
+        if states.segments is not None and states.panoptic is None:
+            states.segments.update(sample.image_id, instance_candidates(truth, detections))
         return partial(instance_scenes, truth, detections, sample.size)
 
-    def _semantic(self, sample: DecodedSample, output: ImageOutput, state: MeanIoUState) -> _Picture:
+    def _semantic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _Picture:
+        assert states.semantic is not None
         predicted = semantic(*output, self._postprocess).label_map.cpu().numpy()
         if self._dump is not None:
             self._dump.add_labels(sample, predicted)
         truth = semantic_truth(sample, self._categories.labels("semantic"))
-        state.update(sample.image_id, truth, predicted)
-        return partial(semantic_scenes, truth, predicted, state.num_classes)
+        states.semantic.update(sample.image_id, truth, predicted)
+        if states.cityscapes_semantic is not None:
+            label_ids = self._category_ids("semantic")[predicted]
+            states.cityscapes_semantic.update(sample.image_id, cityscapes_truth(sample), label_ids)
+        return partial(semantic_scenes, truth, predicted, states.semantic.num_classes)
+
+    def _category_ids(self, task: Task) -> np.ndarray:
+        """Category id of every class of a task."""
+        return np.array([c.id for c in self._categories.for_task(task)])
 
 
 def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessConfig) -> InstanceDetections:
@@ -205,3 +225,10 @@ def detect(output: ImageOutput, is_thing: Sequence[bool], config: PostprocessCon
         labels=ranking.labels.cpu().numpy(),
         scores=ranking.scores.cpu().numpy().astype(np.float64),
     )
+
+
+def cityscapes_detections(detections: InstanceDetections, category_ids: np.ndarray) -> Iterator[CityscapesDetection]:
+    """The same detections as the benchmark takes them, decoded one at a time; `category_ids` by class."""
+    columns = detections.mask_index, category_ids[detections.labels], detections.scores
+    for index, label, score in zip(*(column.tolist() for column in columns), strict=True):
+        yield CityscapesDetection(decode_mask(detections.masks[index]), label, score)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.categories import CategoryTable
 from eval.average_precision import AveragePrecision
+from eval.extra_results import ExtraResults
 from eval.mean_iou import MeanIoU
 from eval.panoptic_quality import PanopticQuality, Quality
 from eval.segment_errors import SegmentErrors
@@ -27,12 +28,21 @@ class EvaluationSubject:
 
     dataset: str
     """Name under `datasets`."""
+    name: str | None = None
+    """Of the evaluation set, where it is not the data set's."""
     fingerprint: str
     """Of the data set's manifest."""
     subset: str | None = None
     """How the images were chosen, for example `first 500 of 5000`; None = all of them."""
+    test_time: str | None = None
+    """How images went through the model, where not in one pass of the whole image."""
     step: int | None = None
     """Optimizer step of the checkpoint; None for weights that are not a checkpoint."""
+
+    @property
+    def label(self) -> str:
+        """What the results are called."""
+        return self.name or self.dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,7 @@ class EvaluationResults:
     segments: SegmentErrors | None = None
     pixels: np.ndarray | None = None
     """[K truth, K predicted] int64 of the semantic task."""
+    extra: ExtraResults = field(default_factory=ExtraResults)
 
     def metrics(self) -> dict[str, float | None]:
         """Every number of the set in per cent, under names that MLflow accepts; None where it is undefined."""
@@ -60,7 +71,7 @@ class EvaluationResults:
             values |= {name: None if value < 0 else 100 * value for name, value in self.instance.stats.items()}
         if self.semantic is not None:
             values |= _semantic(self.semantic)
-        return values
+        return values | self.extra.metrics()
 
     def headline(self, prefix: str = "val") -> dict[str, float]:
         """The defined numbers as `prefix/PQ`, `prefix/PQ_th`, `prefix/AP`, `prefix/mIoU` and so on, in per cent."""
@@ -87,7 +98,7 @@ class EvaluationResults:
             if self.semantic is not None:
                 row["IoU"] = _percent(self.semantic.per_class[label])
                 row["pixels"] = self.semantic.truth_pixels[label]
-            rows.append(row)
+            rows.append(row | self.extra.of_class(category, label, thing_labels.get(category.id)))
         return rows
 
     def to_json(self) -> str:
@@ -130,6 +141,7 @@ class EvaluationResults:
         if self.semantic is not None:
             names = list(_semantic(self.semantic))
             blocks.append(columns(["semantic", *names], [["", *(metrics[name] for name in names)]]))
+        blocks += [columns([g.title, *g.numbers], [["", *g.numbers.values()]]) for g in self.extra.groups()]
         if per_class:
             classes = self.per_class()
             names = [name for name in classes[0] if name not in ("id", "name", "is_thing")]
@@ -142,9 +154,11 @@ class EvaluationResults:
 
     def _title(self) -> str:
         subject = self.subject
-        parts = [f"{subject.dataset}: {self.num_images} images"]
+        parts = [f"{subject.label}: {self.num_images} images"]
         if subject.subset is not None:
             parts.append(f"SUBSET ({subject.subset})")
+        if subject.test_time is not None:
+            parts.append(subject.test_time)
         if subject.step is not None:
             parts.append(f"checkpoint of step {subject.step}")
         return ", ".join(parts) + f"  [data {subject.fingerprint[:12]}]"

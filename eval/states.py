@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 import numpy as np
 
 from data_pipeline.categories import CategoryTable, Task
 from eval.average_precision import AveragePrecisionState
+from eval.boundary import BOUNDARY_RATIO
+from eval.cityscapes import CityscapesAPState
+from eval.cityscapes_semantic import CityscapesIoUState
+from eval.config import ExtraMetric
 from eval.errors import EvaluationError
+from eval.extra_results import ExtraResults
 from eval.mean_iou import ConfusionRecord, MeanIoUState
 from eval.panoptic_quality import PanopticQualityState
 from eval.report import EvaluationResults, EvaluationSubject
@@ -24,6 +29,11 @@ _STATE_TYPES = {
     "instance": AveragePrecisionState,
     "semantic": MeanIoUState,
     "segments": SegmentErrorState,
+    "boundary_panoptic": PanopticQualityState,
+    "boundary_instance": AveragePrecisionState,
+    "class_agnostic": AveragePrecisionState,
+    "cityscapes_instance": CityscapesAPState,
+    "cityscapes_semantic": CityscapesIoUState,
 }
 
 
@@ -36,22 +46,39 @@ class EvaluationStates:
     semantic: MeanIoUState | None = None
     segments: SegmentErrorState | None = None
     """Of the panoptic task, else of the instance task; None where neither is requested."""
+    boundary_panoptic: PanopticQualityState | None = None
+    boundary_instance: AveragePrecisionState | None = None
+    class_agnostic: AveragePrecisionState | None = None
+    cityscapes_instance: CityscapesAPState | None = None
+    cityscapes_semantic: CityscapesIoUState | None = None
     panels: dict[int, bytes] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, categories: CategoryTable, tasks: Collection[Task]) -> Self:
-        """States of these tasks without an image."""
-        classes = categories.for_task("panoptic")
+    def empty(cls, categories: CategoryTable, tasks: Collection[Task], extra: Collection[ExtraMetric] = ()) -> Self:
+        """States without an image of these tasks, and of the extra metrics that judge them."""
+        things, classes = (categories.for_task(task) for task in ("instance", "panoptic"))
+        is_thing = [c.is_thing for c in classes]
         of_segments: Task | None = next((task for task in ("panoptic", "instance") if task in tasks), None)
-        return cls(
-            panoptic=PanopticQualityState([c.is_thing for c in classes]) if "panoptic" in tasks else None,
-            instance=AveragePrecisionState(len(categories.for_task("instance"))) if "instance" in tasks else None,
+        states = cls(
+            panoptic=PanopticQualityState(is_thing) if "panoptic" in tasks else None,
+            instance=AveragePrecisionState(len(things)) if "instance" in tasks else None,
             semantic=MeanIoUState(len(classes)) if "semantic" in tasks else None,
             segments=SegmentErrorState(len(categories.for_task(of_segments))) if of_segments is not None else None,
         )
+        if "boundary" in extra and "panoptic" in tasks:
+            states.boundary_panoptic = PanopticQualityState(is_thing, BOUNDARY_RATIO)
+        if "boundary" in extra and "instance" in tasks:
+            states.boundary_instance = AveragePrecisionState(len(things), boundary_ratio=BOUNDARY_RATIO)
+        if "class_agnostic" in extra and "instance" in tasks:
+            states.class_agnostic = AveragePrecisionState(1)
+        if "cityscapes" in extra and "instance" in tasks:
+            states.cityscapes_instance = CityscapesAPState()
+        if "cityscapes" in extra and "semantic" in tasks:
+            states.cityscapes_semantic = CityscapesIoUState()
+        return states
 
     def metric_states(self) -> dict[str, MetricState]:
-        """The states by task, and that of segments."""
+        """The states by name: those of tasks, that of segments and those of extra metrics."""
         states = {name: getattr(self, name) for name in _STATE_TYPES}
         return {task: state for task, state in states.items() if state is not None}
 
@@ -81,7 +108,12 @@ class EvaluationStates:
             semantic=self.semantic.compute() if self.semantic is not None else None,
             segments=self.segments.compute() if self.segments is not None else None,
             pixels=self.semantic.confusion() if self.semantic is not None else None,
+            extra=self._extra_results(),
         )
+
+    def _extra_results(self) -> ExtraResults:
+        names = (f.name for f in fields(ExtraResults))
+        return ExtraResults(**{name: state.compute() for name in names if (state := getattr(self, name)) is not None})
 
     def to_bytes(self) -> bytes:
         """Everything as one npz file without pickles; equal states give equal bytes."""

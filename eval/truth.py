@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.sample import DecodedSample, Segment
 from eval.average_precision import InstanceTruth
+from eval.cityscapes import FIRST_INSTANCE
 from eval.errors import EvaluationError
 from eval.masks import encode_masks
 from eval.mean_iou import ignore_label
@@ -61,6 +62,27 @@ def semantic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> np.ndarr
     for segment in segments:
         label_of_id[segment.id] = _label(sample, segment, labels)
     return label_of_id[id_map]
+
+
+def cityscapes_truth(sample: DecodedSample) -> np.ndarray:
+    """Ids [H, W] int32 as gtFine_instanceIds.png has them, for a data set with the categories of Cityscapes.
+
+    Label ids of stuff and of groups, 1000 times the label id plus a number for instances, 0 for void. Shards hold the
+    19 classes only: instances of caravans and trailers are void here, while in the files they make detections wrong.
+    """
+    id_map = _partition(sample, "Cityscapes metrics")
+    ids = np.zeros(np.iinfo(id_map.dtype).max + 1, dtype=np.int32)
+    number: dict[int, int] = {}
+    for segment in sample.annotation.segments:
+        category = segment.category_id
+        if segment.map != "seg":
+            continue
+        if segment.is_thing and not segment.is_crowd:
+            ids[segment.id] = FIRST_INSTANCE * category + number.setdefault(category, 0)
+            number[category] += 1
+        else:
+            ids[segment.id] = category
+    return ids[id_map]
 
 
 def _partition(sample: DecodedSample, what: str) -> np.ndarray:

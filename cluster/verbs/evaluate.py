@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     tracking = Tracking(run, "offline-evaluation") if run is not None else None
     with TemporaryDirectory(prefix="m2f-evaluation-") as scratch:
         for evaluation in evaluations:
-            name = evaluation.results.subject.dataset
+            name = evaluation.results.subject.label
             place = f"evaluations/{weights.name}/{name}"
             url = join(args.output, name) if args.output else join(config.run_folder, place)
             folder = write_files(storage, url, evaluation.files(), local=Path(scratch) / name)

@@ -34,7 +34,7 @@ model:
   postprocess: {{object_threshold: 0.0, overlap_threshold: 0.0}}
 training: {{max_steps: 10}}
 evaluation:
-  sets: [{{dataset: val}}, {{dataset: val, limit: 3}}]
+  sets: [{{dataset: val}}, {{dataset: val, name: val_start, limit: 3}}]
   tasks: [panoptic, instance, semantic]
   shortest_edge: 64
   max_size: 96

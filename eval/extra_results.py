@@ -1,0 +1,104 @@
+"""Metrics that are computed only where `evaluation.extra_metrics` asks for them, under names of their own, in per cent.
+
+boundary_*: Boundary PQ and Boundary AP. class_agnostic_*: recall of instances as if there were one class.
+cityscapes_*: AP, IoU and iIoU as that benchmark defines them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from data_pipeline.categories import Category
+from eval.average_precision import AveragePrecision
+from eval.cityscapes import CityscapesAP
+from eval.cityscapes_semantic import CityscapesIoU
+from eval.panoptic_quality import PanopticQuality
+
+Numbers = dict[str, float | None]
+"""None where a number is undefined."""
+
+
+class Group(NamedTuple):
+    """What one table shows."""
+
+    title: str
+    prefix: str
+    """What metrics have in front of the names here."""
+    numbers: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraResults:
+    """None for what was not asked for."""
+
+    boundary_panoptic: PanopticQuality | None = None
+    boundary_instance: AveragePrecision | None = None
+    class_agnostic: AveragePrecision | None = None
+    cityscapes_instance: CityscapesAP | None = None
+    cityscapes_semantic: CityscapesIoU | None = None
+
+    def groups(self) -> list[Group]:
+        """The numbers of every metric that was asked for."""
+        groups: list[Group] = []
+        if self.boundary_panoptic is not None:
+            groups.append(Group("boundary", "boundary_", _panoptic_numbers(self.boundary_panoptic)))
+        if self.boundary_instance is not None:
+            stats = {name: _defined(value) for name, value in self.boundary_instance.stats.items()}
+            groups.append(Group("boundary mask", "boundary_", stats))
+        if self.class_agnostic is not None:
+            recalls = {n: _defined(value) for n, value in self.class_agnostic.stats.items() if n.startswith("AR")}
+            groups.append(Group("class-agnostic", "class_agnostic_", recalls))
+        if self.cityscapes_instance is not None:
+            found = self.cityscapes_instance
+            numbers = {"AP": _percent(found.ap), "AP50": _percent(found.ap50)}
+            groups.append(Group("Cityscapes instances", "cityscapes_", numbers))
+        if self.cityscapes_semantic is not None:
+            found = self.cityscapes_semantic
+            shares = {
+                "IoU": found.iou,
+                "iIoU": found.iiou,
+                "IoU_categories": found.group_iou,
+                "iIoU_categories": found.group_iiou,
+            }
+            numbers = {name: _percent(share) for name, share in shares.items()}
+            groups.append(Group("Cityscapes semantic", "cityscapes_", numbers))
+        return groups
+
+    def metrics(self) -> Numbers:
+        """All numbers by name."""
+        return {f"{g.prefix}{name}": value for g in self.groups() for name, value in g.numbers.items()}
+
+    def of_class(self, category: Category, label: int, thing_label: int | None) -> Numbers:
+        """Numbers of one category, which is class `label` of the panoptic task, `thing_label` of the instance task."""
+        row: Numbers = {}
+        if self.boundary_panoptic is not None:
+            quality = self.boundary_panoptic.per_class[label]
+            row["boundary_PQ"] = 100 * quality.pq if quality.occurs else None
+        if self.boundary_instance is not None:
+            value = -1.0 if thing_label is None else self.boundary_instance.per_class[thing_label]
+            row["boundary_AP"] = _defined(value)
+        if self.cityscapes_instance is not None:
+            known = self.cityscapes_instance.per_class.get(category.id)
+            row["cityscapes_AP"] = None if known is None else 100 * known[0]
+        if self.cityscapes_semantic is not None:
+            row["cityscapes_IoU"] = _percent(self.cityscapes_semantic.per_class.get(category.id))
+            row["cityscapes_iIoU"] = _percent(self.cityscapes_semantic.per_class_iiou.get(category.id))
+        return row
+
+
+def _panoptic_numbers(result: PanopticQuality) -> Numbers:
+    numbers: Numbers = {}
+    for suffix, quality in (("", result.all), ("_th", result.things), ("_st", result.stuff)):
+        shares = (None, None, None) if quality is None else (quality.pq, quality.sq, quality.rq)
+        numbers |= {f"{n}{suffix}": _percent(share) for n, share in zip(("PQ", "SQ", "RQ"), shares, strict=True)}
+    return numbers
+
+
+def _defined(value: float) -> float | None:
+    """Per cent of one of COCO's numbers, which are -1 where nothing is annotated."""
+    return None if value < 0 else 100 * value
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

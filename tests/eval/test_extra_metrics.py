@@ -1,0 +1,213 @@
+"""Extra metrics beside the usual ones: asked for in the settings, computed from the same predictions, published."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.collate import collate_eval
+from data_pipeline.image_file import encode_png
+from data_pipeline.readers.cityscapes import CATEGORIES, InstanceIds
+from data_pipeline.sample import DecodedSample
+from eval.average_precision import AveragePrecisionState, class_agnostic_detections, class_agnostic_truth
+from eval.boundary import BOUNDARY_RATIO
+from eval.cityscapes import CityscapesAPState
+from eval.cityscapes_semantic import CityscapesIoUState
+from eval.config import EvaluationConfig, EvaluationSet
+from eval.errors import EvaluationError
+from eval.inference import Evaluator, cityscapes_detections, detect, image_outputs
+from eval.panoptic_quality import PanopticPrediction, PanopticQualityState
+from eval.report import EvaluationSubject
+from eval.states import EvaluationStates, check_complete
+from eval.truth import cityscapes_truth, instance_truth, panoptic_truth
+from model.config import PostprocessConfig
+from model.errors import ConfigError
+from model.postprocess import panoptic, semantic
+from model.structures import Predictions
+
+TASKS = ("panoptic", "instance", "semantic")
+EXTRA = ("boundary", "class_agnostic", "cityscapes")
+TRAILER = 29
+"""Its instances are void in shards; the benchmark's AP counts what is predicted there as wrong."""
+SUBJECT = EvaluationSubject(dataset="streets", fingerprint="f" * 64)
+POSTPROCESS = PostprocessConfig(object_threshold=0.3, overlap_threshold=0.3)
+IS_THING = [c.is_thing for c in CATEGORIES.categories]
+
+
+def street_ids(seed):
+    """gtFine_instanceIds with void, a trailer, groups, and instances large and small."""
+    rng = np.random.default_rng(seed)
+    ids = np.full((96, 128), 7, np.uint16)
+    ids[:30], ids[30:36], ids[88:] = 23, 0, 21
+    number = dict.fromkeys((24, 25, 26, 29), 0)
+    for _ in range(10):
+        y, x, h, w = rng.integers(0, 80), rng.integers(0, 110), rng.integers(4, 40), rng.integers(4, 40)
+        label = int(rng.choice(list(number)))
+        ids[y : y + h, x : x + w] = label if rng.random() < 0.2 else label * 1000 + number[label]
+        number[label] += 1
+    return ids
+
+
+@lru_cache
+def street(image_id):
+    ids = street_ids(image_id)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "ids.png")
+        path.write_bytes(encode_png(ids))
+        annotation = InstanceIds().decode([path], ids.size)
+    image = np.full((*ids.shape, 3), image_id, np.uint8)
+    return DecodedSample(key=f"s{image_id}", image_id=image_id, source="made", image=image, annotation=annotation)
+
+
+class Guessing(nn.Module):
+    """One query per annotated segment, moved a little and sometimes of another class; the image's grey is its seed."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def normalise(self, images, sizes):
+        return images
+
+    def forward(self, images):
+        assert len(images) == 1
+        seed = int(images[0, 0, 0, 0])
+        rng, annotation = np.random.default_rng(seed + 100), street(seed).annotation
+        queries = [(s.category_id, annotation.seg == s.id) for s in annotation.segments]
+        class_logits = torch.zeros(1, 1, len(queries), len(IS_THING) + 1)
+        features = torch.zeros(1, len(queries), images.shape[2] // 4, images.shape[3] // 4)
+        labels = CATEGORIES.labels("panoptic")
+        for query, (category, mask) in enumerate(queries):
+            label = labels[category] if rng.random() < 0.8 else labels[26]
+            class_logits[0, 0, query, label] = 3 + 4 * rng.random()
+            moved = torch.from_numpy(np.roll(mask, rng.integers(-3, 4, 2), (0, 1)))[::4, ::4]
+            features[0, query] = moved * 12.0 - 6.0
+        return Predictions(class_logits, torch.eye(len(queries))[None, None], features)
+
+
+def evaluator(tasks=TASKS, extra=EXTRA):
+    config = EvaluationConfig(tasks=tasks, extra_metrics=extra)
+    return Evaluator(Guessing(), CATEGORIES, config, model_task="panoptic", postprocess=POSTPROCESS)
+
+
+def batch_of(image_id):
+    return collate_eval([street(image_id)], (0,), 96, 128)
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    states = EvaluationStates.empty(CATEGORIES, TASKS, EXTRA)
+    for image_id in range(1, 5):
+        part = evaluator().evaluate_batch(batch_of(image_id))
+        states.merge(EvaluationStates.from_bytes(part.to_bytes()))
+    return states
+
+
+def test_every_extra_metric_equals_its_state_fed_by_hand(evaluated):
+    boundary_panoptic = PanopticQualityState(IS_THING, BOUNDARY_RATIO)
+    boundary_instance = AveragePrecisionState(8, boundary_ratio=BOUNDARY_RATIO)
+    class_agnostic = AveragePrecisionState(1)
+    cityscapes_instance, cityscapes_semantic = CityscapesAPState(), CityscapesIoUState()
+    label_ids = np.array([c.id for c in CATEGORIES.categories])
+    thing_of = np.cumsum(IS_THING) - 1
+    for image_id in range(1, 5):
+        batch, sample = batch_of(image_id), street(image_id)
+        (output,) = image_outputs(batch, evaluator().predict(batch))
+        result = panoptic(*output, IS_THING, POSTPROCESS)
+        prediction = PanopticPrediction(result.segment_map.numpy(), {s.id: s.label for s in result.segments})
+        boundary_panoptic.update(image_id, panoptic_truth(sample, CATEGORIES.labels("panoptic")), prediction)
+        detections = detect(output, IS_THING, POSTPROCESS)
+        detections = replace(detections, labels=thing_of[detections.labels])
+        truth = instance_truth(sample, CATEGORIES.labels("instance"))
+        boundary_instance.update(image_id, truth, detections)
+        class_agnostic.update(image_id, class_agnostic_truth(truth), class_agnostic_detections(detections))
+        ids = street_ids(image_id)
+        things = np.array([c.id for c in CATEGORIES.for_task("instance")])
+        in_shards = np.where(ids // 1000 == TRAILER, 0, ids)
+        cityscapes_instance.update(image_id, in_shards, cityscapes_detections(detections, things))
+        label_map = semantic(*output, POSTPROCESS).label_map.numpy()
+        cityscapes_semantic.update(image_id, ids, label_ids[label_map])
+    metrics = evaluated.compute(CATEGORIES, SUBJECT).metrics()
+    assert metrics["boundary_PQ"] == 100 * boundary_panoptic.compute().all.pq
+    assert metrics["boundary_PQ_st"] == 100 * boundary_panoptic.compute().stuff.pq
+    assert metrics["boundary_AP"] == 100 * boundary_instance.compute().stats["AP"]
+    assert metrics["class_agnostic_AR100"] == 100 * class_agnostic.compute().stats["AR100"]
+    assert metrics["cityscapes_AP"] == 100 * cityscapes_instance.compute().ap
+    assert metrics["cityscapes_AP50"] == 100 * cityscapes_instance.compute().ap50
+    assert metrics["cityscapes_IoU"] == 100 * cityscapes_semantic.compute().iou
+    assert metrics["cityscapes_iIoU"] == 100 * cityscapes_semantic.compute().iiou
+    assert 0 < metrics["boundary_PQ"] < metrics["PQ"]
+    assert 0 < metrics["boundary_AP"] < metrics["AP"]
+    assert metrics["class_agnostic_AR100"] > 0
+    assert metrics["cityscapes_IoU"] == pytest.approx(metrics["mIoU_occurring"], abs=15)
+
+
+def test_extra_metrics_are_in_every_output(evaluated):
+    results = evaluated.compute(CATEGORIES, SUBJECT)
+    content = json.loads(results.to_json())
+    names = {"boundary_PQ", "boundary_AP", "class_agnostic_AR100", "cityscapes_AP50", "cityscapes_iIoU_categories"}
+    assert names <= content["metrics"].keys()
+    assert {f"val/{name}" for name in names} <= results.headline("val").keys()
+    rows = {row["name"]: row for row in content["per_class"]}
+    assert rows["road"]["boundary_AP"] is None
+    assert rows["car"]["cityscapes_iIoU"] is not None
+    assert {"boundary mask", "class-agnostic", "Cityscapes semantic"} <= {
+        line.split("  ")[0] for line in results.table().splitlines()
+    }
+    plain = replace(SUBJECT, name="val_ms", test_time="6 scales, flipped too")
+    assert evaluated.compute(CATEGORIES, plain).table().startswith("val_ms: 4 images, 6 scales, flipped too")
+
+
+def test_missing_images_of_an_extra_metric_are_refused(evaluated):
+    states = EvaluationStates.from_bytes(evaluated.to_bytes())
+    check_complete(states, range(1, 5))
+    states.boundary_instance = EvaluationStates.empty(CATEGORIES, TASKS, EXTRA).boundary_instance
+    with pytest.raises(EvaluationError, match="boundary_instance results are not published: 4 of 4 images"):
+        check_complete(states, range(1, 5))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ids_of_cityscapes_come_back_from_shards(seed):
+    ids, found = street_ids(seed).astype(np.int64), cityscapes_truth(street(seed))
+    evaluated_labels = [c.id for c in CATEGORIES.categories]
+    label = np.where(ids < 1000, ids, ids // 1000)
+    known = np.isin(label, evaluated_labels)
+    assert np.array_equal(np.where(found < 1000, found, found // 1000), np.where(known, label, 0))
+    assert np.array_equal(found >= 1000, known & (ids >= 1000))
+    pairs = np.unique(np.stack([ids[known], found[known]]), axis=1).T
+    assert len(pairs) == len(np.unique(ids[known])) == len(np.unique(found[known]))
+
+
+def test_metrics_that_judge_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"'class_agnostic', which judges instance, but evaluation\.tasks is"):
+        EvaluationConfig(tasks=("semantic",), extra_metrics=("class_agnostic",))
+    sets = (EvaluationSet(dataset="val", tasks=("semantic",)),)
+    config = EvaluationConfig(sets=sets, tasks=TASKS, extra_metrics=EXTRA)
+    assert config.for_set(sets[0]).extra_metrics == ("cityscapes",)
+    assert set(EvaluationStates.empty(CATEGORIES, ("semantic",), EXTRA).metric_states()) == {
+        "semantic",
+        "cityscapes_semantic",
+    }
+
+
+def test_metrics_of_cityscapes_need_its_classes():
+    other = replace(CATEGORIES, categories=CATEGORIES.categories[:-1])
+    config = EvaluationConfig(tasks=TASKS, extra_metrics=("cityscapes",))
+    with pytest.raises(ConfigError, match="the data set has other classes than that benchmark"):
+        Evaluator(Guessing(), other, config, model_task="panoptic", postprocess=POSTPROCESS)
+
+
+def test_two_sets_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="two are called 'val'; give each a `name` of its own"):
+        EvaluationConfig(sets=(EvaluationSet(dataset="val"), EvaluationSet(dataset="val", limit=5)))
+    EvaluationConfig(sets=(EvaluationSet(dataset="val"), EvaluationSet(dataset="val", name="start", limit=5)))
+    with pytest.raises(ConfigError, match="as it names a folder"):
+        EvaluationSet(dataset="val", name="../val")
