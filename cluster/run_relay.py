@@ -17,7 +17,7 @@ from cluster.progress import say
 from cluster.reporters import TrackingReporter
 from cluster.run_board import CheckpointReport, Delivery, EventReport
 from cluster.tracking import RunStatus, TrackedRun, Tracking
-from trainer.reporting import EventKind, LogReporter, Reporters
+from trainer.reporting import LogReporter, Reporters
 
 PATIENCE_S = 10.0
 HEADLINE = ("PQ", "AP", "mIoU")
@@ -34,8 +34,8 @@ class RunRelay:
         self._told = {entry.step for entry in evaluations.entries() if entry.settled} if evaluations else set()
         self._running: int | None = None
         self._received: Delivery | None = None
-        self.last_event: EventKind | None = None
-        """Kind of the last event that the workers reported."""
+        self.last_event: EventReport | None = None
+        """The last that the workers reported; the supervisor clears it before an attempt."""
         self.evaluations_idle = False
         """Whether every queued evaluation was settled when the manager last answered."""
 
@@ -49,7 +49,7 @@ class RunRelay:
         for report in delivery.reports:
             report.tell(self._reporter)
             if isinstance(report, EventReport):
-                self.last_event = report.kind
+                self.last_event = report
             if isinstance(report, CheckpointReport) and self._evaluations is not None:
                 self._evaluations.submit(report.checkpoint)
         if self._evaluations is not None:

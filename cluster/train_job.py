@@ -32,7 +32,7 @@ from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, clas
 from cluster.progress import complain, format_duration, say
 from cluster.ray_cluster import ClusterError, connect
 from cluster.recipe import dump_recipe
-from cluster.run_board import RunBoard
+from cluster.run_board import EventReport, RunBoard
 from cluster.run_relay import RunRelay
 from cluster.tracking import RunStatus, TrackedRun, create_run
 from cluster.train_worker import WorkerSettings, train_loop
@@ -154,7 +154,7 @@ class _Supervisor:
                 break
             if error is None and self._interrupts:
                 return "stopped"
-            failure = failure_of(error, drained=self._relay.last_event == "drained")
+            failure = failure_of(error, self._relay.last_event)
             self._failures.append(failure)
             history = history.after(Attempt(failure, step))
             decision = decide(history, self._config.cluster.max_failures)
@@ -317,10 +317,12 @@ class _Silence:
         )
 
 
-def failure_of(error: BaseException | None, drained: bool) -> Failure:
+def failure_of(error: BaseException | None, last_event: EventReport | None) -> Failure:
     """Why an attempt ended before the last step; `error` is what Ray Train raised, None where the workers returned."""
+    if last_event is not None and last_event.kind == "stalled":
+        return Failure(None, "death", last_event.message)  # the error only says that processes are gone
     if error is None:
-        if drained:
+        if last_event is not None and last_event.kind == "drained":
             return Failure(None, "preemption", "the workers' machine was taken back")
         return Failure(None, "error", "the workers returned before the last step")
     if isinstance(error, ray.train.WorkerGroupError):

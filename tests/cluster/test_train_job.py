@@ -21,6 +21,7 @@ from cluster.eval_service import EvaluationClient
 from cluster.evaluate import evaluate_checkpoint
 from cluster.ray_cluster import ClusterError, connect
 from cluster.recipe import parse_recipe
+from cluster.run_board import EventReport
 from cluster.tracking import create_run
 from cluster.train_job import RunSummary, check_gpus, failure_of, run_training
 from cluster.train_local import train_locally
@@ -140,16 +141,17 @@ def cluster(config):
 
 
 @pytest.mark.parametrize(
-    ("error", "drained", "kind", "rank"),
+    ("error", "event", "kind", "rank"),
     [
-        (WorkerGroupError("", {0: RuntimeError("Connection reset by peer"), 1: KeyError("x")}), False, "mistake", 1),
-        (ControllerError(TimeoutError("no workers")), False, "error", None),
-        (None, True, "preemption", None),
-        (None, False, "error", None),
+        (WorkerGroupError("", {0: RuntimeError("Connection reset by peer"), 1: KeyError("x")}), None, "mistake", 1),
+        (ControllerError(TimeoutError("no workers")), None, "error", None),
+        (WorkerGroupError("", {0: KeyError("x")}), EventReport("stalled", 3, "rank 1 sleeps"), "death", None),
+        (None, EventReport("drained", 3, ""), "preemption", None),
+        (None, EventReport("skipped", 3, ""), "error", None),
     ],
 )
-def test_what_ray_raises_is_understood(error, drained, kind, rank):
-    failure = failure_of(error, drained)
+def test_what_ray_raises_is_understood(error, event, kind, rank):
+    failure = failure_of(error, event)
     assert (failure.kind, failure.rank) == (kind, rank)
 
 
