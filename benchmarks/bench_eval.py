@@ -28,7 +28,8 @@ from eval.masks import encode_masks, mask_areas
 from eval.mean_iou import MeanIoUState
 from eval.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
 from model.config import PostprocessConfig
-from model.postprocess import ImageGeometry, panoptic
+from model.mask_resize import ImageGeometry
+from model.postprocess import panoptic
 
 SIZE = (480, 640)
 CLASSES = 20

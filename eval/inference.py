@@ -30,7 +30,8 @@ from eval.truth import cityscapes_truth, instance_truth, panoptic_truth, semanti
 from model.config import PostprocessConfig
 from model.errors import ConfigError
 from model.mask2former import Mask2Former
-from model.postprocess import ImageGeometry, panoptic, semantic, stream_instances
+from model.mask_resize import ImageGeometry
+from model.postprocess import panoptic, semantic, stream_instances
 from model.structures import Predictions
 
 PREDICTS: dict[Task, tuple[Task, ...]] = {"panoptic": TASKS, "instance": ("instance",), "semantic": ("semantic",)}

@@ -8,31 +8,18 @@ queries are filtered before their masks are upsampled, and masks are upsampled i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from model.class_scores import ClassScores
 from model.config import PostprocessConfig
-from model.point_sampling import chunk_elements
+from model.mask_resize import ImageGeometry, MaskResize
 from model.structures import UNLABELLED, InstanceResult, PanopticResult, PanopticSegment, SemanticResult
 
 MASK_GROUP_BYTES = 2**28
 """Instance masks at full size that are made together."""
-
-
-@dataclass(frozen=True)
-class ImageGeometry:
-    """How an image became the input of the model; sizes are (height, width) in pixels."""
-
-    padded_size: tuple[int, int]
-    """Input of the model, padded to the right and below."""
-    resized_size: tuple[int, int]
-    """The image inside it."""
-    original_size: tuple[int, int]
-    """The image as it was read."""
 
 
 @torch.no_grad()
@@ -197,18 +184,10 @@ def semantic(
     lower class. `semantic_resize` says whether masks or these sums are brought to the original size. Pixels whose best
     sum is below `min_score` stay UNLABELLED.
     """
-    class_probabilities = class_logits.float().softmax(-1)[:, :-1].T.contiguous()
+    scores = ClassScores(class_logits, mask_embeddings, mask_features, geometry, config.semantic_resize)
     label_map = torch.empty(geometry.original_size, dtype=torch.int64, device=class_logits.device)
-    if config.semantic_resize == "masks":
-        for rows, logits in _bands(mask_embeddings, mask_features, geometry, outputs=len(class_probabilities)):
-            scores = torch.einsum("kq,qhw->khw", class_probabilities, logits.sigmoid_())
-            label_map[rows] = _best_class(scores, min_score)
-    else:
-        resize = _Resize(mask_embeddings, mask_features, geometry)
-        for band in resize.bands(len(mask_embeddings) + len(class_probabilities)):
-            probabilities = resize.input_columns(resize.input_rows(band)).sigmoid_()
-            scores = torch.einsum("kq,qhw->khw", class_probabilities, probabilities)
-            label_map[band.rows] = _best_class(resize.original_columns(band.taps.apply(scores)), min_score)
+    for rows in scores.bands():
+        label_map[rows] = _best_class(scores.at(rows), min_score)
     return SemanticResult(label_map)
 
 
@@ -218,96 +197,8 @@ def _best_class(scores: Tensor, min_score: float | None) -> Tensor:
     return best.indices if min_score is None else torch.where(best.values >= min_score, best.indices, UNLABELLED)
 
 
-def _bands(
-    mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry, outputs: int = 0
-) -> Iterator[tuple[slice, Tensor]]:
-    """Mask logits [Q, rows, W] at the original size, band by band.
-
-    The rows of a band are interpolated first (from few source rows), then the columns. `outputs` more values per pixel
-    count towards the size of a band.
-    """
-    resize = _Resize(mask_embeddings, mask_features, geometry)
-    for band in resize.bands(len(mask_embeddings) + outputs):
-        at_rows = band.taps.apply(resize.input_rows(band))
-        yield band.rows, resize.original_columns(resize.input_columns(at_rows))
-
-
-class _Band(NamedTuple):
-    """Some rows of the original image and what they come from."""
-
-    rows: slice
-    """Of the original."""
-    source: slice
-    """Rows of the input."""
-    taps: _RowTaps
-    """From these rows of the input to the rows of the original."""
-
-
-class _Resize:
-    """The way of masks from stride 4 to the padded input, and from its crop to the original: two bilinear resizes.
-
-    Each is separable into rows and columns.
-    """
-
-    def __init__(self, mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry) -> None:
-        with torch.autocast(mask_features.device.type, enabled=False):
-            self._logits = torch.einsum("qc,chw->qhw", mask_embeddings.float(), mask_features.float())
-        self._geometry = geometry
-        self._to_input = _RowTaps.between(self._logits.shape[1], geometry.padded_size[0])
-        self._to_original = _RowTaps.between(geometry.resized_size[0], geometry.original_size[0])
-
-    def bands(self, values_per_pixel: int) -> Iterator[_Band]:
-        """Bands of as many rows as fit into one piece of chunked work."""
-        height, width = self._geometry.original_size
-        row_values = values_per_pixel * max(self._geometry.padded_size[1], width)
-        step = max(1, chunk_elements(self._logits.device) // row_values)
-        for start in range(0, height, step):
-            rows = slice(start, min(start + step, height))
-            taps = self._to_original.of(rows)
-            first, last = int(taps.lower[0]), int(taps.upper[-1])
-            yield _Band(rows, slice(first, last + 1), taps.relative_to(first))
-
-    def input_rows(self, band: _Band) -> Tensor:
-        """Mask logits [Q, rows, w] at the band's rows of the input."""
-        return self._to_input.of(band.source).apply(self._logits)
-
-    def input_columns(self, maps: Tensor) -> Tensor:
-        """[n, rows, w] to the columns of the image in the input."""
-        padded = F.interpolate(maps[None], (maps.shape[1], self._geometry.padded_size[1]), mode="bilinear")[0]
-        return padded[..., : self._geometry.resized_size[1]]
-
-    def original_columns(self, maps: Tensor) -> Tensor:
-        """[n, rows, w] from the columns of the image in the input to those of the original."""
-        return F.interpolate(maps[None], (maps.shape[1], self._geometry.original_size[1]), mode="bilinear")[0]
-
-
-class _RowTaps(NamedTuple):
-    """Vertical half of a bilinear resize: the two source rows of every target row. On the host; coordinates in fp32."""
-
-    lower: Tensor
-    """[n] int64"""
-    upper: Tensor
-    """[n] int64"""
-    weight: Tensor
-    """[n] float32 share of the upper row."""
-
-    @staticmethod
-    def between(source: int, target: int) -> _RowTaps:
-        """Taps of a resize as `F.interpolate(mode="bilinear", align_corners=False)` has them."""
-        position = ((torch.arange(target) + 0.5) * (torch.tensor(float(source)) / target) - 0.5).clamp(min=0)
-        lower = position.long().clamp(max=source - 1)
-        return _RowTaps(lower, (lower + 1).clamp(max=source - 1), position - lower)
-
-    def of(self, rows: slice) -> _RowTaps:
-        """The taps of some target rows."""
-        return _RowTaps(self.lower[rows], self.upper[rows], self.weight[rows])
-
-    def relative_to(self, first: int) -> _RowTaps:
-        """The taps into a source that starts at row `first`."""
-        return _RowTaps(self.lower - first, self.upper - first, self.weight)
-
-    def apply(self, source: Tensor) -> Tensor:
-        """Target rows [Q, n, w] of source [Q, rows, w]."""
-        lower, upper, weight = (t.to(source.device) for t in self)
-        weight = weight[:, None]
-        return source[:, lower] * (1 - weight) + source[:, upper] * weight
+def _bands(mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry) -> Iterator[tuple[slice, Tensor]]:
+    """Mask logits [Q, rows, W] at the original size, band by band."""
+    resize = MaskResize(mask_embeddings, mask_features, geometry)
+    for rows in resize.bands(len(mask_embeddings)):
+        yield rows, resize.original(rows)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import postprocess
+from model import mask_resize, postprocess
 from model.config import PostprocessConfig
-from model.postprocess import ImageGeometry, instance, panoptic, semantic
+from model.mask_resize import ImageGeometry
+from model.postprocess import instance, panoptic, semantic
 
 IS_THING = (True, False, True, False, True)
 CLASSES = len(IS_THING)
@@ -86,7 +87,7 @@ def official_instances(class_logits, embeddings, features, geometry, is_thing, c
 
 @pytest.fixture(params=[2**22, 3000], ids=["one band", "many bands"])
 def band_size(request, monkeypatch):
-    monkeypatch.setattr(postprocess, "chunk_elements", lambda device: request.param)
+    monkeypatch.setattr(mask_resize, "chunk_elements", lambda device: request.param)
 
 
 @pytest.fixture(params=GEOMETRIES.values(), ids=GEOMETRIES)
