@@ -8,11 +8,14 @@ from typing import Literal, assert_never
 
 from data_pipeline.errors import LoaderDiedError, StorageError
 from model.errors import UserError
-from trainer.errors import PeersError
+from trainer.adjustments import Change, SkipWindow, SmallerMicroBatch
+from trainer.errors import LossSpikeError, OutOfMemoryError, PeersError
+from trainer.job import Window
 
-FailureKind = Literal["mistake", "error", "death", "preemption", "collateral"]
+FailureKind = Literal["mistake", "error", "death", "preemption", "memory", "spike", "collateral"]
 """mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;
-death: a process, node or health check; preemption: a node that was taken back; collateral: echo of a peer's failure."""
+death: a process, node or health check; preemption: a node that was taken back; memory: that of the device is too small
+for a micro-batch; spike: the loss left its usual range; collateral: echo of a peer's failure."""
 
 _MISTAKES = (
     UserError,
@@ -39,6 +42,8 @@ _ECHOES = (
     "collective",
 )
 MAX_BACKOFF_S = 60.0
+_FREE: tuple[FailureKind, ...] = ("preemption", "memory")
+"""Kinds that do not count against `max_failures`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class Failure:
     kind: FailureKind
     message: str
     """Type and text of the error, without a traceback."""
+    micro_batch: int = 0
+    """memory: images that were too many."""
+    window: Window | None = None
+    """spike: its samples."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,8 @@ class Retry:
 
     delay_s: float
     reason: str
+    change: Change | None = None
+    """What must be different from now on."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +110,36 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     """What to do after the last attempt of `history`.
 
     Mistakes stop at once; so does an error that comes back word for word without a new checkpoint in between. Deaths
-    are retried with exponential backoff up to `max_failures` times without progress. Preemptions cost nothing.
+    are retried with exponential backoff up to `max_failures` times without progress. Preemptions cost nothing, nor does
+    a lack of memory while the micro-batch can be halved. After a loss spike its samples are left out.
     """
     streak = history.without_progress()
     last = streak[-1].failure
+    if last.kind == "memory":
+        return _halve(last.micro_batch)
     if last.kind == "mistake":
         return Stop("the same would happen again")
     if last.kind == "preemption":
         return Retry(0.0, "the node was taken back")
     if last.kind == "error" and any(a.failure.message == last.message for a in streak[:-1]):
         return Stop("the same error came back without a new checkpoint in between")
-    spent = sum(a.failure.kind != "preemption" for a in streak)
+    spent = sum(a.failure.kind not in _FREE for a in streak)
     if spent > max_failures:
         return Stop(f"{spent} failures without a new checkpoint; cluster.max_failures allows {max_failures}")
+    if last.window is not None:
+        return Retry(0.0, f"from the checkpoint before, without {last.window}", SkipWindow(last.window))
     return Retry(min(2.0 ** (spent - 1), MAX_BACKOFF_S), f"failure {spent} of at most {max_failures} without progress")
+
+
+def _halve(micro_batch: int) -> Retry | Stop:
+    if micro_batch <= 1:
+        return Stop(
+            "a single image does not fit into memory; make data.augment smaller, use more workers with a higher "
+            "training.zero.stage, or set training.zero.offload_optimizer"
+        )
+    half = micro_batch // 2
+    reason = f"with {half} images per micro-batch instead of {micro_batch} and more of them, the same global batch"
+    return Retry(0.0, reason, SmallerMicroBatch(half))
 
 
 def classify(error: BaseException) -> FailureKind:
@@ -128,6 +155,10 @@ def classify(error: BaseException) -> FailureKind:
         return "error"
     if isinstance(error, PeersError):
         return "collateral"
+    if isinstance(error, OutOfMemoryError):
+        return "memory"
+    if isinstance(error, LossSpikeError):
+        return "spike"
     if isinstance(error, _MISTAKES):
         return "mistake"
     text = f"{type(error).__name__}: {error}".lower()
@@ -140,7 +171,7 @@ def root_cause(errors: Mapping[int, BaseException]) -> Failure:
     A preempted node explains every other error of the same attempt.
     """
     assert errors, "a failed attempt has at least one error"
-    failures = [Failure(rank, classify(e), f"{type(e).__name__}: {e}".strip()) for rank, e in sorted(errors.items())]
+    failures = [_failure(rank, error) for rank, error in sorted(errors.items())]
     for failure in failures:
         if failure.kind == "preemption":
             return failure
@@ -148,6 +179,17 @@ def root_cause(errors: Mapping[int, BaseException]) -> Failure:
         if failure.kind != "collateral":
             return failure
     return Failure(None, "death", f"every rank lost its peers ({failures[0].message})")
+
+
+def _failure(rank: int, error: BaseException) -> Failure:
+    message = f"{type(error).__name__}: {error}".strip()
+    match error:
+        case OutOfMemoryError(micro_batch=size):
+            return Failure(rank, "memory", message, micro_batch=size)
+        case LossSpikeError(start=start, stop=stop):
+            return Failure(rank, "spike", message, window=Window(start, stop))
+        case _:
+            return Failure(rank, classify(error), message)
 
 
 @dataclass(frozen=True)

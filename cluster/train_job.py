@@ -38,7 +38,8 @@ from cluster.tracking import RunStatus, TrackedRun, create_run
 from cluster.train_worker import WorkerSettings, train_loop
 from data_pipeline.storage import Storage, join
 from model.errors import UserError
-from trainer.checkpoint_folder import list_checkpoints, newest_whole
+from trainer.adjustments import adjust, read_adjustments
+from trainer.checkpoint_folder import list_checkpoints, newest_step, newest_whole
 from trainer.job import TrainJob
 from trainer.reporting import CommittedCheckpoint
 
@@ -107,6 +108,7 @@ class _Supervisor:
 
     def __init__(self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str) -> None:
         self._config, self._job, self._storage, self._scratch = config, job, storage, scratch
+        self._adjustments = read_adjustments(storage, config.run_folder)
         self._tracked = create_run(config)
         self._evaluations: EvaluationClient | None = None
         if config.evaluation.sets:
@@ -161,6 +163,9 @@ class _Supervisor:
             self._announce(failure, step, decision, error, len(history.attempts))
             if isinstance(decision, Stop):
                 return self._give_up(error, failure)
+            if decision.change is not None:
+                reason = f"{_first_line(failure.message)}: {decision.reason}"
+                self._adjustments = adjust(self._storage, self._config.run_folder, decision.change, reason)
             self._pause(decision.delay_s)
             if self._interrupts:
                 return "stopped"
@@ -196,7 +201,7 @@ class _Supervisor:
         automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
         return TorchTrainer(
             train_loop,
-            train_loop_config={"settings": WorkerSettings(self._job, self._board)},
+            train_loop_config={"settings": WorkerSettings(self._adjustments.applied(self._job), self._board)},
             torch_config=TorchConfig(
                 backend=automatic if cluster.backend == "auto" else cluster.backend,
                 timeout_s=round(self._config.training.collective_timeout_s),
@@ -270,8 +275,7 @@ class _Supervisor:
         return newest_whole(self._storage, self._config.run_folder)
 
     def _newest_step(self) -> int:
-        newest = self._newest()
-        return newest.step if newest is not None else 0
+        return newest_step(self._storage, self._config.run_folder)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

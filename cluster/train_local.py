@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cluster.config import RunConfig
 from cluster.launch_local import launch
+from trainer.errors import LossSpikeError, OutOfMemoryError
 from trainer.job import TrainJob
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
     """Train a recipe with `cluster.num_workers` processes on this machine. Checkpoints are not evaluated meanwhile.
 
-    SIGINT or SIGTERM stop the run after a checkpoint.
+    SIGINT or SIGTERM stop the run after a checkpoint. Where memory does not suffice or the loss spikes, the processes
+    start again with what `decide` changes.
 
     Raises:
         UserError: the recipe, the data or the store cannot be used.
@@ -36,7 +38,7 @@ def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     driver = Tracking(run, "driver")
     try:
-        launch(train_rank, (job, run), config.cluster.num_workers, environment)
+        _attempts(config, job, run, environment)
     except BaseException as error:
         driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
         raise
@@ -44,6 +46,28 @@ def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
     finished = newest is not None and newest.step >= config.training.max_steps
     driver.finish("FINISHED" if finished else "KILLED")
     return "finished" if finished else "stopped"
+
+
+def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: dict[str, str]) -> None:
+    from cluster.policies import Attempt, AttemptHistory, Retry, decide, root_cause
+    from cluster.progress import complain
+    from data_pipeline.storage import Storage
+    from trainer.adjustments import adjust, read_adjustments
+    from trainer.checkpoint_folder import newest_step
+
+    storage, folder = Storage(config.storage), config.run_folder
+    adjustments = read_adjustments(storage, folder)
+    history = AttemptHistory(newest_step(storage, folder))
+    while True:
+        try:
+            return launch(train_rank, (adjustments.applied(job), run), config.cluster.num_workers, environment)
+        except (OutOfMemoryError, LossSpikeError) as error:
+            history = history.after(Attempt(root_cause({0: error}), newest_step(storage, folder)))
+            decision = decide(history, config.cluster.max_failures)
+            if not isinstance(decision, Retry) or decision.change is None:
+                raise
+            complain(f"{error}\n  starting again {decision.reason}")
+            adjustments = adjust(storage, folder, decision.change, f"{error}: {decision.reason}")
 
 
 def train_rank(job: TrainJob, run: TrackedRun) -> None:

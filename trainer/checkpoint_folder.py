@@ -133,6 +133,12 @@ def newest_whole(storage: Storage, run_folder: str) -> CommittedCheckpoint | Non
     return None
 
 
+def newest_step(storage: Storage, run_folder: str) -> int:
+    """Step of the newest whole checkpoint; 0 without any."""
+    newest = newest_whole(storage, run_folder)
+    return 0 if newest is None else newest.step
+
+
 def set_aside(storage: Storage, url: str) -> None:
     """Take a damaged checkpoint out of the run's list; its files stay, for a person to look at."""
     storage.put(join(url, DAMAGED), storage.get(join(url, MANIFEST)))

@@ -88,6 +88,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """What is done when the loss leaves its usual range."""
+
+    action: Literal["off", "report", "roll_back"] = "report"
+    """report: an event; roll_back: go on from the last checkpoint before the spike, and leave its samples out."""
+    window: int = 200
+    """Losses of so many steps are the usual range; no spike is seen before there are that many."""
+    threshold: float = 10.0
+    """A loss is too high when it exceeds the window's median by this many standard deviations, which are estimated
+    from the median absolute deviation."""
+    steps: int = 3
+    """So many steps in a row with too high a loss are a spike."""
+
+    def __post_init__(self) -> None:
+        require_positive(training__spikes__threshold=self.threshold)
+        require_at_least(2, training__spikes__window=self.window)
+        require_at_least(1, training__spikes__steps=self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One training run."""
 
@@ -105,6 +125,7 @@ class TrainingConfig:
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, which is then what evaluations use; 0 keeps no average."""
     log_every_steps: int = 20
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     max_skipped_steps: int = 20
     """Steps in a row with non-finite gradients after which the run stops."""
     deterministic: bool = False

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from data_pipeline.loader import LoaderSpec, StepBatches, build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import LaterOrder, Order, build_order
 from data_pipeline.storage import Storage
 from trainer.errors import TrainingError
-from trainer.job import TrainJob
+from trainer.job import TrainJob, Window
 from trainer.state import TrainState
 
 
@@ -33,7 +35,9 @@ def open_data(job: TrainJob, storage: Storage) -> TrainingData:
 def open_batches(
     job: TrainJob, data: TrainingData, storage: Storage, state: TrainState, rank: int, neighbors: tuple[int, ...]
 ) -> Generator[StepBatches]:
-    """This rank's batches from where the run is; close it to stop the loader. `neighbors` share its machine's cache.
+    """This rank's batches from where the run is, without the steps of `job.skipped`; close it to stop the loader.
+
+    `neighbors` share its machine's cache.
 
     Raises TrainingError where the global batch does not divide the position.
     """
@@ -53,4 +57,18 @@ def open_batches(
         neighbors=neighbors,
     )
     order = LaterOrder(data.order, state.order_start) if state.order_start else data.order
-    yield from build_loader(data.manifests, order, job.data, storage, spec)
+    for first, count in unskipped(position, job.skipped, global_batch):
+        with closing(build_loader(data.manifests, order, job.data, storage, replace(spec, start_step=first))) as steps:
+            yield from islice(steps, count)
+
+
+def unskipped(position: int, skipped: Sequence[Window], global_batch: int) -> list[tuple[int, int | None]]:
+    """First step and number of steps of every stretch between the skipped windows; the last one has no end (None)."""
+    stretches: list[tuple[int, int | None]] = []
+    for window in sorted(skipped, key=lambda window: window.start):
+        if window.stop <= position:
+            continue
+        if window.start > position:
+            stretches.append((position // global_batch, (window.start - position) // global_batch))
+        position = window.stop
+    return [*stretches, (position // global_batch, None)]

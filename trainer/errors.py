@@ -1,5 +1,9 @@
 """Errors of a training run."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from model.errors import UserError
 
 
@@ -13,3 +17,25 @@ class CheckpointError(TrainingError):
 
 class PeersError(TrainingError):
     """Raised on every rank because some have an error: names them. The cause is this rank's own error, if any."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The device's memory does not hold a micro-batch of `micro_batch` images."""
+
+    def __init__(self, message: str, micro_batch: int) -> None:
+        super().__init__(message)
+        self.micro_batch = micro_batch
+
+    def __reduce__(self) -> tuple[Any, ...]:  # exceptions are pickled by their message alone
+        return type(self), (str(self), self.micro_batch)
+
+
+class LossSpikeError(TrainingError):
+    """The loss has left its usual range over the positions `start` to `stop` of the data order; equal on all ranks."""
+
+    def __init__(self, message: str, start: int, stop: int) -> None:
+        super().__init__(message)
+        self.start, self.stop = start, stop
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.start, self.stop)

@@ -10,6 +10,17 @@ from model.config import ModelConfig
 from trainer.config import TrainingConfig
 
 
+@dataclass(frozen=True)
+class Window:
+    """Positions of the data order from `start` up to but not including `stop`, both between two steps."""
+
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"positions {self.start} to {self.stop - 1} of the data order"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """One training run as one rank sees it; the same for all ranks. Picklable."""
@@ -26,6 +37,8 @@ class TrainJob:
     seed: int = 0
     recipe: str = ""
     """The resolved recipe (YAML), stored with every checkpoint."""
+    skipped: tuple[Window, ...] = ()
+    """What the run leaves out after loss spikes, as if the order did not have it."""
 
 
 class Control(Protocol):

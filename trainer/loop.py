@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,9 +12,10 @@ from model.criterion import Losses, Normalizers, count_normalizers
 from trainer.bad_samples import BadSamples
 from trainer.checkpoint_folder import checkpoint_url
 from trainer.control import StepFacts
-from trainer.errors import TrainingError
-from trainer.job import Control, TrainJob
-from trainer.metrics import non_finite_keys
+from trainer.engine import StepResult
+from trainer.errors import LossSpikeError, OutOfMemoryError, TrainingError
+from trainer.job import Control, TrainJob, Window
+from trainer.metrics import non_finite_keys, summed_losses
 from trainer.observer import Observer
 from trainer.reporting import CommittedCheckpoint, EventKind, Reporter
 from trainer.schedule import lr_factor
@@ -55,14 +57,15 @@ class _Loop:
                 self._report_substitutions(state, batches)
             if facts.stop or facts.drain:
                 return self._end("stopped" if facts.stop else "drained", state)
+            state = replace(state, position=batches.step * training.global_batch)  # behind what is left out
             engine.set_lr_factor(lr_factor(training.schedule, state.step, training.max_steps))
-            losses = self._forward_backward(batches, facts)
-            result = engine.finish_step(state.step + 1)
+            losses, result = self._compute(batches, facts, state)
             state = state.advance(training.global_batch, result.applied)
             self._observer.step_done(state, batches, facts.images, losses, result)
             if not result.applied:
                 self._report_skip(state, batches, losses)
                 continue
+            state = self._look_for_spikes(state, losses)
             if state.step % training.log_every_steps == 0:
                 self._observer.report(state, losses, result.grad_norm)
             if state.step % training.checkpoint.every_steps == 0:
@@ -104,6 +107,18 @@ class _Loop:
             committed=commit.step if is_first and commit is not None else 0,
         )
 
+    def _compute(self, batches: StepBatches, facts: StepFacts, state: TrainState) -> tuple[list[Losses], StepResult]:
+        """Forward, backward and update. Raises OutOfMemoryError on the rank whose device is too small."""
+        try:
+            losses = self._forward_backward(batches, facts)
+            return losses, self._run.engine.finish_step(state.step + 1)
+        except torch.OutOfMemoryError as error:
+            size = len(batches.micro_batches[0].keys)
+            raise OutOfMemoryError(
+                f"out of memory in step {state.step + 1} with {size} images at once (training.micro_batch): {error}",
+                size,
+            ) from error
+
     def _forward_backward(self, batches: StepBatches, facts: StepFacts) -> list[Losses]:
         engine = self._run.engine
         sums = torch.tensor([facts.num_masks, facts.class_weight_sum, facts.micro_batches]).to(engine.device)
@@ -114,6 +129,23 @@ class _Loop:
             losses.append(engine.accumulate(batch.to(engine.device, non_blocking=True), normalizers))
         self._observer.enter("update")
         return losses
+
+    def _look_for_spikes(self, state: TrainState, losses: Sequence[Losses]) -> TrainState:
+        """The state with this step's loss. Where that completes a spike: an event, or LossSpikeError on all ranks."""
+        config = self._training.spikes
+        if config.action == "off":
+            return state
+        loss = summed_losses(losses, self._run.ranks)["loss/total"]  # a collective
+        before, first = state.losses, state.position - self._training.global_batch
+        state = replace(state, losses=before.after(loss, first, config))
+        if state.losses.high == config.steps:
+            usual, deviation = before.usual()
+            window = Window(state.losses.start, state.position)
+            message = f"the loss is {loss:.4g} where {usual:.4g} +- {deviation:.2g} is usual ({window})"
+            self._event("spike", state.step, message)
+            if config.action == "roll_back":
+                raise LossSpikeError(f"after step {state.step} {message}", window.start, window.stop)
+        return state
 
     def _report_substitutions(self, state: TrainState, batches: StepBatches) -> None:
         for found in self._bad_samples.note(batches.substitutions):  # a collective

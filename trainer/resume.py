@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from trainer.checkpoint_folder import (
 from trainer.control import Ranks
 from trainer.engine import Engine, to_universal
 from trainer.errors import CheckpointError
+from trainer.job import Window
 from trainer.random_state import load_random_state
 from trainer.reporting import CommittedCheckpoint, Reporter
 from trainer.state import TrainState
@@ -44,20 +45,28 @@ class Restart:
     """Where the run goes on, with the number of ranks that it has now."""
     folder: Path
     same_ranks: bool
+    saved_stage: int
+    """ZeRO stage of the run that wrote it."""
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether the optimizer begins anew: the stages cut and name its state differently."""
+        return self.saved_stage != self.state.zero_stage
 
     @property
     def reshard(self) -> bool:
         """Whether the optimizer state is cut for another number of ranks; without ZeRO it is not cut at all."""
-        return not self.same_ranks and self.state.zero_stage > 0
+        return not self.same_ranks and not self.weights_only and self.state.zero_stage > 0
 
     def load_model(self, model: Mask2Former) -> None:
         """Before the engine is made: buffers and frozen parameters, which DeepSpeed's universal format lacks."""
-        if self.reshard:
+        if self.reshard or self.weights_only:
             load_weights(model, self.folder / WEIGHTS)
 
     def load_engine(self, engine: Engine, ranks: Ranks) -> None:
         """Weights and optimizer state. With the same ranks the random states too: then every bit is as at the save."""
-        engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
+        if not self.weights_only:
+            engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
         average = self.folder / AVERAGE
         engine.load_average(safetensors.torch.load_file(average) if average.is_file() else None)
         if self.same_ranks:
@@ -73,19 +82,24 @@ def open_restart(
     ranks: Ranks,
     reporter: Reporter,
     accept_changes: bool,
+    skipped: Sequence[Window] = (),
 ) -> Iterator[Restart | None]:
     """Bring the first of `candidates` (newest first) that is whole on every rank to disk; None without candidates.
 
     `expected` is the state of a fresh start of this run, which the checkpoint must fit (with `accept_changes`: but for
-    its order of the data). Damaged ones before it are set aside. Raises CheckpointError where the checkpoint does not
-    fit or all candidates are damaged, StorageError where the storage does not answer. A collective.
+    its order of the data). Damaged ones before it are set aside, and so are those within a `skipped` window. Raises
+    CheckpointError where the checkpoint does not fit or no candidate can be used, StorageError where the storage does
+    not answer. A collective.
     """
     problems = []
     for checkpoint in candidates:
         with tempfile.TemporaryDirectory(prefix="m2f-resume-") as name:
-            found = _bring(checkpoint, expected, storage, ranks, Path(name), accept_changes)
+            found = _bring(checkpoint, expected, storage, ranks, Path(name), accept_changes, skipped)
             if isinstance(found, Restart):
                 _set_aside(candidates[: len(problems)], storage, ranks)
+                if found.weights_only and ranks.is_first:
+                    message = f"training.zero.stage was {found.saved_stage}: weights, but optimizer state from zero"
+                    reporter.event("weights", checkpoint.step, message)
                 yield found
                 return
         problems.append(found)
@@ -110,11 +124,6 @@ def fitted(state: TrainState, expected: TrainState, url: str, accept_changes: bo
     With `accept_changes` another order of the data begins anew at the checkpoint's position. Raises CheckpointError
     where the run cannot go on from it.
     """
-    if state.zero_stage != expected.zero_stage:
-        raise CheckpointError(
-            f"checkpoint {url} was written with training.zero.stage {state.zero_stage} and this run has "
-            f"{expected.zero_stage}; set it back, or start a new run from its weights"
-        )
     if state.order_fingerprint != expected.order_fingerprint:
         if accept_changes:
             return state.with_order(expected.order_fingerprint)
@@ -133,16 +142,17 @@ def _bring(
     ranks: Ranks,
     folder: Path,
     accept_changes: bool,
+    skipped: Sequence[Window],
 ) -> Restart | str:
     """Download what this rank needs and, for another number of ranks, convert it; or what is damaged on any rank."""
-    inspected = ranks.from_first(lambda: _inspect(storage, checkpoint.url, folder))
+    inspected = ranks.from_first(lambda: _inspect(storage, checkpoint.url, folder, skipped))
     if isinstance(inspected, str):
         return inspected
     manifest, state = inspected
     state = fitted(state, expected, checkpoint.url, accept_changes)
     same_ranks = state.world_size == ranks.world_size
-    state = replace(state, world_size=ranks.world_size)
-    restart = Restart(checkpoint, state, folder, same_ranks)
+    state = replace(state, world_size=ranks.world_size, zero_stage=expected.zero_stage)
+    restart = Restart(checkpoint, state, folder, same_ranks, manifest.zero_stage)
     if restart.reshard:
         restart = replace(restart, folder=_folder_of_machine(ranks, folder))
     paths = _paths(restart, manifest, ranks.rank) if restart.folder == folder else []
@@ -153,13 +163,15 @@ def _bring(
     return problem or restart
 
 
-def _inspect(storage: Storage, url: str, folder: Path) -> tuple[Manifest, TrainState] | str:
+def _inspect(storage: Storage, url: str, folder: Path, skipped: Sequence[Window]) -> tuple[Manifest, TrainState] | str:
     try:
         manifest = verify_sizes(storage, url)
         fetch(storage, url, [STATE], manifest, folder)
-        return manifest, TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
+        state = TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
     except CheckpointError as error:
         return str(error)
+    inside = next(filter(state.inside, skipped), None)
+    return f"checkpoint {url} was taken in a loss spike ({inside})" if inside else (manifest, state)
 
 
 def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:
@@ -171,6 +183,8 @@ def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:
 def _paths(restart: Restart, manifest: Manifest, rank: int) -> list[str]:
     """Files that this rank needs; when resharding, those that its machine needs."""
     average = [AVERAGE] if AVERAGE in manifest.files else []
+    if restart.weights_only:
+        return [WEIGHTS, *average] + ([rng_path(rank)] if restart.same_ranks else [])
     if restart.reshard:
         return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS, *average]
     own = (f"{ENGINE}/mp_rank_00_", f"{ENGINE}/zero_pp_rank_{rank}_")  # the first is one file for all ranks

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from trainer.errors import CheckpointError
+from trainer.job import Window
+from trainer.spikes import LossHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class TrainState:
     seed: int
     world_size: int
     zero_stage: int
+    losses: LossHistory = field(default_factory=LossHistory)
 
     def advance(self, samples: int, applied: bool) -> TrainState:
         """After an optimizer step over `samples` positions; one that was not applied consumes them all the same."""
@@ -35,6 +38,10 @@ class TrainState:
             skipped=0 if applied else self.skipped + 1,
             skipped_total=self.skipped_total + (not applied),
         )
+
+    def inside(self, window: Window) -> bool:
+        """Whether the run has trained on samples of a window and is not yet past it: a spike may be in the weights."""
+        return window.start < self.position <= window.stop
 
     def with_order(self, fingerprint: str) -> TrainState:
         """The state with another order of the data that begins here."""
@@ -48,6 +55,8 @@ class TrainState:
     def from_json(data: bytes, source: str) -> TrainState:
         """Read back. Raises CheckpointError naming `source`."""
         try:
-            return TrainState(**json.loads(data))
-        except (ValueError, TypeError) as error:
+            content = json.loads(data)
+            losses = content.pop("losses", {"recent": ()})  # states of version 0.1.0 have none
+            return TrainState(**content, losses=LossHistory(**losses | {"recent": tuple(losses["recent"])}))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{source} is not the state of a run ({error}); resume from an older one") from error

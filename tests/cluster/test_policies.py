@@ -2,7 +2,9 @@ import pytest
 
 from cluster.policies import Attempt, AttemptHistory, Failure, QueueChoice, Retry, Stop, choose, decide, root_cause
 from data_pipeline.errors import LoaderDiedError, StorageError
-from trainer.errors import PeersError, TrainingError
+from trainer.adjustments import SkipWindow, SmallerMicroBatch
+from trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, TrainingError
+from trainer.job import Window
 
 
 def history(*attempts: tuple[str, int], start: int = 0, message: str = "m{}") -> AttemptHistory:
@@ -86,6 +88,24 @@ def test_preemptions_cost_nothing():
 
 def test_no_failures_allowed_means_none():
     assert isinstance(decide(history(("death", 100)), max_failures=0), Stop)
+
+
+def test_too_little_memory_halves_the_micro_batch_until_it_is_one_image():
+    def full(size):
+        failure = root_cause({0: RuntimeError("Connection reset by peer"), 1: OutOfMemoryError("full", size)})
+        return decide(AttemptHistory(0, (Attempt(failure, 0),)), max_failures=0)
+
+    assert full(5).change == SmallerMicroBatch(2)
+    assert "2 images per micro-batch instead of 5" in full(5).reason
+    assert isinstance(full(1), Stop)
+    assert "does not fit into memory" in full(1).reason
+
+
+def test_spikes_leave_their_samples_out_and_count_as_failures():
+    failure = root_cause({rank: LossSpikeError("high", 8, 16) for rank in (0, 1)})
+    once = AttemptHistory(0, (Attempt(failure, 4),))
+    assert decide(once, max_failures=1).change == SkipWindow(Window(8, 16))
+    assert isinstance(decide(once.after(Attempt(failure, 4)), max_failures=1), Stop)
 
 
 def test_queue_policies():

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from ray.train import ControllerError, WorkerGroupError
 
-from cluster.config import ClusterConfig, RunConfig, TrackingConfig
+from cluster.config import RunConfig, TrackingConfig
 from cluster.eval_queue import read_entries
 from cluster.eval_service import EvaluationClient
 from cluster.evaluate import evaluate_checkpoint
@@ -26,92 +26,15 @@ from cluster.tracking import create_run
 from cluster.train_job import RunSummary, check_gpus, failure_of, run_training
 from cluster.train_local import train_locally
 from data_pipeline.config import (
-    DataConfig,
-    DatasetConfig,
-    LargeScaleJitter,
-    MixtureItem,
     StorageConfig,
-    SyntheticSource,
 )
-from data_pipeline.readers import open_reader, source_fingerprint
-from data_pipeline.shards import commit_manifest, plan_shards, write_shard
 from data_pipeline.storage import Storage
-from eval.config import EvaluationConfig, EvaluationSet
-from model.config import (
-    LossConfig,
-    MaskedTransformerDecoderConfig,
-    ModelConfig,
-    MSDeformAttnPixelDecoderConfig,
-    TimmBackboneConfig,
-)
+from eval.config import EvaluationConfig
 from model.errors import ConfigError
+from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
 from trainer.checkpoint_folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
-from trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
-
-STEPS = 12
-EVERY = 4
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-def write_shards(config: DatasetConfig, storage: Storage) -> None:
-    assert config.source is not None
-    reader = open_reader(config.source, config.max_pixels)
-    plan = plan_shards(reader, config, source_fingerprint(config.source))
-    parts = [write_shard(reader, plan, index, storage) for index in range(len(plan.rows))]
-    commit_manifest(plan, parts, storage)
-
-
-def small_sets(place: str, storage: Storage) -> dict[str, DatasetConfig]:
-    made = {
-        "train": DatasetConfig(shards=f"{place}/train", source=SyntheticSource(num_images=24)),
-        "val": DatasetConfig(shards=f"{place}/val", source=SyntheticSource(num_images=20, seed=1, image_id_start=1001)),
-    }
-    for config in made.values():
-        write_shards(config, storage)
-    return made
-
-
-def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> RunConfig:
-    return RunConfig(
-        name=name,
-        output=str(folder / "runs"),
-        datasets=datasets,
-        data=DataConfig(
-            train=(MixtureItem(dataset="train"),),
-            augment=LargeScaleJitter(size=64, min_scale=0.8, max_scale=1.2),
-            workers=0,
-            lanes=4,
-            window=8,
-        ),
-        model=ModelConfig(
-            backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": [8, 16, 16, 32]}),
-            pixel_decoder=MSDeformAttnPixelDecoderConfig(
-                conv_dim=16, mask_dim=16, num_layers=1, num_heads=2, feedforward_dim=32
-            ),
-            transformer_decoder=MaskedTransformerDecoderConfig(
-                num_queries=8, num_layers=2, hidden_dim=16, num_heads=2, feedforward_dim=32
-            ),
-            loss=LossConfig(num_points=64),
-        ),
-        training=TrainingConfig(
-            max_steps=STEPS,
-            global_batch=4,
-            micro_batch=2,
-            optimizer=OptimizerConfig(lr=1e-3, clip_norm=1.0),
-            checkpoint=CheckpointConfig(every_steps=EVERY, keep=10),
-            log_every_steps=1,
-            collective_timeout_s=60.0,
-        ),
-        evaluation=EvaluationConfig(
-            sets=(EvaluationSet(dataset="val"),),
-            tasks=("panoptic", "semantic"),
-            shortest_edge=64,
-            max_size=96,
-            panels=2,
-        ),
-        cluster=ClusterConfig(num_workers=2),
-    )
 
 
 @pytest.fixture(scope="module")

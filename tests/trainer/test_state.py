@@ -32,17 +32,10 @@ def test_what_is_no_state_is_refused(content):
         TrainState.from_json(content, "here/state.json")
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"zero_stage": 3}, r"training\.zero\.stage 3 and this run has 1"),
-        ({"order_fingerprint": "xyz"}, "another order of the data"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_is_refused(changed, message):
+def test_a_checkpoint_of_another_order_is_refused():
     assert fitted(replace(STATE, step=4), STATE, "run/checkpoints/step_00000001", False).step == 4
-    with pytest.raises(CheckpointError, match=message):
-        fitted(replace(STATE, **changed), STATE, "run/checkpoints/step_00000001", False)
+    with pytest.raises(CheckpointError, match="another order of the data"):
+        fitted(replace(STATE, order_fingerprint="xyz"), STATE, "run/checkpoints/step_00000001", False)
 
 
 def test_changed_data_begin_anew_where_that_is_accepted():

@@ -1,0 +1,127 @@
+"""A tiny run for tests of whole trainings: its data, its recipe, and faults that its ranks can be made to have."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import trainer.module
+from cluster.config import ClusterConfig, RunConfig
+from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
+from data_pipeline.readers import open_reader, source_fingerprint
+from data_pipeline.shards import commit_manifest, plan_shards, write_shard
+from data_pipeline.storage import Storage
+from eval.config import EvaluationConfig, EvaluationSet
+from model.config import (
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+
+STEPS = 12
+EVERY = 4
+
+
+def write_shards(config: DatasetConfig, storage: Storage) -> None:
+    assert config.source is not None
+    reader = open_reader(config.source, config.max_pixels)
+    plan = plan_shards(reader, config, source_fingerprint(config.source))
+    parts = [write_shard(reader, plan, index, storage) for index in range(len(plan.rows))]
+    commit_manifest(plan, parts, storage)
+
+
+def small_sets(place: str, storage: Storage) -> dict[str, DatasetConfig]:
+    made = {
+        "train": DatasetConfig(shards=f"{place}/train", source=SyntheticSource(num_images=24)),
+        "val": DatasetConfig(shards=f"{place}/val", source=SyntheticSource(num_images=20, seed=1, image_id_start=1001)),
+    }
+    for config in made.values():
+        write_shards(config, storage)
+    return made
+
+
+def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> RunConfig:
+    return RunConfig(
+        name=name,
+        output=str(folder / "runs"),
+        datasets=datasets,
+        data=DataConfig(
+            train=(MixtureItem(dataset="train"),),
+            augment=LargeScaleJitter(size=64, min_scale=0.8, max_scale=1.2),
+            workers=0,
+            lanes=4,
+            window=8,
+        ),
+        model=ModelConfig(
+            backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": [8, 16, 16, 32]}),
+            pixel_decoder=MSDeformAttnPixelDecoderConfig(
+                conv_dim=16, mask_dim=16, num_layers=1, num_heads=2, feedforward_dim=32
+            ),
+            transformer_decoder=MaskedTransformerDecoderConfig(
+                num_queries=8, num_layers=2, hidden_dim=16, num_heads=2, feedforward_dim=32
+            ),
+            loss=LossConfig(num_points=64),
+        ),
+        training=TrainingConfig(
+            max_steps=STEPS,
+            global_batch=4,
+            micro_batch=2,
+            optimizer=OptimizerConfig(lr=1e-3, clip_norm=1.0),
+            checkpoint=CheckpointConfig(every_steps=EVERY, keep=10),
+            log_every_steps=1,
+            collective_timeout_s=60.0,
+        ),
+        evaluation=EvaluationConfig(
+            sets=(EvaluationSet(dataset="val"),),
+            tasks=("panoptic", "semantic"),
+            shortest_edge=64,
+            max_size=96,
+            panels=2,
+        ),
+        cluster=ClusterConfig(num_workers=2),
+    )
+
+
+@contextmanager
+def changed_losses(change):
+    """Let the losses of every micro-batch be `change(losses, targets)`."""
+    real = trainer.module.compute_losses
+
+    def changed(predictions, targets, *rest):
+        return change(real(predictions, targets, *rest), targets)
+
+    trainer.module.compute_losses = changed
+    try:
+        yield
+    finally:
+        trainer.module.compute_losses = real
+
+
+class FullInBackward(torch.autograd.Function):
+    """Runs out of memory in backward."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def out_of_memory(losses, targets):
+    """Memory does not hold the gradients of two images of which one is at position 21 (sixth step, rank 1 of 2)."""
+    if len(targets.position) > 1 and (targets.position == 21).any():
+        return losses._replace(total=FullInBackward.apply(losses.total))
+    return losses
+
+
+def spike(losses, targets):
+    """Positions 20 to 27 (sixth and seventh step) bring a hundred times the loss."""
+    factor = torch.where(((targets.position >= 20) & (targets.position < 28)).any(), 100.0, 1.0)
+    return losses._replace(total=losses.total * factor, terms=losses.terms * factor)

@@ -1,0 +1,82 @@
+"""What a run has learned about itself and every later start must keep: `adjustments.json` in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from data_pipeline.storage import Storage, join
+from model.errors import ConfigError
+from trainer.job import TrainJob, Window
+
+_NAME = "adjustments.json"
+
+
+@dataclass(frozen=True)
+class SmallerMicroBatch:
+    """Out of memory: fewer images per forward, more micro-batches per step, the same global batch."""
+
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class SkipWindow:
+    """A loss spike: go back before it, and leave its samples out."""
+
+    window: Window
+
+
+Change = SmallerMicroBatch | SkipWindow
+
+
+@dataclass(frozen=True)
+class Adjustments:
+    """All changes so far."""
+
+    micro_batch: int | None = None
+    """Upper bound of `training.micro_batch`; None where memory has always sufficed."""
+    skipped: tuple[Window, ...] = ()
+    reasons: tuple[str, ...] = ()
+    """One sentence per change, oldest first, for people who read the file."""
+
+    def after(self, change: Change, reason: str) -> Adjustments:
+        """With one more change."""
+        reasons = (*self.reasons, reason)
+        match change:
+            case SmallerMicroBatch(micro_batch):
+                return replace(self, micro_batch=micro_batch, reasons=reasons)
+            case SkipWindow(window):
+                return replace(self, skipped=(*self.skipped, window), reasons=reasons)
+
+    def applied(self, job: TrainJob) -> TrainJob:
+        """The job as it runs from now on."""
+        most = job.training.micro_batch if self.micro_batch is None else self.micro_batch
+        micro_batch = min(job.training.micro_batch, most)
+        return replace(job, training=replace(job.training, micro_batch=micro_batch), skipped=self.skipped)
+
+
+def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
+    """What earlier starts of the run have changed. Raises ConfigError for a file that is not one of ours."""
+    url = join(run_folder, _NAME)
+    if not storage.exists(url):
+        return Adjustments()
+    try:
+        content = json.loads(storage.get(url))
+        skipped = tuple(Window(**window) for window in content["skipped"])
+        return Adjustments(content["micro_batch"], skipped, _texts(content["reasons"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{url} cannot be read ({error}); repair it, or delete it to start without its changes"
+        ) from error
+
+
+def adjust(storage: Storage, run_folder: str, change: Change, reason: str) -> Adjustments:
+    """Add a change for every later start; returns all of them."""
+    adjustments = read_adjustments(storage, run_folder).after(change, reason)
+    storage.put(join(run_folder, _NAME), json.dumps(asdict(adjustments), indent=1).encode())
+    return adjustments
+
+
+def _texts(values: Sequence[object]) -> tuple[str, ...]:
+    return tuple(str(value) for value in values)
