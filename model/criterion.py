@@ -18,7 +18,7 @@ from model.config import LossConfig
 from model.mask_losses import MaskLoss, row_losses
 from model.matcher import match
 from model.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
-from model.points import PointSource, RowIndex
+from model.points import DrawnPoints, PointCounts, PointSource, RowIndex
 from model.structures import Predictions, Targets
 
 
@@ -75,16 +75,15 @@ def compute_losses(
     num_layers, _, num_queries, _ = predictions.class_logits.shape
     with torch.autocast(predictions.class_logits.device.type, enabled=False):
         label_maps = LabelMaps.pack(targets.id_maps)
-        matching_points = None
-        if config.matching == "points":
-            matching_points = points.matching(targets.position, num_layers, config.num_points)
+        drawn = points.draw(targets.position, num_layers, _point_counts(config))
+        matching_points = drawn.matching if config.matching == "points" else None
         query_index, finite = match(predictions, targets, label_maps, matching_points, config)
         rows, queries, rows_per_image = _matched_rows(query_index, finite.device)
 
         class_losses = _class_losses(predictions, targets, rows, queries, config, num_classes)
         logits = _matched_mask_logits(predictions, rows, queries, rows_per_image)
         if config.supervision == "points":
-            mask, dice = _losses_at_points(logits, targets, label_maps, rows, points, num_layers, config)
+            mask, dice = _losses_at_points(logits, targets, label_maps, rows, drawn, config)
         else:
             mask, dice = _losses_of_whole_masks(logits, targets, rows, config.mask_loss)
 
@@ -98,6 +97,14 @@ def compute_losses(
         losses = torch.stack(weighted, dim=-1) * targets.weight[:, None]  # [L, B, 3]
         terms = losses.sum(1)
         return Losses(total=terms.sum(), terms=terms, per_image=losses.sum((0, 2)))
+
+
+def _point_counts(config: LossConfig) -> PointCounts:
+    matching = config.num_points if config.matching == "points" else 0
+    if config.supervision == "masks":
+        return PointCounts(matching, 0, 0)
+    fresh = config.num_points - int(config.num_points * config.importance_sample_ratio)
+    return PointCounts(matching, int(config.num_points * config.oversample_ratio), fresh)
 
 
 def _class_denominator(targets: Targets, num_queries: int, normalizers: Normalizers, config: LossConfig) -> Tensor:
@@ -145,12 +152,11 @@ def _losses_at_points(
     targets: Targets,
     label_maps: LabelMaps,
     rows: RowIndex,
-    points: PointSource,
-    num_layers: int,
+    drawn: DrawnPoints,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """BCE or focal loss, and dice [R] of matched masks at importance-sampled points (paper section 3.3)."""
-    at, labels = _training_points(logits.detach(), targets, label_maps, rows, points, num_layers, config)
+    at, labels = _training_points(logits.detach(), targets, label_maps, rows, drawn, config)
     return row_losses(sample_maps(logits, at), labels, config.mask_loss)
 
 
@@ -191,19 +197,17 @@ def _training_points(
     targets: Targets,
     label_maps: LabelMaps,
     rows: RowIndex,
-    points: PointSource,
-    num_layers: int,
+    drawn: DrawnPoints,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """Points [R, P, 2] (the most uncertain candidates and fresh ones) and soft labels [R, P], in chunks of rows."""
-    num_candidates = int(config.num_points * config.oversample_ratio)
-    num_uncertain = int(config.num_points * config.importance_sample_ratio)
-    candidates = points.candidates(targets.position, num_layers, rows, num_candidates)
-    fresh = points.fresh(targets.position, num_layers, rows, config.num_points - num_uncertain)
+    counts = _point_counts(config)
+    num_uncertain = config.num_points - counts.fresh
+    candidates, fresh = drawn.of_rows(rows)
     row_map, local_id = _row_targets(targets, rows)
     all_points = logits.new_empty(len(logits), config.num_points, 2)
     all_labels = logits.new_empty(len(logits), config.num_points)
-    step = max(1, chunk_elements(logits.device) // (8 * num_candidates))  # coordinates, logits and their temporaries
+    step = max(1, chunk_elements(logits.device) // (8 * counts.candidates))  # coordinates, logits and their temporaries
     for start in range(0, len(logits), step):
         chunk = slice(start, start + step)
         proposed = candidates[chunk]

@@ -62,15 +62,17 @@ def _taps(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
     Pixels outside the map have weight 0.
     """
-    left, x = _cell(points[..., 0], width)
-    top, y = _cell(points[..., 1], height)
-    columns = (left - 1).clamp_(min=0), left.clamp(max=width - 1)
-    rows = (top - 1).clamp_(min=0), top.clamp(max=height - 1)
-    x_weights = (1 - x) * (left > 0), x * (left < width)
-    y_weights = (1 - y) * (top > 0), y * (top < height)
-    index = torch.stack([row * width + column for row in rows for column in columns], dim=-1)
-    weight = torch.stack([y_weight * x_weight for y_weight in y_weights for x_weight in x_weights], dim=-1)
-    return index, weight
+    cells, place = _cells(points, height, width)
+    before, after = (cells - 1).clamp_(min=0), cells.clone()
+    sizes = width, height
+    for axis, size in enumerate(sizes):
+        after[axis].clamp_(max=size - 1)
+    inside = torch.stack([cells[axis] < size for axis, size in enumerate(sizes)])
+    columns, rows = torch.stack((before, after), dim=-1)
+    x_weights, y_weights = torch.stack(((1 - place) * (cells > 0), place * inside), dim=-1)
+    index = (rows * width)[..., :, None] + columns[..., None, :]
+    weight = y_weights[..., :, None] * x_weights[..., None, :]
+    return index.flatten(-2), weight.flatten(-2)
 
 
 class LabelMaps(NamedTuple):
@@ -111,8 +113,7 @@ class LabelMaps(NamedTuple):
 
     def _locate(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Index of the cell of every point and the place of the point inside it."""
-        column, x = _cell(points[..., 0], self.width)
-        row, y = _cell(points[..., 1], self.height)
+        (column, row), (x, y) = _cells(points, self.height, self.width)
         return row.mul_(self.width + 1).add_(column), x, y
 
     def _weigh(self, quads: Tensor, local_id: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -126,12 +127,16 @@ class LabelMaps(NamedTuple):
         return labels
 
 
-def _cell(coordinate: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The cell between two pixel centres, from 0 (before the first) to `size` (after the last), and the place in it.
+def _cells(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cells [2, ..., P] (x, y) between pixel centres, from 0 (before the first) to the size (after the last), and the
+    places [2, ..., P] of the points in them.
 
     Rounds as grid_sample does on CPU: [0, 1] to [-1, 1], and from there to pixels with one fused multiply-add.
     """
-    shifted = (coordinate * 2).sub_(1).add_(1)
-    pixel = torch.add(shifted.new_full((1,), -0.5).expand_as(shifted), shifted, alpha=size / 2)
+    shifted = points.movedim(-1, 0).mul(2).sub_(1).add_(1)
+    half = shifted.new_full((1,), -0.5).expand(shifted.shape[1:])
+    pixel = torch.stack(
+        [torch.add(half, axis, alpha=size / 2) for axis, size in zip(shifted, (width, height), strict=True)]
+    )
     lower = pixel.floor()
-    return (lower + 1).long(), pixel.sub_(lower)
+    return lower.add(1).long(), pixel.sub_(lower)

@@ -45,19 +45,35 @@ class RowPoints:
         return self.base[self.group[rows]].add_(self.shift[rows, None]).frac_()
 
 
+class PointCounts(NamedTuple):
+    """How many points are drawn for each use; 0 where whole masks take their place."""
+
+    matching: int
+    """Of every prediction and image."""
+    candidates: int
+    """Of every matched mask: importance sampling keeps the most uncertain of them."""
+    fresh: int
+    """Of every matched mask, used as they are."""
+
+
+class DrawnPoints(Protocol):
+    """The points of one micro-batch, as (x, y) in [0, 1)."""
+
+    @property
+    def matching(self) -> Tensor:
+        """[L, B, P, 2]"""
+        ...
+
+    def of_rows(self, rows: RowIndex) -> tuple[RowPoints, RowPoints]:
+        """Candidates and fresh points of matched rows."""
+        ...
+
+
 class PointSource(Protocol):
-    """Where the matcher and the losses take their points from. All points are (x, y) in [0, 1)."""
+    """Where the matcher and the losses take their points from."""
 
-    def matching(self, position: Tensor, num_layers: int, num_points: int) -> Tensor:
-        """Points [L, B, P, 2] for matching; `position` [B] int64 is the place of each image in the data order."""
-        ...
-
-    def candidates(self, position: Tensor, num_layers: int, rows: RowIndex, num_points: int) -> RowPoints:
-        """Points from which importance sampling selects, for every matched row."""
-        ...
-
-    def fresh(self, position: Tensor, num_layers: int, rows: RowIndex, num_points: int) -> RowPoints:
-        """Points used as they are, for every matched row."""
+    def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> DrawnPoints:
+        """Points of a micro-batch; `position` [B] int64 is the place of each image in the data order."""
         ...
 
 
@@ -72,62 +88,75 @@ class _Stream(IntEnum):
 class CounterPoints:
     """Stateless points: a pure function of (seed, position, prediction, target, stream) and the index of the point.
 
-    Restarts, other world sizes and other groupings of the same images therefore see the same points. The number of
-    device operations does not depend on the batch.
+    Restarts, other world sizes and other groupings of the same images therefore see the same points. All streams are
+    drawn at once, and the number of device operations does not depend on the batch.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def matching(self, position: Tensor, num_layers: int, num_points: int) -> Tensor:
+    def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> CounterDraw:
         """See PointSource."""
-        return _uniform(self._keys(position, num_layers, _Stream.MATCHING), num_points)
-
-    def candidates(self, position: Tensor, num_layers: int, rows: RowIndex, num_points: int) -> RowPoints:
-        """See PointSource."""
-        return self._rows(position, num_layers, rows, num_points, _Stream.CANDIDATES, _Stream.CANDIDATE_SHIFT)
-
-    def fresh(self, position: Tensor, num_layers: int, rows: RowIndex, num_points: int) -> RowPoints:
-        """See PointSource."""
-        return self._rows(position, num_layers, rows, num_points, _Stream.FRESH, _Stream.FRESH_SHIFT)
-
-    def _rows(
-        self, position: Tensor, num_layers: int, rows: RowIndex, num_points: int, points: _Stream, shifts: _Stream
-    ) -> RowPoints:
-        base = _uniform(self._keys(position, num_layers, points), num_points).flatten(0, 1)
-        shift_keys = self._keys(position, num_layers, shifts)[rows.layer, rows.image]
-        shift = _to_unit_square(_mix(shift_keys + (rows.target + 1) * _GOLDEN))
-        return RowPoints(base, rows.layer * len(position) + rows.image, shift)
-
-    def _keys(self, position: Tensor, num_layers: int, stream: _Stream) -> Tensor:
-        """Keys [L, B] of 64 bits."""
-        layers = torch.arange(num_layers, device=position.device)[:, None]
         image_keys = _mix(position + _signed(self.seed * _GOLDEN))
-        return _mix(image_keys + (layers * len(_Stream) + int(stream) + 1) * _GOLDEN)
+        streams = torch.arange(1, num_layers * len(_Stream) + 1, device=position.device).mul_(_GOLDEN)
+        keys = _mix(image_keys + streams.view(num_layers, len(_Stream), 1))  # [L, S, B]
+        counters = torch.arange(1, max(counts) + 1, device=position.device).mul_(_GOLDEN)
+        of_points = (_Stream.MATCHING, _Stream.CANDIDATES, _Stream.FRESH)
+        bits = [
+            (keys[:, stream, :, None] + counters[:count]).flatten()
+            for stream, count in zip(of_points, counts, strict=True)
+        ]
+        points = _to_unit_square(_mix(torch.cat(bits))).split([len(piece) for piece in bits])
+        shape = (num_layers, len(position))
+        matching, candidates, fresh = (
+            piece.view(*shape, count, 2) for piece, count in zip(points, counts, strict=True)
+        )
+        return CounterDraw(matching, candidates, fresh, keys)
 
 
+@dataclass(frozen=True)
+class CounterDraw:
+    """See DrawnPoints. Rows of one prediction and image share a base set of points."""
+
+    matching: Tensor
+    """[L, B, P, 2]"""
+    candidates: Tensor
+    """[L, B, P, 2]"""
+    fresh: Tensor
+    """[L, B, P, 2]"""
+    keys: Tensor
+    """[L, streams, B] of 64 bits."""
+
+    def of_rows(self, rows: RowIndex) -> tuple[RowPoints, RowPoints]:
+        """See DrawnPoints."""
+        keys = self.keys[:, _Stream.CANDIDATE_SHIFT :: 2].transpose(0, 1)[:, rows.layer, rows.image]
+        candidate_shift, fresh_shift = _to_unit_square(_mix(keys + (rows.target + 1).mul_(_GOLDEN))).unbind()
+        group = rows.layer * self.matching.shape[1] + rows.image
+        return (
+            RowPoints(self.candidates.flatten(0, 1), group, candidate_shift),
+            RowPoints(self.fresh.flatten(0, 1), group, fresh_shift),
+        )
+
+
+@dataclass(frozen=True)
 class GivenPoints:
     """Points handed over by the caller, to replay the draws of another implementation."""
 
-    def __init__(self, matching: Tensor, candidates: Tensor, fresh: Tensor) -> None:
-        self._matching = matching
-        """[L, B, P, 2]"""
-        self._candidates = candidates
-        """[L, B, N, P, 2] in [0, 1)"""
-        self._fresh = fresh
-        """[L, B, N, P, 2] in [0, 1)"""
+    matching: Tensor
+    """[L, B, P, 2]"""
+    candidates: Tensor
+    """[L, B, N, P, 2] in [0, 1)"""
+    fresh: Tensor
+    """[L, B, N, P, 2] in [0, 1)"""
 
-    def matching(self, position: Tensor, num_layers: int, num_points: int) -> Tensor:
+    def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> GivenPoints:
         """See PointSource."""
-        return self._matching
+        return self
 
-    def candidates(self, position: Tensor, num_layers: int, rows: RowIndex, num_points: int) -> RowPoints:
-        """See PointSource."""
-        return _unshifted(self._candidates[rows.layer, rows.image, rows.target])
-
-    def fresh(self, position: Tensor, num_layers: int, rows: RowIndex, num_points: int) -> RowPoints:
-        """See PointSource."""
-        return _unshifted(self._fresh[rows.layer, rows.image, rows.target])
+    def of_rows(self, rows: RowIndex) -> tuple[RowPoints, RowPoints]:
+        """See DrawnPoints."""
+        candidates, fresh = (points[rows.layer, rows.image, rows.target] for points in (self.candidates, self.fresh))
+        return _unshifted(candidates), _unshifted(fresh)
 
 
 def _unshifted(points: Tensor) -> RowPoints:
@@ -159,13 +188,7 @@ def _mix(bits: Tensor) -> Tensor:
     return bits.bitwise_xor_(_shift_right(bits, 31))
 
 
-def _uniform(keys: Tensor, num_points: int) -> Tensor:
-    """Uniform points [..., P, 2] of every key."""
-    counters = torch.arange(1, num_points + 1, device=keys.device) * _GOLDEN
-    return _to_unit_square(_mix(keys[..., None] + counters))
-
-
 def _to_unit_square(bits: Tensor) -> Tensor:
     """[..., 2] in [0, 1): x from the highest 23 bits, y from the 23 below them."""
-    pair = torch.stack((_shift_right(bits, 41), _shift_right(bits, 18).bitwise_and_(2**23 - 1)), dim=-1)
+    pair = torch.stack((bits >> 41, bits >> 18), dim=-1).bitwise_and_(2**23 - 1)
     return pair.to(torch.float32).mul_(2.0**-23)

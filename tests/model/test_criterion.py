@@ -7,7 +7,9 @@ from itertools import accumulate
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import criterion, matcher
 from model.config import LossConfig
 from model.criterion import Losses, Normalizers, compute_losses, count_normalizers
 from model.points import CounterPoints
@@ -170,3 +172,29 @@ def test_losses_are_fp32_under_autocast():
     assert losses.total.dtype == torch.float32
     assert torch.equal(losses.terms, exact.terms)
     assert all(g.dtype == torch.bfloat16 for g in gradients(losses.total, low))
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what would be a launch on an accelerator: operations that only make views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [(11,), (11, 4, 8, 9), (11,) * 8], ids=len)
+def test_a_micro_batch_costs_at_most_three_hundred_operations(counts, monkeypatch):
+    for module in (criterion, matcher):
+        monkeypatch.setattr(module, "chunk_elements", lambda device: 2**27)  # pieces of the size of accelerators
+    predictions, targets = make_predictions(len(counts)), make_targets(counts)
+    normalizers = count_normalizers(targets, predictions.class_logits.shape[2], SMALL)
+    with CountOperations() as forward:
+        losses = ours(predictions, targets, normalizers=normalizers)
+    with CountOperations() as backward:
+        losses.total.backward()
+    assert forward.count <= 300
+    assert backward.count <= 60

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.points import CounterPoints, GivenPoints, RowIndex
+from model.points import CounterPoints, GivenPoints, PointCounts, RowIndex
 
 
 def every_row(layers: int, images: int, targets: int) -> RowIndex:
@@ -16,13 +16,10 @@ def every_row(layers: int, images: int, targets: int) -> RowIndex:
 
 def draw(source: CounterPoints, position: torch.Tensor, *, layers=3, targets=4, points=50):
     """Matching [L, B, P, 2], candidates and fresh points [L, B, N, P, 2]."""
-    rows = every_row(layers, len(position), targets)
     shape = (layers, len(position), targets, points, 2)
-    return (
-        source.matching(position, layers, points),
-        source.candidates(position, layers, rows, points)[:].view(shape),
-        source.fresh(position, layers, rows, points)[:].view(shape),
-    )
+    drawn = source.draw(position, layers, PointCounts(points, points, points))
+    candidates, fresh = drawn.of_rows(every_row(layers, len(position), targets))
+    return drawn.matching, candidates[:].view(shape), fresh[:].view(shape)
 
 
 def test_points_depend_on_nothing_but_their_keys():
@@ -37,11 +34,11 @@ def test_points_depend_on_nothing_but_their_keys():
 
 
 def test_rows_may_come_in_any_order_and_in_slices():
-    source, position = CounterPoints(seed=7), torch.tensor([5, 6])
+    drawn = CounterPoints(seed=7).draw(torch.tensor([5, 6]), 2, PointCounts(9, 20, 3))
     rows = every_row(2, 2, 3)
     order = torch.randperm(len(rows.layer), generator=torch.Generator().manual_seed(0))
-    shuffled = source.candidates(position, 2, RowIndex(*(axis[order] for axis in rows)), 20)
-    straight = source.candidates(position, 2, rows, 20)[:]
+    shuffled, _ = drawn.of_rows(RowIndex(*(axis[order] for axis in rows)))
+    straight = drawn.of_rows(rows)[0][:]
     assert torch.equal(shuffled[:], straight[order])
     assert torch.equal(torch.cat([shuffled[0:5], shuffled[5:12]]), shuffled[:])
 
@@ -90,10 +87,9 @@ def test_the_number_of_operations_does_not_depend_on_the_batch():
     for images, layers, targets in ((1, 1, 1), (8, 10, 25)):
         position, rows = torch.arange(images), every_row(layers, images, targets)
         with CountOperations() as operations:
-            source = CounterPoints(seed=1)
-            source.matching(position, layers, 64)
-            source.candidates(position, layers, rows, 64)[:]
-            source.fresh(position, layers, rows, 64)[:]
+            drawn = CounterPoints(seed=1).draw(position, layers, PointCounts(64, 64, 64))
+            for points in drawn.of_rows(rows):
+                points[:]
         counts.append(operations.count)
     assert counts[0] == counts[1]
 
@@ -102,9 +98,8 @@ def test_given_points_come_back_by_row():
     matching, candidates, fresh = torch.rand(2, 3, 5, 2), torch.rand(2, 3, 4, 6, 2), torch.rand(2, 3, 4, 7, 2)
     source = GivenPoints(matching, candidates, fresh)
     rows = RowIndex(torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([3, 0]))
-    position = torch.zeros(3, dtype=torch.int64)
-    assert torch.equal(source.matching(position, 2, 5), matching)
-    assert torch.equal(
-        source.candidates(position, 2, rows, 6)[:], torch.stack((candidates[1, 2, 3], candidates[0, 1, 0]))
-    )
-    assert torch.equal(source.fresh(position, 2, rows, 7)[1:], fresh[0, 1, 0][None])
+    drawn = source.draw(torch.zeros(3, dtype=torch.int64), 2, PointCounts(5, 6, 7))
+    assert torch.equal(drawn.matching, matching)
+    of_rows = drawn.of_rows(rows)
+    assert torch.equal(of_rows[0][:], torch.stack((candidates[1, 2, 3], candidates[0, 1, 0])))
+    assert torch.equal(of_rows[1][1:], fresh[0, 1, 0][None])

@@ -13,7 +13,7 @@ from transformers.models.maskformer import modeling_maskformer as hf
 
 from model.config import LossConfig
 from model.criterion import Normalizers, compute_losses, count_normalizers
-from model.points import CounterPoints, RowIndex
+from model.points import CounterPoints, PointCounts, RowIndex
 from model.structures import Predictions, Targets, ignore_id
 
 CLASSES, QUERIES, LAYERS = 5, 7, 2
@@ -96,14 +96,18 @@ def at_points(maps, points):
 
 def written_out(predictions, targets, config):
     """Unweighted mask and dice terms [L, 2]: dense masks, one pair at a time; the same points as ours."""
-    source, terms = CounterPoints(seed=2), torch.zeros(LAYERS, 2, dtype=torch.float64)
-    matching = source.matching(targets.position, LAYERS, config.num_points)
+    uncertain = int(config.num_points * config.importance_sample_ratio)
+    counts = PointCounts(
+        config.num_points, int(config.num_points * config.oversample_ratio), config.num_points - uncertain
+    )
+    drawn = CounterPoints(seed=2).draw(targets.position, LAYERS, counts)
+    terms = torch.zeros(LAYERS, 2, dtype=torch.float64)
     for layer, image in product(range(LAYERS), range(len(targets.labels))):
         masks, labels = dense_masks(targets, image), targets.labels[image][targets.valid[image]]
         logits = predictions.mask_logits(layer)[image].detach()
         classes = predictions.class_logits[layer, image].detach().softmax(-1)
         if config.matching == "points":
-            x, t = (at_points(maps, matching[layer, image][None]) for maps in (logits, masks))
+            x, t = (at_points(maps, drawn.matching[layer, image][None]) for maps in (logits, masks))
         else:
             x = logits.flatten(1)
             t = F.interpolate(masks[:, None], logits.shape[-2:], mode="nearest").flatten(1)
@@ -120,11 +124,8 @@ def written_out(predictions, targets, config):
                 t = masks[target].flatten()
             else:
                 row = RowIndex(*(torch.tensor([i]) for i in (layer, image, target)))
-                uncertain = int(config.num_points * config.importance_sample_ratio)
-                count = int(config.num_points * config.oversample_ratio)
-                proposed = source.candidates(targets.position, LAYERS, row, count)[:]
+                proposed, fresh = (points[:] for points in drawn.of_rows(row))
                 nearest = at_points(logits[query][None], proposed)[0].abs().argsort()[:uncertain]
-                fresh = source.fresh(targets.position, LAYERS, row, config.num_points - uncertain)[:]
                 chosen = torch.cat([proposed[:, nearest], fresh], dim=1)
                 x, t = at_points(logits[query][None], chosen)[0], at_points(masks[target][None], chosen)[0]
             terms[layer, 0] += pixel_loss(x, t, config.mask_loss).mean()
