@@ -18,6 +18,7 @@ from model.errors import UserError
 VERBS = {
     "demo": "cluster.verbs.demo",
     "shard": "cluster.verbs.shard",
+    "index": "cluster.verbs.index",
     "verify": "cluster.verbs.verify",
     "stats": "cluster.verbs.stats",
     "preview": "cluster.verbs.preview",

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.foreign import FORM, decode_foreign
 from data_pipeline.image_file import (
     BrokenImageError,
     decode_index_png,
@@ -30,14 +31,6 @@ from data_pipeline.image_file import (
     read_header,
 )
 from data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
-
-MAX_IDS_8_BIT = 254
-"""Ids that an 8-bit map holds: 0 is void and 255 is left to whoever needs an ignore id."""
-
-
-def id_dtype(num_ids: int) -> type[np.uint8] | type[np.uint16]:
-    """Smallest dtype of a map with ids 1..num_ids."""
-    return np.uint8 if num_ids <= MAX_IDS_8_BIT else np.uint16
 
 
 def encode(sample: Sample) -> list[tuple[str, bytes]]:
@@ -54,6 +47,8 @@ def encode(sample: Sample) -> list[tuple[str, bytes]]:
 
 def decode(members: Mapping[str, bytes]) -> DecodedSample:
     """The sample of members keyed by extension (`img.jpg`, `json`, ...). Raises DataError naming the sample."""
+    if FORM in members:
+        return decode_foreign(members)
     description = _decode_description(members)
     name = f"sample {description['key']!r} ({description['source']})"
     extension = next((ext for ext in ("img.jpg", "img.png") if ext in members), None)
@@ -78,12 +73,6 @@ def decode(members: Mapping[str, bytes]) -> DecodedSample:
         image=image,
         annotation=annotation,
     )
-
-
-def decode_annotation(members: Mapping[str, bytes]) -> Annotation:
-    """Only the ground truth of a sample, without decoding its image."""
-    description = _decode_description(members)
-    return _decode_annotation(members, description, f"sample {description['key']!r} ({description['source']})")
 
 
 def _encode_description(sample: Sample) -> bytes:

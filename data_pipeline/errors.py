@@ -1,5 +1,9 @@
 """Errors of data sets, shards and stores."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 from model.errors import UserError
 
 
@@ -21,3 +25,10 @@ class MissingObjectError(StorageError):
 
 class ObjectExistsError(StorageError):
     """A conditional write found an object in its place and left it alone."""
+
+
+def some(values: Iterable[object], limit: int = 5) -> str:
+    """The first few values for a message."""
+    listed = list(values)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(map(str, listed[:limit])) + more

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from data_pipeline import codec
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.errors import DataError, MissingObjectError, StorageError
+from data_pipeline.foreign import FORM, IDENTITY, ForeignForm, form_from_json, form_member, identity_member
 from data_pipeline.object_info import ObjectInfo
 from data_pipeline.sample import Annotation, DecodedSample
 from data_pipeline.storage import Storage, join
@@ -61,7 +63,7 @@ class ShardInfo:
     """One tar of the data set."""
 
     name: str
-    """Path below the data set's folder."""
+    """Path below the data set's folder; a URL or absolute path where an adopted tar lies elsewhere."""
     size: int
     sha256: str
     num_samples: int
@@ -105,6 +107,8 @@ class Manifest:
     plan: str
     """Hash of the shard plan that made it."""
     categories: CategoryTable
+    foreign: ForeignForm | None = None
+    """How to read samples of tars that `m2f index` adopted; None for our own."""
     shards: tuple[ShardInfo, ...]
     key: np.ndarray
     """[N] str objects"""
@@ -171,6 +175,7 @@ class Manifest:
             fingerprint=document["fingerprint"],
             plan=document["plan"],
             categories=_categories_from_json(document["categories"]),
+            foreign=None if document.get("foreign") is None else form_from_json(document["foreign"]),
             shards=tuple(ShardInfo(**entry) for entry in document["shards"]),
             key=table["key"].to_numpy(),
             shard=table["shard"].to_numpy(),
@@ -192,7 +197,8 @@ class Manifest:
 
     def shard_url(self, shard: int) -> str:
         """Full URL of a shard."""
-        return join(self.url, self.shards[shard].name)
+        name = self.shards[shard].name
+        return name if name.startswith("/") or "://" in name else join(self.url, name)
 
     def check_shard(self, shard: int, storage: Storage) -> ObjectInfo:
         """What the store says about a shard. Raises StorageError where it is missing or has another size than here."""
@@ -224,10 +230,22 @@ class Manifest:
             )
         names = (self.member_names[code] for code in self.member_codes[index])
         starts, lengths = self.member_offsets[index].tolist(), self.member_lengths[index].tolist()
-        return {
+        members = {
             name: bytes(data[start : start + length])
             for name, start, length in zip(names, starts, lengths, strict=True)
         }
+        return members if self.foreign is None else members | self._foreign_members(index)
+
+    def _foreign_members(self, index: int) -> dict[str, bytes]:
+        source = self.shards[self.shard[index]].name
+        size = int(self.height[index]), int(self.width[index])
+        identity = identity_member(str(self.key[index]), int(self.image_id[index]), source, *size)
+        return {FORM: self._form_member, IDENTITY: identity}
+
+    @cached_property
+    def _form_member(self) -> bytes:
+        assert self.foreign is not None
+        return form_member(self.foreign, self.categories)
 
     def read_members(self, index: int, storage: Storage) -> dict[str, bytes]:
         """Fetch one sample's members by extension with one ranged read."""
@@ -274,17 +292,20 @@ def make_document(
     categories: CategoryTable,
     shards: Sequence[ShardInfo],
     samples: bytes,
+    foreign: ForeignForm | None = None,
 ) -> dict[str, Any]:
     """Content of `dataset.json`."""
     listed = [{**asdict(c), "color": list(c.color)} for c in categories.categories]
     shard_list = [asdict(shard) for shard in shards]
-    content = json.dumps([FORMAT, listed, shard_list], sort_keys=True)
+    form = {} if foreign is None else {"foreign": asdict(foreign)}
+    content = json.dumps([FORMAT, listed, shard_list, *form.values()], sort_keys=True)
     return {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
         "plan": plan,
         "source_fingerprint": source_fingerprint,
         "num_samples": sum(shard.num_samples for shard in shards),
+        **form,
         "categories": listed,
         "shards": shard_list,
         "samples": {"name": SAMPLES_FILE, "size": len(samples), "sha256": hashlib.sha256(samples).hexdigest()},

@@ -10,6 +10,14 @@ import numpy as np
 VOID_ID = 0
 """Local id of pixels without a segment in `seg` and in every layer of `inst`."""
 
+MAX_IDS_8_BIT = 254
+"""Ids that an 8-bit map holds: 0 is void and 255 is left to whoever needs an ignore id."""
+
+
+def id_dtype(num_ids: int) -> type[np.uint8] | type[np.uint16]:
+    """Smallest dtype of a map with ids 1..num_ids."""
+    return np.uint8 if num_ids <= MAX_IDS_8_BIT else np.uint16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipeline import codec
 from data_pipeline.errors import DataError, StorageError
+from data_pipeline.faults import Fault, fault_of_message
 from data_pipeline.manifest import DATASET_FILE, SAMPLES_FILE, Manifest, category_columns
 from data_pipeline.object_stream import ObjectStream
 from data_pipeline.readers.custom import check_annotation
@@ -27,25 +28,6 @@ Heard = Callable[[int, int], None]
 _REWRITE = "copy the shard again from where it is whole, or delete the data set and write it again (m2f shard)"
 _HEARD_EVERY_S = 0.5
 _HEADER = 512  # bytes of a tar header
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """One thing that is wrong."""
-
-    object: str
-    """URL of the file."""
-    key: str | None = None
-    """The sample; None where it is not about one."""
-    offset: int | None = None
-    """First byte in the object of what is wrong, where that is known."""
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        place = "" if self.offset is None else f" at byte {self.offset}"
-        sample = "" if self.key is None else f" (sample {self.key!r})"
-        return f"{self.object}{place}{sample}: {self.problem}; {self.remedy}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +71,7 @@ def verify(
     try:
         manifest = Manifest.load(url, storage)
     except (DataError, StorageError) as error:
-        fault = _from_message(join(url, DATASET_FILE), str(error))
+        fault = fault_of_message(join(url, DATASET_FILE), str(error))
         return Verification(url=url, depth=depth, num_samples=0, num_shards=0, num_bytes=0, faults=(fault,))
     if started is not None:
         started(manifest)
@@ -167,7 +149,7 @@ class _ShardCheck:
             if self.depth == "full":
                 return self._read(shard)
         except StorageError as error:
-            return [_from_message(url, str(error))]
+            return [fault_of_message(url, str(error))]
         self.heard(count, 0)
         return []
 
@@ -234,12 +216,7 @@ def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> s
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         return f"member {name} has no tar header ({error})"
-    if info.size != length or not info.name.endswith(name):
+    longer = header[99] != 0  # than this field holds: the rest stands in a header before
+    if info.size != length or not (longer or info.name.lower().endswith(name)):
         return f"member {name} of {length} bytes has a tar header for {info.name} of {info.size} bytes"
     return None
-
-
-def _from_message(url: str, message: str) -> Fault:
-    """A fault of a message whose last clause is the remedy, as in all errors for users."""
-    problem, _, remedy = message.rpartition("; ")
-    return Fault(object=url, problem=problem.removeprefix(f"{url}: "), remedy=remedy)

@@ -10,9 +10,10 @@ import numpy as np
 
 from data_pipeline.config import Ade20kSource
 from data_pipeline.errors import DataError
+from data_pipeline.partition import Region, partition
 from data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from data_pipeline.readers.files import require_folder
-from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_color_map, read_index_map
+from data_pipeline.readers.map_reader import MapReader, pair_files, read_color_map, read_index_map
 from data_pipeline.sample import Annotation
 
 _UNKNOWN = "are no classes of the challenge (labels 0 to 150, instances 1 to 100)"

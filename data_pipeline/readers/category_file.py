@@ -13,16 +13,20 @@ from data_pipeline.readers.files import read_json
 def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable, frozenset[int]]:
     """Categories in the order of the file, and the values of void: those given and entries with `"ignore": true`.
 
+    A COCO file with `categories`, or this list alone, will do as well: its `id` is the label.
+
     Raises:
         DataError: entries that cannot be understood, or no category at all.
     """
-    entries = read_json(path)
+    document = read_json(path)
+    entries = document.get("categories") if isinstance(document, dict) else document
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path} is not a list of {{label, name, color, isthing}}")
     categories, ignored = [], set(void)
     for number, entry in enumerate(entries):
         where = f"{path}: entry {number}"
-        value = whole_number(entry, "label", where)
+        named = "id" if isinstance(entry, dict) and "label" not in entry and "id" in entry else "label"
+        value = whole_number(entry, named, where)
         if entry.get("ignore"):
             ignored.add(value)
         elif value not in ignored:

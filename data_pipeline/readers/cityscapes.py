@@ -11,10 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, some
+from data_pipeline.partition import Region, partition
 from data_pipeline.readers.coco_panoptic import CocoPanopticReader, PanopticRecord
-from data_pipeline.readers.files import make_key, require_folder, some
-from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_index_map
+from data_pipeline.readers.files import make_key, require_folder
+from data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
 from data_pipeline.sample import Annotation
 
 _IMAGE_ENDING = "_leftImg8bit.png"

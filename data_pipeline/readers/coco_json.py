@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipeline.categories import Category, CategoryTable, distinct_color
-from data_pipeline.errors import DataError
-from data_pipeline.readers.files import read_json, relative_name, some
+from data_pipeline.errors import DataError, some
+from data_pipeline.readers.files import read_json, relative_name
 
 Box = tuple[float, float, float, float]
 

@@ -12,9 +12,8 @@ from typing import Any, Self
 import numpy as np
 
 from data_pipeline.categories import CategoryTable
-from data_pipeline.codec import id_dtype
 from data_pipeline.config import CocoPanopticSource
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, some
 from data_pipeline.readers import coco_json
 from data_pipeline.readers.coco_instances import check_annotations
 from data_pipeline.readers.coco_json import CocoImage, field, stated_area, stated_box, whole_number
@@ -24,12 +23,11 @@ from data_pipeline.readers.files import (
     relative_name,
     require_folder,
     size_on_disk,
-    some,
     unique_keys,
 )
 from data_pipeline.readers.map_reader import read_color_map
 from data_pipeline.readers.masks import instance_layers, pixel_box
-from data_pipeline.sample import VOID_ID, Annotation, Sample, Segment
+from data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
 
 Instances = Sequence[Mapping[str, Any]]
 

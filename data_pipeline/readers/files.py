@@ -131,10 +131,3 @@ def size_on_disk(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def some(values: Iterable[object], limit: int = 5) -> str:
-    """The first few values for a message."""
-    listed = list(values)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(map(str, listed[:limit])) + more

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from data_pipeline.categories import Category
 from data_pipeline.config import HuggingFaceSource
+from data_pipeline.partition import Region, partition
 from data_pipeline.readers.category_file import read_category_file
 from data_pipeline.readers.files import require_folder
-from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_color_map
+from data_pipeline.readers.map_reader import MapReader, pair_files, read_color_map
 from data_pipeline.sample import Annotation
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.codec import id_dtype
-from data_pipeline.errors import DataError
+from data_pipeline.categories import CategoryTable
+from data_pipeline.errors import DataError, some
 from data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
 from data_pipeline.readers.files import (
     ANNOTATION_BYTES,
@@ -20,21 +19,11 @@ from data_pipeline.readers.files import (
     read_bytes,
     require_size,
     size_on_disk,
-    some,
     unique_keys,
 )
-from data_pipeline.sample import Annotation, Sample, Segment
+from data_pipeline.sample import Annotation, Sample
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
-
-
-class Region(NamedTuple):
-    """The segment that the pixels of a value belong to. Values with equal regions are one segment."""
-
-    category: Category
-    source_id: int
-    """Id of the segment, unique in its image."""
-    is_crowd: bool = False
 
 
 class MapDecoder(Protocol):
@@ -101,85 +90,6 @@ class MapReader:
     def subset(self, indices: Sequence[int]) -> Self:
         """A reader of only these images."""
         return replace(self, records=tuple(self.records[i] for i in indices))
-
-
-def partition(values: np.ndarray, classify: Callable[[int], Region | None], path: Path, unknown_are: str) -> Annotation:
-    """Segments of a map whose pixels name their segment, in the order of their lowest value.
-
-    Args:
-        values: [H, W], unsigned, below 2^24.
-        classify: the region of a value, None for void; raises KeyError with what the data set does not know.
-        path: file of the map, for the message.
-        unknown_are: the message after the list of unknown values: what is wrong with them and the remedy.
-
-    Raises:
-        DataError: unknown values.
-    """
-    runs = _find_runs(values)
-    areas = np.bincount(runs.value, weights=runs.end - runs.start)
-    regions: dict[Region, int] = {}
-    local_of: dict[int, int] = {}
-    unknown: dict[object, None] = {}
-    for value in np.flatnonzero(areas).tolist():
-        try:
-            region = classify(value)
-        except KeyError as error:
-            unknown[error.args[0]] = None
-            continue
-        if region is not None:
-            local_of[value] = regions.setdefault(region, len(regions) + 1)
-    if unknown:
-        raise DataError(f"{path}: pixel values {some(unknown, 20)} {unknown_are}")
-    known, local_ids = list(local_of), np.array(list(local_of.values()), np.int64)
-    table = np.zeros(len(areas), id_dtype(len(regions)))
-    table[known] = local_ids
-    pixels = np.bincount(local_ids, weights=areas[known], minlength=len(regions) + 1)
-    boxes = _boxes(runs, table[runs.value], len(regions), values.shape)
-    segments = tuple(
-        Segment(
-            id=local_id,
-            category_id=region.category.id,
-            is_thing=region.category.is_thing,
-            is_crowd=region.is_crowd,
-            area=float(pixels[local_id]),
-            bbox=boxes[local_id - 1],
-            source_id=region.source_id,
-            map="seg",
-        )
-        for region, local_id in regions.items()
-    )
-    return Annotation(seg=table[values], inst=None, segments=segments)
-
-
-class _Runs(NamedTuple):
-    """Runs of equal values in the rows of a map: few beside its pixels, so that counting them is fast."""
-
-    value: np.ndarray
-    row: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    """Column after the last."""
-
-
-def _find_runs(values: np.ndarray) -> _Runs:
-    is_start = np.ones(values.shape, bool)
-    is_start[:, 1:] = values[:, 1:] != values[:, :-1]
-    row, start = np.nonzero(is_start)
-    end = np.roll(start, -1)  # a run ends where the next one starts,
-    end[end == 0] = values.shape[1]  # or at the border where that is the first of another row
-    return _Runs(values[row, start], row, start, end)
-
-
-def _boxes(runs: _Runs, ids: np.ndarray, count: int, shape: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """x, y, width, height of ids 1..count, given the id of every run; each id has at least one."""
-    left, top = np.full(count + 1, shape[1]), np.full(count + 1, shape[0])
-    right, bottom = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
-    np.minimum.at(left, ids, runs.start)
-    np.minimum.at(top, ids, runs.row)
-    np.maximum.at(right, ids, runs.end)
-    np.maximum.at(bottom, ids, runs.row + 1)
-    boxes = np.stack([left, top, right - left, bottom - top], axis=1)[1:]
-    return [(x, y, width, height) for x, y, width, height in boxes.tolist()]
 
 
 def read_index_map(path: Path, max_pixels: int) -> np.ndarray:

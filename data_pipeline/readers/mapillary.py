@@ -9,9 +9,10 @@ from pathlib import Path
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.config import MapillarySource
 from data_pipeline.errors import DataError
+from data_pipeline.partition import Region, partition
 from data_pipeline.readers.coco_json import field, read_color, read_flag
 from data_pipeline.readers.files import read_json, require_folder
-from data_pipeline.readers.map_reader import MapReader, Region, pair_files, partition, read_index_map
+from data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
 from data_pipeline.sample import Annotation
 
 

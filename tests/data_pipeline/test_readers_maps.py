@@ -14,8 +14,9 @@ from data_pipeline.categories import Category, distinct_color
 from data_pipeline.config import HuggingFaceSource
 from data_pipeline.errors import DataError
 from data_pipeline.image_file import encode_png
+from data_pipeline.partition import Region, partition
 from data_pipeline.readers import open_reader, source_fingerprint
-from data_pipeline.readers.map_reader import Region, pair_files, partition
+from data_pipeline.readers.map_reader import pair_files
 from data_pipeline.readers.masks import pixel_box
 
 H, W = 6, 8

@@ -1,0 +1,128 @@
+"""`m2f index`: a manifest for WebDataset tars that are there already."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cluster.progress import Progress
+    from data_pipeline.adopt import Adoption
+
+SUMMARY = "adopt WebDataset tars made by others: write a manifest, leave the tars alone"
+_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("urls", nargs="+", metavar="URL", help="tars, or folders or s3:// prefixes that hold tars")
+    parser.add_argument("--output", required=True, metavar="URL", help="folder or s3:// prefix for the manifest")
+    parser.add_argument(
+        "--categories", required=True, metavar="FILE", help="JSON list of {label, name, isthing, color}, or a COCO JSON"
+    )
+    parser.add_argument(
+        "--labels",
+        choices=("classes", "instances", "panoptic"),
+        help="what the map holds: classes in grey; class in red and instance in green and blue; ids of a COCO panoptic "
+        "PNG beside JSON with segments_info (default: by the first sample)",
+    )
+    parser.add_argument("--image", metavar="EXT", help="extension of the image, such as jpg or input.png")
+    parser.add_argument("--map", metavar="EXT", help="extension of the map of labels, such as png or seg.png")
+    parser.add_argument(
+        "--void", metavar="N,N", default="", help="labels that say nothing besides 255 (instances: and 0)"
+    )
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default 178956970)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be adopted")
+    parser.add_argument("--threads", type=int, metavar="N", help="tars that are read at once (default: cores)")
+    parser.add_argument("--report", metavar="FILE", help="JSON file or URL for all that was found")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 1 where samples cannot be adopted and none was written."""
+    import json
+    import os
+    from dataclasses import asdict
+
+    from cluster.progress import Progress, say
+    from data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
+    from data_pipeline.config import DatasetConfig
+    from data_pipeline.readers.category_file import read_category_file
+    from data_pipeline.storage import Storage
+    from model.errors import ConfigError
+
+    threads = args.threads or os.cpu_count() or 1
+    if threads < 1:
+        raise ConfigError(f"--threads is {threads}; it must be at least 1")
+    storage = Storage()
+    categories, void = read_category_file(args.categories, _numbers(args.void))
+    wanted = Wanted(
+        categories=categories,
+        void=void,
+        labels=args.labels,
+        image=args.image,
+        map=args.map,
+        max_pixels=args.max_pixels or DatasetConfig.max_pixels,
+    )
+    tars = find_tars(args.urls, storage)
+    form = detect_form(tars[0], wanted, storage)
+    total = sum(storage.size(tar) for tar in tars)
+    with Progress("indexing", round(total / 1e6), "MB") as progress:
+        adoption = adopt(
+            tars,
+            args.output,
+            form,
+            wanted,
+            storage,
+            skip_bad=args.skip_bad,
+            threads=threads,
+            heard=_megabytes(progress),
+        )
+    say(_summary(adoption, args.output, args.report))
+    if args.report:
+        storage.put(args.report, json.dumps(asdict(adoption), indent=1).encode())
+    return 0 if adoption.committed else 1
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Numbers between commas. Raises ConfigError."""
+    from model.errors import ConfigError
+
+    try:
+        return tuple(int(number) for number in text.split(",") if number)
+    except ValueError:
+        raise ConfigError(f"--void is {text!r}; give whole numbers between commas, for example 0,255") from None
+
+
+def _megabytes(progress: Progress) -> Callable[[int, int], None]:
+    """What hears of samples and bytes and advances by whole megabytes."""
+    told = heard = 0
+
+    def hear(_: int, num_bytes: int) -> None:
+        nonlocal told, heard
+        heard += num_bytes
+        progress.advance(round(heard / 1e6) - told)
+        told = round(heard / 1e6)
+
+    return hear
+
+
+def _summary(found: Adoption, target: str, report: str | None) -> str:
+    """For a person: what was adopted, and what could not be."""
+    what = f"{found.num_samples:,} samples of {found.num_shards:,} tars, {found.num_bytes / 1e6:,.1f} MB"
+    if isinstance(found.form, str):
+        form = "shards of m2f"
+    else:
+        form = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
+        form += f" and .{found.form.json}" if found.form.json else ""
+    lines = [f"{target}: {what} ({form})"]
+    lines += [f"  {fault}" for fault in found.faults[:_SHOWN]]
+    if len(found.faults) > _SHOWN:
+        lines.append(f"  and {len(found.faults) - _SHOWN} more" + (f" in {report}" if report else "; --report FILE"))
+    if not found.committed:
+        lines.append(
+            f"{len(found.faults)} things cannot be adopted, so no manifest is written; correct them, or leave them out "
+            "with --skip-bad"
+        )
+    return "\n".join(lines)

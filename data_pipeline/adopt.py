@@ -1,0 +1,336 @@
+"""A manifest for WebDataset tars that are there already, ours or others': each is read once, none is written.
+
+The manifest may lie anywhere; it names tars below its own folder by their place in it, others by URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import pyarrow as pa
+
+from data_pipeline import codec, manifest
+from data_pipeline.categories import CategoryTable
+from data_pipeline.errors import DataError, ObjectExistsError, StorageError, some
+from data_pipeline.faults import Fault, fault_of_message
+from data_pipeline.foreign import ForeignForm, Labels, decode_labels, image_extension
+from data_pipeline.image_file import BrokenImageError, frame_orientation, read_header
+from data_pipeline.manifest import SAMPLE_SCHEMA, ShardInfo, category_columns
+from data_pipeline.object_stream import ObjectStream
+from data_pipeline.readers.custom import check_annotation
+from data_pipeline.readers.files import check_image, require_size
+from data_pipeline.storage import Storage, join
+from data_pipeline.tar_walk import TarSample, walk_tar
+
+Heard = Callable[[int, int], None]
+"""Called with samples and bytes read since the last call, by the caller's thread."""
+
+_HEARD_EVERY_S = 0.5
+_USUAL_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
+_ADOPTED = "adopted-"  # begins the plan of such a data set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the user says about the tars; None and empty are found out from the first sample."""
+
+    categories: CategoryTable
+    void: frozenset[int] = frozenset()
+    """Labels that say nothing, besides the usual ones (255; of instances also 0) where no category has these."""
+    labels: Labels | None = None
+    image: str | None = None
+    """Extension of the image."""
+    map: str | None = None
+    """Extension of the map of labels."""
+    max_pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adoption:
+    """What came of it."""
+
+    form: ForeignForm | Literal["m2f"]
+    num_samples: int
+    num_shards: int
+    num_bytes: int
+    faults: tuple[Fault, ...]
+    """What could not be adopted."""
+    committed: bool
+
+
+def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
+    """Tars that are named, and all below folders that are. Raises DataError for none and for one named twice."""
+    found: list[str] = []
+    for url in urls:
+        absolute = url if "://" in url else str(Path(url).expanduser().absolute())
+        if storage.exists(absolute):
+            found.append(absolute)
+        else:
+            found += [name for name in storage.list(absolute) if name.endswith(".tar")]
+    twice = [url for url, count in Counter(found).items() if count > 1]
+    if twice or not found:
+        problem = f"tars are named twice: {some(twice)}" if twice else f"there is no tar at {some(urls)}"
+        raise DataError(f"{problem}; give tars, or folders or s3:// prefixes that hold some")
+    return tuple(found)
+
+
+def detect_form(tar: str, wanted: Wanted, storage: Storage) -> ForeignForm | Literal["m2f"]:
+    """What the members of the first sample are. Raises DataError that says what to give where that cannot be told."""
+    first = _first_sample(tar, storage)
+    members = first.contents()
+    name = f"{tar}: sample {first.key!r} with members {some(sorted(members), 10)}"
+    if "json" in members and _is_ours(members):
+        return "m2f"
+    image = wanted.image or _only(members, b"\xff\xd8\xff", f"{name}: which is the image is not clear; give --image")
+    rest = {extension: data for extension, data in members.items() if extension != image}
+    label_map = wanted.map or _only(rest, b"\x89PNG", f"{name}: which is the map of labels is not clear; give --map")
+    if image not in members or label_map not in members:
+        raise DataError(f"{name}: there is no member {image if image not in members else label_map}")
+    described = next((e for e in sorted(rest) if e.endswith("json") and b'"segments_info"' in rest[e]), None)
+    labels = wanted.labels or _labels(rest[label_map], described, name)
+    if labels == "panoptic" and described is None:
+        raise DataError(f"{name}: no member has `segments_info`, which labels: panoptic needs")
+    return ForeignForm(
+        labels=labels,
+        images=("jpg", "jpeg") if image in ("jpg", "jpeg") else (image,),
+        map=label_map,
+        json=described if labels == "panoptic" else None,
+        void=tuple(sorted(wanted.void | (_USUAL_VOID[labels] - wanted.categories.by_id.keys()))),
+    )
+
+
+def adopt(
+    tars: Sequence[str],
+    target: str,
+    form: ForeignForm | Literal["m2f"],
+    wanted: Wanted,
+    storage: Storage,
+    *,
+    skip_bad: bool = False,
+    threads: int = 1,
+    heard: Heard | None = None,
+) -> Adoption:
+    """Read all tars and write their manifest below `target`. Samples with faults are left out only with `skip_bad`.
+
+    Raises:
+        DataError: the target holds another data set, or no sample can be used.
+        StorageError: the manifest cannot be written. A tar that cannot be read is a fault.
+    """
+    read = _Reader(target, form, wanted, storage)
+    existing = manifest.read_document(target, storage)
+    if existing is not None and not existing["plan"].startswith(_ADOPTED):
+        _refuse(target)
+    found, repeated = _without_repeats(_in_threads(read, tars, threads, heard))
+    faults = [fault for tar in found for fault in tar.faults] + repeated
+    filled = [tar for tar in found if tar.rows]
+    if not filled:
+        listed = "\n".join(f"  {fault}" for fault in faults[:10])
+        raise DataError(f"{target}: not one sample of {len(tars)} tars can be used\n{listed}")
+    committed = skip_bad or not faults
+    if committed:
+        _commit(filled, target, form, wanted.categories, storage)
+    return Adoption(
+        form=form,
+        num_samples=sum(len(tar.rows) for tar in filled),
+        num_shards=len(filled),
+        num_bytes=sum(tar.info.size for tar in filled),
+        faults=tuple(faults),
+        committed=committed,
+    )
+
+
+@dataclass(frozen=True)
+class _Tar:
+    """One tar, read."""
+
+    info: ShardInfo
+    rows: list[dict[str, Any]]
+    faults: list[Fault]
+
+
+class _Reader:
+    """Reads tars; called by threads."""
+
+    def __init__(self, target: str, form: ForeignForm | Literal["m2f"], wanted: Wanted, storage: Storage) -> None:
+        self._target, self._form, self._wanted, self._storage = target, form, wanted, storage
+        self.counts: list[tuple[int, int]] = []
+
+    def __call__(self, url: str) -> _Tar:
+        rows, faults = [], []
+        name = url.removeprefix(join(self._target, "")) if url.startswith(join(self._target, "")) else url
+        try:
+            stream = ObjectStream(url, self._storage)
+            for found in walk_tar(stream):
+                if isinstance(found, Fault):
+                    faults.append(found)
+                    continue
+                self.counts.append((1, len(found.data)))
+                try:
+                    rows.append(self._row(found, name))
+                except DataError as error:
+                    fault = fault_of_message(url, str(error))
+                    faults.append(Fault(**{**asdict(fault), "key": found.key, "offset": found.offset}))
+            sha256 = stream.finish()
+        except StorageError as error:
+            return _Tar(ShardInfo(name, 0, "", 0), [], [fault_of_message(url, str(error))])
+        return _Tar(ShardInfo(name, stream.size, sha256, len(rows)), rows, faults)
+
+    def _row(self, sample: TarSample, tar: str) -> dict[str, Any]:
+        """The manifest's row of a sample whose image and labels were decoded."""
+        members, where = sample.contents(), f"sample {sample.key!r} ({tar})"
+        key, image_id = sample.key, None
+        if self._form == "m2f":
+            decoded = codec.decode(members)
+            key, image_id, annotation, size = decoded.key, decoded.image_id, decoded.annotation, decoded.size
+            check_annotation(annotation, self._wanted.categories, where)
+        else:
+            size = self._size(members, self._form, where)
+            annotation = decode_labels(members, self._form, self._wanted.categories, size, where)
+            image = members[image_extension(members, self._form, where)]
+            check_image(image, *size, self._wanted.max_pixels, where)
+        return {
+            "key": key,
+            "offset": sample.offset,
+            "length": len(sample.data),
+            "crc32": zlib.crc32(sample.data),
+            "image_id": image_id,
+            "height": size[0],
+            "width": size[1],
+            "member_names": list(sample.members),
+            "member_offsets": [start for start, _ in sample.members.values()],
+            "member_lengths": [length for _, length in sample.members.values()],
+            **category_columns(annotation),
+        }
+
+    def _size(self, members: dict[str, bytes], form: ForeignForm, where: str) -> tuple[int, int]:
+        """Height and width of the labels, after both headers were looked at."""
+        try:
+            if form.map not in members:
+                raise BrokenImageError(f"it has no member {form.map} with its labels")
+            labels = read_header(members[form.map])
+            require_size(labels, self._wanted.max_pixels)
+            image = read_header(members[image_extension(members, form, where)])
+            frame_orientation(image, labels.height, labels.width)
+        except BrokenImageError as error:
+            raise DataError(f"{where}: {error}") from error
+        return labels.height, labels.width
+
+
+def _in_threads(read: _Reader, tars: Sequence[str], threads: int, heard: Heard | None) -> list[_Tar]:
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(read, tar) for tar in tars]
+        running: set[Future[_Tar]] = set(futures)
+        while running:
+            _, running = wait(running, _HEARD_EVERY_S, FIRST_COMPLETED)
+            while read.counts:
+                count = read.counts.pop()
+                if heard is not None:
+                    heard(*count)
+        return [future.result() for future in futures]
+
+
+def _without_repeats(tars: Sequence[_Tar]) -> tuple[list[_Tar], list[Fault]]:
+    """Tars without the samples whose key was there before, in any of them; and these samples as faults."""
+    first: dict[str, str] = {}
+    kept, faults = [], []
+    for tar in tars:
+        rows = []
+        for row in tar.rows:
+            key, name = row["key"], tar.info.name
+            if key not in first:
+                first[key] = name
+                rows.append(row)
+                continue
+            problem = f"a sample of {first[key]} has the same key"
+            faults.append(
+                Fault(object=name, key=key, offset=row["offset"], problem=problem, remedy="rename one of them")
+            )
+        kept.append(replace(tar, rows=rows))
+    return kept, faults
+
+
+def _commit(
+    tars: Sequence[_Tar],
+    target: str,
+    form: ForeignForm | Literal["m2f"],
+    categories: CategoryTable,
+    storage: Storage,
+) -> None:
+    rows = [{**row, "shard": shard} for shard, tar in enumerate(tars) for row in tar.rows]
+    for number, row in enumerate(rows):
+        if row["image_id"] is None:
+            row["image_id"] = number
+    samples = manifest.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
+    shards = [ShardInfo(t.info.name, t.info.size, t.info.sha256, len(t.rows)) for t in tars]
+    foreign = None if form == "m2f" else form
+    described = json.dumps([[asdict(shard) for shard in shards], None if foreign is None else asdict(foreign)])
+    document = manifest.make_document(
+        plan=f"{_ADOPTED}{hashlib.sha256(described.encode()).hexdigest()}",
+        source_fingerprint="",
+        categories=categories,
+        shards=shards,
+        samples=samples,
+        foreign=foreign,
+    )
+    existing = manifest.read_document(target, storage)
+    if existing is None:
+        storage.put(join(target, manifest.SAMPLES_FILE), samples)
+        try:
+            storage.put(join(target, manifest.DATASET_FILE), json.dumps(document, indent=1).encode(), if_absent=True)
+        except ObjectExistsError:
+            existing = manifest.read_document(target, storage)
+    if existing is not None and existing["fingerprint"] != document["fingerprint"]:
+        _refuse(target)
+
+
+def _refuse(target: str) -> NoReturn:
+    raise DataError(f"{target} holds another data set already; choose another folder, or delete it first")
+
+
+def _first_sample(tar: str, storage: Storage) -> TarSample:
+    faults = []
+    for found in walk_tar(ObjectStream(tar, storage)):
+        if isinstance(found, TarSample):
+            return found
+        faults.append(found)
+    raise DataError(str(faults[0]) if faults else f"{tar} has no sample; leave it out")
+
+
+def _is_ours(members: dict[str, bytes]) -> bool:
+    try:
+        codec.decode(members)
+    except DataError:
+        return False
+    return True
+
+
+def _only(members: dict[str, bytes], mark: bytes, otherwise: str) -> str:
+    """The one member that begins like this."""
+    found = [extension for extension, data in members.items() if data.startswith(mark)]
+    if len(found) != 1:
+        raise DataError(otherwise)
+    return found[0]
+
+
+def _labels(label_map: bytes, described: str | None, name: str) -> Labels:
+    try:
+        header = read_header(label_map)
+    except BrokenImageError as error:
+        raise DataError(f"{name}: the map of labels: {error}") from error
+    if header.ext == "png" and header.mode in ("gray", "palette"):
+        return "classes"
+    if described is not None:
+        return "panoptic"
+    raise DataError(
+        f"{name}: its map is a {header.mode} {header.ext} and no JSON has `segments_info`. With the class in red and "
+        "the instance in green and blue give --labels instances; maps that paint classes in colours, polygons and "
+        "boxes cannot be adopted: write them as shards (m2f shard)"
+    )

@@ -1,0 +1,165 @@
+"""Samples of WebDataset tars that others have made, read as they are.
+
+`m2f index` writes a manifest for such tars and leaves them alone; their form stands in the manifest. A foreign sample
+travels as its members plus two that no tar can hold, because extensions have no slash: the form and the identity.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.errors import DataError, some
+from data_pipeline.image_file import (
+    BrokenImageError,
+    ImageHeader,
+    decode_id_png,
+    decode_index_png,
+    decode_rgb,
+    frame_orientation,
+    read_header,
+)
+from data_pipeline.partition import Region, partition
+from data_pipeline.sample import Annotation, DecodedSample
+
+FORM = "/form"
+IDENTITY = "/identity"
+
+Labels = Literal["classes", "instances", "panoptic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignForm:
+    """What the members of foreign samples are."""
+
+    labels: Labels
+    """classes: a grey or palette PNG of class labels. instances: a colour PNG, red the class and green + 256 blue the
+    number of the instance. panoptic: a colour PNG of segment ids as in COCO, beside JSON with `segments_info`."""
+    images: tuple[str, ...]
+    """Extensions of the image; a sample has one of them."""
+    map: str
+    """Extension of the PNG with labels."""
+    json: str | None = None
+    """Extension of the JSON with `segments_info`; None where `labels` needs none."""
+    void: tuple[int, ...] = ()
+    """Labels that say nothing; id 0 is always void in `panoptic`."""
+
+
+def form_member(form: ForeignForm, categories: CategoryTable) -> bytes:
+    """The member that says how to read a sample; equal for all samples of a data set."""
+    listed = [(c.id, c.is_thing) for c in categories.categories]
+    return json.dumps({"form": asdict(form), "categories": listed}).encode()
+
+
+def identity_member(key: str, image_id: int, source: str, height: int, width: int) -> bytes:
+    """The member that says which sample it is."""
+    return json.dumps({"key": key, "image_id": image_id, "source": source, "size": [height, width]}).encode()
+
+
+def form_from_json(fields: dict[str, Any]) -> ForeignForm:
+    """A form as `dataset.json` has it."""
+    lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("images", "void")}
+    return ForeignForm(**(fields | lists))
+
+
+def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
+    """The sample of foreign members with their form and identity. Raises DataError naming the sample."""
+    form, table = _read_form(members[FORM])
+    identity = json.loads(members[IDENTITY])
+    name = f"sample {identity['key']!r} ({identity['source']})"
+    height, width = identity["size"]
+    annotation = decode_labels(members, form, table, (height, width), name)
+    try:
+        data = members[image_extension(members, form, name)]
+        header = read_header(data)
+        _require_size(header, (height, width), "the image")
+        image = decode_rgb(data, frame_orientation(header, height, width))
+    except BrokenImageError as error:
+        raise DataError(f"{name}: {error}") from error
+    return DecodedSample(
+        key=identity["key"],
+        image_id=identity["image_id"],
+        source=identity["source"],
+        image=image,
+        annotation=annotation,
+    )
+
+
+def image_extension(members: Mapping[str, bytes], form: ForeignForm, name: str) -> str:
+    """Which member is the image. Raises DataError where none is, or several could be."""
+    found = [extension for extension in form.images if extension in members]
+    if len(found) != 1:
+        raise DataError(f"{name}: one member of {some(form.images)} must be the image; it has {some(sorted(members))}")
+    return found[0]
+
+
+def decode_labels(
+    members: Mapping[str, bytes], form: ForeignForm, table: CategoryTable, size: tuple[int, int], name: str
+) -> Annotation:
+    """Ground truth of a foreign sample of this height and width. Raises DataError beginning with the name."""
+    if form.map not in members:
+        raise DataError(f"{name} has no member {form.map} with its labels; it has {some(sorted(members))}")
+    try:
+        header = read_header(members[form.map])
+        _require_size(header, size, f"member {form.map}")
+        values = decode_index_png(members[form.map]) if form.labels == "classes" else _colors(members[form.map], header)
+    except BrokenImageError as error:
+        raise DataError(f"{name}: member {form.map}: {error}") from error
+    if form.labels == "panoptic":
+        return _panoptic(values, members, form, table, name)
+
+    def classify(value: int) -> Region | None:
+        label, number = (value, 0) if form.labels == "classes" else (value & 255, value >> 8)
+        if label in form.void:
+            return None
+        category = table.by_id[label]
+        return Region(category, value if number and category.is_thing else category.id)
+
+    unknown = "are neither categories nor void; add them to the category file or to --void"
+    return partition(values, classify, f"{name}: member {form.map}", unknown)
+
+
+def _panoptic(
+    ids: np.ndarray, members: Mapping[str, bytes], form: ForeignForm, table: CategoryTable, name: str
+) -> Annotation:
+    assert form.json is not None
+    regions: dict[int, Region | None] = {0: None}
+    try:
+        for entry in json.loads(members[form.json])["segments_info"]:
+            category = table.by_id[int(entry["category_id"])]
+            regions[int(entry["id"])] = Region(category, int(entry["id"]), bool(entry.get("iscrowd", 0)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{name}: member {form.json} has no usable `segments_info` of known categories ({error!r:.100})"
+        ) from error
+    annotation = partition(ids, regions.__getitem__, f"{name}: member {form.map}", f"are not listed in its {form.json}")
+    absent = sorted(regions.keys() - {0} - {segment.source_id for segment in annotation.segments})
+    if absent:
+        raise DataError(f"{name}: member {form.json} lists segments without a pixel: {some(absent)}")
+    return annotation
+
+
+def _colors(data: bytes, header: ImageHeader) -> np.ndarray:
+    if header.mode.startswith("gray") or header.bit_depth > 8:
+        raise BrokenImageError(f"it must hold ids in three 8-bit channels, and is {header.bit_depth}-bit {header.mode}")
+    return decode_id_png(data)
+
+
+def _require_size(header: ImageHeader, size: tuple[int, int], what: str) -> None:
+    """Before decoding: a small file may claim to be huge."""
+    if size not in ((header.height, header.width), (header.width, header.height)):
+        raise BrokenImageError(f"{what} is {header.width} x {header.height}, by the manifest {size[1]} x {size[0]}")
+
+
+@lru_cache(maxsize=16)
+def _read_form(data: bytes) -> tuple[ForeignForm, CategoryTable]:
+    """Names and colours of categories are not needed here and stay behind."""
+    content = json.loads(data)
+    table = CategoryTable(tuple(Category(i, "", is_thing, (0, 0, 0)) for i, is_thing in content["categories"]))
+    return form_from_json(content["form"]), table

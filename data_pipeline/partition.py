@@ -1,0 +1,102 @@
+"""Segments of a map whose pixels name the segment that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.categories import Category
+from data_pipeline.errors import DataError, some
+from data_pipeline.sample import Annotation, Segment, id_dtype
+
+
+class Region(NamedTuple):
+    """The segment that the pixels of a value belong to. Values with equal regions are one segment."""
+
+    category: Category
+    source_id: int
+    """Id of the segment, unique in its image."""
+    is_crowd: bool = False
+
+
+def partition(
+    values: np.ndarray, classify: Callable[[int], Region | None], where: object, unknown_are: str
+) -> Annotation:
+    """Segments of a map whose pixels name their segment, in the order of their lowest value.
+
+    Args:
+        values: [H, W], unsigned, below 2^24.
+        classify: the region of a value, None for void; raises KeyError with what the data set does not know.
+        where: file or sample of the map, for the message.
+        unknown_are: the message after the list of unknown values: what is wrong with them and the remedy.
+
+    Raises:
+        DataError: unknown values.
+    """
+    runs = _find_runs(values)
+    present, of_run = np.unique(runs.value, return_inverse=True)
+    areas = np.bincount(of_run, weights=runs.end - runs.start)
+    regions: dict[Region, int] = {}
+    local_ids = np.zeros(len(present), np.int64)
+    unknown: dict[object, None] = {}
+    for number, value in enumerate(present.tolist()):
+        try:
+            region = classify(value)
+        except KeyError as error:
+            unknown[error.args[0]] = None
+            continue
+        if region is not None:
+            local_ids[number] = regions.setdefault(region, len(regions) + 1)
+    if unknown:
+        raise DataError(f"{where}: pixel values {some(unknown, 20)} {unknown_are}")
+    table = np.zeros(int(present[-1]) + 1, id_dtype(len(regions)))  # pages that are never touched cost nothing
+    table[present] = local_ids
+    pixels = np.bincount(local_ids, weights=areas, minlength=len(regions) + 1)
+    boxes = _boxes(runs, local_ids[of_run], len(regions), values.shape)
+    segments = tuple(
+        Segment(
+            id=local_id,
+            category_id=region.category.id,
+            is_thing=region.category.is_thing,
+            is_crowd=region.is_crowd,
+            area=float(pixels[local_id]),
+            bbox=boxes[local_id - 1],
+            source_id=region.source_id,
+            map="seg",
+        )
+        for region, local_id in regions.items()
+    )
+    return Annotation(seg=table[values], inst=None, segments=segments)
+
+
+class _Runs(NamedTuple):
+    """Runs of equal values in the rows of a map: few beside its pixels, so that counting them is fast."""
+
+    value: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    """Column after the last."""
+
+
+def _find_runs(values: np.ndarray) -> _Runs:
+    is_start = np.ones(values.shape, bool)
+    is_start[:, 1:] = values[:, 1:] != values[:, :-1]
+    row, start = np.nonzero(is_start)
+    end = np.roll(start, -1)  # a run ends where the next one starts,
+    end[end == 0] = values.shape[1]  # or at the border where that is the first of another row
+    return _Runs(values[row, start], row, start, end)
+
+
+def _boxes(runs: _Runs, ids: np.ndarray, count: int, shape: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """x, y, width, height of ids 1..count, given the id of every run; each id has at least one."""
+    left, top = np.full(count + 1, shape[1]), np.full(count + 1, shape[0])
+    right, bottom = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    np.minimum.at(left, ids, runs.start)
+    np.minimum.at(top, ids, runs.row)
+    np.maximum.at(right, ids, runs.end)
+    np.maximum.at(bottom, ids, runs.row + 1)
+    boxes = np.stack([left, top, right - left, bottom - top], axis=1)[1:]
+    return [(x, y, width, height) for x, y, width, height in boxes.tolist()]

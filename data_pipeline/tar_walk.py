@@ -1,0 +1,140 @@
+"""Samples of a WebDataset tar that may come from anywhere, read once from front to back, nothing extracted."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from data_pipeline.faults import Fault
+from data_pipeline.object_stream import ObjectStream
+
+_BLOCK = 512
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_MAX_MEMBER_BYTES = 1 << 30
+_REPACK = "pack the tar again with the files of each sample next to each other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarSample:
+    """Neighbouring members with one base name."""
+
+    key: str
+    offset: int
+    """Of its first header."""
+    data: bytes
+    """Headers, members and padding."""
+    members: dict[str, tuple[int, int]]
+    """Extension -> first byte in `data` and length."""
+
+    def contents(self) -> dict[str, bytes]:
+        """Extension -> content."""
+        return {name: self.data[start : start + length] for name, (start, length) in self.members.items()}
+
+
+def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
+    """Samples in their order; what cannot be adopted comes as a fault in its place. The stream is not finished."""
+    if (compression := _compression(stream)) is not None:
+        yield _fault(stream, 0, f"it is compressed ({compression}), so parts of it cannot be read", "unpack it to .tar")
+        return
+    try:
+        with tarfile.open(fileobj=cast("Any", _File(stream)), mode="r:") as tar:
+            yield from _samples(stream, tar)
+            end = tar.offset
+    except tarfile.TarError as error:
+        yield _fault(stream, stream.tell(), f"it is no tar, or cut off or damaged here ({error})", "fetch it again")
+        return
+    # tarfile takes any header that it cannot read for the end of the archive.
+    if end >= stream.size:
+        yield _fault(stream, stream.size, "it has no end mark and is probably cut off", "fetch it again, or repack it")
+    elif not stream.is_zero_from(end):
+        yield _fault(stream, end, "a header is damaged, or another tar follows; the rest is not read", _REPACK)
+
+
+class _File:
+    """What `tarfile` needs of a file."""
+
+    def __init__(self, stream: ObjectStream) -> None:
+        self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
+        self.mode, self.name = "rb", stream.url
+
+
+def _compression(stream: ObjectStream) -> str | None:
+    start = stream.take(0, 8)
+    return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
+
+
+def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Iterator[TarSample | Fault]:
+    """Group neighbours by base name."""
+    group: list[tuple[str, tarfile.TarInfo]] = []
+    key, done = "", set[str]()
+    while (info := tar.next()) is not None:
+        cast("Any", tar).members.clear()  # it would keep every header that it has seen
+        if info.isdir():
+            continue
+        if (problem := _problem(info, stream.size)) is not None:
+            yield _fault(stream, info.offset, f"member {info.name[:100]!r} {problem}", "leave it out of the tar")
+            if info.offset_data + info.size > stream.size:
+                return
+            continue
+        member_key, extension = _split(info.name)
+        if member_key != key and group:
+            yield _sample(stream, key, group)
+            done.add(key)
+            group = []
+        if member_key in done:
+            yield _fault(
+                stream, info.offset, "its files are not next to each other, or it is there twice", _REPACK, member_key
+            )
+            continue
+        key = member_key
+        group.append((extension, info))
+    if group:
+        yield _sample(stream, key, group)
+
+
+def _problem(info: tarfile.TarInfo, size: int) -> str | None:
+    """What forbids to use a member."""
+    if info.name.startswith("/") or ".." in PurePosixPath(info.name).parts:
+        return "has a path that leads out of its folder"
+    if not info.isreg() or info.issparse():
+        return "is no plain file"
+    if info.offset_data + info.size > size:
+        return f"has {info.size} bytes by its header, and the tar ends before them: it is cut off"
+    if info.size > _MAX_MEMBER_BYTES:
+        return f"has {info.size} bytes; more than {_MAX_MEMBER_BYTES} are refused"
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension as webdataset cuts them: at the first dot of the base name."""
+    folder, _, base = name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _sample(stream: ObjectStream, key: str, group: list[tuple[str, tarfile.TarInfo]]) -> TarSample | Fault:
+    first, last = group[0][1].offset, group[-1][1]
+    extensions = [extension for extension, _ in group]
+    if len(set(extensions)) != len(extensions) or not key:
+        return _fault(stream, first, f"members {extensions} cannot be told apart by their extensions", _REPACK, key)
+    stream.forget(first)
+    end = last.offset_data + -(-last.size // _BLOCK) * _BLOCK
+    return TarSample(
+        key=key,
+        offset=first,
+        data=stream.take(first, end - first),
+        members={extension: (info.offset_data - first, info.size) for extension, info in group},
+    )
+
+
+def _fault(stream: ObjectStream, offset: int, problem: str, remedy: str, key: str | None = None) -> Fault:
+    return Fault(object=stream.url, key=key, offset=offset, problem=problem, remedy=remedy)

@@ -1,0 +1,462 @@
+"""Tars of others become data sets without being written: the same pixels, or a clear reason why not."""
+
+import io
+import itertools
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import boto3
+import cv2
+import numpy as np
+import pytest
+import webdataset
+from moto.server import ThreadedMotoServer
+
+from cluster.cli import main
+from data_pipeline import object_stream
+from data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.config import (
+    CocoPanopticSource,
+    DataConfig,
+    DatasetConfig,
+    HuggingFaceSource,
+    LabelMapSource,
+    LargeScaleJitter,
+    MixtureItem,
+    StorageConfig,
+    SyntheticSource,
+)
+from data_pipeline.errors import DataError
+from data_pipeline.image_file import encode_png
+from data_pipeline.loader import LoaderSpec, build_loader
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import build_order
+from data_pipeline.preview import write_contact_sheet
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+from data_pipeline.verify import verify
+
+STORAGE = Storage()
+CLASSES = [
+    {"label": 0, "id": 0, "name": "road", "isthing": 0, "color": [90, 90, 90]},
+    {"label": 3, "id": 3, "name": "car", "isthing": 1, "color": [0, 0, 200]},
+    {"label": 7, "id": 7, "name": "sky", "isthing": 0, "color": [90, 160, 250]},
+]
+TABLE = CategoryTable(tuple(Category(c["label"], c["name"], bool(c["isthing"]), tuple(c["color"])) for c in CLASSES))
+WANTED = Wanted(categories=TABLE, max_pixels=10_000)
+
+
+def image(index, ext="jpg"):
+    pixels = np.random.default_rng(index).integers(0, 255, (20 + index, 30, 3), dtype=np.uint8)
+    return cv2.imencode(f".{ext}", pixels)[1].tobytes()
+
+
+def class_map(index):
+    values = np.full((20 + index, 30), 7, np.uint8)
+    values[8:] = 0
+    values[10:14, 4:9] = 3
+    values[:2] = 255
+    return values
+
+
+def color_map(index):
+    """Red the class plus 1 (0 is void), green the instance."""
+    values = class_map(index)
+    colors = np.zeros((*values.shape, 3), np.uint8)
+    colors[..., 0] = np.where(values == 255, 255, values)
+    colors[10:14, 4:6, 1] = 1
+    colors[10:14, 6:9, 1] = 2
+    return colors
+
+
+def panoptic(index):
+    """Segment ids in colours and their JSON."""
+    values = class_map(index)
+    ids = {7: 70_000, 0: 12, 3: 300}
+    number = np.zeros(values.shape, np.int64)
+    for label, segment in ids.items():
+        number[values == label] = segment
+    colors = np.stack([number % 256, number // 256 % 256, number // 65536], axis=-1).astype(np.uint8)
+    entries = [{"id": segment, "category_id": label, "iscrowd": int(label == 3)} for label, segment in ids.items()]
+    return colors, {"segments_info": entries, "image_id": index}
+
+
+def members_of(index, form):
+    match form:
+        case "classes":
+            return {"jpg": image(index), "png": encode_png(class_map(index))}
+        case "instances":
+            return {"img.png": image(index, "png"), "seg.png": encode_png(color_map(index))}
+        case "panoptic":
+            colors, described = panoptic(index)
+            return {"jpg": image(index), "png": encode_png(colors), "json": json.dumps(described).encode()}
+
+
+def write_tar(path, samples, **options):
+    """`{key: {extension: content}}` as a tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for key, members in samples.items():
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_tars(folder, form, count=12, per_tar=5):
+    samples = {f"{i:04d}": members_of(i, form) for i in range(count)}
+    for number in range(0, count, per_tar):
+        some = dict(list(samples.items())[number : number + per_tar])
+        write_tar(folder / f"{number // per_tar:03d}.tar", some)
+    return samples
+
+
+def index(source, target, wanted=WANTED, **options):
+    tars = find_tars([str(source)], STORAGE)
+    return adopt(tars, str(target), detect_form(tars[0], wanted, STORAGE), wanted, STORAGE, **options)
+
+
+def raw_source(folder, samples, form):
+    """The same images and labels as loose files, for the reader of that form."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    listed, annotations = [], []
+    for number, (key, members) in enumerate(samples.items()):
+        image_ext, map_ext = ("img.png", "seg.png") if form == "instances" else ("jpg", "png")
+        (folder / "images" / f"{key}.{image_ext[-3:]}").write_bytes(members[image_ext])
+        (folder / "labels" / f"{key}.png").write_bytes(members[map_ext])
+        if form == "panoptic":
+            listed.append({"id": number, "file_name": f"{key}.jpg", "height": 20 + number, "width": 30})
+            entries = json.loads(members["json"])["segments_info"]
+            annotations.append({"image_id": number, "file_name": f"{key}.png", "segments_info": entries})
+    document = {"images": listed, "annotations": annotations, "categories": CLASSES}
+    (folder / "classes.json").write_text(json.dumps(document if form == "panoptic" else CLASSES))
+    images, labels, classes = (str(folder / name) for name in ("images", "labels", "classes.json"))
+    match form:
+        case "classes":
+            return LabelMapSource(images=images, labels=labels, categories=classes)
+        case "instances":
+            return HuggingFaceSource(images=images, annotations=labels, categories=classes, void=(255,))
+        case "panoptic":
+            return CocoPanopticSource(images=images, panoptic_json=classes, panoptic_masks=labels)
+
+
+def described(annotation):
+    """Segments with their pixels, whatever their local ids and order."""
+    return sorted(
+        (s.category_id, s.is_thing, s.is_crowd, s.area, tuple(s.bbox), (annotation.seg == s.id).tobytes())
+        for s in annotation.segments
+    )
+
+
+@pytest.mark.parametrize("form", ["classes", "instances", "panoptic"])
+def test_adopted_tars_give_what_shards_of_the_same_files_give(tmp_path, form):
+    samples = write_tars(tmp_path / "tars", form)
+    before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
+    wanted = replace(WANTED, labels="instances", image="img.png") if form == "instances" else WANTED
+    found = index(tmp_path / "tars", tmp_path / "set", wanted, threads=2)
+    assert found.committed
+    assert (found.num_samples, found.num_shards) == (12, 3)
+    assert {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == before
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["dataset.json", "samples.parquet"]
+    assert verify(str(tmp_path / "set"), STORAGE, "full").faults == ()
+
+    adopted = Manifest.load(str(tmp_path / "set"), STORAGE)
+    source = raw_source(tmp_path / "raw", samples, form)
+    written = write_dataset(open_reader(source), DatasetConfig(shards=str(tmp_path / "shards"), source=source), STORAGE)
+    row_of = {key: row for row, key in enumerate(written.key)}
+    assert sorted(adopted.key) == sorted(written.key)
+    for row, key in enumerate(adopted.key):
+        ours, theirs = written.read_sample(row_of[key], STORAGE), adopted.read_sample(row, STORAGE)
+        assert np.array_equal(ours.image, theirs.image)
+        pixels = [
+            {s.category_id: sample.annotation.seg == s.id for s in sample.annotation.segments}
+            for sample in (ours, theirs)
+        ]
+        assert pixels[0].keys() == pixels[1].keys()
+        summary = [
+            sorted((s.category_id, s.is_thing, s.is_crowd, s.area, tuple(s.bbox)) for s in sample.annotation.segments)
+            for sample in (ours, theirs)
+        ]
+        assert summary[0] == summary[1]
+        assert all(np.array_equal(pixels[0][c], pixels[1][c]) for c in pixels[0])
+    assert [s.num_pixels for s in adopted.statistics()] == [s.num_pixels for s in written.statistics()]
+
+
+def load_steps(manifest, steps, **changes):
+    data = DataConfig(
+        train=(MixtureItem(dataset="a"),),
+        augment=LargeScaleJitter(size=32),
+        task="semantic",
+        lanes=2,
+        window=4,
+        **changes,
+    )
+    spec = LoaderSpec(global_batch=3, micro_batch=3, rank=0, world=1, start_step=0, seed=1)
+    loader = build_loader([manifest], build_order([manifest], 1, data), data, Storage(), spec)
+    try:
+        return [batch for step in itertools.islice(loader, steps) for batch in step.micro_batches]
+    finally:
+        loader.close()
+
+
+def test_training_reads_adopted_tars(tmp_path):
+    write_tars(tmp_path / "tars", "classes")
+    index(tmp_path / "tars", tmp_path / "set")
+    manifest = Manifest.load(str(tmp_path / "set"), STORAGE)
+    batches = load_steps(manifest, 4, workers=0)
+    assert sorted(key for batch in batches for key in batch.keys) == sorted(f"{i:04d}" for i in range(12))
+    assert {int(label) for b in batches for label in b.targets.labels[b.targets.valid]} == {0, 1, 2}
+    for one, other in zip(batches, load_steps(manifest, 4, workers=1), strict=True):
+        assert (one.images == other.images).all()
+        assert (one.targets.id_maps == other.targets.id_maps).all()
+    write_contact_sheet(manifest, [0, 5], STORAGE, str(tmp_path / "sheet.png"))
+    assert cv2.imread(str(tmp_path / "sheet.png")) is not None
+
+
+def test_our_own_shards_get_their_manifest_back(tmp_path):
+    source = SyntheticSource(num_images=6, seed=3)
+    reader = open_reader(source)
+    written = write_dataset(reader, DatasetConfig(shards=str(tmp_path / "set"), source=source, shard_mb=0.06), STORAGE)
+    for name in ("dataset.json", "samples.parquet"):
+        (tmp_path / "set" / name).unlink()
+    found = index(tmp_path / "set", tmp_path / "set", replace(WANTED, categories=reader.categories))
+    assert found.form == "m2f"
+    again = Manifest.load(str(tmp_path / "set"), STORAGE)
+    assert again.fingerprint == written.fingerprint
+    assert again.shards == written.shards
+    for name in ("key", "offset", "length", "crc32", "image_id", "num_segments"):
+        assert getattr(again, name).tolist() == getattr(written, name).tolist()
+
+
+def test_tars_written_by_webdataset_and_long_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_stream, "_BLOCK", 1500)  # samples cross blocks
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        for i in range(3):
+            writer.write({"__key__": f"folder/sub_{i}", **members_of(i, "classes")})
+    long = "n" * 140
+    write_tar(tmp_path / "gnu.tar", {f"{long}1": members_of(4, "classes")}, format=tarfile.GNU_FORMAT)
+    write_tar(tmp_path / "pax.tar", {f"{long}\u00e92": members_of(5, "classes")}, format=tarfile.PAX_FORMAT)
+    assert index(tmp_path, tmp_path).num_samples == 5
+    manifest = Manifest.load(str(tmp_path), STORAGE)
+    assert manifest.key.tolist() == ["folder/sub_0", "folder/sub_1", "folder/sub_2", f"{long}1", f"{long}\u00e92"]
+    assert [shard.name for shard in manifest.shards] == ["a.tar", "gnu.tar", "pax.tar"]
+    for row, number in enumerate((0, 1, 2, 4, 5)):
+        assert manifest.read_members(row, STORAGE)["jpg"] == image(number)
+    assert verify(str(tmp_path), STORAGE, "full").faults == ()
+
+
+def corrupt(samples, **changes):
+    """The samples with changed members of number 2."""
+    key = sorted(samples)[2]
+    members = {**samples[key], **changes}
+    return {**samples, key: {name: data for name, data in members.items() if data is not None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"png": None}, "has no member png with its labels"),
+        ({"jpg": None}, "must be the image"),
+        ({"jpg": image(2)[:200]}, "cut off"),
+        ({"jpg": image(9)}, "they must belong together"),
+        ({"png": encode_png(np.full((22, 30), 9, np.uint8))}, "neither categories nor void"),
+        ({"png": encode_png(np.zeros((500, 500), np.uint8))}, "more than max_pixels"),
+        ({"png": encode_png(color_map(2))}, "must be a grey or palette PNG"),
+        ({"png": b"hello"}, "neither a JPEG nor a PNG"),
+    ],
+)
+def test_samples_that_cannot_be_adopted_are_named(tmp_path, changes, words):
+    samples = {f"{i:04d}": members_of(i, "classes") for i in range(5)}
+    write_tar(tmp_path / "a.tar", corrupt(samples, **changes))
+    found = index(tmp_path, tmp_path / "set")
+    assert not found.committed
+    assert not (tmp_path / "set").exists()
+    (fault,) = found.faults
+    assert words in str(fault)
+    assert fault.key == "0002"
+    assert fault.object == str(tmp_path / "a.tar")
+    assert fault.offset
+    assert index(tmp_path, tmp_path / "set", skip_bad=True).num_samples == 4
+    assert "0002" not in Manifest.load(str(tmp_path / "set"), STORAGE).key
+
+
+@pytest.mark.parametrize(
+    ("described", "words"),
+    [
+        (b"{", "no usable `segments_info`"),
+        (b"[" * 100_000, "no usable `segments_info`"),
+        (b'{"segments_info": [{"id": 12, "category_id": 99}]}', "no usable `segments_info` of known categories"),
+        (b'{"segments_info": [{"id": 12, "category_id": 0}]}', "are not listed in its json"),
+    ],
+)
+def test_panoptic_descriptions_that_do_not_fit(tmp_path, described, words):
+    samples = {f"{i:04d}": members_of(i, "panoptic") for i in range(3)}
+    write_tar(tmp_path / "a.tar", corrupt(samples, json=described))
+    (fault,) = index(tmp_path, tmp_path / "set").faults
+    assert words in str(fault)
+    extra = json.loads(samples["0002"]["json"])
+    extra["segments_info"].append({"id": 5, "category_id": 0})
+    write_tar(tmp_path / "a.tar", corrupt(samples, json=json.dumps(extra).encode()))
+    (fault,) = index(tmp_path, tmp_path / "set").faults
+    assert "segments without a pixel: 5" in str(fault)
+
+
+def test_files_of_a_sample_that_are_apart(tmp_path):
+    a, b = members_of(0, "classes"), members_of(1, "classes")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in [
+            ("a.jpg", a["jpg"]),
+            ("a.png", a["png"]),
+            ("b.jpg", b["jpg"]),
+            ("b.png", b["png"]),
+            ("a.txt", b""),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (fault,) = index(tmp_path, tmp_path / "set").faults
+    assert fault.key == "a"
+    assert "not next to each other" in fault.problem
+
+
+def test_keys_must_be_unique_over_all_tars(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"same": members_of(0, "classes"), name[0]: members_of(1, "classes")})
+    (fault,) = index(tmp_path, tmp_path / "set").faults
+    assert (fault.key, fault.object) == ("same", str(tmp_path / "b.tar"))
+    assert str(tmp_path / "a.tar") in fault.problem
+
+
+@pytest.mark.parametrize("name", ["/etc/x.jpg", "../x.jpg", "a/../../x.jpg"])
+def test_paths_that_lead_out_are_refused_and_nothing_is_written(tmp_path, name):
+    inside = tmp_path / "deep" / "set"
+    write_tar(tmp_path / "tars" / "a.tar", {"good": members_of(0, "classes")})
+    with tarfile.open(tmp_path / "tars" / "a.tar", "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"evil"))
+    before = sorted(tmp_path.rglob("*"))
+    (fault,) = index(tmp_path / "tars", inside).faults
+    assert "leads out of its folder" in fault.problem
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("/etc/x.jpg").exists()
+
+
+def test_links_and_devices_are_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", {"good": members_of(0, "classes")})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        info = tarfile.TarInfo("link.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    (fault,) = index(tmp_path, tmp_path / "set").faults
+    assert "is no plain file" in fault.problem
+
+
+def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
+    samples = {f"{i:04d}": members_of(i, "classes") for i in range(4)}
+    whole = write_tar(tmp_path / "whole" / "a.tar", samples).read_bytes()
+    index(tmp_path / "whole", tmp_path / "whole")
+    manifest = Manifest.load(str(tmp_path / "whole"), STORAGE)
+    border, middle = int(manifest.offset[2]), int(manifest.offset[2]) + 700
+    garbled = bytearray(whole)
+    garbled[border : border + 512] = b"\7" * 512
+    zeroed = bytearray(whole)
+    zeroed[border : border + 1024] = bytes(1024)
+    cases = {
+        "border": (whole[:border], "no end mark"),
+        "middle": (whole[:middle], "cut off"),
+        "garbled": (bytes(garbled), "header is damaged"),
+        "zeroed": (bytes(zeroed), "header is damaged, or another tar follows"),
+        "joined": (whole + whole, "another tar follows"),
+        "no_tar": (b"hello" * 400, "no tar, or cut off"),
+        "empty": (b"", "no tar, or cut off"),
+        "gzip": (b"\x1f\x8b" + whole, "compressed (gzip)"),
+    }
+    for name, (data, words) in cases.items():
+        folder = tmp_path / name
+        write_tar(folder / "0.tar", {"first": members_of(7, "classes")})
+        (folder / "b.tar").write_bytes(data)
+        found = index(folder, folder / "set")
+        assert not found.committed
+        assert any(words in str(fault) for fault in found.faults), (name, found.faults)
+        assert all(fault.object == str(folder / "b.tar") for fault in found.faults)
+
+
+def test_forms_that_cannot_be_told_or_adopted(tmp_path):
+    cases = [
+        ({"jpg": image(0)}, "which is the map of labels is not clear; give --map"),
+        (
+            {"a.png": image(0, "png"), "b.png": encode_png(class_map(0))},
+            "which is the image is not clear; give --image",
+        ),
+        ({"jpg": image(0), "png": encode_png(color_map(0))}, "give --labels instances; maps that paint classes"),
+        ({"jpg": image(0), "json": b'{"annotations": []}'}, "give --map"),
+    ]
+    for members, words in cases:
+        tar = write_tar(tmp_path / "a.tar", {"x": members})
+        with pytest.raises(DataError, match=words):
+            detect_form(str(tar), WANTED, STORAGE)
+    with pytest.raises(DataError, match="there is no member seg"):
+        detect_form(str(tar), replace(WANTED, map="seg"), STORAGE)
+    with pytest.raises(DataError, match="there is no tar at"):
+        find_tars([str(tmp_path / "nowhere")], STORAGE)
+    with pytest.raises(DataError, match="named twice"):
+        find_tars([str(tar), str(tmp_path)], STORAGE)
+
+
+def test_another_data_set_is_never_replaced(tmp_path):
+    write_tars(tmp_path / "tars", "classes", count=3)
+    assert index(tmp_path / "tars", tmp_path / "set").committed
+    before = (tmp_path / "set" / "dataset.json").read_bytes()
+    assert index(tmp_path / "tars", tmp_path / "set").committed  # again: nothing changes
+    write_tars(tmp_path / "tars", "classes", count=4)
+    with pytest.raises(DataError, match="holds another data set already"):
+        index(tmp_path / "tars", tmp_path / "set")
+    assert (tmp_path / "set" / "dataset.json").read_bytes() == before
+    source = SyntheticSource(num_images=2)
+    write_dataset(open_reader(source), DatasetConfig(shards=str(tmp_path / "own"), source=source), STORAGE)
+    with pytest.raises(DataError, match="holds another data set already"):
+        index(tmp_path / "tars", tmp_path / "own")
+
+
+def test_the_verb_from_and_to_s3(tmp_path, monkeypatch, capsys):
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="theirs")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        storage = Storage(StorageConfig())
+        write_tars(tmp_path / "tars", "classes")
+        for path in (tmp_path / "tars").iterdir():
+            storage.put_file(f"s3://theirs/a/{path.name}", path)
+        (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
+        words = ["--categories", str(tmp_path / "classes.json"), "--report", str(tmp_path / "report.json")]
+        assert main(["index", "s3://theirs/a", "--output", "s3://theirs/a", *words]) == 0
+        out, err = capsys.readouterr()
+        assert "12 samples of 3 tars" in out
+        assert "image .jpg or .jpeg, classes in .png" in out
+        assert "indexing: " in err
+        assert json.loads((tmp_path / "report.json").read_text())["num_samples"] == 12
+        assert Manifest.load("s3://theirs/a", storage).shards[0].name == "000.tar"
+        assert main(["index", "s3://theirs/a", "--output", str(tmp_path / "here"), *words]) == 0
+        here = Manifest.load(str(tmp_path / "here"), storage)
+        assert here.shards[0].name == "s3://theirs/a/000.tar"
+        assert here.read_sample(3, storage).key == "0003"
+        assert main(["verify", "s3://theirs/a", str(tmp_path / "here"), "--full"]) == 0
+        bad = write_tar(
+            tmp_path / "bad" / "a.tar", corrupt({f"{i}": members_of(i, "classes") for i in range(4)}, png=None)
+        )
+        assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words]) == 1
+        assert "no manifest is written; correct them, or leave them out with --skip-bad" in capsys.readouterr().out
+        assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words, "--void", "x"]) == 2
+    finally:
+        server.stop()
