@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.config import RunConfig
 from cluster.eval_queue import Entry
+from cluster.evaluation_lines import HEADLINE
 from cluster.progress import format_duration, say
 from cluster.ray_cluster import connect
 from cluster.recipe import load_recipe
-from cluster.run_relay import HEADLINE
 from cluster.shard_job import run_shard_job
 from cluster.train_job import RunSummary, run_training
 from data_pipeline.storage import Storage, join
@@ -31,7 +32,7 @@ def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
         storage = Storage(config.storage)
         for name, dataset in config.datasets.items():
             say(run_shard_job(name, dataset, config.cluster, storage).summary())
-        summary = run_training(config)
+        summary = run_training(config, live=sys.stdout.isatty())
     say(f"\n{describe(summary)}\n\n{format_duration(time.monotonic() - started)} in all")
     return summary
 

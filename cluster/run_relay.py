@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from cluster.eval_manager import EvaluationProgress
-from cluster.eval_queue import Entry
 from cluster.eval_service import EvaluationClient
+from cluster.evaluation_lines import describe, started
+from cluster.live_view import LiveView
 from cluster.progress import say
 from cluster.reporters import TrackingReporter
 from cluster.run_board import CheckpointReport, Delivery, EventReport
@@ -20,24 +19,45 @@ from cluster.tracking import RunStatus, TrackedRun, Tracking
 from trainer.reporting import LogReporter, Reporters
 
 PATIENCE_S = 10.0
-HEADLINE = ("PQ", "AP", "mIoU")
 
 
 class RunRelay:
     """Takes reports from the board and the evaluation manager; what does not answer now is asked again later."""
 
-    def __init__(self, max_steps: int, board: Any, evaluations: EvaluationClient | None, tracked: TrackedRun) -> None:
+    def __init__(
+        self,
+        max_steps: int,
+        board: Any,
+        evaluations: EvaluationClient | None,
+        tracked: TrackedRun,
+        view: LiveView | None = None,
+    ) -> None:
+        """With a `view`, which is started here, the person sees a panel; without, a line per report."""
         self._board = board
         self._evaluations = evaluations
         self._tracking = Tracking(tracked, "driver")
-        self._reporter = Reporters(LogReporter(max_steps, sys.stdout), TrackingReporter(self._tracking))
-        self._told = {entry.step for entry in evaluations.entries() if entry.settled} if evaluations else set()
+        self._view = view
+        self._reporter = Reporters(view or LogReporter(max_steps, sys.stdout), TrackingReporter(self._tracking))
+        settled = [entry for entry in evaluations.entries() if entry.settled] if evaluations else []
+        self._told = {entry.step for entry in settled}
         self._running: int | None = None
         self._received: Delivery | None = None
         self.last_event: EventReport | None = None
         """The last that the workers reported; the supervisor clears it before an attempt."""
         self.evaluations_idle = False
         """Whether every queued evaluation was settled when the manager last answered."""
+        if view is not None:
+            for entry in settled:
+                view.evaluated(entry)
+            view.start()
+
+    def begin_attempt(self, workers: int) -> None:
+        """Workers are being started."""
+        self.last_event = None
+        if self._view is None:
+            say(f"starting {workers} training workers")
+        else:
+            self._view.begin_attempt(workers)
 
     def update(self, stop: bool = False) -> bool:
         """Repeat what is new; returns whether the workers have said anything. `stop` asks them to end."""
@@ -58,6 +78,8 @@ class RunRelay:
 
     def close(self, status: RunStatus) -> None:
         """Send what waits and set the run's status."""
+        if self._view is not None:
+            self._view.stop(status.lower().replace("killed", "stopped"))
         self._tracking.finish(status)
 
     def _tell_evaluations(self, evaluations: EvaluationClient) -> None:
@@ -65,28 +87,14 @@ class RunRelay:
         self.evaluations_idle = status is not None and status.idle
         if status is None:
             return
-        if status.current is not None and status.current.step != self._running:
+        if self._view is not None:
+            self._view.evaluating(status.current)
+        elif status.current is not None and status.current.step != self._running:
             self._running = status.current.step
-            say(_started(status.current))
+            say(started(status.current))
         for entry in status.entries:
             if entry.settled and entry.step not in self._told:
                 self._told.add(entry.step)
                 say(describe(entry))
-
-
-def describe(entry: Entry) -> str:
-    """One line on a settled evaluation."""
-    if entry.status != "published":
-        return f"step {entry.step}: evaluation {entry.status}: {entry.detail}"
-    return f"step {entry.step}: evaluated: {headline(entry.metrics)}"
-
-
-def headline(metrics: Mapping[str, float]) -> str:
-    """The main numbers of every set: `val PQ 51.2, AP 30.1, mIoU 70.3`."""
-    sets = sorted({name.rpartition("/")[0] for name in metrics})
-    shown = {s: [f"{n} {metrics[f'{s}/{n}']:.2f}" for n in HEADLINE if f"{s}/{n}" in metrics] for s in sets}
-    return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in shown.items() if numbers)
-
-
-def _started(progress: EvaluationProgress) -> str:
-    return f"step {progress.step}: evaluating on {progress.dataset}, {progress.total} batches"
+                if self._view is not None:
+                    self._view.evaluated(entry)

@@ -28,6 +28,7 @@ from cluster.config import ClusterConfig, RunConfig
 from cluster.eval_queue import Entry
 from cluster.eval_service import EvaluationClient
 from cluster.evaluate import check_sets
+from cluster.live_view import LiveView
 from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
 from cluster.progress import complain, format_duration, say
 from cluster.ray_cluster import ClusterError, connect
@@ -63,12 +64,12 @@ class RunSummary:
     tracked: TrackedRun
 
 
-def run_training(config: RunConfig) -> RunSummary:
+def run_training(config: RunConfig, live: bool = False) -> RunSummary:
     """Train to `training.max_steps`, with restarts after failures and evaluations beside.
 
     A run folder that holds checkpoints is continued. Ctrl-C or SIGTERM end the run after one more checkpoint (status
     `stopped`). A finished run has waited for its evaluations; otherwise those that wait stay in the run folder and are
-    done when the run is continued.
+    done when the run is continued. `live` shows a panel on the terminal in place of a log.
 
     Raises:
         UserError: a mistake in the recipe, the data or the stored run, found here or by a worker.
@@ -80,7 +81,8 @@ def run_training(config: RunConfig) -> RunSummary:
     may_grow = config.cluster.address is not None or "RAY_ADDRESS" in os.environ
     with connect(config), tempfile.TemporaryDirectory(prefix="m2f-ray-train-") as scratch:
         check_gpus(config, ray.cluster_resources().get("GPU", 0), may_grow)
-        return _Supervisor(config, job, storage, scratch).run()
+        view = LiveView(config.name, config.training.max_steps) if live else None
+        return _Supervisor(config, job, storage, scratch, view).run()
 
 
 def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
@@ -106,7 +108,9 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
 class _Supervisor:
     """One call of `run_training`, between the start of Ray and its end."""
 
-    def __init__(self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str) -> None:
+    def __init__(
+        self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str, view: LiveView | None
+    ) -> None:
         self._config, self._job, self._storage, self._scratch = config, job, storage, scratch
         self._adjustments = read_adjustments(storage, config.run_folder)
         self._tracked = create_run(config)
@@ -114,7 +118,7 @@ class _Supervisor:
         if config.evaluation.sets:
             self._evaluations = EvaluationClient(config, self._tracked)
         self._board: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(RunBoard).remote()
-        self._relay = RunRelay(config.training.max_steps, self._board, self._evaluations, self._tracked)
+        self._relay = RunRelay(config.training.max_steps, self._board, self._evaluations, self._tracked, view)
         self._failures: list[Failure] = []
         self._interrupts = 0
 
@@ -181,9 +185,8 @@ class _Supervisor:
             except BaseException as error:
                 outcome.append(error)
 
-        self._relay.last_event = None
         cluster = self._config.cluster
-        say(f"starting {cluster.num_workers} training workers")
+        self._relay.begin_attempt(cluster.num_workers)
         thread = threading.Thread(target=fit, name=f"attempt-{number}", daemon=True)
         thread.start()
         silence = _Silence(cluster)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from cluster.verbs.arguments import add_recipe
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ray",
         help="ray (default): supervised, with evaluations beside; local: plain processes on this machine",
     )
+    parser.add_argument("--plain", action="store_true", help="lines of a log also on a terminal, no live view")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from cluster.train_job import run_training
 
-    summary = run_training(config)
+    summary = run_training(config, live=sys.stdout.isatty() and not args.plain)
     say(f"run {summary.status}: {summary.run_folder}")
     for entry in summary.evaluations:
         if entry.status == "failed":

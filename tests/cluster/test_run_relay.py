@@ -2,9 +2,9 @@ import pytest
 
 from cluster.demo import demo_config, table
 from cluster.eval_queue import Entry
+from cluster.evaluation_lines import describe, headline
 from cluster.reporters import TrackingReporter
 from cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard
-from cluster.run_relay import describe, headline
 from trainer.reporting import CommittedCheckpoint
 
 

@@ -1,0 +1,150 @@
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.eval_manager import EvaluationProgress
+from cluster.eval_queue import Entry
+from cluster.live_view import LiveView, sparkline
+from trainer.reporting import CommittedCheckpoint
+
+VALUES = {
+    "loss/total": 31.25,
+    "loss/class": 11.0,
+    "loss/mask": 10.25,
+    "loss/dice": 10.0,
+    "eta_s": 7833.0,
+    "images_per_s": 12.34,
+    "step_time_s": 0.81,
+    "data_wait_share": 0.03,
+    "mfu": 0.382,
+    "lr": 1e-4,
+    "grad_norm": 12.3,
+    "skipped_steps": 1,
+    "system/cpu_percent": 55.0,
+    "system/memory_percent": 31.0,
+    "system/disk_free_gb": 812.0,
+    "ranks/slowest_over_median": 1.7,
+    "ranks/slowest": 3.0,
+}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def drawn(view, width=100):
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    console.print(view)
+    lines = console.file.getvalue().splitlines()
+    assert {len(line) for line in lines} == {min(width, 100)}
+    return "\n".join(lines)
+
+
+def test_the_panel_shows_the_run():
+    clock = Clock()
+    view = LiveView("ade20k", 160_000, clock=clock)
+    assert "0 / 160,000" in drawn(view)
+    view.begin_attempt(8)
+    assert "starting 8 workers" in drawn(view)
+    view.evaluated(Entry(5000, "c", 0, "published", metrics={"val/PQ": 35.2}))
+    view.evaluated(Entry(10000, "c", 0, "published", metrics={"val/PQ": 34.2}))
+    for loss in (60.0, 40.0, 31.25):
+        view.metrics(12020, VALUES | {"loss/total": loss})
+    view.checkpoint(CommittedCheckpoint(12000, "c"))
+    view.evaluating(EvaluationProgress(12000, "val", 3, 63))
+    clock.now += 8
+    picture = drawn(view)
+    for text in (
+        "12,020 / 160,000",
+        "7.5 %   2:10:33 left",
+        "31.25  \u2588\u2583\u2581  class 11   mask 10.25   dice 10",
+        "12.3 images/s \u00b7 0.81 s/step \u00b7 data wait 3 % \u00b7 MFU 38 %",
+        "lr 0.0001 \u00b7 gradient 12.3 \u00b7 1 skipped",
+        "CPU 55 % \u00b7 memory 31 % \u00b7 812 GB of disk free",
+        "rank 3 takes 1.7 times as long",
+        "step 12,000, 0:08 ago",
+        "step 10,000: val PQ 34.20   (best PQ 35.20 at 5,000)",
+        "evaluating step 12,000 on val, 3 of 63 batches",
+        "training \u00b7 8 workers",
+    ):
+        assert text in picture, picture
+    drawn(view, 60)
+    clock.now += 100
+    assert "nothing heard for 1:48" in drawn(view)
+    view.begin_attempt(7)
+    assert "starting 7 workers \u00b7 1 restart" in drawn(view)
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "line"),
+    [
+        ([], 8, ""),
+        ([2.0], 8, "\u2581"),
+        ([1.0, 2.0, 3.0], 8, "\u2581\u2585\u2588"),
+        ([float(n) for n in range(800)], 4, "\u2581\u2583\u2586\u2588"),
+        ([1.0, float("nan"), float("inf"), 2.0], 8, "\u2581\u2588"),
+    ],
+)
+def test_a_sparkline_fits_its_width(values, width, line):
+    assert sparkline(values, width) == line
+
+
+SCRIPT = """
+import pathlib, time
+from cluster.live_view import LiveView
+from cluster.progress import say
+view = LiveView("in-a-terminal", 1000)
+view.start()
+view.begin_attempt(2)
+for step in range(1, 31):
+    view.metrics(step, {values!r} | {{"loss/total": 60.0 - step}})
+view.event("skipped", 30, "the loss of img_7 is not finite")
+while not pathlib.Path({stop!r}).exists():
+    time.sleep(0.05)
+view.stop("finished")
+say("after the panel")
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed: no real terminal to look at")
+def test_a_real_terminal_shows_one_panel_below_the_log(tmp_path):
+    stop, script = tmp_path / "stop", tmp_path / "script.py"
+    script.write_text(SCRIPT.format(values=VALUES, stop=str(stop)))
+    tmux = ["tmux", "-L", f"m2f-test-{os.getpid()}", "-f", "/dev/null"]
+    command = f"cd {Path.cwd()} && PYTHONPATH=. TERM=xterm-256color {sys.executable} {script}"
+    subprocess.run([*tmux, "new-session", "-d", "-x", "90", "-y", "24", command], check=True)
+
+    def screen():
+        return subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True, text=True).stdout
+
+    def wait_for(text):
+        deadline = time.monotonic() + 60
+        while text not in (seen := screen()):
+            assert time.monotonic() < deadline, seen
+            time.sleep(0.1)
+        return seen
+
+    try:
+        seen = wait_for("30 / 1,000")
+        wait_for("skipped: the loss of img_7 is not finite")
+        time.sleep(1.2)  # further refreshes draw over the panel, not below it
+        seen = screen()
+        assert seen.count("in-a-terminal") == seen.count("images/s") == 1, seen
+        assert seen.index("img_7") < seen.index("in-a-terminal")
+        stop.touch()
+        seen = wait_for("after the panel")
+        assert seen.count("in-a-terminal") == 1, seen
+        assert seen.index("finished \u00b7 2 workers") < seen.index("after the panel")
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=False)
