@@ -21,7 +21,9 @@ FONT_SIZE = 15
 PAPER = (24, 26, 30)
 INK = (236, 238, 240)
 FILL_OPACITY = 0.55
-VOID_OPACITY = 0.55
+VOID_OPACITY = 0.4
+NAMED_PIXELS = 200
+"""Smaller segments are named only where the name fits inside."""
 GOLDEN_RATIO = 0.61803398875
 
 
@@ -210,7 +212,10 @@ def _contours(positions: np.ndarray) -> np.ndarray:
 def _write_names(
     canvas: Image.Image, positions: np.ndarray, drawn: Sequence[int | None], scene: Scene, classes: Sequence[Category]
 ) -> None:
-    """Class names and scores where they fit, largest segments first, never over one another."""
+    """Class names and scores inside the segments, or above those that are too narrow, never over one another.
+
+    Largest segments first.
+    """
     draw = ImageDraw.Draw(canvas, "RGBA")
     font = _font(FONT_SIZE)
     areas = np.bincount(positions.ravel(), minlength=len(drawn))
@@ -222,10 +227,16 @@ def _write_names(
         segment = scene.segments[segment_id]
         score = "" if segment.score is None else f" {100 * segment.score:.0f}"
         text = classes[segment.label].name + score
-        x, y, room = _roomiest_point(positions == position)
+        mask = positions == position
+        x, y, room = _roomiest_point(mask)
         left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")
+        if 4 * room < bottom - top or right - left + 6 > 8 * room:
+            if areas[position] < NAMED_PIXELS:
+                continue
+            y -= round(bottom) + 2 - _top(mask[: y + 1, x])
+            left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")
         box = _inside((left - 3, top - 2, right + 3, bottom + 2), canvas.size)
-        if 4 * room < bottom - top or box[2] - box[0] > 8 * room or any(_overlap(box, other) for other in taken):
+        if any(_overlap(box, other) for other in taken):
             continue
         taken.append(box)
         draw.rounded_rectangle(box, radius=3, fill=(0, 0, 0, 150))
@@ -238,6 +249,12 @@ def _roomiest_point(mask: np.ndarray) -> tuple[int, int, float]:
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, 3)
     row, column = np.unravel_index(int(distance.argmax()), distance.shape)
     return int(column) - 1, int(row) - 1, float(distance[row, column])
+
+
+def _top(column: np.ndarray) -> int:
+    """First row of the unbroken piece that ends a column of a mask."""
+    gaps = np.flatnonzero(~column)
+    return int(gaps[-1]) + 1 if gaps.size else 0
 
 
 def _inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
