@@ -87,6 +87,7 @@ class EvaluationActor:
             settings,
             model_task=self._config.data.task,
             postprocess=self._config.model.postprocess,
+            test_time=task.evaluated.test_time,
             panel_ids=manifest.image_id[drawn].tolist(),
             dump=dump,
         )

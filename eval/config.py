@@ -84,6 +84,7 @@ class SlidingWindows:
 
 
 TestTime = WholeImage | MultiScale | SlidingWindows
+WHOLE_IMAGE = WholeImage()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class EvaluationSet:
     """Only the first images; the results are labelled as a subset."""
     tasks: tuple[Task, ...] | None = None
     """Tasks of this set; None takes `evaluation.tasks`."""
-    test_time: TestTime = WholeImage()
+    test_time: TestTime = WHOLE_IMAGE
     """How an image goes through the model."""
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
 from data_pipeline.sample import DecodedSample
 from eval.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
 from eval.cityscapes import CityscapesDetection
-from eval.config import EvaluationConfig, ExtraMetric
+from eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage
 from eval.errors import EvaluationError
 from eval.masks import Rle, decode_mask, encode_masks
 from eval.panels import Scene, render_panel
@@ -26,6 +26,7 @@ from eval.result_dump import ResultDump
 from eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
 from eval.segment_errors import instance_candidates, panoptic_candidates
 from eval.states import EvaluationStates
+from eval.test_time import label_map
 from eval.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
 from model.config import PostprocessConfig
 from model.errors import ConfigError
@@ -66,12 +67,16 @@ def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -
             predictions.mask_embeddings[layer, row],
             predictions.mask_features[row],
         )
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise EvaluationError(
-                f"image {sample.image_id} ({sample.source}): the model's output is not finite; "
-                "its weights have diverged, evaluate an earlier checkpoint"
-            )
+        _check_finite(sample, tensors)
         yield ImageOutput(*tensors, geometry)
+
+
+def _check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise EvaluationError(
+            f"image {sample.image_id} ({sample.source}): the model's output is not finite; "
+            "its weights have diverged, evaluate an earlier checkpoint"
+        )
 
 
 def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
@@ -107,6 +112,7 @@ class Evaluator:
         *,
         model_task: Task,
         postprocess: PostprocessConfig,
+        test_time: TestTime = WHOLE_IMAGE,
         panel_ids: Collection[int] = (),
         dump: ResultDump | None = None,
     ) -> None:
@@ -116,6 +122,7 @@ class Evaluator:
         self._categories = categories
         self._tasks, self._extra_metrics = config.tasks, config.extra_metrics
         self._postprocess = postprocess
+        self._test_time = test_time
         self._panel_ids = frozenset(panel_ids)
         self._dump = dump
         self._device = next(model.parameters()).device
@@ -127,15 +134,29 @@ class Evaluator:
     @torch.inference_mode()
     def evaluate_batch(self, batch: EvalBatch) -> EvaluationStates:
         """States of the batch's images for all requested tasks, with panels (of the first task) of the chosen ones."""
-        return self.score(batch, self.predict(batch))
+        if isinstance(self._test_time, WholeImage):
+            return self.score(batch, self.predict(batch))
+        states = self._empty_states()
+        for sample in batch.samples:
+            labels = label_map(sample.image, self._test_time, partial(self._predict_part, sample), self._postprocess)
+            self._draw(sample, {"semantic": self._semantic(sample, labels, states)}, states)
+        return states
 
     @torch.inference_mode()
     def predict(self, batch: EvalBatch) -> Predictions:
         """The model's predictions of all layers. Raises EvaluationError if it has other classes than the data set."""
-        images = batch.images.to(self._device)
+        return self._forward(batch.images, batch.sizes)
+
+    def _predict_part(self, sample: DecodedSample, image: Tensor, size: Tensor) -> Predictions:
+        """Predictions from a picture made of a sample's image."""
+        predictions = self._forward(image, size)
+        _check_finite(sample, predictions[:3])
+        return predictions
+
+    def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         # Full precision and fixed algorithms: published numbers must not depend on the GPU that a batch met.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            predictions = self._model(self._model.normalise(images, batch.sizes.to(self._device)))
+            predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
         if predictions.class_logits.shape[-1] != len(self._is_thing) + 1:
             raise EvaluationError(
                 f"the model has {predictions.class_logits.shape[-1] - 1} classes, the data set {len(self._is_thing)} "
@@ -146,7 +167,7 @@ class Evaluator:
     @torch.inference_mode()
     def score(self, batch: EvalBatch, predictions: Predictions, layer: int = -1) -> EvaluationStates:
         """States of the batch's images as `evaluate_batch` gives them, from one layer of their predictions."""
-        states = EvaluationStates.empty(self._categories, self._tasks, self._extra_metrics)
+        states = self._empty_states()
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
             pictures: dict[Task, _Picture] = {}
             if states.panoptic is not None:
@@ -154,12 +175,20 @@ class Evaluator:
             if states.instance is not None:
                 pictures["instance"] = self._instance(sample, output, states)
             if states.semantic is not None:
-                pictures["semantic"] = self._semantic(sample, output, states)
-            if sample.image_id in self._panel_ids:
-                shown = self._tasks[0]
-                classes, scenes = self._categories.for_task(shown), pictures[shown]()
-                states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", scenes, classes)
+                labels = semantic(*output, self._postprocess).label_map
+                pictures["semantic"] = self._semantic(sample, labels, states)
+            self._draw(sample, pictures, states)
         return states
+
+    def _empty_states(self) -> EvaluationStates:
+        return EvaluationStates.empty(self._categories, self._tasks, self._extra_metrics)
+
+    def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _Picture], states: EvaluationStates) -> None:
+        """The panel of a sample, if it is one of those that are drawn."""
+        if sample.image_id in self._panel_ids:
+            shown = self._tasks[0]
+            classes, scenes = self._categories.for_task(shown), pictures[shown]()
+            states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", scenes, classes)
 
     def _panoptic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _Picture:
         assert states.panoptic is not None
@@ -197,9 +226,9 @@ class Evaluator:
             states.segments.update(sample.image_id, instance_candidates(truth, detections))
         return partial(instance_scenes, truth, detections, sample.size)
 
-    def _semantic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _Picture:
+    def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _Picture:
         assert states.semantic is not None
-        predicted = semantic(*output, self._postprocess).label_map.cpu().numpy()
+        predicted = labels.cpu().numpy()
         if self._dump is not None:
             self._dump.add_labels(sample, predicted)
         truth = semantic_truth(sample, self._categories.labels("semantic"))

@@ -35,6 +35,7 @@ class ClassScores:
         self.num_classes = len(self._class_probabilities)
         self.values_per_pixel = len(mask_embeddings) + self.num_classes
         self.size = geometry.resized_size
+        self.device = class_logits.device
 
     def bands(self) -> Iterator[slice]:
         """All rows of the original, some at a time."""
@@ -67,7 +68,7 @@ class View(NamedTuple):
 def semantic_of_views(views: Sequence[View], original_size: tuple[int, int]) -> SemanticResult:
     """The class of a pixel maximises the sum of the views' scores at the original size, added in their order."""
     height, width = original_size
-    device = views[0].scores.at(slice(0, 1)).device
+    device = views[0].scores.device
     label_map = torch.empty(original_size, dtype=torch.int64, device=device)
     widest = max(width, *(view.scores.size[1] for view in views))
     values = max(view.scores.values_per_pixel for view in views) + views[0].scores.num_classes
@@ -124,7 +125,7 @@ class _WindowMean:
         first = self._next.scores
         self._num_classes = first.num_classes
         self.values_per_pixel = first.values_per_pixel + first.num_classes
-        self.device = first.at_input(slice(0, 1)).device
+        self.device = first.device
 
     def at(self, rows: slice) -> Tensor:
         """[K, rows, width]"""

@@ -1,0 +1,217 @@
+"""Multi-scale inference and sliding windows from the settings down, against the procedure written out slowly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data_pipeline.augment import resize_image
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.collate import EVAL_PADDING, collate_eval
+from data_pipeline.sample import Annotation, DecodedSample, Segment
+from eval.config import EvaluationConfig, EvaluationSet, MultiScale, SlidingWindows
+from eval.errors import EvaluationError
+from eval.inference import Evaluator
+from eval.mean_iou import MeanIoUState
+from eval.report import EvaluationSubject
+from eval.test_time import label_map, window_starts
+from model.config import (
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    PostprocessConfig,
+    TimmBackboneConfig,
+)
+from model.errors import ConfigError
+from model.mask2former import build_model
+
+TABLE = CategoryTable(tuple(Category(i, f"c{i}", False, (i, i, i)) for i in range(1, 6)))
+SIZE = (75, 110)
+
+
+def sample_of(image_id):
+    rng = np.random.default_rng(image_id)
+    seg = np.kron(rng.integers(1, 6, (5, 10)), np.ones((15, 11))).astype(np.uint8)
+    segments = tuple(
+        Segment(
+            id=i,
+            category_id=i,
+            is_thing=False,
+            is_crowd=False,
+            area=float((seg == i).sum()),
+            bbox=(0.0, 0.0, 1.0, 1.0),
+            source_id=i,
+            map="seg",
+        )
+        for i in range(1, 6)
+    )
+    image = np.clip(seg[..., None] * 40 + rng.integers(0, 60, (*SIZE, 3)), 0, 255).astype(np.uint8)
+    annotation = Annotation(seg=seg, inst=None, segments=segments)
+    return DecodedSample(key=f"k{image_id}", image_id=image_id, source="made", image=image, annotation=annotation)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        backbone=TimmBackboneConfig(
+            name="resnet10t", norm="group", pretrained=False, options={"channels": [16, 16, 32, 32]}
+        ),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=2),
+        transformer_decoder=MaskedTransformerDecoderConfig(
+            num_queries=12, num_layers=1, hidden_dim=32, num_heads=2, feedforward_dim=32
+        ),
+        num_classes=5,
+    )
+    return build_model(config, pretrained_backbone=False).eval()
+
+
+@torch.inference_mode()
+def slow_forward(model, picture):
+    """Class probabilities [Q, K] and mask logits [Q, h, w] of a picture at its own size, before the sigmoid."""
+    height, width = picture.shape[:2]
+    full = np.empty((-(-height // 32) * 32, -(-width // 32) * 32, 3), np.uint8)
+    full[:] = EVAL_PADDING
+    full[:height, :width] = picture
+    images = torch.from_numpy(full).permute(2, 0, 1)[None]
+    found = model(model.normalise(images, torch.tensor([[height, width]])))
+    logits = torch.einsum("qc,chw->qhw", found.mask_embeddings[-1, 0], found.mask_features[0])
+    logits = F.interpolate(logits[None], full.shape[:2], mode="bilinear")[0, :, :height, :width]
+    return found.class_logits[-1, 0].softmax(-1)[:, :-1], logits
+
+
+def slow_multi_scale(model, image, edges, max_size, flip, resize):
+    """[H, W] labels: sizes by Detectron2's rule, mirrored after resizing, class scores at the original size added."""
+    size, total = image.shape[:2], 0.0
+    for edge in edges:
+        factor = edge / min(size)
+        if max(size) * factor > max_size:
+            factor = max_size / max(size)
+        resized = resize_image(image, (int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)))
+        for mirrored in (False, True)[: 1 + flip]:
+            probabilities, logits = slow_forward(model, resized[:, ::-1] if mirrored else resized)
+            if resize == "masks":
+                logits = F.interpolate(logits[None], size, mode="bilinear")[0]
+            scores = torch.einsum("qk,qhw->khw", probabilities, logits.sigmoid())
+            if resize == "class_scores":
+                scores = F.interpolate(scores[None], size, mode="bilinear")[0]
+            total = total + (scores.flip(-1) if mirrored else scores)
+    return total.argmax(0)
+
+
+def slow_windows(model, image, side, stride):
+    """[H, W] labels: the mean score of all windows over a pixel."""
+    height, width = image.shape[:2]
+    total, count = torch.zeros(5, height, width), torch.zeros(height, width)
+    tops, lefts = ([*range(0, n - side, stride), n - side] if n > side else [0] for n in (height, width))
+    for top in tops:
+        for left in lefts:
+            area = slice(top, top + side), slice(left, left + side)
+            probabilities, logits = slow_forward(model, image[area])
+            total[:, *area] += torch.einsum("qk,qhw->khw", probabilities, logits.sigmoid())
+            count[area] += 1
+    return (total / count).argmax(0)
+
+
+def evaluate(model, test_time, postprocess, image_id=3, **options):
+    sets = (EvaluationSet(dataset="val", test_time=test_time),)
+    config = EvaluationConfig(tasks=("semantic",), sets=sets)
+    evaluator = Evaluator(
+        model, TABLE, config, model_task="semantic", postprocess=postprocess, test_time=test_time, **options
+    )
+    return evaluator.evaluate_batch(collate_eval([sample_of(image_id)], (0,), 64, 128))
+
+
+def states_of(labels, image_id=3):
+    state = MeanIoUState(5)
+    state.update(image_id, sample_of(image_id).annotation.seg - 1, labels.numpy())
+    return state
+
+
+@pytest.mark.parametrize("resize", ["masks", "class_scores"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_multi_scale_equals_the_procedure_written_out(model, resize, flip):
+    test_time = MultiScale(shortest_edges=(38, 75, 131), max_size=160, flip=flip)
+    states = evaluate(model, test_time, PostprocessConfig(semantic_resize=resize), panel_ids=[3])
+    expected = slow_multi_scale(model, sample_of(3).image, (38, 75, 131), 160, flip, resize)
+    assert states.semantic is not None
+    assert states.semantic.to_bytes() == states_of(expected).to_bytes()
+    assert list(states.panels) == [3]
+
+
+@pytest.mark.parametrize(("side", "stride"), [(64, 40), (48, 48), (256, 200)])
+def test_windows_equal_the_procedure_written_out(model, side, stride):
+    states = evaluate(model, SlidingWindows(size=side, stride=stride), PostprocessConfig())
+    expected = slow_windows(model, sample_of(3).image, side, stride)
+    assert states.semantic is not None
+    assert states.semantic.to_bytes() == states_of(expected).to_bytes()
+
+
+def test_one_window_over_a_resized_image_is_one_pass_of_the_whole_image(model):
+    config = PostprocessConfig(semantic_resize="class_scores")
+    one = evaluate(model, SlidingWindows(size=512, stride=512, shortest_edge=64), config)
+    whole = Evaluator(
+        model, TABLE, EvaluationConfig(tasks=("semantic",)), model_task="semantic", postprocess=config
+    ).evaluate_batch(collate_eval([sample_of(3)], (0,), 64, 10**6))
+    assert one.to_bytes() == whole.to_bytes()
+
+
+def test_windows_cover_every_pixel():
+    for length in (1, 5, 64, 65, 100, 129):
+        starts = window_starts(length, 64, 40)
+        covered = {pixel for start in starts for pixel in range(start, min(start + 64, length))}
+        assert covered == set(range(length))
+        assert len(starts) == len(set(starts))
+    assert window_starts(130, 64, 40) == [0, 40, 66]
+
+
+class Diverged(torch.nn.Module):
+    """The model with mask features that are not numbers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def normalise(self, images, sizes):
+        return self.model.normalise(images, sizes)
+
+    def forward(self, images):
+        predictions = self.model(images)
+        return predictions._replace(mask_features=predictions.mask_features / 0)
+
+
+def test_diverged_weights_name_the_image(model):
+    with pytest.raises(EvaluationError, match=r"image 3 \(made\): the model's output is not finite"):
+        evaluate(Diverged(model), MultiScale(shortest_edges=(64,)), PostprocessConfig())
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="leave gaps; let stride be at most size"):
+        SlidingWindows(size=100, stride=101)
+    with pytest.raises(ConfigError, match="name at least one size, each once"):
+        MultiScale(shortest_edges=())
+    with pytest.raises(ConfigError, match=r"'val' has test_time.kind=multi_scale.*`tasks: \[semantic\]`"):
+        EvaluationConfig(sets=(EvaluationSet(dataset="val", test_time=MultiScale()),))
+    for test_time in (MultiScale(), SlidingWindows()):
+        EvaluationConfig(sets=(EvaluationSet(dataset="val", tasks=("semantic",), test_time=test_time),))
+
+
+def test_results_say_how_images_went_through_the_model(model):
+    test_time = MultiScale(shortest_edges=(64, 96))
+    states = evaluate(model, test_time, PostprocessConfig())
+    subject = EvaluationSubject(dataset="val", name="val_ms", fingerprint="f" * 64, test_time=test_time.describe())
+    assert states.compute(TABLE, subject).table().startswith("val_ms: 1 images, 2 scales, flipped too")
+
+
+@pytest.mark.parametrize("test_time", [MultiScale(shortest_edges=(64, 80)), SlidingWindows(size=64, stride=48)])
+def test_labels_do_not_depend_on_what_came_before(model, test_time):
+    def predict(image, size):
+        with torch.inference_mode():
+            return model(model.normalise(image, size))
+
+    image, config = sample_of(5).image, PostprocessConfig()
+    first, again = (label_map(image, test_time, predict, config) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == SIZE
