@@ -18,6 +18,8 @@ SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9
 GOOD, BAD = "#0072b2", "#d55e00"
 MAX_POINTS = 300
 """Longer curves are drawn as means of equal pieces."""
+SMALL_SIDE = 150
+"""Of the square of a small chart."""
 DOTTED_POINTS = 15
 """Curves of so few points show them."""
 ROW = 18
@@ -107,6 +109,19 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
             parts.append(_text(_LEFT + 28, row + 12, shortened(one.name, 52)))
             row += ROW
     return _svg(row, title, parts)
+
+
+def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
+    """Curves of points in 0..100 in a square without a legend, one of many beside each other; `note` stands right."""
+    side, top = SMALL_SIDE, 20
+    parts = [_text(0, 12, shortened(title, 16), size=10), _text(side, 12, note, anchor="end", size=10, faint=True)]
+    for tick in (0, 50, 100):
+        across = tick / 100 * side
+        parts += [_line(0, top + across, side, top + across), _line(across, top, across, top + side)]
+    for position, one in enumerate(series):
+        path = " ".join(f"{x / 100 * side:.1f},{top + (1 - y / 100) * side:.1f}" for x, y in one.points)
+        parts.append(f'<polyline points="{path}" {_stroke(position)}><title>{escape(one.name)}</title></polyline>')
+    return _svg(top + side + 4, title, parts, width=side)
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | None = None) -> str:
@@ -272,7 +287,7 @@ def _text(
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
 
 
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+def _svg(height: float, title: str, parts: Sequence[str], width: int = WIDTH) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" role="img" '
     head += f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" fill="currentColor">'
     return head + "".join(parts) + "</svg>"

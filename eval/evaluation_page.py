@@ -10,10 +10,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from eval.average_precision import IOU_THRESHOLDS, RECALL_THRESHOLDS
-from eval.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart, matrix_chart
+from eval.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
 from eval.page import Cell, Section, folded, grid, page, paragraph, picture, table
 from eval.panels import decode_png
+from eval.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
 from eval.report import EvaluationResults
 from eval.segment_errors import SIZES, Outcome, SegmentErrors
 
@@ -25,8 +25,6 @@ TOP_CONFUSIONS = 15
 PICTURE_WIDTH = 1500
 JPEG_QUALITY = 82
 NO_PARTNER = "(none)"
-PR_THRESHOLDS = {"IoU 0.50": 0, "IoU 0.75": 5}
-"""Positions in IOU_THRESHOLDS that get curves of their own, beside the mean over all."""
 
 EXPLAINED = {
     Outcome.MATCHED: ("found", "right class, IoU above 0.5"),
@@ -48,7 +46,7 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
         sections.append(Section("Confusion", confusion))
     curves = precision_recall(results)
     if curves is not None:
-        sections.append(Section("Precision and recall", grid([_curves(curves)])))
+        sections.append(Section("Precision and recall", precision_recall_charts(results, curves)))
     if worst:
         lead = paragraph("The images with the lowest quality of all that were evaluated, the worst first.", "faint")
         sections.append(Section("Worst images", lead + _pictures(worst)))
@@ -70,6 +68,11 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
 def details_json(results: EvaluationResults) -> str:
     """Errors, confusion and curves as JSON: what the page draws."""
     content: dict[str, Any] = {"precision_recall": precision_recall(results)}
+    if results.instance is not None:
+        names = [c.name for c in results.categories.for_task("instance")]
+        by_class = zip(names, curves_by_class(results.instance), strict=True)
+        content["precision_recall_by_size"] = curves_by_size(results.instance)
+        content["precision_recall_by_class"] = {name: curves for name, curves in by_class if curves is not None}
     if results.segments is not None:
         outcomes = [EXPLAINED[outcome][0] for outcome in Outcome]
         names = [*_segment_names(results), NO_PARTNER]
@@ -83,20 +86,6 @@ def details_json(results: EvaluationResults) -> str:
         names = [c.name for c in results.categories.for_task("semantic")]
         content["pixels"] = {"confusion": [[names[t], names[p], n] for t, p, n in _cells(results.pixels)]}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def precision_recall(results: EvaluationResults) -> dict[str, list[float]] | None:
-    """Precision at every recall, mean over classes with annotations; None without the instance task or annotations."""
-    if results.instance is None:
-        return None
-    precision = results.instance.precision[..., 0, -1]  # [thresholds, recalls, classes]
-    annotated = precision[0, 0] > -1
-    if not annotated.any():
-        return None
-    curves = precision[..., annotated].mean(axis=-1)
-    named = {name: curves[position].tolist() for name, position in PR_THRESHOLDS.items()}
-    mean = f"mean of IoU {IOU_THRESHOLDS[0]:.2f} to {IOU_THRESHOLDS[-1]:.2f}"
-    return {"recall": RECALL_THRESHOLDS.tolist(), **named, mean: curves.mean(axis=0).tolist()}
 
 
 def to_jpeg(png: bytes) -> bytes:
@@ -225,16 +214,6 @@ def _top_confusions(what: str, names: Sequence[str], counts: np.ndarray) -> str:
         if rows
         else paragraph(f"No class of {what} is confused.")
     )
-
-
-def _curves(curves: Mapping[str, Sequence[float]]) -> str:
-    recall = curves["recall"]
-    series = [
-        Series(name, [(100 * r, 100 * p) for r, p in zip(recall, precision, strict=True)])
-        for name, precision in curves.items()
-        if name != "recall"
-    ]
-    return line_chart("precision at recall, mean over classes", series, "recall", limits=((0.0, 100.0), (0.0, 100.0)))
 
 
 def _pictures(panels: Mapping[int, bytes]) -> str:

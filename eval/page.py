@@ -28,12 +28,14 @@ td.word, th.word { text-align: left; white-space: normal; overflow-wrap: anywher
 .good { color: #0072b2; } .bad { color: #d55e00; }
 @media (prefers-color-scheme: dark) { .good { color: #56b4e9; } .bad { color: #ff8c42; } }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px; }
+.small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); margin: 12px 0; }
 svg { width: 100%; height: auto; }
 img { width: 100%; min-width: 800px; height: auto; display: block; margin: 8px 0; border-radius: 4px; }
 summary { cursor: pointer; padding: 4px 0; }
 nav a { margin-right: 14px; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } nav { display: none; }
-  .grid { grid-template-columns: 1fr 1fr; } svg, img, tr { break-inside: avoid; }
+  .grid { grid-template-columns: 1fr 1fr; } .small { grid-template-columns: repeat(5, 1fr); }
+  svg, img, tr { break-inside: avoid; }
   .scroll { overflow: visible; } img { min-width: 0; } }
 """
 
@@ -86,9 +88,10 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
-def grid(items: Sequence[str]) -> str:
-    """Charts beside each other as far as they fit."""
-    return '<div class="grid">' + "".join(f"<div>{item}</div>" for item in items) + "</div>"
+def grid(items: Sequence[str], *, small: bool = False) -> str:
+    """Charts, or small ones, beside each other as far as they fit."""
+    cells = "".join(f"<div>{item}</div>" for item in items)
+    return f'<div class="{"grid small" if small else "grid"}">{cells}</div>'
 
 
 def folded(summary: str, body: str) -> str:

@@ -10,11 +10,12 @@ import pytest
 from data_pipeline.categories import Category, CategoryTable
 from eval.average_precision import InstanceDetections, InstanceTruth
 from eval.charts import MAX_POINTS, Bar, Series, bar_chart, line_chart, matrix_chart, number, stacked, thinned, ticks
-from eval.evaluation_page import details_json, evaluation_page, precision_recall, to_jpeg
+from eval.evaluation_page import details_json, evaluation_page, to_jpeg
 from eval.masks import encode_masks
 from eval.page import Section, page, table
 from eval.panels import encode_png
 from eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from eval.precision_recall import curves_by_class, curves_by_size, precision_recall
 from eval.report import EvaluationSubject
 from eval.segment_errors import instance_candidates, panoptic_candidates
 from eval.states import EvaluationStates, image_qualities
@@ -121,6 +122,30 @@ def test_precision_and_recall_are_the_mean_over_annotated_classes():
     assert len(curves["recall"]) == 101
     assert np.mean(curves["IoU 0.50"]) == pytest.approx(results.instance.stats["AP50"])
     assert np.mean(curves["mean of IoU 0.50 to 0.95"]) == pytest.approx(results.instance.stats["AP"])
+
+
+def test_curves_of_classes_and_sizes_have_the_area_of_their_ap():
+    result = evaluated(("instance",)).compute(TABLE, SUBJECT).instance
+    cat, bus = curves_by_class(result)
+    assert bus is None  # nothing annotated
+    assert np.mean(cat["mean of IoU 0.50 to 0.95"]) == pytest.approx(result.per_class[0])
+    by_size = curves_by_size(result)
+    assert np.mean(by_size["small"]) == pytest.approx(result.stats["APs"])
+    assert by_size["medium"] is by_size["large"] is None
+
+
+def test_many_classes_get_a_small_chart_each_and_are_folded_away():
+    table = CategoryTable(tuple(Category(i, f"class {i}", True, (0, 0, 0)) for i in range(30)))
+    states = EvaluationStates.empty(table, ("instance",))
+    masks = encode_masks(np.ones((1, 8, 8), bool))
+    for i in range(30):
+        truth = InstanceTruth(masks, np.array([i]), np.array([64.0]), np.array([False]))
+        states.instance.update(i, truth, InstanceDetections(masks, np.array([0]), np.array([i]), np.array([0.5])))
+        states.segments.update(i, instance_candidates(truth, InstanceDetections((), *np.zeros((3, 0), int))))
+    html = evaluation_page(states.compute(table, SUBJECT), {}, {})
+    assert html.count("AP 100.0") == 30
+    assert "all 30 classes" in html
+    PageReader(html)
 
 
 def test_a_subset_is_said_and_an_empty_evaluation_has_a_page():
