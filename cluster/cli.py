@@ -32,6 +32,7 @@ VERBS = {
     "compare": "cluster.verbs.compare",
     "checkpoint": "cluster.verbs.checkpoint",
     "submit": "cluster.verbs.submit",
+    "doctor": "cluster.verbs.doctor",
     "config": "cluster.verbs.config",
 }
 

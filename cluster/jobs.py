@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import ray
 import requests
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -81,7 +83,8 @@ class JobClient:
     def __init__(self, address: str | None) -> None:
         self.address = _checked_address(address)
         self._last_contact = time.monotonic()
-        logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # Ray announces every upload
+        for module in (sdk, dashboard_sdk):  # they announce every upload and every end of a log
+            module.logger.setLevel(logging.WARNING)
         with _explained(self.address):
             knock(self.address)
             self._client = JobSubmissionClient(self.address)
@@ -191,8 +194,8 @@ def _explained(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise JobError(
-            f"the cluster at {address} wants another token ({error.message}); set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
+            f"the cluster at {address} wants another token ({_first_line(error.message)}); set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
         ) from error
     except (OSError, requests.RequestException) as error:
         raise JobError(
@@ -200,11 +203,11 @@ def _explained(address: str) -> Iterator[None]:
             "(`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/NAME-head-svc 8265`)"
         ) from error
     except RuntimeError as error:
-        raise JobError(f"the cluster at {address} refuses: {_first_line(error)}") from error
+        raise JobError(f"the cluster at {address} refuses: {_first_line(str(error))}") from error
 
 
-def _first_line(error: RuntimeError) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "unknown")[:500]
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "unknown")[:500]
 
 
 def _checked_address(address: str | None) -> str:
@@ -213,6 +216,4 @@ def _checked_address(address: str | None) -> str:
         raise JobError("which cluster? Give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     if urlsplit(address).scheme not in ("http", "https"):
         raise JobError(f"the address {address} is not one of a dashboard; jobs are sent to http://HEAD:8265")
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     return address.rstrip("/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -76,6 +77,16 @@ def submit_training(
             metadata={"m2f_run": config.run_folder, "m2f_recipe": digest},
         )
         return choice if client.submit(job) else Attach(choice.job_id)
+
+
+def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str, str]) -> str:
+    """Send `m2f doctor` for all nodes of a cluster; the id of its job."""
+    recipe = None if config is None else dump_recipe(replace(config, cluster=replace(config.cluster, address=None)))
+    command = ["python", "-m", "cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
+    job_id = f"m2f-doctor-{secrets.token_hex(4)}"
+    with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
+        client.submit(Job(job_id, shlex.join(command), pack(Path(folder), recipe), env, metadata={}))
+    return job_id
 
 
 def job_name(config: RunConfig) -> str:

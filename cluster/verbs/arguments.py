@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE|FOLDER",
         help="YAML file of a run, folder of a run or checkpoint, or Hugging Face folder",
     )
+
+
+def use_token() -> None:
+    """Called before Ray is imported, which reads its settings then: a token that is given is meant to be used."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.verbs.arguments import OVERRIDE
+from cluster.verbs.arguments import OVERRIDE, use_token
 
 if TYPE_CHECKING:
     from cluster.jobs import JobClient, KnownJob
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status of the job; 130 for one that was stopped or left alone with Ctrl-C."""
     if args.kuberay is not None:
         return _write_ray_job(args)
+    use_token()
     from cluster.jobs import JobClient
 
     if args.stop or args.status:

@@ -1,0 +1,65 @@
+"""`m2f doctor`: whether this machine or a cluster can do its work, and what to do where it cannot."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cluster.verbs.arguments import OVERRIDE, use_token
+
+if TYPE_CHECKING:
+    from cluster.config import RunConfig
+    from cluster.doctor_finding import Finding
+
+SUMMARY = "check this machine or a cluster, for a recipe or in general, with remedies"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file: check what it needs, too")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the file")
+    parser.add_argument(
+        "--address",
+        metavar="URL|ADDRESS",
+        help="every node of a cluster: http://HEAD:8265 sends a job, HEAD:6379 or auto connects from one of its nodes",
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable of the job; no secrets; repeatable"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 1 where a check failed."""
+    use_token()
+    from cluster.recipe import load_recipe
+
+    config = None if args.recipe is None else load_recipe(args.recipe, args.overrides)
+    if args.address is not None and args.address.startswith(("http://", "https://")):
+        return _as_job(config, args)
+    from cluster.doctor import driver_checks, exit_status, machine_checks, print_findings, run_checks
+
+    if args.address is None:
+        findings = run_checks([*machine_checks(config), *driver_checks(config)])
+    else:
+        findings = _on_cluster(config, args.address)
+    print_findings(findings)
+    return exit_status(findings)
+
+
+def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
+    from cluster.config import ClusterConfig
+    from cluster.doctor import driver_checks, run_checks
+    from cluster.doctor_cluster import CLUSTER, examine_cluster
+    from cluster.ray_cluster import local_or_existing
+
+    with local_or_existing(ClusterConfig(address=address), num_cpus=0):
+        return [*examine_cluster(config), *run_checks(driver_checks(config), where=CLUSTER)]
+
+
+def _as_job(config: RunConfig | None, args: argparse.Namespace) -> int:
+    """The same on the cluster, with the code of this machine."""
+    from cluster.jobs import JobClient
+    from cluster.submit import job_environment, submit_doctor
+
+    client = JobClient(args.address)
+    return client.follow(submit_doctor(client, config, job_environment(args.env, config)))

@@ -1,0 +1,239 @@
+"""The doctor on a healthy machine and on broken ones: no store, no MLflow, tiny shared memory, no compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from cluster.cli import main
+from cluster.doctor import exit_status, print_findings, run_checks
+from cluster.doctor_cluster import places_on
+from cluster.doctor_finding import Finding
+from cluster.doctor_machine import (
+    check_compiler,
+    check_disk,
+    check_gpus,
+    check_op_cache,
+    check_shared_memory,
+    check_versions,
+)
+from cluster.doctor_services import (
+    check_clock,
+    check_ray_token,
+    check_run_folder,
+    check_shards,
+    check_tracking,
+    skew_finding,
+)
+from cluster.recipe import load_recipe
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+
+RECIPE = """
+name: patient
+output: {folder}/runs
+datasets: {{train: {{shards: "{folder}/shards"}}}}
+data: {{train: [{{dataset: train}}]}}
+training: {{max_steps: 10}}
+"""
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("doctor")
+    dataset = DatasetConfig(shards=str(folder / "shards"), source=SyntheticSource(num_images=2))
+    write_dataset(open_reader(dataset.source), dataset, Storage())
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture
+def quiet(monkeypatch, tmp_path):
+    """A machine without settings of its own."""
+    for name in ("MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+
+
+def doctor(capsys, *words):
+    status = main(["doctor", *map(str, words)])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_healthy_machine_with_a_good_recipe(capsys, recipe, quiet):
+    """The real checks, the all-reduce of two processes among them."""
+    status, out = doctor(capsys, recipe)
+    assert status == 0, out
+    assert "gloo all-reduce over 2 processes" in out
+    assert " failed" not in out
+    assert not list((recipe.parent / "runs").rglob("*-*")), "the probe of the run folder is deleted"
+
+
+def test_a_store_that_cannot_be_reached(recipe, quiet):
+    config = load_recipe(recipe, ["output=s3://bucket/runs", f"storage.endpoint_url={NOWHERE}"])
+    started = time.monotonic()
+    finding = check_run_folder(config)
+    assert time.monotonic() - started < 20
+    assert (finding.state, NOWHERE in finding.detail) == ("failed", True)
+    assert "storage.endpoint_url" in finding.remedy
+
+
+def test_a_run_folder_that_cannot_be_written(recipe, tmp_path, quiet):
+    (tmp_path / "file").write_text("in the way")
+    assert check_run_folder(load_recipe(recipe, [f"output={tmp_path}/file"])).state == "failed"
+
+
+def test_shards_that_are_not_there_name_the_command(recipe, tmp_path):
+    assert check_shards(load_recipe(recipe)).state == "ok"
+    finding = check_shards(load_recipe(recipe, [f"datasets.train.shards={tmp_path}"]))
+    assert (finding.state, finding.remedy) == ("failed", "m2f shard RECIPE train")
+
+
+def test_mlflow_that_is_down(recipe, quiet):
+    started = time.monotonic()
+    finding = check_tracking(load_recipe(recipe, [f"tracking.uri={NOWHERE}"]))
+    assert time.monotonic() - started < 20
+    assert (finding.state, NOWHERE in finding.detail) == ("failed", True)
+    assert "start the server" in finding.remedy
+
+
+def test_no_store_for_mlflow_beside_a_bucket(recipe, quiet):
+    finding = check_tracking(load_recipe(recipe, ["output=s3://bucket/runs"]))
+    assert (finding.state, "MLFLOW_TRACKING_URI" in finding.detail) == ("failed", True)
+
+
+def test_tiny_shared_memory_as_a_container_has_it(quiet):
+    """A real one, in a mount namespace."""
+    script = (
+        "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "
+        + sys.executable
+        + " -c '"
+        + ("from cluster.doctor_machine import check_shared_memory as check; f = check(); print(f.state, f.detail)'")
+    )
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    if "not permitted" in done.stderr or "unshare" in done.stderr:
+        pytest.skip("needs the right to make a mount namespace")
+    assert done.stdout.startswith("failed 0.1 GiB free in /dev/shm"), done.stderr
+
+
+def test_shared_memory_here():
+    assert check_shared_memory().state in ("ok", "warning")
+
+
+def test_a_machine_without_a_compiler(recipe, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    assert check_compiler(None).state == "warning"
+    finding = check_compiler(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]))
+    assert (finding.state, "c++ and ninja not found" in finding.detail) == ("failed", True)
+    assert "apt-get install g++" in finding.remedy
+
+
+def test_gpus_that_torch_does_not_see(recipe, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert check_gpus(load_recipe(recipe), None).state == "ok"
+    assert check_gpus(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]), None).state == "failed"
+    assert check_gpus(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]), 0).state == "ok", "a node without GPUs"
+
+
+def test_the_lock_of_a_build_that_was_ended(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.write_text("")
+    assert check_op_cache().state == "ok", "a build that runs"
+    os.utime(lock, (0, 0))
+    finding = check_op_cache()
+    assert (finding.state, finding.remedy) == ("warning", f"rm {lock}")
+
+
+def test_a_full_disk(recipe, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 2**30))
+    assert check_disk(None).state == "warning"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    assert check_disk(load_recipe(recipe)).state == "failed"
+
+
+def test_libraries_of_another_version(monkeypatch):
+    assert check_versions().state == "ok"
+    monkeypatch.setattr("cluster.doctor_machine.metadata.version", lambda name: "0.1")
+    finding = check_versions()
+    assert (finding.state, "torch 0.1 (needs >=2.11)" in finding.detail) == ("failed", True)
+
+
+def test_a_token_that_is_missing(monkeypatch, quiet, tmp_path):
+    assert check_ray_token().state == "ok"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert check_ray_token().state == "failed"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    assert check_ray_token().state == "ok"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert check_ray_token().state == "warning"
+
+
+@pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (60, "warning"), (-3600, "failed")])
+def test_a_clock_that_differs_from_the_servers(recipe, ahead, state):
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response_only(404)
+            self.send_header("Date", formatdate(time.time() - ahead, usegmt=True))
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        finding = check_clock(load_recipe(recipe, [f"tracking.uri={url}"]))
+        server.shutdown()
+    assert finding.state == state
+    assert ("ahead of" in finding.detail) == (ahead > 0)
+
+
+def test_no_server_to_compare_the_clock_with(recipe):
+    assert check_clock(load_recipe(recipe, [f"tracking.uri={NOWHERE}"])).state == "skipped"
+    assert skew_finding(-6, "x").detail == "6 s behind x"
+
+
+def test_a_check_that_breaks_is_a_finding():
+    def check_nothing():
+        raise KeyError("oops")
+
+    (finding,) = run_checks([check_nothing], where="node")
+    assert (finding.check, finding.state, finding.where) == ("nothing", "failed", "node")
+    assert "KeyError: 'oops'" in finding.detail
+
+
+def test_the_table_and_the_exit_status():
+    findings = [Finding("a", "ok", "fine [really]"), Finding("b", "failed", "broken", "mend it", where="10.0.0.1")]
+    console = Console(width=80, record=True, file=StringIO())
+    print_findings(findings, console)
+    text = console.export_text()
+    assert "fine [really]" in text
+    assert "-> mend it" in text
+    assert "10.0.0.1" in text
+    assert "1 ok, 1 failed" in text
+    assert (exit_status(findings), exit_status(findings[:1])) == (1, 0)
+
+
+def test_how_many_processes_a_node_holds():
+    node = {"CPU": 8.0, "trainer": 3.0}
+    assert places_on(node, {"CPU": 2.0, "GPU": 0.0, "trainer": 1.0}) == 3
+    assert places_on(node, {"CPU": 2.0, "GPU": 1.0}) == 0

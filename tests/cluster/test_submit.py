@@ -1,0 +1,365 @@
+"""What is sent to a cluster; and a real one with a token, where a job is joined, stopped and gone on with."""
+
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.cli import main
+from cluster.jobs import JobClient, JobError, KnownJob
+from cluster.recipe import load_recipe, parse_recipe
+from cluster.submit import Attach, Start, choose, for_cluster, job_environment, job_name, jobs_of
+from cluster.upload import LIMIT_BYTES, PACKAGES, UploadError, pack
+from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.readers import open_reader
+from data_pipeline.shards import write_dataset
+from data_pipeline.storage import Storage
+from model.errors import ConfigError
+from trainer.checkpoint_folder import list_checkpoints
+
+RECIPE = """
+name: sent
+output: s3://bucket/runs
+datasets: {train: {shards: "s3://bucket/train"}, unused: {shards: /only/here}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 10}
+tracking: {uri: "http://mlflow:5000"}
+"""
+TOKEN = "0123456789abcdef" * 4
+
+
+def sent_recipe(*overrides):
+    return parse_recipe(RECIPE, overrides)
+
+
+def known(job_id, status="RUNNING", digest="same"):
+    return KnownJob(job_id, status, "", None, 1.0, {"m2f_recipe": digest})
+
+
+# What is sent
+
+
+def code_folder(folder: Path, extra: int = 0) -> Path:
+    for package in PACKAGES:
+        (folder / package / "__pycache__").mkdir(parents=True)
+        (folder / package / "__init__.py").write_text("")
+        (folder / package / "__pycache__" / "old.pyc").write_text("x")
+    (folder / "model" / "zoo").mkdir()
+    (folder / "model" / "zoo" / "weights.bin").write_bytes(os.urandom(extra))
+    (folder / "pyproject.toml").write_text("[project]")
+    return folder
+
+
+def members(archive: Path) -> set[str]:
+    with zipfile.ZipFile(archive) as content:
+        return {name for name in content.namelist() if not name.endswith("/")}
+
+
+def test_code_and_recipe_are_packed_and_caches_are_not(tmp_path):
+    code = code_folder(tmp_path / "code")
+    (tmp_path / "out").mkdir()
+    archive = pack(tmp_path / "out", "name: x\n", source=code)
+    expected = {f"{package}/__init__.py" for package in PACKAGES}
+    assert members(archive) == expected | {"recipe.yaml", "pyproject.toml", "model/zoo/weights.bin"}
+
+
+def test_equal_content_gives_an_equal_archive(tmp_path):
+    code = code_folder(tmp_path / "code")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first, second = (pack(tmp_path / name, "name: x\n", source=code).read_bytes() for name in ("one", "two"))
+    assert first == second
+
+
+def test_nothing_but_the_recipe_is_sent_where_m2f_is_installed(tmp_path):
+    assert members(pack(tmp_path, "name: x\n", code=False)) == {"recipe.yaml"}
+
+
+def test_too_much_to_send_is_refused_before_it_is_sent(tmp_path):
+    code = code_folder(tmp_path / "code", extra=LIMIT_BYTES + 1)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UploadError, match=r"is 100\.. MiB.*model/zoo \(100\.. MiB\).*\.rayignore"):
+        pack(tmp_path / "one", None, source=code)
+    (code / ".rayignore").write_text("model/zoo\n")
+    assert "model/zoo/weights.bin" not in members(pack(tmp_path / "two", None, source=code))
+
+
+def test_the_code_of_this_checkout_is_small(tmp_path):
+    assert pack(tmp_path, None).stat().st_size < 2 * 2**20
+
+
+# Which recipe
+
+
+def test_a_recipe_for_a_cluster_is_bound_to_none():
+    config = sent_recipe("cluster.address=10.0.0.1:6379")
+    assert for_cluster(config).cluster.address is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["output=/runs", "datasets.train.shards=/data/train", "model.weights=/w.pkl", "tracking.uri=sqlite:///m.db"],
+)
+def test_what_exists_only_here_is_refused_by_its_setting(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        for_cluster(sent_recipe(override))
+
+
+def test_shared_folders_are_no_local_paths():
+    config = sent_recipe("output=/mnt/fsx/runs")
+    assert for_cluster(config, ["/mnt/fsx"]).output == "/mnt/fsx/runs"
+    with pytest.raises(ConfigError, match="output"):
+        for_cluster(config, ["/mnt/fs"])
+
+
+def test_a_loopback_address_is_pointed_out(capsys):
+    for_cluster(sent_recipe("tracking.uri=http://localhost:5000"))
+    assert "every node looks for it on itself" in capsys.readouterr().err
+
+
+# The environment
+
+
+def test_the_environment_of_a_job(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("M2F_DATA", "/data")
+    env = job_environment(["M2F_DATA", "NCCL_DEBUG=INFO"], sent_recipe("tracking.uri=null"))
+    assert env["M2F_DATA"] == "/data"
+    assert env["NCCL_DEBUG"] == "INFO"
+    assert env["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+
+
+@pytest.mark.parametrize(
+    "word", ["AWS_SECRET_ACCESS_KEY=x", "HF_TOKEN=x", "PGPASSWORD=x", "DB=postgres://me:pw@host/x"]
+)
+def test_secrets_do_not_travel_in_the_environment(word):
+    with pytest.raises(ConfigError, match="is a secret") as caught:
+        job_environment([word])
+    assert "pw@" not in str(caught.value)
+
+
+def test_a_variable_that_is_not_set_is_a_mistake(monkeypatch):
+    monkeypatch.delenv("M2F_NOWHERE", raising=False)
+    with pytest.raises(ConfigError, match="not set here"):
+        job_environment(["M2F_NOWHERE"])
+
+
+# Which job
+
+
+def test_the_first_job_of_a_run():
+    config = sent_recipe()
+    assert choose(config, "same", [known("other-1"), known(job_name(config) + "-x")]) == Start(f"{job_name(config)}-1")
+
+
+def test_a_living_job_is_joined():
+    base = job_name(sent_recipe())
+    jobs = [known(f"{base}-1", "FAILED"), known(f"{base}-2", "PENDING")]
+    assert choose(sent_recipe(), "same", jobs) == Attach(f"{base}-2")
+
+
+def test_an_ended_job_has_a_successor_with_the_next_number():
+    base = job_name(sent_recipe())
+    jobs = [known(f"{base}-10", "STOPPED"), known(f"{base}-9", "SUCCEEDED")]
+    assert choose(sent_recipe(), "same", jobs) == Start(f"{base}-11")
+    assert [job.job_id for job in jobs_of(sent_recipe(), jobs)] == [f"{base}-9", f"{base}-10"]
+
+
+def test_two_recipes_do_not_train_in_one_run_folder():
+    base = job_name(sent_recipe())
+    with pytest.raises(ConfigError, match=f"m2f submit --stop {base}-1"):
+        choose(sent_recipe(), "other", [known(f"{base}-1")])
+
+
+def test_runs_in_other_folders_have_other_jobs():
+    assert job_name(sent_recipe()) != job_name(sent_recipe("output=s3://other/runs"))
+
+
+# The way there
+
+
+def test_without_an_address_nothing_is_tried(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(JobError, match="which cluster"):
+        JobClient(None)
+    with pytest.raises(JobError, match="http://HEAD:8265"):
+        JobClient("10.0.0.1:6379")
+
+
+def test_a_dashboard_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    started = time.monotonic()
+    assert main(["submit", str(tmp_path / "r.yaml"), "--address", "http://127.0.0.1:9"]) == 2
+    assert time.monotonic() - started < 10
+    assert "no Ray dashboard answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
+    """`ray start --head` on loopback; the address of its dashboard. Everything it started ends with it."""
+    gcs, dashboard = free_port(), free_port()
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *("--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
+        *(f"--dashboard-port={dashboard}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}"),
+        "--object-store-memory=200000000",
+    ]
+    with open(folder / "head.log", "wb") as log:
+        head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert head.poll() is None, (folder / "head.log").read_text()
+            assert time.monotonic() < deadline, "the dashboard does not come up"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        started = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        _, alive = psutil.wait_procs([*started, psutil.Process(head.pid)], timeout=5)
+        for process in alive:
+            process.kill()
+        head.wait()
+
+
+@pytest.fixture(scope="module")
+def dashboard():
+    folder = Path("/tmp") / f"m2f-jobs-{os.getpid()}"
+    folder.mkdir()
+    env = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+    with ray_head(folder, env) as address:
+        yield address
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A recipe with everything in a folder that the "nodes" share."""
+    folder = tmp_path_factory.mktemp("shared")
+    source = SyntheticSource(num_images=8)
+    dataset = DatasetConfig(shards=str(folder / "shards"), source=source)
+    write_dataset(open_reader(source), dataset, Storage())
+    (folder / "recipe.yaml").write_text(f"""
+name: job
+output: {folder}/runs
+datasets: {{train: {{shards: {folder}/shards}}}}
+data: {{train: [{{dataset: train}}], augment: {{kind: lsj, size: 64, min_scale: 0.8, max_scale: 1.2}}, workers: 0}}
+model:
+  backbone: {{name: resnet10t, norm: group, options: {{channels: [8, 16, 16, 32]}}}}
+  pixel_decoder: {{conv_dim: 16, mask_dim: 16, num_layers: 1, num_heads: 2, feedforward_dim: 32}}
+  transformer_decoder: {{num_queries: 8, num_layers: 2, hidden_dim: 16, num_heads: 2, feedforward_dim: 32}}
+  loss: {{num_points: 64}}
+training: {{max_steps: 100000, global_batch: 2, checkpoint: {{every_steps: 1000000}}, log_every_steps: 1}}
+""")
+    return folder
+
+
+def wait_for_steps(config) -> None:
+    """Until MLflow has points of the fourth step."""
+    deadline = time.monotonic() + 120
+    while steps_done(config) < 4:
+        assert time.monotonic() < deadline, "the job does not train"
+        time.sleep(0.5)
+
+
+def steps_done(config) -> int:
+    path = Path(config.run_folder) / "mlflow.db"
+    if not path.exists():
+        return 0
+    with (
+        closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database,
+        suppress(
+            sqlite3.OperationalError  # the tables are being made
+        ),
+    ):
+        return database.execute("SELECT max(step) FROM metrics").fetchone()[0] or 0
+    return 0
+
+
+def m2f(*words, token=TOKEN) -> subprocess.CompletedProcess:
+    """In a process of its own, as Ray reads the token when it is imported."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_TOKEN": token}
+    command = [sys.executable, "-m", "cluster.cli", *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def submit(shared, dashboard):
+    recipe = str(shared / "recipe.yaml")
+    return lambda *words: m2f("submit", recipe, "--address", dashboard, "--shared", str(shared), *words)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_wrong_token_is_said_so(dashboard):
+    done = m2f("submit", "--status", "some-job", "--address", dashboard, token="f" * 64)
+    assert done.returncode == 2
+    assert "wants another token" in done.stderr
+    assert "ray get-auth-token" in done.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_run_is_sent_joined_stopped_and_gone_on_with(submit, shared):
+    """The first job would train for hours; --stop ends it with a checkpoint, and its successor goes on from there."""
+    config = load_recipe(shared / "recipe.yaml")
+    sent = submit("--detach")
+    assert sent.returncode == 0, sent.stderr
+    joined: list[subprocess.CompletedProcess] = []
+    follower = threading.Thread(target=lambda: joined.append(submit()))
+    follower.start()
+    wait_for_steps(config)
+    stopped = submit("--stop")
+    follower.join()
+    assert stopped.returncode == 0, stopped.stderr
+    assert "STOPPED" in stopped.stdout
+    assert f"the run has a job already: {job_name(config)}-1" in joined[0].stdout
+    assert re.search(r"step +3/", joined[0].stdout), joined[0].stdout
+    assert joined[0].returncode == 130
+    (checkpoint,) = list_checkpoints(Storage(), config.run_folder)
+    assert checkpoint.step >= 3
+
+    last = checkpoint.step + 2
+    resumed = submit(f"training.max_steps={last}")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"{job_name(config)}-2" in resumed.stdout
+    assert "run finished" in resumed.stdout
+    assert list_checkpoints(Storage(), config.run_folder)[0].step == last
+    status = submit("--status")
+    assert [line.split()[1] for line in status.stdout.splitlines()] == ["STOPPED", "SUCCEEDED"]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_mistake_in_the_job_is_the_exit_status_here(submit, shared):
+    done = submit("name=broken", f"datasets.train.shards={shared}/absent")
+    assert done.returncode == 2
+    assert f"{shared}/absent" in done.stdout
