@@ -1,0 +1,286 @@
+"""The examples of `cluster/cloud` against Ray's, Amazon's and our own schemas, and the notices of spot machines."""
+
+import json
+import threading
+from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import botocore.session
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import drain_node
+
+import cluster
+from cluster.cli import main
+from cluster.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
+from cluster.recipe import parse_recipe
+from cluster.spot_notice import NOTICE_S, is_taken_back, watch
+
+CLOUD = Path(cluster.__file__).parent / "cloud"
+RAY_UP = sorted(CLOUD.glob("[ag]*.yaml"))
+KUBERAY = CLOUD / "kuberay.yaml"
+RECIPE = """
+name: Cloud_run.1
+output: s3://bucket/runs
+datasets: {train: {shards: "s3://bucket/train"}, val: {shards: "s3://bucket/val"}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 10}
+evaluation: {sets: [{dataset: val}], resources_per_actor: {evaluator: 1}}
+cluster: {num_workers: 16, resources_per_worker: {trainer: 1}}
+tracking: {uri: "http://mlflow:5000"}
+"""
+GCP_INSTANCE = {"machineType", "disks", "scheduling", "serviceAccounts"}
+"""Fields of an instance that the example uses, as Google's API writes them."""
+
+
+def read(path: Path):
+    return yaml.safe_load(path.read_text())
+
+
+# ray up
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_ray_up_takes_the_example(path):
+    validate_config(prepare_config(read(path)))
+
+
+def test_there_are_two_examples_for_ray_up():
+    assert [path.stem for path in RAY_UP] == ["aws", "gcp"]
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_a_mistake_in_an_example_would_be_found(path):
+    example = read(path)
+    example["available_node_types"]["train"]["max_wrokers"] = 1
+    with pytest.raises(Exception, match="max_wrokers"):
+        validate_config(prepare_config(example))
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_the_head_does_no_work_and_each_group_has_its_own(path):
+    example = read(path)
+    types = example["available_node_types"]
+    assert types[example["head_node_type"]]["resources"] == {"CPU": 0}
+    assert types["train"]["resources"]["trainer"] == types["train"]["resources"]["GPU"]
+    assert "evaluator" in types["evaluate"]["resources"]
+    assert any("shm-size" in option for option in example["docker"]["run_options"])
+    assert "--num-cpus=0" in example["head_start_ray_commands"][1]
+    assert "--dashboard-host=127.0.0.1" in example["head_start_ray_commands"][1]
+    assert any("cluster.spot_notice" in command for command in example["worker_start_ray_commands"])
+
+
+@pytest.mark.parametrize("group", ["head", "train", "evaluate"])
+def test_amazon_knows_every_field_of_its_machines(group):
+    """Ray hands `node_config` over unread; botocore knows what RunInstances takes."""
+    operation = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances")
+    node = read(CLOUD / "aws.yaml")["available_node_types"][group]["node_config"]
+    report = ParamValidator().validate(node | {"MinCount": 1, "MaxCount": 1}, operation.input_shape)
+    assert not report.has_errors(), report.generate_report()
+    assert (node.get("InstanceMarketOptions") is not None) == (group == "train"), "only training is on spot machines"
+
+
+@pytest.mark.parametrize("group", ["head", "train", "evaluate"])
+def test_the_machines_of_google(group):
+    node = read(CLOUD / "gcp.yaml")["available_node_types"][group]["node_config"]
+    assert set(node) <= GCP_INSTANCE
+    assert (node.get("scheduling", {}).get("provisioningModel") == "SPOT") == (group == "train")
+    assert sum(disk["boot"] for disk in node["disks"]) == 1
+
+
+@pytest.mark.parametrize("path", sorted(CLOUD.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_example_holds_a_secret(path):
+    text = path.read_text().lower()
+    assert not any(word in text for word in ("aws_secret", "access_key", "password:", "auth_token"))
+
+
+# KubeRay
+
+
+def written(*overrides, template: Path = KUBERAY):
+    return list(yaml.safe_load_all(ray_job_yaml(parse_recipe(RECIPE, overrides), template, {"NCCL_DEBUG": "WARN"})))
+
+
+def test_the_ray_job_runs_the_recipe_from_a_config_map():
+    config_map, ray_job = written()
+    name = ray_job["metadata"]["name"]
+    assert name.startswith("m2f-cloud-run-1-")
+    assert config_map["metadata"] == {"name": name, "namespace": "default"}
+    assert parse_recipe(config_map["data"]["recipe.yaml"]) == parse_recipe(RECIPE)
+    spec = ray_job["spec"]
+    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    (mount,) = [mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "recipe"]
+    assert spec["entrypoint"] == f"m2f train {mount['mountPath']}/recipe.yaml"
+    assert {"name": "recipe", "configMap": {"name": name}} in head["volumes"]
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"NCCL_DEBUG": "WARN"}}
+
+
+def test_what_is_written_has_only_fields_that_kuberay_knows():
+    assert schema_problems(written()[1]) == []
+
+
+def test_the_example_drains_before_it_ends():
+    groups = {group["groupName"]: group for group in read(KUBERAY)["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    pod = groups["train"]["template"]["spec"]
+    (_, _, script) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    seconds = int(script.rpartition("sleep ")[2])
+    assert "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION" in script
+    assert f"--deadline-remaining-seconds {seconds}" in script
+    assert seconds < pod["terminationGracePeriodSeconds"]
+    assert "nodeSelector" not in groups["evaluate"]["template"]["spec"], "evaluation is on demand"
+
+
+def change(tree, path: str, value):
+    *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
+    for key in parents:
+        tree = tree[key]
+    if value is None:
+        del tree[last]
+    else:
+        tree[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "found"),
+    [
+        ("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", "4", "workerGroupSpecs[0].maxReplicas"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.groupName", None, "'groupName' is a required property"),
+        ("spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0, "0 is not of type 'string'"),
+        ("spec.ttlSecondsAfterFinish", 3, "'ttlSecondsAfterFinish' was unexpected"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.imge", "x", "'imge' was unexpected"),
+        ("spec.submissionMode", "Http", "submissionMode"),
+        ("apiVersion", "ray.io/v1alpha1", "'ray.io/v1' was expected"),
+    ],
+)
+def test_what_kubernetes_would_refuse_or_drop_is_found(path, value, found):
+    document = read(KUBERAY)
+    change(document, path, value)
+    (problem,) = schema_problems(document)
+    assert found in problem
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "found"),
+    [
+        ("headGroupSpec.rayStartParams.num-cpus", "4", "beside the driver"),
+        ("workerGroupSpecs.1.template.spec.containers.0.volumeMounts", [], "evaluate: nothing is mounted at /dev/shm"),
+        (
+            "workerGroupSpecs.0.template.spec.containers.0.resources.requests",
+            {"cpu": "4"},
+            "train: limits.nvidia.com/gpu is 4; requests.nvidia.com/gpu must be the same",
+        ),
+        ("workerGroupSpecs.0.maxReplicas", 3, "cluster.resources_per_worker asks for 16 'trainer' in all"),
+        ("workerGroupSpecs.1.rayStartParams", {}, "evaluation.resources_per_actor asks for 1 'evaluator' in all"),
+    ],
+)
+def test_what_would_never_start_is_found(path, value, found):
+    spec = read(KUBERAY)["spec"]["rayClusterSpec"]
+    assert cluster_problems(parse_recipe(RECIPE), deepcopy(spec)) == []
+    change(spec, path, value)
+    (problem,) = cluster_problems(parse_recipe(RECIPE), spec)
+    assert found in problem
+
+
+@pytest.mark.parametrize("text", ["a: [", "kind: RayCluster", "kind: RayJob\n---\nkind: RayJob"])
+def test_another_file_is_no_template(tmp_path, text):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(KubeRayError, match="template"):
+        written(template=tmp_path / "t.yaml")
+
+
+def test_the_verb_writes_a_file(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    words = ["submit", str(tmp_path / "r.yaml"), "cluster.num_workers=4", "--kuberay", str(KUBERAY)]
+    assert main([*words, "--output", str(tmp_path / "job.yaml")]) == 0
+    config_map, ray_job = yaml.safe_load_all((tmp_path / "job.yaml").read_text())
+    assert (config_map["kind"], ray_job["kind"]) == ("ConfigMap", "RayJob")
+    assert "num_workers: 4" in config_map["data"]["recipe.yaml"]
+    assert main([*words, "output=/only/here"]) == 2
+    assert "output is /only/here" in capsys.readouterr().err
+
+
+def test_kubectl_gets_the_same_text(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    words = ["submit", str(tmp_path / "r.yaml"), "--kuberay", str(KUBERAY), "--apply"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(words) == 2
+    assert "kubectl is not here" in capsys.readouterr().err
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\nexec /bin/cat > {tmp_path}/text\n')
+    kubectl.chmod(0o755)
+    assert main(words) == 0
+    assert (tmp_path / "words").read_text() == "apply -f -\n"
+    assert [document["kind"] for document in yaml.safe_load_all((tmp_path / "text").read_text())] == [
+        "ConfigMap",
+        "RayJob",
+    ]
+    kubectl.write_text("#!/bin/sh\nexit 1\n")
+    assert main(words) == 2
+    assert "kubectl does not take the RayJob" in capsys.readouterr().err
+
+
+# Notices of spot machines
+
+
+@pytest.fixture
+def metadata_server():
+    """Amazon's and Google's in one; `notice.set()` announces the end of the machine."""
+    notice = threading.Event()
+
+    class Server(BaseHTTPRequestHandler):
+        def answer(self, status: int, text: str = ""):
+            self.send_response_only(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_PUT(self):
+            self.answer(200, "token" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else "")
+
+        def do_GET(self):
+            if self.path == "/latest/meta-data/spot/instance-action":
+                if self.headers["X-aws-ec2-metadata-token"] != "token":
+                    self.answer(401)
+                elif notice.is_set():
+                    self.answer(200, json.dumps({"action": "terminate", "time": "2030-01-01T00:00:00Z"}))
+                else:
+                    self.answer(404)
+            elif self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
+                self.answer(200, "TRUE" if notice.is_set() else "FALSE")
+            else:
+                self.answer(403)
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", notice
+        server.shutdown()
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_the_notice_of_a_spot_machine_drains_its_node(metadata_server, cloud):
+    address, notice = metadata_server
+    assert not is_taken_back(cloud, address)
+    drained: list[int] = []
+    watcher = threading.Thread(target=lambda: watch(cloud, drained.append, address, poll_s=0.02))
+    watcher.start()
+    watcher.join(0.2)
+    assert watcher.is_alive()
+    notice.set()
+    watcher.join(5)
+    assert drained == [NOTICE_S[cloud]]
+
+
+def test_a_metadata_server_that_is_away_says_nothing(caplog):
+    assert not is_taken_back("aws", "http://127.0.0.1:9")
+    assert "127.0.0.1:9" in caplog.text
+
+
+def test_ray_knows_the_command_that_drains():
+    """It is hidden from the overview, so a new version may drop it."""
+    options = {option for parameter in drain_node.params for option in parameter.opts}
+    assert {"--reason", "--reason-message", "--deadline-remaining-seconds"} <= options
