@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException, RestException
 
 from cluster.config import RunConfig
 from cluster.journal import Entry, Journal
+from cluster.provenance import DataInput, code_facts, data_facts, data_inputs
 from cluster.recipe import dump_recipe, flatten
 from data_pipeline.storage import Storage, join
 from model.errors import UserError
@@ -60,20 +61,24 @@ class TrackedRun:
 def create_run(config: RunConfig) -> TrackedRun:
     """Make the MLflow run of this run folder, or continue the one that `tracking.json` names. Only the driver calls it.
 
-    Continuing contacts no server; settings that changed since are written as tags `resumed.<setting>`.
+    Its inputs are the data sets with their fingerprints; its tags name the commit of the code. Continuing contacts no
+    server; settings, code and data that changed since are written as tags `resumed.<setting>`.
 
     Raises:
         TrackingError: the store cannot be reached or refuses the run. Only at the first start: later outages wait.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
+    storage = Storage(config.storage)
+    inputs = data_inputs(config, storage)
+    facts = code_facts() | data_facts(inputs)
     known = _read_record(config)
     if known is not None and known["uri"] == uri:
         run = TrackedRun(uri=uri, run_id=known["run_id"], spool=spool)
-        _note_resume(run, known["parameters"], parameters)
+        _note_resume(run, known["parameters"] | known.get("facts", facts), parameters | facts)
         return run
-    run = TrackedRun(uri=uri, run_id=_start_run(config, uri, parameters), spool=spool)
-    content = {"uri": run.uri, "run_id": run.run_id, "parameters": parameters}
-    Storage(config.storage).put(_record_url(config), json.dumps(content, indent=1).encode())
+    run = TrackedRun(uri=uri, run_id=_start_run(config, uri, parameters, facts, inputs), spool=spool)
+    content = {"uri": run.uri, "run_id": run.run_id, "parameters": parameters, "facts": facts}
+    storage.put(_record_url(config), json.dumps(content, indent=1).encode())
     return run
 
 
@@ -287,17 +292,22 @@ def _read_record(config: RunConfig) -> dict[str, Any] | None:
     return json.loads(storage.get(url)) if storage.exists(url) else None
 
 
-def _start_run(config: RunConfig, uri: str, parameters: Mapping[str, str]) -> str:
-    """Create the run with its parameters, tags and recipe; returns its id."""
+def _start_run(
+    config: RunConfig, uri: str, parameters: Mapping[str, str], facts: Mapping[str, str], inputs: Sequence[DataInput]
+) -> str:
+    """Create the run with its parameters, tags, inputs and recipe; returns its id."""
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
         client = connect(uri)
-        tags = {"m2f.run_folder": config.run_folder, "m2f.version": version("m2f")}
+        tags = {"m2f.run_folder": config.run_folder, "m2f.version": version("m2f"), **facts}
+        if "code.commit" in facts:
+            tags["mlflow.source.git.commit"] = facts["code.commit"]  # shown as the version of the run
         run_id = client.create_run(_experiment(client, config, uri), run_name=config.name, tags=tags).info.run_id
         params = [Param(_key(key)[:250], _shortened(value)) for key, value in parameters.items()]
         for start in range(0, len(params), PARAMS_PER_CALL):
             client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
+        client.log_inputs(run_id, [_dataset_input(entry) for entry in inputs])
         client.log_text(run_id, dump_recipe(config), "recipe.yaml")
     except Exception as error:
         raise TrackingError(
@@ -305,6 +315,13 @@ def _start_run(config: RunConfig, uri: str, parameters: Mapping[str, str]) -> st
             "MLFLOW_TRACKING_URI, or leave both unset for a sqlite file in the run folder"
         ) from error
     return run_id
+
+
+def _dataset_input(entry: DataInput) -> DatasetInput:
+    """As MLflow keeps it; its digests have at most 36 characters, the whole fingerprint is in the profile."""
+    source = json.dumps({"uri": entry.url})
+    dataset = Dataset(entry.name, entry.fingerprint[:36], "m2f", source, profile=entry.profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", entry.context)])
 
 
 def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:

@@ -215,6 +215,18 @@ def test_outages_of_a_real_server_hold_up_nothing_and_lose_nothing(server_run, t
         tracking = Tracking(run, "rank0", interval_s=0.05)
         assert tracking.close()
         assert history(run, "loss", store) == [(n, float(n)) for n in range(101)]
+
+        tracking = Tracking(run, "rank0", interval_s=0.05)
+        for step in range(101, 300):  # the server dies on the way, and is away for some of them
+            if step == 130:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+            tracking.log_metrics(step, {"loss": float(step)})
+            time.sleep(0.005)
+        server = start_server(tmp_path, port)
+        tracking.log_metrics(300, {"loss": 300.0})
+        assert tracking.close(timeout_s=60)
+        assert history(run, "loss", store) == [(n, float(n)) for n in range(301)]
         assert [a.path for a in MlflowClient(tracking_uri=run.uri).list_artifacts(run.run_id)] == ["results.json"]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
