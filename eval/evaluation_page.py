@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from eval.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
-from eval.page import Cell, Section, folded, grid, page, paragraph, picture, table
+from eval.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
 from eval.panels import decode_png
 from eval.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
 from eval.report import EvaluationResults
@@ -62,7 +62,9 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
         lead = paragraph(f"A subset: {subject.subset}. Not comparable with figures of the whole set.", "note") + lead
     if subject.test_time is not None:
         lead = paragraph(f"Test time: {subject.test_time}.", "note") + lead
-    return page(f"{subject.label}{step}", lead, sections)
+    metrics = results.metrics()
+    chosen = {name: _number(metrics[name]) for name in ("PQ", "AP", "mIoU") if name in metrics}
+    return page(f"{subject.label}{step}", headline(chosen) + lead, sections)
 
 
 def details_json(results: EvaluationResults) -> str:

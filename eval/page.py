@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
@@ -15,6 +15,8 @@ h1 { font-size: 1.5em; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15em; margin: 32px 0 8px; padding-top: 8px; border-top: 1px solid #8885; }
 p { margin: 6px 0; max-width: 75ch; }
 .faint { opacity: 0.7; }
+.headline span { display: inline-block; margin: 8px 32px 0 0; }
+.headline b { font-size: 2.2em; line-height: 1.1; font-variant-numeric: tabular-nums; }
 .note { border-left: 3px solid #d55e00; padding-left: 10px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 8px 0; }
@@ -86,6 +88,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """A paragraph of plain text; `kind` is note or faint."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def headline(numbers: Mapping[str, str]) -> str:
+    """Few large numbers by name."""
+    shown = "".join(f"<span><b>{escape(value)}</b> {escape(name)}</span>" for name, value in numbers.items())
+    return f'<p class="headline">{shown}</p>'
 
 
 def grid(items: Sequence[str], *, small: bool = False) -> str:
