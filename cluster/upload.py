@@ -6,6 +6,7 @@ in it; they are part of the cluster's image or environment.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import zipfile
@@ -16,6 +17,7 @@ from ray._private.runtime_env.packaging import create_package
 
 from model.errors import UserError
 
+LOGGER = logging.getLogger(__name__)
 PACKAGES = ("model", "data_pipeline", "trainer", "eval", "cluster")
 RECIPE = "recipe.yaml"
 LIMIT_BYTES = 100 * 2**20
@@ -51,7 +53,7 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
         path = staged / RECIPE
         path.write_text(recipe, encoding="utf-8")
         os.utime(path, (_EPOCH, _EPOCH))
-    create_package(str(staged), archive, include_gitignore=False)
+    create_package(str(staged), archive, include_gitignore=False, logger=LOGGER)
     _check_size(archive)
     return archive
 
