@@ -30,7 +30,6 @@ MAX_WIDTH = 100
 SILENCE_FACTOR = 5.0
 SILENCE_S = 20.0
 """A panel says that nothing was heard after so many seconds, and so many times what the last report took."""
-SLOW_FACTOR = 1.5
 _ALARMING: set[EventKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
 
 
@@ -131,7 +130,8 @@ class LiveView:
             rows.append(("pace", Text(self._pace())))
             rows.append(("update", Text(self._update())))
             rows.append(("machines", Text(self._machines())))
-            if (ratio := v["ranks/slowest_over_median"]) > SLOW_FACTOR:
+            if v["ranks/slow"]:
+                ratio = v["ranks/slowest_over_median"]
                 slow = f"rank {v['ranks/slowest']:.0f} takes {ratio:.1f} times as long as the median rank"
                 rows.append(("", Text(slow, style="yellow")))
         if self._saved is not None:

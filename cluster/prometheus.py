@@ -23,6 +23,7 @@ RUN_GAUGES = {
         "m2f_slowest_rank_ratio",
         "Slowest rank over the median, in its own work.",
     ),
+    "ranks/slow": ("m2f_slow_ranks", "Ranks that were much slower than the median in the last reports."),
     "eta_s": ("m2f_eta_seconds", "Time left at the present pace."),
 }
 RANK_GAUGES = {

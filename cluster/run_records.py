@@ -25,7 +25,9 @@ from model.errors import UserError
 Curve = tuple[tuple[int, float], ...]
 """(step, value), ascending, one per step."""
 NOT_COMPARED = {"train/eta_s", "train/images"}
-"""Metrics whose history says nothing about a run; so does traffic (`train/storage/`)."""
+"""Metrics whose history says nothing about a run."""
+GROUPS_NOT_COMPARED = ("train/storage/", "train/ranks/", "system/")
+"""Beginnings of the names of further ones."""
 MAX_RUNS = 50
 
 
@@ -169,7 +171,8 @@ class _Store:
     def curves(self, run: Run) -> dict[str, Curve]:
         """The history of every metric that is worth it."""
         with _Answering(self.uri):
-            wanted = [key for key in run.data.metrics if key not in NOT_COMPARED and "/storage/" not in key]
+            keys = [key for key in run.data.metrics if not key.startswith(GROUPS_NOT_COMPARED)]
+            wanted = [key for key in keys if key not in NOT_COMPARED]
             return {key: self._curve(run.info.run_id, key) for key in wanted}
 
     def _curve(self, run_id: str, key: str) -> Curve:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from types import TracebackType
@@ -22,6 +23,9 @@ from trainer.state import TrainState
 from trainer.trace import Trace
 from trainer.watchdog import Watchdog
 
+SLOW_REPORTS = 3
+"""A rank that is slow in so many reports in a row is worth an event."""
+
 
 class Observer:
     """One rank's observer; a context manager around the steps. `report` is a collective, nothing else waits."""
@@ -36,7 +40,7 @@ class Observer:
         self._trace = Trace(run.storage, job.run_folder, attempt, run.ranks.rank)
         self._watchdog = Watchdog(self._clock, run.ranks, run.storage, job.run_folder, attempt, job.training, reporter)
         self._size = (0, 0)
-        self._slow: set[tuple[int, str]] = set()
+        self._slow: Counter[tuple[int, str]] = Counter()
         self._stack = ExitStack()
         # The engine's forward runs our module, then DeepSpeed's backward follows.
         self._hook = run.engine.module.register_forward_hook(lambda *_: self._clock.enter("backward"))
@@ -61,6 +65,7 @@ class Observer:
     ) -> None:
         """After an update, applied or not: a line of the trace. `images` are those of all ranks."""
         self._clock.step = state.step
+        self._clock.enter("report")  # the update ends
         phases = self._clock.lap()
         self._stopwatch.add(images, phases)
         *_, height, width = batches.micro_batches[0].images.shape
@@ -85,7 +90,6 @@ class Observer:
     def report(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> None:
         """The numbers of all ranks since the last report. A collective."""
         run, training = self._run, self._run.job.training
-        self._clock.enter("report")
         values = summed_losses(losses, run.ranks)
         values |= self._traffic.read(run.ranks)
         own = measure_rank(run.ranks.rank, self._stopwatch.steps, self._stopwatch.phases, run.job.run_folder)
@@ -105,11 +109,13 @@ class Observer:
             "images": state.position,
             "skipped_steps": state.skipped_total,
         }
-        self._reporter.metrics(state.step, values)
         slow = {(found.rank, found.work): found for found in slow_ranks(numbers)}
-        for key in slow.keys() - self._slow:
-            self._reporter.event("slow", state.step, str(slow[key]))
-        self._slow = set(slow)
+        self._slow = Counter({key: self._slow[key] + 1 for key in slow})
+        values["ranks/slow"] = sum(count >= SLOW_REPORTS for count in self._slow.values())
+        self._reporter.metrics(state.step, values)
+        for key, found in slow.items():
+            if self._slow[key] == SLOW_REPORTS:
+                self._reporter.event("slow", state.step, str(found))
 
 
 def _number(value: float) -> float | str:
