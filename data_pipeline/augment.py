@@ -187,7 +187,10 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
     crop = _resize_span(image, rows, columns, params.shrink)
     if params.color is not None:
         crop = jitter_color(crop, params.color)
-    row_index, column_index = rows.nearest(), columns.nearest()
+    if params.shrink == "area":
+        row_index, column_index = rows.nearest(), columns.nearest()
+    else:
+        row_index, column_index = rows.pillow_nearest(), columns.pillow_nearest(mirrored=params.flip)
     if params.flip:
         crop, column_index = cv2.flip(crop, 1), column_index[::-1]
     source = id_maps[:, rows.start : rows.stop]
@@ -262,6 +265,18 @@ class _Span:
         """[length] source pixel under the centre of every output pixel."""
         index = self.start + np.floor((np.arange(self.length) + self.skip + 0.5) / self.scale).astype(np.intp)
         return np.minimum(index, self.source - 1)
+
+    def pillow_nearest(self, mirrored: bool = False) -> np.ndarray:
+        """The same by Pillow, whose sums of steps decide differently where two pixels are equally near.
+
+        `mirrored`: of the mirrored axis, mirrored back (the official code flips before it resizes).
+        """
+        pixels = np.arange(self.source, dtype=np.int32)[None]
+        scaled = round(self.source * self.scale)
+        index = np.asarray(Image.fromarray(pixels).resize((scaled, 1), Image.Resampling.NEAREST))[0]
+        if mirrored:
+            index = self.source - 1 - index[::-1]
+        return index[self.skip : self.skip + self.length]
 
 
 def _whole_span(source: int, scaled: int, offset: int, room: int) -> _Span:

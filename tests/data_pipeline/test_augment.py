@@ -34,14 +34,27 @@ def blocks(height, width):
     return (1 + (y // 8) * 7 % 5 + 6 * ((x // 8) % 6)).astype(np.uint8)[None]
 
 
+def official_way(image, ids, params):
+    """Flip, resize everything with Pillow, crop, pad."""
+    (height, width), (y, x), (rows, columns) = params.scaled, params.offset, params.canvas
+    pixels, labels = image, ids[0]
+    if params.flip:
+        pixels, labels, x = pixels[:, ::-1], labels[:, ::-1], max(width - columns, 0) - x
+    pixels = Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.BILINEAR)
+    labels = Image.fromarray(np.ascontiguousarray(labels)).resize((width, height), Image.Resampling.NEAREST)
+    crop = np.asarray(pixels)[y : y + rows, x : x + columns]
+    crop_labels = np.asarray(labels)[y : y + rows, x : x + columns]
+    missing = (0, rows - crop.shape[0]), (0, columns - crop.shape[1])
+    return np.pad(crop, (*missing, (0, 0)), constant_values=128), np.pad(crop_labels, missing, constant_values=IGNORE)
+
+
 def whole_then_crop(image, ids, params):
-    """The obvious way: resize everything, crop, flip, pad."""
+    """The obvious way: resize everything, crop, flip, pad; the official code flips first."""
     height, width = params.scaled
     if params.shrink == "bilinear":
-        resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    else:
-        area = height < image.shape[0] and width < image.shape[1]
-        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
+        return official_way(image, ids, params)
+    area = height < image.shape[0] and width < image.shape[1]
+    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR)
     rows = ((np.arange(height) + 0.5) * image.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * image.shape[1] / width).astype(int)
     labels = ids[0][rows][:, columns]
@@ -95,6 +108,24 @@ def test_color_jitter_equals_the_official_one(goldens, case):
     )
     difference = jitter_color(golden["image"], jitter).astype(int) - golden[f"color_{case}_image"]
     assert np.abs(difference).max() <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.tuples(st.integers(3, 120), st.integers(3, 120)),
+    flip=st.booleans(),
+    scale=st.floats(0.1, 2.0),
+    place=st.floats(0, 1),
+)
+def test_the_exact_mode_equals_the_official_way_everywhere(size, flip, scale, place):
+    """Also where two source pixels are equally near, as at round scales."""
+    image, ids = smooth_image(*size), np.arange(size[0] * size[1], dtype=np.uint8).reshape(1, *size) % 250
+    config = LargeScaleJitter(size=64, shrink="bilinear")
+    params = large_scale_jitter(size, config, flip=flip, scale=scale, place=place)
+    result = augment(image, ids, params, IGNORE)
+    expected, labels = official_way(image, ids, params)
+    np.testing.assert_array_equal(result.image, expected)
+    np.testing.assert_array_equal(result.id_maps[0], labels)
 
 
 @settings(max_examples=150, deadline=None)
