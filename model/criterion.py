@@ -75,7 +75,7 @@ def compute_losses(
     num_layers, _, num_queries, _ = predictions.class_logits.shape
     with torch.autocast(predictions.class_logits.device.type, enabled=False):
         label_maps = LabelMaps.pack(targets.id_maps)
-        drawn = points.draw(targets.position, num_layers, _point_counts(config))
+        drawn = points.draw(targets.position, num_layers, point_counts(config))
         matching_points = drawn.matching if config.matching == "points" else None
         query_index, finite = match(predictions, targets, label_maps, matching_points, config)
         rows, queries, rows_per_image = _matched_rows(query_index, finite.device)
@@ -99,7 +99,8 @@ def compute_losses(
         return Losses(total=terms.sum(), terms=terms, per_image=losses.sum((0, 2)))
 
 
-def _point_counts(config: LossConfig) -> PointCounts:
+def point_counts(config: LossConfig) -> PointCounts:
+    """How many points a configuration draws for each use."""
     matching = config.num_points if config.matching == "points" else 0
     if config.supervision == "masks":
         return PointCounts(matching, 0, 0)
@@ -201,7 +202,7 @@ def _training_points(
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """Points [R, P, 2] (the most uncertain candidates and fresh ones) and soft labels [R, P], in chunks of rows."""
-    counts = _point_counts(config)
+    counts = point_counts(config)
     num_uncertain = config.num_points - counts.fresh
     candidates, fresh = drawn.of_rows(rows)
     row_map, local_id = _row_targets(targets, rows)

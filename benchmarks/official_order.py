@@ -1,0 +1,115 @@
+"""Mask heads, matching and losses in the order of the published code: dense masks of every query, one image at a time.
+
+Written from the paper (sections 3.2 and 3.3) and from what is known of the published code's order of operations, to
+measure against; the points are handed over, so that the results can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from model.config import LossConfig
+from model.points import DrawnPoints, RowIndex
+from model.structures import Predictions
+
+
+def dense_attention_masks(
+    predictions: Predictions, sizes: Sequence[tuple[int, int]], heads: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mask logits [B, Q, h, w] of all predictions; bool masks [B * heads, Q, T] (True: hidden) of all but the last."""
+    masks = [torch.einsum("bqc,bchw->bqhw", e, predictions.mask_features) for e in predictions.mask_embeddings]
+    hidden = []
+    for layer, mask in enumerate(masks[:-1]):
+        resized = F.interpolate(mask, sizes[layer % len(sizes)], mode="bilinear", align_corners=False)
+        repeated = resized.sigmoid().flatten(2).unsqueeze(1).repeat(1, heads, 1, 1).flatten(0, 1)
+        blocked = (repeated < 0.5).bool().detach()
+        blocked[blocked.all(-1)] = False
+        hidden.append(blocked)
+    return masks, hidden
+
+
+def official_loss(
+    predictions: Predictions,
+    masks: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    drawn: DrawnPoints,
+    config: LossConfig,
+) -> Tensor:
+    """Total loss of a micro-batch; `truth` holds the masks [N, H, W] of each image."""
+    num_masks = sum(len(own) for own in labels)
+    total = predictions.class_logits.new_zeros(())
+    for layer, (logits, classes) in enumerate(zip(masks, predictions.class_logits, strict=True)):
+        pairs = [
+            _assign(classes[b], logits[b], labels[b], truth[b], drawn.matching[layer, b], config)
+            for b in range(len(labels))
+        ]
+        total = total + config.class_weight * _class_loss(classes, labels, pairs, config)
+        mask, dice = _mask_losses(layer, logits, truth, pairs, drawn, config)
+        total = total + (config.mask_weight * mask + config.dice_weight * dice) / num_masks
+    return total
+
+
+def _sample(maps: Tensor, points: Tensor) -> Tensor:
+    """[N, P] of maps [N, h, w] at points [N, P, 2]."""
+    return F.grid_sample(maps[:, None], 2 * points[:, :, None] - 1, align_corners=False)[:, 0, :, 0]
+
+
+@torch.no_grad()
+def _assign(
+    classes: Tensor, logits: Tensor, labels: Tensor, truth: Tensor, points: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Queries and targets of one image and one prediction."""
+    x, t = (_sample(maps, points.expand(len(maps), -1, -1)).float() for maps in (logits, truth))
+    positive = F.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="none")
+    negative = F.binary_cross_entropy_with_logits(x, torch.zeros_like(x), reduction="none")
+    mask_cost = (positive @ t.T + negative @ (1 - t).T) / x.shape[1]
+    p = x.sigmoid()
+    dice_cost = 1 - (2 * (p @ t.T) + 1) / (p.sum(-1)[:, None] + t.sum(-1) + 1)
+    class_cost = -classes.softmax(-1)[:, labels]
+    cost = config.mask_weight * mask_cost + config.class_weight * class_cost + config.dice_weight * dice_cost
+    queries, targets = linear_sum_assignment(cost.cpu().numpy())
+    return torch.as_tensor(queries, device=x.device), torch.as_tensor(targets, device=x.device)
+
+
+def _class_loss(
+    classes: Tensor, labels: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], config: LossConfig
+) -> Tensor:
+    no_object = classes.shape[-1] - 1
+    wanted = torch.full(classes.shape[:2], no_object, device=classes.device)
+    for image, (queries, targets) in enumerate(pairs):
+        wanted[image, queries] = labels[image][targets]
+    weight = torch.ones(no_object + 1, device=classes.device)
+    weight[-1] = config.no_object_weight
+    return F.cross_entropy(classes.transpose(1, 2), wanted, weight)
+
+
+def _mask_losses(
+    layer: int,
+    logits: Tensor,
+    truth: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    drawn: DrawnPoints,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Sums over the matched masks of one prediction."""
+    matched = torch.cat([logits[image, queries] for image, (queries, _) in enumerate(pairs)])
+    wanted = torch.cat([truth[image][targets] for image, (_, targets) in enumerate(pairs)])
+    image = torch.cat([torch.full_like(targets, image) for image, (_, targets) in enumerate(pairs)])
+    target = torch.cat([targets for _, targets in pairs])
+    candidates, fresh = (points[:] for points in drawn.of_rows(RowIndex(torch.full_like(image, layer), image, target)))
+    with torch.no_grad():
+        uncertain = int(config.num_points * config.importance_sample_ratio)
+        nearest = _sample(matched, candidates).abs().neg().topk(uncertain, dim=1).indices
+        points = torch.cat((candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), fresh), dim=1)
+        t = _sample(wanted, points)
+    x = _sample(matched, points)
+    mask = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum()
+    p = x.sigmoid()
+    dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+    return mask, dice.sum()

@@ -1,0 +1,53 @@
+"""Batches with a given number of objects, as id maps for us and as stacks of masks for peers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data_pipeline.collate import Batch
+from model.structures import Targets
+
+CLASSES = 133
+
+
+def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
+    """Random images that are cut into `objects` regions around random centres."""
+    generator = torch.Generator().manual_seed(seed)
+    axis = torch.linspace(0, 1, size)
+    place = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
+    id_maps = torch.empty(images, 1, size, size, dtype=torch.uint8)
+    for id_map in id_maps:
+        nearest, distance = torch.zeros(size, size), torch.full((size, size), torch.inf)
+        for number, centre in enumerate(torch.rand(objects, 2, generator=generator), start=1):
+            own = (place - centre[:, None, None]).square().sum(0)
+            nearest[own < distance] = number
+            distance = torch.minimum(distance, own)
+        id_map[0] = nearest
+    shape = (images, objects)
+    targets = Targets(
+        id_maps=id_maps,
+        labels=torch.randint(0, CLASSES, shape, generator=generator),
+        layer=torch.zeros(shape, dtype=torch.int64),
+        local_id=torch.arange(1, objects + 1).repeat(images, 1),
+        valid=torch.ones(shape, dtype=torch.bool),
+        weight=torch.ones(images),
+        dataset=torch.zeros(images, dtype=torch.int64),
+        position=torch.arange(images),
+    )
+    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    return Batch(
+        images=pixels.contiguous(memory_format=torch.channels_last),
+        targets=targets,
+        keys=tuple(map(str, range(images))),
+        sizes=torch.full((images, 2), size),
+        dropped_targets=0,
+    )
+
+
+def dense_masks(targets: Targets) -> list[Tensor]:
+    """Per image the masks [N, H, W] float32 that peers take."""
+    return [
+        (id_map[0] == local_id[:, None, None]).float()
+        for id_map, local_id in zip(targets.id_maps, targets.local_id, strict=True)
+    ]
