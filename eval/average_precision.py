@@ -149,16 +149,17 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         np.add.at(truth_count, self.rows("truth_label"), self.rows("truth_count"))
 
         label, score = self.rows("label"), self.rows("score")
-        correct = _unpack(self.rows("matched") & ~self.rows("ignored"))
-        wrong = _unpack(~self.rows("matched") & ~self.rows("ignored"))
+        matched, ignored = self.rows("matched"), self.rows("ignored")
         rank = _rank_in_image_and_class(label, self.row_counts("label"))
         # Classes together, best first; both sorts are stable, so ties stay in ascending image id.
         order = np.lexsort((-score, label))
         starts = np.searchsorted(label[order], np.arange(self.num_classes + 1))
         for k in range(self.num_classes):
             rows = order[starts[k] : starts[k + 1]]
+            # Flags of one class at a time: for all of them they would be forty bytes per detection, twice.
+            correct, wrong = (_unpack(hits[rows] & ~ignored[rows]) for hits in (matched, ~matched))
             for m, limit in enumerate(self.max_dets):
-                kept = rows[rank[rows] < limit]
+                kept = rank[rows] < limit
                 for a in np.flatnonzero(truth_count[k]):
                     curve = _precision_at_recalls(correct[a][:, kept], wrong[a][:, kept], int(truth_count[k, a]))
                     precision[:, :, k, a, m], recall[:, k, a, m] = curve
