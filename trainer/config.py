@@ -55,7 +55,7 @@ class MultiStepSchedule:
 
 ScheduleConfig = PolySchedule | MultiStepSchedule
 
-Precision = Literal["fp32", "bf16_autocast"]
+Precision = Literal["fp32", "bf16_autocast", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,12 @@ class ZeroConfig:
     overlap_comm: bool = True
     param_persistence_threshold: int = 100_000
     """Stage 3: parameters with fewer elements stay whole on every rank."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in the host's memory and update there: slower, and 8 bytes per weight less on GPUs."""
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer and self.stage == 0:
+            raise ConfigError("training.zero.offload_optimizer needs training.zero.stage 1, 2 or 3; it is 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,8 @@ class CheckpointConfig:
     every_steps: int = 5000
     keep: int = 3
     """Newest checkpoints kept; pinned ones (being evaluated) stay besides."""
+    best_metric: str | None = None
+    """Number of the evaluations, such as `val/PQ`, whose best checkpoint is kept as well."""
     upload_timeout_s: float = 3600.0
     """How long rank 0 waits for the files of all ranks before it gives a checkpoint and the attempt up."""
 
@@ -118,6 +126,8 @@ class TrainingConfig:
     micro_batch: int = 2
     """Images per forward on one rank; accumulation follows from global_batch, world size and this."""
     precision: Precision = "fp32"
+    """bf16_autocast: weights in fp32, matrix products in bf16. bf16, fp16: weights and gradients in 16 bits too, with
+    fp32 copies in the optimizer; fp16 scales the loss by what fits. Coordinates and losses stay in fp32."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=PolySchedule)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -143,5 +153,10 @@ class TrainingConfig:
         for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.precision in ("bf16", "fp16") and self.zero.stage == 0:
+            raise ConfigError(
+                f"training.precision {self.precision} needs training.zero.stage 1, 2 or 3, which keep fp32 copies of "
+                "the weights; raise the stage, or set the precision to bf16_autocast"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")

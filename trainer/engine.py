@@ -21,7 +21,7 @@ from data_pipeline.collate import Batch
 from data_pipeline.order import step_plan
 from model.criterion import Losses, Normalizers
 from trainer.average import WeightAverage
-from trainer.config import OptimizerConfig, TrainingConfig
+from trainer.config import TrainingConfig
 from trainer.errors import TrainingError
 from trainer.module import TrainingModule
 from trainer.param_groups import build_param_groups
@@ -52,11 +52,13 @@ class Engine:
         """`universal`: `load` will get what `to_universal` made."""
         self.world_size = dist.get_world_size()
         check_world_size(training, self.world_size)
+        check_device(training, device)
         self.device = device
         self.stage = training.zero.stage
         self._clip_norm = training.optimizer.clip_norm
         self.module = module.to(device)
-        self._adamw = _build_adamw(module, training.optimizer)
+        self._has_masters = training.precision in ("bf16", "fp16")
+        self._adamw = _build_adamw(module, training)
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         self._engine: Any = _initialize(module, self._adamw, deepspeed_config(training, self.world_size, universal))
         self.lr_factor = 1.0
@@ -109,8 +111,10 @@ class Engine:
             state["step"] = state["step"].clone()
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights of the model on CPU, on rank 0; empty on others. A collective under ZeRO-3."""
+        """All weights of the model in fp32 on CPU, on rank 0; empty on others. A collective."""
         model = self.module.model
+        if self._has_masters:
+            return _master_weights(model)
         if self.stage < 3:
             if dist.get_rank() != 0:
                 return {}
@@ -150,16 +154,25 @@ def check_world_size(training: TrainingConfig, world_size: int) -> None:
         )
 
 
+def check_device(training: TrainingConfig, device: torch.device) -> None:
+    """Raise TrainingError where the device cannot compute in the precision."""
+    if training.precision == "fp16" and device.type == "cpu":
+        raise TrainingError("training.precision is fp16, which needs a GPU; set it to bf16_autocast, bf16 or fp32")
+
+
 def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool = False) -> dict[str, Any]:
     """Our settings in DeepSpeed's words. Optimizer, schedule and autocast are ours and not in it."""
     plan = step_plan(0, training.global_batch, 0, world_size, training.micro_batch)
     zero = training.zero
     stage3 = {"stage3_param_persistence_threshold": zero.param_persistence_threshold} if zero.stage == 3 else {}
+    offload = {"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer else {}
+    halves = {training.precision: {"enabled": True}} if training.precision in ("bf16", "fp16") else {}
     return {
         "train_micro_batch_size_per_gpu": len(plan[0]),
         "gradient_accumulation_steps": len(plan),
         "gradient_clipping": training.optimizer.clip_norm if zero.stage else 0.0,  # stage 0: see _finish_plain_step
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at the first start; torch has a fused one
         "steps_per_print": None,
         "checkpoint": {"load_universal": universal},
         "zero_optimization": {
@@ -168,7 +181,9 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
             "overlap_comm": zero.overlap_comm and zero.stage > 0,
             "contiguous_gradients": True,
             **stage3,
+            **offload,
         },
+        **halves,
     }
 
 
@@ -190,9 +205,10 @@ def to_universal(source: Path, target: Path) -> None:
         ds_to_universal.main(arguments)
 
 
-def _build_adamw(module: TrainingModule, config: OptimizerConfig) -> torch.optim.AdamW:
+def _build_adamw(module: TrainingModule, training: TrainingConfig) -> torch.optim.AdamW:
+    config, fused = training.optimizer, training.zero.offload_optimizer
     groups = build_param_groups(module, config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
 
 
 def _initialize(module: TrainingModule, optimizer: torch.optim.AdamW, config: dict[str, Any]) -> Any:
@@ -224,6 +240,21 @@ def _gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
             if dist.get_rank() == 0:
                 weights |= {name: named[name].detach().cpu().clone() for name in portion}
     return weights if dist.get_rank() == 0 else {}
+
+
+def _master_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """State dict on rank 0 with the optimizer's fp32 copies in place of what is trained in 16 bits. A collective."""
+    _import_deepspeed()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    first = dist.get_rank() == 0
+    weights = {name: value.cpu() for name, value in model.named_buffers()} if first else {}
+    for name, parameter in model.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach().float()
+        assert master is not None, "ZeRO 1 to 3 keep a copy of every trainable parameter"
+        if first:
+            weights[name] = master.cpu().clone()
+    return weights
 
 
 def _portions(names: list[str], sizes: list[int]) -> list[list[str]]:

@@ -32,7 +32,9 @@ class TrainingModule(nn.Module):
     def forward(self, batch: Batch, normalizers: Normalizers) -> Losses:
         """Losses of a micro-batch, in fp32 whatever the precision of the forward."""
         images = self.model.normalise(batch.images, batch.sizes)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16_autocast"):
+        # Where weights have 16 bits themselves, autocast is what brings them together with what stays in fp32.
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        with torch.autocast(images.device.type, dtype, enabled=self.precision != "fp32"):
             predictions = self.model(images)
         losses = compute_losses(predictions, batch.targets, self.points, normalizers, self.loss, self.num_classes)
         return Losses(losses.total, losses.terms.detach(), losses.per_image.detach())

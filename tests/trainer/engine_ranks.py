@@ -15,6 +15,7 @@ from data_pipeline.collate import Batch
 from data_pipeline.order import step_plan
 from model.criterion import Normalizers, count_normalizers
 from model.mask2former import build_model
+from model.ms_deform_attn import Float32Linear
 from model.structures import Targets
 from trainer.config import TrainingConfig, ZeroConfig
 from trainer.control import Ranks
@@ -110,7 +111,7 @@ def distance(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
 def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) -> dict:
     """The same steps through DeepSpeed, with the largest differences from plain torch."""
     engine = Engine(fresh_module(job, training.precision), training, torch.device("cpu"))
-    seen = {"losses": [], "norms": [], "applied": []}
+    seen = {"losses": [], "norms": [], "applied": [], "dtypes": dtypes(engine)}
     for step in range(STEPS):
         plan = step_plan(step, GLOBAL_BATCH, ranks.rank, ranks.world_size, training.micro_batch)
         batches = [make_images(job.model, positions) for positions in plan]
@@ -135,6 +136,17 @@ def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) ->
     return seen
 
 
+def dtypes(engine: Engine) -> dict[str, list[str]]:
+    """Of weights and buffers; of coordinates, once the next forward has made them."""
+    model = engine.module.model
+    seen = {"weights": sorted({str(p.dtype) for p in model.parameters()}), "coordinates": []}
+    seen["buffers"] = sorted({str(b.dtype) for b in model.buffers() if b.is_floating_point()})
+    for module in model.modules():
+        if isinstance(module, Float32Linear):
+            module.register_forward_hook(lambda _, __, output: seen["coordinates"].append(str(output.dtype)))
+    return seen
+
+
 def agreement(make_job) -> dict:
     """All configurations. `make_job(**training)` gives a job with these training settings."""
     job = make_job(global_batch=GLOBAL_BATCH)
@@ -154,6 +166,8 @@ def agreement(make_job) -> dict:
         "stage2_accumulated": base | {"zero": ZeroConfig(stage=2), "micro_batch": 1},
         "stage3_accumulated": base | {"zero": ZeroConfig(stage=3, param_persistence_threshold=0), "micro_batch": 1},
         "stage0_accumulated": base | {"zero": ZeroConfig(stage=0), "micro_batch": 1},
+        **{f"stage{s}_offload": base | {"zero": ZeroConfig(stage=s, offload_optimizer=True)} for s in (1, 2, 3)},
+        **{f"stage{s}_pure_bf16": base | {"precision": "bf16", "zero": ZeroConfig(stage=s)} for s in (1, 2, 3)},
         "stage1_bf16": base | {"precision": "bf16_autocast"},
         "stage3_bf16": base | {"precision": "bf16_autocast", "zero": ZeroConfig(stage=3, **small)},
     }

@@ -1,15 +1,18 @@
 """DeepSpeed in every stage against plain torch on the same four images, on two ranks."""
 
 import pytest
+import torch
 
+from model.errors import ConfigError
 from trainer.config import TrainingConfig, ZeroConfig
-from trainer.engine import check_world_size, deepspeed_config
+from trainer.engine import check_device, check_world_size, deepspeed_config
 from trainer.errors import TrainingError
 
 FULL_PRECISION = [
     *(f"stage{stage}" for stage in range(4)),
     *(f"stage{stage}_accumulated" for stage in range(4)),
     *(f"stage{stage}_small_buckets" for stage in range(1, 4)),
+    *(f"stage{stage}_offload" for stage in range(1, 4)),
 ]
 
 
@@ -50,6 +53,17 @@ def test_bf16_autocast_is_close(steps, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_pure_bf16_trains_with_coordinates_in_fp32(steps, stage):
+    seen = steps[f"stage{stage}_pure_bf16"]
+    assert seen["losses"] == pytest.approx(steps["plain"]["losses"], rel=0.02)
+    assert seen["applied"] == [True] * 3
+    assert seen["dtypes"]["weights"] == ["torch.bfloat16"]
+    assert set(seen["dtypes"]["coordinates"]) == {"torch.float32"}
+    assert "torch.bfloat16" not in seen["dtypes"]["buffers"]
+
+
+@pytest.mark.slow
 def test_ranks_agree(launcher, steps):
     other = launcher.seen("engine_agreement", rank=1)
     assert all(other[case]["losses"] == steps[case]["losses"] for case in FULL_PRECISION)
@@ -70,6 +84,27 @@ def test_stage_0_is_clipped_by_us_and_others_by_deepspeed():
     assert plain["gradient_clipping"] == 0.0
     assert sharded["gradient_clipping"] == 0.01
     assert sharded["zero_optimization"]["stage3_param_persistence_threshold"] == 100_000
+
+
+def test_16_bits_and_offload_in_deepspeeds_words():
+    training = TrainingConfig(max_steps=1, precision="fp16", zero=ZeroConfig(stage=2, offload_optimizer=True))
+    settings = deepspeed_config(training, 1)
+    assert settings["fp16"] == {"enabled": True}  # the scale of the loss adapts itself
+    assert settings["gradient_clipping"] == 0.01
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_need_fp32_copies(precision):
+    with pytest.raises(ConfigError, match=rf"precision {precision} needs training\.zero\.stage 1, 2 or 3"):
+        TrainingConfig(max_steps=1, precision=precision, zero=ZeroConfig(stage=0))
+
+
+def test_what_cannot_work_names_the_setting():
+    with pytest.raises(ConfigError, match=r"offload_optimizer needs training\.zero\.stage 1, 2 or 3"):
+        ZeroConfig(stage=0, offload_optimizer=True)
+    with pytest.raises(TrainingError, match="fp16, which needs a GPU; set it to bf16_autocast"):
+        check_device(TrainingConfig(max_steps=1, precision="fp16"), torch.device("cpu"))
 
 
 def test_more_ranks_than_images_are_refused():
