@@ -192,6 +192,12 @@ def _failure(rank: int, error: BaseException) -> Failure:
             return Failure(rank, classify(error), message)
 
 
+def best_step(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:
+    """The step with the highest value of a metric, the earliest of several; None where no step has the metric."""
+    values = {step: numbers[name] for step, numbers in metrics.items() if name in numbers}
+    return min(values, key=lambda step: (-values[step], step)) if values else None
+
+
 @dataclass(frozen=True)
 class QueueChoice:
     """Which waiting checkpoint is evaluated next, and which are given up."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -35,8 +32,10 @@ from trainer.errors import CheckpointError
 from trainer.job import TrainJob
 from trainer.random_state import save_random_state
 from trainer.reporting import CommittedCheckpoint
+from trainer.scratch import ScratchFolder, sweep
 from trainer.state import TrainState
 
+_PREFIX = "m2f-checkpoint-"
 _POLL_S = (0.05, 2.0)  # first and longest pause between looks for the other ranks' receipts
 
 
@@ -57,6 +56,7 @@ class CheckpointSaver:
         self._committed = resumed
         self._saved_step = None if resumed is None else resumed.step
         self._closing = threading.Event()
+        sweep(_PREFIX)
 
     def close(self) -> None:
         """End the thread without waiting for other ranks. What they have all uploaded by now is still committed."""
@@ -79,7 +79,8 @@ class CheckpointSaver:
         assert self._upload is None, "the previous upload is not finished"
         url = checkpoint_url(self._job.run_folder, state.step)
         self._ranks.from_first(lambda: self._storage.delete_prefix(url))  # left by an interrupted or damaged save
-        folder = Path(tempfile.mkdtemp(prefix="m2f-checkpoint-"))
+        scratch = ScratchFolder(_PREFIX)
+        folder = scratch.path
         try:
             engine.save(folder, ENGINE)
             save_random_state(folder / rng_path(self._ranks.rank))
@@ -92,9 +93,9 @@ class CheckpointSaver:
                 (folder / STATE).write_bytes(state.to_json())
                 (folder / RECIPE).write_text(self._job.recipe, encoding="utf-8")
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            scratch.remove()
             raise
-        self._upload = self._pool.submit(self._publish, folder, url, state)
+        self._upload = self._pool.submit(self._publish, scratch, url, state)
         self._saved_step = state.step
 
     def finish(self) -> CommittedCheckpoint | None:
@@ -112,15 +113,13 @@ class CheckpointSaver:
             self._closing.wait(pause)
             pause = min(2 * pause, longest)
 
-    def _publish(self, folder: Path, url: str, state: TrainState) -> None:
-        try:
+    def _publish(self, scratch: ScratchFolder, url: str, state: TrainState) -> None:
+        with scratch as folder:
             paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".py"]
             files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
             for path in paths:
                 self._storage.put_file(join(url, path.relative_to(folder).as_posix()), path)
             write_receipt(self._storage, url, self._ranks.rank, Receipt(self._attempt, files))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         if self._ranks.is_first:
             self._commit(url, state)
 

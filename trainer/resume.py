@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,9 +30,11 @@ from trainer.errors import CheckpointError
 from trainer.job import Window
 from trainer.random_state import load_random_state
 from trainer.reporting import CommittedCheckpoint, Reporter
+from trainer.scratch import ScratchFolder, sweep
 from trainer.state import TrainState
 
 _UNIVERSAL = f"{ENGINE}_universal"
+_PREFIX = "m2f-resume-"
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,11 @@ def open_restart(
     CheckpointError where the checkpoint does not fit or no candidate can be used, StorageError where the storage does
     not answer. A collective.
     """
+    sweep(_PREFIX)
     problems = []
     for checkpoint in candidates:
-        with tempfile.TemporaryDirectory(prefix="m2f-resume-") as name:
-            found = _bring(checkpoint, expected, storage, ranks, Path(name), accept_changes, skipped)
+        with ScratchFolder(_PREFIX) as folder:
+            found = _bring(checkpoint, expected, storage, ranks, folder, accept_changes, skipped)
             if isinstance(found, Restart):
                 _set_aside(candidates[: len(problems)], storage, ranks)
                 if found.weights_only and ranks.is_first:

@@ -1,6 +1,17 @@
 import pytest
 
-from cluster.policies import Attempt, AttemptHistory, Failure, QueueChoice, Retry, Stop, choose, decide, root_cause
+from cluster.policies import (
+    Attempt,
+    AttemptHistory,
+    Failure,
+    QueueChoice,
+    Retry,
+    Stop,
+    best_step,
+    choose,
+    decide,
+    root_cause,
+)
 from data_pipeline.errors import LoaderDiedError, StorageError
 from trainer.adjustments import SkipWindow, SmallerMicroBatch
 from trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, TrainingError
@@ -112,3 +123,10 @@ def test_queue_policies():
     assert choose([], "every") == QueueChoice(None)
     assert choose([30, 10, 20], "every") == QueueChoice(10)
     assert choose([30, 10, 20], "latest") == QueueChoice(30, (10, 20))
+
+
+def test_the_best_step_is_the_earliest_with_the_highest_value():
+    metrics = {4: {"val/PQ": 10.0}, 8: {"val/PQ": 30.0, "val/AP": 1.0}, 12: {"val/PQ": 30.0}, 16: {}}
+    assert best_step(metrics, "val/PQ") == 8
+    assert best_step(metrics, "val/AP") == 8
+    assert best_step(metrics, "val/mIoU") is None
