@@ -1,0 +1,321 @@
+"""From shards to batches of 1024 x 1024: CPU time per image of every stage, beside peers, and the start-up of a rank.
+
+Stages and their sum against a mapper in Detectron2's way (Pillow, whole images, one mask per segment) on the same
+files with the same draws; `exact` is our mode with the official pixels, which must equal the peer's. Reading, also from
+an S3 server on loopback in a process of its own, against `webdataset`, which reads tars from front to back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import boto3
+import numpy as np
+import torch
+
+from benchmarks import data_peers as peer
+from benchmarks.data_scenes import SIZE, TABLE, Scene, make_scene, write_long_manifest, write_scenes
+from benchmarks.measure import Row, interleaved
+from data_pipeline.augment import AugmentParams, draw_params
+from data_pipeline.chunks import plan_chunks
+from data_pipeline.codec import decode
+from data_pipeline.collate import Batch, collate
+from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, StorageConfig
+from data_pipeline.example import Example, TrainRecipe, make_example
+from data_pipeline.fetch import FetchLimits, Members, SampleFetcher
+from data_pipeline.loader import LoaderSpec, build_loader
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import build_order, chunk_bytes
+from data_pipeline.randomness import Stream, sample_rng
+from data_pipeline.sample import DecodedSample
+from data_pipeline.storage import Storage
+
+T = TypeVar("T")
+
+SEED = 0
+BATCH = 2
+AREA = LargeScaleJitter(size=1024)
+EXACT = LargeScaleJitter(size=1024, shrink="bilinear")
+DATA = DataConfig(train=(MixtureItem(dataset="scenes"),), augment=AREA, workers=0, lanes=12, window=32)
+MAPPER = "Detectron2 style"
+SHAPE = "640x480 to 1024x1024"
+_SERVER_START_S = 30.0
+
+
+def run(tiny: bool) -> list[Row]:
+    """Stages, reading, start-up; milliseconds per image, except for the start-up."""
+    count, repeats = (12, 3) if tiny else (96, 7)
+    scenes = [make_scene(index) for index in range(count)]
+    with tempfile.TemporaryDirectory() as folder, _s3_server() as s3:
+        manifest = write_scenes(scenes, f"{folder}/scenes", Storage())
+        rows = [*_stages(_inputs(scenes, manifest), repeats), _reading(manifest, repeats)]
+        rows += _streaming(write_scenes(scenes, "s3://bench/scenes", s3), s3, repeats)
+        return [*rows, _start_up(manifest, Path(folder), 10_000 if tiny else 118_000, repeats)]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Everything that a stage takes, in the order of the manifest."""
+
+    scenes: list[Scene]
+    members: list[Members]
+    samples: list[DecodedSample]
+    params: list[AugmentParams]
+
+
+def _inputs(scenes: list[Scene], manifest: Manifest) -> _Inputs:
+    by_name = {scene.name: scene for scene in scenes}
+    members = [manifest.read_members(row, Storage()) for row in range(manifest.num_samples)]
+    rngs = [sample_rng(SEED, position, Stream.AUGMENT) for position in range(len(scenes))]
+    return _Inputs(
+        scenes=[by_name[key] for key in manifest.key],
+        members=members,
+        samples=[decode(one) for one in members],
+        params=[draw_params(rng, SIZE, AREA) for rng in rngs],
+    )
+
+
+def _stages(inputs: _Inputs, repeats: int) -> list[Row]:
+    pixels = [peer.decode(scene) for scene in inputs.scenes]
+    examples, mapped = _augment(inputs.samples, AREA), _map(inputs, pixels)
+    decoders = _decoding_error(inputs, pixels)
+    area = max(_area_error(*pair) for pair in zip(examples, mapped, strict=True))
+    exact = max(_exact_error(*pair) for pair in zip(_augment(inputs.samples, EXACT), mapped, strict=True))
+    assert decoders <= 1 / 255, f"the JPEG decoders differ by {255 * decoders:.0f} grey levels"
+    assert exact <= decoders, "the exact mode differs from the peer by more than the decoded images do"
+    assert area < 0.01, f"a segment differs by {area:.1%} of its image"
+
+    def row(case: str, error: float, ours: Callable[[], object], theirs: Callable[[], object]) -> Row:
+        return _row(case, SHAPE, error, ours, MAPPER, theirs, len(inputs.scenes), repeats)
+
+    def whole(config: LargeScaleJitter) -> list[Batch]:
+        return _collate(_augment(map(decode, inputs.members), config))
+
+    def whole_peer() -> object:
+        return _collate_peer(_map(inputs, map(peer.decode, inputs.scenes)))
+
+    return [
+        row("decode", decoders, lambda: list(map(decode, inputs.members)), lambda: _decode_peer(inputs)),
+        row("augment", area, lambda: _augment(inputs.samples, AREA), lambda: _map(inputs, pixels)),
+        row("augment, exact", exact, lambda: _augment(inputs.samples, EXACT), lambda: _map(inputs, pixels)),
+        row("collate", area, lambda: _collate(examples), lambda: _collate_peer(mapped)),
+        row("file to batch", area, lambda: whole(AREA), whole_peer),
+        row("file to batch, exact", exact, lambda: whole(EXACT), whole_peer),
+    ]
+
+
+def _reading(manifest: Manifest, repeats: int) -> Row:
+    """Local tars: every sample at a random place and with its checksum, against front to back."""
+    urls = [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
+    order = build_order([manifest], SEED, DATA)
+    chunks = plan_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
+
+    def ours() -> list[bytes]:
+        groups = ((order.at(position),) for position in range(manifest.num_samples))
+        limits = FetchLimits(groups_ahead=4, horizon=manifest.num_samples)
+        with closing(SampleFetcher([manifest], [chunks], Storage(), groups, limits)) as fetcher:
+            return [found["img.jpg"] for (found,) in fetcher if isinstance(found, dict)]
+
+    def theirs() -> list[bytes]:
+        return [sample["img.jpg"] for sample in peer.stream(urls)]
+
+    assert sorted(ours()) == sorted(theirs()), "not the same images"
+    return _row("fetch, local", "shuffled globally", 0.0, ours, "webdataset", theirs, manifest.num_samples, repeats)
+
+
+def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Row]:
+    """The whole chain from S3, decoding included; the same work on both sides once the bytes are there."""
+    urls = [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
+    count = manifest.num_samples
+    order = build_order([manifest], SEED, DATA)
+    spec = LoaderSpec(global_batch=BATCH, micro_batch=BATCH, rank=0, world=1, start_step=0, seed=SEED)
+
+    def ours() -> list[str]:
+        with closing(build_loader([manifest], order, DATA, storage, spec)) as loader:
+            steps = itertools.islice(loader, count // BATCH)
+            return [key for step in steps for batch in step.micro_batches for key in batch.keys]
+
+    def theirs() -> list[str]:
+        recipe, keys = _recipe(AREA), []
+        for pair in _pairs(enumerate(peer.stream(urls, storage))):
+            keys += collate([make_example(decode(one), 0, n, recipe) for n, one in pair], (1024, 1024)).keys
+        return keys
+
+    assert sorted(ours()) == sorted(theirs()), "not the same images"
+    return [
+        _row(f"S3 to batch, {name}", "shuffled globally", 0.0, ours, "webdataset", theirs, count, repeats, clock)
+        for name, clock in (("CPU time", time.process_time), ("elapsed", time.perf_counter))
+    ]
+
+
+def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Row:
+    """A rank until it knows its first images, in all, against parsing the panoptic JSON of the same images."""
+    write_long_manifest(small, folder / "long", count, Storage())
+    parsed = folder / "panoptic.json"
+    parsed.write_text(json.dumps(_panoptic_json(count)))
+
+    def ours() -> object:
+        return _first_images(str(folder / "long"))
+
+    def theirs() -> object:
+        return {entry["image_id"]: entry for entry in json.loads(parsed.read_bytes())["annotations"]}
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        grown = pool.submit(_grown_memory, str(folder / "long")).result()
+    shape = f"{count:,} images, {grown / 1e6:.0f} MB"
+    return _row("start-up of a rank", shape, 0.0, ours, "JSON per rank", theirs, 1, repeats)
+
+
+def _first_images(url: str) -> object:
+    manifest = Manifest.load(url, Storage())
+    order = build_order([manifest], SEED, replace(DATA, lanes=192))
+    plan_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
+    return manifest, order, order.places(0, 64)
+
+
+def _grown_memory(url: str) -> int:
+    """Bytes that a fresh process has more, at most, after opening the data set."""
+    _first_images(_small_sibling(url))  # what libraries need once
+    before = _status("VmRSS")
+    kept = _first_images(url)
+    return max(0, _status("VmHWM") - before) if kept else 0
+
+
+def _small_sibling(url: str) -> str:
+    return str(Path(url).parent / "scenes")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _panoptic_json(count: int) -> dict[str, object]:
+    segments = [
+        {"id": 3_226_956 + n, "category_id": 1 + n, "iscrowd": 0, "bbox": [100, 120, 140 + n, 90], "area": 8000 + n}
+        for n in range(11)
+    ]
+    return {
+        "annotations": [{"segments_info": segments, "file_name": f"{n:012d}.png", "image_id": n} for n in range(count)]
+    }
+
+
+def _recipe(config: LargeScaleJitter) -> TrainRecipe:
+    return TrainRecipe("panoptic", TABLE.labels("panoptic"), config, drop_empty_targets=True, seed=SEED)
+
+
+def _augment(samples: Iterable[DecodedSample], config: LargeScaleJitter) -> list[Example]:
+    recipe = _recipe(config)
+    return [make_example(sample, 0, position, recipe) for position, sample in enumerate(samples)]
+
+
+def _collate(examples: Sequence[Example]) -> list[Batch]:
+    return [collate(pair, (1024, 1024)) for pair in _pairs(examples)]
+
+
+def _pairs(values: Iterable[T]) -> Iterator[list[T]]:
+    remaining = iter(values)
+    while pair := list(itertools.islice(remaining, BATCH)):
+        yield pair
+
+
+def _decode_peer(inputs: _Inputs) -> list[peer.Pixels]:
+    return [peer.decode(scene) for scene in inputs.scenes]
+
+
+def _map(inputs: _Inputs, pixels: Iterable[peer.Pixels]) -> list[peer.Mapped]:
+    return [
+        peer.map_image(scene, *one, params)
+        for scene, one, params in zip(inputs.scenes, pixels, inputs.params, strict=True)
+    ]
+
+
+def _collate_peer(mapped: Sequence[peer.Mapped]) -> list[object]:
+    return [peer.collate(pair) for pair in _pairs(mapped)]
+
+
+def _decoding_error(inputs: _Inputs, pixels: Sequence[peer.Pixels]) -> float:
+    """Largest difference of the decoded images, of 1; the segments must be equal."""
+    worst = 0.0
+    for sample, scene, (image, colors) in zip(inputs.samples, inputs.scenes, pixels, strict=True):
+        ids = peer.segment_ids(colors)
+        assert sample.annotation.seg is not None
+        for segment in scene.annotation.segments:
+            assert np.array_equal(sample.annotation.seg == segment.id, ids == segment.source_id)
+        worst = max(worst, np.abs(sample.image.astype(int) - image).max() / 255)
+    return worst
+
+
+def _exact_error(ours: Example, theirs: peer.Mapped) -> float:
+    """Largest difference of the images, of 1; masks must be equal."""
+    masks = theirs.masks[theirs.masks.any(dim=(1, 2))]
+    found = ours.targets.id_maps[0] == ours.targets.local_id[:, None, None]
+    assert torch.equal(masks, torch.from_numpy(found)), "masks of the exact mode differ from the peer's"
+    return float(np.abs(ours.image.transpose(2, 0, 1).astype(int) - theirs.image.numpy()).max()) / 255
+
+
+def _area_error(ours: Example, theirs: peer.Mapped) -> float:
+    """Largest difference of a segment's area as a share of the image."""
+    areas = {int(n): int((ours.targets.id_maps[0] == n).sum()) for n in ours.targets.local_id}
+    return max(abs(areas.get(n, 0) - int(mask.sum())) / mask.numel() for n, mask in enumerate(theirs.masks, start=1))
+
+
+def _row(
+    case: str,
+    shape: str,
+    error: float,
+    ours: Callable[[], object],
+    name: str,
+    theirs: Callable[[], object],
+    count: int,
+    repeats: int,
+    clock: Callable[[], float] = time.process_time,
+) -> Row:
+    ours_ms, peer_ms = interleaved(ours, theirs, repeats, clock)
+    return Row(case, shape, ours_ms / count, name, peer_ms / count, error)
+
+
+@contextlib.contextmanager
+def _s3_server() -> Iterator[Storage]:
+    """moto's server on a free port of loopback, with an empty bucket `bench`."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        config = StorageConfig(endpoint_url=f"http://127.0.0.1:{port}", region="us-east-1")
+        _wait_for(port)
+        boto3.client("s3", endpoint_url=config.endpoint_url, region_name=config.region).create_bucket(Bucket="bench")
+        yield Storage(config)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + _SERVER_START_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
