@@ -301,8 +301,12 @@ def compared_step(dataset: str, curves: Mapping[str, Curve], wanted: int | None)
 
 
 def _with_distinct_names(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Runs of one name get what tells them apart: their number in the comparison."""
+    """Runs of one name get what tells them apart: the names of their folders, else their number in the comparison."""
     names = [record.name for record in records]
+    if len(set(names)) < len(names):
+        folders = [record.source.rstrip("/").rpartition("/")[2] for record in records]
+        if len(set(folders)) == len(folders) and all(_is_folder(record.source) for record in records):
+            return [replace(record, name=folder) for record, folder in zip(records, folders, strict=True)]
     return [
         replace(record, name=f"{record.name} ({position})") if names.count(record.name) > 1 else record
         for position, record in enumerate(records, start=1)
