@@ -30,6 +30,10 @@ class ScoredCategory:
 def read_document(path: Path, *lists: str) -> dict[str, Any]:
     """A JSON object with these lists. Raises EvaluationError naming the file and what is missing."""
     document = read_json(path)
+    if isinstance(document, list):
+        raise EvaluationError(
+            f"{path} is a list, as COCO results of `m2f score instances` are, but an object with `{lists[0]}` is needed"
+        )
     for name in lists:
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise EvaluationError(f"{path} has no list `{name}`; it is not a COCO annotation file")
@@ -38,8 +42,9 @@ def read_document(path: Path, *lists: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Content of a JSON file. Raises EvaluationError naming it."""
+    data = _read(path)
     try:
-        return json.loads(_read(path))
+        return json.loads(data)
     except ValueError as error:
         raise EvaluationError(f"{path} is not valid JSON: {error}") from error
 

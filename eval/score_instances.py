@@ -73,7 +73,12 @@ def instance_scoring(
 def _images(document: Mapping[str, Any], results: Any, truth: Path, predictions: Path) -> list[_Image]:
     """Every image in ascending id, with its annotations and results in the order of their files."""
     if not isinstance(results, list):
-        raise EvaluationError(f"{predictions} is no list of results")
+        raise EvaluationError(
+            f"{predictions} is no list of results, each with image_id, category_id, segmentation and score; "
+            "an object with `annotations` is for `m2f score panoptic`"
+        )
+    if any("segments_info" in entry for entry in document["annotations"][:1] if isinstance(entry, dict)):
+        raise EvaluationError(f"{truth} has panoptic annotations; give those of instances, as instances_val2017.json")
     try:
         listed = sorted(document["images"], key=lambda image: image["id"])
         images = {e["id"]: _Image(e["id"], int(e["height"]), int(e["width"]), [], []) for e in listed}
@@ -85,7 +90,12 @@ def _images(document: Mapping[str, Any], results: Any, truth: Path, predictions:
     for number, entry in enumerate(results):
         image = images.get(require(entry, "image_id", f"{predictions}: result {number}"))
         if image is None:
-            raise EvaluationError(f"{predictions}: result {number} is of image {entry['image_id']}, not in {truth}")
+            raise EvaluationError(
+                f"{predictions}: result {number} is of image {entry['image_id']!r}, which {truth} does not list; "
+                "score the results of the same images, with the same ids"
+            )
+        if "segmentation" not in entry and "bbox" in entry:
+            raise EvaluationError(f"{predictions}: result {number} is a box without `segmentation`; masks are scored")
         image.results.append(entry)
     return list(images.values())
 

@@ -56,10 +56,15 @@ class _ScoreImage:
     def __call__(self, name: str) -> ConfusionRecord:
         state = MeanIoUState(self.num_classes, self.ignore)
         truth, predicted = read_labels(self.truth / name), read_labels(self.predictions / name)
+        if truth.shape != predicted.shape:
+            raise EvaluationError(f"{name}: the truth has the shape {truth.shape}, the prediction {predicted.shape}")
         try:
             state.update(0, truth, predicted)
         except EvaluationError as error:
-            raise EvaluationError(f"{name}: {str(error).removeprefix('image 0: ')}") from error
+            raise EvaluationError(
+                f"{name}: {str(error).removeprefix('image 0: ')}; --num-classes counts the labels from 0, and --ignore "
+                "is the truth's value for pixels without one"
+            ) from error
         return state.record(0)
 
 

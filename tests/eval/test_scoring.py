@@ -288,7 +288,9 @@ def test_faults_of_instance_files_are_named(tmp_path):
         with pytest.raises(UserError, match=message):
             run(instance_scoring(truth, found, boundary=False, class_agnostic=False))
 
-    check(r"result 3 is of image 99, not in", lambda r: r[3].update(image_id=99))
+    check(r"result 3 is of image 99, which .* does not list", lambda r: r[3].update(image_id=99))
+    check(r"result 3 is of image '1', which", lambda r: r[3].update(image_id="1"))
+    check(r"result 3 is a box without `segmentation`", lambda r: r[3].update(bbox=r[3].pop("segmentation")))
     check(r"image \d+ has the category 7, which .*truth.json does not list", lambda r: r[0].update(category_id=7))
     check(r"image \d+: an entry in .* wrong type", lambda r: r[0].update(category_id=[2]))
     check(r"has the score nan", lambda r: r[0].update(score=float("nan")))
