@@ -20,8 +20,9 @@ class ClusterConfig:
 
     address: str | None = None
     """Address of a running Ray cluster; None starts a local one for the run."""
-    num_workers: int = 1
-    """Training workers (one per GPU)."""
+    num_workers: int | tuple[int, int] = 1
+    """Training workers (one per GPU). `[min, max]`: as many as the cluster has room for; the run shrinks when nodes are
+    lost and grows when they come back, with the global batch, the data order and the optimizer state kept."""
     num_cpus_per_worker: float = 1.0
     num_gpus_per_worker: float = 0.0
     resources_per_worker: Mapping[str, float] = field(default_factory=dict)
@@ -34,8 +35,28 @@ class ClusterConfig:
     """Sharding tasks that run at once."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, cluster__num_workers=self.num_workers, cluster__shard_tasks=self.shard_tasks)
+        require_at_least(1, cluster__num_workers=self.min_workers, cluster__shard_tasks=self.shard_tasks)
         require_at_least(0, cluster__max_failures=self.max_failures)
+        if self.max_workers < self.min_workers:
+            raise ConfigError(
+                f"cluster.num_workers is [{self.min_workers}, {self.max_workers}]; give the smaller first"
+            )
+
+    @property
+    def min_workers(self) -> int:
+        """The run waits for room for so many."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The run never uses more."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """Ray resources of one training worker."""
+        amounts = {"CPU": self.num_cpus_per_worker, "GPU": self.num_gpus_per_worker, **self.resources_per_worker}
+        return {name: amount for name, amount in amounts.items() if amount}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def connect(config: RunConfig) -> Iterator[None]:
         ClusterError: the cluster cannot be reached or started.
     """
     cluster, evaluation = config.cluster, config.evaluation
-    num_cpus = cluster.num_workers * cluster.num_cpus_per_worker
+    num_cpus = cluster.max_workers * cluster.num_cpus_per_worker
     if evaluation.sets:
         num_cpus += evaluation.actors * evaluation.num_cpus_per_actor
     # The state API, through which Ray Train asks whether a run still lives, is part of the dashboard.

@@ -213,7 +213,7 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
 
 
 def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if isinstance(value, bool) and hint in (int, float, int | None, float | None):
+    if isinstance(value, bool) and hint in (int, float, int | None, float | None, int | tuple[int, int]):
         return _note(problems, f"`{path}`: expected a number, got {str(value).lower()}")
     if isinstance(value, str) and _CREDENTIALS.search(value):
         return _note(problems, f"`{path}`: holds a password, which would be stored with the run; use the environment")

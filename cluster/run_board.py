@@ -80,10 +80,10 @@ class RunBoard:
     def take(self, received: Delivery | None, stop: bool) -> Delivery:
         """Everything after `received`, which the driver has: an answer that got lost on the way is given again.
 
-        `stop` asks the workers to end after a checkpoint. The driver says it with every call, since a board that dies
-        forgets it.
+        `stop` asks the workers to end after a checkpoint, until a call takes it back. The driver says it with every
+        call, since a board that dies forgets it.
         """
-        self._stop = self._stop or stop
+        self._stop = stop
         if received is not None and received.board == self._name:
             while self._reports and self._last - len(self._reports) < received.last:
                 self._reports.popleft()

@@ -14,7 +14,7 @@ from cluster.evaluation_lines import describe, started
 from cluster.live_view import LiveView
 from cluster.progress import say
 from cluster.reporters import TrackingReporter
-from cluster.run_board import CheckpointReport, Delivery, EventReport
+from cluster.run_board import CheckpointReport, Delivery, EventReport, MetricsReport
 from cluster.tracking import RunStatus, TrackedRun, Tracking
 from trainer.reporting import LogReporter, Reporters
 
@@ -43,7 +43,11 @@ class RunRelay:
         self._running: int | None = None
         self._received: Delivery | None = None
         self.last_event: EventReport | None = None
-        """The last that the workers reported; the supervisor clears it before an attempt."""
+        """The last that the workers of this attempt reported."""
+        self.resumed: EventReport | None = None
+        """The event `resumed` of this attempt."""
+        self.last_step = 0
+        """The last step whose metrics the workers reported."""
         self.evaluations_idle = False
         """Whether every queued evaluation was settled when the manager last answered."""
         if view is not None:
@@ -53,7 +57,7 @@ class RunRelay:
 
     def begin_attempt(self, workers: int) -> None:
         """Workers are being started."""
-        self.last_event = None
+        self.last_event = self.resumed = None
         if self._view is None:
             say(f"starting {workers} training workers")
         else:
@@ -70,6 +74,9 @@ class RunRelay:
             report.tell(self._reporter)
             if isinstance(report, EventReport):
                 self.last_event = report
+                self.resumed = report if report.kind == "resumed" else self.resumed
+            if isinstance(report, MetricsReport):
+                self.last_step = report.step
             if isinstance(report, CheckpointReport) and self._evaluations is not None:
                 self._evaluations.submit(report.checkpoint)
         if self._evaluations is not None:

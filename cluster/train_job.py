@@ -25,6 +25,7 @@ from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from cluster.compose import compose_job
 from cluster.config import ClusterConfig, RunConfig
+from cluster.elastic import Resize, Sizes
 from cluster.eval_queue import Entry
 from cluster.eval_service import EvaluationClient
 from cluster.evaluate import check_sets
@@ -40,7 +41,7 @@ from cluster.train_worker import WorkerSettings, train_loop
 from data_pipeline.storage import Storage, join
 from model.errors import UserError
 from trainer.adjustments import adjust, read_adjustments
-from trainer.checkpoint_folder import list_checkpoints, newest_step, newest_whole
+from trainer.checkpoint_folder import delete_old, list_checkpoints, newest_step, newest_whole
 from trainer.job import TrainJob
 from trainer.reporting import CommittedCheckpoint
 
@@ -60,6 +61,8 @@ class RunSummary:
     """The newest one."""
     failures: tuple[Failure, ...]
     """Why attempts ended early; the last one is the reason of a failed run."""
+    resizes: tuple[Resize, ...]
+    """Changes of the number of workers, and what each cost."""
     evaluations: tuple[Entry, ...]
     tracked: TrackedRun
 
@@ -91,7 +94,7 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
     A cluster that was there before the run may grow, so there it is only said.
     """
     cluster, evaluation = config.cluster, config.evaluation
-    training = cluster.num_workers * cluster.num_gpus_per_worker
+    training = cluster.min_workers * cluster.num_gpus_per_worker
     evaluating = evaluation.actors * evaluation.num_gpus_per_actor if evaluation.sets else 0
     if training + evaluating <= available:
         return
@@ -108,9 +111,7 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
 class _Supervisor:
     """One call of `run_training`, between the start of Ray and its end."""
 
-    def __init__(
-        self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str, view: LiveView | None
-    ) -> None:
+    def __init__(self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str, view: LiveView | None) -> None:
         self._config, self._job, self._storage, self._scratch = config, job, storage, scratch
         self._adjustments = read_adjustments(storage, config.run_folder)
         self._tracked = create_run(config)
@@ -119,6 +120,7 @@ class _Supervisor:
             self._evaluations = EvaluationClient(config, self._tracked)
         self._board: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(RunBoard).remote()
         self._relay = RunRelay(config.training.max_steps, self._board, self._evaluations, self._tracked, view)
+        self._sizes = Sizes(config.cluster)
         self._failures: list[Failure] = []
         self._interrupts = 0
 
@@ -126,7 +128,7 @@ class _Supervisor:
         """All attempts, then the evaluations that still wait."""
         status: Status = "failed"
         try:
-            with self._listening():
+            with self._listening(), self._sizes.asked_for():
                 status = self._train()
                 if status == "finished":
                     self._await_evaluations()
@@ -138,33 +140,43 @@ class _Supervisor:
                 entries = self._evaluations.close() if self._evaluations is not None else ()
             finally:
                 self._relay.close(_TRACKED_STATUS[status])
+        newest = self._newest()
+        if newest is not None:  # evaluations have let go of checkpoints since the last commit
+            delete_old(self._storage, self._config.run_folder, newest.step, self._config.training.checkpoint.keep)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
             say(f"{waiting} evaluations wait; they are done when the run is continued")
         return RunSummary(
             run_folder=self._config.run_folder,
             status=status,
-            checkpoint=self._newest(),
+            checkpoint=newest,
             failures=tuple(self._failures),
+            resizes=tuple(self._sizes.resizes),
             evaluations=entries,
             tracked=self._tracked,
         )
 
     def _train(self) -> Status:
         """Attempts until the run is done, stopped or hopeless."""
-        history = AttemptHistory(self._newest_step())
+        history, number = AttemptHistory(self._newest_step()), 0
         while self._newest_step() < self._config.training.max_steps:
-            error = self._attempt(len(history.attempts) + 1)
+            workers = self._wait_for_room()
+            if workers is None:
+                return "stopped"
+            number += 1
+            error = self._attempt(number, workers)
             step = self._newest_step()
             if error is None and step >= self._config.training.max_steps:
                 break
             if error is None and self._interrupts:
                 return "stopped"
+            if error is None and self._sizes.growing:
+                continue
             failure = failure_of(error, self._relay.last_event)
             self._failures.append(failure)
             history = history.after(Attempt(failure, step))
             decision = decide(history, self._config.cluster.max_failures)
-            self._announce(failure, step, decision, error, len(history.attempts))
+            self._announce(failure, step, decision, error, number)
             if isinstance(decision, Stop):
                 return self._give_up(error, failure)
             if decision.change is not None:
@@ -175,32 +187,31 @@ class _Supervisor:
                 return "stopped"
         return "finished"
 
-    def _attempt(self, number: int) -> BaseException | None:
-        """Run one worker group to its end; the error that ended it."""
+    def _attempt(self, number: int, workers: int) -> BaseException | None:
+        """Run one worker group to its end; the error that ended it. Where the cluster has room for more it is ended."""
         outcome: list[BaseException] = []
 
         def fit() -> None:
             try:
-                self._trainer(number).fit()
+                self._trainer(number, workers).fit()
             except BaseException as error:
                 outcome.append(error)
 
-        cluster = self._config.cluster
-        self._relay.begin_attempt(cluster.num_workers)
+        self._relay.begin_attempt(workers)
         thread = threading.Thread(target=fit, name=f"attempt-{number}", daemon=True)
         thread.start()
-        silence = _Silence(cluster)
+        silence = _Silence(self._config.cluster)
         while thread.is_alive():
             thread.join(POLL_S)
             silence.note(self._update())
+            self._sizes.look(self._relay)
         self._update()
+        self._sizes.ended(self._relay)
         self._submit_committed()
         return outcome[0] if outcome else None
 
-    def _trainer(self, number: int) -> TorchTrainer:
+    def _trainer(self, number: int, workers: int) -> TorchTrainer:
         cluster = self._config.cluster
-        resources = {"CPU": cluster.num_cpus_per_worker, "GPU": cluster.num_gpus_per_worker}
-        resources |= cluster.resources_per_worker
         automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
         return TorchTrainer(
             train_loop,
@@ -210,9 +221,9 @@ class _Supervisor:
                 timeout_s=round(self._config.training.collective_timeout_s),
             ),
             scaling_config=ScalingConfig(
-                num_workers=cluster.num_workers,
+                num_workers=workers,
                 use_gpu=cluster.num_gpus_per_worker > 0,
-                resources_per_worker={name: amount for name, amount in resources.items() if amount},
+                resources_per_worker=cluster.needs,
             ),
             run_config=RayRunConfig(
                 name=f"attempt-{number}",  # a new one each: Ray would look for checkpoints of the last
@@ -246,6 +257,16 @@ class _Supervisor:
             raise cause
         return "failed"
 
+    def _wait_for_room(self) -> int | None:
+        """Number of workers of the next attempt; None where the person does not want to wait any more."""
+        silence = _Silence(self._config.cluster)
+        while (workers := self._sizes.next()) is None:
+            self._pause(POLL_S)
+            silence.note(False)
+            if self._interrupts:
+                return None
+        return workers
+
     def _pause(self, seconds: float) -> None:
         """Wait, unless the person does not want to."""
         deadline = time.monotonic() + seconds
@@ -266,7 +287,7 @@ class _Supervisor:
             self._update()
 
     def _update(self) -> bool:
-        return self._relay.update(stop=self._interrupts > 0)
+        return self._relay.update(stop=self._interrupts > 0 or self._sizes.growing)
 
     def _submit_committed(self) -> None:
         """A worker may have died between a commit and its report; queueing a step twice is harmless."""

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
-    """Train a recipe with `cluster.num_workers` processes on this machine. Checkpoints are not evaluated meanwhile.
+    """Train a recipe with `cluster.num_workers` processes (of a range: the most) on this machine.
 
-    SIGINT or SIGTERM stop the run after a checkpoint. Where memory does not suffice or the loss spikes, the processes
-    start again with what `decide` changes.
+    Checkpoints are not evaluated meanwhile. SIGINT or SIGTERM stop the run after a checkpoint. Where memory does not
+    suffice or the loss spikes, the processes start again with what `decide` changes.
 
     Raises:
         UserError: the recipe, the data or the store cannot be used.
@@ -60,7 +60,7 @@ def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: di
     history = AttemptHistory(newest_step(storage, folder))
     while True:
         try:
-            return launch(train_rank, (adjustments.applied(job), run), config.cluster.num_workers, environment)
+            return launch(train_rank, (adjustments.applied(job), run), config.cluster.max_workers, environment)
         except (OutOfMemoryError, LossSpikeError) as error:
             history = history.after(Attempt(root_cause({0: error}), newest_step(storage, folder)))
             decision = decide(history, config.cluster.max_failures)

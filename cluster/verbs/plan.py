@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from model.errors import ConfigError
 
     config = load_recipe(args.recipe, args.overrides)
-    world = args.world or config.cluster.num_workers
+    world = args.world or config.cluster.max_workers
     batch = args.batch or -(-config.training.global_batch // world)
     for option, value in (("--world", world), ("--batch", batch), ("--per-machine", args.per_machine)):
         if value < 1:

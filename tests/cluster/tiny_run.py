@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
         evaluation=EvaluationConfig(
             sets=(EvaluationSet(dataset="val"),),
             tasks=("panoptic", "semantic"),
+            extra_metrics=("boundary",),
             shortest_edge=64,
             max_size=96,
             panels=2,
@@ -125,3 +127,28 @@ def spike(losses, targets):
     """Positions 20 to 27 (sixth and seventh step) bring a hundred times the loss."""
     factor = torch.where(((targets.position >= 20) & (targets.position < 28)).any(), 100.0, 1.0)
     return losses._replace(total=losses.total * factor, terms=losses.terms * factor)
+
+
+def slow_loop(arguments):
+    """What a Ray worker runs, with time for the cluster to change under it."""
+    from cluster.train_worker import train_loop
+
+    def wait(losses, targets):
+        time.sleep(0.3)
+        return losses
+
+    with changed_losses(wait):
+        train_loop(arguments)
+
+
+def mistaken_loop(arguments):
+    """What a Ray worker runs, with a bug that only rank 1 meets in its third step."""
+    from cluster.train_worker import train_loop
+
+    def mistake(losses, targets):
+        if (targets.position == 9).any():
+            raise ValueError("the colour of sample 9 is wrong")
+        return losses
+
+    with changed_losses(mistake):
+        train_loop(arguments)

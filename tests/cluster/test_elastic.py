@@ -1,0 +1,149 @@
+"""A run that loses a node and gets another: real Ray, several raylets on this machine."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import ray
+from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
+
+from cluster.config import ClusterConfig
+from cluster.elastic import Sizes, next_size, room
+from cluster.tracking import create_run
+from cluster.train_job import run_training
+from cluster.train_local import train_locally
+from data_pipeline.storage import Storage
+from eval.config import EvaluationConfig
+from model.errors import ConfigError
+from tests.cluster import tiny_run
+from tests.cluster.tiny_run import small_sets, tiny_config
+from trainer.checkpoint_folder import list_checkpoints
+from trainer.config import CheckpointConfig
+
+STEPS, EVERY = 40, 5
+RANGE = ClusterConfig(num_workers=(1, 3), num_cpus_per_worker=2)
+
+
+def test_room_counts_whole_workers_per_node():
+    nodes = [{"CPU": 3.0, "trainer": 1.0}, {"CPU": 4.0}, {"CPU": 0.1 + 0.2}]
+    assert room(nodes, {"CPU": 1.0}) == 7
+    assert room(nodes, {"CPU": 2.0}) == 3
+    assert room(nodes, {"CPU": 1.0, "trainer": 1.0}) == 1
+    assert room([{"CPU": 0.3}], {"CPU": 0.1}) == 3
+
+
+def test_less_than_the_most_needs_patience():
+    assert next_size(5, RANGE, 0.0) == 3
+    assert next_size(2, RANGE, 1.0) is None
+    assert next_size(2, RANGE, 10.0) == 2
+    assert next_size(0, RANGE, 1000.0) is None
+
+
+def test_a_range_is_checked():
+    with pytest.raises(ConfigError, match=r"cluster\.num_workers is \[3, 2\]"):
+        ClusterConfig(num_workers=(3, 2))
+    assert (ClusterConfig(num_workers=2).min_workers, ClusterConfig(num_workers=2).max_workers) == (2, 2)
+
+
+class Relay:
+    """What `Sizes` sees of a relay."""
+
+    resumed = None
+    last_step = 0
+
+
+def test_room_for_more_must_last_and_workers_must_work():
+    now, nodes, relay = [0.0], [{"CPU": 2.0}], Relay()
+    sizes = Sizes(RANGE, lambda: nodes, lambda: now[0])
+    assert sizes.next() is None
+    now[0] = 10.0
+    assert sizes.next() == 1
+    for _ in range(20):
+        now[0] += 3.0
+        sizes.look(relay)
+    assert not sizes.growing  # nobody has trained yet
+    relay.last_step = 1
+    for free, grows in ((2.0, False), (2.0, False), (1.0, False), (2.0, False), (2.0, False), (2.0, False)):
+        nodes[0] = {"CPU": free}
+        now[0] += 4.0
+        sizes.look(relay)
+        assert sizes.growing == grows
+    now[0] += 4.0
+    sizes.look(relay)
+    assert sizes.growing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("elastic")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000},
+    )
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(tiny_run)  # workers cannot import it
+    yield cluster
+    ray.cloudpickle.unregister_pickle_by_value(tiny_run)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def add_node(cluster):
+    return cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+
+
+def losses_of(run):
+    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss/total")
+    return {point.step: point.value for point in points}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
+    """2 -> 1 -> 2 workers in one supervised run; its losses are those of a run that kept two."""
+    monkeypatch.setattr("cluster.elastic.PATIENCE_S", 3.0)
+    monkeypatch.setattr("cluster.elastic.LOOK_S", 0.5)
+    monkeypatch.setattr("cluster.train_job.POLL_S", 0.2)
+    monkeypatch.setattr("cluster.train_job.train_loop", tiny_run.slow_loop)
+    config = replace(tiny_config(folder, "elastic", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
+    training = replace(config.training, max_steps=STEPS, checkpoint=CheckpointConfig(every_steps=EVERY, keep=2))
+    config = replace(config, training=training, cluster=ClusterConfig(num_workers=(1, 2)))
+    nodes = [add_node(cluster), add_node(cluster)]
+    outcome = []
+    run = threading.Thread(target=lambda: outcome.append(run_training(config)))
+    run.start()
+
+    def newest():
+        found = list_checkpoints(Storage(), config.run_folder)
+        return found[0].step if found else 0
+
+    def wait_past(step):
+        while newest() <= step:
+            assert run.is_alive()
+            time.sleep(0.05)
+
+    wait_past(0)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    wait_past(newest() + EVERY)
+    add_node(cluster)
+    run.join(240)
+    (summary,) = outcome
+    assert summary.status == "finished"
+    assert [(resize.before, resize.after) for resize in summary.resizes] == [(2, 1), (1, 2)]
+    assert summary.resizes[1].steps_redone == 0  # grows after a checkpoint of its own
+    assert summary.resizes[0].steps_redone <= EVERY + 2
+    calm = replace(config, name="calm", cluster=ClusterConfig(num_workers=2))
+    train_locally(calm)
+    losses = losses_of(summary.tracked)
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses == pytest.approx(losses_of(create_run(calm)), rel=1e-6)

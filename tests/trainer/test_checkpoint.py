@@ -1,0 +1,109 @@
+"""Saving where the disk is full or the store refuses: the error is clear, nothing counts that is not whole."""
+
+import errno
+import os
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.config import DataConfig, MixtureItem
+from data_pipeline.errors import StorageError
+from data_pipeline.storage import Storage
+from model.config import ModelConfig
+from trainer.checkpoint import CheckpointSaver
+from trainer.checkpoint_folder import list_checkpoints
+from trainer.config import TrainingConfig
+from trainer.control import Ranks
+from trainer.job import TrainJob
+from trainer.state import TrainState
+from trainer.worker import process_group
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class SmallEngine:
+    """Writes one file."""
+
+    def save(self, folder, tag):
+        (folder / tag).mkdir()
+        (folder / tag / "states.pt").write_bytes(b"states")
+
+    def weights(self):
+        return {"w": torch.zeros(2)}
+
+    def averaged_weights(self, weights):
+        return None
+
+
+class FullDisk(SmallEngine):
+    def save(self, folder, tag):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+class RefusingStorage(Storage):
+    """Accepts so many more files."""
+
+    accepts = 10**9
+
+    def put_file(self, url, path):
+        if self.accepts <= 0:
+            raise StorageError(f"{url}: the store refuses to write (AccessDenied); check its rights and its quota")
+        self.accepts -= 1
+        super().put_file(url, path)
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with process_group(torch.device("cpu"), timeout_s=30.0):
+        yield Ranks(timeout_s=30.0)
+
+
+@pytest.fixture
+def job(tmp_path):
+    return TrainJob(
+        run_folder=str(tmp_path / "run"),
+        model=ModelConfig(),
+        data=DataConfig(train=(MixtureItem(dataset="train"),)),
+        shards=("none",),
+        training=TrainingConfig(max_steps=4),
+    )
+
+
+def state_at(step):
+    return TrainState(step=step, position=4 * step, order_fingerprint="a", seed=0, world_size=1, zero_stage=1)
+
+
+def scratch_folders():
+    return set(Path(tempfile.gettempdir()).glob("m2f-checkpoint-*"))
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 3])
+def test_what_a_store_refuses_is_said_and_does_not_count(ranks, job, accepted):
+    storage = RefusingStorage()
+    before = scratch_folders()
+    with closing(CheckpointSaver(job, storage, ranks, None)) as saver:
+        saver.save(SmallEngine(), state_at(1))
+        assert saver.finish().step == 1
+        storage.accepts = accepted
+        saver.save(SmallEngine(), state_at(2))
+        with pytest.raises(StorageError, match=r"step_00000002.* refuses to write"):
+            saver.finish()
+    assert [checkpoint.step for checkpoint in list_checkpoints(storage, job.run_folder)] == [1]
+    assert scratch_folders() <= before
+    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:  # the next start writes it again
+        saver.save(SmallEngine(), state_at(2))
+        assert saver.finish().step == 2
+
+
+def test_a_full_local_disk_is_said_and_leaves_nothing(ranks, job):
+    before = scratch_folders()
+    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver, pytest.raises(OSError, match="No space left"):
+        saver.save(FullDisk(), state_at(1))
+    assert list_checkpoints(Storage(), job.run_folder) == ()
+    assert scratch_folders() <= before
