@@ -9,6 +9,7 @@ from functools import partial
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster import doctor_machine as machine
@@ -72,7 +73,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     for finding in findings:
         style = _STYLES[finding.state]
         text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
-        row = (finding.check, f"[{style}]{finding.state}[/]", text.replace("[", r"\["))
+        row = (finding.check, f"[{style}]{finding.state}[/]", escape(text))
         table.add_row(*((finding.where,) if nodes else ()), *row)
     console.print(table)
     count = {state: sum(finding.state == state for finding in findings) for state in _STYLES}

@@ -91,7 +91,9 @@ def _clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
 
 def _same_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
     if len(versions) > 1:
-        detail = "; ".join(f"Python {python}, Ray {ray}: {', '.join(n)}" for (python, ray), n in versions.items())
+        detail = "; ".join(
+            f"Python {python}, Ray {version}: {', '.join(names)}" for (python, version), names in versions.items()
+        )
         return Finding("same versions", "failed", detail, "start all nodes from one image", CLUSTER)
     return Finding("same versions", "ok", "Python and Ray of all nodes", where=CLUSTER)
 

@@ -14,12 +14,14 @@ from jsonschema import Draft202012Validator
 
 from cluster.config import RunConfig
 from cluster.recipe import dump_recipe
-from cluster.submit import job_name
+from cluster.submit import run_digest
 from model.errors import UserError
 
 SCHEMA = Path(__file__).parent / "cloud" / "ray_job_schema.yaml"
 RECIPE_FOLDER = "/etc/m2f"
 APPLY_S = 60
+MAX_NAME = 30
+"""Characters of a run's name in the name of its RayJob, which may have 47 in all."""
 
 
 class KubeRayError(UserError):
@@ -42,7 +44,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
     problems = problems or cluster_problems(config, ray_job["spec"]["rayClusterSpec"])
     if problems:
         raise KubeRayError(f"{template}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
-    name = job_name(config).lower().replace("_", "-")
+    name = _object_name(config)
     metadata = ray_job.setdefault("metadata", {}) | {"name": name}
     ray_job["metadata"] = metadata
     ray_job["spec"] |= {
@@ -128,6 +130,12 @@ def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise KubeRayError(f"{group['groupName']}: rayStartParams.resources is not JSON: {text} ({error})") from error
+
+
+def _object_name(config: RunConfig) -> str:
+    """Kubernetes takes lower-case letters, digits and dashes, and KubeRay appends some to what it makes of the name."""
+    readable = re.sub(r"[^a-z0-9]+", "-", config.name.lower())[:MAX_NAME].strip("-")
+    return f"m2f-{readable}-{run_digest(config)}"
 
 
 def _read(template: Path) -> dict[str, Any]:

@@ -91,8 +91,12 @@ def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str,
 
 def job_name(config: RunConfig) -> str:
     """First part of the ids of a run's jobs; `-1`, `-2` ... follow, as Ray takes no id twice."""
-    digest = hashlib.sha256(config.run_folder.encode()).hexdigest()[:_DIGEST_LENGTH]
-    return f"m2f-{config.name.replace('.', '-')}-{digest}"
+    return f"m2f-{config.name.replace('.', '-')}-{run_digest(config)}"
+
+
+def run_digest(config: RunConfig) -> str:
+    """What tells the run folder from others, in eight characters."""
+    return hashlib.sha256(config.run_folder.encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
 def choose(config: RunConfig, digest: str, jobs: Iterable[KnownJob]) -> Attach | Start:
@@ -136,7 +140,7 @@ def for_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
         if "://" not in path and not any(Path(path).is_relative_to(folder) for folder in shared)
     ]
     uri = config.tracking.uri or ""
-    if uri and urlsplit(uri).scheme not in ("http", "https", "databricks", "postgresql", "mysql", "mssql"):
+    if uri and _is_local_tracking(uri):
         problems.append(f"tracking.uri is {uri}, which only one machine can open; name a tracking server, http://...")
     if problems:
         raise ConfigError("the recipe cannot run on a cluster\n  " + "\n  ".join(problems))
@@ -155,6 +159,11 @@ def _paths(config: RunConfig) -> dict[str, str]:
     return paths | {setting: path for setting, path in weights.items() if path is not None}
 
 
+def _is_local_tracking(uri: str) -> bool:
+    """Files and databases in files; such a URI has no host."""
+    return urlsplit(uri).scheme in ("", "file", "sqlite")
+
+
 def job_environment(wanted: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
     """Variables for a job from `NAME=VALUE` and `NAME` (its value here), with what m2f itself sets.
 
@@ -162,7 +171,7 @@ def job_environment(wanted: Sequence[str], config: RunConfig | None = None) -> d
     """
     env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
-    if config is not None and config.tracking.uri is None and tracking is not None:
+    if config is not None and config.tracking.uri is None and tracking and not _is_local_tracking(tracking):
         env["MLFLOW_TRACKING_URI"] = tracking
     for word in wanted:
         name, equals, value = word.partition("=")

@@ -1,6 +1,7 @@
 """The examples of `cluster/cloud` against Ray's, Amazon's and our own schemas, and the notices of spot machines."""
 
 import json
+import re
 import threading
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -116,6 +117,12 @@ def test_the_ray_job_runs_the_recipe_from_a_config_map():
     assert spec["entrypoint"] == f"m2f train {mount['mountPath']}/recipe.yaml"
     assert {"name": "recipe", "configMap": {"name": name}} in head["volumes"]
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"NCCL_DEBUG": "WARN"}}
+
+
+def test_a_long_name_is_cut_to_what_kuberay_takes():
+    name = written(f"name=a{'_Long.' * 20}")[1]["metadata"]["name"]
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 47
 
 
 def test_what_is_written_has_only_fields_that_kuberay_knows():

@@ -142,6 +142,11 @@ def test_the_environment_of_a_job(monkeypatch):
     assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 
+def test_a_tracking_store_of_this_machine_stays_here(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////home/me/mlflow.db")
+    assert "MLFLOW_TRACKING_URI" not in job_environment([], sent_recipe("tracking.uri=null"))
+
+
 @pytest.mark.parametrize(
     "word", ["AWS_SECRET_ACCESS_KEY=x", "HF_TOKEN=x", "PGPASSWORD=x", "DB=postgres://me:pw@host/x"]
 )
