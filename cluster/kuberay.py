@@ -97,7 +97,7 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
         problems.append('headGroupSpec.rayStartParams.num-cpus must be "0", or workers would run beside the driver')
     for group in groups:
         problems += _pod_problems(group["groupName"], group["template"]["spec"])
-    wanted = [("cluster.resources_per_worker", config.cluster.num_workers, config.cluster.resources_per_worker)]
+    wanted = [("cluster.resources_per_worker", config.cluster.max_workers, config.cluster.resources_per_worker)]
     if config.evaluation.sets:
         settings = config.evaluation
         wanted.append(("evaluation.resources_per_actor", settings.actors, settings.resources_per_actor))
