@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 
+import boto3
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 
 from cluster import eval_actor
 from cluster.cli import main
 from cluster.eval_actor import EvaluationActor
 from cluster.evaluate import evaluate_sets
 from cluster.recipe import parse_recipe
+from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.image_file import decode_id_png, decode_index_png
 from data_pipeline.readers import open_reader
+from data_pipeline.sample import Annotation, DecodedSample
 from data_pipeline.shards import write_dataset
 from data_pipeline.storage import Storage
+from eval.average_precision import InstanceDetections
+from eval.masks import encode_masks
+from eval.result_dump import ResultDump, join_dump
 from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
 
 RECIPE = """
@@ -45,9 +52,11 @@ class TroubledPool:
     def __init__(self, config):
         self.actors = [EvaluationActor(config), EvaluationActor(config)]
 
-    def run(self, task, batches, progress=lambda done, total: None):
+    def run(self, task, batches, take):
         order = [*reversed(list(batches)), *batches]
-        return {b: self.actors[i % 2].evaluate(task, b) for i, b in enumerate(order)}
+        results = {b: self.actors[i % 2].evaluate(task, b) for i, b in enumerate(order)}
+        for batch, result in results.items():
+            take(batch, result)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +124,35 @@ def test_semantic(dumped):
     for ours, published in (("mIoU", "mIoU"), ("mIoU_union", "mIoU_occurring"), ("fwIoU", "fwIoU"), ("pACC", "pACC")):
         assert 100 * scored[ours] == pytest.approx(metrics[published], rel=1e-14)
     assert 5 < metrics["mIoU"] < 95
+
+
+def test_a_dump_in_a_bucket_is_the_same(tmp_path, monkeypatch):
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="box")
+        storage, table = Storage(), CategoryTable((Category(3, "boat", True, (1, 2, 3)),))
+        image = np.zeros((4, 5, 3), np.uint8)
+        for url in ("s3://box/dump/val", str(tmp_path)):
+            for call in (1, 0, 1):
+                nothing = Annotation(seg=None, inst=None, segments=())
+                sample = DecodedSample(key=f"k{call}", image_id=call, source="", image=image, annotation=nothing)
+                mask = encode_masks(np.ones((call, 4, 5), bool))
+                dump = ResultDump(table)
+                dump.add_instances(sample, InstanceDetections(mask, *np.zeros((2, call), int), np.ones(call)))
+                dump.add_labels(sample, np.zeros((4, 5), int))
+                dump.store(storage, url, call)
+            join_dump(storage, url, 2, table)
+        names = ["categories.json", "instances.json", "labels/k0.png", "labels/k1.png"]
+        assert storage.list("s3://box/dump/val") == tuple(f"s3://box/dump/val/{name}" for name in names)
+        assert all(storage.get(f"s3://box/dump/val/{n}") == (tmp_path / n).read_bytes() for n in names)
+    finally:
+        server.stop()
+    assert [entry["image_id"] for entry in json.loads((tmp_path / "instances.json").read_text())] == [1]
 
 
 def test_maps_hold_ids_of_segments_and_categories(dumped):
