@@ -103,8 +103,7 @@ def _room(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding
     if config is None:
         return []
     cluster, settings = config.cluster, config.evaluation
-    worker = {"CPU": cluster.num_cpus_per_worker, "GPU": cluster.num_gpus_per_worker, **cluster.resources_per_worker}
-    needs = [("training", cluster.num_workers, worker)]
+    needs = [("training", cluster.min_workers, cluster.needs)]
     if settings.sets:
         actor = {"CPU": settings.num_cpus_per_actor, "GPU": settings.num_gpus_per_actor}
         needs.append(("evaluation", settings.actors, {**actor, **settings.resources_per_actor}))
