@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from cluster.tracking import TrackedRun
 
 
-def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
+def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", "stopped"]:
     """Train a recipe with `cluster.num_workers` processes (of a range: the most) on this machine.
 
     Checkpoints are not evaluated meanwhile. SIGINT or SIGTERM stop the run after a checkpoint. Where memory does not
-    suffice or the loss spikes, the processes start again with what `decide` changes.
+    suffice or the loss spikes, the processes start again with what `decide` changes. `live` shows a panel on the
+    terminal in place of a log.
 
     Raises:
         UserError: the recipe, the data or the store cannot be used.
@@ -38,7 +39,7 @@ def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     driver = Tracking(run, "driver")
     try:
-        _attempts(config, job, run, environment)
+        _attempts(config, job, run, environment, live)
     except BaseException as error:
         driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
         raise
@@ -48,7 +49,7 @@ def train_locally(config: RunConfig) -> Literal["finished", "stopped"]:
     return "finished" if finished else "stopped"
 
 
-def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: dict[str, str]) -> None:
+def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: dict[str, str], live: bool) -> None:
     from cluster.policies import Attempt, AttemptHistory, Retry, decide, root_cause
     from cluster.progress import complain
     from data_pipeline.storage import Storage
@@ -60,7 +61,7 @@ def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: di
     history = AttemptHistory(newest_step(storage, folder))
     while True:
         try:
-            return launch(train_rank, (adjustments.applied(job), run), config.cluster.max_workers, environment)
+            return launch(train_rank, (adjustments.applied(job), run, live), config.cluster.max_workers, environment)
         except (OutOfMemoryError, LossSpikeError) as error:
             history = history.after(Attempt(root_cause({0: error}), newest_step(storage, folder)))
             decision = decide(history, config.cluster.max_failures)
@@ -70,8 +71,9 @@ def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: di
             adjustments = adjust(storage, folder, decision.change, f"{error}: {decision.reason}")
 
 
-def train_rank(job: TrainJob, run: TrackedRun) -> None:
+def train_rank(job: TrainJob, run: TrackedRun, live: bool = False) -> None:
     """Body of one rank."""
+    from cluster.live_view import LiveView
     from cluster.reporters import TrackingReporter
     from cluster.tracking import Tracking
     from trainer.reporting import LogReporter, Reporters
@@ -81,11 +83,19 @@ def train_rank(job: TrainJob, run: TrackedRun) -> None:
     if os.environ["RANK"] != "0":
         run_worker(job, Reporters(), control)
         return
+    max_steps = job.training.max_steps
     tracking = Tracking(run, "rank0")
+    view = LiveView(job.run_folder.rpartition("/")[2], max_steps) if live else None
+    outcome = "failed"
     try:
-        reporter = Reporters(LogReporter(job.training.max_steps), TrackingReporter(tracking))
-        run_worker(job, reporter, control)
+        if view is not None:
+            view.start()
+            view.begin_attempt(int(os.environ["WORLD_SIZE"]))
+        state = run_worker(job, Reporters(view or LogReporter(max_steps), TrackingReporter(tracking)), control)
+        outcome = "finished" if state.step >= max_steps else "stopped"
     finally:
+        if view is not None:
+            view.stop(outcome)
         tracking.close()
 
 

@@ -153,7 +153,8 @@ class Watchdog:
     def _tell(self, found: Sequence[RankStacks]) -> None:
         url = join(self._folder, STACKS)
         message = f"{describe_stall(found, self._ranks.world_size)}. Stacks of all ranks: {url}"
-        sys.stderr.write(f"{message}\n")
+        if not self._ranks.is_first:  # whose reporter may have no voice
+            sys.stderr.write(f"{message}\n")
         self._reporter.event("stalled", self._clock.step, message)
         time.sleep(LEAVE_S)
         self._storage.put(url, join_stacks(message, found).encode())

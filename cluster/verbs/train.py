@@ -27,20 +27,21 @@ def run(args: argparse.Namespace) -> int:
     from cluster.progress import complain, say
     from cluster.recipe import load_recipe
 
+    live = sys.stdout.isatty() and not args.plain
     config = load_recipe(args.recipe, args.overrides)
     if args.launcher == "local":
         from cluster.launch_local import LaunchError
         from cluster.train_local import train_locally
 
         try:
-            say(f"run {train_locally(config)}: {config.run_folder}")
+            say(f"run {train_locally(config, live)}: {config.run_folder}")
         except LaunchError as error:
             complain(str(error))
             return 1
         return 0
     from cluster.train_job import run_training
 
-    summary = run_training(config, live=sys.stdout.isatty() and not args.plain)
+    summary = run_training(config, live)
     say(f"run {summary.status}: {summary.run_folder}")
     for entry in summary.evaluations:
         if entry.status == "failed":

@@ -57,4 +57,3 @@ def test_a_rank_that_sleeps_ends_the_attempt_with_the_stacks_of_all(launcher, tr
     assert text.index("==== rank 0 on") < text.index("==== rank 1 on")
     assert "all_reduce" in text.split("==== rank 1")[0]
     assert "fall_asleep" in text.split("==== rank 1")[1]
-    assert outputs[0].count("the run stands still") == 1
