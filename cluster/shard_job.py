@@ -44,6 +44,14 @@ class ShardJobError(UserError):
     """A shard that cannot be written. Names the shard, the cause and the remedy."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShardFailure:
+    """A shard that could not be written, and why."""
+
+    index: int
+    message: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
     """What a sharding job found and did; stored as report.json beside the shards."""
@@ -61,6 +69,8 @@ class ShardReport:
     elapsed_s: float
     problems: tuple[SampleProblem, ...]
     """Samples that cannot be used."""
+    failures: tuple[ShardFailure, ...] = ()
+    """Shards that could not be written, where the job was told to go on."""
     committed: bool
     """Whether the manifest is written: the data set exists."""
 
@@ -79,14 +89,23 @@ class ShardReport:
 
 
 def run_shard_job(
-    name: str, dataset: DatasetConfig, cluster: ClusterConfig, storage: Storage, skip_bad: bool = False
+    name: str,
+    dataset: DatasetConfig,
+    cluster: ClusterConfig,
+    storage: Storage,
+    *,
+    skip_bad: bool = False,
+    keep_going: bool = False,
 ) -> ShardReport:
     """Write what is missing of one data set, then its manifest. The report is stored in any case.
+
+    Samples that cannot be used never end the job early. With `keep_going` neither do shards that cannot be written: all
+    others are written first.
 
     Raises:
         DataError: no source, a source that cannot be used, a target that holds another data set, or samples that
             cannot be used (unless `skip_bad` leaves them out): then no manifest is written.
-        ShardJobError: a task failed for good.
+        ShardJobError: tasks failed for good.
         StorageError, ClusterError: the store or Ray cannot be reached.
     """
     started = time.monotonic()
@@ -99,13 +118,18 @@ def run_shard_job(
         return _stored_report(name, plan, existing["shards"], storage)
     parts = {part.index: part for part in complete_parts(plan, storage)}
     missing = [index for index in range(len(plan.rows)) if index not in parts]
+    failures: list[ShardFailure] = []
     if missing:
         done = sum(len(plan.rows[index]) for index in parts)
         with (
             local_or_existing(cluster, cluster.shard_tasks),
             Progress(f"sharding {name}", plan.num_samples, "images", done) as progress,
         ):
-            for part in _write_shards(reader, plan, missing, storage, cluster.shard_tasks):
+            for part in _write_shards(reader, plan, missing, storage, cluster.shard_tasks, keep_going):
+                if isinstance(part, ShardFailure):
+                    failures.append(part)
+                    progress.note(part.message)
+                    continue
                 parts[part.index] = part
                 progress.advance(len(plan.rows[part.index]), part.info.size)
                 for problem in part.problems:
@@ -117,14 +141,21 @@ def run_shard_job(
         num_samples=plan.num_samples,
         num_shards=len(plan.rows),
         num_bytes=sum(part.info.size for part in parts.values()),
-        written_shards=len(missing),
+        written_shards=len(missing) - len(failures),
         elapsed_s=round(time.monotonic() - started, 3),
         problems=problems,
-        committed=skip_bad or not problems,
+        failures=tuple(failures),
+        committed=not failures and (skip_bad or not problems),
     )
     if report.committed:
         commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
+    if failures:
+        listed = "\n".join(f"  {failure.message}" for failure in failures[:SHOWN_PROBLEMS])
+        raise ShardJobError(
+            f"{report.summary()}\n{len(failures)} of {len(plan.rows)} shards could not be written:\n{listed}\nAll are "
+            f"listed in {join(plan.target, REPORT_FILE)}; run again to write the rest"
+        )
     if not report.committed:
         raise DataError(
             f"{report.summary()}\n{len(problems)} of {plan.num_samples} samples cannot be used, so the data set is not "
@@ -135,8 +166,8 @@ def run_shard_job(
 
 
 def _write_shards(
-    reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, window: int
-) -> Iterator[ShardPart]:
+    reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, window: int, keep_going: bool
+) -> Iterator[ShardPart | ShardFailure]:
     """Parts in the order in which they are done, with at most `window` tasks in flight."""
     position = {key: index for index, key in enumerate(reader.keys)}
     plan_ref = ray.put(plan)
@@ -148,7 +179,14 @@ def _write_shards(
             samples = reader.subset([position[key] for key in plan.rows[index]])  # not the whole source in each task
             running[_write_shard_task.remote(samples, plan_ref, index, storage)] = index
         done, _ = ray.wait(list(running), num_returns=1)
-        yield _result(done[0], running.pop(done[0]), plan)
+        index = running.pop(done[0])
+        try:
+            part: ShardPart | ShardFailure = _result(done[0], index, plan)
+        except UserError as error:
+            if not keep_going:
+                raise
+            part = ShardFailure(index, str(error))
+        yield part
 
 
 @ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD")

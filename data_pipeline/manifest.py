@@ -160,16 +160,17 @@ class Manifest:
                 f"{join(url, SAMPLES_FILE)} is not the file that {DATASET_FILE} was written with; restore it"
             )
         try:
-            return cls._of(url, document, pq.read_table(io.BytesIO(data), schema=SAMPLE_SCHEMA))
-        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            return cls._of(url, document, _Columns(data))
+        except (LookupError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 f"{url}: {DATASET_FILE} and {SAMPLES_FILE} do not say what they must ({error!r:.200}); restore them or "
                 "write the data set again"
             ) from error
 
     @classmethod
-    def _of(cls, url: str, document: dict[str, Any], table: pa.Table) -> Self:
-        names = _flat(table, "member_names").dictionary_encode()
+    def _of(cls, url: str, document: dict[str, Any], columns: _Columns) -> Self:
+        categories, members = columns.bounds("category_ids"), columns.bounds("member_names")
+        names, codes = columns.member_names()
         return cls(
             url=url,
             fingerprint=document["fingerprint"],
@@ -177,22 +178,22 @@ class Manifest:
             categories=_categories_from_json(document["categories"]),
             foreign=None if document.get("foreign") is None else form_from_json(document["foreign"]),
             shards=tuple(ShardInfo(**entry) for entry in document["shards"]),
-            key=table["key"].to_numpy(),
-            shard=table["shard"].to_numpy(),
-            offset=table["offset"].to_numpy(),
-            length=table["length"].to_numpy(),
-            crc32=table["crc32"].to_numpy(),
-            image_id=table["image_id"].to_numpy(),
-            height=table["height"].to_numpy(),
-            width=table["width"].to_numpy(),
-            num_segments=table["num_segments"].to_numpy(),
-            category_ids=_ragged(table, "category_ids"),
-            category_counts=_ragged(table, "category_counts"),
-            category_areas=_ragged(table, "category_areas"),
-            member_offsets=_ragged(table, "member_offsets"),
-            member_lengths=_ragged(table, "member_lengths"),
-            member_names=tuple(names.dictionary.to_pylist()),
-            member_codes=Ragged(names.indices.to_numpy(), _offsets(table, "member_names")),
+            key=columns.texts("key"),
+            shard=columns.numbers("shard", np.int32),
+            offset=columns.numbers("offset", np.int64),
+            length=columns.numbers("length", np.int64),
+            crc32=columns.numbers("crc32", np.uint32),
+            image_id=columns.numbers("image_id", np.int64),
+            height=columns.numbers("height", np.int32),
+            width=columns.numbers("width", np.int32),
+            num_segments=columns.numbers("num_segments", np.int32),
+            category_ids=Ragged(columns.items("category_ids", np.int32), categories),
+            category_counts=Ragged(columns.items("category_counts", np.int32), categories),
+            category_areas=Ragged(columns.items("category_areas", np.uint32), categories),
+            member_names=names,
+            member_codes=Ragged(codes, members),
+            member_offsets=Ragged(columns.items("member_offsets", np.uint32), members),
+            member_lengths=Ragged(columns.items("member_lengths", np.uint32), members),
         )
 
     def shard_url(self, shard: int) -> str:
@@ -345,16 +346,38 @@ def _categories_from_json(entries: list[dict[str, Any]]) -> CategoryTable:
     )
 
 
-def _flat(table: pa.Table, name: str) -> pa.Array:
-    return pa.chunked_array(
-        [chunk.flatten() for chunk in table[name].chunks], table[name].type.value_type
-    ).combine_chunks()
+class _Columns:
+    """Columns of samples.parquet, one at a time, as arrays of their own, no wider than they must be.
 
+    Every rank holds a manifest: pyarrow's `read_table` and `to_numpy` would import pyarrow.dataset and pandas, and take
+    twice the time and memory.
+    """
 
-def _offsets(table: pa.Table, name: str) -> np.ndarray:
-    lengths = [chunk.value_lengths().to_numpy() for chunk in table[name].chunks]
-    return np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
+    def __init__(self, data: bytes) -> None:
+        self._file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["member_names.list.element"])
 
+    def numbers(self, name: str, dtype: type[np.number]) -> np.ndarray:
+        """[N] values."""
+        return np.concatenate([np.from_dlpack(chunk).astype(dtype) for chunk in self._chunks(name)])
 
-def _ragged(table: pa.Table, name: str) -> Ragged:
-    return Ragged(_flat(table, name).to_numpy(), _offsets(table, name))
+    def texts(self, name: str) -> np.ndarray:
+        """[N] str objects."""
+        return np.array([text for chunk in self._chunks(name) for text in chunk.to_pylist()], dtype=object)
+
+    def items(self, name: str, dtype: type[np.number]) -> np.ndarray:
+        """Values of all rows of lists."""
+        return np.concatenate([np.from_dlpack(chunk.flatten()).astype(dtype) for chunk in self._chunks(name)])
+
+    def bounds(self, name: str) -> np.ndarray:
+        """[N + 1] where the rows of lists begin in `items`."""
+        lengths = [np.diff(np.from_dlpack(chunk.offsets)) for chunk in self._chunks(name)]
+        return np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
+
+    def member_names(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """All different names, and their numbers in all rows."""
+        chunks = pa.chunked_array([chunk.flatten() for chunk in self._chunks("member_names")]).unify_dictionaries()
+        codes = np.concatenate([np.from_dlpack(chunk.indices).astype(np.int32) for chunk in chunks.chunks])
+        return tuple(chunks.chunk(0).dictionary.to_pylist()), codes
+
+    def _chunks(self, name: str) -> list[pa.Array]:
+        return self._file.read(columns=[name], use_threads=False).column(name).chunks

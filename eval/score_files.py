@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.categories import MAX_CATEGORIES
 from data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
 from eval.errors import EvaluationError
 
@@ -45,7 +46,7 @@ def read_json(path: Path) -> Any:
     data = _read(path)
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets nested thousands deep are no JSON of ours
         raise EvaluationError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -60,6 +61,10 @@ def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCate
         raise EvaluationError(f"{path}: a category has no whole number as `id` ({error!r})") from error
     if len({category.id for category in listed}) < len(listed):
         raise EvaluationError(f"{path}: two categories have the same id")
+    if len(listed) > MAX_CATEGORIES:
+        raise EvaluationError(
+            f"{path} lists {len(listed)} categories, more than {MAX_CATEGORIES}; it is no list of classes"
+        )
     return tuple(listed)
 
 

@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all that have a source")
     parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be used")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="after a shard or data set that fails write the others, then list all"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,8 +26,10 @@ def run(args: argparse.Namespace) -> int:
     from cluster.ray_cluster import local_or_existing
     from cluster.recipe import load_recipe
     from cluster.shard_job import run_shard_job
+    from data_pipeline.errors import DataError
     from data_pipeline.manifest import read_document
     from data_pipeline.storage import Storage
+    from model.errors import UserError
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)
@@ -35,6 +40,15 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if len(unfinished) > 1:
             stack.enter_context(local_or_existing(config.cluster, config.cluster.shard_tasks))
+        failed = []
         for name in chosen:
-            say(run_shard_job(name, config.datasets[name], config.cluster, storage, args.skip_bad).summary())
+            options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going}
+            try:
+                say(run_shard_job(name, config.datasets[name], config.cluster, storage, **options).summary())
+            except UserError as error:
+                if not args.keep_going:
+                    raise
+                failed.append(f"{name}: {error}")
+    if failed:
+        raise DataError(f"{len(failed)} of {len(chosen)} data sets are not complete\n" + "\n".join(failed))
     return 0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -15,12 +16,12 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.ray_cluster import local_or_existing
-from cluster.shard_job import run_shard_job
+from cluster.shard_job import ShardFailure, ShardJobError, run_shard_job
 from data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
+from data_pipeline.shards import write_dataset, write_shard
 from data_pipeline.storage import Storage
 
 CLUSTER = ClusterConfig(shard_tasks=2)
@@ -106,6 +107,26 @@ def test_another_data_set_in_the_same_place_is_refused(tmp_path, no_ray):
 def test_a_data_set_without_a_source_is_a_message(tmp_path):
     with pytest.raises(DataError, match=r"set datasets\.train\.source"):
         run_shard_job("train", DatasetConfig(shards=str(tmp_path)), CLUSTER, Storage())
+
+
+def test_with_keep_going_all_other_shards_are_written_first(tmp_path, monkeypatch):
+    """Without Ray: shards are written in this process, and the second one cannot be."""
+
+    def write(reader, plan, missing, storage, window, keep_going):
+        assert keep_going
+        for index in missing:
+            yield ShardFailure(index, "no space") if index == 1 else write_shard(reader, plan, index, storage)
+
+    monkeypatch.setattr("cluster.shard_job.local_or_existing", lambda *_: nullcontext())
+    monkeypatch.setattr("cluster.shard_job._write_shards", write)
+    dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=12), shard_mb=0.05)
+    with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n  no space\nAll are listed"):
+        run_shard_job("train", dataset, CLUSTER, Storage(), keep_going=True)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["failures"] == [{"index": 1, "message": "no space"}]
+    assert report["written_shards"] == report["num_shards"] - 1 == len(list((tmp_path / "parts").iterdir()))
+    assert not (tmp_path / "dataset.json").exists()
+    assert write_dataset(open_reader(dataset.source), dataset, Storage()).num_samples == 12  # and goes on from there
 
 
 @pytest.fixture

@@ -147,12 +147,14 @@ def test_killed_reading_goes_on_with_the_same_samples(tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_ten_kills_of_sharding(tmp_path):
     kill_sharding(tmp_path, images=400, kills=10)
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_ten_kills_of_reading_with_processes_and_a_cache(tmp_path):
     kill_reading(tmp_path, images=120, steps=400, kills=10, workers=2)

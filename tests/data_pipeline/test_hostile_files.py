@@ -1,0 +1,51 @@
+"""Annotation files that are meant to hurt: one clear error each."""
+
+import json
+
+import pytest
+
+from data_pipeline.categories import MAX_CATEGORIES, Category, CategoryTable
+from data_pipeline.config import CocoInstancesSource, LabelMapSource
+from data_pipeline.errors import DataError
+from data_pipeline.readers import open_reader
+from data_pipeline.readers.files import read_json
+from eval.errors import EvaluationError
+from eval.score_files import read_categories
+from eval.score_files import read_json as read_scored_json
+
+MANY = 10**5
+
+
+def test_senselessly_many_categories(tmp_path):
+    entries = [{"label": i, "id": i, "name": "", "isthing": 1} for i in range(MANY)]
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "classes.json").write_text(json.dumps(entries))
+    paths = {name: str(tmp_path / name) for name in ("images", "labels")}
+    with pytest.raises(DataError, match=rf"99999 categories are more than {MAX_CATEGORIES}"):
+        open_reader(LabelMapSource(**paths, categories=str(tmp_path / "classes.json")))
+    with pytest.raises(EvaluationError, match=r"lists 100000 categories; more than"):
+        read_categories({"categories": entries}, tmp_path / "classes.json")
+    assert CategoryTable(tuple(Category(i, "", True, (0, 0, 0)) for i in range(MAX_CATEGORIES)))
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000, '{"images": [' + "9" * 10_000 + "]}"])
+def test_json_that_cannot_be_parsed(tmp_path, content):
+    path = tmp_path / "huge.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"huge.json is not valid JSON"):
+        read_json(str(path))
+    with pytest.raises(EvaluationError, match=r"huge.json is not valid JSON"):
+        read_scored_json(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../secret.jpg", "a/../../b.jpg"])
+def test_file_names_that_lead_out(tmp_path, name):
+    document = {
+        "images": [{"id": 1, "file_name": name, "height": 4, "width": 4}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="is not a relative path inside the data set"):
+        open_reader(CocoInstancesSource(images=str(tmp_path), instances_json=str(tmp_path / "a.json")))
