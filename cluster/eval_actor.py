@@ -6,9 +6,11 @@ Also defines which images belong together, so that results do not depend on whic
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +58,13 @@ def call_rows(manifest: Manifest, evaluated: EvaluationSet, batch_size: int) -> 
     return [rows[start : start + per_call] for start in range(0, len(rows), per_call)]
 
 
+class MemoryPeak(NamedTuple):
+    """Bytes."""
+
+    host: int
+    gpu: int
+
+
 class EvaluationActor:
     """Runs as a Ray actor. Models and manifests are loaded when they are first needed; the last model is kept."""
 
@@ -70,6 +79,11 @@ class EvaluationActor:
 
     def ping(self) -> None:
         """Answer, as proof of life."""
+
+    def peak_memory(self) -> MemoryPeak:
+        """The most that this process has held so far."""
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return MemoryPeak(host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
     def evaluate(self, task: EvaluationTask, call: int) -> bytes:
         """States of one call's images, as bytes."""

@@ -11,11 +11,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from eval.errors import EvaluationError
 
@@ -25,17 +26,19 @@ MAX_ATTEMPTS = 3
 POLL_S = 1.0
 PING_PAUSE_S = 0.5
 QUIET_WARNING_S = 120.0
+ASK_S = 30.0
+Take = Callable[[int, bytes], None]
 
 
 class BatchLedger:
-    """Which batches of one evaluation wait, run and are done. Results are entered once per batch."""
+    """Which batches of one evaluation wait, run and are done."""
 
     def __init__(self, batches: Iterable[int], max_attempts: int = MAX_ATTEMPTS) -> None:
         self._waiting = deque(batches)
         self._total = len(self._waiting)
         self._failures: dict[int, int] = {}
         self._max_attempts = max_attempts
-        self.done: dict[int, bytes] = {}
+        self.done: set[int] = set()
 
     @property
     def complete(self) -> bool:
@@ -52,9 +55,11 @@ class BatchLedger:
             return None
         return self._waiting.popleft()
 
-    def finish(self, batch: int, result: bytes) -> None:
-        """Enter a result; a second one of the same batch is dropped."""
-        self.done.setdefault(batch, result)
+    def finish(self, batch: int) -> bool:
+        """Enter that a batch is done; False for a late duplicate, which must not be used."""
+        known = batch in self.done
+        self.done.add(batch)
+        return not known
 
     def fail(self, batch: int, reason: str) -> None:
         """Queue the batch again, last; raises EvaluationError when its attempts are spent."""
@@ -104,16 +109,13 @@ class EvaluationPool:
         self._hang_s = hang_s
         self._slots = [_Slot(spawn()) for _ in range(size)]
 
-    def run(
-        self, task: Any, batches: Iterable[int], progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> dict[int, bytes]:
-        """Results of all batches by batch number.
+    def run(self, task: Any, batches: Iterable[int], take: Take) -> None:
+        """Evaluate all batches; `take(batch, result)` gets every result once, as it comes.
 
-        `progress(done, total)` is called after every result. Raises EvaluationError when a batch fails or hangs
+        Raises EvaluationError when a batch fails or hangs
         MAX_ATTEMPTS times or an actor cannot be made.
         """
-        numbers = list(batches)
-        ledger = BatchLedger(numbers)
+        ledger = BatchLedger(batches)
         for slot in self._slots:
             slot.deaths = 0
         flights: dict[Any, _Flight] = {}
@@ -124,17 +126,25 @@ class EvaluationPool:
                 self._launch(ledger, flights, task_ref)
                 before = len(ledger.done)
                 for ref in _next_ready(flights):
-                    self._land(ref, flights.pop(ref), ledger)
+                    self._land(ref, flights.pop(ref), ledger, take)
                 self._replace_hanging(ledger, flights)
                 if len(ledger.done) > before:
                     last_result = time.monotonic()
-                    progress(len(ledger.done), len(numbers))
                 elif time.monotonic() - last_result > QUIET_WARNING_S:
                     last_result = time.monotonic()
                     LOGGER.warning("no evaluation result for %.0f s; do the actors have resources?", QUIET_WARNING_S)
         finally:
             self._abandon(flights)
-        return ledger.done
+
+    def ask(self, method: str) -> list[Any]:
+        """What the idle actors that answer within ASK_S say to a method without arguments."""
+        refs = [getattr(slot.actor, method).remote() for slot in self._slots if slot.answered]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=ASK_S) if refs else ([], [])
+        answers = []
+        for ref in ready:
+            with suppress(RayError):
+                answers.append(ray.get(ref))
+        return answers
 
     def close(self) -> None:
         """End the actors."""
@@ -159,7 +169,7 @@ class EvaluationPool:
                 slot.batches.add(batch)
                 flights[slot.actor.evaluate.remote(task, batch)] = _Flight(slot, batch)
 
-    def _land(self, ref: Any, flight: _Flight, ledger: BatchLedger) -> None:
+    def _land(self, ref: Any, flight: _Flight, ledger: BatchLedger, take: Take) -> None:
         slot, batch = flight.slot, flight.batch
         if batch is None:
             self._land_ping(ref, slot)
@@ -167,12 +177,15 @@ class EvaluationPool:
         slot.batches.discard(batch)
         slot.since = time.monotonic()
         try:
-            ledger.finish(batch, ray.get(ref))
+            result = ray.get(ref)
         except RayActorError as error:
             slot.benched = True
             ledger.fail(batch, f"its actor died ({type(error).__name__})")
         except RayTaskError as error:
             ledger.fail(batch, f"{type(error.cause).__name__}: {error.cause}")
+        else:
+            if ledger.finish(batch):
+                take(batch, result)
 
     def _land_ping(self, ref: Any, slot: _Slot) -> None:
         slot.pinging = False

@@ -19,6 +19,7 @@ from cluster.eval_manager import EvaluationManager, EvaluationProgress, Evaluati
 from cluster.eval_pool import EvaluationPool
 from cluster.eval_queue import Entry, EvaluationQueue, read_entries
 from cluster.evaluate import evaluate_sets, make_pool, write_files
+from cluster.policies import best_step
 from cluster.tracking import TrackedRun, Tracking
 from data_pipeline.storage import Storage, join
 from trainer.checkpoint_folder import pin, unpin
@@ -26,6 +27,7 @@ from trainer.reporting import CommittedCheckpoint
 
 NAMESPACE = "m2f"
 PIN = "evaluation"
+BEST_PIN = "best"
 PATIENCE_S = 10.0
 CLOSE_S = 60.0
 MAX_STARTS = 4
@@ -43,8 +45,8 @@ class EvaluationService:
         self._storage = Storage(config.storage)
         self._tracking = Tracking(tracked, "evaluation")
         self._pool: EvaluationPool | None = None
-        queue = EvaluationQueue(self._storage, queue_url(config))
-        self._manager = EvaluationManager(queue, config.evaluation.policy, self._evaluate, self._release)
+        self._queue = EvaluationQueue(self._storage, queue_url(config))
+        self._manager = EvaluationManager(self._queue, config.evaluation.policy, self._evaluate, self._release)
 
     def submit(self, checkpoint: CommittedCheckpoint) -> None:
         """Queue a checkpoint, and keep it from being deleted until it is settled. Known steps are left alone."""
@@ -75,6 +77,7 @@ class EvaluationService:
         if self._pool is None:
             self._pool = make_pool(self._config)
         metrics: dict[str, float] = {}
+        began = time.monotonic()
         evaluations = evaluate_sets(
             self._config,
             self._pool,
@@ -93,10 +96,31 @@ class EvaluationService:
             )
             self._tracking.log_artifact(folder, place)
             metrics |= evaluation.results.headline(name)
-        self._tracking.log_metrics(entry.step, metrics)
+        self._tracking.log_metrics(entry.step, metrics | self._cost(self._pool, time.monotonic() - began))
         return metrics
 
+    @staticmethod
+    def _cost(pool: EvaluationPool, seconds: float) -> dict[str, float]:
+        """What the evaluation took: for MLflow, no part of its results."""
+        cost = {"train/evaluation/seconds": seconds}
+        peaks = pool.ask("peak_memory")
+        for name in ("host", "gpu"):
+            most = max((getattr(peak, name) for peak in peaks), default=0)
+            if most:
+                cost[f"train/evaluation/peak_{name}_memory_gb"] = most / 1e9
+        return cost
+
     def _release(self, entry: Entry) -> None:
+        """Let a settled checkpoint be deleted, unless it is the best so far."""
+        metric = self._config.training.checkpoint.best_metric
+        if metric is not None:
+            entries = {e.step: e for e in self._queue.entries()}
+            best = best_step({step: e.metrics for step, e in entries.items()}, metric)
+            if best == entry.step:
+                pin(self._storage, entry.checkpoint, BEST_PIN)
+            for step, other in entries.items():
+                if step != best and other.settled:
+                    unpin(self._storage, other.checkpoint, BEST_PIN)
         unpin(self._storage, entry.checkpoint, PIN)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ray
 
@@ -52,6 +52,9 @@ class SetEvaluation:
             files["worst.png"] = contact_sheet(list(self.worst.values()))
         return files
 
+
+SPILL_BYTES = 2**27
+"""What a metric's state may hold of an evaluation in memory; beyond it goes to files."""
 
 OnProgress = Callable[[EvaluationSet, int, int], None]
 """Called with the set, the calls done and all calls."""
@@ -166,14 +169,8 @@ def _evaluate(
     rows = evaluated_rows(manifest, evaluated)
     calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
     task = EvaluationTask(weights_url(checkpoint, storage), evaluated, dump=dump)
-    payloads = pool.run(task, range(calls), partial(on_progress, evaluated))
     settings = config.evaluation.for_set(evaluated)
     states = EvaluationStates.empty(manifest.categories, settings.tasks, settings.extra_metrics)
-    for call in range(calls):
-        states.merge(EvaluationStates.from_bytes(payloads[call]))
-    check_complete(states, manifest.image_id[rows].tolist())
-    if dump is not None:
-        join_dump(storage, dump, calls, manifest.categories)
     subject = EvaluationSubject(
         dataset=evaluated.dataset,
         name=evaluated.name,
@@ -182,19 +179,38 @@ def _evaluate(
         test_time=evaluated.test_time.describe(),
         step=step,
     )
-    worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, states)
-    return SetEvaluation(states.compute(manifest.categories, subject), states.panels, worst)
+    qualities: dict[int, float] = {}
+    done: list[int] = []
+    with TemporaryDirectory(prefix="m2f-states-") as spilled:
+
+        def take(call: int, payload: bytes) -> None:
+            part = EvaluationStates.from_bytes(payload)
+            qualities.update(image_qualities(part))
+            states.merge(part)
+            states.spill(Path(spilled), SPILL_BYTES)
+            done.append(call)
+            on_progress(evaluated, len(done), calls)
+
+        pool.run(task, range(calls), take)
+        check_complete(states, manifest.image_id[rows].tolist())
+        results = states.compute(manifest.categories, subject)
+    if dump is not None:
+        join_dump(storage, dump, calls, manifest.categories)
+    worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, qualities)
+    return SetEvaluation(results, states.panels, worst)
 
 
 def _draw_worst(
-    count: int, manifest: Manifest, pool: EvaluationPool, task: EvaluationTask, states: EvaluationStates
+    count: int, manifest: Manifest, pool: EvaluationPool, task: EvaluationTask, qualities: Mapping[int, float]
 ) -> dict[int, bytes]:
     """Panels of the images with the lowest quality, the worst first: only now is it known which they are."""
-    qualities = image_qualities(states)
     worst = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))[:count]
     if not worst:
         return {}
     row_of = {image_id: row for row, image_id in enumerate(manifest.image_id.tolist())}
     drawing = replace(task, drawn=tuple(row_of[image_id] for image_id in worst), dump=None)
-    payloads = pool.run(drawing, range(len(worst)))
-    return {image_id: EvaluationStates.from_bytes(payloads[i]).panels[image_id] for i, image_id in enumerate(worst)}
+    panels: dict[int, bytes] = {}
+    pool.run(
+        drawing, range(len(worst)), lambda call, payload: panels.update(EvaluationStates.from_bytes(payload).panels)
+    )
+    return {image_id: panels[image_id] for image_id in worst}

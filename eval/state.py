@@ -6,16 +6,18 @@ once, and every reduction reads the records in ascending image id, whoever compu
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
+from data_pipeline.column_files import ColumnFiles
 from eval.errors import EvaluationError
 
 
@@ -33,9 +35,19 @@ class Record:
             array = np.asarray(getattr(self, spec.name), dtype=spec.metadata["dtype"])
             object.__setattr__(self, spec.name, array.reshape(-1, *spec.metadata["row"]))
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The columns by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def same_as(self, other: Record) -> bool:
         """Whether both records hold the same bits."""
-        return all(getattr(self, f.name).tobytes() == getattr(other, f.name).tobytes() for f in fields(self))
+        mine, theirs = self.arrays(), other.arrays()
+        return all(array.tobytes() == theirs[name].tobytes() for name, array in mine.items())
+
+    def digest(self) -> bytes:
+        """Equal for records with the same bits."""
+        parts = (part for array in self.arrays().values() for part in (len(array).to_bytes(8), array.tobytes()))
+        return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 R = TypeVar("R", bound=Record)
@@ -52,11 +64,15 @@ class MetricState(ABC, Generic[R, Result]):
         self._record_type = record_type
         self._settings = settings
         self._records: dict[int, R] = {}
+        self._held_bytes = 0
+        self._files: ColumnFiles | None = None
+        self._spilled: dict[int, bytes] = {}
+        """Digests of the records that are in files."""
 
     @property
     def image_ids(self) -> tuple[int, ...]:
         """Ids of the images in this state, ascending."""
-        return tuple(sorted(self._records))
+        return tuple(sorted({*self._records, *self._spilled}))
 
     @abstractmethod
     def compute(self) -> Result:
@@ -65,7 +81,9 @@ class MetricState(ABC, Generic[R, Result]):
     def add(self, image_id: int, record: R) -> None:
         """Keep the record of one image. Raises EvaluationError if another record of this image differs."""
         self._check_agrees(image_id, record)
-        self._records[image_id] = record
+        if image_id not in self._records and image_id not in self._spilled:
+            self._records[image_id] = record
+            self._held_bytes += sum(array.nbytes for array in record.arrays().values())
 
     def merge(self, other: Self) -> None:
         """Take over the records of another state; those that both hold must be equal, else EvaluationError."""
@@ -76,11 +94,27 @@ class MetricState(ABC, Generic[R, Result]):
             )
         for image_id, record in other._records.items():
             self._check_agrees(image_id, record)
-        self._records.update(other._records)
+        for image_id, record in other._records.items():
+            self.add(image_id, record)
+
+    def spill(self, folder: Path, above: int) -> None:
+        """Move the records to a parquet file under `folder` if they hold more than so many bytes.
+
+        Metrics have the same bits afterwards. `record` knows only what is in memory; a state that has spilled cannot be
+        merged into another.
+        """
+        if self._held_bytes <= above:
+            return
+        if self._files is None:
+            self._files = ColumnFiles(folder)
+        self._files.write({i: {n: a.ravel() for n, a in r.arrays().items()} for i, r in self._records.items()})
+        self._spilled |= {image_id: record.digest() for image_id, record in self._records.items()}
+        self._records, self._held_bytes = {}, 0
 
     def _check_agrees(self, image_id: int, record: R) -> None:
-        known = self._records.get(image_id)
-        if known is not None and not known.same_as(record):
+        known, spilled = self._records.get(image_id), self._spilled.get(image_id)
+        changed = known is not None and not known.same_as(record)
+        if changed or (spilled is not None and spilled != record.digest()):
             raise EvaluationError(
                 f"{self.name}: image {image_id} was evaluated twice with different outcomes; two images share the id, "
                 "or the checkpoint or the data changed in between: evaluate again from the start"
@@ -90,19 +124,28 @@ class MetricState(ABC, Generic[R, Result]):
         """The record of an image in this state."""
         return self._records[image_id]
 
-    def records(self) -> Iterator[tuple[int, R]]:
-        """Image ids and records in ascending image id."""
-        return ((image_id, self._records[image_id]) for image_id in self.image_ids)
-
     def rows(self, name: str) -> np.ndarray:
         """One column of all images joined along the rows, in ascending image id."""
-        spec = next(f for f in fields(self._record_type) if f.name == name)
+        spec = self._spec(name)
+        arrays = self._column(name)
         empty = np.empty((0, *spec.metadata["row"]), spec.metadata["dtype"])
-        return np.concatenate([empty, *(getattr(record, name) for _, record in self.records())])
+        return np.concatenate([empty, *(arrays[image_id] for image_id in self.image_ids)])
 
     def row_counts(self, name: str) -> np.ndarray:
         """Rows of one column per image [images] int64, in ascending image id."""
-        return np.array([len(getattr(record, name)) for _, record in self.records()], dtype=np.int64)
+        arrays = self._column(name)
+        return np.array([len(arrays[image_id]) for image_id in self.image_ids], dtype=np.int64)
+
+    def _column(self, name: str) -> dict[int, np.ndarray]:
+        """One column by image id, from memory and files."""
+        arrays = {image_id: getattr(record, name) for image_id, record in self._records.items()}
+        if self._files is not None:
+            row = self._spec(name).metadata["row"]
+            arrays |= {image_id: flat.reshape(-1, *row) for image_id, flat in self._files.column(name)}
+        return arrays
+
+    def _spec(self, name: str) -> Field[Any]:
+        return next(f for f in fields(self._record_type) if f.name == name)
 
     def to_bytes(self) -> bytes:
         """The state as a compressed npz file without pickles; equal states give equal bytes."""

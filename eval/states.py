@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -97,6 +98,11 @@ class EvaluationStates:
             state.merge(theirs[task])
         self.panels |= other.panels
 
+    def spill(self, folder: Path, above: int) -> None:
+        """Move what a metric holds to files under `folder`, where it is more than so many bytes; see `MetricState`."""
+        for name, state in self.metric_states().items():
+            state.spill(folder / name, above)
+
     def compute(self, categories: CategoryTable, subject: EvaluationSubject) -> EvaluationResults:
         """Reduce every state."""
         return EvaluationResults(
@@ -152,8 +158,8 @@ def image_qualities(states: EvaluationStates) -> dict[int, float]:
     """
     if states.semantic is not None and states.segments is None:
         found = {
-            image_id: _pixel_accuracy(record, states.semantic.num_classes)
-            for image_id, record in states.semantic.records()
+            image_id: _pixel_accuracy(states.semantic.record(image_id), states.semantic.num_classes)
+            for image_id in states.semantic.image_ids
         }
     else:
         scored = states.panoptic or states.segments

@@ -11,6 +11,7 @@ from pathlib import Path
 import boto3
 import psutil
 import pytest
+import ray
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from ray.train import ControllerError, WorkerGroupError
@@ -31,6 +32,7 @@ from data_pipeline.config import (
 from data_pipeline.storage import Storage
 from eval.config import EvaluationConfig
 from model.errors import ConfigError
+from tests.cluster import tiny_run
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
 from trainer.checkpoint_folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
 
@@ -135,6 +137,11 @@ def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
     steps = list(range(EVERY, STEPS + 1, EVERY))
     assert [(e.step, e.status) for e in summary.evaluations] == [(step, "published") for step in steps]
     assert [step for step, _ in history(config, "val/PQ")] == steps
+    assert [step for step, _ in history(config, "val/boundary_PQ")] == steps
+    memory = history(config, "train/evaluation/peak_host_memory_gb")
+    assert memory
+    assert {step for step, _ in memory} <= set(steps)
+    assert all(0.1 < gigabytes < 2 for _, gigabytes in memory)
     for entry in summary.evaluations:
         folder = Path(config.run_folder) / "evaluations" / f"step_{entry.step:08d}" / "val"
         results = json.loads((folder / "results.json").read_text())
@@ -221,6 +228,25 @@ def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):
     with pytest.raises(ConfigError, match="resnet10x"):
         run_training(wrong)
     assert read_entries(Storage(), f"{wrong.run_folder}/evaluations/queue.json") == ()
+
+
+def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, config, monkeypatch, capsys):
+    monkeypatch.setattr("cluster.train_job.train_loop", tiny_run.mistaken_loop)
+    buggy = replace(config, name="buggy", evaluation=EvaluationConfig())
+    ray.cloudpickle.register_pickle_by_value(tiny_run)  # workers cannot import it
+    try:
+        summary = run_training(buggy)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(tiny_run)
+    assert time.time() - (Path(buggy.run_folder) / "mistake").stat().st_mtime < 20
+    assert summary.status == "failed"
+    assert [(failure.rank, failure.kind) for failure in summary.failures] == [(1, "mistake")]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "attempt 1 ended at checkpoint step 0 on rank 1: ValueError: the colour of sample 9 is wrong"
+    assert lines[-1] == "  giving up: the same would happen again"
+    assert len(lines) == 3
+    (story,) = (Path(buggy.run_folder) / "failures").iterdir()
+    assert "the colour of sample 9 is wrong" in story.read_text()
 
 
 def test_too_few_gpus_are_said_at_once():

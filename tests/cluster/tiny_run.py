@@ -147,6 +147,7 @@ def mistaken_loop(arguments):
 
     def mistake(losses, targets):
         if (targets.position == 9).any():
+            Path(arguments["settings"].job.run_folder, "mistake").touch()
             raise ValueError("the colour of sample 9 is wrong")
         return losses
 

@@ -48,7 +48,7 @@ def test_counts_do_not_wrap():
     state = MeanIoUState(2)
     for image_id in range(40):
         state.update(image_id, np.zeros((8192, 4), np.uint8), np.zeros((8192, 4), np.int64))
-    record = dict(state.records())[0]
+    record = state.record(0)
     assert record.pixels.dtype == np.int64
     assert state.confusion().dtype == np.int64
     assert state.compute().truth_pixels[0] == 40 * 8192 * 4

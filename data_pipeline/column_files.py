@@ -1,0 +1,44 @@
+"""Arrays of many keys in parquet files: what is too much for memory, where one column is needed at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_KEY = "key"
+
+
+class ColumnFiles:
+    """Named one-dimensional arrays per integer key in a folder: a parquet file per `write`, with a list per array."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: list[Path] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, rows: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+        """Store the arrays of some keys, which all have the same columns of the same types."""
+        first = next(iter(rows.values()))
+        columns: dict[str, pa.Array] = {_KEY: pa.array(rows, type=pa.int64())}
+        for name in first:
+            arrays = [row[name] for row in rows.values()]
+            offsets = np.cumsum([0, *map(len, arrays)])
+            columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+        path = self._folder / f"{len(self._paths):06d}.parquet"
+        pq.write_table(pa.table(columns), path)
+        self._paths.append(path)
+
+    def column(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Every key with its array of one column, file by file."""
+        for path in self._paths:
+            table = pq.read_table(path, columns=[_KEY, name]).combine_chunks()
+            for keys, lists in zip(table[_KEY].chunks, table[name].chunks, strict=True):
+                offsets = lists.offsets.to_numpy()
+                values = lists.values.to_numpy(zero_copy_only=False)
+                bounds = pairwise(offsets.tolist())
+                yield from ((key, values[a:b]) for key, (a, b) in zip(keys.to_pylist(), bounds, strict=True))

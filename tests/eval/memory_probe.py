@@ -1,0 +1,97 @@
+"""Run as a script: evaluate one made-up image with all tasks and metrics and print this process's peak memory in MB.
+
+Arguments: height, width, test time (whole, multi_scale or windows). The network itself is left out: its memory depends
+on the size it is given, not on the image. What it returns is random, for 100 queries and 150 classes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from data_pipeline.categories import Category, CategoryTable
+from data_pipeline.collate import collate_eval
+from data_pipeline.sample import Annotation, DecodedSample, Segment
+from eval.config import EvaluationConfig, MultiScale, SlidingWindows, WholeImage
+from eval.inference import Evaluator
+from eval.report import EvaluationSubject
+from model.config import PostprocessConfig
+from model.structures import Predictions
+
+QUERIES, CLASSES, CHANNELS = 100, 150, 256
+TABLE = CategoryTable(tuple(Category(i + 1, f"class {i}", i < 100, (i, 0, 255 - i)) for i in range(CLASSES)))
+TEST_TIMES = {"whole": WholeImage(), "multi_scale": MultiScale(), "windows": SlidingWindows()}
+
+
+class Blobs(nn.Module):
+    """Smooth random masks with sure classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def normalise(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        return images.float()
+
+    def forward(self, images: torch.Tensor) -> Predictions:
+        generator = torch.Generator().manual_seed(0)
+        height, width = (side // 4 for side in images.shape[-2:])
+        coarse = torch.randn(1, CHANNELS, 8, 8, generator=generator)
+        features = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+        logits = torch.randn(1, 1, QUERIES, CLASSES + 1, generator=generator)
+        logits[..., torch.arange(QUERIES), torch.randint(0, CLASSES, (QUERIES,), generator=generator)] += 12
+        return Predictions(logits, torch.randn(1, 1, QUERIES, CHANNELS, generator=generator) / 4, features)
+
+
+def sample(height: int, width: int) -> DecodedSample:
+    """Sixty rectangles of noise."""
+    rng = np.random.default_rng(0)
+    seg = cv2.resize(rng.permutation(60).reshape(6, 10).astype(np.uint8) + 1, (width, height), interpolation=0)
+    segments = tuple(
+        Segment(
+            id=i,
+            category_id=i,
+            is_thing=TABLE.by_id[i].is_thing,
+            is_crowd=False,
+            area=float((seg == i).sum()),
+            bbox=(0.0, 0.0, 1.0, 1.0),
+            source_id=i,
+            map="seg",
+        )
+        for i in range(1, 61)
+    )
+    image = np.repeat(seg[..., None] * 4, 3, axis=2)
+    annotation = Annotation(seg=seg, inst=None, segments=segments)
+    return DecodedSample(key="k", image_id=1, source="made", image=image, annotation=annotation)
+
+
+def main() -> None:
+    height, width, test_time = int(sys.argv[1]), int(sys.argv[2]), TEST_TIMES[sys.argv[3]]
+    whole = isinstance(test_time, WholeImage)
+    config = EvaluationConfig(
+        tasks=("panoptic", "instance", "semantic") if whole else ("semantic",),
+        extra_metrics=("boundary", "class_agnostic") if whole else (),
+    )
+    evaluator = Evaluator(
+        Blobs(),
+        TABLE,
+        config,
+        model_task="panoptic",
+        postprocess=PostprocessConfig(),
+        test_time=test_time,
+        panel_ids=[1],
+    )
+    edge, longest = (512, 2048) if max(height, width) <= 2048 else (800, 1333)
+    states = evaluator.evaluate_batch(collate_eval([sample(height, width)], (0,), edge, longest))
+    subject = EvaluationSubject(dataset="probe", fingerprint="f" * 64)
+    assert states.compute(TABLE, subject).num_images == 1
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""States that move their records to files give the same bits, and still notice images that were evaluated twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from eval.average_precision import AveragePrecisionState, DetectionRecord
+from eval.errors import EvaluationError
+from eval.mean_iou import MeanIoUState
+from eval.panoptic_quality import PanopticQualityState, PanopticRecord
+
+
+def detections(seed, count):
+    rng = np.random.default_rng(seed)
+    return DetectionRecord(
+        label=np.sort(rng.integers(0, 3, count)),
+        score=rng.random(count).round(1),
+        matched=rng.integers(0, 1024, (count, 4)),
+        ignored=rng.integers(0, 2, (count, 4)),
+        truth_label=np.arange(3),
+        truth_count=rng.integers(5, 9, (3, 4)),
+    )
+
+
+def ap_state(image_ids):
+    state = AveragePrecisionState(3)
+    for image_id in image_ids:
+        state.add(image_id, detections(image_id, image_id % 4))  # some without a detection
+    return state
+
+
+def test_ap_has_the_same_bits_from_files(tmp_path):
+    whole, state = ap_state(range(20)), AveragePrecisionState(3)
+    for image_ids in ((17, 3, 4), (11, 0, 19, 18), (5,), (3, 17), tuple(range(20))):  # some twice, after a spill
+        state.merge(ap_state(image_ids))
+        state.spill(tmp_path / "ap", 100)
+    assert state.image_ids == whole.image_ids
+    assert state.to_bytes() == whole.to_bytes()
+    assert state.compute().precision.tobytes() == whole.compute().precision.tobytes()
+    assert state.compute().recall.tobytes() == whole.compute().recall.tobytes()
+    files = sorted((tmp_path / "ap").glob("*.parquet"))
+    assert len(files) >= 3
+    assert sum(pq.read_metadata(path).num_rows for path in files) == 20
+
+
+def test_little_stays_in_memory(tmp_path):
+    state = ap_state(range(5))
+    state.spill(tmp_path / "ap", 10**6)
+    assert not (tmp_path / "ap").exists()
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_another_outcome_of_the_same_image_is_noticed(tmp_path, spilled):
+    state = ap_state(range(5))
+    if spilled:
+        state.spill(tmp_path, 0)
+    state.add(3, detections(3, 3))
+    with pytest.raises(EvaluationError, match="image 3 was evaluated twice with different outcomes"):
+        state.add(3, detections(4, 3))
+
+
+def test_other_metrics_have_the_same_bits_from_files(tmp_path):
+    rng = np.random.default_rng(0)
+    semantic, whole_semantic = MeanIoUState(4), MeanIoUState(4)
+    panoptic, whole_panoptic = PanopticQualityState([True, False]), PanopticQualityState([True, False])
+    for image_id in (5, 2, 9):
+        maps = rng.integers(0, 4, (2, 6, 7)).astype(np.uint8)
+        record = PanopticRecord(
+            matched_label=np.array([0, 1]),
+            matched_iou=rng.random(2) / 2 + 0.5,
+            false_positive=np.array([1]),
+            false_negative=np.array([]),
+        )
+        for state in (semantic, whole_semantic):
+            state.update(image_id, *maps)
+        for state in (panoptic, whole_panoptic):
+            state.add(image_id, record)
+        semantic.spill(tmp_path / "semantic", 0)
+        panoptic.spill(tmp_path / "panoptic", 0)
+    assert semantic.compute() == whole_semantic.compute()
+    assert panoptic.compute() == whole_panoptic.compute()
+    assert panoptic.to_bytes() == whole_panoptic.to_bytes()
