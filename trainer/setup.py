@@ -20,6 +20,7 @@ from trainer.control import Ranks
 from trainer.data import TrainingData, open_batches, open_data
 from trainer.engine import Engine
 from trainer.job import TrainJob
+from trainer.memory_probe import probe_memory
 from trainer.module import TrainingModule
 from trainer.reporting import CommittedCheckpoint, Reporter
 from trainer.resume import open_restart
@@ -57,7 +58,8 @@ def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
         if restart is not None:
             restart.load_model(model)
         module = TrainingModule(model, job.model, job.seed, training.precision)
-        engine = Engine(module, training, this_device(), universal=restart is not None and restart.reshard)
+        job = probe_memory(module, job, data, this_device(), ranks, reporter)
+        engine = Engine(module, job.training, this_device(), universal=restart is not None and restart.reshard)
         if restart is not None:
             restart.load_engine(engine, ranks)
             state, resumed = restart.state, restart.checkpoint

@@ -1,0 +1,96 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+import trainer.module
+from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, ScaleJitter, ShortestEdgeCrop
+from model.config import (
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from model.mask2former import build_model
+from trainer.config import TrainingConfig
+from trainer.errors import OutOfMemoryError
+from trainer.job import TrainJob
+from trainer.memory_probe import _fits, largest_shape, largest_that_fits, probe_memory, worst_batch
+from trainer.module import TrainingModule
+
+MODEL = ModelConfig(
+    backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (8, 16, 24, 32)}),
+    pixel_decoder=MSDeformAttnPixelDecoderConfig(
+        conv_dim=16, mask_dim=16, num_layers=1, num_heads=2, num_points=2, feedforward_dim=16
+    ),
+    transformer_decoder=MaskedTransformerDecoderConfig(
+        num_queries=8, num_layers=1, hidden_dim=16, num_heads=2, feedforward_dim=16
+    ),
+    loss=LossConfig(num_points=64),
+    num_classes=3,
+)
+JOB = TrainJob(
+    run_folder="run",
+    model=MODEL,
+    data=DataConfig(train=(MixtureItem(dataset="train"),), augment=LargeScaleJitter(size=64)),
+    shards=("none",),
+    training=TrainingConfig(max_steps=1, global_batch=8, micro_batch=8),
+)
+
+
+def room_for(images):
+    return lambda size: size <= images
+
+
+@pytest.mark.parametrize(("room", "found"), [(8, 8), (7, 4), (3, 2), (1, 1)])
+def test_the_micro_batch_is_halved_until_it_fits(room, found):
+    assert largest_that_fits(room_for(room), 8) == found
+
+
+def test_a_single_image_that_does_not_fit_is_an_error():
+    with pytest.raises(OutOfMemoryError, match="before the first step with a single image"):
+        largest_that_fits(room_for(0), 8)
+
+
+@pytest.mark.parametrize(
+    ("augment", "shape"),
+    [
+        (LargeScaleJitter(size=640), (640, 640)),
+        (ShortestEdgeCrop(shortest_edges=(512,), max_size=2048, crop=(512, 1024)), (512, 1024)),
+        (ScaleJitter(), (1344, 1344)),
+    ],
+)
+def test_the_largest_shape(augment, shape):
+    assert largest_shape(augment) == shape
+
+
+def test_a_probe_computes_what_a_step_does_and_leaves_no_trace(monkeypatch):
+    torch.manual_seed(0)
+    module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 0, "fp32")
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    random = torch.get_rng_state()
+    batch = worst_batch(JOB, 2, targets=100)
+    assert (batch.images.shape, batch.targets.valid.shape) == ((2, 3, 64, 64), (2, 8))
+    assert batch.targets.id_maps.unique().tolist() == list(range(1, 9))
+    assert _fits(module, batch, share=1)
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.module, "compute_losses", full)
+    assert not _fits(module, batch, share=1)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_many_segments_need_more_than_a_byte():
+    queries = replace(MODEL.transformer_decoder, num_queries=300)
+    batch = worst_batch(replace(JOB, model=replace(MODEL, transformer_decoder=queries)), 1, targets=280)
+    assert batch.targets.id_maps.dtype == torch.int16
+    assert batch.targets.id_maps.max() == 280
+
+
+def test_on_cpu_nothing_is_probed():
+    assert probe_memory(None, JOB, None, torch.device("cpu"), None, None) is JOB

@@ -1,0 +1,123 @@
+"""Does the largest micro-batch fit into the GPU? Found out before the first step, without a collective in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import assert_never
+
+import torch
+
+from data_pipeline.collate import SIZE_MULTIPLE, Batch
+from data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from data_pipeline.order import step_plan
+from model.criterion import Normalizers
+from model.structures import Targets
+from trainer.control import Ranks
+from trainer.data import TrainingData
+from trainer.errors import OutOfMemoryError
+from trainer.job import TrainJob
+from trainer.module import TrainingModule
+from trainer.reporting import Reporter
+
+_OPTIMIZER_BYTES = 8  # per weight: AdamW's two moments in fp32, which exist only after the first step
+
+
+def probe_memory(
+    module: TrainingModule, job: TrainJob, data: TrainingData, device: torch.device, ranks: Ranks, reporter: Reporter
+) -> TrainJob:
+    """The job with the largest micro-batch that every rank can compute; on CPU the job as it is. A collective.
+
+    Tries a forward and a backward with images of the largest size and as many segments as any image of the data, then
+    with half as many images, and so on. Raises OutOfMemoryError where a single image does not fit.
+    """
+    if device.type != "cuda":
+        return job
+    training = job.training
+    wanted = len(step_plan(0, training.global_batch, 0, ranks.world_size, training.micro_batch)[0])
+    targets = max(int(manifest.num_segments.max()) for manifest in data.manifests)
+    share = ranks.world_size if training.zero.stage else 1
+    module.to(device)
+
+    def fits(size: int) -> bool:
+        return _fits(module, worst_batch(job, size, targets).to(device), share)
+
+    found = min(ranks.gather(ranks.together(lambda: largest_that_fits(fits, wanted))))
+    if found == wanted:
+        return job
+    if ranks.is_first:
+        message = (
+            f"{wanted} images at once (training.micro_batch) do not fit; going on with {found} and more micro-batches"
+        )
+        reporter.event("memory", 0, message)
+    return replace(job, training=replace(training, micro_batch=found))
+
+
+def largest_that_fits(fits: Callable[[int], bool], micro_batch: int) -> int:
+    """`micro_batch`, or the half of it, or the half of that. Raises OutOfMemoryError where even 1 does not fit."""
+    size = micro_batch
+    while not fits(size):
+        if size == 1:
+            raise OutOfMemoryError("out of memory before the first step with a single image of the largest size", 1)
+        size //= 2
+    return size
+
+
+def worst_batch(job: TrainJob, size: int, targets: int) -> Batch:
+    """`size` images of the largest shape, each with `targets` segments (at most one per query)."""
+    height, width = largest_shape(job.data.augment)
+    assert job.model.num_classes is not None
+    targets = max(1, min(targets, job.model.transformer_decoder.num_queries))
+    rows = torch.arange(height * width).view(height, width) % targets + 1
+    id_map = rows.to(torch.uint8 if targets < 254 else torch.int16)
+    local_id = torch.arange(1, targets + 1).expand(size, -1)
+    return Batch(
+        images=torch.zeros(size, 3, height, width, dtype=torch.uint8).to(memory_format=torch.channels_last),
+        targets=Targets(
+            id_maps=id_map.expand(size, 1, -1, -1).contiguous(),
+            labels=local_id % job.model.num_classes,
+            layer=torch.zeros_like(local_id),
+            local_id=local_id.contiguous(),
+            valid=torch.ones_like(local_id, dtype=torch.bool),
+            weight=torch.ones(size),
+            dataset=torch.zeros(size, dtype=torch.int64),
+            position=torch.arange(size),
+        ),
+        keys=("",) * size,
+        sizes=torch.tensor([[height, width]] * size),
+        dropped_targets=0,
+    )
+
+
+def largest_shape(config: AugmentConfig) -> tuple[int, int]:
+    """Height and width of the largest batch that an augmentation makes."""
+    match config:
+        case LargeScaleJitter(size=size):
+            return size, size
+        case ShortestEdgeCrop(crop=crop):
+            return crop
+        case ScaleJitter(max_size=longest):  # a wide and a high image in one batch
+            side = -(-longest // SIZE_MULTIPLE) * SIZE_MULTIPLE
+            return side, side
+        case _:
+            assert_never(config)
+
+
+def _fits(module: TrainingModule, batch: Batch, share: int) -> bool:
+    """Whether forward, backward and a rank's share of the optimizer state have room together."""
+    device = batch.images.device
+    weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    one = torch.ones((), device=device)
+    state = None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            state = torch.empty(_OPTIMIZER_BYTES * weights // share, dtype=torch.uint8, device=device)
+            module(batch, Normalizers(one, one, one)).total.backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del state
+        module.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
