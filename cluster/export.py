@@ -52,7 +52,7 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
             return f"Hugging Face Mask2FormerForUniversalSegmentation with {len(trained.classes)} classes"
         case "torch_export" | "onnx":
             model = trained.model.cpu()
-            program = export_program(model, trained.config, size)
+            program = export_program(model, size)
             write = write_program if format == "torch_export" else write_onnx
             _whole(output, lambda path: write(program, path))
             sizes = "sides divisible by 32" if size is None else f"{size[0]} x {size[1]} pixels"

@@ -10,9 +10,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as export_settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._sympy.value_ranges import ValueRanges
 
-from model.config import ModelConfig, SwinBackboneConfig
+from model.config import ModelConfig
 from model.errors import WeightsError
 from model.hugging_face import write_hugging_face_config
 from model.mask2former import Mask2Former
@@ -33,8 +35,11 @@ class Inference(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """RGB `images` [B, 3, H, W] float32 in 0..255 to class logits [B, Q, K + 1] ("no object" last) and mask logits
-        [B, Q, H / 4, W / 4].
+        [B, Q, H / 4, W / 4]. 32 divides H and W.
         """
+        batch, channels, height, width = images.shape
+        # As steps of 32 in the shape itself, torch.export sees the sizes of all maps as multiples of two numbers.
+        images = images.view(batch, channels, height // _STRIDE * _STRIDE, width // _STRIDE * _STRIDE)
         predictions = self.model(self.model.normalise(images))
         return predictions.class_logits[-1], predictions.mask_logits()
 
@@ -84,30 +89,38 @@ def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: 
     return unused
 
 
-def export_program(
-    model: Mask2Former, config: ModelConfig, size: tuple[int, int] | None = None
-) -> torch.export.ExportedProgram:
+def export_program(model: Mask2Former, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
     """The graph of `Inference` for any number of images.
 
-    Height and width are free, from 64 and in steps of 32 pixels, or fixed to `size` where it is given. A Swin needs it:
-    how its windows are padded is more than torch.export can reason about (it does not finish). Raises WeightsError
-    without. The graph runs on the device of the model.
+    Height and width are free, from 64 and in steps of 32 pixels, or fixed to `size` where it is given. Raises
+    WeightsError for a size that is no such step. The graph runs on the device of the model.
     """
-    if size is None and isinstance(config.backbone, SwinBackboneConfig):
-        raise WeightsError("the graph of a Swin is for images of one size: name it, for example --size 1024 1024")
     if size is not None and (min(size) < _SMALLEST or any(side % _STRIDE for side in size)):
         raise WeightsError(
             f"--size is {size[0]} {size[1]}; height and width are at least {_SMALLEST} and divisible by {_STRIDE}"
         )
-    shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=_LARGEST)}
+    shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=2, max=_LARGEST)}
     if size is None:
-        # A map of a single pixel would be a special case of its own.
         limits = {"min": _SMALLEST // _STRIDE, "max": _LARGEST // _STRIDE}
         shapes |= {axis: _STRIDE * torch.export.Dim(name, **limits) for axis, name in ((2, "rows"), (3, "columns"))}
     height, width = size or (_SMALLEST, _SMALLEST + _STRIDE)
     images = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
-    with torch.no_grad():
-        return torch.export.export(Inference(model).eval(), (images,), dynamic_shapes={"images": shapes})
+    # Otherwise every map of one window, and every other size that may be 1, is a case of its own: slow to tell apart,
+    # and a Swin's graph would be for large images only.
+    # pyrefly: ignore[missing-attribute] - the module gets `patch` when it is imported
+    with torch.no_grad(), export_settings.patch(backed_size_oblivious=True):
+        program = torch.export.export(Inference(model).eval(), (images,), dynamic_shapes={"images": shapes})
+    _allow_single_images(program)
+    return program
+
+
+def _allow_single_images(program: torch.export.ExportedProgram) -> None:
+    """Let a graph that was made for two images or more take one.
+
+    Tracing asks for the number only for the sake of strides, of which a single image has several valid ones.
+    """
+    images = next(node for node in program.graph.nodes if node.name == "images")
+    program.range_constraints[images.meta["val"].shape[0].node.expr] = ValueRanges(1, _LARGEST)
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path) -> None:

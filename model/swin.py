@@ -88,8 +88,8 @@ class Stage(nn.Module):
 
     def forward(self, tokens: Tensor, gains: Tensor | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
         """`tokens` [B, H, W, C], `gains` [depth, 2, B] to the tokens after the blocks and those of the next stage."""
-        height, width = tokens.shape[1:3]
-        mask = shift_mask(height + -height % self.window, width + -width % self.window, self.window, self.shift, tokens)
+        height, width = (side + missing(side, self.window) for side in tokens.shape[1:3])
+        mask = shift_mask(height, width, self.window, self.shift, tokens)
         for index, block in enumerate(self.blocks):
             inputs = (tokens, mask, None if gains is None else gains[index])
             if checkpointing:
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
     def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         height, width = tokens.shape[1:3]
-        padded = F.pad(tokens, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        padded = F.pad(tokens, (0, 0, 0, missing(width, self.window), 0, missing(height, self.window)))
         shape = padded.shape
         if self.shift:
             padded = padded.roll((-self.shift, -self.shift), dims=(1, 2))
@@ -150,8 +150,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
         if mask is not None:
             # [M, heads, N, N], then once per image: fused kernels want the batch of the mask to be that of the queries.
-            bias = bias + mask[:, None]
-            bias = bias.expand(windows.shape[0] // mask.shape[0], -1, -1, -1, -1).flatten(0, 1)
+            bias = (bias + mask[:, None]).repeat(windows.shape[0] // mask.shape[0], 1, 1, 1)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.to(queries.dtype))
         return self.proj(attended.transpose(1, 2).flatten(2))
 
@@ -196,16 +195,31 @@ def drop_path_gains(rate: float, depth: int, tokens: Tensor) -> Tensor:
     return ((draws < kept) / kept).to(tokens.dtype)
 
 
+def missing(size: int, window: int) -> int:
+    """How many tokens a side of `size` lacks to be a multiple of the window.
+
+    A quotient and not `-size % window`: of that torch.export cannot show that the window divides the sum. Its dividend
+    is positive because ONNX rounds quotients towards zero.
+    """
+    return (size + window - 1) // window * window - size
+
+
 def split_windows(tokens: Tensor, window: int) -> Tensor:
     """[B, H, W, C] to [B * M, window * window, C]; images are outermost, then rows of windows."""
-    return tokens.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    grid = _copy(tokens.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3))
+    return grid.flatten(3, 4).flatten(0, 2)
 
 
 def merge_windows(windows: Tensor, shape: torch.Size, window: int) -> Tensor:
     """Undo `split_windows` of tokens of this shape."""
     batch, height, width, channels = shape
     grid = windows.view(batch, height // window, width // window, window, window, channels)
-    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return _copy(grid.transpose(2, 3)).flatten(3, 4).flatten(1, 2)
+
+
+def _copy(grid: Tensor) -> Tensor:
+    """As `flatten` does where there are several windows; without it, a graph would depend on their number."""
+    return grid.clone(memory_format=torch.contiguous_format)
 
 
 def relative_position_index(window: int) -> Tensor:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=int,
         metavar=("HEIGHT", "WIDTH"),
-        help="fix the size of a graph's images (divisible by 32); a Swin needs it, others take any without it",
+        help="fix the size of a graph's images (divisible by 32); without it they may have any such size",
     )
 
 

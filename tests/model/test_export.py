@@ -155,10 +155,10 @@ def assert_graph_equals(run, model, shapes):
             torch.testing.assert_close(torch.as_tensor(actual), output, rtol=0, atol=1e-4)
 
 
-def assert_graphs_equal(folder, model, config, size, shapes):
+def assert_graphs_equal(folder, model, shapes):
     """Save both kinds of graph, open them again, and compare with the model."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    program = export_program(model, config, size)
+    program = export_program(model)
     write_program(program, folder / "model.pt2")
     write_onnx(program, folder / "model.onnx")
     assert [path.name for path in sorted(folder.iterdir())] == ["model.onnx", "model.pt2"]
@@ -169,23 +169,26 @@ def assert_graphs_equal(folder, model, config, size, shapes):
     assert_graph_equals(lambda images: session.run(None, {"images": images.numpy()}), model, shapes)
 
 
-@pytest.mark.slow
-def test_one_graph_serves_all_batches_and_sizes(tmp_path):
-    config = export_config(
-        dataclasses.replace(RESNET, options={"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}), num_layers=2
-    )
-    assert_graphs_equal(tmp_path, random_model(config), config, None, ((1, 3, 96, 128), (3, 3, 128, 64)))
+SMALL_RESNET = dataclasses.replace(RESNET, options={"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)})
 
 
 @pytest.mark.slow
-def test_a_graph_of_swin_serves_all_batches_of_one_size(tmp_path):
-    config = export_config(SWIN, num_layers=2)
-    assert_graphs_equal(tmp_path, random_model(config), config, (96, 128), ((1, 3, 96, 128), (3, 3, 96, 128)))
+@pytest.mark.parametrize("backbone", [SMALL_RESNET, SWIN], ids=["resnet", "swin"])
+def test_one_graph_serves_all_batches_and_sizes(tmp_path, backbone):
+    """Among them maps of one window, of whole windows, and of windows that are partly padding."""
+    model = random_model(export_config(backbone, num_layers=2))
+    assert_graphs_equal(tmp_path, model, ((1, 3, 64, 64), (1, 3, 96, 128), (3, 3, 128, 64), (1, 3, 224, 160)))
 
 
-@pytest.mark.parametrize(
-    ("size", "message"), [(None, "for images of one size"), ((100, 96), "divisible by 32"), ((32, 64), "at least 64")]
-)
+def test_the_size_of_a_graph_can_be_fixed():
+    model = random_model(export_config(SMALL_RESNET, num_layers=1))
+    graph = export_program(model, (96, 128)).module()
+    assert_graph_equals(graph, model, ((1, 3, 96, 128), (3, 3, 96, 128)))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        graph(torch.zeros(1, 3, 128, 128))
+
+
+@pytest.mark.parametrize(("size", "message"), [((100, 96), "divisible by 32"), ((32, 64), "at least 64")])
 def test_sizes_that_a_graph_cannot_have_are_refused(size, message):
     with pytest.raises(WeightsError, match=message):
-        export_program(random_model(export_config(SWIN)), export_config(SWIN), size)
+        export_program(nn.Module(), size)
