@@ -66,8 +66,9 @@ def test_the_board_carries_the_wish_to_stop():
     board.take(None, stop=False)
     assert not board.stop_requested()
     board.take(None, stop=True)
-    board.take(None, stop=False)
     assert board.stop_requested()
+    board.take(None, stop=False)  # the driver may take it back
+    assert not board.stop_requested()
 
 
 METRICS = {"val/PQ": 51.234, "val/AP": 30.0, "val/SQ": 80.0, "street/mIoU": 70.5}
@@ -115,3 +116,14 @@ def test_steps_that_a_restart_does_again_are_tracked_once():
     for step in (4, 5, 5, 6):
         reporter.metrics(step, {"loss": float(step)})
     assert logged == [(step, {"train/loss": float(step)}) for step in (4, 5, 6)]
+
+
+def test_use_of_machines_is_tracked_where_mlflow_shows_it():
+    logged = {}
+
+    class Recorder:
+        def log_metrics(self, step, values):
+            logged.update(values)
+
+    TrackingReporter(Recorder()).metrics(1, {"loss/total": 2.0, "system/cpu_percent": 50.0})
+    assert logged == {"train/loss/total": 2.0, "system/cpu_percent": 50.0}
