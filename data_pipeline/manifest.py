@@ -275,9 +275,11 @@ def read_document(url: str, storage: Storage) -> dict[str, Any] | None:
     """`dataset.json` of a data set folder; None where there is none. Raises DataError where it cannot be used."""
     path = join(url, DATASET_FILE)
     try:
-        document = json.loads(storage.get(path))
+        content = storage.get(path)
     except MissingObjectError:
         return None
+    try:
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); restore it or write the data set again") from error
     found = document.get("format") if isinstance(document, dict) else None
