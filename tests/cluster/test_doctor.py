@@ -92,6 +92,13 @@ def test_a_store_that_cannot_be_reached(recipe, quiet):
     assert "storage.endpoint_url" in finding.remedy
 
 
+def test_shards_in_a_store_that_cannot_be_reached(recipe, quiet):
+    finding = check_shards(
+        load_recipe(recipe, ["datasets.train.shards=s3://bucket/train", f"storage.endpoint_url={NOWHERE}"])
+    )
+    assert (finding.state, NOWHERE in finding.detail, "JSON" in finding.detail) == ("failed", True, False)
+
+
 def test_a_run_folder_that_cannot_be_written(recipe, tmp_path, quiet):
     (tmp_path / "file").write_text("in the way")
     assert check_run_folder(load_recipe(recipe, [f"output={tmp_path}/file"])).state == "failed"

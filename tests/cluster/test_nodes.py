@@ -29,7 +29,7 @@ from data_pipeline.shards import write_dataset
 from data_pipeline.storage import Storage
 from trainer.checkpoint_folder import list_checkpoints, read_manifest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(2400)]
 
 NET = "10.213.77"
 HOST = f"{NET}.1"
@@ -144,7 +144,7 @@ def mlflow_server(folder: Path):
     with (folder / "mlflow.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: can_connect(HOST, port), 120, "MLflow")
+        wait_for(lambda: can_connect(HOST, port), 300, "MLflow")
         yield f"http://{HOST}:{port}"
     finally:
         os.killpg(server.pid, signal.SIGKILL)
@@ -221,12 +221,12 @@ def recipe(tmp_path_factory):
         for name in NODES:
             stack.enter_context(node(name, folder / f"{name}.log"))
             if name == "head":
-                wait_for(lambda: can_connect(f"{NET}.2", 8265), 120, "the dashboard")
+                wait_for(lambda: can_connect(f"{NET}.2", 8265), 300, "the dashboard")
         (folder / "recipe.yaml").write_text(RECIPE.format(s3=s3, mlflow=tracking, workers="[1, 2]"))
         yield folder / "recipe.yaml"
 
 
-def m2f(*words: str, timeout: float = 300) -> subprocess.CompletedProcess:
+def m2f(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
     env = os.environ | {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token"}
     command = [sys.executable, "-m", "cluster.cli", *words, "--address", DASHBOARD]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
@@ -256,13 +256,13 @@ def test_a_node_is_cut_off_and_comes_back(recipe):
     started = time.monotonic()
     sent = m2f("submit", str(recipe), "--detach")
     assert sent.returncode == 0, sent.stderr
-    step = wait_for(lambda: checkpoint_after(0, 2), 300, "the first checkpoint of two ranks")
+    step = wait_for(lambda: checkpoint_after(0, 2), 600, "the first checkpoint of two ranks")
     say(f"two ranks, checkpoint of step {step}; train2 is cut off")
     cable("train2", "down")
-    step = wait_for(lambda: checkpoint_after(step + 10, 1), 400, "a checkpoint of one rank")
+    step = wait_for(lambda: checkpoint_after(step + 10, 1), 600, "a checkpoint of one rank")
     say(f"one rank, checkpoint of step {step}; train2 is back")
     cable("train2", "up")
-    step = wait_for(lambda: checkpoint_after(step, 2), 400, "a checkpoint of two ranks again")
+    step = wait_for(lambda: checkpoint_after(step, 2), 600, "a checkpoint of two ranks again")
     say(f"two ranks again, checkpoint of step {step}")
     stopped = m2f("submit", str(recipe), "--stop")
     assert stopped.returncode == 0, stopped.stderr

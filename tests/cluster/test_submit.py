@@ -361,3 +361,13 @@ def test_a_mistake_in_the_job_is_the_exit_status_here(submit, shared):
     done = submit("name=broken", f"datasets.train.shards={shared}/absent")
     assert done.returncode == 2
     assert f"{shared}/absent" in done.stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_doctor_visits_the_nodes(dashboard):
+    """A job of its own, with a task on every node; what it finds is the exit status here."""
+    done = m2f("doctor", "--address", dashboard)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("127.0.0.1", "gloo all-reduce over 2 processes", "all nodes agree", "Python and Ray of all nodes"):
+        assert words in done.stdout
