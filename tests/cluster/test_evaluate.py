@@ -34,7 +34,15 @@ model:
   postprocess: {{object_threshold: 0.0, overlap_threshold: 0.0}}
 training: {{max_steps: 10}}
 evaluation:
-  sets: [{{dataset: val}}, {{dataset: val, name: val_start, limit: 3}}]
+  sets:
+    - {{dataset: val}}
+    - {{dataset: val, name: val_start, limit: 3}}
+    - dataset: val
+      name: val_ms
+      limit: 2
+      tasks: [semantic]
+      test_time: {{kind: multi_scale, shortest_edges: [48, 64], max_size: 128}}
+  extra_metrics: [boundary, class_agnostic]
   tasks: [panoptic, instance, semantic]
   shortest_edge: 64
   max_size: 96
@@ -70,7 +78,7 @@ def small(tmp_path, monkeypatch):
 def test_fixed_and_worst_images_tables_and_the_page(small):
     config, weights = small
     pool = PoolHere(config)
-    whole, subset = evaluate_sets(config, pool, weights, 7, lambda *_: None)
+    whole, subset, scaled = evaluate_sets(config, pool, weights, 7, lambda *_: None)
     files = whole.files()
     assert set(files) == {"results.json", "results.txt", "details.json", "report.html", "panels.png", "worst.png"}
     assert len(whole.panels) == 4
@@ -78,6 +86,9 @@ def test_fixed_and_worst_images_tables_and_the_page(small):
     assert decode_png(files["worst.png"]).shape[1] > 1000
     assert b"A subset: first 3 of 10" in subset.files()["report.html"]
     assert files["report.html"].count(b"<img") == 6
+    assert whole.results.headline("val").keys() >= {"val/boundary_PQ", "val/boundary_AP", "val/class_agnostic_AR100"}
+    assert scaled.results.table().startswith("val_ms: 2 images, SUBSET (first 2 of 10), 2 scales, flipped too")
+    assert set(scaled.results.metrics()) == {name for name in whole.results.metrics() if "IoU" in name or "ACC" in name}
 
     evaluation, drawing = pool.calls[:2]
     assert evaluation[1] == [0, 1]
@@ -93,6 +104,6 @@ def test_no_panels_means_no_pictures(small):
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, panels=0))
     pool = PoolHere(config)
-    whole, _ = evaluate_sets(config, pool, weights, None, lambda *_: None)
+    whole, *_ = evaluate_sets(config, pool, weights, None, lambda *_: None)
     assert not {"panels.png", "worst.png"} & set(whole.files())
-    assert [task.drawn for task, _ in pool.calls] == [(), ()]
+    assert [task.drawn for task, _ in pool.calls] == [(), (), ()]

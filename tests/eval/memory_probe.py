@@ -90,7 +90,7 @@ def main() -> None:
     states = evaluator.evaluate_batch(collate_eval([sample(height, width)], (0,), edge, longest))
     subject = EvaluationSubject(dataset="probe", fingerprint="f" * 64)
     assert states.compute(TABLE, subject).num_images == 1
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}\n")
 
 
 if __name__ == "__main__":
