@@ -58,6 +58,53 @@ class AugmentParams:
 
 
 @dataclass(frozen=True)
+class Span:
+    """One axis of a crop: source pixels start..stop are scaled, then `skip` pixels are dropped and `length` kept."""
+
+    start: int
+    stop: int
+    source: int
+    scale: float
+    skip: int
+    length: int
+
+    def nearest(self) -> np.ndarray:
+        """[length] source pixel under the centre of every output pixel."""
+        index = self.start + np.floor((np.arange(self.length) + self.skip + 0.5) / self.scale).astype(np.intp)
+        return np.minimum(index, self.source - 1)
+
+    def pillow_nearest(self, mirrored: bool = False) -> np.ndarray:
+        """The same by Pillow, whose sums of steps decide differently where two pixels are equally near.
+
+        `mirrored`: of the mirrored axis, mirrored back (the official code flips before it resizes).
+        """
+        pixels = np.arange(self.source, dtype=np.int32)[None]
+        scaled = round(self.source * self.scale)
+        index = np.asarray(Image.fromarray(pixels).resize((scaled, 1), Image.Resampling.NEAREST))[0]
+        if mirrored:
+            index = self.source - 1 - index[::-1]
+        return index[self.skip : self.skip + self.length]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of an image that the canvas shows."""
+
+    rows: Span
+    columns: Span
+    params: AugmentParams
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what is shown."""
+        return self.rows.length, self.columns.length
+
+    def source(self, image: np.ndarray) -> np.ndarray:
+        """The pixels [h, w, 3] that are needed of a whole image."""
+        return image[self.rows.start : self.rows.stop, self.columns.start : self.columns.stop]
+
+
+@dataclass(frozen=True)
 class Augmented:
     """The result of `augment`."""
 
@@ -181,25 +228,38 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
         params: the draws.
         ignore: value of the id maps outside the image.
     """
-    span = _cut_span if params.shrink == "area" else _whole_span
-    rows = span(image.shape[0], params.scaled[0], params.offset[0], params.canvas[0])
-    columns = span(image.shape[1], params.scaled[1], params.offset[1], params.canvas[1])
-    crop = _resize_span(image, rows, columns, params.shrink)
+    cut = plan_cut(image.shape[:2], params)
+    crop = _resize_span(image, cut.rows, cut.columns, params.shrink)
     if params.color is not None:
         crop = jitter_color(crop, params.color)
+    if params.flip:
+        crop = cv2.flip(crop, 1)
+    return Augmented(
+        image=_pad(crop, params.canvas, PADDING_GREY, axis=0),
+        id_maps=augment_ids(id_maps, cut, ignore),
+        size=cut.size,
+    )
+
+
+def plan_cut(size: tuple[int, int], params: AugmentParams) -> Cut:
+    """Which part of an image of this height and width is needed, and how it is scaled."""
+    span = _cut_span if params.shrink == "area" else _whole_span
+    rows, columns = map(span, size, params.scaled, params.offset, params.canvas)
+    return Cut(rows, columns, params)
+
+
+def augment_ids(id_maps: np.ndarray, cut: Cut, ignore: int) -> np.ndarray:
+    """Id maps [Y, H, W] of the canvas, from those of the whole image."""
+    rows, columns, params = cut.rows, cut.columns, cut.params
     if params.shrink == "area":
         row_index, column_index = rows.nearest(), columns.nearest()
     else:
         row_index, column_index = rows.pillow_nearest(), columns.pillow_nearest(mirrored=params.flip)
     if params.flip:
-        crop, column_index = cv2.flip(crop, 1), column_index[::-1]
+        column_index = column_index[::-1]
     source = id_maps[:, rows.start : rows.stop]
     ids = np.take(np.take(source, column_index, axis=2), row_index - rows.start, axis=1)
-    return Augmented(
-        image=_pad(crop, params.canvas, PADDING_GREY, axis=0),
-        id_maps=_pad(ids, params.canvas, ignore, axis=1),
-        size=(rows.length, columns.length),
-    )
+    return _pad(ids, params.canvas, ignore, axis=1)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Literal["area", "bilinear"] = "area") -> np.ndarray:
@@ -250,41 +310,12 @@ def _pad(array: np.ndarray, canvas: tuple[int, int], value: int, axis: int) -> n
     return padded
 
 
-@dataclass(frozen=True)
-class _Span:
-    """One axis of a crop: source pixels start..stop are scaled, then `skip` pixels are dropped and `length` kept."""
-
-    start: int
-    stop: int
-    source: int
-    scale: float
-    skip: int
-    length: int
-
-    def nearest(self) -> np.ndarray:
-        """[length] source pixel under the centre of every output pixel."""
-        index = self.start + np.floor((np.arange(self.length) + self.skip + 0.5) / self.scale).astype(np.intp)
-        return np.minimum(index, self.source - 1)
-
-    def pillow_nearest(self, mirrored: bool = False) -> np.ndarray:
-        """The same by Pillow, whose sums of steps decide differently where two pixels are equally near.
-
-        `mirrored`: of the mirrored axis, mirrored back (the official code flips before it resizes).
-        """
-        pixels = np.arange(self.source, dtype=np.int32)[None]
-        scaled = round(self.source * self.scale)
-        index = np.asarray(Image.fromarray(pixels).resize((scaled, 1), Image.Resampling.NEAREST))[0]
-        if mirrored:
-            index = self.source - 1 - index[::-1]
-        return index[self.skip : self.skip + self.length]
-
-
-def _whole_span(source: int, scaled: int, offset: int, room: int) -> _Span:
+def _whole_span(source: int, scaled: int, offset: int, room: int) -> Span:
     """All of an axis of `source` pixels, of which `room` pixels from `offset` are shown once it is `scaled`."""
-    return _Span(0, source, source, scaled / source, offset, min(scaled, room))
+    return Span(0, source, source, scaled / source, offset, min(scaled, room))
 
 
-def _cut_span(source: int, scaled: int, offset: int, room: int) -> _Span:
+def _cut_span(source: int, scaled: int, offset: int, room: int) -> Span:
     """The same with only the part of the axis that is needed."""
     scale, length = scaled / source, min(scaled, room)
     if length == scaled:
@@ -296,10 +327,10 @@ def _cut_span(source: int, scaled: int, offset: int, room: int) -> _Span:
     start = int(starts[np.argmin(np.abs(starts * scale - np.round(starts * scale)))])
     stop = min(source, int(np.ceil((offset + length) / scale)) + 1)
     skip = min(round(offset - start * scale), round((stop - start) * scale) - length)
-    return _Span(start, stop, source, scale, skip, length)
+    return Span(start, stop, source, scale, skip, length)
 
 
-def _resize_span(image: np.ndarray, rows: _Span, columns: _Span, shrink: Literal["area", "bilinear"]) -> np.ndarray:
+def _resize_span(image: np.ndarray, rows: Span, columns: Span, shrink: Literal["area", "bilinear"]) -> np.ndarray:
     part = image[rows.start : rows.stop, columns.start : columns.stop]
     if shrink == "bilinear":
         width, height = (round((axis.stop - axis.start) * axis.scale) for axis in (columns, rows))

@@ -26,7 +26,7 @@ from data_pipeline.cache import ChunkCache, UpcomingChunks
 from data_pipeline.categories import CategoryTable, Task
 from data_pipeline.chunks import plan_chunks
 from data_pipeline.codec import decode
-from data_pipeline.collate import FILLER_POSITION, Batch, EvalBatch, collate_eval
+from data_pipeline.collate import FILLER_POSITION, EvalBatch, TrainBatch, collate_eval
 from data_pipeline.config import DataConfig
 from data_pipeline.copy_paste import partner_position
 from data_pipeline.errors import DataError, LoaderDiedError
@@ -51,7 +51,7 @@ class StepBatches:
     """What one rank computes in one optimizer step."""
 
     step: int
-    micro_batches: tuple[Batch, ...]
+    micro_batches: tuple[TrainBatch, ...]
     positions: tuple[int, ...]
     """Positions of the order that this rank owns in this step, without fillers."""
     wait_s: float
@@ -105,6 +105,7 @@ def build_loader(
             drop_empty_targets=data.drop_empty_targets,
             seed=spec.seed,
             things=things,
+            on_device=data.augment_on == "device",
         )
         for labels in mixture_labels(manifests, data.task)
     ]
@@ -277,7 +278,7 @@ def _read_row(row: _Planned | None, shown: Fetched, pasted: Fetched) -> Row | No
 
 def _results(
     make: MicroBatches, tasks: Iterator[Work | UserError], workers: int, ahead: int
-) -> Generator[Batch | Spoiled | UserError]:
+) -> Generator[TrainBatch | Spoiled | UserError]:
     if not workers:
         yield from in_thread(make.__getitem__, tasks, ahead)
         return

@@ -9,7 +9,7 @@ from typing import Literal
 from torch.utils.data import Dataset
 
 from data_pipeline.codec import decode
-from data_pipeline.collate import Batch, collate
+from data_pipeline.collate import TrainBatch, collate, collate_sources
 from data_pipeline.errors import DataError
 from data_pipeline.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
 from data_pipeline.fetch import Members, read_single
@@ -89,13 +89,13 @@ class Spoiled:
     causes: tuple[Cause, ...]
 
 
-class MicroBatches(Dataset["Batch | Spoiled | UserError"]):
+class MicroBatches(Dataset["TrainBatch | Spoiled | UserError"]):
     """Decodes and augments work. An error is a result like others: re-raised by torch it would lose its form."""
 
     def __init__(self, recipes: Sequence[TrainRecipe]) -> None:
         self._recipes = recipes  # of every data set
 
-    def __getitem__(self, index: Work | UserError) -> Batch | Spoiled | UserError:
+    def __getitem__(self, index: Work | UserError) -> TrainBatch | Spoiled | UserError:
         """The batch of a piece of work (torch calls what it hands to a data set an index)."""
         if isinstance(index, UserError):
             return index
@@ -104,7 +104,8 @@ class MicroBatches(Dataset["Batch | Spoiled | UserError"]):
             examples = [None if row is None else self._example(n, row, causes) for n, row in enumerate(index.rows)]
             if causes:
                 return Spoiled(index, tuple(causes))
-            return collate(examples, self._recipes[0].canvas)
+            recipe = self._recipes[0]
+            return (collate_sources if recipe.on_device else collate)(examples, recipe.canvas)
         except UserError as error:
             return error
 
@@ -136,7 +137,7 @@ class Repair:
     def __init__(self, manifests: Sequence[Manifest], order: Order, storage: Storage, make: MicroBatches) -> None:
         self._manifests, self._order, self._storage, self._make = manifests, order, storage, make
 
-    def __call__(self, spoiled: Spoiled) -> tuple[Batch, tuple[Substitution, ...]]:
+    def __call__(self, spoiled: Spoiled) -> tuple[TrainBatch, tuple[Substitution, ...]]:
         """The batch with other samples in the place of the bad ones. Raises DataError where none can be found."""
         rows, substitutions = list(spoiled.work.rows), []
         for cause in spoiled.causes:
@@ -166,7 +167,9 @@ class Repair:
         raise DataError(f"{cause.error}; nor can any of the {_MOST_CANDIDATES} samples after it in the order be used")
 
 
-def checked(result: Batch | Spoiled | UserError, repair: Repair | None) -> tuple[Batch, tuple[Substitution, ...]]:
+def checked(
+    result: TrainBatch | Spoiled | UserError, repair: Repair | None
+) -> tuple[TrainBatch, tuple[Substitution, ...]]:
     """The batch, repaired where that is wanted; otherwise raises what is wrong with it."""
     match result:
         case UserError():

@@ -68,7 +68,7 @@ class Observer:
         self._clock.enter("report")  # the update ends
         phases = self._clock.lap()
         self._stopwatch.add(images, phases)
-        *_, height, width = batches.micro_batches[0].images.shape
+        *_, height, width = batches.micro_batches[0].targets.id_maps.shape
         self._size = (height, width)
         record: dict[str, Any] = {
             "step": state.step,
