@@ -123,7 +123,9 @@ def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
 
 
 def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
-    """What `rayStartParams.resources` of a group offers per pod; the value is JSON within quotes for the shell."""
+    """What a group offers per pod: `resources`, else the JSON within quotes for the shell in `rayStartParams`."""
+    if "resources" in group:
+        return {name: float(amount) for name, amount in group["resources"].items() if amount.isdecimal()}
     text = group["rayStartParams"].get("resources", "{}").strip("'")
     try:
         value = json.loads(text)

@@ -191,6 +191,20 @@ def test_what_would_never_start_is_found(path, value, found):
     assert found in problem
 
 
+def test_resources_of_a_group_in_their_own_field():
+    spec = read(KUBERAY)["spec"]["rayClusterSpec"]
+    spec["workerGroupSpecs"][0] |= {"resources": {"trainer": "4"}, "rayStartParams": {}}
+    assert cluster_problems(parse_recipe(RECIPE), spec) == []
+
+
+def test_resources_that_are_no_json_are_said_so(tmp_path):
+    document = read(KUBERAY)
+    change(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", "{trainer: 4}")
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(KubeRayError, match=r"train: rayStartParams\.resources is not JSON"):
+        written(template=tmp_path / "t.yaml")
+
+
 @pytest.mark.parametrize("text", ["a: [", "kind: RayCluster", "kind: RayJob\n---\nkind: RayJob"])
 def test_another_file_is_no_template(tmp_path, text):
     (tmp_path / "t.yaml").write_text(text)
