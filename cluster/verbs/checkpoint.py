@@ -1,4 +1,4 @@
-"""`m2f checkpoint`: what checkpoints a run has, and whether every byte of them is right."""
+"""`m2f checkpoint`: what checkpoints a run has, whether every byte of them is right, and their weights as one file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ if TYPE_CHECKING:
     from data_pipeline.storage import Storage
     from trainer.reporting import CommittedCheckpoint
 
-SUMMARY = "list the checkpoints of a run, or verify every byte of them"
+SUMMARY = "list the checkpoints of a run, verify every byte of them, or take out the weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
         "action",
-        choices=("ls", "verify"),
-        help="ls: a table, with files and sizes compared; verify: read all files and compare checksums",
+        choices=("ls", "verify", "export"),
+        help="ls: a table, with files and sizes compared; verify: read all files and compare checksums; export: write "
+        "the weights to --output (their moving average where the run keeps one), for every verb that takes weights",
     )
     add_recipe(parser)
-    parser.add_argument("--step", type=int, help="this checkpoint only; default: all")
+    parser.add_argument("--step", type=int, help="this checkpoint only; default: all (export: the newest)")
+    parser.add_argument("--output", metavar="PATH", help="export: a new file, NAME.safetensors")
+    parser.add_argument("--no-average", action="store_true", help="export: the weights themselves, not their average")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,11 +41,35 @@ def run(args: argparse.Namespace) -> int:
     storage = Storage(config.storage)
     chosen = choose_checkpoint(config, storage, None if args.step is None else str(args.step))
     found = list_checkpoints(storage, config.run_folder)
+    if args.action == "export":
+        return _export(storage, chosen.url, args.output, averaged=not args.no_average)
     if args.step is not None:
         found = (CommittedCheckpoint(args.step, chosen.url),)
     say(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
     states = [_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in found]
     return 0 if all(states) else 1
+
+
+def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
+    """Write one file of a checkpoint under another name, after comparing its checksum."""
+    import tempfile
+    from pathlib import Path
+
+    from cluster.progress import say
+    from model.errors import ConfigError
+    from trainer.checkpoint_folder import AVERAGE, WEIGHTS, fetch, read_manifest
+
+    if output is None or not output.endswith(".safetensors") or Path(output).exists():
+        raise ConfigError(f"--output is {output}; give the name of a new file that ends in .safetensors")
+    manifest = read_manifest(storage, url)
+    name = AVERAGE if averaged and AVERAGE in manifest.files else WEIGHTS
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".m2f-export-", dir=target.parent) as folder:
+        fetch(storage, url, [name], manifest, Path(folder))
+        (Path(folder) / name).rename(target)
+    say(f"{output}: {name} of {url}, {target.stat().st_size / 1e6:,.1f} MB")
+    return 0
 
 
 def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:

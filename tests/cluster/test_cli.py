@@ -285,6 +285,28 @@ def test_checkpoints_are_listed_and_verified_to_the_byte(capsys, recipe):
     assert run(capsys, "checkpoint", "verify", recipe, "--step", "5")[0] == 0
 
 
+def test_weights_are_taken_out_of_checkpoints(capsys, recipe, tmp_path):
+    storage, folder = Storage(), load_recipe(recipe).run_folder
+    url, files = checkpoint_url(folder, 5), {"weights.safetensors": b"weights", "ema.safetensors": b"average"}
+    for name, content in files.items():
+        storage.put(f"{url}/{name}", content)
+    entries = {name: FileEntry(7, hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+    storage.put(f"{url}/manifest.json", Manifest(5, 2, 1, entries).to_json())
+    for options, content in (([], b"average"), (["--no-average"], b"weights")):
+        target = tmp_path / "out" / f"{content.decode()}.safetensors"
+        assert run(capsys, "checkpoint", "export", recipe, "--output", target, *options)[0] == 0
+        assert target.read_bytes() == content
+        assert len(list(target.parent.iterdir())) == 1 + (content == b"weights")
+    status, _, err = run(capsys, "checkpoint", "export", recipe, "--output", target)
+    assert status == 2
+    assert "give the name of a new file" in err
+    storage.put(f"{url}/ema.safetensors", b"damaged")
+    status, _, err = run(capsys, "checkpoint", "export", recipe, "--output", tmp_path / "b.safetensors")
+    assert status == 2
+    assert "checksum of ema.safetensors" in err
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 def test_pace_and_durations_read_well():
     assert format_duration(42) == "0:42"
     assert format_duration(3 * 3600 + 7 * 60 + 9) == "3:07:09"

@@ -85,6 +85,7 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other programs of this machine are not our business
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000},
@@ -120,7 +121,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     config = replace(config, training=training, cluster=ClusterConfig(num_workers=(1, 2)))
     nodes = [add_node(cluster), add_node(cluster)]
     outcome = []
-    run = threading.Thread(target=lambda: outcome.append(run_training(config)))
+    run = threading.Thread(target=lambda: outcome.append(run_training(config)), daemon=True)
     run.start()
 
     def newest():

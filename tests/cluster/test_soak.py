@@ -1,0 +1,120 @@
+"""The long proof: workers, evaluation actors and drivers are killed again and again, and nothing is lost or changed."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from cluster.config import ClusterConfig
+from cluster.eval_queue import read_entries
+from cluster.eval_service import queue_url
+from cluster.recipe import dump_recipe
+from cluster.tracking import create_run
+from cluster.train_local import train_locally
+from data_pipeline.storage import Storage
+from eval.config import EvaluationConfig
+from tests.cluster.tiny_run import small_sets, tiny_config
+from trainer.checkpoint_folder import newest_step
+from trainer.config import CheckpointConfig
+
+KILLS = int(os.environ.get("M2F_SOAK_KILLS", "20"))
+STEPS, EVERY = 5 * KILLS, 5
+LONGEST_S = 120.0 * KILLS
+
+pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(LONGEST_S + 300)]
+
+DRIVER = """
+import sys
+import ray
+from cluster import train_job
+from cluster.recipe import load_recipe
+from tests.cluster import tiny_run
+ray.cloudpickle.register_pickle_by_value(tiny_run)
+train_job.train_loop = tiny_run.slow_loop
+sys.exit(train_job.run_training(load_recipe(sys.argv[1], [])).status != "finished")
+"""
+
+
+class Run:
+    """The run as its killer sees it: a driver that is started again whenever it is gone."""
+
+    def __init__(self, recipe, log):
+        self.recipe, self.log = recipe, log
+        self.driver = self._start()
+
+    def _start(self):
+        environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+        command = [sys.executable, "-c", DRIVER, str(self.recipe)]
+        return subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
+
+    def finished(self):
+        code = self.driver.poll()
+        assert code in (None, 0), f"the driver ended with {code}"
+        return code == 0
+
+    def kill(self, target):
+        """SIGKILL one process; returns whether there was one."""
+        if target == "driver":
+            family = psutil.Process(self.driver.pid).children(recursive=True)
+            self.driver.kill()
+            self.driver.wait()
+            psutil.wait_procs(family, timeout=30)  # they follow their driver
+            self.driver = self._start()
+            return True
+        for process in psutil.Process(self.driver.pid).children(recursive=True):
+            try:
+                if process.cmdline() and target in process.cmdline()[0]:
+                    process.kill()
+                    return True
+            except psutil.Error:
+                continue
+        return False
+
+
+def history(config, metric):
+    run = create_run(config)
+    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_any_number_of_kills_changes_nothing(tmp_path):
+    base = tiny_config(tmp_path, "killed", small_sets(str(tmp_path), Storage()))
+    training = replace(base.training, max_steps=STEPS, checkpoint=CheckpointConfig(every_steps=EVERY, keep=2))
+    config = replace(base, training=training, cluster=ClusterConfig(num_workers=2, max_failures=3 * KILLS))
+    calm = replace(config, name="calm", evaluation=EvaluationConfig())
+    train_locally(calm)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(config))
+    draw, killed, began = random.Random(0), [], time.monotonic()
+    with (tmp_path / "driver.log").open("w") as log:
+        run = Run(recipe, log)
+        try:
+            while not run.finished():
+                assert time.monotonic() - began < LONGEST_S, (tmp_path / "driver.log").read_text()[-5000:]
+                target = draw.choice(["RayTrainWorker", "EvaluationActor", "driver"])
+                step, pause = newest_step(Storage(), config.run_folder), draw.uniform(0, 8)
+                if step or len(killed) % 4 == 3:  # one in four may come before the first step of an attempt
+                    time.sleep(pause)
+                if len(killed) < KILLS and step < STEPS - EVERY and run.kill(target):
+                    killed.append(target)
+                    wanted = min(step + draw.choice([0, 0, EVERY]), STEPS - 2 * EVERY)
+                    while newest_step(Storage(), config.run_folder) < wanted and not run.finished():
+                        time.sleep(0.2)
+                time.sleep(0.2)
+        finally:
+            run.driver.kill()
+    print(f"{len(killed)} kills, {time.monotonic() - began:.0f} s")  # noqa: T201
+    assert len(killed) == KILLS
+    assert history(config, "train/loss/total") == history(calm, "train/loss/total")
+    last = f"checkpoints/step_{STEPS:08d}/weights.safetensors"
+    assert (Path(config.run_folder) / last).read_bytes() == (Path(calm.run_folder) / last).read_bytes()
+    steps = list(range(EVERY, STEPS + 1, EVERY))
+    assert [(e.step, e.status) for e in read_entries(Storage(), queue_url(config))] == [(s, "published") for s in steps]
+    assert [step for step, _ in history(config, "val/PQ")] == steps
