@@ -15,6 +15,7 @@ from cluster.config import RunConfig
 from cluster.doctor import machine_checks, run_checks
 from cluster.doctor_finding import Finding
 from cluster.doctor_services import skew_finding
+from cluster.elastic import room
 
 PATIENCE_S = 180.0
 CLUSTER = "cluster"
@@ -106,10 +107,11 @@ def _room(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding
     needs = [("training", cluster.min_workers, cluster.needs)]
     if settings.sets:
         actor = {"CPU": settings.num_cpus_per_actor, "GPU": settings.num_gpus_per_actor}
-        needs.append(("evaluation", settings.actors, {**actor, **settings.resources_per_actor}))
+        actor |= settings.resources_per_actor
+        needs.append(("evaluation", settings.actors, {name: amount for name, amount in actor.items() if amount}))
     findings: list[Finding] = []
     for name, count, resources in needs:
-        places = sum(places_on(node["Resources"], resources) for node in nodes)
+        places = room((node["Resources"] for node in nodes), resources)
         detail = f"{name}: {count} processes, and room for {places}"
         if places < count:
             remedy = "lower the recipe's numbers, or let the cluster grow"
@@ -117,11 +119,6 @@ def _room(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding
         else:
             findings.append(Finding("room", "ok", detail, where=CLUSTER))
     return findings
-
-
-def places_on(offered: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """How many processes with these resources a node holds."""
-    return min((int(offered.get(name, 0.0) / amount) for name, amount in resources.items() if amount), default=0)
 
 
 def _name(node: Mapping[str, Any]) -> str:

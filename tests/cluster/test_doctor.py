@@ -15,7 +15,6 @@ from rich.console import Console
 
 from cluster.cli import main
 from cluster.doctor import exit_status, print_findings, run_checks
-from cluster.doctor_cluster import places_on
 from cluster.doctor_finding import Finding
 from cluster.doctor_machine import (
     check_compiler,
@@ -238,9 +237,3 @@ def test_the_table_and_the_exit_status():
     assert "10.0.0.1" in text
     assert "1 ok, 1 failed" in text
     assert (exit_status(findings), exit_status(findings[:1])) == (1, 0)
-
-
-def test_how_many_processes_a_node_holds():
-    node = {"CPU": 8.0, "trainer": 3.0}
-    assert places_on(node, {"CPU": 2.0, "GPU": 0.0, "trainer": 1.0}) == 3
-    assert places_on(node, {"CPU": 2.0, "GPU": 1.0}) == 0
