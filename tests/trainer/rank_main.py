@@ -222,18 +222,26 @@ def unreadable(folder: Path) -> dict:
 
 
 def misfits(folder: Path) -> dict:
-    """Resuming `uninterrupted` with settings that do not fit its checkpoints."""
-    job = make_job(folder / "uninterrupted", str(folder / "shards"))
-    return {
-        "seed": _train(replace(job, seed=4)),
-        "stage": _train(make_job(folder / "uninterrupted", job.shards[0], zero=ZeroConfig(stage=2))),
-    }
+    """Resuming `uninterrupted` with a seed that does not fit its checkpoints."""
+    return {"seed": _train(replace(make_job(folder / "uninterrupted", str(folder / "shards")), seed=4))}
+
+
+def other_stages(folder: Path) -> dict:
+    """Three steps with ZeRO 1, two more with ZeRO 3, the last without ZeRO."""
+    jobs = [in_stage(folder, "crossed", stage, steps) for stage, steps in ((1, 3), (3, 5), (0, 6))]
+    return {f"to {job.training.max_steps}": _train(replace(job, run_folder=jobs[0].run_folder)) for job in jobs}
 
 
 def bad_samples(folder: Path) -> dict:
     """The same shards where a bad sample may be replaced."""
     job = make_job(folder / "bad_samples", str(folder / "damaged_shards"))
     return _train(replace(job, data=replace(job.data, max_bad_samples=1)))
+
+
+def augmented_on_device(folder: Path) -> dict:
+    """Two steps whose images are augmented where the model computes."""
+    job = make_job(folder / "augmented", str(folder / "shards"), max_steps=2)
+    return _train(replace(job, data=replace(job.data, augment_on="device")))
 
 
 def changed_data(folder: Path) -> dict:

@@ -32,7 +32,8 @@ def with_data(launcher):
 def whole_runs(with_data):
     """Scenarios that share one process group, to pay for imports once."""
     with_data.run_well(
-        "uninterrupted,drained_then_damaged,poisoned,resumed_in_stages,unreadable,misfits,bad_samples,changed_data"
+        "uninterrupted,drained_then_damaged,poisoned,resumed_in_stages,unreadable,misfits,bad_samples,changed_data,"
+        "augmented_on_device,other_stages"
     )
     return with_data
 
@@ -155,6 +156,13 @@ def test_bad_samples_are_replaced_and_reported(whole_runs):
     assert all("is damaged" in message and "takes its place at position" in message for message in events)
 
 
+def test_augmenting_on_the_device_trains_the_same_but_for_rounding(whole_runs):
+    expected, found = (whole_runs.seen(name)["losses"] for name in ("uninterrupted", "augmented_on_device"))
+    assert len(found) == 2
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=0.02)
+
+
 def test_changed_data_need_leave_and_begin_anew(whole_runs):
     run = whole_runs.seen("changed_data")
     assert run["before"]["state"]["order_start"] == 0
@@ -171,7 +179,20 @@ def test_traffic_is_reported(whole_runs):
 
 def test_a_checkpoint_of_another_run_is_refused(whole_runs):
     for rank in (0, 1):
-        errors = {name: run["error"] for name, run in whole_runs.seen("misfits", rank).items()}
-        assert "CheckpointError" in errors["seed"]
-        assert "another order of the data" in errors["seed"]
-        assert "training.zero.stage 1 and this run has 2" in errors["stage"]
+        error = whole_runs.seen("misfits", rank)["seed"]["error"]
+        assert "CheckpointError" in error
+        assert "another order of the data" in error
+
+
+def test_another_zero_stage_keeps_weights_and_average_and_says_what_it_drops(whole_runs):
+    runs = whole_runs.seen("other_stages")
+    whole = whole_runs.seen("resumed_in_stages")["stage1"]["whole"]["losses"]
+    assert runs["to 3"]["losses"] == {step: whole[step] for step in "123"}
+    assert runs["to 5"]["losses"]["4"] == pytest.approx(whole["4"], rel=1e-5)  # from the same weights
+    for to, before in (("to 5", 1), ("to 6", 3)):
+        message = f"training.zero.stage was {before}: weights, but optimizer state from zero"
+        assert message in [text for kind, _, text in runs[to]["events"] if kind == "weights"]
+    assert runs["to 6"]["state"]["zero_stage"] == 0
+    saved = (whole_runs.folder / f"crossed1/checkpoints/step_{step:08d}/ema.safetensors" for step in (3, 5))
+    averages = [load_file(path) for path in saved]
+    assert all(averages[0][name].shape == value.shape for name, value in averages[1].items())
