@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,17 +111,18 @@ class EvaluationService:
         return cost
 
     def _release(self, entry: Entry) -> None:
-        """Let a settled checkpoint be deleted, unless it is the best so far."""
-        metric = self._config.training.checkpoint.best_metric
-        if metric is not None:
-            entries = {e.step: e for e in self._queue.entries()}
-            best = best_step({step: e.metrics for step, e in entries.items()}, metric)
-            if best == entry.step:
-                pin(self._storage, entry.checkpoint, BEST_PIN)
-            for step, other in entries.items():
-                if step != best and other.settled:
-                    unpin(self._storage, other.checkpoint, BEST_PIN)
-        unpin(self._storage, entry.checkpoint, PIN)
+        release(self._storage, entry, self._queue.entries(), self._config.training.checkpoint.best_metric)
+
+
+def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: str | None) -> None:
+    """Let a settled checkpoint be deleted; the one with the best value of `metric` stays, in place of earlier ones."""
+    known = {e.step: e for e in entries}
+    best = best_step({step: e.metrics for step, e in known.items()}, metric) if metric is not None else None
+    if best == entry.step:
+        pin(storage, entry.checkpoint, BEST_PIN)
+        for step in known.keys() - {best}:
+            unpin(storage, known[step].checkpoint, BEST_PIN)
+    unpin(storage, entry.checkpoint, PIN)
 
 
 class EvaluationClient:

@@ -5,9 +5,11 @@ import pytest
 
 from cluster.eval_manager import EvaluationManager, EvaluationProgress
 from cluster.eval_queue import Entry, EvaluationQueue, read_entries
+from cluster.eval_service import BEST_PIN, PIN, release
 from data_pipeline.errors import StorageError
 from data_pipeline.storage import Storage
 from eval.errors import EvaluationError
+from trainer.checkpoint_folder import checkpoint_url, pin, pins
 
 
 def queue_in(folder) -> EvaluationQueue:
@@ -161,3 +163,18 @@ def test_an_outage_of_the_storage_delays_and_loses_nothing(tmp_path, monkeypatch
     manager.close()
     assert evaluated == [10] * (2 if when == "publishing" else 1)
     assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {10: "published"}
+
+
+def test_the_best_checkpoint_so_far_is_kept(tmp_path):
+    storage, entries = Storage(), []
+    for step, value in ((4, 20.0), (8, 30.0), (12, 10.0), (16, 40.0)):
+        url = checkpoint_url(str(tmp_path), step)
+        pin(storage, url, PIN)
+        entries.append(Entry(step, url, 0, "published", metrics={"val/PQ": value}))
+        release(storage, entries[-1], entries, "val/PQ")
+        best = max(entries, key=lambda entry: entry.metrics["val/PQ"])
+        assert {e.step: pins(storage, e.checkpoint) for e in entries if pins(storage, e.checkpoint)} == {
+            best.step: (BEST_PIN,)
+        }
+    release(storage, entries[0], entries, "val/PQ")  # a manager that starts again releases all of them
+    assert pins(storage, entries[3].checkpoint) == (BEST_PIN,)
