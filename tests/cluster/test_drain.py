@@ -1,0 +1,125 @@
+"""A node of a real Ray cluster is taken back while a run is on it; its metrics port is read meanwhile."""
+
+import json
+import re
+import threading
+import time
+import urllib.request
+
+import pytest
+import ray
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+from cluster.recipe import parse_recipe
+from cluster.shard_job import run_shard_job
+from cluster.train_job import run_training
+from data_pipeline.storage import Storage
+from trainer.checkpoint_folder import list_checkpoints
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+RECIPE = """
+name: drained
+datasets: {{train: {{shards: {folder}/shards, source: {{kind: synthetic, num_images: 24}}}}}}
+output: {folder}/runs
+data:
+  train: [{{dataset: train}}]
+  augment: {{kind: lsj, size: 64, min_scale: 0.8, max_scale: 1.2}}
+  workers: 0
+model:
+  backbone: {{name: resnet10t, norm: group, options: {{channels: [8, 16, 16, 32]}}}}
+  pixel_decoder: {{conv_dim: 16, mask_dim: 16, num_layers: 1, num_heads: 2, feedforward_dim: 32}}
+  transformer_decoder: {{num_queries: 8, num_layers: 1, hidden_dim: 16, num_heads: 2, feedforward_dim: 32}}
+  loss: {{num_points: 64}}
+training:
+  max_steps: {steps}
+  global_batch: 4
+  micro_batch: 2
+  log_every_steps: 1
+  collective_timeout_s: 60
+  checkpoint: {{every_steps: 1000}}
+cluster: {{num_workers: 2}}
+"""
+STORE = 80_000_000
+STEPS = 100
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A cluster whose head does no work, with one node for two workers."""
+    for name, value in {"PREEMPTION_POLL_INTERVAL_S": "0.5", "HEALTH_CHECK_INTERVAL_S": "0.5"}.items():
+        monkeypatch.setenv(f"RAY_TRAIN_{name}", value)
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
+    node = cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster, node
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def wait_until(condition, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+    return result
+
+
+def traced_steps(folder, rank=0):
+    """Steps in the order in which they were done, per attempt."""
+    files = sorted(folder.glob(f"runs/drained/traces/*/rank_{rank:04d}.jsonl"))
+    return [[json.loads(line)["step"] for line in file.read_text().splitlines()] for file in files]
+
+
+def scrape():
+    """Samples of all nodes: (name, rank) -> value."""
+    samples = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            with urllib.request.urlopen(url, timeout=10) as response:
+                lines = response.read().decode().splitlines()
+            for line in lines:
+                if found := re.match(r"ray_(m2f_\w+)\{(.*)\} (\S+)", line):
+                    rank = re.search(r'rank="(\d+)"', found[2])
+                    samples[found[1], rank and rank[1]] = float(found[3])
+    return samples
+
+
+def test_a_drained_node_costs_at_most_one_step(nodes, tmp_path):
+    cluster, node = nodes
+    config = parse_recipe(RECIPE.format(folder=tmp_path, steps=STEPS))
+    run_shard_job("train", config.datasets["train"], config.cluster, Storage())
+    summaries = []
+    run = threading.Thread(target=lambda: summaries.append(run_training(config)))
+    run.start()
+    wait_until(lambda: (steps := traced_steps(tmp_path)) and len(steps[0]) > 3)
+    wanted = {("m2f_rank_step_seconds", "0"), ("m2f_rank_step_seconds", "1"), ("m2f_images_per_second", None)}
+    found = wait_until(lambda: (samples := scrape()) and wanted <= samples.keys() and samples)
+    assert found["m2f_rank_step_seconds", "0"] > 0
+    assert found["m2f_rank_process_bytes", "1"] > 1e8
+    assert found["m2f_images_per_second", None] > 0
+    assert found["m2f_ranks", None] == 2
+
+    deadline_ms = int((time.time() + 20) * 1000)
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    announced = time.monotonic()
+    accepted, _ = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", deadline_ms)
+    assert accepted
+    saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder), 20)
+    assert time.monotonic() - announced < 15
+    cluster.remove_node(node, allow_graceful=False)
+    cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    run.join(120)
+    (summary,) = summaries
+    assert summary.status == "finished"
+    assert {failure.kind for failure in summary.failures} <= {"preemption"}  # none where Ray itself starts again
+    before, after = traced_steps(tmp_path)
+    assert before == list(range(1, before[-1] + 1))
+    assert saved[0].step == before[-1]
+    assert after == list(range(after[0], STEPS + 1))
+    assert before[-1] - after[0] + 1 <= 1  # steps that were done twice
