@@ -189,7 +189,8 @@ def _paths(restart: Restart, manifest: Manifest, rank: int) -> list[str]:
         return [WEIGHTS, *average] + ([rng_path(rank)] if restart.same_ranks else [])
     if restart.reshard:
         return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS, *average]
-    own = (f"{ENGINE}/mp_rank_00_", f"{ENGINE}/zero_pp_rank_{rank}_")  # the first is one file for all ranks
+    names = ("mp_rank_00_", f"zero_pp_rank_{rank}_", f"bf16_zero_pp_rank_{rank}_")  # the first is one for all ranks
+    own = tuple(f"{ENGINE}/{name}" for name in names)
     engine = [path for path in manifest.files if path.startswith(own)] + average
     return [*engine, rng_path(rank)] if restart.same_ranks else engine
 
