@@ -90,6 +90,9 @@ class MSDeformAttnPixelDecoderConfig:
     feedforward_dim: int = 1024
     """The official code has 1024 although its recipes say 2048."""
     dropout: float = 0.0
+    checkpointing: bool = False
+    """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass: a third less memory
+    for activations with an R50, about a tenth more time."""
 
     def __post_init__(self) -> None:
         _check_pixel_decoder(self)
@@ -168,6 +171,8 @@ class TransformerFPNPixelDecoderConfig:
     num_heads: int = 8
     feedforward_dim: int = 2048
     dropout: float = 0.1
+    checkpointing: bool = False
+    """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass."""
 
     def __post_init__(self) -> None:
         _check_pixel_decoder(self)
@@ -184,7 +189,7 @@ PixelDecoderConfig = (
 
 
 def _check_pixel_decoder(config: PixelDecoderConfig) -> None:
-    sizes = {name: value for name, value in vars(config).items() if isinstance(value, int)}
+    sizes = {name: value for name, value in vars(config).items() if type(value) is int}
     require_at_least(1, **{f"model__pixel_decoder__{name}": value for name, value in sizes.items()})
     match config:
         case MSDeformAttnPixelDecoderConfig() | TransformerFPNPixelDecoderConfig():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.config import MSDeformAttnPixelDecoderConfig
 from model.ms_deform_attn import MSDeformAttn, SamplingGrid
-from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, lateral, output
+from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, lateral, output, run_layer
 from model.position_encoding import sine_position_embedding
 
 
@@ -51,6 +51,7 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
         super().__init__(config.conv_dim, config.mask_dim)
         dim = config.conv_dim
         stride4, *others = channels
+        self.checkpointing = config.checkpointing
         self.input_proj = nn.ModuleList(_input_projection(width, dim) for width in reversed(others))
         self.level_embed = nn.Parameter(torch.randn(len(others), dim))
         self.layers = nn.ModuleList(EncoderLayer(config, len(others)) for _ in range(config.num_layers))
@@ -81,6 +82,6 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
         ).to(tokens.dtype)
         grid = SamplingGrid.of_pixels(shapes, device)
         for layer in self.layers:
-            tokens = layer(tokens, position, grid)
+            tokens = run_layer(layer, self.checkpointing, tokens, position, grid)
         levels = tokens.transpose(1, 2).split([height * width for height, width in shapes], dim=2)
         return tuple(level.unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class PixelDecoder(nn.Module):
@@ -24,6 +27,16 @@ class PixelDecoder(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`features` at strides 4, 8, 16, 32 to mask features and the maps at 1/32, 1/16, 1/8."""
         raise NotImplementedError
+
+
+def run_layer(layer: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
+    """`layer(*inputs)`; with `checkpointing` only its inputs are kept, and the backward pass runs it again.
+
+    Dropout draws the same numbers both times.
+    """
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
 
 
 def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:

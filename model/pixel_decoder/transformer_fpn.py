@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.attention import Attend, packed_xavier_
 from model.config import TransformerFPNPixelDecoderConfig
 from model.pixel_decoder.fpn import FeaturePyramid
-from model.pixel_decoder.layers import PixelDecoder, convolution
+from model.pixel_decoder.layers import PixelDecoder, convolution, run_layer
 from model.position_encoding import sine_position_embedding
 
 
@@ -51,6 +51,7 @@ class TransformerFPNPixelDecoder(PixelDecoder):
         super().__init__(config.conv_dim, config.mask_dim)
         dim = config.conv_dim
         *others, coarsest = channels
+        self.checkpointing = config.checkpointing
         self.input_proj = convolution(coarsest, dim, 1)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.fpn = FeaturePyramid((*others, dim), dim)
@@ -69,5 +70,5 @@ class TransformerFPNPixelDecoder(PixelDecoder):
         tokens = feature.flatten(2).transpose(1, 2).to(self.input_proj.weight.dtype)
         position = sine_position_embedding(height, width, self.feature_dim, feature.device).flatten(0, 1)
         for layer in self.layers:
-            tokens = layer(tokens, position.to(tokens.dtype))
+            tokens = run_layer(layer, self.checkpointing, tokens, position.to(tokens.dtype))
         return tokens.transpose(1, 2).unflatten(2, (height, width))

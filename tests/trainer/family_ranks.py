@@ -19,6 +19,7 @@ from model.config import (
     FPNPixelDecoderConfig,
     LossConfig,
     MaskedTransformerDecoderConfig,
+    ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     PixelDecoderConfig,
     SemanticFPNPixelDecoderConfig,
@@ -89,11 +90,10 @@ BACKBONES = {
     "hiera": TimmBackboneConfig(name="hiera_small_abswin_256", options={"embed_dim": 16, "stages": (1, 1, 2, 1)}),
     "convnext": TimmBackboneConfig(name="convnextv2_atto", options={"dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1)}),
 }
-"""Sharded with checkpointing, which gathers the shards a second time."""
 
 
 def family_agreement(make_job) -> dict:
-    """Loss and gradient norm of one step of four images: whole in plain torch, and sharded over the ranks."""
+    """Loss and gradient norm of one step of four images: whole in plain torch, and sharded with checkpointing."""
     assert not left_out()
     ranks = Ranks(60.0)
     zero = ZeroConfig(stage=3, param_persistence_threshold=0)
@@ -101,16 +101,23 @@ def family_agreement(make_job) -> dict:
     seen = {}
     for name, (pixel_decoder, transformer_decoder, loss) in FAMILY.items():
         model = replace(job.model, pixel_decoder=pixel_decoder, transformer_decoder=transformer_decoder, loss=loss)
-        member = replace(job, model=model)
-        seen[name] = [whole_step(member), sharded_step(member, ranks)]
+        seen[name] = whole_and_sharded(job, model, ranks)
     for name, backbone in BACKBONES.items():
-        whole, sharded = (
-            replace(job, model=replace(job.model, backbone=replace(backbone, checkpointing=checkpointing)))
-            for checkpointing in (False, True)
-        )
-        seen[name] = [whole_step(whole), sharded_step(sharded, ranks)]
+        model = replace(job.model, backbone=backbone)
+        seen[name] = whole_and_sharded(job, model, ranks)
     dist.barrier()
     return seen
+
+
+def whole_and_sharded(job, model: ModelConfig, ranks: Ranks) -> list[dict[str, float]]:
+    return [whole_step(replace(job, model=model)), sharded_step(replace(job, model=checkpointed(model)), ranks)]
+
+
+def checkpointed(model: ModelConfig) -> ModelConfig:
+    """With checkpointing, which gathers shards a second time, wherever that can be set."""
+    parts = {"backbone": model.backbone, "pixel_decoder": model.pixel_decoder}
+    able = {name: part for name, part in parts.items() if hasattr(part, "checkpointing")}
+    return replace(model, **{name: replace(part, checkpointing=True) for name, part in able.items()})
 
 
 def left_out() -> set[object]:
