@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str,
     recipe = None if config is None else dump_recipe(replace(config, cluster=replace(config.cluster, address=None)))
     command = ["python", "-m", "cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
     job_id = f"m2f-doctor-{secrets.token_hex(4)}"
+    env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is read on this terminal
     with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
         client.submit(Job(job_id, shlex.join(command), pack(Path(folder), recipe), env, metadata={}))
     return job_id

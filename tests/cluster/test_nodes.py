@@ -1,4 +1,4 @@
-"""Several machines in one: every node has its own network, address, /tmp and /dev/shm, and one of them is cut off.
+"""Several machines in one: every node has its own network, name, /tmp and /dev/shm, and one of them is cut off.
 
 Shards and checkpoints lie on an S3 server, metrics on a real MLflow server, and everything goes through `m2f submit`.
 """
@@ -109,13 +109,18 @@ def node(name: str, log: Path):
         ray += f" --address={NET}.2:6379 --num-cpus=2 --resources='{json.dumps(resources)}'"
     ray += " --object-store-memory=150000000"
     script = (
+        f"hostname m2f-{name} && "
         "mount -t tmpfs -o size=4g tmpfs /tmp && mount -t tmpfs -o size=1g tmpfs /dev/shm && cd /tmp && "
+        f"printf '127.0.0.1 localhost\\n{NET}.{number} m2f-{name}\\n' > hosts && mount --bind hosts /etc/hosts && "
         f"while true; do {ray}; sleep 2; done"
     )
     env = os.environ | NODE_ENV | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            ["ip", "netns", "exec", f"m2f-{name}", "sh", "-c", script], env=env, stdout=out, stderr=out
+            ["ip", "netns", "exec", f"m2f-{name}", "unshare", "--uts", "sh", "-c", script],
+            env=env,
+            stdout=out,
+            stderr=out,
         )
         try:
             yield
@@ -252,6 +257,7 @@ def test_a_node_is_cut_off_and_comes_back(recipe):
 
     def say(what: str) -> None:
         sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {what}\n")
+        sys.stdout.flush()
 
     started = time.monotonic()
     sent = m2f("submit", str(recipe), "--detach")
