@@ -195,9 +195,21 @@ def resumed_in_stages(folder: Path) -> dict:
     return seen
 
 
+def resumed_in_bf16(folder: Path) -> dict:
+    """The same with weights of 16 bits."""
+    whole, parts = in_bf16(folder, "whole", max_steps=4), in_bf16(folder, "parts", max_steps=3)
+    return {"whole": _train(whole), "stopped": _train(parts, control=StopAt(polls=2)), "resumed": _train(parts)}
+
+
+def in_bf16(folder: Path, name: str, max_steps: int) -> TrainJob:
+    job = in_stage(folder, f"{name}_bf16_", stage=2, max_steps=max_steps)
+    return replace(job, training=replace(job.training, precision="bf16"))
+
+
 def with_one_rank(folder: Path) -> dict:
-    """Two further steps of the runs of `resumed_in_stages`."""
-    return {f"stage{stage}": _train(in_stage(folder, "parts", stage, max_steps=5)) for stage in range(4)}
+    """Further steps of the runs of `resumed_in_stages` and `resumed_in_bf16`."""
+    stages = {f"stage{stage}": _train(in_stage(folder, "parts", stage, max_steps=5)) for stage in range(4)}
+    return stages | {"bf16": _train(in_bf16(folder, "parts", max_steps=4))}
 
 
 def with_two_ranks_again(folder: Path) -> dict:

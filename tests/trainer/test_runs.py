@@ -33,7 +33,7 @@ def whole_runs(with_data):
     """Scenarios that share one process group, to pay for imports once."""
     with_data.run_well(
         "uninterrupted,drained_then_damaged,poisoned,resumed_in_stages,unreadable,misfits,bad_samples,changed_data,"
-        "augmented_on_device,other_stages"
+        "augmented_on_device,other_stages,resumed_in_bf16"
     )
     return with_data
 
@@ -141,6 +141,13 @@ def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(after_kil
         torch.testing.assert_close(parts[name], average, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_of_16_bits_resume_to_the_bit_and_with_other_ranks(after_kill):
+    runs = after_kill.seen("resumed_in_bf16")
+    expected = runs["whole"]["losses"]
+    assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == {step: expected[step] for step in "123"}
+    assert after_kill.seen("with_one_rank")["bf16"]["losses"]["4"] == pytest.approx(expected["4"], rel=1e-5)
+
+
 def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):
     errors = [whole_runs.seen("unreadable", rank)["error"] for rank in (0, 1)]
     assert errors[0] == errors[1]
@@ -193,6 +200,6 @@ def test_another_zero_stage_keeps_weights_and_average_and_says_what_it_drops(who
         message = f"training.zero.stage was {before}: weights, but optimizer state from zero"
         assert message in [text for kind, _, text in runs[to]["events"] if kind == "weights"]
     assert runs["to 6"]["state"]["zero_stage"] == 0
-    saved = (whole_runs.folder / f"crossed1/checkpoints/step_{step:08d}/ema.safetensors" for step in (3, 5))
+    saved = (whole_runs.folder / f"crossed1/checkpoints/step_{step:08d}/ema.safetensors" for step in (5, 6))
     averages = [load_file(path) for path in saved]
     assert all(averages[0][name].shape == value.shape for name, value in averages[1].items())
