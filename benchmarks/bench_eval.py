@@ -16,13 +16,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from benchmarks.measure import Row, compare
+from benchmarks.official_order import plain_panoptic
+from benchmarks.scenes import sure_predictions
 from eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
 from eval.masks import encode_masks, mask_areas
 from eval.mean_iou import MeanIoUState
@@ -215,18 +216,8 @@ def _as_coco(truths: Sequence[InstanceTruth], found: Sequence[InstanceDetections
 
 
 def _postprocess(size: tuple[int, int]) -> Row:
-    """100 queries, of which 12 cover the image and are sure of their class; the other 88 are not."""
-    torch.manual_seed(0)
-    embeddings = torch.linalg.qr(torch.randn(256, 100))[0].T.contiguous()
-    centers = torch.rand(100, 2, 1, 1)
-    y, x = torch.meshgrid(torch.linspace(0, 1, size[0] // 4), torch.linspace(0, 1, size[1] // 4), indexing="ij")
-    distance = ((torch.stack((y, x)) - centers) * torch.tensor([1.0, 2.0])[:, None, None]).square().sum(1).sqrt()
-    own = distance[:12].argmin(0)
-    logits = torch.where(own == torch.arange(100)[:, None, None], 5.0, -5.0) + torch.randn(100, *own.shape) * 0.5
-    features = (embeddings.T @ logits.flatten(1)).view(256, *own.shape)
-    class_logits = torch.full((100, CLASSES + 1), -4.0)
-    class_logits[torch.arange(100), torch.arange(100) % CLASSES] = torch.where(torch.arange(100) < 12, 5.0, -1.0)
-    class_logits[12:, -1] = 1.0
+    """The scene of `sure_predictions` at the size of the image."""
+    class_logits, embeddings, features = sure_predictions(size, CLASSES)
     geometry = ImageGeometry(size, size, size)
     is_thing = [k > 1 for k in range(CLASSES)]
     config = PostprocessConfig()
@@ -237,43 +228,10 @@ def _postprocess(size: tuple[int, int]) -> Row:
         return [result.segment_map.double()]
 
     def peer() -> Sequence[Tensor]:
-        return [_plain_panoptic(class_logits, embeddings, features, geometry, is_thing, config).double()]
+        return [plain_panoptic(class_logits, embeddings, features, geometry, is_thing, config).double()]
 
     shape = f"100 queries, {size[0]} x {size[1]}"
     return compare("panoptic post-processing", shape, ours, "plain procedure", peer, tolerance=0.0, repeats=3)
-
-
-def _plain_panoptic(
-    class_logits: Tensor,
-    embeddings: Tensor,
-    features: Tensor,
-    geometry: ImageGeometry,
-    is_thing: Sequence[bool],
-    config: PostprocessConfig,
-) -> Tensor:
-    """Segment map: all queries upsampled, then filtered, then painted one by one."""
-    masks = torch.einsum("qc,chw->qhw", embeddings, features)
-    masks = F.interpolate(masks[None], geometry.padded_size, mode="bilinear")
-    masks = masks[..., : geometry.resized_size[0], : geometry.resized_size[1]]
-    masks = F.interpolate(masks, geometry.original_size, mode="bilinear")[0].sigmoid()
-    scores, labels = class_logits.softmax(-1).max(-1)
-    keep = (labels != CLASSES) & (scores > config.object_threshold)
-    scores, labels, masks = scores[keep], labels[keep], masks[keep]
-    winner = (scores[:, None, None] * masks).argmax(0)
-    segment_map, stuff, last = torch.zeros(geometry.original_size, dtype=torch.int32), {}, 0
-    for k, label in enumerate(labels.tolist()):
-        own = masks[k] >= 0.5
-        painted = own & (winner == k)
-        if not painted.any() or (winner == k).sum().item() / own.sum().item() < config.overlap_threshold:
-            continue
-        if label in stuff:
-            segment_map[painted] = stuff[label]
-            continue
-        last += 1
-        segment_map[painted] = last
-        if not is_thing[label]:
-            stuff[label] = last
-    return segment_map
 
 
 def _shape(scenes: Sequence[_Scene]) -> str:

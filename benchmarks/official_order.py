@@ -1,4 +1,4 @@
-"""Mask heads, matching and losses in the order of the published code: dense masks of every query, one image at a time.
+"""The order of the published code: dense masks of every query, losses and results one image at a time.
 
 Written from the paper (sections 3.2 and 3.3) and from what is known of the published code's order of operations, to
 measure against; the points are handed over, so that the results can be compared.
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from model.config import LossConfig
+from model.config import LossConfig, PostprocessConfig
+from model.mask_resize import ImageGeometry
 from model.points import DrawnPoints, RowIndex
 from model.structures import Predictions
 
@@ -113,3 +114,37 @@ def _mask_losses(
     p = x.sigmoid()
     dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
     return mask, dice.sum()
+
+
+def plain_panoptic(
+    class_logits: Tensor,
+    embeddings: Tensor,
+    features: Tensor,
+    geometry: ImageGeometry,
+    is_thing: Sequence[bool],
+    config: PostprocessConfig,
+) -> Tensor:
+    """Segment map [H, W]: all queries upsampled, then filtered, then painted one by one."""
+    masks = torch.einsum("qc,chw->qhw", embeddings, features)
+    masks = F.interpolate(masks[None], geometry.padded_size, mode="bilinear")
+    masks = masks[..., : geometry.resized_size[0], : geometry.resized_size[1]]
+    masks = F.interpolate(masks, geometry.original_size, mode="bilinear")[0].sigmoid()
+    scores, labels = class_logits.softmax(-1).max(-1)
+    keep = (labels != class_logits.shape[-1] - 1) & (scores > config.object_threshold)
+    scores, labels, masks = scores[keep], labels[keep], masks[keep]
+    winner = (scores[:, None, None] * masks).argmax(0)
+    segment_map = torch.zeros(geometry.original_size, dtype=torch.int32, device=masks.device)
+    stuff, last = {}, 0
+    for k, label in enumerate(labels.tolist()):
+        own = masks[k] >= 0.5
+        painted = own & (winner == k)
+        if not painted.any() or (winner == k).sum().item() / own.sum().item() < config.overlap_threshold:
+            continue
+        if label in stuff:
+            segment_map[painted] = stuff[label]
+            continue
+        last += 1
+        segment_map[painted] = last
+        if not is_thing[label]:
+            stuff[label] = last
+    return segment_map

@@ -51,3 +51,25 @@ def dense_masks(targets: Targets) -> list[Tensor]:
         (id_map[0] == local_id[:, None, None]).float()
         for id_map, local_id in zip(targets.id_maps, targets.local_id, strict=True)
     ]
+
+
+def sure_predictions(size: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Last prediction of one image: class logits [100, K + 1], mask embeddings [100, 256], mask features [256, h, w].
+
+    12 of the queries cover the image and are sure of their class; the other 88 are not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.linalg.qr(torch.randn(256, 100, generator=generator))[0].T.contiguous()
+    centers = torch.rand(100, 2, 1, 1, generator=generator)
+    y, x = torch.meshgrid(torch.linspace(0, 1, size[0] // 4), torch.linspace(0, 1, size[1] // 4), indexing="ij")
+    distance = ((torch.stack((y, x)) - centers) * torch.tensor([1.0, 2.0])[:, None, None]).square().sum(1).sqrt()
+    own = distance[:12].argmin(0)
+    logits = (
+        torch.where(own == torch.arange(100)[:, None, None], 5.0, -5.0)
+        + torch.randn(100, *own.shape, generator=generator) * 0.5
+    )
+    features = (embeddings.T @ logits.flatten(1)).view(256, *own.shape)
+    class_logits = torch.full((100, num_classes + 1), -4.0)
+    class_logits[torch.arange(100), torch.arange(100) % num_classes] = torch.where(torch.arange(100) < 12, 5.0, -1.0)
+    class_logits[12:, -1] = 1.0
+    return class_logits, embeddings, features

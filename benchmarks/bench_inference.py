@@ -1,0 +1,73 @@
+"""From a normalised image to its panoptic result, against `transformers` followed by the plain procedure.
+
+Random weights are sure of nothing, so what is post-processed is a made-up prediction of the same shape in which twelve
+queries compete for pixels. The logits of the network itself must agree, and so must the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
+
+from benchmarks.measure import Row, compare
+from benchmarks.memory import peak_growth
+from benchmarks.official_order import plain_panoptic
+from benchmarks.scenes import CLASSES, sure_predictions
+from benchmarks.transformers_peer import CONFIG, twins
+from model.mask_resize import ImageGeometry
+from model.postprocess import panoptic
+from model.structures import Predictions
+
+IS_THING = [k < 80 for k in range(CLASSES)]
+
+
+def run(tiny: bool, device: torch.device) -> list[Row]:
+    """Batch 1 (on a GPU also 8) of 800 x 1344 pixels."""
+    if device.type == "cpu":
+        return [_case(1, (256, 384) if tiny else (800, 1344), device, repeats=3)]
+    return [_case(images, (800, 1344), device, repeats=20) for images in ((1,) if tiny else (1, 8))]
+
+
+@torch.inference_mode()
+def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int) -> Row:
+    ours, theirs = (model.eval().to(device) for model in twins())
+    pixels = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    _check_agreement(ours(pixels), theirs(pixel_values=pixels))
+    geometry = ImageGeometry(size, size, size)
+    classes, embeddings, features = (tensor.to(device) for tensor in sure_predictions(size, CLASSES))
+    masks = torch.einsum("qc,chw->qhw", embeddings, features)  # the forward of transformers ends with such a product
+    one = torch.eye(len(masks), device=device)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+    def run_ours() -> Sequence[Tensor]:
+        with precision:
+            ours(pixels)
+        found = (panoptic(classes, embeddings, features, geometry, IS_THING, CONFIG.postprocess) for _ in pixels)
+        return [result.segment_map for result in found]
+
+    def run_theirs() -> Sequence[Tensor]:
+        with precision:
+            theirs(pixel_values=pixels)
+        return [plain_panoptic(classes, one, masks, geometry, IS_THING, CONFIG.postprocess) for _ in pixels]
+
+    ours_gb, peer_gb = (peak_growth(side, device) for side in (run_ours, run_theirs))
+    row = compare(
+        f"R50 inference {'fp32' if device.type == 'cpu' else 'bf16'}",
+        f"{images} x {size[0]} x {size[1]}",
+        run_ours,
+        "transformers + plain",
+        run_theirs,
+        tolerance=0.0,
+        repeats=repeats,
+        device=device,
+    )
+    return replace(row, ours_gb=ours_gb, peer_gb=peer_gb)
+
+
+def _check_agreement(mine: Predictions, other: Mask2FormerForUniversalSegmentationOutput) -> None:
+    torch.testing.assert_close(mine.class_logits[-1], other.class_queries_logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mine.mask_logits(), other.masks_queries_logits, rtol=1e-3, atol=1e-3)
