@@ -206,9 +206,10 @@ def to_universal(source: Path, target: Path) -> None:
 
 
 def _build_adamw(module: TrainingModule, training: TrainingConfig) -> torch.optim.AdamW:
-    config, fused = training.optimizer, training.zero.offload_optimizer
+    """Fused: one pass over memory, on CPUs too, where the other forms take a third of a second for an R50."""
+    config = training.optimizer
     groups = build_param_groups(module, config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _initialize(module: TrainingModule, optimizer: torch.optim.AdamW, config: dict[str, Any]) -> Any:
