@@ -20,7 +20,7 @@ from model.errors import ConfigError
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import small_sets, tiny_config
 from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import CheckpointConfig
+from trainer.config import CheckpointConfig, OptimizerConfig
 
 STEPS, EVERY = 40, 5
 RANGE = ClusterConfig(num_workers=(1, 3), num_cpus_per_worker=2)
@@ -117,7 +117,12 @@ def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     monkeypatch.setattr("cluster.train_job.POLL_S", 0.2)
     monkeypatch.setattr("cluster.train_job.train_loop", tiny_run.slow_loop)
     config = replace(tiny_config(folder, "elastic", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
-    training = replace(config.training, max_steps=STEPS, checkpoint=CheckpointConfig(every_steps=EVERY, keep=2))
+    training = replace(
+        config.training,
+        max_steps=STEPS,
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep=2),
+        optimizer=OptimizerConfig(lr=1e-4, clip_norm=1.0),  # at 1e-3 the run amplifies rounding: 8e-5 after 40 steps
+    )
     config = replace(config, training=training, cluster=ClusterConfig(num_workers=(1, 2)))
     nodes = [add_node(cluster), add_node(cluster)]
     outcome = []
