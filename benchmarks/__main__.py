@@ -8,20 +8,25 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import (
+    bench_attention,
     bench_data,
     bench_eval,
     bench_heads,
     bench_inference,
+    bench_matcher,
     bench_model,
     bench_msda,
     bench_train_step,
     bench_zero,
+    ceilings,
 )
 from benchmarks.measure import Row, report
 
 ON_CPU: dict[str, Callable[[bool], list[Row]]] = {"data": bench_data.run, "eval": bench_eval.run}
 ON_ANY_DEVICE: dict[str, Callable[[bool, torch.device], list[Row]]] = {
     "msda": bench_msda.run,
+    "attention": bench_attention.run,
+    "matcher": bench_matcher.run,
     "heads": bench_heads.run,
     "model": bench_model.run,
     "train_step": bench_train_step.run,
@@ -47,6 +52,7 @@ def main() -> None:
     for name, run_on in ON_ANY_DEVICE.items():
         if not arguments.names or name in arguments.names:
             rows += run_on(arguments.tiny, arguments.device)
+    print(ceilings.describe(arguments.device, arguments.tiny))
     print(report(rows, arguments.device))
 
 

@@ -47,7 +47,7 @@ def official_loss(
     total = predictions.class_logits.new_zeros(())
     for layer, (logits, classes) in enumerate(zip(masks, predictions.class_logits, strict=True)):
         pairs = [
-            _assign(classes[b], logits[b], labels[b], truth[b], drawn.matching[layer, b], config)
+            official_assignment(classes[b], logits[b], labels[b], truth[b], drawn.matching[layer, b], config)
             for b in range(len(labels))
         ]
         total = total + config.class_weight * _class_loss(classes, labels, pairs, config)
@@ -62,7 +62,7 @@ def _sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _assign(
+def official_assignment(
     classes: Tensor, logits: Tensor, labels: Tensor, truth: Tensor, points: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
     """Queries and targets of one image and one prediction."""

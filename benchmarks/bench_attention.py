@@ -1,0 +1,50 @@
+"""Masked cross-attention of one decoder layer, forward and backward, against `nn.MultiheadAttention`.
+
+The peer takes the mask of every head on its own, as the published code hands it over, and returns attention weights to
+nobody. Projections of keys and values are part of both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure import Row, compare
+from model.attention import Attend
+
+DIM, HEADS, QUERIES = 256, 8, 100
+
+
+def run(tiny: bool, device: torch.device) -> list[Row]:
+    """One row per feature level of a 1024 x 1024 image (tiny: 256 x 256)."""
+    side = 256 if tiny and device.type == "cpu" else 1024
+    repeats = 5 if device.type == "cpu" else 20
+    return [_case(2, side // stride, device, repeats) for stride in (32, 16, 8)]
+
+
+def _case(images: int, side: int, device: torch.device, repeats: int) -> Row:
+    torch.manual_seed(0)
+    peer = nn.MultiheadAttention(DIM, HEADS, batch_first=True).to(device)
+    attend = Attend(DIM, HEADS, dropout=0.0).to(device)
+    attend.output.load_state_dict(peer.out_proj.state_dict())
+    query = torch.randn(images, QUERIES, DIM, device=device, requires_grad=True)
+    pixels = torch.randn(images, side * side, DIM, device=device, requires_grad=True)
+    allowed = torch.rand(images, QUERIES, side * side, device=device) < 0.3
+    repeated = ~allowed[:, None].expand(-1, HEADS, -1, -1).flatten(0, 1)
+    cotangent = torch.randn_like(query)
+    weights, biases = peer.in_proj_weight.chunk(3), peer.in_proj_bias.chunk(3)
+
+    def ours() -> Sequence[Tensor]:
+        projected = [F.linear(x, w, b) for x, w, b in zip((query, pixels, pixels), weights, biases, strict=True)]
+        output = attend(*projected, allowed[:, None])
+        return output, *torch.autograd.grad(output, (query, pixels), cotangent)
+
+    def official() -> Sequence[Tensor]:
+        output = peer(query, pixels, pixels, attn_mask=repeated)[0]
+        return output, *torch.autograd.grad(output, (query, pixels), cotangent)
+
+    shape = f"{images} x {QUERIES} queries x {side * side} pixels"
+    return compare("masked attention", shape, ours, "nn.MultiheadAttention", official, 1e-4, repeats, device)

@@ -1,0 +1,68 @@
+"""Matching alone: all predictions and images at once against one image and one prediction after the other.
+
+The peer gets its dense mask logits for nothing; both see the same points and must find the same pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, compare
+from benchmarks.official_order import official_assignment
+from benchmarks.scenes import CLASSES, dense_masks, make_batch
+from model.config import LossConfig
+from model.criterion import point_counts
+from model.matcher import match
+from model.point_sampling import LabelMaps
+from model.points import CounterPoints
+from model.structures import Predictions
+
+LAYERS, QUERIES, CHANNELS = 10, 100, 256
+
+
+def run(tiny: bool, device: torch.device) -> list[Row]:
+    """One row per number of objects (and, on a GPU, of images)."""
+    if device.type == "cpu":
+        return [_case(1, 256 if tiny else 1024, count, device, repeats=3) for count in ((11,) if tiny else (11, 25))]
+    return [_case(images, 1024, 11, device, repeats=20) for images in ((2,) if tiny else (1, 2, 8))]
+
+
+@torch.no_grad()
+def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
+    generator = torch.Generator().manual_seed(0)
+    shape = (LAYERS, images, QUERIES)
+    tensors = (
+        torch.randn(*shape, CLASSES + 1, generator=generator),
+        torch.randn(*shape, CHANNELS, generator=generator) / CHANNELS**0.5,
+        torch.randn(images, CHANNELS, size // 4, size // 4, generator=generator),
+    )
+    predictions = Predictions(*(tensor.to(device) for tensor in tensors))
+    targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()
+    drawn = CounterPoints(seed=0).draw(targets.position, LAYERS, point_counts(config))
+    truth = dense_masks(targets)
+    logits = [predictions.mask_logits(layer) for layer in range(LAYERS)]
+
+    def ours() -> Sequence[Tensor]:
+        maps = LabelMaps.pack(targets.id_maps)
+        return [match(predictions, targets, maps, drawn.matching, config).query_index.double()]
+
+    def official() -> Sequence[Tensor]:
+        found = torch.full((LAYERS, images, objects), -1)
+        for layer, masks in enumerate(logits):
+            for b, own in enumerate(truth):
+                queries, columns = official_assignment(
+                    predictions.class_logits[layer, b],
+                    masks[b],
+                    targets.labels[b],
+                    own,
+                    drawn.matching[layer, b],
+                    config,
+                )
+                found[layer, b, columns.cpu()] = queries.cpu()
+        return [found.double()]
+
+    shape_text = f"{images} x {size} x {size}, {objects} masks"
+    return compare("matcher", shape_text, ours, "official order", official, 0.0, repeats, device)
