@@ -284,7 +284,7 @@ def test_a_node_is_cut_off_and_comes_back(recipe):
     experiment = client.get_experiment_by_name("m2f")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
-    losses = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    losses = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss/total")]
     assert sorted(losses) == list(range(1, last + 1)), "every step once"
     entries = read_entries(storage, queue_url(config))
     assert entries[-1].step == last
