@@ -200,21 +200,24 @@ class MSDeformAttn(nn.Module):
         batch, queries, dim = query.shape
         value = self.value_proj(source).view(batch, -1, self.heads, dim // self.heads)
         samples = (batch, queries, self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query)
-        logits = self.attention_weights(query)
+        offsets = self.sampling_offsets(query).view(*samples, 2)
+        logits = self.attention_weights(query).view(samples)
+        return self.output_proj(self.attend(value, offsets, logits, grid))
+
+    def attend(self, value: Tensor, offsets: Tensor, logits: Tensor, grid: SamplingGrid) -> Tensor:
+        """`value` [B, S, G, D], `offsets` [B, Q, G, L, P, 2] in pixels of their level, `logits` [B, Q, G, L, P].
+
+        To [B, Q, G * D]: in one kernel where it can be, else step by step.
+        """
         if self._is_fused(value):
             from model.ms_deform_attn_triton import fused_ms_deform_attn
 
-            reference = grid.reference.squeeze(2)
-            attended = fused_ms_deform_attn(
-                value, grid.shapes, reference, offsets.view(*samples, 2), logits.view(samples)
-            )
-            return self.output_proj(attended)
-        weights = logits.to(offsets.dtype).view(batch, queries, self.heads, -1).softmax(-1)
+            return fused_ms_deform_attn(value, grid.shapes, grid.reference.squeeze(2), offsets, logits)
+        weights = logits.to(offsets.dtype).flatten(-2).softmax(-1).view(logits.shape)
         sizes = grid.sizes.expand(self.levels, self.points, 2).flatten()
-        offsets = (offsets.view(batch, queries, self.heads, -1) / sizes).view(*samples, 2)
+        offsets = (offsets.flatten(-3) / sizes).view(offsets.shape)
         locations = grid.reference[:, :, None, :, None] + offsets
-        return self.output_proj(ms_deform_attn(value, grid.shapes, locations, weights.view(samples)))
+        return ms_deform_attn(value, grid.shapes, locations, weights)
 
     def _is_fused(self, value: Tensor) -> bool:
         """Whether the kernel takes this input: on CUDA, except in exported graphs and in float64."""

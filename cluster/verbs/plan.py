@@ -1,4 +1,4 @@
-"""`m2f plan`: what reading the training data will cost, from the manifests alone."""
+"""`m2f plan`: what training will read and how much GPU memory it will need, from the recipe and the manifests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from cluster.verbs.arguments import add_recipe
 
-SUMMARY = "predict requests, traffic, cache and memory of training on so many ranks"
+SUMMARY = "predict requests, traffic, cache, memory and largest micro-batch of training on so many ranks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--per-machine", type=int, default=8, metavar="N", help="ranks of a machine (default 8)")
     parser.add_argument("--speed", type=float, default=40.0, metavar="X", help="images/s of a rank (default 40)")
+    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="X", help="memory of a GPU (default 80)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
+    from cluster.compose import compose_job
     from cluster.progress import say
     from cluster.recipe import load_recipe
     from data_pipeline.manifest import Manifest
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from data_pipeline.plan import Ranks, format_prediction, predict
     from data_pipeline.storage import Storage
     from model.errors import ConfigError
+    from trainer.memory_plan import format_memory, plan_memory
 
     config = load_recipe(args.recipe, args.overrides)
     world = args.world or config.cluster.max_workers
@@ -39,11 +42,16 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--world", world), ("--batch", batch), ("--per-machine", args.per_machine)):
         if value < 1:
             raise ConfigError(f"{option} is {value}; it must be at least 1")
-    if not args.speed > 0:
-        raise ConfigError(f"--speed is {args.speed}; it must be above 0")
+    for option, value in (("--speed", args.speed), ("--gpu-gb", args.gpu_gb)):
+        if not value > 0:
+            raise ConfigError(f"{option} is {value}; it must be above 0")
     storage = Storage(config.storage)
     manifests = [Manifest.load(config.datasets[item.dataset].shards, storage) for item in config.data.train]
     order = build_order(manifests, config.seed, config.data)
     ranks = Ranks(world=world, per_machine=min(args.per_machine, world), batch=batch, images_per_s=args.speed)
     say(format_prediction(predict(manifests, order, config.data, config.seed, ranks), ranks))
+    model = compose_job(config, storage).model
+    targets = max(int(manifest.num_segments.max()) for manifest in manifests)
+    plan = plan_memory(model, config.data, config.training, world, targets)
+    say(format_memory(plan, world, config.training.zero.stage, args.gpu_gb))
     return 0

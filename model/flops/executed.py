@@ -22,15 +22,15 @@ Size = Sequence[int]
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_FAKE = FakeTensorMode()
-"""One mode for all models: tensors of two modes do not mix."""
+SHAPES_ONLY = FakeTensorMode()
+"""Tensors made in it have no values. One mode for all models: tensors of two modes do not mix."""
 
 
-def build_shapes(config: ModelConfig) -> Mask2Former:
-    """The recipe's model in evaluation mode, with shapes but without values: for the functions of this module."""
+def build_shapes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Mask2Former:
+    """The recipe's model in evaluation mode with weights of `dtype`, with shapes but without values."""
     with torch.device("meta"):
         model = build_model(config, pretrained_backbone=False)
-    return _on_fake_cpu(model).eval()
+    return _on_fake_cpu(model.to(dtype)).eval()
 
 
 def build_backbone_shapes(config: BackboneConfig) -> Backbone:
@@ -42,7 +42,7 @@ def build_backbone_shapes(config: BackboneConfig) -> Backbone:
 
 def _on_fake_cpu(module: Module) -> Module:
     """Some initialisations work on the meta device only, and autocast everywhere but there."""
-    with _FAKE:
+    with SHAPES_ONLY:
         return module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
@@ -56,7 +56,7 @@ def executed_flops(model: Mask2Former, size: tuple[int, int]) -> Flops:
 
     The dense masks of the last layer are part of it, those of other layers are never made.
     """
-    with torch.no_grad(), _FAKE, _counter() as counter:
+    with torch.no_grad(), SHAPES_ONLY, _counter() as counter:
         model(torch.zeros(1, 3, *size)).mask_logits()
     total = counter.get_total_flops() / 2
     parts = {name.rpartition(".")[2]: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
@@ -66,7 +66,7 @@ def executed_flops(model: Mask2Former, size: tuple[int, int]) -> Flops:
 
 def executed_backbone_flops(backbone: Backbone, size: tuple[int, int]) -> float:
     """Multiply-adds of `build_backbone_shapes` for one image of this height and width."""
-    with torch.no_grad(), _FAKE, _counter() as counter:
+    with torch.no_grad(), SHAPES_ONLY, _counter() as counter:
         backbone(torch.zeros(1, 3, *size))
     return counter.get_total_flops() / 2
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -342,6 +343,11 @@ def test_plan_predicts_and_names_wrong_options(recipe, capsys):
     assert status == 0
     assert out.startswith("4 ranks with 2 images each on 1 machines, 160 images/s in all")
     assert "an epoch      6 images in" in out
+    assert re.search(r"GPU memory +\d+\.\d\d GB with \d+ images of \d+ x \d+ at once.*ZeRO 1 on 4 ranks", out)
+    assert re.search(r"up to \d+ images at once fit into a GPU of 80 GB", out)
     status, _, err = run(capsys, "plan", recipe, "--world", -1)
     assert status == 2
     assert "--world is -1" in err
+    status, _, err = run(capsys, "plan", recipe, "--gpu-gb", 0)
+    assert status == 2
+    assert "--gpu-gb is 0.0" in err

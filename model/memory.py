@@ -1,0 +1,134 @@
+"""Memory that a forward and a backward pass need on a GPU, counted from tensors that have shapes but no values."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.config import LossConfig, ModelConfig
+from model.criterion import point_counts
+from model.flops.executed import SHAPES_ONLY, build_shapes
+from model.mask_losses import row_losses
+from model.ms_deform_attn import MSDeformAttn, SamplingGrid
+from model.point_sampling import chunk_elements, sample_maps
+from model.structures import Predictions
+
+
+class Activations(NamedTuple):
+    """Bytes of one micro-batch beside weights, their gradients and the optimizer state."""
+
+    kept: int
+    """When the loss is there: what the backward pass will need."""
+    peak: int
+    """At the worst moment of both passes."""
+
+
+def count_activations(
+    config: ModelConfig, images: int, size: tuple[int, int], targets: int, autocast: bool, weights: torch.dtype
+) -> Activations:
+    """Forward, loss and backward of `images` of height and width `size` with `targets` segments each.
+
+    Counts what tensors take: workspaces of libraries and the allocator's unused rest come on top.
+    """
+    model = build_shapes(config, weights).train()
+    _use_kernel_shapes(model)
+    with SHAPES_ONLY:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        with LiveBytes() as live:
+            pixels = model.normalise(torch.empty(images, 3, *size, dtype=torch.uint8))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                predictions = model(pixels)
+            loss = _loss(predictions, config.loss, min(targets, config.transformer_decoder.num_queries))
+            kept = live.now
+            loss.backward()
+    return Activations(kept, live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations inside it made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        old = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in old | self._known:
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    """Gradients of weights are counted apart: ZeRO may give them away at once."""
+    parameter.grad = None
+
+
+def _use_kernel_shapes(model: nn.Module) -> None:
+    """Deformable attention takes what the fused kernel of GPUs does, and not what the CPU's form does."""
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):
+            module.attend = _attend_as_kernel  # type: ignore[method-assign]
+
+
+def _attend_as_kernel(value: Tensor, offsets: Tensor, logits: Tensor, grid: SamplingGrid) -> Tensor:
+    return _KernelShapes.apply(value, offsets, logits)
+
+
+class _KernelShapes(torch.autograd.Function):
+    """Keeps and makes what `model.ms_deform_attn_triton` does."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(value, offsets, logits)
+        batch, _, heads, dim = value.shape
+        return value.new_empty(batch, offsets.shape[1], heads * dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, offsets, logits = ctx.saved_tensors
+        sums = torch.empty_like(value, dtype=torch.float32)
+        return sums.to(value.dtype), torch.empty_like(offsets), torch.empty_like(logits)
+
+
+def _loss(predictions: Predictions, config: LossConfig, targets: int) -> Tensor:
+    """A loss of the criterion's size: every prediction matched with `targets` segments, which needs no matching."""
+    layers, images, queries, _ = predictions.class_logits.shape
+    classes = predictions.class_logits.float().flatten(0, 2)
+    class_loss = F.cross_entropy(classes, torch.zeros(len(classes), dtype=torch.int64), reduction="none").sum()
+
+    features = predictions.mask_features.float()
+    embeddings = predictions.mask_embeddings[:, :, :targets].float().transpose(0, 1).flatten(1, 2)
+    logits = torch.cat([one @ pixels for one, pixels in zip(embeddings, features.flatten(2), strict=True)])
+    counts = point_counts(config)
+    matching = layers * images * (features.shape[1] + 2 * queries + targets) * counts.matching
+    largest = max(matching, 8 * len(logits) * counts.candidates)
+    scratch = torch.empty(min(largest, chunk_elements(torch.device("cuda"))))
+    del scratch
+    points = torch.empty(len(logits), config.num_points, 2)
+    samples = sample_maps(logits.unflatten(1, features.shape[2:]), points)
+    mask, dice = row_losses(samples, torch.empty_like(samples), config.mask_loss)
+    return class_loss + mask.sum() + dice.sum()

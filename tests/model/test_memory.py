@@ -1,0 +1,101 @@
+"""Memory counted from shapes, against what a real step of the same recipe allocates."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import model.memory
+from model.config import (
+    FPNPixelDecoderConfig,
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from model.criterion import compute_losses, count_normalizers
+from model.mask2former import build_model
+from model.memory import Activations, LiveBytes, count_activations
+from model.points import CounterPoints
+from model.structures import Targets
+
+QUERIES, TARGETS, SIZE = 20, 6, 128
+FPN = ModelConfig(
+    backbone=TimmBackboneConfig(name="resnet10t", options={"channels": (16, 32, 48, 64)}),
+    pixel_decoder=FPNPixelDecoderConfig(conv_dim=32, mask_dim=32),
+    transformer_decoder=MaskedTransformerDecoderConfig(
+        num_queries=QUERIES, num_layers=2, hidden_dim=32, num_heads=2, feedforward_dim=64
+    ),
+    loss=LossConfig(num_points=256),
+    num_classes=5,
+)
+ENCODER = MSDeformAttnPixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=4, num_heads=2, feedforward_dim=128)
+
+
+def striped_targets(images):
+    """Every image cut into as many stripes as targets."""
+    rows = torch.arange(SIZE) * TARGETS // SIZE + 1
+    ids = torch.arange(1, TARGETS + 1).expand(images, -1)
+    return Targets(
+        id_maps=rows.to(torch.uint8)[:, None].expand(images, 1, SIZE, SIZE).contiguous(),
+        labels=torch.zeros_like(ids),
+        layer=torch.zeros_like(ids),
+        local_id=ids,
+        valid=torch.ones_like(ids, dtype=torch.bool),
+        weight=torch.ones(images),
+        dataset=torch.zeros(images, dtype=torch.int64),
+        position=torch.arange(images),
+    )
+
+
+def allocated(config, images):
+    """What a real step on the CPU takes beside weights and their gradients."""
+    model = build_model(config, pretrained_backbone=False).train()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    targets = striped_targets(images)
+    normalizers = count_normalizers(targets, QUERIES, config.loss)
+    pixels = torch.zeros(images, 3, SIZE, SIZE, dtype=torch.uint8)
+    with LiveBytes() as live:
+        predictions = model(model.normalise(pixels))
+        loss = compute_losses(predictions, targets, CounterPoints(0), normalizers, config.loss, 5).total
+        kept = live.now
+        loss.backward()
+    return Activations(kept, live.peak)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_count_is_what_a_real_step_allocates(checkpointing, monkeypatch):
+    of_device = model.memory.chunk_elements
+    monkeypatch.setattr(model.memory, "chunk_elements", lambda device: of_device(torch.device("cpu")))
+    config = replace(FPN, backbone=replace(FPN.backbone, checkpointing=checkpointing))
+    counted = count_activations(config, 3, (SIZE, SIZE), TARGETS, False, torch.float32)
+    real = allocated(config, 3)
+    assert counted.kept == pytest.approx(real.kept, rel=0.05)
+    assert counted.peak == pytest.approx(real.peak, rel=0.15)
+
+
+def test_checkpointing_and_16_bits_take_less():
+    def peak(precision=torch.float32, autocast=False, **settings):
+        config = replace(FPN, pixel_decoder=replace(ENCODER, **settings))
+        return count_activations(config, 2, (SIZE, SIZE), TARGETS, autocast, precision).peak
+
+    full = peak()
+    assert peak(checkpointing=True) < 0.8 * full
+    assert peak(autocast=True) < 0.9 * full
+    assert peak(torch.bfloat16, autocast=True) < peak(autocast=True)
+
+
+def test_live_bytes_follow_storages_and_not_views():
+    with LiveBytes() as live:
+        first = torch.zeros(1000)
+        view = first[10:].view(-1, 10)
+        assert live.now == 4000
+        first.add_(1)
+        second = view + 1
+        assert live.now == 4000 + 3960
+        del first, view
+        assert live.now == 3960
+        del second
+    assert (live.now, live.peak) == (0, 7960)

@@ -1,0 +1,92 @@
+"""How much GPU memory a recipe will need, and how many images fit: by counting, before there is a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.config import DataConfig
+from data_pipeline.order import step_plan
+from model.config import ModelConfig
+from model.flops.executed import build_shapes, count_parameters
+from model.memory import count_activations
+from trainer.config import TrainingConfig
+from trainer.memory_probe import largest_shape
+
+_USABLE = 0.9
+"""Share of a GPU that tensors can have; the rest is for its driver, workspaces and gaps between tensors."""
+_FULL, _MOMENTS = 4, 8  # bytes per weight: a copy in fp32, and AdamW's two moments
+_16_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one GPU at the worst moment of a step."""
+
+    size: tuple[int, int]
+    """Height and width of the largest images."""
+    micro_batch: int
+    """Images at once, by the recipe and the number of ranks."""
+    states: int
+    """Weights, gradients, optimizer state and the buckets in which gradients travel."""
+    fixed: int
+    """What a forward and a backward pass take besides, whatever the number of images."""
+    per_image: int
+
+    def peak(self, images: int) -> int:
+        """With so many images at once."""
+        return self.states + self.fixed + images * self.per_image
+
+    def largest_micro_batch(self, gpu_bytes: float) -> int:
+        """Images that fit at once into a GPU of that size; 0 where not even one does."""
+        return max(0, int((_USABLE * gpu_bytes - self.states - self.fixed) // self.per_image))
+
+
+def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, world: int, targets: int) -> MemoryPlan:
+    """Count one micro-batch of one image and one of two, with `targets` segments in each. Takes seconds."""
+    size = largest_shape(data.augment)
+    dtype = _16_BIT.get(training.precision, torch.float32)
+    one, two = (
+        count_activations(model, images, size, targets, training.precision != "fp32", dtype).peak for images in (1, 2)
+    )
+    return MemoryPlan(
+        size=size,
+        micro_batch=len(step_plan(0, training.global_batch, 0, world, training.micro_batch)[0]),
+        states=state_bytes(count_parameters(build_shapes(model)), training, world),
+        fixed=max(0, 2 * one - two),
+        per_image=two - one,
+    )
+
+
+def state_bytes(weights: int, training: TrainingConfig, world: int) -> int:
+    """What one rank keeps of that many weights under the recipe's ZeRO stage (Rajbhandari et al., SC 2020, figure 1).
+
+    From stage 1 on, DeepSpeed keeps an fp32 copy of the rank's share of the weights in every precision.
+    """
+    zero = training.zero
+    width = 2 if training.precision in _16_BIT else 4
+    own = -(-weights // world)
+    of_weights = own if zero.stage == 3 else weights
+    of_gradients = own if zero.stage >= 2 else weights
+    optimizer = _MOMENTS * weights if zero.stage == 0 else (_FULL + _MOMENTS) * own
+    if zero.offload_optimizer:
+        optimizer = 0
+    buckets = (1 + zero.overlap_comm) * min(zero.reduce_bucket_size, weights) if zero.stage else 0
+    average = _FULL * own if training.ema_decay else 0
+    return width * (of_weights + of_gradients + buckets) + optimizer + average
+
+
+def format_memory(plan: MemoryPlan, world: int, stage: int, gpu_gb: float) -> str:
+    """The plan in words."""
+    height, width = plan.size
+    largest = plan.largest_micro_batch(gpu_gb * 1e9)
+    fits = f"up to {largest} images at once fit" if largest else "not even one image fits"
+    return "\n".join(
+        [
+            f"GPU memory    {plan.peak(plan.micro_batch) / 1e9:,.2f} GB with {plan.micro_batch} images of "
+            f"{height} x {width} at once: {plan.states / 1e9:,.2f} GB of weights, gradients and optimizer state "
+            f"(ZeRO {stage} on {world} ranks), {plan.fixed / 1e9:,.2f} GB and {plan.per_image / 1e9:,.2f} GB per image",
+            f"              {fits} into a GPU of {gpu_gb:g} GB (training.micro_batch)",
+        ]
+    )
