@@ -228,7 +228,7 @@ class _Supervisor:
             run_config=RayRunConfig(
                 name=f"attempt-{number}",  # a new one each: Ray would look for checkpoints of the last
                 storage_path=self._scratch,
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
                 logging_config=LoggingConfig(log_level="CRITICAL"),  # we say what failed; Ray's files keep the rest
             ),
         )
