@@ -88,6 +88,15 @@ def decode_rgb(data: bytes, orientation: int = 1) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
+def check_pixels(data: bytes, header: ImageHeader) -> None:
+    """Prove that all pixels of an image file can be decoded. Raises BrokenImageError.
+
+    Of a JPEG every coefficient is read, but an image of an eighth of its sides made of them: the same files fail, in
+    half the time.
+    """
+    _decode(data, cv2.IMREAD_REDUCED_COLOR_8 if header.ext == "jpg" else cv2.IMREAD_COLOR_RGB)
+
+
 def decode_index_png(data: bytes) -> np.ndarray:
     """Values [H, W] uint8 or uint16 of a one-channel PNG; of a palette PNG the indices, not the colours."""
     header = read_header(data)
@@ -105,16 +114,17 @@ def decode_id_png(data: bytes) -> np.ndarray:
     """Segment ids [H, W] uint32 of a COCO panoptic PNG: R + 256 G + 65536 B."""
     if read_header(data).ext != "png":
         raise BrokenImageError("panoptic ids must be a PNG; JPEG changes the colours")
-    rgb = _decode(data, cv2.IMREAD_COLOR_RGB).astype(np.uint32)  # cast first: 256 * uint8 overflows
-    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+    padded = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR_RGB), cv2.COLOR_RGB2RGBA)  # to four bytes, one number
+    return padded.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
 
 
 def encode_png(values: np.ndarray) -> bytes:
     """A PNG of [H, W] uint8 or uint16 or [H, W, 3] uint8 (RGB), the same bytes every time."""
-    is_map = values.ndim == 2  # long runs of equal ids: run lengths alone are a third faster and a tenth smaller
-    strategy = cv2.IMWRITE_PNG_STRATEGY_RLE if is_map else cv2.IMWRITE_PNG_STRATEGY_DEFAULT
-    bgr = values if is_map else values[..., ::-1]
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, strategy]
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 6]
+    if values.ndim == 2:  # ids mostly equal those above them: runs of zeros are all that is to be written
+        options += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+        options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+    bgr = values if values.ndim == 2 else values[..., ::-1]
     done, data = cv2.imencode(".png", np.ascontiguousarray(bgr), options)
     assert done, f"OpenCV cannot write a PNG of {values.shape} {values.dtype}"
     return data.tobytes()
@@ -137,7 +147,7 @@ def _read_jpeg_header(data: bytes) -> ImageHeader:
             frame = struct.unpack_from(">BHHB", data, start)
         elif marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
             orientation = _exif_orientation(data[start + 6 : end])
-        elif marker == 0xDA and data.find(b"\xff\xd9", end) < 0:
+        elif marker == 0xDA and data.rfind(b"\xff\xd9", end) < 0:
             raise BrokenImageError("the JPEG file is cut off (no end marker); fetch it again")
     if frame is None:
         raise BrokenImageError("the JPEG file has no image in it")

@@ -35,11 +35,11 @@ def partition(
     Raises:
         DataError: unknown values.
     """
-    runs = _find_runs(values)
+    runs = find_runs(values)
     present, of_run = np.unique(runs.value, return_inverse=True)
-    areas = np.bincount(of_run, weights=runs.end - runs.start)
+    areas = np.bincount(of_run, weights=runs.length)
     regions: dict[Region, int] = {}
-    local_ids = np.zeros(len(present), np.int64)
+    local_ids = np.zeros(len(present), np.uint32)
     unknown: dict[object, None] = {}
     for number, value in enumerate(present.tolist()):
         try:
@@ -51,10 +51,9 @@ def partition(
             local_ids[number] = regions.setdefault(region, len(regions) + 1)
     if unknown:
         raise DataError(f"{where}: pixel values {some(unknown, 20)} {unknown_are}")
-    table = np.zeros(int(present[-1]) + 1, id_dtype(len(regions)))  # pages that are never touched cost nothing
-    table[present] = local_ids
+    local_ids = local_ids.astype(id_dtype(len(regions)))
     pixels = np.bincount(local_ids, weights=areas, minlength=len(regions) + 1)
-    boxes = _boxes(runs, local_ids[of_run], len(regions), values.shape)
+    boxes = _boxes(runs, local_ids[of_run], len(regions))
     segments = tuple(
         Segment(
             id=local_id,
@@ -68,35 +67,39 @@ def partition(
         )
         for region, local_id in regions.items()
     )
-    return Annotation(seg=table[values], inst=None, segments=segments)
+    return Annotation(seg=runs.paint(local_ids[of_run]), inst=None, segments=segments)
 
 
-class _Runs(NamedTuple):
-    """Runs of equal values in the rows of a map: few beside its pixels, so that counting them is fast."""
+class Runs(NamedTuple):
+    """Runs of equal values in the rows of a map [H, W]: few beside its pixels, so that work on them is fast."""
 
     value: np.ndarray
-    row: np.ndarray
     start: np.ndarray
-    end: np.ndarray
-    """Column after the last."""
+    """Number of the first pixel, counted row by row."""
+    length: np.ndarray
+    shape: tuple[int, ...]
+
+    def paint(self, values: np.ndarray) -> np.ndarray:
+        """A map [H, W] of the same runs with other values."""
+        return np.repeat(values, self.length).reshape(self.shape)
 
 
-def _find_runs(values: np.ndarray) -> _Runs:
+def find_runs(values: np.ndarray) -> Runs:
+    """The runs of a map [H, W], in the order of its pixels."""
     is_start = np.ones(values.shape, bool)
-    is_start[:, 1:] = values[:, 1:] != values[:, :-1]
-    row, start = np.nonzero(is_start)
-    end = np.roll(start, -1)  # a run ends where the next one starts,
-    end[end == 0] = values.shape[1]  # or at the border where that is the first of another row
-    return _Runs(values[row, start], row, start, end)
+    np.not_equal(values[:, 1:], values[:, :-1], out=is_start[:, 1:])
+    start = np.flatnonzero(is_start)
+    return Runs(values.ravel()[start], start, np.diff(start, append=values.size), values.shape)
 
 
-def _boxes(runs: _Runs, ids: np.ndarray, count: int, shape: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+def _boxes(runs: Runs, ids: np.ndarray, count: int) -> list[tuple[int, int, int, int]]:
     """x, y, width, height of ids 1..count, given the id of every run; each id has at least one."""
-    left, top = np.full(count + 1, shape[1]), np.full(count + 1, shape[0])
+    row, column = np.divmod(runs.start, runs.shape[1])
+    left, top = np.full(count + 1, runs.shape[1]), np.full(count + 1, runs.shape[0])
     right, bottom = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
-    np.minimum.at(left, ids, runs.start)
-    np.minimum.at(top, ids, runs.row)
-    np.maximum.at(right, ids, runs.end)
-    np.maximum.at(bottom, ids, runs.row + 1)
+    np.minimum.at(left, ids, column)
+    np.minimum.at(top, ids, row)
+    np.maximum.at(right, ids, column + runs.length)
+    np.maximum.at(bottom, ids, row + 1)
     boxes = np.stack([left, top, right - left, bottom - top], axis=1)[1:]
     return [(x, y, width, height) for x, y, width, height in boxes.tolist()]

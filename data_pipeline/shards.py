@@ -81,6 +81,8 @@ class ShardPart:
     samples: pa.Table
     """Rows of SAMPLE_SCHEMA."""
     problems: tuple[SampleProblem, ...] = ()
+    encoding: int = codec.VERSION
+    """`codec.VERSION` of the code that wrote it."""
 
 
 def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> ShardPlan:
@@ -126,7 +128,7 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
     info = ShardInfo(f"shards/{shard_index:05d}.tar", len(data), hashlib.sha256(data).hexdigest(), table.num_rows)
     url = join(plan.target, info.name)
     storage.put(url, data)
-    if hashlib.sha256(storage.get(url)).hexdigest() != info.sha256:
+    if storage.get(url) != data:
         raise StorageError(f"{url}: the store returns other bytes than were written; check the store and run again")
     part = ShardPart(index=shard_index, info=info, samples=table, problems=tuple(problems))
     storage.put(_part_url(plan, shard_index), _encode_part(part, plan))
@@ -134,9 +136,10 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
 
 
 def complete_parts(plan: ShardPlan, storage: Storage) -> tuple[ShardPart, ...]:
-    """Parts that need not be written again: receipt and shard are there, and no sample was left out.
+    """Parts that need not be written again: receipt and shard are there, in the encoding of this version, and no
+    sample was left out.
 
-    Once the manifest is committed, parts that left samples out count too: a data set that exists never changes.
+    Once the manifest is committed, all parts count: a data set that exists never changes.
     Claims the target for this plan. Raises DataError where it belongs to another one.
     """
     committed = manifest.read_document(plan.target, storage)
@@ -149,7 +152,7 @@ def complete_parts(plan: ShardPlan, storage: Storage) -> tuple[ShardPart, ...]:
         if _part_url(plan, index) not in present:
             continue
         part = _decode_part(storage.get(_part_url(plan, index)), plan)
-        if part is None or (part.problems and committed is None):
+        if part is None or (committed is None and (part.problems or part.encoding != codec.VERSION)):
             continue
         if _has_size(join(plan.target, part.info.name), part.info.size, storage):
             parts.append(part)
@@ -271,6 +274,7 @@ def _encode_part(part: ShardPart, plan: ShardPlan) -> bytes:
         "index": part.index,
         "info": asdict(part.info),
         "problems": [asdict(problem) for problem in part.problems],
+        "encoding": part.encoding,
     }
     return manifest.write_table(part.samples.replace_schema_metadata({"receipt": json.dumps(receipt)}))
 
@@ -286,7 +290,13 @@ def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
         return None
     problems = tuple(SampleProblem(**problem) for problem in receipt["problems"])
     rows = table.replace_schema_metadata(None).cast(SAMPLE_SCHEMA)
-    return ShardPart(index=receipt["index"], info=ShardInfo(**receipt["info"]), samples=rows, problems=problems)
+    return ShardPart(
+        index=receipt["index"],
+        info=ShardInfo(**receipt["info"]),
+        samples=rows,
+        problems=problems,
+        encoding=receipt.get("encoding", 1),  # before receipts named it
+    )
 
 
 def _claim_target(plan: ShardPlan, storage: Storage) -> None:

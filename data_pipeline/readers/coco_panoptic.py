@@ -14,6 +14,7 @@ import numpy as np
 from data_pipeline.categories import CategoryTable
 from data_pipeline.config import CocoPanopticSource
 from data_pipeline.errors import DataError, some
+from data_pipeline.partition import find_runs
 from data_pipeline.readers import coco_json
 from data_pipeline.readers.coco_instances import check_annotations
 from data_pipeline.readers.coco_json import CocoImage, field, stated_area, stated_box, whole_number
@@ -179,14 +180,12 @@ def _local_ids(ids: np.ndarray, source_ids: Sequence[int], path: Path) -> np.nda
     outside = [i for i in source_ids if not 0 < i < 1 << 24]
     if outside:
         raise DataError(f"{path}: segment ids of its JSON entry do not fit a colour: {some(outside)}")
-    table = np.zeros(1 << 24, id_dtype(len(source_ids)))  # zero pages cost nothing until they are touched
-    table[source_ids] = np.arange(1, len(source_ids) + 1)
-    seg = table[ids]
-    unknown = np.unique(ids[(seg == VOID_ID) & (ids != 0)])
-    if unknown.size:
-        raise DataError(f"{path}: pixels have ids that its JSON entry does not list: {some(unknown.tolist())}")
-    present = np.bincount(seg.ravel(), minlength=len(source_ids) + 1)
-    absent = [i for i, pixels in zip(source_ids, present[1:], strict=True) if not pixels]
-    if absent:
+    runs = find_runs(ids)
+    values, of_run = np.unique(runs.value, return_inverse=True)
+    present = values.tolist()
+    local_ids = {0: VOID_ID} | {source_id: number for number, source_id in enumerate(source_ids, start=1)}
+    if unknown := [i for i in present if i not in local_ids]:
+        raise DataError(f"{path}: pixels have ids that its JSON entry does not list: {some(unknown)}")
+    if absent := sorted(set(source_ids).difference(present)):
         raise DataError(f"{path}: its JSON entry lists segments without a pixel: {some(absent)}")
-    return seg
+    return runs.paint(np.array([local_ids[i] for i in present], id_dtype(len(source_ids)))[of_run])

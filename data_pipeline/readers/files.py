@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from data_pipeline.errors import DataError
-from data_pipeline.image_file import BrokenImageError, ImageHeader, decode_rgb, frame_orientation, read_header
+from data_pipeline.image_file import BrokenImageError, ImageHeader, check_pixels, frame_orientation, read_header
 
 _MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
 ANNOTATION_BYTES = 12_000
@@ -38,11 +38,10 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
         require_size(header, max_pixels)
         if header.bit_depth > 8:
             raise BrokenImageError(f"{header.bit_depth}-bit images are not supported; convert it to 8 bits")
-        orientation = frame_orientation(header, height, width)
-        decoded = decode_rgb(data, orientation)
+        frame_orientation(header, height, width)
+        check_pixels(data, header)
     except BrokenImageError as error:
         raise DataError(f"{name}: {error}") from error
-    assert decoded.shape == (height, width, 3)
     return LoadedImage(data, header.ext)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -52,7 +53,7 @@ def _rings(segmentation: Any) -> tuple[tuple[float, ...], ...] | None:
     """Rings of a polygon segmentation that `_decode` has read; None for run lengths."""
     if not isinstance(segmentation, list):
         return None
-    return tuple(tuple(float(value) for value in ring) for ring in segmentation)
+    return tuple(tuple(map(float, ring)) for ring in segmentation)
 
 
 def stack_layers(
@@ -68,7 +69,7 @@ def stack_layers(
     for local_id, mask in enumerate(masks, start=1):
         x, y, w, h = box = pixel_box(mask)
         window = (slice(y, y + h), slice(x, x + w))
-        inside = mask[window] != 0
+        inside = np.ascontiguousarray(mask[window]) != 0
         layer = next((i for i, ids in enumerate(layers) if not (ids[window] * inside).any()), len(layers))
         if layer == len(layers):
             layers.append(np.zeros_like(layers[0]))
@@ -79,12 +80,14 @@ def stack_layers(
 
 
 def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x, y, width, height of the smallest box around the non-zero pixels; zeros where there is none."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        return 0, 0, 0, 0
-    x, y = int(columns[0]), int(rows[0])
-    return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1
+    """x, y, width, height of the smallest box around the non-zero pixels of a mask [H, W] bool or uint8; zeros where
+    there is none.
+    """
+    if mask.flags.f_contiguous:  # as pycocotools makes them
+        y, x, height, width = cv2.boundingRect(mask.T.view(np.uint8))
+    else:
+        x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
+    return x, y, width, height
 
 
 def _decode(entry: Mapping[str, Any], height: int, width: int, where: str) -> np.ndarray:
@@ -149,6 +152,14 @@ def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
             raise DataError(f"{name}: a polygon needs an even number of at least 6 coordinates: {str(polygon)[:60]}")
         # It also walks along every edge: senseless coordinates would take all memory, or crash it.
         reach = _POLYGON_REACH * max(height, width)
-        if not all(isinstance(value, int | float) and -reach <= value <= reach for value in polygon):
+        if not _are_numbers_within(polygon, reach):
             raise DataError(f"{name}: a polygon has coordinates far outside the {width} x {height} pixels of its image")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+
+
+def _are_numbers_within(values: list[Any], limit: float) -> bool:
+    try:
+        numbers = np.array(values)
+    except ValueError:  # lists of different lengths
+        return False
+    return numbers.ndim == 1 and numbers.dtype.kind in "biuf" and bool(((-limit <= numbers) & (numbers <= limit)).all())

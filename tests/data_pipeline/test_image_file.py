@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_pipeline.image_file import (
     BrokenImageError,
+    check_pixels,
     decode_id_png,
     decode_index_png,
     decode_rgb,
@@ -113,6 +114,34 @@ def test_a_flipped_bit_in_a_png_is_found():
     damaged[len(PNG) // 2] ^= 1
     with pytest.raises(BrokenImageError, match="damaged"):
         read_header(bytes(damaged))
+
+
+def _fails(decode, data: bytes) -> bool:
+    try:
+        decode(data)
+    except BrokenImageError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_blocks": 2}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_checking_pixels_refuses_what_decoding_refuses(options, mode):
+    whole = _saved(Image.fromarray(PIXELS[:31, :45]).convert(mode), "JPEG", **options)
+    random, refused = np.random.default_rng(5), 0
+    for _ in range(150):
+        data, spot = bytearray(whole), random.integers(2, len(whole) - 2)
+        data[spot] ^= 1 << random.integers(8)
+        data[random.integers(spot, len(data)) : -2] = b""
+        try:
+            header = read_header(bytes(data))
+        except BrokenImageError:
+            continue
+        fails = _fails(decode_rgb, bytes(data))
+        assert _fails(lambda data, header=header: check_pixels(data, header), bytes(data)) == fails
+        refused += fails
+    check_pixels(whole, read_header(whole))
+    assert refused
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -167,6 +167,19 @@ def test_lost_or_damaged_parts_are_written_again(reader, tmp_path):
     assert [part.index for part in complete_parts(plan, STORAGE)] == [3]
 
 
+def test_parts_in_the_encoding_of_another_version_are_written_again(reader, tmp_path, monkeypatch):
+    plan = _plan(reader, tmp_path)
+    for index in range(4):
+        write_shard(reader, plan, index, STORAGE)
+    assert len(complete_parts(plan, STORAGE)) == 4
+    monkeypatch.setattr(codec, "VERSION", codec.VERSION + 1)
+    assert complete_parts(plan, STORAGE) == ()
+    monkeypatch.undo()
+    commit_manifest(plan, complete_parts(plan, STORAGE), STORAGE)
+    monkeypatch.setattr(codec, "VERSION", codec.VERSION + 1)
+    assert len(complete_parts(plan, STORAGE)) == 4, "what is committed stays as it is"
+
+
 def test_a_second_run_changes_nothing(reader, dataset):
     before = {p: p.stat().st_mtime_ns for p in Path(dataset.url).rglob("*") if p.is_file()}
     again = write_dataset(reader, _config(dataset.url), STORAGE)
