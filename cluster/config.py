@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.config import DataConfig, DatasetConfig, StorageConfig
+from data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
 from eval.config import EvaluationConfig
 from model.config import ModelConfig
 from model.errors import ConfigError, require_at_least
@@ -95,6 +95,11 @@ class RunConfig:
         for where, dataset in named:
             if dataset not in self.datasets:
                 raise ConfigError(f"{where}: no data set {dataset!r} under `datasets` (known: {known})")
+        if self.training.compile and isinstance(self.data.augment, ScaleJitter):
+            raise ConfigError(
+                "training.compile is true, but data.augment makes images of many sizes, each compiled anew; "
+                "set data.augment.kind to lsj or shortest_edge, or training.compile to false"
+            )
 
     @property
     def run_folder(self) -> str:

@@ -140,6 +140,9 @@ class TrainingConfig:
     """Steps in a row with non-finite gradients after which the run stops."""
     deterministic: bool = False
     """Deterministic kernels on GPU (slower); CPU runs are deterministic in any case."""
+    compile: bool = False
+    """Compile backbone, pixel decoder and transformer decoder with torch.compile, each into one graph: fewer kernels.
+    The first step takes minutes longer. Images must have one size; not with ZeRO stage 3."""
     threads: int = 1
     """Torch threads per rank on CPU."""
     collective_timeout_s: float = 600.0
@@ -157,6 +160,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"training.precision {self.precision} needs training.zero.stage 1, 2 or 3, which keep fp32 copies of "
                 "the weights; raise the stage, or set the precision to bf16_autocast"
+            )
+        if self.compile and self.zero.stage == 3:
+            raise ConfigError(
+                "training.compile needs training.zero.stage 0, 1 or 2; it is 3, which gathers weights in hooks that a "
+                "graph does not run. Lower the stage, or set training.compile to false"
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")

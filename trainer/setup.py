@@ -22,6 +22,7 @@ from trainer.engine import Engine
 from trainer.job import TrainJob
 from trainer.memory_probe import probe_memory
 from trainer.module import TrainingModule
+from trainer.regions import compile_regions
 from trainer.reporting import CommittedCheckpoint, Reporter
 from trainer.resume import open_restart
 from trainer.state import TrainState
@@ -57,6 +58,8 @@ def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
             reporter.event("weights", 0, f"{job.model.weights}: {report}")
         if restart is not None:
             restart.load_model(model)
+        if training.compile:
+            compile_regions(model)
         module = TrainingModule(model, job.model, job.seed, training.precision)
         job = probe_memory(module, job, data, this_device(), ranks, reporter)
         engine = Engine(module, job.training, this_device(), universal=restart is not None and restart.reshard)

@@ -1,0 +1,83 @@
+"""Compiled regions: as many graphs as regions, however many targets the images have."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from cluster.config import RunConfig
+from data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, ScaleJitter, SyntheticSource
+from model.config import (
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from model.criterion import count_normalizers
+from model.errors import ConfigError
+from model.mask2former import build_model
+from trainer.config import TrainingConfig, ZeroConfig
+from trainer.job import TrainJob
+from trainer.memory_probe import worst_batch
+from trainer.module import TrainingModule
+from trainer.regions import REGIONS, compile_regions
+
+QUERIES = 8
+MODEL = ModelConfig(
+    backbone=TimmBackboneConfig(name="resnet10t", options={"channels": (8, 16, 24, 32)}),
+    pixel_decoder=MSDeformAttnPixelDecoderConfig(
+        conv_dim=16, mask_dim=16, num_layers=1, num_heads=2, num_points=2, feedforward_dim=16, checkpointing=True
+    ),
+    transformer_decoder=MaskedTransformerDecoderConfig(
+        num_queries=QUERIES, num_layers=3, hidden_dim=16, num_heads=2, feedforward_dim=16
+    ),
+    loss=LossConfig(num_points=64),
+    num_classes=3,
+)
+DATA = DataConfig(train=(MixtureItem(dataset="train"),))
+TRAINING = TrainingConfig(max_steps=1)
+JOB = TrainJob(run_folder="run", model=MODEL, data=DATA, shards=("none",), training=TRAINING)
+
+
+def step(module, targets):
+    """Loss and gradients of two images with so many targets each."""
+    job = replace(JOB, data=replace(DATA, augment=replace(DATA.augment, size=64)))
+    batch = worst_batch(job, 2, targets)
+    module.zero_grad()
+    loss = module(batch, count_normalizers(batch.targets, QUERIES, MODEL.loss)).total
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
+def test_every_region_is_one_graph_for_any_number_of_targets():
+    torch.manual_seed(0)
+    module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 0, "fp32")
+    names = list(module.state_dict())
+    with torch.no_grad():  # away from whole pixels, where bilinear sampling has a kink and forms may differ
+        module.get_parameter("model.pixel_decoder.layers.0.attention.sampling_offsets.bias").add_(0.3)
+    eager = [step(module, targets) for targets in (2, 5)]
+    graphs = CompileCounter()  # runs what was captured as it is
+    compile_regions(module.model, graphs)
+    for (loss, gradients), targets in zip(eager, (2, 5), strict=True):
+        compiled_loss, compiled_gradients = step(module, targets)
+        assert graphs.frame_count == len(REGIONS)
+        # Deformable attention is sampled by grid_sample inside a graph.
+        torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
+        for compiled, expected in zip(compiled_gradients, gradients, strict=True):
+            torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-5)
+    assert list(module.state_dict()) == names
+
+
+def test_what_cannot_be_compiled_is_refused():
+    with pytest.raises(ConfigError, match=r"training\.compile .* training\.zero\.stage 0, 1 or 2; it is 3"):
+        TrainingConfig(max_steps=1, compile=True, zero=ZeroConfig(stage=3))
+    with pytest.raises(ConfigError, match=r"training\.compile .* data\.augment"):
+        RunConfig(
+            name="x",
+            datasets={"train": DatasetConfig(shards="s", source=SyntheticSource())},
+            data=replace(DATA, augment=ScaleJitter()),
+            training=replace(TRAINING, compile=True),
+        )
