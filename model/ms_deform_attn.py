@@ -227,8 +227,13 @@ class MSDeformAttn(nn.Module):
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _kernel_is_right(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
+    """As `_tried_kernel` says; a function around it because torch.compile looks through caches."""
+    return _tried_kernel(dtype, levels, heads, points, dim)
+
+
+@functools.cache
+def _tried_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
     """Try the Triton kernel on this machine against the plain form, once; say so where the plain form must do."""
     try:
         from model.ms_deform_attn_triton import fused_ms_deform_attn

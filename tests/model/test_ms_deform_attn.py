@@ -1,7 +1,10 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+import model.ms_deform_attn as own
 from model.ms_deform_attn import (
     MSDeformAttn,
     SamplingGrid,
@@ -162,3 +165,23 @@ def test_coordinates_stay_float32_in_bfloat16(monkeypatch, mode):
     assert output.dtype == torch.bfloat16
     assert output.shape == exact.shape
     assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(("worst", "chosen"), [(0.0, "kernel"), (1.0, "plain")])
+def test_the_trial_of_the_kernel_is_a_constant_of_compiled_graphs(worst, chosen, monkeypatch):
+    """torch.compile looks through caches into functions; the trial must not become part of a graph."""
+    pytest.importorskip("triton")
+    torch.compiler.reset()
+    trials = []
+    monkeypatch.setattr(own, "_kernel_error", lambda *sizes: trials.append(sizes) or worst)
+    own._tried_kernel.cache_clear()
+
+    def take(value):
+        return value + 1 if own._kernel_is_right(value.dtype, 3, 2, 4, 8) else value - 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        result = torch.compile(take, backend="eager", fullgraph=True)(torch.zeros(1))
+    own._tried_kernel.cache_clear()
+    assert result.item() == (1 if chosen == "kernel" else -1)
+    assert [sizes[1:] for sizes in trials] == [(torch.float32, 3, 2, 4, 8)]
