@@ -48,17 +48,10 @@ def ms_deform_attn_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor,
 
 def ms_deform_attn_embedding_bag(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """`ms_deform_attn` as one weighted sum of 4 L P rows per query and head: fast on CPU, and stores no sample."""
-    batch, pixels, heads, dim = value.shape
-    queries = locations.shape[1]
-    rows, row_weights = bilinear_corners(shapes, locations, weights)
-    # Row of the table [B * S * G, D] = (image * S + pixel) * G + head.
-    image = torch.arange(batch, dtype=torch.int32).view(batch, 1, 1, 1) * (pixels * heads)
-    head = torch.arange(heads, dtype=torch.int32).view(1, 1, heads, 1)
-    rows = torch.stack([row * heads + (image + head) for row in rows], dim=-2)
-    table = value.reshape(-1, dim).to(locations.dtype)
-    bags = batch * queries * heads
-    output = WeightedRowSum.apply(table, rows.view(bags, -1), torch.stack(row_weights, dim=-2).view(bags, -1))
-    return output.view(batch, queries, heads * dim).to(value.dtype)
+    batch, queries = weights.shape[:2]
+    table = value.reshape(-1, value.shape[-1]).to(locations.dtype)
+    output = SampledRowSum.apply(table, locations, weights, shapes)
+    return output.view(batch, queries, -1).to(value.dtype)
 
 
 def bilinear_corners(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -98,38 +91,62 @@ def _axis_corners(location: Tensor, size: Tensor) -> tuple[list[Tensor], list[Te
     return clamped, [(1 - fraction) * inside[0], fraction * inside[1]]
 
 
-class WeightedRowSum(torch.autograd.Function):
-    """`output[n] = sum_k weights[n, k] * table[rows[n, k]]`, what `F.embedding_bag` computes, for CPU tensors.
+def _weighted_rows(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the table of values, int32, and their weights, both [B * Q * G, 4 L P]."""
+    batch, _, heads = weights.shape[:3]
+    rows, row_weights = bilinear_corners(shapes, locations, weights)
+    # Row of the table [B * S * G, D] = (image * S + pixel) * G + head.
+    pixels = sum(height * width for height, width in shapes)
+    image = torch.arange(batch, dtype=torch.int32).view(batch, 1, 1, 1) * (pixels * heads)
+    head = torch.arange(heads, dtype=torch.int32).view(1, 1, heads, 1)
+    rows = torch.stack([row * heads + (image + head) for row in rows], dim=-2)
+    return rows.flatten(0, 2).flatten(1), torch.stack(row_weights, dim=-2).flatten(0, 2).flatten(1)
 
-    Only the backward pass is ours: the table's gradient is a product with a transposed sparse matrix, which scipy does
-    in one pass where PyTorch sorts all indices first (10 times slower).
+
+class SampledRowSum(torch.autograd.Function):
+    """`output[n] = sum_k weight[n, k] * table[row[n, k]]` over the corners of all locations, for CPU tensors.
+
+    The backward pass computes rows and weights again: kept, they are a quarter of what a training step remembers. The
+    table's gradient is a product with a transposed sparse matrix, which scipy does in one pass where PyTorch sorts all
+    indices first (10 times slower).
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        """`table` [R, D], `rows` int32 [N, K], `weights` [N, K] to [N, D]."""
-        ctx.save_for_backward(table, rows, weights)
-        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+    def forward(ctx: Any, table: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+        """`table` [B * S * G, D], `locations` [B, Q, G, L, P, 2], `weights` [B, Q, G, L, P] to [B * Q * G, D]."""
+        ctx.save_for_backward(table, locations, weights)
+        ctx.shapes = shapes
+        rows, row_weights = _weighted_rows(shapes, locations, weights)
+        return F.embedding_bag(rows, table, per_sample_weights=row_weights, mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, None, Tensor | None]:
-        """Gradients of the table and of the weights."""
-        table, rows, weights = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Gradients of the table, the locations and the weights."""
+        table, *geometry = ctx.saved_tensors
         gradient = grad_outputs[0].contiguous()
+        needs_table, *needs_geometry, _ = ctx.needs_input_grad
+        with torch.enable_grad():
+            pairs = zip(geometry, needs_geometry, strict=True)
+            inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
+            rows, row_weights = _weighted_rows(ctx.shapes, *inputs)
         bags, per_bag = rows.shape
         ends = torch.arange(0, bags * per_bag + 1, per_bag, dtype=rows.dtype)
-        table_gradient = weights_gradient = None
-        if ctx.needs_input_grad[0]:
-            parts = (weights.numpy().ravel(), rows.numpy().ravel(), ends.numpy())
+        flat_weights = row_weights.detach().flatten()
+        table_gradient = None
+        if needs_table:
+            parts = (flat_weights.numpy(), rows.numpy().ravel(), ends.numpy())
             matrix = scipy.sparse.csr_array(parts, shape=(bags, len(table)))
             table_gradient = torch.from_numpy(matrix.T @ gradient.numpy())
-        if ctx.needs_input_grad[2]:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
-                pattern = torch.sparse_csr_tensor(ends, rows.flatten(), weights.flatten(), (bags, len(table)))
-            products = torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0)
-            weights_gradient = products.values().view(bags, per_bag)
-        return table_gradient, None, weights_gradient
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        if not wanted:
+            return table_gradient, None, None, None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+            pattern = torch.sparse_csr_tensor(ends, rows.flatten(), flat_weights, (bags, len(table)))
+        products = torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0)
+        found = iter(torch.autograd.grad(row_weights, wanted, products.values().view(bags, per_bag)))
+        location_gradient, weight_gradient = (next(found) if needed else None for needed in needs_geometry)
+        return table_gradient, location_gradient, weight_gradient, None
 
 
 class SamplingGrid(NamedTuple):
