@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from trainer.config import CheckpointConfig
 
 KILLS = int(os.environ.get("M2F_SOAK_KILLS", "20"))
 STEPS, EVERY = 5 * KILLS, 5
+TARGETS = ("RayTrainWorker", "EvaluationActor", "driver")
 LONGEST_S = 120.0 * KILLS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(LONGEST_S + 300)]
@@ -59,23 +61,48 @@ class Run:
         assert code in (None, 0), f"the driver ended with {code}"
         return code == 0
 
-    def kill(self, target):
+    def kill(self, target, draw):
         """SIGKILL one process; returns whether there was one."""
+        family = psutil.Process(self.driver.pid).children(recursive=True)
         if target == "driver":
-            family = psutil.Process(self.driver.pid).children(recursive=True)
             self.driver.kill()
             self.driver.wait()
             psutil.wait_procs(family, timeout=30)  # they follow their driver
             self.driver = self._start()
             return True
-        for process in psutil.Process(self.driver.pid).children(recursive=True):
-            try:
-                if process.cmdline() and target in process.cmdline()[0]:
-                    process.kill()
-                    return True
-            except psutil.Error:
-                continue
+        found = [process for process in family if title(process).startswith(f"ray::{target}")]
+        with suppress(psutil.NoSuchProcess):  # it may have ended by itself
+            for process in draw.sample(found, min(1, len(found))):
+                process.kill()
+                return True
         return False
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def kill_again_and_again(run, config, draw):
+    """Every target equally often, in random order, at random moments, some before the run gets anywhere."""
+
+    def wait_until(condition):
+        while not condition() and not run.finished():
+            assert time.monotonic() - began < LONGEST_S, "the run takes too long"
+            time.sleep(0.2)
+
+    began = time.monotonic()
+    targets = (TARGETS * KILLS)[:KILLS]
+    for count, target in enumerate(draw.sample(targets, KILLS)):
+        step = newest_step(Storage(), config.run_folder)
+        if step < EVERY * count // 2:
+            wait_until(lambda step=step: newest_step(Storage(), config.run_folder) > step)
+        time.sleep(draw.uniform(0, 6))
+        wait_until(lambda target=target: run.kill(target, draw))
+        assert not run.finished(), f"the run was over after {count} kills"
+    wait_until(run.finished)
 
 
 def history(config, metric):
@@ -92,26 +119,14 @@ def test_any_number_of_kills_changes_nothing(tmp_path):
     train_locally(calm)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_recipe(config))
-    draw, killed, began = random.Random(0), [], time.monotonic()
+    began = time.monotonic()
     with (tmp_path / "driver.log").open("w") as log:
         run = Run(recipe, log)
         try:
-            while not run.finished():
-                assert time.monotonic() - began < LONGEST_S, (tmp_path / "driver.log").read_text()[-5000:]
-                target = draw.choice(["RayTrainWorker", "EvaluationActor", "driver"])
-                step, pause = newest_step(Storage(), config.run_folder), draw.uniform(0, 8)
-                if step or len(killed) % 4 == 3:  # one in four may come before the first step of an attempt
-                    time.sleep(pause)
-                if len(killed) < KILLS and step < STEPS - EVERY and run.kill(target):
-                    killed.append(target)
-                    wanted = min(step + draw.choice([0, 0, EVERY]), STEPS - 2 * EVERY)
-                    while newest_step(Storage(), config.run_folder) < wanted and not run.finished():
-                        time.sleep(0.2)
-                time.sleep(0.2)
+            kill_again_and_again(run, config, random.Random(0))
         finally:
             run.driver.kill()
-    print(f"{len(killed)} kills, {time.monotonic() - began:.0f} s")  # noqa: T201
-    assert len(killed) == KILLS
+    print(f"{KILLS} kills, {time.monotonic() - began:.0f} s")  # noqa: T201
     assert history(config, "train/loss/total") == history(calm, "train/loss/total")
     last = f"checkpoints/step_{STEPS:08d}/weights.safetensors"
     assert (Path(config.run_folder) / last).read_bytes() == (Path(calm.run_folder) / last).read_bytes()
