@@ -110,8 +110,8 @@ class Manifest:
     foreign: ForeignForm | None = None
     """How to read samples of tars that `m2f index` adopted; None for our own."""
     shards: tuple[ShardInfo, ...]
-    key: np.ndarray
-    """[N] str objects"""
+    columns: Columns
+    """What is decoded when it is wanted: keys and categories."""
     shard: np.ndarray
     """[N] int32 index into `shards`"""
     offset: np.ndarray
@@ -128,12 +128,6 @@ class Manifest:
     """[N] int32"""
     num_segments: np.ndarray
     """[N] int32 without crowds; instances where the sample has both maps of its things"""
-    category_ids: Ragged
-    """Categories present (source ids, ascending), without crowds."""
-    category_counts: Ragged
-    """Segments of each of `category_ids`."""
-    category_areas: Ragged
-    """Pixels of each of `category_ids`, as the source states areas."""
     member_names: tuple[str, ...]
     """Extensions that members have anywhere in the data set."""
     member_codes: Ragged
@@ -146,7 +140,29 @@ class Manifest:
     @property
     def num_samples(self) -> int:
         """N."""
-        return len(self.key)
+        return len(self.shard)
+
+    @cached_property
+    def key(self) -> np.ndarray:
+        """[N] str objects"""
+        return self.columns.texts("key")
+
+    @cached_property
+    def category_ids(self) -> Ragged:
+        """Categories present (source ids, ascending), without crowds."""
+        ids = Ragged(self.columns.items("category_ids", np.int32), self.columns.bounds("category_ids"))
+        self.columns.tidy()
+        return ids
+
+    @cached_property
+    def category_counts(self) -> Ragged:
+        """Segments of each of `category_ids`."""
+        return Ragged(self.columns.items("category_counts", np.int32), self.category_ids.offsets)
+
+    @cached_property
+    def category_areas(self) -> Ragged:
+        """Pixels of each of `category_ids`, as the source states areas."""
+        return Ragged(self.columns.items("category_areas", np.uint32), self.category_ids.offsets)
 
     @classmethod
     def load(cls, url: str, storage: Storage) -> Self:
@@ -160,7 +176,7 @@ class Manifest:
                 f"{join(url, SAMPLES_FILE)} is not the file that {DATASET_FILE} was written with; restore it"
             )
         try:
-            return cls._of(url, document, _Columns(data))
+            return cls._of(url, document, Columns(data))
         except (LookupError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 f"{url}: {DATASET_FILE} and {SAMPLES_FILE} do not say what they must ({error!r:.200}); restore them or "
@@ -168,17 +184,18 @@ class Manifest:
             ) from error
 
     @classmethod
-    def _of(cls, url: str, document: dict[str, Any], columns: _Columns) -> Self:
-        categories, members = columns.bounds("category_ids"), columns.bounds("member_names")
+    def _of(cls, url: str, document: dict[str, Any], columns: Columns) -> Self:
+        columns.check()
         names, codes = columns.member_names()
-        return cls(
+        members = columns.bounds("member_names")
+        opened = cls(
             url=url,
             fingerprint=document["fingerprint"],
             plan=document["plan"],
             categories=_categories_from_json(document["categories"]),
             foreign=None if document.get("foreign") is None else form_from_json(document["foreign"]),
             shards=tuple(ShardInfo(**entry) for entry in document["shards"]),
-            key=columns.texts("key"),
+            columns=columns,
             shard=columns.numbers("shard", np.int32),
             offset=columns.numbers("offset", np.int64),
             length=columns.numbers("length", np.int64),
@@ -187,14 +204,13 @@ class Manifest:
             height=columns.numbers("height", np.int32),
             width=columns.numbers("width", np.int32),
             num_segments=columns.numbers("num_segments", np.int32),
-            category_ids=Ragged(columns.items("category_ids", np.int32), categories),
-            category_counts=Ragged(columns.items("category_counts", np.int32), categories),
-            category_areas=Ragged(columns.items("category_areas", np.uint32), categories),
             member_names=names,
             member_codes=Ragged(codes, members),
             member_offsets=Ragged(columns.items("member_offsets", np.uint32), members),
             member_lengths=Ragged(columns.items("member_lengths", np.uint32), members),
         )
+        columns.tidy()
+        return opened
 
     def shard_url(self, shard: int) -> str:
         """Full URL of a shard."""
@@ -348,15 +364,23 @@ def _categories_from_json(entries: list[dict[str, Any]]) -> CategoryTable:
     )
 
 
-class _Columns:
+@dataclass(frozen=True, slots=True)
+class Columns:
     """Columns of samples.parquet, one at a time, as arrays of their own, no wider than they must be.
 
     Every rank holds a manifest: pyarrow's `read_table` and `to_numpy` would import pyarrow.dataset and pandas, and take
     twice the time and memory.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self._file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["member_names.list.element"])
+    data: bytes
+    """Content of the file."""
+
+    def check(self) -> None:
+        """Raise TypeError where a column of SAMPLE_SCHEMA is missing or of another type."""
+        found = pq.read_schema(pa.BufferReader(self.data))
+        for field in SAMPLE_SCHEMA:
+            if found.field(field.name).type != field.type:
+                raise TypeError(f"{field.name} is {found.field(field.name).type}, not {field.type}")
 
     def numbers(self, name: str, dtype: type[np.number]) -> np.ndarray:
         """[N] values."""
@@ -378,8 +402,15 @@ class _Columns:
     def member_names(self) -> tuple[tuple[str, ...], np.ndarray]:
         """All different names, and their numbers in all rows."""
         chunks = pa.chunked_array([chunk.flatten() for chunk in self._chunks("member_names")]).unify_dictionaries()
-        codes = np.concatenate([np.from_dlpack(chunk.indices).astype(np.int32) for chunk in chunks.chunks])
-        return tuple(chunks.chunk(0).dictionary.to_pylist()), codes
+        names = tuple(chunks.chunk(0).dictionary.to_pylist())
+        dtype = np.min_scalar_type(len(names))
+        return names, np.concatenate([np.from_dlpack(chunk.indices).astype(dtype) for chunk in chunks.chunks])
+
+    def tidy(self) -> None:
+        """Give back what decoding took: as much again as the columns that were read."""
+        pa.default_memory_pool().release_unused()
 
     def _chunks(self, name: str) -> list[pa.Array]:
-        return self._file.read(columns=[name], use_threads=False).column(name).chunks
+        coded = ["member_names.list.element"] if name == "member_names" else None
+        file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=coded)
+        return file.read(columns=[name], use_threads=False).column(name).chunks

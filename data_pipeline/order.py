@@ -189,7 +189,8 @@ class Mixture:
         for child, share in zip(self.children, self.shares, strict=True):
             # floor(start * share) in Python's integers, the small rest in numpy's.
             first, rest = divmod(start * share.numerator, share.denominator)
-            exact = np.int64 if share.numerator * (count + 1) < 1 << 62 else object
+            largest = share.denominator + share.numerator * (count + 1)
+            exact = np.int64 if largest < 1 << 62 else object
             owned = first + (rest + np.arange(len(left) + 1, dtype=exact) * share.numerator) // share.denominator
             mine = np.diff(owned) > 0
             found = child.places(first, int(np.count_nonzero(mine)))

@@ -1,14 +1,26 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.manifest import Manifest, Ragged, ShardInfo
+from data_pipeline.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo, write_table
 
 CLASSES = 20
 
 
 def _ragged(lengths, values):
     return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _columns(keys, lengths, ids):
+    """Keys and categories as a manifest decodes them; every category has one segment of 100 pixels."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    values = {"category_ids": ids, "category_counts": np.ones_like(ids), "category_areas": np.full_like(ids, 100)}
+    lists = {
+        name: pa.ListArray.from_arrays(offsets, pa.array(numbers, SAMPLE_SCHEMA.field(name).type.value_type))
+        for name, numbers in values.items()
+    }
+    return Columns(write_table(pa.table({"key": keys, **lists})))
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +30,7 @@ def make_manifest():
     def make(count, seed=0, sample_bytes=150_000, shard_samples=1000):
         random = np.random.default_rng(seed)
         shows = random.random((count, CLASSES)) < 1 / np.arange(1, CLASSES + 1) ** 2
-        rows, column = np.nonzero(shows)
+        column = np.nonzero(shows)[1]
         length = random.integers(sample_bytes // 2, sample_bytes * 3 // 2, count) // 512 * 512
         shard = np.arange(count) // shard_samples
         end = np.cumsum(length)
@@ -36,7 +48,7 @@ def make_manifest():
                 ShardInfo(f"{s:05d}.tar", int(length[shard == s].sum()), f"{seed}x{s}", int((shard == s).sum()))
                 for s in range(shard[-1] + 1)
             ),
-            key=np.array([f"image_{i:08d}" for i in range(count)], dtype=object),
+            columns=_columns([f"image_{i:08d}" for i in range(count)], shows.sum(1), column + 1),
             shard=shard.astype(np.int32),
             offset=offset,
             length=length,
@@ -45,9 +57,6 @@ def make_manifest():
             height=ones.astype(np.int32) * 480,
             width=ones.astype(np.int32) * 640,
             num_segments=shows.sum(1).astype(np.int32),
-            category_ids=_ragged(shows.sum(1), (column + 1).astype(np.int32)),
-            category_counts=_ragged(shows.sum(1), np.ones(len(rows), dtype=np.int32)),
-            category_areas=_ragged(shows.sum(1), np.full(len(rows), 100)),
             member_names=("img.jpg",),
             member_codes=names,
             member_offsets=names,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.chunks import plan_chunks
@@ -183,6 +183,7 @@ def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
     start=st.integers(0, 10**7),
     count=st.integers(0, 300),
 )
+@example(weights=[1 / 3, 988.0], start=0, count=3)
 def test_many_places_at_once_are_those_one_by_one(weights, start, count):
     weights = [Fraction(str(weight)) for weight in weights]
     mixture = mixed([70, 30, 110][: len(weights)], weights, lanes=6, window=8, chunk=90, repeats=(1,))
