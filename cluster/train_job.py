@@ -228,7 +228,7 @@ class _Supervisor:
             run_config=RayRunConfig(
                 name=f"attempt-{number}",  # a new one each: Ray would look for checkpoints of the last
                 storage_path=self._scratch,
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                failure_config=ray_retries(cluster),
                 logging_config=LoggingConfig(log_level="CRITICAL"),  # we say what failed; Ray's files keep the rest
             ),
         )
@@ -343,6 +343,12 @@ class _Silence:
             f"{workers.num_cpus_per_worker:g} CPUs and {workers.num_gpus_per_worker:g} GPUs, and the cluster has "
             f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} free now"
         )
+
+
+def ray_retries(cluster: ClusterConfig) -> FailureConfig:
+    """Ray may retry nothing, since it would at the same size; only a run of a fixed size may wait in it for room."""
+    elastic = cluster.min_workers < cluster.max_workers
+    return FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if elastic else -1)
 
 
 def failure_of(error: BaseException | None, last_event: EventReport | None) -> Failure:

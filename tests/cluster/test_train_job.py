@@ -15,8 +15,9 @@ import ray
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from cluster.config import RunConfig, TrackingConfig
+from cluster.config import ClusterConfig, RunConfig, TrackingConfig
 from cluster.eval_queue import read_entries
 from cluster.eval_service import EvaluationClient
 from cluster.evaluate import evaluate_checkpoint
@@ -24,7 +25,7 @@ from cluster.ray_cluster import ClusterError, connect
 from cluster.recipe import parse_recipe
 from cluster.run_board import EventReport
 from cluster.tracking import create_run
-from cluster.train_job import RunSummary, check_gpus, failure_of, run_training
+from cluster.train_job import RunSummary, check_gpus, failure_of, ray_retries, run_training
 from cluster.train_local import train_locally
 from data_pipeline.config import (
     StorageConfig,
@@ -70,6 +71,7 @@ def cluster(config):
     [
         (WorkerGroupError("", {0: RuntimeError("Connection reset by peer"), 1: KeyError("x")}), None, "mistake", 1),
         (ControllerError(TimeoutError("no workers")), None, "error", None),
+        (ControllerError(WorkerGroupStartupTimeoutError(2)), None, "death", None),
         (WorkerGroupError("", {0: KeyError("x")}), EventReport("stalled", 3, "rank 1 sleeps"), "death", None),
         (None, EventReport("drained", 3, ""), "preemption", None),
         (None, EventReport("skipped", 3, ""), "error", None),
@@ -78,6 +80,12 @@ def cluster(config):
 def test_what_ray_raises_is_understood(error, event, kind, rank):
     failure = failure_of(error, event)
     assert (failure.kind, failure.rank) == (kind, rank)
+
+
+def test_ray_waits_for_room_only_where_the_size_is_fixed():
+    fixed, elastic = (ray_retries(ClusterConfig(num_workers=workers)) for workers in (2, (1, 2)))
+    assert (fixed.max_failures, fixed.max_preemption_failures, fixed.controller_failure_limit) == (0, 0, -1)
+    assert (elastic.max_failures, elastic.max_preemption_failures, elastic.controller_failure_limit) == (0, 0, 0)
 
 
 def ray_processes(title: str) -> list[psutil.Process]:
