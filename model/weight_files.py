@@ -69,7 +69,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     try:
         shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"weights {found}: not an index of weights ({_first_line(error)})") from error
+        raise WeightsError(f"weights {found}: not an index of weights ({_first_sentence(error)})") from error
     state: dict[str, Tensor] = {}
     for shard in shards:
         if shard != Path(shard).name:
@@ -155,8 +155,8 @@ def _why(error: Exception, path: Path) -> str:
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return f"it asks for {asked[1]}; files of weights need nothing but tensors, so nothing of it was executed"
-    return f"it may be cut off, it has {path.stat().st_size} bytes ({_first_line(error)})"
+    return f"it may be cut off, it has {path.stat().st_size} bytes ({_first_sentence(error)})"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]

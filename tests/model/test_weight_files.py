@@ -133,7 +133,7 @@ def test_files_that_are_cut_off_say_so(tmp_path, kind, share):
             torch.save(big, path, _use_new_zipfile_serialization=kind == "new.pth")
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(WeightsError, match=rf"{kind} cannot be read: it may be cut off, it has \d+ bytes"):
+    with pytest.raises(WeightsError, match=rf"{kind} cannot be read: it may be cut off, it has \d+ bytes \([^.]*\)$"):
         read_state(path)
 
 
