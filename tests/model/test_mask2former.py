@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -5,14 +6,18 @@ import torch
 from torch import nn
 
 from model.config import (
+    LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
+from model.criterion import compute_losses, count_normalizers
 from model.errors import ConfigError
 from model.mask2former import build_model
+from model.points import CounterPoints
 from model.weights import load_weights
+from tests.model.loss_oracle import make_targets
 
 NUM_CLASSES = 7
 TINY = ModelConfig(
@@ -167,6 +172,36 @@ def test_bfloat16_trains_and_is_finite(mode):
     (predictions.class_logits.float().square().mean() + predictions.mask_logits().square().mean()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert all(tensor.isfinite().all() for tensor in predictions)
+
+
+@pytest.mark.parametrize(
+    ("mode", "tolerance"), [("float32", 0), ("float64", 1e-4), ("autocast", 0.03), ("bfloat16", 0.03)]
+)
+def test_a_step_through_the_criterion_trains_in_every_precision(mode, tolerance):
+    """Two sizes padded to one, and an image without objects."""
+    torch.manual_seed(0)
+    exact, loss = build_model(TINY), LossConfig(num_points=64)
+    model = copy.deepcopy(exact)
+    pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    images = exact.normalise(pixels, torch.tensor([[64, 96], [50, 75]]))
+    targets = make_targets((4, 0), size=(64, 96))
+    dtype = {"autocast": torch.float32}.get(mode) or getattr(torch, mode)
+
+    def losses(network, network_dtype, autocast):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            predictions = network.to(network_dtype)(images.to(network_dtype))
+        normalizers = count_normalizers(targets, TINY.transformer_decoder.num_queries, loss)
+        return compute_losses(predictions, targets, CounterPoints(seed=1), normalizers, loss, NUM_CLASSES)
+
+    total, expected = losses(model, dtype, mode == "autocast").total, losses(exact, torch.float32, False).total
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, expected, rtol=tolerance, atol=0)
+    total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == dtype, name
+        assert parameter.grad.isfinite().all(), name
+    for child in model.children():
+        assert any(parameter.grad.any() for parameter in child.parameters())
 
 
 def test_the_exported_graph_gives_the_same_predictions_without_embedding_bag():
