@@ -33,6 +33,7 @@ RANK_GAUGES = {
     "exchange_s": ("m2f_rank_exchange_seconds", 1.0, "Waiting for the other ranks before the forward pass, per step."),
     "process_gb": ("m2f_rank_process_bytes", 1e9, "Resident memory of the process."),
     "gpu_memory_gb": ("m2f_rank_gpu_memory_bytes", 1e9, "Most that tensors took on the GPU."),
+    "gpu_image_gb": ("m2f_rank_gpu_image_bytes", 1e9, "What one image of a micro-batch took of it."),
     "gpu_percent": ("m2f_rank_gpu_utilization_percent", 1.0, "Share of time in which the GPU did something."),
 }
 

@@ -39,7 +39,7 @@ class Observer:
         self._utilization = Utilization(job.model, run.engine.device, run.ranks.world_size)
         self._trace = Trace(run.storage, job.run_folder, attempt, run.ranks.rank)
         self._watchdog = Watchdog(self._clock, run.ranks, run.storage, job.run_folder, attempt, job.training, reporter)
-        self._size = (0, 0)
+        self._size, self._micro_batch = (0, 0), 1
         self._slow: Counter[tuple[int, str]] = Counter()
         self._stack = ExitStack()
         # The engine's forward runs our module, then DeepSpeed's backward follows.
@@ -68,7 +68,7 @@ class Observer:
         self._clock.enter("report")  # the update ends
         phases = self._clock.lap()
         self._stopwatch.add(images, phases)
-        *_, height, width = batches.micro_batches[0].targets.id_maps.shape
+        self._micro_batch, *_, height, width = batches.micro_batches[0].targets.id_maps.shape
         self._size = (height, width)
         record: dict[str, Any] = {
             "step": state.step,
@@ -92,7 +92,8 @@ class Observer:
         run, training = self._run, self._run.job.training
         values = summed_losses(losses, run.ranks)
         values |= self._traffic.read(run.ranks)
-        own = measure_rank(run.ranks.rank, self._stopwatch.steps, self._stopwatch.phases, run.job.run_folder)
+        watch = self._stopwatch
+        own = measure_rank(run.ranks.rank, watch.steps, watch.phases, self._micro_batch, run.job.run_folder)
         numbers = run.ranks.gather(own)
         self._reporter.rank_metrics(state.step, own.values())
         if not run.ranks.is_first:

@@ -45,6 +45,8 @@ class RankNumbers:
     """Where checkpoints are written first, or in the run folder, whichever has less."""
     gpu_memory_gb: float | None = None
     """Most that tensors took since the last report."""
+    gpu_image_gb: float | None = None
+    """Of it, what one image of a micro-batch took: all that was gone again after the step, over the images."""
     gpu_percent: float | None = None
     """Share of time in which the GPU did something; None where the driver's library for Python is missing."""
 
@@ -53,12 +55,15 @@ class RankNumbers:
         return {k: v for k, v in asdict(self).items() if k not in ("rank", "host") and v is not None}
 
 
-def measure_rank(rank: int, steps: int, phases: Mapping[Phase, float], run_folder: str) -> RankNumbers:
+def measure_rank(
+    rank: int, steps: int, phases: Mapping[Phase, float], micro_batch: int, run_folder: str
+) -> RankNumbers:
     """Numbers of this process; `phases` are the seconds of all `steps`. Resets the peak of GPU memory."""
     folders = [tempfile.gettempdir(), *([] if "://" in run_folder else [run_folder])]
-    gpu_memory = gpu_percent = None
+    gpu_memory = gpu_image = gpu_percent = None
     if torch.cuda.is_available():
         gpu_memory = torch.cuda.max_memory_allocated() / 1e9
+        gpu_image = (gpu_memory - memory_gb()) / micro_batch
         torch.cuda.reset_peak_memory_stats()
         with contextlib.suppress(Exception):  # whatever a missing or broken driver library raises
             gpu_percent = float(torch.cuda.utilization())
@@ -74,6 +79,7 @@ def measure_rank(rank: int, steps: int, phases: Mapping[Phase, float], run_folde
         memory_percent=psutil.virtual_memory().percent,
         disk_free_gb=min(shutil.disk_usage(folder).free for folder in folders) / 1e9,
         gpu_memory_gb=gpu_memory,
+        gpu_image_gb=gpu_image,
         gpu_percent=gpu_percent,
     )
 
@@ -102,6 +108,7 @@ def joined_numbers(numbers: Sequence[RankNumbers]) -> dict[str, float]:
     gpu_percent = [n.gpu_percent for n in numbers if n.gpu_percent is not None]
     if gpu_memory:
         values["system/gpu_memory_gb"] = max(gpu_memory)
+        values["system/gpu_image_gb"] = max(n.gpu_image_gb or 0.0 for n in numbers)
     if gpu_percent:
         values["system/gpu_percent"] = fmean(gpu_percent)
     return values

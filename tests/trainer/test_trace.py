@@ -3,11 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from data_pipeline.storage import Storage
-from trainer.rank_numbers import RankNumbers, joined_numbers, slow_ranks
+from trainer.rank_numbers import RankNumbers, joined_numbers, measure_rank, slow_ranks
 from trainer.trace import Trace
 
 
@@ -80,6 +82,18 @@ def test_numbers_of_ranks_become_a_few():
     assert values["ranks/slowest_over_median"] == pytest.approx(2.0)
     assert values["system/process_gb"] == 3.0
     assert "system/gpu_percent" not in values
+
+
+def test_memory_per_image_is_what_a_micro_batch_of_them_took(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9e9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    numbers = measure_rank(0, 1, {}, 4, "s3://bucket/run")
+    assert (numbers.gpu_memory_gb, numbers.gpu_image_gb) == (9.0, 2.0)
+    other = replace(numbers, rank=1, gpu_memory_gb=10.0, gpu_image_gb=2.25)
+    values = joined_numbers([numbers, other])
+    assert (values["system/gpu_memory_gb"], values["system/gpu_image_gb"]) == (10.0, 2.25)
 
 
 def test_a_rank_is_slow_where_it_takes_much_longer_than_the_median_alone():
