@@ -56,6 +56,8 @@ class Mask2Former(nn.Module):
         """RGB `images` [B, 3, H, W] in 0..255 to float32 of zero mean and unit variance, on the device of the images.
 
         Pixels outside each image's (height, width) in `sizes` [B, 2] become 0, as if they were padded afterwards.
+        The result is channels-last in memory, and so are then all maps of a convolutional backbone; on a CPU it is
+        contiguous, because repacking the kernels for every image would cost more than the format gains.
         """
         # Filled on the device: a copy from the host would wait for all work queued before it.
         mean, std = (
@@ -63,7 +65,10 @@ class Mask2Former(nn.Module):
             for values in (self.pixel_mean, self.pixel_std)
         )
         normalised = (images.to(torch.float32) - mean) / std
-        return normalised if sizes is None else zero_outside(normalised, sizes.to(images.device))
+        if sizes is not None:
+            normalised = zero_outside(normalised, sizes.to(images.device))
+        is_cpu = images.device.type == "cpu"
+        return normalised.contiguous(memory_format=torch.contiguous_format if is_cpu else torch.channels_last)
 
 
 def zero_outside(images: Tensor, sizes: Tensor) -> Tensor:
@@ -72,7 +77,7 @@ def zero_outside(images: Tensor, sizes: Tensor) -> Tensor:
     rows = torch.arange(height, device=images.device) < sizes[:, :1]
     columns = torch.arange(width, device=images.device) < sizes[:, 1:]
     inside = rows[:, None, :, None] & columns[:, None, None, :]
-    return images.masked_fill(~inside, 0.0)
+    return torch.where(inside, images, 0.0)  # keeps the memory format, which masked_fill does not
 
 
 def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Mask2Former:
