@@ -22,7 +22,7 @@ from tests.cluster.tiny_run import small_sets, tiny_config
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import CheckpointConfig, OptimizerConfig
 
-STEPS, EVERY = 40, 5
+STEPS, EVERY = 26, 3
 RANGE = ClusterConfig(num_workers=(1, 3), num_cpus_per_worker=2)
 
 
@@ -112,7 +112,7 @@ def losses_of(run):
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     """2 -> 1 -> 2 workers in one supervised run; its losses are those of a run that kept two."""
-    monkeypatch.setattr("cluster.elastic.PATIENCE_S", 3.0)
+    monkeypatch.setattr("cluster.elastic.PATIENCE_S", 2.0)
     monkeypatch.setattr("cluster.elastic.LOOK_S", 0.5)
     monkeypatch.setattr("cluster.train_job.POLL_S", 0.2)
     monkeypatch.setattr("cluster.train_job.train_loop", tiny_run.slow_loop)
@@ -140,7 +140,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
 
     wait_past(0)
     cluster.remove_node(nodes[1], allow_graceful=False)
-    wait_past(newest() + EVERY)
+    wait_past(newest())
     add_node(cluster)
     run.join(240)
     (summary,) = outcome

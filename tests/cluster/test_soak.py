@@ -56,6 +56,11 @@ class Run:
         command = [sys.executable, "-c", DRIVER, str(self.recipe)]
         return subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
 
+    def note(self, line):
+        """Into the log of the drivers."""
+        self.log.write(f"{line}\n")
+        self.log.flush()
+
     def finished(self):
         code = self.driver.poll()
         assert code in (None, 0), f"the driver ended with {code}"
@@ -102,6 +107,7 @@ def kill_again_and_again(run, config, draw):
         time.sleep(draw.uniform(0, 6))
         wait_until(lambda target=target: run.kill(target, draw))
         assert not run.finished(), f"the run was over after {count} kills"
+        run.note(f"{time.time():.1f} s: kill {count + 1}, {target}, after checkpoint step {step}")
     wait_until(run.finished)
 
 
