@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 from cluster.explain import explain
+from model.config import ModelConfig
+from model.export import write_official
+from model.mask2former import build_model
+from tests.model.loss_oracle import make_targets
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -19,3 +26,14 @@ def test_links_between_documents_lead_somewhere():
     for document in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_examples_in_python_run(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    write_official(build_model(ModelConfig(num_classes=133), pretrained_backbone=False), tmp_path / "model_final.pth")
+    names = {"targets": make_targets((3, 0), size=(192, 256))}
+    examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "models.md").read_text(), re.DOTALL)
+    exec(compile("\n".join(examples), "docs/models.md", "exec"), names)
+    assert names["losses"].total.isfinite()
