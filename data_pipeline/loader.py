@@ -7,7 +7,9 @@ yields from step s on, pixel for pixel, with any number of workers. Prefetched b
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -329,11 +331,20 @@ def _worker_context() -> BaseContext:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
+    threading.Thread(target=_follow, name="follow", daemon=True).start()
+
+
+def _follow() -> None:
+    """End with the training process where that is killed: this one's parent is the fork server, which would live on."""
+    training = multiprocessing.parent_process()
+    assert training is not None
+    training.join()
+    os._exit(1)
 
 
 def in_thread(make: Callable[[In], Out], work: Iterator[In], ahead: int) -> Generator[Out]:
     """`map(make, work)`, up to `ahead` results prepared by one thread; `work` is advanced by the caller's thread."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=_start_worker, initargs=(0,))
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=cv2.setNumThreads, initargs=(0,))
     running: deque[Future[Out]] = deque()
     try:
         for item in work:

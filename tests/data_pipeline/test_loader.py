@@ -2,6 +2,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -10,6 +12,7 @@ from pathlib import Path
 import boto3
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
@@ -395,6 +398,33 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(boxes):
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(LoaderDiedError, match=r"a loader process died .*data\.workers"):
         list(itertools.islice(loader, 20))
+
+
+TRAINING = """
+import time
+from torch.utils.data import DataLoader
+from data_pipeline.loader import _start_worker, _worker_context
+
+if __name__ == "__main__":
+    loader = iter(DataLoader(range(9), None, num_workers=2, multiprocessing_context=_worker_context(),
+                             worker_init_fn=_start_worker))
+    next(loader)
+    print(*(worker.pid for worker in loader._workers), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_training(tmp_path):
+    (tmp_path / "training.py").write_text(TRAINING)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "training.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as training:
+        workers = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]
+        assert len(workers) == 2
+        training.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_shards_in_s3_give_the_same_pixels(boxes, monkeypatch):
