@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.ray_cluster import local_or_existing
 from cluster.shard_job import ShardFailure, ShardJobError, run_shard_job
 from data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError
 from data_pipeline.manifest import Manifest
 from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset, write_shard
@@ -165,3 +166,48 @@ def test_a_bad_image_is_reported_and_leaves_no_data_set_behind(tmp_path, label_m
     again = run_shard_job("train", dataset, CLUSTER, Storage(), skip_bad=True)
     assert again.written_shards == 0
     assert len(again.problems) == 1
+
+
+def storage_that_kills(target, moments, full, marks):
+    """A storage whose process is killed half-way through the first write of some objects; one shard never fits."""
+    marks.mkdir()
+
+    class KillingStorage(Storage):
+        def put(self, url, data, **options):
+            name = url.removeprefix(f"{target}/")
+            mark = marks / name.replace("/", "-")
+            if name in moments and not mark.exists():
+                mark.write_text(str(os.getpid()))
+                half = Path(url).with_name(".partial-killed")
+                half.parent.mkdir(parents=True, exist_ok=True)
+                half.write_bytes(data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == full:
+                raise StorageError(f"{url}: no space; free some")
+            super().put(url, data, **options)
+
+    return KillingStorage()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_killed_tasks_are_repeated_and_a_failed_shard_can_be_added_later(tmp_path):
+    whole, folder, marks = tmp_path / "whole", tmp_path / "killed", tmp_path / "marks"
+    dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=24), shard_mb=0.05)
+    write_dataset(open_reader(dataset.source), dataset, Storage())
+    dataset = replace(dataset, shards=str(folder))
+    moments = ("shards/00001.tar", "parts/00002.parquet")
+    failing = storage_that_kills(folder, moments, "shards/00000.tar", marks)
+    with local_or_existing(CLUSTER, CLUSTER.shard_tasks):
+        with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n.*00000.tar: no space"):
+            run_shard_job("train", dataset, CLUSTER, failing, keep_going=True)
+        killed = {mark.read_text() for mark in marks.iterdir()}
+        assert len(killed) == len(moments)
+        assert str(os.getpid()) not in killed
+        written = digests(folder)
+        assert "parts/00000.parquet" not in written
+        assert all(f"shards/{name}" in written for name in ("00001.tar", "00002.tar"))
+        report = run_shard_job("train", dataset, CLUSTER, Storage())
+    assert report.committed
+    assert report.written_shards == 1
+    assert digests(folder) == digests(whole)
