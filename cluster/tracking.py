@@ -192,7 +192,7 @@ class _Sender:
         self._run, self._journal = run, journal
         self._client: MlflowClient | None = None
         self._latest: dict[str, int] | None = None
-        """Last step per key that the store has; None = to be asked (at the start and after every failure)."""
+        """Last step per key that the store has, or gets now; None = to be asked (at the start, after every failure)."""
         self._steps: dict[str, set[int]] = {}
         """All steps of the keys that were behind `_latest`."""
         self.trouble = ""
@@ -238,7 +238,8 @@ class _Sender:
     def _send(self, group: list[Entry]) -> None:
         client, run_id, first = self._connect(), self._run.run_id, group[0]
         if "metrics" in first:
-            points = [point for entry in group for point in self._new_points(client, entry)]
+            found = [point for entry in group for point in self._new_points(client, entry)]
+            points = list({(point.key, point.step): point for point in found}.values())  # a step may be done again
             for start in range(0, len(points), METRICS_PER_CALL):
                 client.log_batch(run_id, points[start : start + METRICS_PER_CALL])
         elif "artifact" in first:
@@ -269,6 +270,9 @@ class _Sender:
                     self._steps[key] = {m.step for m in client.get_metric_history(self._run.run_id, key)}
                 if step in self._steps[key]:
                     continue
+            self._latest[key] = max(step, self._latest.get(key, -1))
+            if key in self._steps:
+                self._steps[key].add(step)
             points.append(Metric(key, value, entry["time_ms"], step))
         return points
 

@@ -112,6 +112,19 @@ def test_late_steps_that_the_store_does_not_have_are_kept(run):
     assert history(run, "pq") == [(10, 0.1), (20, 0.2)]
 
 
+def test_steps_that_are_done_again_are_sent_once(run):
+    tracking = Tracking(run, "driver", interval_s=0.02)
+    for step in (1, 2, 1, 2):  # one batch, or two
+        tracking.log_metrics(step, {"loss": float(step)})
+    deadline = time.monotonic() + 10
+    while len(history(run, "loss")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for step in (2, 3, 4, 3, 2):
+        tracking.log_metrics(step, {"loss": float(step)})
+    tracking.close()
+    assert history(run, "loss") == [(step, float(step)) for step in (1, 2, 3, 4)]
+
+
 def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):
     script = (
         "import os, sys\nfrom cluster.tracking import *\n"
