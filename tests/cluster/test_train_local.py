@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 STEPS = 10
 
 
-def rank_with(change, job, run):
+def rank_with(change, job, run, live):
     """`train_rank` with a fault."""
     with changed_losses(change):
-        train_rank(job, run)
+        train_rank(job, run, live)
 
 
 @pytest.fixture(scope="module")
