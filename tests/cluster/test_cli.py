@@ -287,6 +287,7 @@ def test_checkpoints_are_listed_and_verified_to_the_byte(capsys, recipe):
 
 
 def test_weights_are_taken_out_of_checkpoints(capsys, recipe, tmp_path):
+    export = ("checkpoint", "export", recipe, "--step", "5")
     storage, folder = Storage(), load_recipe(recipe).run_folder
     url, files = checkpoint_url(folder, 5), {"weights.safetensors": b"weights", "ema.safetensors": b"average"}
     for name, content in files.items():
@@ -295,14 +296,14 @@ def test_weights_are_taken_out_of_checkpoints(capsys, recipe, tmp_path):
     storage.put(f"{url}/manifest.json", Manifest(5, 2, 1, entries).to_json())
     for options, content in (([], b"average"), (["--no-average"], b"weights")):
         target = tmp_path / "out" / f"{content.decode()}.safetensors"
-        assert run(capsys, "checkpoint", "export", recipe, "--output", target, *options)[0] == 0
+        assert run(capsys, *export, "--output", target, *options)[0] == 0
         assert target.read_bytes() == content
         assert len(list(target.parent.iterdir())) == 1 + (content == b"weights")
-    status, _, err = run(capsys, "checkpoint", "export", recipe, "--output", target)
+    status, _, err = run(capsys, *export, "--output", target)
     assert status == 2
     assert "give the name of a new file" in err
     storage.put(f"{url}/ema.safetensors", b"damaged")
-    status, _, err = run(capsys, "checkpoint", "export", recipe, "--output", tmp_path / "b.safetensors")
+    status, _, err = run(capsys, *export, "--output", tmp_path / "b.safetensors")
     assert status == 2
     assert "checksum of ema.safetensors" in err
     assert not (tmp_path / "b.safetensors").exists()
