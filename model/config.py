@@ -91,8 +91,8 @@ class MSDeformAttnPixelDecoderConfig:
     """The official code has 1024 although its recipes say 2048."""
     dropout: float = 0.0
     checkpointing: bool = False
-    """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass: with an R50 a little
-    more than half the memory per image, for about an eighth more multiply-adds."""
+    """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass: with an R50 a
+    little more than half the memory per image, for about an eighth more multiply-adds."""
 
     def __post_init__(self) -> None:
         _check_pixel_decoder(self)
