@@ -221,11 +221,12 @@ def free_port() -> int:
 @contextmanager
 def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
     """`ray start --head` on loopback; the address of its dashboard. Everything it started ends with it."""
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent = free_port(), free_port(), free_port()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--port={gcs}"),
         *(f"--dashboard-port={dashboard}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}"),
+        f"--dashboard-agent-listen-port={agent}",  # the default is taken where other tests still hold a cluster
         "--object-store-memory=200000000",
     ]
     with open(folder / "head.log", "wb") as log:
