@@ -14,14 +14,14 @@ from torch import Tensor
 from benchmarks.measure import Row, compare
 from benchmarks.memory import peak_growth
 from benchmarks.official_order import dense_attention_masks, official_loss
-from benchmarks.scenes import CLASSES, dense_masks, make_batch
+from benchmarks.scenes import CLASSES, LAYERS, QUERIES, dense_masks, make_batch, random_predictions
 from model.attention import attention_mask, resize_for_attention
 from model.config import LossConfig
 from model.criterion import compute_losses, count_normalizers, point_counts
 from model.points import CounterPoints
 from model.structures import Predictions
 
-LAYERS, QUERIES, CHANNELS, HEADS = 10, 100, 256, 8
+HEADS = 8
 
 
 def run(tiny: bool, device: torch.device) -> list[Row]:
@@ -34,14 +34,7 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
 
 
 def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
-    generator = torch.Generator().manual_seed(0)
-    shape = (LAYERS, images, QUERIES)
-    tensors = (
-        torch.randn(*shape, CLASSES + 1, generator=generator),
-        torch.randn(*shape, CHANNELS, generator=generator) / CHANNELS**0.5,
-        torch.randn(images, CHANNELS, size // 4, size // 4, generator=generator),
-    )
-    predictions = Predictions(*(tensor.to(device).requires_grad_() for tensor in tensors))
+    predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)))
     targets = make_batch(images, size, objects).targets.to(device)
     config, sizes = LossConfig(), [(size // stride, size // stride) for stride in (32, 16, 8)]
     truth, labels, source = dense_masks(targets), list(targets.labels), CounterPoints(seed=0)

@@ -12,15 +12,12 @@ from torch import Tensor
 
 from benchmarks.measure import Row, compare
 from benchmarks.official_order import official_assignment
-from benchmarks.scenes import CLASSES, dense_masks, make_batch
+from benchmarks.scenes import LAYERS, dense_masks, make_batch, random_predictions
 from model.config import LossConfig
 from model.criterion import point_counts
 from model.matcher import match
 from model.point_sampling import LabelMaps
 from model.points import CounterPoints
-from model.structures import Predictions
-
-LAYERS, QUERIES, CHANNELS = 10, 100, 256
 
 
 def run(tiny: bool, device: torch.device) -> list[Row]:
@@ -32,14 +29,7 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
 
 @torch.no_grad()
 def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
-    generator = torch.Generator().manual_seed(0)
-    shape = (LAYERS, images, QUERIES)
-    tensors = (
-        torch.randn(*shape, CLASSES + 1, generator=generator),
-        torch.randn(*shape, CHANNELS, generator=generator) / CHANNELS**0.5,
-        torch.randn(images, CHANNELS, size // 4, size // 4, generator=generator),
-    )
-    predictions = Predictions(*(tensor.to(device) for tensor in tensors))
+    predictions = random_predictions(images, size, device)
     targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()
     drawn = CounterPoints(seed=0).draw(targets.position, LAYERS, point_counts(config))
     truth = dense_masks(targets)

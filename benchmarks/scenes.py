@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.collate import Batch
-from model.structures import Targets
+from model.structures import Predictions, Targets
 
 CLASSES = 133
+LAYERS, QUERIES, CHANNELS = 10, 100, 256
 
 
 def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
@@ -43,6 +44,18 @@ def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
         sizes=torch.full((images, 2), size),
         dropped_targets=0,
     )
+
+
+def random_predictions(images: int, size: int, device: torch.device) -> Predictions:
+    """Ten predictions of 100 queries for images of `size` pixels."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (LAYERS, images, QUERIES)
+    tensors = (
+        torch.randn(*shape, CLASSES + 1, generator=generator),
+        torch.randn(*shape, CHANNELS, generator=generator) / CHANNELS**0.5,
+        torch.randn(images, CHANNELS, size // 4, size // 4, generator=generator),
+    )
+    return Predictions(*(tensor.to(device) for tensor in tensors))
 
 
 def dense_masks(targets: Targets) -> list[Tensor]:
