@@ -277,7 +277,7 @@ def test_folders_of_one_recipe_are_told_apart_by_their_names(tmp_path):
 def test_folders_in_a_bucket_are_read_like_local_ones(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     local = write_run(tmp_path / "a", "a", 50.0)
-    server = ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()

@@ -152,7 +152,7 @@ def test_no_image_waits_for_ever_for_others_of_its_shape():
 @pytest.fixture(scope="module")
 def bucket(scenes):
     """The scenes in a bucket `box`, with a file that is no image."""
-    server = ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:

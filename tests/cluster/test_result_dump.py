@@ -127,7 +127,7 @@ def test_semantic(dumped):
 
 
 def test_a_dump_in_a_bucket_is_the_same(tmp_path, monkeypatch):
-    server = ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()
