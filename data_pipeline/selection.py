@@ -137,8 +137,7 @@ def _with_classes(manifest: Manifest, item: MixtureItem) -> np.ndarray:
 def _shows(manifest: Manifest, category_ids: Sequence[int]) -> np.ndarray:
     """[N] bool: images with a segment of any of these categories."""
     present = manifest.category_ids
-    found = np.append(0, np.cumsum(np.isin(present.values, category_ids), dtype=np.int32))[present.offsets]
-    return found[1:] > found[:-1]
+    return present.any(np.isin(present.values, category_ids))
 
 
 def _ids(manifest: Manifest, names: Sequence[str], dataset: str, setting: str) -> list[int]:

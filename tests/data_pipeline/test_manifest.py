@@ -16,7 +16,7 @@ from data_pipeline import manifest as manifest_module
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.config import DatasetConfig, SyntheticSource
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo
+from data_pipeline.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo
 from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset
 from data_pipeline.storage import Storage
@@ -84,6 +84,25 @@ def test_a_manifest_travels_to_other_processes(written):
 def test_rows_of_ragged_columns(written):
     rows = written.category_ids.rows()
     assert rows.tolist() == [i for i in range(10) for _ in written.category_ids[i]]
+
+
+def test_rows_with_a_flag():
+    ragged = Ragged(np.arange(5), np.array([0, 0, 2, 2, 3, 5, 5]))
+    assert ragged.any(np.array([0, 1, 0, 0, 1], bool)).tolist() == [False, True, False, False, True, False]
+    assert Ragged(np.zeros(0, int), np.zeros(3, int)).any(np.zeros(0, bool)).tolist() == [False, False]
+
+
+def test_lists_are_as_narrow_as_their_values_allow():
+    """More rows than are decoded at once, each part with numbers of another size."""
+    rows = [[1, 250]] * 5000 + [[]] * 5000 + [[-3, 30_000]] * 5000
+    empty = {name: pa.nulls(len(rows), SAMPLE_SCHEMA.field(name).type) for name in SAMPLE_SCHEMA.names}
+    table = pa.table(empty | {"category_ids": pa.array(rows, SAMPLE_SCHEMA.field("category_ids").type)})
+    columns = Columns(manifest_module.write_table(table))
+    assert columns.items("category_ids").tolist() == [number for row in rows for number in row]
+    assert np.diff(columns.bounds("category_ids")).tolist() == [len(row) for row in rows]
+    assert columns.items("category_ids").dtype == np.int32
+    columns = Columns(manifest_module.write_table(table.slice(0, 9000)))
+    assert columns.items("category_ids").dtype == np.uint8
 
 
 def test_damaged_bytes_are_found_and_named(written, copy):
