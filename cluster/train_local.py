@@ -34,12 +34,9 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
 
     job = compose_job(config)
     run = create_run(config)
-    environment = {"OMP_NUM_THREADS": str(config.training.threads)}
-    if not config.cluster.num_gpus_per_worker:
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     driver = Tracking(run, "driver")
     try:
-        _attempts(config, job, run, environment, live)
+        _attempts(config, job, run, worker_environment(config), live)
     except BaseException as error:
         driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
         raise
@@ -47,6 +44,14 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
     finished = newest is not None and newest.step >= config.training.max_steps
     driver.finish("FINISHED" if finished else "KILLED")
     return "finished" if finished else "stopped"
+
+
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """What a rank's process must find in its environment before it imports torch and DeepSpeed."""
+    environment = {"OMP_NUM_THREADS": str(config.training.threads)}
+    if not config.cluster.num_gpus_per_worker:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return environment
 
 
 def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: dict[str, str], live: bool) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Protocol
 
 from data_pipeline.loader import LoaderSpec, StepBatches, build_loader
 from data_pipeline.manifest import Manifest
@@ -16,20 +17,66 @@ from trainer.job import TrainJob, Window
 from trainer.state import TrainState
 
 
+class TrainingData(Protocol):
+    """An endless sequence of images, the same on all ranks."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly when two runs see the same image at every position."""
+        ...
+
+    @property
+    def most_segments(self) -> int:
+        """Of any image."""
+        ...
+
+    def check(self, storage: Storage) -> None:
+        """Raise StorageError where something is missing that steps will want. Only rank 0 calls it."""
+        ...
+
+    def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
+        """One rank's endless steps; the sequence begins at position `order_start`."""
+        ...
+
+
+OpenData = Callable[[TrainJob, Storage], TrainingData]
+"""Opens the data of a job on every rank."""
+
+
 @dataclass(frozen=True)
-class TrainingData:
-    """What is read, and in which order."""
+class ShardedData:
+    """Shards, in the order that the recipe gives them."""
 
     manifests: tuple[Manifest, ...]
     order: Order
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the order."""
+        return self.order.fingerprint
 
-def open_data(job: TrainJob, storage: Storage) -> TrainingData:
+    @property
+    def most_segments(self) -> int:
+        """By the manifests."""
+        return max(int(manifest.num_segments.max()) for manifest in self.manifests)
+
+    def check(self, storage: Storage) -> None:
+        """Every shard is there and has its size."""
+        for manifest in self.manifests:
+            manifest.check_shards(storage)
+
+    def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
+        """From the loader."""
+        order = LaterOrder(self.order, order_start) if order_start else self.order
+        return build_loader(self.manifests, order, job.data, storage, spec)
+
+
+def open_shards(job: TrainJob, storage: Storage) -> ShardedData:
     """Load the manifests and build the order. Raises DataError, StorageError, and TrainingError for a wrong job."""
     if len(job.shards) != len(job.data.train):
         raise TrainingError(f"{len(job.shards)} shard folders for {len(job.data.train)} data sets in data.train")
     manifests = tuple(Manifest.load(url, storage) for url in job.shards)
-    return TrainingData(manifests, build_order(manifests, job.seed, job.data))
+    return ShardedData(manifests, build_order(manifests, job.seed, job.data))
 
 
 def open_batches(
@@ -56,9 +103,8 @@ def open_batches(
         seed=job.seed,
         neighbors=neighbors,
     )
-    order = LaterOrder(data.order, state.order_start) if state.order_start else data.order
     for first, count in unskipped(position, job.skipped, global_batch):
-        with closing(build_loader(data.manifests, order, job.data, storage, replace(spec, start_step=first))) as steps:
+        with closing(data.steps(job, storage, replace(spec, start_step=first), state.order_start)) as steps:
             yield from islice(steps, count)
 
 

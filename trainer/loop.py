@@ -12,6 +12,7 @@ from model.criterion import Losses, Normalizers, count_normalizers
 from trainer.bad_samples import BadSamples
 from trainer.checkpoint_folder import checkpoint_url
 from trainer.control import StepFacts
+from trainer.data import OpenData
 from trainer.engine import StepResult
 from trainer.errors import LossSpikeError, OutOfMemoryError, TrainingError
 from trainer.job import Control, TrainJob, Window
@@ -23,14 +24,14 @@ from trainer.setup import Run, open_run
 from trainer.state import TrainState
 
 
-def train(job: TrainJob, reporter: Reporter, control: Control) -> TrainState:
+def train(job: TrainJob, reporter: Reporter, control: Control, open_data: OpenData) -> TrainState:
     """Train until `max_steps`, or until `control` asks to end, resuming from the newest whole checkpoint of the run.
 
     Every rank calls this inside a process group. The returned state is checkpointed and committed. Raises
     TrainingError (on all ranks where the data or upload of one fails), CheckpointError, DataError, StorageError and
     ConfigError.
     """
-    with open_run(job, reporter) as run, Observer(run, reporter) as observer:
+    with open_run(job, reporter, open_data) as run, Observer(run, reporter) as observer:
         return _Loop(run, reporter, control, observer).run()
 
 

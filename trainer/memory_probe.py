@@ -35,12 +35,11 @@ def probe_memory(
         return job
     training = job.training
     wanted = len(step_plan(0, training.global_batch, 0, ranks.world_size, training.micro_batch)[0])
-    targets = max(int(manifest.num_segments.max()) for manifest in data.manifests)
     share = ranks.world_size if training.zero.stage else 1
     module.to(device)
 
     def fits(size: int) -> bool:
-        return _fits(module, worst_batch(job, size, targets).to(device), share)
+        return _fits(module, worst_batch(job, size, data.most_segments).to(device), share)
 
     found = min(ranks.gather(ranks.together(lambda: largest_that_fits(fits, wanted))))
     if found == wanted:

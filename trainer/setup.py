@@ -17,7 +17,7 @@ from model.weights import LoadReport, load_weights
 from trainer.checkpoint import CheckpointSaver
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.control import Ranks
-from trainer.data import TrainingData, open_batches, open_data
+from trainer.data import OpenData, TrainingData, open_batches
 from trainer.engine import Engine
 from trainer.job import TrainJob
 from trainer.memory_probe import probe_memory
@@ -43,12 +43,12 @@ class Run:
 
 
 @contextmanager
-def open_run(job: TrainJob, reporter: Reporter) -> Iterator[Run]:
+def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator[Run]:
     """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
     training = job.training
     storage, ranks = Storage(job.storage), Ranks(training.collective_timeout_s)
     data = ranks.together(lambda: open_data(job, storage))
-    ranks.from_first(lambda: [manifest.check_shards(storage) for manifest in data.manifests])
+    ranks.from_first(lambda: data.check(storage))
     state, resumed = _fresh_state(job, data, ranks), None
     candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
     accept = job.data.accept_changes
@@ -85,7 +85,7 @@ def this_device() -> torch.device:
 
 def _fresh_state(job: TrainJob, data: TrainingData, ranks: Ranks) -> TrainState:
     return TrainState(
-        order_fingerprint=data.order.fingerprint,
+        order_fingerprint=data.fingerprint,
         seed=job.seed,
         world_size=ranks.world_size,
         zero_stage=job.training.zero.stage,

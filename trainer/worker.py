@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainer.data import OpenData, open_shards
 from trainer.errors import TrainingError
 from trainer.job import Control, ManualControl, TrainJob
 from trainer.loop import train
@@ -25,7 +26,12 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_worker(job: TrainJob, reporter: Reporter | None = None, control: Control | None = None) -> TrainState:
+def run_worker(
+    job: TrainJob,
+    reporter: Reporter | None = None,
+    control: Control | None = None,
+    open_data: OpenData = open_shards,
+) -> TrainState:
     """Train as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
 
     Without a reporter, rank 0 prints. A process group that exists already (Ray Train) is used as it is. Without any of
@@ -34,7 +40,7 @@ def run_worker(job: TrainJob, reporter: Reporter | None = None, control: Control
     device = prepare_process(job)
     with process_group(device, job.training.collective_timeout_s):
         log = LogReporter(job.training.max_steps, sys.stdout if dist.get_rank() == 0 else StringIO())
-        return train(job, reporter or log, control or ManualControl())
+        return train(job, reporter or log, control or ManualControl(), open_data)
 
 
 def prepare_process(job: TrainJob) -> torch.device:

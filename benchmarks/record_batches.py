@@ -1,0 +1,90 @@
+"""`python -m benchmarks.record_batches RECIPE FILE [KEY=VALUE ...]`: what a training sees, for a machine without data.
+
+Runs a recipe's own loader and keeps the images and targets of its first steps in one file, which
+`python -m benchmarks.train_recorded` trains from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from benchmarks.recording import RecordingWriter
+from cluster.compose import compose_job
+from cluster.config import RunConfig
+from cluster.recipe import dump_recipe, load_recipe
+from data_pipeline.loader import LoaderSpec
+from data_pipeline.storage import Storage
+from model.errors import ConfigError, UserError
+from trainer.data import open_shards
+
+MAX_MB = 30.0
+"""What travels to a machine beside the code and the packages that it lacks."""
+
+
+def record(
+    config: RunConfig, path: str | Path, steps: int | None, max_mb: float = MAX_MB, quality: int | None = 92
+) -> int:
+    """Record the first `steps` steps of a recipe (None: as many as fit); returns their number.
+
+    Raises:
+        ConfigError: that many do not fit into `max_mb` (10^6 bytes).
+        UserError: the data cannot be used.
+    """
+    storage = Storage(config.storage)
+    job = compose_job(config, storage)
+    assert job.model.num_classes is not None
+    spec = LoaderSpec(
+        global_batch=job.training.global_batch, micro_batch=1, rank=0, world=1, start_step=0, seed=job.seed
+    )
+    done, recipe = 0, dump_recipe(replace(config, output="runs"))  # where it will train, other folders exist
+    with (
+        closing(open_shards(job, storage).steps(job, storage, spec, order_start=0)) as loaded,
+        RecordingWriter(path, recipe, job.model.num_classes, int(max_mb * 1e6), quality) as writer,
+    ):
+        for step in islice(loaded, steps):
+            if not writer.add([batch.to("cpu") for batch in step.micro_batches]):
+                break
+            done += 1
+        if done < (steps or 1):
+            raise ConfigError(
+                f"{path}: {done} of {steps or 1} steps of {job.training.global_batch} images fit into {max_mb:g} MB; "
+                "lower --steps or --quality, or make images smaller (data.augment)"
+            )
+    return done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="record_batches", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", help="YAML file; its shards must exist (m2f shard)")
+    parser.add_argument("file", help="the recording, a zip file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in place of the recipe's")
+    parser.add_argument("--steps", type=int, help="training steps; default: as many as fit")
+    parser.add_argument("--max-mb", type=float, default=MAX_MB, help=f"largest size of the file; default {MAX_MB:g}")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--quality", type=int, default=92, help="of the JPEG images, 1 to 100; default 92")
+    kept.add_argument(
+        "--lossless", action="store_true", help="keep every pixel as it is (PNG, about five times larger)"
+    )
+    arguments = parser.parse_args()
+    quality = None if arguments.lossless else arguments.quality
+    try:
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        steps = record(config, arguments.file, arguments.steps, arguments.max_mb, quality)
+    except UserError as error:
+        print(f"record_batches: {error}", file=sys.stderr)
+        return 2
+    images = steps * config.training.global_batch
+    size = Path(arguments.file).stat().st_size
+    print(
+        f"{arguments.file}: {steps} steps, {images} images, {size / 1e6:.1f} MB ({size / images / 1e3:.1f} KB an image)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Training images as the trainer gets them, in one file, for a machine that has neither the data set nor its tools.
+
+The file is a zip: `recipe.yaml`; `images.json` with the targets of every image; `images/NNNNNN.jpg` (or `.png`) and
+`maps/NNNNNN.png`, its id maps below each other. Images are in the order of the training; a run that wants more of them
+begins again with the first, each time with random points of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import cv2
+import numpy as np
+
+from data_pipeline.collate import FILLER_POSITION, Batch, collate
+from data_pipeline.errors import DataError
+from data_pipeline.example import Example
+from data_pipeline.image_file import BrokenImageError, decode_index_png, decode_rgb, encode_png, read_header
+from data_pipeline.loader import LoaderSpec, StepBatches, in_thread
+from data_pipeline.storage import Storage
+from data_pipeline.targets import ImageTargets
+from trainer.job import TrainJob
+
+FORMAT = 1
+_RECIPE, _IMAGES = "recipe.yaml", "images.json"
+_STEPS_AHEAD = 2
+_MOST_PIXELS = 2**26
+_MEMBER_BYTES = 128  # of zip headers, at most
+_JPEG_OPTIONS = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded stream; the training data of a run."""
+
+    recipe: str
+    """The resolved recipe (YAML)."""
+    num_classes: int
+    examples: tuple[Example, ...]
+    fingerprint: str
+    """Digest of the file."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file and decode its images. Raises DataError where it is none, damaged or newer than this code."""
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            with zipfile.ZipFile(path) as archive:
+                listed = json.loads(archive.read(_IMAGES))
+                if listed["format"] != FORMAT:
+                    raise DataError(f"{path} has format {listed['format']}, and this version reads {FORMAT}")
+                examples = tuple(_read_example(archive, n, entry) for n, entry in enumerate(listed["images"]))
+                return cls(archive.read(_RECIPE).decode(), listed["num_classes"], examples, digest)
+        except (OSError, zipfile.BadZipFile, BrokenImageError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} cannot be read as a recording ({error!r:.200}); record it again") from error
+
+    @property
+    def most_segments(self) -> int:
+        """Of any image."""
+        return max(len(example.targets.labels) for example in self.examples)
+
+    def check(self, storage: Storage) -> None:
+        """Nothing: everything is in memory."""
+
+    def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
+        """One rank's endless steps, two of them prepared ahead."""
+        made = in_thread(lambda step: self._step(step, spec, order_start), count(spec.start_step), _STEPS_AHEAD)
+        try:
+            while True:
+                began = time.perf_counter()
+                yield replace(next(made), wait_s=time.perf_counter() - began)
+        finally:
+            made.close()
+
+    def _step(self, step: int, spec: LoaderSpec, start: int) -> StepBatches:
+        batches = tuple(
+            collate([None if position is None else self._at(position, start) for position in positions], self._canvas)
+            for positions in spec.plan(step)
+        )
+        positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
+        return StepBatches(step, batches, positions, wait_s=0.0)
+
+    def _at(self, position: int, start: int) -> Example:
+        return replace(self.examples[(position - start) % len(self.examples)], position=position)
+
+    @cached_property
+    def _canvas(self) -> tuple[int, int] | None:
+        """Height and width of all images; None where they differ."""
+        shapes = {example.targets.id_maps.shape[1:] for example in self.examples}
+        height, width = shapes.pop()
+        return None if shapes else (height, width)
+
+
+class RecordingWriter:
+    """Writes a recording of at most `max_bytes`; a context manager, which deletes the file on an error."""
+
+    def __init__(self, path: str | Path, recipe: str, num_classes: int, max_bytes: int, quality: int | None) -> None:
+        """`quality` of the JPEG images, 1 to 100; None keeps every pixel as it is, as PNG."""
+        self._path, self._max_bytes, self._quality = Path(path), max_bytes, quality
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._archive = zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED)
+        self._archive.writestr(_RECIPE, recipe)
+        self._num_classes = num_classes
+        self._entries: list[dict[str, Any]] = []
+        self._bytes = len(recipe) + 3 * _MEMBER_BYTES  # the recipe, the list of images, the end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            listed = {"format": FORMAT, "num_classes": self._num_classes, "images": self._entries}
+            self._archive.writestr(_IMAGES, json.dumps(listed, separators=(",", ":")))
+        self._archive.close()
+        if error is not None:
+            self._path.unlink()
+
+    def add(self, batches: Sequence[Batch]) -> bool:
+        """Append one step in micro-batches of one image; False where it does not fit, and is left out."""
+        encoded = [_encode(batch, self._quality) for batch in batches]
+        needed = sum(_size_of(entry, members) for entry, members in encoded)
+        if self._bytes + needed > self._max_bytes:
+            return False
+        self._bytes += needed
+        for entry, members in encoded:
+            for name, data in members.items():
+                self._archive.writestr(name.format(len(self._entries)), data)
+            self._entries.append(entry)
+        return True
+
+
+def _encode(batch: Batch, quality: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What `images.json` says of a batch of one image, and its members by their names, which lack the number."""
+    (image,), (maps,), (size,), targets = batch.images, batch.targets.id_maps, batch.sizes, batch.targets
+    pixels, layers = image.permute(1, 2, 0).numpy(), maps.numpy()
+    valid = targets.valid[0]
+    entry = {
+        "key": batch.keys[0],
+        "dataset": int(targets.dataset[0]),
+        "size": size.tolist(),
+        "dropped": batch.dropped_targets,
+        "layers": len(layers),
+        "wide": layers.dtype == np.int16,
+        **{name: getattr(targets, name)[0][valid].tolist() for name in ("labels", "layer", "local_id")},
+    }
+    stacked = layers.reshape(-1, layers.shape[-1])
+    stacked = stacked.view(np.uint16) if stacked.dtype == np.int16 else stacked
+    picture = {"images/{:06d}.png": encode_png(pixels)}
+    if quality is not None:
+        picture = {"images/{:06d}.jpg": _encode_jpeg(pixels, quality)}
+    return entry, picture | {"maps/{:06d}.png": encode_png(stacked)}
+
+
+def _encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    done, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality, *_JPEG_OPTIONS])
+    assert done, f"OpenCV cannot write a JPEG of {pixels.shape}"
+    return data.tobytes()
+
+
+def _size_of(entry: Mapping[str, Any], members: Mapping[str, bytes]) -> int:
+    return len(json.dumps(entry)) + sum(len(data) + _MEMBER_BYTES for data in members.values())
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A picture whose header and size promise no more than this machine can hold."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    data = archive.read(name)
+    header = read_header(data)
+    if header.height * header.width > _MOST_PIXELS:
+        raise ValueError(f"{name} has {header.height} x {header.width} pixels")
+    return data
+
+
+def _read_example(archive: zipfile.ZipFile, number: int, entry: Mapping[str, Any]) -> Example:
+    names = [f"images/{number:06d}.{ext}" for ext in ("jpg", "png")]
+    picture = next((name for name in names if name in archive.NameToInfo), names[0])
+    pixels, stacked = decode_rgb(_read(archive, picture)), decode_index_png(_read(archive, f"maps/{number:06d}.png"))
+    stacked = stacked.view(np.int16) if entry["wide"] else stacked
+    labels, layer, local_id = (np.asarray(entry[name], dtype=np.int64) for name in ("labels", "layer", "local_id"))
+    targets = ImageTargets(stacked.reshape(entry["layers"], *pixels.shape[:2]), labels, layer, local_id)
+    height, width = entry["size"]
+    return Example(entry["key"], entry["dataset"], number, pixels, targets, (height, width), entry["dropped"])

@@ -1,0 +1,67 @@
+"""`python -m benchmarks.train_recorded FILE [KEY=VALUE ...]`: train from what `record_batches` recorded.
+
+The trainer, its checkpoints and its launcher are those of `m2f train --launcher local`; only the images come from the
+file, and nothing goes to MLflow. Started again, it goes on from the last checkpoint. Needs neither the data set nor
+Ray, MLflow or webdataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.recording import Recording
+from cluster.launch_local import LaunchError, launch
+from cluster.paths import with_absolute_paths
+from cluster.recipe import dump_recipe, parse_recipe
+from cluster.train_local import SignalControl, worker_environment
+from model.errors import UserError
+from trainer.job import TrainJob
+
+
+def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
+    """Train on this machine; returns the run folder. Raises UserError and LaunchError as `train_locally` does."""
+    recording = Recording.load(path)
+    config = with_absolute_paths(parse_recipe(recording.recipe, overrides, source=f"the recipe in {path}"))
+    job = TrainJob(
+        run_folder=config.run_folder,
+        model=replace(config.model, num_classes=recording.num_classes),
+        data=config.data,
+        shards=(),
+        training=config.training,
+        storage=config.storage,
+        seed=config.seed,
+        recipe=dump_recipe(config),
+    )
+    launch(train_rank, (job, os.path.abspath(path)), config.cluster.max_workers, worker_environment(config))
+    return config.run_folder
+
+
+def train_rank(job: TrainJob, path: str) -> None:
+    """Body of one rank."""
+    from trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
+
+    run_worker(job, control=SignalControl(), open_data=lambda *_: Recording.load(path))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="train_recorded", description=__doc__, allow_abbrev=False)
+    parser.add_argument("file", help="what record_batches wrote")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in place of the recipe's")
+    arguments = parser.parse_args()
+    try:
+        print(f"run folder: {train_recorded(arguments.file, arguments.overrides)}")
+    except UserError as error:
+        print(f"train_recorded: {error}", file=sys.stderr)
+        return 2
+    except LaunchError as error:
+        print(f"train_recorded: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
