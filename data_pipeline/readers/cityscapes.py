@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
 from data_pipeline.errors import DataError, some
+from data_pipeline.image_file import BrokenImageError, read_header
 from data_pipeline.partition import Region, partition
+from data_pipeline.readers import coco_json
 from data_pipeline.readers.coco_panoptic import CocoPanopticReader, PanopticRecord
-from data_pipeline.readers.files import make_key, require_folder
+from data_pipeline.readers.files import make_key, read_bytes, require_folder
 from data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
 from data_pipeline.sample import Annotation
 
@@ -61,24 +64,52 @@ def open_cityscapes_panoptic(source: CityscapesPanopticSource, max_pixels: int) 
     """Reader of the COCO panoptic form that `createPanopticImgs.py` makes.
 
     Its JSON names images `<id>_gtFine_leftImg8bit.png`, without their city; the real `<city>/<id>_leftImg8bit.png` is
-    found by the id. Raises DataError where there is none.
+    found by the id. What DeepLab2 keeps of the JSON, its annotations, is enough. Raises DataError where an image is
+    missing.
     """
-    images = require_folder(source.images)
-    reader = CocoPanopticReader.open(
-        CocoPanopticSource(
-            images=source.images, panoptic_json=source.panoptic_json, panoptic_masks=source.panoptic_masks
-        ),
-        max_pixels,
-    )
-    names = [path.relative_to(images).as_posix() for path in sorted(images.rglob(f"*{_IMAGE_ENDING}"))]
+    images, path = require_folder(source.images), source.panoptic_json
+    document = coco_json.read_document(path, ("annotations",))
+    names = [file.relative_to(images).as_posix() for file in sorted(images.rglob(f"*{_IMAGE_ENDING}"))]
     by_id = {PurePosixPath(name).name.removesuffix(_IMAGE_ENDING): name for name in names}
-    missing = [record.image.source_id for record in reader.records if record.image.source_id not in by_id]
+    ids = [coco_json.id_text(entry, "image_id", path) for entry in document["annotations"]]
+    missing = [image_id for image_id in ids if image_id not in by_id]
     if missing:
         raise DataError(
-            f"{images} lacks {len(missing)} images of {source.panoptic_json}, as <id>{_IMAGE_ENDING}: {some(missing)}; "
+            f"{images} lacks {len(missing)} images of {path}, as <id>{_IMAGE_ENDING}: {some(missing)}; "
             "point source.images at leftImg8bit or at its folder of this split"
         )
+    if "images" not in document:
+        document["images"] = [_image_entry(image_id, images / by_id[image_id]) for image_id in ids]
+    if "categories" not in document:
+        document["categories"] = _category_entries(document["annotations"], path)
+    reader = CocoPanopticReader.of(
+        document,
+        CocoPanopticSource(images=source.images, panoptic_json=path, panoptic_masks=source.panoptic_masks),
+        max_pixels,
+    )
     return replace(reader, records=tuple(_renamed(record, by_id[record.image.source_id]) for record in reader.records))
+
+
+def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
+    """What the JSON would say about an image."""
+    try:
+        header = read_header(read_bytes(file))
+    except BrokenImageError as error:
+        raise DataError(f"{file}: {error}") from error
+    return {"id": image_id, "file_name": file.name, "height": header.height, "width": header.width}
+
+
+def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, Any]]:
+    """The 19 classes by label id or by train id, whichever the segments use; their own ids are always of labels."""
+    segments = [segment for entry in annotations for segment in coco_json.field(entry, "segments_info", path)]
+    by_label = all(
+        _label(coco_json.whole_number(s, "id", path)) == coco_json.whole_number(s, "category_id", path)
+        for s in segments
+    )
+    return [
+        {"id": c.id if by_label else train_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
+        for train_id, c in enumerate(CATEGORIES.categories)
+    ]
 
 
 def _renamed(record: PanopticRecord, name: str) -> PanopticRecord:
@@ -102,7 +133,7 @@ class InstanceIds:
 
 
 def _classify(value: int) -> Region | None:
-    label = value if value < 1000 else value // 1000
+    label = _label(value)
     if label > _LAST_LABEL:
         raise KeyError(value)
     category = CATEGORIES.by_id.get(label)
@@ -111,3 +142,7 @@ def _classify(value: int) -> Region | None:
     if not category.is_thing:
         return Region(category, label)
     return Region(category, value, is_crowd=value < 1000)
+
+
+def _label(value: int) -> int:
+    return value if value < 1000 else value // 1000

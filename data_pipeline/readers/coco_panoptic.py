@@ -57,9 +57,14 @@ class CocoPanopticReader:
     @classmethod
     def open(cls, source: CocoPanopticSource, max_pixels: int) -> Self:
         """Read and check the annotation files. Raises DataError."""
+        document = coco_json.read_document(source.panoptic_json, ("images", "annotations", "categories"))
+        return cls.of(document, source, max_pixels)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], source: CocoPanopticSource, max_pixels: int) -> Self:
+        """Check the content of `source.panoptic_json`. Raises DataError."""
         images, masks = require_folder(source.images), require_folder(source.panoptic_masks)
         path = source.panoptic_json
-        document = coco_json.read_document(path, ("images", "annotations", "categories"))
         categories = coco_json.read_categories(document, path, things_only=False)
         records = _read_records(document, path)
         used = Counter(int(s["category_id"]) for record in records for s in record.segments)

@@ -113,6 +113,29 @@ def test_a_missing_cityscapes_image_names_its_id(tmp_path):
         open_reader(source)
 
 
+@pytest.mark.parametrize("ids", [{"road": 7, "car": 26}, {"road": 0, "car": 13}])
+def test_a_panoptic_json_of_annotations_only_uses_label_ids_or_train_ids(street, tmp_path, ids):
+    """What DeepLab2 needs of the JSON; segment ids are made of label ids in both variants."""
+    colors = np.zeros((H, W, 3), np.uint8)
+    colors[:] = 7, 0, 0
+    colors[2:4, 2:5] = 26001 % 256, 26001 // 256, 0
+    _write(tmp_path / "masks/ulm.png", colors)
+    segments = [{"id": 7, "category_id": ids["road"]}, {"id": 26001, "category_id": ids["car"], "iscrowd": 0}]
+    entry = {"image_id": "ulm_000001_000019", "file_name": "ulm.png", "segments_info": segments}
+    (tmp_path / "p.json").write_text(json.dumps({"annotations": [entry]}))
+    reader = open_reader(
+        CityscapesPanopticSource(
+            images=f"{tmp_path}/leftImg8bit", panoptic_json=f"{tmp_path}/p.json", panoptic_masks=f"{tmp_path}/masks"
+        )
+    )
+    (sample,) = map(reader.read, range(len(reader.keys)))
+    assert (sample.key, sample.height, sample.width) == ("ulm_000001_000019", H, W)
+    names = [reader.categories.by_id[s.category_id].name for s in sample.annotation.segments]
+    assert names == ["road", "car"]
+    assert _targets(sample, reader.categories, "panoptic").labels.tolist() == [0, 13]
+    assert [s.area for s in sample.annotation.segments] == [H * W - 6, 6]
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_cityscapes_layout_agrees_with_its_other_files(real_data, split):
     root = real_data / "cityscapes_layout_from_camvid"
@@ -148,22 +171,13 @@ def test_cityscapes_dummies(real_data, tmp_path):
     tiny = open_reader(CityscapesSource(images=f"{root}/tiny/leftImg8bit/test", annotations=f"{root}/tiny/gtFine/test"))
     found = [[(s.source_id, s.area) for s in tiny.read(i).annotation.segments] for i in range(2)]
     assert found == [[(27001, 1), (27002, 2)], [(12, 1), (31001, 2)]]
-    # The train-id variant leaves out the lists of images and categories.
-    document = json.loads((root / "deeplab2/gtFine/cityscapes_panoptic_dummy_trainId.json").read_text())
-    image_id = document["annotations"][0]["image_id"]
-    document["images"] = [{"id": image_id, "file_name": f"{image_id}_gtFine_leftImg8bit.png"}]
-    document["images"][0] |= {"height": 800, "width": 800}
-    document["categories"] = [
-        {"id": i, "name": c.name, "isthing": int(c.is_thing)} for i, c in enumerate(CATEGORIES.categories)
-    ]
-    (tmp_path / "p.json").write_text(json.dumps(document))
+    folder = root / "deeplab2/gtFine/cityscapes_panoptic_dummy_trainId"  # its JSON lists no images and no categories
     reader = open_reader(
         CityscapesPanopticSource(
-            images=f"{root}/deeplab2/leftImg8bit",
-            panoptic_json=f"{tmp_path}/p.json",
-            panoptic_masks=f"{root}/deeplab2/gtFine/cityscapes_panoptic_dummy_trainId",
+            images=f"{root}/deeplab2/leftImg8bit", panoptic_json=f"{folder}.json", panoptic_masks=str(folder)
         )
     )
+    assert [c.name for c in reader.categories.categories] == [c.name for c in CATEGORIES.categories]
     annotation = reader.read(0).annotation
     pixels = np.bincount(annotation.seg.ravel())
     assert [s.source_id for s in annotation.segments if s.is_crowd] == [26]
