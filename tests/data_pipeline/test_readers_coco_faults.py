@@ -112,8 +112,8 @@ def test_faults_of_the_annotation_files(coco, fault, kind):
 @pytest.mark.parametrize("kind", ["panoptic", "instances"])
 def test_files_that_are_no_annotations(coco, kind):
     source = getattr(coco, f"{kind}_source")
-    with pytest.raises(DataError, match=r"images does not exist or is no folder; check the paths"):
-    with pytest.raises(DataError, match=r"(images|panoptic.json) does not exist or is no (folder|file); check the paths"):
+    with pytest.raises(DataError, match=r"(images|panoptic.json) does not exist or is no f.*; check the paths"):
+        open_reader(source)
     coco.write()
     path = coco.root / f"{kind}.json"
     for content, words in (("{", "is not valid JSON"), ("[]", "has no list images, annotations, categories")):
