@@ -1,4 +1,4 @@
-"""The board between training workers and the driver: reports travel one way, the wish to stop the other."""
+"""The board between training workers and the driver: reports travel one way, the driver's word the other."""
 
 from __future__ import annotations
 
@@ -63,6 +63,16 @@ class Delivery:
     """In order; the last of them has the number `last`."""
 
 
+@dataclass(frozen=True)
+class Word:
+    """What the driver has to say to rank 0."""
+
+    stop: bool = False
+    """Whether the workers shall end after a checkpoint."""
+    metrics_step: int = 0
+    """Last step whose metrics it has written to disk."""
+
+
 class RunBoard:
     """The actor: rank 0 pins reports up, the driver takes them down. The oldest fall off when nobody takes them."""
 
@@ -70,25 +80,24 @@ class RunBoard:
         self._name = uuid.uuid4().hex
         self._reports: deque[Report] = deque(maxlen=MAX_REPORTS)
         self._last = 0
-        self._stop = False
+        self._word = Word()
 
     def pin(self, report: Report) -> None:
         """Add a report."""
         self._reports.append(report)
         self._last += 1
 
-    def take(self, received: Delivery | None, stop: bool) -> Delivery:
+    def take(self, received: Delivery | None, word: Word) -> Delivery:
         """Everything after `received`, which the driver has: an answer that got lost on the way is given again.
 
-        `stop` asks the workers to end after a checkpoint, until a call takes it back. The driver says it with every
-        call, since a board that dies forgets it.
+        `word` stands until the next call. The driver gives it with every call, since a board that dies forgets it.
         """
-        self._stop = stop
+        self._word = word
         if received is not None and received.board == self._name:
             while self._reports and self._last - len(self._reports) < received.last:
                 self._reports.popleft()
         return Delivery(self._name, self._last, tuple(self._reports))
 
-    def stop_requested(self) -> bool:
-        """Whether the workers shall end."""
-        return self._stop
+    def word(self) -> Word:
+        """The driver's last one."""
+        return self._word

@@ -13,9 +13,10 @@ from cluster.eval_service import EvaluationClient
 from cluster.evaluation_lines import describe, started
 from cluster.live_view import LiveView
 from cluster.progress import say
-from cluster.reporters import TrackingReporter
-from cluster.run_board import CheckpointReport, Delivery, EventReport, MetricsReport
+from cluster.reporters import TrackingReporter, recover_metrics
+from cluster.run_board import CheckpointReport, Delivery, EventReport, MetricsReport, Word
 from cluster.tracking import RunStatus, TrackedRun, Tracking
+from data_pipeline.storage import Storage
 from trainer.reporting import LogReporter, Reporters
 
 PATIENCE_S = 10.0
@@ -37,7 +38,8 @@ class RunRelay:
         self._evaluations = evaluations
         self._tracking = Tracking(tracked, "driver")
         self._view = view
-        self._reporter = Reporters(view or LogReporter(max_steps, sys.stdout), TrackingReporter(self._tracking))
+        self._tracking_reporter = TrackingReporter(self._tracking)
+        self._reporter = Reporters(view or LogReporter(max_steps, sys.stdout), self._tracking_reporter)
         settled = [entry for entry in evaluations.entries() if entry.settled] if evaluations else []
         self._told = {entry.step for entry in settled}
         self._running: int | None = None
@@ -66,7 +68,8 @@ class RunRelay:
     def update(self, stop: bool = False) -> bool:
         """Repeat what is new; returns whether the workers have said anything. `stop` asks them to end."""
         try:
-            delivery = ray.get(self._board.take.remote(self._received, stop), timeout=PATIENCE_S)
+            word = Word(stop, self.last_step)
+            delivery = ray.get(self._board.take.remote(self._received, word), timeout=PATIENCE_S)
         except RayError:  # it restarts by itself
             return False
         self._received = replace(delivery, reports=())
@@ -82,6 +85,10 @@ class RunRelay:
         if self._evaluations is not None:
             self._tell_evaluations(self._evaluations)
         return bool(delivery.reports)
+
+    def recover(self, storage: Storage, run_folder: str) -> None:
+        """Track metrics that only the newest checkpoint holds. Called while no workers run."""
+        recover_metrics(self._tracking_reporter, storage, run_folder)
 
     def close(self, status: RunStatus) -> None:
         """Send what waits and set the run's status."""

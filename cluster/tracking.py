@@ -192,7 +192,7 @@ class _Sender:
         self._run, self._journal = run, journal
         self._client: MlflowClient | None = None
         self._latest: dict[str, int] | None = None
-        """Last step per key that the store has, or gets now; None = to be asked (at the start, after every failure)."""
+        """Last step per key that the store has; None = to be asked (at the start and after every failure)."""
         self._steps: dict[str, set[int]] = {}
         """All steps of the keys that were behind `_latest`."""
         self.trouble = ""
@@ -227,6 +227,7 @@ class _Sender:
         except MlflowException as error:
             if not _is_refusal(error, self._run.uri):
                 raise
+            self._latest = None
             self.refused += len(group)
             LOGGER.warning(
                 f"tracking: {self._run.uri} refuses {len(group)} entries ({_brief(error)}); "
@@ -238,10 +239,10 @@ class _Sender:
     def _send(self, group: list[Entry]) -> None:
         client, run_id, first = self._connect(), self._run.run_id, group[0]
         if "metrics" in first:
-            found = [point for entry in group for point in self._new_points(client, entry)]
-            points = list({(point.key, point.step): point for point in found}.values())  # a step may be done again
+            points = self._new_points(client, group)
             for start in range(0, len(points), METRICS_PER_CALL):
                 client.log_batch(run_id, points[start : start + METRICS_PER_CALL])
+            self._note_sent(points)
         elif "artifact" in first:
             path, folder = first["artifact"], first["folder"] or None
             if os.path.isdir(path):
@@ -257,24 +258,34 @@ class _Sender:
         else:
             client.set_terminated(run_id, first["status"])
 
-    def _new_points(self, client: MlflowClient, entry: Entry) -> list[Metric]:
-        """The entry's points whose step the store does not have for that key."""
+    def _new_points(self, client: MlflowClient, group: list[Entry]) -> list[Metric]:
+        """The points of these entries whose step the store does not have for that key, each once."""
         if self._latest is None:
             self._steps.clear()
             metrics = client.get_run(self._run.run_id).data.to_proto().metrics
             self._latest = {metric.key: metric.step for metric in metrics}
-        step, points = entry["step"], []
-        for key, value in entry["metrics"].items():
-            if step <= self._latest.get(key, -1):
-                if key not in self._steps:
-                    self._steps[key] = {m.step for m in client.get_metric_history(self._run.run_id, key)}
-                if step in self._steps[key]:
-                    continue
-            self._latest[key] = max(step, self._latest.get(key, -1))
-            if key in self._steps:
-                self._steps[key].add(step)
-            points.append(Metric(key, value, entry["time_ms"], step))
-        return points
+        points: dict[tuple[str, int], Metric] = {}
+        for entry in group:
+            step = entry["step"]
+            for key, value in entry["metrics"].items():
+                if not self._has(client, key, step):
+                    points.setdefault((key, step), Metric(key, value, entry["time_ms"], step))
+        return list(points.values())
+
+    def _has(self, client: MlflowClient, key: str, step: int) -> bool:
+        assert self._latest is not None
+        if step > self._latest.get(key, -1):
+            return False
+        if key not in self._steps:
+            self._steps[key] = {metric.step for metric in client.get_metric_history(self._run.run_id, key)}
+        return step in self._steps[key]
+
+    def _note_sent(self, points: list[Metric]) -> None:
+        assert self._latest is not None
+        for point in points:
+            self._latest[point.key] = max(point.step, self._latest.get(point.key, -1))
+            if point.key in self._steps:
+                self._steps[point.key].add(point.step)
 
     def _connect(self) -> MlflowClient:
         if self._client is None:

@@ -22,6 +22,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.compose import compose_job
 from cluster.config import ClusterConfig, RunConfig
@@ -118,7 +119,7 @@ class _Supervisor:
         self._evaluations: EvaluationClient | None = None
         if config.evaluation.sets:
             self._evaluations = EvaluationClient(config, self._tracked)
-        self._board: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(RunBoard).remote()
+        self._board = _make_board()
         self._relay = RunRelay(config.training.max_steps, self._board, self._evaluations, self._tracked, view)
         self._sizes = Sizes(config.cluster)
         self._failures: list[Failure] = []
@@ -158,6 +159,7 @@ class _Supervisor:
 
     def _train(self) -> Status:
         """Attempts until the run is done, stopped or hopeless."""
+        self._relay.recover(self._storage, self._config.run_folder)
         history, number = AttemptHistory(self._newest_step()), 0
         while self._newest_step() < self._config.training.max_steps:
             workers = self._wait_for_room()
@@ -206,6 +208,7 @@ class _Supervisor:
             silence.note(self._update())
             self._sizes.look(self._relay)
         self._update()
+        self._relay.recover(self._storage, self._config.run_folder)
         self._sizes.ended(self._relay)
         self._submit_committed()
         return outcome[0] if outcome else None
@@ -343,6 +346,13 @@ class _Silence:
             f"{workers.num_cpus_per_worker:g} CPUs and {workers.num_gpus_per_worker:g} GPUs, and the cluster has "
             f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} free now"
         )
+
+
+def _make_board() -> Any:
+    """On the driver's node: it shall not go with a node that workers lose."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(RunBoard)
+    return board.options(scheduling_strategy=here).remote()
 
 
 def ray_retries(cluster: ClusterConfig) -> FailureConfig:

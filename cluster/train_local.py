@@ -28,6 +28,7 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
         LaunchError: a rank failed; the run goes on from its last checkpoint when it is started again.
     """
     from cluster.compose import compose_job
+    from cluster.reporters import TrackingReporter, recover_metrics
     from cluster.tracking import Tracking, create_run
     from data_pipeline.storage import Storage
     from trainer.checkpoint_folder import newest_whole
@@ -36,6 +37,7 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
     run = create_run(config)
     driver = Tracking(run, "driver")
     try:
+        recover_metrics(TrackingReporter(driver), Storage(config.storage), config.run_folder)  # of a driver with Ray
         _attempts(config, job, run, worker_environment(config), live)
     except BaseException as error:
         driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
@@ -118,6 +120,10 @@ class SignalControl:
     def drain_requested(self) -> bool:
         """Never: machines that go away are Ray's business."""
         return False
+
+    def metrics_arrived(self, step: int) -> bool:
+        """Always: rank 0 writes them to disk itself."""
+        return True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._stop = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,13 @@ import ray.train
 from ray.train.v2._internal.execution import context as ray_context
 
 from cluster.prometheus import PrometheusReporter
-from cluster.run_board import CheckpointReport, EventReport, MetricsReport
+from cluster.run_board import CheckpointReport, EventReport, MetricsReport, Word
 from trainer.errors import PeersError
 from trainer.job import TrainJob
 from trainer.reporting import CommittedCheckpoint, EventKind, Reporters
 
 LOGGER = logging.getLogger(__name__)
-STOP_POLL_S = 1.0
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,28 +95,36 @@ class NoControl:
         """Never."""
         return False
 
+    def metrics_arrived(self, step: int) -> bool:
+        """Always: only rank 0 has any."""
+        return True
+
 
 class RayControl:
-    """Stop: from the board, asked by a thread. Drain: Ray's notice that one of the workers' nodes goes away."""
+    """The driver's word, which a thread reads from the board, and Ray's notice that a worker's node goes away."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
-        self._stop = threading.Event()
+        self._word = Word()
         threading.Thread(target=self._poll, name="control", daemon=True).start()
         self._preemption = ray_context.get_train_context().preemption_context
 
     def stop_requested(self) -> bool:
         """Whether the driver was asked to end the run."""
-        return self._stop.is_set()
+        return self._word.stop
 
     def drain_requested(self) -> bool:
         """Read from this process: the public get_preemption_info is a barrier that every rank would have to enter."""
         return self._preemption.preemption_info is not None
 
+    def metrics_arrived(self, step: int) -> bool:
+        """Whether the driver had written them to its disk when it was last heard of."""
+        return step <= self._word.metrics_step
+
     def _poll(self) -> None:
-        while not self._stop.wait(STOP_POLL_S):
+        while True:
+            time.sleep(POLL_S)
             try:
-                if ray.get(self._board.stop_requested.remote(), timeout=30):
-                    self._stop.set()
+                self._word = ray.get(self._board.word.remote(), timeout=30)
             except ray.exceptions.RayError as error:
                 LOGGER.debug("the board does not answer: %s", error)

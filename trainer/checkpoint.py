@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import safetensors.torch
@@ -14,6 +16,7 @@ from trainer.checkpoint_folder import (
     AVERAGE,
     ENGINE,
     MANIFEST,
+    METRICS,
     RECIPE,
     STATE,
     WEIGHTS,
@@ -69,9 +72,10 @@ class CheckpointSaver:
             self._upload.result()
         return self._committed
 
-    def save(self, engine: Engine, state: TrainState) -> None:
+    def save(self, engine: Engine, state: TrainState, metrics_on_their_way: Mapping[int, Mapping[str, float]]) -> None:
         """Write the files of this rank to local disk and start their upload; call `finish` first.
 
+        Metrics (by step, of rank 0) are stored for a driver that comes after one which died before it had them.
         Nothing happens where the same step was saved or restored last.
         """
         if state.step == self._saved_step:
@@ -92,6 +96,8 @@ class CheckpointSaver:
                 safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
                 (folder / STATE).write_bytes(state.to_json())
                 (folder / RECIPE).write_text(self._job.recipe, encoding="utf-8")
+                if metrics_on_their_way:
+                    (folder / METRICS).write_text(json.dumps(metrics_on_their_way), encoding="utf-8")
         except BaseException:
             scratch.remove()
             raise

@@ -7,6 +7,7 @@
     ema.safetensors         the same with the moving average of the weights, where the run keeps one
     state.json              TrainState
     recipe.yaml             the resolved recipe
+    metrics.json            metrics by step that were on their way to the driver at the save, where there were any
     receipts/rank_00000.json  files of one rank with sizes and checksums, written when they are all uploaded
     manifest.json           all receipts joined; written last, once: without it the checkpoint does not exist
     damaged.json            the manifest of a checkpoint that was found damaged
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ WEIGHTS = "weights.safetensors"
 AVERAGE = "ema.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
+METRICS = "metrics.json"
 ENGINE = "engine"
 
 _VERSION = 1
@@ -137,6 +140,19 @@ def newest_step(storage: Storage, run_folder: str) -> int:
     """Step of the newest whole checkpoint; 0 without any."""
     newest = newest_whole(storage, run_folder)
     return 0 if newest is None else newest.step
+
+
+def metrics_on_their_way(storage: Storage, url: str) -> dict[int, dict[str, float]]:
+    """Metrics by step that the checkpoint folder `url` keeps, since nobody else may have them.
+
+    Raises CheckpointError where they are damaged.
+    """
+    manifest = read_manifest(storage, url)
+    if METRICS not in manifest.files:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="m2f-metrics-") as folder:
+        fetch(storage, url, [METRICS], manifest, Path(folder))
+        return {int(step): values for step, values in json.loads(Path(folder, METRICS).read_bytes()).items()}
 
 
 def set_aside(storage: Storage, url: str) -> None:

@@ -42,7 +42,7 @@ class TrainJob:
 
 
 class Control(Protocol):
-    """Asked by rank 0 before every step; both end the run after a checkpoint at the next step boundary."""
+    """Asked by rank 0. Before every step: stop and drain end the run after a checkpoint at the next step boundary."""
 
     def stop_requested(self) -> bool:
         """Whether the user wants the run to end."""
@@ -50,6 +50,13 @@ class Control(Protocol):
 
     def drain_requested(self) -> bool:
         """Whether a machine is about to go away; the run is meant to continue elsewhere."""
+        ...
+
+    def metrics_arrived(self, step: int) -> bool:
+        """Whether the metrics reported at this step lie where the death of a process does not take them along.
+
+        Asked by rank 0 at every save: a checkpoint holds those that are still on their way.
+        """
         ...
 
 
@@ -67,3 +74,7 @@ class ManualControl:
     def drain_requested(self) -> bool:
         """Whether `drain` was set."""
         return self.drain
+
+    def metrics_arrived(self, step: int) -> bool:
+        """Always."""
+        return True

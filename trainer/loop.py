@@ -46,6 +46,8 @@ class _Loop:
         self._observer = observer
         self._bad_samples = BadSamples(run.job.data.max_bad_samples, run.ranks)
         self._announced = -1
+        self._on_their_way: dict[int, dict[str, float]] = {}
+        """Metrics by step that were reported and may not have arrived."""
 
     def run(self) -> TrainState:
         training, engine, state = self._training, self._run.engine, self._run.state
@@ -68,7 +70,7 @@ class _Loop:
                 continue
             state = self._look_for_spikes(state, losses)
             if state.step % training.log_every_steps == 0:
-                self._observer.report(state, losses, result.grad_norm)
+                self._on_their_way[state.step] = self._observer.report(state, losses, result.grad_norm)
             if state.step % training.checkpoint.every_steps == 0:
                 self._save(state)
         return self._end("finished", state)
@@ -179,7 +181,9 @@ class _Loop:
     def _save(self, state: TrainState) -> None:
         self._observer.enter("checkpoint")
         self._announce(self._run.saver.finish())  # every commit is heard of, also where the next one follows at once
-        self._run.saver.save(self._run.engine, state)
+        for step in [step for step in self._on_their_way if self._control.metrics_arrived(step)]:
+            del self._on_their_way[step]
+        self._run.saver.save(self._run.engine, state, self._on_their_way)
 
     def _announce(self, commit: CommittedCheckpoint | None) -> None:
         """Tell the reporter of a commit, once."""

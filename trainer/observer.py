@@ -87,8 +87,8 @@ class Observer:
             }
         self._trace.write(record)
 
-    def report(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> None:
-        """The numbers of all ranks since the last report. A collective."""
+    def report(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> dict[str, float]:
+        """Report the numbers of all ranks since the last report; rank 0 returns them as well. A collective."""
         run, training = self._run, self._run.job.training
         values = summed_losses(losses, run.ranks)
         values |= self._traffic.read(run.ranks)
@@ -98,7 +98,7 @@ class Observer:
         self._reporter.rank_metrics(state.step, own.values())
         if not run.ranks.is_first:
             self._stopwatch.reset()
-            return
+            return {}
         rate = self._stopwatch.read(steps_left=training.max_steps - state.step)
         values |= rate | joined_numbers(numbers)
         utilization = self._utilization.share(self._size, rate["images_per_s"])
@@ -117,6 +117,7 @@ class Observer:
         for key, found in slow.items():
             if self._slow[key] == SLOW_REPORTS:
                 self._reporter.event("slow", state.step, str(found))
+        return values
 
 
 def _number(value: float) -> float | str:

@@ -4,7 +4,7 @@ from cluster.demo import demo_config, table
 from cluster.eval_queue import Entry
 from cluster.evaluation_lines import describe, headline
 from cluster.reporters import TrackingReporter
-from cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard
+from cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
 from trainer.reporting import CommittedCheckpoint
 
 
@@ -27,21 +27,21 @@ def test_the_board_gives_every_report_once_and_in_order():
     board.pin(MetricsReport(1, {"loss": 2.0}))
     board.pin(CheckpointReport(CommittedCheckpoint(1, "c/1")))
     board.pin(EventReport("finished", 1, "done"))
-    delivery = board.take(None, stop=False)
+    delivery = board.take(None, Word())
     for report in delivery.reports:
         report.tell(recorder)
     assert recorder.heard == [("metrics", 1, {"loss": 2.0}), ("checkpoint", 1), ("finished", 1, "done")]
-    assert board.take(delivery, stop=False).reports == ()
+    assert board.take(delivery, Word()).reports == ()
 
 
 def test_a_delivery_that_got_lost_is_given_again():
     board = RunBoard()
     board.pin(EventReport("skipped", 1, "a"))
-    first = board.take(None, stop=False)
+    first = board.take(None, Word())
     board.pin(EventReport("skipped", 2, "b"))
-    board.take(first, stop=False)  # the driver never hears this answer
+    board.take(first, Word())  # the driver never hears this answer
     board.pin(EventReport("skipped", 3, "c"))
-    assert [report.step for report in board.take(first, stop=False).reports] == [2, 3]
+    assert [report.step for report in board.take(first, Word()).reports] == [2, 3]
 
 
 def test_a_board_that_was_made_again_counts_anew():
@@ -49,26 +49,26 @@ def test_a_board_that_was_made_again_counts_anew():
     for step in range(3):
         old.pin(EventReport("skipped", step, ""))
     new.pin(EventReport("skipped", 9, ""))
-    assert [report.step for report in new.take(old.take(None, stop=False), stop=False).reports] == [9]
+    assert [report.step for report in new.take(old.take(None, Word()), Word()).reports] == [9]
 
 
 def test_reports_that_fell_off_are_not_waited_for(monkeypatch):
     monkeypatch.setattr("cluster.run_board.MAX_REPORTS", 2)
     board = RunBoard()
-    first = board.take(None, stop=False)
+    first = board.take(None, Word())
     for step in range(5):
         board.pin(EventReport("skipped", step, ""))
-    assert [report.step for report in board.take(first, stop=False).reports] == [3, 4]
+    assert [report.step for report in board.take(first, Word()).reports] == [3, 4]
 
 
-def test_the_board_carries_the_wish_to_stop():
+def test_the_board_carries_the_word_of_the_driver():
     board = RunBoard()
-    board.take(None, stop=False)
-    assert not board.stop_requested()
-    board.take(None, stop=True)
-    assert board.stop_requested()
-    board.take(None, stop=False)  # the driver may take it back
-    assert not board.stop_requested()
+    board.take(None, Word())
+    assert not board.word().stop
+    board.take(None, Word(stop=True))
+    assert board.word().stop
+    board.take(None, Word(metrics_step=8))  # the driver may take it back
+    assert board.word() == Word(stop=False, metrics_step=8)
 
 
 METRICS = {"val/PQ": 51.234, "val/AP": 30.0, "val/SQ": 80.0, "street/mIoU": 70.5}
@@ -113,9 +113,9 @@ def test_steps_that_a_restart_does_again_are_tracked_once():
             logged.append((step, dict(values)))
 
     reporter = TrackingReporter(Recorder())
-    for step in (4, 5, 5, 6):
+    for step in (4, 7, 5, 5, 6, 7):  # 5 and 6 come late
         reporter.metrics(step, {"loss": float(step)})
-    assert logged == [(step, {"train/loss": float(step)}) for step in (4, 5, 6)]
+    assert logged == [(step, {"train/loss": float(step)}) for step in (4, 7, 5, 6)]
 
 
 def test_use_of_machines_is_tracked_where_mlflow_shows_it():

@@ -119,10 +119,16 @@ def test_steps_that_are_done_again_are_sent_once(run):
     deadline = time.monotonic() + 10
     while len(history(run, "loss")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    for step in (2, 3, 4, 3, 2):
+    for step in (2, 3, 4, 3, 2, 7, 6):  # 5 is missing, 6 comes late
         tracking.log_metrics(step, {"loss": float(step)})
     tracking.close()
-    assert history(run, "loss") == [(step, float(step)) for step in (1, 2, 3, 4)]
+    again = Tracking(run, "driver", interval_s=0.02)
+    for step in (7, 5, 6, 7, 5, 8, 1):
+        again.log_metrics(step, {"loss": float(step)})
+        if step == 6:
+            again.set_tag("event.resumed", "points before and after it are sent apart")
+    again.close()
+    assert history(run, "loss") == [(step, float(step)) for step in range(1, 9)]
 
 
 def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):

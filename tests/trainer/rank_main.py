@@ -23,6 +23,7 @@ from family_ranks import family_agreement
 import trainer.loop
 import trainer.module
 from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
+from data_pipeline.storage import Storage
 from model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
@@ -31,6 +32,7 @@ from model.config import (
     TimmBackboneConfig,
 )
 from model.errors import UserError
+from trainer.checkpoint_folder import checkpoint_url, metrics_on_their_way
 from trainer.config import (
     CheckpointConfig,
     MultiStepSchedule,
@@ -161,11 +163,12 @@ def drained_then_damaged(folder: Path) -> dict:
     """A drain before the fifth step, then a start that finds the newest checkpoint cut off."""
     job = make_job(folder / "drained", str(folder / "shards"))
     drained = _train(job, control=DrainAt(polls=5))
+    kept = {f"{step}": metrics_on_their_way(Storage(), checkpoint_url(job.run_folder, step)) for step in (3, 4)}
     if os.environ["RANK"] == "0":
         states = next((folder / "drained/checkpoints/step_00000004/engine").glob("*optim_states.pt"))
         states.write_bytes(states.read_bytes()[:-1])
     dist.barrier()
-    return {"drained": drained, "resumed": _train(job)}
+    return {"drained": drained, "kept": kept, "resumed": _train(job)}
 
 
 def poisoned(folder: Path) -> dict:
@@ -269,11 +272,16 @@ def changed_data(folder: Path) -> dict:
 
 @dataclass
 class DrainAt(ManualControl):
+    """Metrics of the first two steps arrive, later ones do not."""
+
     polls: int = 0
 
     def drain_requested(self) -> bool:
         self.polls -= 1
         return self.polls <= 0
+
+    def metrics_arrived(self, step: int) -> bool:
+        return step <= 2
 
 
 @dataclass

@@ -14,9 +14,10 @@ from data_pipeline.errors import StorageError
 from data_pipeline.storage import Storage
 from model.config import ModelConfig
 from trainer.checkpoint import CheckpointSaver
-from trainer.checkpoint_folder import list_checkpoints
+from trainer.checkpoint_folder import METRICS, list_checkpoints, metrics_on_their_way, read_manifest
 from trainer.config import TrainingConfig
 from trainer.control import Ranks
+from trainer.errors import CheckpointError
 from trainer.job import TrainJob
 from trainer.state import TrainState
 from trainer.worker import process_group
@@ -88,22 +89,39 @@ def test_what_a_store_refuses_is_said_and_does_not_count(ranks, job, accepted):
     storage = RefusingStorage()
     before = scratch_folders()
     with closing(CheckpointSaver(job, storage, ranks, None)) as saver:
-        saver.save(SmallEngine(), state_at(1))
+        saver.save(SmallEngine(), state_at(1), {})
         assert saver.finish().step == 1
         storage.accepts = accepted
-        saver.save(SmallEngine(), state_at(2))
+        saver.save(SmallEngine(), state_at(2), {})
         with pytest.raises(StorageError, match=r"step_00000002.* refuses to write"):
             saver.finish()
     assert [checkpoint.step for checkpoint in list_checkpoints(storage, job.run_folder)] == [1]
     assert scratch_folders() <= before
     with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:  # the next start writes it again
-        saver.save(SmallEngine(), state_at(2))
+        saver.save(SmallEngine(), state_at(2), {})
         assert saver.finish().step == 2
+
+
+def test_metrics_on_their_way_are_kept_to_the_bit(ranks, job):
+    metrics = {3: {"loss": 0.1 + 0.2, "memory": float("nan")}, 4: {"loss": 1e-300}}
+    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:
+        saver.save(SmallEngine(), state_at(4), metrics)
+        full = saver.finish()
+        saver.save(SmallEngine(), state_at(5), {})
+        empty = saver.finish()
+    kept = metrics_on_their_way(Storage(), full.url)
+    assert kept[3].pop("memory") != metrics[3].pop("memory")  # not a number
+    assert kept == metrics
+    assert metrics_on_their_way(Storage(), empty.url) == {}
+    assert METRICS not in read_manifest(Storage(), empty.url).files
+    Path(full.url, METRICS).write_bytes(Path(full.url, METRICS).read_bytes().replace(b"1e-300", b"2e-300"))
+    with pytest.raises(CheckpointError, match=r"checksum of metrics\.json"):
+        metrics_on_their_way(Storage(), full.url)
 
 
 def test_a_full_local_disk_is_said_and_leaves_nothing(ranks, job):
     before = scratch_folders()
     with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver, pytest.raises(OSError, match="No space left"):
-        saver.save(FullDisk(), state_at(1))
+        saver.save(FullDisk(), state_at(1), {})
     assert list_checkpoints(Storage(), job.run_folder) == ()
     assert scratch_folders() <= before

@@ -85,6 +85,14 @@ def test_a_drain_takes_a_checkpoint_and_a_damaged_one_is_passed_over(whole_runs)
     assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
 
 
+def test_a_checkpoint_keeps_the_metrics_that_have_not_arrived(whole_runs):
+    both = whole_runs.seen("drained_then_damaged")
+    for checkpoint, steps in (("3", "3"), ("4", "34")):
+        kept = {step: values["loss/total"] for step, values in both["kept"][checkpoint].items()}
+        assert kept == {step: both["drained"]["losses"][step] for step in steps}
+    assert not list((whole_runs.folder / "uninterrupted/checkpoints").glob("*/metrics.json"))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_step_with_a_poisoned_image_is_skipped_and_the_image_named(whole_runs, stage):
     survived = whole_runs.seen("poisoned")[f"stage{stage}"]
