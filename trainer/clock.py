@@ -26,7 +26,7 @@ class PhaseClock:
     def __init__(self) -> None:
         self.mark = Mark(0, "start", time.monotonic())
         self.step = 0
-        """Optimizer steps done."""
+        """Optimizer steps done, counted from the start of the run; 0 until this process has done one."""
         self._spent: dict[Phase, float] = {}
 
     def enter(self, phase: Phase) -> None:

@@ -142,7 +142,8 @@ class TrainingConfig:
     """Deterministic kernels on GPU (slower); CPU runs are deterministic in any case."""
     compile: bool = False
     """Compile backbone, pixel decoder and transformer decoder with torch.compile, each into one graph: fewer kernels.
-    The first step takes minutes longer. Images must have one size; not with ZeRO stage 3."""
+    The first step takes minutes longer, which is no stall. Images must have one size; not with ZeRO stage 3. Needs a
+    C++ compiler (g++), on GPUs a C compiler."""
     threads: int = 1
     """Torch threads per rank on CPU."""
     collective_timeout_s: float = 600.0

@@ -59,7 +59,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         if restart is not None:
             restart.load_model(model)
         if training.compile:
-            compile_regions(model)
+            ranks.together(lambda: compile_regions(model))
         module = TrainingModule(model, job.model, job.seed, training.precision)
         job = probe_memory(module, job, data, this_device(), ranks, reporter)
         engine = Engine(module, job.training, this_device(), universal=restart is not None and restart.reshard)

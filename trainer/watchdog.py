@@ -31,6 +31,8 @@ GATHER_S = 15.0
 STACKS = "stacks.txt"
 LEAVE_S = 2.0
 """How long a report may take on its way out of the process."""
+COMPILE_S = 1800.0
+"""How much longer a phase of the first step may take where the model is compiled in it."""
 _WAITING_PLACES = (f"torch{os.sep}distributed", f"deepspeed{os.sep}comm", f"trainer{os.sep}control.py")
 
 
@@ -56,10 +58,10 @@ class RankStacks:
 class Watchdog:
     """A thread that watches `clock`; a context manager around the steps, entered by the training thread.
 
-    Where no new phase begins for `training.stall_timeout_s` (plus the upload's own limit while saving), every rank
-    leaves its stacks in `failures/stall-ATTEMPT/` of the run folder. The lowest rank that answers joins them, reports
-    the event `stalled`, and all end with STALL_EXIT. Where the interpreter itself is held up, faulthandler's own
-    thread ends the process.
+    Where no new phase begins for `training.stall_timeout_s` (plus the upload's own limit while saving, and COMPILE_S in
+    the first step of a compiled model), every rank leaves its stacks in `failures/stall-ATTEMPT/` of the run folder.
+    The lowest rank that answers joins them, reports the event `stalled`, and all end with STALL_EXIT. Where the
+    interpreter itself is held up, faulthandler's own thread ends the process.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Watchdog:
         self._folder = join(run_folder, "failures", f"stall-{attempt}")
         self._limit_s = training.stall_timeout_s
         self._save_limit_s = training.stall_timeout_s + training.checkpoint.upload_timeout_s
+        self._first_limit_s = training.stall_timeout_s + (COMPILE_S if training.compile else 0.0)
         self._look_s = min(5.0, self._limit_s / 10)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -97,12 +100,17 @@ class Watchdog:
         with tempfile.TemporaryFile("w+") as last_words:
             while not self._closing.wait(self._look_s):
                 mark = self._clock.mark
-                limit_s = self._save_limit_s if mark.phase == "checkpoint" else self._limit_s
+                limit_s = self._limit_of(mark.phase)
                 # Fires only when this thread does not get to run, or hangs itself further down.
                 faulthandler.dump_traceback_later(limit_s + 2 * GATHER_S, exit=True, file=sys.__stderr__ or last_words)
                 if time.monotonic() - mark.since > limit_s:
                     self._end()
             faulthandler.cancel_dump_traceback_later()
+
+    def _limit_of(self, phase: Phase) -> float:
+        if phase == "checkpoint":
+            return self._save_limit_s
+        return self._limit_s if self._clock.step else self._first_limit_s
 
     def _end(self) -> None:
         """Leave this rank's stacks, join those of all where it is this rank's turn, and end the process."""

@@ -24,7 +24,7 @@ class Launcher:
 
     folder: Path
 
-    def run(self, scenarios, ranks=2):
+    def run(self, scenarios, ranks=2, timeout_s=280):
         """Exit codes and outputs of the ranks."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -47,15 +47,15 @@ class Launcher:
             for rank in map(str, range(ranks))
         ]
         try:
-            outputs = [process.communicate(timeout=280)[0] for process in processes]
+            outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
         return [process.returncode for process in processes], outputs
 
-    def run_well(self, scenarios, ranks=2):
+    def run_well(self, scenarios, ranks=2, timeout_s=280):
         """No rank may end with an error."""
-        codes, outputs = self.run(scenarios, ranks)
+        codes, outputs = self.run(scenarios, ranks, timeout_s)
         assert not any(codes), "\n".join(outputs)
 
     def seen(self, scenario, rank=0):

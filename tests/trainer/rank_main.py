@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
 from engine_ranks import agreement
 from family_ranks import family_agreement
 
@@ -128,6 +129,21 @@ def engine_agreement(folder: Path) -> dict:
 
 def family(folder: Path) -> dict:
     return family_agreement(lambda **training: make_job(folder / "none", "none", **training))
+
+
+def compiled(folder: Path, backend: str = "aot_eager", steps: int = 8) -> dict:
+    """Graphs are captured and differentiated as for kernels, which takes seconds; kernels take minutes."""
+    return stopped_and_resumed(in_folder(folder / "compiled"), _train, StopAt, backend, steps)
+
+
+def compiled_by_inductor(folder: Path) -> dict:
+    """The same with kernels, and more of it."""
+    more = whole_and_in_16_bits(in_folder(folder / "compiled"), _train, "inductor", steps=20)
+    return compiled(folder, "inductor", steps=20) | more
+
+
+def in_folder(folder: Path):
+    return lambda name, **training: make_job(folder / name, str(folder.parent / "shards"), **training)
 
 
 def uninterrupted(folder: Path) -> dict:

@@ -1,0 +1,74 @@
+"""The scenarios of test_compiled_runs.py: whole runs with compiled regions, beside one without.
+
+Not a test module; `rank_main.py` runs them on every rank.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import trainer.loop
+import trainer.setup
+from trainer.config import OptimizerConfig
+from trainer.regions import compile_regions
+
+
+def stopped_and_resumed(job, train, stop_at, backend: str, steps: int) -> dict:
+    """A run that is not compiled, and a compiled one that is stopped half-way and goes on.
+
+    `job(name, **training)` gives a job with these training settings, `train(job, control=...)` what came of it,
+    `stop_at(polls=...)` a control that stops the run.
+    """
+    job = partial(job, max_steps=steps, optimizer=OptimizerConfig(lr=1e-4))
+    with counted_targets() as targets:
+        eager = train(job("eager"))
+    parts = job("parts", compile=True)
+    with counted_graphs(backend) as first:
+        stopped = train(parts, control=stop_at(polls=steps // 2 + 1))
+    with counted_graphs(backend) as second:
+        resumed = train(parts)
+    graphs = [first.frame_count, second.frame_count]
+    return {"eager": eager, "targets": targets, "stopped": stopped, "resumed": resumed, "graphs": graphs}
+
+
+def whole_and_in_16_bits(job, train, backend: str, steps: int) -> dict:
+    """The compiled run at once, and four steps of it in other precisions."""
+    job = partial(job, optimizer=OptimizerConfig(lr=1e-4))
+    seen = {}
+    with counted_graphs(backend):
+        seen["whole"] = train(job("whole", max_steps=steps, compile=True))
+        for precision in ("bf16_autocast", "bf16"):
+            for compiled in (False, True):
+                name = f"{precision}{' compiled' if compiled else ''}"
+                seen[name] = train(job(name, max_steps=4, precision=precision, compile=compiled))
+    return seen
+
+
+@contextmanager
+def counted_graphs(backend: str):
+    """Let regions be compiled by `backend`, and count the graphs that it is given."""
+    graphs = CompileCounterWithBackend(backend)
+    trainer.setup.compile_regions = partial(compile_regions, backend=graphs)
+    try:
+        yield graphs
+    finally:
+        trainer.setup.compile_regions = compile_regions
+
+
+@contextmanager
+def counted_targets():
+    """A list of the number of ground-truth masks in every micro-batch of this rank."""
+    real, counts = trainer.loop.count_normalizers, []
+
+    def count(targets, *rest):
+        counts.append(int(targets.valid.sum()))
+        return real(targets, *rest)
+
+    trainer.loop.count_normalizers = count
+    try:
+        yield counts
+    finally:
+        trainer.loop.count_normalizers = real

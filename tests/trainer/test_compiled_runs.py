@@ -1,0 +1,74 @@
+"""Whole runs of two ranks whose model is compiled: the same losses, one graph per region, the same checkpoints."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from trainer.clock import PhaseClock
+from trainer.config import TrainingConfig
+from trainer.errors import TrainingError
+from trainer.regions import REGIONS, compile_regions
+from trainer.watchdog import COMPILE_S, Watchdog
+
+GRAPHS = pytest.param(("compiled", 1), id="graphs", marks=pytest.mark.slow)
+KERNELS = pytest.param(("compiled_by_inductor", 2), id="kernels", marks=[pytest.mark.soak, pytest.mark.timeout(900)])
+
+
+@pytest.fixture(scope="module", params=[GRAPHS, KERNELS])
+def runs(request, launcher, training_shards):
+    scenario, ranks = request.param
+    launcher.run_well(scenario, ranks, timeout_s=880)
+    return launcher.seen(scenario)
+
+
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(runs):
+    eager, compiled = runs["eager"]["losses"], runs["stopped"]["losses"] | runs["resumed"]["losses"]
+    assert list(eager) == list(compiled)
+    assert compiled != eager
+    for step, loss in compiled.items():
+        assert loss == pytest.approx(eager[step], rel=1e-4 if int(step) <= 10 else 1e-2), step  # rounding grows
+
+
+def test_every_region_is_one_graph_however_many_targets_there_are(runs):
+    assert len(set(runs["targets"])) > 3
+    assert runs["graphs"] == [len(REGIONS), len(REGIONS)]
+
+
+def test_checkpoints_have_the_names_of_a_model_that_is_not_compiled(runs, launcher):
+    assert runs["resumed"]["events"][0][0] == "resumed"
+    newest = (max((launcher.folder / "compiled" / name / "checkpoints").glob("step_*")) for name in ("eager", "parts"))
+    names = [set(safe_open(folder / "weights.safetensors", "pt").keys()) for folder in newest]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("runs", [KERNELS], indirect=True)
+def test_a_compiled_run_goes_on_to_the_bit_and_in_16_bits(runs):
+    assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == runs["whole"]["losses"]
+    for precision in ("bf16_autocast", "bf16"):
+        losses = runs[f"{precision} compiled"]["losses"]
+        assert len(losses) == 4
+        assert losses == pytest.approx(runs[precision]["losses"], rel=0.02)
+
+
+def test_a_machine_without_a_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(TrainingError, match=r"compile needs a C.* compiler \(.* names another\).*apt-get install"):
+        compile_regions(torch.nn.Module())
+
+
+@pytest.mark.parametrize(
+    ("compiled", "step", "phase", "seconds"),
+    [
+        (False, 0, "forward", 300.0),
+        (True, 0, "forward", 300.0 + COMPILE_S),
+        (True, 1, "forward", 300.0),
+        (True, 0, "checkpoint", 300.0 + 3600.0),
+    ],
+)
+def test_compiling_is_no_stall(compiled, step, phase, seconds):
+    clock = PhaseClock()
+    clock.step = step
+    watchdog = Watchdog(clock, None, None, "run", "attempt", TrainingConfig(max_steps=1, compile=compiled), None)
+    assert watchdog._limit_of(phase) == seconds
