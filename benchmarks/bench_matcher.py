@@ -37,7 +37,7 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
 
     def ours() -> Sequence[Tensor]:
         maps = LabelMaps.pack(targets.id_maps)
-        return [match(predictions, targets, maps, drawn.matching, config).query_index.double()]
+        return [torch.from_numpy(match(predictions, targets, maps, drawn.matching, config).query_index).double()]
 
     def official() -> Sequence[Tensor]:
         found = torch.full((LAYERS, images, objects), -1)

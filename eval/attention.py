@@ -54,7 +54,8 @@ def matched_objects(
     device = last.mask_features.device
     points = _grid(height / padded_height, width / padded_width)[None, None].to(device)
     on_device = targets.to(device)
-    matched = match(last, on_device, LabelMaps.pack(on_device.id_maps), points, config).query_index[0, 0]
+    matching = match(last, on_device, LabelMaps.pack(on_device.id_maps), points, config)
+    matched = torch.from_numpy(matching.query_index[0, 0])
     found = (matched >= 0).nonzero()[:, 0]
     masks = targets.id_maps[0, targets.layer[0, found]] == targets.local_id[0, found, None, None]
     return MatchedObjects(matched[found], targets.labels[0, found], masks)

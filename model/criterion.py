@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.config import LossConfig
+from model.host_copies import to_device
 from model.mask_losses import MaskLoss, row_losses
-from model.matcher import match
+from model.matcher import Matching, start_matching
 from model.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
 from model.points import DrawnPoints, PointCounts, PointSource, RowIndex
 from model.structures import Predictions, Targets
@@ -77,22 +79,27 @@ def compute_losses(
         label_maps = LabelMaps.pack(targets.id_maps)
         drawn = points.draw(targets.position, num_layers, point_counts(config))
         matching_points = drawn.matching if config.matching == "points" else None
-        query_index, finite = match(predictions, targets, label_maps, matching_points, config)
-        rows, queries, rows_per_image = _matched_rows(query_index, finite.device)
+        matching = start_matching(predictions, targets, label_maps, matching_points, config)
+        # Needs no assignment, so that the device has work while the host solves.
+        log_probabilities = predictions.class_logits.float().log_softmax(-1)
+        mask_features = predictions.mask_features.float()
 
-        class_losses = _class_losses(predictions, targets, rows, queries, config, num_classes)
-        logits = _matched_mask_logits(predictions, rows, queries, rows_per_image)
+        matched = matching.result()
+        rows, queries, poison = _matched_rows(matched, mask_features.device)
+        class_losses = _class_losses(log_probabilities, targets, rows, queries, config, num_classes)
+        embeddings = predictions.mask_embeddings[rows.layer, rows.image, queries].float()
+        rows_per_image = (matched.query_index >= 0).sum(axis=(0, 2)).tolist()
+        logits = _matched_mask_logits(embeddings, mask_features, rows_per_image)
         if config.supervision == "points":
             mask, dice = _losses_at_points(logits, targets, label_maps, rows, drawn, config)
         else:
             mask, dice = _losses_of_whole_masks(logits, targets, rows, config.mask_loss)
 
-        num_masks = normalizers.num_masks.clamp(min=1)
-        poison = torch.where(finite, 1.0, torch.nan)[rows.layer, rows.image]
+        num_masks, shape = normalizers.num_masks.clamp(min=1), (num_layers, *targets.labels.shape)
         weighted = (
             config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
-            config.mask_weight / num_masks * _sum_per_image(mask * poison, rows, query_index.shape),
-            config.dice_weight / num_masks * _sum_per_image(dice * poison, rows, query_index.shape),
+            config.mask_weight / num_masks * _sum_per_image(mask * poison, rows, shape),
+            config.dice_weight / num_masks * _sum_per_image(dice * poison, rows, shape),
         )
         losses = torch.stack(weighted, dim=-1) * targets.weight[:, None]  # [L, B, 3]
         terms = losses.sum(1)
@@ -117,35 +124,36 @@ def _class_denominator(targets: Targets, num_queries: int, normalizers: Normaliz
     return torch.where(denominator > 0, denominator, 1.0)  # nothing counts: every numerator is 0 too
 
 
-def _matched_rows(query_index: Tensor, device: torch.device) -> tuple[RowIndex, Tensor, list[int]]:
-    """Matched pairs in the order image, layer, target; their queries; the number of rows of each image."""
-    image, layer, target = (query_index >= 0).transpose(0, 1).nonzero(as_tuple=True)
-    queries = query_index[layer, image, target]
-    rows_per_image = torch.bincount(image, minlength=query_index.shape[1]).tolist()
-    on_device = torch.stack((layer, image, target, queries)).to(device)
-    return RowIndex(*on_device[:3]), on_device[3], rows_per_image
+def _matched_rows(matching: Matching, device: torch.device) -> tuple[RowIndex, Tensor, Tensor]:
+    """Matched pairs in the order image, layer, target; their queries; 1 for each, NaN where a cost was not finite."""
+    by_image = matching.query_index.swapaxes(0, 1)
+    image, layer, target = matched = (by_image >= 0).nonzero()
+    rows = (layer, image, target, by_image[matched], matching.finite[layer, image])
+    *index, queries, finite = to_device(np.stack(rows), device)
+    return RowIndex(*index), queries, torch.where(finite > 0, 1.0, torch.nan)
 
 
 def _class_losses(
-    predictions: Predictions, targets: Targets, rows: RowIndex, queries: Tensor, config: LossConfig, num_classes: int
+    log_probabilities: Tensor,
+    targets: Targets,
+    rows: RowIndex,
+    queries: Tensor,
+    config: LossConfig,
+    num_classes: int,
 ) -> Tensor:
     """Weighted cross-entropy summed over queries [L, B]; queries without a target learn "no object"."""
-    logits = predictions.class_logits.float()
-    labels = torch.full(logits.shape[:-1], num_classes, device=logits.device)
+    labels = torch.full(log_probabilities.shape[:-1], num_classes, device=log_probabilities.device)
     labels[rows.layer, rows.image, queries] = targets.labels[rows.image, rows.target]
     weights = torch.where(labels == num_classes, config.no_object_weight, 1.0)
-    losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(labels)
+    losses = F.nll_loss(log_probabilities.flatten(0, 2), labels.flatten(), reduction="none").view_as(labels)
     return (losses * weights).sum(-1)
 
 
-def _matched_mask_logits(
-    predictions: Predictions, rows: RowIndex, queries: Tensor, rows_per_image: list[int]
-) -> Tensor:
-    """Dense mask logits [R, h, w] of matched rows only: one product per image over all its predictions and targets."""
-    features = predictions.mask_features.float()
-    embeddings = predictions.mask_embeddings[rows.layer, rows.image, queries].float()
-    per_image = zip(embeddings.split(rows_per_image), features.flatten(2), strict=True)
-    return torch.cat([embedding @ feature for embedding, feature in per_image]).unflatten(1, features.shape[2:])
+def _matched_mask_logits(embeddings: Tensor, mask_features: Tensor, rows_per_image: list[int]) -> Tensor:
+    """Dense mask logits [R, h, w] of matched rows [R, C] only: one product per image for all its predictions."""
+    per_image = zip(embeddings.split(rows_per_image), mask_features.flatten(2), strict=True)
+    products = [embedding @ feature for embedding, feature in per_image]
+    return torch.cat(products).unflatten(1, mask_features.shape[2:])
 
 
 def _losses_at_points(
@@ -220,7 +228,7 @@ def _training_points(
     return all_points, all_labels
 
 
-def _sum_per_image(values: Tensor, rows: RowIndex, shape: torch.Size) -> Tensor:
+def _sum_per_image(values: Tensor, rows: RowIndex, shape: tuple[int, ...]) -> Tensor:
     """[L, B] sums of the rows' values [R]; through [L, B, N], so that the order of summation is fixed on any device."""
     padded = values.new_zeros(shape).index_put((rows.layer, rows.image, rows.target), values)
     return padded.sum(-1)

@@ -6,6 +6,10 @@ MaskFormer (Table 5).
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from model.config import LossConfig
+from model.host_copies import HostCopy
 from model.mask_losses import pair_sums
 from model.point_sampling import LabelMaps, chunk_elements, sample_features
 from model.structures import Predictions, Targets
@@ -24,34 +29,70 @@ TIE_BREAK = 2.0**-30
 
 
 class Matching(NamedTuple):
-    """Assignment of queries to targets."""
+    """Assignment of queries to targets, on the host."""
 
-    query_index: Tensor
-    """[L, B, N] int64 on the host; -1 where a target has none: not valid, weight 0, or more targets than queries."""
-    finite: Tensor
-    """[L, B] bool on the device: whether every cost of the image was finite. If not, the assignment means nothing."""
+    query_index: np.ndarray
+    """[L, B, N] int64; -1 where a target has none: not valid, weight 0, or more targets than queries."""
+    finite: np.ndarray
+    """[L, B] bool: whether every cost of the image was finite. If not, the assignment means nothing."""
+
+
+@dataclass(frozen=True)
+class PendingMatching:
+    """A matching whose costs are on their way to the host."""
+
+    costs: HostCopy
+    """The costs [L, B, Q, N], then [B, N] numbers that are 1 for targets to match and else 0, flattened."""
+    cost_shape: torch.Size
+
+    def result(self) -> Matching:
+        """Wait for the costs and solve the images in threads, while the device does what was queued meanwhile."""
+        num_layers, num_images, _, num_targets = self.cost_shape
+        on_host = self.costs.wait()
+        split = self.cost_shape.numel()
+        costs = on_host[:split].reshape(self.cost_shape)
+        columns = on_host[split:].reshape(num_images, num_targets) > 0
+        query_index = np.full((num_layers, num_images, num_targets), -1, dtype=np.int64)
+        finite = np.ones((num_layers, num_images), dtype=bool)
+
+        def solve(image: int) -> None:
+            wanted = columns[image]
+            cost = costs[:, image][..., wanted]
+            finite[:, image] = np.isfinite(cost).all(axis=(1, 2))
+            query_index[:, image][:, wanted] = assign(cost)
+
+        list(_solvers().map(solve, range(num_images)))
+        return Matching(query_index, finite)
+
+
+@functools.cache
+def _solvers() -> ThreadPoolExecutor:
+    """Threads for assignments; scipy's solver does not hold the interpreter's lock."""
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="m2f-assign")
 
 
 @torch.no_grad()
-def match(
+def start_matching(
     predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor | None, config: LossConfig
-) -> Matching:
-    """Cheapest assignment for every prediction and image at the given points [L, B, P, 2], or of whole masks.
+) -> PendingMatching:
+    """Queue the costs of all predictions and images and their one copy to the host, and return at once.
 
-    min(queries, targets) pairs per image. Equal costs go to the lowest query. One copy from device to host.
+    Costs are taken at the given points [L, B, P, 2], or over whole masks with None. What the caller queues before it
+    asks for the result is done by the device while the host solves.
     """
     counted = targets.valid & (targets.weight > 0)[:, None]
     cost = matching_cost(predictions, targets, label_maps, points, config)
-    finite = (cost.isfinite() | ~counted[:, None]).all(-1).all(-1)
-    on_host = torch.cat((cost.flatten(), counted.flatten().float())).cpu().numpy()
-    costs = on_host[: cost.numel()].reshape(cost.shape)
-    columns = on_host[cost.numel() :].reshape(counted.shape) > 0
-    query_index = np.full((cost.shape[0], *counted.shape), -1, dtype=np.int64)
-    for image, valid in enumerate(columns):
-        if valid.any():
-            for layer in range(len(costs)):
-                query_index[layer, image, valid] = assign(costs[layer, image][:, valid])
-    return Matching(torch.from_numpy(query_index), finite)
+    return PendingMatching(HostCopy(torch.cat((cost.flatten(), counted.flatten().float()))), cost.shape)
+
+
+def match(
+    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor | None, config: LossConfig
+) -> Matching:
+    """Cheapest assignment for every prediction and image, as `start_matching` takes the costs.
+
+    min(queries, targets) pairs per image. Equal costs go to the lowest query.
+    """
+    return start_matching(predictions, targets, label_maps, points, config).result()
 
 
 def matching_cost(
@@ -122,16 +163,20 @@ def _cost_of_whole_masks(predictions: Predictions, targets: Targets, config: Los
 
 
 def assign(cost: np.ndarray) -> np.ndarray:
-    """Query of each target [T], -1 where it has none, for a finite or non-finite cost [Q, T].
+    """Query of each target [..., T], -1 where it has none, for finite or non-finite costs [..., Q, T].
 
     A term far below the rounding of fp32 costs makes the optimum unique among equals: the lowest queries are taken, in
     the order of the targets. Non-finite entries count as 0 here; the caller has noted them.
     """
+    *batch, num_queries, num_targets = cost.shape
+    assigned = np.full((*batch, num_targets), -1, dtype=np.int64)
+    if num_targets == 0:
+        return assigned
     cost = np.where(np.isfinite(cost), cost, 0).astype(np.float64)
-    num_queries, num_targets = cost.shape
     preference = np.arange(num_queries)[:, None] * np.arange(num_targets, 0, -1) / (num_queries * num_targets)
-    scale = max(1.0, float(np.abs(cost).min(axis=0).max()))
-    queries, columns = linear_sum_assignment(cost + TIE_BREAK * scale * preference)
-    assigned = np.full(num_targets, -1, dtype=np.int64)
-    assigned[columns] = queries
+    scale = np.abs(cost).min(axis=-2).max(axis=-1).clip(min=1.0)
+    cost += TIE_BREAK * scale[..., None, None] * preference
+    for place in np.ndindex(*batch):
+        queries, columns = linear_sum_assignment(cost[place])
+        assigned[place][columns] = queries
     return assigned

@@ -186,7 +186,7 @@ class CountOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("counts", [(11,), (11, 4, 8, 9), (11,) * 8], ids=len)
+@pytest.mark.parametrize("counts", [(11,), (11, 4, 8, 9), (11,) * 16], ids=len)
 def test_a_micro_batch_costs_at_most_three_hundred_operations(counts, monkeypatch):
     for module in (criterion, matcher):
         monkeypatch.setattr(module, "chunk_elements", lambda device: 2**27)  # pieces of the size of accelerators
@@ -197,4 +197,4 @@ def test_a_micro_batch_costs_at_most_three_hundred_operations(counts, monkeypatc
     with CountOperations() as backward:
         losses.total.backward()
     assert forward.count <= 300
-    assert backward.count <= 60
+    assert backward.count <= 70

@@ -1,0 +1,132 @@
+"""What a training step waits for: played through on tensors that claim to be on a GPU and have no values.
+
+Whatever needs a value of such a tensor raises, so a step that comes through asks for values in one place: where the
+matching costs reach the host.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import matcher, ms_deform_attn
+from model.config import (
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from model.criterion import compute_losses, count_normalizers
+from model.host_copies import HostCopy
+from model.mask2former import build_model
+from model.points import CounterPoints
+from tests.model.loss_oracle import make_targets
+
+QUERIES, CLASSES = 8, 5
+CONFIG = ModelConfig(
+    backbone=TimmBackboneConfig(name="resnet10t", options={"channels": (8, 16, 24, 32)}),
+    pixel_decoder=MSDeformAttnPixelDecoderConfig(
+        conv_dim=16, mask_dim=16, num_layers=1, num_heads=2, num_points=2, feedforward_dim=16
+    ),
+    transformer_decoder=MaskedTransformerDecoderConfig(
+        num_queries=QUERIES, num_layers=3, hidden_dim=16, num_heads=2, feedforward_dim=16
+    ),
+    loss=LossConfig(num_points=64),
+    num_classes=CLASSES,
+)
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Counts copies between devices for which the host would wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            moved = args[0].device.type != result.device.type
+        elif func is torch.ops.aten.copy_.default:
+            moved = args[0].device.type != args[1].device.type
+        else:
+            return result
+        if moved and not (kwargs or {}).get("non_blocking") and args[2:] != (True,):
+            self.seen.append(tuple(result.shape))
+        return result
+
+
+class FakeCopy:
+    """In place of HostCopy: no event, and costs out of thin air."""
+
+    waits = 0
+
+    def __init__(self, tensor: Tensor):
+        self.copy = tensor.to("cpu", non_blocking=True)
+
+    def wait(self):
+        FakeCopy.waits += 1
+        return np.random.default_rng(0).random(self.copy.shape, dtype=np.float32)
+
+
+def step():
+    """Forward and losses of two images."""
+    model = build_model(CONFIG, pretrained_backbone=False)
+    targets = make_targets((3, 5))
+    normalizers = count_normalizers(targets, QUERIES, CONFIG.loss)
+    images = torch.zeros(2, 3, *targets.id_maps.shape[-2:])
+    with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as blocking:
+        model = model.to("cuda")
+        targets = targets.to("cuda", non_blocking=True)
+        images = images.to("cuda", non_blocking=True)
+        normalizers = type(normalizers)(*(number.to("cuda", non_blocking=True) for number in normalizers))
+        blocking.seen.clear()  # the model's
+        predictions = model(model.normalise(images))
+        losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, CONFIG.loss, CLASSES)
+    assert losses.total.device.type == "cuda"
+    return blocking.seen
+
+
+def test_a_step_waits_once_and_copies_without_waiting(monkeypatch):
+    monkeypatch.setattr(matcher, "HostCopy", FakeCopy)
+    monkeypatch.setattr(ms_deform_attn, "_kernel_is_right", lambda *sizes: False)  # there is none to be tried
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    FakeCopy.waits = 0
+    assert step() == []
+    assert FakeCopy.waits == 1
+
+
+def test_the_method_notices_a_value_that_is_asked_for_and_a_copy_that_waits():
+    with FakeTensorMode(), BlockingCopies() as blocking:
+        torch.ones(3).to("cuda")
+        torch.ones(2).to("cuda", non_blocking=True)
+        assert blocking.seen == [(3,)]
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(3, device="cuda").sum().item()
+
+
+def test_a_copy_to_the_host_has_the_values():
+    values = torch.arange(6.0).view(2, 3)
+    assert np.array_equal(HostCopy(values).wait(), values.numpy())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_matching_does_not_depend_on_the_number_of_threads(monkeypatch, threads):
+    cost = torch.rand(3, 6, 9, 12, generator=torch.Generator().manual_seed(0))
+    counted = (torch.arange(12) < torch.tensor([0, 1, 5, 9, 11, 12])[:, None]).float()
+    packed = HostCopy(torch.cat((cost.flatten(), counted.flatten())))
+    pending = matcher.PendingMatching(packed, cost.shape)
+    with ThreadPoolExecutor(threads) as pool:
+        monkeypatch.setattr(matcher, "_solvers", lambda: pool)
+        found = pending.result().query_index
+    for layer, image in np.ndindex(3, 6):
+        n = int(counted[image].sum())
+        assert (found[layer, image, n:] == -1).all()
+        assert np.array_equal(found[layer, image, :n], matcher.assign(cost[layer, image, :, :n].numpy()))
