@@ -40,6 +40,7 @@ from cluster.recipe import load_recipe
 from tests.cluster import tiny_run
 ray.cloudpickle.register_pickle_by_value(tiny_run)
 train_job.train_loop = tiny_run.slow_loop
+tiny_run.PAUSE_S = 1.0  # five steps take longer than the longest pause between two kills
 sys.exit(train_job.run_training(load_recipe(sys.argv[1], [])).status != "finished")
 """
 

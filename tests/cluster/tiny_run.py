@@ -26,6 +26,7 @@ from trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 
 STEPS = 12
 EVERY = 4
+PAUSE_S = 0.3
 
 
 def write_shards(config: DatasetConfig, storage: Storage) -> None:
@@ -134,7 +135,7 @@ def slow_loop(arguments):
     from cluster.train_worker import train_loop
 
     def wait(losses, targets):
-        time.sleep(0.3)
+        time.sleep(PAUSE_S)
         return losses
 
     with changed_losses(wait):
