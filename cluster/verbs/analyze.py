@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, split_overrides
+from cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, count, split_overrides
 
 if TYPE_CHECKING:
     from cluster.analyze import AnalysisSubject
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{OVERRIDE} changes a setting",
     )
     add_checkpoint(parser)
-    parser.add_argument("--images", type=int, default=100, metavar="N", help="how many, spread evenly (default 100)")
+    parser.add_argument("--images", type=count, default=100, metavar="N", help="how many, spread evenly (default 100)")
     parser.add_argument("--pictures", type=int, default=8, metavar="N", help="attention: how many (default 8)")
     parser.add_argument("--output", metavar="DIR", help="folder for results as JSON and pictures (default: none)")
     parser.add_argument("--size", default="512x512", metavar="HxW", help="table: input (default 512x512)")
@@ -111,8 +111,6 @@ def _subject(args: argparse.Namespace) -> AnalysisSubject:
     recipe, names = words[:1], words[1:]
     if not recipe or len(names) > 1:
         raise ConfigError(f"analyze {args.what} takes one recipe and at most one data set, not {words}")
-    if args.images < 1:
-        raise ConfigError(f"--images is {args.images}; it must be at least 1")
     config = load_recipe(recipe[0], overrides)
     evaluated = [s.dataset for s in config.evaluation.sets] or [config.data.train[0].dataset]
     dataset = choose_datasets(names, list(config.datasets))[0] if names else evaluated[0]

@@ -42,6 +42,14 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def count(text: str) -> int:
+    """For `type=`: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"is {number}; it must be at least 1")
+    return number
+
+
 def use_token() -> None:
     """Called before Ray is imported, which reads its settings then: a token that is given is meant to be used."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:

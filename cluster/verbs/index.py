@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from cluster.verbs.arguments import count
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--void", metavar="N,N", default="", help="labels that say nothing besides 255 (instances: and 0)"
     )
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default 178956970)")
+    parser.add_argument("--max-pixels", type=count, metavar="N", help="refuse larger images (default 178956970)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be adopted")
-    parser.add_argument("--threads", type=int, metavar="N", help="tars that are read at once (default: cores)")
+    parser.add_argument("--threads", type=count, metavar="N", help="tars that are read at once (default: cores)")
     parser.add_argument("--report", metavar="FILE", help="JSON file or URL for all that was found")
 
 
@@ -50,11 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from data_pipeline.config import DatasetConfig
     from data_pipeline.readers.category_file import read_category_file
     from data_pipeline.storage import Storage
-    from model.errors import ConfigError
 
     threads = args.threads or os.cpu_count() or 1
-    if threads < 1:
-        raise ConfigError(f"--threads is {threads}; it must be at least 1")
     storage = Storage()
     categories, void = read_category_file(args.categories, _numbers(args.void))
     wanted = Wanted(

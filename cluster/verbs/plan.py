@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import add_recipe
+from cluster.verbs.arguments import add_recipe, count
 
 SUMMARY = "predict requests, traffic, cache, memory and largest micro-batch of training on so many ranks"
 
@@ -12,14 +12,14 @@ SUMMARY = "predict requests, traffic, cache, memory and largest micro-batch of t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_recipe(parser)
-    parser.add_argument("--world", type=int, metavar="N", help="ranks (default cluster.num_workers)")
+    parser.add_argument("--world", type=count, metavar="N", help="ranks (default cluster.num_workers)")
     parser.add_argument(
         "--batch",
-        type=int,
+        type=count,
         metavar="N",
         help="images per rank and step (default: training.global_batch over the ranks)",
     )
-    parser.add_argument("--per-machine", type=int, default=8, metavar="N", help="ranks of a machine (default 8)")
+    parser.add_argument("--per-machine", type=count, default=8, metavar="N", help="ranks of a machine (default 8)")
     parser.add_argument("--speed", type=float, default=40.0, metavar="X", help="images/s of a rank (default 40)")
     parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="X", help="memory of a GPU (default 80)")
 
@@ -39,9 +39,6 @@ def run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     world = args.world or config.cluster.max_workers
     batch = args.batch or -(-config.training.global_batch // world)
-    for option, value in (("--world", world), ("--batch", batch), ("--per-machine", args.per_machine)):
-        if value < 1:
-            raise ConfigError(f"{option} is {value}; it must be at least 1")
     for option, value in (("--speed", args.speed), ("--gpu-gb", args.gpu_gb)):
         if not value > 0:
             raise ConfigError(f"{option} is {value}; it must be above 0")

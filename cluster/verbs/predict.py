@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, split_overrides
+from cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, count, split_overrides
 
 SUMMARY = "predict images: pictures to look at, and files in COCO formats or label maps"
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out segments, detections and pixels of a lower score, from 0 to 1 (default: segments by the "
         "recipe's object_threshold; all detections, pictures from 0.5; all pixels)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of one shape together (default 1)")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="images of one shape together (default 1)")
     parser.add_argument("--no-pictures", action="store_true", help="write the files alone")
     parser.add_argument(
         "--image-info", metavar="FILE", help="COCO list of images: their ids, and which of those given are predicted"
@@ -84,5 +84,3 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--output is {args.output}; predictions are written to a local folder, copy them from there")
     if Path(args.output).is_file():
         raise ConfigError(f"--output is {args.output}, which is a file; name a folder")
-    if args.batch < 1:
-        raise ConfigError(f"--batch is {args.batch}; it must be at least 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, count, split_overrides
 
 SUMMARY = "picture of some images with their annotations, as they are in the shards"
 
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_recipe_and_names(parser, "DATASET", "name under `datasets`, default the first")
     parser.add_argument("--output", default="sheet.png", metavar="FILE", help="PNG file or URL (default sheet.png)")
-    parser.add_argument("--images", type=int, default=12, metavar="N", help="how many, spread evenly (default 12)")
+    parser.add_argument("--images", type=count, default=12, metavar="N", help="how many, spread evenly (default 12)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,8 +29,6 @@ def run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, overrides)
     if len(names) > 1:
         raise ConfigError(f"one data set per sheet, not {len(names)}: {', '.join(names)}")
-    if args.images < 1:
-        raise ConfigError(f"--images is {args.images}; it must be at least 1")
     name = choose_datasets(names, list(config.datasets))[0]
     storage = Storage(config.storage)
     manifest = Manifest.load(config.datasets[name].shards, storage)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.verbs.arguments import count
+
 if TYPE_CHECKING:
     from eval.scoring import Scoring
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--truth", required=True, type=Path, metavar=metavar, help="annotations")
         kind.add_argument("--predictions", required=True, type=Path, metavar=metavar, help="results")
         kind.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all numbers, shares from 0 to 1")
-        kind.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor)")
+        kind.add_argument("--workers", type=count, metavar="N", help="processes (default: one per processor)")
     panoptic, instances, semantic = (parsers[name] for name in ("panoptic", "instances", "semantic"))
     panoptic.add_argument("--truth-masks", required=True, type=Path, metavar="DIR", help="its maps")
     panoptic.add_argument("--prediction-masks", required=True, type=Path, metavar="DIR", help="their maps")
@@ -51,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from cluster.progress import Progress, say
     from eval.errors import EvaluationError
 
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    if workers < 1:
-        raise EvaluationError(f"--workers is {workers}; it must be at least 1")
+    workers = args.workers or len(os.sched_getaffinity(0))
     if args.output is not None and not args.output.resolve().parent.is_dir():
         raise EvaluationError(f"--output {args.output}: the folder does not exist; make it first")
     scoring = _open(args)

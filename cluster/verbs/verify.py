@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from cluster.verbs.arguments import count
+
 if TYPE_CHECKING:
     from data_pipeline.storage import Storage
     from data_pipeline.verify import Depth, Verification
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--quick", action="store_true", help="manifest, presence and size of all shards (default)")
     depth.add_argument("--full", action="store_true", help="read every byte: checksums, pixels, labels")
-    parser.add_argument("--threads", type=int, metavar="N", help="shards that are read at once (default: cores)")
+    parser.add_argument("--threads", type=count, metavar="N", help="shards that are read at once (default: cores)")
     parser.add_argument("--report", metavar="FILE", help="JSON file or URL for all that was found")
 
 
@@ -31,11 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
     from cluster.progress import say
     from data_pipeline.storage import Storage
-    from model.errors import ConfigError
 
     threads = args.threads or os.cpu_count() or 1
-    if threads < 1:
-        raise ConfigError(f"--threads is {threads}; it must be at least 1")
     storage = Storage()
     found = [_verify(url, storage, "full" if args.full else "quick", threads) for url in args.urls]
     for verification in found:

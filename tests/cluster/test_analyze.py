@@ -145,7 +145,6 @@ def test_time_is_taken():
         (["layers"], "analyze layers takes one recipe and at most one data set"),
         (["layers", "RECIPE", "train", "absent"], "analyze layers takes one recipe and at most one data set"),
         (["layers", "RECIPE", "other"], "no data set 'other' under `datasets` (known: train, absent)"),
-        (["attention", "RECIPE", "--images", "0"], "--images is 0; it must be at least 1"),
         (["attention", "RECIPE"], "has no checkpoint; train first"),
     ],
 )

@@ -309,6 +309,22 @@ def test_weights_are_taken_out_of_checkpoints(capsys, recipe, tmp_path):
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "recipe.yaml", "--world"],
+        ["preview", "recipe.yaml", "--images"],
+        ["verify", "shards", "--threads"],
+        ["index", "tars", "--output", "here", "--categories", "classes.json", "--threads"],
+    ],
+)
+def test_numbers_of_things_are_at_least_one(capsys, words):
+    for value, problem in (("0", "is 0; it must be at least 1"), ("-1", "is -1; it"), ("x", "invalid count value")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, value])
+        assert f"argument {words[-1]}: {problem}" in capsys.readouterr().err
+
+
 def test_pace_and_durations_read_well():
     assert format_duration(42) == "0:42"
     assert format_duration(3 * 3600 + 7 * 60 + 9) == "3:07:09"
@@ -346,9 +362,6 @@ def test_plan_predicts_and_names_wrong_options(recipe, capsys):
     assert "an epoch      6 images in" in out
     assert re.search(r"GPU memory +\d+\.\d\d GB with \d+ images of \d+ x \d+ at once.*ZeRO 1 on 4 ranks", out)
     assert re.search(r"up to \d+ images at once fit into a GPU of 80 GB", out)
-    status, _, err = run(capsys, "plan", recipe, "--world", -1)
-    assert status == 2
-    assert "--world is -1" in err
     status, _, err = run(capsys, "plan", recipe, "--gpu-gb", 0)
     assert status == 2
     assert "--gpu-gb is 0.0" in err

@@ -54,8 +54,6 @@ def test_instances(tmp_path, capsys):
 def test_mistakes_are_one_message(label_folders, tmp_path, capsys):
     assert main(["score", "semantic", *label_folders, "--num-classes", "2"]) == 2
     assert "m2f score: x.png: the prediction has labels from 0 to 2" in capsys.readouterr().err
-    assert main(["score", "semantic", *label_folders, "--num-classes", "4", "--workers", "0"]) == 2
-    assert "--workers is 0" in capsys.readouterr().err
     nowhere = str(tmp_path / "none" / "out.json")
     assert main(["score", "semantic", *label_folders, "--num-classes", "4", "--output", nowhere]) == 2
     assert "the folder does not exist" in capsys.readouterr().err
