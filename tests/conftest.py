@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import hypothesis
 import pytest
@@ -40,3 +42,28 @@ def goldens() -> Path:
 def real_data() -> Path:
     """Folder with real images and annotations."""
     return _present(SHARED / "data")
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    """URL of an S3 server on loopback with an empty bucket `box`; the environment has credentials for it."""
+    import boto3
+    from moto.server import ThreadedMotoServer  # takes seconds, which only tests that want it should pay
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="box")
+        yield endpoint
+    urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()  # objects outlive their server otherwise
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://box`, to which the environment alone leads."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    return "s3://box"

@@ -7,11 +7,9 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import boto3
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from moto.server import ThreadedMotoServer
 
 from cluster.cli import main
 from cluster.compare import compare_runs
@@ -274,27 +272,17 @@ def test_folders_of_one_recipe_are_told_apart_by_their_names(tmp_path):
     assert [run.name for run in read(folders[0], folders[2])] == ["same (1)", "same (2)"]
 
 
-def test_folders_in_a_bucket_are_read_like_local_ones(tmp_path, monkeypatch):
+def test_folders_in_a_bucket_are_read_like_local_ones(tmp_path, bucket, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     local = write_run(tmp_path / "a", "a", 50.0)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="box")
-        storage = Storage()
-        write_run(tmp_path / "b", "b", 51.5, lr="0.01")
-        for path in (tmp_path / "b").rglob("*.*"):
-            if path.is_file():
-                storage.put(f"s3://box/runs/b/{path.relative_to(tmp_path / 'b')}", path.read_bytes())
-        comparison = compare_runs(read(local, "s3://box/runs/b/"))
-        with pytest.raises(CompareError, match="s3://box/runs/c cannot be read as a run folder"):
-            read("s3://box/runs/c")
-    finally:
-        server.stop()
+    storage = Storage()
+    write_run(tmp_path / "b", "b", 51.5, lr="0.01")
+    for path in (tmp_path / "b").rglob("*.*"):
+        if path.is_file():
+            storage.put(f"{bucket}/runs/b/{path.relative_to(tmp_path / 'b')}", path.read_bytes())
+    comparison = compare_runs(read(local, f"{bucket}/runs/b/"))
+    with pytest.raises(CompareError, match=f"{bucket}/runs/c cannot be read as a run folder"):
+        read(f"{bucket}/runs/c")
     assert values(comparison.metrics, "val/PQ") == [(50.0, None, False), (51.5, 1.5, True)]
     assert [d.setting for d in comparison.differences] == ["training.optimizer.lr"]
     assert values(comparison.classes[0].rows, "cat") == [(50.0, None, False), (51.5, 1.5, True)]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from cluster import eval_actor
 from cluster.cli import main
@@ -126,32 +124,23 @@ def test_semantic(dumped):
     assert 5 < metrics["mIoU"] < 95
 
 
-def test_a_dump_in_a_bucket_is_the_same(tmp_path, monkeypatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="box")
-        storage, table = Storage(), CategoryTable((Category(3, "boat", True, (1, 2, 3)),))
-        image = np.zeros((4, 5, 3), np.uint8)
-        for url in ("s3://box/dump/val", str(tmp_path)):
-            for call in (1, 0, 1):
-                nothing = Annotation(seg=None, inst=None, segments=())
-                sample = DecodedSample(key=f"k{call}", image_id=call, source="", image=image, annotation=nothing)
-                mask = encode_masks(np.ones((call, 4, 5), bool))
-                dump = ResultDump(table)
-                dump.add_instances(sample, InstanceDetections(mask, *np.zeros((2, call), int), np.ones(call)))
-                dump.add_labels(sample, np.zeros((4, 5), int))
-                dump.store(storage, url, call)
-            join_dump(storage, url, 2, table)
-        names = ["categories.json", "instances.json", "labels/k0.png", "labels/k1.png"]
-        assert storage.list("s3://box/dump/val") == tuple(f"s3://box/dump/val/{name}" for name in names)
-        assert all(storage.get(f"s3://box/dump/val/{n}") == (tmp_path / n).read_bytes() for n in names)
-    finally:
-        server.stop()
+def test_a_dump_in_a_bucket_is_the_same(tmp_path, bucket):
+    remote = f"{bucket}/dump/val"
+    storage, table = Storage(), CategoryTable((Category(3, "boat", True, (1, 2, 3)),))
+    image = np.zeros((4, 5, 3), np.uint8)
+    for url in (remote, str(tmp_path)):
+        for call in (1, 0, 1):
+            nothing = Annotation(seg=None, inst=None, segments=())
+            sample = DecodedSample(key=f"k{call}", image_id=call, source="", image=image, annotation=nothing)
+            mask = encode_masks(np.ones((call, 4, 5), bool))
+            dump = ResultDump(table)
+            dump.add_instances(sample, InstanceDetections(mask, *np.zeros((2, call), int), np.ones(call)))
+            dump.add_labels(sample, np.zeros((4, 5), int))
+            dump.store(storage, url, call)
+        join_dump(storage, url, 2, table)
+    names = ["categories.json", "instances.json", "labels/k0.png", "labels/k1.png"]
+    assert storage.list(remote) == tuple(f"{remote}/{name}" for name in names)
+    assert all(storage.get(f"{remote}/{n}") == (tmp_path / n).read_bytes() for n in names)
     assert [entry["image_id"] for entry in json.loads((tmp_path / "instances.json").read_text())] == [1]
 
 

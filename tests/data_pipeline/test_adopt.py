@@ -7,12 +7,10 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-import boto3
 import cv2
 import numpy as np
 import pytest
 import webdataset
-from moto.server import ThreadedMotoServer
 
 from cluster.cli import main
 from data_pipeline import object_stream
@@ -26,7 +24,6 @@ from data_pipeline.config import (
     LabelMapSource,
     LargeScaleJitter,
     MixtureItem,
-    StorageConfig,
     SyntheticSource,
 )
 from data_pipeline.errors import DataError
@@ -425,38 +422,27 @@ def test_another_data_set_is_never_replaced(tmp_path):
         index(tmp_path / "tars", tmp_path / "own")
 
 
-def test_the_verb_from_and_to_s3(tmp_path, monkeypatch, capsys):
-    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="theirs")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        storage = Storage(StorageConfig())
-        write_tars(tmp_path / "tars", "classes")
-        for path in (tmp_path / "tars").iterdir():
-            storage.put_file(f"s3://theirs/a/{path.name}", path)
-        (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
-        words = ["--categories", str(tmp_path / "classes.json"), "--report", str(tmp_path / "report.json")]
-        assert main(["index", "s3://theirs/a", "--output", "s3://theirs/a", *words]) == 0
-        out, err = capsys.readouterr()
-        assert "12 samples of 3 tars" in out
-        assert "image .jpg or .jpeg, classes in .png" in out
-        assert "indexing: " in err
-        assert json.loads((tmp_path / "report.json").read_text())["num_samples"] == 12
-        assert Manifest.load("s3://theirs/a", storage).shards[0].name == "000.tar"
-        assert main(["index", "s3://theirs/a", "--output", str(tmp_path / "here"), *words]) == 0
-        here = Manifest.load(str(tmp_path / "here"), storage)
-        assert here.shards[0].name == "s3://theirs/a/000.tar"
-        assert here.read_sample(3, storage).key == "0003"
-        assert main(["verify", "s3://theirs/a", str(tmp_path / "here"), "--full"]) == 0
-        bad = write_tar(
-            tmp_path / "bad" / "a.tar", corrupt({f"{i}": members_of(i, "classes") for i in range(4)}, png=None)
-        )
-        assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words]) == 1
-        assert "no manifest is written; correct them, or leave them out with --skip-bad" in capsys.readouterr().out
-        assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words, "--void", "x"]) == 2
-    finally:
-        server.stop()
+def test_the_verb_from_and_to_s3(tmp_path, bucket, capsys):
+    tars = f"{bucket}/a"
+    storage = Storage()
+    write_tars(tmp_path / "tars", "classes")
+    for path in (tmp_path / "tars").iterdir():
+        storage.put_file(f"{tars}/{path.name}", path)
+    (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
+    words = ["--categories", str(tmp_path / "classes.json"), "--report", str(tmp_path / "report.json")]
+    assert main(["index", tars, "--output", tars, *words]) == 0
+    out, err = capsys.readouterr()
+    assert "12 samples of 3 tars" in out
+    assert "image .jpg or .jpeg, classes in .png" in out
+    assert "indexing: " in err
+    assert json.loads((tmp_path / "report.json").read_text())["num_samples"] == 12
+    assert Manifest.load(tars, storage).shards[0].name == "000.tar"
+    assert main(["index", tars, "--output", str(tmp_path / "here"), *words]) == 0
+    here = Manifest.load(str(tmp_path / "here"), storage)
+    assert here.shards[0].name == f"{tars}/000.tar"
+    assert here.read_sample(3, storage).key == "0003"
+    assert main(["verify", tars, str(tmp_path / "here"), "--full"]) == 0
+    bad = write_tar(tmp_path / "bad" / "a.tar", corrupt({f"{i}": members_of(i, "classes") for i in range(4)}, png=None))
+    assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words]) == 1
+    assert "no manifest is written; correct them, or leave them out with --skip-bad" in capsys.readouterr().out
+    assert main(["index", str(bad), "--output", str(tmp_path / "out"), *words, "--void", "x"]) == 2

@@ -9,13 +9,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import boto3
 import cv2
 import numpy as np
 import psutil
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from data_pipeline.categories import Category, CategoryTable
 from data_pipeline.chunks import plan_chunks
@@ -427,19 +425,9 @@ def test_workers_end_with_a_killed_training(tmp_path):
     assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_shards_in_s3_give_the_same_pixels(boxes, monkeypatch):
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(f"AWS_{name}", "test")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        config = StorageConfig(endpoint_url=f"http://{host}:{port}", region="us-east-1")
-        boto3.client("s3", endpoint_url=config.endpoint_url, region_name=config.region).create_bucket(Bucket="shards")
-        storage = Storage(config)
-        remote = write_boxes("s3://shards/boxes", storage=storage)
-        assert remote.fingerprint == boxes.fingerprint
-        found = pixels_by_position(loaded([remote], data_config(), 4, storage=storage))
-    finally:
-        server.stop()
+def test_shards_in_s3_give_the_same_pixels(boxes, s3_endpoint):
+    storage = Storage(StorageConfig(endpoint_url=s3_endpoint, region="us-east-1"))
+    remote = write_boxes("s3://box/boxes", storage=storage)
+    assert remote.fingerprint == boxes.fingerprint
+    found = pixels_by_position(loaded([remote], data_config(), 4, storage=storage))
     assert found == pixels_by_position(loaded([boxes], data_config(), 4))

@@ -8,11 +8,9 @@ import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 import webdataset
-from moto.server import ThreadedMotoServer
 
 from data_pipeline import codec
 from data_pipeline.config import DatasetConfig, StorageConfig, SyntheticSource
@@ -281,26 +279,17 @@ def test_a_store_that_returns_other_bytes_is_noticed(reader, tmp_path, monkeypat
     assert not (tmp_path / "parts").exists()
 
 
-def test_the_same_data_set_in_s3(reader, dataset, monkeypatch):
-    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="shards")
-        storage = Storage(StorageConfig(endpoint_url=endpoint))
-        config = _config("s3://shards/some/where")
-        manifest = write_dataset(reader, config, storage)
-        assert manifest.fingerprint == dataset.fingerprint
-        assert write_dataset(reader, config, storage).fingerprint == dataset.fingerprint
-        with pytest.raises(DataError, match="belongs to another shard plan"):
-            write_dataset(reader, replace(config, seed=9), storage)
-        assert hashlib.sha256(storage.get(manifest.shard_url(1))).hexdigest() == manifest.shards[1].sha256
-        loaded = Manifest.load(config.shards, storage)
-        for index in (0, 7, 13):
-            assert loaded.read_members(index, storage) == dataset.read_members(index, STORAGE)
-            assert codec.decode(loaded.read_members(index, storage)).key == dataset.key[index]
-        assert join(config.shards, "dataset.json") in storage.list(config.shards)
-    finally:
-        server.stop()
+def test_the_same_data_set_in_s3(reader, dataset, s3_endpoint):
+    storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
+    config = _config("s3://box/some/where")
+    manifest = write_dataset(reader, config, storage)
+    assert manifest.fingerprint == dataset.fingerprint
+    assert write_dataset(reader, config, storage).fingerprint == dataset.fingerprint
+    with pytest.raises(DataError, match="belongs to another shard plan"):
+        write_dataset(reader, replace(config, seed=9), storage)
+    assert hashlib.sha256(storage.get(manifest.shard_url(1))).hexdigest() == manifest.shards[1].sha256
+    loaded = Manifest.load(config.shards, storage)
+    for index in (0, 7, 13):
+        assert loaded.read_members(index, storage) == dataset.read_members(index, STORAGE)
+        assert codec.decode(loaded.read_members(index, storage)).key == dataset.key[index]
+    assert join(config.shards, "dataset.json") in storage.list(config.shards)

@@ -7,9 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from data_pipeline import s3_store
 from data_pipeline.config import StorageConfig
@@ -26,26 +24,13 @@ def _quick_backoff(monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
 
 
-@pytest.fixture(scope="module")
-def moto_endpoint():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    boto3.session.Session().client(
-        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
-    ).create_bucket(Bucket="bucket")
-    yield endpoint
-    server.stop()
-
-
 @pytest.fixture(params=["local", "s3"])
 def place(request, tmp_path):
     """A storage and an empty folder in it."""
     if request.param == "local":
         return Storage(), str(tmp_path / "root")
-    endpoint = request.getfixturevalue("moto_endpoint")
-    return Storage(StorageConfig(endpoint_url=endpoint)), f"s3://bucket/{tmp_path.name}"
+    endpoint = request.getfixturevalue("s3_endpoint")
+    return Storage(StorageConfig(endpoint_url=endpoint)), f"s3://box/{tmp_path.name}"
 
 
 def test_bytes_come_back(place, tmp_path):
@@ -171,8 +156,8 @@ def test_wrong_urls_are_named(tmp_path):
         storage.get(str(tmp_path))
 
 
-def test_a_missing_bucket_is_named(moto_endpoint):
-    storage = Storage(StorageConfig(endpoint_url=moto_endpoint))
+def test_a_missing_bucket_is_named(s3_endpoint):
+    storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     with pytest.raises(MissingObjectError, match="bucket 'nowhere' does not exist"):
         storage.get("s3://nowhere/key")
     with pytest.raises(MissingObjectError, match="bucket 'nowhere'"):
@@ -297,9 +282,9 @@ class _LosesFirstAnswer:
             raise ConnectionResetError("peer went away")
 
 
-def test_a_repeated_conditional_write_recognises_its_own_bytes(moto_endpoint, tmp_path):
-    storage = Storage(StorageConfig(endpoint_url=moto_endpoint))
-    url = f"s3://bucket/{tmp_path.name}/lost-answer"
+def test_a_repeated_conditional_write_recognises_its_own_bytes(s3_endpoint, tmp_path):
+    storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
+    url = f"s3://box/{tmp_path.name}/lost-answer"
     storage._s3._client, storage._s3._client_pid = _LosesFirstAnswer(storage._s3._connect()), os.getpid()
     storage.put(url, b"same", if_absent=True)
     assert storage.counters.retries == 1

@@ -8,17 +8,15 @@ import struct
 import zlib
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from cluster.cli import main
 from data_pipeline import manifest as manifest_module
 from data_pipeline import object_stream
-from data_pipeline.config import DatasetConfig, StorageConfig, SyntheticSource
+from data_pipeline.config import DatasetConfig, SyntheticSource
 from data_pipeline.image_file import encode_png
 from data_pipeline.manifest import Manifest
 from data_pipeline.object_stream import ObjectStream
@@ -292,24 +290,15 @@ def test_the_verb_reports_and_sets_its_status(capsys, damaged, sound, tmp_path):
     assert "m2f shard" in capsys.readouterr().out
 
 
-def test_a_set_in_s3(sound, monkeypatch, capsys):
-    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        boto3.session.Session().client("s3", endpoint_url=endpoint).create_bucket(Bucket="sets")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        storage = Storage(StorageConfig())
-        for path in Path(sound.url).rglob("*"):
-            if path.is_file():
-                storage.put_file(f"s3://sets/a/{path.relative_to(sound.url)}", path)
-        assert main(["verify", "s3://sets/a", "--full"]) == 0
-        data = bytearray(Path(sound.shard_url(0)).read_bytes())
-        data[int(sound.offset[0]) + 700] ^= 1
-        storage.put(f"s3://sets/a/{sound.shards[0].name}", bytes(data))
-        assert main(["verify", "s3://sets/a", "--full"]) == 1
-        assert f"s3://sets/a/{sound.shards[0].name} at byte 0 (sample" in capsys.readouterr().out
-    finally:
-        server.stop()
+def test_a_set_in_s3(sound, bucket, capsys):
+    url = f"{bucket}/a"
+    storage = Storage()
+    for path in Path(sound.url).rglob("*"):
+        if path.is_file():
+            storage.put_file(f"{url}/{path.relative_to(sound.url)}", path)
+    assert main(["verify", url, "--full"]) == 0
+    data = bytearray(Path(sound.shard_url(0)).read_bytes())
+    data[int(sound.offset[0]) + 700] ^= 1
+    storage.put(f"{url}/{sound.shards[0].name}", bytes(data))
+    assert main(["verify", url, "--full"]) == 1
+    assert f"{url}/{sound.shards[0].name} at byte 0 (sample" in capsys.readouterr().out
