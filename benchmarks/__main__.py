@@ -1,9 +1,10 @@
-"""`python -m benchmarks [--tiny] [--device cuda] [NAME ...]`: ours and peers side by side, as one table."""
+"""`python -m benchmarks [--tiny] [--device cuda] [--save FOLDER] [NAME ...]`: ours and peers side by side."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -16,11 +17,13 @@ from benchmarks import (
     bench_matcher,
     bench_model,
     bench_msda,
+    bench_postproc,
     bench_train_step,
     bench_zero,
     ceilings,
 )
-from benchmarks.measure import Row, report
+from benchmarks.measure import Row
+from benchmarks.tables import Setting, json_lines, markdown, save
 
 ON_CPU: dict[str, Callable[[bool], list[Row]]] = {"data": bench_data.run, "eval": bench_eval.run}
 ON_ANY_DEVICE: dict[str, Callable[[bool, torch.device], list[Row]]] = {
@@ -31,6 +34,7 @@ ON_ANY_DEVICE: dict[str, Callable[[bool, torch.device], list[Row]]] = {
     "model": bench_model.run,
     "train_step": bench_train_step.run,
     "inference": bench_inference.run,
+    "postproc": bench_postproc.run,
     "zero": bench_zero.run,
 }
 
@@ -40,11 +44,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*ON_CPU, *ON_ANY_DEVICE])}; all if none")
     parser.add_argument("--tiny", action="store_true", help="small sizes, minutes on a laptop")
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu (one thread) or cuda")
+    parser.add_argument("--save", metavar="FOLDER", type=Path, help="also write DAY_HARDWARE.md and .jsonl there")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - {*ON_CPU, *ON_ANY_DEVICE}
     if unknown:
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
+    setting = Setting.now(arguments.device, ceilings.describe(arguments.device, arguments.tiny))
     rows: list[Row] = []
     for name, run in ON_CPU.items():
         if arguments.device.type == "cpu" and (not arguments.names or name in arguments.names):
@@ -52,8 +58,9 @@ def main() -> None:
     for name, run_on in ON_ANY_DEVICE.items():
         if not arguments.names or name in arguments.names:
             rows += run_on(arguments.tiny, arguments.device)
-    print(ceilings.describe(arguments.device, arguments.tiny))
-    print(report(rows, arguments.device))
+    print(f"{markdown(rows, setting)}\n\n{json_lines(rows, setting)}")
+    if arguments.save is not None:
+        print(f"\nwritten: {save(rows, setting, arguments.save)}")
 
 
 if __name__ == "__main__":

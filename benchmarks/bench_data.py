@@ -286,8 +286,8 @@ def _row(
     repeats: int,
     clock: Callable[[], float] = time.process_time,
 ) -> Row:
-    ours_ms, peer_ms = interleaved(ours, theirs, repeats, clock)
-    return Row(case, shape, ours_ms / count, name, peer_ms / count, error)
+    our_times, their_times = interleaved(ours, theirs, repeats, clock)
+    return Row(case, shape, our_times.per(count), name, their_times.per(count), error)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Metrics per image against the reference tools' ways, and panoptic post-processing against the plain procedure.
+"""Metrics per image against the reference tools' ways.
 
 PQ: id maps in memory against two PNG files per image and one sort of 64-bit pairs, as panopticapi does it (written here
-for the comparison). AP: against pycocotools on the same run lengths. Post-processing: against all queries at full size.
+for the comparison). AP: against pycocotools on the same run lengths.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -22,27 +22,21 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from benchmarks.measure import Row, compare
-from benchmarks.official_order import plain_panoptic
-from benchmarks.scenes import sure_predictions
 from eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
 from eval.masks import encode_masks, mask_areas
 from eval.mean_iou import MeanIoUState
 from eval.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
-from model.config import PostprocessConfig
-from model.mask_resize import ImageGeometry
-from model.postprocess import panoptic
 
 SIZE = (480, 640)
 CLASSES = 20
 
 
 def run(tiny: bool) -> list[Row]:
-    """PQ, mIoU and AP on generated images, then post-processing of one large image. Times of metrics are per image."""
+    """PQ, mIoU and AP on generated images; times are per image."""
     count = 10 if tiny else 50
     scenes = [_scene(seed) for seed in range(count)]
     found = [_detections(scene, seed) for seed, scene in enumerate(scenes)]
-    rows = [_panoptic_quality(scenes), _mean_iou(scenes), _average_precision(scenes, found)]
-    return [*rows, _postprocess((512, 1024) if tiny else (1024, 2048))]
+    return [_panoptic_quality(scenes), _mean_iou(scenes), _average_precision(scenes, found)]
 
 
 @dataclass(frozen=True)
@@ -215,28 +209,9 @@ def _as_coco(truths: Sequence[InstanceTruth], found: Sequence[InstanceDetections
     return coco, results
 
 
-def _postprocess(size: tuple[int, int]) -> Row:
-    """The scene of `sure_predictions` at the size of the image."""
-    class_logits, embeddings, features = sure_predictions(size, CLASSES)
-    geometry = ImageGeometry(size, size, size)
-    is_thing = [k > 1 for k in range(CLASSES)]
-    config = PostprocessConfig()
-
-    def ours() -> Sequence[Tensor]:
-        result = panoptic(class_logits, embeddings, features, geometry, is_thing, config)
-        assert len(result.segments) >= 8, "a scene without segments says nothing"
-        return [result.segment_map.double()]
-
-    def peer() -> Sequence[Tensor]:
-        return [plain_panoptic(class_logits, embeddings, features, geometry, is_thing, config).double()]
-
-    shape = f"100 queries, {size[0]} x {size[1]}"
-    return compare("panoptic post-processing", shape, ours, "plain procedure", peer, tolerance=0.0, repeats=3)
-
-
 def _shape(scenes: Sequence[_Scene]) -> str:
     return f"{len(scenes)} images, {SIZE[0]} x {SIZE[1]}"
 
 
 def _per_image(row: Row, count: int) -> Row:
-    return Row(row.case, row.shape, row.ours_ms / count, row.peer, row.peer_ms / count, row.error)
+    return replace(row, ours=row.ours.per(count), theirs=row.theirs.per(count))

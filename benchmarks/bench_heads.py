@@ -1,20 +1,20 @@
 """Attention masks, matching, losses and their backward pass, from what ten predictions leave behind.
 
-Against the order of the published code, with the same points: losses and all gradients must agree.
+Against the order of the published code, with the same points: losses and all gradients must agree. And against the
+criterion of `transformers`, without attention masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, compare
-from benchmarks.memory import peak_growth
 from benchmarks.official_order import dense_attention_masks, official_loss
 from benchmarks.scenes import CLASSES, LAYERS, QUERIES, dense_masks, make_batch, random_predictions
+from benchmarks.transformers_peer import their_criterion
 from model.attention import attention_mask, resize_for_attention
 from model.config import LossConfig
 from model.criterion import compute_losses, count_normalizers, point_counts
@@ -27,10 +27,12 @@ HEADS = 8
 def run(tiny: bool, device: torch.device) -> list[Row]:
     """One row per number of objects (and, on a GPU, of images)."""
     if device.type == "cpu":
-        size, objects = (256, (5, 25)) if tiny else (1024, (5, 11, 25))
-        return [_case(1, size, count, device, repeats=3) for count in objects]
-    cases = ((2, 11),) if tiny else ((1, 11), (2, 5), (2, 11), (2, 25), (2, 60), (8, 11))
-    return [_case(images, 1024, count, device, repeats=20) for images, count in cases]
+        size, objects = (256, (5, 25)) if tiny else (1024, (5, 11, 25, 60, 100))
+        rows = [_case(1, size, count, device, repeats=3) for count in objects]
+        return [*rows, _criteria(1, size, 11, device, repeats=3)]
+    cases = ((2, 11),) if tiny else ((1, 11), (2, 5), (2, 11), (2, 25), (2, 60), (2, 100), (8, 11))
+    rows = [_case(images, 1024, count, device, repeats=20) for images, count in cases]
+    return [*rows, _criteria(2 if tiny else 8, 1024, 11, device, repeats=20)]
 
 
 def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
@@ -56,10 +58,32 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
         total = official_loss(predictions, masks, labels, truth, drawn, config)
         return [1 - _allowed_share(hidden), total.detach(), *torch.autograd.grad(total, predictions)]
 
-    ours_gb, peer_gb = (peak_growth(side, device) for side in (ours, official))
     shape_text = f"{images} x {size} x {size}, {objects} masks"
-    row = compare("heads + matcher + loss", shape_text, ours, "official order", official, 1e-3, repeats, device)
-    return replace(row, ours_gb=ours_gb, peer_gb=peer_gb)
+    return compare(
+        "heads + matcher + loss", shape_text, ours, "official order", official, 1e-3, repeats, device, memory=True
+    )
+
+
+def _criteria(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
+    """Mask logits of all queries, matching and losses of `transformers`, which draws other points; ours as above."""
+    predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)))
+    targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()
+    truth, labels, source = dense_masks(targets), list(targets.labels), CounterPoints(seed=0)
+    normalizers, criterion = count_normalizers(targets, QUERIES, config), their_criterion().to(device)
+
+    def ours() -> Sequence[Tensor]:
+        total = compute_losses(predictions, targets, source, normalizers, config, CLASSES).total
+        torch.autograd.grad(total, predictions)
+        return [total.detach()]
+
+    def theirs() -> Sequence[Tensor]:
+        masks = torch.einsum("lbqc,bchw->lbqhw", predictions.mask_embeddings, predictions.mask_features)
+        total = criterion(masks, predictions.class_logits, truth, labels)
+        torch.autograd.grad(total, predictions)
+        return [total.detach()]
+
+    shape_text = f"{images} x {size} x {size}, {objects} masks"
+    return compare("matcher + loss", shape_text, ours, "transformers", theirs, 0.03, repeats, device, memory=True)
 
 
 def _allowed_share(masks: Sequence[Tensor]) -> Tensor:

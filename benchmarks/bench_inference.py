@@ -7,14 +7,12 @@ queries compete for pixels. The logits of the network itself must agree, and so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from benchmarks.measure import Row, compare
-from benchmarks.memory import peak_growth
 from benchmarks.official_order import plain_panoptic
 from benchmarks.scenes import CLASSES, sure_predictions
 from benchmarks.transformers_peer import CONFIG, twins
@@ -54,8 +52,7 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
             theirs(pixel_values=pixels)
         return [plain_panoptic(classes, one, masks, geometry, IS_THING, CONFIG.postprocess) for _ in pixels]
 
-    ours_gb, peer_gb = (peak_growth(side, device) for side in (run_ours, run_theirs))
-    row = compare(
+    return compare(
         f"R50 inference {'fp32' if device.type == 'cpu' else 'bf16'}",
         f"{images} x {size[0]} x {size[1]}",
         run_ours,
@@ -64,8 +61,8 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
         tolerance=0.0,
         repeats=repeats,
         device=device,
+        memory=True,
     )
-    return replace(row, ours_gb=ours_gb, peer_gb=peer_gb)
 
 
 def _check_agreement(mine: Predictions, other: Mask2FormerForUniversalSegmentationOutput) -> None:

@@ -1,19 +1,22 @@
-"""Multi-scale deformable attention, forward and backward, against one `grid_sample` per level (as peers do it).
+"""Multi-scale deformable attention against one `grid_sample` per level (as peers do it), and on a GPU `embedding_bag`.
 
-From values, offsets and logits to the attended values: the softmax and the arithmetic of locations are part of it.
+From values, offsets and logits to the attended values: the softmax and the arithmetic of locations are part of it. With
+one image, both sides are also held against float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, compare
-from benchmarks.memory import peak_growth
-from model.ms_deform_attn import SamplingGrid, Shapes, ms_deform_attn, ms_deform_attn_grid_sample
+from benchmarks.measure import Row, compare, relative_error
+from model.ms_deform_attn import (
+    SamplingGrid,
+    ms_deform_attn_embedding_bag,
+    ms_deform_attn_grid_sample,
+)
 
 HEADS, DIM, POINTS = 8, 32, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -23,44 +26,75 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
     """On a CPU one row per image size in fp32; on a GPU 21,504 and 22,050 tokens in several batches and both dtypes."""
     if device.type == "cpu":
         sides = (256,) if tiny else (256, 512, 1024)
-        return [_case(1, (side, side), torch.float32, device, repeats=3 if tiny else 10) for side in sides]
-    cases = [(1, (1024, 1024))] if tiny else [(n, size) for size in ((1024, 1024), (800, 1344)) for n in (1, 4, 8)]
-    return [_case(*case, dtype, device, repeats=20) for case in cases for dtype in (torch.bfloat16, torch.float32)]
+        cases = [_Case(1, (side, side), torch.float32, device, 3 if tiny else 10) for side in sides]
+        return [row for case in cases for row in case.rows("embedding_bag", ("grid_sample",))]
+    sizes = [(1, (1024, 1024))] if tiny else [(n, size) for size in ((1024, 1024), (800, 1344)) for n in (1, 4, 8)]
+    dtypes = torch.bfloat16, torch.float32
+    cases = [_Case(*size, dtype, device, 20) for size in sizes for dtype in dtypes]
+    return [row for case in cases for row in case.rows("fused", ("grid_sample", "embedding_bag"))]
 
 
-def _case(images: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> Row:
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = [(size[0] // stride, size[1] // stride) for stride in (32, 16, 8)]
-    pixels = sum(height * width for height, width in shapes)
-    grid = SamplingGrid.of_pixels(shapes, device)
-    samples = (images, pixels, HEADS, len(shapes), POINTS)
+class _Case:
+    """One input, and every way to attend to it."""
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+    def __init__(
+        self, images: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device, repeats: int
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.images, self.device, self.repeats, self.dtype = images, device, repeats, dtype
+        self.shapes = [(size[0] // stride, size[1] // stride) for stride in (32, 16, 8)]
+        self.pixels = sum(height * width for height, width in self.shapes)
+        self.grid = SamplingGrid.of_pixels(self.shapes, device)
+        samples = (images, self.pixels, HEADS, len(self.shapes), POINTS)
 
-    value = random(images, pixels, HEADS, DIM).to(dtype).requires_grad_()
-    offsets = (2 * random(*samples, 2)).requires_grad_()
-    logits = random(*samples).requires_grad_()
-    cotangent = random(images, pixels, HEADS * DIM).to(dtype)
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
 
-    def plainly(function: Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]) -> Tensor:
-        weights = logits.flatten(-2).softmax(-1).view(samples)
-        locations = grid.reference[:, :, None, :, None] + offsets / grid.sizes
-        return function(value, shapes, locations, weights)
+        self.value = random(images, self.pixels, HEADS, DIM).to(dtype).requires_grad_()
+        self.offsets = (2 * random(*samples, 2)).requires_grad_()
+        self.logits = random(*samples).requires_grad_()
+        self.cotangent = random(images, self.pixels, HEADS * DIM).to(dtype)
 
-    def fused() -> Tensor:
-        from model.ms_deform_attn_triton import fused_ms_deform_attn
+    def rows(self, ours: str, peers: Sequence[str]) -> list[Row]:
+        """Forward alone and with the backward pass, against each peer."""
+        if self.images == 1:
+            self._check_against_float64((ours, *peers))
+        return [self._row(backward, ours, peer) for backward in (False, True) for peer in peers]
 
-        return fused_ms_deform_attn(value, shapes, grid.reference.squeeze(2), offsets, logits)
+    def _row(self, backward: bool, ours: str, peer: str) -> Row:
+        return compare(
+            f"msda forward{' + backward' if backward else ''} {str(self.dtype).removeprefix('torch.')}",
+            f"{self.images} x {self.pixels} tokens",
+            lambda: self._run(ours, backward),
+            peer,
+            lambda: self._run(peer, backward),
+            TOLERANCE[self.dtype],
+            self.repeats,
+            self.device,
+            memory=True,
+        )
 
-    def both_ways(forward: Callable[[], Tensor]) -> Sequence[Tensor]:
-        output = forward()
-        return output.float(), *torch.autograd.grad(output, (value, offsets, logits), cotangent)
+    def _run(self, form: str, backward: bool) -> Sequence[Tensor]:
+        """The attended values, and the gradients of all that they come from."""
+        with torch.set_grad_enabled(backward):
+            output = self._attend(form, self.value, self.offsets, self.logits)
+        if not backward:
+            return [output.float()]
+        return output.float(), *torch.autograd.grad(output, (self.value, self.offsets, self.logits), self.cotangent)
 
-    ours = fused if device.type == "cuda" else lambda: plainly(ms_deform_attn)
-    sides = (lambda: both_ways(ours), lambda: both_ways(lambda: plainly(ms_deform_attn_grid_sample)))
-    ours_gb, peer_gb = (peak_growth(side, device) for side in sides)
-    name = f"msda forward + backward {str(dtype).removeprefix('torch.')}"
-    shape = f"{images} x {pixels} tokens"
-    row = compare(name, shape, sides[0], "grid_sample", sides[1], TOLERANCE[dtype], repeats, device)
-    return replace(row, ours_gb=ours_gb, peer_gb=peer_gb)
+    def _attend(self, form: str, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        if form == "fused":
+            from model.ms_deform_attn_triton import fused_ms_deform_attn
+
+            return fused_ms_deform_attn(value, self.shapes, self.grid.reference.squeeze(2), offsets, logits)
+        function = ms_deform_attn_grid_sample if form == "grid_sample" else ms_deform_attn_embedding_bag
+        weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+        locations = self.grid.reference[:, :, None, :, None] + offsets / self.grid.sizes
+        return function(value, self.shapes, locations, weights)
+
+    @torch.no_grad()
+    def _check_against_float64(self, forms: Sequence[str]) -> None:
+        exact = self._attend("grid_sample", self.value.double(), self.offsets.double(), self.logits.double())
+        for form in forms:
+            error = relative_error(self._attend(form, self.value, self.offsets, self.logits).double(), exact)
+            assert error <= TOLERANCE[self.dtype], f"{form} differs from float64 by {error:.1e}"

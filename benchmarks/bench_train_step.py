@@ -1,16 +1,21 @@
-"""A whole training step of the R50 model: forward, matching, loss, backward, clipping, AdamW. Against `transformers`.
+"""A whole training step of the R50 model: forward, matching, loss, backward, clipping, AdamW.
 
-Both have the same weights, images and targets; each draws its own random points. Their class and mask logits must
-agree, and their losses must, up to what other points change. The floor is the time of the matrix products and
-convolutions of our step, which any implementation needs.
+Against `transformers` (as it comes, and on a GPU at its best: channels-last weights and compiled parts), against the
+order of the published code, and against itself without matching: what matching costs while everything else goes on.
+
+All have the same weights, images and targets. `transformers` draws random points of its own: class and mask logits must
+agree, and losses up to what other points change. The floor is the time of the matrix products and convolutions of our
+step, which any implementation needs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,88 +24,153 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Row, compare
-from benchmarks.memory import peak_growth
-from benchmarks.scenes import dense_masks, make_batch
-from benchmarks.transformers_peer import CONFIG, twins
-from model.criterion import count_normalizers
+from benchmarks.official_order import official_loss, official_pixel_decoder
+from benchmarks.scenes import LAYERS, dense_masks, make_batch
+from benchmarks.transformers_peer import CONFIG, compile_parts, twins
+from data_pipeline.collate import Batch
+from model import criterion
+from model.criterion import Normalizers, count_normalizers, point_counts
+from model.mask2former import Mask2Former
+from model.matcher import Matching
+from model.points import CounterPoints
 from trainer.config import OptimizerConfig
 from trainer.module import TrainingModule
 from trainer.param_groups import build_param_groups
+from trainer.regions import compile_regions
 
 OBJECTS = 10
 LOSS_TOLERANCE = 0.03
 """Losses at different random points differ by about one per cent."""
+SAME_POINTS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}
 
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "_scaled_dot_product")
 """Beginnings of the names of operations that count as floor; convolution_backward is one of them."""
 
-_PRODUCTS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::baddbmm",
-    "convolution",
-    "aten::linear",
-    "aten::_scaled_dot",
-)
+Step = Callable[[], Sequence[Tensor]]
 
 
 def run(tiny: bool, device: torch.device) -> list[Row]:
     """Batch 2 at 512 pixels on a CPU in fp32; on a GPU several batches at 1024 pixels under bf16 autocast."""
     if device.type == "cpu":
-        return [_case(2, 256 if tiny else 512, device, repeats=3)]
-    return [_case(images, 1024, device, repeats=20) for images in ((2,) if tiny else (1, 2, 4, 8))]
+        case = _Case(2, 256 if tiny else 512, device, repeats=2 if tiny else 5)
+        return [
+            case.against_transformers(),
+            case.without_matching(),
+            *([] if tiny else [case.against_official_order()]),
+        ]
+    cases = [_Case(images, 1024, device, repeats=20) for images in ((2,) if tiny else (1, 2, 4, 8))]
+    rows = [case.against_transformers() for case in cases]
+    return [*rows, cases[-1].without_matching(), cases[-1].against_official_order(), cases[-1].at_their_best()]
 
 
-def _case(images: int, size: int, device: torch.device, repeats: int) -> Row:
-    ours, theirs = (model.to(device) for model in twins())
-    precision = "fp32" if device.type == "cpu" else "bf16_autocast"
-    module = TrainingModule(ours, CONFIG, seed=0, precision=precision)
-    batch = make_batch(images, size, OBJECTS).to(device)
-    normalizers = count_normalizers(batch.targets, CONFIG.transformer_decoder.num_queries, CONFIG.loss)
-    pixels = ours.normalise(batch.images)
-    masks, labels = dense_masks(batch.targets), list(batch.targets.labels)
+@dataclass(frozen=True)
+class _Case:
+    images: int
+    size: int
+    device: torch.device
+    repeats: int
 
-    def our_loss() -> Tensor:
-        return module(batch, normalizers).total
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.device.type == "cpu" else "bf16"
 
-    def their_loss() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32"):
-            loss = theirs(pixel_values=pixels, mask_labels=masks, class_labels=labels).loss
-        assert loss is not None
-        return loss
+    def against_transformers(self) -> Row:
+        """Both as they come."""
+        scene = _scene(self)
+        row = self._row("R50 training step", "transformers", scene.our_step(), scene.their_step(), LOSS_TOLERANCE)
+        return replace(row, floor_ms=_time_of_products(scene.our_step(), self.device))
 
-    our_step, their_step = (_step(m, loss) for m, loss in ((ours, our_loss), (theirs, their_loss)))
-    _check_agreement(ours, theirs, pixels, our_loss, their_loss)
-    for step in (our_step, their_step):  # optimizer states are allocated once and not part of a step's memory
-        step()
-    ours_gb, peer_gb = (peak_growth(step, device) for step in (our_step, their_step))
-    floor_ms = _time_of_products(our_step, device)
-    row = compare(
-        f"R50 training step {precision}",
-        f"{images} x {size} x {size}, {OBJECTS} masks",
-        our_step,
-        "transformers",
-        their_step,
-        tolerance=LOSS_TOLERANCE,
-        repeats=repeats,
-        device=device,
-    )
-    return replace(row, ours_gb=ours_gb, peer_gb=peer_gb, floor_ms=floor_ms)
+    def at_their_best(self) -> Row:
+        """Both compiled; theirs with channels-last weights too, where ours follows from its images."""
+        scene = _scene(self)
+        compile_regions(scene.ours)
+        compile_parts(scene.theirs.to(memory_format=torch.channels_last))
+        steps = scene.our_step(), scene.their_step(torch.channels_last)
+        return self._row("R50 training step, compiled", "transformers, compiled", *steps, LOSS_TOLERANCE)
+
+    def against_official_order(self) -> Row:
+        """The same points, so that losses must agree."""
+        scene = _scene(self)
+        tolerance = SAME_POINTS_TOLERANCE[self.precision]
+        return self._row("R50 training step", "official order", scene.our_step(), scene.official_step(), tolerance)
+
+    def without_matching(self) -> Row:
+        """A ratio of 0.97 says that matching takes 3 % of the step."""
+        scene = _scene(self)
+        step = scene.our_step()
+
+        def known() -> Sequence[Tensor]:
+            with _known_matching(matching):
+                return step()
+
+        with _recorded_matching() as found:
+            step()
+        matching = found[-1]
+        return self._row("R50 training step", "itself, matches known", step, known, tolerance=1e-5)
+
+    def _row(self, case: str, peer_name: str, ours: Step, peer: Step, tolerance: float) -> Row:
+        ours(), peer()  # optimizer states are allocated once and not part of a step's memory
+        shape = f"{self.images} x {self.size} x {self.size}, {OBJECTS} masks"
+        name = f"{case} {self.precision}"
+        return compare(name, shape, ours, peer_name, peer, tolerance, self.repeats, self.device, memory=True)
 
 
-def _check_agreement(
-    ours: nn.Module, theirs: nn.Module, pixels: Tensor, our_loss: Callable[[], Tensor], their_loss: Callable[[], Tensor]
-) -> None:
-    """In fp32, whatever the precision of the measured steps."""
+class _Scene(NamedTuple):
+    """Both models with the same weights, and what they are trained on."""
+
+    case: _Case
+    ours: Mask2Former
+    theirs: nn.Module
+    batch: Batch
+    normalizers: Normalizers
+
+    def our_step(self) -> Step:
+        precision = "fp32" if self.case.precision == "fp32" else "bf16_autocast"
+        module = TrainingModule(self.ours, CONFIG, seed=0, precision=precision)
+        return _step(self.ours, lambda: module(self.batch, self.normalizers).total)
+
+    def their_step(self, memory_format: torch.memory_format = torch.contiguous_format) -> Step:
+        pixels = self.ours.normalise(self.batch.images).contiguous(memory_format=memory_format)
+        masks, labels = dense_masks(self.batch.targets), list(self.batch.targets.labels)
+
+        def loss() -> Tensor:
+            with self.autocast():
+                return self.theirs(pixel_values=pixels, mask_labels=masks, class_labels=labels).loss.view(())
+
+        return _step(self.theirs, loss)
+
+    def official_step(self) -> Step:
+        """Our network with the published code's pixel decoder, masks of every query, and losses."""
+        model, targets, source = official_pixel_decoder(self.ours), self.batch.targets, CounterPoints(seed=0)
+        pixels, truth, labels = model.normalise(self.batch.images), dense_masks(targets), list(targets.labels)
+
+        def loss() -> Tensor:
+            with self.autocast():
+                predictions = model(pixels)
+            masks = [predictions.mask_logits(layer) for layer in range(LAYERS)]
+            drawn = source.draw(targets.position, LAYERS, point_counts(CONFIG.loss))
+            return official_loss(predictions, masks, labels, truth, drawn, CONFIG.loss)
+
+        return _step(model, loss)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.case.device.type, torch.bfloat16, enabled=self.case.precision != "fp32")
+
+
+def _scene(case: _Case) -> _Scene:
+    """Their logits must agree, in fp32 whatever the precision of the measured steps."""
+    ours, theirs = (model.to(case.device) for model in twins())
+    batch = make_batch(case.images, case.size, OBJECTS).to(case.device)
     with torch.no_grad():
+        pixels = ours.normalise(batch.images)
         mine, other = ours(pixels), theirs(pixel_values=pixels)
-        torch.testing.assert_close(mine.class_logits[-1], other.class_queries_logits, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(mine.mask_logits(), other.masks_queries_logits, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(our_loss(), their_loss().view(()), rtol=LOSS_TOLERANCE, atol=0)
+    torch.testing.assert_close(mine.class_logits[-1], other.class_queries_logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mine.mask_logits(), other.masks_queries_logits, rtol=1e-3, atol=1e-3)
+    normalizers = count_normalizers(batch.targets, CONFIG.transformer_decoder.num_queries, CONFIG.loss)
+    return _Scene(case, ours, theirs, batch, normalizers)
 
 
-def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
+def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
     """One optimizer step with so small a rate that all repetitions see the same losses."""
     optimizer = torch.optim.AdamW(build_param_groups(model, OptimizerConfig(lr=1e-12)), fused=True)
 
@@ -113,6 +183,34 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Seque
         return [loss.detach().view(())]
 
     return step
+
+
+class _Known(NamedTuple):
+    """In place of a matching whose costs are on their way."""
+
+    matching: Matching
+
+    def result(self) -> Matching:
+        return self.matching
+
+
+@contextmanager
+def _known_matching(matching: Matching) -> Iterator[None]:
+    with patch.object(criterion, "start_matching", lambda *_: _Known(matching)):
+        yield
+
+
+@contextmanager
+def _recorded_matching() -> Iterator[list[Matching]]:
+    found: list[Matching] = []
+    start = criterion.start_matching
+
+    def recorded(*arguments: Any) -> _Known:
+        found.append(start(*arguments).result())
+        return _Known(found[-1])
+
+    with patch.object(criterion, "start_matching", recorded):
+        yield found
 
 
 class _TimedProducts(TorchDispatchMode):
@@ -141,4 +239,5 @@ def _time_of_products(step: Callable[[], object], device: torch.device) -> float
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         step()
     events = profiler.key_averages()
-    return sum(e.device_time_total for e in events if e.key.removeprefix("aten::").startswith(_PRODUCTS)) / 1000
+    # An operation's own kernels only: `linear` would count those of the `addmm` inside it again.
+    return sum(e.self_device_time_total for e in events if e.key.removeprefix("aten::").startswith(_PRODUCTS)) / 1000

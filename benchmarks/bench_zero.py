@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, compare
-from benchmarks.memory import peak_growth
 from benchmarks.scenes import make_batch
 from benchmarks.transformers_peer import CONFIG
 from model.criterion import count_normalizers
@@ -73,8 +71,7 @@ def _case(images: int, size: int, device: torch.device, repeats: int) -> Row:
 
     for step in (sharded_step, plain_step):
         step()
-    ours_gb, peer_gb = (peak_growth(step, device) for step in (sharded_step, plain_step))
-    row = compare(
+    return compare(
         f"ZeRO-1 step, one rank {precision}",
         f"{images} x {size} x {size}",
         sharded_step,
@@ -83,5 +80,5 @@ def _case(images: int, size: int, device: torch.device, repeats: int) -> Row:
         tolerance=1e-3,
         repeats=repeats,
         device=device,
+        memory=True,
     )
-    return replace(row, ours_gb=ours_gb, peer_gb=peer_gb)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from benchmarks.memory import peak_growth
 
 CPU = torch.device("cpu")
 
@@ -18,16 +20,36 @@ Run = Callable[[], Sequence[Tensor]]
 """One measured piece of work; returns what both sides must agree on."""
 
 
+class Times(NamedTuple):
+    """Milliseconds of several runs: CPU time on a CPU, elapsed time on an accelerator."""
+
+    median: float
+    quartiles: tuple[float, float]
+    p95: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Times:
+        """From at least one run."""
+        if len(seconds) == 1:
+            seconds = [*seconds, *seconds]
+        cuts = [round(1000 * cut, 4) for cut in statistics.quantiles(seconds, n=20, method="inclusive")]
+        return cls(cuts[9], (cuts[4], cuts[14]), cuts[18])
+
+    def per(self, count: int) -> Times:
+        """Of one of `count` equal parts."""
+        return Times(self.median / count, (self.quartiles[0] / count, self.quartiles[1] / count), self.p95 / count)
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table."""
 
     case: str
+    """With the precision where there are several."""
     shape: str
-    ours_ms: float
-    """Median milliseconds: CPU time on a CPU, elapsed time on an accelerator."""
+    ours: Times
     peer: str
-    peer_ms: float
+    theirs: Times
     error: float
     """Largest difference of the results, relative to the peer's largest value."""
     ours_gb: float | None = None
@@ -35,11 +57,19 @@ class Row:
     peer_gb: float | None = None
     floor_ms: float | None = None
     """Milliseconds of ours that any implementation needs."""
+    ours_waits: int | None = None
+    """How often ours makes the host wait for the device, by PyTorch's own count; None on a CPU."""
+    peer_waits: int | None = None
 
     @property
     def ratio(self) -> float:
         """How many times less time ours needs."""
-        return self.peer_ms / self.ours_ms
+        return self.theirs.median / self.ours.median
+
+    @property
+    def floor_share(self) -> float | None:
+        """Share of our time that any implementation needs."""
+        return None if self.floor_ms is None else self.floor_ms / self.ours.median
 
 
 def compare(
@@ -51,12 +81,23 @@ def compare(
     tolerance: float,
     repeats: int,
     device: torch.device = CPU,
+    memory: bool = False,
 ) -> Row:
-    """Check agreement, then time both in turn. Raises AssertionError where they disagree: no ratio without equality."""
-    error = max(_relative(a, b) for a, b in zip(ours(), peer(), strict=True))
+    """Check agreement, then time both in turn. Raises AssertionError where they disagree: no ratio without equality.
+
+    `memory`: measure what each adds at its peak as well.
+    """
+    error = max(relative_error(a, b) for a, b in zip(ours(), peer(), strict=True))
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
-    ours_ms, peer_ms = interleaved(ours, peer, repeats, _clock(device))
-    return Row(case, shape, ours_ms, peer_name, peer_ms, error)
+    row = Row(case, shape, *_timed(ours, peer_name, peer, repeats, device), error)
+    if memory:
+        row = replace(row, ours_gb=peak_growth(ours, device), peer_gb=peak_growth(peer, device))
+    return replace(row, ours_waits=count_waits(ours, device), peer_waits=count_waits(peer, device))
+
+
+def _timed(ours: Run, peer_name: str, peer: Run, repeats: int, device: torch.device) -> tuple[Times, str, Times]:
+    ours_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
+    return ours_times, peer_name, peer_times
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -73,45 +114,32 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 def interleaved(
     ours: Callable[[], object], peer: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
-) -> tuple[float, float]:
-    """Median milliseconds of both, run in turn."""
+) -> tuple[Times, Times]:
+    """Times of both, run in turn."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for run, of_run in zip((ours, peer), seconds, strict=True):
             start = clock()
             run()
             of_run.append(clock() - start)
-    ours_ms, peer_ms = (1000 * statistics.median(of_run) for of_run in seconds)
-    return ours_ms, peer_ms
+    return Times.of(seconds[0]), Times.of(seconds[1])
 
 
-def report(rows: Sequence[Row], device: torch.device = CPU) -> str:
-    """A Markdown table under a line about the machine, then one JSON line per row."""
-    head = "| case | shape | ours ms | peer | peer ms | ratio | ours GB | peer GB | share | floor | rel. error |"
-    lines = [
-        f"{_machine(device)}, torch {torch.__version__}",
-        "",
-        head,
-        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    return "\n".join([*lines, *map(_line, rows), "", *(json.dumps(asdict(r)) for r in rows)])
+def count_waits(run: Callable[[], object], device: torch.device) -> int | None:
+    """How often PyTorch makes the host wait for a GPU inside `run` (waits for events are not counted)."""
+    if device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread"
-
-
-def _line(row: Row) -> str:
-    memory = ["", "", ""]
-    if row.ours_gb is not None and row.peer_gb is not None:
-        memory = [f"{row.ours_gb:.2f}", f"{row.peer_gb:.2f}", f"{row.ours_gb / row.peer_gb:.2f}"]
-    floor = "" if row.floor_ms is None else f"{row.floor_ms / row.ours_ms:.0%}"
-    times = [f"{row.ours_ms:.1f}", row.peer, f"{row.peer_ms:.1f}", f"{row.ratio:.2f}"]
-    return f"| {' | '.join([row.case, row.shape, *times, *memory, floor, f'{row.error:.0e}'])} |"
-
-
-def _relative(ours: Tensor, peer: Tensor) -> float:
+def relative_error(ours: Tensor, peer: Tensor) -> float:
+    """Largest difference, relative to the peer's largest value."""
     scale = float(peer.detach().abs().max()) or 1.0
     return float((ours.detach() - peer.detach()).abs().max()) / scale

@@ -7,6 +7,7 @@ measure against; the points are handed over, so that the results can be compared
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,33 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from model.config import LossConfig, PostprocessConfig
+from model.mask2former import Mask2Former
 from model.mask_resize import ImageGeometry
+from model.ms_deform_attn import MSDeformAttn, SamplingGrid, ms_deform_attn_grid_sample
 from model.points import DrawnPoints, RowIndex
 from model.structures import Predictions
+
+
+def official_pixel_decoder(model: Mask2Former) -> Mask2Former:
+    """A copy of the model whose pixel decoder computes in fp32 and samples level by level."""
+    model = deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):
+            module.attend = _sample_levels  # type: ignore[method-assign]
+    decode = model.pixel_decoder.forward
+
+    def in_fp32(features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.autocast(features[0].device.type, enabled=False):
+            return decode([feature.float() for feature in features])
+
+    model.pixel_decoder.forward = in_fp32  # type: ignore[method-assign]
+    return model
+
+
+def _sample_levels(value: Tensor, offsets: Tensor, logits: Tensor, grid: SamplingGrid) -> Tensor:
+    weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+    locations = grid.reference[:, :, None, :, None] + offsets / grid.sizes
+    return ms_deform_attn_grid_sample(value, grid.shapes, locations, weights)
 
 
 def dense_attention_masks(
@@ -116,6 +141,33 @@ def _mask_losses(
     return mask, dice.sum()
 
 
+def _at_original_size(embeddings: Tensor, features: Tensor, geometry: ImageGeometry) -> Tensor:
+    """Mask logits [Q, H, W] of all queries."""
+    masks = torch.einsum("qc,chw->qhw", embeddings, features)
+    masks = F.interpolate(masks[None], geometry.padded_size, mode="bilinear")
+    masks = masks[..., : geometry.resized_size[0], : geometry.resized_size[1]]
+    return F.interpolate(masks, geometry.original_size, mode="bilinear")[0]
+
+
+def plain_semantic(class_logits: Tensor, embeddings: Tensor, features: Tensor, geometry: ImageGeometry) -> Tensor:
+    """Label map [H, W]: the class with the largest sum of class probability times mask probability."""
+    masks = _at_original_size(embeddings, features, geometry).sigmoid()
+    return torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], masks).argmax(0)
+
+
+def plain_instance(
+    class_logits: Tensor, embeddings: Tensor, features: Tensor, geometry: ImageGeometry, config: PostprocessConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks [N, H, W], labels and scores of the best pairs of query and class."""
+    logits = _at_original_size(embeddings, features, geometry)
+    num_classes = class_logits.shape[-1] - 1
+    scores, pairs = class_logits.softmax(-1)[:, :-1].flatten().topk(config.max_instances)
+    logits = logits[pairs // num_classes]
+    masks = (logits > 0).float()
+    mask_scores = (logits.sigmoid().flatten(1) * masks.flatten(1)).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
+    return masks, pairs % num_classes, scores * mask_scores
+
+
 def plain_panoptic(
     class_logits: Tensor,
     embeddings: Tensor,
@@ -125,10 +177,7 @@ def plain_panoptic(
     config: PostprocessConfig,
 ) -> Tensor:
     """Segment map [H, W]: all queries upsampled, then filtered, then painted one by one."""
-    masks = torch.einsum("qc,chw->qhw", embeddings, features)
-    masks = F.interpolate(masks[None], geometry.padded_size, mode="bilinear")
-    masks = masks[..., : geometry.resized_size[0], : geometry.resized_size[1]]
-    masks = F.interpolate(masks, geometry.original_size, mode="bilinear")[0].sigmoid()
+    masks = _at_original_size(embeddings, features, geometry).sigmoid()
     scores, labels = class_logits.softmax(-1).max(-1)
     keep = (labels != class_logits.shape[-1] - 1) & (scores > config.object_threshold)
     scores, labels, masks = scores[keep], labels[keep], masks[keep]

@@ -1,9 +1,11 @@
-"""Mask2Former of `transformers` with random weights, and ours with the same ones."""
+"""Mask2Former of `transformers` with random weights, ours with the same ones, and its criterion alone."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from benchmarks.scenes import CLASSES
 from model.config import ModelConfig
@@ -23,3 +25,42 @@ def twins() -> tuple[Mask2Former, Mask2FormerForUniversalSegmentation]:
     ours = build_model(CONFIG, pretrained_backbone=False)
     load_weights(ours, dict(theirs.state_dict()))
     return ours, theirs
+
+
+class Criterion(nn.Module):
+    """Their matching and losses, weighted and added up as in their model."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        weights = {
+            "loss_cross_entropy": config.class_weight,
+            "loss_mask": config.mask_weight,
+            "loss_dice": config.dice_weight,
+        }
+        self.loss = Mask2FormerLoss(config, weights)
+        self.weights = weights
+
+    def forward(self, masks: Tensor, classes: Tensor, truth: list[Tensor], labels: list[Tensor]) -> Tensor:
+        """Total loss of mask logits [L, B, Q, h, w] and class logits [L, B, Q, K + 1]."""
+        earlier = [
+            {"masks_queries_logits": mask, "class_queries_logits": logits}
+            for mask, logits in zip(masks[:-1], classes[:-1], strict=True)
+        ]
+        found = self.loss(masks[-1], classes[-1], truth, labels, earlier)
+        return torch.stack([value * self._weight(name) for name, value in found.items()]).sum()
+
+    def _weight(self, name: str) -> float:
+        return next(weight for key, weight in self.weights.items() if key in name)
+
+
+def their_criterion() -> Criterion:
+    """For 100 queries and the classes of the scenes."""
+    return Criterion(Mask2FormerConfig(num_labels=CLASSES))
+
+
+def compile_parts(model: Mask2FormerForUniversalSegmentation) -> None:
+    """Compile its backbone and decoders at their first use, with a part that cannot be compiled left as it is."""
+    torch._dynamo.config.suppress_errors = True
+    pixels = model.model.pixel_level_module
+    for part in (pixels.encoder, pixels.decoder, model.model.transformer_module):
+        part.compile(dynamic=False)

@@ -1,0 +1,77 @@
+"""From the last prediction of one large image to its results, against the plain procedure: all queries at full size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, compare
+from benchmarks.official_order import plain_instance, plain_panoptic, plain_semantic
+from benchmarks.scenes import sure_predictions
+from model.config import PostprocessConfig
+from model.mask_resize import ImageGeometry
+from model.postprocess import instance, panoptic, semantic
+
+SIZE = (1024, 2048)
+CLASSES = 20
+CONFIG = PostprocessConfig()
+IS_THING = [k > 1 for k in range(CLASSES)]
+
+
+def run(tiny: bool, device: torch.device) -> list[Row]:
+    """The scene of `sure_predictions` at the size of a Cityscapes image."""
+    class_logits, embeddings, features = (tensor.to(device) for tensor in sure_predictions(SIZE, CLASSES))
+    torch.manual_seed(0)
+    class_logits = class_logits + 0.1 * torch.randn(class_logits.shape).to(device)  # no two instances score the same
+    where = (class_logits, embeddings, features, ImageGeometry(SIZE, SIZE, SIZE))
+    repeats = 20 if device.type != "cpu" else 1 if tiny else 5
+
+    def our_panoptic() -> Sequence[Tensor]:
+        result = panoptic(*where, IS_THING, CONFIG)
+        assert len(result.segments) >= 8, "a scene without segments says nothing"
+        return [result.segment_map.double()]
+
+    def our_instance() -> Sequence[Tensor]:
+        result = instance(*where, [True] * CLASSES, CONFIG)
+        return _in_order(result.masks.sum((1, 2))[result.mask_index], result.labels, result.scores)
+
+    def plain_instances() -> Sequence[Tensor]:
+        masks, labels, scores = plain_instance(*where, CONFIG)
+        return _in_order(masks.sum((1, 2)), labels, scores)
+
+    row = partial(
+        compare,
+        shape=f"100 queries, {SIZE[0]} x {SIZE[1]}",
+        peer_name="plain procedure",
+        repeats=repeats,
+        device=device,
+        memory=True,
+    )
+    return [
+        row(
+            "panoptic post-processing",
+            ours=our_panoptic,
+            peer=lambda: [plain_panoptic(*where, IS_THING, CONFIG).double()],
+            tolerance=0.0,
+        ),
+        row(
+            "semantic post-processing",
+            ours=lambda: [semantic(*where, CONFIG).label_map.double()],
+            peer=lambda: [plain_semantic(*where).double()],
+            tolerance=0.0,
+        ),
+        row(
+            "instance post-processing",
+            ours=our_instance,
+            peer=plain_instances,
+            tolerance=1e-5,
+        ),
+    ]
+
+
+def _in_order(areas: Tensor, labels: Tensor, scores: Tensor) -> Sequence[Tensor]:
+    """Each sorted by itself: instances of almost one score may change places."""
+    return [values.double().sort().values for values in (areas, labels, scores)]

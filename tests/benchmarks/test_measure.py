@@ -1,0 +1,70 @@
+"""What benchmarks print: no ratio without agreement, and enough to know later what was measured."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.bench_train_step import _time_of_products
+from benchmarks.measure import CPU, Row, Times, compare, interleaved
+from benchmarks.tables import Setting, json_lines, markdown, save
+
+ROW = Row("step", "2 x 64", Times(10.0, (9.0, 11.0), 12.0), "peer", Times(25.0, (24.0, 26.0), 27.0), 1e-6)
+
+
+@pytest.fixture
+def setting():
+    return replace(Setting.now(CPU, "copy 10 GB/s"), day="2026-11-23", hardware="Some (R) CPU @ 2.0 GHz")
+
+
+def test_no_ratio_without_agreement():
+    one, other = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
+    with pytest.raises(AssertionError, match=r"case shape: ours and peer differ by 9.1e-02, more than 1.0e-02"):
+        compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.01, repeats=1)
+    row = compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.1, repeats=1, memory=True)
+    assert row.error == pytest.approx(0.1 / 1.1)
+    assert row.ours_waits is None
+
+
+def test_both_sides_run_in_turn():
+    calls, clock = [], iter(range(100))
+    ours, peer = interleaved(lambda: calls.append("o"), lambda: calls.append("p"), 3, lambda: float(next(clock)))
+    assert "".join(calls) == "opopop"
+    assert ours == peer == Times(1000.0, (1000.0, 1000.0), 1000.0)
+
+
+def test_times_and_their_spread():
+    seconds = [n / 1000 for n in range(1, 102)]
+    times = Times.of(seconds)
+    assert times.median == pytest.approx(1000 * statistics.median(seconds))
+    assert times.quartiles == pytest.approx((26, 76))
+    assert times.p95 == pytest.approx(96)
+    assert times.per(2).quartiles == pytest.approx((13, 38))
+
+
+def test_the_floor_is_products_and_convolutions():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 32, 3), torch.nn.Flatten(), torch.nn.Linear(32 * 62 * 62, 16))
+    images = torch.randn(4, 8, 64, 64)
+    assert _time_of_products(lambda: model(images).sum().backward(), CPU) > 0
+    assert _time_of_products(lambda: images @ images, CPU) > 0
+    assert _time_of_products(lambda: images.exp().sum(), CPU) == 0
+
+
+def test_the_table_names_machine_and_software(setting):
+    text = markdown([replace(ROW, ours_gb=0.5, peer_gb=2.0, floor_ms=4.0, ours_waits=1, peer_waits=80)], setting)
+    assert "2026-11-23, Some (R) CPU @ 2.0 GHz" in text
+    assert torch.__version__ in text
+    assert "TF32 o" in text
+    assert "| step | 2 x 64 | 10.0 | peer | 25.0 | 2.50 | 0.50 | 2.00 | 0.25 | 40% | 1 / 80 | 1e-06 |" in text
+
+
+def test_results_are_saved_under_day_and_hardware(setting, tmp_path):
+    path = save([ROW], setting, tmp_path / "results")
+    assert path.name == "2026-11-23_some_r_cpu_2_0_ghz.md"
+    assert path.read_text() == markdown([ROW], setting) + "\n"
+    first, row = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
+    assert first["commit"]
+    assert (row["ours"]["median"], row["ratio"], row["floor_share"]) == (10.0, 2.5, None)
+    assert json_lines([ROW], setting) == path.with_suffix(".jsonl").read_text().strip()
