@@ -36,6 +36,9 @@ VERBS = {
     "config": "cluster.verbs.config",
 }
 
+RAY_NOISE = "worker died or was killed while executing a task|has been marked dead because the detector"
+"""Paragraphs that Ray prints in a driver's output although we say in a line what ended and what follows."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean `m2f {close[0]}`?" if close else f"verbs: {', '.join(VERBS)}"
         return _fail(f"m2f: no such verb `{verb}`; {hint}")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads it when it is imported
     module = importlib.import_module(VERBS[verb])
     parser = argparse.ArgumentParser(prog=f"m2f {verb}", description=module.SUMMARY, allow_abbrev=False)
     module.add_arguments(parser)

@@ -1,10 +1,15 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from cluster.demo import demo_config, table
 from cluster.eval_queue import Entry
 from cluster.evaluation_lines import describe, headline
-from cluster.reporters import TrackingReporter
+from cluster.reporters import TrackingReporter, recover_metrics
 from cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
+from data_pipeline.storage import Storage
+from trainer.checkpoint_folder import METRICS, Manifest, checkpoint_url, file_entry
 from trainer.reporting import CommittedCheckpoint
 
 
@@ -71,11 +76,11 @@ def test_the_board_carries_the_word_of_the_driver():
     assert board.word() == Word(stop=False, metrics_step=8)
 
 
-METRICS = {"val/PQ": 51.234, "val/AP": 30.0, "val/SQ": 80.0, "street/mIoU": 70.5}
+HEADLINES = {"val/PQ": 51.234, "val/AP": 30.0, "val/SQ": 80.0, "street/mIoU": 70.5}
 
 
 def test_headline_shows_the_main_numbers_of_every_set():
-    assert headline(METRICS) == "street mIoU 70.50; val PQ 51.23, AP 30.00"
+    assert headline(HEADLINES) == "street mIoU 70.50; val PQ 51.23, AP 30.00"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_one_line_per_settled_evaluation(entry, line):
 
 
 def test_the_demo_lists_every_checkpoint():
-    entries = [Entry(10, "c", 0, "published", metrics=METRICS), Entry(20, "c", 0, "failed", "no")]
+    entries = [Entry(10, "c", 0, "published", metrics=HEADLINES), Entry(20, "c", 0, "failed", "no")]
     assert table(entries).splitlines() == [
         "    step      PQ      AP    mIoU",
         "      10    51.2    30.0       -",
@@ -116,6 +121,40 @@ def test_steps_that_a_restart_does_again_are_tracked_once():
     for step in (4, 7, 5, 5, 6, 7):  # 5 and 6 come late
         reporter.metrics(step, {"loss": float(step)})
     assert logged == [(step, {"train/loss": float(step)}) for step in (4, 7, 5, 6)]
+
+
+def make_checkpoint(run_folder, step, metrics):
+    url = Path(checkpoint_url(str(run_folder), step))
+    url.mkdir(parents=True)
+    (url / METRICS).write_text(json.dumps(metrics))
+    manifest = Manifest(step, 1, 1, {METRICS: file_entry(url / METRICS)} if metrics else {})
+    (url / "manifest.json").write_bytes(manifest.to_json())
+    return url
+
+
+def test_metrics_that_only_a_checkpoint_holds_are_tracked(tmp_path, caplog):
+    logged = []
+
+    class Recorder:
+        def log_metrics(self, step, values):
+            logged.append((step, dict(values)))
+
+    reporter = TrackingReporter(Recorder())
+    recover_metrics(reporter, Storage(), str(tmp_path))
+    make_checkpoint(tmp_path, 5, {4: {"loss": 4.0}})
+    newest = make_checkpoint(tmp_path, 10, {9: {"loss": 0.1 + 0.2}, 10: {"system/cpu_percent": 1.0}})
+    reporter.metrics(9, {"loss": 0.1 + 0.2})
+    reporter.metrics(11, {"loss": 11.0})
+    for _ in range(2):
+        recover_metrics(reporter, Storage(), str(tmp_path))
+    assert [step for step, _ in logged] == [9, 11, 10]
+    assert logged[2] == (10, {"system/cpu_percent": 1.0})
+    (newest / METRICS).write_bytes((newest / METRICS).read_bytes().replace(b"10", b"12"))
+    recover_metrics(reporter, Storage(), str(tmp_path))
+    assert "a few points may be missing" in caplog.text
+    make_checkpoint(tmp_path, 15, {})
+    recover_metrics(reporter, Storage(), str(tmp_path))
+    assert len(logged) == 3
 
 
 def test_use_of_machines_is_tracked_where_mlflow_shows_it():
