@@ -31,6 +31,7 @@ _PASSING_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
 _PASSING_CODES = frozenset(
     {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ThrottlingException"}
 )
+_EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
 
 
 class _BrokenBodyError(Exception):
@@ -132,7 +133,7 @@ class S3Store:
 
     def _retrying(self, url: str, request: Callable[[Any], T]) -> T:
         """Run a request until it succeeds, cannot succeed, or `max_attempts` is used up."""
-        attempts = max(1, self._config.max_attempts)
+        attempts, renewed = max(1, self._config.max_attempts), False
         for attempt in range(attempts):
             try:
                 return request(self._connect())
@@ -140,7 +141,10 @@ class S3Store:
                 raise
             except Exception as raised:
                 error = _root(raised)
-                if not _is_passing(error):
+                if _is_denied(error) and not renewed and attempt + 1 < attempts:
+                    self._forget_credentials()
+                    renewed = True
+                elif not _is_passing(error):
                     _fail(url, error)
                 if attempt + 1 == attempts:
                     raise StorageError(
@@ -158,6 +162,11 @@ class S3Store:
             if self._client is None or self._client_pid != os.getpid():
                 self._client, self._client_pid = _make_client(self._config), os.getpid()
             return self._client
+
+    def _forget_credentials(self) -> None:
+        """Look for credentials anew: temporary ones may have expired, and newer ones be there."""
+        with self._lock:
+            self._client = None
 
 
 def _make_client(config: StorageConfig) -> Any:
@@ -245,6 +254,12 @@ def _is_passing(error: Exception) -> bool:
     return isinstance(error, (*passing, _BrokenBodyError))
 
 
+def _is_denied(error: Exception) -> bool:
+    """Whether the store does not accept the credentials."""
+    status, code = _response_error(error)
+    return status in (401, 403) or code in _EXPIRED_CODES
+
+
 def _fail(url: str, error: Exception) -> NoReturn:
     """Raise the StorageError for an error that no retry can cure."""
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError
@@ -259,7 +274,7 @@ def _fail(url: str, error: Exception) -> NoReturn:
         _fail_replaced(url)
     if status == 412:
         raise ObjectExistsError(f"{url} exists already and is not overwritten") from error
-    if status in (401, 403):
+    if _is_denied(error):
         raise StorageError(
             f"{url}: access is denied ({status} {code}); check the AWS credentials of this machine "
             "(AWS_ACCESS_KEY_ID, AWS_PROFILE or the instance role) and the bucket's policy"

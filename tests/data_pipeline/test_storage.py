@@ -189,6 +189,7 @@ class _FaultyServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
     faults: list[str]
     requests: int
+    access_key: str = "test"
 
 
 class _FaultyHandler(BaseHTTPRequestHandler):
@@ -200,6 +201,8 @@ class _FaultyHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
         fault = self.server.faults.pop(0) if self.server.faults else "none"
+        if f"Credential={self.server.access_key}/" not in self.headers["Authorization"]:
+            fault = "403"
         if fault.isdigit():
             self.send_response(int(fault))
             self.send_header("Content-Length", "0")
@@ -245,11 +248,24 @@ def test_passing_faults_are_retried(faulty):
 
 
 def test_lasting_faults_are_not(faulty):
-    for status, words in (("404", "does not exist"), ("403", "access is denied.*credentials"), ("400", "400")):
+    for status, words in (("404", "does not exist"), ("400", "400")):
         faulty.faults, faulty.requests = [status], 0
         with pytest.raises(StorageError, match=f"s3://bucket/key.*{words}"):
             _storage_at(faulty).get_range("s3://bucket/key", 0, 10)
         assert faulty.requests == 1
+
+
+def test_credentials_that_have_expired_are_looked_up_again_once(faulty, monkeypatch):
+    storage = _storage_at(faulty)
+    assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
+    faulty.access_key = "newer"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "newer")
+    assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
+    assert (storage.counters.retries, faulty.requests) == (1, 3)
+    faulty.access_key = "newest"
+    with pytest.raises(StorageError, match=r"s3://bucket/key.*access is denied \(403.*credentials"):
+        storage.get_range("s3://bucket/key", 0, 10)
+    assert faulty.requests == 5
 
 
 def test_attempts_are_bounded(faulty):
