@@ -2,32 +2,29 @@
 
 Softmax over levels and points, the way from offsets to pixels and the sampling happen in one pass: neither attention
 weights nor locations nor samples are ever stored. Values may be float32, bfloat16 or float16; geometry, weights and
-sums are float32.
+sums are float32. Both directions are operators of torch (`m2f::ms_deform_attn`), which torch.compile takes as they are.
 
 Axis letters as in `model.ms_deform_attn`, and K = L * P samples of a query and head.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from model.kernel_tuning import Tuner, Tuning, milliseconds_on_gpu
 from model.ms_deform_attn import Shapes, bilinear_corners
 from model.ms_deform_attn_kernels import backward_kernel, forward_kernel
 
-
-class Tuning(NamedTuple):
-    """How a kernel is cut into programs."""
-
-    block: int
-    """Queries of one program."""
-    num_warps: int
-
-
-_FORWARD, _BACKWARD = Tuning(block=32, num_warps=4), Tuning(block=16, num_warps=4)
+# None of these needs more registers than there are, for 32 channels per head on a GPU of compute capability 9.0.
+FORWARD = Tuner([Tuning(32, 4), Tuning(16, 2), Tuning(8, 1), Tuning(16, 4)], milliseconds_on_gpu)
+BACKWARD = Tuner([Tuning(16, 4), Tuning(32, 4), Tuning(16, 2), Tuning(32, 8)], milliseconds_on_gpu)
+WORTH_TUNING = 1024
+"""Queries of a batch below which compiling all tunings costs more than the fastest can save."""
 
 
 def fused_ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -38,48 +35,106 @@ def fused_ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offse
     offsets and logits. With `torch.use_deterministic_algorithms` the gradient of the value adds up in a fixed order,
     which takes longer.
     """
-    levels = _level_table(shapes, value.device)
-    return _FusedAttention.apply(value, levels, tuple(shapes), reference, offsets, logits)
+    sides = [side for shape in shapes for side in shape]
+    return _attend(value, sides, reference, offsets, logits)
 
 
-def _level_table(shapes: Shapes, device: torch.device) -> Tensor:
+@torch.library.custom_op("m2f::ms_deform_attn", mutates_args=())
+def _attend(value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    """See `fused_ms_deform_attn`; `sides` are height, width of the levels in turn."""
+    inputs = _inputs(value, sides, reference, offsets, logits)
+    output = _empty_output(value, sides, reference, offsets, logits)
+
+    def run(tuning: Tuning) -> None:
+        _launch(forward_kernel, tuning, (*inputs, output))
+
+    run(_tuning(FORWARD, inputs, run))
+    return output
+
+
+@_attend.register_fake
+def _empty_output(value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    batch, _, heads, dim = value.shape
+    return value.new_empty(batch, offsets.shape[1], heads * dim)
+
+
+@torch.library.custom_op("m2f::ms_deform_attn_backward", mutates_args=())
+def _gradients(
+    gradient: Tensor, value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value (float32), offsets and logits; all samples are taken again."""
+    inputs = _inputs(value, sides, reference, offsets, logits)
+    gradient = gradient.contiguous()
+    value_gradient, offset_gradient, logit_gradient = _empty_gradients(gradient, *inputs[:1], sides, *inputs[2:])
+    in_order = torch.are_deterministic_algorithms_enabled()
+
+    def run(tuning: Tuning, added_up: Tensor) -> None:
+        outputs = (added_up, offset_gradient, logit_gradient)
+        _launch(backward_kernel, tuning, (*inputs, gradient, *outputs), SCATTER=not in_order)
+
+    tuning = _tuning(BACKWARD, inputs, lambda tuning: run(tuning, torch.empty_like(value_gradient)))
+    run(tuning, value_gradient.zero_())
+    if in_order:
+        value_gradient = _value_gradient_in_order(value, sides, reference, offsets, logits, gradient)
+    return value_gradient, offset_gradient, logit_gradient
+
+
+@_gradients.register_fake
+def _empty_gradients(
+    gradient: Tensor, value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        value.new_empty(value.shape, dtype=torch.float32),
+        offsets.new_empty(offsets.shape),
+        logits.new_empty(logits.shape, dtype=torch.float32),
+    )
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.sides, *others = inputs
+    ctx.save_for_backward(value, *others)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    value, reference, offsets, logits = ctx.saved_tensors
+    of_value, of_offsets, of_logits = _gradients(gradient, value, ctx.sides, reference, offsets, logits)
+    return of_value.to(value.dtype), None, None, of_offsets, of_logits.to(logits.dtype)
+
+
+_attend.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def _inputs(
+    value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The pointers with which both kernels begin."""
+    levels = _level_table(sides, value.device)
+    return value.contiguous(), levels, reference.contiguous(), offsets.contiguous(), logits.contiguous()
+
+
+def _level_table(sides: Sequence[int], device: torch.device) -> Tensor:
     """int32 [L, 3]: width, height and first pixel of every level; filled on the device, as a copy would wait."""
     rows, start = [], 0
-    for height, width in shapes:
+    for height, width in zip(sides[::2], sides[1::2], strict=True):
         rows += [torch.full((), number, dtype=torch.int32, device=device) for number in (width, height, start)]
         start += height * width
     return torch.stack(rows).view(-1, 3)
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Forward keeps its inputs only; backward samples again."""
+def _tuning(tuner: Tuner, inputs: tuple[Tensor, ...], run: Callable[[Tuning], object]) -> Tuning:
+    """The tuning for inputs of these sizes; numbers of queries between two powers of two share one.
 
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, levels: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
-    ) -> Tensor:
-        value, offsets, logits = value.contiguous(), offsets.contiguous(), logits.contiguous()
-        reference = reference.contiguous()
-        ctx.save_for_backward(value, levels, reference, offsets, logits)
-        ctx.shapes = shapes
-        batch, _, heads, dim = value.shape
-        output = value.new_empty(batch, offsets.shape[1], heads * dim)
-        _launch(forward_kernel, _FORWARD, (value, levels, reference, offsets, logits, output))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        value, levels, reference, offsets, logits = ctx.saved_tensors
-        gradient = grad_outputs[0].contiguous()
-        in_order = torch.are_deterministic_algorithms_enabled()
-        value_gradient = torch.zeros_like(value, dtype=torch.float32)
-        offset_gradient, logit_gradient = torch.empty_like(offsets), torch.empty_like(logits, dtype=torch.float32)
-        gradients = (gradient, value_gradient, offset_gradient, logit_gradient)
-        pointers = (value, levels, reference, offsets, logits, *gradients)
-        _launch(backward_kernel, _BACKWARD, pointers, SCATTER=not in_order)
-        if in_order:
-            value_gradient = _value_gradient_in_order(value, ctx.shapes, reference, offsets, logits, gradient)
-        return value_gradient.to(value.dtype), None, None, None, offset_gradient, logit_gradient.to(logits.dtype)
+    Tunings may add in another order, and so round differently. Where algorithms are to be fixed, as with
+    `torch.use_deterministic_algorithms` and in evaluation (`torch.backends.cudnn.deterministic`), no clock decides.
+    """
+    value, _, _, offsets, _ = inputs
+    batch, queries, *per_query = offsets.shape
+    is_fixed = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    is_short = batch * queries < WORTH_TUNING or value.device.type == "cpu"  # Triton's interpreter
+    if is_fixed or is_short:
+        return tuner.table[0]
+    sizes = (*per_query, value.shape[-1], triton.next_power_of_2(batch * queries))
+    return tuner.choose((value.device, value.dtype, sizes), run)
 
 
 def _launch(kernel: Any, tuning: Tuning, pointers: tuple[Tensor, ...], **constants: bool) -> None:
@@ -100,15 +155,17 @@ def _launch(kernel: Any, tuning: Tuning, pointers: tuple[Tensor, ...], **constan
         SAMPLES=triton.next_power_of_2(levels * points),
         BLOCK=tuning.block,
         num_warps=tuning.num_warps,
+        enable_fp_fusion=True,  # Triton 3.10 will no longer do so by itself
         **constants,
     )
 
 
 def _value_gradient_in_order(
-    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor, gradient: Tensor
+    value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor, gradient: Tensor
 ) -> Tensor:
     """The gradient of the value as a sorted sum, head by head to bound its memory."""
     heads = value.shape[2]
+    shapes = list(zip(sides[::2], sides[1::2], strict=True))
     sizes = torch.tensor([[width, height] for height, width in shapes], device=value.device)
     locations = reference[:, :, None, None, None] + offsets / sizes[:, None]
     weights = logits.float().flatten(-2).softmax(-1).view(logits.shape)

@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from model import ms_deform_attn_triton
 from model.ms_deform_attn import ms_deform_attn_grid_sample
 from model.ms_deform_attn_triton import fused_ms_deform_attn
 
@@ -56,6 +57,50 @@ def a_location_without_a_number_reaches_the_output() -> bool:
     return output.isnan().all(-1).tolist() == [[False, True, False]]
 
 
+def after_trying_all_tunings() -> list[dict[str, float]]:
+    """Errors with each tuning of the tables, after all others have run as the tuner makes them run."""
+    usual, seen = ms_deform_attn_triton._tuning, []
+    for place in range(4):
+
+        def try_all(tuner, inputs, run, place=place):
+            for tuning in tuner.table:
+                run(tuning)
+            return tuner.table[place]
+
+        ms_deform_attn_triton._tuning = try_all
+        seen.append(errors(torch.float32, 1, 1, 4, 1, 9, shared_reference=True))
+    ms_deform_attn_triton._tuning = usual
+    return seen
+
+
+def is_an_operator() -> list[str]:
+    """What torch finds when it looks for mistakes in how the operators are declared: schema, autograd, fake tensors."""
+    value = torch.randn(2, PIXELS, 2, 4, requires_grad=True)
+    offsets = torch.randn(2, 5, 2, len(SHAPES), 2, 2, requires_grad=True)
+    logits = torch.randn(2, 5, 2, len(SHAPES), 2, requires_grad=True)
+    inputs = (value, [side for shape in SHAPES for side in shape], torch.rand(1, 5, 2), offsets, logits)
+    operators = torch.ops.m2f
+    forward = torch.library.opcheck(operators.ms_deform_attn.default, inputs)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    backward = torch.library.opcheck(operators.ms_deform_attn_backward.default, (torch.randn(2, 5, 8), *detached))
+    return [*forward.values(), *backward.values()]
+
+
+def compiled_in_one_graph() -> float:
+    """Largest difference between a compiled function around the operator and the same one as it is."""
+    value, reference = torch.randn(1, PIXELS, 1, 4), torch.rand(1, 3, 2)
+    offsets, logits = torch.randn(1, 3, 1, len(SHAPES), 1, 2), torch.randn(1, 3, 1, len(SHAPES), 1)
+
+    def attend(value, offsets, logits):
+        return fused_ms_deform_attn(2 * value, SHAPES, reference, offsets, logits).sin().sum()
+
+    inputs = [tensor.requires_grad_() for tensor in (value, offsets, logits)]
+    plain_gradients = torch.autograd.grad(attend(*inputs), inputs)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    gradients = torch.autograd.grad(compiled(*inputs), inputs)
+    return max(float((a - b).detach().abs().max()) for a, b in zip(gradients, plain_gradients, strict=True))
+
+
 def main() -> None:
     """One JSON object on standard output."""
     seen = {
@@ -66,6 +111,10 @@ def main() -> None:
         "in_order": errors(torch.float32, 2, 2, 4, 2, 9, shared_reference=True, in_order=True),
         "bfloat16": errors(torch.bfloat16, 1, 2, 4, 2, 19, shared_reference=True),
         "float16": errors(torch.float16, 1, 2, 4, 2, 19, shared_reference=True),
+        "batch_16": errors(torch.float32, 16, 1, 4, 1, 3, shared_reference=True),
+        "tunings": after_trying_all_tunings(),
+        "operator": is_an_operator(),
+        "compiled": compiled_in_one_graph(),
         "nan": a_location_without_a_number_reaches_the_output(),
     }
     sys.stdout.write(json.dumps(seen))

@@ -20,7 +20,7 @@ def seen():
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", ["float32", "reference_per_image", "odd_dim", "many_blocks", "in_order"])
+@pytest.mark.parametrize("case", ["float32", "reference_per_image", "odd_dim", "many_blocks", "in_order", "batch_16"])
 def test_the_kernel_equals_the_plain_form_and_its_gradients(seen, case):
     assert max(seen[case].values()) < 2e-6, seen[case]
 
@@ -30,6 +30,52 @@ def test_half_precision_rounds_values_only(seen, case, tolerance):
     assert seen[case]["output"] < tolerance
     assert seen[case]["value"] < tolerance
     assert max(seen[case]["offsets"], seen[case]["logits"]) < 2e-5  # never half: geometry and softmax
+
+
+def test_every_tuning_gives_the_same_and_trying_them_leaves_no_trace(seen):
+    assert len(seen["tunings"]) == 4
+    for errors in seen["tunings"]:
+        assert max(errors.values()) < 2e-6, errors
+
+
+def test_the_operators_are_declared_right(seen):
+    assert set(seen["operator"]) == {"SUCCESS"}
+
+
+def test_an_operator_is_one_node_of_a_compiled_graph(seen):
+    assert seen["compiled"] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_at_once(direction, tmp_path, monkeypatch):
+    """The interpreter takes what the compiler refuses. Needs no GPU: 9.0 is the compute capability of an H100."""
+    from triton import compiler
+    from triton.backends.compiler import GPUTarget
+
+    from model import ms_deform_attn_kernels, ms_deform_attn_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(ms_deform_attn_kernels, f"{direction}_kernel")
+    tuning = getattr(ms_deform_attn_triton, direction.upper()).table[0]
+    constants = {"DIM": 32, "LANES": 32, "LEVELS": 3, "POINTS": 4, "SAMPLES": 16, "BLOCK": tuning.block}
+    if direction == "backward":
+        constants["SCATTER"] = True
+    halves = {"value_ptr", "logits_ptr", "output_ptr", "gradient_ptr"}
+    signature = {name: "*bf16" if name in halves else "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    signature |= dict.fromkeys(("pixels", "queries", "heads", "reference_per_image"), "i32")
+    signature |= {"levels_ptr": "*i32"} | dict.fromkeys(constants, "constexpr")
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    source = compiler.ASTSource(
+        kernel,
+        {name: signature[name] for name in kernel.arg_names},
+        {places[name]: value for name, value in constants.items()},
+        {place: [["tt.divisibility", 16]] for name, place in places.items() if name.endswith("_ptr")},
+    )
+    options = {"num_warps": tuning.num_warps, "enable_fp_fusion": True}
+    code = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    wanted = "ld.global.v4.b32" if direction == "forward" else "red.global.gpu.relaxed.add.v4.f32"
+    assert code.count(wanted) == 48  # 3 levels, 4 points, 4 corners
 
 
 def test_a_location_without_a_number_is_not_hidden(seen):

@@ -1,0 +1,27 @@
+"""The choice of a tuning, with a clock that is made up."""
+
+from model.kernel_tuning import Tuner, Tuning
+
+TABLE = (Tuning(32, 4), Tuning(16, 2), Tuning(8, 1))
+
+
+def test_the_fastest_is_chosen_for_every_bucket_and_remembered():
+    milliseconds = {TABLE[0]: 3.0, TABLE[1]: 1.0, TABLE[2]: 2.0}
+    tried = []
+
+    def clock(run):
+        run()
+        return milliseconds[tried[-1]]
+
+    tuner = Tuner(TABLE, clock)
+    assert tuner.choose("small", tried.append) == TABLE[1]
+    assert tried == list(TABLE)
+    milliseconds[TABLE[2]] = 0.5
+    assert tuner.choose("small", tried.append) == TABLE[1]
+    assert tried == list(TABLE)
+    assert tuner.choose("large", tried.append) == TABLE[2]
+    assert tried == [*TABLE, *TABLE]
+
+
+def test_of_equals_the_first_is_chosen():
+    assert Tuner(TABLE, lambda run: 1.0).choose("all", lambda tuning: None) == TABLE[0]
