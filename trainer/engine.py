@@ -164,6 +164,8 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
     """Our settings in DeepSpeed's words. Optimizer, schedule and autocast are ours and not in it."""
     plan = step_plan(0, training.global_batch, 0, world_size, training.micro_batch)
     zero = training.zero
+    # One rank exchanges nothing: it needs no hook on every gradient, and no second place for it.
+    alone = world_size == 1 and zero.stage == 1
     stage3 = {"stage3_param_persistence_threshold": zero.param_persistence_threshold} if zero.stage == 3 else {}
     offload = {"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer else {}
     halves = {training.precision: {"enabled": True}} if training.precision in ("bf16", "fp16") else {}
@@ -178,8 +180,8 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
         "zero_optimization": {
             "stage": zero.stage,
             "reduce_bucket_size": zero.reduce_bucket_size,
-            "overlap_comm": zero.overlap_comm and zero.stage > 0,
-            "contiguous_gradients": True,
+            "overlap_comm": zero.overlap_comm and zero.stage > 0 and not alone,
+            "contiguous_gradients": not alone,
             **stage3,
             **offload,
         },

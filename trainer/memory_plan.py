@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.flops.executed import build_shapes, count_parameters
 from model.memory import count_activations
 from trainer.config import TrainingConfig
+from trainer.engine import deepspeed_config
 from trainer.memory_probe import largest_shape
 
 _USABLE = 0.9
@@ -72,7 +73,8 @@ def state_bytes(weights: int, training: TrainingConfig, world: int) -> int:
     optimizer = _MOMENTS * weights if zero.stage == 0 else (_FULL + _MOMENTS) * own
     if zero.offload_optimizer:
         optimizer = 0
-    buckets = (1 + zero.overlap_comm) * min(zero.reduce_bucket_size, weights) if zero.stage else 0
+    overlaps = deepspeed_config(training, world)["zero_optimization"]["overlap_comm"]
+    buckets = (1 + overlaps) * min(zero.reduce_bucket_size, weights) if zero.stage else 0
     average = _FULL * own if training.ema_decay else 0
     return width * (of_weights + of_gradients + buckets) + optimizer + average
 

@@ -6,6 +6,7 @@ Not a test module; `rank_main.py` runs it on every rank.
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from model.ms_deform_attn import Float32Linear
 from model.structures import Targets
 from trainer.config import TrainingConfig, ZeroConfig
 from trainer.control import Ranks
-from trainer.engine import Engine
+from trainer.engine import Engine, deepspeed_config
 from trainer.metrics import summed_losses
 from trainer.module import TrainingModule
 from trainer.param_groups import build_param_groups
@@ -175,3 +176,42 @@ def agreement(make_job) -> dict:
     dist.barrier()
     assert all(math.isfinite(loss) for loss in reference["losses"])
     return {"plain": {name: reference[name] for name in ("losses", "norms")}, **seen}
+
+
+def one_rank(make_job) -> dict:
+    """One rank as it is set up alone, and as it would be among others."""
+    job = make_job(global_batch=GLOBAL_BATCH)
+    ranks, reference = Ranks(60.0), plain_torch(job)
+    base = {"global_batch": GLOBAL_BATCH, "micro_batch": 4, "ema_decay": EMA_DECAY}
+    cases = {
+        "whole": base,
+        "accumulated": base | {"micro_batch": 1},
+        "pure_bf16": base | {"precision": "bf16"},
+        "offload": base | {"zero": ZeroConfig(offload_optimizer=True)},
+    }
+    jobs = {name: make_job(**case) for name, case in cases.items()}
+    alone = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
+    with patch("trainer.engine.deepspeed_config", _among_others):
+        among = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
+    plain = {name: reference[name] for name in ("losses", "norms")}
+    return {"plain": plain, "alone": alone, "among": among, "poisoned": _after_a_poisoned_step(job, jobs["whole"])}
+
+
+def _among_others(training: TrainingConfig, world_size: int, universal: bool = False) -> dict:
+    settings = deepspeed_config(training, world_size, universal)
+    return settings | {"zero_optimization": deepspeed_config(training, world_size + 1)["zero_optimization"]}
+
+
+def _after_a_poisoned_step(job, whole) -> list:
+    """Whether each of three steps was applied, and the change of the weights by each; the second has a bad gradient."""
+    engine = Engine(fresh_module(job), whole.training, torch.device("cpu"))
+    seen = []
+    for step in range(3):
+        batch = make_images(job.model, range(GLOBAL_BATCH))
+        before = {name: value.clone() for name, value in engine.weights().items()}
+        hook = next(engine.module.parameters()).register_hook(lambda g, bad=step == 1: g * math.nan if bad else g)
+        engine.accumulate(batch, normalizers_of(job, [batch]))
+        result = engine.finish_step(step + 1)
+        hook.remove()
+        seen.append((result.applied, distance(engine.weights(), before)))
+    return seen

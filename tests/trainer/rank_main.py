@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
-from engine_ranks import agreement
+from engine_ranks import agreement, one_rank
 from family_ranks import family_agreement
 
 import trainer.loop
@@ -125,6 +125,10 @@ class Diary(Recorder):
 
 def engine_agreement(folder: Path) -> dict:
     return agreement(lambda **training: make_job(folder / "none", "none", **training))
+
+
+def engine_alone(folder: Path) -> dict:
+    return one_rank(lambda **training: make_job(folder / "none", "none", **training))
 
 
 def family(folder: Path) -> dict:

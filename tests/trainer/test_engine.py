@@ -70,6 +70,21 @@ def test_ranks_agree(launcher, steps):
     assert all(other[case]["norms"] == steps[case]["norms"] for case in FULL_PRECISION)
 
 
+@pytest.mark.slow
+def test_one_rank_needs_no_buckets_and_loses_no_bit(launcher):
+    launcher.run_well("engine_alone", ranks=1)
+    seen = launcher.seen("engine_alone")
+    for case, alone in seen["alone"].items():
+        assert alone == seen["among"][case], case
+        tolerance = 0.02 if case == "pure_bf16" else 1e-5
+        assert alone["losses"] == pytest.approx(seen["plain"]["losses"], rel=tolerance)
+    (first, moved), (second, stayed), (third, on) = seen["poisoned"]
+    assert (first, second, third) == (True, False, True)
+    assert stayed == 0 < min(moved, on)
+    zero = deepspeed_config(TrainingConfig(max_steps=1), 1)["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (1, False, False)
+
+
 def test_accumulation_follows_from_batch_and_ranks():
     training = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2)
     settings = [deepspeed_config(training, world_size) for world_size in (1, 3, 8)]
