@@ -35,7 +35,10 @@ from eval.config import EvaluationConfig
 from model.errors import ConfigError
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
+from trainer.adjustments import read_adjustments
 from trainer.checkpoint_folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
+from trainer.config import CheckpointConfig, SpikeConfig
+from trainer.job import Window
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -129,16 +132,22 @@ def summary(cluster, config) -> RunSummary:
     return summary
 
 
-def test_a_killed_worker_costs_nothing_but_time(summary, config, folder, datasets):
+@pytest.fixture(scope="module")
+def calm_losses(folder, datasets) -> list[tuple[int, float]]:
+    """Of the same recipe where nothing happens."""
+    calm = replace(tiny_config(folder, "calm", datasets), evaluation=EvaluationConfig())
+    train_locally(calm)
+    return history(calm, "train/loss/total")
+
+
+def test_a_killed_worker_costs_nothing_but_time(summary, config, calm_losses):
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
     assert summary.checkpoint is not None
     assert summary.checkpoint.step == STEPS
-    calm = replace(tiny_config(folder, "calm", datasets), evaluation=EvaluationConfig())
-    train_locally(calm)
     losses = history(config, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))  # every step once
-    assert losses == history(calm, "train/loss/total")  # to the last bit
+    assert losses == calm_losses  # to the last bit
 
 
 def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
@@ -238,14 +247,18 @@ def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):
     assert read_entries(Storage(), f"{wrong.run_folder}/evaluations/queue.json") == ()
 
 
-def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, config, monkeypatch, capsys):
-    monkeypatch.setattr("cluster.train_job.train_loop", tiny_run.mistaken_loop)
+@pytest.fixture
+def workers_with(monkeypatch):
+    """Lets workers run another loop of `tiny_run`, which they cannot import."""
+    ray.cloudpickle.register_pickle_by_value(tiny_run)
+    yield lambda loop: monkeypatch.setattr("cluster.train_job.train_loop", loop)
+    ray.cloudpickle.unregister_pickle_by_value(tiny_run)
+
+
+def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, config, workers_with, capsys):
+    workers_with(tiny_run.mistaken_loop)
     buggy = replace(config, name="buggy", evaluation=EvaluationConfig())
-    ray.cloudpickle.register_pickle_by_value(tiny_run)  # workers cannot import it
-    try:
-        summary = run_training(buggy)
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(tiny_run)
+    summary = run_training(buggy)
     assert time.time() - (Path(buggy.run_folder) / "mistake").stat().st_mtime < 20
     assert summary.status == "failed"
     assert [(failure.rank, failure.kind) for failure in summary.failures] == [(1, "mistake")]
@@ -255,6 +268,36 @@ def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, con
     assert len(lines) == 3
     (story,) = (Path(buggy.run_folder) / "failures").iterdir()
     assert "the colour of sample 9 is wrong" in story.read_text()
+
+
+def test_a_run_changes_what_memory_and_a_spike_ask_for_and_goes_on(cluster, config, calm_losses, workers_with, capsys):
+    """In one run: rank 1 is out of memory in step 5; the loss of steps 8 and 9 spikes."""
+    workers_with(tiny_run.full_and_spiky_loop)
+    training = replace(
+        config.training,
+        checkpoint=CheckpointConfig(every_steps=3, keep=9),
+        spikes=SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2),
+    )
+    troubled = replace(config, name="troubled", training=training, evaluation=EvaluationConfig())
+    summary = run_training(troubled)
+    assert summary.status == "finished"
+    assert [failure.kind for failure in summary.failures] == ["memory", "spike"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(
+        "attempt 1 ended at checkpoint step 3 on rank 1: OutOfMemoryError: out of memory in step 5 with 2 images at "
+        "once (training.micro_batch): CUDA out of memory"
+    )
+    assert "with 1 images per micro-batch instead of 2" in lines[2]
+    assert "attempt 2 ended at checkpoint step 6 on rank 0: LossSpikeError: after step 9 the loss is" in lines[3]
+    assert lines[5].endswith("from the checkpoint before, without positions 28 to 35 of the data order")
+    adjustments = read_adjustments(Storage(), troubled.run_folder)
+    assert (adjustments.micro_batch, adjustments.skipped) == (1, (Window(28, 36),))
+    checkpoints = sorted((Path(troubled.run_folder) / "checkpoints").glob("step_*/state.json"))
+    positions = [json.loads(state.read_text())["position"] for state in checkpoints]
+    assert positions == [12, 24, 44, 56]  # steps 8 and 9 were done with other images
+    losses = history(troubled, "train/loss/total")
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert dict(losses[:7]) == pytest.approx(dict(calm_losses[:7]), rel=1e-6)
 
 
 def test_too_few_gpus_are_said_at_once():

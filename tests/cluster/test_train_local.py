@@ -63,7 +63,7 @@ def logged_losses(config):
 
 def test_too_little_memory_halves_the_micro_batch_and_the_losses_go_on(make_config, calm, with_fault, capsys):
     config = make_config("small")
-    with_fault(out_of_memory)
+    with_fault(partial(out_of_memory, 21))  # sixth step, rank 1 of 2
     assert train_locally(config) == "finished"
     said = capsys.readouterr().err
     assert "out of memory in step 6 with 2 images at once (training.micro_batch): CUDA out of memory" in said
@@ -77,7 +77,7 @@ def test_too_little_memory_halves_the_micro_batch_and_the_losses_go_on(make_conf
 def test_a_spike_is_rolled_back_and_its_samples_left_out(make_config, calm, with_fault, capsys):
     spikes = SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2)
     config = make_config("spiky", spikes=spikes, checkpoint=CheckpointConfig(every_steps=3, keep=9))
-    with_fault(spike)
+    with_fault(partial(spike, 20))  # sixth and seventh step
     assert train_locally(config) == "finished"
     assert "positions 20 to 27 of the data order" in capsys.readouterr().err
     assert read_adjustments(Storage(), config.run_folder).skipped == (Window(20, 28),)
