@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 
 from data_pipeline import manifest as manifest_module
 from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.config import DatasetConfig, SyntheticSource
+from data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, SyntheticSource
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo
+from data_pipeline.order import build_order
 from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset
 from data_pipeline.storage import Storage
@@ -182,3 +184,11 @@ def test_a_manifest_of_coco_size_loads_at_once(tmp_path):
     assert manifest.statistics()[0].num_segments > 0
     assert seconds < 0.4
     assert len(pickle.dumps(manifest)) < 30e6, "what every rank holds"
+    tracemalloc.start()
+    try:
+        order = build_order([Manifest.load(str(tmp_path), STORAGE)], 0, DataConfig(train=(MixtureItem(dataset="a"),)))
+        order.places(0, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6
