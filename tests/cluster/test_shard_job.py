@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -210,4 +211,34 @@ def test_killed_tasks_are_repeated_and_a_failed_shard_can_be_added_later(tmp_pat
         report = run_shard_job("train", dataset, CLUSTER, Storage())
     assert report.committed
     assert report.written_shards == 1
+    assert digests(folder) == digests(whole)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_ten_kills_of_drivers_and_tasks(tmp_path):
+    """Five drivers after random shares of the work, then five tasks half-way through random objects."""
+    num_images, chance = 300, random.Random(10)
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=num_images), shard_mb=0.05)
+    num_shards = len(write_dataset(open_reader(dataset.source), dataset, Storage()).shards)
+    for _ in range(5):
+        driver = start_driver(folder, num_images)
+        wanted = len(list(folder.glob("parts/*.parquet"))) + chance.randint(1, num_shards // 8)
+        while len(list(folder.glob("parts/*.parquet"))) < wanted:
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.002)
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+        assert not (folder / "dataset.json").exists()
+    missing = [i for i in range(num_shards) if not (folder / f"parts/{i:05d}.parquet").exists()]
+    names = ("shards/{:05d}.tar", "parts/{:05d}.parquet")
+    moments = [chance.choice(names).format(index) for index in chance.sample(missing, 5)]
+    with local_or_existing(CLUSTER, CLUSTER.shard_tasks):
+        failing = storage_that_kills(folder, moments, "", tmp_path / "marks")
+        report = run_shard_job("train", replace(dataset, shards=str(folder)), CLUSTER, failing)
+    assert len(list((tmp_path / "marks").iterdir())) == len(moments)
+    assert report.written_shards == len(missing)
     assert digests(folder) == digests(whole)
