@@ -23,7 +23,6 @@ SHM_NEEDED, SHM_WANTED = GIB // 4, 2 * GIB
 """Batches of all loader processes of a machine lie in shared memory; containers have 64 MiB unless told otherwise."""
 DISK_NEEDED, DISK_WANTED = 1 * GIB, 10 * GIB
 """Where temporary files are: checkpoints wait there for their upload."""
-LOCK_AGE_S = 1800.0
 REDUCE_TIMEOUT_S = 60.0
 
 
@@ -137,34 +136,35 @@ def check_shared_memory() -> Finding:
 
 
 def check_compiler(config: RunConfig | None) -> Finding:
-    """The C++ compiler and ninja, with which DeepSpeed builds optimizers and Triton its launchers."""
+    """What builds kernels: those of this project for GPUs, and those of `training.compile`."""
     import torch
 
-    compiler = os.environ.get("CXX", "c++")
-    missing = [name for name in (compiler, "ninja") if shutil.which(name) is None]
-    if not missing:
-        return Finding("compiler", "ok", f"{shutil.which(compiler)}, {shutil.which('ninja')}")
-    needed = torch.cuda.is_available() or (config is not None and config.cluster.num_gpus_per_worker > 0)
-    use = "fused kernels" if needed else "optimizer offload and fused kernels, should a recipe want them,"
-    remedy = "apt-get install g++ ninja-build, or set CXX to a compiler"
-    state = "failed" if needed else "warning"
-    return Finding("compiler", state, f"{' and '.join(missing)} not found; {use} cannot be built", remedy)
+    from trainer.regions import compiler_names, find_compiler
+
+    gpus = torch.cuda.is_available() or (config is not None and config.cluster.num_gpus_per_worker > 0)
+    device = "cuda" if gpus else "cpu"
+    path = find_compiler(device)
+    if path is not None:
+        return Finding("compiler", "ok", path)
+    if config is not None and not gpus and not config.training.compile:
+        return Finding("compiler", "ok", "none, and none is needed")
+    user = "kernels for GPUs need" if gpus else "training.compile needs"
+    state = "warning" if config is None and not gpus else "failed"
+    return Finding("compiler", state, f"{user} {compiler_names(device)}", "apt-get install g++")
 
 
 def check_op_cache() -> Finding:
-    """The folder where built kernels are kept: writable, and without the lock of a build that was killed."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
-    if not _writable(folder):
-        return Finding("op cache", "failed", f"{folder} is not writable", "set TORCH_EXTENSIONS_DIR to one that is")
-    now = time.time()
-    stale = [lock for lock in folder.glob("**/lock") if now - lock.stat().st_mtime > LOCK_AGE_S]
-    if stale:
-        names = ", ".join(lock.parent.name for lock in stale)
-        detail = f"a build of {names} was ended midway; the next one would wait for its lock for ever"
-        return Finding("op cache", "warning", detail, f"rm {' '.join(map(str, stale))}")
-    built = sorted({path.stem for path in folder.glob("**/*.so")})
-    return Finding("op cache", "ok", f"{folder}: {', '.join(built) or 'nothing built yet'}")
+    """The folders where Triton and torch.compile keep what they have built."""
+    triton = Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
+    folders = {
+        "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR", triton)),
+        "TORCHINDUCTOR_CACHE_DIR": Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())),
+    }
+    closed = {name: folder for name, folder in folders.items() if not _writable(folder)}
+    if closed:
+        detail = f"{' and '.join(map(str, closed.values()))} cannot be written; GPUs and training.compile build there"
+        return Finding("op cache", "warning", detail, f"set {' and '.join(closed)} to a folder that can be")
+    return Finding("op cache", "ok", ", ".join(map(str, folders.values())))
 
 
 def check_disk(config: RunConfig | None) -> Finding:

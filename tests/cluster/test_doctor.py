@@ -1,6 +1,5 @@
 """The doctor on a healthy machine and on broken ones: no store, no MLflow, tiny shared memory, no compiler."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +61,7 @@ def quiet(monkeypatch, tmp_path):
     """A machine without settings of its own."""
     for name in ("MLFLOW_TRACKING_URI", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"AWS_{name}", "test")
 
@@ -141,12 +140,18 @@ def test_shared_memory_here():
 
 
 def test_a_machine_without_a_compiler(recipe, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert check_compiler(None).state == "ok"
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
     assert check_compiler(None).state == "warning"
+    assert check_compiler(load_recipe(recipe)).state == "ok", "a recipe that needs none"
+    finding = check_compiler(load_recipe(recipe, ["training.compile=true"]))
+    assert (finding.state, finding.remedy) == ("failed", "apt-get install g++")
+    assert "training.compile needs a C++ compiler" in finding.detail
     finding = check_compiler(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]))
-    assert (finding.state, "c++ and ninja not found" in finding.detail) == ("failed", True)
-    assert "apt-get install g++" in finding.remedy
+    assert (finding.state, "kernels for GPUs need a C compiler" in finding.detail) == ("failed", True)
 
 
 def test_gpus_that_torch_does_not_see(recipe, monkeypatch):
@@ -156,15 +161,14 @@ def test_gpus_that_torch_does_not_see(recipe, monkeypatch):
     assert check_gpus(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]), 0).state == "ok", "a node without GPUs"
 
 
-def test_the_lock_of_a_build_that_was_ended(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    (tmp_path / "cpu_adam").mkdir()
-    lock = tmp_path / "cpu_adam" / "lock"
-    lock.write_text("")
-    assert check_op_cache().state == "ok", "a build that runs"
-    os.utime(lock, (0, 0))
+def test_built_kernels_need_a_place(monkeypatch, tmp_path):
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    assert check_op_cache().state == "ok"
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "below"))
     finding = check_op_cache()
-    assert (finding.state, finding.remedy) == ("warning", f"rm {lock}")
+    assert (finding.state, finding.remedy) == ("warning", "set TRITON_CACHE_DIR to a folder that can be")
 
 
 def test_a_full_disk(recipe, monkeypatch):
