@@ -25,6 +25,7 @@ from eval.inference import Evaluator
 from eval.result_dump import ResultDump
 from eval.states import EvaluationStates
 from model.config import ModelConfig
+from model.cuda_graphs import replay_forward
 from model.mask2former import Mask2Former, build_model
 from model.weights import load_weights
 from trainer.checkpoint_folder import AVERAGE, WEIGHTS
@@ -129,7 +130,10 @@ class EvaluationActor:
         wanted = task.weights, task.evaluated.dataset
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # frees the memory of the last one first
-            self._loaded = wanted, load_model(self._config, manifest, task.weights, self._storage)
+            model = load_model(self._config, manifest, task.weights, self._storage)
+            if self._config.evaluation.cuda_graphs:
+                replay_forward(model)
+            self._loaded = wanted, model
         return self._loaded[1]
 
 

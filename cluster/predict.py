@@ -21,6 +21,7 @@ from data_pipeline.sample import VOID_ID, Annotation, DecodedSample
 from data_pipeline.storage import Storage
 from eval.average_precision import InstanceDetections
 from eval.inference import ImageOutput, check_tasks, detect, image_outputs
+from model.cuda_graphs import replay_forward
 from model.errors import ConfigError
 from model.postprocess import panoptic, semantic
 
@@ -49,6 +50,8 @@ class Predictor:
         if min_score is not None and not 0 <= min_score <= 1:
             raise ConfigError(f"--min-score is {min_score}; it must be from 0 to 1")
         torch.set_num_threads(trained.evaluation.threads)
+        if trained.evaluation.cuda_graphs:
+            replay_forward(trained.model)
         self._trained, self._task, self._model, self._min_score = trained, task, trained.model, min_score
         self._postprocess = trained.config.postprocess
         if min_score is not None:

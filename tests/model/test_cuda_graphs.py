@@ -1,0 +1,130 @@
+"""The bookkeeping of recorded forward passes, with graphs that are made up: replaying runs the captured code again."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from model.cuda_graphs import ReplayedForward, replay_forward
+from model.structures import Predictions
+
+
+class Model:
+    """Doubles its images; counts how often its Python code runs."""
+
+    def __init__(self):
+        self.runs, self.captured = 0, None
+
+    def __call__(self, images):
+        self.runs += 1
+        predictions = Predictions(images[:, :1] * 2, images * 2, images + 1)
+        if self.captured is not None:
+            self.captured.append((images, predictions))
+        return predictions
+
+
+class Gpu:
+    """Stands in for torch.cuda: what runs inside `graph` is recorded by the model, and replayed by value."""
+
+    def __init__(self, model, monkeypatch, wrong_by=0.0):
+        self.model, self.wrong_by, self.graphs = model, wrong_by, []
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr("torch.autocast", lambda *a, **k: torch.inference_mode())
+
+    def new_graph(self):
+        self.graphs.append(Graph(self.wrong_by))
+        return self.graphs[-1]
+
+    @contextmanager
+    def capture(self, graph, pool):
+        assert pool == "pool"
+        self.model.captured = graph.captured
+        yield
+        self.model.captured = None
+
+
+class Graph:
+    def __init__(self, wrong_by):
+        self.captured, self.wrong_by, self.replays = [], wrong_by, 0
+
+    def replay(self):
+        self.replays += 1
+        for images, predictions in self.captured:
+            predictions.class_logits.copy_(images[:, :1] * 2 + self.wrong_by)
+            predictions.mask_embeddings.copy_(images * 2)
+            predictions.mask_features.copy_(images + 1)
+
+
+def images(value, size=4):
+    return torch.full((1, 3, size, size), float(value))
+
+
+def assert_right(predictions, value):
+    assert predictions.class_logits.unique().item() == 2 * value
+    assert predictions.mask_embeddings.unique().item() == 2 * value
+    assert predictions.mask_features.unique().item() == value + 1
+
+
+def test_the_second_image_of_a_size_records_and_later_ones_replay(monkeypatch):
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(model)
+    kept = [forward(images(value)) for value in range(1, 6)]
+    assert model.runs == 3  # twice as it is, once to record
+    assert [graph.replays for graph in gpu.graphs] == [4]  # checked once, then images 3 to 5
+    for value, predictions in enumerate(kept, start=1):
+        assert_right(predictions, value)  # a later replay does not overwrite what was handed out
+    assert_right(forward(images(7, size=8)), 7)
+    assert model.runs == 4
+    assert len(gpu.graphs) == 1
+
+
+def test_only_the_sizes_used_last_are_kept(monkeypatch):
+    model = Model()
+    gpu = Gpu(model, monkeypatch)
+    forward = ReplayedForward(model, max_recordings=2)
+    for size in (4, 4, 8, 8, 4, 12, 12):  # 12 takes the place of 8
+        forward(images(1, size))
+    assert len(gpu.graphs) == 3
+    runs = model.runs
+    forward(images(2, 4))
+    assert model.runs == runs
+    assert_right(forward(images(3, 8)), 3)
+    assert model.runs == runs + 1
+
+
+def test_a_recording_that_is_wrong_is_not_used(monkeypatch):
+    model = Model()
+    Gpu(model, monkeypatch, wrong_by=0.5)
+    forward = ReplayedForward(model)
+    forward(images(1))
+    with pytest.warns(UserWarning, match=r"cannot be replayed .* \(it predicts something else\); it runs as usual"):
+        assert_right(forward(images(2)), 2)
+    for value in (3, 4):
+        assert_right(forward(images(value)), value)
+
+
+def test_a_model_that_cannot_be_captured_runs_as_usual(monkeypatch):
+    model = Model()
+    Gpu(model, monkeypatch)
+
+    def refuse(graph, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    forward = ReplayedForward(model)
+    forward(images(1))
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing"):
+        assert_right(forward(images(2)), 2)
+    assert_right(forward(images(3)), 3)
+
+
+def test_a_model_on_a_cpu_stays_as_it_is():
+    model = nn.Linear(2, 2)
+    replay_forward(model)
+    assert "forward" not in vars(model)
