@@ -1,4 +1,4 @@
-"""What this device can do at best: the figures to hold all others against."""
+"""What this device can do at best, and what a training step then takes at least: to hold all other figures against."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.transformers_peer import CONFIG
+from model.flops.executed import build_shapes, executed_flops
+
+PASSES = 3
+"""A backward pass counts for two forward passes."""
+
 
 def describe(device: torch.device, tiny: bool) -> str:
-    """Bandwidth of a copy, throughput of a large matrix product, and the cost of starting an operation."""
+    """Bandwidth of a copy, rate of a large matrix product, cost of starting an operation, floor of an R50 step."""
     accelerated = device.type != "cpu"
     dtype = torch.bfloat16 if accelerated else torch.float32
     side = 8192 if accelerated else 1024 if tiny else 2048
@@ -19,9 +25,13 @@ def describe(device: torch.device, tiny: bool) -> str:
     copied = _seconds(lambda: target.copy_(source), device)
     product = _seconds(lambda: matrix @ matrix, device)
     launched = _seconds(lambda: [small.add(1) for _ in range(1000)], device) / 1000
+    rate = 2 * side**3 / product
+    image = (256, 256) if tiny else (1024, 1024) if accelerated else (512, 512)
+    step = 2 * PASSES * executed_flops(build_shapes(CONFIG), image).total
     return (
         f"copy {2 * source.nbytes / copied / 1e9:.0f} GB/s, {str(dtype).removeprefix('torch.')} product of {side}^2 "
-        f"{2 * side**3 / product / 1e12:.2f} TFLOP/s, {1e6 * launched:.1f} us per operation"
+        f"{rate / 1e12:.2f} TFLOP/s, {1e6 * launched:.1f} us per operation; an R50 training step of {image[0]} x "
+        f"{image[1]} needs {step / 1e12:.2f} TFLOP per image, {1e3 * step / rate:.1f} ms at that rate"
     )
 
 

@@ -93,14 +93,14 @@ class LogReporter:
         self.stream = stream or sys.stdout
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Step, losses, gradient norm, learning rate, images/s, time waited for data, traffic, time left."""
+        """Step, losses, gradient norm, learning rate, images/s, time waited for data, traffic, memory, time left."""
         left = timedelta(seconds=round(values["eta_s"]))
         self._line(
             f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"
             f"  loss {values['loss/total']:.4f} (class {values['loss/class']:.4f}, mask {values['loss/mask']:.4f}, "
             f"dice {values['loss/dice']:.4f})  grad {values['grad_norm']:.3g}  lr {values['lr']:.3g}"
             f"  {values['images_per_s']:.1f} images/s  data wait {100 * values['data_wait_share']:.0f} %"
-            f"{_traffic(values)}  left {left}"
+            f"{_traffic(values)}{_memory(values)}  left {left}"
         )
 
     def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -126,3 +126,10 @@ def _traffic(values: Mapping[str, float]) -> str:
     if values["storage/retries"]:
         words += f" with {values['storage/retries']:.0f} retries"
     return words
+
+
+def _memory(values: Mapping[str, float]) -> str:
+    """The most that tensors took on a GPU, and of it what an image of a micro-batch took."""
+    if "system/gpu_memory_gb" not in values:
+        return ""
+    return f"  GPU {values['system/gpu_memory_gb']:.1f} GB, {values['system/gpu_image_gb']:.2f} GB an image"

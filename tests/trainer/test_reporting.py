@@ -21,13 +21,16 @@ def test_one_readable_line_per_report():
             "storage/read_mb": 4.25,
             "storage/cached_mb": 1.0,
             "storage/retries": 2.0,
+            "system/gpu_memory_gb": 34.25,
+            "system/gpu_image_gb": 1.875,
         },
     )
     reporter.checkpoint(CommittedCheckpoint(20, "runs/a/checkpoints/step_00000020"))
     reporter.event("skipped", 21, "the loss of img_7 is not finite")
     assert out.getvalue().splitlines() == [
         "step   20/1000  loss 31.2500 (class 11.0000, mask 10.2500, dice 10.0000)  grad 123  lr 0.0001"
-        "  12.3 images/s  data wait 3 %  read 4.2 MB and 1.0 MB cached with 2 retries  left 1:01:01",
+        "  12.3 images/s  data wait 3 %  read 4.2 MB and 1.0 MB cached with 2 retries"
+        "  GPU 34.2 GB, 1.88 GB an image  left 1:01:01",
         "step 20: checkpoint runs/a/checkpoints/step_00000020",
         "step 21: skipped: the loss of img_7 is not finite",
     ]
