@@ -124,8 +124,9 @@ class _Loop:
 
     def _forward_backward(self, batches: StepBatches, facts: StepFacts) -> list[Losses]:
         engine = self._run.engine
-        sums = torch.tensor([facts.num_masks, facts.class_weight_sum, facts.micro_batches]).to(engine.device)
-        normalizers = Normalizers(*sums.unbind())
+        # Filled on the device: a copy from the host would wait for all work queued before it.
+        sums = (facts.num_masks, facts.class_weight_sum, facts.micro_batches)
+        normalizers = Normalizers(*(torch.full((), number, device=engine.device) for number in sums))
         losses = []
         for batch in batches.micro_batches:
             self._observer.enter("forward")
