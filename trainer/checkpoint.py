@@ -35,7 +35,7 @@ from trainer.errors import CheckpointError
 from trainer.job import TrainJob
 from trainer.random_state import save_random_state
 from trainer.reporting import CommittedCheckpoint
-from trainer.scratch import ScratchFolder, sweep
+from trainer.scratch import ScratchFolder, full_disk_named, sweep
 from trainer.state import TrainState
 
 _PREFIX = "m2f-checkpoint-"
@@ -76,13 +76,30 @@ class CheckpointSaver:
         """Write the files of this rank to local disk and start their upload; call `finish` first.
 
         Metrics (by step, of rank 0) are stored for a driver that comes after one which died before it had them.
-        Nothing happens where the same step was saved or restored last.
+        Nothing happens where the same step was saved or restored last. Raises StorageError where the disk is full.
         """
         if state.step == self._saved_step:
             return
         assert self._upload is None, "the previous upload is not finished"
         url = checkpoint_url(self._job.run_folder, state.step)
         self._ranks.from_first(lambda: self._storage.delete_prefix(url))  # left by an interrupted or damaged save
+        with full_disk_named(f"checkpoint {state.step}"):
+            scratch = self._write(engine, state, metrics_on_their_way)
+        self._upload = self._pool.submit(self._publish, scratch, url, state)
+        self._saved_step = state.step
+
+    def finish(self) -> CommittedCheckpoint | None:
+        """Wait until the last saved checkpoint is committed, and return it on every rank; None where there is none."""
+        self._await_uploads()
+        error = self._upload.exception() if self._upload is not None else None
+        self._ranks.check(error)
+        self._upload = None
+        return self._ranks.broadcast(self._committed)
+
+    def _write(
+        self, engine: Engine, state: TrainState, metrics_on_their_way: Mapping[int, Mapping[str, float]]
+    ) -> ScratchFolder:
+        """This rank's files in a folder on the local disk."""
         scratch = ScratchFolder(_PREFIX)
         folder = scratch.path
         try:
@@ -101,16 +118,7 @@ class CheckpointSaver:
         except BaseException:
             scratch.remove()
             raise
-        self._upload = self._pool.submit(self._publish, scratch, url, state)
-        self._saved_step = state.step
-
-    def finish(self) -> CommittedCheckpoint | None:
-        """Wait until the last saved checkpoint is committed, and return it on every rank; None where there is none."""
-        self._await_uploads()
-        error = self._upload.exception() if self._upload is not None else None
-        self._ranks.check(error)
-        self._upload = None
-        return self._ranks.broadcast(self._committed)
+        return scratch
 
     def _await_uploads(self) -> None:
         """Until no rank uploads any more. Ranks talk all the while: a slow upload is no lost peer."""

@@ -9,9 +9,15 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from data_pipeline.errors import StorageError
+
+_FULL = ("no space left", "disk quota exceeded", "inline_container", "iostream error")
+"""What the system, safetensors and (the last two) torch say where a write is refused."""
 _LOCK = ".lock"
 _FILES = "files"
 
@@ -43,6 +49,20 @@ class ScratchFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+@contextmanager
+def full_disk_named(what: str) -> Iterator[None]:
+    """Raise StorageError where the local disk does not hold `what`; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if not any(words in str(error).lower() for words in _FULL):
+            raise
+        raise StorageError(
+            f"{tempfile.gettempdir()}: no space left on the disk for {what} ({error}); free some space, or set TMPDIR "
+            "to a folder on a larger disk"
+        ) from error
 
 
 def sweep(prefix: str) -> int:

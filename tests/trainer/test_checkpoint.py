@@ -4,6 +4,7 @@ import errno
 import os
 import tempfile
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trainer.config import TrainingConfig
 from trainer.control import Ranks
 from trainer.errors import CheckpointError
 from trainer.job import TrainJob
+from trainer.scratch import full_disk_named
 from trainer.state import TrainState
 from trainer.worker import process_group
 
@@ -39,9 +41,14 @@ class SmallEngine:
         return None
 
 
+@dataclass
 class FullDisk(SmallEngine):
+    """A write raises this error."""
+
+    error: Exception
+
     def save(self, folder, tag):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        raise self.error
 
 
 class RefusingStorage(Storage):
@@ -119,9 +126,30 @@ def test_metrics_on_their_way_are_kept_to_the_bit(ranks, job):
         metrics_on_their_way(Storage(), full.url)
 
 
-def test_a_full_local_disk_is_said_and_leaves_nothing(ranks, job):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optim_states.pt"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 39296 vs 39190"),  # torch.save
+    ],
+)
+def test_a_full_local_disk_is_said_and_leaves_nothing(ranks, job, error):
     before = scratch_folders()
-    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver, pytest.raises(OSError, match="No space left"):
-        saver.save(FullDisk(), state_at(1), {})
+    with (
+        closing(CheckpointSaver(job, Storage(), ranks, None)) as saver,
+        pytest.raises(StorageError, match=rf"^{tempfile.gettempdir()}: no space left .* checkpoint 1 .* set TMPDIR"),
+    ):
+        saver.save(FullDisk(error), state_at(1), {})
     assert list_checkpoints(Storage(), job.run_folder) == ()
     assert scratch_folders() <= before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_torch_has_the_words_of_a_full_disk_that_are_looked_for():
+    with pytest.raises(StorageError, match="no space left on the disk for weights"), full_disk_named("weights"):
+        torch.save({"w": torch.zeros(10_000)}, "/dev/full")
+
+
+def test_other_errors_while_saving_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="closed by peer"), full_disk_named("weights"):
+        raise RuntimeError("Connection closed by peer")
