@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 SEED = 0
 BATCH = 2
+EPOCHS = 4
 AREA = LargeScaleJitter(size=1024)
 EXACT = LargeScaleJitter(size=1024, shrink="bilinear")
 DATA = DataConfig(train=(MixtureItem(dataset="scenes"),), augment=AREA, workers=0, lanes=12, window=32)
@@ -139,9 +140,12 @@ def _reading(manifest: Manifest, repeats: int) -> Row:
 
 
 def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Row]:
-    """The whole chain from S3, decoding included; the same work on both sides once the bytes are there."""
-    urls = [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
-    count = manifest.num_samples
+    """The whole chain from S3, decoding included; the same work on both sides once the bytes are there.
+
+    Several epochs, so that the batches that our loader has begun when it is closed are few among them.
+    """
+    urls = EPOCHS * [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
+    count = EPOCHS * manifest.num_samples
     order = build_order([manifest], SEED, DATA)
     spec = LoaderSpec(global_batch=BATCH, micro_batch=BATCH, rank=0, world=1, start_step=0, seed=SEED)
 
