@@ -17,7 +17,7 @@ from cluster.config import ClusterConfig
 from cluster.eval_queue import read_entries
 from cluster.eval_service import queue_url
 from cluster.recipe import dump_recipe
-from cluster.tracking import create_run
+from cluster.tracking import find_run
 from cluster.train_local import train_locally
 from data_pipeline.storage import Storage
 from eval.config import EvaluationConfig
@@ -41,6 +41,7 @@ from tests.cluster import tiny_run
 ray.cloudpickle.register_pickle_by_value(tiny_run)
 train_job.train_loop = tiny_run.slow_loop
 tiny_run.PAUSE_S = 1.0  # five steps take longer than the longest pause between two kills
+train_job.POLL_S = float(sys.argv[2])
 sys.exit(train_job.run_training(load_recipe(sys.argv[1], [])).status != "finished")
 """
 
@@ -48,13 +49,13 @@ sys.exit(train_job.run_training(load_recipe(sys.argv[1], [])).status != "finishe
 class Run:
     """The run as its killer sees it: a driver that is started again whenever it is gone."""
 
-    def __init__(self, recipe, log):
+    def __init__(self, recipe, log, poll_s=0.5):
         self.recipe, self.log = recipe, log
-        self.driver = self._start()
+        self.driver = self._start(poll_s)
 
-    def _start(self):
+    def _start(self, poll_s=0.5):
         environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-        command = [sys.executable, "-c", DRIVER, str(self.recipe)]
+        command = [sys.executable, "-c", DRIVER, str(self.recipe), str(poll_s)]
         return subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
 
     def note(self, line):
@@ -112,8 +113,16 @@ def kill_again_and_again(run, config, draw):
     wait_until(run.finished)
 
 
+def wait_for_step(config, step):
+    deadline = time.monotonic() + LONGEST_S
+    while newest_step(Storage(), config.run_folder) < step:
+        assert time.monotonic() < deadline, "the run takes too long"
+        time.sleep(0.1)
+
+
 def history(config, metric):
-    run = create_run(config)
+    run = find_run(config)
+    assert run is not None
     points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
     return sorted((point.step, point.value) for point in points)
 
@@ -140,3 +149,25 @@ def test_any_number_of_kills_changes_nothing(tmp_path):
     steps = list(range(EVERY, STEPS + 1, EVERY))
     assert [(e.step, e.status) for e in read_entries(Storage(), queue_url(config))] == [(s, "published") for s in steps]
     assert [step for step, _ in history(config, "val/PQ")] == steps
+
+
+def test_points_that_a_killed_driver_never_heard_of_are_not_lost(tmp_path):
+    """The first driver is deaf: all points up to its death are in checkpoints, and nowhere else."""
+    base = tiny_config(tmp_path, "deaf", small_sets(str(tmp_path), Storage()))
+    training = replace(base.training, max_steps=15, checkpoint=CheckpointConfig(every_steps=EVERY, keep=1))
+    config = replace(base, training=training, evaluation=EvaluationConfig())
+    calm = replace(config, name="calm")
+    train_locally(calm)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(config))
+    with (tmp_path / "driver.log").open("w") as log:
+        run = Run(recipe, log, poll_s=LONGEST_S)
+        try:
+            wait_for_step(config, 2 * EVERY)
+            assert history(config, "train/loss/total") == []
+            run.kill("driver", random.Random(0))
+            run.driver.wait(LONGEST_S)
+        finally:
+            run.driver.kill()
+    assert run.finished()
+    assert history(config, "train/loss/total") == history(calm, "train/loss/total")
