@@ -24,7 +24,8 @@ class TrackingReporter:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Under `train/`, and under `system/` what MLflow shows as such.
 
-        Steps that a restart does again are left out: they have the same values.
+        Steps that a restart does again are left out: they have the same values, or are those of a loss spike that was
+        rolled back, which the curve keeps.
         """
         if step in self._steps:
             return
