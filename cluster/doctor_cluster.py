@@ -15,7 +15,7 @@ from cluster.config import RunConfig
 from cluster.doctor import machine_checks, run_checks
 from cluster.doctor_finding import Finding
 from cluster.doctor_services import skew_finding
-from cluster.elastic import room
+from cluster.room import demands, room
 
 PATIENCE_S = 180.0
 CLUSTER = "cluster"
@@ -103,17 +103,11 @@ def _room(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding
     """Whether the run fits in the cluster as it is now."""
     if config is None:
         return []
-    cluster, settings = config.cluster, config.evaluation
-    needs = [("training", cluster.min_workers, cluster.needs)]
-    if settings.sets:
-        actor = {"CPU": settings.num_cpus_per_actor, "GPU": settings.num_gpus_per_actor}
-        actor |= settings.resources_per_actor
-        needs.append(("evaluation", settings.actors, {name: amount for name, amount in actor.items() if amount}))
     findings: list[Finding] = []
-    for name, count, resources in needs:
-        places = room((node["Resources"] for node in nodes), resources)
-        detail = f"{name}: {count} processes, and room for {places}"
-        if places < count:
+    for demand in demands(config):
+        places = room((node["Resources"] for node in nodes), demand.needs)
+        detail = f"{demand}, and room for {places}"
+        if places < demand.count:
             remedy = "lower the recipe's numbers, or let the cluster grow"
             findings.append(Finding("room", "warning", detail, remedy, CLUSTER))
         else:

@@ -17,6 +17,7 @@ from ray.autoscaler.sdk import request_resources
 
 from cluster.config import ClusterConfig
 from cluster.progress import say
+from cluster.room import room
 from cluster.run_relay import RunRelay
 
 LOOK_S = 2.0
@@ -38,11 +39,6 @@ class Resize:
 
     def __str__(self) -> str:
         return f"from {self.before} to {self.after} workers in {self.seconds:.1f} s, {self.steps_redone} steps redone"
-
-
-def room(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
-    """How many workers the free resources of these nodes hold."""
-    return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items()) for node in nodes)
 
 
 def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:

@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 
 from cluster.config import RunConfig
 from cluster.recipe import dump_recipe
+from cluster.room import demands, room
 from cluster.submit import run_digest
 from model.errors import UserError
 
@@ -95,19 +96,20 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
     head, groups = spec["headGroupSpec"], spec["workerGroupSpecs"]
     if head["rayStartParams"].get("num-cpus") != "0":
         problems.append('headGroupSpec.rayStartParams.num-cpus must be "0", or workers would run beside the driver')
+    problems += _image_problems("head", head["template"]["spec"])
     for group in groups:
+        problems += _image_problems(group["groupName"], group["template"]["spec"])
         problems += _pod_problems(group["groupName"], group["template"]["spec"])
-    wanted = [("cluster.resources_per_worker", config.cluster.max_workers, config.cluster.resources_per_worker)]
-    if config.evaluation.sets:
-        settings = config.evaluation
-        wanted.append(("evaluation.resources_per_actor", settings.actors, settings.resources_per_actor))
-    offers = [(group.get("maxReplicas", 0), _custom_resources(group)) for group in groups]
-    for setting, count, resources in wanted:
-        for name, amount in resources.items():
-            most = sum(replicas * offered.get(name, 0.0) for replicas, offered in offers)
-            if count * amount > most:
-                problems.append(f"{setting} asks for {count * amount:g} {name!r} in all, the groups offer {most:g}")
+    nodes = [node for group in groups for node in [_node(group)] * group.get("maxReplicas", 0)]
+    for demand in demands(config):
+        if (places := room(nodes, demand.needs)) < demand.count:
+            problems.append(f"{demand}, and the groups have room for {places}; raise maxReplicas or the resources")
     return problems
+
+
+def _image_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
+    images = [container.get("image", "") for container in pod["containers"]]
+    return [f"{group}: image is {image}; put your registry in" for image in images if "REGISTRY" in image]
 
 
 def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
@@ -120,6 +122,15 @@ def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
         if "/" in name and resources.get("requests", {}).get(name) != amount:
             problems.append(f"{group}: limits.{name} is {amount}; requests.{name} must be the same")
     return problems
+
+
+def _node(group: Mapping[str, Any]) -> dict[str, float]:
+    """What one pod of a group offers to Ray."""
+    limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    cores = limits.get("cpu", "inf")  # without a limit, all of the machine
+    gpus = sum(float(amount) for name, amount in limits.items() if name.endswith("/gpu"))
+    cpus = float(cores.removesuffix("m")) / 1000 if cores.endswith("m") else float(cores)
+    return {"CPU": cpus, "GPU": gpus, **_custom_resources(group)}
 
 
 def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:

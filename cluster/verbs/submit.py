@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.verbs.arguments import OVERRIDE, use_token
+from model.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.jobs import JobClient, KnownJob
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--kuberay",
         metavar="TEMPLATE",
+        nargs="?",
+        const="",
         help="write a RayJob for Kubernetes from a file like cluster/cloud/kuberay.yaml",
     )
     parser.add_argument("--output", metavar="FILE", help="with --kuberay: where to write; default: standard output")
@@ -45,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit status of the job; 130 for one that was stopped or left alone with Ctrl-C."""
     if args.kuberay is not None:
         return _write_ray_job(args)
+    if args.output is not None or args.apply:
+        raise ConfigError(
+            "--output and --apply go with --kuberay TEMPLATE; without it, Ray gets the run"
+        )
     use_token()
     from cluster.jobs import JobClient
 
@@ -92,6 +99,11 @@ def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[KnownJob]:
 
 def _write_ray_job(args: argparse.Namespace) -> int:
     """--kuberay."""
+    if not args.kuberay:
+        raise ConfigError(
+            "--kuberay needs a TEMPLATE: copy cluster/cloud/kuberay.yaml, put your image and service account in, and "
+            "give its path"
+        )
     from cluster.kuberay import apply, ray_job_yaml
     from cluster.progress import say
     from cluster.recipe import load_recipe

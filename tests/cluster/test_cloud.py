@@ -101,12 +101,24 @@ def test_no_example_holds_a_secret(path):
 # KubeRay
 
 
-def written(*overrides, template: Path = KUBERAY):
+@pytest.fixture
+def template(tmp_path):
+    """The example with an image."""
+    path = tmp_path / "kuberay.yaml"
+    path.write_text(KUBERAY.read_text().replace("REGISTRY", "registry.example.com"))
+    return path
+
+
+def written(template: Path, *overrides):
     return list(yaml.safe_load_all(ray_job_yaml(parse_recipe(RECIPE, overrides), template, {"NCCL_DEBUG": "WARN"})))
 
 
-def test_the_ray_job_runs_the_recipe_from_a_config_map():
-    config_map, ray_job = written()
+def with_image(document):
+    return yaml.safe_load(yaml.safe_dump(document).replace("REGISTRY", "registry.example.com"))
+
+
+def test_the_ray_job_runs_the_recipe_from_a_config_map(template):
+    config_map, ray_job = written(template)
     name = ray_job["metadata"]["name"]
     assert name.startswith("m2f-cloud-run-1-")
     assert config_map["metadata"] == {"name": name, "namespace": "default"}
@@ -119,14 +131,14 @@ def test_the_ray_job_runs_the_recipe_from_a_config_map():
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"NCCL_DEBUG": "WARN"}}
 
 
-def test_a_long_name_is_cut_to_what_kuberay_takes():
-    name = written(f"name=a{'_Long.' * 20}")[1]["metadata"]["name"]
+def test_a_long_name_is_cut_to_what_kuberay_takes(template):
+    name = written(template, f"name=a{'_Long.' * 20}")[1]["metadata"]["name"]
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
     assert len(name) <= 47
 
 
-def test_what_is_written_has_only_fields_that_kuberay_knows():
-    assert schema_problems(written()[1]) == []
+def test_what_is_written_has_only_fields_that_kuberay_knows(template):
+    assert schema_problems(written(template)[1]) == []
 
 
 def test_the_example_drains_before_it_ends():
@@ -179,42 +191,78 @@ def test_what_kubernetes_would_refuse_or_drop_is_found(path, value, found):
             {"cpu": "4"},
             "train: limits.nvidia.com/gpu is 4; requests.nvidia.com/gpu must be the same",
         ),
-        ("workerGroupSpecs.0.maxReplicas", 3, "cluster.resources_per_worker asks for 16 'trainer' in all"),
-        ("workerGroupSpecs.1.rayStartParams", {}, "evaluation.resources_per_actor asks for 1 'evaluator' in all"),
+        ("headGroupSpec.template.spec.containers.0.image", "REGISTRY/m2f:0.1.0", "head: image is REGISTRY/m2f:0.1.0"),
+        (
+            "workerGroupSpecs.0.maxReplicas",
+            3,
+            "training: 16 processes with 1 CPU, 1 trainer each, and the groups have room for 12",
+        ),
+        ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 processes with 1 CPU, 1 evaluator each, and the gro"),
     ],
 )
 def test_what_would_never_start_is_found(path, value, found):
-    spec = read(KUBERAY)["spec"]["rayClusterSpec"]
+    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     assert cluster_problems(parse_recipe(RECIPE), deepcopy(spec)) == []
     change(spec, path, value)
     (problem,) = cluster_problems(parse_recipe(RECIPE), spec)
     assert found in problem
 
 
+@pytest.mark.parametrize(
+    ("workers", "fits"),
+    [
+        ("num_gpus_per_worker: 1, num_cpus_per_worker: 11, num_workers: 16", True),
+        ("num_gpus_per_worker: 1, num_cpus_per_worker: 12, num_workers: 16", False),  # three on a node
+        ("num_gpus_per_worker: 1, num_workers: 19", False),
+        ("num_gpus_per_worker: 1, num_workers: [2, 64]", True),
+    ],
+)
+def test_cpus_and_gpus_count(workers, fits):
+    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
+    config = parse_recipe(RECIPE.replace("num_workers: 16", workers))
+    assert (cluster_problems(config, spec) == []) == fits
+
+
+def test_parts_of_a_core():
+    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
+    limits = spec["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    limits["cpu"] = "900m"
+    (problem,) = cluster_problems(parse_recipe(RECIPE), spec)
+    assert problem.startswith("evaluation: 1 processes with 1 CPU")
+
+
 def test_resources_of_a_group_in_their_own_field():
-    spec = read(KUBERAY)["spec"]["rayClusterSpec"]
+    spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     spec["workerGroupSpecs"][0] |= {"resources": {"trainer": "4"}, "rayStartParams": {}}
     assert cluster_problems(parse_recipe(RECIPE), spec) == []
 
 
 def test_resources_that_are_no_json_are_said_so(tmp_path):
-    document = read(KUBERAY)
+    document = with_image(read(KUBERAY))
     change(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", "{trainer: 4}")
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(KubeRayError, match=r"train: rayStartParams\.resources is not JSON"):
-        written(template=tmp_path / "t.yaml")
+        written(tmp_path / "t.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: [", "kind: RayCluster", "kind: RayJob\n---\nkind: RayJob"])
 def test_another_file_is_no_template(tmp_path, text):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(KubeRayError, match="template"):
-        written(template=tmp_path / "t.yaml")
+        written(tmp_path / "t.yaml")
 
 
-def test_the_verb_writes_a_file(tmp_path, capsys):
+def test_the_verb_says_what_goes_together(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
-    words = ["submit", str(tmp_path / "r.yaml"), "cluster.num_workers=4", "--kuberay", str(KUBERAY)]
+    assert main(["submit", str(tmp_path / "r.yaml"), "--kuberay"]) == 2
+    assert "copy cluster/cloud/kuberay.yaml" in capsys.readouterr().err
+    assert main(["submit", str(tmp_path / "r.yaml"), "--output", "job.yaml"]) == 2
+    assert "--output and --apply go with --kuberay" in capsys.readouterr().err
+
+
+def test_the_verb_writes_a_file(tmp_path, template, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    words = ["submit", str(tmp_path / "r.yaml"), "cluster.num_workers=4", "--kuberay", str(template)]
     assert main([*words, "--output", str(tmp_path / "job.yaml")]) == 0
     config_map, ray_job = yaml.safe_load_all((tmp_path / "job.yaml").read_text())
     assert (config_map["kind"], ray_job["kind"]) == ("ConfigMap", "RayJob")
@@ -223,9 +271,9 @@ def test_the_verb_writes_a_file(tmp_path, capsys):
     assert "output is /only/here" in capsys.readouterr().err
 
 
-def test_kubectl_gets_the_same_text(tmp_path, monkeypatch, capsys):
+def test_kubectl_gets_the_same_text(tmp_path, template, monkeypatch, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
-    words = ["submit", str(tmp_path / "r.yaml"), "--kuberay", str(KUBERAY), "--apply"]
+    words = ["submit", str(tmp_path / "r.yaml"), "--kuberay", str(template), "--apply"]
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(words) == 2
     assert "kubectl is not here" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
 from cluster.config import ClusterConfig
-from cluster.elastic import Sizes, next_size, room
+from cluster.elastic import Sizes, next_size
+from cluster.room import room
 from cluster.tracking import create_run
 from cluster.train_job import run_training
 from cluster.train_local import train_locally
