@@ -101,7 +101,7 @@ def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
 
 def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, Any]]:
     """The 19 classes by label id or by train id, whichever the segments use; their own ids are always of labels."""
-    segments = [segment for entry in annotations for segment in coco_json.field(entry, "segments_info", path)]
+    segments = [segment for entry in annotations for segment in coco_json.read_segments(entry, path)]
     by_label = all(
         _label(coco_json.whole_number(s, "id", path)) == coco_json.whole_number(s, "category_id", path)
         for s in segments

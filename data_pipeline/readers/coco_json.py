@@ -32,10 +32,15 @@ class CocoImage:
 def read_document(path: str, required: Collection[str]) -> dict[str, Any]:
     """A COCO JSON file that has all required lists. Raises DataError naming what is missing."""
     document = read_json(path)
+    require_lists(document, required, path)
+    return document
+
+
+def require_lists(document: Any, required: Collection[str], path: str) -> None:
+    """Raise DataError naming the lists that a COCO document lacks."""
     missing = [name for name in required if not isinstance(document, dict) or not isinstance(document.get(name), list)]
     if missing:
         raise DataError(f"{path} has no list {some(missing)}; it is not a COCO annotation file")
-    return document
 
 
 def read_images(document: Mapping[str, Any], path: str) -> tuple[CocoImage, ...]:
@@ -146,6 +151,14 @@ def whole_number(entry: Any, name: str, where: str) -> int:
     if isinstance(value, float) and number != value:
         raise DataError(f"{where}: {name} is {value!r}, not a whole number")
     return number
+
+
+def read_segments(entry: Any, where: str) -> list[Any]:
+    """The segments of a panoptic annotation. Raises DataError naming the entry."""
+    segments = field(entry, "segments_info", where)
+    if not isinstance(segments, list):
+        raise DataError(f"{where}: segments_info is not a list")
+    return segments
 
 
 def stated_box(entry: Mapping[str, Any], where: str) -> Box | None:

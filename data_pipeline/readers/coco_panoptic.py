@@ -21,6 +21,7 @@ from data_pipeline.readers.coco_json import CocoImage, field, stated_area, state
 from data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
+    read_json,
     relative_name,
     require_folder,
     size_on_disk,
@@ -57,14 +58,14 @@ class CocoPanopticReader:
     @classmethod
     def open(cls, source: CocoPanopticSource, max_pixels: int) -> Self:
         """Read and check the annotation files. Raises DataError."""
-        document = coco_json.read_document(source.panoptic_json, ("images", "annotations", "categories"))
-        return cls.of(document, source, max_pixels)
+        return cls.of(read_json(source.panoptic_json), source, max_pixels)
 
     @classmethod
-    def of(cls, document: Mapping[str, Any], source: CocoPanopticSource, max_pixels: int) -> Self:
+    def of(cls, document: Any, source: CocoPanopticSource, max_pixels: int) -> Self:
         """Check the content of `source.panoptic_json`. Raises DataError."""
         images, masks = require_folder(source.images), require_folder(source.panoptic_masks)
         path = source.panoptic_json
+        coco_json.require_lists(document, ("images", "annotations", "categories"), path)
         categories = coco_json.read_categories(document, path, things_only=False)
         records = _read_records(document, path)
         used = Counter(int(s["category_id"]) for record in records for s in record.segments)
@@ -155,9 +156,7 @@ def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecor
     for key, image in zip(keys, images, strict=True):
         entry = groups[image.source_id][0]
         where = f"{path}: annotation of image {image.source_id}"
-        segments = field(entry, "segments_info", where)
-        if not isinstance(segments, list):
-            raise DataError(f"{where}: segments_info is not a list")
+        segments = coco_json.read_segments(entry, where)
         for segment in segments:
             whole_number(segment, "category_id", where)
         coco_json.require_unique([whole_number(s, "id", where) for s in segments], f"{where}: segment ids")

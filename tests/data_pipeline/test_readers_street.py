@@ -123,17 +123,25 @@ def test_a_panoptic_json_of_annotations_only_uses_label_ids_or_train_ids(street,
     segments = [{"id": 7, "category_id": ids["road"]}, {"id": 26001, "category_id": ids["car"], "iscrowd": 0}]
     entry = {"image_id": "ulm_000001_000019", "file_name": "ulm.png", "segments_info": segments}
     (tmp_path / "p.json").write_text(json.dumps({"annotations": [entry]}))
-    reader = open_reader(
-        CityscapesPanopticSource(
-            images=f"{tmp_path}/leftImg8bit", panoptic_json=f"{tmp_path}/p.json", panoptic_masks=f"{tmp_path}/masks"
-        )
+    reader_source = CityscapesPanopticSource(
+        images=f"{tmp_path}/leftImg8bit", panoptic_json=f"{tmp_path}/p.json", panoptic_masks=f"{tmp_path}/masks"
     )
+    reader = open_reader(reader_source)
     (sample,) = map(reader.read, range(len(reader.keys)))
     assert (sample.key, sample.height, sample.width) == ("ulm_000001_000019", H, W)
     names = [reader.categories.by_id[s.category_id].name for s in sample.annotation.segments]
     assert names == ["road", "car"]
     assert _targets(sample, reader.categories, "panoptic").labels.tolist() == [0, 13]
     assert [s.area for s in sample.annotation.segments] == [H * W - 6, 6]
+    for spoiled, words in (
+        ({"annotations": [entry | {"segments_info": 7}]}, "segments_info is not a list"),
+        ({"annotations": [entry | {"image_id": None}]}, "image_id is None"),
+        ({"annotations": 7}, "has no list annotations"),
+        ({"annotations": [entry], "images": 7}, "has no list images"),
+    ):
+        (tmp_path / "p.json").write_text(json.dumps(spoiled))
+        with pytest.raises(DataError, match=f"p.json.*{words}"):
+            open_reader(reader_source)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
