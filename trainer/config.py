@@ -157,6 +157,13 @@ class TrainingConfig:
         for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        require_positive(training__collective_timeout_s=self.collective_timeout_s)
+        require_at_least(
+            0,
+            training__stall_timeout_s=self.stall_timeout_s,
+            training__max_skipped_steps=self.max_skipped_steps,
+            training__schedule__warmup_steps=self.schedule.warmup_steps,
+        )
         if self.precision in ("bf16", "fp16") and self.zero.stage == 0:
             raise ConfigError(
                 f"training.precision {self.precision} needs training.zero.stage 1, 2 or 3, which keep fp32 copies of "
