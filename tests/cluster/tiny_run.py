@@ -11,6 +11,7 @@ import torch
 import trainer.module
 from cluster.config import ClusterConfig, RunConfig
 from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
+from data_pipeline.errors import StorageError
 from data_pipeline.readers import open_reader, source_fingerprint
 from data_pipeline.shards import commit_manifest, plan_shards, write_shard
 from data_pipeline.storage import Storage
@@ -142,11 +143,33 @@ def slow_loop(arguments):
         train_loop(arguments)
 
 
-def full_and_spiky_loop(arguments):
-    """What a Ray worker runs, with too little memory in the fifth step (rank 1 of 2) and a spike from the eighth on."""
+@contextmanager
+def refused_upload(marker: Path):
+    """The store refuses the first upload of rank 1; `marker` is a file that remembers that."""
+    real = Storage.put_file
+
+    def put_file(self, url, path):
+        if "zero_pp_rank_1" in url and not marker.exists():
+            marker.touch()
+            raise StorageError(f"{url}: the store refuses to write (AccessDenied)")
+        real(self, url, path)
+
+    Storage.put_file = put_file
+    try:
+        yield
+    finally:
+        Storage.put_file = real
+
+
+def troubled_loop(arguments):
+    """What a Ray worker runs: an upload is refused, memory is short in step 5 (rank 1), steps 8 and 9 spike."""
     from cluster.train_worker import train_loop
 
-    with changed_losses(lambda losses, targets: spike(28, out_of_memory(17, losses, targets), targets)):
+    marker = Path(arguments["settings"].job.run_folder, "refused")
+    with (
+        refused_upload(marker),
+        changed_losses(lambda losses, targets: spike(28, out_of_memory(17, losses, targets), targets)),
+    ):
         train_loop(arguments)
 
 
