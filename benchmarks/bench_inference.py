@@ -38,7 +38,6 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
     geometry = ImageGeometry(size, size, size)
     classes, embeddings, features = (tensor.to(device) for tensor in sure_predictions(size, CLASSES))
     masks = torch.einsum("qc,chw->qhw", embeddings, features)  # the forward of transformers ends with such a product
-    one = torch.eye(len(masks), device=device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
     def run_ours() -> Sequence[Tensor]:
@@ -50,7 +49,7 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
     def run_theirs() -> Sequence[Tensor]:
         with precision:
             theirs(pixel_values=pixels)
-        return [plain_panoptic(classes, one, masks, geometry, IS_THING, CONFIG.postprocess) for _ in pixels]
+        return [plain_panoptic(classes, masks, geometry, IS_THING, CONFIG.postprocess) for _ in pixels]
 
     return compare(
         f"R50 inference {'fp32' if device.type == 'cpu' else 'bf16'}",

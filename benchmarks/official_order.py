@@ -141,25 +141,24 @@ def _mask_losses(
     return mask, dice.sum()
 
 
-def _at_original_size(embeddings: Tensor, features: Tensor, geometry: ImageGeometry) -> Tensor:
-    """Mask logits [Q, H, W] of all queries."""
-    masks = torch.einsum("qc,chw->qhw", embeddings, features)
+def _at_original_size(masks: Tensor, geometry: ImageGeometry) -> Tensor:
+    """Mask logits [Q, H, W] of all queries, from [Q, h, w]."""
     masks = F.interpolate(masks[None], geometry.padded_size, mode="bilinear")
     masks = masks[..., : geometry.resized_size[0], : geometry.resized_size[1]]
     return F.interpolate(masks, geometry.original_size, mode="bilinear")[0]
 
 
-def plain_semantic(class_logits: Tensor, embeddings: Tensor, features: Tensor, geometry: ImageGeometry) -> Tensor:
+def plain_semantic(class_logits: Tensor, masks: Tensor, geometry: ImageGeometry) -> Tensor:
     """Label map [H, W]: the class with the largest sum of class probability times mask probability."""
-    masks = _at_original_size(embeddings, features, geometry).sigmoid()
+    masks = _at_original_size(masks, geometry).sigmoid()
     return torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], masks).argmax(0)
 
 
 def plain_instance(
-    class_logits: Tensor, embeddings: Tensor, features: Tensor, geometry: ImageGeometry, config: PostprocessConfig
+    class_logits: Tensor, masks: Tensor, geometry: ImageGeometry, config: PostprocessConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masks [N, H, W], labels and scores of the best pairs of query and class."""
-    logits = _at_original_size(embeddings, features, geometry)
+    logits = _at_original_size(masks, geometry)
     num_classes = class_logits.shape[-1] - 1
     scores, pairs = class_logits.softmax(-1)[:, :-1].flatten().topk(config.max_instances)
     logits = logits[pairs // num_classes]
@@ -170,14 +169,13 @@ def plain_instance(
 
 def plain_panoptic(
     class_logits: Tensor,
-    embeddings: Tensor,
-    features: Tensor,
+    masks: Tensor,
     geometry: ImageGeometry,
     is_thing: Sequence[bool],
     config: PostprocessConfig,
 ) -> Tensor:
     """Segment map [H, W]: all queries upsampled, then filtered, then painted one by one."""
-    masks = _at_original_size(embeddings, features, geometry).sigmoid()
+    masks = _at_original_size(masks, geometry).sigmoid()
     scores, labels = class_logits.softmax(-1).max(-1)
     keep = (labels != class_logits.shape[-1] - 1) & (scores > config.object_threshold)
     scores, labels, masks = scores[keep], labels[keep], masks[keep]
