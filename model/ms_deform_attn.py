@@ -8,16 +8,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shapes = Sequence[tuple[int, int]]
-"""(height, width) of every level, in the order of the flattened pixels."""
+from model.sampled_rows import SampledRowSum, Shapes
 
 
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -49,104 +47,8 @@ def ms_deform_attn_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor,
 def ms_deform_attn_embedding_bag(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """`ms_deform_attn` as one weighted sum of 4 L P rows per query and head: fast on CPU, and stores no sample."""
     batch, queries = weights.shape[:2]
-    table = value.reshape(-1, value.shape[-1]).to(locations.dtype)
-    output = SampledRowSum.apply(table, locations, weights, shapes)
+    output = SampledRowSum.apply(value.to(locations.dtype), locations, weights, shapes)
     return output.view(batch, queries, -1).to(value.dtype)
-
-
-def bilinear_corners(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The 4 pixels around every location: their int32 index among all pixels and their weight, each [B, Q, G, L * P].
-
-    A pixel outside its map gets the weight 0 and the index of a pixel inside. Axes are handled one by one because
-    elementwise loops over a last dimension of 2 are slow.
-    """
-    points = locations.shape[-2]
-    areas = [height * width for height, width in shapes]
-    starts = [sum(areas[:level]) for level in range(len(areas))]
-    geometry = [(width, height, start) for (height, width), start in zip(shapes, starts, strict=True)]
-    width, height, start = torch.tensor(geometry, device=locations.device).repeat_interleave(points, dim=0).unbind(1)
-    x, y = locations.flatten(-3, -2).unbind(-1)
-    columns, column_weights = _axis_corners(x, width)
-    lines, line_weights = _axis_corners(y, height)
-    weights = weights.flatten(-2)
-    line_weights = [line_weight * weights for line_weight in line_weights]
-    lines = [(line * width + start).int() for line in lines]
-    columns = [column.int() for column in columns]
-    return (
-        [line + column for line in lines for column in columns],
-        [line_weight * column_weight for line_weight in line_weights for column_weight in column_weights],
-    )
-
-
-def _axis_corners(location: Tensor, size: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The two neighbours of a location on one axis: indices clamped to 0..size-1, and weights, 0 where outside."""
-    position = location * size - 0.5
-    low = position.detach().floor()
-    fraction = position - low
-    first, last = low.new_zeros(()), (size - 1).to(low.dtype)
-    corners = [low, low + 1]
-    # fmin and fmax give a valid index for NaN too; the weight then carries the NaN to the loss.
-    clamped = [torch.fmin(torch.fmax(corner, first), last) for corner in corners]
-    inside = [corner == limited for corner, limited in zip(corners, clamped, strict=True)]
-    return clamped, [(1 - fraction) * inside[0], fraction * inside[1]]
-
-
-def _weighted_rows(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the table of values, int32, and their weights, both [B * Q * G, 4 L P]."""
-    batch, _, heads = weights.shape[:3]
-    rows, row_weights = bilinear_corners(shapes, locations, weights)
-    # Row of the table [B * S * G, D] = (image * S + pixel) * G + head.
-    pixels = sum(height * width for height, width in shapes)
-    image = torch.arange(batch, dtype=torch.int32).view(batch, 1, 1, 1) * (pixels * heads)
-    head = torch.arange(heads, dtype=torch.int32).view(1, 1, heads, 1)
-    rows = torch.stack([row * heads + (image + head) for row in rows], dim=-2)
-    return rows.flatten(0, 2).flatten(1), torch.stack(row_weights, dim=-2).flatten(0, 2).flatten(1)
-
-
-class SampledRowSum(torch.autograd.Function):
-    """`output[n] = sum_k weight[n, k] * table[row[n, k]]` over the corners of all locations, for CPU tensors.
-
-    The backward pass computes rows and weights again: kept, they are a quarter of what a training step remembers. The
-    table's gradient is a product with a transposed sparse matrix, which scipy does in one pass where PyTorch sorts all
-    indices first (10 times slower).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
-        """`table` [B * S * G, D], `locations` [B, Q, G, L, P, 2], `weights` [B, Q, G, L, P] to [B * Q * G, D]."""
-        ctx.save_for_backward(table, locations, weights)
-        ctx.shapes = shapes
-        rows, row_weights = _weighted_rows(shapes, locations, weights)
-        return F.embedding_bag(rows, table, per_sample_weights=row_weights, mode="sum")
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """Gradients of the table, the locations and the weights."""
-        table, *geometry = ctx.saved_tensors
-        gradient = grad_outputs[0].contiguous()
-        needs_table, *needs_geometry, _ = ctx.needs_input_grad
-        with torch.enable_grad():
-            pairs = zip(geometry, needs_geometry, strict=True)
-            inputs = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
-            rows, row_weights = _weighted_rows(ctx.shapes, *inputs)
-        bags, per_bag = rows.shape
-        ends = torch.arange(0, bags * per_bag + 1, per_bag, dtype=rows.dtype)
-        flat_weights = row_weights.detach().flatten()
-        table_gradient = None
-        if needs_table:
-            parts = (flat_weights.numpy(), rows.numpy().ravel(), ends.numpy())
-            matrix = scipy.sparse.csr_array(parts, shape=(bags, len(table)))
-            table_gradient = torch.from_numpy(matrix.T @ gradient.numpy())
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        if not wanted:
-            return table_gradient, None, None, None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
-            pattern = torch.sparse_csr_tensor(ends, rows.flatten(), flat_weights, (bags, len(table)))
-        products = torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0)
-        found = iter(torch.autograd.grad(row_weights, wanted, products.values().view(bags, per_bag)))
-        location_gradient, weight_gradient = (next(found) if needed else None for needed in needs_geometry)
-        return table_gradient, location_gradient, weight_gradient, None
 
 
 class SamplingGrid(NamedTuple):

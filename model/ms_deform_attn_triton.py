@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from model.kernel_tuning import Tuner, Tuning, milliseconds_on_gpu
-from model.ms_deform_attn import Shapes, bilinear_corners
 from model.ms_deform_attn_kernels import backward_kernel, forward_kernel
+from model.sampled_rows import Samples, Shapes, padded_table, unpadded_values
 
 # None of these needs more registers than there are, for 32 channels per head on a GPU of compute capability 9.0.
 FORWARD = Tuner([Tuning(32, 4), Tuning(16, 2), Tuning(8, 1), Tuning(16, 4)], milliseconds_on_gpu)
@@ -163,19 +164,19 @@ def _launch(kernel: Any, tuning: Tuning, pointers: tuple[Tensor, ...], **constan
 def _value_gradient_in_order(
     value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor, gradient: Tensor
 ) -> Tensor:
-    """The gradient of the value as a sorted sum, head by head to bound its memory."""
+    """The gradient of the value as a sorted sum, for one image, head and neighbour at a time to bound its memory."""
     heads = value.shape[2]
     shapes = list(zip(sides[::2], sides[1::2], strict=True))
     sizes = torch.tensor([[width, height] for height, width in shapes], device=value.device)
     locations = reference[:, :, None, None, None] + offsets / sizes[:, None]
     weights = logits.float().flatten(-2).softmax(-1).view(logits.shape)
-    total = torch.zeros_like(value, dtype=torch.float32)
+    total = padded_table(torch.zeros_like(value, dtype=torch.float32), shapes)
     per_head = gradient.float().unflatten(2, (heads, -1))
-    for image in range(len(value)):
-        rows, row_weights = bilinear_corners(shapes, locations[image : image + 1], weights[image : image + 1])
-        for head in range(heads):
-            for row, weight in zip(rows, row_weights, strict=True):  # [1, Q, G, K]
-                shares = weight[0, :, head, :, None] * per_head[image, :, None, head]
-                index = row[0, :, head].flatten().long()
-                total[image, :, head].index_put_((index,), shares.flatten(0, 1), accumulate=True)
-    return total
+    for image, table in enumerate(total.chunk(len(value))):
+        samples = Samples.locate(shapes, locations[image : image + 1])
+        row_weights = samples.row_weights(weights[image : image + 1])
+        for head, neighbour in np.ndindex(heads, 4):
+            rows, shares = (tensor[0, :, head, neighbour] for tensor in (samples.rows, row_weights))  # [Q, K]
+            gradients = shares[..., None] * per_head[image, :, None, head]
+            table.index_put_((rows.flatten().long(),), gradients.flatten(0, 1), accumulate=True)
+    return unpadded_values(total, value, shapes)
