@@ -16,6 +16,7 @@ from benchmarks.measure import Row, compare
 from benchmarks.official_order import plain_panoptic
 from benchmarks.scenes import CLASSES, sure_predictions
 from benchmarks.transformers_peer import CONFIG, twins
+from model.cuda_graphs import replay_forward
 from model.mask_resize import ImageGeometry
 from model.postprocess import panoptic
 from model.structures import Predictions
@@ -35,6 +36,9 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
     ours, theirs = (model.eval().to(device) for model in twins())
     pixels = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     _check_agreement(ours(pixels), theirs(pixel_values=pixels))
+    replay_forward(ours)
+    own_format = torch.contiguous_format if device.type == "cpu" else torch.channels_last  # as `normalise` has it
+    our_pixels = pixels.contiguous(memory_format=own_format)
     geometry = ImageGeometry(size, size, size)
     classes, embeddings, features = (tensor.to(device) for tensor in sure_predictions(size, CLASSES))
     masks = torch.einsum("qc,chw->qhw", embeddings, features)  # the forward of transformers ends with such a product
@@ -42,7 +46,7 @@ def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int
 
     def run_ours() -> Sequence[Tensor]:
         with precision:
-            ours(pixels)
+            ours(our_pixels)
         found = (panoptic(classes, embeddings, features, geometry, IS_THING, CONFIG.postprocess) for _ in pixels)
         return [result.segment_map for result in found]
 
