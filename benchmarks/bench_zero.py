@@ -1,42 +1,68 @@
-"""What DeepSpeed costs: a ZeRO-1 step of one rank against the same step with plain AdamW."""
+"""What DeepSpeed costs: a ZeRO-1 step of one rank against plain AdamW, and of two ranks against DDP."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import CPU, Row, Times, compare
 from benchmarks.scenes import make_batch
 from benchmarks.transformers_peer import CONFIG
+from cluster.launch_local import launch
 from model.criterion import count_normalizers
 from model.mask2former import build_model
 from trainer.config import OptimizerConfig, TrainingConfig, ZeroConfig
 from trainer.engine import Engine
 from trainer.module import TrainingModule
 from trainer.param_groups import build_param_groups
+from trainer.worker import process_group
 
 CLIP_NORM = 0.01
+IMAGES = 2  # of a rank
 
 
 def run(tiny: bool, device: torch.device) -> list[Row]:
-    """The R50 model with a batch of 2."""
+    """The R50 model with a batch of 2 per rank."""
     for variable, text in (("DS_ACCELERATOR", device.type), ("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(variable, text)
     store = dist.HashStore()
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
     try:
         size = 1024 if device.type != "cpu" else 128 if tiny else 512
-        return [_case(2, size, device, repeats=3 if device.type == "cpu" else 20)]
+        row = _case(size, device, repeats=3 if device.type == "cpu" else 20)
     finally:
         dist.destroy_process_group()
+    return [row] if tiny or device.type != "cpu" else [row, _two_ranks(256)]
 
 
-def _case(images: int, size: int, device: torch.device, repeats: int) -> Row:
+def _two_ranks(size: int) -> Row:
+    """CPU time of rank 0 of two on this machine."""
+    with TemporaryDirectory() as folder:
+        found = Path(folder) / "row.json"
+        launch(_rank, (size, str(found)), 2, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        row = json.loads(found.read_text())
+    return Row(**row | {"ours": Times(*row["ours"]), "theirs": Times(*row["theirs"])})
+
+
+def _rank(size: int, found: str) -> None:
+    torch.set_num_threads(1)
+    with process_group(CPU, 120.0):
+        row = _case(size, CPU, repeats=3)
+        if dist.get_rank() == 0:
+            Path(found).write_text(json.dumps(vars(row)))
+
+
+def _case(size: int, device: torch.device, repeats: int) -> Row:
+    world = dist.get_world_size()
     precision = "fp32" if device.type == "cpu" else "bf16_autocast"
     torch.manual_seed(0)
     plain = TrainingModule(build_model(CONFIG, pretrained_backbone=False), CONFIG, 0, precision).to(device)
@@ -44,17 +70,18 @@ def _case(images: int, size: int, device: torch.device, repeats: int) -> Row:
     optimizer = OptimizerConfig(lr=1e-12, clip_norm=CLIP_NORM)
     training = TrainingConfig(
         max_steps=1,
-        global_batch=images,
-        micro_batch=images,
+        global_batch=world * IMAGES,
+        micro_batch=IMAGES,
         precision=precision,
         optimizer=optimizer,
         zero=ZeroConfig(stage=1),
     )
     engine = Engine(deepcopy(plain), training, device)
     adamw = torch.optim.AdamW(build_param_groups(plain.model, optimizer), fused=True)
-    batch = make_batch(images, size, objects=10).to(device)
+    peer = DistributedDataParallel(plain) if world > 1 else plain
+    batch = make_batch(IMAGES, size, objects=10, seed=dist.get_rank()).to(device)
     normalizers = count_normalizers(batch.targets, CONFIG.transformer_decoder.num_queries, CONFIG.loss)
-    normalizers = type(normalizers)(*(value.cpu() for value in normalizers))
+    normalizers = type(normalizers)(*(world * value.cpu() for value in normalizers))
 
     def sharded_step() -> Sequence[Tensor]:
         losses = engine.accumulate(batch, normalizers)
@@ -62,8 +89,8 @@ def _case(images: int, size: int, device: torch.device, repeats: int) -> Row:
         return [losses.total.view(()), torch.tensor(norm)]
 
     def plain_step() -> Sequence[Tensor]:
-        losses = plain(batch, normalizers)
-        losses.total.backward()
+        losses = peer(batch, normalizers)
+        (world * losses.total).backward()
         norm = nn.utils.clip_grad_norm_(plain.parameters(), CLIP_NORM)
         adamw.step()
         adamw.zero_grad()
@@ -72,10 +99,10 @@ def _case(images: int, size: int, device: torch.device, repeats: int) -> Row:
     for step in (sharded_step, plain_step):
         step()
     return compare(
-        f"ZeRO-1 step, one rank {precision}",
-        f"{images} x {size} x {size}",
+        f"ZeRO-1 step, {world} rank{'s' if world > 1 else ''} {precision}",
+        f"{IMAGES} x {size} x {size}",
         sharded_step,
-        "plain AdamW",
+        "DistributedDataParallel" if world > 1 else "plain AdamW",
         plain_step,
         tolerance=1e-3,
         repeats=repeats,
