@@ -95,7 +95,8 @@ def compute_losses(
         else:
             mask, dice = _losses_of_whole_masks(logits, targets, rows, config.mask_loss)
 
-        num_masks, shape = normalizers.num_masks.clamp(min=1), (num_layers, *targets.labels.shape)
+        num_masks = normalizers.num_masks.clamp(min=1)
+        shape = (num_layers, *targets.labels.shape)
         weighted = (
             config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
             config.mask_weight / num_masks * _sum_per_image(mask * poison, rows, shape),

@@ -74,7 +74,8 @@ class Samples(NamedTuple):
         low_y, y = _split(locations[..., 1].flatten(-2), height)
         total = _padded_pixels(shapes)
         pixel = low_y.mul_(stride).add_(low_x).add_(corner).int()
-        pixel.clamp_(0, total - 1)  # a location that is not a number has no pixel; its weight says so
+        # A location that is not a number becomes any pixel with four neighbours; its weight says what it was.
+        pixel.clamp_(0, total - 2 - (shapes[-1][1] + 2 * MARGIN))
         device = locations.device
         image = torch.arange(batch, dtype=torch.int32, device=device).view(batch, 1, 1, 1) * (total * heads)
         head = torch.arange(heads, dtype=torch.int32, device=device).view(1, 1, heads, 1)
