@@ -11,13 +11,13 @@ from trainer.regions import REGIONS, compile_regions
 from trainer.watchdog import COMPILE_S, Watchdog
 
 GRAPHS = pytest.param(("compiled", 1), id="graphs", marks=pytest.mark.slow)
-KERNELS = pytest.param(("compiled_by_inductor", 2), id="kernels", marks=[pytest.mark.soak, pytest.mark.timeout(900)])
+KERNELS = pytest.param(("compiled_by_inductor", 2), id="kernels", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])
 
 
 @pytest.fixture(scope="module", params=[GRAPHS, KERNELS])
 def runs(request, launcher, training_shards):
     scenario, ranks = request.param
-    launcher.run_well(scenario, ranks, timeout_s=880)
+    launcher.run_well(scenario, ranks, timeout_s=1780)
     return launcher.seen(scenario)
 
 
