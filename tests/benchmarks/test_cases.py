@@ -1,0 +1,23 @@
+"""Benchmarks that reach into the model still measure what they say."""
+
+import pytest
+
+from benchmarks.bench_train_step import _Case
+from benchmarks.measure import CPU
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def case():
+    return _Case(1, 64, CPU, repeats=1)
+
+
+def test_a_step_whose_matches_are_known_has_the_same_loss(case):
+    assert case.without_matching().error < 1e-6
+
+
+def test_the_official_order_has_the_same_loss(case):
+    row = case.against_official_order()
+    assert row.error < 1e-5
+    assert row.ours_gb is not None
