@@ -187,6 +187,7 @@ def one_rank(make_job) -> dict:
         "whole": base,
         "accumulated": base | {"micro_batch": 1},
         "pure_bf16": base | {"precision": "bf16"},
+        "pure_bf16_accumulated": base | {"precision": "bf16", "micro_batch": 1},
         "offload": base | {"zero": ZeroConfig(offload_optimizer=True)},
     }
     jobs = {name: make_job(**case) for name, case in cases.items()}
