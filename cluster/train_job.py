@@ -202,7 +202,7 @@ class _Supervisor:
         self._relay.begin_attempt(workers)
         thread = threading.Thread(target=fit, name=f"attempt-{number}", daemon=True)
         thread.start()
-        silence = _Silence(self._config.cluster)
+        silence = _Silence(self._config)
         while thread.is_alive():
             thread.join(POLL_S)
             silence.note(self._update())
@@ -262,7 +262,7 @@ class _Supervisor:
 
     def _wait_for_room(self) -> int | None:
         """Number of workers of the next attempt; None where the person does not want to wait any more."""
-        silence = _Silence(self._config.cluster)
+        silence = _Silence(self._config)
         while (workers := self._sizes.next()) is None:
             self._pause(POLL_S)
             silence.note(False)
@@ -328,8 +328,9 @@ class _Supervisor:
 class _Silence:
     """Says so while the workers of an attempt have not reported anything yet, once a minute."""
 
-    def __init__(self, cluster: ClusterConfig) -> None:
-        self._cluster = cluster
+    def __init__(self, config: RunConfig) -> None:
+        self._cluster = config.cluster
+        self._hint = "; training.compile makes the first step take minutes" if config.training.compile else ""
         self._since = self._said = time.monotonic()
         self._broken = False
 
@@ -342,9 +343,9 @@ class _Silence:
         self._said = now
         free, workers = ray.available_resources(), self._cluster
         complain(
-            f"no word from the workers for {format_duration(now - self._since)}; each needs "
-            f"{workers.num_cpus_per_worker:g} CPUs and {workers.num_gpus_per_worker:g} GPUs, and the cluster has "
-            f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} free now"
+            f"no word from the workers for {format_duration(now - self._since)}; one that waits for room "
+            f"needs {workers.num_cpus_per_worker:g} CPUs and {workers.num_gpus_per_worker:g} GPUs, and the cluster has "
+            f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} free now{self._hint}"
         )
 
 
