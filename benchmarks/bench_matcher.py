@@ -55,4 +55,4 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
         return [found.double()]
 
     shape_text = f"{images} x {size} x {size}, {objects} masks"
-    return compare("matcher", shape_text, ours, "official order", official, 0.0, repeats, device)
+    return compare("matcher", shape_text, ours, "official order", official, 0.0, repeats, device, memory=True)

@@ -30,4 +30,6 @@ def _case(ours: nn.Module, theirs: nn.Module, size: int, device: torch.device) -
         return output.class_queries_logits, output.masks_queries_logits
 
     shape = f"1 x {size} x {size}"
-    return compare("R50 forward fp32", shape, run_ours, "transformers", run_theirs, 1e-3, repeats=3, device=device)
+    return compare(
+        "R50 forward fp32", shape, run_ours, "transformers", run_theirs, 1e-3, repeats=3, device=device, memory=True
+    )

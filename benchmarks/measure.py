@@ -89,15 +89,11 @@ def compare(
     """
     error = max(relative_error(a, b) for a, b in zip(ours(), peer(), strict=True))
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
-    row = Row(case, shape, *_timed(ours, peer_name, peer, repeats, device), error)
+    our_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
+    row = Row(case, shape, our_times, peer_name, peer_times, error)
     if memory:
         row = replace(row, ours_gb=peak_growth(ours, device), peer_gb=peak_growth(peer, device))
     return replace(row, ours_waits=count_waits(ours, device), peer_waits=count_waits(peer, device))
-
-
-def _timed(ours: Run, peer_name: str, peer: Run, repeats: int, device: torch.device) -> tuple[Times, str, Times]:
-    ours_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
-    return ours_times, peer_name, peer_times
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

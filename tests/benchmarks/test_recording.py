@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from contextlib import closing
 from dataclasses import fields, replace
@@ -27,6 +29,7 @@ from trainer.data import open_shards
 from trainer.worker import run_worker
 
 STEPS = 3
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,12 @@ def test_files_that_are_no_recording_are_refused(lossless, tmp_path):
     write(**{"images.json": json.dumps(json.loads(members["images.json"]) | {"format": 2})})
     with pytest.raises(DataError, match="has format 2, and this version reads 1"):
         Recording.load(path)
+
+
+def test_training_from_a_recording_needs_few_packages():
+    missing = ("ray", "mlflow", "webdataset", "boto3", "pycocotools", "jsonschema", "rich")
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import benchmarks.train_recorded, trainer.worker"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
 def losses_of(run_folder):
