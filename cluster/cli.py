@@ -36,7 +36,14 @@ VERBS = {
     "config": "cluster.verbs.config",
 }
 
-RAY_NOISE = "worker died or was killed while executing a task|has been marked dead because the detector"
+RAY_NOISE = "|".join(
+    (
+        "A worker died or was killed while executing a task",
+        "has been marked dead because the detector",
+        "Raylet is terminated",
+        "There are infinite retries remaining",
+    )
+)
 """Paragraphs that Ray prints in a driver's output although we say in a line what ended and what follows."""
 
 

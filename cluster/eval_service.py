@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import RunConfig
 from cluster.eval_manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
@@ -20,6 +19,7 @@ from cluster.eval_pool import EvaluationPool
 from cluster.eval_queue import Entry, EvaluationQueue, read_entries
 from cluster.evaluate import evaluate_sets, make_pool, write_files
 from cluster.policies import best_step
+from cluster.ray_cluster import this_node
 from cluster.tracking import TrackedRun, Tracking
 from data_pipeline.storage import Storage, join
 from trainer.checkpoint_folder import pin, unpin
@@ -173,10 +173,9 @@ class EvaluationClient:
         return self.entries()
 
     def _start(self) -> Any:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
         return service.options(  # on the driver's node, where the journal of MLflow points is
-            name=self._name, namespace=NAMESPACE, lifetime="detached", scheduling_strategy=here
+            name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node()
         ).remote(self._config, self._tracked)
 
     def _replace(self, error: ActorDiedError) -> None:

@@ -22,7 +22,6 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.compose import compose_job
 from cluster.config import ClusterConfig, RunConfig
@@ -33,7 +32,7 @@ from cluster.evaluate import check_sets
 from cluster.live_view import LiveView
 from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
 from cluster.progress import complain, format_duration, say
-from cluster.ray_cluster import ClusterError, connect
+from cluster.ray_cluster import ClusterError, connect, this_node
 from cluster.recipe import dump_recipe
 from cluster.run_board import EventReport, RunBoard
 from cluster.run_relay import RunRelay
@@ -351,9 +350,8 @@ class _Silence:
 
 def _make_board() -> Any:
     """On the driver's node: it shall not go with a node that workers lose."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(RunBoard)
-    return board.options(scheduling_strategy=here).remote()
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(RunBoard)
+    return board.remote()
 
 
 def ray_retries(cluster: ClusterConfig) -> FailureConfig:

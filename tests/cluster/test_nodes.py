@@ -1,10 +1,13 @@
 """Several machines in one: every node has its own network, name, /tmp and /dev/shm, and one of them is cut off.
 
-Shards and checkpoints lie on an S3 server, metrics on a real MLflow server, and everything goes through `m2f submit`.
+Shards and checkpoints lie on an S3 server, metrics on a real MLflow server. Several nodes write the shards; the whole
+training goes through `m2f submit`.
 """
 
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -22,8 +26,8 @@ from moto.server import ThreadedMotoServer
 
 from cluster.eval_queue import read_entries
 from cluster.eval_service import queue_url
-from cluster.recipe import load_recipe
-from data_pipeline.config import DatasetConfig, StorageConfig, SyntheticSource
+from cluster.recipe import dump_recipe, load_recipe
+from cluster.upload import pack
 from data_pipeline.readers import open_reader
 from data_pipeline.shards import write_dataset
 from data_pipeline.storage import Storage
@@ -175,8 +179,8 @@ name: nodes
 output: s3://bucket/runs
 storage: {{endpoint_url: "{s3}"}}
 datasets:
-  train: {{shards: "s3://bucket/train"}}
-  val: {{shards: "s3://bucket/val"}}
+  train: {{shards: "s3://bucket/train", shard_mb: 0.04, source: {{kind: synthetic, num_images: 24}}}}
+  val: {{shards: "s3://bucket/val", source: {{kind: synthetic, num_images: 16, seed: 1, image_id_start: 1001}}}}
 data: {{train: [{{dataset: train}}], augment: {{kind: lsj, size: 64, min_scale: 0.8, max_scale: 1.2}}, workers: 0}}
 model:
   backbone: {{name: resnet10t, norm: group, options: {{channels: [8, 16, 16, 32]}}}}
@@ -197,13 +201,37 @@ evaluation:
   max_size: 96
   panels: 0
   resources_per_actor: {{evaluator: 1}}
-cluster: {{num_workers: {workers}, resources_per_worker: {{trainer: 1}}}}
+cluster: {{num_workers: [1, 2], resources_per_worker: {{trainer: 1}}, shard_tasks: 6}}
 tracking: {{uri: "{mlflow}"}}
 """
 
 
+class Requests(logging.Handler):
+    """The lines that the S3 server writes about requests, which begin with the address of who asks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def requests():
+    handler, logger = Requests(), logging.getLogger("werkzeug")
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = propagate
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, requests):
     """A recipe for a cluster of four nodes, which runs, with a store and a tracking server beside it."""
     folder = tmp_path_factory.mktemp("nodes")
     patch = pytest.MonkeyPatch()
@@ -217,24 +245,51 @@ def recipe(tmp_path_factory):
         stack.callback(server.stop)
         s3 = f"http://{HOST}:{server.get_host_and_port()[1]}"
         boto3.client("s3", endpoint_url=s3, region_name="us-east-1").create_bucket(Bucket="bucket")
-        storage = Storage(StorageConfig(endpoint_url=s3))
-        for name, seed in (("train", 0), ("val", 1)):
-            source = SyntheticSource(num_images=16, seed=seed, image_id_start=1 + 1000 * seed)
-            dataset = DatasetConfig(shards=f"s3://bucket/{name}", source=source)
-            write_dataset(open_reader(source), dataset, storage)
         tracking = stack.enter_context(mlflow_server(folder))
         for name in NODES:
             stack.enter_context(node(name, folder / f"{name}.log"))
             if name == "head":
                 wait_for(lambda: can_connect(f"{NET}.2", 8265), 300, "the dashboard")
-        (folder / "recipe.yaml").write_text(RECIPE.format(s3=s3, mlflow=tracking, workers="[1, 2]"))
-        yield folder / "recipe.yaml"
+        path = folder / "recipe.yaml"
+        path.write_text(RECIPE.format(s3=s3, mlflow=tracking))
+        command = ("python", "-m", "cluster.cli", "shard", "recipe.yaml")
+        done = on_cluster("ray.scripts.scripts", "job", "submit", "--working-dir", packed(path), "--", *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield path
+
+
+def packed(recipe: Path) -> str:
+    """An archive of the code and the recipe, in place of a folder with both."""
+    folder = recipe.parent / "packed"
+    folder.mkdir()
+    return str(pack(folder, dump_recipe(load_recipe(recipe))))
 
 
 def m2f(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    env = os.environ | {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token"}
-    command = [sys.executable, "-m", "cluster.cli", *words, "--address", DASHBOARD]
+    return on_cluster("cluster.cli", *words, "--address", DASHBOARD, timeout=timeout)
+
+
+def on_cluster(module: str, *words: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    env = os.environ | {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": DASHBOARD}
+    command = [sys.executable, "-m", module, *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def test_several_nodes_write_the_shards(recipe, requests, tmp_path):
+    """The job ran on the head, which has no CPUs; the bytes are those of a job on one machine."""
+    config = load_recipe(recipe)
+    found = (re.match(rf'({NET}\.\d+) .*"PUT /bucket/train/(shards/\d+\.tar) ', line) for line in requests.lines)
+    writers = {match[2]: match[1] for match in found if match}
+    assert len(set(writers.values())) >= 2, writers
+    assert f"{NET}.2" not in writers.values()
+    dataset, remote = config.datasets["train"], Storage(config.storage)
+    write_dataset(open_reader(dataset.source), replace(dataset, shards=str(tmp_path)), Storage())
+    tars = sorted(tmp_path.glob("shards/*.tar"))
+    assert sorted(writers) == [f"shards/{tar.name}" for tar in tars]
+    for tar in tars:
+        assert remote.get(f"{dataset.shards}/shards/{tar.name}") == tar.read_bytes()
+    for name, address in sorted(writers.items()):
+        print(f"{name} was written by {address}")  # noqa: T201
 
 
 def test_the_doctor_visits_every_node(recipe):
@@ -244,7 +299,7 @@ def test_the_doctor_visits_every_node(recipe):
         assert f"{NET}.{number}" in done.stdout
 
 
-def test_a_node_is_cut_off_and_comes_back(recipe):
+def test_a_node_is_cut_off_and_comes_back(recipe, requests):
     """The run shrinks to the node that is left, goes on, grows again, and loses nothing."""
     config = load_recipe(recipe)
     storage = Storage(config.storage)
@@ -273,6 +328,10 @@ def test_a_node_is_cut_off_and_comes_back(recipe):
     stopped = m2f("submit", str(recipe), "--stop")
     assert stopped.returncode == 0, stopped.stderr
     say("stopped")
+    log = on_cluster("ray.scripts.scripts", "job", "logs", stopped.stdout.split()[0]).stdout
+    say("\n".join(line for line in log.splitlines() if not re.match(r"step +\d+/", line)))
+    assert re.search(r"resized from 2 to 1 workers in .*resized from 1 to 2 workers in ", log, re.DOTALL)
+    assert "(raylet)" not in log
     last = list_checkpoints(storage, config.run_folder)[0].step + 5
     done = m2f("submit", str(recipe), f"training.max_steps={last}", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -289,3 +348,6 @@ def test_a_node_is_cut_off_and_comes_back(recipe):
     entries = read_entries(storage, queue_url(config))
     assert entries[-1].step == last
     assert all(entry.settled and entry.status != "failed" for entry in entries)
+    queue = f"PUT /{queue_url(config).removeprefix('s3://')} "
+    managers = {line.split()[0] for line in requests.lines if queue in line}
+    assert managers == {f"{NET}.2"}, "the manager of evaluations lives on the head"
