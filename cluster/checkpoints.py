@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.config import RunConfig
 from data_pipeline.storage import Storage
@@ -31,9 +32,11 @@ def choose_checkpoint(config: RunConfig, storage: Storage, wish: str | None) -> 
     """The newest checkpoint of the run for None, that of a step for a number, else the path or URL itself.
 
     Raises:
-        ConfigError: the run has no checkpoint, or none of that step.
+        ConfigError: the run has no checkpoint, or none of that step; a local path where nothing is.
     """
     if wish is not None and not wish.isdecimal():
+        if "://" not in wish and not Path(wish).exists():
+            raise ConfigError(f"--checkpoint {wish}: there is no such file or folder")
         return ChosenWeights(wish, None)
     found = list_checkpoints(storage, config.run_folder)
     if not found:
