@@ -49,7 +49,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
     metadata = ray_job.setdefault("metadata", {}) | {"name": name}
     ray_job["metadata"] = metadata
     ray_job["spec"] |= {
-        "entrypoint": f"m2f train {RECIPE_FOLDER}/recipe.yaml",
+        "entrypoint": f"m2f train {RECIPE_FOLDER}/recipe.yaml --restart",
         "runtimeEnvYAML": yaml.safe_dump({"env_vars": dict(env)}, sort_keys=True),
     }
     _mount_recipe(ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"], name)

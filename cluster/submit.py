@@ -72,7 +72,7 @@ def submit_training(
     with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
         job = Job(
             job_id=choice.job_id,
-            command=shlex.join([*command, "train", RECIPE]),
+            command=shlex.join([*command, "train", RECIPE, "--restart"]),
             archive=pack(Path(folder), recipe, code=not installed),
             env=env,
             metadata={"m2f_run": config.run_folder, "m2f_recipe": digest},

@@ -6,6 +6,7 @@ workers and evaluations report, to the person and to MLflow, and listens for Ctr
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
@@ -47,6 +48,8 @@ from trainer.reporting import CommittedCheckpoint
 
 POLL_S = 0.5
 SILENCE_S = 60.0
+ECHO_S = 1.0
+"""Terminals and Ray send a signal to all processes of a job, and parents pass it on: another so soon is an echo."""
 Status = Literal["finished", "stopped", "failed"]
 _TRACKED_STATUS: dict[Status, RunStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -310,7 +313,13 @@ class _Supervisor:
             yield
             return
 
+        heard_at = -math.inf
+
         def handle(number: int, frame: FrameType | None) -> None:
+            nonlocal heard_at
+            if time.monotonic() - heard_at < ECHO_S:
+                return
+            heard_at = time.monotonic()
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt

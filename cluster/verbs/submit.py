@@ -49,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kuberay is not None:
         return _write_ray_job(args)
     if args.output is not None or args.apply:
-        raise ConfigError(
-            "--output and --apply go with --kuberay TEMPLATE; without it, Ray gets the run"
-        )
+        raise ConfigError("--output and --apply go with --kuberay TEMPLATE; without it, Ray gets the run")
     use_token()
     from cluster.jobs import JobClient
 

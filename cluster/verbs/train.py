@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from cluster.verbs.arguments import add_recipe
+from model.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.config import RunConfig
 
 SUMMARY = "train a recipe; started again, it goes on from the last checkpoint"
 
@@ -19,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ray",
         help="ray (default): supervised, with evaluations beside; local: plain processes on this machine",
     )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="start again where something kills this process, within cluster.max_failures; jobs of `m2f submit` do",
+    )
     parser.add_argument("--plain", action="store_true", help="lines of a log also on a terminal, no live view")
 
 
@@ -29,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     live = sys.stdout.isatty() and not args.plain
     config = load_recipe(args.recipe, args.overrides)
+    if args.restart:
+        return _restarted(args, config)
     if args.launcher == "local":
         from cluster.launch_local import LaunchError
         from cluster.train_local import train_locally
@@ -47,3 +59,13 @@ def run(args: argparse.Namespace) -> int:
         if entry.status == "failed":
             complain(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")
     return 1 if summary.status == "failed" else 0
+
+
+def _restarted(args: argparse.Namespace, config: RunConfig) -> int:
+    """--restart."""
+    if args.launcher != "ray":
+        raise ConfigError("--restart goes with --launcher ray, which has a driver; leave one of them out")
+    from cluster.restarts import run_restarted
+
+    words = [args.recipe, *args.overrides, *(["--plain"] if args.plain else [])]
+    return run_restarted([sys.executable, "-m", "cluster.cli", "train", *words], config)

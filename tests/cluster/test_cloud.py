@@ -126,7 +126,7 @@ def test_the_ray_job_runs_the_recipe_from_a_config_map(template):
     spec = ray_job["spec"]
     head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     (mount,) = [mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "recipe"]
-    assert spec["entrypoint"] == f"m2f train {mount['mountPath']}/recipe.yaml"
+    assert spec["entrypoint"] == f"m2f train {mount['mountPath']}/recipe.yaml --restart"
     assert {"name": "recipe", "configMap": {"name": name}} in head["volumes"]
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"NCCL_DEBUG": "WARN"}}
 

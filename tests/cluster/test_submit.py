@@ -289,10 +289,10 @@ training: {{max_steps: 100000, global_batch: 2, checkpoint: {{every_steps: 10000
     return folder
 
 
-def wait_for_steps(config) -> None:
-    """Until MLflow has points of the fourth step."""
+def wait_for_steps(config, steps: int) -> None:
+    """Until MLflow has points of that many steps."""
     deadline = time.monotonic() + 120
-    while steps_done(config) < 4:
+    while steps_done(config) < steps:
         assert time.monotonic() < deadline, "the job does not train"
         time.sleep(0.5)
 
@@ -309,6 +309,16 @@ def steps_done(config) -> int:
     ):
         return database.execute("SELECT max(step) FROM metrics").fetchone()[0] or 0
     return 0
+
+
+def kill_driver() -> None:
+    """That of the job: the child of the process that Ray has started for it."""
+    (driver,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (words := process.info["cmdline"] or []) and words[-2:] == ["train", "recipe.yaml"]
+    ]
+    driver.kill()
 
 
 def m2f(*words, token=TOKEN) -> subprocess.CompletedProcess:
@@ -336,14 +346,16 @@ def test_a_wrong_token_is_said_so(dashboard):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_is_sent_joined_and_stopped(submit, shared):
-    """The job would train for hours; --stop ends it with a checkpoint, from which a next one goes on."""
+    """The job would train for hours. Its driver is killed and comes back; --stop ends it with a checkpoint."""
     config = load_recipe(shared / "recipe.yaml")
     sent = submit("--detach")
     assert sent.returncode == 0, sent.stderr
     joined: list[subprocess.CompletedProcess] = []
     follower = threading.Thread(target=lambda: joined.append(submit()))
     follower.start()
-    wait_for_steps(config)
+    wait_for_steps(config, 4)
+    kill_driver()
+    wait_for_steps(config, steps_done(config) + 2)
     stopped = submit("--stop")
     follower.join()
     assert stopped.returncode == 0, stopped.stderr
@@ -351,6 +363,8 @@ def test_a_run_is_sent_joined_and_stopped(submit, shared):
     assert f"the run has a job already: {job_name(config)}-1" in joined[0].stdout
     assert re.search(r"step +3/", joined[0].stdout), joined[0].stdout
     assert joined[0].returncode == 130
+    assert "the driver was killed (SIGKILL)" in joined[0].stdout
+    assert joined[0].stdout.count("stopping after a checkpoint") == 1
     (checkpoint,) = list_checkpoints(Storage(), config.run_folder)
     assert checkpoint.step >= 3
     status = submit("--status")

@@ -1,0 +1,127 @@
+"""The process that runs a driver again where something kills it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import restarts
+from cluster.cli import main
+from cluster.recipe import parse_recipe
+from cluster.restarts import run_restarted
+
+RECIPE = """
+name: watched
+datasets: {train: {shards: /data/train}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 10}
+"""
+
+
+def watched(folder, *overrides):
+    return parse_recipe(RECIPE, [f"output={folder}", *overrides])
+
+
+def driver(folder: Path, ends: list[int]) -> list[str]:
+    """A command whose runs end one after the other with these statuses, negative for a signal to itself."""
+    code = f"""
+import os, pathlib
+runs = pathlib.Path({str(folder)!r}, "runs.txt")
+number = len(runs.read_text()) if runs.exists() else 0
+runs.write_text("x" * (number + 1))
+end = {ends}[number]
+os.kill(os.getpid(), -end) if end < 0 else os._exit(end)
+"""
+    return [sys.executable, "-S", "-c", code]
+
+
+def runs(folder: Path) -> int:
+    return len((folder / "runs.txt").read_text())
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Pauses between drivers, in seconds, which are not made."""
+    found = []
+    monkeypatch.setattr(restarts._Driver, "wait", lambda self, seconds: found.append(seconds))
+    return found
+
+
+def test_a_killed_driver_is_started_again(tmp_path, waits, capsys):
+    assert run_restarted(driver(tmp_path, [-signal.SIGKILL, -signal.SIGSEGV, 0]), watched(tmp_path)) == 0
+    assert runs(tmp_path) == 3
+    assert waits == [1.0, 2.0]
+    assert "the driver was killed (SIGKILL)" in capsys.readouterr().err
+
+
+def test_deaths_without_a_new_checkpoint_are_counted(tmp_path, waits, capsys):
+    config = watched(tmp_path, "cluster.max_failures=2")
+    assert run_restarted(driver(tmp_path, [-signal.SIGKILL] * 9), config) == 128 + signal.SIGKILL
+    assert runs(tmp_path) == 3
+    assert "cluster.max_failures allows 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_a_driver_that_ends_by_itself_has_decided(tmp_path, waits, status):
+    assert run_restarted(driver(tmp_path, [status, 7]), watched(tmp_path)) == status
+    assert runs(tmp_path) == 1
+
+
+PARENT = """
+import sys
+from cluster.recipe import load_recipe
+from cluster.restarts import run_restarted
+sys.exit(run_restarted([sys.executable, "-S", "-c", sys.argv[2]], load_recipe(sys.argv[1])))
+"""
+SLEEPER = "import pathlib, time; pathlib.Path({path!r}).open('a').write('x'); time.sleep(60)"
+STOPPING = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); " + SLEEPER
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a parent with a driver; waits until that runs. Returns both as psutil processes."""
+    recipe, parents = tmp_path / "recipe.yaml", []
+    recipe.write_text(RECIPE + f"output: {tmp_path}\n")
+
+    def run(code: str) -> tuple[psutil.Popen, psutil.Process]:
+        command = [sys.executable, "-c", PARENT, str(recipe), code.format(path=str(tmp_path / "runs.txt"))]
+        parents.append(psutil.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL))
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "runs.txt").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (child,) = parents[0].children()
+        return parents[0], child
+
+    yield run
+    for parent in parents:
+        if parent.poll() is None:
+            parent.terminate()
+        parent.wait()
+
+
+@pytest.mark.parametrize(("code", "status"), [(STOPPING, 0), (SLEEPER, 128 + signal.SIGTERM)])
+def test_a_wish_to_stop_is_passed_on_and_heeded(start, tmp_path, code, status):
+    parent, child = start(code)
+    os.kill(parent.pid, signal.SIGTERM)
+    assert parent.wait(30) == status
+    assert not child.is_running()
+    assert runs(tmp_path) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_the_driver_follows_a_parent_that_is_killed(start):
+    parent, child = start(STOPPING)
+    parent.kill()
+    child.wait(30)
+
+
+def test_plain_launch_has_no_driver_to_restart(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--launcher", "local", "--restart"]) == 2
+    assert "--restart goes with --launcher ray" in capsys.readouterr().err
