@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,16 +54,19 @@ def main() -> None:
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     setting = Setting.now(arguments.device, ceilings.describe(arguments.device, arguments.tiny))
+    benchmarks = dict(ON_CPU) if arguments.device.type == "cpu" else {}
+    benchmarks |= {name: partial(run, device=arguments.device) for name, run in ON_ANY_DEVICE.items()}
+    wanted = [name for name in benchmarks if not arguments.names or name in arguments.names]
     rows: list[Row] = []
-    for name, run in ON_CPU.items():
-        if arguments.device.type == "cpu" and (not arguments.names or name in arguments.names):
-            rows += run(arguments.tiny)
-    for name, run_on in ON_ANY_DEVICE.items():
-        if not arguments.names or name in arguments.names:
-            rows += run_on(arguments.tiny, arguments.device)
-    print(f"{markdown(rows, setting)}\n\n{json_lines(rows, setting)}")
-    if arguments.save is not None:
-        print(f"\nwritten: {save(rows, setting, arguments.save)}")
+    try:
+        for number, name in enumerate(wanted, start=1):
+            began = time.monotonic()
+            rows += benchmarks[name](arguments.tiny)
+            print(f"{number}/{len(wanted)} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    finally:  # what was measured before a failure stays
+        print(f"{markdown(rows, setting)}\n\n{json_lines(rows, setting)}")
+        if arguments.save is not None:
+            print(f"\nwritten: {save(rows, setting, arguments.save)}")
 
 
 if __name__ == "__main__":
