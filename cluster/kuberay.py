@@ -127,7 +127,7 @@ def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
 def _node(group: Mapping[str, Any]) -> dict[str, float]:
     """What one pod of a group offers to Ray."""
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    cores = limits.get("cpu", "inf")  # without a limit, all of the machine
+    cores = str(limits.get("cpu", "inf"))  # without a limit, all of the machine; YAML makes 8 a number
     gpus = sum(float(amount) for name, amount in limits.items() if name.endswith("/gpu"))
     cpus = float(cores.removesuffix("m")) / 1000 if cores.endswith("m") else float(cores)
     return {"CPU": cpus, "GPU": gpus, **_custom_resources(group)}

@@ -223,12 +223,13 @@ def test_cpus_and_gpus_count(workers, fits):
     assert (cluster_problems(config, spec) == []) == fits
 
 
-def test_parts_of_a_core():
+@pytest.mark.parametrize(("cpu", "fits"), [("900m", False), ("6000m", True), (6, True), ("6", True), ("0.5", False)])
+def test_quantities_of_cores(cpu, fits):
     spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     limits = spec["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]["limits"]
-    limits["cpu"] = "900m"
-    (problem,) = cluster_problems(parse_recipe(RECIPE), spec)
-    assert problem.startswith("evaluation: 1 processes with 1 CPU")
+    limits["cpu"] = cpu
+    problems = cluster_problems(parse_recipe(RECIPE), spec)
+    assert [problem.startswith("evaluation: 1 processes with 1 CPU") for problem in problems] == [True] * (not fits)
 
 
 def test_resources_of_a_group_in_their_own_field():
