@@ -1,0 +1,112 @@
+"""What commit 451e9d8 wrote is resumed, evaluated, exported and compared by the code of today.
+
+`tests/past/451e9d8` holds shards, a run of two ranks that was stopped after step 1241, its MLflow database, an
+evaluation with dumps and an exported model; `make.sh` in it says how they were made.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import sqlite3
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from cluster.cli import main
+
+PAST = Path(__file__).parent / "past" / "451e9d8"
+MADE_IN = "/tmp/m2f-past"  # absolute paths of that folder stand in files of a run
+STEP = 1241
+LOSSES = {1242: 7.62991, 1243: 6.34603, 1244: 8.54128}
+"""That 451e9d8 itself had when it went on in this way."""
+RESULTS = f"evaluations/step_{STEP:08d}/val/results.json"
+
+
+@pytest.fixture
+def past(tmp_path, monkeypatch):
+    """A copy of the folder in which its user would go on, as if it had been made there."""
+    folder = tmp_path / "past"
+    shutil.copytree(PAST, folder)
+    for path in (folder / "runs").rglob("*"):
+        if path.suffix in (".json", ".yaml") and "checkpoints" not in path.parts:
+            path.write_text(path.read_text().replace(MADE_IN, str(folder)))
+    database = folder / "runs/past/mlflow.db"
+    database.write_bytes(gzip.decompress(Path(f"{database}.gz").read_bytes()))
+    with sqlite3.connect(database) as connection:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (MADE_IN, str(folder)))
+    connection.close()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def points(past: Path, name: str) -> dict[int, float]:
+    run_id = json.loads((past / "runs/past/tracking.json").read_text())["run_id"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{past}/runs/past/mlflow.db")
+    history = client.get_metric_history(run_id, name)
+    assert len({point.step for point in history}) == len(history), "a step has two points"
+    return {point.step: point.value for point in history}
+
+
+@pytest.mark.slow
+def test_a_run_of_the_past_goes_on_from_its_checkpoint(past, capfd):
+    words = ["recipe.yaml", "--launcher", "local", f"training.max_steps={STEP + 3}", "training.log_every_steps=1"]
+    assert main(["train", *words]) == 0
+    assert f"from {past}/runs/past/checkpoints/step_{STEP:08d}" in capfd.readouterr().out
+    losses = points(past, "train/loss/total")
+    assert {step: losses[step] for step in losses if step > STEP} == pytest.approx(LOSSES, rel=1e-3)
+    assert min(losses) == 100  # what the past logged is still there
+    assert (past / f"runs/past/checkpoints/step_{STEP + 3:08d}/manifest.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_checkpoint_of_the_past_gives_the_results_that_it_gave(past):
+    then = json.loads((PAST / "runs/past" / RESULTS).read_text())
+    assert main(["eval", "recipe.yaml", "--output", "again", "--dump", "dumps_again"]) == 0
+    now = json.loads((past / "again/val/results.json").read_text())
+    undefined = {name for name, value in then["metrics"].items() if value is None}
+    assert {name for name, value in now["metrics"].items() if value is None} == undefined
+    for name in then["metrics"].keys() - undefined:
+        assert now["metrics"][name] == pytest.approx(then["metrics"][name], rel=1e-3), name
+    assert {path.name for path in (past / "dumps_again/val").iterdir()} == {
+        p.name for p in (past / "dumps/val").iterdir()
+    }
+
+
+def test_a_checkpoint_of_the_past_exports_the_graph_that_it_did(past):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(["export", "recipe.yaml", "--format", "onnx", "--size", "64", "64", "--output", "again.onnx"]) == 0
+    images = np.random.default_rng(0).uniform(-2, 2, (1, 3, 64, 64)).astype(np.float32)
+
+    def outputs(model: bytes) -> list[np.ndarray]:
+        session = onnxruntime.InferenceSession(model)
+        return session.run(None, {session.get_inputs()[0].name: images})
+
+    then = outputs(gzip.decompress((past / "exported/model.onnx.gz").read_bytes()))
+    for old, new in zip(then, outputs((past / "again.onnx").read_bytes()), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-4)
+
+
+def test_runs_of_the_past_are_compared(past, capsys):
+    shutil.copytree(past / "runs/past", past / "runs/other")
+    assert main(["compare", "runs/past", "runs/other"]) == 0
+    table = capsys.readouterr().out
+    metrics = json.loads((PAST / "runs/past" / RESULTS).read_text())["metrics"]
+    assert f"{100 * metrics['PQ']:.2f}" in table or f"{metrics['PQ']:.2f}" in table
+
+
+def test_what_the_past_wrote_is_whole(past, capsys):
+    assert main(["verify", "shards/train", "--full"]) == 0
+    assert main(["checkpoint", "verify", "recipe.yaml"]) == 0
+    assert main(["stats", "recipe.yaml"]) == 0
+    with tarfile.open("shards/val/shards/00000.tar") as shard:
+        shard.extract("synthetic-1-000000.img.jpg", filter="data")
+    assert main(["predict", "runs/past", "synthetic-1-000000.img.jpg", "--output", "predicted"]) == 0
+    assert str(STEP) in capsys.readouterr().out
