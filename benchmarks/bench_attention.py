@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, compare
-from model.attention import Attend
+from m2f.model.attention import Attend
 
 DIM, HEADS, QUERIES = 256, 8, 100
 

@@ -22,10 +22,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from benchmarks.measure import Row, compare
-from eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
-from eval.masks import encode_masks, mask_areas
-from eval.mean_iou import MeanIoUState
-from eval.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
+from m2f.eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
+from m2f.eval.masks import encode_masks, mask_areas
+from m2f.eval.mean_iou import MeanIoUState
+from m2f.eval.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
 
 SIZE = (480, 640)
 CLASSES = 20

@@ -15,11 +15,11 @@ from benchmarks.measure import Row, compare
 from benchmarks.official_order import dense_attention_masks, official_loss
 from benchmarks.scenes import CLASSES, LAYERS, QUERIES, dense_masks, make_batch, random_predictions
 from benchmarks.transformers_peer import their_criterion
-from model.attention import attention_mask, resize_for_attention
-from model.config import LossConfig
-from model.criterion import compute_losses, count_normalizers, point_counts
-from model.points import CounterPoints
-from model.structures import Predictions
+from m2f.model.attention import attention_mask, resize_for_attention
+from m2f.model.config import LossConfig
+from m2f.model.criterion import compute_losses, count_normalizers, point_counts
+from m2f.model.points import CounterPoints
+from m2f.model.structures import Predictions
 
 HEADS = 8
 

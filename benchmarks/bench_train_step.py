@@ -27,16 +27,16 @@ from benchmarks.measure import Row, compare
 from benchmarks.official_order import official_loss, official_pixel_decoder
 from benchmarks.scenes import LAYERS, dense_masks, make_batch
 from benchmarks.transformers_peer import CONFIG, compile_parts, twins
-from data_pipeline.collate import Batch
-from model import criterion
-from model.criterion import Normalizers, count_normalizers, point_counts
-from model.mask2former import Mask2Former
-from model.matcher import Matching
-from model.points import CounterPoints
-from trainer.config import OptimizerConfig
-from trainer.module import TrainingModule
-from trainer.param_groups import build_param_groups
-from trainer.regions import compile_regions
+from m2f.data_pipeline.collate import Batch
+from m2f.model import criterion
+from m2f.model.criterion import Normalizers, count_normalizers, point_counts
+from m2f.model.mask2former import Mask2Former
+from m2f.model.matcher import Matching
+from m2f.model.points import CounterPoints
+from m2f.trainer.config import OptimizerConfig
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.param_groups import build_param_groups
+from m2f.trainer.regions import compile_regions
 
 OBJECTS = 10
 LOSS_TOLERANCE = 0.03

@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.measure import CPU, Row, Times, compare
 from benchmarks.scenes import make_batch
 from benchmarks.transformers_peer import CONFIG
-from cluster.launch_local import launch
-from model.criterion import count_normalizers
-from model.mask2former import build_model
-from trainer.config import OptimizerConfig, TrainingConfig, ZeroConfig
-from trainer.engine import Engine
-from trainer.module import TrainingModule
-from trainer.param_groups import build_param_groups
-from trainer.worker import process_group
+from m2f.cluster.launch_local import launch
+from m2f.model.criterion import count_normalizers
+from m2f.model.mask2former import build_model
+from m2f.trainer.config import OptimizerConfig, TrainingConfig, ZeroConfig
+from m2f.trainer.engine import Engine
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.param_groups import build_param_groups
+from m2f.trainer.worker import process_group
 
 CLIP_NORM = 0.01
 IMAGES = 2  # of a rank

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from model.config import LossConfig, PostprocessConfig
-from model.mask2former import Mask2Former
-from model.mask_resize import ImageGeometry
-from model.ms_deform_attn import MSDeformAttn, SamplingGrid, ms_deform_attn_grid_sample
-from model.points import DrawnPoints, RowIndex
-from model.structures import Predictions
+from m2f.model.config import LossConfig, PostprocessConfig
+from m2f.model.mask2former import Mask2Former
+from m2f.model.mask_resize import ImageGeometry
+from m2f.model.ms_deform_attn import MSDeformAttn, SamplingGrid, ms_deform_attn_grid_sample
+from m2f.model.points import DrawnPoints, RowIndex
+from m2f.model.structures import Predictions
 
 
 def official_pixel_decoder(model: Mask2Former) -> Mask2Former:

@@ -14,13 +14,13 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.recording import RecordingWriter
-from cluster.compose import compose_job
-from cluster.config import RunConfig
-from cluster.recipe import dump_recipe, load_recipe
-from data_pipeline.loader import LoaderSpec
-from data_pipeline.storage import Storage
-from model.errors import ConfigError, UserError
-from trainer.data import open_shards
+from m2f.cluster.compose import compose_job
+from m2f.cluster.config import RunConfig
+from m2f.cluster.recipe import dump_recipe, load_recipe
+from m2f.data_pipeline.loader import LoaderSpec
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import ConfigError, UserError
+from m2f.trainer.data import open_shards
 
 MAX_MB = 30.0
 """What travels to a machine beside the code and the packages that it lacks."""

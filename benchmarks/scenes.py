@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data_pipeline.collate import Batch
-from model.structures import Predictions, Targets
+from m2f.data_pipeline.collate import Batch
+from m2f.model.structures import Predictions, Targets
 
 CLASSES = 133
 LAYERS, QUERIES, CHANNELS = 10, 100, 256

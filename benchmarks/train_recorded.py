@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.recording import Recording
-from cluster.launch_local import LaunchError, launch
-from cluster.paths import with_absolute_paths
-from cluster.recipe import dump_recipe, parse_recipe
-from cluster.train_local import SignalControl, worker_environment
-from model.errors import UserError
-from trainer.job import TrainJob
+from m2f.cluster.launch_local import LaunchError, launch
+from m2f.cluster.paths import with_absolute_paths
+from m2f.cluster.recipe import dump_recipe, parse_recipe
+from m2f.cluster.train_local import SignalControl, worker_environment
+from m2f.model.errors import UserError
+from m2f.trainer.job import TrainJob
 
 
 def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
@@ -42,7 +42,7 @@ def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
 
 def train_rank(job: TrainJob, path: str) -> None:
     """Body of one rank."""
-    from trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
+    from m2f.trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
 
     run_worker(job, control=SignalControl(), open_data=lambda *_: Recording.load(path))
 

@@ -8,9 +8,9 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from benchmarks.scenes import CLASSES
-from model.config import ModelConfig
-from model.mask2former import Mask2Former, build_model
-from model.weights import load_weights
+from m2f.model.config import ModelConfig
+from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.weights import load_weights
 
 CONFIG = ModelConfig(num_classes=CLASSES)
 

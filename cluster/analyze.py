@@ -8,23 +8,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cluster.checkpoints import ChosenWeights
-from cluster.config import RunConfig
-from cluster.eval_actor import load_model, weights_url
-from cluster.progress import Progress
-from data_pipeline.categories import Category
-from data_pipeline.collate import EvalBatch
-from data_pipeline.loader import eval_batches, shared_categories
-from data_pipeline.manifest import Manifest
-from data_pipeline.preview import spread_indices
-from data_pipeline.storage import Storage
-from eval.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
-from eval.inference import PREDICTS, Evaluator
-from eval.layers import LayerAnalysis, LayerQuality
-from eval.panels import render_heat
-from eval.report import EvaluationSubject
-from model.analysis import AttentionMap, recorded_attention
-from model.mask2former import Mask2Former
+from m2f.cluster.checkpoints import ChosenWeights
+from m2f.cluster.config import RunConfig
+from m2f.cluster.eval_actor import load_model, weights_url
+from m2f.cluster.progress import Progress
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.collate import EvalBatch
+from m2f.data_pipeline.loader import eval_batches, shared_categories
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.preview import spread_indices
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
+from m2f.eval.inference import PREDICTS, Evaluator
+from m2f.eval.layers import LayerAnalysis, LayerQuality
+from m2f.eval.panels import render_heat
+from m2f.eval.report import EvaluationSubject
+from m2f.model.analysis import AttentionMap, recorded_attention
+from m2f.model.mask2former import Mask2Former
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import RunConfig
-from data_pipeline.storage import Storage
-from model.errors import ConfigError
-from trainer.checkpoint_folder import list_checkpoints
+from m2f.cluster.config import RunConfig
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint_folder import list_checkpoints
 
 
 @dataclass(frozen=True)

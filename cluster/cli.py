@@ -1,4 +1,4 @@
-"""The console script `m2f`: one verb per module of `cluster.verbs`, imported only when it is called.
+"""The console script `m2f`: one verb per module of `m2f.cluster.verbs`, imported only when it is called.
 
 Exit status: 0 done, 1 the job ran and failed, 2 a mistake that the user can correct (one message, no traceback),
 130 interrupted.
@@ -13,27 +13,27 @@ import os
 import sys
 from collections.abc import Sequence
 
-from model.errors import UserError
+from m2f.model.errors import UserError
 
 VERBS = {
-    "demo": "cluster.verbs.demo",
-    "shard": "cluster.verbs.shard",
-    "index": "cluster.verbs.index",
-    "verify": "cluster.verbs.verify",
-    "stats": "cluster.verbs.stats",
-    "preview": "cluster.verbs.preview",
-    "plan": "cluster.verbs.plan",
-    "train": "cluster.verbs.train",
-    "eval": "cluster.verbs.evaluate",
-    "score": "cluster.verbs.score",
-    "predict": "cluster.verbs.predict",
-    "export": "cluster.verbs.export",
-    "analyze": "cluster.verbs.analyze",
-    "compare": "cluster.verbs.compare",
-    "checkpoint": "cluster.verbs.checkpoint",
-    "submit": "cluster.verbs.submit",
-    "doctor": "cluster.verbs.doctor",
-    "config": "cluster.verbs.config",
+    "demo": "m2f.cluster.verbs.demo",
+    "shard": "m2f.cluster.verbs.shard",
+    "index": "m2f.cluster.verbs.index",
+    "verify": "m2f.cluster.verbs.verify",
+    "stats": "m2f.cluster.verbs.stats",
+    "preview": "m2f.cluster.verbs.preview",
+    "plan": "m2f.cluster.verbs.plan",
+    "train": "m2f.cluster.verbs.train",
+    "eval": "m2f.cluster.verbs.evaluate",
+    "score": "m2f.cluster.verbs.score",
+    "predict": "m2f.cluster.verbs.predict",
+    "export": "m2f.cluster.verbs.export",
+    "analyze": "m2f.cluster.verbs.analyze",
+    "compare": "m2f.cluster.verbs.compare",
+    "checkpoint": "m2f.cluster.verbs.checkpoint",
+    "submit": "m2f.cluster.verbs.submit",
+    "doctor": "m2f.cluster.verbs.doctor",
+    "config": "m2f.cluster.verbs.config",
 }
 
 RAY_NOISE = "|".join(

@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.paper_results import PaperResult, paper_result
-from cluster.run_records import CompareError, Curve, RunRecord, compared_step, set_and_metric
+from m2f.cluster.paper_results import PaperResult, paper_result
+from m2f.cluster.run_records import CompareError, Curve, RunRecord, compared_step, set_and_metric
 
 METRIC_ORDER = (
     *("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"),

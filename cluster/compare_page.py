@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from cluster.compare import ClassTable, Comparison, Plot, Row, Value
-from cluster.compare_report import gains_and_losses, number_text, setting_text, title
-from eval.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart
-from eval.page import Cell, Section, folded, grid, page, paragraph, table
+from m2f.cluster.compare import ClassTable, Comparison, Plot, Row, Value
+from m2f.cluster.compare_report import gains_and_losses, number_text, setting_text, title
+from m2f.eval.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart
+from m2f.eval.page import Cell, Section, folded, grid, page, paragraph, table
 
 SHOWN_CLASSES = 20
 """Largest gains and largest losses that a chart shows; the table below it has all classes."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from cluster.compare import ClassTable, Comparison, Row, Value
+from m2f.cluster.compare import ClassTable, Comparison, Row, Value
 
 TEXT_WIDTH = 120
 """Columns of a terminal: further runs go to another block, which repeats the baseline."""

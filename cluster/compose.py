@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.config import RunConfig
-from cluster.recipe import dump_recipe
-from data_pipeline.loader import mixture_labels
-from data_pipeline.manifest import Manifest
-from data_pipeline.storage import Storage
-from model.errors import ConfigError
-from trainer.job import TrainJob
+from m2f.cluster.config import RunConfig
+from m2f.cluster.recipe import dump_recipe
+from m2f.data_pipeline.loader import mixture_labels
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import ConfigError
+from m2f.trainer.job import TrainJob
 
 
 def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
-from eval.config import EvaluationConfig
-from model.config import ModelConfig
-from model.errors import ConfigError, require_at_least
-from trainer.config import TrainingConfig
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
+from m2f.eval.config import EvaluationConfig
+from m2f.model.config import ModelConfig
+from m2f.model.errors import ConfigError, require_at_least
+from m2f.trainer.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.config import RunConfig
-from cluster.eval_queue import Entry
-from cluster.evaluation_lines import HEADLINE
-from cluster.progress import format_duration, say
-from cluster.ray_cluster import connect
-from cluster.recipe import load_recipe
-from cluster.shard_job import run_shard_job
-from cluster.train_job import RunSummary, run_training
-from data_pipeline.storage import Storage, join
-from model.errors import ConfigError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.eval_queue import Entry
+from m2f.cluster.evaluation_lines import HEADLINE
+from m2f.cluster.progress import format_duration, say
+from m2f.cluster.ray_cluster import connect
+from m2f.cluster.recipe import load_recipe
+from m2f.cluster.shard_job import run_shard_job
+from m2f.cluster.train_job import RunSummary, run_training
+from m2f.data_pipeline.storage import Storage, join
+from m2f.model.errors import ConfigError
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster import doctor_machine as machine
-from cluster import doctor_services as services
-from cluster.config import RunConfig
-from cluster.doctor_finding import HERE, Finding, State
+from m2f.cluster import doctor_machine as machine
+from m2f.cluster import doctor_services as services
+from m2f.cluster.config import RunConfig
+from m2f.cluster.doctor_finding import HERE, Finding, State
 
 Check = Callable[[], Finding]
 _STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}

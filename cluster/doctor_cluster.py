@@ -11,11 +11,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import RunConfig
-from cluster.doctor import machine_checks, run_checks
-from cluster.doctor_finding import Finding
-from cluster.doctor_services import skew_finding
-from cluster.room import demands, room
+from m2f.cluster.config import RunConfig
+from m2f.cluster.doctor import machine_checks, run_checks
+from m2f.cluster.doctor_finding import Finding
+from m2f.cluster.doctor_services import skew_finding
+from m2f.cluster.room import demands, room
 
 PATIENCE_S = 180.0
 CLUSTER = "cluster"

@@ -15,8 +15,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cluster.config import RunConfig
-from cluster.doctor_finding import Finding
+from m2f.cluster.config import RunConfig
+from m2f.cluster.doctor_finding import Finding
 
 GIB = 2**30
 SHM_NEEDED, SHM_WANTED = GIB // 4, 2 * GIB
@@ -48,7 +48,7 @@ def check_versions() -> Finding:
 
 def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
     """Of the code that runs: its pyproject.toml, else what the installed package says."""
-    project = Path(__file__).parents[1] / "pyproject.toml"
+    project = Path(__file__).parents[2] / "pyproject.toml"
     if project.is_file():
         declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in declared["dependencies"]]
@@ -79,7 +79,7 @@ def check_collectives() -> Finding:
     """An all-reduce between processes of this machine: all GPUs over NCCL, or two processes over gloo."""
     import torch
 
-    from cluster.launch_local import LaunchError, launch
+    from m2f.cluster.launch_local import LaunchError, launch
 
     gpus = torch.cuda.device_count()
     name, ranks = ("NCCL", gpus) if gpus else ("gloo", 2)
@@ -139,7 +139,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
     """What builds kernels: those of this project for GPUs, and those of `training.compile`."""
     import torch
 
-    from trainer.regions import compiler_names, find_compiler
+    from m2f.trainer.regions import compiler_names, find_compiler
 
     gpus = torch.cuda.is_available() or (config is not None and config.cluster.num_gpus_per_worker > 0)
     device = "cuda" if gpus else "cpu"

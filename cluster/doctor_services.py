@@ -12,11 +12,11 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from cluster.config import RunConfig
-from cluster.doctor_finding import Finding
-from data_pipeline.manifest import read_document
-from data_pipeline.storage import Storage, join
-from model.errors import UserError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.doctor_finding import Finding
+from m2f.data_pipeline.manifest import read_document
+from m2f.data_pipeline.storage import Storage, join
+from m2f.model.errors import UserError
 
 TIMEOUT_S = 5.0
 SKEW_WANTED_S, SKEW_LIMIT_S = 5.0, 300.0
@@ -63,7 +63,7 @@ def check_shards(config: RunConfig | None) -> Finding:
 
 def check_tracking(config: RunConfig | None) -> Finding:
     """MLflow answers; a local database is only looked for, as it is made by the run."""
-    from cluster.tracking import connect, tracking_uri
+    from m2f.cluster.tracking import connect, tracking_uri
 
     try:
         uri = os.environ.get("MLFLOW_TRACKING_URI") if config is None else tracking_uri(config)

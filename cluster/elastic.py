@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from ray._private.state import available_resources_per_node, state
 from ray.autoscaler.sdk import request_resources
 
-from cluster.config import ClusterConfig
-from cluster.progress import say
-from cluster.room import room
-from cluster.run_relay import RunRelay
+from m2f.cluster.config import ClusterConfig
+from m2f.cluster.progress import say
+from m2f.cluster.room import room
+from m2f.cluster.run_relay import RunRelay
 
 LOOK_S = 2.0
 PATIENCE_S = 10.0

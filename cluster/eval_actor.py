@@ -15,20 +15,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cluster.config import RunConfig
-from data_pipeline.loader import eval_batches
-from data_pipeline.manifest import Manifest
-from data_pipeline.storage import Storage, join
-from eval.config import EvaluationSet
-from eval.errors import EvaluationError
-from eval.inference import Evaluator
-from eval.result_dump import ResultDump
-from eval.states import EvaluationStates
-from model.config import ModelConfig
-from model.cuda_graphs import replay_forward
-from model.mask2former import Mask2Former, build_model
-from model.weights import load_weights
-from trainer.checkpoint_folder import AVERAGE, WEIGHTS
+from m2f.cluster.config import RunConfig
+from m2f.data_pipeline.loader import eval_batches
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.storage import Storage, join
+from m2f.eval.config import EvaluationSet
+from m2f.eval.errors import EvaluationError
+from m2f.eval.inference import Evaluator
+from m2f.eval.result_dump import ResultDump
+from m2f.eval.states import EvaluationStates
+from m2f.model.config import ModelConfig
+from m2f.model.cuda_graphs import replay_forward
+from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.weights import load_weights
+from m2f.trainer.checkpoint_folder import AVERAGE, WEIGHTS
 
 IMAGES_PER_CALL = 8
 """Images that one call evaluates: enough to share a ranged read, few enough to spread over actors."""

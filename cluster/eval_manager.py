@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.eval_queue import Entry, EvaluationQueue
-from data_pipeline.errors import StorageError
+from m2f.cluster.eval_queue import Entry, EvaluationQueue
+from m2f.data_pipeline.errors import StorageError
 
 LOGGER = logging.getLogger(__name__)
 RETRY_S = 5.0

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from eval.errors import EvaluationError
+from m2f.eval.errors import EvaluationError
 
 LOGGER = logging.getLogger(__name__)
 IN_FLIGHT_PER_ACTOR = 2

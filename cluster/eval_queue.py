@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from cluster.policies import choose
-from data_pipeline.storage import Storage
-from eval.errors import EvaluationError
+from m2f.cluster.policies import choose
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.errors import EvaluationError
 
 Status = Literal["waiting", "running", "published", "failed", "dropped"]
 

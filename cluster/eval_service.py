@@ -13,17 +13,17 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
-from cluster.config import RunConfig
-from cluster.eval_manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
-from cluster.eval_pool import EvaluationPool
-from cluster.eval_queue import Entry, EvaluationQueue, read_entries
-from cluster.evaluate import evaluate_sets, make_pool, write_files
-from cluster.policies import best_step
-from cluster.ray_cluster import this_node
-from cluster.tracking import TrackedRun, Tracking
-from data_pipeline.storage import Storage, join
-from trainer.checkpoint_folder import pin, unpin
-from trainer.reporting import CommittedCheckpoint
+from m2f.cluster.config import RunConfig
+from m2f.cluster.eval_manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
+from m2f.cluster.eval_pool import EvaluationPool
+from m2f.cluster.eval_queue import Entry, EvaluationQueue, read_entries
+from m2f.cluster.evaluate import evaluate_sets, make_pool, write_files
+from m2f.cluster.policies import best_step
+from m2f.cluster.ray_cluster import this_node
+from m2f.cluster.tracking import TrackedRun, Tracking
+from m2f.data_pipeline.storage import Storage, join
+from m2f.trainer.checkpoint_folder import pin, unpin
+from m2f.trainer.reporting import CommittedCheckpoint
 
 NAMESPACE = "m2f"
 PIN = "evaluation"

@@ -10,22 +10,22 @@ from tempfile import TemporaryDirectory
 
 import ray
 
-from cluster.config import RunConfig
-from cluster.eval_actor import EvaluationActor, EvaluationTask, call_rows, evaluated_rows, weights_url
-from cluster.eval_pool import EvaluationPool
-from cluster.progress import Progress
-from cluster.ray_cluster import local_or_existing
-from data_pipeline.loader import shared_categories
-from data_pipeline.manifest import Manifest
-from data_pipeline.storage import Storage, join
-from eval.config import EvaluationSet
-from eval.evaluation_page import details_json, evaluation_page
-from eval.inference import check_extra_metrics, check_tasks
-from eval.panels import contact_sheet
-from eval.report import EvaluationResults, EvaluationSubject
-from eval.result_dump import join_dump
-from eval.states import EvaluationStates, check_complete, image_qualities
-from model.errors import ConfigError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.eval_actor import EvaluationActor, EvaluationTask, call_rows, evaluated_rows, weights_url
+from m2f.cluster.eval_pool import EvaluationPool
+from m2f.cluster.progress import Progress
+from m2f.cluster.ray_cluster import local_or_existing
+from m2f.data_pipeline.loader import shared_categories
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.storage import Storage, join
+from m2f.eval.config import EvaluationSet
+from m2f.eval.evaluation_page import details_json, evaluation_page
+from m2f.eval.inference import check_extra_metrics, check_tasks
+from m2f.eval.panels import contact_sheet
+from m2f.eval.report import EvaluationResults, EvaluationSubject
+from m2f.eval.result_dump import join_dump
+from m2f.eval.states import EvaluationStates, check_complete, image_qualities
+from m2f.model.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def evaluate_sets(
     on_progress: OnProgress,
     dump: str | None = None,
 ) -> tuple[SetEvaluation, ...]:
-    """Results of all sets, in the recipe's order. `dump/SET` gets the predictions, see `eval.result_dump`.
+    """Results of all sets, in the recipe's order. `dump/SET` gets the predictions, see `m2f.eval.result_dump`.
 
     Raises:
         EvaluationError: images could not be evaluated, or the weights are not those of the recipe's model.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.eval_manager import EvaluationProgress
-from cluster.eval_queue import Entry
+from m2f.cluster.eval_manager import EvaluationProgress
+from m2f.cluster.eval_queue import Entry
 
 HEADLINE = ("PQ", "AP", "mIoU")
 """The main number of each task."""

@@ -10,9 +10,9 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from cluster.config import RunConfig
-from cluster.recipe import kind_tag, sections_in, suggestion, type_hints
-from model.errors import ConfigError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.recipe import kind_tag, sections_in, suggestion, type_hints
+from m2f.model.errors import ConfigError
 
 
 def explain(section: str = "") -> str:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, assert_never
 
-from cluster.trained_model import TrainedModel
-from model.errors import ConfigError
-from model.export import (
+from m2f.cluster.trained_model import TrainedModel
+from m2f.model.errors import ConfigError
+from m2f.model.export import (
     export_hugging_face,
     export_program,
     require_onnx,

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import DatasetConfig
-from data_pipeline.errors import DataError, StorageError
-from data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, read_header
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import DataError, StorageError
+from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, read_header
+from m2f.data_pipeline.storage import Storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 READ_AHEAD = 4

@@ -21,9 +21,9 @@ from ray.dashboard.modules.job import sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.progress import complain, format_duration, say
-from cluster.ray_cluster import knock
-from model.errors import UserError
+from m2f.cluster.progress import complain, format_duration, say
+from m2f.cluster.ray_cluster import knock
+from m2f.model.errors import UserError
 
 POLL_S = 0.5
 PATIENCE_S = 300.0

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
-from cluster.config import RunConfig
-from cluster.recipe import dump_recipe
-from cluster.room import demands, room
-from cluster.submit import run_digest
-from model.errors import UserError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.recipe import dump_recipe
+from m2f.cluster.room import demands, room
+from m2f.cluster.submit import run_digest
+from m2f.model.errors import UserError
 
 SCHEMA = Path(__file__).parent / "cloud" / "ray_job_schema.yaml"
 RECIPE_FOLDER = "/etc/m2f"
@@ -33,7 +33,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
     """A ConfigMap with the recipe and the RayJob that trains it, as one YAML text.
 
     Args:
-        config: recipe for the cluster, see `cluster.submit.for_cluster`.
+        config: recipe for the cluster, see `m2f.cluster.submit.for_cluster`.
         template: YAML of one RayJob without a command.
         env: environment variables of the job, no secrets.
 

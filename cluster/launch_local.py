@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from model.errors import UserError
-from trainer.reporting import STALL_EXIT
+from m2f.model.errors import UserError
+from m2f.trainer.reporting import STALL_EXIT
 
 ECHO_S = 5.0
 """How long the other ranks may take to report what a dead one did to them, before they are ended."""
@@ -156,7 +156,7 @@ def _raise_failure(ranks: list[_Rank]) -> None:
     errors = {rank.index: rank.error for rank in ranks if rank.error is not None}
     if not errors:
         return
-    from cluster.policies import root_cause
+    from m2f.cluster.policies import root_cause
 
     failure = root_cause(errors)
     first = failure.rank if failure.rank is not None else min(errors)

@@ -17,11 +17,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.eval_manager import EvaluationProgress
-from cluster.eval_queue import Entry
-from cluster.evaluation_lines import HEADLINE, headline
-from cluster.progress import complain, format_duration, say
-from trainer.reporting import CommittedCheckpoint, EventKind
+from m2f.cluster.eval_manager import EvaluationProgress
+from m2f.cluster.eval_queue import Entry
+from m2f.cluster.evaluation_lines import HEADLINE, headline
+from m2f.cluster.progress import complain, format_duration, say
+from m2f.trainer.reporting import CommittedCheckpoint, EventKind
 
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 SEPARATOR = " \u00b7 "

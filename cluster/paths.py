@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig
-from data_pipeline.config import DatasetConfig, SourceConfig
+from m2f.cluster.config import RunConfig
+from m2f.data_pipeline.config import DatasetConfig, SourceConfig
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from data_pipeline.errors import LoaderDiedError, StorageError
-from model.errors import UserError
-from trainer.adjustments import Change, SkipWindow, SmallerMicroBatch
-from trainer.errors import LossSpikeError, OutOfMemoryError, PeersError
-from trainer.job import Window
+from m2f.data_pipeline.errors import LoaderDiedError, StorageError
+from m2f.model.errors import UserError
+from m2f.trainer.adjustments import Change, SkipWindow, SmallerMicroBatch
+from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError
+from m2f.trainer.job import Window
 
 FailureKind = Literal["mistake", "error", "death", "preemption", "memory", "spike", "collateral"]
 """mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;

@@ -9,21 +9,21 @@ from typing import assert_never
 import numpy as np
 import torch
 
-from cluster.image_inputs import ImageInput, read_images
-from cluster.prediction_files import Prediction, PredictionFolder
-from cluster.progress import Progress
-from cluster.trained_model import TrainedModel
-from data_pipeline.augment import shortest_edge_size
-from data_pipeline.categories import Category, Task
-from data_pipeline.collate import SIZE_MULTIPLE, collate_eval
-from data_pipeline.errors import DataError
-from data_pipeline.sample import VOID_ID, Annotation, DecodedSample
-from data_pipeline.storage import Storage
-from eval.average_precision import InstanceDetections
-from eval.inference import ImageOutput, check_tasks, detect, image_outputs
-from model.cuda_graphs import replay_forward
-from model.errors import ConfigError
-from model.postprocess import panoptic, semantic
+from m2f.cluster.image_inputs import ImageInput, read_images
+from m2f.cluster.prediction_files import Prediction, PredictionFolder
+from m2f.cluster.progress import Progress
+from m2f.cluster.trained_model import TrainedModel
+from m2f.data_pipeline.augment import shortest_edge_size
+from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.collate import SIZE_MULTIPLE, collate_eval
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.average_precision import InstanceDetections
+from m2f.eval.inference import ImageOutput, check_tasks, detect, image_outputs
+from m2f.model.cuda_graphs import replay_forward
+from m2f.model.errors import ConfigError
+from m2f.model.postprocess import panoptic, semantic
 
 WAITING_BATCHES = 4
 """Images that wait for others of their shape, in batches; then the largest group goes, however small."""

@@ -17,11 +17,11 @@ from typing import Any, Self, TextIO, assert_never
 
 import numpy as np
 
-from cluster.image_inputs import ImageInput
-from data_pipeline.categories import Category
-from eval.average_precision import InstanceDetections
-from eval.panels import Scene, render_panel
-from eval.result_files import (
+from m2f.cluster.image_inputs import ImageInput
+from m2f.data_pipeline.categories import Category
+from m2f.eval.average_precision import InstanceDetections
+from m2f.eval.panels import Scene, render_panel
+from m2f.eval.result_files import (
     box_results,
     describe_categories,
     label_png,
@@ -29,8 +29,8 @@ from eval.result_files import (
     panoptic_annotation,
     panoptic_png,
 )
-from eval.scenes import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
-from model.structures import PanopticResult, SemanticResult
+from m2f.eval.scenes import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.model.structures import PanopticResult, SemanticResult
 
 Prediction = PanopticResult | InstanceDetections | SemanticResult
 

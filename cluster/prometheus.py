@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
 
-from trainer.reporting import CommittedCheckpoint, EventKind
+from m2f.trainer.reporting import CommittedCheckpoint, EventKind
 
 RUN_GAUGES = {
     "images_per_s": ("m2f_images_per_second", "Images that all ranks trained on, per second."),

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import RunConfig
-from data_pipeline.manifest import read_document
-from data_pipeline.storage import Storage
+from m2f.cluster.config import RunConfig
+from m2f.data_pipeline.manifest import read_document
+from m2f.data_pipeline.storage import Storage
 
 CODE = Path(__file__).resolve().parents[1]
 GIT_TIMEOUT_S = 10.0

@@ -15,8 +15,8 @@ from math import ceil
 
 import ray
 
-from cluster.config import ClusterConfig, RunConfig
-from model.errors import UserError
+from m2f.cluster.config import ClusterConfig, RunConfig
+from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
 """Of a local cluster: Ray's default of 30 % of the memory is taken from the training."""

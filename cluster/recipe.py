@@ -15,9 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.config import RunConfig
-from cluster.paths import with_absolute_paths
-from model.errors import ConfigError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.paths import with_absolute_paths
+from m2f.model.errors import ConfigError
 
 _INVALID = object()
 """Stands for a value whose problem has been noted, so that one mistake gives one message."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from cluster.tracking import Tracking
-from data_pipeline.storage import Storage
-from trainer.checkpoint_folder import metrics_on_their_way, newest_whole
-from trainer.errors import CheckpointError
-from trainer.reporting import CommittedCheckpoint, EventKind
+from m2f.cluster.tracking import Tracking
+from m2f.data_pipeline.storage import Storage
+from m2f.trainer.checkpoint_folder import metrics_on_their_way, newest_whole
+from m2f.trainer.errors import CheckpointError
+from m2f.trainer.reporting import CommittedCheckpoint, EventKind
 
 LOGGER = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from cluster.config import RunConfig
-from cluster.policies import Attempt, AttemptHistory, Failure, Stop, decide
-from cluster.progress import complain
-from data_pipeline.storage import Storage
-from trainer.checkpoint_folder import newest_step
+from m2f.cluster.config import RunConfig
+from m2f.cluster.policies import Attempt, AttemptHistory, Failure, Stop, decide
+from m2f.cluster.progress import complain
+from m2f.data_pipeline.storage import Storage
+from m2f.trainer.checkpoint_folder import newest_step
 
 _LOOK_S = 0.2
 _PR_SET_PDEATHSIG = 1

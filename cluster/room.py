@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cluster.config import RunConfig
+from m2f.cluster.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.reporting import CommittedCheckpoint, EventKind, Reporter
+from m2f.trainer.reporting import CommittedCheckpoint, EventKind, Reporter
 
 MAX_REPORTS = 10_000
 

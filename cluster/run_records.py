@@ -16,11 +16,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from cluster.recipe import flatten_tree
-from cluster.tracking import connect
-from data_pipeline.errors import StorageError
-from data_pipeline.storage import Storage, join
-from model.errors import UserError
+from m2f.cluster.recipe import flatten_tree
+from m2f.cluster.tracking import connect
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage import Storage, join
+from m2f.model.errors import UserError
 
 Curve = tuple[tuple[int, float], ...]
 """(step, value), ascending, one per step."""

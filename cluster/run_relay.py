@@ -9,15 +9,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.eval_service import EvaluationClient
-from cluster.evaluation_lines import describe, started
-from cluster.live_view import LiveView
-from cluster.progress import say
-from cluster.reporters import TrackingReporter, recover_metrics
-from cluster.run_board import CheckpointReport, Delivery, EventReport, MetricsReport, Word
-from cluster.tracking import RunStatus, TrackedRun, Tracking
-from data_pipeline.storage import Storage
-from trainer.reporting import LogReporter, Reporters
+from m2f.cluster.eval_service import EvaluationClient
+from m2f.cluster.evaluation_lines import describe, started
+from m2f.cluster.live_view import LiveView
+from m2f.cluster.progress import say
+from m2f.cluster.reporters import TrackingReporter, recover_metrics
+from m2f.cluster.run_board import CheckpointReport, Delivery, EventReport, MetricsReport, Word
+from m2f.cluster.tracking import RunStatus, TrackedRun, Tracking
+from m2f.data_pipeline.storage import Storage
+from m2f.trainer.reporting import LogReporter, Reporters
 
 PATIENCE_S = 10.0
 

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.config import ClusterConfig
-from cluster.progress import Progress, format_duration
-from cluster.ray_cluster import local_or_existing
-from data_pipeline.config import DatasetConfig
-from data_pipeline.errors import DataError
-from data_pipeline.manifest import read_document
-from data_pipeline.readers import Reader, open_reader, source_fingerprint
-from data_pipeline.shards import (
+from m2f.cluster.config import ClusterConfig
+from m2f.cluster.progress import Progress, format_duration
+from m2f.cluster.ray_cluster import local_or_existing
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.manifest import read_document
+from m2f.data_pipeline.readers import Reader, open_reader, source_fingerprint
+from m2f.data_pipeline.shards import (
     SampleProblem,
     ShardPart,
     ShardPlan,
@@ -31,8 +31,8 @@ from data_pipeline.shards import (
     plan_shards,
     write_shard,
 )
-from data_pipeline.storage import Storage, join
-from model.errors import UserError
+from m2f.data_pipeline.storage import Storage, join
+from m2f.model.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
 TASK_RETRIES = 3

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cluster.image_inputs import ImageList
-from data_pipeline.categories import Category, Task
-from data_pipeline.readers.ade20k_classes import CATEGORIES_150
-from model.errors import ConfigError
+from m2f.cluster.image_inputs import ImageList
+from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
+from m2f.model.errors import ConfigError
 
 Server = Literal["coco", "ade20k"]
 _LIST_NAME = re.compile(r"(?:panoptic_)?image_info_(.+)")

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.config import RunConfig
-from cluster.jobs import Job, JobClient, KnownJob
-from cluster.progress import complain
-from cluster.recipe import dump_recipe
-from cluster.upload import RECIPE, pack
-from model.errors import ConfigError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.jobs import Job, JobClient, KnownJob
+from m2f.cluster.progress import complain
+from m2f.cluster.recipe import dump_recipe
+from m2f.cluster.upload import RECIPE, pack
+from m2f.model.errors import ConfigError
 
 STOP_WAIT_S = 600
 """Between SIGTERM and SIGKILL of a job that is stopped, for its last checkpoint; Ray's own default is 3 s."""
@@ -68,7 +68,7 @@ def submit_training(
     choice = choose(config, digest, client.jobs())
     if isinstance(choice, Attach):
         return choice
-    command = ["m2f"] if installed else ["python", "-m", "cluster.cli"]
+    command = ["m2f"] if installed else ["python", "-m", "m2f.cluster.cli"]
     with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
         job = Job(
             job_id=choice.job_id,
@@ -83,7 +83,7 @@ def submit_training(
 def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str, str]) -> str:
     """Send `m2f doctor` for all nodes of a cluster; the id of its job."""
     recipe = None if config is None else dump_recipe(replace(config, cluster=replace(config.cluster, address=None)))
-    command = ["python", "-m", "cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
+    command = ["python", "-m", "m2f.cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
     job_id = f"m2f-doctor-{secrets.token_hex(4)}"
     env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is read on this terminal
     with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:

@@ -25,12 +25,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException, RestException
 
-from cluster.config import RunConfig
-from cluster.journal import Entry, Journal
-from cluster.provenance import DataInput, code_facts, data_facts, data_inputs
-from cluster.recipe import dump_recipe, flatten
-from data_pipeline.storage import Storage, join
-from model.errors import UserError
+from m2f.cluster.config import RunConfig
+from m2f.cluster.journal import Entry, Journal
+from m2f.cluster.provenance import DataInput, code_facts, data_facts, data_inputs
+from m2f.cluster.recipe import dump_recipe, flatten
+from m2f.data_pipeline.storage import Storage, join
+from m2f.model.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]

@@ -24,27 +24,27 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
-from cluster.compose import compose_job
-from cluster.config import ClusterConfig, RunConfig
-from cluster.elastic import Resize, Sizes
-from cluster.eval_queue import Entry
-from cluster.eval_service import EvaluationClient
-from cluster.evaluate import check_sets
-from cluster.live_view import LiveView
-from cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
-from cluster.progress import complain, format_duration, say
-from cluster.ray_cluster import ClusterError, connect, this_node
-from cluster.recipe import dump_recipe
-from cluster.run_board import EventReport, RunBoard
-from cluster.run_relay import RunRelay
-from cluster.tracking import RunStatus, TrackedRun, create_run
-from cluster.train_worker import WorkerSettings, train_loop
-from data_pipeline.storage import Storage, join
-from model.errors import UserError
-from trainer.adjustments import adjust, read_adjustments
-from trainer.checkpoint_folder import delete_old, list_checkpoints, newest_step, newest_whole
-from trainer.job import TrainJob
-from trainer.reporting import CommittedCheckpoint
+from m2f.cluster.compose import compose_job
+from m2f.cluster.config import ClusterConfig, RunConfig
+from m2f.cluster.elastic import Resize, Sizes
+from m2f.cluster.eval_queue import Entry
+from m2f.cluster.eval_service import EvaluationClient
+from m2f.cluster.evaluate import check_sets
+from m2f.cluster.live_view import LiveView
+from m2f.cluster.policies import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
+from m2f.cluster.progress import complain, format_duration, say
+from m2f.cluster.ray_cluster import ClusterError, connect, this_node
+from m2f.cluster.recipe import dump_recipe
+from m2f.cluster.run_board import EventReport, RunBoard
+from m2f.cluster.run_relay import RunRelay
+from m2f.cluster.tracking import RunStatus, TrackedRun, create_run
+from m2f.cluster.train_worker import WorkerSettings, train_loop
+from m2f.data_pipeline.storage import Storage, join
+from m2f.model.errors import UserError
+from m2f.trainer.adjustments import adjust, read_adjustments
+from m2f.trainer.checkpoint_folder import delete_old, list_checkpoints, newest_step, newest_whole
+from m2f.trainer.job import TrainJob
+from m2f.trainer.reporting import CommittedCheckpoint
 
 POLL_S = 0.5
 SILENCE_S = 60.0

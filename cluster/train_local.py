@@ -7,13 +7,13 @@ import signal
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
-from cluster.config import RunConfig
-from cluster.launch_local import launch
-from trainer.errors import LossSpikeError, OutOfMemoryError
-from trainer.job import TrainJob
+from m2f.cluster.config import RunConfig
+from m2f.cluster.launch_local import launch
+from m2f.trainer.errors import LossSpikeError, OutOfMemoryError
+from m2f.trainer.job import TrainJob
 
 if TYPE_CHECKING:
-    from cluster.tracking import TrackedRun
+    from m2f.cluster.tracking import TrackedRun
 
 
 def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", "stopped"]:
@@ -27,11 +27,11 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
         UserError: the recipe, the data or the store cannot be used.
         LaunchError: a rank failed; the run goes on from its last checkpoint when it is started again.
     """
-    from cluster.compose import compose_job
-    from cluster.reporters import TrackingReporter, recover_metrics
-    from cluster.tracking import Tracking, create_run
-    from data_pipeline.storage import Storage
-    from trainer.checkpoint_folder import newest_whole
+    from m2f.cluster.compose import compose_job
+    from m2f.cluster.reporters import TrackingReporter, recover_metrics
+    from m2f.cluster.tracking import Tracking, create_run
+    from m2f.data_pipeline.storage import Storage
+    from m2f.trainer.checkpoint_folder import newest_whole
 
     job = compose_job(config)
     run = create_run(config)
@@ -57,11 +57,11 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 
 
 def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: dict[str, str], live: bool) -> None:
-    from cluster.policies import Attempt, AttemptHistory, Retry, decide, root_cause
-    from cluster.progress import complain
-    from data_pipeline.storage import Storage
-    from trainer.adjustments import adjust, read_adjustments
-    from trainer.checkpoint_folder import newest_step
+    from m2f.cluster.policies import Attempt, AttemptHistory, Retry, decide, root_cause
+    from m2f.cluster.progress import complain
+    from m2f.data_pipeline.storage import Storage
+    from m2f.trainer.adjustments import adjust, read_adjustments
+    from m2f.trainer.checkpoint_folder import newest_step
 
     storage, folder = Storage(config.storage), config.run_folder
     adjustments = read_adjustments(storage, folder)
@@ -80,11 +80,11 @@ def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: di
 
 def train_rank(job: TrainJob, run: TrackedRun, live: bool = False) -> None:
     """Body of one rank."""
-    from cluster.live_view import LiveView
-    from cluster.reporters import TrackingReporter
-    from cluster.tracking import Tracking
-    from trainer.reporting import LogReporter, Reporters
-    from trainer.worker import run_worker
+    from m2f.cluster.live_view import LiveView
+    from m2f.cluster.reporters import TrackingReporter
+    from m2f.cluster.tracking import Tracking
+    from m2f.trainer.reporting import LogReporter, Reporters
+    from m2f.trainer.worker import run_worker
 
     control = SignalControl()
     if os.environ["RANK"] != "0":

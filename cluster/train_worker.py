@@ -17,11 +17,11 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution import context as ray_context
 
-from cluster.prometheus import PrometheusReporter
-from cluster.run_board import CheckpointReport, EventReport, MetricsReport, Word
-from trainer.errors import PeersError
-from trainer.job import TrainJob
-from trainer.reporting import CommittedCheckpoint, EventKind, Reporters
+from m2f.cluster.prometheus import PrometheusReporter
+from m2f.cluster.run_board import CheckpointReport, EventReport, MetricsReport, Word
+from m2f.trainer.errors import PeersError
+from m2f.trainer.job import TrainJob
+from m2f.trainer.reporting import CommittedCheckpoint, EventKind, Reporters
 
 LOGGER = logging.getLogger(__name__)
 POLL_S = 1.0
@@ -43,7 +43,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())  # DeepSpeed's device count on CPU
     if not ray.get_gpu_ids():
         os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    from trainer.worker import run_worker  # deepspeed reads the environment when it is imported
+    from m2f.trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
     ray_context.logger.setLevel(logging.WARNING)  # it announces every report
     rank, run_name = context.get_world_rank(), settings.job.run_folder.rpartition("/")[2]

@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints import choose_checkpoint
-from cluster.config import RunConfig
-from cluster.eval_actor import model_with_weights, weights_url
-from cluster.paths import with_absolute_paths
-from cluster.recipe import load_recipe, parse_recipe
-from data_pipeline.categories import TASKS, Category, Task, distinct_color
-from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest
-from data_pipeline.storage import Storage, join
-from eval.config import EvaluationConfig
-from model.config import ModelConfig
-from model.errors import ConfigError, WeightsError
-from model.hugging_face import is_hugging_face_folder, read_hugging_face_config
-from model.mask2former import Mask2Former
+from m2f.cluster.checkpoints import choose_checkpoint
+from m2f.cluster.config import RunConfig
+from m2f.cluster.eval_actor import model_with_weights, weights_url
+from m2f.cluster.paths import with_absolute_paths
+from m2f.cluster.recipe import load_recipe, parse_recipe
+from m2f.data_pipeline.categories import TASKS, Category, Task, distinct_color
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.storage import Storage, join
+from m2f.eval.config import EvaluationConfig
+from m2f.model.config import ModelConfig
+from m2f.model.errors import ConfigError, WeightsError
+from m2f.model.hugging_face import is_hugging_face_folder, read_hugging_face_config
+from m2f.model.mask2former import Mask2Former
 
 _RECIPE = "recipe.yaml"
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")

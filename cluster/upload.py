@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ray._private.runtime_env.packaging import create_package
 
-from model.errors import UserError
+from m2f.model.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
-PACKAGES = ("model", "data_pipeline", "trainer", "eval", "cluster")
+PACKAGE = "m2f"
 RECIPE = "recipe.yaml"
 LIMIT_BYTES = 100 * 2**20
 """Ray's dashboard refuses larger requests with HTTP 413."""
@@ -40,7 +40,7 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
         folder: where the archive is made.
         recipe: complete recipe as YAML; None for jobs that have none.
         code: False leaves the code out, for clusters that have m2f installed.
-        source: folder of m2f's packages; None takes the one that this module is from.
+        source: folder in which `m2f` is; None takes the one that this module is from.
 
     Raises:
         UploadError: the archive is larger than Ray takes; names the largest folders.
@@ -48,7 +48,7 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
     staged, archive = folder / "working_dir", folder / "m2f.zip"
     staged.mkdir()
     if code:
-        _copy_code(source or Path(__file__).parents[1], staged)
+        _copy_code(source or Path(__file__).parents[2], staged)
     if recipe is not None:
         path = staged / RECIPE
         path.write_text(recipe, encoding="utf-8")
@@ -59,8 +59,8 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
 
 
 def _copy_code(source: Path, staged: Path) -> None:
-    for package in PACKAGES:
-        shutil.copytree(source / package, staged / package, ignore=shutil.ignore_patterns("__pycache__"))
+    # In a checkout the folders in it are links, which copytree follows.
+    shutil.copytree(source / PACKAGE, staged / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     for name in _BESIDE:
         if (source / name).is_file():
             shutil.copy2(source / name, staged / name)

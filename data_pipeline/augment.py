@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 
 PADDING_GREY = 128
 """Grey level of image pixels outside the image (official mappers)."""

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.chunks import Chunks
-from data_pipeline.config import CacheConfig
-from data_pipeline.errors import StorageError
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order
-from data_pipeline.storage import StorageCounters
+from m2f.data_pipeline.chunks import Chunks
+from m2f.data_pipeline.config import CacheConfig
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order import Order
+from m2f.data_pipeline.storage import StorageCounters
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-from data_pipeline.errors import DataError
+from m2f.data_pipeline.errors import DataError
 
 Task = Literal["panoptic", "instance", "semantic"]
 MAX_CATEGORIES = 65_535

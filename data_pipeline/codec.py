@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import DataError
-from data_pipeline.foreign import FORM, decode_foreign
-from data_pipeline.image_file import (
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.foreign import FORM, decode_foreign
+from m2f.data_pipeline.image_file import (
     BrokenImageError,
     decode_index_png,
     decode_rgb,
@@ -30,7 +30,7 @@ from data_pipeline.image_file import (
     frame_orientation,
     read_header,
 )
-from data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
 
 VERSION = 3
 """Of the bytes that `encode` makes. Shards of a job that began with another one are written again."""

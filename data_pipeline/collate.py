@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import PADDING_GREY, resize_image, shortest_edge_size
-from data_pipeline.device_augment import Cuts, render, stack_cuts, stack_sources
-from data_pipeline.example import Example
-from data_pipeline.sample import DecodedSample
-from data_pipeline.targets import ImageTargets
-from model.structures import BACKGROUND_ID, Targets, ignore_id
+from m2f.data_pipeline.augment import PADDING_GREY, resize_image, shortest_edge_size
+from m2f.data_pipeline.device_augment import Cuts, render, stack_cuts, stack_sources
+from m2f.data_pipeline.example import Example
+from m2f.data_pipeline.sample import DecodedSample
+from m2f.data_pipeline.targets import ImageTargets
+from m2f.model.structures import BACKGROUND_ID, Targets, ignore_id
 
 FILLER_POSITION = -1
 """Position of samples of weight zero, which show no image."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.categories import Task
-from model.errors import ConfigError, require_at_least, require_positive
+from m2f.data_pipeline.categories import Task
+from m2f.model.errors import ConfigError, require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class MapillarySource:
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSource:
-    """Samples from your own Python code through `data_pipeline.shards.write_dataset`; `m2f shard` cannot read it."""
+    """Samples of your own Python code through `m2f.data_pipeline.shards.write_dataset`; `m2f shard` cannot read it."""
 
     kind: Literal["custom"] = "custom"
     version: int = 1

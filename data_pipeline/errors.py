@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from model.errors import UserError
+from m2f.model.errors import UserError
 
 
 class DataError(UserError):

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.errors import DataError, some
-from data_pipeline.image_file import (
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.image_file import (
     BrokenImageError,
     ImageHeader,
     decode_id_png,
@@ -25,8 +25,8 @@ from data_pipeline.image_file import (
     frame_orientation,
     read_header,
 )
-from data_pipeline.partition import Region, partition
-from data_pipeline.sample import Annotation, DecodedSample
+from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.sample import Annotation, DecodedSample
 
 FORM = "/form"
 IDENTITY = "/identity"

@@ -24,21 +24,21 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from data_pipeline.cache import ChunkCache, UpcomingChunks
-from data_pipeline.categories import CategoryTable, Task
-from data_pipeline.chunks import plan_chunks
-from data_pipeline.codec import decode
-from data_pipeline.collate import FILLER_POSITION, EvalBatch, TrainBatch, collate_eval
-from data_pipeline.config import DataConfig
-from data_pipeline.copy_paste import partner_position
-from data_pipeline.errors import DataError, LoaderDiedError
-from data_pipeline.example import TrainRecipe
-from data_pipeline.fetch import Fetched, FetchLimits, Group, Members, SampleFetcher
-from data_pipeline.manifest import Manifest
-from data_pipeline.micro_batches import MicroBatches, Repair, Row, Spoiled, Substitution, Visit, Work, checked
-from data_pipeline.order import Order, Place, chunk_bytes, look_ahead, step_plan
-from data_pipeline.storage import Storage
-from model.errors import UserError
+from m2f.data_pipeline.cache import ChunkCache, UpcomingChunks
+from m2f.data_pipeline.categories import CategoryTable, Task
+from m2f.data_pipeline.chunks import plan_chunks
+from m2f.data_pipeline.codec import decode
+from m2f.data_pipeline.collate import FILLER_POSITION, EvalBatch, TrainBatch, collate_eval
+from m2f.data_pipeline.config import DataConfig
+from m2f.data_pipeline.copy_paste import partner_position
+from m2f.data_pipeline.errors import DataError, LoaderDiedError
+from m2f.data_pipeline.example import TrainRecipe
+from m2f.data_pipeline.fetch import Fetched, FetchLimits, Group, Members, SampleFetcher
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.micro_batches import MicroBatches, Repair, Row, Spoiled, Substitution, Visit, Work, checked
+from m2f.data_pipeline.order import Order, Place, chunk_bytes, look_ahead, step_plan
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import UserError
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -325,7 +325,7 @@ def _worker_context() -> BaseContext:
     # forkserver: the training process has threads and perhaps CUDA, which fork must not copy. The server imports this
     # module once, so that workers start at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_pipeline.loader"])
+    context.set_forkserver_preload(["m2f.data_pipeline.loader"])
     return context
 
 

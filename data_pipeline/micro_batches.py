@@ -8,16 +8,16 @@ from typing import Literal
 
 from torch.utils.data import Dataset
 
-from data_pipeline.codec import decode
-from data_pipeline.collate import TrainBatch, collate, collate_sources
-from data_pipeline.errors import DataError
-from data_pipeline.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
-from data_pipeline.fetch import Members, read_single
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order, Place
-from data_pipeline.randomness import Stream
-from data_pipeline.storage import Storage
-from model.errors import UserError
+from m2f.data_pipeline.codec import decode
+from m2f.data_pipeline.collate import TrainBatch, collate, collate_sources
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
+from m2f.data_pipeline.fetch import Members, read_single
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order import Order, Place
+from m2f.data_pipeline.randomness import Stream
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import UserError
 
 _MOST_CANDIDATES = 100  # so many bad samples in a row are no accident
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.categories import Category
-from data_pipeline.errors import DataError, some
-from data_pipeline.sample import Annotation, Segment, id_dtype
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.sample import Annotation, Segment, id_dtype
 
 
 class Region(NamedTuple):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.chunks import Chunks, plan_chunks
-from data_pipeline.config import AugmentConfig, DataConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from data_pipeline.copy_paste import partner_position
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order, chunk_bytes, look_ahead
-from data_pipeline.selection import select
+from m2f.data_pipeline.chunks import Chunks, plan_chunks
+from m2f.data_pipeline.config import AugmentConfig, DataConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.copy_paste import partner_position
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order import Order, chunk_bytes, look_ahead
+from m2f.data_pipeline.selection import select
 
 _BYTES_PER_PIXEL = 4  # three colours and one layer of ids
 

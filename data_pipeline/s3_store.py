@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from data_pipeline.config import StorageConfig
-from data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
-from data_pipeline.local_store import replacing
-from data_pipeline.object_info import ObjectInfo
+from m2f.data_pipeline.config import StorageConfig
+from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from m2f.data_pipeline.local_store import replacing
+from m2f.data_pipeline.object_info import ObjectInfo
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from fractions import Fraction
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, MixtureItem
-from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest
-from data_pipeline.randomness import Stream, random_words
+from m2f.data_pipeline.config import DataConfig, MixtureItem
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.randomness import Stream, random_words
 
 _BITS = 24
 _ONCE = 1 << _BITS

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.config import StorageConfig
-from data_pipeline.errors import StorageError
-from data_pipeline.local_store import LocalStore
-from data_pipeline.object_info import ObjectInfo
-from data_pipeline.s3_store import S3Store
+from m2f.data_pipeline.config import StorageConfig
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.local_store import LocalStore
+from m2f.data_pipeline.object_info import ObjectInfo
+from m2f.data_pipeline.s3_store import S3Store
 
 
 @dataclass

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import torch
 
-from data_pipeline.categories import Task
-from data_pipeline.errors import DataError
-from data_pipeline.sample import DecodedSample, Segment
-from model.structures import BACKGROUND_ID, ignore_id
+from m2f.data_pipeline.categories import Task
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.sample import DecodedSample, Segment
+from m2f.model.structures import BACKGROUND_ID, ignore_id
 
 MAX_UINT8_TARGETS = 254
 """Targets of a uint8 map: 0 is background and 255 is ignored."""
@@ -23,7 +23,7 @@ class ImageTargets:
     """Targets of one image: target n covers the pixels of layer `layer[n]` that equal `local_id[n]`."""
 
     id_maps: np.ndarray
-    """[Y, H, W] uint8, or int16 above 254 targets; see BACKGROUND_ID and ignore_id of `model.structures`."""
+    """[Y, H, W] uint8, or int16 above 254 targets; see BACKGROUND_ID and ignore_id of `m2f.model.structures`."""
     labels: np.ndarray
     """[n] int64 contiguous classes."""
     layer: np.ndarray

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.categories import Task
-from data_pipeline.collate import EvalBatch
-from data_pipeline.targets import ImageTargets, image_targets
-from eval.panels import HeatMap
-from eval.report import columns
-from model.analysis import AttentionMap, foreground_mass
-from model.config import LossConfig
-from model.matcher import match
-from model.point_sampling import LabelMaps
-from model.structures import BACKGROUND_ID, Predictions, Targets
+from m2f.data_pipeline.categories import Task
+from m2f.data_pipeline.collate import EvalBatch
+from m2f.data_pipeline.targets import ImageTargets, image_targets
+from m2f.eval.panels import HeatMap
+from m2f.eval.report import columns
+from m2f.model.analysis import AttentionMap, foreground_mass
+from m2f.model.config import LossConfig
+from m2f.model.matcher import match
+from m2f.model.point_sampling import LabelMaps
+from m2f.model.structures import BACKGROUND_ID, Predictions, Targets
 
 MATCHING_GRID = 112
 """Points along each side of an image at which predictions and objects are compared: as many as training draws."""

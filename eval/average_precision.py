@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eval.boundary import mask_boundaries
-from eval.errors import EvaluationError
-from eval.masks import Rle, mask_areas, mask_ious
-from eval.state import MetricState, Record, column
+from m2f.eval.boundary import mask_boundaries
+from m2f.eval.errors import EvaluationError
+from m2f.eval.masks import Rle, mask_areas, mask_ious
+from m2f.eval.state import MetricState, Record, column
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
@@ -108,7 +108,7 @@ class AveragePrecision:
 class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
     """Matched detections per image. `max_dets` limits detections per image and class, as in COCO.
 
-    With a `boundary_ratio` (see `eval.boundary`) it is Boundary AP.
+    With a `boundary_ratio` (see `m2f.eval.boundary`) it is Boundary AP.
     """
 
     name = "average precision"

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.readers.cityscapes import CATEGORIES
-from eval.errors import EvaluationError
-from eval.overlaps import common_runs, compact_ids
-from eval.state import MetricState, Record, column
+from m2f.data_pipeline.readers.cityscapes import CATEGORIES
+from m2f.eval.errors import EvaluationError
+from m2f.eval.overlaps import common_runs, compact_ids
+from m2f.eval.state import MetricState, Record, column
 
 NUM_LABELS = 34
 """Label ids are 0..33."""

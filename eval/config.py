@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from data_pipeline.categories import Task
-from model.errors import ConfigError, require_at_least, require_positive
+from m2f.data_pipeline.categories import Task
+from m2f.model.errors import ConfigError, require_at_least, require_positive
 
 ExtraMetric = Literal["boundary", "class_agnostic", "cityscapes"]
 EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {

@@ -1,6 +1,6 @@
 """Errors of evaluation."""
 
-from model.errors import UserError
+from m2f.model.errors import UserError
 
 
 class EvaluationError(UserError):

@@ -10,12 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from eval.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
-from eval.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
-from eval.panels import decode_png
-from eval.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
-from eval.report import EvaluationResults
-from eval.segment_errors import SIZES, Outcome, SegmentErrors
+from m2f.eval.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
+from m2f.eval.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
+from m2f.eval.panels import decode_png
+from m2f.eval.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
+from m2f.eval.report import EvaluationResults
+from m2f.eval.segment_errors import SIZES, Outcome, SegmentErrors
 
 CHART_CLASSES = 40
 """Classes that a bar chart shows: the worst, where there are more."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data_pipeline.categories import Category
-from eval.average_precision import AveragePrecision
-from eval.cityscapes import CityscapesAP
-from eval.cityscapes_semantic import CityscapesIoU
-from eval.panoptic_quality import PanopticQuality
+from m2f.data_pipeline.categories import Category
+from m2f.eval.average_precision import AveragePrecision
+from m2f.eval.cityscapes import CityscapesAP
+from m2f.eval.cityscapes_semantic import CityscapesIoU
+from m2f.eval.panoptic_quality import PanopticQuality
 
 Numbers = dict[str, float | None]
 """None where a number is undefined."""

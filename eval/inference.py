@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.categories import TASKS, CategoryTable, Task
-from data_pipeline.collate import EvalBatch
-from data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
-from data_pipeline.sample import DecodedSample
-from eval.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
-from eval.cityscapes import CityscapesDetection
-from eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage
-from eval.errors import EvaluationError
-from eval.masks import Rle, decode_mask, encode_masks
-from eval.panels import Scene, render_panel
-from eval.panoptic_quality import PanopticPrediction
-from eval.result_dump import ResultDump
-from eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
-from eval.segment_errors import instance_candidates, panoptic_candidates
-from eval.states import EvaluationStates
-from eval.test_time import label_map
-from eval.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
-from model.config import PostprocessConfig
-from model.errors import ConfigError
-from model.mask2former import Mask2Former
-from model.mask_resize import ImageGeometry
-from model.postprocess import panoptic, semantic, stream_instances
-from model.structures import Predictions
+from m2f.data_pipeline.categories import TASKS, CategoryTable, Task
+from m2f.data_pipeline.collate import EvalBatch
+from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
+from m2f.data_pipeline.sample import DecodedSample
+from m2f.eval.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
+from m2f.eval.cityscapes import CityscapesDetection
+from m2f.eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage
+from m2f.eval.errors import EvaluationError
+from m2f.eval.masks import Rle, decode_mask, encode_masks
+from m2f.eval.panels import Scene, render_panel
+from m2f.eval.panoptic_quality import PanopticPrediction
+from m2f.eval.result_dump import ResultDump
+from m2f.eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
+from m2f.eval.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.states import EvaluationStates
+from m2f.eval.test_time import label_map
+from m2f.eval.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
+from m2f.model.config import PostprocessConfig
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import Mask2Former
+from m2f.model.mask_resize import ImageGeometry
+from m2f.model.postprocess import panoptic, semantic, stream_instances
+from m2f.model.structures import Predictions
 
 PREDICTS: dict[Task, tuple[Task, ...]] = {"panoptic": TASKS, "instance": ("instance",), "semantic": ("semantic",)}
 """Tasks that a model trained for a task can be evaluated on."""

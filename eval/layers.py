@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipeline.categories import CategoryTable
-from data_pipeline.collate import EvalBatch
-from eval.average_precision import AveragePrecisionState, InstanceDetections, class_agnostic_truth
-from eval.inference import Evaluator, ImageOutput, detect, image_outputs
-from eval.report import EvaluationSubject, columns
-from eval.states import EvaluationStates
-from eval.truth import instance_truth
-from model.config import PostprocessConfig
-from model.structures import Predictions
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.collate import EvalBatch
+from m2f.eval.average_precision import AveragePrecisionState, InstanceDetections, class_agnostic_truth
+from m2f.eval.inference import Evaluator, ImageOutput, detect, image_outputs
+from m2f.eval.report import EvaluationSubject, columns
+from m2f.eval.states import EvaluationStates
+from m2f.eval.truth import instance_truth
+from m2f.model.config import PostprocessConfig
+from m2f.model.structures import Predictions
 
 PROPOSALS = (10, 100)
 """Proposals per image at which recall is measured; the paper has 100."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eval.errors import EvaluationError
-from eval.overlaps import common_runs
-from eval.state import MetricState, Record, column
+from m2f.eval.errors import EvaluationError
+from m2f.eval.overlaps import common_runs
+from m2f.eval.state import MetricState, Record, column
 
 
 def ignore_label(num_classes: int) -> int:

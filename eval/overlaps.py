@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.sample import VOID_ID
+from m2f.data_pipeline.sample import VOID_ID
 
 DENSE_IDS = 512
 """Ids below this are positions in the table of pairs already."""

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.categories import Category
-from data_pipeline.sample import VOID_ID
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.sample import VOID_ID
 
 COLUMN_PIXELS = (560, 960)
 """Images are scaled so that their longer side lies in this range; in between they keep their size."""

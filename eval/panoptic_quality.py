@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.sample import VOID_ID
-from eval.boundary import boundary_width, outline_map
-from eval.errors import EvaluationError
-from eval.overlaps import InconsistentMapError, Overlaps, count_overlaps
-from eval.state import MetricState, Record, column
+from m2f.data_pipeline.sample import VOID_ID
+from m2f.eval.boundary import boundary_width, outline_map
+from m2f.eval.errors import EvaluationError
+from m2f.eval.overlaps import InconsistentMapError, Overlaps, count_overlaps
+from m2f.eval.state import MetricState, Record, column
 
 MATCH_IOU = 0.5
 """A match needs a larger IoU than this, which makes matches unique."""
@@ -109,7 +109,7 @@ class PanopticQuality:
 class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
     """Matches and errors per image. `is_thing[label]` tells things from stuff.
 
-    With a `boundary_ratio` (see `eval.boundary`) it is Boundary PQ.
+    With a `boundary_ratio` (see `m2f.eval.boundary`) it is Boundary PQ.
     """
 
     name = "panoptic quality"

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import cv2
 
-from eval.errors import EvaluationError
+from m2f.eval.errors import EvaluationError
 
 CHUNK = 16
 """Jobs per message to a worker."""

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.categories import CategoryTable
-from eval.average_precision import AveragePrecision
-from eval.extra_results import ExtraResults
-from eval.mean_iou import MeanIoU
-from eval.panoptic_quality import PanopticQuality, Quality
-from eval.segment_errors import SegmentErrors
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.eval.average_precision import AveragePrecision
+from m2f.eval.extra_results import ExtraResults
+from m2f.eval.mean_iou import MeanIoU
+from m2f.eval.panoptic_quality import PanopticQuality, Quality
+from m2f.eval.segment_errors import SegmentErrors
 
 Number = float | int | None
 

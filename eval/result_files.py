@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.categories import Category
-from data_pipeline.image_file import encode_png
-from eval.average_precision import InstanceDetections
-from eval.errors import EvaluationError
-from eval.masks import mask_boxes
-from model.structures import UNLABELLED, PanopticSegment
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.image_file import encode_png
+from m2f.eval.average_precision import InstanceDetections
+from m2f.eval.errors import EvaluationError
+from m2f.eval.masks import mask_boxes
+from m2f.model.structures import UNLABELLED, PanopticSegment
 
 
 def panoptic_png(segment_map: np.ndarray) -> bytes:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_pipeline.sample import VOID_ID
-from eval.average_precision import InstanceDetections, InstanceTruth
-from eval.masks import Rle, decode_mask
-from eval.mean_iou import ignore_label
-from eval.panels import Scene, SceneSegment
-from eval.panoptic_quality import PanopticPrediction, PanopticTruth
-from model.structures import UNLABELLED
+from m2f.data_pipeline.sample import VOID_ID
+from m2f.eval.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.masks import Rle, decode_mask
+from m2f.eval.mean_iou import ignore_label
+from m2f.eval.panels import Scene, SceneSegment
+from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth
+from m2f.model.structures import UNLABELLED
 
 SHOWN_SCORE = 0.5
 """Detections below this are left out of pictures; metrics count them all."""

@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.readers.cityscapes import CATEGORIES
-from eval.cityscapes import CityscapesAP, CityscapesAPState, CityscapesDetection, CityscapesRecord, match_cityscapes
-from eval.cityscapes_semantic import NUM_LABELS, CityscapesIoU, CityscapesIoUState, CityscapesPixels, count_cityscapes
-from eval.errors import EvaluationError
-from eval.report import columns
-from eval.score_files import read_labels, require_folder, some
-from eval.scoring import ScoreReport, Scoring, percent
+from m2f.data_pipeline.readers.cityscapes import CATEGORIES
+from m2f.eval.cityscapes import CityscapesAP, CityscapesAPState, CityscapesDetection, CityscapesRecord, match_cityscapes
+from m2f.eval.cityscapes_semantic import (
+    NUM_LABELS,
+    CityscapesIoU,
+    CityscapesIoUState,
+    CityscapesPixels,
+    count_cityscapes,
+)
+from m2f.eval.errors import EvaluationError
+from m2f.eval.report import columns
+from m2f.eval.score_files import read_labels, require_folder, some
+from m2f.eval.scoring import ScoreReport, Scoring, percent
 
 TRUTH_ENDING = "_gtFine_instanceIds.png"
 

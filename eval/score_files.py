@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.categories import MAX_CATEGORIES
-from data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
-from eval.errors import EvaluationError
+from m2f.data_pipeline.categories import MAX_CATEGORIES
+from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from m2f.eval.errors import EvaluationError
 
 MAX_PIXELS = 2**28
 """Larger maps are refused before they are decoded."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.readers.masks import read_rle
-from eval.average_precision import (
+from m2f.data_pipeline.readers.masks import read_rle
+from m2f.eval.average_precision import (
     AveragePrecision,
     AveragePrecisionState,
     DetectionRecord,
@@ -26,11 +26,11 @@ from eval.average_precision import (
     class_agnostic_truth,
     match_instances,
 )
-from eval.boundary import BOUNDARY_RATIO
-from eval.errors import EvaluationError
-from eval.report import columns
-from eval.score_files import ScoredCategory, read_categories, read_document, read_json, require
-from eval.scoring import ScoreReport, Scoring, percent
+from m2f.eval.boundary import BOUNDARY_RATIO
+from m2f.eval.errors import EvaluationError
+from m2f.eval.report import columns
+from m2f.eval.score_files import ScoredCategory, read_categories, read_document, read_json, require
+from m2f.eval.scoring import ScoreReport, Scoring, percent
 
 MAX_DETS = (1, 10, 100)
 CLASS_AGNOSTIC_MAX_DETS = (1, 10, 100, 1000)

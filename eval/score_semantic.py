@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from eval.errors import EvaluationError
-from eval.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState
-from eval.report import columns
-from eval.score_files import read_labels, require_folder, some
-from eval.scoring import ScoreReport, Scoring, percent
+from m2f.eval.errors import EvaluationError
+from m2f.eval.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState
+from m2f.eval.report import columns
+from m2f.eval.score_files import read_labels, require_folder, some
+from m2f.eval.scoring import ScoreReport, Scoring, percent
 
 MAX_CLASSES = 10_000
 """A confusion matrix of more would not fit into memory."""

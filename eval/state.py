@@ -17,8 +17,8 @@ from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
-from data_pipeline.column_files import ColumnFiles
-from eval.errors import EvaluationError
+from m2f.data_pipeline.column_files import ColumnFiles
+from m2f.eval.errors import EvaluationError
 
 
 def column(dtype: str, *row: int) -> dict[str, Any]:

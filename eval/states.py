@@ -11,19 +11,19 @@ from typing import Self
 
 import numpy as np
 
-from data_pipeline.categories import CategoryTable, Task
-from eval.average_precision import AveragePrecisionState
-from eval.boundary import BOUNDARY_RATIO
-from eval.cityscapes import CityscapesAPState
-from eval.cityscapes_semantic import CityscapesIoUState
-from eval.config import ExtraMetric
-from eval.errors import EvaluationError
-from eval.extra_results import ExtraResults
-from eval.mean_iou import ConfusionRecord, MeanIoUState
-from eval.panoptic_quality import PanopticQualityState
-from eval.report import EvaluationResults, EvaluationSubject
-from eval.segment_errors import SegmentErrorState
-from eval.state import MetricState
+from m2f.data_pipeline.categories import CategoryTable, Task
+from m2f.eval.average_precision import AveragePrecisionState
+from m2f.eval.boundary import BOUNDARY_RATIO
+from m2f.eval.cityscapes import CityscapesAPState
+from m2f.eval.cityscapes_semantic import CityscapesIoUState
+from m2f.eval.config import ExtraMetric
+from m2f.eval.errors import EvaluationError
+from m2f.eval.extra_results import ExtraResults
+from m2f.eval.mean_iou import ConfusionRecord, MeanIoUState
+from m2f.eval.panoptic_quality import PanopticQualityState
+from m2f.eval.report import EvaluationResults, EvaluationSubject
+from m2f.eval.segment_errors import SegmentErrorState
+from m2f.eval.state import MetricState
 
 _STATE_TYPES = {
     "panoptic": PanopticQualityState,

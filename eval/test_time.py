@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import resize_image, shortest_edge_size
-from data_pipeline.collate import EVAL_PADDING, SIZE_MULTIPLE
-from eval.config import MultiScale, SlidingWindows
-from model.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
-from model.config import PostprocessConfig
-from model.mask_resize import ImageGeometry
-from model.structures import Predictions
+from m2f.data_pipeline.augment import resize_image, shortest_edge_size
+from m2f.data_pipeline.collate import EVAL_PADDING, SIZE_MULTIPLE
+from m2f.eval.config import MultiScale, SlidingWindows
+from m2f.model.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
+from m2f.model.config import PostprocessConfig
+from m2f.model.mask_resize import ImageGeometry
+from m2f.model.structures import Predictions
 
 Predict = Callable[[Tensor, Tensor], Predictions]
 """From images [1, 3, H, W] uint8 and the sizes [1, 2] of what they show inside the padding."""

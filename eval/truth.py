@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_pipeline.sample import DecodedSample, Segment
-from eval.average_precision import InstanceTruth
-from eval.cityscapes import FIRST_INSTANCE
-from eval.errors import EvaluationError
-from eval.masks import encode_masks
-from eval.mean_iou import ignore_label
-from eval.panoptic_quality import PanopticTruth, TruthSegment
+from m2f.data_pipeline.sample import DecodedSample, Segment
+from m2f.eval.average_precision import InstanceTruth
+from m2f.eval.cityscapes import FIRST_INSTANCE
+from m2f.eval.errors import EvaluationError
+from m2f.eval.masks import encode_masks
+from m2f.eval.mean_iou import ignore_label
+from m2f.eval.panoptic_quality import PanopticTruth, TruthSegment
 
 
 def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> PanopticTruth:

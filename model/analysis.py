@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attend, MaskPooling, split_heads
-from model.mask2former import Mask2Former
-from model.transformer_decoder import DecoderLayer, MaskedTransformerDecoder
+from m2f.model.attention import Attend, MaskPooling, split_heads
+from m2f.model.mask2former import Mask2Former
+from m2f.model.transformer_decoder import DecoderLayer, MaskedTransformerDecoder
 
 
 @dataclass(frozen=True)

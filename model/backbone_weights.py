@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from model.config import TimmBackboneConfig
-from model.errors import ConfigError
+from m2f.model.config import TimmBackboneConfig
+from m2f.model.errors import ConfigError
 
 _ENOUGH = 0.5
 """Share of a model's matrices and kernels that must come from the file; stems and positions may be resampled."""

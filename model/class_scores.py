@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model.mask_resize import ImageGeometry, MaskResize, RowTaps, resize_columns, row_bands
-from model.structures import SemanticResult
+from m2f.model.mask_resize import ImageGeometry, MaskResize, RowTaps, resize_columns, row_bands
+from m2f.model.structures import SemanticResult
 
 
 class ClassScores:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.errors import ConfigError, require_at_least
+from m2f.model.errors import ConfigError, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

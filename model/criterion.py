@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.config import LossConfig
-from model.host_copies import to_device
-from model.mask_losses import MaskLoss, row_losses
-from model.matcher import Matching, start_matching
-from model.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
-from model.points import DrawnPoints, PointCounts, PointSource, RowIndex
-from model.structures import Predictions, Targets
+from m2f.model.config import LossConfig
+from m2f.model.host_copies import to_device
+from m2f.model.mask_losses import MaskLoss, row_losses
+from m2f.model.matcher import Matching, start_matching
+from m2f.model.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
+from m2f.model.points import DrawnPoints, PointCounts, PointSource, RowIndex
+from m2f.model.structures import Predictions, Targets
 
 
 class Normalizers(NamedTuple):

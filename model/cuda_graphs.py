@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.structures import Predictions
+from m2f.model.structures import Predictions
 
 Forward = Callable[[Tensor], Predictions]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
-from model.config import (
+from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -16,7 +16,7 @@ from model.config import (
     SwinBackboneConfig,
     TimmBackboneConfig,
 )
-from model.errors import WeightsError
+from m2f.model.errors import WeightsError
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"

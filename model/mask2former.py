@@ -7,18 +7,18 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from model.backbones import build_backbone
-from model.config import (
+from m2f.model.backbones import build_backbone
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     StandardTransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.errors import ConfigError
-from model.pixel_decoder import build_pixel_decoder
-from model.standard_decoder import StandardTransformerDecoder
-from model.structures import Predictions
-from model.transformer_decoder import MaskedTransformerDecoder
+from m2f.model.errors import ConfigError
+from m2f.model.pixel_decoder import build_pixel_decoder
+from m2f.model.standard_decoder import StandardTransformerDecoder
+from m2f.model.structures import Predictions
+from m2f.model.transformer_decoder import MaskedTransformerDecoder
 
 
 class Mask2Former(nn.Module):
@@ -81,7 +81,7 @@ def zero_outside(images: Tensor, sizes: Tensor) -> Tensor:
 
 
 def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Mask2Former:
-    """Build the model of a recipe; `config.weights` is left to `model.weights.load_weights`.
+    """Build the model of a recipe; `config.weights` is left to `m2f.model.weights.load_weights`.
 
     With `pretrained_backbone=False` the backbone's own weights are neither fetched nor read: for a model that gets a
     checkpoint next. Raises ConfigError where the recipe cannot work.

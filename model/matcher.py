@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from model.config import LossConfig
-from model.host_copies import HostCopy
-from model.mask_losses import pair_sums
-from model.point_sampling import LabelMaps, chunk_elements, sample_features
-from model.structures import Predictions, Targets
+from m2f.model.config import LossConfig
+from m2f.model.host_copies import HostCopy
+from m2f.model.mask_losses import pair_sums
+from m2f.model.point_sampling import LabelMaps, chunk_elements, sample_features
+from m2f.model.structures import Predictions, Targets
 
 TIE_BREAK = 2.0**-30
 """Largest tie-breaking term relative to the costs that an assignment uses; fp32 rounds at 2^-24, fp64 at 2^-53."""

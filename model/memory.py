@@ -12,13 +12,13 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.config import LossConfig, ModelConfig
-from model.criterion import point_counts
-from model.flops.executed import SHAPES_ONLY, build_shapes
-from model.mask_losses import row_losses
-from model.ms_deform_attn import MSDeformAttn, SamplingGrid
-from model.point_sampling import chunk_elements, sample_maps
-from model.structures import Predictions
+from m2f.model.config import LossConfig, ModelConfig
+from m2f.model.criterion import point_counts
+from m2f.model.flops.executed import SHAPES_ONLY, build_shapes
+from m2f.model.mask_losses import row_losses
+from m2f.model.ms_deform_attn import MSDeformAttn, SamplingGrid
+from m2f.model.point_sampling import chunk_elements, sample_maps
+from m2f.model.structures import Predictions
 
 
 class Activations(NamedTuple):
@@ -99,7 +99,7 @@ def _attend_as_kernel(value: Tensor, offsets: Tensor, logits: Tensor, grid: Samp
 
 
 class _KernelShapes(torch.autograd.Function):
-    """Keeps and makes what `model.ms_deform_attn_triton` does."""
+    """Keeps and makes what `m2f.model.ms_deform_attn_triton` does."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Softmax over levels and points, the way from offsets to pixels and the sampling 
 weights nor locations nor samples are ever stored. Values may be float32, bfloat16 or float16; geometry, weights and
 sums are float32. Both directions are operators of torch (`m2f::ms_deform_attn`), which torch.compile takes as they are.
 
-Axis letters as in `model.ms_deform_attn`, and K = L * P samples of a query and head.
+Axis letters as in `m2f.model.ms_deform_attn`, and K = L * P samples of a query and head.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
-from model.kernel_tuning import Tuner, Tuning, milliseconds_on_gpu
-from model.ms_deform_attn_kernels import backward_kernel, forward_kernel
-from model.sampled_rows import Samples, Shapes, padded_table, unpadded_values
+from m2f.model.kernel_tuning import Tuner, Tuning, milliseconds_on_gpu
+from m2f.model.ms_deform_attn_kernels import backward_kernel, forward_kernel
+from m2f.model.sampled_rows import Samples, Shapes, padded_table, unpadded_values
 
 # None of these needs more registers than there are, for 32 channels per head on a GPU of compute capability 9.0.
 FORWARD = Tuner([Tuning(32, 4), Tuning(16, 2), Tuning(8, 1), Tuning(16, 4)], milliseconds_on_gpu)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from model.config import (
+from m2f.model.config import (
     BackboneConfig,
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.structures import ignore_id
+from m2f.model.structures import ignore_id
 
 
 def chunk_elements(device: torch.device) -> int:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.class_scores import ClassScores
-from model.config import PostprocessConfig
-from model.mask_resize import ImageGeometry, MaskResize
-from model.structures import UNLABELLED, InstanceResult, PanopticResult, PanopticSegment, SemanticResult
+from m2f.model.class_scores import ClassScores
+from m2f.model.config import PostprocessConfig
+from m2f.model.mask_resize import ImageGeometry, MaskResize
+from m2f.model.structures import UNLABELLED, InstanceResult, PanopticResult, PanopticSegment, SemanticResult
 
 MASK_GROUP_BYTES = 2**28
 """Instance masks at full size that are made together."""

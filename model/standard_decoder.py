@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
-from model.structures import Predictions
-from model.transformer_decoder import DecoderLayer, LevelMemory, mask_head
+from m2f.model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
+from m2f.model.structures import Predictions
+from m2f.model.transformer_decoder import DecoderLayer, LevelMemory, mask_head
 
 
 class StandardTransformerDecoder(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import SwinBackboneConfig
+from m2f.model.config import SwinBackboneConfig
 
 _PATCH = 4
 _MLP_RATIO = 4

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.attention import (
+from m2f.model.attention import (
     Attend,
     MaskPooling,
     SpatialPrior,
@@ -19,10 +19,10 @@ from model.attention import (
     packed_xavier_,
     resize_for_attention,
 )
-from model.config import MaskedTransformerDecoderConfig
-from model.pixel_decoder import convolution
-from model.position_encoding import sine_position_embedding
-from model.structures import Predictions
+from m2f.model.config import MaskedTransformerDecoderConfig
+from m2f.model.pixel_decoder import convolution
+from m2f.model.position_encoding import sine_position_embedding
+from m2f.model.structures import Predictions
 
 NUM_LEVELS = 3
 """Feature levels 1/32, 1/16 and 1/8; the efficient multi-scale strategy visits them in turn."""

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.errors import WeightsError
+from m2f.model.errors import WeightsError
 
 _FOLDER_FILES = (
     "weights.safetensors",

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.errors import WeightsError
-from model.weight_files import read_state
-from model.weight_names import Layout, count_levels, detect_layout, is_ignored, to_own_names
+from m2f.model.errors import WeightsError
+from m2f.model.weight_files import read_state
+from m2f.model.weight_names import Layout, count_levels, detect_layout, is_ignored, to_own_names
 
 _MAY_DIFFER = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_embed)\.")
 """Their first axis is the number of classes or queries, which another task may choose differently."""
@@ -55,7 +55,7 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
-    """Load a file, a folder (see `model.weight_files`) or a state dict into a Mask2Former.
+    """Load a file, a folder (see `m2f.model.weight_files`) or a state dict into a Mask2Former.
 
     The names may be ours, the official ones, Hugging Face's, or those of published weights of a backbone alone. Class
     head and queries of another size are skipped and reported. Raises WeightsError for an unreadable file, for weights

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.explain import explain
-from model.config import ModelConfig
-from model.export import write_official
-from model.mask2former import build_model
+from m2f.cluster.explain import explain
+from m2f.model.config import ModelConfig
+from m2f.model.export import write_official
+from m2f.model.mask2former import build_model
 from tests.model.loss_oracle import make_targets
 
 REPOSITORY = Path(__file__).resolve().parents[1]

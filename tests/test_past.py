@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from cluster.cli import main
+from m2f.cluster.cli import main
 
 PAST = Path(__file__).parent / "past" / "451e9d8"
 MADE_IN = "/tmp/m2f-past"  # absolute paths of that folder stand in files of a run

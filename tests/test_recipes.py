@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.recipe import flatten, load_recipe, parse_recipe
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.collate import collate
-from data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from data_pipeline.example import TrainRecipe, make_example
-from data_pipeline.readers.ade20k_classes import CATEGORIES_150
-from data_pipeline.readers.cityscapes import CATEGORIES as CATEGORIES_19
-from data_pipeline.sample import Annotation, DecodedSample, Segment
-from model.config import (
+from m2f.cluster.recipe import flatten, load_recipe, parse_recipe
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.collate import collate
+from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.example import TrainRecipe, make_example
+from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
+from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CATEGORIES_19
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.model.config import (
     FaPNPixelDecoderConfig,
     MSDeformAttnPixelDecoderConfig,
     PostprocessConfig,
@@ -28,11 +28,11 @@ from model.config import (
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.criterion import count_normalizers
-from model.mask2former import build_model
-from trainer.config import MultiStepSchedule, OptimizerConfig, PolySchedule
-from trainer.module import TrainingModule
-from trainer.schedule import lr_factor
+from m2f.model.criterion import count_normalizers
+from m2f.model.mask2former import build_model
+from m2f.trainer.config import MultiStepSchedule, OptimizerConfig, PolySchedule
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.schedule import lr_factor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from data_pipeline.storage import Storage, join
-from model.errors import ConfigError
-from trainer.job import TrainJob, Window
+from m2f.data_pipeline.storage import Storage, join
+from m2f.model.errors import ConfigError
+from m2f.trainer.job import TrainJob, Window
 
 _NAME = "adjustments.json"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_pipeline.errors import DataError
-from data_pipeline.micro_batches import Substitution
-from trainer.control import Ranks
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.micro_batches import Substitution
+from m2f.trainer.control import Ranks
 
 
 class BadSamples:

@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import safetensors.torch
 import torch
 
-from data_pipeline.storage import Storage, join
-from trainer.checkpoint_folder import (
+from m2f.data_pipeline.storage import Storage, join
+from m2f.trainer.checkpoint_folder import (
     AVERAGE,
     ENGINE,
     MANIFEST,
@@ -29,14 +29,14 @@ from trainer.checkpoint_folder import (
     rng_path,
     write_receipt,
 )
-from trainer.control import Ranks
-from trainer.engine import Engine
-from trainer.errors import CheckpointError
-from trainer.job import TrainJob
-from trainer.random_state import save_random_state
-from trainer.reporting import CommittedCheckpoint
-from trainer.scratch import ScratchFolder, full_disk_named, sweep
-from trainer.state import TrainState
+from m2f.trainer.control import Ranks
+from m2f.trainer.engine import Engine
+from m2f.trainer.errors import CheckpointError
+from m2f.trainer.job import TrainJob
+from m2f.trainer.random_state import save_random_state
+from m2f.trainer.reporting import CommittedCheckpoint
+from m2f.trainer.scratch import ScratchFolder, full_disk_named, sweep
+from m2f.trainer.state import TrainState
 
 _PREFIX = "m2f-checkpoint-"
 _POLL_S = (0.05, 2.0)  # first and longest pause between looks for the other ranks' receipts

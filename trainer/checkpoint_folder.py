@@ -3,7 +3,7 @@
 <run folder>/checkpoints/step_00000042/
     engine/*.pt             DeepSpeed's files of every rank
     rng/rank_00000.pt       random states of every rank
-    weights.safetensors     the whole model in fp32, loadable by `model.weights.load_weights`
+    weights.safetensors     the whole model in fp32, loadable by `m2f.model.weights.load_weights`
     ema.safetensors         the same with the moving average of the weights, where the run keeps one
     state.json              TrainState
     recipe.yaml             the resolved recipe
@@ -24,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipeline.errors import MissingObjectError, StorageError
-from data_pipeline.storage import Storage, join
-from trainer.errors import CheckpointError
-from trainer.reporting import CommittedCheckpoint
+from m2f.data_pipeline.errors import MissingObjectError, StorageError
+from m2f.data_pipeline.storage import Storage, join
+from m2f.trainer.errors import CheckpointError
+from m2f.trainer.reporting import CommittedCheckpoint
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged.json"

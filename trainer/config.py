@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.errors import ConfigError, require_at_least, require_positive
+from m2f.model.errors import ConfigError, require_at_least, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError
-from trainer.errors import PeersError
+from m2f.model.errors import UserError
+from m2f.trainer.errors import PeersError
 
 T = TypeVar("T")
 

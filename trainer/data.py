@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
-from data_pipeline.loader import LoaderSpec, StepBatches, build_loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import LaterOrder, Order, build_order
-from data_pipeline.storage import Storage
-from trainer.errors import TrainingError
-from trainer.job import TrainJob, Window
-from trainer.state import TrainState
+from m2f.data_pipeline.loader import LoaderSpec, StepBatches, build_loader
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order import LaterOrder, Order, build_order
+from m2f.data_pipeline.storage import Storage
+from m2f.trainer.errors import TrainingError
+from m2f.trainer.job import TrainJob, Window
+from m2f.trainer.state import TrainState
 
 
 class TrainingData(Protocol):

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.collate import Batch
-from data_pipeline.order import step_plan
-from model.criterion import Losses, Normalizers
-from trainer.average import WeightAverage
-from trainer.config import TrainingConfig
-from trainer.errors import TrainingError
-from trainer.module import TrainingModule
-from trainer.param_groups import build_param_groups
+from m2f.data_pipeline.collate import Batch
+from m2f.data_pipeline.order import step_plan
+from m2f.model.criterion import Losses, Normalizers
+from m2f.trainer.average import WeightAverage
+from m2f.trainer.config import TrainingConfig
+from m2f.trainer.errors import TrainingError
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.param_groups import build_param_groups
 
 _GATHERED_AT_ONCE = 50_000_000  # elements; 200 MB of fp32 while ZeRO-3 weights are consolidated
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.errors import UserError
+from m2f.model.errors import UserError
 
 
 class TrainingError(UserError):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from data_pipeline.config import DataConfig, StorageConfig
-from model.config import ModelConfig
-from trainer.config import TrainingConfig
+from m2f.data_pipeline.config import DataConfig, StorageConfig
+from m2f.model.config import ModelConfig
+from m2f.trainer.config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.config import DataConfig
-from data_pipeline.order import step_plan
-from model.config import ModelConfig
-from model.flops.executed import build_shapes, count_parameters
-from model.memory import count_activations
-from trainer.config import TrainingConfig
-from trainer.engine import deepspeed_config
-from trainer.memory_probe import largest_shape
+from m2f.data_pipeline.config import DataConfig
+from m2f.data_pipeline.order import step_plan
+from m2f.model.config import ModelConfig
+from m2f.model.flops.executed import build_shapes, count_parameters
+from m2f.model.memory import count_activations
+from m2f.trainer.config import TrainingConfig
+from m2f.trainer.engine import deepspeed_config
+from m2f.trainer.memory_probe import largest_shape
 
 _USABLE = 0.9
 """Share of a GPU that tensors can have; the rest is for its driver, workspaces and gaps between tensors."""

@@ -8,17 +8,17 @@ from typing import assert_never
 
 import torch
 
-from data_pipeline.collate import SIZE_MULTIPLE, Batch
-from data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from data_pipeline.order import step_plan
-from model.criterion import Normalizers
-from model.structures import Targets
-from trainer.control import Ranks
-from trainer.data import TrainingData
-from trainer.errors import OutOfMemoryError
-from trainer.job import TrainJob
-from trainer.module import TrainingModule
-from trainer.reporting import Reporter
+from m2f.data_pipeline.collate import SIZE_MULTIPLE, Batch
+from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.order import step_plan
+from m2f.model.criterion import Normalizers
+from m2f.model.structures import Targets
+from m2f.trainer.control import Ranks
+from m2f.trainer.data import TrainingData
+from m2f.trainer.errors import OutOfMemoryError
+from m2f.trainer.job import TrainJob
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.reporting import Reporter
 
 _OPTIMIZER_BYTES = 8  # per weight: AdamW's two moments in fp32, which exist only after the first step
 

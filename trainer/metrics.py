@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from data_pipeline.storage import StorageCounters
-from model.criterion import Losses
-from trainer.clock import Phase
-from trainer.control import Ranks
+from m2f.data_pipeline.storage import StorageCounters
+from m2f.model.criterion import Losses
+from m2f.trainer.clock import Phase
+from m2f.trainer.control import Ranks
 
 
 class Stopwatch:

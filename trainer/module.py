@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from data_pipeline.collate import Batch
-from model.config import ModelConfig
-from model.criterion import Losses, Normalizers, compute_losses
-from model.mask2former import Mask2Former
-from model.points import CounterPoints
-from trainer.config import Precision
+from m2f.data_pipeline.collate import Batch
+from m2f.model.config import ModelConfig
+from m2f.model.criterion import Losses, Normalizers, compute_losses
+from m2f.model.mask2former import Mask2Former
+from m2f.model.points import CounterPoints
+from m2f.trainer.config import Precision
 
 
 class TrainingModule(nn.Module):

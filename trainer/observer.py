@@ -10,18 +10,18 @@ from contextlib import ExitStack, closing
 from types import TracebackType
 from typing import Any
 
-from data_pipeline.loader import StepBatches
-from model.criterion import Losses
-from trainer.clock import Phase, PhaseClock
-from trainer.engine import StepResult
-from trainer.metrics import Stopwatch, Traffic, summed_losses
-from trainer.mfu import Utilization
-from trainer.rank_numbers import joined_numbers, measure_rank, memory_gb, slow_ranks
-from trainer.reporting import Reporter
-from trainer.setup import Run
-from trainer.state import TrainState
-from trainer.trace import Trace
-from trainer.watchdog import Watchdog
+from m2f.data_pipeline.loader import StepBatches
+from m2f.model.criterion import Losses
+from m2f.trainer.clock import Phase, PhaseClock
+from m2f.trainer.engine import StepResult
+from m2f.trainer.metrics import Stopwatch, Traffic, summed_losses
+from m2f.trainer.mfu import Utilization
+from m2f.trainer.rank_numbers import joined_numbers, measure_rank, memory_gb, slow_ranks
+from m2f.trainer.reporting import Reporter
+from m2f.trainer.setup import Run
+from m2f.trainer.state import TrainState
+from m2f.trainer.trace import Trace
+from m2f.trainer.watchdog import Watchdog
 
 SLOW_REPORTS = 3
 """A rank that is slow in so many reports in a row is worth an event."""

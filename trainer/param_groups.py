@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from trainer.config import OptimizerConfig
-from trainer.errors import TrainingError
+from m2f.trainer.config import OptimizerConfig
+from m2f.trainer.errors import TrainingError
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,  # every batch and instance norm

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.errors import TrainingError
+from m2f.trainer.errors import TrainingError
 
 REGIONS = ("backbone", "pixel_decoder", "transformer_decoder")
 _CPP = "clang++" if sys.platform == "darwin" else "g++"

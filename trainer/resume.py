@@ -10,10 +10,10 @@ from pathlib import Path
 
 import safetensors.torch
 
-from data_pipeline.storage import Storage
-from model.mask2former import Mask2Former
-from model.weights import load_weights
-from trainer.checkpoint_folder import (
+from m2f.data_pipeline.storage import Storage
+from m2f.model.mask2former import Mask2Former
+from m2f.model.weights import load_weights
+from m2f.trainer.checkpoint_folder import (
     AVERAGE,
     ENGINE,
     STATE,
@@ -24,14 +24,14 @@ from trainer.checkpoint_folder import (
     set_aside,
     verify_sizes,
 )
-from trainer.control import Ranks
-from trainer.engine import Engine, to_universal
-from trainer.errors import CheckpointError
-from trainer.job import Window
-from trainer.random_state import load_random_state
-from trainer.reporting import CommittedCheckpoint, Reporter
-from trainer.scratch import ScratchFolder, sweep
-from trainer.state import TrainState
+from m2f.trainer.control import Ranks
+from m2f.trainer.engine import Engine, to_universal
+from m2f.trainer.errors import CheckpointError
+from m2f.trainer.job import Window
+from m2f.trainer.random_state import load_random_state
+from m2f.trainer.reporting import CommittedCheckpoint, Reporter
+from m2f.trainer.scratch import ScratchFolder, sweep
+from m2f.trainer.state import TrainState
 
 _UNIVERSAL = f"{ENGINE}_universal"
 _PREFIX = "m2f-resume-"

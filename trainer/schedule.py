@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import assert_never
 
-from trainer.config import MultiStepSchedule, PolySchedule, ScheduleConfig
+from m2f.trainer.config import MultiStepSchedule, PolySchedule, ScheduleConfig
 
 
 def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:

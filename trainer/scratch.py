@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from data_pipeline.errors import StorageError
+from m2f.data_pipeline.errors import StorageError
 
 _FULL = ("no space left", "disk quota exceeded", "inline_container", "iostream error")
 """What the system, safetensors and (the last two) torch say where a write is refused."""

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loader import StepBatches
-from data_pipeline.storage import Storage
-from model.mask2former import Mask2Former, build_model
-from model.weights import LoadReport, load_weights
-from trainer.checkpoint import CheckpointSaver
-from trainer.checkpoint_folder import list_checkpoints
-from trainer.control import Ranks
-from trainer.data import OpenData, TrainingData, open_batches
-from trainer.engine import Engine
-from trainer.job import TrainJob
-from trainer.memory_probe import probe_memory
-from trainer.module import TrainingModule
-from trainer.regions import compile_regions
-from trainer.reporting import CommittedCheckpoint, Reporter
-from trainer.resume import open_restart
-from trainer.state import TrainState
+from m2f.data_pipeline.loader import StepBatches
+from m2f.data_pipeline.storage import Storage
+from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.weights import LoadReport, load_weights
+from m2f.trainer.checkpoint import CheckpointSaver
+from m2f.trainer.checkpoint_folder import list_checkpoints
+from m2f.trainer.control import Ranks
+from m2f.trainer.data import OpenData, TrainingData, open_batches
+from m2f.trainer.engine import Engine
+from m2f.trainer.job import TrainJob
+from m2f.trainer.memory_probe import probe_memory
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.regions import compile_regions
+from m2f.trainer.reporting import CommittedCheckpoint, Reporter
+from m2f.trainer.resume import open_restart
+from m2f.trainer.state import TrainState
 
 
 @dataclass(frozen=True)

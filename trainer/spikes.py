@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from trainer.config import SpikeConfig
+from m2f.trainer.config import SpikeConfig
 
 _SIGMA_PER_MAD = 1.4826  # of a normal distribution
 _LEAST_SIGMA = 0.01  # of the median: a loss that hardly moves has no spikes of a thousandth

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 
-from trainer.errors import CheckpointError
-from trainer.job import Window
-from trainer.spikes import LossHistory
+from m2f.trainer.errors import CheckpointError
+from m2f.trainer.job import Window
+from m2f.trainer.spikes import LossHistory
 
 
 @dataclass(frozen=True, kw_only=True)

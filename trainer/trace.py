@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import StorageError
-from data_pipeline.storage import Storage, join
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage import Storage, join
 
 LOGGER = logging.getLogger(__name__)
 MAX_BYTES = 16_000_000

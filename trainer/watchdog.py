@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 
-from data_pipeline.storage import Storage, join
-from trainer.clock import Phase, PhaseClock
-from trainer.config import TrainingConfig
-from trainer.control import Ranks
-from trainer.reporting import STALL_EXIT, Reporter
+from m2f.data_pipeline.storage import Storage, join
+from m2f.trainer.clock import Phase, PhaseClock
+from m2f.trainer.config import TrainingConfig
+from m2f.trainer.control import Ranks
+from m2f.trainer.reporting import STALL_EXIT, Reporter
 
 GATHER_S = 15.0
 """How long the ranks wait for each other's stacks."""

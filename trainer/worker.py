@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.data import OpenData, open_shards
-from trainer.errors import TrainingError
-from trainer.job import Control, ManualControl, TrainJob
-from trainer.loop import train
-from trainer.reporting import LogReporter, Reporter
-from trainer.state import TrainState
+from m2f.trainer.data import OpenData, open_shards
+from m2f.trainer.errors import TrainingError
+from m2f.trainer.job import Control, ManualControl, TrainJob
+from m2f.trainer.loop import train
+from m2f.trainer.reporting import LogReporter, Reporter
+from m2f.trainer.state import TrainState
 
 _LOOPBACK = ("127.0.0.1", "localhost")
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, count, split_overrides
+from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, count, split_overrides
 
 if TYPE_CHECKING:
-    from cluster.analyze import AnalysisSubject
+    from m2f.cluster.analyze import AnalysisSubject
 
 SUMMARY = "size and speed of models; quality by decoder layer; where attention goes"
 ANALYSES = {
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from cluster.model_table import format_model_table, paper_sizes, recipe_size
-    from cluster.progress import Progress, say
-    from cluster.recipe import load_recipe
-    from model.errors import ConfigError
-    from model.paper_models import paper_models
+    from m2f.cluster.model_table import format_model_table, paper_sizes, recipe_size
+    from m2f.cluster.progress import Progress, say
+    from m2f.cluster.recipe import load_recipe
+    from m2f.model.errors import ConfigError
+    from m2f.model.paper_models import paper_models
 
     size = _parse_size(args.size)
     recipes, overrides = split_overrides(args.words)
@@ -74,9 +74,9 @@ def _layers(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from cluster.analyze import analyze_layers
-    from cluster.progress import say
-    from eval.layers import layer_table
+    from m2f.cluster.analyze import analyze_layers
+    from m2f.cluster.progress import say
+    from m2f.eval.layers import layer_table
 
     subject = _subject(args)
     layers = analyze_layers(subject)
@@ -88,8 +88,8 @@ def _layers(args: argparse.Namespace) -> int:
 def _attention(args: argparse.Namespace) -> int:
     import json
 
-    from cluster.analyze import analyze_attention
-    from cluster.progress import say
+    from m2f.cluster.analyze import analyze_attention
+    from m2f.cluster.progress import say
 
     subject = _subject(args)
     mass, pictures = analyze_attention(subject, args.pictures if args.output else 0)
@@ -101,11 +101,11 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _subject(args: argparse.Namespace) -> AnalysisSubject:
-    from cluster.analyze import open_subject
-    from cluster.checkpoints import choose_checkpoint
-    from cluster.recipe import load_recipe
-    from data_pipeline.storage import Storage
-    from model.errors import ConfigError
+    from m2f.cluster.analyze import open_subject
+    from m2f.cluster.checkpoints import choose_checkpoint
+    from m2f.cluster.recipe import load_recipe
+    from m2f.data_pipeline.storage import Storage
+    from m2f.model.errors import ConfigError
 
     words, overrides = split_overrides(args.words)
     recipe, names = words[:1], words[1:]
@@ -119,7 +119,7 @@ def _subject(args: argparse.Namespace) -> AnalysisSubject:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    from model.errors import ConfigError
+    from m2f.model.errors import ConfigError
 
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
@@ -130,7 +130,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 def _write(folder: str | None, files: dict[str, bytes]) -> None:
     from pathlib import Path
 
-    from cluster.progress import say
+    from m2f.cluster.progress import say
 
     if folder is None:
         return

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.verbs.arguments import add_recipe
+from m2f.cluster.verbs.arguments import add_recipe
 
 if TYPE_CHECKING:
-    from data_pipeline.storage import Storage
-    from trainer.reporting import CommittedCheckpoint
+    from m2f.data_pipeline.storage import Storage
+    from m2f.trainer.reporting import CommittedCheckpoint
 
 SUMMARY = "list the checkpoints of a run, verify every byte of them, or take out the weights"
 
@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where a checkpoint is damaged."""
-    from cluster.checkpoints import choose_checkpoint
-    from cluster.progress import say
-    from cluster.recipe import load_recipe
-    from data_pipeline.storage import Storage
-    from trainer.checkpoint_folder import list_checkpoints
-    from trainer.reporting import CommittedCheckpoint
+    from m2f.cluster.checkpoints import choose_checkpoint
+    from m2f.cluster.progress import say
+    from m2f.cluster.recipe import load_recipe
+    from m2f.data_pipeline.storage import Storage
+    from m2f.trainer.checkpoint_folder import list_checkpoints
+    from m2f.trainer.reporting import CommittedCheckpoint
 
     config = load_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)
@@ -55,9 +55,9 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     import tempfile
     from pathlib import Path
 
-    from cluster.progress import say
-    from model.errors import ConfigError
-    from trainer.checkpoint_folder import AVERAGE, WEIGHTS, fetch, read_manifest
+    from m2f.cluster.progress import say
+    from m2f.model.errors import ConfigError
+    from m2f.trainer.checkpoint_folder import AVERAGE, WEIGHTS, fetch, read_manifest
 
     if output is None or not output.endswith(".safetensors") or Path(output).exists():
         raise ConfigError(f"--output is {output}; give the name of a new file that ends in .safetensors")
@@ -74,9 +74,9 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
 
 def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
     """Print one row; whether the checkpoint is whole."""
-    from cluster.progress import say
-    from trainer.checkpoint_folder import pins, read_manifest, verify_sizes
-    from trainer.errors import CheckpointError
+    from m2f.cluster.progress import say
+    from m2f.trainer.checkpoint_folder import pins, read_manifest, verify_sizes
+    from m2f.trainer.errors import CheckpointError
 
     row = f"{checkpoint.step:>8}"
     try:
@@ -100,8 +100,8 @@ def _verify_bytes(storage: Storage, url: str) -> None:
     import tempfile
     from pathlib import Path
 
-    from cluster.progress import Progress
-    from trainer.checkpoint_folder import fetch, read_manifest
+    from m2f.cluster.progress import Progress
+    from m2f.trainer.checkpoint_folder import fetch, read_manifest
 
     manifest = read_manifest(storage, url)
     with Progress(f"verifying step {manifest.step}", len(manifest.files), "files") as progress:

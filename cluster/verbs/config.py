@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print to standard output."""
-    from cluster.explain import explain
-    from cluster.progress import say
-    from cluster.recipe import dump_recipe, load_recipe
-    from model.errors import ConfigError
+    from m2f.cluster.explain import explain
+    from m2f.cluster.progress import say
+    from m2f.cluster.recipe import dump_recipe, load_recipe
+    from m2f.model.errors import ConfigError
 
     if args.explain is not None:
         say(explain(args.explain).rstrip())

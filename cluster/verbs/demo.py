@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import OVERRIDE
+from m2f.cluster.verbs.arguments import OVERRIDE
 
 SUMMARY = "make data, shard, train, evaluate and show pictures, in minutes on a laptop"
 
@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where the run failed."""
-    from cluster.demo import run_demo
+    from m2f.cluster.demo import run_demo
 
     return 1 if run_demo(args.output, args.overrides).status == "failed" else 0

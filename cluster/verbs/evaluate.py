@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import add_checkpoint, add_recipe
+from m2f.cluster.verbs.arguments import add_checkpoint, add_recipe
 
 SUMMARY = "evaluate a checkpoint on the recipe's evaluation sets"
 
@@ -25,17 +25,20 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from cluster.checkpoints import choose_checkpoint
-    from cluster.progress import say
-    from cluster.recipe import load_recipe
-    from data_pipeline.storage import Storage, join
+    from m2f.cluster.checkpoints import choose_checkpoint
+    from m2f.cluster.progress import say
+    from m2f.cluster.recipe import load_recipe
+    from m2f.data_pipeline.storage import Storage, join
 
     config = load_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint)
     say(f"evaluating {weights.url}")
-    from cluster.evaluate import evaluate_checkpoint, write_files  # after the mistakes, as Ray takes seconds to import
-    from cluster.tracking import Tracking, find_run
+    from m2f.cluster.evaluate import (  # after the mistakes, as Ray takes seconds to import
+        evaluate_checkpoint,
+        write_files,
+    )
+    from m2f.cluster.tracking import Tracking, find_run
 
     dump = args.dump if args.dump is None or "://" in args.dump else abspath(args.dump)
     evaluations = evaluate_checkpoint(config, weights.url, step=weights.step, dump=dump)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained
+from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained
 
 SUMMARY = "write a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
 FORMATS = ("official", "hugging_face", "torch_export", "onnx")
@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0."""
     from pathlib import Path
 
-    from cluster.export import check_output, write_model
-    from cluster.progress import say
-    from cluster.trained_model import open_trained
+    from m2f.cluster.export import check_output, write_model
+    from m2f.cluster.progress import say
+    from m2f.cluster.trained_model import open_trained
 
     check_output(args.format, args.output, args.size)
     trained = open_trained(args.source, args.overrides, args.checkpoint)

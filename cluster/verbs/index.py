@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.verbs.arguments import count
+from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cluster.progress import Progress
-    from data_pipeline.adopt import Adoption
+    from m2f.cluster.progress import Progress
+    from m2f.data_pipeline.adopt import Adoption
 
 SUMMARY = "adopt WebDataset tars made by others: write a manifest, leave the tars alone"
 _SHOWN = 20
@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from cluster.progress import Progress, say
-    from data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
-    from data_pipeline.config import DatasetConfig
-    from data_pipeline.readers.category_file import read_category_file
-    from data_pipeline.storage import Storage
+    from m2f.cluster.progress import Progress, say
+    from m2f.data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
+    from m2f.data_pipeline.config import DatasetConfig
+    from m2f.data_pipeline.readers.category_file import read_category_file
+    from m2f.data_pipeline.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
     storage = Storage()
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Numbers between commas. Raises ConfigError."""
-    from model.errors import ConfigError
+    from m2f.model.errors import ConfigError
 
     try:
         return tuple(int(number) for number in text.split(",") if number)

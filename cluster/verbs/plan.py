@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import add_recipe, count
+from m2f.cluster.verbs.arguments import add_recipe, count
 
 SUMMARY = "predict requests, traffic, cache, memory and largest micro-batch of training on so many ranks"
 
@@ -26,15 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
-    from cluster.compose import compose_job
-    from cluster.progress import say
-    from cluster.recipe import load_recipe
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.order import build_order
-    from data_pipeline.plan import Ranks, format_prediction, predict
-    from data_pipeline.storage import Storage
-    from model.errors import ConfigError
-    from trainer.memory_plan import format_memory, plan_memory
+    from m2f.cluster.compose import compose_job
+    from m2f.cluster.progress import say
+    from m2f.cluster.recipe import load_recipe
+    from m2f.data_pipeline.manifest import Manifest
+    from m2f.data_pipeline.order import build_order
+    from m2f.data_pipeline.plan import Ranks, format_prediction, predict
+    from m2f.data_pipeline.storage import Storage
+    from m2f.model.errors import ConfigError
+    from m2f.trainer.memory_plan import format_memory, plan_memory
 
     config = load_recipe(args.recipe, args.overrides)
     world = args.world or config.cluster.max_workers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, count, split_overrides
+from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, count, split_overrides
 
 SUMMARY = "predict images: pictures to look at, and files in COCO formats or label maps"
 
@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 where some image could not be used."""
     from pathlib import Path
 
-    from cluster.image_inputs import find_images, listed_images, number_images, read_image_list
-    from cluster.predict import Predictor, predict_images
-    from cluster.prediction_files import PredictionFolder
-    from cluster.progress import complain, say
-    from cluster.submission import check_submission, write_submission
-    from cluster.trained_model import open_trained
-    from data_pipeline.storage import Storage
+    from m2f.cluster.image_inputs import find_images, listed_images, number_images, read_image_list
+    from m2f.cluster.predict import Predictor, predict_images
+    from m2f.cluster.prediction_files import PredictionFolder
+    from m2f.cluster.progress import complain, say
+    from m2f.cluster.submission import check_submission, write_submission
+    from m2f.cluster.trained_model import open_trained
+    from m2f.data_pipeline.storage import Storage
 
     words, overrides = split_overrides(args.words)
     _check(args)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from model.errors import ConfigError
+    from m2f.model.errors import ConfigError
 
     if "://" in args.output:
         raise ConfigError(f"--output is {args.output}; predictions are written to a local folder, copy them from there")

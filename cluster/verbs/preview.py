@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, count, split_overrides
+from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, count, split_overrides
 
 SUMMARY = "picture of some images with their annotations, as they are in the shards"
 
@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write one sheet."""
-    from cluster.progress import say
-    from cluster.recipe import load_recipe
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.preview import spread_indices, write_contact_sheet
-    from data_pipeline.storage import Storage
-    from model.errors import ConfigError
+    from m2f.cluster.progress import say
+    from m2f.cluster.recipe import load_recipe
+    from m2f.data_pipeline.manifest import Manifest
+    from m2f.data_pipeline.preview import spread_indices, write_contact_sheet
+    from m2f.data_pipeline.storage import Storage
+    from m2f.model.errors import ConfigError
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)

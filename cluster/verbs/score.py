@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.verbs.arguments import count
+from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
-    from eval.scoring import Scoring
+    from m2f.eval.scoring import Scoring
 
 SUMMARY = "score result files: panoptic, instances, semantic or Cityscapes"
 KINDS = {
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     import json
     import os
 
-    from cluster.progress import Progress, say
-    from eval.errors import EvaluationError
+    from m2f.cluster.progress import Progress, say
+    from m2f.eval.errors import EvaluationError
 
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.output is not None and not args.output.resolve().parent.is_dir():
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> Scoring:
     match args.kind:
         case "panoptic":
-            from eval.score_panoptic import PanopticFiles, panoptic_scoring
+            from m2f.eval.score_panoptic import PanopticFiles, panoptic_scoring
 
             files = PanopticFiles(
                 truth=args.truth,
@@ -78,20 +78,20 @@ def _open(args: argparse.Namespace) -> Scoring:
             )
             return panoptic_scoring(files, boundary=args.boundary)
         case "instances":
-            from eval.score_instances import instance_scoring
+            from m2f.eval.score_instances import instance_scoring
 
             return instance_scoring(
                 args.truth, args.predictions, boundary=args.boundary, class_agnostic=args.class_agnostic
             )
         case "semantic":
-            from eval.score_semantic import semantic_scoring
+            from m2f.eval.score_semantic import semantic_scoring
 
             return semantic_scoring(args.truth, args.predictions, num_classes=args.num_classes, ignore=args.ignore)
         case "cityscapes-instances":
-            from eval.score_cityscapes import cityscapes_instance_scoring
+            from m2f.eval.score_cityscapes import cityscapes_instance_scoring
 
             return cityscapes_instance_scoring(args.truth, args.predictions)
         case _:
-            from eval.score_cityscapes import cityscapes_semantic_scoring
+            from m2f.eval.score_cityscapes import cityscapes_semantic_scoring
 
             return cityscapes_semantic_scoring(args.truth, args.predictions)

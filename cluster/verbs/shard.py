@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 
 SUMMARY = "write raw data sets as shards; an interrupted job goes on where it was"
 
@@ -22,14 +22,14 @@ def run(args: argparse.Namespace) -> int:
     """One data set after the other; Ray starts once, and not at all where nothing is to do."""
     from contextlib import ExitStack
 
-    from cluster.progress import say
-    from cluster.ray_cluster import local_or_existing
-    from cluster.recipe import load_recipe
-    from cluster.shard_job import run_shard_job
-    from data_pipeline.errors import DataError
-    from data_pipeline.manifest import read_document
-    from data_pipeline.storage import Storage
-    from model.errors import UserError
+    from m2f.cluster.progress import say
+    from m2f.cluster.ray_cluster import local_or_existing
+    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.shard_job import run_shard_job
+    from m2f.data_pipeline.errors import DataError
+    from m2f.data_pipeline.manifest import read_document
+    from m2f.data_pipeline.storage import Storage
+    from m2f.model.errors import UserError
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)

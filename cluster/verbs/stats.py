@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 
 SUMMARY = "table of classes of sharded data sets: images, segments, pixels"
 
@@ -16,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one table per data set."""
-    from cluster.progress import say
-    from cluster.recipe import load_recipe
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.stats import class_table, format_class_table
-    from data_pipeline.storage import Storage
+    from m2f.cluster.progress import say
+    from m2f.cluster.recipe import load_recipe
+    from m2f.data_pipeline.manifest import Manifest
+    from m2f.data_pipeline.stats import class_table, format_class_table
+    from m2f.data_pipeline.storage import Storage
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)

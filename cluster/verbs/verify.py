@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.verbs.arguments import count
+from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
-    from data_pipeline.storage import Storage
-    from data_pipeline.verify import Depth, Verification
+    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.verify import Depth, Verification
 
 SUMMARY = "check sharded data sets: sizes, or every byte, sample and label"
 _SHOWN = 20
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from cluster.progress import say
-    from data_pipeline.storage import Storage
+    from m2f.cluster.progress import say
+    from m2f.data_pipeline.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
     storage = Storage()
@@ -49,9 +49,9 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
     """One data set, with progress."""
     from contextlib import ExitStack
 
-    from cluster.progress import Progress
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.verify import verify
+    from m2f.cluster.progress import Progress
+    from m2f.data_pipeline.manifest import Manifest
+    from m2f.data_pipeline.verify import verify
 
     bars: list[Progress] = []
     with ExitStack() as stack:

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, Self, assert_never
 
-from data_pipeline.categories import CategoryTable
-from data_pipeline.config import (
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.config import (
     Ade20kFullSource,
     Ade20kSource,
     CityscapesPanopticSource,
@@ -25,18 +25,18 @@ from data_pipeline.config import (
     SourceConfig,
     SyntheticSource,
 )
-from data_pipeline.errors import DataError
-from data_pipeline.readers.ade20k import open_ade20k
-from data_pipeline.readers.ade20k_full import open_ade20k_full
-from data_pipeline.readers.cityscapes import open_cityscapes, open_cityscapes_panoptic
-from data_pipeline.readers.coco_instances import CocoInstancesReader
-from data_pipeline.readers.coco_panoptic import CocoPanopticReader
-from data_pipeline.readers.files import require_file
-from data_pipeline.readers.huggingface import open_huggingface
-from data_pipeline.readers.label_maps import open_label_maps
-from data_pipeline.readers.mapillary import open_mapillary
-from data_pipeline.readers.synthetic import SyntheticReader
-from data_pipeline.sample import Sample
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.ade20k import open_ade20k
+from m2f.data_pipeline.readers.ade20k_full import open_ade20k_full
+from m2f.data_pipeline.readers.cityscapes import open_cityscapes, open_cityscapes_panoptic
+from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
+from m2f.data_pipeline.readers.coco_panoptic import CocoPanopticReader
+from m2f.data_pipeline.readers.files import require_file
+from m2f.data_pipeline.readers.huggingface import open_huggingface
+from m2f.data_pipeline.readers.label_maps import open_label_maps
+from m2f.data_pipeline.readers.mapillary import open_mapillary
+from m2f.data_pipeline.readers.synthetic import SyntheticReader
+from m2f.data_pipeline.sample import Sample
 
 
 class Reader(Protocol):
@@ -95,7 +95,7 @@ def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels
         case CustomSource():
             raise DataError(
                 "datasets.<name>.source.kind is custom: its shards come from your own Python code, which calls "
-                "data_pipeline.shards.write_dataset (docs/datasets.md has an example)"
+                "m2f.data_pipeline.shards.write_dataset (docs/datasets.md has an example)"
             )
         case _:
             assert_never(source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from data_pipeline.categories import Category, CategoryTable, distinct_color
+from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 
 # Colour and name in the order of the label values 1 to 150; * = thing.
 _CLASSES_150 = """

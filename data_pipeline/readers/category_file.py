@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.errors import DataError
-from data_pipeline.readers.coco_json import field, read_color, read_flag, whole_number
-from data_pipeline.readers.files import read_json
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.coco_json import field, read_color, read_flag, whole_number
+from m2f.data_pipeline.readers.files import read_json
 
 
 def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable, frozenset[int]]:

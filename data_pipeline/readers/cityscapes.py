@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
-from data_pipeline.errors import DataError, some
-from data_pipeline.image_file import BrokenImageError, read_header
-from data_pipeline.partition import Region, partition
-from data_pipeline.readers import coco_json
-from data_pipeline.readers.coco_panoptic import CocoPanopticReader, PanopticRecord
-from data_pipeline.readers.files import make_key, read_bytes, require_folder
-from data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
-from data_pipeline.sample import Annotation
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.image_file import BrokenImageError, read_header
+from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers import coco_json
+from m2f.data_pipeline.readers.coco_panoptic import CocoPanopticReader, PanopticRecord
+from m2f.data_pipeline.readers.files import make_key, read_bytes, require_folder
+from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
+from m2f.data_pipeline.sample import Annotation
 
 _IMAGE_ENDING = "_leftImg8bit.png"
 _MAP_ENDINGS = ("_gtFine_instanceIds.png", "_gtCoarse_instanceIds.png")

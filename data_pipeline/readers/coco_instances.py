@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from data_pipeline.categories import CategoryTable
-from data_pipeline.config import CocoInstancesSource
-from data_pipeline.errors import DataError
-from data_pipeline.readers import coco_json
-from data_pipeline.readers.coco_json import CocoImage
-from data_pipeline.readers.files import (
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.config import CocoInstancesSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import coco_json
+from m2f.data_pipeline.readers.coco_json import CocoImage
+from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
     make_key,
@@ -22,8 +22,8 @@ from data_pipeline.readers.files import (
     size_on_disk,
     unique_keys,
 )
-from data_pipeline.readers.masks import instance_layers
-from data_pipeline.sample import Annotation, Sample
+from m2f.data_pipeline.readers.masks import instance_layers
+from m2f.data_pipeline.sample import Annotation, Sample
 
 
 @dataclass(frozen=True)

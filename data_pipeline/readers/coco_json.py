@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_pipeline.categories import Category, CategoryTable, distinct_color
-from data_pipeline.errors import DataError, some
-from data_pipeline.readers.files import read_json, relative_name
+from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.readers.files import read_json, relative_name
 
 Box = tuple[float, float, float, float]
 

@@ -11,14 +11,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_pipeline.categories import CategoryTable
-from data_pipeline.config import CocoPanopticSource
-from data_pipeline.errors import DataError, some
-from data_pipeline.partition import find_runs
-from data_pipeline.readers import coco_json
-from data_pipeline.readers.coco_instances import check_annotations
-from data_pipeline.readers.coco_json import CocoImage, field, stated_area, stated_box, whole_number
-from data_pipeline.readers.files import (
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.config import CocoPanopticSource
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.partition import find_runs
+from m2f.data_pipeline.readers import coco_json
+from m2f.data_pipeline.readers.coco_instances import check_annotations
+from m2f.data_pipeline.readers.coco_json import CocoImage, field, stated_area, stated_box, whole_number
+from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
     read_json,
@@ -27,9 +27,9 @@ from data_pipeline.readers.files import (
     size_on_disk,
     unique_keys,
 )
-from data_pipeline.readers.map_reader import read_color_map
-from data_pipeline.readers.masks import instance_layers, pixel_box
-from data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
+from m2f.data_pipeline.readers.map_reader import read_color_map
+from m2f.data_pipeline.readers.masks import instance_layers, pixel_box
+from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
 
 Instances = Sequence[Mapping[str, Any]]
 

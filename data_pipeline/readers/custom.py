@@ -9,10 +9,10 @@ from typing import Self
 
 import numpy as np
 
-from data_pipeline.categories import CategoryTable
-from data_pipeline.errors import DataError, some
-from data_pipeline.readers.files import ANNOTATION_BYTES, check_image, make_key, unique_keys
-from data_pipeline.sample import VOID_ID, Annotation, Sample
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.readers.files import ANNOTATION_BYTES, check_image, make_key, unique_keys
+from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from data_pipeline.errors import DataError
-from data_pipeline.image_file import BrokenImageError, ImageHeader, check_pixels, frame_orientation, read_header
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import BrokenImageError, ImageHeader, check_pixels, frame_orientation, read_header
 
 _MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
 ANNOTATION_BYTES = 12_000

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.categories import Category
-from data_pipeline.config import HuggingFaceSource
-from data_pipeline.partition import Region, partition
-from data_pipeline.readers.category_file import read_category_file
-from data_pipeline.readers.files import require_folder
-from data_pipeline.readers.map_reader import MapReader, pair_files, read_color_map
-from data_pipeline.sample import Annotation
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.config import HuggingFaceSource
+from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers.category_file import read_category_file
+from m2f.data_pipeline.readers.files import require_folder
+from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_color_map
+from m2f.data_pipeline.sample import Annotation
 
 
 def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:

@@ -10,10 +10,10 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from data_pipeline.categories import CategoryTable
-from data_pipeline.errors import DataError, some
-from data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
-from data_pipeline.readers.files import (
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
     read_bytes,
@@ -21,7 +21,7 @@ from data_pipeline.readers.files import (
     size_on_disk,
     unique_keys,
 )
-from data_pipeline.sample import Annotation, Sample
+from m2f.data_pipeline.sample import Annotation, Sample
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.config import MapillarySource
-from data_pipeline.errors import DataError
-from data_pipeline.partition import Region, partition
-from data_pipeline.readers.coco_json import field, read_color, read_flag
-from data_pipeline.readers.files import read_json, require_folder
-from data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
-from data_pipeline.sample import Annotation
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.config import MapillarySource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers.coco_json import field, read_color, read_flag
+from m2f.data_pipeline.readers.files import read_json, require_folder
+from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
+from m2f.data_pipeline.sample import Annotation
 
 
 def open_mapillary(source: MapillarySource, max_pixels: int) -> MapReader:

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data_pipeline.categories import CategoryTable
-from data_pipeline.errors import DataError
-from data_pipeline.readers.coco_json import Box, stated_area, stated_box
-from data_pipeline.sample import Segment, id_dtype
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.coco_json import Box, stated_area, stated_box
+from m2f.data_pipeline.sample import Segment, id_dtype
 
 _POLYGON_REACH = 10
 """Coordinates beyond this many image sides are refused."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from data_pipeline.readers.shapes import SHAPES, TEXTURES, shape_coverage, texture
+from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES, shape_coverage, texture
 
 _SIDE = (128, 192)
 _OBJECTS = (4, 12)

@@ -17,14 +17,14 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data_pipeline.categories import Category, CategoryTable, distinct_color
-from data_pipeline.config import CocoPanopticSource, SyntheticSource
-from data_pipeline.errors import DataError
-from data_pipeline.image_file import encode_png
-from data_pipeline.readers.masks import pixel_box
-from data_pipeline.readers.scene import Scene, make_scene
-from data_pipeline.readers.shapes import SHAPES, TEXTURES
-from data_pipeline.sample import Annotation, Sample, Segment
+from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
+from m2f.data_pipeline.config import CocoPanopticSource, SyntheticSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.readers.masks import pixel_box
+from m2f.data_pipeline.readers.scene import Scene, make_scene
+from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
+from m2f.data_pipeline.sample import Annotation, Sample, Segment
 
 CATEGORIES = CategoryTable(
     tuple(

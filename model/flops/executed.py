@@ -12,10 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.backbones import Backbone, build_backbone
-from model.config import BackboneConfig, ModelConfig
-from model.flops.operations import BATCH_NORM, BILINEAR, NEAREST, NORM, Flops
-from model.mask2former import Mask2Former, build_model
+from m2f.model.backbones import Backbone, build_backbone
+from m2f.model.config import BackboneConfig, ModelConfig
+from m2f.model.flops.operations import BATCH_NORM, BILINEAR, NEAREST, NORM, Flops
+from m2f.model.mask2former import Mask2Former, build_model
 
 Size = Sequence[int]
 """Shape of a tensor, as the counter hands it over."""

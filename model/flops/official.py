@@ -7,7 +7,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import assert_never
 
-from model.config import (
+from m2f.model.config import (
     BackboneConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -16,12 +16,12 @@ from model.config import (
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.errors import ConfigError
-from model.flops.backbones import RESNET_BLOCKS, resnet, swin
-from model.flops.executed import build_backbone_shapes, executed_backbone_flops
-from model.flops.operations import BILINEAR, Flops, Map, pyramid
-from model.flops.pixel_decoders import pixel_decoder
-from model.flops.transformer_decoders import masked, standard
+from m2f.model.errors import ConfigError
+from m2f.model.flops.backbones import RESNET_BLOCKS, resnet, swin
+from m2f.model.flops.executed import build_backbone_shapes, executed_backbone_flops
+from m2f.model.flops.operations import BILINEAR, Flops, Map, pyramid
+from m2f.model.flops.pixel_decoders import pixel_decoder
+from m2f.model.flops.transformer_decoders import masked, standard
 
 COCO_SIZES: Mapping[tuple[int, int], int] = MappingProxyType(
     {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from model.config import (
+from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
@@ -14,7 +14,7 @@ from model.config import (
     SemanticFPNPixelDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.flops.operations import (
+from m2f.model.flops.operations import (
     BILINEAR,
     NEAREST,
     NORM,

@@ -1,7 +1,7 @@
 """Multiply-adds of the transformer decoders in the order of operations of the official code.
 
 Ours differs where the algebra allows it: attention masks come from resized features, and masks of the layers between
-are never made dense. `model.flops.executed` counts that.
+are never made dense. `m2f.model.flops.executed` counts that.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
-from model.flops.operations import BILINEAR, NORM, Map, attention, convolution, feed_forward
+from m2f.model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
+from m2f.model.flops.operations import BILINEAR, NORM, Map, attention, convolution, feed_forward
 
 
 def masked(

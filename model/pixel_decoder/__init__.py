@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from model.config import (
+from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
@@ -14,13 +14,13 @@ from model.config import (
     SemanticFPNPixelDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.pixel_decoder.bifpn import BiFPNPixelDecoder
-from model.pixel_decoder.deformable import MSDeformAttnPixelDecoder
-from model.pixel_decoder.fapn import FaPNPixelDecoder
-from model.pixel_decoder.fpn import FPNPixelDecoder
-from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm
-from model.pixel_decoder.semantic_fpn import SemanticFPNPixelDecoder
-from model.pixel_decoder.transformer_fpn import TransformerFPNPixelDecoder
+from m2f.model.pixel_decoder.bifpn import BiFPNPixelDecoder
+from m2f.model.pixel_decoder.deformable import MSDeformAttnPixelDecoder
+from m2f.model.pixel_decoder.fapn import FaPNPixelDecoder
+from m2f.model.pixel_decoder.fpn import FPNPixelDecoder
+from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, group_norm
+from m2f.model.pixel_decoder.semantic_fpn import SemanticFPNPixelDecoder
+from m2f.model.pixel_decoder.transformer_fpn import TransformerFPNPixelDecoder
 
 __all__ = ["MSDeformAttnPixelDecoder", "PixelDecoder", "build_pixel_decoder", "convolution", "group_norm"]
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import MSDeformAttnPixelDecoderConfig
-from model.ms_deform_attn import MSDeformAttn, SamplingGrid
-from model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, lateral, output, run_layer
-from model.position_encoding import sine_position_embedding
+from m2f.model.config import MSDeformAttnPixelDecoderConfig
+from m2f.model.ms_deform_attn import MSDeformAttn, SamplingGrid
+from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, lateral, output, run_layer
+from m2f.model.position_encoding import sine_position_embedding
 
 
 def _input_projection(in_channels: int, channels: int) -> nn.Sequential:

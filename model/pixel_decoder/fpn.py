@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import FPNPixelDecoderConfig
-from model.pixel_decoder.layers import PixelDecoder, convolution, lateral, output
+from m2f.model.config import FPNPixelDecoderConfig
+from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, lateral, output
 
 
 class TopDownStep(nn.Module):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import SemanticFPNPixelDecoderConfig
-from model.pixel_decoder.fpn import FeaturePyramid
-from model.pixel_decoder.layers import PixelDecoder, convolution, output
+from m2f.model.config import SemanticFPNPixelDecoderConfig
+from m2f.model.pixel_decoder.fpn import FeaturePyramid
+from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, output
 
 
 class SemanticFPNPixelDecoder(PixelDecoder):

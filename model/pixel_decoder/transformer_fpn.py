@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from model.attention import Attend, packed_xavier_
-from model.config import TransformerFPNPixelDecoderConfig
-from model.pixel_decoder.fpn import FeaturePyramid
-from model.pixel_decoder.layers import PixelDecoder, convolution, run_layer
-from model.position_encoding import sine_position_embedding
+from m2f.model.attention import Attend, packed_xavier_
+from m2f.model.config import TransformerFPNPixelDecoderConfig
+from m2f.model.pixel_decoder.fpn import FeaturePyramid
+from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, run_layer
+from m2f.model.position_encoding import sine_position_embedding
 
 
 class EncoderLayer(nn.Module):

@@ -16,17 +16,17 @@ import torch
 from benchmarks.record_batches import record
 from benchmarks.recording import Recording
 from benchmarks.train_recorded import train_recorded
-from cluster.compose import compose_job
-from cluster.launch_local import launch
-from cluster.train_local import worker_environment
-from data_pipeline.config import ScaleJitter
-from data_pipeline.errors import DataError
-from data_pipeline.loader import LoaderSpec
-from data_pipeline.storage import Storage
-from model.errors import ConfigError
+from m2f.cluster.compose import compose_job
+from m2f.cluster.launch_local import launch
+from m2f.cluster.train_local import worker_environment
+from m2f.data_pipeline.config import ScaleJitter
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.loader import LoaderSpec
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import ConfigError
+from m2f.trainer.data import open_shards
+from m2f.trainer.worker import run_worker
 from tests.cluster.tiny_run import small_sets, tiny_config
-from trainer.data import open_shards
-from trainer.worker import run_worker
 
 STEPS = 3
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def test_files_that_are_no_recording_are_refused(lossless, tmp_path):
 
 def test_training_from_a_recording_needs_few_packages():
     missing = ("ray", "mlflow", "webdataset", "boto3", "pycocotools", "jsonschema", "rich")
-    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import benchmarks.train_recorded, trainer.worker"
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import benchmarks.train_recorded, m2f.trainer.worker"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 

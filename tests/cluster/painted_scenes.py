@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_pipeline.image_file import encode_png
-from eval.masks import encode_masks, mask_areas, mask_boxes
-from eval.result_files import panoptic_png
-from model.structures import Predictions
+from m2f.data_pipeline.image_file import encode_png
+from m2f.eval.masks import encode_masks, mask_areas, mask_boxes
+from m2f.eval.result_files import panoptic_png
+from m2f.model.structures import Predictions
 
 SIZE = (64, 96)
 CATEGORIES = (

@@ -9,22 +9,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.cli import main
-from cluster.model_table import cpu_seconds_per_image, format_model_table, paper_sizes
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from eval.panels import decode_png
-from model.config import (
+from m2f.cluster.cli import main
+from m2f.cluster.model_table import cpu_seconds_per_image, format_model_table, paper_sizes
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.panels import decode_png
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from model.flops.official import mean_flops, official_flops
-from model.mask2former import build_model
-from model.paper_models import paper_models
+from m2f.model.flops.official import mean_flops, official_flops
+from m2f.model.mask2former import build_model
+from m2f.model.paper_models import paper_models
 
 RECIPE = """
 name: small

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from cluster.compare import compare_runs
-from cluster.compare_page import as_page
-from cluster.recipe import parse_recipe
-from cluster.run_records import RunRecord, SetResult
-from cluster.tracking import Tracking, create_run
-from data_pipeline.categories import Category, CategoryTable
-from eval.evaluation_page import evaluation_page
-from eval.panels import decode_png, encode_png
-from eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
-from eval.report import EvaluationSubject
-from eval.segment_errors import panoptic_candidates
-from eval.states import EvaluationStates
+from m2f.cluster.compare import compare_runs
+from m2f.cluster.compare_page import as_page
+from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.run_records import RunRecord, SetResult
+from m2f.cluster.tracking import Tracking, create_run
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.eval.evaluation_page import evaluation_page
+from m2f.eval.panels import decode_png, encode_png
+from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.report import EvaluationSubject
+from m2f.eval.segment_errors import panoptic_candidates
+from m2f.eval.states import EvaluationStates
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

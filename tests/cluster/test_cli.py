@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from cluster.checkpoints import choose_checkpoint
-from cluster.cli import VERBS, main
-from cluster.compose import compose_job
-from cluster.progress import Progress, describe_pace, format_duration
-from cluster.recipe import load_recipe
-from cluster.verbs.arguments import split_overrides
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from model.errors import ConfigError
-from trainer.checkpoint_folder import FileEntry, Manifest, checkpoint_url, pin
+from m2f.cluster.checkpoints import choose_checkpoint
+from m2f.cluster.cli import VERBS, main
+from m2f.cluster.compose import compose_job
+from m2f.cluster.progress import Progress, describe_pace, format_duration
+from m2f.cluster.recipe import load_recipe
+from m2f.cluster.verbs.arguments import split_overrides
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint_folder import FileEntry, Manifest, checkpoint_url, pin
 
 RECIPE = """
 name: small
@@ -78,7 +78,7 @@ def test_help_comes_within_a_second():
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "cluster.cli", "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "m2f.cluster.cli", "--help"], check=True, capture_output=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 1.0, times
 
@@ -168,7 +168,7 @@ def test_the_job_has_as_many_classes_as_the_data_has_for_the_task(recipe):
 def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_run(recipe, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    from cluster.tracking import find_run
+    from m2f.cluster.tracking import find_run
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     overrides = [
@@ -181,7 +181,7 @@ def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_r
         "data.workers=0",
         "model.loss.num_points=64",
     ]
-    command = [sys.executable, "-m", "cluster.cli", "train", str(recipe), "--launcher", "local", *overrides]
+    command = [sys.executable, "-m", "m2f.cluster.cli", "train", str(recipe), "--launcher", "local", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"run finished: {tmp_path}/small\n")
@@ -198,7 +198,7 @@ def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_r
 @pytest.fixture(scope="module")
 def weights(recipe):
     """Random weights of the recipe's model."""
-    from model.mask2former import build_model
+    from m2f.model.mask2former import build_model
 
     path = recipe.parent / "weights.safetensors"
     save_file(build_model(compose_job(load_recipe(recipe)).model).state_dict(), path)

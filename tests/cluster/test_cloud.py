@@ -14,11 +14,11 @@ from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import drain_node
 
-import cluster
-from cluster.cli import main
-from cluster.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
-from cluster.recipe import parse_recipe
-from cluster.spot_notice import NOTICE_S, is_taken_back, watch
+from m2f import cluster
+from m2f.cluster.cli import main
+from m2f.cluster.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
+from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.spot_notice import NOTICE_S, is_taken_back, watch
 
 CLOUD = Path(cluster.__file__).parent / "cloud"
 RAY_UP = sorted(CLOUD.glob("[ag]*.yaml"))
@@ -71,7 +71,7 @@ def test_the_head_does_no_work_and_each_group_has_its_own(path):
     assert any("shm-size" in option for option in example["docker"]["run_options"])
     assert "--num-cpus=0" in example["head_start_ray_commands"][1]
     assert "--dashboard-host=127.0.0.1" in example["head_start_ray_commands"][1]
-    assert any("cluster.spot_notice" in command for command in example["worker_start_ray_commands"])
+    assert any("m2f.cluster.spot_notice" in command for command in example["worker_start_ray_commands"])
 
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])

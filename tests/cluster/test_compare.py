@@ -11,13 +11,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from cluster.cli import main
-from cluster.compare import compare_runs
-from cluster.compare_page import as_page
-from cluster.compare_report import as_json, as_markdown, as_text
-from cluster.paper_results import PAPER_RESULTS, paper_result
-from cluster.run_records import CompareError, RunRecord, SetResult, read_runs
-from data_pipeline.storage import Storage
+from m2f.cluster.cli import main
+from m2f.cluster.compare import compare_runs
+from m2f.cluster.compare_page import as_page
+from m2f.cluster.compare_report import as_json, as_markdown, as_text
+from m2f.cluster.paper_results import PAPER_RESULTS, paper_result
+from m2f.cluster.run_records import CompareError, RunRecord, SetResult, read_runs
+from m2f.data_pipeline.storage import Storage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

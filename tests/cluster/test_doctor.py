@@ -12,10 +12,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from cluster.cli import main
-from cluster.doctor import exit_status, print_findings, run_checks
-from cluster.doctor_finding import Finding
-from cluster.doctor_machine import (
+from m2f.cluster.cli import main
+from m2f.cluster.doctor import exit_status, print_findings, run_checks
+from m2f.cluster.doctor_finding import Finding
+from m2f.cluster.doctor_machine import (
     check_compiler,
     check_disk,
     check_gpus,
@@ -23,7 +23,7 @@ from cluster.doctor_machine import (
     check_shared_memory,
     check_versions,
 )
-from cluster.doctor_services import (
+from m2f.cluster.doctor_services import (
     check_clock,
     check_ray_token,
     check_run_folder,
@@ -31,11 +31,11 @@ from cluster.doctor_services import (
     check_tracking,
     skew_finding,
 )
-from cluster.recipe import load_recipe
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
+from m2f.cluster.recipe import load_recipe
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
 
 RECIPE = """
 name: patient
@@ -127,7 +127,7 @@ def test_tiny_shared_memory_as_a_container_has_it(quiet):
         "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "
         + sys.executable
         + " -c '"
-        + ("from cluster.doctor_machine import check_shared_memory as check; f = check(); print(f.state, f.detail)'")
+        + "from m2f.cluster import doctor_machine as d; f = d.check_shared_memory(); print(f.state, f.detail)'"
     )
     done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60)
     if "not permitted" in done.stderr or "unshare" in done.stderr:
@@ -181,7 +181,7 @@ def test_a_full_disk(recipe, monkeypatch):
 
 def test_libraries_of_another_version(monkeypatch):
     assert check_versions().state == "ok"
-    monkeypatch.setattr("cluster.doctor_machine.metadata.version", lambda name: "0.1")
+    monkeypatch.setattr("m2f.cluster.doctor_machine.metadata.version", lambda name: "0.1")
     finding = check_versions()
     assert (finding.state, "torch 0.1 (needs >=2.11)" in finding.detail) == ("failed", True)
 

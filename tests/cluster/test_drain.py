@@ -12,11 +12,11 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from cluster.recipe import parse_recipe
-from cluster.shard_job import run_shard_job
-from cluster.train_job import run_training
-from data_pipeline.storage import Storage
-from trainer.checkpoint_folder import list_checkpoints
+from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.shard_job import run_shard_job
+from m2f.cluster.train_job import run_training
+from m2f.data_pipeline.storage import Storage
+from m2f.trainer.checkpoint_folder import list_checkpoints
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -10,19 +10,19 @@ import ray
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
-from cluster.config import ClusterConfig
-from cluster.elastic import Sizes, next_size
-from cluster.room import room
-from cluster.tracking import create_run
-from cluster.train_job import run_training
-from cluster.train_local import train_locally
-from data_pipeline.storage import Storage
-from eval.config import EvaluationConfig
-from model.errors import ConfigError
+from m2f.cluster.config import ClusterConfig
+from m2f.cluster.elastic import Sizes, next_size
+from m2f.cluster.room import room
+from m2f.cluster.tracking import create_run
+from m2f.cluster.train_job import run_training
+from m2f.cluster.train_local import train_locally
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint_folder import list_checkpoints
+from m2f.trainer.config import CheckpointConfig
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import small_sets, tiny_config
-from trainer.checkpoint_folder import list_checkpoints
-from trainer.config import CheckpointConfig
 
 STEPS, EVERY = 26, 3
 RANGE = ClusterConfig(num_workers=(1, 3), num_cpus_per_worker=2)
@@ -115,10 +115,10 @@ def losses_of(run):
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     """2 -> 1 -> 2 workers in one supervised run; its losses are those of a run that kept two."""
-    monkeypatch.setattr("cluster.elastic.PATIENCE_S", 2.0)
-    monkeypatch.setattr("cluster.elastic.LOOK_S", 0.5)
-    monkeypatch.setattr("cluster.train_job.POLL_S", 0.2)
-    monkeypatch.setattr("cluster.train_job.train_loop", tiny_run.slow_loop)
+    monkeypatch.setattr("m2f.cluster.elastic.PATIENCE_S", 2.0)
+    monkeypatch.setattr("m2f.cluster.elastic.LOOK_S", 0.5)
+    monkeypatch.setattr("m2f.cluster.train_job.POLL_S", 0.2)
+    monkeypatch.setattr("m2f.cluster.train_job.train_loop", tiny_run.slow_loop)
     config = replace(tiny_config(folder, "elastic", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
     training = replace(
         config.training,

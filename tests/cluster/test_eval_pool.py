@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.eval_pool import BatchLedger, EvaluationPool
-from eval.errors import EvaluationError
+from m2f.cluster.eval_pool import BatchLedger, EvaluationPool
+from m2f.eval.errors import EvaluationError
 
 
 def test_a_batch_is_entered_once():

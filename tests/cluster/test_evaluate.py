@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.eval_actor import EvaluationActor
-from cluster.evaluate import evaluate_sets
-from cluster.recipe import parse_recipe
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from eval.panels import decode_png
-from model.mask2former import build_model
+from m2f.cluster.eval_actor import EvaluationActor
+from m2f.cluster.evaluate import evaluate_sets
+from m2f.cluster.recipe import parse_recipe
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.panels import decode_png
+from m2f.model.mask2former import build_model
 
 RECIPE = """
 name: small

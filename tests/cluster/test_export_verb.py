@@ -10,17 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from cluster.cli import main
-from cluster.recipe import load_recipe
-from cluster.trained_model import open_trained
-from model.config import (
+from m2f.cluster.cli import main
+from m2f.cluster.recipe import load_recipe
+from m2f.cluster.trained_model import open_trained
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from model.export import export_hugging_face, export_official
-from model.mask2former import build_model
+from m2f.model.export import export_hugging_face, export_official
+from m2f.model.mask2former import build_model
 
 RECIPE = """
 name: small

@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from cluster.launch_local import describe_exit
+from m2f.cluster.launch_local import describe_exit
 
 # Targets live in a module of their own, as the spawned workers import them by name.
 TARGETS = """
 import os, signal, sys, time
 from pathlib import Path
-from cluster.launch_local import LaunchError, launch
-from model.errors import ConfigError
+from m2f.cluster.launch_local import LaunchError, launch
+from m2f.model.errors import ConfigError
 
 def rank():
     return int(os.environ["RANK"])
@@ -53,7 +53,7 @@ def sum_over_ranks(folder):
     dist.destroy_process_group()
 
 def wait_for_stop(folder):
-    from cluster.train_local import SignalControl
+    from m2f.cluster.train_local import SignalControl
     control = SignalControl()
     Path(folder, f"ready{rank()}").touch()
     while not control.stop_requested():
@@ -61,9 +61,9 @@ def wait_for_stop(folder):
     Path(folder, f"stopped{rank()}").touch()
 
 if __name__ == "__main__":
-    import cluster.launch_local
+    import m2f.cluster.launch_local
     import launch_targets
-    cluster.launch_local.ECHO_S = 0.5
+    m2f.cluster.launch_local.ECHO_S = 0.5
     try:
         launch(getattr(launch_targets, sys.argv[1]), tuple(sys.argv[3:]), int(sys.argv[2]), {"EXTRA": "e"})
     except (ConfigError, LaunchError) as error:

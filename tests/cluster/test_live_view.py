@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.eval_manager import EvaluationProgress
-from cluster.eval_queue import Entry
-from cluster.live_view import LiveView, sparkline
-from trainer.reporting import CommittedCheckpoint
+from m2f.cluster.eval_manager import EvaluationProgress
+from m2f.cluster.eval_queue import Entry
+from m2f.cluster.live_view import LiveView, sparkline
+from m2f.trainer.reporting import CommittedCheckpoint
 
 VALUES = {
     "loss/total": 31.25,
@@ -102,8 +102,8 @@ def test_a_sparkline_fits_its_width(values, width, line):
 
 SCRIPT = """
 import pathlib, time
-from cluster.live_view import LiveView
-from cluster.progress import say
+from m2f.cluster.live_view import LiveView
+from m2f.cluster.progress import say
 view = LiveView("in-a-terminal", 1000)
 view.start()
 view.begin_attempt(2)

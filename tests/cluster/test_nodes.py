@@ -24,14 +24,14 @@ import pytest
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 
-from cluster.eval_queue import read_entries
-from cluster.eval_service import queue_url
-from cluster.recipe import dump_recipe, load_recipe
-from cluster.upload import pack
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from trainer.checkpoint_folder import list_checkpoints, read_manifest
+from m2f.cluster.eval_queue import read_entries
+from m2f.cluster.eval_service import queue_url
+from m2f.cluster.recipe import dump_recipe, load_recipe
+from m2f.cluster.upload import pack
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.trainer.checkpoint_folder import list_checkpoints, read_manifest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(2400)]
 
@@ -252,7 +252,7 @@ def recipe(tmp_path_factory, requests):
                 wait_for(lambda: can_connect(f"{NET}.2", 8265), 300, "the dashboard")
         path = folder / "recipe.yaml"
         path.write_text(RECIPE.format(s3=s3, mlflow=tracking))
-        command = ("python", "-m", "cluster.cli", "shard", "recipe.yaml")
+        command = ("python", "-m", "m2f.cluster.cli", "shard", "recipe.yaml")
         done = on_cluster("ray.scripts.scripts", "job", "submit", "--working-dir", packed(path), "--", *command)
         assert done.returncode == 0, done.stdout + done.stderr
         yield path
@@ -266,7 +266,7 @@ def packed(recipe: Path) -> str:
 
 
 def m2f(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    return on_cluster("cluster.cli", *words, "--address", DASHBOARD, timeout=timeout)
+    return on_cluster("m2f.cluster.cli", *words, "--address", DASHBOARD, timeout=timeout)
 
 
 def on_cluster(module: str, *words: str, timeout: float = 600) -> subprocess.CompletedProcess:

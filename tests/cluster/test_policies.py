@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.policies import (
+from m2f.cluster.policies import (
     Attempt,
     AttemptHistory,
     Failure,
@@ -12,10 +12,10 @@ from cluster.policies import (
     decide,
     root_cause,
 )
-from data_pipeline.errors import LoaderDiedError, StorageError
-from trainer.adjustments import SkipWindow, SmallerMicroBatch
-from trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, TrainingError
-from trainer.job import Window
+from m2f.data_pipeline.errors import LoaderDiedError, StorageError
+from m2f.trainer.adjustments import SkipWindow, SmallerMicroBatch
+from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, TrainingError
+from m2f.trainer.job import Window
 
 
 def history(*attempts: tuple[str, int], start: int = 0, message: str = "m{}") -> AttemptHistory:

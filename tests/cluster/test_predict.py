@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import trained_model
-from cluster.cli import main
-from cluster.image_inputs import find_images, listed_images, number_images, read_image_list, read_images
-from cluster.predict import LoadedImage, Predictor, batches_by_shape
-from cluster.recipe import parse_recipe
-from cluster.submission import check_submission
-from cluster.trained_model import TrainedModel, open_trained
-from data_pipeline.categories import Category
-from data_pipeline.errors import DataError
-from data_pipeline.image_file import decode_id_png, decode_index_png
-from data_pipeline.readers.ade20k_classes import CATEGORIES_150
-from data_pipeline.storage import Storage
-from eval.config import EvaluationConfig
-from model.config import ModelConfig, PostprocessConfig
-from model.errors import ConfigError
-from model.mask2former import build_model
+from m2f.cluster import trained_model
+from m2f.cluster.cli import main
+from m2f.cluster.image_inputs import find_images, listed_images, number_images, read_image_list, read_images
+from m2f.cluster.predict import LoadedImage, Predictor, batches_by_shape
+from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.submission import check_submission
+from m2f.cluster.trained_model import TrainedModel, open_trained
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
+from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.model.config import ModelConfig, PostprocessConfig
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import build_model
 from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
 from tests.cluster.test_evaluate import RECIPE
 

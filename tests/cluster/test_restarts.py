@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import restarts
-from cluster.cli import main
-from cluster.recipe import parse_recipe
-from cluster.restarts import run_restarted
+from m2f.cluster import restarts
+from m2f.cluster.cli import main
+from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.restarts import run_restarted
 
 RECIPE = """
 name: watched
@@ -74,8 +74,8 @@ def test_a_driver_that_ends_by_itself_has_decided(tmp_path, waits, status):
 
 PARENT = """
 import sys
-from cluster.recipe import load_recipe
-from cluster.restarts import run_restarted
+from m2f.cluster.recipe import load_recipe
+from m2f.cluster.restarts import run_restarted
 sys.exit(run_restarted([sys.executable, "-S", "-c", sys.argv[2]], load_recipe(sys.argv[1])))
 """
 SLEEPER = "import pathlib, time; pathlib.Path({path!r}).open('a').write('x'); time.sleep(60)"

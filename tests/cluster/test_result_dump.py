@@ -7,20 +7,20 @@ import json
 import numpy as np
 import pytest
 
-from cluster import eval_actor
-from cluster.cli import main
-from cluster.eval_actor import EvaluationActor
-from cluster.evaluate import evaluate_sets
-from cluster.recipe import parse_recipe
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.image_file import decode_id_png, decode_index_png
-from data_pipeline.readers import open_reader
-from data_pipeline.sample import Annotation, DecodedSample
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from eval.average_precision import InstanceDetections
-from eval.masks import encode_masks
-from eval.result_dump import ResultDump, join_dump
+from m2f.cluster import eval_actor
+from m2f.cluster.cli import main
+from m2f.cluster.eval_actor import EvaluationActor
+from m2f.cluster.evaluate import evaluate_sets
+from m2f.cluster.recipe import parse_recipe
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.sample import Annotation, DecodedSample
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.average_precision import InstanceDetections
+from m2f.eval.masks import encode_masks
+from m2f.eval.result_dump import ResultDump, join_dump
 from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
 
 RECIPE = """

@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.demo import demo_config, table
-from cluster.eval_queue import Entry
-from cluster.evaluation_lines import describe, headline
-from cluster.reporters import TrackingReporter, recover_metrics
-from cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
-from data_pipeline.storage import Storage
-from trainer.checkpoint_folder import METRICS, Manifest, checkpoint_url, file_entry
-from trainer.reporting import CommittedCheckpoint
+from m2f.cluster.demo import demo_config, table
+from m2f.cluster.eval_queue import Entry
+from m2f.cluster.evaluation_lines import describe, headline
+from m2f.cluster.reporters import TrackingReporter, recover_metrics
+from m2f.cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
+from m2f.data_pipeline.storage import Storage
+from m2f.trainer.checkpoint_folder import METRICS, Manifest, checkpoint_url, file_entry
+from m2f.trainer.reporting import CommittedCheckpoint
 
 
 class Recorder:
@@ -58,7 +58,7 @@ def test_a_board_that_was_made_again_counts_anew():
 
 
 def test_reports_that_fell_off_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr("cluster.run_board.MAX_REPORTS", 2)
+    monkeypatch.setattr("m2f.cluster.run_board.MAX_REPORTS", 2)
     board = RunBoard()
     first = board.take(None, Word())
     for step in range(5):

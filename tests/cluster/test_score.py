@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cluster.cli import main
+from m2f.cluster.cli import main
 
 
 @pytest.fixture

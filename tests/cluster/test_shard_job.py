@@ -16,24 +16,24 @@ import cv2
 import numpy as np
 import pytest
 
-from cluster.config import ClusterConfig
-from cluster.ray_cluster import local_or_existing
-from cluster.shard_job import ShardFailure, ShardJobError, run_shard_job
-from data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
-from data_pipeline.errors import DataError, StorageError
-from data_pipeline.manifest import Manifest
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset, write_shard
-from data_pipeline.storage import Storage
+from m2f.cluster.config import ClusterConfig
+from m2f.cluster.ray_cluster import local_or_existing
+from m2f.cluster.shard_job import ShardFailure, ShardJobError, run_shard_job
+from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
+from m2f.data_pipeline.errors import DataError, StorageError
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset, write_shard
+from m2f.data_pipeline.storage import Storage
 
 CLUSTER = ClusterConfig(shard_tasks=2)
 
 DRIVER = """
 import json, sys
-from cluster.config import ClusterConfig
-from cluster.shard_job import run_shard_job
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.storage import Storage
+from m2f.cluster.config import ClusterConfig
+from m2f.cluster.shard_job import run_shard_job
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.storage import Storage
 dataset = DatasetConfig(shards=sys.argv[1], source=SyntheticSource(num_images=int(sys.argv[2])), shard_mb=0.05)
 report = run_shard_job("train", dataset, ClusterConfig(shard_tasks=1), Storage())
 print(json.dumps([report.num_shards, report.written_shards]))
@@ -85,7 +85,7 @@ def no_ray(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("cluster.shard_job.local_or_existing", refuse)
+    monkeypatch.setattr("m2f.cluster.shard_job.local_or_existing", refuse)
 
 
 def test_a_finished_job_starts_no_work(tmp_path, no_ray):
@@ -119,8 +119,8 @@ def test_with_keep_going_all_other_shards_are_written_first(tmp_path, monkeypatc
         for index in missing:
             yield ShardFailure(index, "no space") if index == 1 else write_shard(reader, plan, index, storage)
 
-    monkeypatch.setattr("cluster.shard_job.local_or_existing", lambda *_: nullcontext())
-    monkeypatch.setattr("cluster.shard_job._write_shards", write)
+    monkeypatch.setattr("m2f.cluster.shard_job.local_or_existing", lambda *_: nullcontext())
+    monkeypatch.setattr("m2f.cluster.shard_job._write_shards", write)
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=12), shard_mb=0.05)
     with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n  no space\nAll are listed"):
         run_shard_job("train", dataset, CLUSTER, Storage(), keep_going=True)

@@ -13,17 +13,17 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from cluster.config import ClusterConfig
-from cluster.eval_queue import read_entries
-from cluster.eval_service import queue_url
-from cluster.recipe import dump_recipe
-from cluster.tracking import find_run
-from cluster.train_local import train_locally
-from data_pipeline.storage import Storage
-from eval.config import EvaluationConfig
+from m2f.cluster.config import ClusterConfig
+from m2f.cluster.eval_queue import read_entries
+from m2f.cluster.eval_service import queue_url
+from m2f.cluster.recipe import dump_recipe
+from m2f.cluster.tracking import find_run
+from m2f.cluster.train_local import train_locally
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.trainer.checkpoint_folder import newest_step
+from m2f.trainer.config import CheckpointConfig
 from tests.cluster.tiny_run import small_sets, tiny_config
-from trainer.checkpoint_folder import newest_step
-from trainer.config import CheckpointConfig
 
 KILLS = int(os.environ.get("M2F_SOAK_KILLS", "20"))
 STEPS, EVERY = 5 * KILLS, 5
@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(LONGEST
 DRIVER = """
 import sys
 import ray
-from cluster import train_job
-from cluster.recipe import load_recipe
+from m2f.cluster import train_job
+from m2f.cluster.recipe import load_recipe
 from tests.cluster import tiny_run
 ray.cloudpickle.register_pickle_by_value(tiny_run)
 train_job.train_loop = tiny_run.slow_loop

@@ -15,17 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.cli import main
-from cluster.jobs import JobClient, JobError, KnownJob
-from cluster.recipe import load_recipe, parse_recipe
-from cluster.submit import Attach, Start, choose, for_cluster, job_environment, job_name, jobs_of
-from cluster.upload import LIMIT_BYTES, PACKAGES, UploadError, pack
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from model.errors import ConfigError
-from trainer.checkpoint_folder import list_checkpoints
+from m2f.cluster.cli import main
+from m2f.cluster.jobs import JobClient, JobError, KnownJob
+from m2f.cluster.recipe import load_recipe, parse_recipe
+from m2f.cluster.submit import Attach, Start, choose, for_cluster, job_environment, job_name, jobs_of
+from m2f.cluster.upload import LIMIT_BYTES, UploadError, pack
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint_folder import list_checkpoints
 
 RECIPE = """
 name: sent
@@ -50,12 +50,13 @@ def known(job_id, status="RUNNING", digest="same"):
 
 
 def code_folder(folder: Path, extra: int = 0) -> Path:
-    for package in PACKAGES:
+    for package in ("model", "eval"):
+        package = f"m2f/{package}"
         (folder / package / "__pycache__").mkdir(parents=True)
         (folder / package / "__init__.py").write_text("")
         (folder / package / "__pycache__" / "old.pyc").write_text("x")
-    (folder / "model" / "zoo").mkdir()
-    (folder / "model" / "zoo" / "weights.bin").write_bytes(os.urandom(extra))
+    (folder / "m2f" / "model" / "zoo").mkdir()
+    (folder / "m2f" / "model" / "zoo" / "weights.bin").write_bytes(os.urandom(extra))
     (folder / "pyproject.toml").write_text("[project]")
     return folder
 
@@ -69,8 +70,8 @@ def test_code_and_recipe_are_packed_and_caches_are_not(tmp_path):
     code = code_folder(tmp_path / "code")
     (tmp_path / "out").mkdir()
     archive = pack(tmp_path / "out", "name: x\n", source=code)
-    expected = {f"{package}/__init__.py" for package in PACKAGES}
-    assert members(archive) == expected | {"recipe.yaml", "pyproject.toml", "model/zoo/weights.bin"}
+    expected = {"m2f/model/__init__.py", "m2f/eval/__init__.py"}
+    assert members(archive) == expected | {"recipe.yaml", "pyproject.toml", "m2f/model/zoo/weights.bin"}
 
 
 def test_equal_content_gives_an_equal_archive(tmp_path):
@@ -89,10 +90,10 @@ def test_too_much_to_send_is_refused_before_it_is_sent(tmp_path):
     code = code_folder(tmp_path / "code", extra=LIMIT_BYTES + 1)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UploadError, match=r"is 100\.. MiB.*model/zoo \(100\.. MiB\).*\.rayignore"):
+    with pytest.raises(UploadError, match=r"is 100\.. MiB.*m2f/model/zoo \(100\.. MiB\).*\.rayignore"):
         pack(tmp_path / "one", None, source=code)
-    (code / ".rayignore").write_text("model/zoo\n")
-    assert "model/zoo/weights.bin" not in members(pack(tmp_path / "two", None, source=code))
+    (code / ".rayignore").write_text("m2f/model/zoo\n")
+    assert "m2f/model/zoo/weights.bin" not in members(pack(tmp_path / "two", None, source=code))
 
 
 def test_the_code_of_this_checkout_is_small(tmp_path):
@@ -311,7 +312,7 @@ def kill_driver() -> None:
 def m2f(*words, token=TOKEN) -> subprocess.CompletedProcess:
     """In a process of its own, as Ray reads the token when it is imported."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_TOKEN": token}
-    command = [sys.executable, "-m", "cluster.cli", *words]
+    command = [sys.executable, "-m", "m2f.cluster.cli", *words]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 

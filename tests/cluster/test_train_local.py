@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.train_local import train_locally, train_rank
-from data_pipeline.storage import Storage
-from eval.config import EvaluationConfig
+from m2f.cluster.train_local import train_locally, train_rank
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.trainer.adjustments import read_adjustments
+from m2f.trainer.config import CheckpointConfig, SpikeConfig
+from m2f.trainer.job import Window
 from tests.cluster.tiny_run import changed_losses, out_of_memory, small_sets, spike, tiny_config
-from trainer.adjustments import read_adjustments
-from trainer.config import CheckpointConfig, SpikeConfig
-from trainer.job import Window
 
 pytestmark = pytest.mark.slow
 STEPS = 10
@@ -47,14 +47,14 @@ def calm(make_config):
 
 @pytest.fixture
 def with_fault(monkeypatch):
-    return lambda change: monkeypatch.setattr("cluster.train_local.train_rank", partial(rank_with, change))
+    return lambda change: monkeypatch.setattr("m2f.cluster.train_local.train_rank", partial(rank_with, change))
 
 
 def logged_losses(config):
     """Every loss that rank 0 has logged, by step, from the journal of MLflow points."""
     from mlflow import MlflowClient
 
-    from cluster.tracking import create_run
+    from m2f.cluster.tracking import create_run
 
     run = create_run(config)
     points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss/total")

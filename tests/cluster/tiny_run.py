@@ -8,22 +8,22 @@ from pathlib import Path
 
 import torch
 
-import trainer.module
-from cluster.config import ClusterConfig, RunConfig
-from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
-from data_pipeline.errors import StorageError
-from data_pipeline.readers import open_reader, source_fingerprint
-from data_pipeline.shards import commit_manifest, plan_shards, write_shard
-from data_pipeline.storage import Storage
-from eval.config import EvaluationConfig, EvaluationSet
-from model.config import (
+import m2f.trainer.module
+from m2f.cluster.config import ClusterConfig, RunConfig
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.readers import open_reader, source_fingerprint
+from m2f.data_pipeline.shards import commit_manifest, plan_shards, write_shard
+from m2f.data_pipeline.storage import Storage
+from m2f.eval.config import EvaluationConfig, EvaluationSet
+from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
+from m2f.trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 
 STEPS = 12
 EVERY = 4
@@ -94,16 +94,16 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
 @contextmanager
 def changed_losses(change):
     """Let the losses of every micro-batch be `change(losses, targets)`."""
-    real = trainer.module.compute_losses
+    real = m2f.trainer.module.compute_losses
 
     def changed(predictions, targets, *rest):
         return change(real(predictions, targets, *rest), targets)
 
-    trainer.module.compute_losses = changed
+    m2f.trainer.module.compute_losses = changed
     try:
         yield
     finally:
-        trainer.module.compute_losses = real
+        m2f.trainer.module.compute_losses = real
 
 
 class FullInBackward(torch.autograd.Function):
@@ -133,7 +133,7 @@ def spike(start, losses, targets):
 
 def slow_loop(arguments):
     """What a Ray worker runs, with time for the cluster to change under it."""
-    from cluster.train_worker import train_loop
+    from m2f.cluster.train_worker import train_loop
 
     def wait(losses, targets):
         time.sleep(PAUSE_S)
@@ -163,7 +163,7 @@ def refused_upload(marker: Path):
 
 def troubled_loop(arguments):
     """What a Ray worker runs: an upload is refused, memory is short in step 5 (rank 1), steps 8 and 9 spike."""
-    from cluster.train_worker import train_loop
+    from m2f.cluster.train_worker import train_loop
 
     marker = Path(arguments["settings"].job.run_folder, "refused")
     with (
@@ -175,7 +175,7 @@ def troubled_loop(arguments):
 
 def mistaken_loop(arguments):
     """What a Ray worker runs, with a bug that only rank 1 meets in its third step."""
-    from cluster.train_worker import train_loop
+    from m2f.cluster.train_worker import train_loop
 
     def mistake(losses, targets):
         if (targets.position == 9).any():

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data_pipeline.config import CocoInstancesSource, CocoPanopticSource
-from data_pipeline.image_file import encode_png
-from data_pipeline.readers import open_reader
+from m2f.data_pipeline.config import CocoInstancesSource, CocoPanopticSource
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.readers import open_reader
 
 H, W = 20, 30
 IDS = (5, 70_000)

@@ -2,8 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo, write_table
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo, write_table
 
 CLASSES = 20
 

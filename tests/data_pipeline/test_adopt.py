@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from cluster.cli import main
-from data_pipeline import object_stream
-from data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.config import (
+from m2f.cluster.cli import main
+from m2f.data_pipeline import object_stream
+from m2f.data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.config import (
     CocoPanopticSource,
     DataConfig,
     DatasetConfig,
@@ -26,16 +26,16 @@ from data_pipeline.config import (
     MixtureItem,
     SyntheticSource,
 )
-from data_pipeline.errors import DataError
-from data_pipeline.image_file import encode_png
-from data_pipeline.loader import LoaderSpec, build_loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import build_order
-from data_pipeline.preview import write_contact_sheet
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from data_pipeline.verify import verify
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.preview import write_contact_sheet
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.verify import verify
 
 STORAGE = Storage()
 CLASSES = [

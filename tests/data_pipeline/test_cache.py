@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.cache import ChunkCache, UpcomingChunks, upcoming, victims
-from data_pipeline.chunks import plan_chunks
-from data_pipeline.config import CacheConfig, DataConfig, MixtureItem
-from data_pipeline.errors import StorageError
-from data_pipeline.order import build_order
-from data_pipeline.storage import StorageCounters
-from model.errors import ConfigError
+from m2f.data_pipeline.cache import ChunkCache, UpcomingChunks, upcoming, victims
+from m2f.data_pipeline.chunks import plan_chunks
+from m2f.data_pipeline.config import CacheConfig, DataConfig, MixtureItem
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.storage import StorageCounters
+from m2f.model.errors import ConfigError
 
 
 def cache_in(folder, max_bytes=10_000, soonest=lambda: ()):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.chunks import plan_chunks
-from data_pipeline.config import (
+from m2f.data_pipeline.chunks import plan_chunks
+from m2f.data_pipeline.config import (
     CopyPasteConfig,
     DataConfig,
     DatasetConfig,
@@ -18,19 +18,19 @@ from data_pipeline.config import (
     ScaleJitter,
     SyntheticSource,
 )
-from data_pipeline.copy_paste import draw_objects, partner_position, paste
-from data_pipeline.errors import DataError
-from data_pipeline.example import TrainRecipe, cut_example, make_example, paste_objects, without_empty
-from data_pipeline.fetch import FetchLimits, SampleFetcher
-from data_pipeline.loader import LoaderSpec, build_loader
-from data_pipeline.order import build_order, chunk_bytes, look_ahead
-from data_pipeline.plan import Ranks, predict
-from data_pipeline.randomness import Stream
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from data_pipeline.targets import ImageTargets
-from model.errors import ConfigError
+from m2f.data_pipeline.copy_paste import draw_objects, partner_position, paste
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.example import TrainRecipe, cut_example, make_example, paste_objects, without_empty
+from m2f.data_pipeline.fetch import FetchLimits, SampleFetcher
+from m2f.data_pipeline.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order import build_order, chunk_bytes, look_ahead
+from m2f.data_pipeline.plan import Ranks, predict
+from m2f.data_pipeline.randomness import Stream
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.targets import ImageTargets
+from m2f.model.errors import ConfigError
 
 BATCH = 6
 DATA = DataConfig(

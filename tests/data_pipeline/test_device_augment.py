@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.augment import augment, draw_params, plan_cut
-from data_pipeline.collate import Batch, SourceBatch
-from data_pipeline.config import (
+from m2f.data_pipeline.augment import augment, draw_params, plan_cut
+from m2f.data_pipeline.collate import Batch, SourceBatch
+from m2f.data_pipeline.config import (
     CopyPasteConfig,
     DataConfig,
     DatasetConfig,
@@ -17,14 +17,14 @@ from data_pipeline.config import (
     ShortestEdgeCrop,
     SyntheticSource,
 )
-from data_pipeline.device_augment import render, stack_cuts, stack_sources
-from data_pipeline.loader import LoaderSpec, build_loader
-from data_pipeline.order import build_order
-from data_pipeline.randomness import Stream, sample_rng
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from model.errors import ConfigError
+from m2f.data_pipeline.device_augment import render, stack_cuts, stack_sources
+from m2f.data_pipeline.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.randomness import Stream, sample_rng
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.model.errors import ConfigError
 
 LSJ = LargeScaleJitter(size=96, min_scale=0.1, max_scale=2.0)
 STREET = ShortestEdgeCrop(shortest_edges=(40, 60, 110), max_size=300, crop=(64, 96))

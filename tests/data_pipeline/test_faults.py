@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import s3_store
-from data_pipeline.config import (
+from m2f.data_pipeline import s3_store
+from m2f.data_pipeline.config import (
     CacheConfig,
     DataConfig,
     DatasetConfig,
@@ -25,13 +25,13 @@ from data_pipeline.config import (
     StorageConfig,
     SyntheticSource,
 )
-from data_pipeline.errors import DataError, StorageError
-from data_pipeline.loader import LoaderSpec, build_loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import build_order
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.errors import DataError, StorageError
+from m2f.data_pipeline.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
 
 IMAGES = 24
 
@@ -344,6 +344,6 @@ def test_a_full_disk_is_read_past(served, truth, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
-    with caplog.at_level(logging.WARNING, "data_pipeline.cache"):
+    with caplog.at_level(logging.WARNING, "m2f.data_pipeline.cache"):
         assert deliver(served.storage, data=data)[0] == truth
-    assert len([r for r in caplog.records if r.name == "data_pipeline.cache"]) == 1
+    assert len([r for r in caplog.records if r.name == "m2f.data_pipeline.cache"]) == 1

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from data_pipeline.categories import MAX_CATEGORIES, Category, CategoryTable
-from data_pipeline.config import CocoInstancesSource, LabelMapSource
-from data_pipeline.errors import DataError
-from data_pipeline.readers import open_reader
-from data_pipeline.readers.files import read_json
-from eval.errors import EvaluationError
-from eval.score_files import read_categories
-from eval.score_files import read_json as read_scored_json
+from m2f.data_pipeline.categories import MAX_CATEGORIES, Category, CategoryTable
+from m2f.data_pipeline.config import CocoInstancesSource, LabelMapSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.readers.files import read_json
+from m2f.eval.errors import EvaluationError
+from m2f.eval.score_files import read_categories
+from m2f.eval.score_files import read_json as read_scored_json
 
 MANY = 10**5
 

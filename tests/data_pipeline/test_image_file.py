@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.image_file import (
+from m2f.data_pipeline.image_file import (
     BrokenImageError,
     check_pixels,
     decode_id_png,

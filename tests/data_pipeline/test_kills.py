@@ -13,21 +13,28 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import CacheConfig, DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
-from data_pipeline.loader import LoaderSpec, build_loader
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import build_order
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from data_pipeline.verify import verify
+from m2f.data_pipeline.config import (
+    CacheConfig,
+    DataConfig,
+    DatasetConfig,
+    LargeScaleJitter,
+    MixtureItem,
+    SyntheticSource,
+)
+from m2f.data_pipeline.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.verify import verify
 
 SHARDING = """
 import sys
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
 folder, images = sys.argv[1], int(sys.argv[2])
 config = DatasetConfig(shards=folder, source=SyntheticSource(num_images=images, seed=8), shard_mb=0.05)
 write_dataset(open_reader(config.source), config, Storage())

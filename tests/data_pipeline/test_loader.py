@@ -15,16 +15,16 @@ import psutil
 import pytest
 import torch
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.chunks import plan_chunks
-from data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
-from data_pipeline.errors import DataError, LoaderDiedError, StorageError
-from data_pipeline.fetch import FetchLimits, SampleFetcher
-from data_pipeline.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
-from data_pipeline.order import Place, build_order
-from data_pipeline.sample import Annotation, Sample, Segment
-from data_pipeline.shards import commit_manifest, plan_shards, write_shard
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.chunks import plan_chunks
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
+from m2f.data_pipeline.errors import DataError, LoaderDiedError, StorageError
+from m2f.data_pipeline.fetch import FetchLimits, SampleFetcher
+from m2f.data_pipeline.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
+from m2f.data_pipeline.order import Place, build_order
+from m2f.data_pipeline.sample import Annotation, Sample, Segment
+from m2f.data_pipeline.shards import commit_manifest, plan_shards, write_shard
+from m2f.data_pipeline.storage import Storage
 
 TABLE = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "box", True, (200, 0, 0))))
 
@@ -401,7 +401,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(boxes):
 TRAINING = """
 import time
 from torch.utils.data import DataLoader
-from data_pipeline.loader import _start_worker, _worker_context
+from m2f.data_pipeline.loader import _start_worker, _worker_context
 
 if __name__ == "__main__":
     loader = iter(DataLoader(range(9), None, num_workers=2, multiprocessing_context=_worker_context(),

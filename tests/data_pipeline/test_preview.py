@@ -2,13 +2,13 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.preview import contact_sheet, draw_annotation, spread_indices, write_contact_sheet
-from data_pipeline.readers import open_reader
-from data_pipeline.sample import Annotation, Segment
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.preview import contact_sheet, draw_annotation, spread_indices, write_contact_sheet
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.sample import Annotation, Segment
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
 
 TABLE = CategoryTable((Category(1, "ground", False, (0, 200, 0)), Category(2, "dog", True, (200, 0, 0))))
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from data_pipeline.randomness import Stream, random_words, sample_rng
+from m2f.data_pipeline.randomness import Stream, random_words, sample_rng
 
 
 def test_words_are_those_of_the_published_generator():

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from data_pipeline.config import CocoPanopticSource
-from data_pipeline.errors import DataError
-from data_pipeline.readers import open_reader, source_fingerprint
-from data_pipeline.readers.masks import _decompress, stack_layers
+from m2f.data_pipeline.config import CocoPanopticSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader, source_fingerprint
+from m2f.data_pipeline.readers.masks import _decompress, stack_layers
 from tests.data_pipeline.coco_set import IDS, POLYGON, CocoSet, H, W, mask_of, rle_of
 
 

@@ -4,10 +4,10 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.errors import DataError
-from data_pipeline.image_file import encode_png
-from data_pipeline.readers import open_reader
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.readers import open_reader
 from tests.data_pipeline.coco_set import IDS, POLYGON, CocoSet, H, W, mask_of, rle_of
 
 

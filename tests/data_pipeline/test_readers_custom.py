@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.config import CustomSource, DatasetConfig
-from data_pipeline.errors import DataError
-from data_pipeline.image_file import encode_png
-from data_pipeline.manifest import Manifest
-from data_pipeline.readers import open_reader, source_fingerprint
-from data_pipeline.readers.custom import CustomReader
-from data_pipeline.sample import Annotation, Segment
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.config import CustomSource, DatasetConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.readers import open_reader, source_fingerprint
+from m2f.data_pipeline.readers.custom import CustomReader
+from m2f.data_pipeline.sample import Annotation, Segment
+from m2f.data_pipeline.storage import Storage
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "datasets.md"
 H, W = 6, 8

@@ -9,8 +9,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from data_pipeline import codec
-from data_pipeline.config import (
+from m2f.data_pipeline import codec
+from m2f.data_pipeline.config import (
     Ade20kFullSource,
     Ade20kSource,
     CityscapesPanopticSource,
@@ -21,12 +21,12 @@ from data_pipeline.config import (
     LabelMapSource,
     MapillarySource,
 )
-from data_pipeline.image_file import decode_id_png, decode_index_png
-from data_pipeline.preview import contact_sheet
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from data_pipeline.targets import image_targets
+from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
+from m2f.data_pipeline.preview import contact_sheet
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.targets import image_targets
 
 
 def _round_trip(sample):

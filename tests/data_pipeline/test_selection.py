@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.config import DataConfig, MixtureItem
-from data_pipeline.errors import DataError
-from data_pipeline.manifest import Columns, Manifest, write_table
-from data_pipeline.order import build_order
-from data_pipeline.selection import Visits, once, repeat_factors, select
-from data_pipeline.stats import class_table
-from model.errors import ConfigError
+from m2f.data_pipeline.config import DataConfig, MixtureItem
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.manifest import Columns, Manifest, write_table
+from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.selection import Visits, once, repeat_factors, select
+from m2f.data_pipeline.stats import class_table
+from m2f.model.errors import ConfigError
 
 ONCE = 1 << 24
 

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.stats import class_table, format_class_table
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.stats import class_table, format_class_table
+from m2f.data_pipeline.storage import Storage
 
 
 @pytest.fixture(scope="module")

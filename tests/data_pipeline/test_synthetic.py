@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from data_pipeline.config import CocoInstancesSource, SyntheticSource
-from data_pipeline.errors import DataError
-from data_pipeline.image_file import decode_rgb
-from data_pipeline.readers import open_reader
-from data_pipeline.readers.scene import make_scene
-from data_pipeline.readers.shapes import SHAPES, TEXTURES
-from data_pipeline.readers.synthetic import CATEGORIES, write_synthetic_coco
+from m2f.data_pipeline.config import CocoInstancesSource, SyntheticSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import decode_rgb
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.readers.scene import make_scene
+from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
+from m2f.data_pipeline.readers.synthetic import CATEGORIES, write_synthetic_coco
 
 
 @pytest.fixture(scope="module")

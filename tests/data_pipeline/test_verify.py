@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.cli import main
-from data_pipeline import manifest as manifest_module
-from data_pipeline import object_stream
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.image_file import encode_png
-from data_pipeline.manifest import Manifest
-from data_pipeline.object_stream import ObjectStream
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
-from data_pipeline.verify import verify
+from m2f.cluster.cli import main
+from m2f.data_pipeline import manifest as manifest_module
+from m2f.data_pipeline import object_stream
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.object_stream import ObjectStream
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.verify import verify
 
 STORAGE = Storage()
 SOURCE = SyntheticSource(num_images=10, seed=4)

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.collate import collate_eval
-from data_pipeline.sample import Annotation, DecodedSample, Segment
-from eval.config import EvaluationConfig, MultiScale, SlidingWindows, WholeImage
-from eval.inference import Evaluator
-from eval.report import EvaluationSubject
-from model.config import PostprocessConfig
-from model.structures import Predictions
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.collate import collate_eval
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.eval.config import EvaluationConfig, MultiScale, SlidingWindows, WholeImage
+from m2f.eval.inference import Evaluator
+from m2f.eval.report import EvaluationSubject
+from m2f.model.config import PostprocessConfig
+from m2f.model.structures import Predictions
 
 QUERIES, CLASSES, CHANNELS = 100, 150, 256
 TABLE = CategoryTable(tuple(Category(i + 1, f"class {i}", i < 100, (i, 0, 255 - i)) for i in range(CLASSES)))

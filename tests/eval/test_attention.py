@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.collate import collate_eval
-from data_pipeline.sample import Annotation, DecodedSample, Segment
-from eval.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
-from eval.panels import decode_png, render_heat
-from model.analysis import AttentionMap
-from model.config import LossConfig
-from model.structures import Predictions
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.collate import collate_eval
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.eval.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
+from m2f.eval.panels import decode_png, render_heat
+from m2f.model.analysis import AttentionMap
+from m2f.model.config import LossConfig
+from m2f.model.structures import Predictions
 
 TABLE = CategoryTable((Category(5, "left", False, (0, 0, 0)), Category(6, "right", True, (0, 0, 0))))
 LABELS = TABLE.labels("panoptic")

@@ -12,10 +12,10 @@ from faster_coco_eval import COCO, COCOeval_faster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
-from eval.boundary import INTERIOR, boundary_width, mask_boundaries, mask_boundary, outline_map
-from eval.masks import decode_mask, encode_masks
-from eval.panoptic_quality import (
+from m2f.eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
+from m2f.eval.boundary import INTERIOR, boundary_width, mask_boundaries, mask_boundary, outline_map
+from m2f.eval.masks import decode_mask, encode_masks
+from m2f.eval.panoptic_quality import (
     PanopticPrediction,
     PanopticQualityState,
     PanopticTruth,

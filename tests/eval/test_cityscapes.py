@@ -6,7 +6,7 @@ Both were also compared with cityscapesscripts 2.3.0 itself on generated sets: d
 import numpy as np
 import pytest
 
-from eval.cityscapes import (
+from m2f.eval.cityscapes import (
     OVERLAPS,
     THING_LABELS,
     VOID_LABELS,
@@ -14,8 +14,8 @@ from eval.cityscapes import (
     CityscapesDetection,
     match_cityscapes,
 )
-from eval.cityscapes_semantic import AVERAGE_PIXELS, GROUPS, INSTANCE_GROUPS, CityscapesIoUState
-from eval.errors import EvaluationError
+from m2f.eval.cityscapes_semantic import AVERAGE_PIXELS, GROUPS, INSTANCE_GROUPS, CityscapesIoUState
+from m2f.eval.errors import EvaluationError
 
 EVALUATED = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, *THING_LABELS]
 

@@ -7,18 +7,29 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from data_pipeline.categories import Category, CategoryTable
-from eval.average_precision import InstanceDetections, InstanceTruth
-from eval.charts import MAX_POINTS, Bar, Series, bar_chart, line_chart, matrix_chart, number, stacked, thinned, ticks
-from eval.evaluation_page import details_json, evaluation_page, to_jpeg
-from eval.masks import encode_masks
-from eval.page import Section, page, table
-from eval.panels import encode_png
-from eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
-from eval.precision_recall import curves_by_class, curves_by_size, precision_recall
-from eval.report import EvaluationSubject
-from eval.segment_errors import instance_candidates, panoptic_candidates
-from eval.states import EvaluationStates, image_qualities
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.eval.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.charts import (
+    MAX_POINTS,
+    Bar,
+    Series,
+    bar_chart,
+    line_chart,
+    matrix_chart,
+    number,
+    stacked,
+    thinned,
+    ticks,
+)
+from m2f.eval.evaluation_page import details_json, evaluation_page, to_jpeg
+from m2f.eval.masks import encode_masks
+from m2f.eval.page import Section, page, table
+from m2f.eval.panels import encode_png
+from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.precision_recall import curves_by_class, curves_by_size, precision_recall
+from m2f.eval.report import EvaluationSubject
+from m2f.eval.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.states import EvaluationStates, image_qualities
 
 TABLE = CategoryTable(
     (

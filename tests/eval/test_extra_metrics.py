@@ -13,25 +13,25 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.collate import collate_eval
-from data_pipeline.image_file import encode_png
-from data_pipeline.readers.cityscapes import CATEGORIES, InstanceIds
-from data_pipeline.sample import DecodedSample
-from eval.average_precision import AveragePrecisionState, class_agnostic_detections, class_agnostic_truth
-from eval.boundary import BOUNDARY_RATIO
-from eval.cityscapes import CityscapesAPState
-from eval.cityscapes_semantic import CityscapesIoUState
-from eval.config import EvaluationConfig, EvaluationSet
-from eval.errors import EvaluationError
-from eval.inference import Evaluator, cityscapes_detections, detect, image_outputs
-from eval.panoptic_quality import PanopticPrediction, PanopticQualityState
-from eval.report import EvaluationSubject
-from eval.states import EvaluationStates, check_complete
-from eval.truth import cityscapes_truth, instance_truth, panoptic_truth
-from model.config import PostprocessConfig
-from model.errors import ConfigError
-from model.postprocess import panoptic, semantic
-from model.structures import Predictions
+from m2f.data_pipeline.collate import collate_eval
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.readers.cityscapes import CATEGORIES, InstanceIds
+from m2f.data_pipeline.sample import DecodedSample
+from m2f.eval.average_precision import AveragePrecisionState, class_agnostic_detections, class_agnostic_truth
+from m2f.eval.boundary import BOUNDARY_RATIO
+from m2f.eval.cityscapes import CityscapesAPState
+from m2f.eval.cityscapes_semantic import CityscapesIoUState
+from m2f.eval.config import EvaluationConfig, EvaluationSet
+from m2f.eval.errors import EvaluationError
+from m2f.eval.inference import Evaluator, cityscapes_detections, detect, image_outputs
+from m2f.eval.panoptic_quality import PanopticPrediction, PanopticQualityState
+from m2f.eval.report import EvaluationSubject
+from m2f.eval.states import EvaluationStates, check_complete
+from m2f.eval.truth import cityscapes_truth, instance_truth, panoptic_truth
+from m2f.model.config import PostprocessConfig
+from m2f.model.errors import ConfigError
+from m2f.model.postprocess import panoptic, semantic
+from m2f.model.structures import Predictions
 
 TASKS = ("panoptic", "instance", "semantic")
 EXTRA = ("boundary", "class_agnostic", "cityscapes")

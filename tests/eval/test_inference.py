@@ -7,25 +7,25 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.collate import collate_eval
-from data_pipeline.sample import Annotation, DecodedSample, Segment
-from eval.config import EvaluationConfig
-from eval.errors import EvaluationError
-from eval.inference import Evaluator, check_tasks
-from eval.panels import decode_png
-from eval.report import EvaluationSubject
-from eval.states import EvaluationStates, check_complete
-from model.config import (
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.collate import collate_eval
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.eval.config import EvaluationConfig
+from m2f.eval.errors import EvaluationError
+from m2f.eval.inference import Evaluator, check_tasks
+from m2f.eval.panels import decode_png
+from m2f.eval.report import EvaluationSubject
+from m2f.eval.states import EvaluationStates, check_complete
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     PostprocessConfig,
     TimmBackboneConfig,
 )
-from model.errors import ConfigError
-from model.mask2former import build_model
-from model.structures import Predictions
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import build_model
+from m2f.model.structures import Predictions
 
 TABLE = CategoryTable(
     (

@@ -10,16 +10,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.collate import collate_eval
-from data_pipeline.sample import Annotation, DecodedSample, Segment
-from eval.config import EvaluationConfig
-from eval.inference import Evaluator, image_outputs
-from eval.layers import LayerAnalysis, class_agnostic_proposals, layer_table
-from eval.masks import decode_mask, encode_masks
-from eval.report import EvaluationSubject
-from model.config import PostprocessConfig
-from model.structures import Predictions
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.collate import collate_eval
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.eval.config import EvaluationConfig
+from m2f.eval.inference import Evaluator, image_outputs
+from m2f.eval.layers import LayerAnalysis, class_agnostic_proposals, layer_table
+from m2f.eval.masks import decode_mask, encode_masks
+from m2f.eval.report import EvaluationSubject
+from m2f.model.config import PostprocessConfig
+from m2f.model.structures import Predictions
 
 TABLE = CategoryTable((Category(1, "sky", False, (0, 0, 0)), Category(2, "bird", True, (0, 0, 0))))
 SUBJECT = EvaluationSubject(dataset="birds", fingerprint="f" * 64)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from eval.errors import EvaluationError
-from eval.mean_iou import MeanIoUState, ignore_label
+from m2f.eval.errors import EvaluationError
+from m2f.eval.mean_iou import MeanIoUState, ignore_label
 
 
 def test_conventions_differ_in_absent_and_only_predicted_classes():

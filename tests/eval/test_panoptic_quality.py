@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.errors import EvaluationError
-from eval.panoptic_quality import (
+from m2f.eval.errors import EvaluationError
+from m2f.eval.panoptic_quality import (
     PanopticPrediction,
     PanopticQualityState,
     PanopticTruth,

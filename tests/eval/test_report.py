@@ -6,14 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from data_pipeline.categories import Category, CategoryTable
-from eval.average_precision import InstanceDetections, InstanceTruth
-from eval.errors import EvaluationError
-from eval.masks import encode_masks
-from eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
-from eval.report import EvaluationSubject
-from eval.segment_errors import instance_candidates, panoptic_candidates
-from eval.states import EvaluationStates, check_complete
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.eval.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.errors import EvaluationError
+from m2f.eval.masks import encode_masks
+from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.report import EvaluationSubject
+from m2f.eval.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.states import EvaluationStates, check_complete
 
 TABLE = CategoryTable(
     (

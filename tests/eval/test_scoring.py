@@ -13,13 +13,13 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from eval.errors import EvaluationError
-from eval.parallel import map_jobs
-from eval.score_cityscapes import cityscapes_instance_scoring, cityscapes_semantic_scoring
-from eval.score_instances import instance_scoring
-from eval.score_panoptic import PanopticFiles, panoptic_scoring
-from eval.score_semantic import semantic_scoring
-from model.errors import UserError
+from m2f.eval.errors import EvaluationError
+from m2f.eval.parallel import map_jobs
+from m2f.eval.score_cityscapes import cityscapes_instance_scoring, cityscapes_semantic_scoring
+from m2f.eval.score_instances import instance_scoring
+from m2f.eval.score_panoptic import PanopticFiles, panoptic_scoring
+from m2f.eval.score_semantic import semantic_scoring
+from m2f.model.errors import UserError
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 CATEGORIES = [

@@ -7,25 +7,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.augment import resize_image
-from data_pipeline.categories import Category, CategoryTable
-from data_pipeline.collate import EVAL_PADDING, collate_eval
-from data_pipeline.sample import Annotation, DecodedSample, Segment
-from eval.config import EvaluationConfig, EvaluationSet, MultiScale, SlidingWindows
-from eval.errors import EvaluationError
-from eval.inference import Evaluator
-from eval.mean_iou import MeanIoUState
-from eval.report import EvaluationSubject
-from eval.test_time import label_map, window_starts
-from model.config import (
+from m2f.data_pipeline.augment import resize_image
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.collate import EVAL_PADDING, collate_eval
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.eval.config import EvaluationConfig, EvaluationSet, MultiScale, SlidingWindows
+from m2f.eval.errors import EvaluationError
+from m2f.eval.inference import Evaluator
+from m2f.eval.mean_iou import MeanIoUState
+from m2f.eval.report import EvaluationSubject
+from m2f.eval.test_time import label_map, window_starts
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     PostprocessConfig,
     TimmBackboneConfig,
 )
-from model.errors import ConfigError
-from model.mask2former import build_model
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import build_model
 
 TABLE = CategoryTable(tuple(Category(i, f"c{i}", False, (i, i, i)) for i in range(1, 6)))
 SIZE = (75, 110)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from data_pipeline.sample import Annotation, DecodedSample, Segment
-from eval.errors import EvaluationError
-from eval.masks import decode_mask
-from eval.truth import instance_truth, panoptic_truth, semantic_truth
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.eval.errors import EvaluationError
+from m2f.eval.masks import decode_mask
+from m2f.eval.truth import instance_truth, panoptic_truth, semantic_truth
 
 LABELS = {7: 0, 9: 1, 40: 2}
 THING_LABELS = {7: 0, 9: 1}

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import torch
 from transformers.models.mask2former import modeling_mask2former as hf
 
-from model.config import LossConfig
-from model.points import GivenPoints
-from model.structures import Predictions, Targets, ignore_id
+from m2f.model.config import LossConfig
+from m2f.model.points import GivenPoints
+from m2f.model.structures import Predictions, Targets, ignore_id
 
 CLASSES = 7
 

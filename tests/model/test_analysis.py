@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.analysis import AttentionMap, attention_weights, foreground_mass, recorded_attention
-from model.attention import Attend, MaskPooling
-from model.config import (
+from m2f.model.analysis import AttentionMap, attention_weights, foreground_mass, recorded_attention
+from m2f.model.attention import Attend, MaskPooling
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     StandardTransformerDecoderConfig,
     TimmBackboneConfig,
 )
-from model.mask2former import build_model
+from m2f.model.mask2former import build_model
 
 SIZES = {"multi_scale": [(2, 3), (4, 6), (8, 12), (2, 3)], "stride_16": [(4, 6)] * 4}
 

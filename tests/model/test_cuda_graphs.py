@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.cuda_graphs import ReplayedForward, replay_forward
-from model.structures import Predictions
+from m2f.model.cuda_graphs import ReplayedForward, replay_forward
+from m2f.model.structures import Predictions
 
 
 class Model:

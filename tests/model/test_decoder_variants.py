@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config import MaskedTransformerDecoderConfig
-from model.errors import ConfigError
-from model.position_encoding import sine_position_embedding
-from model.transformer_decoder import MaskedTransformerDecoder
+from m2f.model.config import MaskedTransformerDecoderConfig
+from m2f.model.errors import ConfigError
+from m2f.model.position_encoding import sine_position_embedding
+from m2f.model.transformer_decoder import MaskedTransformerDecoder
 
 DIM, HEADS, QUERIES, CLASSES, MASK_DIM = 16, 2, 4, 3, 8
 SIZES = ((2, 3), (4, 6), (8, 12))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import (
+from m2f.model.config import (
     FPNPixelDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -18,8 +18,8 @@ from model.config import (
     SwinBackboneConfig,
     TimmBackboneConfig,
 )
-from model.errors import WeightsError
-from model.export import (
+from m2f.model.errors import WeightsError
+from m2f.model.export import (
     Inference,
     export_hugging_face,
     export_program,
@@ -27,9 +27,9 @@ from model.export import (
     write_onnx,
     write_program,
 )
-from model.hugging_face import read_hugging_face_config
-from model.mask2former import build_model
-from model.weights import load_weights
+from m2f.model.hugging_face import read_hugging_face_config
+from m2f.model.mask2former import build_model
+from m2f.model.weights import load_weights
 
 LABELS = ("person", "sky", "tree")
 RESNET = TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)})

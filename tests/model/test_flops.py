@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipeline.augment import shortest_edge_size
-from model.config import (
+from m2f.data_pipeline.augment import shortest_edge_size
+from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
@@ -20,12 +20,12 @@ from model.config import (
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.errors import ConfigError
-from model.flops.executed import build_shapes, count_parameters, executed_flops
-from model.flops.official import COCO_SIZES, mean_flops, official_flops
-from model.flops.operations import Map, attention, convolution, group_normed, pyramid
-from model.mask2former import build_model
-from model.paper_models import PaperModel, paper_models
+from m2f.model.errors import ConfigError
+from m2f.model.flops.executed import build_shapes, count_parameters, executed_flops
+from m2f.model.flops.official import COCO_SIZES, mean_flops, official_flops
+from m2f.model.flops.operations import Map, attention, convolution, group_normed, pyramid
+from m2f.model.mask2former import build_model
+from m2f.model.paper_models import PaperModel, paper_models
 
 G = 1e9
 DIMS = {"conv_dim": 32, "mask_dim": 24}

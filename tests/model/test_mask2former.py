@@ -5,18 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import (
+from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from model.criterion import compute_losses, count_normalizers
-from model.errors import ConfigError
-from model.mask2former import build_model
-from model.points import CounterPoints
-from model.weights import load_weights
+from m2f.model.criterion import compute_losses, count_normalizers
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import build_model
+from m2f.model.points import CounterPoints
+from m2f.model.weights import load_weights
 from tests.model.loss_oracle import make_targets
 
 NUM_CLASSES = 7

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from model.config import (
+from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -20,9 +20,9 @@ from model.config import (
     SwinBackboneConfig,
     TimmBackboneConfig,
 )
-from model.criterion import compute_losses, count_normalizers
-from model.mask2former import build_model, zero_outside
-from model.weights import load_weights
+from m2f.model.criterion import compute_losses, count_normalizers
+from m2f.model.mask2former import build_model, zero_outside
+from m2f.model.weights import load_weights
 from tests.model.loss_oracle import CLASSES, make_targets, transformers_losses
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

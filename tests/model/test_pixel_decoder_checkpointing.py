@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.config import MSDeformAttnPixelDecoderConfig, TransformerFPNPixelDecoderConfig
-from model.pixel_decoder import build_pixel_decoder
+from m2f.model.config import MSDeformAttnPixelDecoderConfig, TransformerFPNPixelDecoderConfig
+from m2f.model.pixel_decoder import build_pixel_decoder
 
 CHANNELS = (8, 12, 16, 20)
 SIZES = ((13, 19), (7, 10), (4, 5), (2, 3))

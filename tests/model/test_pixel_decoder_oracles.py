@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.maskformer.modeling_maskformer import MaskFormerPixelDecoder
 
-from model.config import (
+from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
     SemanticFPNPixelDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.pixel_decoder import build_pixel_decoder
-from model.pixel_decoder.bifpn import WeightedFusion
-from model.pixel_decoder.fapn import AlignedStep, FeatureAlignment
-from model.position_encoding import sine_position_embedding
+from m2f.model.pixel_decoder import build_pixel_decoder
+from m2f.model.pixel_decoder.bifpn import WeightedFusion
+from m2f.model.pixel_decoder.fapn import AlignedStep, FeatureAlignment
+from m2f.model.position_encoding import sine_position_embedding
 
 CHANNELS = (8, 12, 16, 20)
 WIDTH = {"conv_dim": 32, "mask_dim": 24}

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import (
+from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
@@ -16,8 +16,8 @@ from model.config import (
     SemanticFPNPixelDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.errors import ConfigError
-from model.pixel_decoder import build_pixel_decoder
+from m2f.model.errors import ConfigError
+from m2f.model.pixel_decoder import build_pixel_decoder
 
 CHANNELS = (8, 12, 16, 20)
 RESNET50, SWIN_L = (256, 512, 1024, 2048), (192, 384, 768, 1536)

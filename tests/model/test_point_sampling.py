@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.point_sampling import LabelMaps, most_uncertain, sample_features, sample_maps
-from model.structures import ignore_id
+from m2f.model.point_sampling import LabelMaps, most_uncertain, sample_features, sample_maps
+from m2f.model.structures import ignore_id
 
 
 def grid_sampled(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

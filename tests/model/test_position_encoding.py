@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.position_encoding import sine_position_embedding
+from m2f.model.position_encoding import sine_position_embedding
 
 
 @pytest.mark.parametrize(("key", "height", "width"), [("pe_16_5x7", 5, 7), ("pe_128_2x3", 2, 3)])

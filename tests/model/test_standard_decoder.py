@@ -6,17 +6,17 @@ import pytest
 import torch
 import transformers
 
-from model.config import (
+from m2f.model.config import (
     FPNPixelDecoderConfig,
     ModelConfig,
     StandardTransformerDecoderConfig,
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from model.errors import ConfigError
-from model.mask2former import Mask2Former, build_model
-from model.pixel_decoder import build_pixel_decoder
-from model.standard_decoder import StandardTransformerDecoder
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.pixel_decoder import build_pixel_decoder
+from m2f.model.standard_decoder import StandardTransformerDecoder
 
 CHANNELS, DIM, MASK_DIM, LAYERS, QUERIES, CLASSES = (32, 64, 96, 128), 64, 32, 3, 9, 7
 DECODER = StandardTransformerDecoderConfig(

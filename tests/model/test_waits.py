@@ -15,18 +15,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import matcher, ms_deform_attn
-from model.config import (
+from m2f.model import matcher, ms_deform_attn
+from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from model.criterion import compute_losses, count_normalizers
-from model.host_copies import HostCopy
-from model.mask2former import build_model
-from model.points import CounterPoints
+from m2f.model.criterion import compute_losses, count_normalizers
+from m2f.model.host_copies import HostCopy
+from m2f.model.mask2former import build_model
+from m2f.model.points import CounterPoints
 from tests.model.loss_oracle import make_targets
 
 QUERIES, CLASSES = 8, 5

@@ -7,19 +7,19 @@ import pytest
 import timm
 import torch
 
-from model.backbones import build_backbone
-from model.config import (
+from m2f.model.backbones import build_backbone
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     SwinBackboneConfig,
     TimmBackboneConfig,
 )
-from model.errors import ConfigError, WeightsError
-from model.export import export_official
-from model.mask2former import build_model
-from model.weight_names import to_official_names, to_own_names
-from model.weights import load_weights
+from m2f.model.errors import ConfigError, WeightsError
+from m2f.model.export import export_official
+from m2f.model.mask2former import build_model
+from m2f.model.weight_names import to_official_names, to_own_names
+from m2f.model.weights import load_weights
 
 TINY_RESNET = TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)})
 TINY_SWIN = SwinBackboneConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), window_size=3)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from transformers.models.maskformer import modeling_maskformer as hf
 
-from model.config import LossConfig
-from model.criterion import Normalizers, compute_losses, count_normalizers
-from model.points import CounterPoints, PointCounts, RowIndex
-from model.structures import Predictions, Targets, ignore_id
+from m2f.model.config import LossConfig
+from m2f.model.criterion import Normalizers, compute_losses, count_normalizers
+from m2f.model.points import CounterPoints, PointCounts, RowIndex
+from m2f.model.structures import Predictions, Targets, ignore_id
 
 CLASSES, QUERIES, LAYERS = 5, 7, 2
 MASKFORMER = LossConfig(
@@ -192,7 +192,7 @@ def test_any_grouping_gives_the_same_step(config):
 def test_pieces_of_masks_change_nothing(monkeypatch):
     predictions, targets = scene((3, 5))
     whole = ours(predictions, targets, MASKFORMER)
-    for module in ("model.matcher", "model.criterion"):
+    for module in ("m2f.model.matcher", "m2f.model.criterion"):
         monkeypatch.setattr(f"{module}.chunk_elements", lambda device: 1000)
     pieces = ours(predictions, targets, MASKFORMER)
     torch.testing.assert_close(pieces.terms, whole.terms, rtol=1e-5, atol=0)

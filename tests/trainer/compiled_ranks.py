@@ -10,10 +10,10 @@ from functools import partial
 
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import trainer.loop
-import trainer.setup
-from trainer.config import OptimizerConfig
-from trainer.regions import compile_regions
+import m2f.trainer.loop
+import m2f.trainer.setup
+from m2f.trainer.config import OptimizerConfig
+from m2f.trainer.regions import compile_regions
 
 
 def stopped_and_resumed(job, train, stop_at, backend: str, steps: int) -> dict:
@@ -51,24 +51,24 @@ def whole_and_in_16_bits(job, train, backend: str, steps: int) -> dict:
 def counted_graphs(backend: str):
     """Let regions be compiled by `backend`, and count the graphs that it is given."""
     graphs = CompileCounterWithBackend(backend)
-    trainer.setup.compile_regions = partial(compile_regions, backend=graphs)
+    m2f.trainer.setup.compile_regions = partial(compile_regions, backend=graphs)
     try:
         yield graphs
     finally:
-        trainer.setup.compile_regions = compile_regions
+        m2f.trainer.setup.compile_regions = compile_regions
 
 
 @contextmanager
 def counted_targets():
     """A list of the number of ground-truth masks in every micro-batch of this rank."""
-    real, counts = trainer.loop.count_normalizers, []
+    real, counts = m2f.trainer.loop.count_normalizers, []
 
     def count(targets, *rest):
         counts.append(int(targets.valid.sum()))
         return real(targets, *rest)
 
-    trainer.loop.count_normalizers = count
+    m2f.trainer.loop.count_normalizers = count
     try:
         yield counts
     finally:
-        trainer.loop.count_normalizers = real
+        m2f.trainer.loop.count_normalizers = real

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DatasetConfig, SyntheticSource
-from data_pipeline.readers import open_reader
-from data_pipeline.shards import write_dataset
-from data_pipeline.storage import Storage
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import write_dataset
+from m2f.data_pipeline.storage import Storage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

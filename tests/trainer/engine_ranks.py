@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.collate import Batch
-from data_pipeline.order import step_plan
-from model.criterion import Normalizers, count_normalizers
-from model.mask2former import build_model
-from model.ms_deform_attn import Float32Linear
-from model.structures import Targets
-from trainer.config import TrainingConfig, ZeroConfig
-from trainer.control import Ranks
-from trainer.engine import Engine, deepspeed_config
-from trainer.metrics import summed_losses
-from trainer.module import TrainingModule
-from trainer.param_groups import build_param_groups
+from m2f.data_pipeline.collate import Batch
+from m2f.data_pipeline.order import step_plan
+from m2f.model.criterion import Normalizers, count_normalizers
+from m2f.model.mask2former import build_model
+from m2f.model.ms_deform_attn import Float32Linear
+from m2f.model.structures import Targets
+from m2f.trainer.config import TrainingConfig, ZeroConfig
+from m2f.trainer.control import Ranks
+from m2f.trainer.engine import Engine, deepspeed_config
+from m2f.trainer.metrics import summed_losses
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.param_groups import build_param_groups
 
 STEPS, GLOBAL_BATCH, EMA_DECAY = 3, 4, 0.2  # the first step has a decay of 2 / 11
 
@@ -192,7 +192,7 @@ def one_rank(make_job) -> dict:
     }
     jobs = {name: make_job(**case) for name, case in cases.items()}
     alone = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
-    with patch("trainer.engine.deepspeed_config", _among_others):
+    with patch("m2f.trainer.engine.deepspeed_config", _among_others):
         among = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
     plain = {name: reference[name] for name in ("losses", "norms")}
     return {"plain": plain, "alone": alone, "among": among, "poisoned": _after_a_poisoned_step(job, jobs["whole"])}

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
 
-from data_pipeline.order import step_plan
-from model.config import (
+from m2f.data_pipeline.order import step_plan
+from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
@@ -29,10 +29,10 @@ from model.config import (
     TransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from trainer.config import ZeroConfig
-from trainer.control import Ranks
-from trainer.engine import Engine
-from trainer.metrics import summed_losses
+from m2f.trainer.config import ZeroConfig
+from m2f.trainer.control import Ranks
+from m2f.trainer.engine import Engine
+from m2f.trainer.metrics import summed_losses
 
 WIDTH = {"conv_dim": 16, "mask_dim": 16}
 ENCODER = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}

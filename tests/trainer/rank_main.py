@@ -21,20 +21,20 @@ from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
 from engine_ranks import agreement, one_rank
 from family_ranks import family_agreement
 
-import trainer.loop
-import trainer.module
-from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
-from data_pipeline.storage import Storage
-from model.config import (
+import m2f.trainer.loop
+import m2f.trainer.module
+from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
+from m2f.data_pipeline.storage import Storage
+from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from model.errors import UserError
-from trainer.checkpoint_folder import checkpoint_url, metrics_on_their_way
-from trainer.config import (
+from m2f.model.errors import UserError
+from m2f.trainer.checkpoint_folder import checkpoint_url, metrics_on_their_way
+from m2f.trainer.config import (
     CheckpointConfig,
     MultiStepSchedule,
     OptimizerConfig,
@@ -42,8 +42,8 @@ from trainer.config import (
     TrainingConfig,
     ZeroConfig,
 )
-from trainer.job import ManualControl, TrainJob
-from trainer.worker import process_group, run_worker
+from m2f.trainer.job import ManualControl, TrainJob
+from m2f.trainer.worker import process_group, run_worker
 
 MODEL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (8, 16, 24, 32)}),
@@ -161,7 +161,7 @@ def killed(folder: Path) -> dict:
 
 def stalled(folder: Path) -> dict:
     """Rank 1 falls asleep before the third step."""
-    real, calls = trainer.loop.count_normalizers, 0
+    real, calls = m2f.trainer.loop.count_normalizers, 0
 
     def fall_asleep(*arguments):
         nonlocal calls
@@ -170,7 +170,7 @@ def stalled(folder: Path) -> dict:
             time.sleep(600)
         return real(*arguments)
 
-    trainer.loop.count_normalizers = fall_asleep
+    m2f.trainer.loop.count_normalizers = fall_asleep
     job = make_job(folder / "stalled", str(folder / "shards"), stall_timeout_s=2.0)
     return _train(job, Diary(path=folder / "stalled.events"))
 
@@ -315,17 +315,17 @@ class StopAt(ManualControl):
 
 @contextmanager
 def poisoned_position(position: int):
-    real = trainer.module.compute_losses
+    real = m2f.trainer.module.compute_losses
 
     def poisoned(predictions, targets, *rest):
         bad = (targets.position == position)[:, None, None, None]
         return real(predictions._replace(mask_features=predictions.mask_features.masked_fill(bad, nan)), targets, *rest)
 
-    trainer.module.compute_losses = poisoned
+    m2f.trainer.module.compute_losses = poisoned
     try:
         yield
     finally:
-        trainer.module.compute_losses = real
+        m2f.trainer.module.compute_losses = real
 
 
 def _train(job: TrainJob, reporter: Recorder | None = None, control: ManualControl | None = None) -> dict:

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig, MixtureItem
-from data_pipeline.errors import StorageError
-from data_pipeline.storage import Storage
-from model.config import ModelConfig
-from trainer.checkpoint import CheckpointSaver
-from trainer.checkpoint_folder import METRICS, list_checkpoints, metrics_on_their_way, read_manifest
-from trainer.config import TrainingConfig
-from trainer.control import Ranks
-from trainer.errors import CheckpointError
-from trainer.job import TrainJob
-from trainer.scratch import full_disk_named
-from trainer.state import TrainState
-from trainer.worker import process_group
+from m2f.data_pipeline.config import DataConfig, MixtureItem
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage import Storage
+from m2f.model.config import ModelConfig
+from m2f.trainer.checkpoint import CheckpointSaver
+from m2f.trainer.checkpoint_folder import METRICS, list_checkpoints, metrics_on_their_way, read_manifest
+from m2f.trainer.config import TrainingConfig
+from m2f.trainer.control import Ranks
+from m2f.trainer.errors import CheckpointError
+from m2f.trainer.job import TrainJob
+from m2f.trainer.scratch import full_disk_named
+from m2f.trainer.state import TrainState
+from m2f.trainer.worker import process_group
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

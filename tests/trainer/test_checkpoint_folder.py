@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from data_pipeline.errors import StorageError
-from data_pipeline.storage import Storage, join
-from trainer.checkpoint_folder import (
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage import Storage, join
+from m2f.trainer.checkpoint_folder import (
     MANIFEST,
     Manifest,
     Receipt,
@@ -23,7 +23,7 @@ from trainer.checkpoint_folder import (
     verify_sizes,
     write_receipt,
 )
-from trainer.errors import CheckpointError
+from m2f.trainer.errors import CheckpointError
 
 
 @pytest.fixture

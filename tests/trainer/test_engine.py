@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from model.errors import ConfigError
-from trainer.config import TrainingConfig, ZeroConfig
-from trainer.engine import check_device, check_world_size, deepspeed_config
-from trainer.errors import TrainingError
+from m2f.model.errors import ConfigError
+from m2f.trainer.config import TrainingConfig, ZeroConfig
+from m2f.trainer.engine import check_device, check_world_size, deepspeed_config
+from m2f.trainer.errors import TrainingError
 
 FULL_PRECISION = [
     *(f"stage{stage}" for stage in range(4)),

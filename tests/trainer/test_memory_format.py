@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
-from model.config import (
+from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
+from m2f.model.config import (
     FPNPixelDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     TimmBackboneConfig,
 )
-from model.mask2former import build_model
-from trainer.config import TrainingConfig
-from trainer.job import TrainJob
-from trainer.memory_probe import worst_batch
+from m2f.model.mask2former import build_model
+from m2f.trainer.config import TrainingConfig
+from m2f.trainer.job import TrainJob
+from m2f.trainer.memory_probe import worst_batch
 
 MODEL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", options={"channels": (8, 16, 24, 32)}),

@@ -2,15 +2,15 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
-from model.config import (
+from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
+from m2f.model.config import (
     FPNPixelDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     TimmBackboneConfig,
 )
-from trainer.config import TrainingConfig, ZeroConfig
-from trainer.memory_plan import MemoryPlan, format_memory, plan_memory, state_bytes
+from m2f.trainer.config import TrainingConfig, ZeroConfig
+from m2f.trainer.memory_plan import MemoryPlan, format_memory, plan_memory, state_bytes
 
 TRAINING = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2)
 NO_BUCKETS = ZeroConfig(stage=0, reduce_bucket_size=0)

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from model.config import (
+from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from model.flops.executed import build_shapes, executed_flops
-from trainer.mfu import Utilization, peak_flops
+from m2f.model.flops.executed import build_shapes, executed_flops
+from m2f.trainer.mfu import Utilization, peak_flops
 
 SMALL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (8, 16, 24, 32)}),

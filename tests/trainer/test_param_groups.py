@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from model.backbones import build_backbone
-from model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
-from model.mask2former import build_model
-from model.weights import to_own_names
-from trainer.config import OptimizerConfig
-from trainer.errors import TrainingError
-from trainer.param_groups import build_param_groups
+from m2f.model.backbones import build_backbone
+from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
+from m2f.model.mask2former import build_model
+from m2f.model.weights import to_own_names
+from m2f.trainer.config import OptimizerConfig
+from m2f.trainer.errors import TrainingError
+from m2f.trainer.param_groups import build_param_groups
 
 
 def settings_by_name(model):

@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from cluster.config import RunConfig
-from data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, ScaleJitter, SyntheticSource
-from model.config import (
+from m2f.cluster.config import RunConfig
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, ScaleJitter, SyntheticSource
+from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from model.criterion import count_normalizers
-from model.errors import ConfigError
-from model.mask2former import build_model
-from trainer.config import TrainingConfig, ZeroConfig
-from trainer.job import TrainJob
-from trainer.memory_probe import worst_batch
-from trainer.module import TrainingModule
-from trainer.regions import REGIONS, compile_regions
+from m2f.model.criterion import count_normalizers
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import build_model
+from m2f.trainer.config import TrainingConfig, ZeroConfig
+from m2f.trainer.job import TrainJob
+from m2f.trainer.memory_probe import worst_batch
+from m2f.trainer.module import TrainingModule
+from m2f.trainer.regions import REGIONS, compile_regions
 
 QUERIES = 8
 MODEL = ModelConfig(

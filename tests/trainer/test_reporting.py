@@ -1,6 +1,6 @@
 import io
 
-from trainer.reporting import CommittedCheckpoint, LogReporter
+from m2f.trainer.reporting import CommittedCheckpoint, LogReporter
 
 
 def test_one_readable_line_per_report():

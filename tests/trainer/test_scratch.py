@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from trainer.scratch import ScratchFolder, sweep
+from m2f.trainer.scratch import ScratchFolder, sweep
 
 KILLED = """
 import os, signal, tempfile
 tempfile.tempdir = {folder!r}
-from trainer.scratch import ScratchFolder
+from m2f.trainer.scratch import ScratchFolder
 (ScratchFolder("m2f-test-").path / "big.bin").write_bytes(b"x")
 os.kill(os.getpid(), signal.SIGKILL)
 """

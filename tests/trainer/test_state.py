@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import CheckpointError
-from trainer.random_state import load_random_state, save_random_state
-from trainer.resume import fitted
-from trainer.state import TrainState
+from m2f.trainer.errors import CheckpointError
+from m2f.trainer.random_state import load_random_state, save_random_state
+from m2f.trainer.resume import fitted
+from m2f.trainer.state import TrainState
 
 STATE = TrainState(order_fingerprint="abc", seed=3, world_size=2, zero_stage=1)
 

@@ -4,11 +4,11 @@ import psutil
 import pytest
 import torch
 
-from model.errors import ConfigError
-from trainer.config import CheckpointConfig
-from trainer.control import Ranks, StepFacts
-from trainer.errors import TrainingError
-from trainer.worker import process_group
+from m2f.model.errors import ConfigError
+from m2f.trainer.config import CheckpointConfig
+from m2f.trainer.control import Ranks, StepFacts
+from m2f.trainer.errors import TrainingError
+from m2f.trainer.worker import process_group
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

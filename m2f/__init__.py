@@ -1,0 +1,1 @@
+"""Mask2Former-class segmentation at scale: the folders beside this one, under the name that Python knows."""
