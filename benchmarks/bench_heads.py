@@ -17,8 +17,8 @@ from benchmarks.scenes import CLASSES, LAYERS, QUERIES, dense_masks, make_batch,
 from benchmarks.transformers_peer import their_criterion
 from m2f.model.attention import attention_mask, resize_for_attention
 from m2f.model.config import LossConfig
-from m2f.model.criterion import compute_losses, count_normalizers, point_counts
-from m2f.model.points import CounterPoints
+from m2f.model.loss.criterion import compute_losses, count_normalizers, point_counts
+from m2f.model.loss.points import CounterPoints
 from m2f.model.structures import Predictions
 
 HEADS = 8

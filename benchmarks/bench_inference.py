@@ -16,9 +16,9 @@ from benchmarks.measure import Row, compare
 from benchmarks.official_order import plain_panoptic
 from benchmarks.scenes import CLASSES, sure_predictions
 from benchmarks.transformers_peer import CONFIG, twins
-from m2f.model.cuda_graphs import replay_forward
-from m2f.model.mask_resize import ImageGeometry
-from m2f.model.postprocess import panoptic
+from m2f.model.inference.cuda_graphs import replay_forward
+from m2f.model.inference.mask_resize import ImageGeometry
+from m2f.model.inference.postprocess import panoptic
 from m2f.model.structures import Predictions
 
 IS_THING = [k < 80 for k in range(CLASSES)]

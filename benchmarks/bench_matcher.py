@@ -14,10 +14,10 @@ from benchmarks.measure import Row, compare
 from benchmarks.official_order import official_assignment
 from benchmarks.scenes import LAYERS, dense_masks, make_batch, random_predictions
 from m2f.model.config import LossConfig
-from m2f.model.criterion import point_counts
-from m2f.model.matcher import match
-from m2f.model.point_sampling import LabelMaps
-from m2f.model.points import CounterPoints
+from m2f.model.loss.criterion import point_counts
+from m2f.model.loss.matcher import match
+from m2f.model.loss.point_sampling import LabelMaps
+from m2f.model.loss.points import CounterPoints
 
 
 def run(tiny: bool, device: torch.device) -> list[Row]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, compare, relative_error
-from m2f.model.ms_deform_attn import (
+from m2f.model.deform_attn.module import (
     SamplingGrid,
     ms_deform_attn_embedding_bag,
     ms_deform_attn_grid_sample,
@@ -86,7 +86,7 @@ class _Case:
 
     def _attend(self, form: str, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         if form == "fused":
-            from m2f.model.ms_deform_attn_triton import fused_ms_deform_attn
+            from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
             return fused_ms_deform_attn(value, self.shapes, self.grid.reference.squeeze(2), offsets, logits)
         function = ms_deform_attn_grid_sample if form == PEER else ms_deform_attn_embedding_bag

@@ -15,8 +15,8 @@ from benchmarks.measure import Row, compare
 from benchmarks.official_order import plain_instance, plain_panoptic, plain_semantic
 from benchmarks.scenes import sure_predictions
 from m2f.model.config import PostprocessConfig
-from m2f.model.mask_resize import ImageGeometry
-from m2f.model.postprocess import instance, panoptic, semantic
+from m2f.model.inference.mask_resize import ImageGeometry
+from m2f.model.inference.postprocess import instance, panoptic, semantic
 
 SIZE = (1024, 2048)
 CLASSES = 20

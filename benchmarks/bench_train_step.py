@@ -28,11 +28,11 @@ from benchmarks.official_order import official_loss, official_pixel_decoder
 from benchmarks.scenes import LAYERS, dense_masks, make_batch
 from benchmarks.transformers_peer import CONFIG, compile_parts, twins
 from m2f.data_pipeline.collate import Batch
-from m2f.model import criterion
-from m2f.model.criterion import Normalizers, count_normalizers, point_counts
+from m2f.model.loss import criterion
+from m2f.model.loss.criterion import Normalizers, count_normalizers, point_counts
+from m2f.model.loss.matcher import Matching
+from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import Mask2Former
-from m2f.model.matcher import Matching
-from m2f.model.points import CounterPoints
 from m2f.trainer.config import OptimizerConfig
 from m2f.trainer.module import TrainingModule
 from m2f.trainer.param_groups import build_param_groups

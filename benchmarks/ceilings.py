@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.transformers_peer import CONFIG
-from m2f.model.flops.executed import build_shapes, executed_flops
+from m2f.model.analysis.flops.executed import build_shapes, executed_flops
 
 PASSES = 3
 """A backward pass counts for two forward passes."""

@@ -15,10 +15,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from m2f.model.config import LossConfig, PostprocessConfig
+from m2f.model.deform_attn.module import MSDeformAttn, SamplingGrid, ms_deform_attn_grid_sample
+from m2f.model.inference.mask_resize import ImageGeometry
+from m2f.model.loss.points import DrawnPoints, RowIndex
 from m2f.model.mask2former import Mask2Former
-from m2f.model.mask_resize import ImageGeometry
-from m2f.model.ms_deform_attn import MSDeformAttn, SamplingGrid, ms_deform_attn_grid_sample
-from m2f.model.points import DrawnPoints, RowIndex
 from m2f.model.structures import Predictions
 
 

@@ -10,7 +10,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 from benchmarks.scenes import CLASSES
 from m2f.model.config import ModelConfig
 from m2f.model.mask2former import Mask2Former, build_model
-from m2f.model.weights import load_weights
+from m2f.model.weights.load import load_weights
 
 CONFIG = ModelConfig(num_classes=CLASSES)
 

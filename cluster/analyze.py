@@ -23,7 +23,7 @@ from m2f.eval.inference import PREDICTS, Evaluator
 from m2f.eval.layers import LayerAnalysis, LayerQuality
 from m2f.eval.panels import render_heat
 from m2f.eval.report import EvaluationSubject
-from m2f.model.analysis import AttentionMap, recorded_attention
+from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
 from m2f.model.mask2former import Mask2Former
 
 

@@ -25,9 +25,9 @@ from m2f.eval.inference import Evaluator
 from m2f.eval.result_dump import ResultDump
 from m2f.eval.states import EvaluationStates
 from m2f.model.config import ModelConfig
-from m2f.model.cuda_graphs import replay_forward
+from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.mask2former import Mask2Former, build_model
-from m2f.model.weights import load_weights
+from m2f.model.weights.load import load_weights
 from m2f.trainer.checkpoint_folder import AVERAGE, WEIGHTS
 
 IMAGES_PER_CALL = 8

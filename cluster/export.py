@@ -10,7 +10,7 @@ from typing import Literal, assert_never
 
 from m2f.cluster.trained_model import TrainedModel
 from m2f.model.errors import ConfigError
-from m2f.model.export import (
+from m2f.model.export.graphs import (
     export_hugging_face,
     export_program,
     require_onnx,

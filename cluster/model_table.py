@@ -14,12 +14,12 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.manifest import Manifest
 from m2f.data_pipeline.storage import Storage
 from m2f.eval.report import columns
+from m2f.model.analysis.flops.executed import build_shapes, count_parameters, executed_flops
+from m2f.model.analysis.flops.official import mean_flops, official_flops
+from m2f.model.analysis.paper_models import PaperModel
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError
-from m2f.model.flops.executed import build_shapes, count_parameters, executed_flops
-from m2f.model.flops.official import mean_flops, official_flops
 from m2f.model.mask2former import build_model
-from m2f.model.paper_models import PaperModel
 
 TIMED_RUNS = 3
 """Forward passes of which the median counts, after one that does not."""

@@ -21,9 +21,9 @@ from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
 from m2f.data_pipeline.storage import Storage
 from m2f.eval.average_precision import InstanceDetections
 from m2f.eval.inference import ImageOutput, check_tasks, detect, image_outputs
-from m2f.model.cuda_graphs import replay_forward
 from m2f.model.errors import ConfigError
-from m2f.model.postprocess import panoptic, semantic
+from m2f.model.inference.cuda_graphs import replay_forward
+from m2f.model.inference.postprocess import panoptic, semantic
 
 WAITING_BATCHES = 4
 """Images that wait for others of their shape, in batches; then the largest group goes, however small."""

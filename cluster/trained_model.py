@@ -19,7 +19,7 @@ from m2f.data_pipeline.storage import Storage, join
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.hugging_face import is_hugging_face_folder, read_hugging_face_config
+from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
 from m2f.model.mask2former import Mask2Former
 
 _RECIPE = "recipe.yaml"

@@ -17,10 +17,10 @@ from m2f.data_pipeline.collate import EvalBatch
 from m2f.data_pipeline.targets import ImageTargets, image_targets
 from m2f.eval.panels import HeatMap
 from m2f.eval.report import columns
-from m2f.model.analysis import AttentionMap, foreground_mass
+from m2f.model.analysis.attention_maps import AttentionMap, foreground_mass
 from m2f.model.config import LossConfig
-from m2f.model.matcher import match
-from m2f.model.point_sampling import LabelMaps
+from m2f.model.loss.matcher import match
+from m2f.model.loss.point_sampling import LabelMaps
 from m2f.model.structures import BACKGROUND_ID, Predictions, Targets
 
 MATCHING_GRID = 112

@@ -30,9 +30,9 @@ from m2f.eval.test_time import label_map
 from m2f.eval.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
 from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
+from m2f.model.inference.mask_resize import ImageGeometry
+from m2f.model.inference.postprocess import panoptic, semantic, stream_instances
 from m2f.model.mask2former import Mask2Former
-from m2f.model.mask_resize import ImageGeometry
-from m2f.model.postprocess import panoptic, semantic, stream_instances
 from m2f.model.structures import Predictions
 
 PREDICTS: dict[Task, tuple[Task, ...]] = {"panoptic": TASKS, "instance": ("instance",), "semantic": ("semantic",)}

@@ -16,9 +16,9 @@ from torch import Tensor
 from m2f.data_pipeline.augment import resize_image, shortest_edge_size
 from m2f.data_pipeline.collate import EVAL_PADDING, SIZE_MULTIPLE
 from m2f.eval.config import MultiScale, SlidingWindows
-from m2f.model.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
 from m2f.model.config import PostprocessConfig
-from m2f.model.mask_resize import ImageGeometry
+from m2f.model.inference.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
+from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.structures import Predictions
 
 Predict = Callable[[Tensor, Tensor], Predictions]

@@ -7,7 +7,7 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from m2f.model.backbones import build_backbone
+from m2f.model.backbones.build import build_backbone
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -16,9 +16,9 @@ from m2f.model.config import (
 )
 from m2f.model.errors import ConfigError
 from m2f.model.pixel_decoder import build_pixel_decoder
-from m2f.model.standard_decoder import StandardTransformerDecoder
 from m2f.model.structures import Predictions
-from m2f.model.transformer_decoder import MaskedTransformerDecoder
+from m2f.model.transformer_decoder.masked import MaskedTransformerDecoder
+from m2f.model.transformer_decoder.standard import StandardTransformerDecoder
 
 
 class Mask2Former(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from m2f.cluster.explain import explain
 from m2f.model.config import ModelConfig
-from m2f.model.export import write_official
+from m2f.model.export.graphs import write_official
 from m2f.model.mask2former import build_model
 from tests.model.loss_oracle import make_targets
 

@@ -28,7 +28,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
 )
-from m2f.model.criterion import count_normalizers
+from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import MultiStepSchedule, OptimizerConfig, PolySchedule
 from m2f.trainer.module import TrainingModule

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from m2f.data_pipeline.collate import Batch
 from m2f.data_pipeline.order import step_plan
-from m2f.model.criterion import Losses, Normalizers
+from m2f.model.loss.criterion import Losses, Normalizers
 from m2f.trainer.average import WeightAverage
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.errors import TrainingError

@@ -8,9 +8,9 @@ import torch
 
 from m2f.data_pipeline.config import DataConfig
 from m2f.data_pipeline.order import step_plan
+from m2f.model.analysis.flops.executed import build_shapes, count_parameters
+from m2f.model.analysis.memory import count_activations
 from m2f.model.config import ModelConfig
-from m2f.model.flops.executed import build_shapes, count_parameters
-from m2f.model.memory import count_activations
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine import deepspeed_config
 from m2f.trainer.memory_probe import largest_shape

@@ -11,7 +11,7 @@ import torch
 from m2f.data_pipeline.collate import SIZE_MULTIPLE, Batch
 from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.order import step_plan
-from m2f.model.criterion import Normalizers
+from m2f.model.loss.criterion import Normalizers
 from m2f.model.structures import Targets
 from m2f.trainer.control import Ranks
 from m2f.trainer.data import TrainingData

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from m2f.model.analysis.flops.executed import build_shapes, executed_flops
 from m2f.model.config import ModelConfig
-from m2f.model.flops.executed import build_shapes, executed_flops
 
 _PEAK_TFLOPS = {
     "B200": 2250.0,

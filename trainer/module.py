@@ -7,9 +7,9 @@ from torch import nn
 
 from m2f.data_pipeline.collate import Batch
 from m2f.model.config import ModelConfig
-from m2f.model.criterion import Losses, Normalizers, compute_losses
+from m2f.model.loss.criterion import Losses, Normalizers, compute_losses
+from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import Mask2Former
-from m2f.model.points import CounterPoints
 from m2f.trainer.config import Precision
 
 

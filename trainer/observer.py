@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from m2f.data_pipeline.loader import StepBatches
-from m2f.model.criterion import Losses
+from m2f.model.loss.criterion import Losses
 from m2f.trainer.clock import Phase, PhaseClock
 from m2f.trainer.engine import StepResult
 from m2f.trainer.metrics import Stopwatch, Traffic, summed_losses

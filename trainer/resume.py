@@ -12,7 +12,7 @@ import safetensors.torch
 
 from m2f.data_pipeline.storage import Storage
 from m2f.model.mask2former import Mask2Former
-from m2f.model.weights import load_weights
+from m2f.model.weights.load import load_weights
 from m2f.trainer.checkpoint_folder import (
     AVERAGE,
     ENGINE,

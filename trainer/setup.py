@@ -13,7 +13,7 @@ import torch
 from m2f.data_pipeline.loader import StepBatches
 from m2f.data_pipeline.storage import Storage
 from m2f.model.mask2former import Mask2Former, build_model
-from m2f.model.weights import LoadReport, load_weights
+from m2f.model.weights.load import LoadReport, load_weights
 from m2f.trainer.checkpoint import CheckpointSaver
 from m2f.trainer.checkpoint_folder import list_checkpoints
 from m2f.trainer.control import Ranks

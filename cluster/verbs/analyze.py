@@ -52,8 +52,8 @@ def _table(args: argparse.Namespace) -> int:
     from m2f.cluster.model_table import format_model_table, paper_sizes, recipe_size
     from m2f.cluster.progress import Progress, say
     from m2f.cluster.recipe import load_recipe
+    from m2f.model.analysis.paper_models import paper_models
     from m2f.model.errors import ConfigError
-    from m2f.model.paper_models import paper_models
 
     size = _parse_size(args.size)
     recipes, overrides = split_overrides(args.words)

@@ -14,11 +14,11 @@ from m2f.model.config import (
     SemanticFPNPixelDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
+from m2f.model.layers import PixelDecoder, convolution, group_norm
 from m2f.model.pixel_decoder.bifpn import BiFPNPixelDecoder
 from m2f.model.pixel_decoder.deformable import MSDeformAttnPixelDecoder
 from m2f.model.pixel_decoder.fapn import FaPNPixelDecoder
 from m2f.model.pixel_decoder.fpn import FPNPixelDecoder
-from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, group_norm
 from m2f.model.pixel_decoder.semantic_fpn import SemanticFPNPixelDecoder
 from m2f.model.pixel_decoder.transformer_fpn import TransformerFPNPixelDecoder
 

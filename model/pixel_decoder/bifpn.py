@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f.model.config import BiFPNPixelDecoderConfig
-from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, keep_in_graph, lateral, output
+from m2f.model.layers import PixelDecoder, convolution, group_norm, keep_in_graph, lateral, output
 
 _EPSILON = 1e-4
 """Keeps the fusion weights finite where all of them are zero."""

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f.model.config import MSDeformAttnPixelDecoderConfig
-from m2f.model.ms_deform_attn import MSDeformAttn, SamplingGrid
-from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, group_norm, lateral, output, run_layer
+from m2f.model.deform_attn.module import MSDeformAttn, SamplingGrid
+from m2f.model.layers import PixelDecoder, convolution, group_norm, lateral, output, run_layer
 from m2f.model.position_encoding import sine_position_embedding
 
 

@@ -12,7 +12,7 @@ from torchvision.ops import deform_conv2d
 
 from m2f.model.attention import at_least_float32
 from m2f.model.config import FaPNPixelDecoderConfig
-from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, keep_in_graph, lateral, output
+from m2f.model.layers import PixelDecoder, convolution, keep_in_graph, lateral, output
 
 _TAPS = 9
 """Samples of a 3x3 kernel."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f.model.config import FPNPixelDecoderConfig
-from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, lateral, output
+from m2f.model.layers import PixelDecoder, convolution, lateral, output
 
 
 class TopDownStep(nn.Module):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f.model.config import SemanticFPNPixelDecoderConfig
+from m2f.model.layers import PixelDecoder, convolution, output
 from m2f.model.pixel_decoder.fpn import FeaturePyramid
-from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, output
 
 
 class SemanticFPNPixelDecoder(PixelDecoder):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from m2f.model.attention import Attend, packed_xavier_
 from m2f.model.config import TransformerFPNPixelDecoderConfig
+from m2f.model.layers import PixelDecoder, convolution, run_layer
 from m2f.model.pixel_decoder.fpn import FeaturePyramid
-from m2f.model.pixel_decoder.layers import PixelDecoder, convolution, run_layer
 from m2f.model.position_encoding import sine_position_embedding
 
 

@@ -16,15 +16,15 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards import write_dataset
 from m2f.data_pipeline.storage import Storage
 from m2f.eval.panels import decode_png
+from m2f.model.analysis.flops.official import mean_flops, official_flops
+from m2f.model.analysis.paper_models import paper_models
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.flops.official import mean_flops, official_flops
 from m2f.model.mask2former import build_model
-from m2f.model.paper_models import paper_models
 
 RECIPE = """
 name: small

@@ -19,7 +19,7 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.export import export_hugging_face, export_official
+from m2f.model.export.graphs import export_hugging_face, export_official
 from m2f.model.mask2former import build_model
 
 RECIPE = """

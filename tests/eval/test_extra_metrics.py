@@ -30,7 +30,7 @@ from m2f.eval.states import EvaluationStates, check_complete
 from m2f.eval.truth import cityscapes_truth, instance_truth, panoptic_truth
 from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
-from m2f.model.postprocess import panoptic, semantic
+from m2f.model.inference.postprocess import panoptic, semantic
 from m2f.model.structures import Predictions
 
 TASKS = ("panoptic", "instance", "semantic")

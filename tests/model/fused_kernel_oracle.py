@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from m2f.model import ms_deform_attn_triton
-from m2f.model.ms_deform_attn import ms_deform_attn_grid_sample
-from m2f.model.ms_deform_attn_triton import fused_ms_deform_attn
+from m2f.model.deform_attn import triton_op as ms_deform_attn_triton
+from m2f.model.deform_attn.module import ms_deform_attn_grid_sample
+from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
 SHAPES = [(3, 4), (5, 2), (1, 7)]
 PIXELS = sum(height * width for height, width in SHAPES)

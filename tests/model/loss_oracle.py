@@ -8,7 +8,7 @@ import torch
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from m2f.model.config import LossConfig
-from m2f.model.points import GivenPoints
+from m2f.model.loss.points import GivenPoints
 from m2f.model.structures import Predictions, Targets, ignore_id
 
 CLASSES = 7

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from m2f.model.batch_norms import SyncBatchNorm2d
+from m2f.model.backbones.batch_norms import SyncBatchNorm2d
 
 
 def run(rank: int, folder: Path) -> None:

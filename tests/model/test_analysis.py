@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from m2f.model.analysis import AttentionMap, attention_weights, foreground_mass, recorded_attention
+from m2f.model.analysis.attention_maps import AttentionMap, attention_weights, foreground_mass, recorded_attention
 from m2f.model.attention import Attend, MaskPooling
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,

@@ -5,11 +5,11 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from m2f.model.backbones import build_backbone
-from m2f.model.batch_norms import FrozenBatchNorm2d
+from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
+from m2f.model.backbones.build import build_backbone
+from m2f.model.backbones.timm_backbone import PlainTransformer
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.errors import ConfigError
-from m2f.model.timm_backbone import PlainTransformer
 
 TINY = {"channels": (8, 16, 32, 64)}
 CONVOLUTIONAL = {

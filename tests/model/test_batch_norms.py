@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from m2f.model.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d
+from m2f.model.backbones.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2f.model import mask_resize
-from m2f.model.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
-from m2f.model.mask_resize import ImageGeometry
+from m2f.model.inference import mask_resize
+from m2f.model.inference.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
+from m2f.model.inference.mask_resize import ImageGeometry
 
 CLASSES, QUERIES, CHANNELS = 5, 12, 6
 ORIGINAL = (61, 83)

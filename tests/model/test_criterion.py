@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2f.model import criterion, matcher
 from m2f.model.config import LossConfig
-from m2f.model.criterion import Losses, Normalizers, compute_losses, count_normalizers
-from m2f.model.points import CounterPoints
+from m2f.model.loss import criterion, matcher
+from m2f.model.loss.criterion import Losses, Normalizers, compute_losses, count_normalizers
+from m2f.model.loss.points import CounterPoints
 from m2f.model.structures import Predictions, Targets, ignore_id
 from tests.model.loss_oracle import CLASSES, make_predictions, make_targets, transformers_losses
 

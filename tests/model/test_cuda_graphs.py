@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from m2f.model.cuda_graphs import ReplayedForward, replay_forward
+from m2f.model.inference.cuda_graphs import ReplayedForward, replay_forward
 from m2f.model.structures import Predictions
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from m2f.model.config import MaskedTransformerDecoderConfig
 from m2f.model.errors import ConfigError
 from m2f.model.position_encoding import sine_position_embedding
-from m2f.model.transformer_decoder import MaskedTransformerDecoder
+from m2f.model.transformer_decoder.masked import MaskedTransformerDecoder
 
 DIM, HEADS, QUERIES, CLASSES, MASK_DIM = 16, 2, 4, 3, 8
 SIZES = ((2, 3), (4, 6), (8, 12))

@@ -19,7 +19,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import WeightsError
-from m2f.model.export import (
+from m2f.model.export.graphs import (
     Inference,
     export_hugging_face,
     export_program,
@@ -27,9 +27,9 @@ from m2f.model.export import (
     write_onnx,
     write_program,
 )
-from m2f.model.hugging_face import read_hugging_face_config
+from m2f.model.export.hugging_face import read_hugging_face_config
 from m2f.model.mask2former import build_model
-from m2f.model.weights import load_weights
+from m2f.model.weights.load import load_weights
 
 LABELS = ("person", "sky", "tree")
 RESNET = TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)})

@@ -7,6 +7,10 @@ from dataclasses import replace
 import pytest
 
 from m2f.data_pipeline.augment import shortest_edge_size
+from m2f.model.analysis.flops.executed import build_shapes, count_parameters, executed_flops
+from m2f.model.analysis.flops.official import COCO_SIZES, mean_flops, official_flops
+from m2f.model.analysis.flops.operations import Map, attention, convolution, group_normed, pyramid
+from m2f.model.analysis.paper_models import PaperModel, paper_models
 from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
@@ -21,11 +25,7 @@ from m2f.model.config import (
     TransformerFPNPixelDecoderConfig,
 )
 from m2f.model.errors import ConfigError
-from m2f.model.flops.executed import build_shapes, count_parameters, executed_flops
-from m2f.model.flops.official import COCO_SIZES, mean_flops, official_flops
-from m2f.model.flops.operations import Map, attention, convolution, group_normed, pyramid
 from m2f.model.mask2former import build_model
-from m2f.model.paper_models import PaperModel, paper_models
 
 G = 1e9
 DIMS = {"conv_dim": 32, "mask_dim": 24}

@@ -1,6 +1,6 @@
 """The choice of a tuning, with a clock that is made up."""
 
-from m2f.model.kernel_tuning import Tuner, Tuning
+from m2f.model.deform_attn.tuning import Tuner, Tuning
 
 TABLE = (Tuning(32, 4), Tuning(16, 2), Tuning(8, 1))
 

@@ -12,11 +12,11 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.criterion import compute_losses, count_normalizers
 from m2f.model.errors import ConfigError
+from m2f.model.loss.criterion import compute_losses, count_normalizers
+from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import build_model
-from m2f.model.points import CounterPoints
-from m2f.model.weights import load_weights
+from m2f.model.weights.load import load_weights
 from tests.model.loss_oracle import make_targets
 
 NUM_CLASSES = 7

@@ -10,8 +10,8 @@ import torch
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from m2f.model.config import LossConfig
-from m2f.model.matcher import assign, match, matching_cost
-from m2f.model.point_sampling import LabelMaps, chunk_elements
+from m2f.model.loss.matcher import assign, match, matching_cost
+from m2f.model.loss.point_sampling import LabelMaps, chunk_elements
 from m2f.model.structures import Predictions, Targets
 
 CLASSES, QUERIES, LAYERS, POINTS = 5, 8, 3, 64
@@ -67,9 +67,9 @@ def test_equals_transformers(counts, monkeypatch):
 
 def test_chunks_of_layers_change_nothing(monkeypatch):
     inputs = scene((3, 5))
-    monkeypatch.setattr("m2f.model.matcher.chunk_elements", lambda device: 10**9)
+    monkeypatch.setattr("m2f.model.loss.matcher.chunk_elements", lambda device: 10**9)
     whole = matching_cost(*inputs, CONFIG)
-    monkeypatch.setattr("m2f.model.matcher.chunk_elements", lambda device: 1)
+    monkeypatch.setattr("m2f.model.loss.matcher.chunk_elements", lambda device: 1)
     assert chunk_elements(torch.device("cpu")) > 1
     torch.testing.assert_close(matching_cost(*inputs, CONFIG), whole, rtol=1e-6, atol=1e-6)
 

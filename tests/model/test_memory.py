@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import m2f.model.memory
+import m2f.model.analysis.memory
+from m2f.model.analysis.memory import Activations, LiveBytes, count_activations
 from m2f.model.config import (
     FPNPixelDecoderConfig,
     LossConfig,
@@ -14,10 +15,9 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.criterion import compute_losses, count_normalizers
+from m2f.model.loss.criterion import compute_losses, count_normalizers
+from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import build_model
-from m2f.model.memory import Activations, LiveBytes, count_activations
-from m2f.model.points import CounterPoints
 from m2f.model.structures import Targets
 
 QUERIES, TARGETS, SIZE = 20, 6, 128
@@ -67,8 +67,8 @@ def allocated(config, images):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_is_what_a_real_step_allocates(checkpointing, monkeypatch):
-    of_device = m2f.model.memory.chunk_elements
-    monkeypatch.setattr(m2f.model.memory, "chunk_elements", lambda device: of_device(torch.device("cpu")))
+    of_device = m2f.model.analysis.memory.chunk_elements
+    monkeypatch.setattr(m2f.model.analysis.memory, "chunk_elements", lambda device: of_device(torch.device("cpu")))
     config = replace(FPN, backbone=replace(FPN.backbone, checkpointing=checkpointing))
     counted = count_activations(config, 3, (SIZE, SIZE), TARGETS, False, torch.float32)
     real = allocated(config, 3)

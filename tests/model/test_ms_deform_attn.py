@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import m2f.model.ms_deform_attn as own
-from m2f.model.ms_deform_attn import (
+import m2f.model.deform_attn.module as own
+from m2f.model.deform_attn.module import (
     MSDeformAttn,
     SamplingGrid,
     ms_deform_attn,
@@ -151,7 +151,7 @@ def test_coordinates_stay_float32_in_bfloat16(monkeypatch, mode):
         seen.update(value=value.dtype, locations=locations.dtype, weights=weights.dtype)
         return ms_deform_attn_embedding_bag(value, shapes, locations, weights)
 
-    monkeypatch.setattr("m2f.model.ms_deform_attn.ms_deform_attn", spy)
+    monkeypatch.setattr("m2f.model.deform_attn.module.ms_deform_attn", spy)
     torch.manual_seed(0)
     module = MSDeformAttn(16, levels=1, heads=2, points=2)
     query, source = torch.randn(1, 6, 16), torch.randn(1, 6, 16)

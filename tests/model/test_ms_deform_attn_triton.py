@@ -53,7 +53,8 @@ def test_the_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_at_once(direction
     from triton import compiler
     from triton.backends.compiler import GPUTarget
 
-    from m2f.model import ms_deform_attn_kernels, ms_deform_attn_triton
+    from m2f.model.deform_attn import triton_kernels as ms_deform_attn_kernels
+    from m2f.model.deform_attn import triton_op as ms_deform_attn_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(ms_deform_attn_kernels, f"{direction}_kernel")

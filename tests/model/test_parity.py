@@ -20,9 +20,9 @@ from m2f.model.config import (
     SwinBackboneConfig,
     TimmBackboneConfig,
 )
-from m2f.model.criterion import compute_losses, count_normalizers
+from m2f.model.loss.criterion import compute_losses, count_normalizers
 from m2f.model.mask2former import build_model, zero_outside
-from m2f.model.weights import load_weights
+from m2f.model.weights.load import load_weights
 from tests.model.loss_oracle import CLASSES, make_targets, transformers_losses
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

@@ -4,7 +4,7 @@ import torch
 
 from m2f.model.config import MSDeformAttnPixelDecoderConfig
 from m2f.model.pixel_decoder import MSDeformAttnPixelDecoder
-from m2f.model.weights import to_own_names
+from m2f.model.weights.load import to_own_names
 
 SMALL = MSDeformAttnPixelDecoderConfig(conv_dim=64, mask_dim=32, num_layers=2, num_heads=4, feedforward_dim=96)
 CHANNELS = (8, 12, 16, 20)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2f.model.point_sampling import LabelMaps, most_uncertain, sample_features, sample_maps
+from m2f.model.loss.point_sampling import LabelMaps, most_uncertain, sample_features, sample_maps
 from m2f.model.structures import ignore_id
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2f.model.points import CounterPoints, GivenPoints, PointCounts, RowIndex
+from m2f.model.loss.points import CounterPoints, GivenPoints, PointCounts, RowIndex
 
 
 def every_row(layers: int, images: int, targets: int) -> RowIndex:

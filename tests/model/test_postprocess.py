@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2f.model import mask_resize, postprocess
 from m2f.model.config import PostprocessConfig
-from m2f.model.mask_resize import ImageGeometry
-from m2f.model.postprocess import instance, panoptic, semantic
+from m2f.model.inference import mask_resize, postprocess
+from m2f.model.inference.mask_resize import ImageGeometry
+from m2f.model.inference.postprocess import instance, panoptic, semantic
 
 IS_THING = (True, False, True, False, True)
 CLASSES = len(IS_THING)

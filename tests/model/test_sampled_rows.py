@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from m2f.model.sampled_rows import MARGIN, Samples, padded_table, unpadded_values
+from m2f.model.deform_attn.cpu import MARGIN, Samples, padded_table, unpadded_values
 
 SHAPES = [(3, 5), (1, 2)]
 BATCH, HEADS, DIM = 2, 3, 4

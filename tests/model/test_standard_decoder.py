@@ -16,7 +16,7 @@ from m2f.model.config import (
 from m2f.model.errors import ConfigError
 from m2f.model.mask2former import Mask2Former, build_model
 from m2f.model.pixel_decoder import build_pixel_decoder
-from m2f.model.standard_decoder import StandardTransformerDecoder
+from m2f.model.transformer_decoder.standard import StandardTransformerDecoder
 
 CHANNELS, DIM, MASK_DIM, LAYERS, QUERIES, CLASSES = (32, 64, 96, 128), 64, 32, 3, 9, 7
 DECODER = StandardTransformerDecoderConfig(

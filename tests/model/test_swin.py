@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 
-from m2f.model.backbones import build_backbone
+from m2f.model.backbones.build import build_backbone
+from m2f.model.backbones.swin import Block, SwinTransformer, drop_path_gains, relative_position_index, shift_mask
 from m2f.model.config import SwinBackboneConfig
 from m2f.model.errors import ConfigError
-from m2f.model.swin import Block, SwinTransformer, drop_path_gains, relative_position_index, shift_mask
 
 TINY = SwinBackboneConfig(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=7)
 TINY_12 = replace(TINY, depths=(2, 1, 1, 2), window_size=12)

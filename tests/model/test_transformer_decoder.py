@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from m2f.model.attention import attention_mask, resize_for_attention
 from m2f.model.config import MaskedTransformerDecoderConfig
 from m2f.model.errors import ConfigError
-from m2f.model.transformer_decoder import MaskedTransformerDecoder
+from m2f.model.transformer_decoder.masked import MaskedTransformerDecoder
 
 SMALL = MaskedTransformerDecoderConfig(num_queries=6, num_layers=4, hidden_dim=32, num_heads=4, feedforward_dim=48)
 SIZES = ((2, 3), (4, 6), (8, 12))

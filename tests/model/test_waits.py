@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2f.model import matcher, ms_deform_attn
 from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,
@@ -23,10 +22,12 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.criterion import compute_losses, count_normalizers
-from m2f.model.host_copies import HostCopy
+from m2f.model.deform_attn import module as ms_deform_attn
+from m2f.model.loss import matcher
+from m2f.model.loss.criterion import compute_losses, count_normalizers
+from m2f.model.loss.host_copies import HostCopy
+from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import build_model
-from m2f.model.points import CounterPoints
 from tests.model.loss_oracle import make_targets
 
 QUERIES, CLASSES = 8, 5

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from m2f.model.errors import WeightsError
-from m2f.model.weight_files import read_state
+from m2f.model.weights.files import read_state
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.5, -2.0]).half()}
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from m2f.model.backbones import build_backbone
+from m2f.model.backbones.build import build_backbone
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -16,10 +16,10 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.export import export_official
+from m2f.model.export.graphs import export_official
 from m2f.model.mask2former import build_model
-from m2f.model.weight_names import to_official_names, to_own_names
-from m2f.model.weights import load_weights
+from m2f.model.weights.load import load_weights
+from m2f.model.weights.names import to_official_names, to_own_names
 
 TINY_RESNET = TimmBackboneConfig(name="resnet50", options={"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)})
 TINY_SWIN = SwinBackboneConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), window_size=3)

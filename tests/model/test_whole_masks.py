@@ -12,8 +12,8 @@ from scipy.optimize import linear_sum_assignment
 from transformers.models.maskformer import modeling_maskformer as hf
 
 from m2f.model.config import LossConfig
-from m2f.model.criterion import Normalizers, compute_losses, count_normalizers
-from m2f.model.points import CounterPoints, PointCounts, RowIndex
+from m2f.model.loss.criterion import Normalizers, compute_losses, count_normalizers
+from m2f.model.loss.points import CounterPoints, PointCounts, RowIndex
 from m2f.model.structures import Predictions, Targets, ignore_id
 
 CLASSES, QUERIES, LAYERS = 5, 7, 2

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from m2f.data_pipeline.collate import Batch
 from m2f.data_pipeline.order import step_plan
-from m2f.model.criterion import Normalizers, count_normalizers
+from m2f.model.deform_attn.module import Float32Linear
+from m2f.model.loss.criterion import Normalizers, count_normalizers
 from m2f.model.mask2former import build_model
-from m2f.model.ms_deform_attn import Float32Linear
 from m2f.model.structures import Targets
 from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.control import Ranks

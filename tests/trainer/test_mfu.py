@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from m2f.model.analysis.flops.executed import build_shapes, executed_flops
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.flops.executed import build_shapes, executed_flops
 from m2f.trainer.mfu import Utilization, peak_flops
 
 SMALL = ModelConfig(

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from m2f.model.backbones import build_backbone
+from m2f.model.backbones.build import build_backbone
 from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
 from m2f.model.mask2former import build_model
-from m2f.model.weights import to_own_names
+from m2f.model.weights.load import to_own_names
 from m2f.trainer.config import OptimizerConfig
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.param_groups import build_param_groups

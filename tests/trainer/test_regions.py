@@ -15,8 +15,8 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.criterion import count_normalizers
 from m2f.model.errors import ConfigError
+from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.job import TrainJob

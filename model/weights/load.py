@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f.model.errors import WeightsError
-from m2f.model.weight_files import read_state
-from m2f.model.weight_names import Layout, count_levels, detect_layout, is_ignored, to_own_names
+from m2f.model.weights.files import read_state
+from m2f.model.weights.names import Layout, count_levels, detect_layout, is_ignored, to_own_names
 
 _MAY_DIFFER = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_embed)\.")
 """Their first axis is the number of classes or queries, which another task may choose differently."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from m2f.model.attention import Attend, MaskPooling, split_heads
 from m2f.model.mask2former import Mask2Former
-from m2f.model.transformer_decoder import DecoderLayer, MaskedTransformerDecoder
+from m2f.model.transformer_decoder.masked import DecoderLayer, MaskedTransformerDecoder
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from m2f.model.flops.operations import BATCH_NORM, NORM, Map, attention, convolution, feed_forward
+from m2f.model.analysis.flops.operations import BATCH_NORM, NORM, Map, attention, convolution, feed_forward
 
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
 """Bottleneck blocks of the stages at strides 4, 8, 16 and 32."""

@@ -16,9 +16,9 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from m2f.model.config import ModelConfig
 from m2f.model.errors import WeightsError
-from m2f.model.hugging_face import write_hugging_face_config
+from m2f.model.export.hugging_face import write_hugging_face_config
 from m2f.model.mask2former import Mask2Former
-from m2f.model.weight_names import to_hugging_face_names, to_official_names
+from m2f.model.weights.names import to_hugging_face_names, to_official_names
 
 _OPSET = 20
 _STRIDE = 32

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from m2f.model.backbones.swin import SwinTransformer
+from m2f.model.backbones.swin_weights import load_swin_weights
+from m2f.model.backbones.timm_backbone import TimmBackbone
 from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig
-from m2f.model.swin import SwinTransformer
-from m2f.model.swin_weights import load_swin_weights
-from m2f.model.timm_backbone import TimmBackbone
 
 Backbone = TimmBackbone | SwinTransformer
 """A module whose forward takes images [B, 3, H, W] and returns a tuple of four maps [B, C_i, H / s, W / s], rounded up;

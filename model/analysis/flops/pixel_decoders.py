@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from m2f.model.config import (
-    BiFPNPixelDecoderConfig,
-    FaPNPixelDecoderConfig,
-    FPNPixelDecoderConfig,
-    MSDeformAttnPixelDecoderConfig,
-    PixelDecoderConfig,
-    SemanticFPNPixelDecoderConfig,
-    TransformerFPNPixelDecoderConfig,
-)
-from m2f.model.flops.operations import (
+from m2f.model.analysis.flops.operations import (
     BILINEAR,
     NEAREST,
     NORM,
@@ -23,6 +14,15 @@ from m2f.model.flops.operations import (
     convolution,
     feed_forward,
     group_normed,
+)
+from m2f.model.config import (
+    BiFPNPixelDecoderConfig,
+    FaPNPixelDecoderConfig,
+    FPNPixelDecoderConfig,
+    MSDeformAttnPixelDecoderConfig,
+    PixelDecoderConfig,
+    SemanticFPNPixelDecoderConfig,
+    TransformerFPNPixelDecoderConfig,
 )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f.model.sampled_rows import SampledRowSum, Shapes
+from m2f.model.deform_attn.cpu import SampledRowSum, Shapes
 
 
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class MSDeformAttn(nn.Module):
         To [B, Q, G * D]: in one kernel where it can be, else step by step.
         """
         if self._is_fused(value):
-            from m2f.model.ms_deform_attn_triton import fused_ms_deform_attn
+            from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
             return fused_ms_deform_attn(value, grid.shapes, grid.reference.squeeze(2), offsets, logits)
         weights = logits.to(offsets.dtype).flatten(-2).softmax(-1).view(logits.shape)
@@ -155,7 +155,7 @@ def _kernel_is_right(dtype: torch.dtype, levels: int, heads: int, points: int, d
 def _tried_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
     """Try the Triton kernel on this machine against the plain form, once; say so where the plain form must do."""
     try:
-        from m2f.model.ms_deform_attn_triton import fused_ms_deform_attn
+        from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
         worst = _kernel_error(fused_ms_deform_attn, dtype, levels, heads, points, dim)
         trouble = f"it is wrong by {worst:.2g}" if worst > (1e-4 if dtype == torch.float32 else 0.05) else None

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import timm
 from torch import Tensor
 
+from m2f.model.backbones.swin import SwinTransformer
 from m2f.model.config import SwinBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.swin import SwinTransformer
-from m2f.model.weight_files import read_state
+from m2f.model.weights.files import read_state
 
 _OF_THE_CLASSIFIER = re.compile(r"^(norm|head|fc)\.")
 _NOT_WEIGHTS = re.compile(r"\.(relative_position_index|attn_mask)$")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
+from m2f.model.analysis.flops.operations import BILINEAR, NORM, Map, attention, convolution, feed_forward
 from m2f.model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
-from m2f.model.flops.operations import BILINEAR, NORM, Map, attention, convolution, feed_forward
 
 
 def masked(

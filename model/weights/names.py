@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from m2f.model.backbones.swin_weights import official_swin_names
 from m2f.model.errors import WeightsError
-from m2f.model.swin_weights import official_swin_names
-from m2f.model.weight_tables import ATOMS_TO_OWN, HUGGING_FACE_TO_ATOMS, NameTable
+from m2f.model.weights.tables import ATOMS_TO_OWN, HUGGING_FACE_TO_ATOMS, NameTable
 
 Layout = Literal["own", "official", "hugging_face", "backbone"]
 """Whose names a state dict uses; `backbone` are published weights of a backbone alone."""

@@ -17,9 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
-from m2f.model.kernel_tuning import Tuner, Tuning, milliseconds_on_gpu
-from m2f.model.ms_deform_attn_kernels import backward_kernel, forward_kernel
-from m2f.model.sampled_rows import Samples, Shapes, padded_table, unpadded_values
+from m2f.model.deform_attn.cpu import Samples, Shapes, padded_table, unpadded_values
+from m2f.model.deform_attn.triton_kernels import backward_kernel, forward_kernel
+from m2f.model.deform_attn.tuning import Tuner, Tuning, milliseconds_on_gpu
 
 # None of these needs more registers than there are, for 32 channels per head on a GPU of compute capability 9.0.
 FORWARD = Tuner([Tuning(32, 4), Tuning(16, 2), Tuning(8, 1), Tuning(16, 4)], milliseconds_on_gpu)

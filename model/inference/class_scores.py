@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from m2f.model.mask_resize import ImageGeometry, MaskResize, RowTaps, resize_columns, row_bands
+from m2f.model.inference.mask_resize import ImageGeometry, MaskResize, RowTaps, resize_columns, row_bands
 from m2f.model.structures import SemanticResult
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from m2f.model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
 from m2f.model.structures import Predictions
-from m2f.model.transformer_decoder import DecoderLayer, LevelMemory, mask_head
+from m2f.model.transformer_decoder.masked import DecoderLayer, LevelMemory, mask_head
 
 
 class StandardTransformerDecoder(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2f.model.point_sampling import chunk_elements
+from m2f.model.loss.point_sampling import chunk_elements
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from m2f.model.class_scores import ClassScores
 from m2f.model.config import PostprocessConfig
-from m2f.model.mask_resize import ImageGeometry, MaskResize
+from m2f.model.inference.class_scores import ClassScores
+from m2f.model.inference.mask_resize import ImageGeometry, MaskResize
 from m2f.model.structures import UNLABELLED, InstanceResult, PanopticResult, PanopticSegment, SemanticResult
 
 MASK_GROUP_BYTES = 2**28

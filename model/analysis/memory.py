@@ -12,12 +12,12 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from m2f.model.analysis.flops.executed import SHAPES_ONLY, build_shapes
 from m2f.model.config import LossConfig, ModelConfig
-from m2f.model.criterion import point_counts
-from m2f.model.flops.executed import SHAPES_ONLY, build_shapes
-from m2f.model.mask_losses import row_losses
-from m2f.model.ms_deform_attn import MSDeformAttn, SamplingGrid
-from m2f.model.point_sampling import chunk_elements, sample_maps
+from m2f.model.deform_attn.module import MSDeformAttn, SamplingGrid
+from m2f.model.loss.criterion import point_counts
+from m2f.model.loss.mask_losses import row_losses
+from m2f.model.loss.point_sampling import chunk_elements, sample_maps
 from m2f.model.structures import Predictions
 
 

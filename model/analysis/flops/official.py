@@ -7,6 +7,11 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import assert_never
 
+from m2f.model.analysis.flops.backbones import RESNET_BLOCKS, resnet, swin
+from m2f.model.analysis.flops.executed import build_backbone_shapes, executed_backbone_flops
+from m2f.model.analysis.flops.operations import BILINEAR, Flops, Map, pyramid
+from m2f.model.analysis.flops.pixel_decoders import pixel_decoder
+from m2f.model.analysis.flops.transformer_decoders import masked, standard
 from m2f.model.config import (
     BackboneConfig,
     MaskedTransformerDecoderConfig,
@@ -17,11 +22,6 @@ from m2f.model.config import (
     TransformerFPNPixelDecoderConfig,
 )
 from m2f.model.errors import ConfigError
-from m2f.model.flops.backbones import RESNET_BLOCKS, resnet, swin
-from m2f.model.flops.executed import build_backbone_shapes, executed_backbone_flops
-from m2f.model.flops.operations import BILINEAR, Flops, Map, pyramid
-from m2f.model.flops.pixel_decoders import pixel_decoder
-from m2f.model.flops.transformer_decoders import masked, standard
 
 COCO_SIZES: Mapping[tuple[int, int], int] = MappingProxyType(
     {

@@ -13,14 +13,14 @@ from timm.models import model_entrypoint
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from m2f.model.backbone_weights import require_weights_of
-from m2f.model.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d, group_norm_like, replace_batch_norms
+from m2f.model.backbones.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d, group_norm_like, replace_batch_norms
+from m2f.model.backbones.feature_pyramid import SimpleFeaturePyramid
+from m2f.model.backbones.hiera import AnySizeHiera
+from m2f.model.backbones.weight_checks import require_weights_of
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.feature_pyramid import SimpleFeaturePyramid
-from m2f.model.hiera import AnySizeHiera
-from m2f.model.weight_files import read_state
-from m2f.model.weight_names import to_timm_names
+from m2f.model.weights.files import read_state
+from m2f.model.weights.names import to_timm_names
 
 STRIDES = (4, 8, 16, 32)
 _VIT_PATCH = 16

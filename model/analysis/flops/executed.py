@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from m2f.model.backbones import Backbone, build_backbone
+from m2f.model.analysis.flops.operations import BATCH_NORM, BILINEAR, NEAREST, NORM, Flops
+from m2f.model.backbones.build import Backbone, build_backbone
 from m2f.model.config import BackboneConfig, ModelConfig
-from m2f.model.flops.operations import BATCH_NORM, BILINEAR, NEAREST, NORM, Flops
 from m2f.model.mask2former import Mask2Former, build_model
 
 Size = Sequence[int]

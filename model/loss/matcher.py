@@ -19,9 +19,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from m2f.model.config import LossConfig
-from m2f.model.host_copies import HostCopy
-from m2f.model.mask_losses import pair_sums
-from m2f.model.point_sampling import LabelMaps, chunk_elements, sample_features
+from m2f.model.loss.host_copies import HostCopy
+from m2f.model.loss.mask_losses import pair_sums
+from m2f.model.loss.point_sampling import LabelMaps, chunk_elements, sample_features
 from m2f.model.structures import Predictions, Targets
 
 TIE_BREAK = 2.0**-30

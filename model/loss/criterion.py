@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from m2f.model.config import LossConfig
-from m2f.model.host_copies import to_device
-from m2f.model.mask_losses import MaskLoss, row_losses
-from m2f.model.matcher import Matching, start_matching
-from m2f.model.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
-from m2f.model.points import DrawnPoints, PointCounts, PointSource, RowIndex
+from m2f.model.loss.host_copies import to_device
+from m2f.model.loss.mask_losses import MaskLoss, row_losses
+from m2f.model.loss.matcher import Matching, start_matching
+from m2f.model.loss.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
+from m2f.model.loss.points import DrawnPoints, PointCounts, PointSource, RowIndex
 from m2f.model.structures import Predictions, Targets
 
 

@@ -1,0 +1,1 @@
+"""TODO: what lives in flops, in one sentence."""

@@ -1,0 +1,1 @@
+"""TODO: what lives in backbones, in one sentence."""

@@ -1,0 +1,1 @@
+"""TODO: what lives in deform_attn, in one sentence."""

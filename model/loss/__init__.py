@@ -1,0 +1,1 @@
+"""TODO: what lives in loss, in one sentence."""

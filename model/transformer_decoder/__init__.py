@@ -1,0 +1,1 @@
+"""TODO: what lives in transformer_decoder, in one sentence."""
