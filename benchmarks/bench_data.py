@@ -31,19 +31,19 @@ import torch
 from benchmarks import data_peers as peer
 from benchmarks.data_scenes import SIZE, TABLE, Scene, make_scene, write_long_manifest, write_scenes
 from benchmarks.measure import Row, interleaved
-from m2f.data_pipeline.augment import AugmentParams, draw_params
-from m2f.data_pipeline.chunks import plan_chunks
-from m2f.data_pipeline.codec import decode
-from m2f.data_pipeline.collate import Batch, collate
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, StorageConfig
-from m2f.data_pipeline.example import Example, TrainRecipe, make_example
-from m2f.data_pipeline.fetch import FetchLimits, Members, SampleFetcher
-from m2f.data_pipeline.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import build_order, chunk_bytes
+from m2f.data_pipeline.loading.fetch import FetchLimits, Members, SampleFetcher
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.order import build_order, chunk_bytes
 from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.sample import DecodedSample
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.codec import decode
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.augment import AugmentParams, draw_params
+from m2f.data_pipeline.transforms.collate import Batch, collate
+from m2f.data_pipeline.transforms.example import Example, TrainRecipe, make_example
 
 T = TypeVar("T")
 

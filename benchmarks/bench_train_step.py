@@ -27,7 +27,7 @@ from benchmarks.measure import Row, compare
 from benchmarks.official_order import official_loss, official_pixel_decoder
 from benchmarks.scenes import LAYERS, dense_masks, make_batch
 from benchmarks.transformers_peer import CONFIG, compile_parts, twins
-from m2f.data_pipeline.collate import Batch
+from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss import criterion
 from m2f.model.loss.criterion import Normalizers, count_normalizers, point_counts
 from m2f.model.loss.matcher import Matching

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.data_scenes import Scene
-from m2f.data_pipeline.augment import AugmentParams
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.augment import AugmentParams
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from benchmarks.recording import RecordingWriter
 from m2f.cluster.compose import compose_job
 from m2f.cluster.config import RunConfig
 from m2f.cluster.recipe import dump_recipe, load_recipe
-from m2f.data_pipeline.loader import LoaderSpec
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.loader import LoaderSpec
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError, UserError
 from m2f.trainer.data import open_shards
 

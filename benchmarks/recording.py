@@ -22,13 +22,13 @@ from typing import Any, Self
 import cv2
 import numpy as np
 
-from m2f.data_pipeline.collate import FILLER_POSITION, Batch, collate
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.example import Example
 from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png, decode_rgb, encode_png, read_header
-from m2f.data_pipeline.loader import LoaderSpec, StepBatches, in_thread
-from m2f.data_pipeline.storage import Storage
-from m2f.data_pipeline.targets import ImageTargets
+from m2f.data_pipeline.loading.loader import LoaderSpec, StepBatches, in_thread
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, collate
+from m2f.data_pipeline.transforms.example import Example
+from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.trainer.job import TrainJob
 
 FORMAT = 1

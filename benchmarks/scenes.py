@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m2f.data_pipeline.collate import Batch
+from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.structures import Predictions, Targets
 
 CLASSES = 133

@@ -13,11 +13,11 @@ from m2f.cluster.config import RunConfig
 from m2f.cluster.eval_actor import load_model, weights_url
 from m2f.cluster.progress import Progress
 from m2f.data_pipeline.categories import Category
-from m2f.data_pipeline.collate import EvalBatch
-from m2f.data_pipeline.loader import eval_batches, shared_categories
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.preview import spread_indices
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.loader import eval_batches, shared_categories
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.preview import spread_indices
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
 from m2f.eval.inference import PREDICTS, Evaluator
 from m2f.eval.layers import LayerAnalysis, LayerQuality

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from m2f.cluster.config import RunConfig
 from m2f.cluster.recipe import dump_recipe
-from m2f.data_pipeline.loader import mixture_labels
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.loader import mixture_labels
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.job import TrainJob
 

@@ -15,7 +15,7 @@ from m2f.cluster.ray_cluster import connect
 from m2f.cluster.recipe import load_recipe
 from m2f.cluster.shard_job import run_shard_job
 from m2f.cluster.train_job import RunSummary, run_training
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"

@@ -14,8 +14,8 @@ from urllib.request import Request, urlopen
 
 from m2f.cluster.config import RunConfig
 from m2f.cluster.doctor_finding import Finding
-from m2f.data_pipeline.manifest import read_document
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.shards.manifest import read_document
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
 TIMEOUT_S = 5.0

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from m2f.cluster.config import RunConfig
-from m2f.data_pipeline.loader import eval_batches
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.loading.loader import eval_batches
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationSet
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference import Evaluator

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from m2f.cluster.policies import choose
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 
 Status = Literal["waiting", "running", "published", "failed", "dropped"]

@@ -15,9 +15,9 @@ from m2f.cluster.eval_actor import EvaluationActor, EvaluationTask, call_rows, e
 from m2f.cluster.eval_pool import EvaluationPool
 from m2f.cluster.progress import Progress
 from m2f.cluster.ray_cluster import local_or_existing
-from m2f.data_pipeline.loader import shared_categories
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.loading.loader import shared_categories
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationSet
 from m2f.eval.evaluation_page import details_json, evaluation_page
 from m2f.eval.inference import check_extra_metrics, check_tasks

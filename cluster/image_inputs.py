@@ -18,7 +18,7 @@ import numpy as np
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, read_header
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 READ_AHEAD = 4

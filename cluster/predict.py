@@ -13,12 +13,12 @@ from m2f.cluster.image_inputs import ImageInput, read_images
 from m2f.cluster.prediction_files import Prediction, PredictionFolder
 from m2f.cluster.progress import Progress
 from m2f.cluster.trained_model import TrainedModel
-from m2f.data_pipeline.augment import shortest_edge_size
 from m2f.data_pipeline.categories import Category, Task
-from m2f.data_pipeline.collate import SIZE_MULTIPLE, collate_eval
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.augment import shortest_edge_size
+from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, collate_eval
 from m2f.eval.average_precision import InstanceDetections
 from m2f.eval.inference import ImageOutput, check_tasks, detect, image_outputs
 from m2f.model.errors import ConfigError

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f.cluster.config import RunConfig
-from m2f.data_pipeline.manifest import read_document
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.manifest import read_document
+from m2f.data_pipeline.storage.storage import Storage
 
 CODE = Path(__file__).resolve().parents[1]
 GIT_TIMEOUT_S = 10.0

@@ -14,7 +14,7 @@ from types import FrameType
 from m2f.cluster.config import RunConfig
 from m2f.cluster.policies import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.progress import complain
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint_folder import newest_step
 
 _LOOK_S = 0.2

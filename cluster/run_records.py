@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from m2f.cluster.recipe import flatten_tree
 from m2f.cluster.tracking import connect
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
 Curve = tuple[tuple[int, float], ...]

@@ -16,7 +16,7 @@ from m2f.cluster.progress import say
 from m2f.cluster.reporters import TrackingReporter, recover_metrics
 from m2f.cluster.run_board import CheckpointReport, Delivery, EventReport, MetricsReport, Word
 from m2f.cluster.tracking import RunStatus, TrackedRun, Tracking
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.reporting import LogReporter, Reporters
 
 PATIENCE_S = 10.0

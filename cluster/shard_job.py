@@ -20,9 +20,9 @@ from m2f.cluster.progress import Progress, format_duration
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.manifest import read_document
 from m2f.data_pipeline.readers import Reader, open_reader, source_fingerprint
-from m2f.data_pipeline.shards import (
+from m2f.data_pipeline.shards.manifest import read_document
+from m2f.data_pipeline.shards.write import (
     SampleProblem,
     ShardPart,
     ShardPlan,
@@ -31,7 +31,7 @@ from m2f.data_pipeline.shards import (
     plan_shards,
     write_shard,
 )
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
 LOGGER = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from m2f.cluster.config import RunConfig
 from m2f.cluster.journal import Entry, Journal
 from m2f.cluster.provenance import DataInput, code_facts, data_facts, data_inputs
 from m2f.cluster.recipe import dump_recipe, flatten
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
 LOGGER = logging.getLogger(__name__)

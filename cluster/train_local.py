@@ -30,7 +30,7 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
     from m2f.cluster.compose import compose_job
     from m2f.cluster.reporters import TrackingReporter, recover_metrics
     from m2f.cluster.tracking import Tracking, create_run
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint_folder import newest_whole
 
     job = compose_job(config)
@@ -59,7 +59,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: dict[str, str], live: bool) -> None:
     from m2f.cluster.policies import Attempt, AttemptHistory, Retry, decide, root_cause
     from m2f.cluster.progress import complain
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.adjustments import adjust, read_adjustments
     from m2f.trainer.checkpoint_folder import newest_step
 

@@ -14,8 +14,8 @@ from m2f.cluster.paths import with_absolute_paths
 from m2f.cluster.recipe import load_recipe, parse_recipe
 from m2f.data_pipeline.categories import TASKS, Category, Task, distinct_color
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError, WeightsError

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from m2f.data_pipeline.categories import Task
-from m2f.data_pipeline.collate import EvalBatch
-from m2f.data_pipeline.targets import ImageTargets, image_targets
+from m2f.data_pipeline.transforms.collate import EvalBatch
+from m2f.data_pipeline.transforms.targets import ImageTargets, image_targets
 from m2f.eval.panels import HeatMap
 from m2f.eval.report import columns
 from m2f.model.analysis.attention_maps import AttentionMap, foreground_mass

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from m2f.data_pipeline.categories import TASKS, CategoryTable, Task
-from m2f.data_pipeline.collate import EvalBatch
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
 from m2f.data_pipeline.sample import DecodedSample
+from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
 from m2f.eval.cityscapes import CityscapesDetection
 from m2f.eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage

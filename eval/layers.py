@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.collate import EvalBatch
+from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.average_precision import AveragePrecisionState, InstanceDetections, class_agnostic_truth
 from m2f.eval.inference import Evaluator, ImageOutput, detect, image_outputs
 from m2f.eval.report import EvaluationSubject, columns

@@ -17,7 +17,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
-from m2f.data_pipeline.column_files import ColumnFiles
+from m2f.data_pipeline.storage.column_files import ColumnFiles
 from m2f.eval.errors import EvaluationError
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2f.data_pipeline.augment import resize_image, shortest_edge_size
-from m2f.data_pipeline.collate import EVAL_PADDING, SIZE_MULTIPLE
+from m2f.data_pipeline.transforms.augment import resize_image, shortest_edge_size
+from m2f.data_pipeline.transforms.collate import EVAL_PADDING, SIZE_MULTIPLE
 from m2f.eval.config import MultiScale, SlidingWindows
 from m2f.model.config import PostprocessConfig
 from m2f.model.inference.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows

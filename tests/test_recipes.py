@@ -14,12 +14,12 @@ import torch
 
 from m2f.cluster.recipe import flatten, load_recipe, parse_recipe
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.collate import collate
 from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.example import TrainRecipe, make_example
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CATEGORIES_19
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.data_pipeline.transforms.collate import collate
+from m2f.data_pipeline.transforms.example import TrainRecipe, make_example
 from m2f.model.config import (
     FaPNPixelDecoderConfig,
     MSDeformAttnPixelDecoderConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.micro_batches import Substitution
+from m2f.data_pipeline.loading.decode import Substitution
 from m2f.trainer.control import Ranks
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import safetensors.torch
 import torch
 
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint_folder import (
     AVERAGE,
     ENGINE,

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from m2f.data_pipeline.errors import MissingObjectError, StorageError
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.reporting import CommittedCheckpoint
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
-from m2f.data_pipeline.loader import LoaderSpec, StepBatches, build_loader
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import LaterOrder, Order, build_order
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.loader import LoaderSpec, StepBatches, build_loader
+from m2f.data_pipeline.order.order import LaterOrder, Order, build_order
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.job import TrainJob, Window
 from m2f.trainer.state import TrainState

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m2f.data_pipeline.collate import Batch
-from m2f.data_pipeline.order import step_plan
+from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss.criterion import Losses, Normalizers
 from m2f.trainer.average import WeightAverage
 from m2f.trainer.config import TrainingConfig

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from m2f.data_pipeline.loader import StepBatches
+from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.model.loss.criterion import Losses, Normalizers, count_normalizers
 from m2f.trainer.bad_samples import BadSamples
 from m2f.trainer.checkpoint_folder import checkpoint_url

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from m2f.data_pipeline.config import DataConfig
-from m2f.data_pipeline.order import step_plan
+from m2f.data_pipeline.order.order import step_plan
 from m2f.model.analysis.flops.executed import build_shapes, count_parameters
 from m2f.model.analysis.memory import count_activations
 from m2f.model.config import ModelConfig

@@ -8,9 +8,9 @@ from typing import assert_never
 
 import torch
 
-from m2f.data_pipeline.collate import SIZE_MULTIPLE, Batch
 from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.order import step_plan
+from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, Batch
 from m2f.model.loss.criterion import Normalizers
 from m2f.model.structures import Targets
 from m2f.trainer.control import Ranks

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from m2f.data_pipeline.storage import StorageCounters
+from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.loss.criterion import Losses
 from m2f.trainer.clock import Phase
 from m2f.trainer.control import Ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from m2f.data_pipeline.collate import Batch
+from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.config import ModelConfig
 from m2f.model.loss.criterion import Losses, Normalizers, compute_losses
 from m2f.model.loss.points import CounterPoints

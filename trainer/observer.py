@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from types import TracebackType
 from typing import Any
 
-from m2f.data_pipeline.loader import StepBatches
+from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.model.loss.criterion import Losses
 from m2f.trainer.clock import Phase, PhaseClock
 from m2f.trainer.engine import StepResult

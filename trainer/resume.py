@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former
 from m2f.model.weights.load import load_weights
 from m2f.trainer.checkpoint_folder import (

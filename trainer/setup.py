@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from m2f.data_pipeline.loader import StepBatches
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.loader import StepBatches
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former, build_model
 from m2f.model.weights.load import LoadReport, load_weights
 from m2f.trainer.checkpoint import CheckpointSaver

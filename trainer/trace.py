@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 
 LOGGER = logging.getLogger(__name__)
 MAX_BYTES = 16_000_000

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.clock import Phase, PhaseClock
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.control import Ranks

@@ -104,7 +104,7 @@ def _subject(args: argparse.Namespace) -> AnalysisSubject:
     from m2f.cluster.analyze import open_subject
     from m2f.cluster.checkpoints import choose_checkpoint
     from m2f.cluster.recipe import load_recipe
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import ConfigError
 
     words, overrides = split_overrides(args.words)

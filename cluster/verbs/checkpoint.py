@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from m2f.cluster.verbs.arguments import add_recipe
 
 if TYPE_CHECKING:
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.reporting import CommittedCheckpoint
 
 SUMMARY = "list the checkpoints of a run, verify every byte of them, or take out the weights"
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.checkpoints import choose_checkpoint
     from m2f.cluster.progress import say
     from m2f.cluster.recipe import load_recipe
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint_folder import list_checkpoints
     from m2f.trainer.reporting import CommittedCheckpoint
 

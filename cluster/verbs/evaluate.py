@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.checkpoints import choose_checkpoint
     from m2f.cluster.progress import say
     from m2f.cluster.recipe import load_recipe
-    from m2f.data_pipeline.storage import Storage, join
+    from m2f.data_pipeline.storage.storage import Storage, join
 
     config = load_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from m2f.cluster.progress import Progress
-    from m2f.data_pipeline.adopt import Adoption
+    from m2f.data_pipeline.shards.adopt import Adoption
 
 SUMMARY = "adopt WebDataset tars made by others: write a manifest, leave the tars alone"
 _SHOWN = 20
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from m2f.cluster.progress import Progress, say
-    from m2f.data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
     from m2f.data_pipeline.config import DatasetConfig
     from m2f.data_pipeline.readers.category_file import read_category_file
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.shards.adopt import Wanted, adopt, detect_form, find_tars
+    from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
     storage = Storage()

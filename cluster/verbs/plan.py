@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.compose import compose_job
     from m2f.cluster.progress import say
     from m2f.cluster.recipe import load_recipe
-    from m2f.data_pipeline.manifest import Manifest
-    from m2f.data_pipeline.order import build_order
-    from m2f.data_pipeline.plan import Ranks, format_prediction, predict
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.order.order import build_order
+    from m2f.data_pipeline.order.read_simulation import Ranks, format_prediction, predict
+    from m2f.data_pipeline.shards.manifest import Manifest
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import ConfigError
     from m2f.trainer.memory_plan import format_memory, plan_memory
 

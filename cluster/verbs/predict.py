@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.progress import complain, say
     from m2f.cluster.submission import check_submission, write_submission
     from m2f.cluster.trained_model import open_trained
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.storage.storage import Storage
 
     words, overrides = split_overrides(args.words)
     _check(args)

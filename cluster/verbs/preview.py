@@ -20,9 +20,9 @@ def run(args: argparse.Namespace) -> int:
     """Write one sheet."""
     from m2f.cluster.progress import say
     from m2f.cluster.recipe import load_recipe
-    from m2f.data_pipeline.manifest import Manifest
-    from m2f.data_pipeline.preview import spread_indices, write_contact_sheet
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.shards.manifest import Manifest
+    from m2f.data_pipeline.shards.preview import spread_indices, write_contact_sheet
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import ConfigError
 
     names, overrides = split_overrides(args.words)

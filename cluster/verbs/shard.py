@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe import load_recipe
     from m2f.cluster.shard_job import run_shard_job
     from m2f.data_pipeline.errors import DataError
-    from m2f.data_pipeline.manifest import read_document
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.shards.manifest import read_document
+    from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import UserError
 
     names, overrides = split_overrides(args.words)

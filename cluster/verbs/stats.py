@@ -18,9 +18,9 @@ def run(args: argparse.Namespace) -> int:
     """Print one table per data set."""
     from m2f.cluster.progress import say
     from m2f.cluster.recipe import load_recipe
-    from m2f.data_pipeline.manifest import Manifest
-    from m2f.data_pipeline.stats import class_table, format_class_table
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.shards.manifest import Manifest
+    from m2f.data_pipeline.shards.stats import class_table, format_class_table
+    from m2f.data_pipeline.storage.storage import Storage
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
-    from m2f.data_pipeline.storage import Storage
-    from m2f.data_pipeline.verify import Depth, Verification
+    from m2f.data_pipeline.shards.verify import Depth, Verification
+    from m2f.data_pipeline.storage.storage import Storage
 
 SUMMARY = "check sharded data sets: sizes, or every byte, sample and label"
 _SHOWN = 20
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from m2f.cluster.progress import say
-    from m2f.data_pipeline.storage import Storage
+    from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
     storage = Storage()
@@ -50,8 +50,8 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
     from contextlib import ExitStack
 
     from m2f.cluster.progress import Progress
-    from m2f.data_pipeline.manifest import Manifest
-    from m2f.data_pipeline.verify import verify
+    from m2f.data_pipeline.shards.manifest import Manifest
+    from m2f.data_pipeline.shards.verify import verify
 
     bars: list[Progress] = []
     with ExitStack() as stack:

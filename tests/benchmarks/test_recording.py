@@ -21,8 +21,8 @@ from m2f.cluster.launch_local import launch
 from m2f.cluster.train_local import worker_environment
 from m2f.data_pipeline.config import ScaleJitter
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.loader import LoaderSpec
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.loader import LoaderSpec
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.data import open_shards
 from m2f.trainer.worker import run_worker

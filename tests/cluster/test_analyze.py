@@ -13,8 +13,8 @@ from m2f.cluster.cli import main
 from m2f.cluster.model_table import cpu_seconds_per_image, format_model_table, paper_sizes
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.panels import decode_png
 from m2f.model.analysis.flops.official import mean_flops, official_flops
 from m2f.model.analysis.paper_models import paper_models

@@ -20,8 +20,8 @@ from m2f.cluster.recipe import load_recipe
 from m2f.cluster.verbs.arguments import split_overrides
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint_folder import FileEntry, Manifest, checkpoint_url, pin
 

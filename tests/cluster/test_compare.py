@@ -17,7 +17,7 @@ from m2f.cluster.compare_page import as_page
 from m2f.cluster.compare_report import as_json, as_markdown, as_text
 from m2f.cluster.paper_results import PAPER_RESULTS, paper_result
 from m2f.cluster.run_records import CompareError, RunRecord, SetResult, read_runs
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -34,8 +34,8 @@ from m2f.cluster.doctor_services import (
 from m2f.cluster.recipe import load_recipe
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 
 RECIPE = """
 name: patient

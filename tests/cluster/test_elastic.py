@@ -16,7 +16,7 @@ from m2f.cluster.room import room
 from m2f.cluster.tracking import create_run
 from m2f.cluster.train_job import run_training
 from m2f.cluster.train_local import train_locally
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint_folder import list_checkpoints

@@ -29,8 +29,8 @@ from m2f.cluster.eval_service import queue_url
 from m2f.cluster.recipe import dump_recipe, load_recipe
 from m2f.cluster.upload import pack
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint_folder import list_checkpoints, read_manifest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(2400)]

@@ -22,7 +22,7 @@ from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError

@@ -16,8 +16,8 @@ from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.sample import Annotation, DecodedSample
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.average_precision import InstanceDetections
 from m2f.eval.masks import encode_masks
 from m2f.eval.result_dump import ResultDump, join_dump

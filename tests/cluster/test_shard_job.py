@@ -21,10 +21,10 @@ from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.shard_job import ShardFailure, ShardJobError, run_shard_job
 from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
 from m2f.data_pipeline.errors import DataError, StorageError
-from m2f.data_pipeline.manifest import Manifest
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset, write_shard
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.write import write_dataset, write_shard
+from m2f.data_pipeline.storage.storage import Storage
 
 CLUSTER = ClusterConfig(shard_tasks=2)
 

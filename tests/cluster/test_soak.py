@@ -19,7 +19,7 @@ from m2f.cluster.eval_service import queue_url
 from m2f.cluster.recipe import dump_recipe
 from m2f.cluster.tracking import find_run
 from m2f.cluster.train_local import train_locally
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.trainer.checkpoint_folder import newest_step
 from m2f.trainer.config import CheckpointConfig

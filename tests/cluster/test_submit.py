@@ -22,8 +22,8 @@ from m2f.cluster.submit import Attach, Start, choose, for_cluster, job_environme
 from m2f.cluster.upload import LIMIT_BYTES, UploadError, pack
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint_folder import list_checkpoints
 

@@ -28,7 +28,7 @@ from m2f.cluster.train_local import train_locally
 from m2f.data_pipeline.config import (
     StorageConfig,
 )
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
 from m2f.trainer.adjustments import read_adjustments

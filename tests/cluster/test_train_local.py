@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m2f.cluster.train_local import train_locally, train_rank
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.trainer.adjustments import read_adjustments
 from m2f.trainer.config import CheckpointConfig, SpikeConfig

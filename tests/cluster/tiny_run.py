@@ -13,8 +13,8 @@ from m2f.cluster.config import ClusterConfig, RunConfig
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
-from m2f.data_pipeline.shards import commit_manifest, plan_shards, write_shard
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import commit_manifest, plan_shards, write_shard
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.model.config import (
     LossConfig,

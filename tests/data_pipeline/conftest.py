@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo, write_table
+from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo, write_table
 
 CLASSES = 20
 

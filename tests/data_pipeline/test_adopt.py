@@ -13,8 +13,6 @@ import pytest
 import webdataset
 
 from m2f.cluster.cli import main
-from m2f.data_pipeline import object_stream
-from m2f.data_pipeline.adopt import Wanted, adopt, detect_form, find_tars
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import (
     CocoPanopticSource,
@@ -28,14 +26,16 @@ from m2f.data_pipeline.config import (
 )
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
-from m2f.data_pipeline.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import build_order
-from m2f.data_pipeline.preview import write_contact_sheet
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
-from m2f.data_pipeline.verify import verify
+from m2f.data_pipeline.shards.adopt import Wanted, adopt, detect_form, find_tars
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.preview import write_contact_sheet
+from m2f.data_pipeline.shards.verify import verify
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage import stream as object_stream
+from m2f.data_pipeline.storage.storage import Storage
 
 STORAGE = Storage()
 CLASSES = [

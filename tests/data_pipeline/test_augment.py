@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m2f.data_pipeline.augment import (
+from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.randomness import Stream, sample_rng
+from m2f.data_pipeline.transforms.augment import (
     AugmentParams,
     ColorJitter,
     augment,
@@ -17,8 +19,6 @@ from m2f.data_pipeline.augment import (
     resize_image,
     shortest_edge_size,
 )
-from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.randomness import Stream, sample_rng
 
 IGNORE = 255
 

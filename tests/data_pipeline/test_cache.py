@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f.data_pipeline.cache import ChunkCache, UpcomingChunks, upcoming, victims
-from m2f.data_pipeline.chunks import plan_chunks
 from m2f.data_pipeline.config import CacheConfig, DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.order import build_order
-from m2f.data_pipeline.storage import StorageCounters
+from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks, upcoming, victims
+from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.order import build_order
+from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.errors import ConfigError
 
 

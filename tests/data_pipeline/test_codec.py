@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2f.data_pipeline import codec
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.sample import Annotation, Sample, Segment, id_dtype
+from m2f.data_pipeline.shards import codec
 
 RANDOM = np.random.default_rng(1)
 

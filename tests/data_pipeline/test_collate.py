@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from m2f.data_pipeline import codec
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.collate import (
+from m2f.data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.transforms.collate import (
     EVAL_PADDING,
     FILLER_POSITION,
     collate,
     collate_eval,
 )
-from m2f.data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.example import TrainRecipe, make_example
-from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
-from m2f.data_pipeline.targets import drop_empty, image_targets
+from m2f.data_pipeline.transforms.example import TrainRecipe, make_example
+from m2f.data_pipeline.transforms.targets import drop_empty, image_targets
 
 SKY, GRASS, DOG, CAT = 7, 9, 20, 30
 TABLE = CategoryTable(

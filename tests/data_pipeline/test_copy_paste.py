@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2f.data_pipeline.chunks import plan_chunks
 from m2f.data_pipeline.config import (
     CopyPasteConfig,
     DataConfig,
@@ -18,18 +17,19 @@ from m2f.data_pipeline.config import (
     ScaleJitter,
     SyntheticSource,
 )
-from m2f.data_pipeline.copy_paste import draw_objects, partner_position, paste
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.example import TrainRecipe, cut_example, make_example, paste_objects, without_empty
-from m2f.data_pipeline.fetch import FetchLimits, SampleFetcher
-from m2f.data_pipeline.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.order import build_order, chunk_bytes, look_ahead
-from m2f.data_pipeline.plan import Ranks, predict
+from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.order import build_order, chunk_bytes, look_ahead
+from m2f.data_pipeline.order.read_simulation import Ranks, predict
 from m2f.data_pipeline.randomness import Stream
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
-from m2f.data_pipeline.targets import ImageTargets
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.copy_paste import draw_objects, partner_position, paste
+from m2f.data_pipeline.transforms.example import TrainRecipe, cut_example, make_example, paste_objects, without_empty
+from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.model.errors import ConfigError
 
 BATCH = 6

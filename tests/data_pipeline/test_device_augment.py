@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from m2f.data_pipeline.augment import augment, draw_params, plan_cut
-from m2f.data_pipeline.collate import Batch, SourceBatch
 from m2f.data_pipeline.config import (
     CopyPasteConfig,
     DataConfig,
@@ -17,13 +15,15 @@ from m2f.data_pipeline.config import (
     ShortestEdgeCrop,
     SyntheticSource,
 )
-from m2f.data_pipeline.device_augment import render, stack_cuts, stack_sources
-from m2f.data_pipeline.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.augment import augment, draw_params, plan_cut
+from m2f.data_pipeline.transforms.augment_on_device import render, stack_cuts, stack_sources
+from m2f.data_pipeline.transforms.collate import Batch, SourceBatch
 from m2f.model.errors import ConfigError
 
 LSJ = LargeScaleJitter(size=96, min_scale=0.1, max_scale=2.0)

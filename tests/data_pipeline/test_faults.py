@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from m2f.data_pipeline import s3_store
 from m2f.data_pipeline.config import (
     CacheConfig,
     DataConfig,
@@ -26,12 +25,13 @@ from m2f.data_pipeline.config import (
     SyntheticSource,
 )
 from m2f.data_pipeline.errors import DataError, StorageError
-from m2f.data_pipeline.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage import s3 as s3_store
+from m2f.data_pipeline.storage.storage import Storage
 
 IMAGES = 24
 

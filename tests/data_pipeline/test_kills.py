@@ -21,13 +21,13 @@ from m2f.data_pipeline.config import (
     MixtureItem,
     SyntheticSource,
 )
-from m2f.data_pipeline.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
+from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
-from m2f.data_pipeline.verify import verify
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.verify import verify
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 
 SHARDING = """
 import sys

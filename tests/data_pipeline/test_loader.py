@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.chunks import plan_chunks
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError, LoaderDiedError, StorageError
-from m2f.data_pipeline.fetch import FetchLimits, SampleFetcher
-from m2f.data_pipeline.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
-from m2f.data_pipeline.order import Place, build_order
+from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
+from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.order import Place, build_order
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
-from m2f.data_pipeline.shards import commit_manifest, plan_shards, write_shard
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.write import commit_manifest, plan_shards, write_shard
+from m2f.data_pipeline.storage.storage import Storage
 
 TABLE = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "box", True, (200, 0, 0))))
 

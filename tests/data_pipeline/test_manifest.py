@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from m2f.data_pipeline import manifest as manifest_module
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, SyntheticSource
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo
-from m2f.data_pipeline.order import build_order
+from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards import manifest as manifest_module
+from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 
 STORAGE = Storage()
 SOURCE = SyntheticSource(num_images=10, seed=6)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from m2f.data_pipeline.chunks import plan_chunks
 from m2f.data_pipeline.config import DataConfig, MixtureItem
-from m2f.data_pipeline.order import ORDER_VERSION, LaterOrder, Mixture, Place, ShardOrder, build_order, step_plan
-from m2f.data_pipeline.selection import Visits, once
+from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.order import ORDER_VERSION, LaterOrder, Mixture, Place, ShardOrder, build_order, step_plan
+from m2f.data_pipeline.order.selection import Visits, once
 
 
 def layout(count, shard_size=100, length=10):

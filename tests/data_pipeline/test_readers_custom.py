@@ -11,11 +11,11 @@ from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import CustomSource, DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
-from m2f.data_pipeline.manifest import Manifest
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.custom import CustomReader
 from m2f.data_pipeline.sample import Annotation, Segment
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "datasets.md"
 H, W = 6, 8

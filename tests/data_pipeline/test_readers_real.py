@@ -9,7 +9,6 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from m2f.data_pipeline import codec
 from m2f.data_pipeline.config import (
     Ade20kFullSource,
     Ade20kSource,
@@ -22,11 +21,12 @@ from m2f.data_pipeline.config import (
     MapillarySource,
 )
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
-from m2f.data_pipeline.preview import contact_sheet
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
-from m2f.data_pipeline.targets import image_targets
+from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.preview import contact_sheet
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.targets import image_targets
 
 
 def _round_trip(sample):

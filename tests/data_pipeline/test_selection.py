@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.manifest import Columns, Manifest, write_table
-from m2f.data_pipeline.order import build_order
-from m2f.data_pipeline.selection import Visits, once, repeat_factors, select
-from m2f.data_pipeline.stats import class_table
+from m2f.data_pipeline.order.order import build_order
+from m2f.data_pipeline.order.selection import Visits, once, repeat_factors, select
+from m2f.data_pipeline.shards.manifest import Columns, Manifest, write_table
+from m2f.data_pipeline.shards.stats import class_table
 from m2f.model.errors import ConfigError
 
 ONCE = 1 << 24

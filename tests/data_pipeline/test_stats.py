@@ -3,9 +3,9 @@ import pytest
 
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.stats import class_table, format_class_table
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.stats import class_table, format_class_table
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from m2f.data_pipeline import s3_store
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage import s3 as s3_store
+from m2f.data_pipeline.storage.storage import Storage, join
 
 BODY = bytes(range(256)) * 4
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from m2f.data_pipeline.collate import collate_eval
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES, InstanceIds
 from m2f.data_pipeline.sample import DecodedSample
+from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.average_precision import AveragePrecisionState, class_agnostic_detections, class_agnostic_truth
 from m2f.eval.boundary import BOUNDARY_RATIO
 from m2f.eval.cityscapes import CityscapesAPState

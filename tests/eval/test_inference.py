@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.collate import collate_eval
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference import Evaluator, check_tasks

@@ -11,8 +11,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.collate import collate_eval
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig
 from m2f.eval.inference import Evaluator, image_outputs
 from m2f.eval.layers import LayerAnalysis, class_agnostic_proposals, layer_table

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m2f.data_pipeline.augment import resize_image
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.collate import EVAL_PADDING, collate_eval
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
+from m2f.data_pipeline.transforms.augment import resize_image
+from m2f.data_pipeline.transforms.collate import EVAL_PADDING, collate_eval
 from m2f.eval.config import EvaluationConfig, EvaluationSet, MultiScale, SlidingWindows
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference import Evaluator

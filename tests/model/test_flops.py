@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from m2f.data_pipeline.augment import shortest_edge_size
+from m2f.data_pipeline.transforms.augment import shortest_edge_size
 from m2f.model.analysis.flops.executed import build_shapes, count_parameters, executed_flops
 from m2f.model.analysis.flops.official import COCO_SIZES, mean_flops, official_flops
 from m2f.model.analysis.flops.operations import Map, attention, convolution, group_normed, pyramid

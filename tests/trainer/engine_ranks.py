@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m2f.data_pipeline.collate import Batch
-from m2f.data_pipeline.order import step_plan
+from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.deform_attn.module import Float32Linear
 from m2f.model.loss.criterion import Normalizers, count_normalizers
 from m2f.model.mask2former import build_model

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
 
-from m2f.data_pipeline.order import step_plan
+from m2f.data_pipeline.order.order import step_plan
 from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,

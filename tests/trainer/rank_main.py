@@ -24,7 +24,7 @@ from family_ranks import family_agreement
 import m2f.trainer.loop
 import m2f.trainer.module
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,

@@ -12,7 +12,7 @@ import torch
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint import CheckpointSaver
 from m2f.trainer.checkpoint_folder import METRICS, list_checkpoints, metrics_on_their_way, read_manifest

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint_folder import (
     MANIFEST,
     Manifest,

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.adjustments import Adjustments, SkipWindow, SmallerMicroBatch, adjust, read_adjustments
 from m2f.trainer.config import SpikeConfig

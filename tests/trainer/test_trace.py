@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.rank_numbers import RankNumbers, joined_numbers, measure_rank, slow_ranks
 from m2f.trainer.trace import Trace
 

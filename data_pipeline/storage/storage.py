@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.local_store import LocalStore
-from m2f.data_pipeline.object_info import ObjectInfo
-from m2f.data_pipeline.s3_store import S3Store
+from m2f.data_pipeline.storage.local import LocalStore
+from m2f.data_pipeline.storage.object_info import ObjectInfo
+from m2f.data_pipeline.storage.s3 import S3Store
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage
 
 _BLOCK = 8_000_000  # bytes per read
 

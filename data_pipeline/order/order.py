@@ -22,11 +22,11 @@ from typing import Protocol
 
 import numpy as np
 
-from m2f.data_pipeline.chunks import Chunks, plan_chunks
 from m2f.data_pipeline.config import DataConfig
-from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.order.chunks import Chunks, plan_chunks
+from m2f.data_pipeline.order.selection import Visits, select
 from m2f.data_pipeline.randomness import Stream, random_words
-from m2f.data_pipeline.selection import Visits, select
+from m2f.data_pipeline.shards.manifest import Manifest
 
 ORDER_VERSION = 1
 """Part of every fingerprint. Raise it with any change that moves a sample; the golden test then needs a new file."""

@@ -9,13 +9,13 @@ from typing import assert_never
 import cv2
 import numpy as np
 
-from m2f.data_pipeline.augment import Cut, augment, augment_ids, draw_params, plan_cut
 from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.copy_paste import draw_objects, paste
 from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.sample import DecodedSample
-from m2f.data_pipeline.targets import ImageTargets, drop_empty, image_targets
+from m2f.data_pipeline.transforms.augment import Cut, augment, augment_ids, draw_params, plan_cut
+from m2f.data_pipeline.transforms.copy_paste import draw_objects, paste
+from m2f.data_pipeline.transforms.targets import ImageTargets, drop_empty, image_targets
 
 
 @dataclass(frozen=True)

@@ -24,20 +24,20 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from m2f.data_pipeline.cache import ChunkCache, UpcomingChunks
 from m2f.data_pipeline.categories import CategoryTable, Task
-from m2f.data_pipeline.chunks import plan_chunks
-from m2f.data_pipeline.codec import decode
-from m2f.data_pipeline.collate import FILLER_POSITION, EvalBatch, TrainBatch, collate_eval
 from m2f.data_pipeline.config import DataConfig
-from m2f.data_pipeline.copy_paste import partner_position
 from m2f.data_pipeline.errors import DataError, LoaderDiedError
-from m2f.data_pipeline.example import TrainRecipe
-from m2f.data_pipeline.fetch import Fetched, FetchLimits, Group, Members, SampleFetcher
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.micro_batches import MicroBatches, Repair, Row, Spoiled, Substitution, Visit, Work, checked
-from m2f.data_pipeline.order import Order, Place, chunk_bytes, look_ahead, step_plan
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks
+from m2f.data_pipeline.loading.decode import MicroBatches, Repair, Row, Spoiled, Substitution, Visit, Work, checked
+from m2f.data_pipeline.loading.fetch import Fetched, FetchLimits, Group, Members, SampleFetcher
+from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.order import Order, Place, chunk_bytes, look_ahead, step_plan
+from m2f.data_pipeline.shards.codec import decode
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.collate import FILLER_POSITION, EvalBatch, TrainBatch, collate_eval
+from m2f.data_pipeline.transforms.copy_paste import partner_position
+from m2f.data_pipeline.transforms.example import TrainRecipe
 from m2f.model.errors import UserError
 
 In = TypeVar("In")
@@ -325,7 +325,7 @@ def _worker_context() -> BaseContext:
     # forkserver: the training process has threads and perhaps CUDA, which fork must not copy. The server imports this
     # module once, so that workers start at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["m2f.data_pipeline.loader"])
+    context.set_forkserver_preload(["m2f.data_pipeline.loading.loader"])
     return context
 
 

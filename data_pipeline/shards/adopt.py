@@ -17,18 +17,18 @@ from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 
-from m2f.data_pipeline import codec, manifest
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError, ObjectExistsError, StorageError, some
-from m2f.data_pipeline.faults import Fault, fault_of_message
-from m2f.data_pipeline.foreign import ForeignForm, Labels, decode_labels, image_extension
 from m2f.data_pipeline.image_file import BrokenImageError, frame_orientation, read_header
-from m2f.data_pipeline.manifest import SAMPLE_SCHEMA, ShardInfo, category_columns
-from m2f.data_pipeline.object_stream import ObjectStream
 from m2f.data_pipeline.readers.custom import check_annotation
 from m2f.data_pipeline.readers.files import check_image, require_size
-from m2f.data_pipeline.storage import Storage, join
-from m2f.data_pipeline.tar_walk import TarSample, walk_tar
+from m2f.data_pipeline.shards import codec, manifest
+from m2f.data_pipeline.shards.faults import Fault, fault_of_message
+from m2f.data_pipeline.shards.foreign import ForeignForm, Labels, decode_labels, image_extension
+from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, ShardInfo, category_columns
+from m2f.data_pipeline.shards.tar_walk import TarSample, walk_tar
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.storage.stream import ObjectStream
 
 Heard = Callable[[int, int], None]
 """Called with samples and bytes read since the last call, by the caller's thread."""

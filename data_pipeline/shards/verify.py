@@ -13,13 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from m2f.data_pipeline import codec
 from m2f.data_pipeline.errors import DataError, StorageError
-from m2f.data_pipeline.faults import Fault, fault_of_message
-from m2f.data_pipeline.manifest import DATASET_FILE, SAMPLES_FILE, Manifest, category_columns
-from m2f.data_pipeline.object_stream import ObjectStream
 from m2f.data_pipeline.readers.custom import check_annotation
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.faults import Fault, fault_of_message
+from m2f.data_pipeline.shards.manifest import DATASET_FILE, SAMPLES_FILE, Manifest, category_columns
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.storage.stream import ObjectStream
 
 Depth = Literal["quick", "full"]
 Heard = Callable[[int, int], None]

@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
-from m2f.data_pipeline.local_store import replacing
-from m2f.data_pipeline.object_info import ObjectInfo
+from m2f.data_pipeline.storage.local import replacing
+from m2f.data_pipeline.storage.object_info import ObjectInfo
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

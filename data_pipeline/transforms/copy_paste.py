@@ -15,7 +15,7 @@ import torch
 
 from m2f.data_pipeline.config import DataConfig
 from m2f.data_pipeline.randomness import Stream, sample_rng
-from m2f.data_pipeline.targets import MAX_UINT8_TARGETS, ImageTargets, present_ids
+from m2f.data_pipeline.transforms.targets import MAX_UINT8_TARGETS, ImageTargets, present_ids
 from m2f.model.structures import BACKGROUND_ID, ignore_id
 
 _PICKED = 0.5  # share of the partner's objects that are pasted (the paper: "a random subset")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
-from m2f.data_pipeline.object_info import ObjectInfo
+from m2f.data_pipeline.storage.object_info import ObjectInfo
 
 _TEMPORARY = ".partial-"  # files of writes that are under way or were killed; never listed
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.manifest import Manifest
 from m2f.data_pipeline.randomness import Stream, random_words
+from m2f.data_pipeline.shards.manifest import Manifest
 
 _BITS = 24
 _ONCE = 1 << _BITS

@@ -8,15 +8,15 @@ from typing import Literal
 
 from torch.utils.data import Dataset
 
-from m2f.data_pipeline.codec import decode
-from m2f.data_pipeline.collate import TrainBatch, collate, collate_sources
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
-from m2f.data_pipeline.fetch import Members, read_single
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import Order, Place
+from m2f.data_pipeline.loading.fetch import Members, read_single
+from m2f.data_pipeline.order.order import Order, Place
 from m2f.data_pipeline.randomness import Stream
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.codec import decode
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.collate import TrainBatch, collate, collate_sources
+from m2f.data_pipeline.transforms.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
 from m2f.model.errors import UserError
 
 _MOST_CANDIDATES = 100  # so many bad samples in a row are no accident

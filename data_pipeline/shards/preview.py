@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from m2f.data_pipeline.augment import resize_image
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.image_file import encode_png
-from m2f.data_pipeline.manifest import Manifest
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.augment import resize_image
 
 _TILE = 320  # longer side of one image in pixels
 _GAP = 8

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2f.data_pipeline.augment import PADDING_GREY, resize_image, shortest_edge_size
-from m2f.data_pipeline.device_augment import Cuts, render, stack_cuts, stack_sources
-from m2f.data_pipeline.example import Example
 from m2f.data_pipeline.sample import DecodedSample
-from m2f.data_pipeline.targets import ImageTargets
+from m2f.data_pipeline.transforms.augment import PADDING_GREY, resize_image, shortest_edge_size
+from m2f.data_pipeline.transforms.augment_on_device import Cuts, render, stack_cuts, stack_sources
+from m2f.data_pipeline.transforms.example import Example
+from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.model.structures import BACKGROUND_ID, Targets, ignore_id
 
 FILLER_POSITION = -1

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2f.data_pipeline.augment import PADDING_GREY, ColorJitter, Cut, Span
+from m2f.data_pipeline.transforms.augment import PADDING_GREY, ColorJitter, Cut, Span
 
 
 @dataclass(frozen=True)

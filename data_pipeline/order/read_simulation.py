@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m2f.data_pipeline.chunks import Chunks, plan_chunks
 from m2f.data_pipeline.config import AugmentConfig, DataConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.copy_paste import partner_position
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import Order, chunk_bytes, look_ahead
-from m2f.data_pipeline.selection import select
+from m2f.data_pipeline.order.chunks import Chunks, plan_chunks
+from m2f.data_pipeline.order.order import Order, chunk_bytes, look_ahead
+from m2f.data_pipeline.order.selection import select
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.transforms.copy_paste import partner_position
 
 _BYTES_PER_PIXEL = 4  # three colours and one layer of ids
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m2f.data_pipeline.manifest import Manifest
+from m2f.data_pipeline.shards.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f.data_pipeline.chunks import Chunks
 from m2f.data_pipeline.config import CacheConfig
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import Order
-from m2f.data_pipeline.storage import StorageCounters
+from m2f.data_pipeline.order.chunks import Chunks
+from m2f.data_pipeline.order.order import Order
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import StorageCounters
 
 log = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from m2f.data_pipeline import codec
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError, MissingObjectError, StorageError
-from m2f.data_pipeline.foreign import FORM, IDENTITY, ForeignForm, form_from_json, form_member, identity_member
-from m2f.data_pipeline.object_info import ObjectInfo
 from m2f.data_pipeline.sample import Annotation, DecodedSample
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.foreign import FORM, IDENTITY, ForeignForm, form_from_json, form_member, identity_member
+from m2f.data_pipeline.storage.object_info import ObjectInfo
+from m2f.data_pipeline.storage.storage import Storage, join
 
 FORMAT = 1
 DATASET_FILE = "dataset.json"

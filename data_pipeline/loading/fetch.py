@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from m2f.data_pipeline.cache import ChunkCache, chunk_name
-from m2f.data_pipeline.chunks import Chunks
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.manifest import Manifest
-from m2f.data_pipeline.order import Place
-from m2f.data_pipeline.storage import Storage
+from m2f.data_pipeline.loading.chunk_cache import ChunkCache, chunk_name
+from m2f.data_pipeline.order.chunks import Chunks
+from m2f.data_pipeline.order.order import Place
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
 
 _REFETCHES = 3
 _THREADS = 8

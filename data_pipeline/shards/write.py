@@ -24,14 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset import TarWriter
 
-from m2f.data_pipeline import codec, manifest
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError, StorageError
-from m2f.data_pipeline.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo, category_columns
 from m2f.data_pipeline.readers import Reader, source_fingerprint
 from m2f.data_pipeline.sample import Sample
-from m2f.data_pipeline.storage import Storage, join
+from m2f.data_pipeline.shards import codec, manifest
+from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo, category_columns
+from m2f.data_pipeline.storage.storage import Storage, join
 
 _BLOCK = 512  # of a tar
 _PLAN_FILE = "plan.json"

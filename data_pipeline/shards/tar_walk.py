@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
 
-from m2f.data_pipeline.faults import Fault
-from m2f.data_pipeline.object_stream import ObjectStream
+from m2f.data_pipeline.shards.faults import Fault
+from m2f.data_pipeline.storage.stream import ObjectStream
 
 _BLOCK = 512
 _COMPRESSED = {

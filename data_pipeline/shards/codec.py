@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.foreign import FORM, decode_foreign
 from m2f.data_pipeline.image_file import (
     BrokenImageError,
     decode_index_png,
@@ -31,6 +30,7 @@ from m2f.data_pipeline.image_file import (
     read_header,
 )
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
+from m2f.data_pipeline.shards.foreign import FORM, decode_foreign
 
 VERSION = 3
 """Of the bytes that `encode` makes. Shards of a job that began with another one are written again."""

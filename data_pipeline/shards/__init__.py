@@ -1,0 +1,1 @@
+"""TODO: what lives in shards, in one sentence."""

@@ -1,0 +1,1 @@
+"""TODO: what lives in storage, in one sentence."""
