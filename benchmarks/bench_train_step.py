@@ -34,9 +34,9 @@ from m2f.model.loss.matcher import Matching
 from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import Mask2Former
 from m2f.trainer.config import OptimizerConfig
-from m2f.trainer.module import TrainingModule
-from m2f.trainer.param_groups import build_param_groups
-from m2f.trainer.regions import compile_regions
+from m2f.trainer.engine.compile import compile_regions
+from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.param_groups import build_param_groups
 
 OBJECTS = 10
 LOSS_TOLERANCE = 0.03

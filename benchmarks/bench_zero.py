@@ -21,9 +21,9 @@ from m2f.cluster.launch_local import launch
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import OptimizerConfig, TrainingConfig, ZeroConfig
-from m2f.trainer.engine import Engine
-from m2f.trainer.module import TrainingModule
-from m2f.trainer.param_groups import build_param_groups
+from m2f.trainer.engine.engine import Engine
+from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.worker import process_group
 
 CLIP_NORM = 0.01

@@ -8,7 +8,7 @@ from pathlib import Path
 from m2f.cluster.config import RunConfig
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
-from m2f.trainer.checkpoint_folder import list_checkpoints
+from m2f.trainer.checkpoint.folder import list_checkpoints
 
 
 @dataclass(frozen=True)

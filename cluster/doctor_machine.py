@@ -139,7 +139,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
     """What builds kernels: those of this project for GPUs, and those of `training.compile`."""
     import torch
 
-    from m2f.trainer.regions import compiler_names, find_compiler
+    from m2f.trainer.engine.compile import compiler_names, find_compiler
 
     gpus = torch.cuda.is_available() or (config is not None and config.cluster.num_gpus_per_worker > 0)
     device = "cuda" if gpus else "cpu"

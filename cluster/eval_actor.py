@@ -28,7 +28,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.mask2former import Mask2Former, build_model
 from m2f.model.weights.load import load_weights
-from m2f.trainer.checkpoint_folder import AVERAGE, WEIGHTS
+from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS
 
 IMAGES_PER_CALL = 8
 """Images that one call evaluates: enough to share a ranged read, few enough to spread over actors."""

@@ -22,7 +22,7 @@ from m2f.cluster.policies import best_step
 from m2f.cluster.ray_cluster import this_node
 from m2f.cluster.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint_folder import pin, unpin
+from m2f.trainer.checkpoint.folder import pin, unpin
 from m2f.trainer.reporting import CommittedCheckpoint
 
 NAMESPACE = "m2f"

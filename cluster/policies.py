@@ -8,9 +8,9 @@ from typing import Literal, assert_never
 
 from m2f.data_pipeline.errors import LoaderDiedError, StorageError
 from m2f.model.errors import UserError
-from m2f.trainer.adjustments import Change, SkipWindow, SmallerMicroBatch
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError
 from m2f.trainer.job import Window
+from m2f.trainer.recovery.adjustments import Change, SkipWindow, SmallerMicroBatch
 
 FailureKind = Literal["mistake", "error", "death", "preemption", "memory", "spike", "collateral"]
 """mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;

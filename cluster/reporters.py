@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from m2f.cluster.tracking import Tracking
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint_folder import metrics_on_their_way, newest_whole
+from m2f.trainer.checkpoint.folder import metrics_on_their_way, newest_whole
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.reporting import CommittedCheckpoint, EventKind
 

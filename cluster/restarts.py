@@ -15,7 +15,7 @@ from m2f.cluster.config import RunConfig
 from m2f.cluster.policies import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.progress import complain
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint_folder import newest_step
+from m2f.trainer.checkpoint.folder import newest_step
 
 _LOOK_S = 0.2
 _PR_SET_PDEATHSIG = 1

@@ -41,9 +41,9 @@ from m2f.cluster.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train_worker import WorkerSettings, train_loop
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
-from m2f.trainer.adjustments import adjust, read_adjustments
-from m2f.trainer.checkpoint_folder import delete_old, list_checkpoints, newest_step, newest_whole
+from m2f.trainer.checkpoint.folder import delete_old, list_checkpoints, newest_step, newest_whole
 from m2f.trainer.job import TrainJob
+from m2f.trainer.recovery.adjustments import adjust, read_adjustments
 from m2f.trainer.reporting import CommittedCheckpoint
 
 POLL_S = 0.5

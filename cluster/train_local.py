@@ -31,7 +31,7 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
     from m2f.cluster.reporters import TrackingReporter, recover_metrics
     from m2f.cluster.tracking import Tracking, create_run
     from m2f.data_pipeline.storage.storage import Storage
-    from m2f.trainer.checkpoint_folder import newest_whole
+    from m2f.trainer.checkpoint.folder import newest_whole
 
     job = compose_job(config)
     run = create_run(config)
@@ -60,8 +60,8 @@ def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: di
     from m2f.cluster.policies import Attempt, AttemptHistory, Retry, decide, root_cause
     from m2f.cluster.progress import complain
     from m2f.data_pipeline.storage.storage import Storage
-    from m2f.trainer.adjustments import adjust, read_adjustments
-    from m2f.trainer.checkpoint_folder import newest_step
+    from m2f.trainer.checkpoint.folder import newest_step
+    from m2f.trainer.recovery.adjustments import adjust, read_adjustments
 
     storage, folder = Storage(config.storage), config.run_folder
     adjustments = read_adjustments(storage, folder)

@@ -31,8 +31,8 @@ from m2f.model.config import (
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import MultiStepSchedule, OptimizerConfig, PolySchedule
-from m2f.trainer.module import TrainingModule
-from m2f.trainer.schedule import lr_factor
+from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.schedule import lr_factor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"

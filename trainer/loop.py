@@ -9,19 +9,19 @@ import torch
 
 from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.model.loss.criterion import Losses, Normalizers, count_normalizers
-from m2f.trainer.bad_samples import BadSamples
-from m2f.trainer.checkpoint_folder import checkpoint_url
-from m2f.trainer.control import StepFacts
+from m2f.trainer.checkpoint.folder import checkpoint_url
 from m2f.trainer.data import OpenData
-from m2f.trainer.engine import StepResult
+from m2f.trainer.engine.engine import StepResult
+from m2f.trainer.engine.schedule import lr_factor
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, TrainingError
 from m2f.trainer.job import Control, TrainJob, Window
-from m2f.trainer.metrics import non_finite_keys, summed_losses
 from m2f.trainer.observer import Observer
+from m2f.trainer.ranks import StepFacts
+from m2f.trainer.recovery.bad_samples import BadSamples
 from m2f.trainer.reporting import CommittedCheckpoint, EventKind, Reporter
-from m2f.trainer.schedule import lr_factor
 from m2f.trainer.setup import Run, open_run
 from m2f.trainer.state import TrainState
+from m2f.trainer.telemetry.metrics import non_finite_keys, summed_losses
 
 
 def train(job: TrainJob, reporter: Reporter, control: Control, open_data: OpenData) -> TrainState:

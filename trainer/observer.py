@@ -12,16 +12,16 @@ from typing import Any
 
 from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.model.loss.criterion import Losses
-from m2f.trainer.clock import Phase, PhaseClock
-from m2f.trainer.engine import StepResult
-from m2f.trainer.metrics import Stopwatch, Traffic, summed_losses
-from m2f.trainer.mfu import Utilization
-from m2f.trainer.rank_numbers import joined_numbers, measure_rank, memory_gb, slow_ranks
+from m2f.trainer.engine.engine import StepResult
 from m2f.trainer.reporting import Reporter
 from m2f.trainer.setup import Run
 from m2f.trainer.state import TrainState
-from m2f.trainer.trace import Trace
-from m2f.trainer.watchdog import Watchdog
+from m2f.trainer.telemetry.metrics import Stopwatch, Traffic, summed_losses
+from m2f.trainer.telemetry.mfu import Utilization
+from m2f.trainer.telemetry.phases import Phase, PhaseClock
+from m2f.trainer.telemetry.rank_stats import joined_numbers, measure_rank, memory_gb, slow_ranks
+from m2f.trainer.telemetry.trace import Trace
+from m2f.trainer.telemetry.watchdog import Watchdog
 
 SLOW_REPORTS = 3
 """A rank that is slow in so many reports in a row is worth an event."""

@@ -14,17 +14,17 @@ from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former, build_model
 from m2f.model.weights.load import LoadReport, load_weights
-from m2f.trainer.checkpoint import CheckpointSaver
-from m2f.trainer.checkpoint_folder import list_checkpoints
-from m2f.trainer.control import Ranks
+from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.checkpoint.resume import open_restart
+from m2f.trainer.checkpoint.saver import CheckpointSaver
 from m2f.trainer.data import OpenData, TrainingData, open_batches
-from m2f.trainer.engine import Engine
+from m2f.trainer.engine.compile import compile_regions
+from m2f.trainer.engine.engine import Engine
+from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.job import TrainJob
-from m2f.trainer.memory_probe import probe_memory
-from m2f.trainer.module import TrainingModule
-from m2f.trainer.regions import compile_regions
+from m2f.trainer.memory.probe import probe_memory
+from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import CommittedCheckpoint, Reporter
-from m2f.trainer.resume import open_restart
 from m2f.trainer.state import TrainState
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import Window
-from m2f.trainer.spikes import LossHistory
+from m2f.trainer.recovery.spikes import LossHistory
 
 
 @dataclass(frozen=True, kw_only=True)

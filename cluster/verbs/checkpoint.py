@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.progress import say
     from m2f.cluster.recipe import load_recipe
     from m2f.data_pipeline.storage.storage import Storage
-    from m2f.trainer.checkpoint_folder import list_checkpoints
+    from m2f.trainer.checkpoint.folder import list_checkpoints
     from m2f.trainer.reporting import CommittedCheckpoint
 
     config = load_recipe(args.recipe, args.overrides)
@@ -57,7 +57,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
 
     from m2f.cluster.progress import say
     from m2f.model.errors import ConfigError
-    from m2f.trainer.checkpoint_folder import AVERAGE, WEIGHTS, fetch, read_manifest
+    from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS, fetch, read_manifest
 
     if output is None or not output.endswith(".safetensors") or Path(output).exists():
         raise ConfigError(f"--output is {output}; give the name of a new file that ends in .safetensors")
@@ -75,7 +75,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
 def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
     """Print one row; whether the checkpoint is whole."""
     from m2f.cluster.progress import say
-    from m2f.trainer.checkpoint_folder import pins, read_manifest, verify_sizes
+    from m2f.trainer.checkpoint.folder import pins, read_manifest, verify_sizes
     from m2f.trainer.errors import CheckpointError
 
     row = f"{checkpoint.step:>8}"
@@ -101,7 +101,7 @@ def _verify_bytes(storage: Storage, url: str) -> None:
     from pathlib import Path
 
     from m2f.cluster.progress import Progress
-    from m2f.trainer.checkpoint_folder import fetch, read_manifest
+    from m2f.trainer.checkpoint.folder import fetch, read_manifest
 
     manifest = read_manifest(storage, url)
     with Progress(f"verifying step {manifest.step}", len(manifest.files), "files") as progress:

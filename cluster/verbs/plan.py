@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import ConfigError
-    from m2f.trainer.memory_plan import format_memory, plan_memory
+    from m2f.trainer.memory.plan import format_memory, plan_memory
 
     config = load_recipe(args.recipe, args.overrides)
     world = args.world or config.cluster.max_workers

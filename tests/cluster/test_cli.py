@@ -23,7 +23,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
-from m2f.trainer.checkpoint_folder import FileEntry, Manifest, checkpoint_url, pin
+from m2f.trainer.checkpoint.folder import FileEntry, Manifest, checkpoint_url, pin
 
 RECIPE = """
 name: small

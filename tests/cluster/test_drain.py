@@ -16,7 +16,7 @@ from m2f.cluster.recipe import parse_recipe
 from m2f.cluster.shard_job import run_shard_job
 from m2f.cluster.train_job import run_training
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint_folder import list_checkpoints
+from m2f.trainer.checkpoint.folder import list_checkpoints
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -19,7 +19,7 @@ from m2f.cluster.train_local import train_locally
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
-from m2f.trainer.checkpoint_folder import list_checkpoints
+from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.config import CheckpointConfig
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import small_sets, tiny_config

@@ -9,7 +9,7 @@ from m2f.cluster.eval_service import BEST_PIN, PIN, release
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
-from m2f.trainer.checkpoint_folder import checkpoint_url, pin, pins
+from m2f.trainer.checkpoint.folder import checkpoint_url, pin, pins
 
 
 def queue_in(folder) -> EvaluationQueue:

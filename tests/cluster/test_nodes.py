@@ -31,7 +31,7 @@ from m2f.cluster.upload import pack
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint_folder import list_checkpoints, read_manifest
+from m2f.trainer.checkpoint.folder import list_checkpoints, read_manifest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(2400)]
 

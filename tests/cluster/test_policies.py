@@ -13,9 +13,9 @@ from m2f.cluster.policies import (
     root_cause,
 )
 from m2f.data_pipeline.errors import LoaderDiedError, StorageError
-from m2f.trainer.adjustments import SkipWindow, SmallerMicroBatch
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, TrainingError
 from m2f.trainer.job import Window
+from m2f.trainer.recovery.adjustments import SkipWindow, SmallerMicroBatch
 
 
 def history(*attempts: tuple[str, int], start: int = 0, message: str = "m{}") -> AttemptHistory:

@@ -9,7 +9,7 @@ from m2f.cluster.evaluation_lines import describe, headline
 from m2f.cluster.reporters import TrackingReporter, recover_metrics
 from m2f.cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint_folder import METRICS, Manifest, checkpoint_url, file_entry
+from m2f.trainer.checkpoint.folder import METRICS, Manifest, checkpoint_url, file_entry
 from m2f.trainer.reporting import CommittedCheckpoint
 
 

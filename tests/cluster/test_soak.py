@@ -21,7 +21,7 @@ from m2f.cluster.tracking import find_run
 from m2f.cluster.train_local import train_locally
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
-from m2f.trainer.checkpoint_folder import newest_step
+from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.config import CheckpointConfig
 from tests.cluster.tiny_run import small_sets, tiny_config
 

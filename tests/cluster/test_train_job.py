@@ -31,10 +31,10 @@ from m2f.data_pipeline.config import (
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
-from m2f.trainer.adjustments import read_adjustments
-from m2f.trainer.checkpoint_folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
+from m2f.trainer.checkpoint.folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
 from m2f.trainer.job import Window
+from m2f.trainer.recovery.adjustments import read_adjustments
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
 

@@ -10,9 +10,9 @@ import pytest
 from m2f.cluster.train_local import train_locally, train_rank
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
-from m2f.trainer.adjustments import read_adjustments
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
 from m2f.trainer.job import Window
+from m2f.trainer.recovery.adjustments import read_adjustments
 from tests.cluster.tiny_run import changed_losses, out_of_memory, small_sets, spike, tiny_config
 
 pytestmark = pytest.mark.slow

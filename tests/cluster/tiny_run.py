@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import m2f.trainer.module
+import m2f.trainer.engine.module
 from m2f.cluster.config import ClusterConfig, RunConfig
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
 from m2f.data_pipeline.errors import StorageError
@@ -94,16 +94,16 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
 @contextmanager
 def changed_losses(change):
     """Let the losses of every micro-batch be `change(losses, targets)`."""
-    real = m2f.trainer.module.compute_losses
+    real = m2f.trainer.engine.module.compute_losses
 
     def changed(predictions, targets, *rest):
         return change(real(predictions, targets, *rest), targets)
 
-    m2f.trainer.module.compute_losses = changed
+    m2f.trainer.engine.module.compute_losses = changed
     try:
         yield
     finally:
-        m2f.trainer.module.compute_losses = real
+        m2f.trainer.engine.module.compute_losses = real
 
 
 class FullInBackward(torch.autograd.Function):

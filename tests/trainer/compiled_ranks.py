@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import m2f.trainer.loop
 import m2f.trainer.setup
 from m2f.trainer.config import OptimizerConfig
-from m2f.trainer.regions import compile_regions
+from m2f.trainer.engine.compile import compile_regions
 
 
 def stopped_and_resumed(job, train, stop_at, backend: str, steps: int) -> dict:

@@ -19,11 +19,11 @@ from m2f.model.loss.criterion import Normalizers, count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.model.structures import Targets
 from m2f.trainer.config import TrainingConfig, ZeroConfig
-from m2f.trainer.control import Ranks
-from m2f.trainer.engine import Engine, deepspeed_config
-from m2f.trainer.metrics import summed_losses
-from m2f.trainer.module import TrainingModule
-from m2f.trainer.param_groups import build_param_groups
+from m2f.trainer.engine.engine import Engine, deepspeed_config
+from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.param_groups import build_param_groups
+from m2f.trainer.ranks import Ranks
+from m2f.trainer.telemetry.metrics import summed_losses
 
 STEPS, GLOBAL_BATCH, EMA_DECAY = 3, 4, 0.2  # the first step has a decay of 2 / 11
 

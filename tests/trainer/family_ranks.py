@@ -30,9 +30,9 @@ from m2f.model.config import (
     TransformerFPNPixelDecoderConfig,
 )
 from m2f.trainer.config import ZeroConfig
-from m2f.trainer.control import Ranks
-from m2f.trainer.engine import Engine
-from m2f.trainer.metrics import summed_losses
+from m2f.trainer.engine.engine import Engine
+from m2f.trainer.ranks import Ranks
+from m2f.trainer.telemetry.metrics import summed_losses
 
 WIDTH = {"conv_dim": 16, "mask_dim": 16}
 ENCODER = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}

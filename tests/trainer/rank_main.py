@@ -21,8 +21,8 @@ from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
 from engine_ranks import agreement, one_rank
 from family_ranks import family_agreement
 
+import m2f.trainer.engine.module
 import m2f.trainer.loop
-import m2f.trainer.module
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import (
@@ -33,7 +33,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import UserError
-from m2f.trainer.checkpoint_folder import checkpoint_url, metrics_on_their_way
+from m2f.trainer.checkpoint.folder import checkpoint_url, metrics_on_their_way
 from m2f.trainer.config import (
     CheckpointConfig,
     MultiStepSchedule,
@@ -315,17 +315,17 @@ class StopAt(ManualControl):
 
 @contextmanager
 def poisoned_position(position: int):
-    real = m2f.trainer.module.compute_losses
+    real = m2f.trainer.engine.module.compute_losses
 
     def poisoned(predictions, targets, *rest):
         bad = (targets.position == position)[:, None, None, None]
         return real(predictions._replace(mask_features=predictions.mask_features.masked_fill(bad, nan)), targets, *rest)
 
-    m2f.trainer.module.compute_losses = poisoned
+    m2f.trainer.engine.module.compute_losses = poisoned
     try:
         yield
     finally:
-        m2f.trainer.module.compute_losses = real
+        m2f.trainer.engine.module.compute_losses = real
 
 
 def _train(job: TrainJob, reporter: Recorder | None = None, control: ManualControl | None = None) -> dict:

@@ -14,13 +14,13 @@ from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
-from m2f.trainer.checkpoint import CheckpointSaver
-from m2f.trainer.checkpoint_folder import METRICS, list_checkpoints, metrics_on_their_way, read_manifest
+from m2f.trainer.checkpoint.folder import METRICS, list_checkpoints, metrics_on_their_way, read_manifest
+from m2f.trainer.checkpoint.saver import CheckpointSaver
+from m2f.trainer.checkpoint.scratch import full_disk_named
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.control import Ranks
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
-from m2f.trainer.scratch import full_disk_named
+from m2f.trainer.ranks import Ranks
 from m2f.trainer.state import TrainState
 from m2f.trainer.worker import process_group
 

@@ -4,7 +4,7 @@ import pytest
 
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint_folder import (
+from m2f.trainer.checkpoint.folder import (
     MANIFEST,
     Manifest,
     Receipt,

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from m2f.trainer.clock import PhaseClock
 from m2f.trainer.config import TrainingConfig
+from m2f.trainer.engine.compile import REGIONS, compile_regions
 from m2f.trainer.errors import TrainingError
-from m2f.trainer.regions import REGIONS, compile_regions
-from m2f.trainer.watchdog import COMPILE_S, Watchdog
+from m2f.trainer.telemetry.phases import PhaseClock
+from m2f.trainer.telemetry.watchdog import COMPILE_S, Watchdog
 
 GRAPHS = pytest.param(("compiled", 1), id="graphs", marks=pytest.mark.slow)
 KERNELS = pytest.param(("compiled_by_inductor", 2), id="kernels", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])

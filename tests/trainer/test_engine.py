@@ -5,7 +5,7 @@ import torch
 
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import TrainingConfig, ZeroConfig
-from m2f.trainer.engine import check_device, check_world_size, deepspeed_config
+from m2f.trainer.engine.engine import check_device, check_world_size, deepspeed_config
 from m2f.trainer.errors import TrainingError
 
 FULL_PRECISION = [

@@ -14,7 +14,7 @@ from m2f.model.config import (
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.job import TrainJob
-from m2f.trainer.memory_probe import worst_batch
+from m2f.trainer.memory.probe import worst_batch
 
 MODEL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", options={"channels": (8, 16, 24, 32)}),

@@ -10,7 +10,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.trainer.config import TrainingConfig, ZeroConfig
-from m2f.trainer.memory_plan import MemoryPlan, format_memory, plan_memory, state_bytes
+from m2f.trainer.memory.plan import MemoryPlan, format_memory, plan_memory, state_bytes
 
 TRAINING = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2)
 NO_BUCKETS = ZeroConfig(stage=0, reduce_bucket_size=0)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import m2f.trainer.module
+import m2f.trainer.engine.module
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, ScaleJitter, ShortestEdgeCrop
 from m2f.model.config import (
     LossConfig,
@@ -14,10 +14,10 @@ from m2f.model.config import (
 )
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import TrainingConfig
+from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
-from m2f.trainer.memory_probe import _fits, largest_shape, largest_that_fits, probe_memory, worst_batch
-from m2f.trainer.module import TrainingModule
+from m2f.trainer.memory.probe import _fits, largest_shape, largest_that_fits, probe_memory, worst_batch
 
 MODEL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (8, 16, 24, 32)}),
@@ -78,7 +78,7 @@ def test_a_probe_computes_what_a_step_does_and_leaves_no_trace(monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(m2f.trainer.module, "compute_losses", full)
+    monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", full)
     assert not _fits(module, batch, share=1)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())

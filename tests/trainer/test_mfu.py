@@ -8,7 +8,7 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.trainer.mfu import Utilization, peak_flops
+from m2f.trainer.telemetry.mfu import Utilization, peak_flops
 
 SMALL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (8, 16, 24, 32)}),

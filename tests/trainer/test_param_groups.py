@@ -9,8 +9,8 @@ from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
 from m2f.model.mask2former import build_model
 from m2f.model.weights.load import to_own_names
 from m2f.trainer.config import OptimizerConfig
+from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.errors import TrainingError
-from m2f.trainer.param_groups import build_param_groups
 
 
 def settings_by_name(model):

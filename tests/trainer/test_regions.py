@@ -19,10 +19,10 @@ from m2f.model.errors import ConfigError
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import TrainingConfig, ZeroConfig
+from m2f.trainer.engine.compile import REGIONS, compile_regions
+from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.job import TrainJob
-from m2f.trainer.memory_probe import worst_batch
-from m2f.trainer.module import TrainingModule
-from m2f.trainer.regions import REGIONS, compile_regions
+from m2f.trainer.memory.probe import worst_batch
 
 QUERIES = 8
 MODEL = ModelConfig(

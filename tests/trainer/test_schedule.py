@@ -3,7 +3,7 @@ import json
 import pytest
 
 from m2f.trainer.config import MultiStepSchedule, PolySchedule
-from m2f.trainer.schedule import lr_factor
+from m2f.trainer.engine.schedule import lr_factor
 
 COCO_50EP = MultiStepSchedule(milestones=(327_778, 355_092))
 COCO_100EP = MultiStepSchedule(milestones=(655_556, 710_184))

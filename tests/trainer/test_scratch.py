@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2f.trainer.scratch import ScratchFolder, sweep
+from m2f.trainer.checkpoint.scratch import ScratchFolder, sweep
 
 KILLED = """
 import os, signal, tempfile

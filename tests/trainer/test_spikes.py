@@ -5,12 +5,12 @@ import pytest
 
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
-from m2f.trainer.adjustments import Adjustments, SkipWindow, SmallerMicroBatch, adjust, read_adjustments
 from m2f.trainer.config import SpikeConfig
 from m2f.trainer.data import unskipped
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError
 from m2f.trainer.job import Window
-from m2f.trainer.spikes import LossHistory
+from m2f.trainer.recovery.adjustments import Adjustments, SkipWindow, SmallerMicroBatch, adjust, read_adjustments
+from m2f.trainer.recovery.spikes import LossHistory
 from m2f.trainer.state import TrainState
 
 CONFIG = SpikeConfig(window=50, threshold=8.0, steps=3)

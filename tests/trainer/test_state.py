@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from m2f.trainer.checkpoint.random_state import load_random_state, save_random_state
+from m2f.trainer.checkpoint.resume import fitted
 from m2f.trainer.errors import CheckpointError
-from m2f.trainer.random_state import load_random_state, save_random_state
-from m2f.trainer.resume import fitted
 from m2f.trainer.state import TrainState
 
 STATE = TrainState(order_fingerprint="abc", seed=3, world_size=2, zero_stage=1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.rank_numbers import RankNumbers, joined_numbers, measure_rank, slow_ranks
-from m2f.trainer.trace import Trace
+from m2f.trainer.telemetry.rank_stats import RankNumbers, joined_numbers, measure_rank, slow_ranks
+from m2f.trainer.telemetry.trace import Trace
 
 
 def read_lines(path):
@@ -61,7 +61,7 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path, monkeypatch, capl
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("m2f.trainer.trace.os.write", refuse)
+    monkeypatch.setattr("m2f.trainer.telemetry.trace.os.write", refuse)
     trace.write({"step": 2})
     trace.write({"step": 3})
     trace.close()

@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from m2f.trainer.clock import PhaseClock
 from m2f.trainer.reporting import STALL_EXIT
-from m2f.trainer.watchdog import RankStacks, describe_stall
+from m2f.trainer.telemetry.phases import PhaseClock
+from m2f.trainer.telemetry.watchdog import RankStacks, describe_stall
 
 WAITING = RankStacks(
     rank=0, host="a", count=7, phase="exchange", seconds=9.0, in_collective=True, place="control.py:82", stacks=""

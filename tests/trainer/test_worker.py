@@ -6,8 +6,8 @@ import torch
 
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import CheckpointConfig
-from m2f.trainer.control import Ranks, StepFacts
 from m2f.trainer.errors import TrainingError
+from m2f.trainer.ranks import Ranks, StepFacts
 from m2f.trainer.worker import process_group
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -13,11 +13,11 @@ from m2f.data_pipeline.order.order import step_plan
 from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, Batch
 from m2f.model.loss.criterion import Normalizers
 from m2f.model.structures import Targets
-from m2f.trainer.control import Ranks
 from m2f.trainer.data import TrainingData
+from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
-from m2f.trainer.module import TrainingModule
+from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import Reporter
 
 _OPTIMIZER_BYTES = 8  # per weight: AdamW's two moments in fp32, which exist only after the first step

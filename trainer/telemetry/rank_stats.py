@@ -14,7 +14,7 @@ from typing import Literal
 import psutil
 import torch
 
-from m2f.trainer.clock import Phase
+from m2f.trainer.telemetry.phases import Phase
 
 SLOW_FACTOR = 1.5
 SLOW_S = 0.05

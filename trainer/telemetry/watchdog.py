@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.clock import Phase, PhaseClock
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.control import Ranks
+from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import STALL_EXIT, Reporter
+from m2f.trainer.telemetry.phases import Phase, PhaseClock
 
 GATHER_S = 15.0
 """How long the ranks wait for each other's stacks."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.decode import Substitution
-from m2f.trainer.control import Ranks
+from m2f.trainer.ranks import Ranks
 
 
 class BadSamples:

@@ -9,8 +9,8 @@ import torch
 
 from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.loss.criterion import Losses
-from m2f.trainer.clock import Phase
-from m2f.trainer.control import Ranks
+from m2f.trainer.ranks import Ranks
+from m2f.trainer.telemetry.phases import Phase
 
 
 class Stopwatch:

@@ -20,11 +20,11 @@ from torch import Tensor
 from m2f.data_pipeline.order.order import step_plan
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss.criterion import Losses, Normalizers
-from m2f.trainer.average import WeightAverage
 from m2f.trainer.config import TrainingConfig
+from m2f.trainer.engine.ema import WeightAverage
+from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.errors import TrainingError
-from m2f.trainer.module import TrainingModule
-from m2f.trainer.param_groups import build_param_groups
 
 _GATHERED_AT_ONCE = 50_000_000  # elements; 200 MB of fp32 while ZeRO-3 weights are consolidated
 

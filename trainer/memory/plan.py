@@ -12,8 +12,8 @@ from m2f.model.analysis.flops.executed import build_shapes, count_parameters
 from m2f.model.analysis.memory import count_activations
 from m2f.model.config import ModelConfig
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.engine import deepspeed_config
-from m2f.trainer.memory_probe import largest_shape
+from m2f.trainer.engine.engine import deepspeed_config
+from m2f.trainer.memory.probe import largest_shape
 
 _USABLE = 0.9
 """Share of a GPU that tensors can have; the rest is for its driver, workspaces and gaps between tensors."""

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint_folder import (
+from m2f.trainer.checkpoint.folder import (
     AVERAGE,
     ENGINE,
     MANIFEST,
@@ -29,13 +29,13 @@ from m2f.trainer.checkpoint_folder import (
     rng_path,
     write_receipt,
 )
-from m2f.trainer.control import Ranks
-from m2f.trainer.engine import Engine
+from m2f.trainer.checkpoint.random_state import save_random_state
+from m2f.trainer.checkpoint.scratch import ScratchFolder, full_disk_named, sweep
+from m2f.trainer.engine.engine import Engine
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
-from m2f.trainer.random_state import save_random_state
+from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import CommittedCheckpoint
-from m2f.trainer.scratch import ScratchFolder, full_disk_named, sweep
 from m2f.trainer.state import TrainState
 
 _PREFIX = "m2f-checkpoint-"

@@ -13,7 +13,7 @@ import safetensors.torch
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former
 from m2f.model.weights.load import load_weights
-from m2f.trainer.checkpoint_folder import (
+from m2f.trainer.checkpoint.folder import (
     AVERAGE,
     ENGINE,
     STATE,
@@ -24,13 +24,13 @@ from m2f.trainer.checkpoint_folder import (
     set_aside,
     verify_sizes,
 )
-from m2f.trainer.control import Ranks
-from m2f.trainer.engine import Engine, to_universal
+from m2f.trainer.checkpoint.random_state import load_random_state
+from m2f.trainer.checkpoint.scratch import ScratchFolder, sweep
+from m2f.trainer.engine.engine import Engine, to_universal
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import Window
-from m2f.trainer.random_state import load_random_state
+from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import CommittedCheckpoint, Reporter
-from m2f.trainer.scratch import ScratchFolder, sweep
 from m2f.trainer.state import TrainState
 
 _UNIVERSAL = f"{ENGINE}_universal"

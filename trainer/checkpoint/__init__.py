@@ -1,0 +1,1 @@
+"""TODO: what lives in checkpoint, in one sentence."""

@@ -1,0 +1,1 @@
+"""TODO: what lives in engine, in one sentence."""

@@ -1,0 +1,1 @@
+"""TODO: what lives in telemetry, in one sentence."""
