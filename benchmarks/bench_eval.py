@@ -22,10 +22,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from benchmarks.measure import Row, compare
-from m2f.eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
-from m2f.eval.masks import encode_masks, mask_areas
-from m2f.eval.mean_iou import MeanIoUState
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
+from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
+from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
+from m2f.eval.metrics.rle import encode_masks, mask_areas
 
 SIZE = (480, 640)
 CLASSES = 20

@@ -18,11 +18,11 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.preview import spread_indices
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.collate import EvalBatch
-from m2f.eval.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
-from m2f.eval.inference import PREDICTS, Evaluator
-from m2f.eval.layers import LayerAnalysis, LayerQuality
-from m2f.eval.panels import render_heat
-from m2f.eval.report import EvaluationSubject
+from m2f.eval.inference.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
+from m2f.eval.inference.evaluator import PREDICTS, Evaluator
+from m2f.eval.inference.layers import LayerAnalysis, LayerQuality
+from m2f.eval.report.panels import render_heat
+from m2f.eval.results.results import EvaluationSubject
 from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
 from m2f.model.mask2former import Mask2Former
 

@@ -7,8 +7,8 @@ from html import escape
 
 from m2f.cluster.compare import ClassTable, Comparison, Plot, Row, Value
 from m2f.cluster.compare_report import gains_and_losses, number_text, setting_text, title
-from m2f.eval.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart
-from m2f.eval.page import Cell, Section, folded, grid, page, paragraph, table
+from m2f.eval.report.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart
+from m2f.eval.report.page import Cell, Section, folded, grid, page, paragraph, table
 
 SHOWN_CLASSES = 20
 """Largest gains and largest losses that a chart shows; the table below it has all classes."""

@@ -21,9 +21,9 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationSet
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference import Evaluator
-from m2f.eval.result_dump import ResultDump
-from m2f.eval.states import EvaluationStates
+from m2f.eval.inference.evaluator import Evaluator
+from m2f.eval.report.dump import ResultDump
+from m2f.eval.results.states import EvaluationStates
 from m2f.model.config import ModelConfig
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.mask2former import Mask2Former, build_model

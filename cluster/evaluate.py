@@ -19,12 +19,12 @@ from m2f.data_pipeline.loading.loader import shared_categories
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationSet
-from m2f.eval.evaluation_page import details_json, evaluation_page
-from m2f.eval.inference import check_extra_metrics, check_tasks
-from m2f.eval.panels import contact_sheet
-from m2f.eval.report import EvaluationResults, EvaluationSubject
-from m2f.eval.result_dump import join_dump
-from m2f.eval.states import EvaluationStates, check_complete, image_qualities
+from m2f.eval.inference.evaluator import check_extra_metrics, check_tasks
+from m2f.eval.report.dump import join_dump
+from m2f.eval.report.evaluation_page import details_json, evaluation_page
+from m2f.eval.report.panels import contact_sheet
+from m2f.eval.results.results import EvaluationResults, EvaluationSubject
+from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
 from m2f.model.errors import ConfigError
 
 

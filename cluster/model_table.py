@@ -13,7 +13,7 @@ from m2f.cluster.config import RunConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.report import columns
+from m2f.eval.results.results import columns
 from m2f.model.analysis.flops.executed import build_shapes, count_parameters, executed_flops
 from m2f.model.analysis.flops.official import mean_flops, official_flops
 from m2f.model.analysis.paper_models import PaperModel

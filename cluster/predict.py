@@ -19,8 +19,8 @@ from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.augment import shortest_edge_size
 from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, collate_eval
-from m2f.eval.average_precision import InstanceDetections
-from m2f.eval.inference import ImageOutput, check_tasks, detect, image_outputs
+from m2f.eval.inference.evaluator import ImageOutput, check_tasks, detect, image_outputs
+from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.model.errors import ConfigError
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.postprocess import panoptic, semantic

@@ -19,9 +19,8 @@ import numpy as np
 
 from m2f.cluster.image_inputs import ImageInput
 from m2f.data_pipeline.categories import Category
-from m2f.eval.average_precision import InstanceDetections
-from m2f.eval.panels import Scene, render_panel
-from m2f.eval.result_files import (
+from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.report.coco_files import (
     box_results,
     describe_categories,
     label_png,
@@ -29,7 +28,8 @@ from m2f.eval.result_files import (
     panoptic_annotation,
     panoptic_png,
 )
-from m2f.eval.scenes import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.eval.report.panels import Scene, render_panel
+from m2f.eval.report.scenes import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
 from m2f.model.structures import PanopticResult, SemanticResult
 
 Prediction = PanopticResult | InstanceDetections | SemanticResult

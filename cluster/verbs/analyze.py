@@ -76,7 +76,7 @@ def _layers(args: argparse.Namespace) -> int:
 
     from m2f.cluster.analyze import analyze_layers
     from m2f.cluster.progress import say
-    from m2f.eval.layers import layer_table
+    from m2f.eval.inference.layers import layer_table
 
     subject = _subject(args)
     layers = analyze_layers(subject)

@@ -73,7 +73,7 @@ def _render(comparison: Comparison, form: str, output: Path | None) -> str:
 def _write_curves(comparison: Comparison, output: Path) -> str | None:
     """Put the curves beside a Markdown file; returns the picture's name."""
     from m2f.cluster.compare_page import plot_svg
-    from m2f.eval.charts import stacked
+    from m2f.eval.report.charts import stacked
 
     if not comparison.plots:
         return None

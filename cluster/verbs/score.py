@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
-    from m2f.eval.scoring import Scoring
+    from m2f.eval.score.scoring import Scoring
 
 SUMMARY = "score result files: panoptic, instances, semantic or Cityscapes"
 KINDS = {
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> Scoring:
     match args.kind:
         case "panoptic":
-            from m2f.eval.score_panoptic import PanopticFiles, panoptic_scoring
+            from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
 
             files = PanopticFiles(
                 truth=args.truth,
@@ -78,20 +78,20 @@ def _open(args: argparse.Namespace) -> Scoring:
             )
             return panoptic_scoring(files, boundary=args.boundary)
         case "instances":
-            from m2f.eval.score_instances import instance_scoring
+            from m2f.eval.score.instances import instance_scoring
 
             return instance_scoring(
                 args.truth, args.predictions, boundary=args.boundary, class_agnostic=args.class_agnostic
             )
         case "semantic":
-            from m2f.eval.score_semantic import semantic_scoring
+            from m2f.eval.score.semantic import semantic_scoring
 
             return semantic_scoring(args.truth, args.predictions, num_classes=args.num_classes, ignore=args.ignore)
         case "cityscapes-instances":
-            from m2f.eval.score_cityscapes import cityscapes_instance_scoring
+            from m2f.eval.score.cityscapes import cityscapes_instance_scoring
 
             return cityscapes_instance_scoring(args.truth, args.predictions)
         case _:
-            from m2f.eval.score_cityscapes import cityscapes_semantic_scoring
+            from m2f.eval.score.cityscapes import cityscapes_semantic_scoring
 
             return cityscapes_semantic_scoring(args.truth, args.predictions)

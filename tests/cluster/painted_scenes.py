@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from m2f.data_pipeline.image_file import encode_png
-from m2f.eval.masks import encode_masks, mask_areas, mask_boxes
-from m2f.eval.result_files import panoptic_png
+from m2f.eval.metrics.rle import encode_masks, mask_areas, mask_boxes
+from m2f.eval.report.coco_files import panoptic_png
 from m2f.model.structures import Predictions
 
 SIZE = (64, 96)

@@ -15,7 +15,7 @@ from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.panels import decode_png
+from m2f.eval.report.panels import decode_png
 from m2f.model.analysis.flops.official import mean_flops, official_flops
 from m2f.model.analysis.paper_models import paper_models
 from m2f.model.config import (

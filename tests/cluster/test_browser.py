@@ -25,12 +25,12 @@ from m2f.cluster.recipe import parse_recipe
 from m2f.cluster.run_records import RunRecord, SetResult
 from m2f.cluster.tracking import Tracking, create_run
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.eval.evaluation_page import evaluation_page
-from m2f.eval.panels import decode_png, encode_png
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
-from m2f.eval.report import EvaluationSubject
-from m2f.eval.segment_errors import panoptic_candidates
-from m2f.eval.states import EvaluationStates
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.metrics.segment_errors import panoptic_candidates
+from m2f.eval.report.evaluation_page import evaluation_page
+from m2f.eval.report.panels import decode_png, encode_png
+from m2f.eval.results.results import EvaluationSubject
+from m2f.eval.results.states import EvaluationStates
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

@@ -16,7 +16,7 @@ from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.panels import decode_png
+from m2f.eval.report.panels import decode_png
 from m2f.model.mask2former import build_model
 
 RECIPE = """

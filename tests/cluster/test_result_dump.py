@@ -18,9 +18,9 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.average_precision import InstanceDetections
-from m2f.eval.masks import encode_masks
-from m2f.eval.result_dump import ResultDump, join_dump
+from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.metrics.rle import encode_masks
+from m2f.eval.report.dump import ResultDump, join_dump
 from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
 
 RECIPE = """

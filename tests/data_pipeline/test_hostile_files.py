@@ -10,8 +10,8 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.files import read_json
 from m2f.eval.errors import EvaluationError
-from m2f.eval.score_files import read_categories
-from m2f.eval.score_files import read_json as read_scored_json
+from m2f.eval.score.files import read_categories
+from m2f.eval.score.files import read_json as read_scored_json
 
 MANY = 10**5
 

@@ -18,8 +18,8 @@ from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig, MultiScale, SlidingWindows, WholeImage
-from m2f.eval.inference import Evaluator
-from m2f.eval.report import EvaluationSubject
+from m2f.eval.inference.evaluator import Evaluator
+from m2f.eval.results.results import EvaluationSubject
 from m2f.model.config import PostprocessConfig
 from m2f.model.structures import Predictions
 

@@ -7,8 +7,8 @@ import torch
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate_eval
-from m2f.eval.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
-from m2f.eval.panels import decode_png, render_heat
+from m2f.eval.inference.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
+from m2f.eval.report.panels import decode_png, render_heat
 from m2f.model.analysis.attention_maps import AttentionMap
 from m2f.model.config import LossConfig
 from m2f.model.structures import Predictions

@@ -11,15 +11,15 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from m2f.eval.average_precision import (
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.average_precision import (
     AveragePrecisionState,
     InstanceDetections,
     InstanceTruth,
     class_agnostic_detections,
     class_agnostic_truth,
 )
-from m2f.eval.errors import EvaluationError
-from m2f.eval.masks import encode_masks
+from m2f.eval.metrics.rle import encode_masks
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 

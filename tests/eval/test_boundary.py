@@ -12,16 +12,16 @@ from faster_coco_eval import COCO, COCOeval_faster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2f.eval.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
-from m2f.eval.boundary import INTERIOR, boundary_width, mask_boundaries, mask_boundary, outline_map
-from m2f.eval.masks import decode_mask, encode_masks
-from m2f.eval.panoptic_quality import (
+from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
+from m2f.eval.metrics.boundary import INTERIOR, boundary_width, mask_boundaries, mask_boundary, outline_map
+from m2f.eval.metrics.panoptic_quality import (
     PanopticPrediction,
     PanopticQualityState,
     PanopticTruth,
     TruthSegment,
     match_panoptic,
 )
+from m2f.eval.metrics.rle import decode_mask, encode_masks
 
 
 def blobs(rng, size=(90, 120), ids=6):

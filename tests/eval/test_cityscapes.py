@@ -6,7 +6,8 @@ Both were also compared with cityscapesscripts 2.3.0 itself on generated sets: d
 import numpy as np
 import pytest
 
-from m2f.eval.cityscapes import (
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.cityscapes_ap import (
     OVERLAPS,
     THING_LABELS,
     VOID_LABELS,
@@ -14,8 +15,7 @@ from m2f.eval.cityscapes import (
     CityscapesDetection,
     match_cityscapes,
 )
-from m2f.eval.cityscapes_semantic import AVERAGE_PIXELS, GROUPS, INSTANCE_GROUPS, CityscapesIoUState
-from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.cityscapes_iou import AVERAGE_PIXELS, GROUPS, INSTANCE_GROUPS, CityscapesIoUState
 
 EVALUATED = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, *THING_LABELS]
 

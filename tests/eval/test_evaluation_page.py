@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.eval.average_precision import InstanceDetections, InstanceTruth
-from m2f.eval.charts import (
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.metrics.rle import encode_masks
+from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.report.charts import (
     MAX_POINTS,
     Bar,
     Series,
@@ -21,15 +24,12 @@ from m2f.eval.charts import (
     thinned,
     ticks,
 )
-from m2f.eval.evaluation_page import details_json, evaluation_page, to_jpeg
-from m2f.eval.masks import encode_masks
-from m2f.eval.page import Section, page, table
-from m2f.eval.panels import encode_png
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
-from m2f.eval.precision_recall import curves_by_class, curves_by_size, precision_recall
-from m2f.eval.report import EvaluationSubject
-from m2f.eval.segment_errors import instance_candidates, panoptic_candidates
-from m2f.eval.states import EvaluationStates, image_qualities
+from m2f.eval.report.evaluation_page import details_json, evaluation_page, to_jpeg
+from m2f.eval.report.page import Section, page, table
+from m2f.eval.report.panels import encode_png
+from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, precision_recall
+from m2f.eval.results.results import EvaluationSubject
+from m2f.eval.results.states import EvaluationStates, image_qualities
 
 TABLE = CategoryTable(
     (

@@ -17,17 +17,17 @@ from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES, InstanceIds
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.collate import collate_eval
-from m2f.eval.average_precision import AveragePrecisionState, class_agnostic_detections, class_agnostic_truth
-from m2f.eval.boundary import BOUNDARY_RATIO
-from m2f.eval.cityscapes import CityscapesAPState
-from m2f.eval.cityscapes_semantic import CityscapesIoUState
 from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference import Evaluator, cityscapes_detections, detect, image_outputs
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticQualityState
-from m2f.eval.report import EvaluationSubject
-from m2f.eval.states import EvaluationStates, check_complete
-from m2f.eval.truth import cityscapes_truth, instance_truth, panoptic_truth
+from m2f.eval.inference.evaluator import Evaluator, cityscapes_detections, detect, image_outputs
+from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth
+from m2f.eval.metrics.average_precision import AveragePrecisionState, class_agnostic_detections, class_agnostic_truth
+from m2f.eval.metrics.boundary import BOUNDARY_RATIO
+from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
+from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualityState
+from m2f.eval.results.results import EvaluationSubject
+from m2f.eval.results.states import EvaluationStates, check_complete
 from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.inference.postprocess import panoptic, semantic

@@ -12,10 +12,10 @@ from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference import Evaluator, check_tasks
-from m2f.eval.panels import decode_png
-from m2f.eval.report import EvaluationSubject
-from m2f.eval.states import EvaluationStates, check_complete
+from m2f.eval.inference.evaluator import Evaluator, check_tasks
+from m2f.eval.report.panels import decode_png
+from m2f.eval.results.results import EvaluationSubject
+from m2f.eval.results.states import EvaluationStates, check_complete
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,

@@ -14,10 +14,10 @@ from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig
-from m2f.eval.inference import Evaluator, image_outputs
-from m2f.eval.layers import LayerAnalysis, class_agnostic_proposals, layer_table
-from m2f.eval.masks import decode_mask, encode_masks
-from m2f.eval.report import EvaluationSubject
+from m2f.eval.inference.evaluator import Evaluator, image_outputs
+from m2f.eval.inference.layers import LayerAnalysis, class_agnostic_proposals, layer_table
+from m2f.eval.metrics.rle import decode_mask, encode_masks
+from m2f.eval.results.results import EvaluationSubject
 from m2f.model.config import PostprocessConfig
 from m2f.model.structures import Predictions
 

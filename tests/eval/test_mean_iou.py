@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from m2f.eval.errors import EvaluationError
-from m2f.eval.mean_iou import MeanIoUState, ignore_label
+from m2f.eval.metrics.mean_iou import MeanIoUState, ignore_label
 
 
 def test_conventions_differ_in_absent_and_only_predicted_classes():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from m2f.data_pipeline.categories import Category
-from m2f.eval.average_precision import InstanceDetections, InstanceTruth
-from m2f.eval.masks import encode_masks
-from m2f.eval.panels import (
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.metrics.rle import encode_masks
+from m2f.eval.report.panels import (
     COLUMN_PIXELS,
     Scene,
     SceneSegment,
@@ -16,8 +17,7 @@ from m2f.eval.panels import (
     render_panel,
     segment_color,
 )
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
-from m2f.eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
+from m2f.eval.report.scenes import instance_scenes, panoptic_scenes, semantic_scenes
 
 CLASSES = (Category(1, "cat", True, (220, 20, 60)), Category(2, "sky", False, (0, 0, 0)))
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2f.eval.errors import EvaluationError
-from m2f.eval.panoptic_quality import (
+from m2f.eval.metrics.panoptic_quality import (
     PanopticPrediction,
     PanopticQualityState,
     PanopticTruth,

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.eval.average_precision import InstanceDetections, InstanceTruth
 from m2f.eval.errors import EvaluationError
-from m2f.eval.masks import encode_masks
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
-from m2f.eval.report import EvaluationSubject
-from m2f.eval.segment_errors import instance_candidates, panoptic_candidates
-from m2f.eval.states import EvaluationStates, check_complete
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.metrics.rle import encode_masks
+from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.results.results import EvaluationSubject
+from m2f.eval.results.states import EvaluationStates, check_complete
 
 TABLE = CategoryTable(
     (

@@ -14,11 +14,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from m2f.eval.errors import EvaluationError
-from m2f.eval.parallel import map_jobs
-from m2f.eval.score_cityscapes import cityscapes_instance_scoring, cityscapes_semantic_scoring
-from m2f.eval.score_instances import instance_scoring
-from m2f.eval.score_panoptic import PanopticFiles, panoptic_scoring
-from m2f.eval.score_semantic import semantic_scoring
+from m2f.eval.score.cityscapes import cityscapes_instance_scoring, cityscapes_semantic_scoring
+from m2f.eval.score.instances import instance_scoring
+from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
+from m2f.eval.score.parallel import map_jobs
+from m2f.eval.score.semantic import semantic_scoring
 from m2f.model.errors import UserError
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]

@@ -5,10 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f.eval.average_precision import InstanceDetections, InstanceTruth
-from m2f.eval.masks import encode_masks
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment, match_panoptic
-from m2f.eval.segment_errors import NONE, Outcome, SegmentErrorState, instance_candidates, judge, panoptic_candidates
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment, match_panoptic
+from m2f.eval.metrics.rle import encode_masks
+from m2f.eval.metrics.segment_errors import (
+    NONE,
+    Outcome,
+    SegmentErrorState,
+    instance_candidates,
+    judge,
+    panoptic_candidates,
+)
 
 CLASSES = 3
 

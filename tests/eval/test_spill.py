@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from m2f.eval.average_precision import AveragePrecisionState, DetectionRecord
 from m2f.eval.errors import EvaluationError
-from m2f.eval.mean_iou import MeanIoUState
-from m2f.eval.panoptic_quality import PanopticQualityState, PanopticRecord
+from m2f.eval.metrics.average_precision import AveragePrecisionState, DetectionRecord
+from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.metrics.panoptic_quality import PanopticQualityState, PanopticRecord
 
 
 def detections(seed, count):

@@ -13,10 +13,10 @@ from m2f.data_pipeline.transforms.augment import resize_image
 from m2f.data_pipeline.transforms.collate import EVAL_PADDING, collate_eval
 from m2f.eval.config import EvaluationConfig, EvaluationSet, MultiScale, SlidingWindows
 from m2f.eval.errors import EvaluationError
-from m2f.eval.inference import Evaluator
-from m2f.eval.mean_iou import MeanIoUState
-from m2f.eval.report import EvaluationSubject
-from m2f.eval.test_time import label_map, window_starts
+from m2f.eval.inference.evaluator import Evaluator
+from m2f.eval.inference.test_time_augmentation import label_map, window_starts
+from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.results.results import EvaluationSubject
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,

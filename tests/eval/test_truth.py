@@ -5,8 +5,8 @@ import pytest
 
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.eval.errors import EvaluationError
-from m2f.eval.masks import decode_mask
-from m2f.eval.truth import instance_truth, panoptic_truth, semantic_truth
+from m2f.eval.inference.truth import instance_truth, panoptic_truth, semantic_truth
+from m2f.eval.metrics.rle import decode_mask
 
 LABELS = {7: 0, 9: 1, 40: 2}
 THING_LABELS = {7: 0, 9: 1}

@@ -12,11 +12,11 @@ from enum import IntEnum
 import numpy as np
 
 from m2f.data_pipeline.sample import VOID_ID
-from m2f.eval.average_precision import InstanceDetections, InstanceTruth
-from m2f.eval.masks import mask_areas, mask_ious
-from m2f.eval.overlaps import count_overlaps
-from m2f.eval.panoptic_quality import MATCH_IOU, MAX_IGNORED, PanopticPrediction, PanopticTruth
-from m2f.eval.state import MetricState, Record, column
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.overlaps import count_overlaps
+from m2f.eval.metrics.panoptic_quality import MATCH_IOU, MAX_IGNORED, PanopticPrediction, PanopticTruth
+from m2f.eval.metrics.rle import mask_areas, mask_ious
 
 NEAR_IOU = 0.1
 """A prediction of the right class with at least this IoU is a bad outline rather than a miss and an invention."""

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from m2f.eval.errors import EvaluationError
-from m2f.eval.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState
-from m2f.eval.report import columns
-from m2f.eval.score_files import read_labels, require_folder, some
-from m2f.eval.scoring import ScoreReport, Scoring, percent
+from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState
+from m2f.eval.results.results import columns
+from m2f.eval.score.files import read_labels, require_folder, some
+from m2f.eval.score.scoring import ScoreReport, Scoring, percent
 
 MAX_CLASSES = 10_000
 """A confusion matrix of more would not fit into memory."""

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.transforms.collate import EvalBatch
-from m2f.eval.average_precision import AveragePrecisionState, InstanceDetections, class_agnostic_truth
-from m2f.eval.inference import Evaluator, ImageOutput, detect, image_outputs
-from m2f.eval.report import EvaluationSubject, columns
-from m2f.eval.states import EvaluationStates
-from m2f.eval.truth import instance_truth
+from m2f.eval.inference.evaluator import Evaluator, ImageOutput, detect, image_outputs
+from m2f.eval.inference.truth import instance_truth
+from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, class_agnostic_truth
+from m2f.eval.results.results import EvaluationSubject, columns
+from m2f.eval.results.states import EvaluationStates
 from m2f.model.config import PostprocessConfig
 from m2f.model.structures import Predictions
 

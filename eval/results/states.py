@@ -12,18 +12,18 @@ from typing import Self
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable, Task
-from m2f.eval.average_precision import AveragePrecisionState
-from m2f.eval.boundary import BOUNDARY_RATIO
-from m2f.eval.cityscapes import CityscapesAPState
-from m2f.eval.cityscapes_semantic import CityscapesIoUState
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
-from m2f.eval.extra_results import ExtraResults
-from m2f.eval.mean_iou import ConfusionRecord, MeanIoUState
-from m2f.eval.panoptic_quality import PanopticQualityState
-from m2f.eval.report import EvaluationResults, EvaluationSubject
-from m2f.eval.segment_errors import SegmentErrorState
-from m2f.eval.state import MetricState
+from m2f.eval.metrics.average_precision import AveragePrecisionState
+from m2f.eval.metrics.base import MetricState
+from m2f.eval.metrics.boundary import BOUNDARY_RATIO
+from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
+from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
+from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
+from m2f.eval.metrics.panoptic_quality import PanopticQualityState
+from m2f.eval.metrics.segment_errors import SegmentErrorState
+from m2f.eval.results.extra import ExtraResults
+from m2f.eval.results.results import EvaluationResults, EvaluationSubject
 
 _STATE_TYPES = {
     "panoptic": PanopticQualityState,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from m2f.data_pipeline.categories import Category
-from m2f.eval.average_precision import AveragePrecision
-from m2f.eval.cityscapes import CityscapesAP
-from m2f.eval.cityscapes_semantic import CityscapesIoU
-from m2f.eval.panoptic_quality import PanopticQuality
+from m2f.eval.metrics.average_precision import AveragePrecision
+from m2f.eval.metrics.cityscapes_ap import CityscapesAP
+from m2f.eval.metrics.cityscapes_iou import CityscapesIoU
+from m2f.eval.metrics.panoptic_quality import PanopticQuality
 
 Numbers = dict[str, float | None]
 """None where a number is undefined."""

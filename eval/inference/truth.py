@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from m2f.data_pipeline.sample import DecodedSample, Segment
-from m2f.eval.average_precision import InstanceTruth
-from m2f.eval.cityscapes import FIRST_INSTANCE
 from m2f.eval.errors import EvaluationError
-from m2f.eval.masks import encode_masks
-from m2f.eval.mean_iou import ignore_label
-from m2f.eval.panoptic_quality import PanopticTruth, TruthSegment
+from m2f.eval.metrics.average_precision import InstanceTruth
+from m2f.eval.metrics.cityscapes_ap import FIRST_INSTANCE
+from m2f.eval.metrics.mean_iou import ignore_label
+from m2f.eval.metrics.panoptic_quality import PanopticTruth, TruthSegment
+from m2f.eval.metrics.rle import encode_masks
 
 
 def panoptic_truth(sample: DecodedSample, labels: Mapping[int, int]) -> PanopticTruth:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from m2f.data_pipeline.sample import VOID_ID
-from m2f.eval.boundary import boundary_width, outline_map
 from m2f.eval.errors import EvaluationError
-from m2f.eval.overlaps import InconsistentMapError, Overlaps, count_overlaps
-from m2f.eval.state import MetricState, Record, column
+from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.boundary import boundary_width, outline_map
+from m2f.eval.metrics.overlaps import InconsistentMapError, Overlaps, count_overlaps
 
 MATCH_IOU = 0.5
 """A match needs a larger IoU than this, which makes matches unique."""

@@ -21,8 +21,8 @@ import numpy as np
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.eval.average_precision import InstanceDetections
-from m2f.eval.result_files import describe_categories, label_png, mask_results, panoptic_annotation, panoptic_png
+from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.report.coco_files import describe_categories, label_png, mask_results, panoptic_annotation, panoptic_png
 from m2f.model.structures import PanopticResult
 
 _PARTS = "parts"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from m2f.eval.errors import EvaluationError
-from m2f.eval.overlaps import common_runs
-from m2f.eval.state import MetricState, Record, column
+from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.overlaps import common_runs
 
 
 def ignore_label(num_classes: int) -> int:

@@ -13,18 +13,24 @@ from functools import partial
 from pathlib import Path
 
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES
-from m2f.eval.cityscapes import CityscapesAP, CityscapesAPState, CityscapesDetection, CityscapesRecord, match_cityscapes
-from m2f.eval.cityscapes_semantic import (
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.cityscapes_ap import (
+    CityscapesAP,
+    CityscapesAPState,
+    CityscapesDetection,
+    CityscapesRecord,
+    match_cityscapes,
+)
+from m2f.eval.metrics.cityscapes_iou import (
     NUM_LABELS,
     CityscapesIoU,
     CityscapesIoUState,
     CityscapesPixels,
     count_cityscapes,
 )
-from m2f.eval.errors import EvaluationError
-from m2f.eval.report import columns
-from m2f.eval.score_files import read_labels, require_folder, some
-from m2f.eval.scoring import ScoreReport, Scoring, percent
+from m2f.eval.results.results import columns
+from m2f.eval.score.files import read_labels, require_folder, some
+from m2f.eval.score.scoring import ScoreReport, Scoring, percent
 
 TRUTH_ENDING = "_gtFine_instanceIds.png"
 

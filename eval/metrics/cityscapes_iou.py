@@ -13,8 +13,8 @@ import numpy as np
 
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES
 from m2f.eval.errors import EvaluationError
-from m2f.eval.overlaps import common_runs, compact_ids
-from m2f.eval.state import MetricState, Record, column
+from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.overlaps import common_runs, compact_ids
 
 NUM_LABELS = 34
 """Label ids are 0..33."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.eval.average_precision import AveragePrecision
-from m2f.eval.extra_results import ExtraResults
-from m2f.eval.mean_iou import MeanIoU
-from m2f.eval.panoptic_quality import PanopticQuality, Quality
-from m2f.eval.segment_errors import SegmentErrors
+from m2f.eval.metrics.average_precision import AveragePrecision
+from m2f.eval.metrics.mean_iou import MeanIoU
+from m2f.eval.metrics.panoptic_quality import PanopticQuality, Quality
+from m2f.eval.metrics.segment_errors import SegmentErrors
+from m2f.eval.results.extra import ExtraResults
 
 Number = float | int | None
 

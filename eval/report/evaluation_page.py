@@ -10,12 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from m2f.eval.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
-from m2f.eval.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
-from m2f.eval.panels import decode_png
-from m2f.eval.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
-from m2f.eval.report import EvaluationResults
-from m2f.eval.segment_errors import SIZES, Outcome, SegmentErrors
+from m2f.eval.metrics.segment_errors import SIZES, Outcome, SegmentErrors
+from m2f.eval.report.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
+from m2f.eval.report.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
+from m2f.eval.report.panels import decode_png
+from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
+from m2f.eval.results.results import EvaluationResults
 
 CHART_CLASSES = 40
 """Classes that a bar chart shows: the worst, where there are more."""

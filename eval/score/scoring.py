@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from m2f.eval.parallel import CHUNK, map_jobs
-from m2f.eval.state import MetricState, Record
+from m2f.eval.metrics.base import MetricState, Record
+from m2f.eval.score.parallel import CHUNK, map_jobs
 
 Job = TypeVar("Job")
 R = TypeVar("R", bound=Record)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from m2f.data_pipeline.sample import VOID_ID
-from m2f.eval.masks import Rle, decode_mask, encode_masks, mask_boxes
+from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks, mask_boxes
 
 BOUNDARY_RATIO = 0.02
 """Width of a boundary as a share of the image's diagonal: the paper's value for COCO, LVIS and panoptic Cityscapes."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.data_pipeline.transforms.targets import ImageTargets, image_targets
-from m2f.eval.panels import HeatMap
-from m2f.eval.report import columns
+from m2f.eval.report.panels import HeatMap
+from m2f.eval.results.results import columns
 from m2f.model.analysis.attention_maps import AttentionMap, foreground_mass
 from m2f.model.config import LossConfig
 from m2f.model.loss.matcher import match

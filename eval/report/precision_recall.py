@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from m2f.eval.average_precision import AREA_RANGES, IOU_THRESHOLDS, RECALL_THRESHOLDS, AveragePrecision
-from m2f.eval.charts import Series, line_chart, small_chart
-from m2f.eval.page import folded, grid, paragraph
-from m2f.eval.report import EvaluationResults
+from m2f.eval.metrics.average_precision import AREA_RANGES, IOU_THRESHOLDS, RECALL_THRESHOLDS, AveragePrecision
+from m2f.eval.report.charts import Series, line_chart, small_chart
+from m2f.eval.report.page import folded, grid, paragraph
+from m2f.eval.results.results import EvaluationResults
 
 PR_THRESHOLDS = {"IoU 0.50": 0, "IoU 0.75": 5}
 """Positions in IOU_THRESHOLDS that get curves of their own, beside the mean over all."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from m2f.eval.boundary import mask_boundaries
 from m2f.eval.errors import EvaluationError
-from m2f.eval.masks import Rle, mask_areas, mask_ious
-from m2f.eval.state import MetricState, Record, column
+from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.boundary import mask_boundaries
+from m2f.eval.metrics.rle import Rle, mask_areas, mask_ious
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)

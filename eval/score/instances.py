@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.readers.masks import read_rle
-from m2f.eval.average_precision import (
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.average_precision import (
     AveragePrecision,
     AveragePrecisionState,
     DetectionRecord,
@@ -26,11 +27,10 @@ from m2f.eval.average_precision import (
     class_agnostic_truth,
     match_instances,
 )
-from m2f.eval.boundary import BOUNDARY_RATIO
-from m2f.eval.errors import EvaluationError
-from m2f.eval.report import columns
-from m2f.eval.score_files import ScoredCategory, read_categories, read_document, read_json, require
-from m2f.eval.scoring import ScoreReport, Scoring, percent
+from m2f.eval.metrics.boundary import BOUNDARY_RATIO
+from m2f.eval.results.results import columns
+from m2f.eval.score.files import ScoredCategory, read_categories, read_document, read_json, require
+from m2f.eval.score.scoring import ScoreReport, Scoring, percent
 
 MAX_DETS = (1, 10, 100)
 CLASS_AGNOSTIC_MAX_DETS = (1, 10, 100, 1000)

@@ -15,19 +15,19 @@ from m2f.data_pipeline.categories import TASKS, CategoryTable, Task
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.collate import EvalBatch
-from m2f.eval.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
-from m2f.eval.cityscapes import CityscapesDetection
 from m2f.eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage
 from m2f.eval.errors import EvaluationError
-from m2f.eval.masks import Rle, decode_mask, encode_masks
-from m2f.eval.panels import Scene, render_panel
-from m2f.eval.panoptic_quality import PanopticPrediction
-from m2f.eval.result_dump import ResultDump
-from m2f.eval.scenes import instance_scenes, panoptic_scenes, semantic_scenes
-from m2f.eval.segment_errors import instance_candidates, panoptic_candidates
-from m2f.eval.states import EvaluationStates
-from m2f.eval.test_time import label_map
-from m2f.eval.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
+from m2f.eval.inference.test_time_augmentation import label_map
+from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
+from m2f.eval.metrics.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
+from m2f.eval.metrics.cityscapes_ap import CityscapesDetection
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction
+from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks
+from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.report.dump import ResultDump
+from m2f.eval.report.panels import Scene, render_panel
+from m2f.eval.report.scenes import instance_scenes, panoptic_scenes, semantic_scenes
+from m2f.eval.results.states import EvaluationStates
 from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.inference.mask_resize import ImageGeometry

@@ -14,8 +14,8 @@ import numpy as np
 
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES
 from m2f.eval.errors import EvaluationError
-from m2f.eval.overlaps import common_runs, compact_ids
-from m2f.eval.state import MetricState, Record, column
+from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.overlaps import common_runs, compact_ids
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)
 """A match needs a larger IoU."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from m2f.data_pipeline.sample import VOID_ID
-from m2f.eval.average_precision import InstanceDetections, InstanceTruth
-from m2f.eval.masks import Rle, decode_mask
-from m2f.eval.mean_iou import ignore_label
-from m2f.eval.panels import Scene, SceneSegment
-from m2f.eval.panoptic_quality import PanopticPrediction, PanopticTruth
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.mean_iou import ignore_label
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth
+from m2f.eval.metrics.rle import Rle, decode_mask
+from m2f.eval.report.panels import Scene, SceneSegment
 from m2f.model.structures import UNLABELLED
 
 SHOWN_SCORE = 0.5

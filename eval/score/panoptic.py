@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m2f.eval.boundary import BOUNDARY_RATIO
 from m2f.eval.errors import EvaluationError
-from m2f.eval.overlaps import InconsistentMapError
-from m2f.eval.panoptic_quality import (
+from m2f.eval.metrics.boundary import BOUNDARY_RATIO
+from m2f.eval.metrics.overlaps import InconsistentMapError
+from m2f.eval.metrics.panoptic_quality import (
     ClassQuality,
     PanopticPrediction,
     PanopticQuality,
@@ -22,8 +22,8 @@ from m2f.eval.panoptic_quality import (
     TruthSegment,
     match_panoptic,
 )
-from m2f.eval.report import columns
-from m2f.eval.score_files import (
+from m2f.eval.results.results import columns
+from m2f.eval.score.files import (
     ScoredCategory,
     read_categories,
     read_document,
@@ -32,7 +32,7 @@ from m2f.eval.score_files import (
     require_folder,
     some,
 )
-from m2f.eval.scoring import ScoreReport, Scoring
+from m2f.eval.score.scoring import ScoreReport, Scoring
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
 """Annotation and prediction of one image."""

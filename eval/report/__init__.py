@@ -1,0 +1,1 @@
+"""TODO: what lives in report, in one sentence."""
