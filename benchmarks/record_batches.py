@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.recording import RecordingWriter
-from m2f.cluster.compose import compose_job
-from m2f.cluster.config import RunConfig
-from m2f.cluster.recipe import dump_recipe, load_recipe
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import dump_recipe, load_recipe
+from m2f.cluster.train.compose import compose_job
 from m2f.data_pipeline.loading.loader import LoaderSpec
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError, UserError

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.recording import Recording
-from m2f.cluster.launch_local import LaunchError, launch
-from m2f.cluster.paths import with_absolute_paths
-from m2f.cluster.recipe import dump_recipe, parse_recipe
-from m2f.cluster.train_local import SignalControl, worker_environment
+from m2f.cluster.recipe.load import dump_recipe, parse_recipe
+from m2f.cluster.recipe.paths import with_absolute_paths
+from m2f.cluster.train.local import SignalControl, worker_environment
+from m2f.cluster.train.processes import LaunchError, launch
 from m2f.model.errors import UserError
 from m2f.trainer.job import TrainJob
 

@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2f.cluster.config import RunConfig
-from m2f.cluster.eval_queue import Entry
-from m2f.cluster.evaluation_lines import HEADLINE
-from m2f.cluster.progress import format_duration, say
+from m2f.cluster.evaluation.lines import HEADLINE
+from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.ray_cluster import connect
-from m2f.cluster.recipe import load_recipe
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.shard_job import run_shard_job
-from m2f.cluster.train_job import RunSummary, run_training
+from m2f.cluster.terminal import format_duration, say
+from m2f.cluster.train.supervisor import RunSummary, run_training
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 

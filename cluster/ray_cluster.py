@@ -15,7 +15,7 @@ from math import ceil
 
 import ray
 
-from m2f.cluster.config import ClusterConfig, RunConfig
+from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from m2f.cluster.config import ClusterConfig
-from m2f.cluster.progress import Progress, format_duration
 from m2f.cluster.ray_cluster import local_or_existing
+from m2f.cluster.recipe.config import ClusterConfig
+from m2f.cluster.terminal import Progress, format_duration
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import Reader, open_reader, source_fingerprint

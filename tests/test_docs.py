@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2f.cluster.explain import explain
+from m2f.cluster.recipe.explain import explain
 from m2f.model.config import ModelConfig
 from m2f.model.export.graphs import write_official
 from m2f.model.mask2former import build_model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2f.cluster.recipe import flatten, load_recipe, parse_recipe
+from m2f.cluster.recipe.load import flatten, load_recipe, parse_recipe
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, count, split_overrides
 
 if TYPE_CHECKING:
-    from m2f.cluster.analyze import AnalysisSubject
+    from m2f.cluster.analyze.analyze import AnalysisSubject
 
 SUMMARY = "size and speed of models; quality by decoder layer; where attention goes"
 ANALYSES = {
@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from m2f.cluster.model_table import format_model_table, paper_sizes, recipe_size
-    from m2f.cluster.progress import Progress, say
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.analyze.model_table import format_model_table, paper_sizes, recipe_size
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.terminal import Progress, say
     from m2f.model.analysis.paper_models import paper_models
     from m2f.model.errors import ConfigError
 
@@ -74,8 +74,8 @@ def _layers(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from m2f.cluster.analyze import analyze_layers
-    from m2f.cluster.progress import say
+    from m2f.cluster.analyze.analyze import analyze_layers
+    from m2f.cluster.terminal import say
     from m2f.eval.inference.layers import layer_table
 
     subject = _subject(args)
@@ -88,8 +88,8 @@ def _layers(args: argparse.Namespace) -> int:
 def _attention(args: argparse.Namespace) -> int:
     import json
 
-    from m2f.cluster.analyze import analyze_attention
-    from m2f.cluster.progress import say
+    from m2f.cluster.analyze.analyze import analyze_attention
+    from m2f.cluster.terminal import say
 
     subject = _subject(args)
     mass, pictures = analyze_attention(subject, args.pictures if args.output else 0)
@@ -101,9 +101,9 @@ def _attention(args: argparse.Namespace) -> int:
 
 
 def _subject(args: argparse.Namespace) -> AnalysisSubject:
-    from m2f.cluster.analyze import open_subject
-    from m2f.cluster.checkpoints import choose_checkpoint
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.analyze.analyze import open_subject
+    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+    from m2f.cluster.recipe.load import load_recipe
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import ConfigError
 
@@ -130,7 +130,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 def _write(folder: str | None, files: dict[str, bytes]) -> None:
     from pathlib import Path
 
-    from m2f.cluster.progress import say
+    from m2f.cluster.terminal import say
 
     if folder is None:
         return

@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where a checkpoint is damaged."""
-    from m2f.cluster.checkpoints import choose_checkpoint
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.terminal import say
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.folder import list_checkpoints
     from m2f.trainer.reporting import CommittedCheckpoint
@@ -55,7 +55,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     import tempfile
     from pathlib import Path
 
-    from m2f.cluster.progress import say
+    from m2f.cluster.terminal import say
     from m2f.model.errors import ConfigError
     from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS, fetch, read_manifest
 
@@ -74,7 +74,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
 
 def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
     """Print one row; whether the checkpoint is whole."""
-    from m2f.cluster.progress import say
+    from m2f.cluster.terminal import say
     from m2f.trainer.checkpoint.folder import pins, read_manifest, verify_sizes
     from m2f.trainer.errors import CheckpointError
 
@@ -100,7 +100,7 @@ def _verify_bytes(storage: Storage, url: str) -> None:
     import tempfile
     from pathlib import Path
 
-    from m2f.cluster.progress import Progress
+    from m2f.cluster.terminal import Progress
     from m2f.trainer.checkpoint.folder import fetch, read_manifest
 
     manifest = read_manifest(storage, url)

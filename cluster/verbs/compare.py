@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from m2f.cluster.compare import Comparison
+    from m2f.cluster.compare.compare import Comparison
 
 SUMMARY = "compare runs: metrics with deltas, recipe differences, classes, curves, speed"
 ENDINGS = {".md": "markdown", ".html": "html", ".htm": "html", ".json": "json", ".txt": "text"}
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the comparison, or write it to --output."""
     from pathlib import Path
 
-    from m2f.cluster.compare import compare_runs
-    from m2f.cluster.progress import say
-    from m2f.cluster.run_records import read_runs
+    from m2f.cluster.compare.compare import compare_runs
+    from m2f.cluster.compare.records import read_runs
+    from m2f.cluster.terminal import say
 
     form = args.format or ENDINGS.get(Path(args.output or "").suffix.lower(), "text")
     runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _render(comparison: Comparison, form: str, output: Path | None) -> str:
-    from m2f.cluster.compare_page import as_page
-    from m2f.cluster.compare_report import as_json, as_markdown, as_text
+    from m2f.cluster.compare.page import as_page
+    from m2f.cluster.compare.report import as_json, as_markdown, as_text
 
     match form:
         case "html":
@@ -72,7 +72,7 @@ def _render(comparison: Comparison, form: str, output: Path | None) -> str:
 
 def _write_curves(comparison: Comparison, output: Path) -> str | None:
     """Put the curves beside a Markdown file; returns the picture's name."""
-    from m2f.cluster.compare_page import plot_svg
+    from m2f.cluster.compare.page import plot_svg
     from m2f.eval.report.charts import stacked
 
     if not comparison.plots:

@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print to standard output."""
-    from m2f.cluster.explain import explain
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import dump_recipe, load_recipe
+    from m2f.cluster.recipe.explain import explain
+    from m2f.cluster.recipe.load import dump_recipe, load_recipe
+    from m2f.cluster.terminal import say
     from m2f.model.errors import ConfigError
 
     if args.explain is not None:

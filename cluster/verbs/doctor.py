@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from m2f.cluster.verbs.arguments import OVERRIDE, use_token
 
 if TYPE_CHECKING:
-    from m2f.cluster.config import RunConfig
-    from m2f.cluster.doctor_finding import Finding
+    from m2f.cluster.doctor.finding import Finding
+    from m2f.cluster.recipe.config import RunConfig
 
 SUMMARY = "check this machine or a cluster, for a recipe or in general, with remedies"
 
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where a check failed."""
     use_token()
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.recipe.load import load_recipe
 
     config = None if args.recipe is None else load_recipe(args.recipe, args.overrides)
     if args.address is not None and args.address.startswith(("http://", "https://")):
         return _as_job(config, args)
-    from m2f.cluster.doctor import driver_checks, exit_status, machine_checks, print_findings, run_checks
+    from m2f.cluster.doctor.doctor import driver_checks, exit_status, machine_checks, print_findings, run_checks
 
     if args.address is None:
         findings = run_checks([*machine_checks(config), *driver_checks(config)])
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
-    from m2f.cluster.config import ClusterConfig
-    from m2f.cluster.doctor import driver_checks, run_checks
-    from m2f.cluster.doctor_cluster import CLUSTER, examine_cluster
+    from m2f.cluster.doctor.cluster_checks import CLUSTER, examine_cluster
+    from m2f.cluster.doctor.doctor import driver_checks, run_checks
     from m2f.cluster.ray_cluster import local_or_existing
+    from m2f.cluster.recipe.config import ClusterConfig
 
     with local_or_existing(ClusterConfig(address=address), num_cpus=0):
         return [*examine_cluster(config), *run_checks(driver_checks(config), where=CLUSTER)]
@@ -58,8 +58,8 @@ def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
 
 def _as_job(config: RunConfig | None, args: argparse.Namespace) -> int:
     """The same on the cluster, with the code of this machine."""
-    from m2f.cluster.jobs import JobClient
-    from m2f.cluster.submit import job_environment, submit_doctor
+    from m2f.cluster.submit.ray_jobs import JobClient
+    from m2f.cluster.submit.submit import job_environment, submit_doctor
 
     client = JobClient(args.address)
     return client.follow(submit_doctor(client, config, job_environment(args.env, config)))

@@ -25,20 +25,20 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from m2f.cluster.checkpoints import choose_checkpoint
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.terminal import say
     from m2f.data_pipeline.storage.storage import Storage, join
 
     config = load_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint)
     say(f"evaluating {weights.url}")
-    from m2f.cluster.evaluate import (  # after the mistakes, as Ray takes seconds to import
+    from m2f.cluster.evaluation.evaluate import (
         evaluate_checkpoint,
         write_files,
     )
-    from m2f.cluster.tracking import Tracking, find_run
+    from m2f.cluster.tracking.tracking import Tracking, find_run
 
     dump = args.dump if args.dump is None or "://" in args.dump else abspath(args.dump)
     evaluations = evaluate_checkpoint(config, weights.url, step=weights.step, dump=dump)

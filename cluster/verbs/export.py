@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0."""
     from pathlib import Path
 
-    from m2f.cluster.export import check_output, write_model
-    from m2f.cluster.progress import say
-    from m2f.cluster.trained_model import open_trained
+    from m2f.cluster.predict.export import check_output, write_model
+    from m2f.cluster.predict.trained_model import open_trained
+    from m2f.cluster.terminal import say
 
     check_output(args.format, args.output, args.size)
     trained = open_trained(args.source, args.overrides, args.checkpoint)

@@ -10,7 +10,7 @@ from m2f.cluster.verbs.arguments import count
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from m2f.cluster.progress import Progress
+    from m2f.cluster.terminal import Progress
     from m2f.data_pipeline.shards.adopt import Adoption
 
 SUMMARY = "adopt WebDataset tars made by others: write a manifest, leave the tars alone"
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from m2f.cluster.progress import Progress, say
+    from m2f.cluster.terminal import Progress, say
     from m2f.data_pipeline.config import DatasetConfig
     from m2f.data_pipeline.readers.category_file import read_category_file
     from m2f.data_pipeline.shards.adopt import Wanted, adopt, detect_form, find_tars

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
-    from m2f.cluster.compose import compose_job
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.terminal import say
+    from m2f.cluster.train.compose import compose_job
     from m2f.data_pipeline.order.order import build_order
     from m2f.data_pipeline.order.read_simulation import Ranks, format_prediction, predict
     from m2f.data_pipeline.shards.manifest import Manifest

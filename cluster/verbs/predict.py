@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 where some image could not be used."""
     from pathlib import Path
 
-    from m2f.cluster.image_inputs import find_images, listed_images, number_images, read_image_list
-    from m2f.cluster.predict import Predictor, predict_images
-    from m2f.cluster.prediction_files import PredictionFolder
-    from m2f.cluster.progress import complain, say
-    from m2f.cluster.submission import check_submission, write_submission
-    from m2f.cluster.trained_model import open_trained
+    from m2f.cluster.predict.benchmark_zip import check_submission, write_submission
+    from m2f.cluster.predict.files import PredictionFolder
+    from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list
+    from m2f.cluster.predict.predict import Predictor, predict_images
+    from m2f.cluster.predict.trained_model import open_trained
+    from m2f.cluster.terminal import complain, say
     from m2f.data_pipeline.storage.storage import Storage
 
     words, overrides = split_overrides(args.words)

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write one sheet."""
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.terminal import say
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.preview import spread_indices, write_contact_sheet
     from m2f.data_pipeline.storage.storage import Storage

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     import os
 
-    from m2f.cluster.progress import Progress, say
+    from m2f.cluster.terminal import Progress, say
     from m2f.eval.errors import EvaluationError
 
     workers = args.workers or len(os.sched_getaffinity(0))

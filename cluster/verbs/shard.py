@@ -22,10 +22,10 @@ def run(args: argparse.Namespace) -> int:
     """One data set after the other; Ray starts once, and not at all where nothing is to do."""
     from contextlib import ExitStack
 
-    from m2f.cluster.progress import say
     from m2f.cluster.ray_cluster import local_or_existing
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.shard_job import run_shard_job
+    from m2f.cluster.terminal import say
     from m2f.data_pipeline.errors import DataError
     from m2f.data_pipeline.shards.manifest import read_document
     from m2f.data_pipeline.storage.storage import Storage

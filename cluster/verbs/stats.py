@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one table per data set."""
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.terminal import say
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.stats import class_table, format_class_table
     from m2f.data_pipeline.storage.storage import Storage

@@ -10,7 +10,7 @@ from m2f.cluster.verbs.arguments import OVERRIDE, use_token
 from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
-    from m2f.cluster.jobs import JobClient, KnownJob
+    from m2f.cluster.submit.ray_jobs import JobClient, KnownJob
 
 SUMMARY = "train a recipe on a Ray cluster or on Kubernetes; given again, it follows the job that runs"
 
@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None or args.apply:
         raise ConfigError("--output and --apply go with --kuberay TEMPLATE; without it, Ray gets the run")
     use_token()
-    from m2f.cluster.jobs import JobClient
+    from m2f.cluster.submit.ray_jobs import JobClient
 
     if args.stop or args.status:
         return _ask(JobClient(args.address), args)
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import load_recipe
-    from m2f.cluster.submit import Attach, job_environment, submit_training
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.submit.submit import Attach, job_environment, submit_training
+    from m2f.cluster.terminal import say
 
     config = load_recipe(args.recipe, args.overrides)
     client = JobClient(args.address)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _ask(client: JobClient, args: argparse.Namespace) -> int:
     """--stop and --status."""
-    from m2f.cluster.progress import complain, say
+    from m2f.cluster.terminal import complain, say
 
     jobs = _named_jobs(client, args)
     if not jobs:
@@ -87,8 +87,8 @@ def _ask(client: JobClient, args: argparse.Namespace) -> int:
 
 def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[KnownJob]:
     """The job of an id, or all of a recipe's run."""
-    from m2f.cluster.recipe import load_recipe
-    from m2f.cluster.submit import jobs_of
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.submit.submit import jobs_of
 
     if Path(args.recipe).suffix in (".yaml", ".yml"):
         return jobs_of(load_recipe(args.recipe, args.overrides), client.jobs())
@@ -102,10 +102,10 @@ def _write_ray_job(args: argparse.Namespace) -> int:
             "--kuberay needs a TEMPLATE: copy cluster/cloud/kuberay.yaml, put your image and service account in, and "
             "give its path"
         )
-    from m2f.cluster.kuberay import apply, ray_job_yaml
-    from m2f.cluster.progress import say
-    from m2f.cluster.recipe import load_recipe
-    from m2f.cluster.submit import for_cluster, job_environment
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.submit.kuberay import apply, ray_job_yaml
+    from m2f.cluster.submit.submit import for_cluster, job_environment
+    from m2f.cluster.terminal import say
 
     config = for_cluster(load_recipe(args.recipe, args.overrides), args.shared)
     text = ray_job_yaml(config, Path(args.kuberay), job_environment(args.env, config))

@@ -10,7 +10,7 @@ from m2f.cluster.verbs.arguments import add_recipe
 from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
-    from m2f.cluster.config import RunConfig
+    from m2f.cluster.recipe.config import RunConfig
 
 SUMMARY = "train a recipe; started again, it goes on from the last checkpoint"
 
@@ -34,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where the run failed."""
-    from m2f.cluster.progress import complain, say
-    from m2f.cluster.recipe import load_recipe
+    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.terminal import complain, say
 
     live = sys.stdout.isatty() and not args.plain
     config = load_recipe(args.recipe, args.overrides)
     if args.restart:
         return _restarted(args, config)
     if args.launcher == "local":
-        from m2f.cluster.launch_local import LaunchError
-        from m2f.cluster.train_local import train_locally
+        from m2f.cluster.train.local import train_locally
+        from m2f.cluster.train.processes import LaunchError
 
         try:
             say(f"run {train_locally(config, live)}: {config.run_folder}")
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             complain(str(error))
             return 1
         return 0
-    from m2f.cluster.train_job import run_training
+    from m2f.cluster.train.supervisor import run_training
 
     summary = run_training(config, live)
     say(f"run {summary.status}: {summary.run_folder}")
@@ -65,7 +65,7 @@ def _restarted(args: argparse.Namespace, config: RunConfig) -> int:
     """--restart."""
     if args.launcher != "ray":
         raise ConfigError("--restart goes with --launcher ray, which has a driver; leave one of them out")
-    from m2f.cluster.restarts import run_restarted
+    from m2f.cluster.train.driver_restarts import run_restarted
 
     words = [args.recipe, *args.overrides, *(["--plain"] if args.plain else [])]
     return run_restarted([sys.executable, "-m", "m2f.cluster.cli", "train", *words], config)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from m2f.cluster.progress import say
+    from m2f.cluster.terminal import say
     from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
@@ -49,7 +49,7 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
     """One data set, with progress."""
     from contextlib import ExitStack
 
-    from m2f.cluster.progress import Progress
+    from m2f.cluster.terminal import Progress
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.verify import verify
 

@@ -16,9 +16,9 @@ import torch
 from benchmarks.record_batches import record
 from benchmarks.recording import Recording
 from benchmarks.train_recorded import train_recorded
-from m2f.cluster.compose import compose_job
-from m2f.cluster.launch_local import launch
-from m2f.cluster.train_local import worker_environment
+from m2f.cluster.train.compose import compose_job
+from m2f.cluster.train.local import worker_environment
+from m2f.cluster.train.processes import launch
 from m2f.data_pipeline.config import ScaleJitter
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.loader import LoaderSpec

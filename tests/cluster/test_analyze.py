@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from m2f.cluster.analyze.model_table import cpu_seconds_per_image, format_model_table, paper_sizes
 from m2f.cluster.cli import main
-from m2f.cluster.model_table import cpu_seconds_per_image, format_model_table, paper_sizes
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset

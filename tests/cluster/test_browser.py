@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from m2f.cluster.compare import compare_runs
-from m2f.cluster.compare_page import as_page
-from m2f.cluster.recipe import parse_recipe
-from m2f.cluster.run_records import RunRecord, SetResult
-from m2f.cluster.tracking import Tracking, create_run
+from m2f.cluster.compare.compare import compare_runs
+from m2f.cluster.compare.page import as_page
+from m2f.cluster.compare.records import RunRecord, SetResult
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.tracking.tracking import Tracking, create_run
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.segment_errors import panoptic_candidates

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from m2f.cluster.checkpoints import choose_checkpoint
 from m2f.cluster.cli import VERBS, main
-from m2f.cluster.compose import compose_job
-from m2f.cluster.progress import Progress, describe_pace, format_duration
-from m2f.cluster.recipe import load_recipe
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+from m2f.cluster.recipe.load import load_recipe
+from m2f.cluster.terminal import Progress, describe_pace, format_duration
+from m2f.cluster.train.compose import compose_job
 from m2f.cluster.verbs.arguments import split_overrides
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
@@ -168,7 +168,7 @@ def test_the_job_has_as_many_classes_as_the_data_has_for_the_task(recipe):
 def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_run(recipe, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    from m2f.cluster.tracking import find_run
+    from m2f.cluster.tracking.tracking import find_run
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     overrides = [

@@ -16,9 +16,9 @@ from ray.scripts.scripts import drain_node
 
 from m2f import cluster
 from m2f.cluster.cli import main
-from m2f.cluster.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
-from m2f.cluster.recipe import parse_recipe
-from m2f.cluster.spot_notice import NOTICE_S, is_taken_back, watch
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
+from m2f.cluster.submit.spot_notice import NOTICE_S, is_taken_back, watch
 
 CLOUD = Path(cluster.__file__).parent / "cloud"
 RAY_UP = sorted(CLOUD.glob("[ag]*.yaml"))

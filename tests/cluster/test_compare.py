@@ -12,11 +12,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from m2f.cluster.cli import main
-from m2f.cluster.compare import compare_runs
-from m2f.cluster.compare_page import as_page
-from m2f.cluster.compare_report import as_json, as_markdown, as_text
-from m2f.cluster.paper_results import PAPER_RESULTS, paper_result
-from m2f.cluster.run_records import CompareError, RunRecord, SetResult, read_runs
+from m2f.cluster.compare.compare import compare_runs
+from m2f.cluster.compare.page import as_page
+from m2f.cluster.compare.paper import PAPER_RESULTS, paper_result
+from m2f.cluster.compare.records import CompareError, RunRecord, SetResult, read_runs
+from m2f.cluster.compare.report import as_json, as_markdown, as_text
 from m2f.data_pipeline.storage.storage import Storage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from m2f.cluster.cli import main
-from m2f.cluster.doctor import exit_status, print_findings, run_checks
-from m2f.cluster.doctor_finding import Finding
-from m2f.cluster.doctor_machine import (
+from m2f.cluster.doctor.doctor import exit_status, print_findings, run_checks
+from m2f.cluster.doctor.finding import Finding
+from m2f.cluster.doctor.machine import (
     check_compiler,
     check_disk,
     check_gpus,
@@ -23,7 +23,7 @@ from m2f.cluster.doctor_machine import (
     check_shared_memory,
     check_versions,
 )
-from m2f.cluster.doctor_services import (
+from m2f.cluster.doctor.services import (
     check_clock,
     check_ray_token,
     check_run_folder,
@@ -31,7 +31,7 @@ from m2f.cluster.doctor_services import (
     check_tracking,
     skew_finding,
 )
-from m2f.cluster.recipe import load_recipe
+from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
@@ -181,7 +181,7 @@ def test_a_full_disk(recipe, monkeypatch):
 
 def test_libraries_of_another_version(monkeypatch):
     assert check_versions().state == "ok"
-    monkeypatch.setattr("m2f.cluster.doctor_machine.metadata.version", lambda name: "0.1")
+    monkeypatch.setattr("m2f.cluster.doctor.machine.metadata.version", lambda name: "0.1")
     finding = check_versions()
     assert (finding.state, "torch 0.1 (needs >=2.11)" in finding.detail) == ("failed", True)
 

@@ -12,9 +12,9 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.shard_job import run_shard_job
-from m2f.cluster.train_job import run_training
+from m2f.cluster.train.supervisor import run_training
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import list_checkpoints
 

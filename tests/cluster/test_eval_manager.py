@@ -3,9 +3,9 @@ import time
 
 import pytest
 
-from m2f.cluster.eval_manager import EvaluationManager, EvaluationProgress
-from m2f.cluster.eval_queue import Entry, EvaluationQueue, read_entries
-from m2f.cluster.eval_service import BEST_PIN, PIN, release
+from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress
+from m2f.cluster.evaluation.queue import Entry, EvaluationQueue, read_entries
+from m2f.cluster.evaluation.service import BEST_PIN, PIN, release
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
@@ -147,7 +147,7 @@ def test_a_change_that_the_storage_refuses_has_not_happened(tmp_path):
 
 @pytest.mark.parametrize("when", ["taking", "publishing"])
 def test_an_outage_of_the_storage_delays_and_loses_nothing(tmp_path, monkeypatch, when):
-    monkeypatch.setattr("m2f.cluster.eval_manager.RETRY_S", 0.01)
+    monkeypatch.setattr("m2f.cluster.evaluation.manager.RETRY_S", 0.01)
     storage, evaluated = RefusingStorage(), []
     queue = EvaluationQueue(storage, f"{tmp_path}/queue.json")
     queue.add(10, "c/10")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from m2f.cluster.eval_pool import BatchLedger, EvaluationPool
+from m2f.cluster.evaluation.pool import BatchLedger, EvaluationPool
 from m2f.eval.errors import EvaluationError
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from m2f.cluster.eval_actor import EvaluationActor
-from m2f.cluster.evaluate import evaluate_sets
-from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.evaluation.actor import EvaluationActor
+from m2f.cluster.evaluation.evaluate import evaluate_sets
+from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from m2f.cluster.cli import main
-from m2f.cluster.recipe import load_recipe
-from m2f.cluster.trained_model import open_trained
+from m2f.cluster.predict.trained_model import open_trained
+from m2f.cluster.recipe.load import load_recipe
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from m2f.cluster.launch_local import describe_exit
+from m2f.cluster.train.processes import describe_exit
 
 # Targets live in a module of their own, as the spawned workers import them by name.
 TARGETS = """

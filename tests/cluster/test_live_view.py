@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from m2f.cluster.eval_manager import EvaluationProgress
-from m2f.cluster.eval_queue import Entry
-from m2f.cluster.live_view import LiveView, sparkline
+from m2f.cluster.evaluation.manager import EvaluationProgress
+from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.train.live_view import LiveView, sparkline
 from m2f.trainer.reporting import CommittedCheckpoint
 
 VALUES = {

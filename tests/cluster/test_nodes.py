@@ -24,10 +24,10 @@ import pytest
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 
-from m2f.cluster.eval_queue import read_entries
-from m2f.cluster.eval_service import queue_url
-from m2f.cluster.recipe import dump_recipe, load_recipe
-from m2f.cluster.upload import pack
+from m2f.cluster.evaluation.queue import read_entries
+from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.recipe.load import dump_recipe, load_recipe
+from m2f.cluster.submit.upload import pack
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage

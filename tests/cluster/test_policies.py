@@ -1,6 +1,6 @@
 import pytest
 
-from m2f.cluster.policies import (
+from m2f.cluster.train.failure_policy import (
     Attempt,
     AttemptHistory,
     Failure,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from m2f.cluster import trained_model
 from m2f.cluster.cli import main
-from m2f.cluster.image_inputs import find_images, listed_images, number_images, read_image_list, read_images
-from m2f.cluster.predict import LoadedImage, Predictor, batches_by_shape
-from m2f.cluster.recipe import parse_recipe
-from m2f.cluster.submission import check_submission
-from m2f.cluster.trained_model import TrainedModel, open_trained
+from m2f.cluster.predict import trained_model
+from m2f.cluster.predict.benchmark_zip import check_submission
+from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list, read_images
+from m2f.cluster.predict.predict import LoadedImage, Predictor, batches_by_shape
+from m2f.cluster.predict.trained_model import TrainedModel, open_trained
+from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png

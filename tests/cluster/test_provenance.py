@@ -5,10 +5,10 @@ import subprocess
 import pytest
 from mlflow import MlflowClient
 
-from m2f.cluster.journal import Journal
-from m2f.cluster.provenance import code_facts, data_inputs
-from m2f.cluster.recipe import parse_recipe
-from m2f.cluster.tracking import create_run
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.tracking.journal import Journal
+from m2f.cluster.tracking.provenance import code_facts, data_inputs
+from m2f.cluster.tracking.tracking import create_run
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
@@ -59,7 +59,7 @@ def test_the_code_is_named_by_commit_branch_and_changes(tmp_path):
 
 
 def test_a_run_has_its_data_and_code_as_inputs_and_notes_what_changed(config, migrated_database, tmp_path, monkeypatch):
-    monkeypatch.setattr("m2f.cluster.tracking.code_facts", lambda: {"code.commit": "abc"})
+    monkeypatch.setattr("m2f.cluster.tracking.tracking.code_facts", lambda: {"code.commit": "abc"})
     folder = tmp_path / "runs" / "made"
     folder.mkdir(parents=True)
     (folder / "mlflow.db").write_bytes(migrated_database)
@@ -75,7 +75,7 @@ def test_a_run_has_its_data_and_code_as_inputs_and_notes_what_changed(config, mi
     assert stored.data.tags["code.commit"] == stored.data.tags["mlflow.source.git.commit"] == "abc"
     assert stored.data.tags["data.train"] == train.fingerprint
 
-    monkeypatch.setattr("m2f.cluster.tracking.code_facts", lambda: {"code.commit": "def"})
+    monkeypatch.setattr("m2f.cluster.tracking.tracking.code_facts", lambda: {"code.commit": "def"})
     make(tmp_path / "later", 4)
     datasets = {**config.datasets, "train": dataclasses.replace(config.datasets["train"], shards=f"{tmp_path}/later")}
     assert create_run(dataclasses.replace(config, datasets=datasets)) == run

@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2f.cluster.config import RunConfig
-from m2f.cluster.explain import explain
-from m2f.cluster.recipe import dump_recipe, flatten, load_recipe, parse_recipe
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.explain import explain
+from m2f.cluster.recipe.load import dump_recipe, flatten, load_recipe, parse_recipe
 from m2f.data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ShortestEdgeCrop
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import MultiStepSchedule, PolySchedule

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from m2f.cluster import restarts
 from m2f.cluster.cli import main
-from m2f.cluster.recipe import parse_recipe
-from m2f.cluster.restarts import run_restarted
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.train import driver_restarts as restarts
+from m2f.cluster.train.driver_restarts import run_restarted
 
 RECIPE = """
 name: watched

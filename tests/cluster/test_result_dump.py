@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from m2f.cluster import eval_actor
 from m2f.cluster.cli import main
-from m2f.cluster.eval_actor import EvaluationActor
-from m2f.cluster.evaluate import evaluate_sets
-from m2f.cluster.recipe import parse_recipe
+from m2f.cluster.evaluation import actor as eval_actor
+from m2f.cluster.evaluation.actor import EvaluationActor
+from m2f.cluster.evaluation.evaluate import evaluate_sets
+from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
 from m2f.data_pipeline.readers import open_reader

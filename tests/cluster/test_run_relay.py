@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from m2f.cluster.demo import demo_config, table
-from m2f.cluster.eval_queue import Entry
-from m2f.cluster.evaluation_lines import describe, headline
-from m2f.cluster.reporters import TrackingReporter, recover_metrics
-from m2f.cluster.run_board import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
+from m2f.cluster.evaluation.lines import describe, headline
+from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.tracking.reporter import TrackingReporter, recover_metrics
+from m2f.cluster.train.mailbox import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import METRICS, Manifest, checkpoint_url, file_entry
 from m2f.trainer.reporting import CommittedCheckpoint
@@ -58,7 +58,7 @@ def test_a_board_that_was_made_again_counts_anew():
 
 
 def test_reports_that_fell_off_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr("m2f.cluster.run_board.MAX_REPORTS", 2)
+    monkeypatch.setattr("m2f.cluster.train.mailbox.MAX_REPORTS", 2)
     board = RunBoard()
     first = board.take(None, Word())
     for step in range(5):

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import pytest
 
-from m2f.cluster.config import ClusterConfig
 from m2f.cluster.ray_cluster import local_or_existing
+from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.shard_job import ShardFailure, ShardJobError, run_shard_job
 from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
 from m2f.data_pipeline.errors import DataError, StorageError

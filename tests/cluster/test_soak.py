@@ -13,12 +13,12 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from m2f.cluster.config import ClusterConfig
-from m2f.cluster.eval_queue import read_entries
-from m2f.cluster.eval_service import queue_url
-from m2f.cluster.recipe import dump_recipe
-from m2f.cluster.tracking import find_run
-from m2f.cluster.train_local import train_locally
+from m2f.cluster.evaluation.queue import read_entries
+from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.recipe.config import ClusterConfig
+from m2f.cluster.recipe.load import dump_recipe
+from m2f.cluster.tracking.tracking import find_run
+from m2f.cluster.train.local import train_locally
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.trainer.checkpoint.folder import newest_step

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from m2f.cluster.cli import main
-from m2f.cluster.jobs import JobClient, JobError, KnownJob
-from m2f.cluster.recipe import load_recipe, parse_recipe
-from m2f.cluster.submit import Attach, Start, choose, for_cluster, job_environment, job_name, jobs_of
-from m2f.cluster.upload import LIMIT_BYTES, UploadError, pack
+from m2f.cluster.recipe.load import load_recipe, parse_recipe
+from m2f.cluster.submit.ray_jobs import JobClient, JobError, KnownJob
+from m2f.cluster.submit.submit import Attach, Start, choose, for_cluster, job_environment, job_name, jobs_of
+from m2f.cluster.submit.upload import LIMIT_BYTES, UploadError, pack
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset

@@ -14,9 +14,9 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from m2f.cluster.journal import Journal
-from m2f.cluster.recipe import parse_recipe
-from m2f.cluster.tracking import TrackedRun, Tracking, TrackingError, create_run, tracking_uri
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.tracking.journal import Journal
+from m2f.cluster.tracking.tracking import TrackedRun, Tracking, TrackingError, create_run, tracking_uri
 
 RECIPE = """
 name: tracked

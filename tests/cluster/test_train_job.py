@@ -15,16 +15,16 @@ from mlflow import MlflowClient
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from m2f.cluster.config import ClusterConfig, RunConfig, TrackingConfig
-from m2f.cluster.eval_queue import read_entries
-from m2f.cluster.eval_service import EvaluationClient
-from m2f.cluster.evaluate import evaluate_checkpoint
+from m2f.cluster.evaluation.evaluate import evaluate_checkpoint
+from m2f.cluster.evaluation.queue import read_entries
+from m2f.cluster.evaluation.service import EvaluationClient
 from m2f.cluster.ray_cluster import ClusterError, connect
-from m2f.cluster.recipe import parse_recipe
-from m2f.cluster.run_board import EventReport
-from m2f.cluster.tracking import create_run
-from m2f.cluster.train_job import RunSummary, check_gpus, failure_of, ray_retries, run_training
-from m2f.cluster.train_local import train_locally
+from m2f.cluster.recipe.config import ClusterConfig, RunConfig, TrackingConfig
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.tracking.tracking import create_run
+from m2f.cluster.train.local import train_locally
+from m2f.cluster.train.mailbox import EventReport
+from m2f.cluster.train.supervisor import RunSummary, check_gpus, failure_of, ray_retries, run_training
 from m2f.data_pipeline.config import (
     StorageConfig,
 )
@@ -219,7 +219,7 @@ def test_a_run_lives_in_object_storage(cluster, folder, s3_endpoint):
 
 
 def test_a_manager_that_cannot_start_is_given_up(cluster, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("m2f.cluster.eval_service.MAX_STARTS", 1)
+    monkeypatch.setattr("m2f.cluster.evaluation.service.MAX_STARTS", 1)
     tracked = replace(create_run(replace(config, name="lost")), spool=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("no folder")
     client = EvaluationClient(config, tracked)
@@ -240,7 +240,7 @@ def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):
 def workers_with(monkeypatch):
     """Lets workers run another loop of `tiny_run`, which they cannot import."""
     ray.cloudpickle.register_pickle_by_value(tiny_run)
-    yield lambda loop: monkeypatch.setattr("m2f.cluster.train_job.train_loop", loop)
+    yield lambda loop: monkeypatch.setattr("m2f.cluster.train.supervisor.train_loop", loop)
     ray.cloudpickle.unregister_pickle_by_value(tiny_run)
 
 

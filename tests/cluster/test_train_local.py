@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m2f.cluster.train_local import train_locally, train_rank
+from m2f.cluster.train.local import train_locally, train_rank
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
@@ -47,14 +47,14 @@ def calm(make_config):
 
 @pytest.fixture
 def with_fault(monkeypatch):
-    return lambda change: monkeypatch.setattr("m2f.cluster.train_local.train_rank", partial(rank_with, change))
+    return lambda change: monkeypatch.setattr("m2f.cluster.train.local.train_rank", partial(rank_with, change))
 
 
 def logged_losses(config):
     """Every loss that rank 0 has logged, by step, from the journal of MLflow points."""
     from mlflow import MlflowClient
 
-    from m2f.cluster.tracking import create_run
+    from m2f.cluster.tracking.tracking import create_run
 
     run = create_run(config)
     points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss/total")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import m2f.trainer.engine.module
-from m2f.cluster.config import ClusterConfig, RunConfig
+from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
@@ -133,7 +133,7 @@ def spike(start, losses, targets):
 
 def slow_loop(arguments):
     """What a Ray worker runs, with time for the cluster to change under it."""
-    from m2f.cluster.train_worker import train_loop
+    from m2f.cluster.train.worker import train_loop
 
     def wait(losses, targets):
         time.sleep(PAUSE_S)
@@ -163,7 +163,7 @@ def refused_upload(marker: Path):
 
 def troubled_loop(arguments):
     """What a Ray worker runs: an upload is refused, memory is short in step 5 (rank 1), steps 8 and 9 spike."""
-    from m2f.cluster.train_worker import train_loop
+    from m2f.cluster.train.worker import train_loop
 
     marker = Path(arguments["settings"].job.run_folder, "refused")
     with (
@@ -175,7 +175,7 @@ def troubled_loop(arguments):
 
 def mistaken_loop(arguments):
     """What a Ray worker runs, with a bug that only rank 1 meets in its third step."""
-    from m2f.cluster.train_worker import train_loop
+    from m2f.cluster.train.worker import train_loop
 
     def mistake(losses, targets):
         if (targets.position == 9).any():

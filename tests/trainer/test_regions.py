@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from m2f.cluster.config import RunConfig
+from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, ScaleJitter, SyntheticSource
 from m2f.model.config import (
     LossConfig,

@@ -1,0 +1,1 @@
+"""TODO: what lives in analyze, in one sentence."""

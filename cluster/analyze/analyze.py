@@ -1,0 +1,133 @@
+"""The paper's analyses of a trained model: quality by decoder layer, and where attention goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from m2f.cluster.evaluation.actor import load_model, weights_url
+from m2f.cluster.predict.choose_checkpoint import ChosenWeights
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.terminal import Progress
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.loading.loader import eval_batches, shared_categories
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.preview import spread_indices
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.collate import EvalBatch
+from m2f.eval.inference.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
+from m2f.eval.inference.evaluator import PREDICTS, Evaluator
+from m2f.eval.inference.layers import LayerAnalysis, LayerQuality
+from m2f.eval.report.panels import render_heat
+from m2f.eval.results.results import EvaluationSubject
+from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
+from m2f.model.mask2former import Mask2Former
+
+
+@dataclass(frozen=True)
+class AnalysisSubject:
+    """A trained model and the images to look at."""
+
+    config: RunConfig
+    model: Mask2Former
+    dataset: str
+    manifest: Manifest
+    indices: tuple[int, ...]
+    storage: Storage
+    step: int | None
+
+    @property
+    def title(self) -> str:
+        """Which images of what."""
+        what = "weights" if self.step is None else f"checkpoint of step {self.step}"
+        return f"{self.dataset}: {len(self.indices)} of {self.manifest.num_samples} images, {what}"
+
+
+def open_subject(
+    config: RunConfig, weights: ChosenWeights, dataset: str, num_images: int, storage: Storage
+) -> AnalysisSubject:
+    """Load the model and choose images, spread evenly over the data set.
+
+    Raises DataError if the data set is not there or has other categories than the training data.
+    """
+    torch.set_num_threads(config.evaluation.threads)
+    manifest, trained = (
+        Manifest.load(config.datasets[name].shards, storage) for name in (dataset, config.data.train[0].dataset)
+    )
+    shared_categories([manifest, trained])
+    model = load_model(config, manifest, weights_url(weights.url, storage), storage).eval()
+    indices = spread_indices(manifest, num_images)
+    return AnalysisSubject(config, model, dataset, manifest, indices, storage, weights.step)
+
+
+def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
+    """Metrics of the predictions after every layer, for all tasks that the model can be evaluated on."""
+    config, categories = subject.config, subject.manifest.categories
+    evaluator = Evaluator(
+        subject.model,
+        categories,
+        replace(config.evaluation, tasks=PREDICTS[config.data.task]),
+        model_task=config.data.task,
+        postprocess=config.model.postprocess,
+    )
+    analysis = LayerAnalysis(evaluator, categories)
+    for batch in _batches(subject):
+        analysis.update(batch)
+    described = EvaluationSubject(dataset=subject.dataset, fingerprint=subject.manifest.fingerprint, step=subject.step)
+    return analysis.compute(described, config.model.transformer_decoder.num_layers)
+
+
+def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[AttentionMass, dict[int, bytes]]:
+    """Attention on matched objects and beside them, and PNGs by image id: maps of the first images' surest query."""
+    config, categories = subject.config, subject.manifest.categories
+    labels = categories.labels(config.data.task)
+    classes = categories.for_task(config.data.task)
+    mass, pictures = AttentionMass(), {}
+    device = next(subject.model.parameters()).device
+    for batch in _batches(subject):
+        with torch.inference_mode(), recorded_attention(subject.model) as maps:
+            predictions = subject.model(subject.model.normalise(batch.images.to(device), batch.sizes.to(device)))
+        for row, sample in enumerate(batch.samples):
+            objects = matched_objects(batch, row, predictions, config.data.task, labels, config.model.loss)
+            mass.update(maps, row, objects)
+            if len(objects.queries) and len(pictures) < num_pictures:
+                scores = predictions.class_logits[-1, row].softmax(-1).cpu()[objects.queries, objects.labels]
+                pictures[sample.image_id] = _picture(batch, row, maps, objects, scores, classes)
+    return mass, pictures
+
+
+def _picture(
+    batch: EvalBatch,
+    row: int,
+    maps: Sequence[AttentionMap],
+    objects: MatchedObjects,
+    scores: torch.Tensor,
+    classes: Sequence[Category],
+) -> bytes:
+    """The image with the outline of the object, a thing if there is one, that is predicted best, and its attention."""
+    things = torch.tensor([classes[label].is_thing for label in objects.labels.tolist()])
+    best = int((scores + things).argmax())
+    height, width = batch.sizes[row].tolist()
+    image = np.ascontiguousarray(batch.images[row, :, :height, :width].permute(1, 2, 0).numpy())
+    name = classes[int(objects.labels[best])].name
+    title = f"image {batch.samples[row].image_id}: {name} {100 * scores[best]:.0f}"
+    heats = attention_pictures(maps, row, int(objects.queries[best]), (height, width))
+    return render_heat(image, objects.masks[best, :height, :width].numpy(), title, heats)
+
+
+def _batches(subject: AnalysisSubject) -> Iterator[EvalBatch]:
+    settings = subject.config.evaluation
+    with Progress("analysing", len(subject.indices), "images") as progress:
+        for batch in eval_batches(
+            subject.manifest,
+            subject.indices,
+            subject.storage,
+            batch_size=settings.batch_size,
+            shortest_edge=settings.shortest_edge,
+            max_size=settings.max_size,
+        ):
+            yield batch
+            progress.advance(len(batch.samples))

@@ -1,0 +1,133 @@
+"""Size and speed of models side by side: the paper's, and those of recipes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.results.results import columns
+from m2f.model.analysis.flops.executed import build_shapes, count_parameters, executed_flops
+from m2f.model.analysis.flops.official import mean_flops, official_flops
+from m2f.model.analysis.paper_models import PaperModel
+from m2f.model.config import ModelConfig
+from m2f.model.errors import ConfigError
+from m2f.model.mask2former import build_model
+
+TIMED_RUNS = 3
+"""Forward passes of which the median counts, after one that does not."""
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """One line of the table."""
+
+    name: str
+    table: str | None
+    """Of the paper."""
+    parameters: float
+    """Millions."""
+    paper_parameters: float | None
+    flops: float | None
+    """Milliards of multiply-adds of the official code at the paper's input; None for recipes."""
+    paper_flops: float | None
+    flops_at_size: float
+    """The same at the table's own input, without the inference after the model."""
+    executed: float
+    """What our model executes there."""
+    cpu_seconds: float | None
+    """CPU time of a forward pass there; None where it was not measured."""
+
+
+def paper_sizes(models: Sequence[PaperModel], size: Size, *, timed: bool) -> Iterator[ModelSize]:
+    """Measure models of the paper, one by one, at an input of this height and width."""
+    for row in models:
+        flops = mean_flops(row.config) if row.size is None else official_flops(row.config, row.size, semantic=True)
+        yield _measure(row.name, row.config, size, timed, paper=row, flops=flops.total / 1e9)
+
+
+def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
+    """Measure a recipe's model; its classes are those of the training data, or `model.num_classes`.
+
+    Raises ConfigError where neither is there.
+    """
+    model = config.model
+    if model.num_classes is None:
+        first = config.datasets[config.data.train[0].dataset]
+        try:
+            categories = Manifest.load(first.shards, Storage(config.storage)).categories
+        except DataError as error:
+            raise ConfigError(f"{error}; or give the number of classes: model.num_classes=80") from error
+        model = replace(model, num_classes=len(categories.for_task(config.data.task)))
+    return _measure(config.name, model, size, timed)
+
+
+def cpu_seconds_per_image(config: ModelConfig, size: Size) -> float:
+    """Median CPU time, of all threads, of a forward pass with one image and random weights.
+
+    Unlike wall time it says the same on a machine that others use too, but for the caches that they share.
+    """
+    model = build_model(config, pretrained_backbone=False).eval()
+    images = torch.zeros(1, 3, *size)
+    times = []
+    with torch.inference_mode():
+        for _ in range(1 + TIMED_RUNS):
+            started = time.process_time()
+            model(images).mask_logits()
+            times.append(time.process_time() - started)
+    return statistics.median(times[1:])
+
+
+def format_model_table(rows: Sequence[ModelSize], size: Size, *, markdown: bool) -> str:
+    """Aligned columns for a terminal, or a Markdown table."""
+    at = f"{size[0]}x{size[1]}"
+    head = ["model", "table", "M params", "paper", "GFLOPs", "paper", f"official {at}", f"executed {at}", f"CPU s {at}"]
+    cells = [
+        [
+            row.name,
+            row.table or "",
+            _number(row.parameters, 1),
+            _number(row.paper_parameters, 0),
+            _number(row.flops, 1),
+            _number(row.paper_flops, 0),
+            _number(row.flops_at_size, 1),
+            _number(row.executed, 1),
+            _number(row.cpu_seconds, 2),
+        ]
+        for row in rows
+    ]
+    if not markdown:
+        return columns(head, cells)
+    rule = ["---", "---", *["---:"] * (len(head) - 2)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *cells])
+
+
+def _measure(
+    name: str, config: ModelConfig, size: Size, timed: bool, paper: PaperModel | None = None, flops: float | None = None
+) -> ModelSize:
+    shapes = build_shapes(config)
+    counted = official_flops(config, size)
+    return ModelSize(
+        name=name,
+        table=paper.table if paper else None,
+        parameters=count_parameters(shapes) / 1e6,
+        paper_parameters=paper.parameters if paper else None,
+        flops=flops,
+        paper_flops=paper.flops if paper else None,
+        flops_at_size=(counted.total - counted.inference) / 1e9,
+        executed=executed_flops(shapes, size).total / 1e9,
+        cpu_seconds=cpu_seconds_per_image(config, size) if timed else None,
+    )
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:,.{decimals}f}"

@@ -1,0 +1,1 @@
+"""TODO: what lives in compare, in one sentence."""

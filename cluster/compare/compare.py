@@ -1,0 +1,306 @@
+"""Which of several runs is better, by how much, and what differs between them: pure functions of what was read.
+
+The first run is the baseline; deltas are differences to it. A value that a run does not have is None, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from m2f.cluster.compare.paper import PaperResult, paper_result
+from m2f.cluster.compare.records import CompareError, Curve, RunRecord, compared_step, set_and_metric
+
+METRIC_ORDER = (
+    *("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"),
+    *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+    *("mIoU", "fwIoU", "mACC", "pACC", "mIoU_occurring", "mIoU_all"),
+)
+CLASS_METRICS = ("PQ", "AP", "IoU")
+"""Columns of per_class in results.json that are compared class by class."""
+HEADLINES = ("PQ", "AP", "mIoU")
+IDENTITY = ("name", "output")
+"""Settings that differ between runs by nature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number of one run."""
+
+    value: float | None
+    delta: float | None = None
+    """To the baseline; None for the baseline itself and where one of the two has no value."""
+    best: bool = False
+    """The best of the runs, or as good; never where the runs do not differ or only one has a value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A metric, a class or a measure of speed, with one value per run."""
+
+    name: str
+    values: tuple[Value, ...]
+    higher_is_better: bool = True
+    paper: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTable:
+    """One metric of every class of one set."""
+
+    dataset: str
+    metric: str
+    rows: tuple[Row, ...]
+    """In the order of the data set's categories."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A setting that is not the same in all runs; None where a run's recipe does not have it."""
+
+    setting: str
+    values: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """One metric over training, one curve per run; empty where a run has none."""
+
+    metric: str
+    x_label: str
+    curves: tuple[tuple[tuple[float, float], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that the reports show."""
+
+    runs: tuple[RunRecord, ...]
+    metrics: tuple[Row, ...]
+    steps: Mapping[str, tuple[int | None, ...]]
+    """By set: the evaluated step of every run."""
+    paper: PaperResult | None
+    speed: tuple[Row, ...]
+    differences: tuple[Difference, ...]
+    classes: tuple[ClassTable, ...]
+    plots: tuple[Plot, ...]
+    notes: tuple[str, ...]
+    """What makes numbers hard to compare, or is missing."""
+
+
+def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: int | None = None) -> Comparison:
+    """Compare runs with the first of them.
+
+    Args:
+        runs: at least one.
+        metrics: as `PQ` (of every set) or `val/PQ` or `train/loss/total`; none: all evaluated ones.
+        step: of the evaluations; None takes the newest of each run and set.
+
+    Raises:
+        CompareError: an unknown metric, or several runs without a metric in common.
+    """
+    by_run = [_metric_values(run, step) for run in runs]
+    names = _chosen_metrics(by_run, metrics)
+    if len(runs) > 1 and not any(all(name in values for values in by_run) for name in names):
+        evaluated = "; ".join(f"{run.name}: {_listed(values)}" for run, values in zip(runs, by_run, strict=True))
+        raise CompareError(
+            f"these runs have no metric in common ({evaluated}). Compare curves of training with "
+            "--metric train/loss/total, or evaluate the runs on the same set with m2f eval"
+        )
+    paper = next((row for run in runs if (row := paper_result(run.recipe.get("name", ""))) is not None), None)
+    first_set = _first_set(runs, by_run)
+    rows = []
+    for name in names:
+        dataset, metric = set_and_metric(name)
+        published = paper.metrics.get(metric) if paper is not None and dataset == first_set else None
+        rows.append(_row(name, [values.get(name) for values in by_run], paper=published))
+    sets = list(dict.fromkeys(set_and_metric(name)[0] for name in names if not name.startswith("train/")))
+    return Comparison(
+        runs=tuple(runs),
+        metrics=tuple(rows),
+        steps={name: tuple(compared_step(name, run.curves, step) for run in runs) for name in sets},
+        paper=paper,
+        speed=_speed(runs),
+        differences=_differences(runs),
+        classes=tuple(_class_tables(runs, sets)),
+        plots=tuple(_plots(runs, names)),
+        notes=tuple(_notes(runs, sets, step)),
+    )
+
+
+# Metrics
+
+
+def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
+    """The run's numbers at the compared step of every set, and its last numbers of training."""
+    values: dict[str, float] = {}
+    for name, curve in run.curves.items():
+        if name.startswith("train/"):
+            values[name] = curve[-1][1]
+        else:
+            at = compared_step(set_and_metric(name)[0], run.curves, step)
+            values |= {name: value for evaluated, value in curve if evaluated == at}  # noqa: B035 (at most one)
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _chosen_metrics(by_run: Sequence[Mapping[str, float]], wanted: Sequence[str]) -> list[str]:
+    known = sorted({name for values in by_run for name in values}, key=_rank)
+    if not wanted:
+        return [name for name in known if not name.startswith("train/")]
+    chosen: list[str] = []
+    for one in wanted:
+        found = [name for name in known if one in (name, set_and_metric(name)[1])]
+        if not found:
+            raise CompareError(f"no run has the metric {one!r} at the compared step; there are: {', '.join(known)}")
+        chosen += found
+    return list(dict.fromkeys(chosen))
+
+
+def _rank(name: str) -> tuple[str, int, str]:
+    dataset, metric = set_and_metric(name)
+    return dataset, METRIC_ORDER.index(metric) if metric in METRIC_ORDER else len(METRIC_ORDER), metric
+
+
+def _row(name: str, values: Sequence[float | None], *, higher: bool | None = None, paper: float | None = None) -> Row:
+    higher = "loss" not in name if higher is None else higher
+    there = [value for value in values if value is not None]
+    best = (max(there) if higher else min(there)) if len(set(there)) > 1 else None
+    baseline = values[0]
+    return Row(
+        name=name,
+        values=tuple(
+            Value(
+                value=value,
+                delta=value - baseline if position and value is not None and baseline is not None else None,
+                best=value is not None and value == best,
+            )
+            for position, value in enumerate(values)
+        ),
+        higher_is_better=higher,
+        paper=paper,
+    )
+
+
+def _first_set(runs: Sequence[RunRecord], by_run: Sequence[Mapping[str, float]]) -> str | None:
+    """The set that the baseline's recipe evaluates first: the one that a paper's numbers are about."""
+    recipe = runs[0].recipe
+    named = recipe.get("evaluation.sets.0.name") or recipe.get("evaluation.sets.0.dataset")
+    sets = [set_and_metric(name)[0] for name in by_run[0] if not name.startswith("train/")]
+    return named if named in sets else next(iter(sets), None)
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    evaluated = [name for name in values if not name.startswith("train/")]
+    return ", ".join(evaluated[:6]) + (", ..." if len(evaluated) > 6 else "") or "not evaluated"
+
+
+# Speed
+
+
+def _speed(runs: Sequence[RunRecord]) -> tuple[Row, ...]:
+    """Throughput, waiting, time and memory, where any run logged them."""
+
+    def measure(name: str, key: str, reduce: Callable[[Curve], float], higher: bool) -> Row:
+        curves = [run.curves.get(key, ()) for run in runs]
+        return _row(name, [reduce(curve) if curve else None for curve in curves], higher=higher)
+
+    rows = [
+        measure("images/s (median)", "train/images_per_s", _median, True),
+        measure("step time, s (median)", "train/step_time_s", _median, False),
+        measure("data wait, % (mean)", "train/data_wait_share", lambda c: 100 * _mean(c), False),
+        measure("training time, h", "train/step_time_s", lambda c: _integral(c) / 3600, False),
+        measure("MFU, % (median)", "train/mfu", lambda c: 100 * _median(c), True),
+    ]
+    memory = sorted({key for run in runs for key in run.curves if key.startswith("train/") and "memory" in key})
+    rows += [measure(f"{key.removeprefix('train/')} (largest)", key, _largest, False) for key in memory]
+    return tuple(row for row in rows if any(value.value is not None for value in row.values))
+
+
+def _median(curve: Curve) -> float:
+    return statistics.median(value for _, value in curve)
+
+
+def _mean(curve: Curve) -> float:
+    return statistics.fmean(value for _, value in curve)
+
+
+def _largest(curve: Curve) -> float:
+    return max(value for _, value in curve)
+
+
+def _integral(curve: Curve) -> float:
+    """Seconds in steps: every logged step time stands for the steps since the one before."""
+    total, last = 0.0, 0
+    for step, value in curve:
+        total += value * (step - last)
+        last = step
+    return total
+
+
+# Recipes, classes, curves
+
+
+def _differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
+    """Settings that are not the same everywhere, in the order of the recipe. Unknown recipes say nothing."""
+    known = [run.recipe for run in runs if run.recipe]
+    settings = dict.fromkeys(setting for recipe in known for setting in recipe)
+    return tuple(
+        Difference(setting=setting, values=tuple(run.recipe.get(setting) for run in runs))
+        for setting in settings
+        if setting not in IDENTITY and len({recipe.get(setting) for recipe in known}) > 1
+    )
+
+
+def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassTable]:
+    """Classes of the baseline first, then those that only others have."""
+    tables = []
+    for dataset in sets:
+        found = [run.results.get(dataset) for run in runs]
+        for metric in CLASS_METRICS:
+            by_run = [{row["name"]: row.get(metric) for row in one.per_class} if one else {} for one in found]
+            names = dict.fromkeys(name for values in by_run for name in values)
+            rows = [_row(name, [values.get(name) for values in by_run]) for name in names]
+            rows = [row for row in rows if any(value.value is not None for value in row.values)]
+            if rows:
+                tables.append(ClassTable(dataset=dataset, metric=metric, rows=tuple(rows)))
+    return tables
+
+
+def _plots(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Plot]:
+    """The headline metrics among the chosen ones (all chosen ones where there is none), and the loss."""
+    shown = [name for name in names if set_and_metric(name)[1] in HEADLINES] or list(names)
+    shown += [name for name in ("train/loss/total",) if name not in shown and any(name in r.curves for r in runs)]
+    batches = [run.recipe.get("training.global_batch") for run in runs]
+    by_images = len(set(batches)) > 1 and all(batch is not None and batch.isdecimal() for batch in batches)
+    plots = []
+    for name in shown:
+        curves = []
+        for run, batch in zip(runs, batches, strict=True):
+            scale = int(batch) if by_images and batch is not None else 1
+            curves.append(tuple((float(step * scale), value) for step, value in run.curves.get(name, ())))
+        plots.append(Plot(metric=name, x_label="images" if by_images else "steps", curves=tuple(curves)))
+    return plots
+
+
+def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> list[str]:
+    notes = []
+    for dataset in sets:
+        found = [(run.name, run.results[dataset]) for run in runs if dataset in run.results]
+        if len({one.fingerprint for _, one in found}) > 1:
+            data = ", ".join(f"{name} {one.fingerprint[:12]}" for name, one in found)
+            notes.append(f"{dataset}: the runs were evaluated on different data ({data}); do not compare the numbers")
+        if len({(one.subset, one.num_images) for _, one in found}) > 1:
+            images = ", ".join(f"{name} {one.subset or f'all {one.num_images}'}" for name, one in found)
+            notes.append(f"{dataset}: the runs were evaluated on different images ({images})")
+        steps = {at for run in runs if (at := compared_step(dataset, run.curves, step)) is not None}
+        if len(steps) > 1 and step is None:
+            notes.append(f"{dataset}: the newest evaluations are of different steps; --step N compares at one")
+        missing = [run.name for run in runs if compared_step(dataset, run.curves, step) is None]
+        if missing:
+            at = "" if step is None else f" at step {step}"
+            notes.append(f"{dataset}: not evaluated{at}: {', '.join(missing)}")
+    notes += [f"{run.name} is still running" for run in runs if run.status == "RUNNING"]
+    notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return notes

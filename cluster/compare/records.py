@@ -1,0 +1,330 @@
+"""What is known of a run, read from MLflow or from its run folder, for comparison with others."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from m2f.cluster.recipe.load import flatten_tree
+from m2f.cluster.tracking.tracking import connect
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.errors import UserError
+
+Curve = tuple[tuple[int, float], ...]
+"""(step, value), ascending, one per step."""
+NOT_COMPARED = {"train/eta_s", "train/images"}
+"""Metrics whose history says nothing about a run."""
+GROUPS_NOT_COMPARED = ("train/storage/", "train/ranks/", "system/")
+"""Beginnings of the names of further ones."""
+MAX_RUNS = 50
+
+
+class CompareError(UserError):
+    """Runs that cannot be found, read or compared. Names the run or the tracking server and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetResult:
+    """results.json of one evaluated set at one step."""
+
+    step: int
+    fingerprint: str
+    subset: str | None
+    num_images: int
+    metrics: Mapping[str, float | None]
+    per_class: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run."""
+
+    name: str
+    source: str
+    """Run folder, or run id and tracking server."""
+    status: str | None = None
+    """As MLflow says; None where MLflow was not asked."""
+    version: str | None = None
+    """Of m2f."""
+    recipe: Mapping[str, str] = field(default_factory=dict)
+    """Resolved settings by dotted path."""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """`train/...` and `<set>/<metric>`."""
+    results: Mapping[str, SetResult] = field(default_factory=dict)
+    """By set, of the compared step; a set without results.json is missing."""
+    notes: tuple[str, ...] = ()
+    """What could not be read, and why."""
+
+
+def read_runs(
+    wanted: Sequence[str], *, tracking: str | None, experiment: str | None, query: str | None, step: int | None
+) -> list[RunRecord]:
+    """The wanted run folders, run ids and run names, in this order, then those that a filter finds, newest first.
+
+    Args:
+        wanted: paths or URLs of run folders, or MLflow run ids or names.
+        tracking: MLflow's URI; None takes MLFLOW_TRACKING_URI.
+        experiment: where names are looked up; alone, all its runs.
+        query: MLflow's search syntax, for example `metrics."val/PQ" > 50`.
+        step: of the evaluations; None takes the newest of each run and set.
+
+    Raises:
+        CompareError: a run that does not exist, an unknown experiment or filter, a server that does not answer.
+    """
+    uri = tracking or os.environ.get("MLFLOW_TRACKING_URI")
+    by_filter = query is not None or (experiment is not None and not wanted)
+    records: list[RunRecord] = []
+    store: _Store | None = None
+    for one in wanted:
+        if _is_folder(one):
+            records.append(_read_folder(one, step))
+        else:
+            store = store or _open_store(uri, one, experiment)
+            records.append(store.read(store.find(one), step))
+    if by_filter:
+        store = store or _open_store(uri, experiment or "m2f", experiment)
+        records += [store.read(run, step) for run in store.search(query)]
+    if not records:
+        raise CompareError("no run to compare: name run folders, or MLflow runs, or an --experiment")
+    return _with_distinct_names(records)
+
+
+class _Store:
+    """One MLflow server or database."""
+
+    def __init__(self, uri: str, experiment: str | None) -> None:
+        self.uri = uri
+        self._client: MlflowClient = connect(uri)
+        with _Answering(uri):
+            known = {e.name: e.experiment_id for e in self._client.search_experiments()}
+        if experiment is not None and experiment not in known:
+            raise CompareError(f"no experiment {experiment!r} at {uri}{_choices(experiment, known)}")
+        self._experiments = [known[experiment]] if experiment is not None else list(known.values())
+
+    def find(self, wanted: str) -> Run:
+        """The run with this id or, in the experiment, this name."""
+        with _Answering(self.uri):
+            named = self._client.search_runs(self._experiments, f"attributes.run_name = '{_quoted(wanted)}'")
+            if not named and len(wanted) == 32:
+                try:
+                    return self._client.get_run(wanted)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise
+            others = [] if named else self._client.search_runs(self._experiments, max_results=1000)
+        if len(named) > 1:
+            ids = ", ".join(run.info.run_id for run in named[:10])
+            raise CompareError(f"{len(named)} runs at {self.uri} have the name {wanted!r}; give an id: {ids}")
+        if not named:
+            names = sorted({run.info.run_name or run.info.run_id for run in others})
+            raise CompareError(f"no run folder, run id or run name {wanted!r} at {self.uri}{_choices(wanted, names)}")
+        return named[0]
+
+    def search(self, query: str | None) -> list[Run]:
+        """Runs of the experiments that a filter lets through, newest first."""
+        try:
+            with _Answering(self.uri):
+                runs = self._client.search_runs(self._experiments, query or "", max_results=MAX_RUNS)
+        except MlflowException as error:
+            raise CompareError(f"--filter is {query!r}: {error.message}") from error
+        if not runs:
+            raise CompareError(f"no run at {self.uri} passes the filter {query!r}" if query else "no run there yet")
+        return list(runs)
+
+    def read(self, run: Run, step: int | None) -> RunRecord:
+        """All that MLflow has of a run."""
+        run_id = run.info.run_id
+        curves = self.curves(run)
+        notes: list[str] = []
+        recipe = self._artifact(run, "recipe.yaml", notes)
+        results: dict[str, SetResult] = {}
+        for name in dict.fromkeys(set_and_metric(key)[0] for key in curves if not key.startswith("train/")):
+            at = compared_step(name, curves, step)
+            text = None
+            if at is not None:
+                text = self._artifact(run, f"evaluations/step_{at:08d}/{name}/results.json", notes)
+            if text is not None:
+                results[name] = parse_results(text)
+        return RunRecord(
+            name=run.info.run_name or run_id,
+            source=f"run {run_id} at {self.uri}",
+            status=run.info.status,
+            version=run.data.tags.get("m2f.version"),
+            recipe=flatten_tree(yaml.safe_load(recipe)) if recipe is not None else dict(run.data.params),
+            curves=curves,
+            results=results,
+            notes=tuple(notes),
+        )
+
+    def curves(self, run: Run) -> dict[str, Curve]:
+        """The history of every metric that is worth it."""
+        with _Answering(self.uri):
+            keys = [key for key in run.data.metrics if not key.startswith(GROUPS_NOT_COMPARED)]
+            wanted = [key for key in keys if key not in NOT_COMPARED]
+            return {key: self._curve(run.info.run_id, key) for key in wanted}
+
+    def _curve(self, run_id: str, key: str) -> Curve:
+        by_step = {point.step: point.value for point in self._client.get_metric_history(run_id, key)}
+        return tuple(sorted(by_step.items()))
+
+    def _artifact(self, run: Run, path: str, notes: list[str]) -> str | None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="m2f-compare-") as folder:
+                local = self._client.download_artifacts(run.info.run_id, path, folder)
+                return Path(local).read_text()
+        except Exception as error:  # whatever the artifact store behind it raises; the rest is still worth showing
+            notes.append(f"{path} cannot be read ({_brief(error)})")
+            return None
+
+
+def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
+    if uri is None:
+        raise CompareError(
+            f"{wanted!r} is no run folder (it has no recipe.yaml), and no MLflow server is named: give a run folder, "
+            "or set --tracking or MLFLOW_TRACKING_URI"
+        )
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).exists():
+        raise CompareError(f"there is no MLflow database {database}")  # MLflow would make an empty one
+    return _Store(uri, experiment)
+
+
+class _Answering:
+    """Turns what a server that is away makes the client raise into one message."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        if isinstance(error, MlflowException) and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            return
+        raise CompareError(
+            f"{self._uri} does not answer ({_brief(error)}); start the server, correct --tracking or "
+            "MLFLOW_TRACKING_URI, or compare run folders"
+        ) from error
+
+
+# Run folders
+
+
+def _is_folder(wanted: str) -> bool:
+    return "://" in wanted or Path(wanted, "recipe.yaml").is_file()
+
+
+def _read_folder(folder: str, step: int | None) -> RunRecord:
+    """Evaluations and recipe from the folder; curves of training from the MLflow run that it names, if that answers."""
+    storage = Storage()
+    folder = folder.rstrip("/")
+    try:
+        recipe = flatten_tree(yaml.safe_load(storage.get(join(folder, "recipe.yaml"))))
+        urls = [url for url in storage.list(join(folder, "evaluations")) if url.endswith("/results.json")]
+        found = [(url.split("/")[-2], parse_results(storage.get(url).decode())) for url in urls]
+        record_url = join(folder, "tracking.json")
+        known = json.loads(storage.get(record_url)) if storage.exists(record_url) else None
+    except StorageError as error:
+        raise CompareError(f"{folder} cannot be read as a run folder: {error}") from error
+    record = _tracked_record(folder, known)
+    points: dict[str, dict[int, float]] = {}
+    for name, result in found:
+        for metric, value in result.metrics.items():
+            if value is not None:
+                points.setdefault(f"{name}/{metric}", {})[result.step] = value
+    curves = dict(record.curves) | {key: tuple(sorted(values.items())) for key, values in points.items()}
+    at = {name: compared_step(name, curves, step) for name, _ in found}
+    return replace(
+        record,
+        name=recipe.get("name", folder),
+        recipe=recipe,
+        curves=curves,
+        results={name: result for name, result in found if result.step == at[name]},
+    )
+
+
+def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
+    """What MLflow has beyond the folder, still without the folder's own content."""
+    bare = RunRecord(name=folder, source=folder)
+    if known is None:
+        return replace(bare, notes=("no tracking.json, so no curves of training",))
+    beside = Path(folder, "mlflow.db")  # the folder may have been moved since
+    uri = f"sqlite:///{beside.resolve()}" if beside.exists() else known["uri"]
+    try:
+        store = _open_store(uri, known["run_id"], None)
+        run = store.find(known["run_id"])
+        version = run.data.tags.get("m2f.version")
+        return replace(bare, status=run.info.status, version=version, curves=store.curves(run))
+    except CompareError as error:
+        return replace(bare, notes=(f"no curves of training: {error}",))
+
+
+def parse_results(text: str) -> SetResult:
+    """What results.json holds."""
+    content = json.loads(text)
+    return SetResult(
+        step=content["step"] or 0,
+        fingerprint=content["fingerprint"],
+        subset=content["subset"],
+        num_images=content["num_images"],
+        metrics=content["metrics"],
+        per_class=content["per_class"],
+    )
+
+
+def set_and_metric(key: str) -> tuple[str, str]:
+    """`val/PQ` -> (`val`, `PQ`)."""
+    name, _, metric = key.rpartition("/")
+    return name, metric
+
+
+def compared_step(dataset: str, curves: Mapping[str, Curve], wanted: int | None) -> int | None:
+    """The newest evaluated step of a set, or the wanted one if it was evaluated."""
+    steps = {step for key, curve in curves.items() if set_and_metric(key)[0] == dataset for step, _ in curve}
+    if wanted is not None:
+        return wanted if wanted in steps else None
+    return max(steps, default=None)
+
+
+def _with_distinct_names(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Runs of one name get what tells them apart: the names of their folders, else their number in the comparison."""
+    names = [record.name for record in records]
+    if len(set(names)) < len(names):
+        folders = [record.source.rstrip("/").rpartition("/")[2] for record in records]
+        if len(set(folders)) == len(folders) and all(_is_folder(record.source) for record in records):
+            return [replace(record, name=folder) for record, folder in zip(records, folders, strict=True)]
+    return [
+        replace(record, name=f"{record.name} ({position})") if names.count(record.name) > 1 else record
+        for position, record in enumerate(records, start=1)
+    ]
+
+
+def _choices(wanted: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(wanted, names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f" (there are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else " (it is empty)"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "\\'")
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:160] + "..."

@@ -1,0 +1,1 @@
+"""TODO: what lives in doctor, in one sentence."""

@@ -1,0 +1,119 @@
+"""The doctor on every node of a Ray cluster: one task each, and what only shows between nodes."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from m2f.cluster.doctor.doctor import machine_checks, run_checks
+from m2f.cluster.doctor.finding import Finding
+from m2f.cluster.doctor.services import skew_finding
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.train.resources import demands, room
+
+PATIENCE_S = 180.0
+CLUSTER = "cluster"
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a node says of itself."""
+
+    findings: list[Finding]
+    versions: tuple[str, str]
+    """Python and Ray."""
+    clock: float
+
+
+def examine_cluster(config: RunConfig | None) -> list[Finding]:
+    """Findings of all nodes of the connected cluster, and of the cluster itself."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    examine = ray.remote(num_cpus=0, max_retries=0)(examine_node)
+    calls: dict[Any, Mapping[str, Any]] = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        gpus = int(node["Resources"].get("GPU", 0))
+        calls[examine.options(scheduling_strategy=here).remote(config, gpus, _name(node))] = node
+    findings: list[Finding] = []
+    versions: dict[tuple[str, str], list[str]] = {}
+    done, late = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S)
+    for call in done:
+        name = _name(calls[call])
+        try:
+            report = ray.get(call)
+        except ray.exceptions.RayError as error:
+            detail = str(error).strip().splitlines()[-1][:200]
+            findings.append(Finding("node", "failed", detail, "see its logs in the dashboard", name))
+            continue
+        findings += report.findings
+        versions.setdefault(report.versions, []).append(name)
+    for call in late:
+        remedy = "the node is overloaded or cut off; see the dashboard"
+        findings.append(Finding("node", "failed", f"no answer in {PATIENCE_S:.0f} s", remedy, _name(calls[call])))
+    findings.sort(key=lambda finding: finding.where)
+    return [*findings, _same_versions(versions), *_clocks(nodes), *_room(config, nodes)]
+
+
+def examine_node(config: RunConfig | None, gpus: int, name: str) -> NodeReport:
+    """Body of a task."""
+    findings = run_checks(machine_checks(config, gpus), where=name)
+    return NodeReport(findings, (platform.python_version(), ray.__version__), time.time())
+
+
+def read_clock() -> float:
+    """Body of a task."""
+    return time.time()
+
+
+def _clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
+    """Clocks of the nodes against this one; the second call of each, when its process has started."""
+    findings: list[Finding] = []
+    clock = ray.remote(num_cpus=0)(read_clock)
+    for node in nodes:
+        here = clock.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        try:
+            ray.get(here.remote(), timeout=PATIENCE_S)
+            before = time.time()
+            theirs = ray.get(here.remote(), timeout=PATIENCE_S)
+        except ray.exceptions.RayError:
+            continue  # the node was said to be ill already
+        skew = theirs - (before + time.time()) / 2
+        finding = skew_finding(skew, "the driver")
+        if finding.state != "ok":
+            findings.append(Finding(finding.check, finding.state, finding.detail, finding.remedy, _name(node)))
+    return findings or [Finding("clocks", "ok", "all nodes agree", where=CLUSTER)]
+
+
+def _same_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
+    if len(versions) > 1:
+        detail = "; ".join(
+            f"Python {python}, Ray {version}: {', '.join(names)}" for (python, version), names in versions.items()
+        )
+        return Finding("same versions", "failed", detail, "start all nodes from one image", CLUSTER)
+    return Finding("same versions", "ok", "Python and Ray of all nodes", where=CLUSTER)
+
+
+def _room(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
+    """Whether the run fits in the cluster as it is now."""
+    if config is None:
+        return []
+    findings: list[Finding] = []
+    for demand in demands(config):
+        places = room((node["Resources"] for node in nodes), demand.needs)
+        detail = f"{demand}, and room for {places}"
+        if places < demand.count:
+            remedy = "lower the recipe's numbers, or let the cluster grow"
+            findings.append(Finding("room", "warning", detail, remedy, CLUSTER))
+        else:
+            findings.append(Finding("room", "ok", detail, where=CLUSTER))
+    return findings
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return node["NodeManagerAddress"]

@@ -1,0 +1,79 @@
+"""`m2f doctor`: what a machine or a cluster needs before a run, tried out, with a remedy for each trouble."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from m2f.cluster.doctor import machine, services
+from m2f.cluster.doctor.finding import HERE, Finding, State
+from m2f.cluster.recipe.config import RunConfig
+
+Check = Callable[[], Finding]
+_STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
+
+
+def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
+    """All findings, one check after the other; one that breaks is a failed one."""
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            finding = check()
+        except Exception as error:
+            name = getattr(check, "__name__", None) or getattr(getattr(check, "func", None), "__name__", "check")
+            story = traceback.format_exception_only(error)[-1].strip()
+            finding = Finding(name.removeprefix("check_"), "failed", story, "this is a defect of the check: report it")
+        findings.append(replace(finding, where=where))
+    return findings
+
+
+def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Check]:
+    """What every machine is asked; `gpus` is what Ray counts on this node, None off a cluster."""
+    checks: list[Check] = [
+        machine.check_versions,
+        partial(machine.check_gpus, config, gpus),
+        machine.check_collectives,
+        machine.check_shared_memory,
+        partial(machine.check_compiler, config),
+        machine.check_op_cache,
+        partial(machine.check_disk, config),
+        partial(services.check_run_folder, config),
+        partial(services.check_shards, config),
+        partial(services.check_clock, config),
+    ]
+    return checks
+
+
+def driver_checks(config: RunConfig | None) -> list[Check]:
+    """What only the machine of the driver is asked."""
+    return [partial(services.check_tracking, config), services.check_ray_token]
+
+
+def exit_status(findings: Sequence[Finding]) -> int:
+    """1 where a check failed."""
+    return 1 if any(finding.state == "failed" for finding in findings) else 0
+
+
+def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """A table, and the sum in one line."""
+    console = console or Console(highlight=False)
+    nodes = {finding.where for finding in findings} != {HERE}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in (*(("node",) if nodes else ()), "check", "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("found, and what to do", overflow="fold")
+    for finding in findings:
+        style = _STYLES[finding.state]
+        text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
+        row = (finding.check, f"[{style}]{finding.state}[/]", escape(text))
+        table.add_row(*((finding.where,) if nodes else ()), *row)
+    console.print(table)
+    count = {state: sum(finding.state == state for finding in findings) for state in _STYLES}
+    console.print(", ".join(f"{number} {state}" for state, number in count.items() if number))

@@ -1,0 +1,203 @@
+"""Checks of one machine: libraries, GPUs, collectives, memory, compiler, disks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import time
+import tomllib
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from m2f.cluster.doctor.finding import Finding
+from m2f.cluster.recipe.config import RunConfig
+
+GIB = 2**30
+SHM_NEEDED, SHM_WANTED = GIB // 4, 2 * GIB
+"""Batches of all loader processes of a machine lie in shared memory; containers have 64 MiB unless told otherwise."""
+DISK_NEEDED, DISK_WANTED = 1 * GIB, 10 * GIB
+"""Where temporary files are: checkpoints wait there for their upload."""
+REDUCE_TIMEOUT_S = 60.0
+
+
+def check_versions() -> Finding:
+    """Python and every library against the requirements of m2f."""
+    python, requirements = _requirements()
+    wrong = [] if platform.python_version() in python else [f"Python {platform.python_version()} (needs {python})"]
+    found: dict[str, str] = {}
+    for requirement in requirements:
+        try:
+            version = found[requirement.name] = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} (needs {requirement.specifier})")
+    if wrong:
+        remedy = "install m2f's requirements: pip install --constraint constraints.txt ."
+        return Finding("versions", "failed", "; ".join(wrong), remedy)
+    shown = " ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "ray", "mlflow") if name in found)
+    return Finding("versions", "ok", f"Python {platform.python_version()}, {shown}")
+
+
+def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
+    """Of the code that runs: its pyproject.toml, else what the installed package says."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if project.is_file():
+        declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in declared["dependencies"]]
+    every = [Requirement(text) for text in metadata.requires("m2f") or []]
+    python = SpecifierSet(metadata.metadata("m2f")["Requires-Python"])
+    return python, [r for r in every if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:
+    """GPUs that torch sees against those that Ray counts on the node, or that the recipe needs on this machine."""
+    import torch
+
+    count = torch.cuda.device_count()
+    needed = expected
+    if needed is None:
+        cluster = None if config is None else config.cluster
+        needed = 1 if cluster is not None and cluster.num_gpus_per_worker > 0 else 0
+    if count < needed:
+        remedy = f"check nvidia-smi, the driver against CUDA {torch.version.cuda}, and `--gpus all` of the container"
+        return Finding("GPUs", "failed", f"torch sees {count}, {needed} are needed", remedy)
+    if not count:
+        return Finding("GPUs", "ok", "none, and none is needed" if config or expected == 0 else "none")
+    first = torch.cuda.get_device_properties(0)
+    return Finding("GPUs", "ok", f"{count} x {first.name}, {first.total_memory / GIB:.0f} GiB")
+
+
+def check_collectives() -> Finding:
+    """An all-reduce between processes of this machine: all GPUs over NCCL, or two processes over gloo."""
+    import torch
+
+    from m2f.cluster.train.processes import LaunchError, launch
+
+    gpus = torch.cuda.device_count()
+    name, ranks = ("NCCL", gpus) if gpus else ("gloo", 2)
+    started = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="m2f-doctor-") as folder:
+            launch(all_reduce_once, (folder, bool(gpus)), ranks)
+    except LaunchError as error:
+        remedy = (
+            "run again with NCCL_DEBUG=INFO; in a container try --shm-size=16g and --ipc=host"
+            if gpus
+            else "name the network device of this machine in GLOO_SOCKET_IFNAME (see `ip address`)"
+        )
+        return Finding("collectives", "failed", f"{name}: {str(error).splitlines()[0]}", remedy)
+    took = time.monotonic() - started
+    return Finding("collectives", "ok", f"{name} all-reduce over {ranks} processes, {took:.0f} s with their start")
+
+
+def all_reduce_once(folder: str, cuda: bool) -> None:
+    """Body of one process; the processes find each other in `folder`. Raises RuntimeError for a wrong sum."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    timeout = timedelta(seconds=REDUCE_TIMEOUT_S)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
+    try:
+        values = torch.full((2**18,), rank + 1.0, device=device)
+        dist.all_reduce(values)
+        if not bool((values == ranks * (ranks + 1) / 2).all()):
+            raise RuntimeError("the sum over processes is wrong")
+    finally:
+        dist.destroy_process_group()
+
+
+def check_shared_memory() -> Finding:
+    """Free space of /dev/shm."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Finding("shared memory", "skipped", f"no {folder} on {platform.system()}")
+    free = shutil.disk_usage(folder).free
+    detail = f"{_gib(free)} free in {folder}"
+    remedy = "docker run --shm-size=16g; on Kubernetes mount an emptyDir of medium Memory at /dev/shm"
+    if free < SHM_NEEDED:
+        return Finding("shared memory", "failed", detail + "; loader processes would die", remedy)
+    if free < SHM_WANTED:
+        return Finding("shared memory", "warning", detail + "; enough for small batches only", remedy)
+    return Finding("shared memory", "ok", detail)
+
+
+def check_compiler(config: RunConfig | None) -> Finding:
+    """What builds kernels: those of this project for GPUs, and those of `training.compile`."""
+    import torch
+
+    from m2f.trainer.engine.compile import compiler_names, find_compiler
+
+    gpus = torch.cuda.is_available() or (config is not None and config.cluster.num_gpus_per_worker > 0)
+    device = "cuda" if gpus else "cpu"
+    path = find_compiler(device)
+    if path is not None:
+        return Finding("compiler", "ok", path)
+    if config is not None and not gpus and not config.training.compile:
+        return Finding("compiler", "ok", "none, and none is needed")
+    user = "kernels for GPUs need" if gpus else "training.compile needs"
+    state = "warning" if config is None and not gpus else "failed"
+    return Finding("compiler", state, f"{user} {compiler_names(device)}", "apt-get install g++")
+
+
+def check_op_cache() -> Finding:
+    """The folders where Triton and torch.compile keep what they have built."""
+    triton = Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
+    folders = {
+        "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR", triton)),
+        "TORCHINDUCTOR_CACHE_DIR": Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())),
+    }
+    closed = {name: folder for name, folder in folders.items() if not _writable(folder)}
+    if closed:
+        detail = f"{' and '.join(map(str, closed.values()))} cannot be written; GPUs and training.compile build there"
+        return Finding("op cache", "warning", detail, f"set {' and '.join(closed)} to a folder that can be")
+    return Finding("op cache", "ok", ", ".join(map(str, folders.values())))
+
+
+def check_disk(config: RunConfig | None) -> Finding:
+    """Free space of temporary files, of a local run folder and of the cache."""
+    needs = {Path(tempfile.gettempdir()): (DISK_NEEDED, DISK_WANTED)}
+    if config is not None:
+        if "://" not in config.output:
+            needs[_existing(Path(config.output))] = (DISK_NEEDED, DISK_WANTED)
+        if config.data.cache is not None:
+            folder, size = _existing(Path(config.data.cache.folder)), int(config.data.cache.max_gb * 1e9)
+            needs[folder] = (min(size, DISK_NEEDED), size)
+    free = {folder: shutil.disk_usage(folder).free for folder in needs}
+    detail = "; ".join(f"{_gib(free[folder])} free in {folder}" for folder in needs)
+    if any(free[folder] < needed for folder, (needed, _) in needs.items()):
+        return Finding("disk", "failed", detail, "free some space, or set TMPDIR to a larger disk")
+    if any(free[folder] < wanted for folder, (_, wanted) in needs.items()):
+        return Finding("disk", "warning", detail, "free some space; checkpoints are written here before their upload")
+    return Finding("disk", "ok", detail)
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the closest one above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB"

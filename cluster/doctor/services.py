@@ -1,0 +1,147 @@
+"""Checks of what a run talks to: the store of shards and checkpoints, MLflow, clocks."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from m2f.cluster.doctor.finding import Finding
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.shards.manifest import read_document
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.errors import UserError
+
+TIMEOUT_S = 5.0
+SKEW_WANTED_S, SKEW_LIMIT_S = 5.0, 300.0
+"""S3 refuses requests of clocks that are 15 minutes off; metrics of two machines tell a wrong story much earlier."""
+NO_RECIPE = "give a recipe to check it"
+
+
+def check_run_folder(config: RunConfig | None) -> Finding:
+    """Write, read and delete a small object where the run keeps its checkpoints."""
+    if config is None:
+        return Finding("run folder", "skipped", NO_RECIPE)
+    storage = _impatient(config)
+    url = join(config.run_folder, "doctor", f"{socket.gethostname()}-{secrets.token_hex(4)}")
+    content = secrets.token_bytes(1024)
+    try:
+        started = time.monotonic()
+        storage.put(url, content)
+        same = storage.get(url) == content
+        storage.delete(url)
+        took = time.monotonic() - started
+    except UserError as error:
+        return Finding("run folder", "failed", str(error), _storage_remedy(config.run_folder))
+    if not same:
+        return Finding("run folder", "failed", f"{url} reads back differently", "the store is broken; use another one")
+    return Finding("run folder", "ok", f"{config.run_folder}: write, read, delete in {took * 1000:.0f} ms")
+
+
+def check_shards(config: RunConfig | None) -> Finding:
+    """The manifest of every data set that the run uses."""
+    if config is None:
+        return Finding("shards", "skipped", NO_RECIPE)
+    storage = _impatient(config)
+    used = {item.dataset for item in config.data.train} | {item.dataset for item in config.evaluation.sets}
+    for name in sorted(used):
+        shards = config.datasets[name].shards
+        try:
+            document = read_document(shards, storage)
+        except UserError as error:
+            return Finding("shards", "failed", f"{name}: {error}", _storage_remedy(shards))
+        if document is None:
+            return Finding("shards", "failed", f"{name}: no manifest in {shards}", f"m2f shard RECIPE {name}")
+    return Finding("shards", "ok", f"manifests of {', '.join(sorted(used))} read")
+
+
+def check_tracking(config: RunConfig | None) -> Finding:
+    """MLflow answers; a local database is only looked for, as it is made by the run."""
+    from m2f.cluster.tracking.tracking import connect, tracking_uri
+
+    try:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") if config is None else tracking_uri(config)
+    except UserError as error:
+        return Finding("MLflow", "failed", str(error), "name a tracking server")
+    if uri is None:
+        return Finding("MLflow", "skipped", NO_RECIPE + ", or set MLFLOW_TRACKING_URI")
+    if uri.startswith("sqlite:///"):
+        return Finding("MLflow", "ok", f"{uri}, on this machine")
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(round(TIMEOUT_S))
+    try:
+        started = time.monotonic()
+        connect(uri).search_experiments(max_results=1)
+    except Exception as error:  # MLflow raises what its transport raises
+        detail = " ".join(str(error).split())[:200]
+        remedy = "start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or set MLFLOW_TRACKING_USERNAME"
+        return Finding("MLflow", "failed", f"{uri} does not answer: {detail}", remedy)
+    return Finding("MLflow", "ok", f"{uri} answers in {(time.monotonic() - started) * 1000:.0f} ms")
+
+
+def check_clock(config: RunConfig | None) -> Finding:
+    """This machine's clock against the first server that tells the time."""
+    urls = [] if config is None else [config.storage.endpoint_url, config.tracking.uri]
+    if config is not None and config.output.startswith("s3://"):
+        urls.append(os.environ.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com"))
+    for url in urls:
+        if url and url.startswith("http") and (skew := clock_skew(url)) is not None:
+            return skew_finding(skew, url)
+    return Finding("clock", "skipped", "no server to compare with")
+
+
+def skew_finding(skew: float, other: str) -> Finding:
+    """Judgement of a clock that is `skew` seconds ahead of another one."""
+    detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {other}"
+    remedy = "set the clock: timedatectl set-ntp true"
+    if abs(skew) > SKEW_LIMIT_S:
+        return Finding("clock", "failed", detail + "; S3 refuses requests of wrong clocks", remedy)
+    if abs(skew) > SKEW_WANTED_S:
+        return Finding("clock", "warning", detail, remedy)
+    return Finding("clock", "ok", f"agrees with {other}")
+
+
+def clock_skew(url: str) -> float | None:
+    """Seconds that this machine is ahead of a server (within a second); None where it does not say."""
+    before = time.time()
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
+            date = answer.headers["Date"]
+    except HTTPError as error:  # an answer all the same
+        date = error.headers["Date"]
+    except (OSError, ValueError):
+        return None
+    middle = (before + time.time()) / 2
+    return None if date is None else middle - parsedate_to_datetime(date).timestamp() - 0.5
+
+
+def check_ray_token() -> Finding:
+    """Whether whoever reaches Ray's ports may run code there."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode == "disabled":
+        detail = "RAY_AUTH_MODE=disabled: whoever reaches a port of Ray runs code on its nodes"
+        return Finding("Ray token", "warning", detail, "set RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN on all nodes")
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if mode == "token" and not given and not (Path.home() / ".ray" / "auth_token").is_file():
+        remedy = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head"
+        return Finding("Ray token", "failed", "RAY_AUTH_MODE=token, and there is no token", remedy)
+    return Finding("Ray token", "ok", "given" if given else "m2f makes one for every local cluster")
+
+
+def _impatient(config: RunConfig) -> Storage:
+    return Storage(replace(config.storage, max_attempts=1, connect_timeout_s=TIMEOUT_S, read_timeout_s=2 * TIMEOUT_S))
+
+
+def _storage_remedy(url: str) -> str:
+    if not url.startswith("s3://"):
+        return "correct the path or its permissions"
+    return (
+        "correct storage.endpoint_url and storage.region; give the machine a role, or set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY where its processes start"
+    )

@@ -1,0 +1,216 @@
+"""Evaluate one checkpoint on all sets of a recipe with a pool of actors, and write down what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import ray
+
+from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask, call_rows, evaluated_rows, weights_url
+from m2f.cluster.evaluation.pool import EvaluationPool
+from m2f.cluster.ray_cluster import local_or_existing
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.terminal import Progress
+from m2f.data_pipeline.loading.loader import shared_categories
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.eval.config import EvaluationSet
+from m2f.eval.inference.evaluator import check_extra_metrics, check_tasks
+from m2f.eval.report.dump import join_dump
+from m2f.eval.report.evaluation_page import details_json, evaluation_page
+from m2f.eval.report.panels import contact_sheet
+from m2f.eval.results.results import EvaluationResults, EvaluationSubject
+from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
+from m2f.model.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SetEvaluation:
+    """What one set gave."""
+
+    results: EvaluationResults
+    panels: dict[int, bytes]
+    """PNG of the fixed images, by image id."""
+    worst: dict[int, bytes]
+    """PNG of the images with the lowest quality, the worst first."""
+
+    def files(self) -> dict[str, bytes]:
+        """What is stored, by file name."""
+        files = {
+            "results.json": self.results.to_json().encode(),
+            "results.txt": self.results.table().encode(),
+            "details.json": details_json(self.results).encode(),
+            "report.html": evaluation_page(self.results, self.panels, self.worst).encode(),
+        }
+        if self.panels:
+            files["panels.png"] = contact_sheet([self.panels[i] for i in sorted(self.panels)])
+        if self.worst:
+            files["worst.png"] = contact_sheet(list(self.worst.values()))
+        return files
+
+
+SPILL_BYTES = 2**27
+"""What a metric's state may hold of an evaluation in memory; beyond it goes to files."""
+
+OnProgress = Callable[[EvaluationSet, int, int], None]
+"""Called with the set, the calls done and all calls."""
+
+
+def make_pool(config: RunConfig) -> EvaluationPool:
+    """The recipe's actors. Ray restarts those that die."""
+    settings = config.evaluation
+    actor = ray.remote(
+        num_cpus=settings.num_cpus_per_actor,
+        num_gpus=settings.num_gpus_per_actor,
+        resources=dict(settings.resources_per_actor),
+        max_restarts=-1,
+    )(EvaluationActor)
+    return EvaluationPool(lambda: actor.remote(config), settings.actors, settings.hang_s)
+
+
+def check_sets(config: RunConfig) -> None:
+    """Find out before training what would make every evaluation fail.
+
+    Raises:
+        ConfigError: tasks that a model of `data.task` cannot be evaluated on, or metrics that a set cannot have.
+        DataError: a set that does not exist or has other categories than the training data.
+    """
+    if not config.evaluation.sets:
+        return
+    settings = [config.evaluation.for_set(evaluated) for evaluated in config.evaluation.sets]
+    for each in settings:
+        check_tasks(config.data.task, each.tasks)
+    storage = Storage(config.storage)
+    names = [config.data.train[0].dataset, *(s.dataset for s in config.evaluation.sets)]
+    categories = shared_categories([Manifest.load(config.datasets[name].shards, storage) for name in names])
+    for each in settings:
+        check_extra_metrics(categories, each.extra_metrics)
+
+
+def evaluate_sets(
+    config: RunConfig,
+    pool: EvaluationPool,
+    checkpoint: str,
+    step: int | None,
+    on_progress: OnProgress,
+    dump: str | None = None,
+) -> tuple[SetEvaluation, ...]:
+    """Results of all sets, in the recipe's order. `dump/SET` gets the predictions, see `m2f.eval.result_dump`.
+
+    Raises:
+        EvaluationError: images could not be evaluated, or the weights are not those of the recipe's model.
+        DataError, StorageError: a set cannot be read.
+    """
+    storage = Storage(config.storage)
+    return tuple(
+        _evaluate(config, storage, pool, checkpoint, step, s, on_progress, dump and join(dump, s.label))
+        for s in config.evaluation.sets
+    )
+
+
+def evaluate_checkpoint(
+    config: RunConfig, checkpoint: str, step: int | None = None, dump: str | None = None
+) -> tuple[SetEvaluation, ...]:
+    """Evaluate a checkpoint folder or a file of weights on a Ray cluster, with a progress line.
+
+    Nothing is written, except predictions where `dump` is a folder or URL that all actors reach. `step` is the
+    optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
+    Raises ConfigError without sets, and what `evaluate_sets` raises.
+    """
+    if not config.evaluation.sets:
+        raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
+    settings = config.evaluation
+    num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
+    with local_or_existing(config.cluster, num_cpus, resources=settings.resources_per_actor):
+        pool = make_pool(config)
+        bars: dict[EvaluationSet, Progress] = {}
+
+        def show(evaluated: EvaluationSet, done: int, total: int) -> None:
+            if evaluated not in bars:
+                bars[evaluated] = Progress(f"evaluate {evaluated.label}", total, "calls").__enter__()
+            bars[evaluated].advance(1)
+            if done == total:
+                bars[evaluated].__exit__(None, None, None)
+
+        try:
+            return evaluate_sets(config, pool, checkpoint, step, show, dump)
+        finally:
+            pool.close()
+
+
+def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path:
+    """Store files under `url`; returns a local folder with them: `url` itself, or `local` where `url` is remote."""
+    for name, data in files.items():
+        storage.put(join(url, name), data)
+    if "://" not in url:
+        return Path(url)
+    folder = Path(local)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def _evaluate(
+    config: RunConfig,
+    storage: Storage,
+    pool: EvaluationPool,
+    checkpoint: str,
+    step: int | None,
+    evaluated: EvaluationSet,
+    on_progress: OnProgress,
+    dump: str | None,
+) -> SetEvaluation:
+    manifest = Manifest.load(config.datasets[evaluated.dataset].shards, storage)
+    rows = evaluated_rows(manifest, evaluated)
+    calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
+    task = EvaluationTask(weights_url(checkpoint, storage), evaluated, dump=dump)
+    settings = config.evaluation.for_set(evaluated)
+    states = EvaluationStates.empty(manifest.categories, settings.tasks, settings.extra_metrics)
+    subject = EvaluationSubject(
+        dataset=evaluated.dataset,
+        name=evaluated.name,
+        fingerprint=manifest.fingerprint,
+        subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
+        test_time=evaluated.test_time.describe(),
+        step=step,
+    )
+    qualities: dict[int, float] = {}
+    done: list[int] = []
+    with TemporaryDirectory(prefix="m2f-states-") as spilled:
+
+        def take(call: int, payload: bytes) -> None:
+            part = EvaluationStates.from_bytes(payload)
+            qualities.update(image_qualities(part))
+            states.merge(part)
+            states.spill(Path(spilled), SPILL_BYTES)
+            done.append(call)
+            on_progress(evaluated, len(done), calls)
+
+        pool.run(task, range(calls), take)
+        check_complete(states, manifest.image_id[rows].tolist())
+        results = states.compute(manifest.categories, subject)
+    if dump is not None:
+        join_dump(storage, dump, calls, manifest.categories)
+    worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, qualities)
+    return SetEvaluation(results, states.panels, worst)
+
+
+def _draw_worst(
+    count: int, manifest: Manifest, pool: EvaluationPool, task: EvaluationTask, qualities: Mapping[int, float]
+) -> dict[int, bytes]:
+    """Panels of the images with the lowest quality, the worst first: only now is it known which they are."""
+    worst = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))[:count]
+    if not worst:
+        return {}
+    row_of = {image_id: row for row, image_id in enumerate(manifest.image_id.tolist())}
+    drawing = replace(task, drawn=tuple(row_of[image_id] for image_id in worst), dump=None)
+    panels: dict[int, bytes] = {}
+    pool.run(
+        drawing, range(len(worst)), lambda call, payload: panels.update(EvaluationStates.from_bytes(payload).panels)
+    )
+    return {image_id: panels[image_id] for image_id in worst}

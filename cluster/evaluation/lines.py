@@ -1,0 +1,30 @@
+"""One line each on what evaluations do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from m2f.cluster.evaluation.manager import EvaluationProgress
+from m2f.cluster.evaluation.queue import Entry
+
+HEADLINE = ("PQ", "AP", "mIoU")
+"""The main number of each task."""
+
+
+def describe(entry: Entry) -> str:
+    """One line on a settled evaluation."""
+    if entry.status != "published":
+        return f"step {entry.step}: evaluation {entry.status}: {entry.detail}"
+    return f"step {entry.step}: evaluated: {headline(entry.metrics)}"
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """The main numbers of every set: `val PQ 51.2, AP 30.1, mIoU 70.3`."""
+    sets = sorted({name.rpartition("/")[0] for name in metrics})
+    shown = {s: [f"{n} {metrics[f'{s}/{n}']:.2f}" for n in HEADLINE if f"{s}/{n}" in metrics] for s in sets}
+    return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in shown.items() if numbers)
+
+
+def started(progress: EvaluationProgress) -> str:
+    """One line on an evaluation that begins."""
+    return f"step {progress.step}: evaluating on {progress.dataset}, {progress.total} batches"

@@ -1,0 +1,1 @@
+"""TODO: what lives in predict, in one sentence."""

@@ -1,0 +1,83 @@
+"""Zip files for the evaluation servers of COCO and ADE20K, from a folder of predictions.
+
+The names and the structure inside are those that cocodataset.org/#upload and sceneparsing.csail.mit.edu ask for: COCO
+wants `TYPE_SET_ALGORITHM_results` as the name of the zip, of the JSON file in it and, for panoptic results, of the
+folder of PNGs beside that; ADE20K wants one PNG per image, named like it.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from m2f.cluster.predict.inputs import ImageList
+from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
+from m2f.model.errors import ConfigError
+
+Server = Literal["coco", "ade20k"]
+_LIST_NAME = re.compile(r"(?:panoptic_)?image_info_(.+)")
+
+
+def check_submission(
+    server: Server, task: Task, classes: Sequence[Category], listed: ImageList | None, algorithm: str
+) -> None:
+    """Find out before hours of prediction what the server would refuse. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9-]+", algorithm):
+        raise ConfigError(
+            f"--algorithm is {algorithm!r}; use letters, digits and `-` only, as it is part of file names"
+        )
+    if server == "ade20k":
+        if task != "semantic":
+            raise ConfigError(f"ADE20K's server takes label maps, not {task} results; give --task semantic")
+        if [c.id for c in classes] != [c.id for c in CATEGORIES_150.categories]:
+            raise ConfigError(
+                f"ADE20K's server knows the ids 1 to 150, but the model has {len(classes)} classes with ids from "
+                f"{min(c.id for c in classes)} to {max(c.id for c in classes)}; predict with a model of the ADE20K "
+                "challenge data"
+            )
+        return
+    if task == "semantic":
+        raise ConfigError("COCO's servers take panoptic results and masks; give --task panoptic or --task instance")
+    if listed is None:
+        raise ConfigError(
+            "COCO's servers need the ids of their images: give --image-info "
+            + ("panoptic_image_info_test-dev2017.json" if task == "panoptic" else "image_info_test-dev2017.json")
+        )
+    submitted = [c for c in classes if c.is_thing or task == "panoptic"]
+    if foreign := [c for c in submitted if listed.categories.get(c.id) != c.name]:
+        raise ConfigError(
+            f"the model's category {foreign[0].id} ({foreign[0].name}) and {len(foreign) - 1} others are not those of "
+            f"{listed.path}; panoptic results need panoptic_image_info_*.json, and a model of COCO its training data, "
+            "which hold the names"
+        )
+
+
+def write_submission(folder: Path, server: Server, task: Task, listed: ImageList | None, algorithm: str) -> Path:
+    """Zip the predictions in a folder that `m2f predict` wrote, beside them; returns the file."""
+    if server == "ade20k":
+        path = folder / f"ade20k_{algorithm}.zip"
+        _zip(path, {image.name: image for image in sorted((folder / "labels").glob("*.png"))})
+        return path
+    assert listed is not None
+    kind = "panoptic" if task == "panoptic" else "detections"
+    match = _LIST_NAME.fullmatch(listed.path.stem)
+    name = f"{kind}_{match[1] if match else listed.path.stem}_{algorithm}_results"
+    if kind == "panoptic":
+        members = {f"{name}.json": folder / "panoptic.json"}
+        members |= {f"{name}/{image.name}": image for image in sorted((folder / "panoptic").glob("*.png"))}
+    else:
+        members = {f"{name}.json": folder / "instances.json"}
+    path = folder / f"{name}.zip"
+    _zip(path, members)
+    return path
+
+
+def _zip(path: Path, members: dict[str, Path]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, file in members.items():
+            stored = zipfile.ZIP_STORED if name.endswith(".png") else None  # a PNG is compressed already
+            archive.write(file, name, compress_type=stored)

@@ -1,0 +1,86 @@
+"""Write a trained model as one of the formats of `m2f export`, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, assert_never
+
+from m2f.cluster.predict.trained_model import TrainedModel
+from m2f.model.errors import ConfigError
+from m2f.model.export.graphs import (
+    export_hugging_face,
+    export_program,
+    require_onnx,
+    write_official,
+    write_onnx,
+    write_program,
+)
+
+Format = Literal["official", "hugging_face", "torch_export", "onnx"]
+_SUFFIXES: dict[Format, str] = {"official": ".pth", "hugging_face": "", "torch_export": ".pt2", "onnx": ".onnx"}
+
+
+def check_output(format: Format, output: str, size: Sequence[int] | None) -> None:  # noqa: A002 - the word of the command line
+    """Raise ConfigError before any work where the output cannot be written."""
+    suffix = _SUFFIXES[format]
+    if size is not None and format not in ("torch_export", "onnx"):
+        raise ConfigError(f"--size is for the formats torch_export and onnx; {format} has none")
+    if "://" in output:
+        raise ConfigError(f"--output is {output}; exports are written to a local path, copy them from there")
+    if Path(output).suffix != suffix and suffix:
+        raise ConfigError(f"--output is {output}; for --format {format} its name ends in {suffix}")
+    if Path(output).exists():
+        raise ConfigError(f"--output {output} exists; remove it or choose another name")
+    if format == "onnx":
+        require_onnx()
+
+
+def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple[int, int] | None = None) -> str:  # noqa: A002
+    """Write the model to a path that does not exist yet; returns what was written, in words.
+
+    `size` (height, width) fixes that of a graph's images.
+    """
+    match format:
+        case "official":
+            _whole(output, lambda path: write_official(trained.model, path))
+            return "official Detectron2 checkpoint"
+        case "hugging_face":
+            _whole(output, lambda path: _write_hugging_face(trained, path))
+            return f"Hugging Face Mask2FormerForUniversalSegmentation with {len(trained.classes)} classes"
+        case "torch_export" | "onnx":
+            model = trained.model.cpu()
+            program = export_program(model, size)
+            write = write_program if format == "torch_export" else write_onnx
+            _whole(output, lambda path: write(program, path))
+            sizes = "sides divisible by 32" if size is None else f"{size[0]} x {size[1]} pixels"
+            return f"graph for any number of images with {sizes}"
+        case _:
+            assert_never(format)
+
+
+def _write_hugging_face(trained: TrainedModel, folder: Path) -> None:
+    export_hugging_face(
+        trained.model,
+        trained.config,
+        folder,
+        [category.name for category in trained.classes],
+        notes=trained.notes(),
+        shortest_edge=trained.evaluation.shortest_edge,
+        max_size=trained.evaluation.max_size,
+    )
+
+
+def _whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the output and rename, so that an interrupted export leaves nothing under its name."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{os.getpid()}.partial.{output.name}")
+    try:
+        write(partial)
+        partial.rename(output)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,125 @@
+"""What `m2f predict` writes into its folder.
+
+overlays/NAME.png                           the image beside its prediction
+panoptic.json, panoptic/NAME.png            COCO panoptic format
+instances.json, boxes.json                  COCO results, with masks and with boxes
+labels/NAME.png                             label maps of category ids
+images.json, categories.json                which image and category an id means
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO, assert_never
+
+import numpy as np
+
+from m2f.cluster.predict.inputs import ImageInput
+from m2f.data_pipeline.categories import Category
+from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.report.coco_files import (
+    box_results,
+    describe_categories,
+    label_png,
+    mask_results,
+    panoptic_annotation,
+    panoptic_png,
+)
+from m2f.eval.report.panels import Scene, render_panel
+from m2f.eval.report.scenes import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.model.structures import PanopticResult, SemanticResult
+
+Prediction = PanopticResult | InstanceDetections | SemanticResult
+
+
+class JsonList:
+    """A JSON file with one list that grows entry by entry, so that its length is not limited by memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._file.write("[")
+        self._separator = "\n"
+
+    def extend(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Append."""
+        for entry in entries:
+            self._file.write(self._separator + json.dumps(entry))
+            self._separator = ",\n"
+
+    def close(self) -> None:
+        """End the list."""
+        self._file.write("\n]\n")
+        self._file.close()
+
+
+class PredictionFolder:
+    """Takes predictions one by one. A context manager: the lists are whole when it ends without an error."""
+
+    def __init__(self, folder: Path, classes: Sequence[Category], *, pictures: bool, shown_score: float | None) -> None:
+        self._folder, self._classes, self._pictures = folder, classes, pictures
+        self._shown_score = SHOWN_SCORE if shown_score is None else shown_score
+        self._lists: dict[str, JsonList] = {}
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for entries in self._lists.values():
+            entries.close()
+        if kind is None:
+            categories = describe_categories(self._classes)
+            self._write_json("images.json", self._images)
+            self._write_json("categories.json", categories)
+            if self._annotations:
+                content = {"images": self._images, "annotations": self._annotations, "categories": categories}
+                self._write_json("panoptic.json", content)
+
+    def add(self, image: ImageInput, pixels: np.ndarray, prediction: Prediction) -> None:
+        """Write what was predicted for an image [H, W, 3] uint8 RGB."""
+        height, width = pixels.shape[:2]
+        self._images.append(
+            {"id": image.id, "file_name": image.url, "height": height, "width": width, "name": image.name}
+        )
+        match prediction:
+            case PanopticResult():
+                scene = self._add_segments(image, prediction)
+            case InstanceDetections():
+                self._list("instances").extend(mask_results(image.id, prediction, self._classes))
+                self._list("boxes").extend(box_results(image.id, prediction, self._classes))
+                scene = predicted_instances(prediction, (height, width), self._shown_score)
+            case SemanticResult():
+                labels = prediction.label_map.cpu().numpy()
+                self._write(f"labels/{image.name}.png", label_png(labels, self._classes))
+                scene = predicted_labels(labels, len(self._classes))
+            case _:
+                assert_never(prediction)
+        if self._pictures:
+            self._write(f"overlays/{image.name}.png", render_panel(pixels, image.name, [scene], self._classes))
+
+    def _add_segments(self, image: ImageInput, result: PanopticResult) -> Scene:
+        name, id_map = f"{image.name}.png", result.segment_map.cpu().numpy()
+        self._write(f"panoptic/{name}", panoptic_png(id_map))
+        self._annotations.append(panoptic_annotation(image.id, name, result.segments, self._classes))
+        labels, scores = ({s.id: value(s) for s in result.segments} for value in (lambda s: s.label, lambda s: s.score))
+        return predicted_segments("prediction", id_map, labels, scores)
+
+    def _list(self, name: str) -> JsonList:
+        if name not in self._lists:
+            self._lists[name] = JsonList(self._folder / f"{name}.json")
+        return self._lists[name]
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self._folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+
+    def _write_json(self, name: str, content: object) -> None:
+        (self._folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

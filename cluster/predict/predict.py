@@ -1,0 +1,146 @@
+"""A trained model at work on images without annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import numpy as np
+import torch
+
+from m2f.cluster.predict.files import Prediction, PredictionFolder
+from m2f.cluster.predict.inputs import ImageInput, read_images
+from m2f.cluster.predict.trained_model import TrainedModel
+from m2f.cluster.terminal import Progress
+from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.augment import shortest_edge_size
+from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, collate_eval
+from m2f.eval.inference.evaluator import ImageOutput, check_tasks, detect, image_outputs
+from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.model.errors import ConfigError
+from m2f.model.inference.cuda_graphs import replay_forward
+from m2f.model.inference.postprocess import panoptic, semantic
+
+WAITING_BATCHES = 4
+"""Images that wait for others of their shape, in batches; then the largest group goes, however small."""
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """An image with its pixels [H, W, 3] uint8 RGB."""
+
+    image: ImageInput
+    pixels: np.ndarray
+
+
+class Predictor:
+    """A trained model for one task.
+
+    Args:
+        min_score: lowest score, from 0 to 1, of segments (in place of the recipe's `object_threshold`), of detections
+            and of labelled pixels; None: the recipe's threshold for segments, everything else.
+    """
+
+    def __init__(self, trained: TrainedModel, task: Task, min_score: float | None = None) -> None:
+        check_tasks(trained.task, [task])
+        if min_score is not None and not 0 <= min_score <= 1:
+            raise ConfigError(f"--min-score is {min_score}; it must be from 0 to 1")
+        torch.set_num_threads(trained.evaluation.threads)
+        if trained.evaluation.cuda_graphs:
+            replay_forward(trained.model)
+        self._trained, self._task, self._model, self._min_score = trained, task, trained.model, min_score
+        self._postprocess = trained.config.postprocess
+        if min_score is not None:
+            self._postprocess = replace(self._postprocess, object_threshold=min_score)
+
+    @property
+    def classes(self) -> tuple[Category, ...]:
+        """By label of the model."""
+        return self._trained.classes
+
+    def input_size(self, pixels: np.ndarray) -> tuple[int, int]:
+        """Height and width of the model's input for an image alone. Images of one size share a batch unchanged."""
+        settings = self._trained.evaluation
+        height, width = shortest_edge_size(pixels.shape[:2], settings.shortest_edge, settings.max_size)
+        return -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence[LoadedImage]) -> Iterator[Prediction]:
+        """Predictions at the sizes of the images, which go through the model together.
+
+        Raises EvaluationError naming an image whose output is not finite.
+        """
+        settings, device = self._trained.evaluation, next(self._model.parameters()).device
+        samples = [_unannotated(image) for image in images]
+        batch = collate_eval(samples, range(len(samples)), settings.shortest_edge, settings.max_size)
+        predictions = self._model(self._model.normalise(batch.images.to(device), batch.sizes.to(device)))
+        for output in image_outputs(batch, predictions):
+            yield self._finish(output)
+
+    def _finish(self, output: ImageOutput) -> Prediction:
+        is_thing = [c.is_thing for c in self.classes]
+        match self._task:
+            case "panoptic":
+                return panoptic(*output, is_thing, self._postprocess)
+            case "instance":
+                return _above(detect(output, is_thing, self._postprocess), self._min_score)
+            case "semantic":
+                return semantic(*output, self._postprocess, self._min_score)
+            case _:
+                assert_never(self._task)
+
+
+def predict_images(
+    predictor: Predictor, images: Sequence[ImageInput], storage: Storage, folder: PredictionFolder, batch_size: int
+) -> tuple[str, ...]:
+    """Predict every image into a folder; returns what is wrong with images that cannot be used."""
+    problems: list[str] = []
+    with Progress("predicting", len(images), "images") as progress:
+
+        def usable() -> Iterator[LoadedImage]:
+            for image, pixels in read_images(images, storage):
+                if isinstance(pixels, DataError):
+                    problems.append(str(pixels))
+                    progress.note(str(pixels))
+                    progress.advance(1)
+                else:
+                    yield LoadedImage(image, pixels)
+
+        for batch in batches_by_shape(usable(), predictor, batch_size):
+            for loaded, prediction in zip(batch, predictor.predict(batch), strict=True):
+                folder.add(loaded.image, loaded.pixels, prediction)
+                progress.advance(1)
+    return tuple(problems)
+
+
+def batches_by_shape(
+    images: Iterable[LoadedImage], predictor: Predictor, batch_size: int
+) -> Iterator[list[LoadedImage]]:
+    """Batches of images that the model sees at one size: none gets more padding than it has alone."""
+    groups: dict[tuple[int, int], list[LoadedImage]] = {}
+    for image in images:
+        group = groups.setdefault(predictor.input_size(image.pixels), [])
+        group.append(image)
+        if len(group) == batch_size:
+            yield groups.pop(predictor.input_size(image.pixels))
+        elif sum(map(len, groups.values())) >= WAITING_BATCHES * batch_size:
+            yield groups.pop(max(groups, key=lambda size: len(groups[size])))
+    yield from groups.values()
+
+
+def _unannotated(loaded: LoadedImage) -> DecodedSample:
+    nothing = Annotation(seg=np.full(loaded.pixels.shape[:2], VOID_ID, dtype=np.uint8), inst=None, segments=())
+    image = loaded.image
+    return DecodedSample(key="", image_id=image.id, source=image.url, image=loaded.pixels, annotation=nothing)
+
+
+def _above(detections: InstanceDetections, min_score: float | None) -> InstanceDetections:
+    if min_score is None:
+        return detections
+    kept = detections.scores >= min_score
+    columns = {name: getattr(detections, name)[kept] for name in ("mask_index", "labels", "scores")}
+    return replace(detections, **columns)

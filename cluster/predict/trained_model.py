@@ -1,0 +1,147 @@
+"""A model with its weights and what its outputs mean, from a run, a recipe or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from m2f.cluster.evaluation.actor import model_with_weights, weights_url
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import load_recipe, parse_recipe
+from m2f.cluster.recipe.paths import with_absolute_paths
+from m2f.data_pipeline.categories import TASKS, Category, Task, distinct_color
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.eval.config import EvaluationConfig
+from m2f.model.config import ModelConfig
+from m2f.model.errors import ConfigError, WeightsError
+from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
+from m2f.model.mask2former import Mask2Former
+
+_RECIPE = "recipe.yaml"
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """What prediction and export need."""
+
+    model: Mask2Former
+    """In evaluation mode."""
+    config: ModelConfig
+    task: Task
+    """What the model was trained for."""
+    classes: tuple[Category, ...]
+    """By label of the model."""
+    evaluation: EvaluationConfig
+    """Sizes that images are resized to, and threads."""
+    weights: str
+    """Where the weights came from."""
+
+    def notes(self) -> dict[str, Any]:
+        """What Hugging Face's files have no place for; `open_trained` reads it back."""
+        categories = [
+            {"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in self.classes
+        ]
+        return {"task": self.task, "categories": categories}
+
+
+def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
+    """Open the model that a word on the command line means.
+
+    `source` is a recipe, a folder or URL of a run or of one of its checkpoints, or a Hugging Face folder; `checkpoint`
+    as in `choose_checkpoint`.
+
+    Raises:
+        ConfigError: the source is none of these, or the run has no such checkpoint.
+        DataError: the recipe's training data, which name the classes, are not there.
+        WeightsError: the weights cannot be read or are of another model.
+    """
+    folder = Path(source)
+    if is_hugging_face_folder(folder):
+        if overrides or checkpoint is not None:
+            raise ConfigError(f"{source} is a Hugging Face folder, which takes neither settings nor --checkpoint")
+        return _open_hugging_face(folder)
+    if folder.suffix in _WEIGHT_SUFFIXES:
+        raise ConfigError(f"{source} are weights alone; give the recipe of their model, and --checkpoint {source}")
+    if "://" not in source and not folder.is_dir():
+        return _open_run(load_recipe(source, overrides), checkpoint)
+    return _open_folder(source if "://" in source else str(folder.resolve()), overrides, checkpoint)
+
+
+def _open_folder(url: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
+    """A run or one of its checkpoints."""
+    storage = Storage()
+    recipe = join(url, _RECIPE)
+    if not storage.exists(recipe):
+        raise ConfigError(f"{url} has neither a {_RECIPE} (a run) nor a config.json (a Hugging Face model)")
+    config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
+    if storage.exists(join(url, "manifest.json")):
+        return _open_run(config, checkpoint or url)
+    parent, _, name = url.rstrip("/").rpartition("/")  # it may have been moved or renamed
+    return _open_run(replace(config, output=parent, name=name), checkpoint)
+
+
+def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:
+    storage = Storage(config.storage)
+    classes = _classes(config, storage)
+    weights = choose_checkpoint(config, storage, checkpoint)
+    model_config = replace(config.model, num_classes=len(classes))
+    return TrainedModel(
+        model=model_with_weights(model_config, weights_url(weights.url, storage), storage),
+        config=model_config,
+        task=config.data.task,
+        classes=classes,
+        evaluation=config.evaluation,
+        weights=weights.url,
+    )
+
+
+def _classes(config: RunConfig, storage: Storage) -> tuple[Category, ...]:
+    """Those of the training data; numbers for names where the data are absent and the recipe says how many."""
+    try:
+        manifest = Manifest.load(config.datasets[config.data.train[0].dataset].shards, storage)
+    except DataError as error:
+        if config.model.num_classes is None:
+            raise DataError(
+                f"{error}. The classes of the model are those of its training data; without the data, "
+                "set model.num_classes"
+            ) from error
+        return _unknown_classes([f"class {label}" for label in range(config.model.num_classes)])
+    return manifest.categories.for_task(config.data.task)
+
+
+def _open_hugging_face(folder: Path) -> TrainedModel:
+    described = read_hugging_face_config(folder)
+    task = described.notes.get("task", "panoptic")
+    if task not in TASKS:
+        raise WeightsError(f"{folder}: the task is {task!r}; one of {', '.join(TASKS)} is known")
+    noted = described.notes.get("categories")
+    known = None if noted is None else tuple(_category(entry) for entry in noted)
+    usual = EvaluationConfig()
+    return TrainedModel(
+        model=model_with_weights(described.config, str(folder), Storage()),
+        config=described.config,
+        task=task,
+        classes=known or _unknown_classes(described.labels),
+        evaluation=replace(
+            usual,
+            shortest_edge=described.shortest_edge or usual.shortest_edge,
+            max_size=described.max_size or usual.max_size,
+        ),
+        weights=str(folder),
+    )
+
+
+def _category(entry: dict[str, Any]) -> Category:
+    red, green, blue = entry["color"]
+    return Category(entry["id"], entry["name"], bool(entry["isthing"]), (red, green, blue))
+
+
+def _unknown_classes(names: Sequence[str]) -> tuple[Category, ...]:
+    """Classes of which only the names are known: all are things, so that nothing is merged."""
+    return tuple(Category(label, name, True, distinct_color(label)) for label, name in enumerate(names))

@@ -1,0 +1,80 @@
+"""The settings explained from their own source: types, defaults and docstrings, as Markdown that reads well as text."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import sys
+from functools import lru_cache
+from typing import Any
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import kind_tag, sections_in, suggestion, type_hints
+from m2f.model.errors import ConfigError
+
+
+def explain(section: str = "") -> str:
+    """Fields of one section (`training.optimizer`) and of the sections inside it; of the whole recipe for "".
+
+    A section with several kinds (`data.augment`) shows all of them; lists and named sections show their item.
+
+    Raises:
+        ConfigError: there is no such section.
+    """
+    classes: tuple[type, ...] = (RunConfig,)
+    walked: list[str] = []
+    for name in section.split(".") if section else []:
+        classes, known = _enter(classes, name)
+        if not classes:
+            where = f"`{'.'.join(walked)}`" if walked else "the recipe"
+            raise ConfigError(f"--explain {section}: `{name}` is no section of {where}{suggestion(name, known)}")
+        walked.append(name)
+    return "\n".join(line for cls in classes for line in _describe(cls, section)).rstrip() + "\n"
+
+
+def _enter(classes: tuple[type, ...], name: str) -> tuple[tuple[type, ...], list[str]]:
+    """Sections behind the field `name` of any of the classes, and the names that would have led on."""
+    inner = {field: sections_in(hint) for cls in classes for field, hint in type_hints(cls).items()}
+    known = [field for field, sections in inner.items() if sections]
+    return inner.get(name, ()), known
+
+
+def _describe(cls: type, path: str) -> list[str]:
+    tag = kind_tag(cls)
+    title = f"{path or 'Recipe'}" + (f" (kind: {tag})" if tag else "")
+    lines = [f"## {title}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+    hints, docs = type_hints(cls), _field_docs(cls)
+    inner: list[str] = []
+    for field in dataclasses.fields(cls):
+        if field.name == "kind":
+            continue
+        doc = f": {docs[field.name]}" if field.name in docs else ""
+        lines.append(f"- `{field.name}` ({field.type}{_default(field)}){doc}")
+        for section in sections_in(hints[field.name]):
+            inner += _describe(section, f"{path}.{field.name}".lstrip("."))
+    return [*lines, "", *inner]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f", default {field.default!r}"
+    if field.default_factory is dataclasses.MISSING:
+        return ", required"
+    value = field.default_factory()
+    tag = kind_tag(type(value)) if dataclasses.is_dataclass(value) else None
+    return f", default kind {tag}" if tag else ""
+
+
+@lru_cache
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string under each field, read from the source because Python keeps no attribute docstrings."""
+    tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    docs: dict[str, str] = {}
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            text = ast.literal_eval(below.value)
+            docs[field.target.id] = " ".join(text.split())
+    return docs

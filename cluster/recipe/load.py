@@ -1,0 +1,329 @@
+"""From YAML and overrides to RunConfig: every problem of a recipe is found at once and named by its dotted path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.paths import with_absolute_paths
+from m2f.model.errors import ConfigError
+
+_INVALID = object()
+"""Stands for a value whose problem has been noted, so that one mistake gives one message."""
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+"""`${NAME}` or `${NAME:-default}`, so that one recipe finds its data on every machine."""
+
+_CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a recipe and apply `section.key=value` overrides; relative paths count from the current directory.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds problems; the one message lists all of them.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
+    return with_absolute_paths(parse_recipe(text, overrides, source=str(path)))
+
+
+def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:
+    """`load_recipe` for text, with paths as written; `source` is named in the error."""
+    problems: list[str] = []
+    tree = _parse_yaml(text, source)
+    for override in overrides:
+        _apply_override(tree, override, problems)
+    tree = _expand(tree, "", problems)
+    config = _build(RunConfig, tree, "", problems)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{source}: {count}\n  " + "\n  ".join(problems))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def dump_recipe(config: RunConfig) -> str:
+    """The complete recipe with every default written out, as YAML that loads back to an equal RunConfig."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, width=100)
+
+
+def flatten(config: RunConfig) -> dict[str, str]:
+    """Every setting as `{dotted path: text}`, lists by index; what MLflow keeps as parameters."""
+    return flatten_tree(_plain(config))
+
+
+def flatten_tree(tree: Any) -> dict[str, str]:
+    """The same of a tree as YAML gives it, whatever its keys: recipes of other versions can be compared."""
+    return dict(_leaves(tree, ""))
+
+
+# Reading YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice in one mapping; PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` is written twice (lines {seen[key]} and {line}); keep one of them"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML\n  {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: a recipe is a YAML mapping of sections, this is {_kind_of(tree)}")
+    return tree
+
+
+def _expand(node: Any, path: str, problems: list[str]) -> Any:
+    """The tree with `${NAME}` and `${NAME:-default}` in its texts replaced from the environment."""
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            problems.append(
+                f"`{path}`: the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
+            )
+        return found or ""
+
+    if isinstance(node, dict):
+        return {key: _expand(child, f"{path}.{key}".lstrip("."), problems) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_expand(child, f"{path}.{index}", problems) for index, child in enumerate(node)]
+    return _VARIABLE.sub(value, node) if isinstance(node, str) else node
+
+
+def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Set one `a.b.0.c=value` in the tree; sections that the recipe leaves out are made."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        problems.append(f"`{override}`: an override is written section.key=value, for example training.max_steps=100")
+        return
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        problems.append(f"`{override}`: the value is not valid YAML; quote it for the shell, for example 'a.b=[1, 2]'")
+        return
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        here = ".".join(keys[:depth])
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                problems.append(f"`{override}`: `{here}` is a list of {len(node)}; `{key}` is not an index into it")
+                return
+            key = int(key)
+        elif not isinstance(node, dict):
+            problems.append(f"`{override}`: `{here}` is {_kind_of(node)}, not a section")
+            return
+        if last:
+            node[key] = value
+        elif isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+
+
+# Building the configuration
+
+
+def _build(hint: Any, value: Any, path: str, problems: list[str], default: Any = None) -> Any:
+    """The value as `hint` wants it, or _INVALID with the reasons in `problems`.
+
+    `default` is the field's default: where a union's `kind` is not written, the default's kind is meant.
+    """
+    sections = sections_in(hint)
+    if value is None and type(None) in get_args(hint):
+        return None
+    if sections and get_origin(hint) in (None, Union, types.UnionType):
+        return _build_section(sections, value, path, problems, default)
+    if sections and get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            return _note(problems, f"`{path}`: expected a list, got {_kind_of(value)}")
+        item_hint = get_args(hint)[0]
+        return _whole(tuple(_build(item_hint, item, f"{path}.{i}", problems) for i, item in enumerate(value)))
+    if sections and get_origin(hint) is Mapping:
+        if not isinstance(value, dict):
+            return _note(problems, f"`{path}`: expected a mapping of names, got {_kind_of(value)}")
+        item_hint = get_args(hint)[1]
+        items = {str(name): _build(item_hint, item, f"{path}.{name}", problems) for name, item in value.items()}
+        return _INVALID if _INVALID in items.values() else items
+    return _build_leaf(hint, value, path, problems)
+
+
+def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: list[str], default: Any) -> Any:
+    """One dataclass; a union's member is chosen by `kind` before anything inside it is looked at."""
+    where = f"`{path}`" if path else "the recipe"
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        return _note(problems, f"{where}: expected a section, got {_kind_of(value)}")
+    section = _choose(sections, value, default)
+    if section is None:
+        kinds = [str(kind_tag(s)) for s in sections]
+        if "kind" not in value:
+            return _note(problems, f"`{path}.kind` is missing; one of {', '.join(kinds)}")
+        return _note(problems, f"`{path}.kind`: no such kind {value['kind']!r}{suggestion(str(value['kind']), kinds)}")
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    hints = type_hints(section)
+    for key in value:
+        if key not in fields:
+            close = suggestion(str(key), list(fields))
+            problems.append(f"`{_join(path, key)}`: no such setting in {section.__name__}{close}")
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in value:
+            arguments[name] = _build(hints[name], value[name], _join(path, name), problems, _default_of(field))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            arguments[name] = _note(problems, f"`{_join(path, name)}` is missing; {_summary(section, name)}")
+    if _INVALID in arguments.values():
+        return _INVALID
+    try:
+        return section(**arguments)
+    except ConfigError as error:  # a check between settings; its message names them
+        return _note(problems, str(error))
+
+
+def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if isinstance(value, bool) and hint in (int, float, int | None, float | None, int | tuple[int, int]):
+        return _note(problems, f"`{path}`: expected a number, got {str(value).lower()}")
+    if isinstance(value, str) and _CREDENTIALS.search(value):
+        return _note(problems, f"`{path}`: holds a password, which would be stored with the run; use the environment")
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            inner = ".".join(str(part) for part in detail["loc"] if isinstance(part, int))
+            problems.append(f"`{_join(path, inner)}`: {_lower_first(detail['msg'])} (got {detail['input']!r})")
+        return _INVALID
+
+
+@lru_cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    # Lax on purpose: PyYAML reads `1e-4` as a string, which pydantic takes where a float is wanted.
+    return TypeAdapter(hint)
+
+
+@lru_cache
+def type_hints(section: type) -> dict[str, Any]:
+    """Resolved type hints of a dataclass."""
+    return get_type_hints(section)
+
+
+def sections_in(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a hint names, directly, in a union, or as items of a tuple or mapping."""
+    if dataclasses.is_dataclass(hint):
+        return (hint,) if isinstance(hint, type) else ()
+    if get_origin(hint) is Literal:
+        return ()
+    return tuple(section for part in get_args(hint) for section in sections_in(part))
+
+
+def _choose(sections: tuple[type, ...], value: Mapping[str, Any], default: Any) -> type | None:
+    if len(sections) == 1 and "kind" not in value:
+        return sections[0]
+    if "kind" not in value:
+        return next((s for s in sections if isinstance(default, s)), None)
+    by_kind = {kind_tag(s): s for s in sections}
+    if len(sections) == 1 and None in by_kind:  # no tagged section: `kind` is then an unknown key
+        return sections[0]
+    return by_kind.get(value["kind"]) if isinstance(value["kind"], str) else None
+
+
+def kind_tag(section: type) -> str | None:
+    """The value of a section's `kind: Literal[...]` field."""
+    hint = type_hints(section).get("kind")
+    return get_args(hint)[0] if get_origin(hint) is Literal else None
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+# Words
+
+
+def _note(problems: list[str], problem: str) -> object:
+    problems.append(problem)
+    return _INVALID
+
+
+def _whole(items: tuple[Any, ...]) -> Any:
+    return _INVALID if _INVALID in items else items
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}".strip(".")
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown word: the closest known one, else all of them."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
+
+
+def _kind_of(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "a mapping"
+    return f"the value {value!r}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _summary(section: type, name: str) -> str:
+    return f"{section.__name__} needs it ({getattr(type_hints(section)[name], '__name__', 'see m2f config --explain')})"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as the dicts, lists and scalars that YAML knows."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _leaves(value: Any, path: str) -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict | list) and value:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, _join(path, key))
+    else:
+        yield path, str(value)

@@ -1,0 +1,49 @@
+"""Local paths of a recipe made absolute, because the processes of a cluster start in other folders."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.config import DatasetConfig, SourceConfig
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run with every relative path counted from the current directory; URLs stay as they are."""
+    backbone, cache = config.model.backbone, config.data.cache
+    return replace(
+        config,
+        output=_absolute(config.output),
+        datasets={name: _dataset(dataset) for name, dataset in config.datasets.items()},
+        data=replace(config.data, cache=cache and replace(cache, folder=_absolute(cache.folder))),
+        model=replace(
+            config.model,
+            weights=_absolute_or_none(config.model.weights),
+            backbone=replace(backbone, weights=_absolute_or_none(backbone.weights)),
+        ),
+    )
+
+
+def _dataset(dataset: DatasetConfig) -> DatasetConfig:
+    source = None if dataset.source is None else _source(dataset.source)
+    return replace(dataset, shards=_absolute(dataset.shards), source=source)
+
+
+def _source(source: SourceConfig) -> SourceConfig:
+    """Every text of a source but its kind is a path."""
+    paths: dict[str, Any] = {}
+    for field in fields(source):
+        value = getattr(source, field.name)
+        if isinstance(value, str) and field.name != "kind":
+            paths[field.name] = _absolute(value)
+    return replace(source, **paths)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _absolute_or_none(path: str | None) -> str | None:
+    return None if path is None else _absolute(path)

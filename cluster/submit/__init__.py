@@ -1,0 +1,1 @@
+"""TODO: what lives in submit, in one sentence."""

@@ -1,0 +1,169 @@
+"""A recipe as a KubeRay `RayJob`: a template of the cluster, filled with the run and checked before it is sent."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import dump_recipe
+from m2f.cluster.submit.submit import run_digest
+from m2f.cluster.train.resources import demands, room
+from m2f.model.errors import UserError
+
+SCHEMA = Path(__file__).parent / "cloud" / "ray_job_schema.yaml"
+RECIPE_FOLDER = "/etc/m2f"
+APPLY_S = 60
+MAX_NAME = 30
+"""Characters of a run's name in the name of its RayJob, which may have 47 in all."""
+
+
+class KubeRayError(UserError):
+    """A template that gives no RayJob that could work, or a Kubernetes that refuses it."""
+
+
+def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> str:
+    """A ConfigMap with the recipe and the RayJob that trains it, as one YAML text.
+
+    Args:
+        config: recipe for the cluster, see `m2f.cluster.submit.for_cluster`.
+        template: YAML of one RayJob without a command.
+        env: environment variables of the job, no secrets.
+
+    Raises:
+        KubeRayError: the template cannot be read, KubeRay would refuse it, or the run does not fit in it.
+    """
+    ray_job = _read(template)
+    problems = schema_problems(ray_job)
+    problems = problems or cluster_problems(config, ray_job["spec"]["rayClusterSpec"])
+    if problems:
+        raise KubeRayError(f"{template}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    name = _object_name(config)
+    metadata = ray_job.setdefault("metadata", {}) | {"name": name}
+    ray_job["metadata"] = metadata
+    ray_job["spec"] |= {
+        "entrypoint": f"m2f train {RECIPE_FOLDER}/recipe.yaml --restart",
+        "runtimeEnvYAML": yaml.safe_dump({"env_vars": dict(env)}, sort_keys=True),
+    }
+    _mount_recipe(ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"], name)
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {key: metadata[key] for key in ("name", "namespace") if key in metadata},
+        "data": {"recipe.yaml": dump_recipe(config)},
+    }
+    return yaml.dump_all([config_map, ray_job], Dumper=_BlockDumper, sort_keys=False, width=120)
+
+
+class _BlockDumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, as a person would write them."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_BlockDumper.add_representer(str, _represent_text)
+
+
+def apply(text: str) -> None:
+    """Hand it to kubectl, whose own words are shown. Raises KubeRayError where it is absent or refuses."""
+    try:
+        subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True, timeout=APPLY_S)
+    except FileNotFoundError as error:
+        raise KubeRayError("kubectl is not here; write the RayJob with --output and apply it elsewhere") from error
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise KubeRayError(f"kubectl does not take the RayJob: {error}") from error
+
+
+def schema_problems(ray_job: object) -> list[str]:
+    """What KubeRay or Kubernetes would refuse, or silently drop, by path."""
+    validator = Draft202012Validator(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
+    errors = sorted(validator.iter_errors(ray_job), key=lambda error: error.json_path)
+    return [f"{error.json_path.removeprefix('$.')}: {error.message[:200]}" for error in errors]
+
+
+def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
+    """What would keep the run from starting or make it fragile, though Kubernetes takes it."""
+    problems: list[str] = []
+    head, groups = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    if head["rayStartParams"].get("num-cpus") != "0":
+        problems.append('headGroupSpec.rayStartParams.num-cpus must be "0", or workers would run beside the driver')
+    problems += _image_problems("head", head["template"]["spec"])
+    for group in groups:
+        problems += _image_problems(group["groupName"], group["template"]["spec"])
+        problems += _pod_problems(group["groupName"], group["template"]["spec"])
+    nodes = [node for group in groups for node in [_node(group)] * group.get("maxReplicas", 0)]
+    for demand in demands(config):
+        if (places := room(nodes, demand.needs)) < demand.count:
+            problems.append(f"{demand}, and the groups have room for {places}; raise maxReplicas or the resources")
+    return problems
+
+
+def _image_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
+    images = [container.get("image", "") for container in pod["containers"]]
+    return [f"{group}: image is {image}; put your registry in" for image in images if "REGISTRY" in image]
+
+
+def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    container = pod["containers"][0]
+    if all(mount["mountPath"] != "/dev/shm" for mount in container.get("volumeMounts", ())):
+        problems.append(f"{group}: nothing is mounted at /dev/shm, where Kubernetes gives 64 MiB")
+    resources = container.get("resources", {})
+    for name, amount in resources.get("limits", {}).items():
+        if "/" in name and resources.get("requests", {}).get(name) != amount:
+            problems.append(f"{group}: limits.{name} is {amount}; requests.{name} must be the same")
+    return problems
+
+
+def _node(group: Mapping[str, Any]) -> dict[str, float]:
+    """What one pod of a group offers to Ray."""
+    limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    cores = str(limits.get("cpu", "inf"))  # without a limit, all of the machine; YAML makes 8 a number
+    gpus = sum(float(amount) for name, amount in limits.items() if name.endswith("/gpu"))
+    cpus = float(cores.removesuffix("m")) / 1000 if cores.endswith("m") else float(cores)
+    return {"CPU": cpus, "GPU": gpus, **_custom_resources(group)}
+
+
+def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
+    """What a group offers per pod: `resources`, else the JSON within quotes for the shell in `rayStartParams`."""
+    if "resources" in group:
+        return {name: float(amount) for name, amount in group["resources"].items() if amount.isdecimal()}
+    text = group["rayStartParams"].get("resources", "{}").strip("'")
+    try:
+        value = json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise KubeRayError(f"{group['groupName']}: rayStartParams.resources is not JSON: {text} ({error})") from error
+
+
+def _object_name(config: RunConfig) -> str:
+    """Kubernetes takes lower-case letters, digits and dashes, and KubeRay appends some to what it makes of the name."""
+    readable = re.sub(r"[^a-z0-9]+", "-", config.name.lower())[:MAX_NAME].strip("-")
+    return f"m2f-{readable}-{run_digest(config)}"
+
+
+def _read(template: Path) -> dict[str, Any]:
+    try:
+        documents = [d for d in yaml.safe_load_all(template.read_text(encoding="utf-8")) if d is not None]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise KubeRayError(f"{template}: cannot read the template ({reason})") from error
+    if len(documents) != 1 or not isinstance(documents[0], dict) or documents[0].get("kind") != "RayJob":
+        raise KubeRayError(f"{template}: a template is one document of kind RayJob; see cluster/cloud/kuberay.yaml")
+    return documents[0]
+
+
+def _mount_recipe(head: dict[str, Any], name: str) -> None:
+    """The driver runs on the head, which alone needs the file."""
+    head.setdefault("volumes", []).append({"name": "recipe", "configMap": {"name": name}})
+    mount = {"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True}
+    head["containers"][0].setdefault("volumeMounts", []).append(mount)

@@ -1,0 +1,219 @@
+"""Ray's Jobs API with errors that name the remedy: send a command, follow its output, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+import requests
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from m2f.cluster.ray_cluster import knock
+from m2f.cluster.terminal import complain, format_duration, say
+from m2f.model.errors import UserError
+
+POLL_S = 0.5
+PATIENCE_S = 300.0
+"""How long a dashboard may be away while a job is followed."""
+INTERRUPTED = 130
+_EXIT = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: INTERRUPTED}
+
+
+class JobError(UserError):
+    """A cluster that cannot be reached or refuses a job."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command to run on a cluster."""
+
+    job_id: str
+    command: str
+    archive: Path
+    """Its working directory."""
+    env: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class KnownJob:
+    """A job that a cluster remembers."""
+
+    job_id: str
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    message: str
+    exit_code: int | None
+    seconds: float | None
+    """How long it runs or ran; None before its start."""
+    metadata: Mapping[str, str]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing follows."""
+        return JobStatus(self.status).is_terminal()
+
+    def line(self) -> str:
+        """For a person."""
+        took = "" if self.seconds is None else f" after {format_duration(self.seconds)}"
+        run = self.metadata.get("m2f_run")
+        return f"{self.job_id}  {self.status}{took}" + ("" if run is None else f"  {run}")
+
+
+class JobClient:
+    """The jobs of one cluster, through its dashboard (`http://HEAD:8265`).
+
+    Raises:
+        JobError: nobody answers there, or the token is missing or wrong; also from all methods.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self.address = _checked_address(address)
+        self._last_contact = time.monotonic()
+        for module in (sdk, dashboard_sdk):  # they announce every upload and every end of a log
+            module.logger.setLevel(logging.WARNING)
+        with _explained(self.address):
+            knock(self.address)
+            self._client = JobSubmissionClient(self.address)
+            version = self._client._server_ray_version  # get_version is the version of the Jobs API
+        if version != ray.__version__:
+            complain(f"the cluster has Ray {version}, this machine {ray.__version__}")
+
+    def jobs(self) -> list[KnownJob]:
+        """All that were submitted through this API."""
+        with _explained(self.address):
+            jobs: list[Any] = self._client.list_jobs()
+        return [_known(job) for job in jobs if job.submission_id is not None]
+
+    def job(self, job_id: str) -> KnownJob:
+        """One of them."""
+        with _explained(self.address):
+            return _known(self._client.get_job_info(job_id))
+
+    def submit(self, job: Job) -> bool:
+        """Send a job; False where its id is taken, which means that another process was faster."""
+        with _explained(self.address):
+            try:
+                self._client.submit_job(
+                    entrypoint=job.command,
+                    submission_id=job.job_id,
+                    runtime_env={"working_dir": str(job.archive), "env_vars": dict(job.env)},
+                    metadata=dict(job.metadata),
+                )
+            except RuntimeError:
+                if any(known.job_id == job.job_id for known in self.jobs()):
+                    return False
+                raise
+        return True
+
+    def stop(self, job_id: str) -> KnownJob:
+        """Ask a job to end, and wait until it has: a training run saves a checkpoint first."""
+        with _explained(self.address):
+            self._client.stop_job(job_id)
+            while not (job := self.job(job_id)).ended:
+                time.sleep(POLL_S)
+        return job
+
+    def follow(self, job_id: str) -> int:
+        """Repeat what a job prints until it ends; its exit status, and 130 for one that was stopped.
+
+        A dashboard that does not answer for a while is waited for. Ctrl-C leaves the job alone.
+        """
+        printed, self._last_contact = 0, time.monotonic()
+        try:
+            while True:
+                printed = asyncio.run(self._tail(job_id, printed))
+                job = self._after_tail(job_id)
+                if job is not None and job.ended:
+                    break
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            complain(f"\n{job_id} goes on without you; `m2f submit --stop {job_id}` ends it")
+            return INTERRUPTED
+        say(job.line())
+        if job.status == JobStatus.FAILED and job.exit_code is None:  # it never ran
+            complain(job.message)
+        return job.exit_code or _EXIT[JobStatus(job.status)]
+
+    async def _tail(self, job_id: str, printed: int) -> int:
+        """Print what comes after the first `printed` characters, as long as the connection holds."""
+        received = 0
+        try:
+            async for text in self._client.tail_job_logs(job_id):
+                new = text[max(0, printed - received) :]
+                received += len(text)
+                if new:
+                    say(new.removesuffix("\n"))
+                self._last_contact = time.monotonic()
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            logging.getLogger(__name__).debug("the log of %s breaks off: %s", job_id, error)
+        return max(printed, received)
+
+    def _after_tail(self, job_id: str) -> KnownJob | None:
+        """The job's state; None while the dashboard is away."""
+        try:
+            job = self.job(job_id)
+        except JobError:
+            if time.monotonic() - self._last_contact > PATIENCE_S:
+                raise
+            return None
+        self._last_contact = time.monotonic()
+        return job
+
+
+def _known(info: Any) -> KnownJob:
+    """From Ray's JobDetails."""
+    start, end = info.start_time, info.end_time
+    return KnownJob(
+        job_id=info.submission_id or "",
+        status=info.status.value,
+        message=info.message or "",
+        exit_code=info.driver_exit_code,
+        seconds=None if start is None else (end or time.time() * 1000) / 1000 - start / 1000,
+        metadata=info.metadata or {},
+    )
+
+
+@contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """What Ray, requests and sockets raise, as JobError."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise JobError(
+            f"the cluster at {address} wants another token ({_first_line(error.message)}); set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
+        ) from error
+    except (OSError, requests.RequestException) as error:
+        raise JobError(
+            f"no Ray dashboard answers at {address} ({error}); start the cluster, or open the way to it "
+            "(`ray dashboard CLUSTER.yaml`, `kubectl port-forward service/NAME-head-svc 8265`)"
+        ) from error
+    except RuntimeError as error:
+        raise JobError(f"the cluster at {address} refuses: {_first_line(str(error))}") from error
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "unknown")[:500]
+
+
+def _checked_address(address: str | None) -> str:
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        raise JobError("which cluster? Give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+    if urlsplit(address).scheme not in ("http", "https"):
+        raise JobError(f"the address {address} is not one of a dashboard; jobs are sent to http://HEAD:8265")
+    return address.rstrip("/")

@@ -1,0 +1,189 @@
+"""A training run as a Ray job: what is sent, under which name, and what comes back.
+
+The name of a job follows from its run folder, so a second `m2f submit` of the same run finds the first one's job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import dump_recipe
+from m2f.cluster.submit.ray_jobs import Job, JobClient, KnownJob
+from m2f.cluster.submit.upload import RECIPE, pack
+from m2f.cluster.terminal import complain
+from m2f.model.errors import ConfigError
+
+STOP_WAIT_S = 600
+"""Between SIGTERM and SIGKILL of a job that is stopped, for its last checkpoint; Ray's own default is 3 s."""
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_DIGEST_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Attach:
+    """The job of this run is there already."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """A new job."""
+
+    job_id: str
+
+
+def submit_training(
+    client: JobClient, config: RunConfig, env: Mapping[str, str], shared: Sequence[str] = (), installed: bool = False
+) -> Attach | Start:
+    """Send a run to a cluster, or find its job there.
+
+    Args:
+        client: the cluster.
+        config: recipe with absolute paths.
+        env: environment variables of the job; see `job_environment`.
+        shared: folders that all nodes mount at the same place.
+        installed: the cluster has m2f; only the recipe is sent.
+
+    Raises:
+        ConfigError: the recipe cannot work on another machine, or a job with other settings trains in its run folder.
+        UploadError: too much to send.
+        JobError: the cluster refuses.
+    """
+    config = for_cluster(config, shared)
+    recipe = dump_recipe(config)
+    digest = hashlib.sha256(recipe.encode()).hexdigest()
+    choice = choose(config, digest, client.jobs())
+    if isinstance(choice, Attach):
+        return choice
+    command = ["m2f"] if installed else ["python", "-m", "m2f.cluster.cli"]
+    with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
+        job = Job(
+            job_id=choice.job_id,
+            command=shlex.join([*command, "train", RECIPE, "--restart"]),
+            archive=pack(Path(folder), recipe, code=not installed),
+            env=env,
+            metadata={"m2f_run": config.run_folder, "m2f_recipe": digest},
+        )
+        return choice if client.submit(job) else Attach(choice.job_id)
+
+
+def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str, str]) -> str:
+    """Send `m2f doctor` for all nodes of a cluster; the id of its job."""
+    recipe = None if config is None else dump_recipe(replace(config, cluster=replace(config.cluster, address=None)))
+    command = ["python", "-m", "m2f.cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
+    job_id = f"m2f-doctor-{secrets.token_hex(4)}"
+    env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is read on this terminal
+    with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
+        client.submit(Job(job_id, shlex.join(command), pack(Path(folder), recipe), env, metadata={}))
+    return job_id
+
+
+def job_name(config: RunConfig) -> str:
+    """First part of the ids of a run's jobs; `-1`, `-2` ... follow, as Ray takes no id twice."""
+    return f"m2f-{config.name.replace('.', '-')}-{run_digest(config)}"
+
+
+def run_digest(config: RunConfig) -> str:
+    """What tells the run folder from others, in eight characters."""
+    return hashlib.sha256(config.run_folder.encode()).hexdigest()[:_DIGEST_LENGTH]
+
+
+def choose(config: RunConfig, digest: str, jobs: Iterable[KnownJob]) -> Attach | Start:
+    """The living job of this run, else the next free id.
+
+    Raises ConfigError where the living job has another recipe.
+    """
+    earlier = jobs_of(config, jobs)
+    for job in earlier:
+        if job.ended:
+            continue
+        if job.metadata.get("m2f_recipe") != digest:
+            raise ConfigError(
+                f"the job {job.job_id} trains in {config.run_folder} with other settings; give `name` another value, "
+                f"or end it with `m2f submit --stop {job.job_id}`"
+            )
+        return Attach(job.job_id)
+    number = max((_number(job) for job in earlier), default=0) + 1
+    return Start(f"{job_name(config)}-{number}")
+
+
+def jobs_of(config: RunConfig, jobs: Iterable[KnownJob]) -> list[KnownJob]:
+    """Jobs of this run, the newest last."""
+    pattern = re.compile(re.escape(job_name(config)) + r"-\d+")
+    return sorted((job for job in jobs if pattern.fullmatch(job.job_id)), key=_number)
+
+
+def _number(job: KnownJob) -> int:
+    return int(job.job_id.rpartition("-")[2])
+
+
+def for_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
+    """The recipe as the job gets it, bound to the cluster that runs it.
+
+    Raises ConfigError for every path that exists only here; `shared` names folders that all nodes have.
+    """
+    problems = [
+        f"{setting} is {path}, which is a path of this machine; use s3://, or pass `--shared FOLDER` where all nodes "
+        "of the cluster mount it"
+        for setting, path in _paths(config).items()
+        if "://" not in path and not any(Path(path).is_relative_to(folder) for folder in shared)
+    ]
+    uri = config.tracking.uri or ""
+    if uri and _is_local_tracking(uri):
+        problems.append(f"tracking.uri is {uri}, which only one machine can open; name a tracking server, http://...")
+    if problems:
+        raise ConfigError("the recipe cannot run on a cluster\n  " + "\n  ".join(problems))
+    for setting, url in (("storage.endpoint_url", config.storage.endpoint_url), ("tracking.uri", uri)):
+        if url and urlsplit(url).hostname in _LOOPBACK:
+            complain(f"{setting} is {url}: every node looks for it on itself")
+    return replace(config, cluster=replace(config.cluster, address=None))
+
+
+def _paths(config: RunConfig) -> dict[str, str]:
+    """What training and evaluation read and write for the whole run, by setting. Caches belong to each machine."""
+    used = [item.dataset for item in config.data.train] + [item.dataset for item in config.evaluation.sets]
+    paths = {"output": config.output}
+    paths |= {f"datasets.{name}.shards": config.datasets[name].shards for name in used}
+    weights = {"model.weights": config.model.weights, "model.backbone.weights": config.model.backbone.weights}
+    return paths | {setting: path for setting, path in weights.items() if path is not None}
+
+
+def _is_local_tracking(uri: str) -> bool:
+    """Files and databases in files; such a URI has no host."""
+    return urlsplit(uri).scheme in ("", "file", "sqlite")
+
+
+def job_environment(wanted: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
+    """Variables for a job from `NAME=VALUE` and `NAME` (its value here), with what m2f itself sets.
+
+    Raises ConfigError for secrets: Ray shows a job's environment to everybody who can open its dashboard.
+    """
+    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
+    tracking = os.environ.get("MLFLOW_TRACKING_URI")
+    if config is not None and config.tracking.uri is None and tracking and not _is_local_tracking(tracking):
+        env["MLFLOW_TRACKING_URI"] = tracking
+    for word in wanted:
+        name, equals, value = word.partition("=")
+        if not equals and name not in os.environ:
+            raise ConfigError(f"--env {name}: the variable is not set here; write --env {name}=VALUE")
+        env[name] = value if equals else os.environ[name]
+    for name, value in env.items():
+        if _SECRET.search(name) or re.search(r"://[^/@\s]+:[^/@\s]+@", value):
+            raise ConfigError(
+                f"the variable {name} is a secret, and Ray shows the environment of jobs in its dashboard; give the "
+                "nodes a role, or set it where the nodes start Ray (docs/cloud.md)"
+            )
+    return env

@@ -1,0 +1,1 @@
+"""TODO: what lives in tracking, in one sentence."""

@@ -1,0 +1,77 @@
+"""What a run was made from besides its recipe: the code as git knows it, and the data by their fingerprints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.shards.manifest import read_document
+from m2f.data_pipeline.storage.storage import Storage
+
+CODE = Path(__file__).resolve().parents[1]
+GIT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """One data set of a run."""
+
+    name: str
+    """In the recipe."""
+    context: str
+    """`training` or `evaluation`."""
+    url: str
+    fingerprint: str
+    """Hex digest of categories, shards and their checksums."""
+    profile: str
+    """JSON for people: the whole fingerprint, images, shards and categories."""
+
+
+def code_facts(folder: Path = CODE) -> dict[str, str]:
+    """Commit and branch of the code, and how many tracked files differ from it; {} for code that git does not keep."""
+    if not (folder / ".git").exists():
+        return {}
+    try:
+        facts = {"code.commit": _git(folder, "rev-parse", "HEAD")}
+        facts["code.branch"] = _git(folder, "rev-parse", "--abbrev-ref", "HEAD")
+        facts["code.changed_files"] = str(len(_git(folder, "status", "--porcelain", "-uno").splitlines()))
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout that git refuses
+        return {}
+    return facts
+
+
+def data_inputs(config: RunConfig, storage: Storage) -> tuple[DataInput, ...]:
+    """Data sets that are trained on, then those that are evaluated on, without those whose shards are not made yet."""
+    used = [("training", item.dataset) for item in config.data.train]
+    used += [("evaluation", chosen.dataset) for chosen in config.evaluation.sets]
+    found = [_data_input(config, context, name, storage) for context, name in dict.fromkeys(used)]
+    return tuple(entry for entry in found if entry is not None)
+
+
+def data_facts(inputs: Sequence[DataInput]) -> dict[str, str]:
+    """The fingerprint of every data set."""
+    return {f"data.{entry.name}": entry.fingerprint for entry in inputs}
+
+
+def _data_input(config: RunConfig, context: str, name: str, storage: Storage) -> DataInput | None:
+    url = config.datasets[name].shards
+    document = read_document(url, storage)
+    if document is None:
+        return None
+    shards = document["shards"]
+    profile = {
+        "fingerprint": document["fingerprint"],
+        "images": sum(shard["num_samples"] for shard in shards),
+        "shards": len(shards),
+        "bytes": sum(shard["size"] for shard in shards),
+    }
+    return DataInput(name, context, url, document["fingerprint"], json.dumps(profile))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=GIT_TIMEOUT_S).stdout.strip()

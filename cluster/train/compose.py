@@ -1,0 +1,45 @@
+"""From the recipe to what one package needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import dump_recipe
+from m2f.data_pipeline.loading.loader import mixture_labels
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.errors import ConfigError
+from m2f.trainer.job import TrainJob
+
+
+def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
+    """The training job, with the number of classes that the data sets' category table gives for the task.
+
+    Raises:
+        DataError, StorageError: a manifest of `data.train` is missing, damaged, or has other categories than the rest.
+        ConfigError: `model.num_classes` is written in the recipe and differs.
+    """
+    storage = storage or Storage(config.storage)
+    shards = tuple(config.datasets[item.dataset].shards for item in config.data.train)
+    return TrainJob(
+        run_folder=config.run_folder,
+        model=replace(config.model, num_classes=_num_classes(config, [Manifest.load(s, storage) for s in shards])),
+        data=config.data,
+        shards=shards,
+        training=config.training,
+        storage=config.storage,
+        seed=config.seed,
+        recipe=dump_recipe(config),
+    )
+
+
+def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:
+    mixture_labels(manifests, config.data.task)  # refuses data sets that do not go together
+    found = len(manifests[0].categories.for_task(config.data.task))
+    if config.model.num_classes not in (None, found):
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, but the data sets have {found} classes for the task "
+            f"{config.data.task}; remove the setting, it follows from the data"
+        )
+    return found

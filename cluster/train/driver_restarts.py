@@ -1,0 +1,90 @@
+"""A driver that starts again where the system kills it: a small process stays behind and watches it."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.terminal import complain
+from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.folder import newest_step
+
+_LOOK_S = 0.2
+_PR_SET_PDEATHSIG = 1
+
+
+def run_restarted(command: Sequence[str], config: RunConfig) -> int:
+    """Run the driver of a run, and run it again after every death by a signal; the exit status of the last one.
+
+    A new driver goes on from the newest checkpoint. Deaths count against `cluster.max_failures`, which every new
+    checkpoint resets. A driver that ends by itself, whatever its status, has decided: it is not run again. SIGINT and
+    SIGTERM are passed on, and where this process dies its driver gets a SIGTERM (on Linux).
+    """
+    storage = Storage(config.storage)
+    history = AttemptHistory(newest_step(storage, config.run_folder))
+    with _Driver(command).heeding_signals() as driver:
+        while True:
+            status = driver.run()
+            if status >= 0:
+                return status
+            if driver.is_stopping:
+                return 128 - status
+            failure = Failure(None, "death", f"the driver was killed ({signal.Signals(-status).name})")
+            history = history.after(Attempt(failure, newest_step(storage, config.run_folder)))
+            decision = decide(history, config.cluster.max_failures)
+            complain(f"{failure.message}: {decision.reason}")
+            if isinstance(decision, Stop):
+                return 128 - status
+            driver.wait(decision.delay_s)
+
+
+class _Driver:
+    """The process that runs now, and the wish to end it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self.is_stopping = False
+
+    def run(self) -> int:
+        """Exit status of one more process; negative for the signal that ended it."""
+        if self.is_stopping:
+            return -signal.SIGTERM
+        self._process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)
+        return self._process.wait()
+
+    def wait(self, seconds: float) -> None:
+        """Before the next one, unless there shall be none."""
+        deadline = time.monotonic() + seconds
+        while not self.is_stopping and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+
+    @contextmanager
+    def heeding_signals(self) -> Iterator[_Driver]:
+        """Pass SIGINT and SIGTERM on."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.is_stopping = True
+            if self._process is not None and self._process.poll() is None:
+                self._process.send_signal(number)
+
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """In the new process: an orphan would train on beside the next job of its run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

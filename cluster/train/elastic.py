@@ -1,0 +1,133 @@
+"""The number of workers of every attempt, where `cluster.num_workers` is a range.
+
+A run never changes its size in the middle of an attempt. It shrinks because an attempt that lost a worker is followed
+by one with what is left; it grows because an attempt is asked to end after a checkpoint as soon as the cluster has had
+room for more for a while. Either way the next attempt cuts the optimizer state for its own number of ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ray._private.state import available_resources_per_node, state
+from ray.autoscaler.sdk import request_resources
+
+from m2f.cluster.recipe.config import ClusterConfig
+from m2f.cluster.terminal import say
+from m2f.cluster.train.relay import RunRelay
+from m2f.cluster.train.resources import room
+
+LOOK_S = 2.0
+PATIENCE_S = 10.0
+"""How long the most workers are waited for while there is room for fewer, and room for more must last: resources of an
+attempt that has just ended come back one by one, and those of a node that has just died are offered for a while."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """One change of the number of workers."""
+
+    before: int
+    after: int
+    seconds: float
+    """From the end of the attempt before to the first step of this one."""
+    steps_redone: int
+    """Reported steps that no checkpoint held."""
+
+    def __str__(self) -> str:
+        return f"from {self.before} to {self.after} workers in {self.seconds:.1f} s, {self.steps_redone} steps redone"
+
+
+def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
+    """Workers to start with where there is room for `free`; None to wait on."""
+    if free >= config.max_workers:
+        return config.max_workers
+    return free if free >= config.min_workers and waited_s >= PATIENCE_S else None
+
+
+def free_nodes() -> list[Mapping[str, float]]:
+    """Free resources of the nodes that live and shall stay."""
+    leaving = state.get_draining_nodes()
+    return [free for node, free in available_resources_per_node().items() if node not in leaving]
+
+
+class Sizes:
+    """The sizes of one supervised run."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        nodes: Callable[[], Iterable[Mapping[str, float]]] = free_nodes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._nodes, self._clock = config, nodes, clock
+        self._elastic = config.min_workers < config.max_workers
+        self._size: int | None = None
+        self._before: int | None = None
+        self._ended_at, self._ended_step = clock(), 0
+        self._looked_at = clock()
+        self._room_since: float | None = None
+        self._waiting_since: float | None = None
+        self._noted = False
+        self.growing = False
+        """Whether the attempt was asked to end because there is room for more workers."""
+        self.resizes: list[Resize] = []
+
+    @contextmanager
+    def asked_for(self) -> Iterator[None]:
+        """Let an autoscaler know how many workers the run would like to have, since none of them ever queues up."""
+        if self._elastic:
+            request_resources(bundles=[self._config.needs] * self._config.max_workers)
+        try:
+            yield
+        finally:
+            if self._elastic:
+                request_resources(bundles=[])
+
+    def next(self) -> int | None:
+        """The size of the attempt that starts now; None where it has to wait. Without a range Ray does the waiting."""
+        size = self._config.max_workers if not self._elastic else self._next_elastic()
+        if size is not None:
+            self._before, self._size = self._size, size
+            self._room_since = self._waiting_since = None
+            self.growing = self._noted = False
+        return size
+
+    def look(self, relay: RunRelay) -> None:
+        """Called again and again while an attempt runs: notes its first step, and whether there is room for more."""
+        assert self._size is not None
+        if relay.resumed is not None and not self._noted:
+            self._noted = True
+            self._note_resize(relay.resumed.step)
+        works = relay.resumed is not None or relay.last_step > self._ended_step
+        now = self._clock()
+        if self._size == self._config.max_workers or not works or self.growing or now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        if not room(self._nodes(), self._config.needs):
+            self._room_since = None
+        elif self._room_since is None:
+            self._room_since = now
+        elif now - self._room_since >= PATIENCE_S:
+            say(f"room for more than {self._size} workers: starting again after a checkpoint")
+            self.growing = True
+
+    def ended(self, relay: RunRelay) -> None:
+        """The attempt is over."""
+        self._ended_at, self._ended_step = self._clock(), relay.last_step
+
+    def _next_elastic(self) -> int | None:
+        now = self._clock()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        return next_size(room(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
+
+    def _note_resize(self, step: int) -> None:
+        if self._before is None or self._size is None or self._before == self._size:
+            return
+        redone = max(0, self._ended_step - step)
+        self.resizes.append(Resize(self._before, self._size, self._clock() - self._ended_at, redone))
+        say(f"resized {self.resizes[-1]}")

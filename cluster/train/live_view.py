@@ -1,0 +1,218 @@
+"""A run as a person at a terminal sees it: one panel that stays below the lines of the log and is drawn twice a second.
+
+Rich catches what else is written to standard output and error, and prints it above.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from m2f.cluster.evaluation.lines import HEADLINE, headline
+from m2f.cluster.evaluation.manager import EvaluationProgress
+from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.terminal import complain, format_duration, say
+from m2f.trainer.reporting import CommittedCheckpoint, EventKind
+
+BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+SEPARATOR = " \u00b7 "
+MAX_LOSSES = 2000
+MAX_WIDTH = 100
+SILENCE_FACTOR = 5.0
+SILENCE_S = 20.0
+"""A panel says that nothing was heard after so many seconds, and so many times what the last report took."""
+_ALARMING: set[EventKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
+
+
+class LiveView:
+    """The panel, and a Reporter that fills it. One thread calls its methods."""
+
+    def __init__(
+        self,
+        name: str,
+        max_steps: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._max_steps, self._clock = name, max_steps, clock
+        self._live = Live(self, console=console, refresh_per_second=2)
+        self._stage, self._workers, self._restarts = "starting", 0, -1
+        self._step = 0
+        self._values: Mapping[str, float] = {}
+        self._losses: deque[float] = deque(maxlen=MAX_LOSSES)
+        self._heard = clock()
+        self._interval_s = 0.0
+        self._saved: tuple[int, float] | None = None
+        self._evaluating: EvaluationProgress | None = None
+        self._evaluated: list[Entry] = []
+
+    def start(self) -> None:
+        """Draw the panel, again and again."""
+        self._live.start()
+
+    def stop(self, outcome: str) -> None:
+        """Leave the last picture on the screen."""
+        self._stage, self._evaluating = outcome, None
+        self._live.stop()
+
+    def begin_attempt(self, workers: int) -> None:
+        """Workers are being started, for the first time or again."""
+        self._stage, self._workers, self._heard, self._interval_s = "starting", workers, self._clock(), 0.0
+        self._restarts += 1
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Step, loss, pace, machines."""
+        now = self._clock()
+        self._interval_s = now - self._heard if self._stage == "training" else 0.0
+        self._stage, self._heard = "training", now
+        self._step, self._values = step, values
+        self._losses.append(values["loss/total"])
+
+    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing: `metrics` has what matters of all ranks."""
+
+    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
+        """When the run was last safe."""
+        self._saved = checkpoint.step, self._clock()
+        self._step = max(self._step, checkpoint.step)
+
+    def event(self, kind: EventKind, step: int, message: str) -> None:
+        """A line above the panel."""
+        if kind in ("drained", "stopped", "finished"):
+            self._stage = "finishing" if kind == "finished" else "stopping"
+        (complain if kind in _ALARMING else say)(f"step {step}: {kind}: {message}")
+
+    def evaluating(self, progress: EvaluationProgress | None) -> None:
+        """What is being evaluated now."""
+        self._evaluating = progress
+
+    def evaluated(self, entry: Entry) -> None:
+        """One more settled evaluation."""
+        self._evaluated.append(entry)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(options.max_width, MAX_WIDTH)
+        rows = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        rows.add_column(style="dim", no_wrap=True)
+        rows.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
+        for title, content in self._rows(width - 18):
+            rows.add_row(title, content)
+        color = "yellow" if self._is_silent() else "cyan"
+        yield Panel(
+            rows,
+            title=f"[bold]{self._name}[/]",
+            subtitle=self._subtitle(),
+            title_align="left",
+            subtitle_align="left",
+            border_style=color,
+            width=width,
+            padding=(0, 1),
+        )
+
+    def _rows(self, width: int) -> list[tuple[str, Text | Table]]:
+        rows: list[tuple[str, Text | Table]] = [("step", self._progress())]
+        if self._values:
+            v = self._values
+            parts = "   ".join(f"{kind} {v[f'loss/{kind}']:.4g}" for kind in ("class", "mask", "dice"))
+            spark = sparkline(self._losses, max(8, width - len(parts) - 16))
+            rows.append(
+                ("loss", Text.assemble((f"{v['loss/total']:.4g}", "bold"), "  ", (spark, "green"), "  ", parts))
+            )
+            rows.append(("pace", Text(self._pace())))
+            rows.append(("update", Text(self._update())))
+            rows.append(("machines", Text(self._machines())))
+            if v["ranks/slow"]:
+                ratio = v["ranks/slowest_over_median"]
+                slow = f"rank {v['ranks/slowest']:.0f} takes {ratio:.1f} times as long as the median rank"
+                rows.append(("", Text(slow, style="yellow")))
+        if self._saved is not None:
+            step, at = self._saved
+            rows.append(("saved", Text(f"step {step:,}, {format_duration(self._clock() - at)} ago")))
+        if published := [entry for entry in self._evaluated if entry.status == "published"]:
+            rows.append(("evaluated", Text(_evaluated(published))))
+        if (now := self._evaluating) is not None:
+            rows.append(("", Text(f"evaluating step {now.step:,} on {now.dataset}, {now.done} of {now.total} batches")))
+        return rows
+
+    def _progress(self) -> Table:
+        row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        left = f"{format_duration(self._values['eta_s'])} left" if "eta_s" in self._values else ""
+        bar = ProgressBar(total=self._max_steps, completed=self._step, width=None)
+        count = Text.assemble((f"{self._step:,}", "bold"), f" / {self._max_steps:,}")
+        row.add_row(count, bar, f"{100 * self._step / self._max_steps:.1f} %   {left}".rstrip())
+        return row
+
+    def _pace(self) -> str:
+        v = self._values
+        parts = [f"{v['images_per_s']:.1f} images/s", f"{v['step_time_s']:.2f} s/step"]
+        parts.append(f"data wait {100 * v['data_wait_share']:.0f} %")
+        if "mfu" in v:
+            parts.append(f"MFU {100 * v['mfu']:.0f} %")
+        return SEPARATOR.join(parts)
+
+    def _update(self) -> str:
+        v = self._values
+        skipped = f"{SEPARATOR}{v['skipped_steps']:.0f} skipped" if v["skipped_steps"] else ""
+        return f"lr {v['lr']:.3g}{SEPARATOR}gradient {v['grad_norm']:.3g}{skipped}"
+
+    def _machines(self) -> str:
+        v = self._values
+        parts = [f"CPU {v['system/cpu_percent']:.0f} %", f"memory {v['system/memory_percent']:.0f} %"]
+        if "system/gpu_percent" in v:
+            parts.insert(0, f"GPU {v['system/gpu_percent']:.0f} %")
+        if "system/gpu_memory_gb" in v:
+            parts.insert(0, f"GPU memory {v['system/gpu_memory_gb']:.1f} GB")
+        parts.append(f"{v['system/disk_free_gb']:.0f} GB of disk free")
+        return SEPARATOR.join(parts)
+
+    def _subtitle(self) -> str:
+        count = "worker" if self._workers == 1 else "workers"
+        alive = f"{self._workers} {count}" if self._stage != "starting" else f"starting {self._workers} {count}"
+        parts = [alive] if self._stage == "starting" else [self._stage, alive]
+        if self._restarts > 0:
+            parts.append(f"{self._restarts} {'restart' if self._restarts == 1 else 'restarts'}")
+        if self._is_silent():
+            parts.append(f"nothing heard for {format_duration(self._clock() - self._heard)}")
+        return SEPARATOR.join(parts)
+
+    def _is_silent(self) -> bool:
+        if self._stage not in ("starting", "training"):
+            return False
+        return self._clock() - self._heard > max(SILENCE_S, SILENCE_FACTOR * self._interval_s)
+
+
+def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
+    """Means of up to `width` stretches of the values, from the lowest bar for the least to the highest for the most."""
+    numbers = [value for value in values if abs(value) < float("inf")]
+    if not numbers:
+        return ""
+    count = min(width, len(numbers))
+    cuts = [round(i * len(numbers) / count) for i in range(count + 1)]
+    means = [sum(numbers[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _evaluated(published: Sequence[Entry]) -> str:
+    """The last result, and the best step by the first headline number of its first set where that is another."""
+    last = published[-1]
+    text = f"step {last.step:,}: {headline(last.metrics)}"
+    names = [name for title in HEADLINE for name in sorted(last.metrics) if name.rpartition("/")[2] == title]
+    if names:
+        best = max(published, key=lambda entry: entry.metrics.get(names[0], float("-inf")))
+        if best is not last:
+            text += f"   (best {names[0].rpartition('/')[2]} {best.metrics[names[0]]:.2f} at {best.step:,})"
+    return text
