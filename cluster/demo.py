@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import m2f
 from m2f.cluster.evaluation.lines import HEADLINE
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.ray_cluster import connect
@@ -18,7 +19,7 @@ from m2f.cluster.train.supervisor import RunSummary, run_training
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 
-RECIPE = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+RECIPE = Path(m2f.__file__).parent / "configs" / "demo.yaml"
 
 
 def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:

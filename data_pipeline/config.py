@@ -142,7 +142,7 @@ class MapillarySource:
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSource:
-    """Samples of your own Python code through `m2f.data_pipeline.shards.write_dataset`; `m2f shard` cannot read it."""
+    """Samples that your own code writes with `m2f.data_pipeline.shards.write.write_dataset`; not for `m2f shard`."""
 
     kind: Literal["custom"] = "custom"
     version: int = 1

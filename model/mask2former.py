@@ -81,7 +81,7 @@ def zero_outside(images: Tensor, sizes: Tensor) -> Tensor:
 
 
 def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Mask2Former:
-    """Build the model of a recipe; `config.weights` is left to `m2f.model.weights.load_weights`.
+    """Build the model of a recipe; `config.weights` is left to `m2f.model.weights.load.load_weights`.
 
     With `pretrained_backbone=False` the backbone's own weights are neither fetched nor read: for a model that gets a
     checkpoint next. Raises ConfigError where the recipe cannot work.

@@ -1,1 +1,1 @@
-"""TODO: what lives in analyze, in one sentence."""
+"""Tables of parameters and operations, and the attention of a trained model, for `m2f analyze`."""

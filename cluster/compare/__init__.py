@@ -1,1 +1,1 @@
-"""TODO: what lives in compare, in one sentence."""
+"""Tables and reports that compare the runs of MLflow and run folders, for `m2f compare`."""

@@ -1,1 +1,1 @@
-"""TODO: what lives in doctor, in one sentence."""
+"""Checks of a machine, a cluster and its services before a run, for `m2f doctor`."""

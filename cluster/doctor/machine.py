@@ -15,6 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import m2f
 from m2f.cluster.doctor.finding import Finding
 from m2f.cluster.recipe.config import RunConfig
 
@@ -48,7 +49,7 @@ def check_versions() -> Finding:
 
 def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
     """Of the code that runs: its pyproject.toml, else what the installed package says."""
-    project = Path(__file__).parents[2] / "pyproject.toml"
+    project = Path(m2f.__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in declared["dependencies"]]

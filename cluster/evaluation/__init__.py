@@ -1,1 +1,1 @@
-"""TODO: what lives in evaluation, in one sentence."""
+"""Evaluation actors, their pool, and the service that evaluates the checkpoints of a run."""

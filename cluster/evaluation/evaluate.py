@@ -99,7 +99,7 @@ def evaluate_sets(
     on_progress: OnProgress,
     dump: str | None = None,
 ) -> tuple[SetEvaluation, ...]:
-    """Results of all sets, in the recipe's order. `dump/SET` gets the predictions, see `m2f.eval.result_dump`.
+    """Results of all sets, in the recipe's order. `dump/SET` gets the predictions, see `m2f.eval.report.dump`.
 
     Raises:
         EvaluationError: images could not be evaluated, or the weights are not those of the recipe's model.

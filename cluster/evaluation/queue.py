@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from m2f.cluster.train.failure_policy import choose
+from m2f.cluster.evaluation.choice import choose
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 

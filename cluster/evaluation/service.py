@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
+from m2f.cluster.evaluation.choice import best_step
 from m2f.cluster.evaluation.evaluate import evaluate_sets, make_pool, write_files
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
 from m2f.cluster.evaluation.pool import EvaluationPool
@@ -20,7 +21,6 @@ from m2f.cluster.evaluation.queue import Entry, EvaluationQueue, read_entries
 from m2f.cluster.ray_cluster import this_node
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
-from m2f.cluster.train.failure_policy import best_step
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.folder import pin, unpin
 from m2f.trainer.reporting import CommittedCheckpoint

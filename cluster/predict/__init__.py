@@ -1,1 +1,1 @@
-"""TODO: what lives in predict, in one sentence."""
+"""Opening a trained model, to predict on images or to export it."""

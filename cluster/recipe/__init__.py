@@ -1,1 +1,1 @@
-"""TODO: what lives in recipe, in one sentence."""
+"""The recipe of a run: its dataclass, reading and writing YAML, overrides and paths."""

@@ -1,1 +1,1 @@
-"""TODO: what lives in submit, in one sentence."""
+"""Sending a run to a Ray cluster or to Kubernetes."""

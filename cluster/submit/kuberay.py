@@ -12,13 +12,14 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
+import m2f
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.submit.submit import run_digest
 from m2f.cluster.train.resources import demands, room
 from m2f.model.errors import UserError
 
-SCHEMA = Path(__file__).parent / "cloud" / "ray_job_schema.yaml"
+SCHEMA = Path(m2f.__file__).parent / "cluster" / "cloud" / "ray_job_schema.yaml"
 RECIPE_FOLDER = "/etc/m2f"
 APPLY_S = 60
 MAX_NAME = 30
@@ -33,7 +34,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
     """A ConfigMap with the recipe and the RayJob that trains it, as one YAML text.
 
     Args:
-        config: recipe for the cluster, see `m2f.cluster.submit.for_cluster`.
+        config: recipe for the cluster, see `m2f.cluster.submit.submit.for_cluster`.
         template: YAML of one RayJob without a command.
         env: environment variables of the job, no secrets.
 

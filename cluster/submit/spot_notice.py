@@ -1,6 +1,7 @@
 """Runs on a spot machine: asks the cloud whether the machine is taken back, and tells Ray, which tells the run.
 
-`python -m m2f.cluster.spot_notice aws` (or gcp); on Kubernetes a preStop hook does the same. Standard library only.
+`python -m m2f.cluster.submit.spot_notice aws` (or gcp); on Kubernetes a preStop hook does the same. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
         if arguments == [cloud]:
             watch(cloud, drain_this_node)
             return 0
-    sys.stderr.write(f"usage: python -m m2f.cluster.spot_notice {'|'.join(get_args(Cloud))}\n")
+    sys.stderr.write(f"usage: python -m m2f.cluster.submit.spot_notice {'|'.join(get_args(Cloud))}\n")
     return 2
 
 

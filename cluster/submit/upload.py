@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ray._private.runtime_env.packaging import create_package
 
+import m2f
 from m2f.model.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
     staged, archive = folder / "working_dir", folder / "m2f.zip"
     staged.mkdir()
     if code:
-        _copy_code(source or Path(__file__).parents[2], staged)
+        _copy_code(source or Path(m2f.__file__).parents[1], staged)
     if recipe is not None:
         path = staged / RECIPE
         path.write_text(recipe, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""TODO: what lives in tracking, in one sentence."""
+"""Writing a run to MLflow through a journal on disk."""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import m2f
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.shards.manifest import read_document
 from m2f.data_pipeline.storage.storage import Storage
 
-CODE = Path(__file__).resolve().parents[1]
+CODE = Path(m2f.__file__).resolve().parents[1]
 GIT_TIMEOUT_S = 10.0
 
 

@@ -1,1 +1,1 @@
-"""TODO: what lives in train, in one sentence."""
+"""The supervisor of a training run, with Ray or with plain processes, and what it talks to."""

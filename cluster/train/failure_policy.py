@@ -1,10 +1,10 @@
-"""Decisions of the supervisor and of the evaluation manager, as pure functions of what has happened so far."""
+"""Decisions of the supervisor after a failure, as pure functions of what has happened so far."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal
 
 from m2f.data_pipeline.errors import LoaderDiedError, StorageError
 from m2f.model.errors import UserError
@@ -190,31 +190,3 @@ def _failure(rank: int, error: BaseException) -> Failure:
             return Failure(rank, "spike", message, window=Window(start, stop))
         case _:
             return Failure(rank, classify(error), message)
-
-
-def best_step(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:
-    """The step with the highest value of a metric, the earliest of several; None where no step has the metric."""
-    values = {step: numbers[name] for step, numbers in metrics.items() if name in numbers}
-    return min(values, key=lambda step: (-values[step], step)) if values else None
-
-
-@dataclass(frozen=True)
-class QueueChoice:
-    """Which waiting checkpoint is evaluated next, and which are given up."""
-
-    next: int | None
-    dropped: tuple[int, ...] = ()
-
-
-def choose(waiting: Sequence[int], policy: Literal["every", "latest"]) -> QueueChoice:
-    """Choice among the steps that wait: `every` takes the oldest, `latest` the newest and drops the others."""
-    if not waiting:
-        return QueueChoice(None)
-    ordered = sorted(waiting)
-    match policy:
-        case "every":
-            return QueueChoice(ordered[0])
-        case "latest":
-            return QueueChoice(ordered[-1], tuple(ordered[:-1]))
-        case _:
-            assert_never(policy)

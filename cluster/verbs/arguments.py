@@ -34,7 +34,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trained(parser: argparse.ArgumentParser) -> None:
-    """Which trained model, for `m2f.cluster.trained_model.open_trained`."""
+    """Which trained model, for `m2f.cluster.predict.trained_model.open_trained`."""
     parser.add_argument(
         "source",
         metavar="RECIPE|FOLDER",

@@ -1,1 +1,1 @@
-"""TODO: what lives in loading, in one sentence."""
+"""Reading samples from shards and decoding them into batches, in worker processes."""

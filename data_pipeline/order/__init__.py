@@ -1,1 +1,1 @@
-"""TODO: what lives in order, in one sentence."""
+"""The order of the samples of a run, as a pure function of the position."""

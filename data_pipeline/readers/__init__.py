@@ -95,7 +95,7 @@ def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels
         case CustomSource():
             raise DataError(
                 "datasets.<name>.source.kind is custom: its shards come from your own Python code, which calls "
-                "m2f.data_pipeline.shards.write_dataset (docs/datasets.md has an example)"
+                "m2f.data_pipeline.shards.write.write_dataset (docs/datasets.md has an example)"
             )
         case _:
             assert_never(source)

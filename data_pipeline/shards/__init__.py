@@ -1,1 +1,1 @@
-"""TODO: what lives in shards, in one sentence."""
+"""Writing, verifying and describing WebDataset shards and their manifest."""

@@ -1,1 +1,1 @@
-"""TODO: what lives in storage, in one sentence."""
+"""Bytes in local files and S3 behind one class."""

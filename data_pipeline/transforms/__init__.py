@@ -1,1 +1,1 @@
-"""TODO: what lives in transforms, in one sentence."""
+"""Augmentation of images and targets, and their collation into a batch."""

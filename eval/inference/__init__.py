@@ -1,1 +1,1 @@
-"""TODO: what lives in inference, in one sentence."""
+"""Running a model on images for evaluation, whole, in windows or with test-time augmentation."""

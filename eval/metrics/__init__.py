@@ -1,1 +1,1 @@
-"""TODO: what lives in metrics, in one sentence."""
+"""Metric states that are keyed by image and merge in any order."""

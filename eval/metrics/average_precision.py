@@ -108,7 +108,7 @@ class AveragePrecision:
 class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
     """Matched detections per image. `max_dets` limits detections per image and class, as in COCO.
 
-    With a `boundary_ratio` (see `m2f.eval.boundary`) it is Boundary AP.
+    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary AP.
     """
 
     name = "average precision"

@@ -109,7 +109,7 @@ class PanopticQuality:
 class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
     """Matches and errors per image. `is_thing[label]` tells things from stuff.
 
-    With a `boundary_ratio` (see `m2f.eval.boundary`) it is Boundary PQ.
+    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary PQ.
     """
 
     name = "panoptic quality"

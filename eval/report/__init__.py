@@ -1,1 +1,1 @@
-"""TODO: what lives in report, in one sentence."""
+"""Pages, pictures and files that show or pass on the results of an evaluation."""

@@ -1,1 +1,1 @@
-"""TODO: what lives in results, in one sentence."""
+"""The numbers of an evaluation, computed from metric states."""

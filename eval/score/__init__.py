@@ -1,1 +1,1 @@
-"""TODO: what lives in score, in one sentence."""
+"""Scoring of prediction files in the formats of COCO and Cityscapes, for `m2f score`."""

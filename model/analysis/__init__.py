@@ -1,1 +1,1 @@
-"""TODO: what lives in analysis, in one sentence."""
+"""Operation counts, memory estimates and attention maps of a model."""

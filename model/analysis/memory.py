@@ -99,7 +99,7 @@ def _attend_as_kernel(value: Tensor, offsets: Tensor, logits: Tensor, grid: Samp
 
 
 class _KernelShapes(torch.autograd.Function):
-    """Keeps and makes what `m2f.model.ms_deform_attn_triton` does."""
+    """Keeps and makes what `m2f.model.deform_attn.triton_op` does."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:

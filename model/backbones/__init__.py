@@ -1,1 +1,1 @@
-"""TODO: what lives in backbones, in one sentence."""
+"""Backbones that return feature maps of strides 4, 8, 16 and 32."""

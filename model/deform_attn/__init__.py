@@ -1,1 +1,1 @@
-"""TODO: what lives in deform_attn, in one sentence."""
+"""Multi-scale deformable attention: module, CPU form, Triton kernels."""

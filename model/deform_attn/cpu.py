@@ -1,7 +1,7 @@
 """Bilinear samples as weighted sums of rows of a table: deformable attention for CPUs.
 
 The table has all pixels of all levels, each level with a margin of zeros two pixels wide. A sample outside of its map
-reads zeros there, so that it needs no case of its own. Axis letters as in `m2f.model.ms_deform_attn`, and T rows.
+reads zeros there, so that it needs no case of its own. Axis letters as in `m2f.model.deform_attn.module`, and T rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton kernels behind `m2f.model.ms_deform_attn_triton`; what they compute is said there.
+"""The Triton kernels behind `m2f.model.deform_attn.triton_op`; what they compute is said there.
 
 Plain `@triton.jit`, so that Triton's interpreter can run them without a GPU. A program does a block of queries, one
 head and one image; its tensors are [BLOCK], over queries, or [BLOCK, LANES], over queries and channels.

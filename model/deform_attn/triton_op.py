@@ -4,7 +4,7 @@ Softmax over levels and points, the way from offsets to pixels and the sampling 
 weights nor locations nor samples are ever stored. Values may be float32, bfloat16 or float16; geometry, weights and
 sums are float32. Both directions are operators of torch (`m2f::ms_deform_attn`), which torch.compile takes as they are.
 
-Axis letters as in `m2f.model.ms_deform_attn`, and K = L * P samples of a query and head.
+Axis letters as in `m2f.model.deform_attn.module`, and K = L * P samples of a query and head.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""TODO: what lives in export, in one sentence."""
+"""Writing a model as official checkpoint, Hugging Face folder, torch.export program or ONNX."""

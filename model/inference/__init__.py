@@ -1,1 +1,1 @@
-"""TODO: what lives in inference, in one sentence."""
+"""From raw predictions to panoptic, instance and semantic results."""

@@ -1,1 +1,1 @@
-"""TODO: what lives in loss, in one sentence."""
+"""Matching of queries to targets, point sampling and losses."""

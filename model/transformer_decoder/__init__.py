@@ -1,1 +1,1 @@
-"""TODO: what lives in transformer_decoder, in one sentence."""
+"""Transformer decoders that turn queries and features into classes and mask embeddings."""

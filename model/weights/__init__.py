@@ -1,1 +1,1 @@
-"""TODO: what lives in weights, in one sentence."""
+"""Reading weights of other code and our own without executing pickles."""

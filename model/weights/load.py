@@ -55,7 +55,7 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
-    """Load a file, a folder (see `m2f.model.weight_files`) or a state dict into a Mask2Former.
+    """Load a file, a folder (see `m2f.model.weights.files`) or a state dict into a Mask2Former.
 
     The names may be ours, the official ones, Hugging Face's, or those of published weights of a backbone alone. Class
     head and queries of another size are skipped and reported. Raises WeightsError for an unreadable file, for weights

@@ -1,6 +1,6 @@
 """Which name is which: the official names of weights beside ours and beside Hugging Face's.
 
-`m2f.model.weight_names` says what atoms are and uses these tables.
+`m2f.model.weights.names` says what atoms are and uses these tables.
 """
 
 from __future__ import annotations

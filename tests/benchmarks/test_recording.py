@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import m2f
 from benchmarks.record_batches import record
 from benchmarks.recording import Recording
 from benchmarks.train_recorded import train_recorded
@@ -29,7 +30,7 @@ from m2f.trainer.worker import run_worker
 from tests.cluster.tiny_run import small_sets, tiny_config
 
 STEPS = 3
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(m2f.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def run(capsys, *words):
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_needs_none_of_the_heavy_packages(words):
     script = (
-        "import sys\nfrom cluster.cli import main\n"
+        "import sys\nfrom m2f.cluster.cli import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as end: assert end.code == 0\n"
         f"heavy = [name for name in {HEAVY} if name in sys.modules]\nassert not heavy, heavy"
     )

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import m2f
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(m2f.__file__).parents[1]
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def one_rank(make_job) -> dict:
     }
     jobs = {name: make_job(**case) for name, case in cases.items()}
     alone = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
-    with patch("m2f.trainer.engine.deepspeed_config", _among_others):
+    with patch("m2f.trainer.engine.engine.deepspeed_config", _among_others):
         among = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
     plain = {name: reference[name] for name in ("losses", "norms")}
     return {"plain": plain, "alone": alone, "among": among, "poisoned": _after_a_poisoned_step(job, jobs["whole"])}

@@ -1,1 +1,1 @@
-"""TODO: what lives in checkpoint, in one sentence."""
+"""Saving, committing, listing and resuming checkpoints."""

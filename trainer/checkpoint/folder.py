@@ -3,7 +3,7 @@
 <run folder>/checkpoints/step_00000042/
     engine/*.pt             DeepSpeed's files of every rank
     rng/rank_00000.pt       random states of every rank
-    weights.safetensors     the whole model in fp32, loadable by `m2f.model.weights.load_weights`
+    weights.safetensors     the whole model in fp32, loadable by `m2f.model.weights.load.load_weights`
     ema.safetensors         the same with the moving average of the weights, where the run keeps one
     state.json              TrainState
     recipe.yaml             the resolved recipe

@@ -1,1 +1,1 @@
-"""TODO: what lives in engine, in one sentence."""
+"""One optimizer step: module, DeepSpeed engine, parameter groups, schedule, moving average."""

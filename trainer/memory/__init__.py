@@ -1,1 +1,1 @@
-"""TODO: what lives in memory, in one sentence."""
+"""Estimates and probes of the memory that a micro-batch needs."""

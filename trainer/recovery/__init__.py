@@ -1,1 +1,1 @@
-"""TODO: what lives in recovery, in one sentence."""
+"""What changes a run after a failure: adjustments, bad samples, loss spikes."""

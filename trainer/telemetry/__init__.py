@@ -1,1 +1,1 @@
-"""TODO: what lives in telemetry, in one sentence."""
+"""Metrics, phases, traces, rank statistics and the watchdog of a rank."""

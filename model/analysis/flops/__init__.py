@@ -1,1 +1,1 @@
-"""TODO: what lives in flops, in one sentence."""
+"""Counts of floating-point operations, by the paper's rules and as executed."""

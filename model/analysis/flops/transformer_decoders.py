@@ -1,7 +1,7 @@
 """Multiply-adds of the transformer decoders in the order of operations of the official code.
 
 Ours differs where the algebra allows it: attention masks come from resized features, and masks of the layers between
-are never made dense. `m2f.model.flops.executed` counts that.
+are never made dense. `m2f.model.analysis.flops.executed` counts that.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import m2f
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import CustomSource, DatasetConfig
 from m2f.data_pipeline.errors import DataError
@@ -17,7 +18,7 @@ from m2f.data_pipeline.sample import Annotation, Segment
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "datasets.md"
+DOCUMENT = Path(m2f.__file__).parents[1] / "docs" / "datasets.md"
 H, W = 6, 8
 TABLE = CategoryTable((Category(1, "cell", True, (1, 2, 3)),))
 IMAGE = encode_png(np.full((H, W, 3), 90, np.uint8))

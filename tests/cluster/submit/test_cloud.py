@@ -14,13 +14,13 @@ from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import drain_node
 
-from m2f import cluster
+import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
 from m2f.cluster.submit.spot_notice import NOTICE_S, is_taken_back, watch
 
-CLOUD = Path(cluster.__file__).parent / "cloud"
+CLOUD = Path(m2f.__file__).parent / "cluster" / "cloud"
 RAY_UP = sorted(CLOUD.glob("[ag]*.yaml"))
 KUBERAY = CLOUD / "kuberay.yaml"
 RECIPE = """
@@ -71,7 +71,7 @@ def test_the_head_does_no_work_and_each_group_has_its_own(path):
     assert any("shm-size" in option for option in example["docker"]["run_options"])
     assert "--num-cpus=0" in example["head_start_ray_commands"][1]
     assert "--dashboard-host=127.0.0.1" in example["head_start_ray_commands"][1]
-    assert any("m2f.cluster.spot_notice" in command for command in example["worker_start_ray_commands"])
+    assert any("m2f.cluster.submit.spot_notice" in command for command in example["worker_start_ray_commands"])
 
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])

@@ -63,7 +63,7 @@ def wait_for_stop(folder):
 if __name__ == "__main__":
     import m2f.cluster.launch_local
     import launch_targets
-    m2f.cluster.launch_local.ECHO_S = 0.5
+    m2f.cluster.train.processes.ECHO_S = 0.5
     try:
         launch(getattr(launch_targets, sys.argv[1]), tuple(sys.argv[3:]), int(sys.argv[2]), {"EXTRA": "e"})
     except (ConfigError, LaunchError) as error:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+import m2f
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError, LoaderDiedError, StorageError
@@ -415,7 +416,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_workers_end_with_a_killed_training(tmp_path):
     (tmp_path / "training.py").write_text(TRAINING)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(m2f.__file__).parents[1])}
     command = [sys.executable, str(tmp_path / "training.py")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as training:
         workers = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import m2f
+
 PROBE = Path(__file__).with_name("memory_probe.py")
 LIMIT_MB = 2000
 
 
 def peak_mb(height: int, width: int, test_time: str) -> int:
     command = [sys.executable, str(PROBE), str(height), str(width), test_time]
-    done = subprocess.run(command, cwd=PROBE.parents[2], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(m2f.__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout)
 

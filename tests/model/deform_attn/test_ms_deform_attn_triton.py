@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import m2f
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
 def seen():
     script = Path(__file__).with_name("fused_kernel_oracle.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parents[2])}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(m2f.__file__).parents[1])}
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -1,14 +1,12 @@
 import pytest
 
+from m2f.cluster.evaluation.choice import QueueChoice, best_step, choose
 from m2f.cluster.train.failure_policy import (
     Attempt,
     AttemptHistory,
     Failure,
-    QueueChoice,
     Retry,
     Stop,
-    best_step,
-    choose,
     decide,
     root_cause,
 )

@@ -19,7 +19,8 @@ def read_lines(path):
 
 def test_a_killed_process_loses_no_line(tmp_path):
     script = (
-        "import os\nfrom data_pipeline.storage import Storage\nfrom trainer.trace import Trace\n"
+        "import os\nfrom m2f.data_pipeline.storage.storage import Storage\n"
+        "from m2f.trainer.telemetry.trace import Trace\n"
         f"trace = Trace(Storage(), {str(tmp_path)!r}, 'now', 3)\n"
         "for step in range(100): trace.write({'step': step})\n"
         "os.kill(os.getpid(), 9)\n"

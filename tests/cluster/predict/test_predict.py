@@ -27,8 +27,8 @@ from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.mask2former import build_model
+from tests.cluster.evaluation.test_evaluate import RECIPE
 from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
-from tests.cluster.test_evaluate import RECIPE
 
 CLASSES = tuple(Category(c["id"], c["name"], bool(c["isthing"]), tuple(c["color"])) for c in CATEGORIES)
 PAINTED = TrainedModel(

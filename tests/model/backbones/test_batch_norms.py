@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import m2f
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(m2f.__file__).parents[1]
 
 
 def trained_batch_norm(channels=3):

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.train import driver_restarts as restarts
@@ -90,7 +91,7 @@ def start(tmp_path):
 
     def run(code: str) -> tuple[psutil.Popen, psutil.Process]:
         command = [sys.executable, "-c", PARENT, str(recipe), code.format(path=str(tmp_path / "runs.txt"))]
-        parents.append(psutil.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL))
+        parents.append(psutil.Popen(command, cwd=Path(m2f.__file__).parents[1], stderr=subprocess.DEVNULL))
         deadline = time.monotonic() + 30
         while not (tmp_path / "runs.txt").exists():
             assert time.monotonic() < deadline

@@ -133,7 +133,7 @@ def test_steps_that_are_done_again_are_sent_once(run):
 
 def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):
     script = (
-        "import os, sys\nfrom cluster.tracking import *\n"
+        "import os, sys\nfrom m2f.cluster.tracking.tracking import *\n"
         f"t = Tracking(TrackedRun(uri={run.uri!r}, run_id={run.run_id!r}, spool={run.spool!r}), 'rank0', 0.05)\n"
         "for step in range(50): t.log_metrics(step, {'loss': step})\n"
         "os.kill(os.getpid(), 9)\n"

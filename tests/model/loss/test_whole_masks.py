@@ -192,7 +192,7 @@ def test_any_grouping_gives_the_same_step(config):
 def test_pieces_of_masks_change_nothing(monkeypatch):
     predictions, targets = scene((3, 5))
     whole = ours(predictions, targets, MASKFORMER)
-    for module in ("m2f.model.matcher", "m2f.model.criterion"):
+    for module in ("m2f.model.loss.matcher", "m2f.model.loss.criterion"):
         monkeypatch.setattr(f"{module}.chunk_elements", lambda device: 1000)
     pieces = ours(predictions, targets, MASKFORMER)
     torch.testing.assert_close(pieces.terms, whole.terms, rtol=1e-5, atol=0)

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.compare.compare import compare_runs
 from m2f.cluster.compare.page import as_page
@@ -19,7 +20,7 @@ from m2f.cluster.compare.records import CompareError, RunRecord, SetResult, read
 from m2f.cluster.compare.report import as_json, as_markdown, as_text
 from m2f.data_pipeline.storage.storage import Storage
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(m2f.__file__).parents[1] / "configs"
 
 
 def per_class(**classes):

@@ -344,6 +344,6 @@ def test_a_full_disk_is_read_past(served, truth, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     data = replace(SETTINGS, cache=CacheConfig(folder=str(tmp_path / "cache"), max_gb=1.0))
-    with caplog.at_level(logging.WARNING, "m2f.data_pipeline.cache"):
+    with caplog.at_level(logging.WARNING, "m2f.data_pipeline.loading.chunk_cache"):
         assert deliver(served.storage, data=data)[0] == truth
-    assert len([r for r in caplog.records if r.name == "m2f.data_pipeline.cache"]) == 1
+    assert len([r for r in caplog.records if r.name == "m2f.data_pipeline.loading.chunk_cache"]) == 1
