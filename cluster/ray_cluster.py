@@ -15,6 +15,7 @@ from math import ceil
 
 import ray
 
+from m2f.cluster.ray_private import quiet_tokens
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.model.errors import UserError
 
@@ -131,7 +132,7 @@ def _guard_with_token() -> None:
     """
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    quiet_tokens()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 import m2f
 from m2f.cluster.doctor.finding import Finding
+from m2f.cluster.ray_private import TESTED
 from m2f.cluster.recipe.config import RunConfig
 
 GIB = 2**30
@@ -44,7 +45,11 @@ def check_versions() -> Finding:
         remedy = "install m2f's requirements: pip install --constraint constraints.txt ."
         return Finding("versions", "failed", "; ".join(wrong), remedy)
     shown = " ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "ray", "mlflow") if name in found)
-    return Finding("versions", "ok", f"Python {platform.python_version()}, {shown}")
+    detail = f"Python {platform.python_version()}, {shown}"
+    if not SpecifierSet(TESTED).contains(found["ray"], prereleases=True):
+        remedy = f"m2f uses private parts of Ray and is tested with {TESTED}: pip install 'ray[default,train]{TESTED}'"
+        return Finding("versions", "warning", detail, remedy)
+    return Finding("versions", "ok", detail)
 
 
 def _requirements() -> tuple[SpecifierSet, list[Requirement]]:

@@ -16,12 +16,11 @@ from urllib.parse import urlsplit
 import aiohttp
 import ray
 import requests
-from ray.dashboard.modules import dashboard_sdk
-from ray.dashboard.modules.job import sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from m2f.cluster.ray_cluster import knock
+from m2f.cluster.ray_private import quiet_job_client, ray_version_of
 from m2f.cluster.terminal import complain, format_duration, say
 from m2f.model.errors import UserError
 
@@ -83,12 +82,11 @@ class JobClient:
     def __init__(self, address: str | None) -> None:
         self.address = _checked_address(address)
         self._last_contact = time.monotonic()
-        for module in (sdk, dashboard_sdk):  # they announce every upload and every end of a log
-            module.logger.setLevel(logging.WARNING)
+        quiet_job_client()
         with _explained(self.address):
             knock(self.address)
             self._client = JobSubmissionClient(self.address)
-            version = self._client._server_ray_version  # get_version is the version of the Jobs API
+            version = ray_version_of(self._client)
         if version != ray.__version__:
             complain(f"the cluster has Ray {version}, this machine {ray.__version__}")
 

@@ -6,19 +6,16 @@ in it; they are part of the cluster's image or environment.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import zipfile
 from collections import Counter
 from pathlib import Path
 
-from ray._private.runtime_env.packaging import create_package
-
 import m2f
+from m2f.cluster.ray_private import pack_working_dir
 from m2f.model.errors import UserError
 
-LOGGER = logging.getLogger(__name__)
 PACKAGE = "m2f"
 RECIPE = "recipe.yaml"
 LIMIT_BYTES = 100 * 2**20
@@ -54,7 +51,7 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
         path = staged / RECIPE
         path.write_text(recipe, encoding="utf-8")
         os.utime(path, (_EPOCH, _EPOCH))
-    create_package(str(staged), archive, include_gitignore=False, logger=LOGGER)
+    pack_working_dir(staged, archive)
     _check_size(archive)
     return archive
 

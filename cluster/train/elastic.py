@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray._private.state import available_resources_per_node, state
 from ray.autoscaler.sdk import request_resources
 
+from m2f.cluster.ray_private import draining_nodes, free_resources
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.terminal import say
 from m2f.cluster.train.relay import RunRelay
@@ -50,8 +50,8 @@ def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
 
 def free_nodes() -> list[Mapping[str, float]]:
     """Free resources of the nodes that live and shall stay."""
-    leaving = state.get_draining_nodes()
-    return [free for node, free in available_resources_per_node().items() if node not in leaving]
+    leaving = draining_nodes()
+    return [free for node, free in free_resources().items() if node not in leaving]
 
 
 class Sizes:

@@ -21,13 +21,12 @@ from typing import Any, Literal
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
-from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from m2f.cluster.evaluation.evaluate import check_sets
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.evaluation.service import EvaluationClient
 from m2f.cluster.ray_cluster import ClusterError, connect, this_node
+from m2f.cluster.ray_private import attempt_config, scaling_config
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.terminal import complain, format_duration, say
@@ -225,17 +224,9 @@ class _Supervisor:
                 backend=automatic if cluster.backend == "auto" else cluster.backend,
                 timeout_s=round(self._config.training.collective_timeout_s),
             ),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=cluster.num_gpus_per_worker > 0,
-                resources_per_worker=cluster.needs,
-            ),
-            run_config=RayRunConfig(
-                name=f"attempt-{number}",  # a new one each: Ray would look for checkpoints of the last
-                storage_path=self._scratch,
-                failure_config=ray_retries(cluster),
-                logging_config=LoggingConfig(log_level="CRITICAL"),  # we say what failed; Ray's files keep the rest
-            ),
+            scaling_config=scaling_config(workers, cluster.num_gpus_per_worker > 0, cluster.needs),
+            # a new name each: Ray would look for checkpoints of the last
+            run_config=attempt_config(f"attempt-{number}", self._scratch, controller_failures(cluster)),
         )
 
     def _announce(
@@ -363,10 +354,9 @@ def _make_board() -> Any:
     return board.remote()
 
 
-def ray_retries(cluster: ClusterConfig) -> FailureConfig:
+def controller_failures(cluster: ClusterConfig) -> int:
     """Ray may retry nothing, since it would at the same size; only a run of a fixed size may wait in it for room."""
-    elastic = cluster.min_workers < cluster.max_workers
-    return FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0 if elastic else -1)
+    return 0 if cluster.min_workers < cluster.max_workers else -1
 
 
 def failure_of(error: BaseException | None, last_event: EventReport | None) -> Failure:

@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.v2._internal.execution import context as ray_context
 
+from m2f.cluster.ray_private import preemption_notice, quiet_reports
 from m2f.cluster.train.mailbox import CheckpointReport, EventReport, MetricsReport, Word
 from m2f.cluster.train.prometheus import PrometheusReporter
 from m2f.trainer.errors import PeersError
@@ -45,7 +45,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
         os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     from m2f.trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
-    ray_context.logger.setLevel(logging.WARNING)  # it announces every report
+    quiet_reports()
     rank, run_name = context.get_world_rank(), settings.job.run_folder.rpartition("/")[2]
     control = RayControl(settings.board) if rank == 0 else NoControl()
     reporter = Reporters(RayReporter(settings.board, rank), PrometheusReporter(run_name, rank))
@@ -107,15 +107,15 @@ class RayControl:
         self._board = board
         self._word = Word()
         threading.Thread(target=self._poll, name="control", daemon=True).start()
-        self._preemption = ray_context.get_train_context().preemption_context
+        self._preempted = preemption_notice()
 
     def stop_requested(self) -> bool:
         """Whether the driver was asked to end the run."""
         return self._word.stop
 
     def drain_requested(self) -> bool:
-        """Read from this process: the public get_preemption_info is a barrier that every rank would have to enter."""
-        return self._preemption.preemption_info is not None
+        """Whether Ray was told that a node of the run goes away."""
+        return self._preempted()
 
     def metrics_arrived(self, step: int) -> bool:
         """Whether the driver had written them to its disk when it was last heard of."""

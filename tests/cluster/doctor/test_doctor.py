@@ -186,6 +186,12 @@ def test_libraries_of_another_version(monkeypatch):
     assert (finding.state, "torch 0.1 (needs >=2.11)" in finding.detail) == ("failed", True)
 
 
+def test_a_ray_that_nobody_tested(monkeypatch):
+    monkeypatch.setattr("m2f.cluster.doctor.machine.metadata.version", lambda name: "99.0")
+    finding = check_versions()
+    assert (finding.state, "ray 99.0" in finding.detail, ">=2.60" in finding.remedy) == ("warning", True, True)
+
+
 def test_a_token_that_is_missing(monkeypatch, quiet, tmp_path):
     assert check_ray_token().state == "ok"
     monkeypatch.setenv("HOME", str(tmp_path))

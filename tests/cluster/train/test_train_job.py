@@ -24,7 +24,7 @@ from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.tracking import create_run
 from m2f.cluster.train.local import train_locally
 from m2f.cluster.train.mailbox import EventReport
-from m2f.cluster.train.supervisor import RunSummary, check_gpus, failure_of, ray_retries, run_training
+from m2f.cluster.train.supervisor import RunSummary, check_gpus, controller_failures, failure_of, run_training
 from m2f.data_pipeline.config import (
     StorageConfig,
 )
@@ -84,9 +84,8 @@ def test_what_ray_raises_is_understood(error, event, kind, rank):
 
 
 def test_ray_waits_for_room_only_where_the_size_is_fixed():
-    fixed, elastic = (ray_retries(ClusterConfig(num_workers=workers)) for workers in (2, (1, 2)))
-    assert (fixed.max_failures, fixed.max_preemption_failures, fixed.controller_failure_limit) == (0, 0, -1)
-    assert (elastic.max_failures, elastic.max_preemption_failures, elastic.controller_failure_limit) == (0, 0, 0)
+    fixed, elastic = (controller_failures(ClusterConfig(num_workers=workers)) for workers in (2, (1, 2)))
+    assert (fixed, elastic) == (-1, 0)
 
 
 def ray_processes(title: str) -> list[psutil.Process]:

@@ -1,0 +1,49 @@
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+import m2f
+from m2f.cluster import ray_private
+
+CLUSTER = Path(m2f.__file__).parent / "cluster"
+
+
+def test_the_installed_ray_is_one_that_was_tested():
+    assert SpecifierSet(ray_private.TESTED).contains(metadata.version("ray"))
+
+
+def test_the_lowest_version_allowed_is_the_lowest_tested():
+    needed = next(text for text in metadata.requires("m2f") if text.startswith("ray["))
+    lowest = min(Version(part.version) for part in SpecifierSet(ray_private.TESTED))
+    assert SpecifierSet(needed.partition("]")[2]).contains(lowest)
+
+
+def test_no_other_module_imports_what_ray_keeps_private():
+    private = re.compile(r"^\s*(?:from|import) ray\.(?:\S*\._|_|train\.v2|dashboard|core|includes)", re.MULTILINE)
+    found = [path for path in CLUSTER.rglob("*.py") if private.search(path.read_text(encoding="utf-8"))]
+    assert [path.name for path in found] == ["ray_private.py"]
+
+
+def test_an_attempt_is_repeated_by_us_alone():
+    config = ray_private.attempt_config("attempt-1", "/somewhere", -1)
+    assert config.failure_config is not None
+    assert (config.failure_config.max_failures, config.failure_config.max_preemption_failures) == (0, 0)
+    assert config.failure_config.controller_failure_limit == -1
+    assert ray_private.scaling_config(3, False, {"CPU": 2}).num_workers == 3
+
+
+def test_loggers_that_announce_too_much_are_there():
+    ray_private.quiet_reports()
+    ray_private.quiet_tokens()
+    ray_private.quiet_job_client()
+
+
+def test_a_ray_without_a_private_part_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray._private.state", None)
+    with pytest.raises(ray_private.RayVersionError, match=r"Ray 2\.\S+ lacks .*pip install 'ray\[default,train\]>=2"):
+        ray_private.free_resources()
