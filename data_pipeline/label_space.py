@@ -1,0 +1,150 @@
+"""The classes that a model predicts, and how the classes of a model and of a data set go together.
+
+A class is known by its name: ids and order may differ between two tables without a word, colours mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.errors import DataError, some
+
+_SHOWN_ROWS = 20
+
+Row = tuple[Category | None, Category | None]
+"""The same class in two tables; None where a table lacks it."""
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The classes of one task, by label."""
+
+    task: Task
+    classes: tuple[Category, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored with weights."""
+        classes = [{"id": c.id, "name": c.name, "is_thing": c.is_thing, "color": list(c.color)} for c in self.classes]
+        return {"task": self.task, "classes": classes}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], source: str) -> Self:
+        """Read back. Raises DataError naming `source`."""
+        try:
+            if content["task"] not in get_args(Task):
+                raise DataError(f"{source}: a label space is for the task {content['task']!r}, which is not known here")
+            classes = [
+                Category(
+                    int(c["id"]), str(c["name"]), bool(c["is_thing"]), (c["color"][0], c["color"][1], c["color"][2])
+                )
+                for c in content["classes"]
+            ]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"{source}: a label space cannot be read ({error!r})") from error
+        return cls(content["task"], tuple(classes))
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """How the classes of a first table, that of a model, are found in a second one, that of data."""
+
+    kind: Literal["equal", "by_name", "subset", "conflict"]
+    """equal: same names, kinds and ids in the same order; by_name: the same classes in another order or with other
+    ids; subset: only some classes are in both; conflict: the tables contradict each other, or share no class."""
+    labels: tuple[int | None, ...]
+    """For every class of the first table its place in the second; None where that lacks it."""
+    differing: tuple[Row, ...] = ()
+    """subset: classes that only one table has. conflict: rows that contradict each other."""
+
+    @property
+    def only_first(self) -> tuple[str, ...]:
+        """Names of the classes that the second table lacks."""
+        return tuple(first.name for first, second in self.differing if first is not None and second is None)
+
+    @property
+    def only_second(self) -> tuple[str, ...]:
+        """Names of the classes that the first table lacks."""
+        return tuple(second.name for first, second in self.differing if second is not None and first is None)
+
+    def describe_rows(self, first_name: str, second_name: str) -> str:
+        """The differing rows of both tables, one line each."""
+        lines = [
+            f"{first_name}: {_row(first)}; {second_name}: {_row(second)}"
+            for first, second in self.differing[:_SHOWN_ROWS]
+        ]
+        more = len(self.differing) - _SHOWN_ROWS
+        return "\n  ".join(lines + [f"and {more} more"] * (more > 0))
+
+
+def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids: bool = True) -> ClassMatch:
+    """Find the classes of one table in another, by name.
+
+    A conflict is: a class that is a thing in one table and stuff in the other; a name that two classes of a table have,
+    unless the tables are equal; no class in common; and, with `ids`, an id under which each table has a class that the
+    other lacks: most probably the same class under two names.
+    """
+    if _rows(first) == _rows(second):
+        kind = "equal" if [c.id for c in first] == [c.id for c in second] else "by_name"
+        return ClassMatch(kind, tuple(range(len(first))))
+    places = {category.name: place for place, category in enumerate(second)}
+    names = {category.name for category in first}
+    labels = tuple(places.get(category.name) for category in first)
+    alone = [category for category in first if category.name not in places]
+    strangers = [category for category in second if category.name not in names]
+    conflicts: list[Row] = [
+        (category, second[label])
+        for category, label in zip(first, labels, strict=True)
+        if label is not None and category.is_thing != second[label].is_thing
+    ]
+    conflicts += [(category, None) for category in _repeated(first)] + [(None, c) for c in _repeated(second)]
+    if ids:
+        by_id = {category.id: category for category in strangers}
+        conflicts += [(category, by_id[category.id]) for category in alone if category.id in by_id]
+    differing: list[Row] = [(category, None) for category in alone] + [(None, category) for category in strangers]
+    if conflicts or all(label is None for label in labels):
+        return ClassMatch("conflict", labels, tuple(conflicts or differing))
+    return ClassMatch("subset" if differing else "by_name", labels, tuple(differing))
+
+
+def require_match(
+    first: Sequence[Category], second: Sequence[Category], first_name: str, second_name: str, *, ids: bool = True
+) -> ClassMatch:
+    """`match_classes`. Raises DataError with both tables' differing rows for a conflict."""
+    found = match_classes(first, second, ids=ids)
+    if found.kind == "conflict":
+        raise DataError(
+            f"the classes of {first_name} and of {second_name} contradict each other; give the same class the same "
+            f"name and kind in both:\n  {found.describe_rows(first_name, second_name)}"
+        )
+    return found
+
+
+def describe_subset(found: ClassMatch, first_name: str, second_name: str) -> str | None:
+    """One line that says which classes are left out where two tables share only some; None where all are in both."""
+    if found.kind != "subset":
+        return None
+    common = sum(label is not None for label in found.labels)
+    parts = [f"{common} classes are in both"]
+    for names, lacking in ((found.only_first, second_name), (found.only_second, first_name)):
+        if names:
+            parts.append(f"{lacking} lacks {some(names, 8)}")
+    return "; ".join(parts)
+
+
+def _rows(classes: Sequence[Category]) -> list[tuple[str, bool]]:
+    return [(category.name, category.is_thing) for category in classes]
+
+
+def _repeated(classes: Sequence[Category]) -> list[Category]:
+    counts = Counter(category.name for category in classes)
+    return [category for category in classes if counts[category.name] > 1]
+
+
+def _row(category: Category | None) -> str:
+    if category is None:
+        return "-"
+    return f"id {category.id} {category.name!r} ({'thing' if category.is_thing else 'stuff'})"

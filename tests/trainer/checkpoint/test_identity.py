@@ -1,0 +1,42 @@
+"""What weights know about themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.label_space import LabelSpace
+from m2f.trainer.checkpoint.identity import METADATA_KEY, InputRules, ModelIdentity, read_metadata
+from m2f.trainer.errors import CheckpointError
+
+CLASSES = (Category(7, "car", True, (1, 2, 3)), Category(2, "sky", False, (4, 5, 6)))
+RULES = InputRules(shortest_edge=64, max_size=96, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.5))
+MADE = ModelIdentity(label_spaces=(LabelSpace("panoptic", CLASSES),), input=RULES, num_queries=12, recipe="name: x\n")
+
+
+def test_an_identity_comes_back_from_text_and_from_metadata(tmp_path):
+    assert ModelIdentity.from_json(MADE.to_json(), "x") == MADE
+    assert MADE.tasks == ("panoptic",)
+    weights = {"a": torch.arange(3.0)}
+    save_file(weights, tmp_path / "w.safetensors", metadata={"format": "pt", METADATA_KEY: MADE.to_json()})
+    assert read_metadata(tmp_path / "w.safetensors") == MADE
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["a"], weights["a"])
+    torch.save({"model": weights, METADATA_KEY: MADE.to_json()}, tmp_path / "w.pth")
+    assert read_metadata(tmp_path / "w.pth") == MADE
+
+
+def test_weights_without_identity_have_none(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:20])
+    (tmp_path / "text.pkl").write_bytes(b"nothing")
+    for name in ("w.safetensors", "w.pth", "cut.safetensors", "text.pkl", "absent.pth"):
+        assert read_metadata(tmp_path / name) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 1}', '{"version": 2}'])
+def test_a_damaged_identity_is_named(text):
+    with pytest.raises(CheckpointError, match=r"copy/identity\.json"):
+        ModelIdentity.from_json(text, "copy/identity.json")
