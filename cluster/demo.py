@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import m2f
 from m2f.cluster.evaluation.lines import HEADLINE
@@ -19,7 +18,7 @@ from m2f.cluster.train.supervisor import RunSummary, run_training
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 
-RECIPE = Path(m2f.__file__).parent / "configs" / "demo.yaml"
+RECIPE = m2f.HOME / "configs" / "demo.yaml"
 
 
 def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
@@ -41,7 +40,7 @@ def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
 def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The demo's recipe with everything it writes under `output`/demo."""
     if not RECIPE.is_file():
-        raise ConfigError(f"{RECIPE} is not there; run the demo from a checkout of the repository")
+        raise ConfigError(f"{RECIPE} is not there: this installation of m2f is not whole; install it again")
     shards = [f"datasets.{name}.shards={join(output, 'demo', 'shards', name)}" for name in ("train", "val")]
     return load_recipe(RECIPE, [f"output={output}", *shards, *overrides])
 

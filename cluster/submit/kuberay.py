@@ -19,7 +19,7 @@ from m2f.cluster.submit.submit import run_digest
 from m2f.cluster.train.resources import demands, room
 from m2f.model.errors import UserError
 
-SCHEMA = Path(m2f.__file__).parent / "cluster" / "cloud" / "ray_job_schema.yaml"
+SCHEMA = m2f.HOME / "cluster" / "cloud" / "ray_job_schema.yaml"
 RECIPE_FOLDER = "/etc/m2f"
 APPLY_S = 60
 MAX_NAME = 30

@@ -57,8 +57,13 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
 
 
 def _copy_code(source: Path, staged: Path) -> None:
-    # In a checkout the folders in it are links, which copytree follows.
-    shutil.copytree(source / PACKAGE, staged / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+    # In a checkout the folders in it are links, which copytree follows, or files, where git makes no links.
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(source / PACKAGE, staged / PACKAGE, ignore=ignore)
+    for stub in (staged / PACKAGE).iterdir():
+        if stub.is_file() and stub.suffix != ".py" and (source / stub.name).is_dir():
+            stub.unlink()
+            shutil.copytree(source / stub.name, stub, ignore=ignore)
     for name in _BESIDE:
         if (source / name).is_file():
             shutil.copy2(source / name, staged / name)
