@@ -85,6 +85,15 @@ class ModelIdentity:
             raise CheckpointError(f"{source} does not say what the weights mean ({error}); restore it") from error
 
 
+def store_identity(folder: Path, identity: ModelIdentity | None) -> dict[str, str]:
+    """Write `identity.json` into a folder; returns the metadata for the safetensors files beside it."""
+    if identity is None:
+        return {"format": "pt"}
+    text = identity.to_json()
+    (folder / IDENTITY).write_text(text, encoding="utf-8")
+    return {"format": "pt", METADATA_KEY: text}
+
+
 def read_metadata(path: str | Path) -> ModelIdentity | None:
     """The identity in a local safetensors file or in an official checkpoint that we exported; None without any.
 

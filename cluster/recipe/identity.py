@@ -1,0 +1,27 @@
+"""From a recipe and the classes of its data to what weights know about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import dump_recipe
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.label_space import LabelSpace
+from m2f.trainer.checkpoint.identity import InputRules, ModelIdentity
+
+
+def identity_of(config: RunConfig, classes: Sequence[Category]) -> ModelIdentity:
+    """What a model of this recipe with these classes, by label, is."""
+    evaluation, model = config.evaluation, config.model
+    return ModelIdentity(
+        label_spaces=(LabelSpace(config.data.task, tuple(classes)),),
+        input=InputRules(
+            shortest_edge=evaluation.shortest_edge,
+            max_size=evaluation.max_size,
+            pixel_mean=model.pixel_mean,
+            pixel_std=model.pixel_std,
+        ),
+        num_queries=model.transformer_decoder.num_queries,
+        recipe=dump_recipe(config),
+    )
