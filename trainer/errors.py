@@ -15,6 +15,14 @@ class CheckpointError(TrainingError):
     """A checkpoint that is incomplete, damaged or belongs to another run. Names the file and the remedy."""
 
 
+class LeaseHeldError(TrainingError):
+    """Another process trains in the run folder. Names it and the remedy."""
+
+
+class LeaseLostError(TrainingError):
+    """Another process has taken the run folder over; this one must not write to it any more."""
+
+
 class PeersError(TrainingError):
     """Raised on every rank because some have an error: names them. The cause is this rank's own error, if any."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from m2f.data_pipeline.config import DataConfig, StorageConfig
 from m2f.model.config import ModelConfig
+from m2f.trainer.checkpoint.identity import ModelIdentity
 from m2f.trainer.config import TrainingConfig
 
 
@@ -37,8 +38,17 @@ class TrainJob:
     seed: int = 0
     recipe: str = ""
     """The resolved recipe (YAML), stored with every checkpoint."""
+    identity: ModelIdentity | None = None
+    """What the weights mean, stored with every checkpoint; None where only the ranks' tensors matter."""
+    lease: int = 0
+    """Number of the lease under which the run folder is written; 0 for a run that nobody else can know of."""
     skipped: tuple[Window, ...] = ()
     """What the run leaves out after loss spikes, as if the order did not have it."""
+
+    @property
+    def effective_identity(self) -> ModelIdentity | None:
+        """The identity with the recipe as the run has it now."""
+        return None if self.identity is None else replace(self.identity, recipe=self.recipe)
 
 
 class Control(Protocol):

@@ -88,8 +88,8 @@ class _Loop:
         facts = self._run.ranks.exchange(mine, error)
         assert batches is not None
         if facts.committed:
-            step = int(facts.committed)
-            self._announce(CommittedCheckpoint(step, checkpoint_url(self._run.job.run_folder, step)))
+            step, job = int(facts.committed), self._run.job
+            self._announce(CommittedCheckpoint(step, checkpoint_url(job.run_folder, step, job.lease)))
         return batches, facts
 
     def _facts(self, batches: StepBatches) -> StepFacts:

@@ -37,6 +37,11 @@ class CommittedCheckpoint:
     url: str
     """Folder of the checkpoint."""
 
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
 
 class Reporter(Protocol):
     """Told by the loop; must return at once and never raise for an outage of what is behind it."""

@@ -52,7 +52,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     state, resumed = _fresh_state(job, data, ranks), None
     candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
     accept = job.data.accept_changes
-    with open_restart(candidates, state, storage, ranks, reporter, accept, job.skipped) as restart:
+    with open_restart(candidates, state, storage, ranks, reporter, accept, job.skipped, job.lease) as restart:
         model, report = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))
         if report is not None and ranks.is_first:
             reporter.event("weights", 0, f"{job.model.weights}: {report}")

@@ -10,6 +10,7 @@ from typing import Literal
 
 from m2f.cluster.evaluation.queue import Entry, EvaluationQueue
 from m2f.data_pipeline.errors import StorageError
+from m2f.trainer.errors import LeaseLostError
 
 LOGGER = logging.getLogger(__name__)
 RETRY_S = 5.0
@@ -97,6 +98,9 @@ class EvaluationManager:
                     continue
                 self._settle(entry)
                 self._release(entry)
+            except LeaseLostError as error:
+                LOGGER.warning("no more evaluations: %s", error)
+                return
             except StorageError as error:  # of the queue or a pin: do it again, results of the same step are the same
                 self._queue.put_back()
                 LOGGER.warning("evaluations wait for the storage: %s", error)
@@ -105,6 +109,8 @@ class EvaluationManager:
     def _settle(self, entry: Entry) -> None:
         try:
             metrics = self._evaluate(entry, self._note)
+        except LeaseLostError:
+            raise
         except Exception as error:
             LOGGER.exception("the evaluation of step %d failed", entry.step)
             self._queue.fail(entry.step, f"{type(error).__name__}: {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -43,7 +43,9 @@ class EvaluationQueue:
     An entry that was running when its process died waits again.
     """
 
-    def __init__(self, storage: Storage, url: str) -> None:
+    def __init__(self, storage: Storage, url: str, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called before every write; what it raises is raised instead."""
+        self._check = check
         self._storage = storage
         self._url = url
         self._lock = threading.Lock()
@@ -98,6 +100,7 @@ class EvaluationQueue:
         """Write first, believe after: a change that the storage refuses has not happened."""
         entries = {**self._entries, **{entry.step: entry for entry in changed}}
         rows = [asdict(entries[step]) for step in sorted(entries)]
+        self._check()
         self._storage.put(self._url, json.dumps(rows, indent=1).encode())
         self._entries = entries
 

@@ -23,6 +23,8 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.folder import pin, unpin
+from m2f.trainer.checkpoint.lease_record import check_lease
+from m2f.trainer.errors import LeaseLostError
 from m2f.trainer.reporting import CommittedCheckpoint
 
 NAMESPACE = "m2f"
@@ -45,13 +47,14 @@ class EvaluationService:
         self._storage = Storage(config.storage)
         self._tracking = Tracking(tracked, "evaluation")
         self._pool: EvaluationPool | None = None
-        self._queue = EvaluationQueue(self._storage, queue_url(config))
+        self._queue = EvaluationQueue(self._storage, queue_url(config), self._check_lease)
         self._manager = EvaluationManager(self._queue, config.evaluation.policy, self._evaluate, self._release)
 
     def submit(self, checkpoint: CommittedCheckpoint) -> None:
         """Queue a checkpoint, and keep it from being deleted until it is settled. Known steps are left alone."""
         if checkpoint.step in {entry.step for entry in self._manager.status().entries}:
             return
+        self._check_lease()
         pin(self._storage, checkpoint.url, PIN)
         self._manager.submit(checkpoint.step, checkpoint.url)
 
@@ -68,6 +71,8 @@ class EvaluationService:
         """Evaluate and publish; returns the headline numbers of all sets. The story of a failure goes to a file."""
         try:
             return self._evaluate_sets(entry, report)
+        except LeaseLostError:
+            raise
         except Exception:
             story = traceback.format_exc().encode()
             self._storage.put(join(self._config.run_folder, _place(entry), "error.txt"), story)
@@ -85,6 +90,7 @@ class EvaluationService:
             entry.step,
             lambda s, done, total: report(EvaluationProgress(entry.step, s.label, done, total)),
         )
+        self._check_lease()
         for evaluation in evaluations:
             name = evaluation.results.subject.label
             place = f"{_place(entry)}/{name}"
@@ -110,7 +116,14 @@ class EvaluationService:
                 cost[f"train/evaluation/peak_{name}_memory_gb"] = most / 1e9
         return cost
 
+    def _check_lease(self) -> None:
+        """Raise LeaseLostError where another process has taken the run over."""
+        lease = self._tracked.lease
+        if lease is not None:
+            check_lease(self._storage, lease.run_folder, lease.number)
+
     def _release(self, entry: Entry) -> None:
+        self._check_lease()
         release(self._storage, entry, self._queue.entries(), self._config.training.checkpoint.best_metric)
 
 

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +29,11 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe, flatten
 from m2f.cluster.tracking.journal import Entry, Journal
 from m2f.cluster.tracking.provenance import DataInput, code_facts, data_facts, data_inputs
+from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
+from m2f.trainer.checkpoint.lease_record import check_lease
+from m2f.trainer.errors import LeaseLostError
 
 LOGGER = logging.getLogger(__name__)
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -40,12 +43,22 @@ PARAMS_PER_CALL = 100
 METRICS_PER_CALL = 1000
 ENTRIES_PER_READ = 200
 MAX_PAUSE_S = 60.0
+_RUN_JOURNAL = re.compile(r"(?:driver|rank0|evaluation)(?:-(\d+))?\.jsonl")
 _NOT_ALLOWED = re.compile(r"[^\w\-. /:]", re.ASCII)
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 
 
 class TrackingError(UserError):
     """The tracking store cannot be used. Names its URI, the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class RunLease:
+    """The lease of a run folder, as far as another process must know it to stop in time."""
+
+    run_folder: str
+    number: int
+    storage: StorageConfig
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,20 @@ class TrackedRun:
     run_id: str
     spool: str
     """Local folder of the journals."""
+    lease: RunLease | None = None
+    """Under which the run is written; None for a process that only adds results of its own."""
+
+    def journal(self, writer: str) -> Path:
+        """File of one writer's journal; a holder whose lease is outdated writes to another file than the next one."""
+        return Path(self.spool) / (f"{writer}-{self.lease.number}.jsonl" if self.lease else f"{writer}.jsonl")
 
 
-def create_run(config: RunConfig) -> TrackedRun:
+def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     """Make the MLflow run of this run folder, or continue the one that `tracking.json` names. Only the driver calls it.
 
     Its inputs are the data sets with their fingerprints; its tags name the commit of the code. Continuing contacts no
-    server; settings, code and data that changed since are written as tags `resumed.<setting>`.
+    server; settings, code and data that changed since are written as tags `resumed.<setting>`. Under a `lease`, what
+    holders of earlier leases could not send is sent with what this one writes.
 
     Raises:
         TrackingError: the store cannot be reached or refuses the run. Only at the first start: later outages wait.
@@ -72,11 +92,15 @@ def create_run(config: RunConfig) -> TrackedRun:
     inputs = data_inputs(config, storage)
     facts = code_facts() | data_facts(inputs)
     known = _read_record(config)
+    held = RunLease(config.run_folder, lease, config.storage) if lease else None
     if known is not None and known["uri"] == uri:
-        run = TrackedRun(uri=uri, run_id=known["run_id"], spool=spool)
+        run = TrackedRun(uri=uri, run_id=known["run_id"], spool=spool, lease=held)
+        if lease:
+            _adopt_journals(run, lease - 1)
         _note_resume(run, known["parameters"] | known.get("facts", facts), parameters | facts)
         return run
-    run = TrackedRun(uri=uri, run_id=_start_run(config, uri, parameters, facts, inputs), spool=spool)
+    run_id = _start_run(config, uri, parameters, facts, inputs)
+    run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=held)
     content = {"uri": run.uri, "run_id": run.run_id, "parameters": parameters, "facts": facts}
     storage.put(_record_url(config), json.dumps(content, indent=1).encode())
     return run
@@ -105,14 +129,14 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 class Tracking:
-    """One process's pen on one run. No method but `close` and `finish` waits, and none raises.
+    """Writes one process's metrics to an MLflow run. Only `close` and `finish` wait, and no method raises.
 
     `writer` names the journal ("driver", "rank0", "evaluation"): one living process per name.
     """
 
     def __init__(self, run: TrackedRun, writer: str, interval_s: float = 2.0) -> None:
         self._run = run
-        self._journal = Journal(Path(run.spool) / f"{writer}.jsonl")
+        self._journal = Journal(run.journal(writer))
         self._sender = _Sender(run, self._journal)
         self._interval_s = interval_s
         self._closing = threading.Event()
@@ -136,12 +160,20 @@ class Tracking:
 
     def finish(self, status: RunStatus, timeout_s: float = 60.0) -> bool:
         """The run has ended: send what waits, here and in journals that other processes left, and close."""
+        if self._run.lease is not None:
+            _adopt_journals(self._run, self._run.lease.number)
         self._append({"status": status})
         sent = self.close(timeout_s)
         for path in sorted(Path(self._run.spool).glob("*.jsonl")) if sent else ():
-            left = Tracking(self._run, path.stem, self._interval_s)
+            left = Tracking(replace(self._run, lease=None), path.stem, self._interval_s)
             sent = left.close(timeout_s) and sent
         return sent
+
+    def abandon(self) -> None:
+        """Another process has taken the run over: send nothing more; the journal is left to that process."""
+        self._sender.stop()
+        self._closing.set()
+        self._thread.join()
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Send what waits, for at most `timeout_s`; whether all went out. What did not stays in the journal."""
@@ -199,10 +231,18 @@ class _Sender:
         """Why the last attempt failed; "" when it did not."""
         self.refused = 0
         """Entries that the store will never take."""
+        self._storage = Storage(run.lease.storage) if run.lease is not None else None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._stopped = True
 
     def send_some(self) -> bool:
         """Send a batch of waiting entries and commit them; False when none waits or the store does not answer."""
         try:
+            if not self._may_send():
+                return False
             entries = self._journal.read(ENTRIES_PER_READ)
             while entries:
                 entries = self._send_group(entries)
@@ -215,6 +255,16 @@ class _Sender:
                 LOGGER.warning(f"tracking: {self._run.uri} does not answer ({_brief(error)}); points wait on disk")
             self.trouble = _brief(error)
         return False
+
+    def _may_send(self) -> bool:
+        """Whether the run is still this process's to write."""
+        lease = self._run.lease
+        if lease is not None and self._storage is not None and not self._stopped:
+            try:
+                check_lease(self._storage, lease.run_folder, lease.number)
+            except LeaseLostError:
+                self._stopped = True
+        return not self._stopped
 
     def _send_group(self, entries: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
         """Send the first entry, or all metrics up to the next entry of another kind; returns the rest."""
@@ -349,8 +399,24 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
     return client.create_experiment(config.tracking.experiment, artifact_location=location)
 
 
+def _adopt_journals(run: TrackedRun, newest: int) -> None:
+    """Move what processes under leases up to `newest` could not send into the driver's journal, but for the status."""
+    driver = Journal(run.journal("driver"))
+    for path in sorted(Path(run.spool).glob("*.jsonl")):
+        match = _RUN_JOURNAL.fullmatch(path.name)
+        if path == driver.path or match is None or int(match[1] or 0) > newest:
+            continue
+        left = Journal(path)
+        while entries := left.read(ENTRIES_PER_READ):
+            for entry, _ in entries:
+                if "status" not in entry:
+                    driver.append(entry)
+            left.commit(entries[-1][1])
+        left.remove()
+
+
 def _note_resume(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    journal = Journal(Path(run.spool) / "driver.jsonl")
+    journal = Journal(run.journal("driver"))
     journal.append({"status": "RUNNING"})
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.identity import identity_of
 from m2f.cluster.recipe.load import dump_recipe
+from m2f.cluster.recipe.stored import store_recipe
+from m2f.cluster.terminal import complain
 from m2f.data_pipeline.loading.loader import mixture_labels
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.job import TrainJob
+from m2f.trainer.recovery.adjustments import Adjustments
 
 
 def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
@@ -22,16 +27,33 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
     """
     storage = storage or Storage(config.storage)
     shards = tuple(config.datasets[item.dataset].shards for item in config.data.train)
+    manifests = [Manifest.load(s, storage) for s in shards]
     return TrainJob(
         run_folder=config.run_folder,
-        model=replace(config.model, num_classes=_num_classes(config, [Manifest.load(s, storage) for s in shards])),
+        model=replace(config.model, num_classes=_num_classes(config, manifests)),
         data=config.data,
         shards=shards,
         training=config.training,
         storage=config.storage,
         seed=config.seed,
         recipe=dump_recipe(config),
+        identity=identity_of(config, manifests[0].categories.for_task(config.data.task)),
     )
+
+
+def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) -> TrainJob:
+    """Under a lease and after all checks: store the recipe, say what differs from the stored one; the leased job."""
+    changed = store_recipe(storage, config, has_progress=bool(list_checkpoints(storage, config.run_folder)))
+    if changed:
+        lines = "\n  ".join(changed)
+        complain(f"settings differ from those that {config.run_folder} was started with:\n  {lines}")
+    return replace(job, lease=lease)
+
+
+def adjusted_job(config: RunConfig, job: TrainJob, adjustments: Adjustments) -> TrainJob:
+    """The job as it runs with the run's adjustments, and their effect in the recipe that its checkpoints hold."""
+    job = adjustments.applied(job)
+    return replace(job, recipe=dump_recipe(replace(config, training=job.training)))
 
 
 def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:

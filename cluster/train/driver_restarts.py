@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
+import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import complain
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
+from m2f.cluster.train.orphans import end_with_parent
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
+from m2f.trainer.checkpoint.lease import hold_lease
 
 _LOOK_S = 0.2
-_PR_SET_PDEATHSIG = 1
 
 
 def run_restarted(command: Sequence[str], config: RunConfig) -> int:
@@ -29,8 +29,11 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
     SIGTERM are passed on, and where this process dies its driver gets a SIGTERM (on Linux).
     """
     storage = Storage(config.storage)
-    history = AttemptHistory(newest_step(storage, config.run_folder))
-    with _Driver(command).heeding_signals() as driver:
+    with (
+        hold_lease(storage, config.run_folder, complain) as lease,
+        _Driver(command, lease.environment()).heeding_signals() as driver,
+    ):
+        history = AttemptHistory(newest_step(storage, config.run_folder))
         while True:
             status = driver.run()
             if status >= 0:
@@ -44,13 +47,14 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
             if isinstance(decision, Stop):
                 return 128 - status
             driver.wait(decision.delay_s)
+            lease.check()
 
 
 class _Driver:
     """The process that runs now, and the wish to end it."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = command
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._command, self._environment = command, os.environ | environment
         self._process: subprocess.Popen[bytes] | None = None
         self.is_stopping = False
 
@@ -58,7 +62,7 @@ class _Driver:
         """Exit status of one more process; negative for the signal that ended it."""
         if self.is_stopping:
             return -signal.SIGTERM
-        self._process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)
+        self._process = subprocess.Popen(self._command, env=self._environment, preexec_fn=_end_with_parent)
         return self._process.wait()
 
     def wait(self, seconds: float) -> None:
@@ -86,5 +90,4 @@ class _Driver:
 
 def _end_with_parent() -> None:
     """In the new process: an orphan would train on beside the next job of its run."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)

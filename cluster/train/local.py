@@ -8,12 +8,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.terminal import complain
 from m2f.cluster.train.processes import launch
-from m2f.trainer.errors import LossSpikeError, OutOfMemoryError
+from m2f.trainer.errors import LeaseLostError, LossSpikeError, OutOfMemoryError
 from m2f.trainer.job import TrainJob
 
 if TYPE_CHECKING:
     from m2f.cluster.tracking.tracking import TrackedRun
+    from m2f.trainer.checkpoint.lease import Lease
 
 
 def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", "stopped"]:
@@ -25,26 +27,37 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
 
     Raises:
         UserError: the recipe, the data or the store cannot be used.
+        LeaseHeldError: another process trains in the run folder.
+        LeaseLostError: another process took the run folder over, since this one gave no sign of life.
         LaunchError: a rank failed; the run goes on from its last checkpoint when it is started again.
     """
     from m2f.cluster.tracking.reporter import TrackingReporter, recover_metrics
     from m2f.cluster.tracking.tracking import Tracking, create_run
-    from m2f.cluster.train.compose import compose_job
+    from m2f.cluster.train.compose import begin_run, compose_job
+    from m2f.cluster.train.continuation import check_continuation
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.folder import newest_whole
+    from m2f.trainer.checkpoint.lease import hold_lease
 
+    storage = Storage(config.storage)
     job = compose_job(config)
-    run = create_run(config)
-    driver = Tracking(run, "driver")
-    try:
-        recover_metrics(TrackingReporter(driver), Storage(config.storage), config.run_folder)  # of a driver with Ray
-        _attempts(config, job, run, worker_environment(config), live)
-    except BaseException as error:
-        driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
-        raise
-    newest = newest_whole(Storage(config.storage), config.run_folder)
-    finished = newest is not None and newest.step >= config.training.max_steps
-    driver.finish("FINISHED" if finished else "KILLED")
+    check_continuation(job, storage)
+    with hold_lease(storage, config.run_folder, complain) as lease:
+        job = begin_run(config, job, lease.number, storage)
+        run = create_run(config, lease.number)
+        driver = Tracking(run, "driver")
+        try:
+            recover_metrics(TrackingReporter(driver), storage, config.run_folder)  # of a driver with Ray
+            _attempts(config, job, run, lease, live)
+        except LeaseLostError:
+            driver.abandon()
+            raise
+        except BaseException as error:
+            driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
+            raise
+        newest = newest_whole(storage, config.run_folder)
+        finished = newest is not None and newest.step >= config.training.max_steps
+        driver.finish("FINISHED" if finished else "KILLED")
     return "finished" if finished else "stopped"
 
 
@@ -56,25 +69,27 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     return environment
 
 
-def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, environment: dict[str, str], live: bool) -> None:
-    from m2f.cluster.terminal import complain
+def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, lease: Lease, live: bool) -> None:
+    from m2f.cluster.train.compose import adjusted_job
     from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Retry, decide, root_cause
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.folder import newest_step
     from m2f.trainer.recovery.adjustments import adjust, read_adjustments
 
-    storage, folder = Storage(config.storage), config.run_folder
+    storage, folder, environment = Storage(config.storage), config.run_folder, worker_environment(config)
     adjustments = read_adjustments(storage, folder)
     history = AttemptHistory(newest_step(storage, folder))
     while True:
         try:
-            return launch(train_rank, (adjustments.applied(job), run, live), config.cluster.max_workers, environment)
+            arguments = (adjusted_job(config, job, adjustments), run, live)
+            return launch(train_rank, arguments, config.cluster.max_workers, environment, lease.raise_if_lost)
         except (OutOfMemoryError, LossSpikeError) as error:
             history = history.after(Attempt(root_cause({0: error}), newest_step(storage, folder)))
             decision = decide(history, config.cluster.max_failures)
             if not isinstance(decision, Retry) or decision.change is None:
                 raise
             complain(f"{error}\n  starting again {decision.reason}")
+            lease.check()
             adjustments = adjust(storage, folder, decision.change, f"{error}: {decision.reason}")
 
 

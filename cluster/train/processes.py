@@ -21,12 +21,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from m2f.cluster.train.orphans import end_with_parent
 from m2f.model.errors import UserError
 from m2f.trainer.reporting import STALL_EXIT
 
 ECHO_S = 5.0
 """How long the other ranks may take to report what a dead one did to them, before they are ended."""
 TERM_S = 10.0
+CHECK_S = 1.0
 
 
 class LaunchError(RuntimeError):
@@ -58,11 +60,13 @@ def launch(
     arguments: tuple[Any, ...],
     num_workers: int,
     environment: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Run `target(*arguments)` in `num_workers` processes with torch's launch variables set; returns when all are done.
 
     When one fails, the others are ended. `target` and `arguments` must be picklable; `environment` is set in every
-    worker besides. The first SIGINT or SIGTERM reaches the workers as SIGTERM, a second one ends them at once.
+    worker besides. The first SIGINT or SIGTERM reaches the workers as SIGTERM, a second one ends them at once. `check`
+    is called every second; what it raises ends the workers. They end, too, when this process does (on Linux).
 
     Raises:
         UserError: the root cause is a mistake that the user can correct.
@@ -80,7 +84,7 @@ def launch(
             sender.close()
             ranks.append(_Rank(index, process, receiver))
         with _passing_signals(ranks):
-            _watch(ranks)
+            _watch(ranks, check)
     finally:
         _end(ranks)
     _raise_failure(ranks)
@@ -105,6 +109,7 @@ def _worker(
 ) -> None:
     """Body of one process."""
     os.environ.update(environment)
+    end_with_parent(signal.SIGKILL)  # the next holder of the lease may be training already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on what counts
     try:
         target(*arguments)
@@ -127,13 +132,13 @@ def _portable(error: BaseException) -> BaseException:
     return RuntimeError(f"{type(error).__name__}: {error}"[:_MOST_TEXT])
 
 
-def _watch(ranks: list[_Rank]) -> None:
+def _watch(ranks: list[_Rank], check: Callable[[], None]) -> None:
     """Wait until all ranks have ended, or until one has failed and the others have had time to say what they saw."""
     running = {rank.process.sentinel: rank for rank in ranks}
     deadline = float("inf")
     while running and time.monotonic() < deadline:
-        timeout = None if deadline == float("inf") else deadline - time.monotonic()
-        for sentinel in wait(list(running), timeout):
+        check()
+        for sentinel in wait(list(running), min(CHECK_S, deadline - time.monotonic())):
             rank = running.pop(int(sentinel))  # type: ignore[arg-type]
             rank.process.join()
             rank.collect()

@@ -90,11 +90,14 @@ class RunRelay:
         """Track metrics that only the newest checkpoint holds. Called while no workers run."""
         recover_metrics(self._tracking_reporter, storage, run_folder)
 
-    def close(self, status: RunStatus) -> None:
-        """Send what waits and set the run's status."""
+    def close(self, status: RunStatus | None) -> None:
+        """Send what waits and set the run's status; None: another process has the run now, send nothing."""
         if self._view is not None:
-            self._view.stop(status.lower().replace("killed", "stopped"))
-        self._tracking.finish(status)
+            self._view.stop((status or "lost").lower().replace("killed", "stopped"))
+        if status is None:
+            self._tracking.abandon()
+        else:
+            self._tracking.finish(status)
 
     def _tell_evaluations(self, evaluations: EvaluationClient) -> None:
         status = evaluations.status()

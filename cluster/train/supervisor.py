@@ -28,10 +28,10 @@ from m2f.cluster.evaluation.service import EvaluationClient
 from m2f.cluster.ray_cluster import ClusterError, connect, this_node
 from m2f.cluster.ray_private import attempt_config, scaling_config
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
-from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.terminal import complain, format_duration, say
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
-from m2f.cluster.train.compose import compose_job
+from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
+from m2f.cluster.train.continuation import check_continuation
 from m2f.cluster.train.elastic import Resize, Sizes
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Retry, Stop, classify, decide, root_cause
 from m2f.cluster.train.live_view import LiveView
@@ -41,6 +41,8 @@ from m2f.cluster.train.worker import WorkerSettings, train_loop
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.folder import delete_old, list_checkpoints, newest_step, newest_whole
+from m2f.trainer.checkpoint.lease import Lease, hold_lease
+from m2f.trainer.errors import LeaseLostError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.adjustments import adjust, read_adjustments
 from m2f.trainer.reporting import CommittedCheckpoint
@@ -49,8 +51,13 @@ POLL_S = 0.5
 SILENCE_S = 60.0
 ECHO_S = 1.0
 """Terminals and Ray send a signal to all processes of a job, and parents pass it on: another so soon is an echo."""
-Status = Literal["finished", "stopped", "failed"]
-_TRACKED_STATUS: dict[Status, RunStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+Status = Literal["finished", "stopped", "failed", "lost"]
+_TRACKED_STATUS: dict[Status, RunStatus | None] = {
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "lost": None,  # the status is for whoever has the lease now
+}
 
 
 @dataclass(frozen=True)
@@ -78,16 +85,23 @@ def run_training(config: RunConfig, live: bool = False) -> RunSummary:
 
     Raises:
         UserError: a mistake in the recipe, the data or the stored run, found here or by a worker.
+        LeaseHeldError: another process trains in the run folder.
+        LeaseLostError: another process took the run folder over, since this one gave no sign of life.
     """
     storage = Storage(config.storage)
     job = compose_job(config)
+    check_continuation(job, storage)
     check_sets(config)
-    storage.put(join(config.run_folder, "recipe.yaml"), dump_recipe(config).encode())
     may_grow = config.cluster.address is not None or "RAY_ADDRESS" in os.environ
-    with connect(config), tempfile.TemporaryDirectory(prefix="m2f-ray-train-") as scratch:
+    with (
+        hold_lease(storage, config.run_folder, complain) as lease,
+        connect(config),
+        tempfile.TemporaryDirectory(prefix="m2f-ray-train-") as scratch,
+    ):
         check_gpus(config, ray.cluster_resources().get("GPU", 0), may_grow)
+        job = begin_run(config, job, lease.number, storage)
         view = LiveView(config.name, config.training.max_steps) if live else None
-        return _Supervisor(config, job, storage, scratch, view).run()
+        return _Supervisor(config, job, storage, scratch, view, lease).run()
 
 
 def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
@@ -113,10 +127,12 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
 class _Supervisor:
     """One call of `run_training`, between the start of Ray and its end."""
 
-    def __init__(self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str, view: LiveView | None) -> None:
-        self._config, self._job, self._storage, self._scratch = config, job, storage, scratch
+    def __init__(
+        self, config: RunConfig, job: TrainJob, storage: Storage, scratch: str, view: LiveView | None, lease: Lease
+    ) -> None:
+        self._config, self._job, self._storage, self._scratch, self._lease = config, job, storage, scratch, lease
         self._adjustments = read_adjustments(storage, config.run_folder)
-        self._tracked = create_run(config)
+        self._tracked = create_run(config, lease.number)
         self._evaluations: EvaluationClient | None = None
         if config.evaluation.sets:
             self._evaluations = EvaluationClient(config, self._tracked)
@@ -137,14 +153,17 @@ class _Supervisor:
         except KeyboardInterrupt:
             status = "stopped"
             raise
+        except LeaseLostError:
+            status = "lost"
+            raise
         finally:
             try:
                 entries = self._evaluations.close() if self._evaluations is not None else ()
             finally:
                 self._relay.close(_TRACKED_STATUS[status])
-        newest = self._newest()
+        newest, keep = self._newest(), self._config.training.checkpoint.keep
         if newest is not None:  # evaluations have let go of checkpoints since the last commit
-            delete_old(self._storage, self._config.run_folder, newest.step, self._config.training.checkpoint.keep)
+            delete_old(self._storage, self._config.run_folder, newest.step, keep, self._lease.number)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
             say(f"{waiting} evaluations wait; they are done when the run is continued")
@@ -168,6 +187,7 @@ class _Supervisor:
                 return "stopped"
             number += 1
             error = self._attempt(number, workers)
+            self._lease.check()
             step = self._newest_step()
             if error is None and step >= self._config.training.max_steps:
                 break
@@ -183,6 +203,7 @@ class _Supervisor:
             if isinstance(decision, Stop):
                 return self._give_up(error, failure)
             if decision.change is not None:
+                self._lease.check()
                 reason = f"{_first_line(failure.message)}: {decision.reason}"
                 self._adjustments = adjust(self._storage, self._config.run_folder, decision.change, reason)
             self._pause(decision.delay_s)
@@ -216,10 +237,11 @@ class _Supervisor:
 
     def _trainer(self, number: int, workers: int) -> TorchTrainer:
         cluster = self._config.cluster
+        settings = WorkerSettings(adjusted_job(self._config, self._job, self._adjustments), self._board)
         automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
         return TorchTrainer(
             train_loop,
-            train_loop_config={"settings": WorkerSettings(self._adjustments.applied(self._job), self._board)},
+            train_loop_config={"settings": settings},
             torch_config=TorchConfig(
                 backend=automatic if cluster.backend == "auto" else cluster.backend,
                 timeout_s=round(self._config.training.collective_timeout_s),
@@ -283,6 +305,7 @@ class _Supervisor:
             self._update()
 
     def _update(self) -> bool:
+        self._lease.raise_if_lost()
         return self._relay.update(stop=self._interrupts > 0 or self._sizes.growing)
 
     def _submit_committed(self) -> None:

@@ -1,6 +1,6 @@
 """What a checkpoint folder holds, when it counts, and which folders are kept. Needs neither torch nor DeepSpeed.
 
-<run folder>/checkpoints/step_00000042/
+<run folder>/checkpoints/step_00000042-3/     step and number of the lease (see `lease_record`); older folders have none
     engine/*.pt             DeepSpeed's files of every rank
     rng/rank_00000.pt       random states of every rank
     weights.safetensors     the whole model in fp32, loadable by `m2f.model.weights.load.load_weights`
@@ -20,12 +20,13 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from m2f.data_pipeline.errors import MissingObjectError, StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.lease_record import check_lease, is_accepted, newest_number
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.reporting import CommittedCheckpoint
 
@@ -39,7 +40,7 @@ METRICS = "metrics.json"
 ENGINE = "engine"
 
 _VERSION = 1
-_FOLDER = re.compile(r"/step_(\d{8,})/(.+)$")
+_FOLDER = re.compile(r"/(step_(\d{8,})(?:-(\d+))?)/(.+)$")
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Manifest:
         return json.dumps({"version": _VERSION, **asdict(self)}, indent=1).encode()
 
 
-def checkpoint_url(run_folder: str, step: int) -> str:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return join(run_folder, "checkpoints", f"step_{step:08d}")
+def checkpoint_url(run_folder: str, step: int, lease: int = 0) -> str:
+    """Folder of the checkpoint after `step` optimizer steps, written under a lease; 0 for a run without one."""
+    return join(run_folder, "checkpoints", f"step_{step:08d}" + (f"-{lease}" if lease else ""))
 
 
 def receipt_url(url: str, rank: int) -> str:
@@ -119,10 +120,24 @@ def read_manifest(storage: Storage, url: str) -> Manifest:
 
 
 def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckpoint, ...]:
-    """Committed checkpoints of a run, newest first. Their files are not looked at."""
-    found = _matches(storage.list(join(run_folder, "checkpoints")))
-    steps = sorted({step for step, path in found if path == MANIFEST}, reverse=True)
-    return tuple(CommittedCheckpoint(step, checkpoint_url(run_folder, step)) for step in steps)
+    """Committed checkpoints of a run, newest first, one per step: that of the highest lease. Files are not looked at.
+
+    What a holder committed after another process had taken the run over does not count.
+    """
+    folders = {file.folder for file in _matches(storage.list(join(run_folder, "checkpoints"))) if file.path == MANIFEST}
+    counted = _counted(storage, run_folder, folders)
+    by_step = {folder.step: folder for folder in sorted(counted, key=lambda folder: folder.lease)}
+    return tuple(CommittedCheckpoint(step, by_step[step].url(run_folder)) for step in sorted(by_step, reverse=True))
+
+
+def _counted(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> set[_Folder]:
+    """Those that the leases of the run accept."""
+    newest, accepted = newest_number(storage, run_folder), set[_Folder]()
+    for lease in {folder.lease for folder in folders}:
+        own = [folder for folder in folders if folder.lease == lease]
+        names = is_accepted(storage, run_folder, newest, lease, [folder.name for folder in own])
+        accepted |= {folder for folder in own if folder.name in names}
+    return accepted
 
 
 def newest_whole(storage: Storage, run_folder: str) -> CommittedCheckpoint | None:
@@ -218,30 +233,65 @@ def pins(storage: Storage, url: str) -> tuple[str, ...]:
     return tuple(address.removeprefix(f"{folder}/") for address in storage.list(folder))
 
 
-def delete_old(storage: Storage, run_folder: str, newest: int, keep: int) -> None:
-    """After the commit of step `newest`: delete what `steps_to_delete` says."""
-    for step in steps_to_delete(storage.list(join(run_folder, "checkpoints")), newest, keep):
-        url = checkpoint_url(run_folder, step)
+def delete_old(storage: Storage, run_folder: str, newest: int, keep: int, lease: int = 0) -> None:
+    """After the commit of step `newest` under `lease`: delete what `folders_to_delete` says.
+
+    Raises LeaseLostError where another process has taken the run over.
+    """
+    urls = storage.list(join(run_folder, "checkpoints"))
+    committed = {file.folder for file in _matches(urls) if file.path == MANIFEST}
+    ignored = committed - _counted(storage, run_folder, committed)
+    for name in folders_to_delete(urls, newest, keep, lease, frozenset(folder.name for folder in ignored)):
+        url = join(run_folder, "checkpoints", name)
+        check_lease(storage, run_folder, lease)
+        if pins(storage, url):  # set since the listing
+            continue
         storage.delete(join(url, MANIFEST))  # first, so that a half-deleted checkpoint does not exist
         storage.delete_prefix(url)
 
 
-def steps_to_delete(urls: Sequence[str], newest: int, keep: int) -> tuple[int, ...]:
-    """Which checkpoint folders go, given all objects: older than the `keep` newest committed ones and not pinned.
+def folders_to_delete(
+    urls: Sequence[str], newest: int, keep: int, lease: int = 0, ignored: frozenset[str] = frozenset()
+) -> tuple[str, ...]:
+    """Names of the checkpoint folders that go, given all objects: older than the `keep` newest committed steps, not
+    pinned, and not written under a higher lease. Commits in `ignored` folders do not count.
 
     Steps after `newest` do not count: they are damaged, or the run would not have gone back behind them.
     """
-    found = [(step, path) for step, path in _matches(urls) if step <= newest]
-    committed = sorted({step for step, path in found if path == MANIFEST}, reverse=True)
-    pinned = {step for step, path in found if path.startswith("pins/")}
+    found = [file for file in _matches(urls) if file.folder.step <= newest]
+    counted = {file.folder.step for file in found if file.path == MANIFEST and file.folder.name not in ignored}
+    committed = sorted(counted, reverse=True)
+    pinned = {file.folder for file in found if file.path.startswith("pins/")}
     if len(committed) < keep:
         return ()
     oldest_kept = committed[keep - 1]
-    return tuple(sorted({step for step, _ in found if step < oldest_kept} - pinned))
+    old = {file.folder for file in found if file.folder.step < oldest_kept and file.folder.lease <= lease}
+    return tuple(sorted(folder.name for folder in old - pinned))
 
 
-def _matches(urls: Sequence[str]) -> list[tuple[int, str]]:
-    return [(int(match[1]), match[2]) for url in urls if (match := _FOLDER.search(url))]
+@dataclass(frozen=True)
+class _Folder:
+    """A checkpoint folder, by its name."""
+
+    name: str
+    step: int
+    lease: int
+
+    def url(self, run_folder: str) -> str:
+        return join(run_folder, "checkpoints", self.name)
+
+
+@dataclass(frozen=True)
+class _File:
+    """An object in a checkpoint folder."""
+
+    folder: _Folder
+    path: str
+
+
+def _matches(urls: Sequence[str]) -> list[_File]:
+    matches = [match for url in urls if (match := _FOLDER.search(url))]
+    return [_File(_Folder(match[1], int(match[2]), int(match[3] or 0)), match[4]) for match in matches]
 
 
 def _entries(files: Mapping[str, Mapping[str, int | str]]) -> dict[str, FileEntry]:

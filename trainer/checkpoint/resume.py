@@ -24,6 +24,7 @@ from m2f.trainer.checkpoint.folder import (
     set_aside,
     verify_sizes,
 )
+from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.checkpoint.random_state import load_random_state
 from m2f.trainer.checkpoint.scratch import ScratchFolder, sweep
 from m2f.trainer.engine.engine import Engine, to_universal
@@ -84,6 +85,7 @@ def open_restart(
     reporter: Reporter,
     accept_changes: bool,
     skipped: Sequence[Window] = (),
+    lease: int = 0,
 ) -> Iterator[Restart | None]:
     """Bring the first of `candidates` (newest first) that is whole on every rank to disk; None without candidates.
 
@@ -98,7 +100,7 @@ def open_restart(
         with ScratchFolder(_PREFIX) as folder:
             found = _bring(checkpoint, expected, storage, ranks, folder, accept_changes, skipped)
             if isinstance(found, Restart):
-                _set_aside(candidates[: len(problems)], storage, ranks)
+                _set_aside(candidates[: len(problems)], storage, ranks, lease)
                 if found.weights_only and ranks.is_first:
                     message = f"training.zero.stage was {found.saved_stage}: weights, but optimizer state from zero"
                     reporter.event("weights", checkpoint.step, message)
@@ -115,9 +117,15 @@ def open_restart(
     yield None
 
 
-def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks: Ranks) -> None:
-    """Now that a whole one is found: what lists checkpoints shall not take these for the run's progress."""
-    ranks.from_first(lambda: [set_aside(storage, checkpoint.url) for checkpoint in damaged])
+def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks: Ranks, lease: int) -> None:
+    """Once a whole one is found, so that listings ignore the damaged ones."""
+
+    def set_all_aside() -> None:
+        for checkpoint in damaged:
+            check_lease(storage, checkpoint.url.rpartition("/checkpoints/")[0], lease)
+            set_aside(storage, checkpoint.url)
+
+    ranks.from_first(set_all_aside)
 
 
 def fitted(state: TrainState, expected: TrainState, url: str, accept_changes: bool) -> TrainState:

@@ -29,6 +29,8 @@ from m2f.trainer.checkpoint.folder import (
     rng_path,
     write_receipt,
 )
+from m2f.trainer.checkpoint.identity import store_identity
+from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.checkpoint.random_state import save_random_state
 from m2f.trainer.checkpoint.scratch import ScratchFolder, full_disk_named, sweep
 from m2f.trainer.engine.engine import Engine
@@ -81,8 +83,8 @@ class CheckpointSaver:
         if state.step == self._saved_step:
             return
         assert self._upload is None, "the previous upload is not finished"
-        url = checkpoint_url(self._job.run_folder, state.step)
-        self._ranks.from_first(lambda: self._storage.delete_prefix(url))  # left by an interrupted or damaged save
+        url = checkpoint_url(self._job.run_folder, state.step, self._job.lease)
+        self._ranks.from_first(lambda: self._clear(url))
         with full_disk_named(f"checkpoint {state.step}"):
             scratch = self._write(engine, state, metrics_on_their_way)
         self._upload = self._pool.submit(self._publish, scratch, url, state)
@@ -108,9 +110,10 @@ class CheckpointSaver:
             weights = engine.weights()
             averaged = engine.averaged_weights(weights)
             if self._ranks.is_first:
+                metadata = store_identity(folder, self._job.effective_identity)
                 if averaged is not None:
-                    safetensors.torch.save_file(averaged, folder / AVERAGE, metadata={"format": "pt"})
-                safetensors.torch.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+                    safetensors.torch.save_file(averaged, folder / AVERAGE, metadata=metadata)
+                safetensors.torch.save_file(weights, folder / WEIGHTS, metadata=metadata)
                 (folder / STATE).write_bytes(state.to_json())
                 (folder / RECIPE).write_text(self._job.recipe, encoding="utf-8")
                 if metrics_on_their_way:
@@ -119,6 +122,11 @@ class CheckpointSaver:
             scratch.remove()
             raise
         return scratch
+
+    def _clear(self, url: str) -> None:
+        """Delete what an interrupted or damaged save left."""
+        check_lease(self._storage, self._job.run_folder, self._job.lease)
+        self._storage.delete_prefix(url)
 
     def _await_uploads(self) -> None:
         """Until no rank uploads any more. Ranks talk all the while: a slow upload is no lost peer."""
@@ -142,9 +150,11 @@ class CheckpointSaver:
         for rank in range(self._ranks.world_size):
             files |= self._await_receipt(url, rank).files
         manifest = Manifest(state.step, state.world_size, state.zero_stage, files)
+        run_folder, lease = self._job.run_folder, self._job.lease
+        check_lease(self._storage, run_folder, lease)
         self._storage.put(join(url, MANIFEST), manifest.to_json(), if_absent=True)
         self._committed = CommittedCheckpoint(state.step, url)
-        delete_old(self._storage, self._job.run_folder, state.step, self._job.training.checkpoint.keep)
+        delete_old(self._storage, run_folder, state.step, self._job.training.checkpoint.keep, lease)
 
     def _await_receipt(self, url: str, rank: int) -> Receipt:
         pause, longest = _POLL_S

@@ -21,7 +21,7 @@ from m2f.cluster.tracking.tracking import find_run
 from m2f.cluster.train.local import train_locally
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
-from m2f.trainer.checkpoint.folder import newest_step
+from m2f.trainer.checkpoint.folder import newest_step, newest_whole
 from m2f.trainer.config import CheckpointConfig
 from tests.cluster.tiny_run import small_sets, tiny_config
 
@@ -31,19 +31,6 @@ TARGETS = ("RayTrainWorker", "EvaluationActor", "driver")
 LONGEST_S = 120.0 * KILLS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(LONGEST_S + 300)]
-
-DRIVER = """
-import sys
-import ray
-from m2f.cluster import train_job
-from m2f.cluster.recipe import load_recipe
-from tests.cluster import tiny_run
-ray.cloudpickle.register_pickle_by_value(tiny_run)
-train_job.train_loop = tiny_run.slow_loop
-tiny_run.PAUSE_S = 1.0  # five steps take longer than the longest pause between two kills
-train_job.POLL_S = float(sys.argv[2])
-sys.exit(train_job.run_training(load_recipe(sys.argv[1], [])).status != "finished")
-"""
 
 
 class Run:
@@ -55,7 +42,7 @@ class Run:
 
     def _start(self, poll_s=0.5):
         environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-        command = [sys.executable, "-c", DRIVER, str(self.recipe), str(poll_s)]
+        command = [sys.executable, Path(__file__).with_name("soak_driver.py"), str(self.recipe), str(poll_s)]
         return subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
 
     def note(self, line):
@@ -144,8 +131,8 @@ def test_any_number_of_kills_changes_nothing(tmp_path):
             run.driver.kill()
     print(f"{KILLS} kills, {time.monotonic() - began:.0f} s")  # noqa: T201
     assert history(config, "train/loss/total") == history(calm, "train/loss/total")
-    last = f"checkpoints/step_{STEPS:08d}/weights.safetensors"
-    assert (Path(config.run_folder) / last).read_bytes() == (Path(calm.run_folder) / last).read_bytes()
+    last, calm_last = (Path(newest_whole(Storage(), c.run_folder).url, "weights.safetensors") for c in (config, calm))
+    assert last.read_bytes() == calm_last.read_bytes()
     steps = list(range(EVERY, STEPS + 1, EVERY))
     assert [(e.step, e.status) for e in read_entries(Storage(), queue_url(config))] == [(s, "published") for s in steps]
     assert [step for step, _ in history(config, "val/PQ")] == steps

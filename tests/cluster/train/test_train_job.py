@@ -176,7 +176,7 @@ def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
     again = replace(config, name="evaluated-again")
     client = EvaluationClient(again, create_run(again))
     for step in range(EVERY, STEPS + 1, EVERY):
-        client.submit(CommittedCheckpoint(step, checkpoint_url(config.run_folder, step)))
+        client.submit(CommittedCheckpoint(step, checkpoint_url(config.run_folder, step, lease=1)))
     wait_for(lambda: (status := client.status()) and status.current)
     os.kill(ray_processes("EvaluationActor")[0].pid, signal.SIGKILL)
     wait_for(lambda: any(entry.settled for entry in client.entries()))
@@ -206,7 +206,7 @@ def test_a_run_lives_in_object_storage(cluster, folder, s3_endpoint):
     )
     summary = run_training(config)
     assert summary.status == "finished"
-    assert summary.checkpoint.url == f"s3://box/runs/remote/checkpoints/step_{EVERY:08d}"
+    assert summary.checkpoint.url == f"s3://box/runs/remote/checkpoints/step_{EVERY:08d}-1"
     assert [(entry.step, entry.status) for entry in summary.evaluations] == [(EVERY, "published")]
     assert [step for step, _ in history(config, "val/PQ")] == [EVERY]
     (evaluation,) = evaluate_checkpoint(config, summary.checkpoint.url, EVERY)

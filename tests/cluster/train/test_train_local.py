@@ -83,7 +83,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(make_config, calm, with
     assert read_adjustments(Storage(), config.run_folder).skipped == (Window(20, 28),)
     checkpoints = Path(config.run_folder) / "checkpoints"
     positions = [
-        json.loads((checkpoints / f"step_{step:08d}/state.json").read_text())["position"] for step in (3, 6, 9)
+        json.loads((checkpoints / f"step_{step:08d}-1/state.json").read_text())["position"] for step in (3, 6, 9)
     ]
     assert positions == [12, 32, 44]  # that of step 6 was taken again, from behind the spike
     losses = logged_losses(config)

@@ -12,13 +12,13 @@ from m2f.trainer.checkpoint.folder import (
     delete_old,
     fetch,
     file_entry,
+    folders_to_delete,
     list_checkpoints,
     newest_whole,
     pin,
     read_manifest,
     read_receipt,
     set_aside,
-    steps_to_delete,
     unpin,
     verify_sizes,
     write_receipt,
@@ -150,7 +150,7 @@ def test_old_checkpoints_go_and_pinned_ones_stay_until_unpinned(storage, run_fol
 def test_retention(committed, others, newest, keep, expected):
     urls = [f"s3://bucket/run/checkpoints/step_{step:08d}/manifest.json" for step in committed]
     urls += [f"s3://bucket/run/checkpoints/step_{step:08d}/engine/x.pt" for step in (*committed, *others)]
-    assert steps_to_delete(urls, newest, keep) == expected
+    assert folders_to_delete(urls, newest, keep) == tuple(f"step_{step:08d}" for step in expected)
 
 
 def test_the_newest_whole_checkpoint_is_not_one_with_a_file_cut_off(storage, run_folder, tmp_path):

@@ -1,0 +1,191 @@
+"""Taking and holding the lease of a run folder: one writer at a time, on local disks and in S3.
+
+A contender judges by its own clock and by reads that succeed. If the holder's beat changes, it is alive and the
+contender is refused. If the beat stays the same for `Timing.unchanged_s` of time in which the store answered, or if the
+holder provably ended, the contender takes the next number. A store that does not answer counts against nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.checkpoint.lease_record import (
+    LeaseRecord,
+    check_lease,
+    newest_number,
+    read_record,
+    record_url,
+    this_process,
+)
+from m2f.trainer.errors import LeaseHeldError, LeaseLostError
+
+INHERITED = "M2F_LEASE"
+"""Environment variable by which a driver works under the lease of its parent: NUMBER:NONCE."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds; tests use shorter ones."""
+
+    renew_s: float = 2.0
+    poll_s: float = 0.5
+    unchanged_s: float = 30.0
+    """How long a beat may stay the same, in time in which the store answers, before its holder counts as dead."""
+
+
+class Lease:
+    """A lease that this process holds and renews, or that its parent does."""
+
+    def __init__(self, storage: Storage, run_folder: str, record: LeaseRecord, timing: Timing, renews: bool) -> None:
+        self._storage, self._run_folder, self._record, self._timing = storage, run_folder, record, timing
+        self._renews = renews
+        self._lost: LeaseLostError | None = None
+        self._closing = threading.Event()
+        self._beats = 0
+        if renews:
+            self._beat()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def number(self) -> int:
+        """Travels with the job."""
+        return self._record.number
+
+    def environment(self) -> dict[str, str]:
+        """By which a child process works under this lease."""
+        return {INHERITED: f"{self._record.number}:{self._record.nonce}"}
+
+    def raise_if_lost(self) -> None:
+        """Raise LeaseLostError where the thread found a newer lease; asks the store nothing."""
+        if self._lost is not None:
+            raise self._lost
+
+    def check(self) -> None:
+        """Ask the store. Raises LeaseLostError where there is a newer lease."""
+        self.raise_if_lost()
+        check_lease(self._storage, self._run_folder, self.number)
+
+    def close(self) -> None:
+        """End the thread, and let the next contender take over at once."""
+        self._closing.set()
+        self._thread.join()
+        if self._renews and self._lost is None:
+            with suppress(StorageError):  # the next one waits until the beat is old
+                self._storage.put(f"{record_url(self._run_folder, self.number)}.released", b"")
+
+    def _keep(self) -> None:
+        while not self._closing.wait(self._timing.renew_s):
+            try:
+                check_lease(self._storage, self._run_folder, self.number)
+                if self._renews:
+                    self._beat()
+            except LeaseLostError as error:
+                self._lost = error
+                return
+            except StorageError:  # an outage counts against nobody: go on trying
+                continue
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._storage.put(f"{record_url(self._run_folder, self.number)}.beat", f"{self._beats}".encode())
+
+
+@contextmanager
+def hold_lease(
+    storage: Storage, run_folder: str, say: Callable[[str], None] = lambda line: None, timing: Timing | None = None
+) -> Iterator[Lease]:
+    """Hold the lease of a run folder during the block; before Ray starts and before any other write.
+
+    A process whose parent holds it (`Lease.environment`) works under that one. `say` hears why it takes longer.
+
+    Raises:
+        LeaseHeldError: another process trains in this folder.
+        StorageError: the store does not answer.
+    """
+    timing = timing or Timing()
+    inherited = os.environ.get(INHERITED, "")
+    record = _inherited_record(storage, run_folder, inherited) if inherited else None
+    renews = record is None
+    lease = Lease(storage, run_folder, record or take(storage, run_folder, say, timing), timing, renews)
+    try:
+        yield lease
+    finally:
+        lease.close()
+
+
+def take(storage: Storage, run_folder: str, say: Callable[[str], None], timing: Timing) -> LeaseRecord:
+    """Take the next lease of a run folder, after waiting where it is not clear whether its holder lives."""
+    while True:
+        number = newest_number(storage, run_folder)
+        if number:
+            _await_end(storage, run_folder, number, say, timing)
+        found = tuple(checkpoint.name for checkpoint in list_checkpoints(storage, run_folder))
+        record = LeaseRecord(number + 1, uuid.uuid4().hex, this_process(), found)
+        try:
+            storage.put(record_url(run_folder, record.number), record.to_json(), if_absent=True)
+        except ObjectExistsError:  # another contender was faster: judge it
+            continue
+        return record
+
+
+def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[str], None], timing: Timing) -> None:
+    """Return when the holder of a lease has ended or counts as dead. Raises LeaseHeldError when its beat changes."""
+    address = record_url(run_folder, number)
+    holder = read_record(storage, run_folder, number).holder
+    first: bytes | None = None
+    unchanged, seen, told = 0.0, None, False
+    while True:
+        try:
+            if storage.exists(f"{address}.released") or holder.is_dead():
+                return
+            beat = _read_beat(storage, f"{address}.beat")
+        except StorageError as error:
+            say(f"{run_folder}: waiting for the store, to see whether {holder} still trains here ({error})")
+            unchanged, seen = 0.0, None
+            time.sleep(timing.poll_s)
+            continue
+        now = time.monotonic()
+        if seen is None:
+            first = beat if first is None else first
+        else:  # a slow answer counts no longer than a quick one: the holder's writes are as slow
+            unchanged += min(now - seen, 2 * timing.poll_s)
+        seen = now
+        if beat != first:
+            raise LeaseHeldError(
+                f"{run_folder}: {holder} is training in this folder (lease {number}); wait until it ends, stop it, or "
+                "choose another name"
+            )
+        if unchanged >= timing.unchanged_s:
+            return
+        if not told and unchanged > 2 * timing.renew_s:
+            say(f"{run_folder}: {holder} holds lease {number}; waiting {timing.unchanged_s:.0f} s for a sign of life")
+            told = True
+        time.sleep(timing.poll_s)
+
+
+def _read_beat(storage: Storage, url: str) -> bytes:
+    try:
+        return storage.get(url)
+    except MissingObjectError:  # it died before its first beat, or is about to write it
+        return b""
+
+
+def _inherited_record(storage: Storage, run_folder: str, inherited: str) -> LeaseRecord | None:
+    """The parent's lease, if it is one of this run folder; else None, and this process takes its own."""
+    number, _, nonce = inherited.partition(":")
+    with suppress(MissingObjectError):
+        record = read_record(storage, run_folder, int(number))
+        if record.nonce == nonce:
+            check_lease(storage, run_folder, record.number)
+            return record
+    return None

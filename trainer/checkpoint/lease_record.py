@@ -1,0 +1,147 @@
+"""The numbered leases of a run folder: who may write to it, and which checkpoints each holder found.
+
+<run folder>/lease/
+    000003            record of lease 3: its holder and the checkpoints that it found; written once, if absent
+    000003.beat       renewed by the holder every few seconds
+    000003.released   the holder ended its work
+
+A lease is never taken away: its number is outdated as soon as a higher one exists. Everything that changes the folder
+checks its number first, and checkpoint folders carry the number, so that what an outdated holder writes late is
+complete, harmless and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.errors import CheckpointError, LeaseLostError
+
+_RECORD = re.compile(r"/lease/(\d{6,})$")
+_UNKNOWN = ""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process, so exactly that another process on its machine can tell whether it still runs."""
+
+    host: str
+    pid: int
+    boot: str = _UNKNOWN
+    """Boot id of the machine; empty where the system has none."""
+    namespace: str = _UNKNOWN
+    """Its pid namespace: in another one the same pid is another process."""
+    started: str = _UNKNOWN
+    """Start time of the process in clock ticks after boot: a pid is used again."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    def is_dead(self) -> bool:
+        """Whether it provably ended: this is its machine and namespace, and no process has its pid and start time."""
+        here = this_process()
+        if _UNKNOWN in (self.boot, self.namespace, self.started):
+            return False
+        if (self.boot, self.namespace) != (here.boot, here.namespace):
+            return False
+        return _start_time(self.pid) != self.started
+
+
+@dataclass(frozen=True)
+class LeaseRecord:
+    """One lease as it is stored."""
+
+    number: int
+    nonce: str
+    """Random, so that a repeated write of one contender is told from the write of another."""
+    holder: Holder
+    found: tuple[str, ...]
+    """Names of the checkpoint folders that were committed when the lease was taken."""
+
+    def to_json(self) -> bytes:
+        """As stored."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+
+def this_process() -> Holder:
+    """The process that asks."""
+    pid = os.getpid()
+    return Holder(
+        host=socket.gethostname(),
+        pid=pid,
+        boot=_text(Path("/proc/sys/kernel/random/boot_id")),
+        namespace=_link(Path("/proc/self/ns/pid")),
+        started=_start_time(pid),
+    )
+
+
+def record_url(run_folder: str, number: int) -> str:
+    """Where the record of a lease is stored."""
+    return join(run_folder, "lease", f"{number:06d}")
+
+
+def newest_number(storage: Storage, run_folder: str) -> int:
+    """Number of the newest lease; 0 where the folder never had one."""
+    matches = [_RECORD.search(url) for url in storage.list(join(run_folder, "lease"))]
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+def read_record(storage: Storage, run_folder: str, number: int) -> LeaseRecord:
+    """The record of a lease. Raises CheckpointError where it is not one of ours, MissingObjectError where it is not."""
+    url = record_url(run_folder, number)
+    data = storage.get(url)
+    try:
+        content = json.loads(data)
+        holder = Holder(**content["holder"])
+        return LeaseRecord(content["number"], content["nonce"], holder, tuple(content["found"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{url} cannot be read ({error}); if no process trains in this run folder, delete its folder lease/"
+        ) from error
+
+
+def check_lease(storage: Storage, run_folder: str, number: int) -> None:
+    """Raise LeaseLostError where a newer lease than `number` exists; 0 stands for a run without a lease."""
+    if number and storage.exists(record_url(run_folder, number + 1)):
+        holder = read_record(storage, run_folder, number + 1).holder
+        raise LeaseLostError(
+            f"{run_folder}: {holder} took this run over with lease {number + 1}, because the holder of lease {number} "
+            "gave no sign of life; this process ends and leaves the folder alone"
+        )
+
+
+def is_accepted(storage: Storage, run_folder: str, newest: int, number: int, names: Sequence[str]) -> frozenset[str]:
+    """Those of `names`, checkpoint folders written under lease `number`, that count while lease `newest` is the newest.
+
+    A commit counts if its lease is the newest one, or if the lease after its own found it.
+    """
+    if number >= newest:
+        return frozenset(names)
+    return frozenset(names) & frozenset(read_record(storage, run_folder, number + 1).found)
+
+
+def _start_time(pid: int) -> str:
+    """In clock ticks after boot; empty where no such process runs (one that only waits to be reaped does not)."""
+    stat = _text(Path(f"/proc/{pid}/stat"))
+    fields = stat.rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else _UNKNOWN
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return _UNKNOWN
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return _UNKNOWN
