@@ -6,11 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 
 def say(text: str = "") -> None:
@@ -63,13 +62,7 @@ class Progress:
         self._told: int | None = None
         self._bar: RichProgress | None = None
         if self._stream.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[pace]}"),
-            )
-            self._bar = RichProgress(*columns, console=Console(file=self._stream))
+            self._bar = _rich_progress(self._stream)
             self._task = self._bar.add_task(title, total=total, completed=done, pace="")
 
     def __enter__(self) -> Progress:
@@ -112,3 +105,12 @@ class Progress:
     def _write(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
+
+
+def _rich_progress(stream: TextIO) -> RichProgress:
+    """A live line. Imports rich, which a process without a terminal can do without."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}")
+    return Progress(*columns, console=Console(file=stream))

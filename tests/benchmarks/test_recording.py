@@ -135,9 +135,9 @@ def test_files_that_are_no_recording_are_refused(lossless, tmp_path):
 
 
 def test_training_from_a_recording_needs_few_packages():
-    missing = ("ray", "mlflow", "webdataset", "boto3", "pycocotools", "jsonschema", "rich")
-    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import benchmarks.train_recorded, m2f.trainer.worker"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+    missing = "ray,mlflow,webdataset,boto3,pycocotools,jsonschema,rich"
+    words = [REPOSITORY / "tests" / "import_without.py", missing, "benchmarks.train_recorded", "m2f.trainer.worker"]
+    subprocess.run([sys.executable, *words], check=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
 
 
 def losses_of(run_folder):

@@ -28,17 +28,6 @@ from m2f.data_pipeline.storage.storage import Storage
 
 CLUSTER = ClusterConfig(shard_tasks=2)
 
-DRIVER = """
-import json, sys
-from m2f.cluster.config import ClusterConfig
-from m2f.cluster.shard_job import run_shard_job
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
-from m2f.data_pipeline.storage import Storage
-dataset = DatasetConfig(shards=sys.argv[1], source=SyntheticSource(num_images=int(sys.argv[2])), shard_mb=0.05)
-report = run_shard_job("train", dataset, ClusterConfig(shard_tasks=1), Storage())
-print(json.dumps([report.num_shards, report.written_shards]))
-"""
-
 
 def digests(folder):
     names = sorted(p.relative_to(folder) for p in Path(folder).rglob("*") if p.suffix in (".tar", ".parquet"))
@@ -47,7 +36,7 @@ def digests(folder):
 
 def start_driver(folder, num_images):
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder), str(num_images)],
+        [sys.executable, Path(__file__).with_name("shard_driver.py"), str(folder), str(num_images)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,6 +8,7 @@ import time
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -36,6 +37,7 @@ from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
+from tests.waiting import PATIENCE_S
 
 RECIPE = """
 name: patient
@@ -123,13 +125,10 @@ def test_no_store_for_mlflow_beside_a_bucket(recipe, quiet):
 
 def test_tiny_shared_memory_as_a_container_has_it(quiet):
     """A real one, in a mount namespace."""
-    script = (
-        "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "
-        + sys.executable
-        + " -c '"
-        + "from m2f.cluster import doctor_machine as d; f = d.check_shared_memory(); print(f.state, f.detail)'"
-    )
-    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    check = [sys.executable, str(Path(__file__).with_name("shared_memory_main.py"))]
+    command = ["unshare", "--mount", "sh", "-c", mount, "sh", *check]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     if "not permitted" in done.stderr or "unshare" in done.stderr:
         pytest.skip("needs the right to make a mount namespace")
     assert done.stdout.startswith("failed 0.1 GiB free in /dev/shm"), done.stderr

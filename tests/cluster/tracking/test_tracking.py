@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -17,6 +19,7 @@ from mlflow import MlflowClient
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.journal import Journal
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking, TrackingError, create_run, tracking_uri
+from tests.waiting import PATIENCE_S, wait_until
 
 RECIPE = """
 name: tracked
@@ -68,7 +71,7 @@ def test_a_run_has_parameters_recipe_tags_metrics_and_artifacts(config, run, tmp
     tracking.log_metrics(2, {"loss": float("nan")})
     tracking.log_artifact(tmp_path / "table.txt", "evaluation")
     tracking.set_tag("note", "x")
-    assert tracking.finish("FINISHED")
+    assert tracking.finish("FINISHED", PATIENCE_S)
     client = MlflowClient(tracking_uri=run.uri)
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
@@ -87,15 +90,15 @@ def test_a_resumed_run_is_the_same_run_and_repeats_no_step(config, run):
     first = Tracking(run, "rank0", interval_s=0.05)
     for step in (1, 2, 3):
         first.log_metrics(step, {"loss": float(step)})
-    assert first.close()
+    assert first.close(PATIENCE_S)
     changed = dataclasses.replace(config, seed=7)
     again = create_run(changed)
     assert again == run
     second = Tracking(again, "rank0", interval_s=0.05)
     for step in (2, 3, 4, 5):  # from the checkpoint of step 1
         second.log_metrics(step, {"loss": float(step), "new": 0.0})
-    assert second.close()
-    assert Tracking(again, "driver", interval_s=0.05).finish("FINISHED")
+    assert second.close(PATIENCE_S)
+    assert Tracking(again, "driver", interval_s=0.05).finish("FINISHED", PATIENCE_S)
     assert history(run, "loss") == [(n, float(n)) for n in (1, 2, 3, 4, 5)]
     assert len(history(run, "new")) == 4
     assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.tags["resumed.seed"] == "7"
@@ -104,11 +107,11 @@ def test_a_resumed_run_is_the_same_run_and_repeats_no_step(config, run):
 def test_late_steps_that_the_store_does_not_have_are_kept(run):
     first = Tracking(run, "evaluation", interval_s=0.05)
     first.log_metrics(20, {"pq": 0.2})
-    assert first.close()
+    assert first.close(PATIENCE_S)
     second = Tracking(run, "evaluation", interval_s=0.05)
     second.log_metrics(10, {"pq": 0.1})
     second.log_metrics(20, {"pq": 0.2})
-    assert second.close()
+    assert second.close(PATIENCE_S)
     assert history(run, "pq") == [(10, 0.1), (20, 0.2)]
 
 
@@ -116,31 +119,24 @@ def test_steps_that_are_done_again_are_sent_once(run):
     tracking = Tracking(run, "driver", interval_s=0.02)
     for step in (1, 2, 1, 2):  # one batch, or two
         tracking.log_metrics(step, {"loss": float(step)})
-    deadline = time.monotonic() + 10
-    while len(history(run, "loss")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len(history(run, "loss")) == 2)
     for step in (2, 3, 4, 3, 2, 7, 6):  # 5 is missing, 6 comes late
         tracking.log_metrics(step, {"loss": float(step)})
-    tracking.close()
+    tracking.close(PATIENCE_S)
     again = Tracking(run, "driver", interval_s=0.02)
     for step in (7, 5, 6, 7, 5, 8, 1):
         again.log_metrics(step, {"loss": float(step)})
         if step == 6:
             again.set_tag("event.resumed", "points before and after it are sent apart")
-    again.close()
+    again.close(PATIENCE_S)
     assert history(run, "loss") == [(step, float(step)) for step in range(1, 9)]
 
 
 def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):
-    script = (
-        "import os, sys\nfrom m2f.cluster.tracking.tracking import *\n"
-        f"t = Tracking(TrackedRun(uri={run.uri!r}, run_id={run.run_id!r}, spool={run.spool!r}), 'rank0', 0.05)\n"
-        "for step in range(50): t.log_metrics(step, {'loss': step})\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], cwd=os.getcwd(), capture_output=True, timeout=60)
+    command = [sys.executable, Path(__file__).with_name("killed_writer.py"), run.uri, run.run_id, run.spool, "50"]
+    killed = subprocess.run(command, capture_output=True, timeout=PATIENCE_S)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert Tracking(run, "driver", interval_s=0.05).finish("FAILED")  # sends rank 0's journal too
+    assert Tracking(run, "driver", interval_s=0.05).finish("FAILED", PATIENCE_S)  # sends rank 0's journal too
     assert history(run, "loss") == [(n, float(n)) for n in range(50)]
 
 
@@ -149,7 +145,7 @@ def test_what_the_store_refuses_does_not_hold_up_the_rest(run, caplog):
     tracking.log_metrics(1, {"x" * 300: 1.0})  # MLflow takes keys of up to 250 characters
     tracking.set_tag("note", "x")
     tracking.log_metrics(2, {"loss": 1.0})
-    assert tracking.close()
+    assert tracking.close(PATIENCE_S)
     assert history(run, "loss") == [(2, 1.0)]
     assert "refuses 1 entries" in caplog.text
 
@@ -182,17 +178,16 @@ def start_server(folder, port):
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/server"]
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return process
-        except OSError:
-            time.sleep(0.2)
+
+    def is_up():
         assert process.poll() is None, (folder / "server.log").read_text()
-    raise AssertionError("the server did not start")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.suppress(OSError):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+
+    wait_until(is_up, "the MLflow server", pause_s=0.2)
+    return process
 
 
 @pytest.fixture
@@ -213,38 +208,38 @@ def test_outages_of_a_real_server_hold_up_nothing_and_lose_nothing(server_run, t
     run, port = server_run
     store = f"sqlite:///{tmp_path}/server.db"  # what the server has, also while it answers nobody
     tracking = Tracking(run, "rank0", interval_s=0.05)
-    started = time.monotonic()
     for step in range(100):
         tracking.log_metrics(step, {"loss": float(step)})
-    assert time.monotonic() - started < 1.0
     assert not tracking.close(timeout_s=0.2)  # nobody listens
     assert "wait in" in caplog.text
 
     server = start_server(tmp_path, port)
     try:
         tracking = Tracking(run, "rank0", interval_s=0.05)
-        while len(history(run, "loss", store)) < 100:
-            time.sleep(0.05)
+        wait_until(lambda: len(history(run, "loss", store)) == 100)
         os.killpg(server.pid, signal.SIGSTOP)  # takes connections, answers nobody
         (tmp_path / "results.json").write_text(json.dumps({"pq": 1}))
-        tracking.log_metrics(100, {"loss": 100.0})
+        started = time.monotonic()
+        for step in range(100, 120):
+            tracking.log_metrics(step, {"loss": float(step)})
         tracking.log_artifact(tmp_path / "results.json")
+        assert time.monotonic() - started < 60  # and not the 5 s of a request for each of them
         assert not tracking.close(timeout_s=0.5)
         os.killpg(server.pid, signal.SIGCONT)
         tracking = Tracking(run, "rank0", interval_s=0.05)
-        assert tracking.close()
-        assert history(run, "loss", store) == [(n, float(n)) for n in range(101)]
+        assert tracking.close(PATIENCE_S)
+        assert history(run, "loss", store) == [(n, float(n)) for n in range(120)]
 
         tracking = Tracking(run, "rank0", interval_s=0.05)
-        for step in range(101, 300):  # the server dies on the way, and is away for some of them
-            if step == 130:
+        for step in range(120, 300):  # the server dies on the way, and is away for some of them
+            if step == 150:
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
             tracking.log_metrics(step, {"loss": float(step)})
             time.sleep(0.005)
         server = start_server(tmp_path, port)
         tracking.log_metrics(300, {"loss": 300.0})
-        assert tracking.close(timeout_s=60)
+        assert tracking.close(PATIENCE_S)
         assert history(run, "loss", store) == [(n, float(n)) for n in range(301)]
         assert [a.path for a in MlflowClient(tracking_uri=run.uri).list_artifacts(run.run_id)] == ["results.json"]
     finally:

@@ -1,5 +1,7 @@
 import io
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.train.live_view import LiveView, sparkline
 from m2f.trainer.reporting import CommittedCheckpoint
+from tests.waiting import wait_until
 
 VALUES = {
     "loss/total": 31.25,
@@ -100,41 +103,20 @@ def test_a_sparkline_fits_its_width(values, width, line):
     assert sparkline(values, width) == line
 
 
-SCRIPT = """
-import pathlib, time
-from m2f.cluster.live_view import LiveView
-from m2f.cluster.progress import say
-view = LiveView("in-a-terminal", 1000)
-view.start()
-view.begin_attempt(2)
-for step in range(1, 31):
-    view.metrics(step, {values!r} | {{"loss/total": 60.0 - step}})
-view.event("skipped", 30, "the loss of img_7 is not finite")
-while not pathlib.Path({stop!r}).exists():
-    time.sleep(0.05)
-view.stop("finished")
-say("after the panel")
-time.sleep(60)
-"""
-
-
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed: no real terminal to look at")
 def test_a_real_terminal_shows_one_panel_below_the_log(tmp_path):
-    stop, script = tmp_path / "stop", tmp_path / "script.py"
-    script.write_text(SCRIPT.format(values=VALUES, stop=str(stop)))
+    stop = tmp_path / "stop"
     tmux = ["tmux", "-L", f"m2f-test-{os.getpid()}", "-f", "/dev/null"]
-    command = f"cd {Path.cwd()} && PYTHONPATH=. TERM=xterm-256color {sys.executable} {script}"
+    words = [sys.executable, str(Path(__file__).with_name("live_view_main.py")), json.dumps(VALUES), str(stop)]
+    command = f"cd {Path.cwd()} && PYTHONPATH=. TERM=xterm-256color {shlex.join(words)}"
     subprocess.run([*tmux, "new-session", "-d", "-x", "90", "-y", "24", command], check=True)
 
     def screen():
         return subprocess.run([*tmux, "capture-pane", "-p"], check=True, capture_output=True, text=True).stdout
 
     def wait_for(text):
-        deadline = time.monotonic() + 60
-        while text not in (seen := screen()):
-            assert time.monotonic() < deadline, seen
-            time.sleep(0.1)
-        return seen
+        wait_until(lambda: text in screen(), what=lambda: f"{text!r} in {screen()}", pause_s=0.1)
+        return screen()
 
     try:
         seen = wait_for("30 / 1,000")

@@ -4,17 +4,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.train import driver_restarts as restarts
 from m2f.cluster.train.driver_restarts import run_restarted
+from tests.waiting import PATIENCE_S, wait_until
+
+HERE = Path(__file__).parent
 
 RECIPE = """
 name: watched
@@ -30,15 +31,7 @@ def watched(folder, *overrides):
 
 def driver(folder: Path, ends: list[int]) -> list[str]:
     """A command whose runs end one after the other with these statuses, negative for a signal to itself."""
-    code = f"""
-import os, pathlib
-runs = pathlib.Path({str(folder)!r}, "runs.txt")
-number = len(runs.read_text()) if runs.exists() else 0
-runs.write_text("x" * (number + 1))
-end = {ends}[number]
-os.kill(os.getpid(), -end) if end < 0 else os._exit(end)
-"""
-    return [sys.executable, "-S", "-c", code]
+    return [sys.executable, "-S", str(HERE / "ending_driver.py"), str(folder / "runs.txt"), *map(str, ends)]
 
 
 def runs(folder: Path) -> int:
@@ -73,29 +66,17 @@ def test_a_driver_that_ends_by_itself_has_decided(tmp_path, waits, status):
     assert runs(tmp_path) == 1
 
 
-PARENT = """
-import sys
-from m2f.cluster.recipe import load_recipe
-from m2f.cluster.restarts import run_restarted
-sys.exit(run_restarted([sys.executable, "-S", "-c", sys.argv[2]], load_recipe(sys.argv[1])))
-"""
-SLEEPER = "import pathlib, time; pathlib.Path({path!r}).open('a').write('x'); time.sleep(60)"
-STOPPING = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); " + SLEEPER
-
-
 @pytest.fixture
 def start(tmp_path):
     """Starts a parent with a driver; waits until that runs. Returns both as psutil processes."""
     recipe, parents = tmp_path / "recipe.yaml", []
     recipe.write_text(RECIPE + f"output: {tmp_path}\n")
 
-    def run(code: str) -> tuple[psutil.Popen, psutil.Process]:
-        command = [sys.executable, "-c", PARENT, str(recipe), code.format(path=str(tmp_path / "runs.txt"))]
-        parents.append(psutil.Popen(command, cwd=Path(m2f.__file__).parents[1], stderr=subprocess.DEVNULL))
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "runs.txt").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    def run(manner: str) -> tuple[psutil.Popen, psutil.Process]:
+        driver = [sys.executable, "-S", HERE / "sleeping_driver.py", tmp_path / "runs.txt", manner]
+        command = [sys.executable, HERE / "restarting_parent.py", recipe, *driver]
+        parents.append(psutil.Popen([str(word) for word in command], stderr=subprocess.DEVNULL))
+        wait_until(lambda: parents[0].poll() is not None or ((tmp_path / "runs.txt").exists() and runs(tmp_path)))
         (child,) = parents[0].children()
         return parents[0], child
 
@@ -106,20 +87,20 @@ def start(tmp_path):
         parent.wait()
 
 
-@pytest.mark.parametrize(("code", "status"), [(STOPPING, 0), (SLEEPER, 128 + signal.SIGTERM)])
-def test_a_wish_to_stop_is_passed_on_and_heeded(start, tmp_path, code, status):
-    parent, child = start(code)
+@pytest.mark.parametrize(("manner", "status"), [("heeds", 0), ("ignorant", 128 + signal.SIGTERM)])
+def test_a_wish_to_stop_is_passed_on_and_heeded(start, tmp_path, manner, status):
+    parent, child = start(manner)
     os.kill(parent.pid, signal.SIGTERM)
-    assert parent.wait(30) == status
+    assert parent.wait(PATIENCE_S) == status
     assert not child.is_running()
     assert runs(tmp_path) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_the_driver_follows_a_parent_that_is_killed(start):
-    parent, child = start(STOPPING)
+    parent, child = start("heeds")
     parent.kill()
-    child.wait(30)
+    child.wait(PATIENCE_S)
 
 
 def test_plain_launch_has_no_driver_to_restart(tmp_path, capsys):

@@ -8,83 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from m2f.data_pipeline.config import (
-    CacheConfig,
-    DataConfig,
-    DatasetConfig,
-    LargeScaleJitter,
-    MixtureItem,
-    SyntheticSource,
-)
-from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.order.order import build_order
-from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.verify import verify
-from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
-
-SHARDING = """
-import sys
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
-from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import write_dataset
-from m2f.data_pipeline.storage import Storage
-folder, images = sys.argv[1], int(sys.argv[2])
-config = DatasetConfig(shards=folder, source=SyntheticSource(num_images=images, seed=8), shard_mb=0.05)
-write_dataset(open_reader(config.source), config, Storage())
-"""
-
-# Every finished step is one line, so that a killed reader goes on where the last whole line ends.
-READING = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_kills import read_steps
-folder, log, steps, workers, cache = sys.argv[2:]
-read_steps(folder, log, int(steps), int(workers), cache)
-"""
-
-BATCH = 4
-
-
-def read_steps(folder, log, steps, workers, cache):
-    """Go on with the log of (position, key, pixels) where it ends."""
-    path = Path(log)
-    whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    path.write_text("".join(whole))
-    manifest = Manifest.load(folder, Storage())
-    data = DataConfig(
-        train=(MixtureItem(dataset="a"),),
-        augment=LargeScaleJitter(size=48),
-        workers=workers,
-        chunk_mb=0.03,
-        lanes=6,
-        window=8,
-        cache=CacheConfig(folder=cache, max_gb=0.0002) if cache else None,
-    )
-    spec = LoaderSpec(global_batch=BATCH, micro_batch=2, rank=0, world=1, start_step=len(whole), seed=5)
-    loader = build_loader([manifest], build_order([manifest], 5, data), data, Storage(), spec)
-    with path.open("a") as file:
-        for step in islice(loader, steps - len(whole)):
-            rows = [
-                (position, key, hashlib.sha256(batch.images[row].numpy().tobytes()).hexdigest())
-                for batch in step.micro_batches
-                for row, (position, key) in enumerate(zip(batch.targets.position.tolist(), batch.keys, strict=True))
-            ]
-            file.write(json.dumps(rows) + "\n")
-            file.flush()
-    loader.close()
+from tests.data_pipeline.loading.reading_main import BATCH, read_steps
+from tests.data_pipeline.loading.sharding_main import undisturbed_shards
+from tests.waiting import PATIENCE_S
 
 
 def start(script, *words):
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    words = [str(word) for word in words]
-    return subprocess.Popen([sys.executable, "-c", script, *words], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(Path(__file__).with_name(script)), *(str(word) for word in words)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def kill_and_finish(begin, progress, total, kills, seed):
@@ -101,7 +39,7 @@ def kill_and_finish(begin, progress, total, kills, seed):
         process.stderr.close()
         assert progress() < total, f"finished before kill {kill}"
     last = begin()
-    _, errors = last.communicate(timeout=240)
+    _, errors = last.communicate(timeout=PATIENCE_S)
     assert last.returncode == 0, errors
 
 
@@ -110,16 +48,11 @@ def digests(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
-def undisturbed_shards(folder, images):
-    config = DatasetConfig(shards=str(folder), source=SyntheticSource(num_images=images, seed=8), shard_mb=0.05)
-    return write_dataset(open_reader(config.source), config, Storage())
-
-
 def kill_sharding(tmp_path, images, kills):
     whole = undisturbed_shards(tmp_path / "whole", images)
     folder = tmp_path / "killed"
     kill_and_finish(
-        lambda: start(SHARDING, folder, images),
+        lambda: start("sharding_main.py", folder, images),
         lambda: len(list(folder.glob("parts/*.parquet"))) + (folder / "dataset.json").exists(),
         len(list((tmp_path / "whole" / "parts").iterdir())) + 1,
         kills,
@@ -134,7 +67,7 @@ def kill_reading(tmp_path, images, steps, kills, workers):
     read_steps(manifest.url, tmp_path / "whole.log", steps, 0, "")
     log, cache = tmp_path / "killed.log", tmp_path / "cache"
     kill_and_finish(
-        lambda: start(READING, Path(__file__).parent, manifest.url, log, steps, workers, cache),
+        lambda: start("reading_main.py", manifest.url, log, steps, workers, cache),
         lambda: log.read_text().count("\n") if log.exists() else 0,
         steps,
         kills,

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from m2f.data_pipeline.order.order import Place, build_order
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
 from m2f.data_pipeline.shards.write import commit_manifest, plan_shards, write_shard
 from m2f.data_pipeline.storage.storage import Storage
+from tests.waiting import PATIENCE_S, wait_until
 
 TABLE = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "box", True, (200, 0, 0))))
 
@@ -379,10 +379,7 @@ def test_closing_leaves_no_process_and_no_thread(boxes, workers):
     next(loader)
     assert len(multiprocessing.active_children()) == workers
     loader.close()
-    deadline = time.monotonic() + 20
-    while leftover() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not leftover()
+    wait_until(lambda: not leftover(), what=lambda: f"the end of {leftover()}")
 
 
 def leftover():
@@ -399,30 +396,15 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(boxes):
         list(itertools.islice(loader, 20))
 
 
-TRAINING = """
-import time
-from torch.utils.data import DataLoader
-from m2f.data_pipeline.loader import _start_worker, _worker_context
-
-if __name__ == "__main__":
-    loader = iter(DataLoader(range(9), None, num_workers=2, multiprocessing_context=_worker_context(),
-                             worker_init_fn=_start_worker))
-    next(loader)
-    print(*(worker.pid for worker in loader._workers), flush=True)
-    time.sleep(60)
-"""
-
-
 @pytest.mark.slow
-def test_workers_end_with_a_killed_training(tmp_path):
-    (tmp_path / "training.py").write_text(TRAINING)
+def test_workers_end_with_a_killed_training():
     environment = os.environ | {"PYTHONPATH": str(Path(m2f.__file__).parents[1])}
-    command = [sys.executable, str(tmp_path / "training.py")]
+    command = [sys.executable, str(Path(__file__).with_name("training_main.py"))]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as training:
         workers = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]
         assert len(workers) == 2
         training.kill()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
     assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -8,13 +8,7 @@ import pytest
 
 from m2f.trainer.checkpoint.scratch import ScratchFolder, sweep
 
-KILLED = """
-import os, signal, tempfile
-tempfile.tempdir = {folder!r}
-from m2f.trainer.scratch import ScratchFolder
-(ScratchFolder("m2f-test-").path / "big.bin").write_bytes(b"x")
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+KILLED = Path(__file__).with_name("killed_with_scratch.py")
 
 
 @pytest.fixture
@@ -24,8 +18,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(temporary):
-    code = KILLED.format(folder=str(temporary))
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path.cwd()).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, KILLED, temporary], check=False).returncode == -signal.SIGKILL
     with ScratchFolder("m2f-test-") as used, ScratchFolder("m2f-other-") as other:
         (used / "file").write_text("kept")
         (temporary / "m2f-test-of-a-person").mkdir()

@@ -1,9 +1,9 @@
 import json
-import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import torch
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.telemetry.rank_stats import RankNumbers, joined_numbers, measure_rank, slow_ranks
 from m2f.trainer.telemetry.trace import Trace
+from tests.waiting import PATIENCE_S
 
 
 def read_lines(path):
@@ -18,14 +19,8 @@ def read_lines(path):
 
 
 def test_a_killed_process_loses_no_line(tmp_path):
-    script = (
-        "import os\nfrom m2f.data_pipeline.storage.storage import Storage\n"
-        "from m2f.trainer.telemetry.trace import Trace\n"
-        f"trace = Trace(Storage(), {str(tmp_path)!r}, 'now', 3)\n"
-        "for step in range(100): trace.write({'step': step})\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script], cwd=os.getcwd(), capture_output=True, timeout=60)
+    command = [sys.executable, Path(__file__).with_name("killed_tracer.py"), tmp_path, "100"]
+    killed = subprocess.run(command, capture_output=True, timeout=PATIENCE_S)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [line["step"] for line in read_lines(tmp_path / "traces/now/rank_0003.jsonl")] == list(range(100))
 

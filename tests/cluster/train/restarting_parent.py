@@ -1,0 +1,8 @@
+"""Runs a driver and restarts it: `restarting_parent.py RECIPE COMMAND...`."""
+
+import sys
+
+from m2f.cluster.recipe.load import load_recipe
+from m2f.cluster.train.driver_restarts import run_restarted
+
+sys.exit(run_restarted(sys.argv[2:], load_recipe(sys.argv[1])))
