@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from m2f.cluster.evaluation.actor import load_model, weights_url
+from m2f.cluster.evaluation.weights import model_classes, model_with_weights, weights_url
 from m2f.cluster.predict.choose_checkpoint import ChosenWeights
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import Progress
 from m2f.data_pipeline.categories import Category
-from m2f.data_pipeline.loading.loader import eval_batches, shared_categories
+from m2f.data_pipeline.loading.loader import eval_batches
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.preview import spread_indices
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.inference.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
+from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.evaluator import PREDICTS, Evaluator
 from m2f.eval.inference.layers import LayerAnalysis, LayerQuality
 from m2f.eval.report.panels import render_heat
@@ -35,6 +36,7 @@ class AnalysisSubject:
     model: Mask2Former
     dataset: str
     manifest: Manifest
+    classes: EvaluatedClasses
     indices: tuple[int, ...]
     storage: Storage
     step: int | None
@@ -43,7 +45,8 @@ class AnalysisSubject:
     def title(self) -> str:
         """Which images of what."""
         what = "weights" if self.step is None else f"checkpoint of step {self.step}"
-        return f"{self.dataset}: {len(self.indices)} of {self.manifest.num_samples} images, {what}"
+        title = f"{self.dataset}: {len(self.indices)} of {self.manifest.num_samples} images, {what}"
+        return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"
 
 
 def open_subject(
@@ -51,24 +54,23 @@ def open_subject(
 ) -> AnalysisSubject:
     """Load the model and choose images, spread evenly over the data set.
 
-    Raises DataError if the data set is not there or has other categories than the training data.
+    Raises DataError if the data set is not there or its classes contradict those of the model.
     """
     torch.set_num_threads(config.evaluation.threads)
-    manifest, trained = (
-        Manifest.load(config.datasets[name].shards, storage) for name in (dataset, config.data.train[0].dataset)
-    )
-    shared_categories([manifest, trained])
-    model = load_model(config, manifest, weights_url(weights.url, storage), storage).eval()
+    manifest, url = Manifest.load(config.datasets[dataset].shards, storage), weights_url(weights.url, storage)
+    known = model_classes(config, url, storage)
+    classes = evaluated_classes(manifest.categories, known, config.data.task, dataset)
+    model = model_with_weights(replace(config.model, num_classes=len(classes.model_classes)), url, storage)
     indices = spread_indices(manifest, num_images)
-    return AnalysisSubject(config, model, dataset, manifest, indices, storage, weights.step)
+    return AnalysisSubject(config, model, dataset, manifest, classes, indices, storage, weights.step)
 
 
 def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
     """Metrics of the predictions after every layer, for all tasks that the model can be evaluated on."""
-    config, categories = subject.config, subject.manifest.categories
+    config, categories = subject.config, subject.classes.categories
     evaluator = Evaluator(
         subject.model,
-        categories,
+        subject.classes,
         replace(config.evaluation, tasks=PREDICTS[config.data.task]),
         model_task=config.data.task,
         postprocess=config.model.postprocess,
@@ -82,7 +84,7 @@ def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
 
 def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[AttentionMass, dict[int, bytes]]:
     """Attention on matched objects and beside them, and PNGs by image id: maps of the first images' surest query."""
-    config, categories = subject.config, subject.manifest.categories
+    config, categories = subject.config, subject.classes.categories
     labels = categories.labels(config.data.task)
     classes = categories.for_task(config.data.task)
     mass, pictures = AttentionMass(), {}
@@ -90,6 +92,7 @@ def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[Atte
     for batch in _batches(subject):
         with torch.inference_mode(), recorded_attention(subject.model) as maps:
             predictions = subject.model(subject.model.normalise(batch.images.to(device), batch.sizes.to(device)))
+        predictions = subject.classes.select(predictions)
         for row, sample in enumerate(batch.samples):
             objects = matched_objects(batch, row, predictions, config.data.task, labels, config.model.loss)
             mass.update(maps, row, objects)
@@ -129,5 +132,5 @@ def _batches(subject: AnalysisSubject) -> Iterator[EvalBatch]:
             shortest_edge=settings.shortest_edge,
             max_size=settings.max_size,
         ):
-            yield batch
+            yield subject.classes.restrict(batch)
             progress.advance(len(batch.samples))

@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from m2f.cluster.evaluation.weights import model_with_weights
 from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.loading.loader import eval_batches
 from m2f.data_pipeline.shards.manifest import Manifest
-from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationSet
-from m2f.eval.errors import EvaluationError
+from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.evaluator import Evaluator
 from m2f.eval.report.dump import ResultDump
 from m2f.eval.results.states import EvaluationStates
-from m2f.model.config import ModelConfig
 from m2f.model.inference.cuda_graphs import replay_forward
-from m2f.model.mask2former import Mask2Former, build_model
-from m2f.model.weights.load import load_weights
-from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS
+from m2f.model.mask2former import Mask2Former
 
 IMAGES_PER_CALL = 8
 """Images that one call evaluates: enough to share a ranged read, few enough to spread over actors."""
@@ -41,6 +38,8 @@ class EvaluationTask:
     weights: str
     """Path or URL of the model's weights."""
     evaluated: EvaluationSet
+    model_classes: tuple[Category, ...] | None = None
+    """By label of the model; None where nothing says it: the model then has those of the data set."""
     drawn: tuple[int, ...] = ()
     """Rows of the manifest to draw panels of, one per call, in place of the evaluation of the set."""
     dump: str | None = None
@@ -76,7 +75,7 @@ class EvaluationActor:
         self._config = config
         self._storage = Storage(config.storage)
         self._manifests: dict[str, Manifest] = {}
-        self._loaded: tuple[tuple[str, str], Mask2Former] | None = None
+        self._loaded: tuple[tuple[str, int], Mask2Former] | None = None
 
     def ping(self) -> None:
         """Answer, as proof of life."""
@@ -95,10 +94,11 @@ class EvaluationActor:
         else:
             rows = call_rows(manifest, task.evaluated, settings.batch_size)[call]
             drawn = evaluated_rows(manifest, task.evaluated)[: settings.panels]
-        dump = None if task.dump is None else ResultDump(manifest.categories)
+        classes = classes_of(task, manifest, self._config)
+        dump = None if task.dump is None else ResultDump(classes.categories)
         evaluator = Evaluator(
-            self._model(task, manifest),
-            manifest.categories,
+            self._model(task, classes),
+            classes,
             settings,
             model_task=self._config.data.task,
             postprocess=self._config.model.postprocess,
@@ -106,7 +106,7 @@ class EvaluationActor:
             panel_ids=manifest.image_id[drawn].tolist(),
             dump=dump,
         )
-        states = EvaluationStates.empty(manifest.categories, settings.tasks, settings.extra_metrics)
+        states = EvaluationStates.empty(classes.categories, settings.tasks, settings.extra_metrics)
         batches = eval_batches(
             manifest,
             rows.tolist(),
@@ -116,7 +116,7 @@ class EvaluationActor:
             max_size=settings.max_size,
         )
         for batch in batches:
-            states.merge(evaluator.evaluate_batch(batch))
+            states.merge(evaluator.evaluate_batch(classes.restrict(batch)))
         if dump is not None:
             dump.store(self._storage, str(task.dump), call)
         return states.to_bytes()
@@ -126,46 +126,18 @@ class EvaluationActor:
             self._manifests[dataset] = Manifest.load(self._config.datasets[dataset].shards, self._storage)
         return self._manifests[dataset]
 
-    def _model(self, task: EvaluationTask, manifest: Manifest) -> Mask2Former:
-        wanted = task.weights, task.evaluated.dataset
+    def _model(self, task: EvaluationTask, classes: EvaluatedClasses) -> Mask2Former:
+        wanted = task.weights, len(classes.model_classes)
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # frees the memory of the last one first
-            model = load_model(self._config, manifest, task.weights, self._storage)
+            config = replace(self._config.model, num_classes=len(classes.model_classes))
+            model = model_with_weights(config, task.weights, self._storage)
             if self._config.evaluation.cuda_graphs:
                 replay_forward(model)
             self._loaded = wanted, model
         return self._loaded[1]
 
 
-def load_model(config: RunConfig, manifest: Manifest, weights: str, storage: Storage) -> Mask2Former:
-    """The recipe's model for the classes of a data set with these weights; see `model_with_weights`."""
-    num_classes = len(manifest.categories.for_task(config.data.task))
-    return model_with_weights(replace(config.model, num_classes=num_classes), weights, storage)
-
-
-def model_with_weights(config: ModelConfig, weights: str, storage: Storage) -> Mask2Former:
-    """The model with weights from a URL, a file or a local folder, for inference, on the GPU where there is one.
-
-    Raises EvaluationError if the weights are not those of the whole model, WeightsError if they are of another one.
-    """
-    model = build_model(config, pretrained_backbone=False)
-    with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
-        path = Path(weights)
-        if "://" in weights:
-            path = Path(folder) / weights.rpartition("/")[2]
-            storage.get_file(weights, path)
-        report = load_weights(model, path)
-    if not report.complete:
-        raise EvaluationError(
-            f"{weights} does not hold the whole model of the recipe with {config.num_classes} classes: {report}"
-        )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def weights_url(checkpoint: str, storage: Storage) -> str:
-    """Weights of a checkpoint folder, the moving average where it has one; other files and folders as they are."""
-    is_file = checkpoint.rsplit("/", 1)[-1].rpartition(".")[2] in ("safetensors", "pt", "pth", "pkl", "bin")
-    if is_file:
-        return checkpoint
-    found = (url for name in (AVERAGE, WEIGHTS) if storage.exists(url := join(checkpoint, name)))
-    return next(found, checkpoint)
+def classes_of(task: EvaluationTask, manifest: Manifest, config: RunConfig) -> EvaluatedClasses:
+    """What the model and the data set of a task have in common; raises DataError where they contradict each other."""
+    return evaluated_classes(manifest.categories, task.model_classes, config.data.task, task.evaluated.dataset)

@@ -10,15 +10,16 @@ from tempfile import TemporaryDirectory
 
 import ray
 
-from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask, call_rows, evaluated_rows, weights_url
+from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask, call_rows, classes_of, evaluated_rows
 from m2f.cluster.evaluation.pool import EvaluationPool
+from m2f.cluster.evaluation.weights import model_classes, weights_url
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import Progress
-from m2f.data_pipeline.loading.loader import shared_categories
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationSet
+from m2f.eval.inference.classes import evaluated_classes
 from m2f.eval.inference.evaluator import check_extra_metrics, check_tasks
 from m2f.eval.report.dump import join_dump
 from m2f.eval.report.evaluation_page import details_json, evaluation_page
@@ -77,7 +78,7 @@ def check_sets(config: RunConfig) -> None:
 
     Raises:
         ConfigError: tasks that a model of `data.task` cannot be evaluated on, or metrics that a set cannot have.
-        DataError: a set that does not exist or has other categories than the training data.
+        DataError: a set that does not exist or whose classes contradict those of the training data.
     """
     if not config.evaluation.sets:
         return
@@ -86,9 +87,11 @@ def check_sets(config: RunConfig) -> None:
         check_tasks(config.data.task, each.tasks)
     storage = Storage(config.storage)
     names = [config.data.train[0].dataset, *(s.dataset for s in config.evaluation.sets)]
-    categories = shared_categories([Manifest.load(config.datasets[name].shards, storage) for name in names])
-    for each in settings:
-        check_extra_metrics(categories, each.extra_metrics)
+    trained, *others = [Manifest.load(config.datasets[name].shards, storage).categories for name in names]
+    task = config.data.task
+    for each, name, table in zip(settings, names[1:], others, strict=True):
+        classes = evaluated_classes(table, trained.for_task(task), task, name)
+        check_extra_metrics(classes.categories, each.extra_metrics)
 
 
 def evaluate_sets(
@@ -106,8 +109,17 @@ def evaluate_sets(
         DataError, StorageError: a set cannot be read.
     """
     storage = Storage(config.storage)
+    weights = weights_url(checkpoint, storage)
+    classes = model_classes(config, weights, storage)
     return tuple(
-        _evaluate(config, storage, pool, checkpoint, step, s, on_progress, dump and join(dump, s.label))
+        _evaluate(
+            config,
+            storage,
+            pool,
+            EvaluationTask(weights, s, classes, dump=dump and join(dump, s.label)),
+            step,
+            on_progress,
+        )
         for s in config.evaluation.sets
     )
 
@@ -159,22 +171,22 @@ def _evaluate(
     config: RunConfig,
     storage: Storage,
     pool: EvaluationPool,
-    checkpoint: str,
+    task: EvaluationTask,
     step: int | None,
-    evaluated: EvaluationSet,
     on_progress: OnProgress,
-    dump: str | None,
 ) -> SetEvaluation:
+    evaluated, dump = task.evaluated, task.dump
     manifest = Manifest.load(config.datasets[evaluated.dataset].shards, storage)
     rows = evaluated_rows(manifest, evaluated)
     calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
-    task = EvaluationTask(weights_url(checkpoint, storage), evaluated, dump=dump)
+    classes = classes_of(task, manifest, config)
     settings = config.evaluation.for_set(evaluated)
-    states = EvaluationStates.empty(manifest.categories, settings.tasks, settings.extra_metrics)
+    states = EvaluationStates.empty(classes.categories, settings.tasks, settings.extra_metrics)
     subject = EvaluationSubject(
         dataset=evaluated.dataset,
         name=evaluated.name,
         fingerprint=manifest.fingerprint,
+        classes=classes.note,
         subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
         test_time=evaluated.test_time.describe(),
         step=step,
@@ -193,9 +205,9 @@ def _evaluate(
 
         pool.run(task, range(calls), take)
         check_complete(states, manifest.image_id[rows].tolist())
-        results = states.compute(manifest.categories, subject)
+        results = states.compute(classes.categories, subject)
     if dump is not None:
-        join_dump(storage, dump, calls, manifest.categories)
+        join_dump(storage, dump, calls, classes.categories)
     worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, qualities)
     return SetEvaluation(results, states.panels, worst)
 

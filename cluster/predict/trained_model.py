@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m2f.cluster.evaluation.actor import model_with_weights, weights_url
+from m2f.cluster.evaluation.weights import model_with_weights, read_identity, weights_url
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.load import load_recipe, parse_recipe
+from m2f.cluster.recipe.load import dump_recipe, load_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
+from m2f.cluster.recipe.same_model import require_same_model
 from m2f.data_pipeline.categories import TASKS, Category, Task, distinct_color
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.label_space import LabelSpace
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationConfig
@@ -21,6 +23,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
 from m2f.model.mask2former import Mask2Former
+from m2f.trainer.checkpoint.identity import METADATA_KEY, InputRules, ModelIdentity
 
 _RECIPE = "recipe.yaml"
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
@@ -41,25 +44,43 @@ class TrainedModel:
     """Sizes that images are resized to, and threads."""
     weights: str
     """Where the weights came from."""
+    recipe: str = ""
+    """The recipe (YAML) that made the model; empty where it is not known."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What every export says of itself."""
+        return ModelIdentity(
+            label_spaces=(LabelSpace(self.task, self.classes),),
+            input=InputRules(
+                shortest_edge=self.evaluation.shortest_edge,
+                max_size=self.evaluation.max_size,
+                pixel_mean=self.config.pixel_mean,
+                pixel_std=self.config.pixel_std,
+            ),
+            num_queries=self.config.transformer_decoder.num_queries,
+            recipe=self.recipe,
+        )
 
     def notes(self) -> dict[str, Any]:
         """What Hugging Face's files have no place for; `open_trained` reads it back."""
         categories = [
             {"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in self.classes
         ]
-        return {"task": self.task, "categories": categories}
+        return {"task": self.task, "categories": categories, METADATA_KEY: self.identity.to_json()}
 
 
 def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
     """Open the model that a word on the command line means.
 
-    `source` is a recipe, a folder or URL of a run or of one of its checkpoints, or a Hugging Face folder; `checkpoint`
-    as in `choose_checkpoint`.
+    `source` is a recipe, a folder or URL of a run or of one of its checkpoints, a file of weights that says what it is,
+    or a Hugging Face folder; `checkpoint` as in `choose_checkpoint`.
 
     Raises:
         ConfigError: the source is none of these, or the run has no such checkpoint.
-        DataError: the recipe's training data, which name the classes, are not there.
+        DataError: neither the weights name their classes nor are the recipe's training data there.
         WeightsError: the weights cannot be read or are of another model.
+        CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     folder = Path(source)
     if is_hugging_face_folder(folder):
@@ -67,7 +88,7 @@ def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) 
             raise ConfigError(f"{source} is a Hugging Face folder, which takes neither settings nor --checkpoint")
         return _open_hugging_face(folder)
     if folder.suffix in _WEIGHT_SUFFIXES:
-        raise ConfigError(f"{source} are weights alone; give the recipe of their model, and --checkpoint {source}")
+        return _open_weights(source, overrides, checkpoint)
     if "://" not in source and not folder.is_dir():
         return _open_run(load_recipe(source, overrides), checkpoint)
     return _open_folder(source if "://" in source else str(folder.resolve()), overrides, checkpoint)
@@ -86,18 +107,32 @@ def _open_folder(url: str, overrides: Sequence[str], checkpoint: str | None) -> 
     return _open_run(replace(config, output=parent, name=name), checkpoint)
 
 
+def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
+    """A file of weights that holds the recipe of its model."""
+    identity = read_identity(source, Storage()) if "://" in source or Path(source).is_file() else None
+    if identity is None or not identity.recipe or checkpoint is not None:
+        raise ConfigError(f"{source} are weights alone; give the recipe of their model, and --checkpoint {source}")
+    path = source if "://" in source else str(Path(source).resolve())
+    return _open_run(with_absolute_paths(parse_recipe(identity.recipe, overrides, source=source)), path)
+
+
 def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:
     storage = Storage(config.storage)
-    classes = _classes(config, storage)
     weights = choose_checkpoint(config, storage, checkpoint)
+    url = weights_url(weights.url, storage)
+    identity = read_identity(url, storage)
+    if identity is not None:
+        require_same_model(identity, config, weights.url)
+    classes = _classes(config, storage) if identity is None else identity.label_spaces[0].classes
     model_config = replace(config.model, num_classes=len(classes))
     return TrainedModel(
-        model=model_with_weights(model_config, weights_url(weights.url, storage), storage),
+        model=model_with_weights(model_config, url, storage),
         config=model_config,
         task=config.data.task,
         classes=classes,
         evaluation=config.evaluation,
         weights=weights.url,
+        recipe=dump_recipe(config),
     )
 
 
@@ -122,6 +157,7 @@ def _open_hugging_face(folder: Path) -> TrainedModel:
         raise WeightsError(f"{folder}: the task is {task!r}; one of {', '.join(TASKS)} is known")
     noted = described.notes.get("categories")
     known = None if noted is None else tuple(_category(entry) for entry in noted)
+    identity = read_identity(str(folder), Storage())
     usual = EvaluationConfig()
     return TrainedModel(
         model=model_with_weights(described.config, str(folder), Storage()),
@@ -134,6 +170,7 @@ def _open_hugging_face(folder: Path) -> TrainedModel:
             max_size=described.max_size or usual.max_size,
         ),
         weights=str(folder),
+        recipe="" if identity is None else identity.recipe,
     )
 
 

@@ -17,6 +17,7 @@ from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage
 from m2f.eval.errors import EvaluationError
+from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.test_time_augmentation import label_map
 from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
 from m2f.eval.metrics.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
@@ -101,13 +102,15 @@ def check_extra_metrics(categories: CategoryTable, metrics: Collection[ExtraMetr
 class Evaluator:
     """A model and what to measure of it. `model_task` is the task that it was trained for, so the classes it has.
 
+    With `EvaluatedClasses`, batches have gone through its `restrict`; a table alone says that the model has just these.
+
     The truth of every task comes from the same sample: a panoptic model gets PQ, AP of its things and mIoU in one pass.
     """
 
     def __init__(
         self,
         model: Mask2Former,
-        categories: CategoryTable,
+        classes: CategoryTable | EvaluatedClasses,
         config: EvaluationConfig,
         *,
         model_task: Task,
@@ -116,8 +119,12 @@ class Evaluator:
         panel_ids: Collection[int] = (),
         dump: ResultDump | None = None,
     ) -> None:
+        if isinstance(classes, CategoryTable):
+            classes = evaluated_classes(classes, None, model_task, "the data set")
+        categories = classes.categories
         check_tasks(model_task, config.tasks)
         check_extra_metrics(categories, config.extra_metrics)
+        self._classes = classes
         self._model = model.eval()
         self._categories = categories
         self._tasks, self._extra_metrics = config.tasks, config.extra_metrics
@@ -126,10 +133,10 @@ class Evaluator:
         self._panel_ids = frozenset(panel_ids)
         self._dump = dump
         self._device = next(model.parameters()).device
-        classes = categories.for_task(model_task)
-        self._is_thing = [c.is_thing for c in classes]
-        # From the model's classes to those of the instance task; -1 for stuff, which is never detected.
-        self._thing_labels = np.array([categories.labels("instance").get(c.id, -1) for c in classes])
+        evaluated = categories.for_task(model_task)
+        self._is_thing = [c.is_thing for c in evaluated]
+        # From the evaluated classes to those of the instance task; -1 for stuff, which is never detected.
+        self._thing_labels = np.array([categories.labels("instance").get(c.id, -1) for c in evaluated])
 
     @torch.inference_mode()
     def evaluate_batch(self, batch: EvalBatch) -> EvaluationStates:
@@ -157,12 +164,13 @@ class Evaluator:
         # Full precision and fixed algorithms: published numbers must not depend on the GPU that a batch met.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             predictions = self._model(self._model.normalise(images.to(self._device), sizes.to(self._device)))
-        if predictions.class_logits.shape[-1] != len(self._is_thing) + 1:
+        expected = len(self._classes.model_classes)
+        if predictions.class_logits.shape[-1] != expected + 1:
             raise EvaluationError(
-                f"the model has {predictions.class_logits.shape[-1] - 1} classes, the data set {len(self._is_thing)} "
+                f"the model has {predictions.class_logits.shape[-1] - 1} classes, the data set {expected} "
                 f"for its task; evaluate on a data set with the category table of training"
             )
-        return predictions
+        return self._classes.select(predictions)
 
     @torch.inference_mode()
     def score(self, batch: EvalBatch, predictions: Predictions, layer: int = -1) -> EvaluationStates:

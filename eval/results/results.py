@@ -34,6 +34,8 @@ class EvaluationSubject:
     """Of the data set's manifest."""
     subset: str | None = None
     """How the images were chosen, for example `first 500 of 5000`; None = all of them."""
+    classes: str | None = None
+    """Which classes are left out because the model or the data set lacks them; None: both have the same."""
     test_time: str | None = None
     """How images went through the model, where not in one pass of the whole image."""
     step: int | None = None
@@ -161,7 +163,8 @@ class EvaluationResults:
             parts.append(subject.test_time)
         if subject.step is not None:
             parts.append(f"checkpoint of step {subject.step}")
-        return ", ".join(parts) + f"  [data {subject.fingerprint[:12]}]"
+        title = ", ".join(parts) + f"  [data {subject.fingerprint[:12]}]"
+        return title if subject.classes is None else f"{title}\nSOME CLASSES: {subject.classes}"
 
 
 def _quality(quality: Quality | None) -> dict[str, float | None]:

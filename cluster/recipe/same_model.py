@@ -1,0 +1,63 @@
+"""Whether a recipe describes the model that made some weights, and what differs where it does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import yaml
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import dump_recipe, flatten_tree
+from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint.identity import ModelIdentity
+
+_FREE = re.compile(
+    r"model\.(loss\.|postprocess\.|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
+    r"|model\..*\.(dropout|checkpointing)$|model\.backbone\.options\.\w*drop\w*$"
+)
+"""Settings of `model` that may change under the same weights."""
+_OPTIONS = "model.backbone.options."
+"""Settings that are only written where they are not timm's own."""
+_OPTIMIZER = ("training.precision", "training.optimizer.layer_decay")
+"""Settings that the stored state of the optimizer depends on."""
+
+
+def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, ...]:
+    """Lines `setting: stored -> now` for two recipes (YAML) whose models differ.
+
+    Settings that only one of them has are of another version of this program and say nothing. With `optimizer` also
+    what the optimizer's state depends on.
+    """
+    before, after = (_settings(text, optimizer) for text in (stored, now))
+    shared = before.keys() & after.keys() | {key for key in before.keys() | after.keys() if key.startswith(_OPTIONS)}
+    return tuple(
+        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        for key in sorted(shared)
+        if before.get(key) != after.get(key)
+    )
+
+
+def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str) -> None:
+    """Raise ConfigError, naming settings with both values, where weights are of another task or model."""
+    if config.data.task not in identity.tasks:
+        raise ConfigError(
+            f"{weights} is a model for the task {' and '.join(identity.tasks)}, but data.task is {config.data.task}; "
+            f"set data.task={identity.tasks[0]}, or give the weights of another model"
+        )
+    changes = model_changes(identity.recipe, dump_recipe(config))
+    if changes:
+        raise ConfigError(
+            f"{weights} is another model than the recipe's; set these back, or give the weights of this model "
+            f"(weights -> recipe):\n  " + "\n  ".join(changes)
+        )
+
+
+def _settings(recipe: str, optimizer: bool) -> Mapping[str, str]:
+    flat = flatten_tree(yaml.safe_load(recipe) or {})
+    return {
+        key: value
+        for key, value in flat.items()
+        if (key.startswith("model.") and not _FREE.match(key) and key != _OPTIONS.rstrip("."))
+        or (optimizer and key in _OPTIMIZER)
+    }

@@ -1,0 +1,90 @@
+"""A model's classes brought into the order of a data set, and both without what the other lacks.
+
+Done once, before any metric: logits get the columns of the data set's table, annotations lose classes that the model
+does not have. Metrics, dumps and pictures then know one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2f.data_pipeline.categories import Category, CategoryTable, Task
+from m2f.data_pipeline.label_space import describe_subset, require_match
+from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
+from m2f.data_pipeline.transforms.collate import EvalBatch
+from m2f.model.structures import Predictions
+
+
+@dataclass(frozen=True)
+class EvaluatedClasses:
+    """What a model and a data set have in common."""
+
+    categories: CategoryTable
+    """Of the data set, without the classes that the model lacks."""
+    columns: tuple[int, ...] | None
+    """Label in the model of every class that is evaluated; None where the model has these classes in this order."""
+    model_classes: tuple[Category, ...]
+    """By label of the model."""
+    note: str | None = None
+    """One line that says what is left out; None where both have the same classes."""
+
+    def select(self, predictions: Predictions) -> Predictions:
+        """Class logits with one column per evaluated class; what other classes have goes to "no object".
+
+        The probabilities of the evaluated classes are those of the whole model.
+        """
+        if self.columns is None:
+            return predictions
+        return predictions._replace(class_logits=select_columns(predictions.class_logits, self.columns))
+
+    def restrict(self, batch: EvalBatch) -> EvalBatch:
+        """Annotations without the classes that the model lacks: their pixels have no label."""
+        known = self.categories.by_id.keys()
+        if all(s.category_id in known for sample in batch.samples for s in sample.annotation.segments):
+            return batch
+        return replace(batch, samples=tuple(_restricted(sample, known) for sample in batch.samples))
+
+
+def evaluated_classes(
+    table: CategoryTable, model_classes: Sequence[Category] | None, task: Task, data_name: str
+) -> EvaluatedClasses:
+    """Match a data set's table with the classes of a model for `task`; None: the model has the data set's classes.
+
+    Raises DataError with both tables' differing rows where they contradict each other.
+    """
+    own = table.for_task(task)
+    if model_classes is None:
+        return EvaluatedClasses(table, None, own)
+    names = {category.name for category in model_classes}
+    # Stuff of a data set is no class for instances, but a thing of the model by its name is a contradiction.
+    compared = tuple(c for c in table.categories if c in own or c.name in names)
+    found = require_match(model_classes, compared, "the model", data_name)
+    if found.labels == tuple(range(len(own))):
+        return EvaluatedClasses(table, None, tuple(model_classes))
+    label_of = {category.name: label for label, category in enumerate(model_classes)}
+    kept = CategoryTable(tuple(c for c in table.categories if c.name in label_of or c not in own))
+    columns = tuple(label_of[category.name] for category in kept.for_task(task))
+    note = describe_subset(found, "the model", data_name)
+    return EvaluatedClasses(kept, columns, tuple(model_classes), note)
+
+
+def select_columns(class_logits: Tensor, columns: Sequence[int]) -> Tensor:
+    """Logits [..., K + 1] of a model as [..., len(columns) + 1] of these of its classes, "no object" last."""
+    rest = [label for label in range(class_logits.shape[-1]) if label not in set(columns)]
+    nothing = class_logits[..., rest[-1:]] if len(rest) == 1 else class_logits[..., rest].logsumexp(-1, keepdim=True)
+    return torch.cat([class_logits[..., list(columns)], nothing], dim=-1)
+
+
+def _restricted(sample: DecodedSample, known: Collection[int]) -> DecodedSample:
+    annotation = sample.annotation
+    kept = tuple(s for s in annotation.segments if s.category_id in known)
+    seg = annotation.seg
+    if seg is not None:
+        gone = [s.id for s in annotation.segments if s.map == "seg" and s.category_id not in known]
+        seg = np.where(np.isin(seg, gone), seg.dtype.type(VOID_ID), seg)
+    return replace(sample, annotation=Annotation(seg=seg, inst=annotation.inst, segments=kept))
