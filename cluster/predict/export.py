@@ -18,6 +18,7 @@ from m2f.model.export.graphs import (
     write_onnx,
     write_program,
 )
+from m2f.trainer.checkpoint.identity import METADATA_KEY
 
 Format = Literal["official", "hugging_face", "torch_export", "onnx"]
 _SUFFIXES: dict[Format, str] = {"official": ".pth", "hugging_face": "", "torch_export": ".pt2", "onnx": ".onnx"}
@@ -43,9 +44,10 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
 
     `size` (height, width) fixes that of a graph's images.
     """
+    notes = {METADATA_KEY: trained.identity.to_json()}
     match format:
         case "official":
-            _whole(output, lambda path: write_official(trained.model, path))
+            _whole(output, lambda path: write_official(trained.model, path, notes))
             return "official Detectron2 checkpoint"
         case "hugging_face":
             _whole(output, lambda path: _write_hugging_face(trained, path))
@@ -54,7 +56,7 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
             model = trained.model.cpu()
             program = export_program(model, size)
             write = write_program if format == "torch_export" else write_onnx
-            _whole(output, lambda path: write(program, path))
+            _whole(output, lambda path: write(program, path, notes))
             sizes = "sides divisible by 32" if size is None else f"{size[0]} x {size[1]} pixels"
             return f"graph for any number of images with {sizes}"
         case _:

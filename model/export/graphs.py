@@ -49,9 +49,9 @@ def export_official(model: Mask2Former) -> dict[str, Tensor]:
     return _contiguous(to_official_names(model.state_dict()))
 
 
-def write_official(model: Mask2Former, path: Path) -> None:
-    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth)."""
-    torch.save({"model": export_official(model)}, path)
+def write_official(model: Mask2Former, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it."""
+    torch.save({"model": export_official(model), **(notes or {})}, path)
 
 
 def export_hugging_face(
@@ -123,9 +123,9 @@ def _allow_single_images(program: torch.export.ExportedProgram) -> None:
     program.range_constraints[images.meta["val"].shape[0].node.expr] = ValueRanges(1, _LARGEST)
 
 
-def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Save a graph that `torch.export.load` opens (.pt2)."""
-    torch.export.save(program, path)
+def write_program(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Save a graph that `torch.export.load` opens (.pt2), which gives the notes as `extra_files`."""
+    torch.export.save(program, path, extra_files=dict(notes or {}))
 
 
 def require_onnx() -> None:
@@ -135,14 +135,15 @@ def require_onnx() -> None:
         raise WeightsError(f"ONNX needs the packages {' and '.join(missing)}: pip install 'm2f[export]'")
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Save a graph as ONNX, weights inside. Raises WeightsError as `require_onnx`."""
+def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Save a graph as ONNX, weights inside, the notes as `metadata_props`. Raises WeightsError as `require_onnx`."""
     require_onnx()
     names = {"input_names": ["images"], "output_names": ["class_logits", "mask_logits"]}
     # Fused attention returns another memory layout than the plain form that the conversion puts in its place.
     with sdpa_kernel(SDPBackend.MATH):
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
     assert onnx_program is not None
+    onnx_program.model.metadata_props.update(notes or {})
     onnx_program.save(path)
 
 

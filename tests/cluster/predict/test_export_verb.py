@@ -21,6 +21,7 @@ from m2f.model.config import (
 )
 from m2f.model.export.graphs import export_hugging_face, export_official
 from m2f.model.mask2former import build_model
+from m2f.trainer.checkpoint.folder import Manifest, file_entry
 
 RECIPE = """
 name: small
@@ -127,7 +128,8 @@ def test_a_checkpoint_folder_is_opened_by_itself(tmp_path, model, recipe):
     folder.mkdir(parents=True)
     safetensors.torch.save_file(model.state_dict(), folder / "weights.safetensors")
     (folder / "recipe.yaml").write_text(recipe.read_text())
-    (folder / "manifest.json").write_text("{}")
+    files = {"weights.safetensors": file_entry(folder / "weights.safetensors")}
+    (folder / "manifest.json").write_bytes(Manifest(7, 1, 1, files).to_json())
     trained = open_trained(str(folder), (), None)
     assert trained.weights == str(folder)
     assert trained.config.num_classes == 3
