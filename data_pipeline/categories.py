@@ -37,7 +37,8 @@ class CategoryTable:
     def __post_init__(self) -> None:
         repeated = sorted(i for i, count in Counter(c.id for c in self.categories).items() if count > 1)
         if repeated:
-            raise DataError(f"category ids must be unique; these appear more than once: {repeated[:10]}")
+            rows = [f"{i}: {', '.join(c.name for c in self.categories if c.id == i)}" for i in repeated[:10]]
+            raise DataError(f"category ids must be unique; these appear more than once: {'; '.join(rows)}")
         if len(self.categories) > MAX_CATEGORIES:
             raise DataError(
                 f"{len(self.categories)} categories are more than {MAX_CATEGORIES}; this is no list of classes (were "

@@ -11,9 +11,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import CocoPanopticSource
 from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.label_space import require_match
 from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.readers import coco_json
 from m2f.data_pipeline.readers.coco_instances import check_annotations
@@ -71,7 +72,7 @@ class CocoPanopticReader:
         used = Counter(int(s["category_id"]) for record in records for s in record.segments)
         coco_json.require_known_categories(used, categories, path)
         if source.instances_json is not None:
-            records = _with_instances(records, categories, source.instances_json)
+            records = _with_instances(records, categories, source.instances_json, path)
         return cls(images, masks, categories, records, max_pixels)
 
     @cached_property
@@ -166,17 +167,45 @@ def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecor
 
 
 def _with_instances(
-    records: tuple[PanopticRecord, ...], categories: CategoryTable, path: str
+    records: tuple[PanopticRecord, ...], categories: CategoryTable, path: str, panoptic_path: str
 ) -> tuple[PanopticRecord, ...]:
-    """The same records with the instances of another file, which may know more images but not fewer."""
-    document = coco_json.read_document(path, ("images", "annotations"))
+    """The same records with the instances of another file, which may know more images but not fewer.
+
+    Its category ids are its own: classes are found in the panoptic table by name.
+    """
+    document = coco_json.read_document(path, ("images", "annotations", "categories"))
     images = coco_json.read_images(document, path)
     missing = {record.image.source_id for record in records} - {image.source_id for image in images}
     if missing:
         raise DataError(f"{path} lacks {len(missing)} images of the panoptic annotations: {some(sorted(missing))}")
     groups = coco_json.group_by_image(document, [record.image for record in records], path, strict=False)
-    check_annotations(groups, categories, path)
+    own = coco_json.read_categories(document, path, things_only=True)
+    check_annotations(groups, own, path)
+    used = {int(entry["category_id"]) for group in groups.values() for entry in group}
+    id_of = _ids_by_name([c for c in own.categories if c.id in used], categories, path, panoptic_path)
+    if any(own_id != panoptic_id for own_id, panoptic_id in id_of.items()):
+        groups = {
+            image: [{**entry, "category_id": id_of[int(entry["category_id"])]} for entry in group]
+            for image, group in groups.items()
+        }
     return tuple(replace(record, instances=groups[record.image.source_id]) for record in records)
+
+
+def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str, panoptic_path: str) -> dict[int, int]:
+    """Id in the instance file -> id in the panoptic file, of the classes that instances use.
+
+    Raises DataError where the panoptic file has no thing of that name.
+    """
+    if not used:
+        return {}
+    found = require_match(used, categories.categories, path, panoptic_path, ids=False)
+    if found.only_first:
+        raise DataError(
+            f"{path} has instances of {some(found.only_first)}, and {panoptic_path} has no category of that name; give "
+            "the same class the same name in both files"
+        )
+    places = [label for label in found.labels if label is not None]
+    return {c.id: categories.categories[place].id for c, place in zip(used, places, strict=True)}
 
 
 def _local_ids(ids: np.ndarray, source_ids: Sequence[int], path: Path) -> np.ndarray:
