@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,6 +15,7 @@ from m2f.model.weights.load import LoadReport, load_weights
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.checkpoint.resume import open_restart
 from m2f.trainer.checkpoint.saver import CheckpointSaver
+from m2f.trainer.checkpoint.weights import fetched_weights, known_class_rows, start_file
 from m2f.trainer.data import OpenData, TrainingData, open_batches
 from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.engine import Engine
@@ -99,9 +98,7 @@ def _build_model(job: TrainJob, storage: Storage, from_scratch: bool) -> tuple[M
     model = build_model(job.model, pretrained_backbone=from_scratch and weights is None)
     if weights is None:
         return model, None
-    if "://" not in weights:  # a file or a folder
-        return model, load_weights(model, weights)
-    with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
-        path = Path(folder) / Path(weights).name
-        storage.get_file(weights, path)
-        return model, load_weights(model, path)
+    weights = start_file(weights, storage)
+    rows = known_class_rows(job.identity, weights, storage)
+    with fetched_weights(weights, storage) as path:
+        return model, load_weights(model, path, rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from m2f.cluster.evaluation.weights import model_classes, model_with_weights, weights_url
+from m2f.cluster.evaluation.weights import model_classes, model_with_weights
 from m2f.cluster.predict.choose_checkpoint import ChosenWeights
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import Progress
@@ -26,6 +26,7 @@ from m2f.eval.report.panels import render_heat
 from m2f.eval.results.results import EvaluationSubject
 from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
 from m2f.model.mask2former import Mask2Former
+from m2f.trainer.checkpoint.weights import weights_url
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import ray
 
 from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask, call_rows, classes_of, evaluated_rows
 from m2f.cluster.evaluation.pool import EvaluationPool
-from m2f.cluster.evaluation.weights import model_classes, weights_url
+from m2f.cluster.evaluation.weights import model_classes
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import Progress
@@ -27,6 +27,7 @@ from m2f.eval.report.panels import contact_sheet
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject
 from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
 from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint.weights import weights_url
 
 
 @dataclass(frozen=True)

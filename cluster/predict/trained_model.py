@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m2f.cluster.evaluation.weights import model_with_weights, read_identity, weights_url
+from m2f.cluster.evaluation.weights import model_with_weights
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe, load_recipe, parse_recipe
@@ -24,6 +24,7 @@ from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
 from m2f.model.mask2former import Mask2Former
 from m2f.trainer.checkpoint.identity import METADATA_KEY, InputRules, ModelIdentity
+from m2f.trainer.checkpoint.weights import read_identity, weights_url
 
 _RECIPE = "recipe.yaml"
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")

@@ -14,6 +14,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.folder import RECIPE, list_checkpoints
 from m2f.trainer.checkpoint.identity import IDENTITY, ModelIdentity
+from m2f.trainer.checkpoint.weights import known_class_rows, start_file
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
 
@@ -32,10 +33,14 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
     """Compare a job with the newest checkpoint of its run folder; nothing without one.
 
     Raises CheckpointError for another task, other classes or another model, which `data.accept_changes` does not allow
-    either: weights and optimizer state would be taken for something else.
+    either: weights and optimizer state would be taken for something else. Raises DataError where a new run starts from
+    weights whose classes contradict those of its data.
     """
     assert job.identity is not None
-    for checkpoint in list_checkpoints(storage, job.run_folder):
+    checkpoints = list_checkpoints(storage, job.run_folder)
+    if not checkpoints and job.model.weights is not None:
+        known_class_rows(job.identity, start_file(job.model.weights, storage), storage)
+    for checkpoint in checkpoints:
         stored = _read(storage, checkpoint.url)
         if stored is None:
             continue

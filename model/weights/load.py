@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from m2f.model.weights.names import Layout, count_levels, detect_layout, is_igno
 _MAY_DIFFER = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_embed)\.")
 """Their first axis is the number of classes or queries, which another task may choose differently."""
 
+_CLASS_HEAD = re.compile(r"^transformer_decoder\.class_embed\.")
 _RELATIVE_POSITIONS = "relative_position_bias_table"
 _LISTED = 8
 
@@ -38,6 +39,8 @@ class LoadReport:
     """Left at their initialisation because the file does not have them."""
     unexpected: tuple[str, ...]
     """In the file but not in the model."""
+    class_rows: str | None = None
+    """How many rows of the class head came from the file, where its classes are others than the model's."""
 
     @property
     def complete(self) -> bool:
@@ -51,21 +54,30 @@ class LoadReport:
             if names:
                 more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
                 lines.append(f"{len(names)} {title}: {', '.join(names[:_LISTED])}{more}")
+        if self.class_rows is not None:
+            lines.append(self.class_rows)
         return "\n".join(lines)
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> LoadReport:
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor], class_rows: Sequence[int | None] | None = None
+) -> LoadReport:
     """Load a file, a folder (see `m2f.model.weights.files`) or a state dict into a Mask2Former.
 
     The names may be ours, the official ones, Hugging Face's, or those of published weights of a backbone alone. Class
-    head and queries of another size are skipped and reported. Raises WeightsError for an unreadable file, for weights
-    of another architecture, and if nothing matches; the model is then as before.
+    head and queries of another size are skipped and reported. `class_rows` gives for every class of the model its label
+    in the file, None for one that keeps its initialisation; "no object" is kept.
+
+    Raises WeightsError for an unreadable file, for weights of another architecture, and if nothing matches; the model
+    is then as before.
     """
     state = source if isinstance(source, Mapping) else read_state(source)
     name = "the given state dict" if isinstance(source, Mapping) else str(source)
     target = model.state_dict()
     layout = detect_layout(state)
     converted = _under_names_of(target, to_own_names(state, layout, count_levels(target)), layout)
+    if class_rows is not None:
+        _pick_class_rows(converted, target, class_rows)
     resized = _resize_position_biases(converted, target)
     found = [key for key in converted if key in target]
     different = [key for key in found if converted[key].shape != target[key].shape]
@@ -85,7 +97,23 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         skipped=tuple(_both_shapes(key, converted, target) for key in different),
         missing=tuple(key for key in target if key not in converted and not is_ignored(key)),
         unexpected=tuple(key for key in converted if key not in target and not is_ignored(key)),
+        class_rows=None if class_rows is None else _describe_rows(class_rows),
     )
+
+
+def _pick_class_rows(state: dict[str, Tensor], target: Mapping[str, Tensor], rows: Sequence[int | None]) -> None:
+    """Give the class head [K + 1, ...] of a file, in place, the rows of the model's classes."""
+    for key in [key for key in state if _CLASS_HEAD.match(key) and key in target]:
+        picked = target[key].clone().to(state[key].dtype)
+        for label, row in enumerate([*rows, len(state[key]) - 1]):
+            if row is not None:
+                picked[label] = state[key][row]
+        state[key] = picked
+
+
+def _describe_rows(rows: Sequence[int | None]) -> str:
+    known = sum(row is not None for row in rows)
+    return f"class head: the rows of {known} known classes and of no object are kept, {len(rows) - known} begin anew"
 
 
 def _under_names_of(target: Mapping[str, Tensor], state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -1,0 +1,97 @@
+"""Weights of a checkpoint or from elsewhere: where they lie, whether they are whole, and what they mean."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from m2f.data_pipeline.label_space import match_classes, require_match
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
+from m2f.trainer.checkpoint.folder import AVERAGE, MANIFEST, WEIGHTS, file_entry, read_manifest
+from m2f.trainer.checkpoint.identity import IDENTITY, METADATA_KEY, ModelIdentity, read_metadata
+from m2f.trainer.errors import CheckpointError
+
+_SUFFIXES = ("safetensors", "pt", "pth", "pkl", "bin")
+
+
+def weights_url(checkpoint: str, storage: Storage) -> str:
+    """Weights of a checkpoint folder, the moving average where it has one; other files and folders as they are."""
+    is_file = checkpoint.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
+    if is_file:
+        return checkpoint
+    found = (url for name in (AVERAGE, WEIGHTS) if storage.exists(url := join(checkpoint, name)))
+    return next(found, checkpoint)
+
+
+def start_file(weights: str, storage: Storage) -> str:
+    """What `model.weights` means: of a checkpoint folder its weights, not their average; else the path or URL itself."""
+    is_file = weights.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
+    url = join(weights, WEIGHTS)
+    return url if not is_file and storage.exists(url) else weights
+
+
+@contextmanager
+def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
+    """A local path of weights from a URL, a file or a local folder.
+
+    Those of a checkpoint are compared with its manifest: raises CheckpointError naming file and checkpoint where a bit
+    differs.
+    """
+    with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
+        path = Path(weights)
+        if "://" in weights:
+            path = Path(folder) / weights.rpartition("/")[2]
+            storage.get_file(weights, path)
+        _check(weights, path, storage)
+        yield path
+
+
+def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
+    """What weights say of themselves: a checkpoint's folder, else the file or the Hugging Face folder. None without.
+
+    Raises CheckpointError where it is there and damaged.
+    """
+    folder, _, name = weights.rpartition("/")
+    if name in (AVERAGE, WEIGHTS) and storage.exists(url := join(folder, IDENTITY)):
+        with fetched_weights(url, storage) as path:
+            return ModelIdentity.from_json(path.read_bytes(), url)
+    if "://" not in weights and Path(weights).is_dir():
+        if not is_hugging_face_folder(weights):
+            return None
+        text = read_hugging_face_config(weights).notes.get(METADATA_KEY)
+        return None if text is None else ModelIdentity.from_json(text, f"{weights}/config.json")
+    if "://" not in weights:
+        return read_metadata(weights)
+    with fetched_weights(weights, storage) as path:
+        return read_metadata(path)
+
+
+def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Storage) -> tuple[int | None, ...] | None:
+    """For every class of a new run its label in the weights that it starts from, by name; None: take the head as it is.
+
+    Raises DataError with both tables' rows where they contradict each other.
+    """
+    found = None if identity is None else read_identity(weights, storage)
+    if identity is None or found is None:
+        return None
+    new, old = identity.label_spaces[0].classes, found.label_spaces[0].classes
+    match = match_classes(new, old, ids=False)
+    if match.kind == "conflict" and any(label is not None for label in match.labels):
+        require_match(new, old, "the training data", weights, ids=False)
+    return None if match.labels == tuple(range(len(old))) else match.labels
+
+
+def _check(weights: str, path: Path, storage: Storage) -> None:
+    """Compare a file of a checkpoint with the manifest beside it, where there is one."""
+    folder, _, name = weights.rpartition("/")
+    if name not in (AVERAGE, WEIGHTS, IDENTITY) or not storage.exists(join(folder, MANIFEST)):
+        return
+    stated = read_manifest(storage, folder).files.get(name)
+    if stated is not None and file_entry(path) != stated:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: the checksum of {name} differs from the manifest's; copy it again, or "
+            "use another checkpoint"
+        )
