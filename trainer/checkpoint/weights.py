@@ -27,7 +27,7 @@ def weights_url(checkpoint: str, storage: Storage) -> str:
 
 
 def start_file(weights: str, storage: Storage) -> str:
-    """What `model.weights` means: of a checkpoint folder its weights, not their average; else the path or URL itself."""
+    """What `model.weights` means: of a checkpoint folder its weights, not their average; else itself."""
     is_file = weights.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
     url = join(weights, WEIGHTS)
     return url if not is_file and storage.exists(url) else weights
