@@ -1,0 +1,214 @@
+"""The first minutes on a GPU, in three calls of under ten minutes: what must be known first comes first.
+
+    python -m benchmarks.first_gpu_minutes call 1|2|3 [--out FOLDER] [--recording FILE] [--dry-run]
+
+Every step is a process of its own with a time box, so that one that fails or hangs costs its box only. In the folder:
+results.jsonl with a line per step, log_N.txt with all that was printed. A table comes last. `step NAME` in place of
+`call N` runs one step here. A dry run takes the CPU and small sizes, and leaves out what only a GPU can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+WORTH_STARTING_S = 15.0
+"""A step with less time left is not started."""
+BRIEF = 400
+"""Characters of a finding in the table; results.jsonl has all of it."""
+State = Literal["ok", "skipped", "failed", "timeout", "no time"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One question to the GPU."""
+
+    name: str
+    """Of a function of `module`, too."""
+    module: str
+    """In `benchmarks.gpu`."""
+    seconds: float
+    """Its time box."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Steps that share a loan of the GPU, in the order of importance."""
+
+    seconds: float
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a step."""
+
+    step: str
+    state: State
+    seconds: float
+    found: object
+    """As JSON holds it: what the step returned, or an error or reason as text."""
+
+    def line(self) -> str:
+        """For a person."""
+        return f"{self.step:<16} {self.state:<8} {self.seconds:5.0f} s  {json.dumps(self.found)[:BRIEF]}"
+
+
+CALLS = {
+    "1": Call(
+        480,
+        (
+            Step("machine", "correctness", 90),
+            Step("msda", "kernels", 150),
+            Step("sdpa", "kernels", 60),
+            Step("parity", "correctness", 90),
+            Step("engine", "engine_matrix", 150),
+            Step("graphs", "correctness", 60),
+            Step("augment", "correctness", 30),
+            Step("probe", "correctness", 45),
+            Step("determinism", "correctness", 60),
+        ),
+    ),
+    "2": Call(
+        575,
+        (
+            Step("ceilings", "speed", 30),
+            Step("bench_msda", "speed", 70),
+            Step("step_b2", "speed", 75),
+            Step("bench_train", "speed", 200),
+            Step("bench_inference", "speed", 60),
+            Step("bench_zero", "speed", 60),
+            Step("profile", "speed", 70),
+            Step("bench_rest", "speed", 60),
+        ),
+    ),
+    "3": Call(
+        510,
+        (
+            Step("train", "runs", 300),
+            Step("rewrites", "rewrites", 200),
+            Step("sanitizer", "runs", 100),
+        ),
+    ),
+}
+STEPS = {step.name: step for call in CALLS.values() for step in call.steps}
+
+
+def run_call(number: str, arguments: Sequence[str], out: Path) -> list[Result]:
+    """All steps of a call that there is time for, each printed when it is done."""
+    call, began, results = CALLS[number], time.monotonic(), []
+    for step in call.steps:
+        left = call.seconds - (time.monotonic() - began)
+        if left < WORTH_STARTING_S:
+            result = Result(step.name, "no time", 0.0, None)
+        else:
+            result = _in_process(step, arguments, out, min(step.seconds, left), out / f"log_{number}.txt")
+        results.append(result)
+        print(result.line(), flush=True)
+    return results
+
+
+def _in_process(step: Step, arguments: Sequence[str], out: Path, box_s: float, log: Path) -> Result:
+    began, lines = time.monotonic(), len(_recorded(out))
+    with log.open("a", encoding="utf-8") as text:
+        text.write(f"\n==== {step.name}\n")
+        text.flush()
+        process = subprocess.Popen(
+            command_of(step, arguments), cwd=ROOT, stdout=text, stderr=text, start_new_session=True
+        )
+        try:
+            status = process.wait(box_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            process.wait()
+            result = Result(step.name, "timeout", time.monotonic() - began, f"longer than {box_s:.0f} s")
+            _record(result, out)
+            return result
+    recorded = _recorded(out)[lines:]
+    if recorded:
+        return recorded[-1]
+    result = Result(step.name, "failed", time.monotonic() - began, f"exit status {status}, see {log.name}")
+    _record(result, out)
+    return result
+
+
+def command_of(step: Step, arguments: Sequence[str]) -> list[str]:
+    """The process of a step, started in the repository."""
+    return [sys.executable, "-u", "-m", "benchmarks.first_gpu_minutes", "step", step.name, *arguments]
+
+
+def run_step(step: Step, out: Path, recording: Path | None, dry: bool) -> Result:
+    """One step in this process; its result is added to results.jsonl."""
+    began = time.monotonic()
+    state: State = "ok"
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    try:
+        import torch
+
+        from benchmarks.gpu.stage import Skipped, Stage
+
+        stage = Stage(torch.device("cpu" if dry else "cuda"), out, recording)
+        function = getattr(importlib.import_module(f"benchmarks.gpu.{step.module}"), step.name)
+        try:
+            found: object = function(stage)
+        except Skipped as reason:
+            state, found = "skipped", str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        state, found = "failed", f"{type(error).__name__}: {str(error)[:500]}"
+    result = Result(step.name, state, round(time.monotonic() - began, 1), found)
+    _record(result, out)
+    return result
+
+
+def _record(result: Result, out: Path) -> None:
+    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(result), default=str) + "\n")
+
+
+def _recorded(out: Path) -> list[Result]:
+    file = out / "results.jsonl"
+    if not file.is_file():
+        return []
+    return [Result(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 where a step failed or took too long."""
+    parser = argparse.ArgumentParser(prog="first_gpu_minutes", allow_abbrev=False)
+    parser.add_argument("kind", choices=("call", "step"))
+    parser.add_argument("name", choices=(*CALLS, *STEPS), metavar="NAME", help="1, 2 or 3, or the name of a step")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results; default runs/gpu")
+    parser.add_argument("--recording", type=Path, help="what benchmarks.record_batches wrote, for the step `train`")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small sizes")
+    arguments = parser.parse_args(argv)
+    if (arguments.kind == "call") != (arguments.name in CALLS):
+        parser.error(f"there is no {arguments.kind} {arguments.name}")
+    out = arguments.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    recording = None if arguments.recording is None else arguments.recording.absolute()
+    if arguments.kind == "step":
+        result = run_step(STEPS[arguments.name], out, recording, arguments.dry_run)
+        print(result.line())
+        return int(result.state == "failed")
+    passed = ["--out", str(out), *([] if recording is None else ["--recording", str(recording)])]
+    results = run_call(arguments.name, [*passed, *(["--dry-run"] if arguments.dry_run else [])], out)
+    print("\n".join(["", *(result.line() for result in results)]))
+    return int(any(result.state in ("failed", "timeout") for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Whether training and inference on this GPU give what they give on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.stage import Scene, Stage, described, make_scene, milliseconds, small_model
+from benchmarks.measure import count_waits
+from m2f.data_pipeline.transforms.augment_on_device import Axis, Cuts, render
+from m2f.model.config import TimmBackboneConfig
+from m2f.model.mask2former import build_model
+from m2f.trainer.memory import probe as memory_probe
+
+LIBRARIES = (
+    *("torch", "triton", "torchvision", "timm", "transformers", "deepspeed", "pydantic", "numpy", "scipy"),
+    *("opencv-python-headless", "pyarrow", "pycocotools", "safetensors"),
+)
+USED = (
+    *("m2f.trainer.worker", "m2f.trainer.engine.engine", "m2f.eval.inference.evaluator", "m2f.cluster.predict.predict"),
+    *(
+        "benchmarks.train_recorded",
+        "benchmarks.bench_train_step",
+        "benchmarks.bench_inference",
+        "benchmarks.bench_zero",
+    ),
+)
+"""What the other steps import, and what a person with this machine would use."""
+REPORTS = (("nvidia-smi",), ("nvcc", "--version"), ("free", "-g"), ("df", "-h", "/tmp", "/dev/shm"))
+
+
+def machine(stage: Stage) -> dict[str, object]:
+    """The machine, its libraries, and whether all modules can be imported."""
+    for command in REPORTS:
+        if shutil.which(command[0]) is not None:
+            print(subprocess.run(command, capture_output=True, text=True).stdout, flush=True)
+    versions: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    failures: dict[str, str] = {}
+    for name in USED:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            failures[name] = described(error)
+    facts: dict[str, object] = {"versions": versions, "imports that fail": failures, "cores": os.cpu_count()}
+    if not stage.dry:
+        gpu = torch.cuda.get_device_properties(stage.device)
+        facts["GPU"] = f"{gpu.name}, {gpu.multi_processor_count} SM, {gpu.total_memory / 2**30:.0f} GiB"
+        facts["cuDNN"], facts["NCCL"] = torch.backends.cudnn.version(), torch.cuda.nccl.version()
+        facts["TF32"] = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    return facts
+
+
+def parity(stage: Stage) -> dict[str, object]:
+    """One step on the CPU in fp32 and here in fp32 and bf16: losses, gradients, and what the host waits for."""
+    torch.backends.cudnn.allow_tf32 = False
+    size = stage.pick(256, 64)
+
+    def run(precision: str, device: torch.device) -> tuple[Scene, Tensor, dict[str, Tensor]]:
+        scene = make_scene(stage.config, 2, size, precision, device, objects=6)  # type: ignore[arg-type]
+        losses = scene.module(scene.batch, scene.normalizers)
+        losses.total.backward()
+        gradients = {n: p.grad.float().cpu() for n, p in scene.module.named_parameters() if p.grad is not None}
+        return scene, losses.terms.float().cpu(), gradients
+
+    _, exact, expected = run("fp32", torch.device("cpu"))
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()])
+    facts: dict[str, object] = {}
+    for precision in ("fp32", "bf16_autocast"):
+        scene, terms, found = run(precision, stage.device)
+        together = torch.cat([found[name].flatten() for name in expected])
+        facts[precision] = {
+            "loss": f"{float((terms - exact).abs().max() / exact.abs().max()):.1e}",
+            "gradient": f"{float((together - whole).norm() / whole.norm()):.1e}",
+            "waits": count_waits(scene.backward, stage.device),
+        }
+    return facts
+
+
+def graphs(stage: Stage) -> dict[str, object]:
+    """Inference that replays CUDA graphs against the pass as it is, for sizes in turn."""
+    stage.need_gpu()
+    from m2f.model.inference.cuda_graphs import ReplayedForward
+
+    torch.manual_seed(0)
+    model = build_model(stage.config, pretrained_backbone=False).to(stage.device).eval()
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    facts: dict[str, object] = {}
+    for name, half in (("fp32", False), ("bf16", True)):
+        replayed, worst = ReplayedForward(model.forward), 0.0
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=half), exact:
+            for height, width in 5 * ((800, 1344), (640, 640), (512, 768)):
+                pixels = torch.randn(1, 3, height, width, device=stage.device).to(memory_format=torch.channels_last)
+                pairs = zip(replayed(pixels), model.forward(pixels), strict=True)
+                worst = max(worst, *(float((a.float() - b.float()).abs().max()) for a, b in pairs))
+            facts[name] = {
+                "worst": f"{worst:.1e}",
+                "as it is": f"{milliseconds(lambda pixels=pixels: model.forward(pixels), stage.device)} ms",
+                "replayed": f"{milliseconds(lambda pixels=pixels, run=replayed: run(pixels), stage.device)} ms",
+                "recorded sizes": sum(recording is not None for recording in replayed._recordings.values()),
+            }
+    return facts
+
+
+def augment(stage: Stage) -> dict[str, object]:
+    """Images cut, resized and coloured on the device against the same on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randint(0, 256, (4, 480, 640, 3), dtype=torch.uint8, generator=generator)
+    nothing = float("nan")
+    color = [
+        [0.0, nothing, nothing, nothing, nothing],
+        [1.0, 10.0, 1.2, 0.8, 9.0],
+        [0.0, -20.0, 0.7, 1.3, -9.0],
+        [0.0, nothing, 1.1, nothing, 3.0],
+    ]
+
+    def axis(*columns: tuple[float, ...]) -> Axis:
+        return Axis(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+
+    scale = (0.5, 2.0, 1.3, 0.31)
+    cuts = Cuts(
+        rows=axis((480, 240, 400, 480), scale, (0, 13, 0, 0), (240, 300, 384, 148)),
+        columns=axis((640, 320, 500, 640), scale, (0, 7, 3, 0), (320, 384, 384, 198)),
+        flip=torch.tensor([False, True, False, True]),
+        area=torch.tensor([True, False, False, True]),
+        antialias=False,
+        color=torch.tensor(color),
+        colored=True,
+    )
+    here, there = sources.to(stage.device), cuts.to(stage.device)
+    canvas = (384, 384)
+    gap = (render(sources, cuts, canvas).int() - render(here, there, canvas).cpu().int()).abs()
+    return {
+        "largest difference": int(gap.max()),
+        "share that differs": f"{float((gap > 0).float().mean()):.1e}",
+        "ms": milliseconds(lambda: render(here, there, canvas), stage.device, 5),
+    }
+
+
+def probe(stage: Stage) -> dict[str, object]:
+    """The memory probe says what does not fit, and leaves weights, statistics and random numbers as they were."""
+    native = TimmBackboneConfig(name="resnet10t", norm="native", options={"channels": (16, 32, 48, 64)})
+    scene = make_scene(replace(small_model(), backbone=native), 2, 64, "fp32", stage.device, objects=5)
+    before = {name: tensor.clone() for name, tensor in scene.module.state_dict().items()}
+    numbers = _random_state(stage)
+    fits = memory_probe._fits(scene.module, scene.batch, 1)
+    changed = [name for name, tensor in scene.module.state_dict().items() if not torch.equal(tensor, before[name])]
+    facts: dict[str, object] = {
+        "fits": fits,
+        "changed by the probe": changed[:5],
+        "random numbers kept": torch.equal(numbers, _random_state(stage)),
+    }
+    if not stage.dry:
+        torch.cuda.set_per_process_memory_fraction(0.05)
+        large = make_scene(stage.config, 8, 1024, "bf16_autocast", stage.device)
+        facts["8 images of 1024 in 5 % of the GPU"] = memory_probe._fits(large.module, large.batch, 1)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return facts
+
+
+def _random_state(stage: Stage) -> Tensor:
+    return torch.get_rng_state() if stage.dry else torch.cuda.get_rng_state(stage.device)
+
+
+def determinism(stage: Stage) -> dict[str, object]:
+    """The same step twice with deterministic algorithms."""
+
+    def gradients() -> Tensor:
+        scene = make_scene(stage.config, 2, stage.pick(256, 64), "bf16_autocast", stage.device, objects=6)
+        scene.backward()
+        return torch.cat([p.grad.flatten() for p in scene.module.parameters() if p.grad is not None])
+
+    with _deterministic():
+        equal = torch.equal(gradients(), gradients())
+    return {"bit-equal gradients": equal}
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read at the first product on a GPU
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,125 @@
+"""ZeRO stages and precisions on one rank: they learn as plain AdamW does, and go on where they were saved."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.gpu.stage import Scene, Stage, described, make_scene, small_model
+from m2f.trainer.config import OptimizerConfig, Precision, TrainingConfig, ZeroConfig
+from m2f.trainer.engine.compile import compile_regions
+from m2f.trainer.engine.engine import Engine
+from m2f.trainer.engine.param_groups import build_param_groups
+
+STEPS = 4
+SAVED = 3
+"""Steps before the state is saved."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to train."""
+
+    stage: int
+    precision: Precision
+    offload: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        extras = ("offloaded",) * self.offload + ("compiled",) * self.compiled
+        return " ".join((f"ZeRO-{self.stage} {self.precision}", *extras))
+
+
+IN_DRY_RUN = Mode(1, "fp32")
+MODES = (
+    IN_DRY_RUN,
+    Mode(0, "fp32"),
+    Mode(1, "bf16_autocast"),
+    Mode(1, "bf16"),
+    Mode(1, "fp16"),
+    Mode(2, "bf16_autocast"),
+    Mode(3, "bf16_autocast"),
+    Mode(1, "bf16_autocast", offload=True),
+    Mode(1, "bf16_autocast", compiled=True),
+)
+
+
+def engine(stage: Stage) -> dict[str, object]:
+    """Every mode on its own; one that fails leaves the others."""
+    for name, text in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("DS_ACCELERATOR", stage.device.type)):
+        os.environ.setdefault(name, text)
+    dist.init_process_group(stage.pick("nccl", "gloo"), store=dist.HashStore(), rank=0, world_size=1)
+    expected = _plain_losses(stage)
+    rows: dict[str, object] = {}
+    for mode in stage.pick(MODES, (IN_DRY_RUN,)):
+        try:
+            rows[str(mode)] = _row(mode, stage, expected)
+        except Exception as error:
+            traceback.print_exc()
+            rows[str(mode)] = described(error)
+        print(mode, rows[str(mode)], flush=True)
+    dist.destroy_process_group()
+    return rows
+
+
+def _scene(stage: Stage, precision: Precision) -> Scene:
+    return make_scene(small_model(), 2, stage.pick(128, 64), precision, stage.device, objects=5)
+
+
+def _plain_losses(stage: Stage) -> list[float]:
+    """Of some steps in fp32 without DeepSpeed."""
+    scene = _scene(stage, "fp32")
+    adamw = torch.optim.AdamW(build_param_groups(scene.module, OptimizerConfig()), fused=True)
+    losses: list[float] = []
+    for _ in range(STEPS):
+        losses.append(float(scene.backward()))
+        nn.utils.clip_grad_norm_(scene.module.parameters(), OptimizerConfig().clip_norm or float("inf"))
+        adamw.step()
+        adamw.zero_grad()
+    return losses
+
+
+def _row(mode: Mode, stage: Stage, expected: list[float]) -> dict[str, object]:
+    began = time.monotonic()
+    engine, scene = _engine(mode, stage)
+    losses: list[float] = []
+    applied = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(STEPS):
+            if number == SAVED:
+                engine.save(Path(folder), "saved")
+            losses.append(float(engine.accumulate(scene.batch, scene.normalizers).total))
+            applied += engine.finish_step(number + 1).applied
+        again, scene = _engine(mode, stage)
+        again.load(Path(folder), "saved")
+        resumed = float(again.accumulate(scene.batch, scene.normalizers).total)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    return {
+        "from plain fp32": f"{worst:.0e}",
+        "applied": applied,
+        "resumed": f"{abs(resumed - losses[SAVED]) / abs(losses[SAVED]):.0e}",
+        "s": round(time.monotonic() - began, 1),
+    }
+
+
+def _engine(mode: Mode, stage: Stage) -> tuple[Engine, Scene]:
+    scene = _scene(stage, mode.precision)
+    if mode.compiled:
+        compile_regions(scene.module.model)
+    training = TrainingConfig(
+        max_steps=STEPS,
+        global_batch=2,
+        micro_batch=2,
+        precision=mode.precision,
+        zero=ZeroConfig(stage=mode.stage, offload_optimizer=mode.offload),
+    )
+    normalizers = type(scene.normalizers)(*(value.cpu() for value in scene.normalizers))
+    return Engine(scene.module, training, stage.device), scene._replace(normalizers=normalizers)

@@ -1,0 +1,168 @@
+"""Deformable attention and masked attention on this GPU, held against float64."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu.stage import Stage, described, distance, milliseconds
+from m2f.model.deform_attn.module import ms_deform_attn_grid_sample
+from m2f.model.deform_attn.tuning import Tuner, Tuning
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+BACKENDS: dict[str, list[SDPBackend]] = {
+    "default": [],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of deformable attention."""
+
+    name: str
+    shapes: Sequence[tuple[int, int]]
+    images: int
+    queries: int | None
+    """None: every pixel of every level is one."""
+    heads: int
+    dim: int
+    points: int
+    all_tunings: bool = False
+
+
+REAL = (
+    Case("1024", ((128, 128), (64, 64), (32, 32)), 2, None, 8, 32, 4, all_tunings=True),
+    Case("800x1344", ((25, 42), (50, 84), (100, 168)), 1, None, 8, 32, 4),
+    Case("24 channels", ((16, 16), (8, 8), (4, 4)), 2, None, 4, 24, 4, all_tunings=True),
+    Case("64 channels", ((16, 12), (8, 6)), 2, 50, 4, 64, 4),
+    Case("128 channels", ((6, 6),), 1, 20, 2, 128, 4),
+)
+ODD = (
+    Case("one pixel", ((1, 1), (1, 1)), 2, 3, 2, 4, 2),
+    Case("thin", ((1, 13), (9, 1)), 3, 5, 1, 8, 3),
+    Case("33 channels", ((4, 5),), 1, 9, 2, 33, 2),
+)
+
+
+def msda(stage: Stage) -> dict[str, object]:
+    """The kernel and its gradients against float64: shapes, dtypes and ways of cutting. A dry run interprets it."""
+    from m2f.model.deform_attn.module import _tried_kernel
+    from m2f.model.deform_attn.triton_op import BACKWARD, FORWARD
+
+    every = list(dict.fromkeys((*FORWARD.table, *BACKWARD.table, Tuning(4, 1), Tuning(8, 2), Tuning(16, 1))))
+    worst: dict[str, float] = {}
+    wrong: list[str] = []
+    for case, dtype in itertools.product(stage.pick((*REAL, *ODD), ODD), stage.pick(DTYPES, DTYPES[:2])):
+        for tuning in every if case.all_tunings else every[:1]:
+            with one_tuning(FORWARD, tuning), one_tuning(BACKWARD, tuning):
+                error = _kernel_error(case, dtype, stage.device)
+            name = f"{case.name} {str(dtype).removeprefix('torch.')}"
+            worst[name] = max(worst.get(name, 0.0), error)
+            if not error < TOLERANCE[dtype]:
+                wrong.append(f"{name} {tuple(tuning)}: {error:.1e}")
+    print(worst, flush=True)
+    if wrong:
+        raise AssertionError(f"{len(wrong)} of {len(worst)} are wrong, among them {'; '.join(wrong[:5])}")
+    accepted = None if stage.dry else _tried_kernel(torch.bfloat16, 3, 8, 4, 32)
+    return {"worst": f"{max(worst.values()):.1e}", "cases": len(worst), "accepted by the model's own trial": accepted}
+
+
+def _kernel_error(case: Case, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest distance of output and gradients."""
+    from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    pixels = sum(height * width for height, width in case.shapes)
+    queries, levels = case.queries or pixels, len(case.shapes)
+    samples = (case.images, queries, case.heads, levels, case.points)
+    value = random(case.images, pixels, case.heads, case.dim).to(dtype).requires_grad_()
+    # Odd multiples of 1/32 of a pixel: gradients jump at borders of pixels, where rounding would decide.
+    offsets = (((32 * random(*samples, 2)).round() + 0.5) / 16).requires_grad_()
+    logits = random(*samples).to(dtype).requires_grad_()
+    reference = torch.rand(case.images, queries, 2, device=device, generator=generator)
+    cotangent = random(case.images, queries, case.heads * case.dim).to(dtype)
+
+    inputs = (value, offsets, logits)
+    ours = fused_ms_deform_attn(value, list(case.shapes), reference, offsets, logits)
+    found = (ours, *torch.autograd.grad(ours, inputs, cotangent))
+    precise = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+    plain = _in_plain_steps(case, precise[0], reference.double(), precise[1], precise[2])
+    exact = (plain, *torch.autograd.grad(plain, precise, cotangent.double()))
+    return max(distance(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def _in_plain_steps(case: Case, value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    sizes = torch.tensor([(width, height) for height, width in case.shapes], dtype=value.dtype, device=value.device)
+    locations = reference[:, :, None, None, None] + offsets / sizes[:, None]
+    return ms_deform_attn_grid_sample(
+        value, list(case.shapes), locations, logits.flatten(-2).softmax(-1).view(logits.shape)
+    )
+
+
+def sdpa(stage: Stage) -> dict[str, object]:
+    """Masked attention of 100 queries to the tokens of every level: time and distance from float64 per backend."""
+    stage.need_gpu()
+    rows: dict[str, object] = {}
+    # 1600 tokens: a remainder of 64 by 128, which one backend has been wrong at.
+    for images, tokens in ((2, 1024), (2, 4096), (2, 16384), (1, 1050), (1, 1600), (1, 4200), (1, 16800)):
+        attend, exact = _masked_attention(images, tokens, stage.device)
+        for name, backends in BACKENDS.items():
+            try:
+                with sdpa_kernel(backends) if backends else contextlib.nullcontext():
+                    found = attend()
+                    took = milliseconds(attend, stage.device)
+                error = max(distance(a, b) for a, b in zip(found, exact, strict=True))
+                rows[f"{images} x {tokens} {name}"] = f"{took} ms, {error:.0e}"
+            except RuntimeError as error:
+                rows[f"{images} x {tokens} {name}"] = described(error)
+    return rows
+
+
+def _masked_attention(
+    images: int, tokens: int, device: torch.device
+) -> tuple[Callable[[], Sequence[Tensor]], Sequence[Tensor]]:
+    """A run in bfloat16 that gives output and gradients, and what float64 gives."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def heads(length: int) -> Tensor:
+        rows = torch.randn(images, length, 256, device=device, dtype=torch.bfloat16, generator=generator)
+        return rows.unflatten(-1, (8, 32)).transpose(1, 2).requires_grad_()
+
+    inputs = (heads(100), heads(tokens), heads(tokens))
+    mask = torch.rand(images, 1, 100, tokens, device=device, generator=generator) < 0.1
+    mask[:, :, 0] = True
+    cotangent = torch.randn(images, 8, 100, 32, device=device, dtype=torch.bfloat16, generator=generator)
+
+    def run(tensors: tuple[Tensor, ...], gradient: Tensor) -> Sequence[Tensor]:
+        output = F.scaled_dot_product_attention(*tensors, attn_mask=mask)
+        return output.detach(), *torch.autograd.grad(output, tensors, gradient)
+
+    exact = run(tuple(tensor.detach().double().requires_grad_() for tensor in inputs), cotangent.double())
+    return (lambda: run(inputs, cotangent)), exact
+
+
+@contextlib.contextmanager
+def one_tuning(tuner: Tuner, tuning: Tuning) -> Iterator[None]:
+    """A kernel cut in one way."""
+    table, fixed = tuner.table, torch.backends.cudnn.deterministic
+    tuner.table = (tuning,)
+    torch.backends.cudnn.deterministic = True  # the first of a table is taken untried
+    try:
+        yield
+    finally:
+        tuner.table = table
+        torch.backends.cudnn.deterministic = fixed

@@ -1,0 +1,95 @@
+"""What rewrites of the model would bring: each alone against the step as it is, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu.kernels import one_tuning
+from benchmarks.gpu.stage import Stage, described, make_scene, milliseconds, training_step
+from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
+from m2f.model.deform_attn.tuning import Tuning
+
+FORWARD_CUTS = (Tuning(8, 1), Tuning(16, 4), Tuning(32, 4))
+BACKWARD_CUTS = (Tuning(4, 1), Tuning(8, 2), Tuning(16, 4), Tuning(32, 8))
+REPEATS = 10
+
+
+def rewrites(stage: Stage) -> dict[str, object]:
+    """Milliseconds of a step at 2 and 8 images, as it is and with each change; 2 images also compiled."""
+    stage.need_gpu()
+    from m2f.trainer.engine.compile import compile_regions
+
+    facts: dict[str, object] = {}
+    for images in (2, 8):
+        scene = make_scene(stage.config, images, 1024, "bf16_autocast", stage.device)
+        step = training_step(scene)
+        facts[f"{images} images as it is"] = milliseconds(step, stage.device, REPEATS)
+        for name, change in _changes().items():
+            facts[f"{images} images {name}"] = _tried(change, step, stage)
+            print(images, name, facts[f"{images} images {name}"], flush=True)
+        if images == 2:
+            compile_regions(scene.module.model)
+            facts["2 images compiled"] = milliseconds(step, stage.device, REPEATS)
+        del scene, step
+        torch.cuda.empty_cache()
+    return facts
+
+
+def _tried(change: Callable[[], AbstractContextManager[object]], step: Callable[[], object], stage: Stage) -> object:
+    try:
+        with change():
+            return milliseconds(step, stage.device, REPEATS)
+    except Exception as error:
+        return described(error)
+
+
+def _changes() -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    from m2f.model.deform_attn.triton_op import BACKWARD, FORWARD
+
+    without_cudnn = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    return {
+        "attention without cuDNN": lambda: sdpa_kernel(without_cudnn),
+        "TF32 products": _tf32,
+        "constants of frozen norms kept": lambda: patch.object(FrozenBatchNorm2d, "forward", kept_constants),
+        "GroupNorm in channels_last": lambda: patch.object(
+            nn.GroupNorm, "forward", torch.compile(group_norm_channels_last, dynamic=False)
+        ),
+        **{f"msda forward {tuple(cut)}": lambda cut=cut: one_tuning(FORWARD, cut) for cut in FORWARD_CUTS},
+        **{f"msda backward {tuple(cut)}": lambda cut=cut: one_tuning(BACKWARD, cut) for cut in BACKWARD_CUTS},
+    }
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def kept_constants(self: FrozenBatchNorm2d, features: Tensor) -> Tensor:
+    """`FrozenBatchNorm2d.forward` with scale and shift computed once."""
+    constants = self.__dict__.get("_kept_constants")
+    if constants is None or constants[0].dtype != features.dtype:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        constants = tuple(row.to(features.dtype).view(1, -1, 1, 1) for row in (scale, shift))
+        self.__dict__["_kept_constants"] = constants
+    return torch.addcmul(constants[1], features, constants[0])
+
+
+def group_norm_channels_last(self: nn.GroupNorm, features: Tensor) -> Tensor:
+    """`nn.GroupNorm.forward` [B, C, H, W] over memory in channels_last, for the compiler to fuse."""
+    batch, channels, height, width = features.shape
+    rows = features.permute(0, 2, 3, 1)
+    groups = rows.reshape(batch, height * width, self.num_groups, channels // self.num_groups).float()
+    variance, mean = torch.var_mean(groups, (1, 3), keepdim=True, correction=0)
+    normed = ((groups - mean) * (variance + self.eps).rsqrt()).view(batch, height, width, channels)
+    return (normed * self.weight + self.bias).to(features.dtype).permute(0, 3, 1, 2)

@@ -1,0 +1,100 @@
+"""A real run that is stopped and goes on, and the kernels under NVIDIA's memory checker."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.gpu.stage import Skipped, Stage
+
+TRAIN_S, END_S = 75.0, 60.0
+"""How long a part of the run goes on, and how long it has to save its checkpoint."""
+WARM_UP = 5
+"""Steps that do not count for the time of a step."""
+
+
+def train(stage: Stage) -> dict[str, object]:
+    """Two parts of one run from recorded batches; the first ends by SIGTERM. Its weights go to the results, halved."""
+    if stage.recording is None:
+        raise Skipped("needs --recording FILE, made by `python -m benchmarks.record_batches RECIPE FILE`")
+    with tempfile.TemporaryDirectory(prefix="m2f-gpu-run-") as runs:
+        return _train_in(Path(runs), stage, stage.recording)
+
+
+def _train_in(runs: Path, stage: Stage, recording: Path) -> dict[str, object]:
+    settings = (
+        f"output={runs}",
+        "name=gpu",
+        "cluster.num_workers=1",
+        f"cluster.num_gpus_per_worker={stage.pick(1, 0)}",
+        f"training.precision={stage.pick('bf16_autocast', 'fp32')}",
+        f"training.checkpoint.every_steps={stage.pick(200, 2)}",
+        f"training.log_every_steps={stage.pick(25, 1)}",
+    )
+    command = [sys.executable, "-m", "benchmarks.train_recorded", str(recording), *settings]
+    ends = [_part(command), _part(command)]
+    traces = sorted((runs / "gpu" / "traces").glob("*/rank_0000.jsonl"), key=lambda path: path.stat().st_mtime)
+    for number, trace in enumerate(traces, start=1):
+        shutil.copy(trace, stage.out / f"trace_part_{number}.jsonl")
+    _keep_weights(runs / "gpu" / "checkpoints", stage.out / "weights_half.safetensors")
+    return {"exit statuses": ends, "parts": [_summary(trace) for trace in traces]}
+
+
+def _part(command: list[str]) -> int:
+    process = subprocess.Popen(command)
+    try:
+        return process.wait(TRAIN_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        return process.wait(END_S)
+
+
+def _summary(trace: Path) -> dict[str, object]:
+    """First and last step, their losses, and the mean time of a step."""
+    steps = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+    if not steps:
+        return {"steps": 0}
+    timed = steps[WARM_UP:] or steps
+    return {
+        "steps": (steps[0]["step"], steps[-1]["step"]),
+        "losses": (steps[0]["loss_share"], steps[-1]["loss_share"]),
+        "step s": round(sum(sum(step["seconds"].values()) for step in timed) / len(timed), 4),
+    }
+
+
+def _keep_weights(checkpoints: Path, target: Path) -> None:
+    """Of the newest checkpoint, small enough to travel."""
+    newest = sorted(checkpoints.glob("*/weights.safetensors"))[-1:]
+    for path in newest:
+        tensors = load_file(path)
+        save_file({name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}, target)
+
+
+def sanitizer(stage: Stage) -> list[str]:
+    """The kernels of deformable attention, with every access of memory checked."""
+    stage.need_gpu()
+    if shutil.which("compute-sanitizer") is None:
+        raise Skipped("needs compute-sanitizer, a part of CUDA's toolkit")
+    command = ["compute-sanitizer", "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu.runs"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout[-3000:], done.stderr[-1000:], flush=True)
+    return [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "accepted" in line]
+
+
+def try_kernels() -> None:
+    """Body of the process that is checked."""
+    from m2f.model.deform_attn.module import _tried_kernel
+
+    print("accepted", _tried_kernel(torch.bfloat16, 3, 8, 4, 32), _tried_kernel(torch.float32, 3, 4, 4, 24))
+
+
+if __name__ == "__main__":
+    try_kernels()

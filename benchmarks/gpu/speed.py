@@ -1,0 +1,158 @@
+"""How fast this GPU is, and how fast the model is on it: the project's benchmarks, and one step looked into."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import traceback
+from collections.abc import Sequence
+
+import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
+
+from benchmarks import ceilings as device_ceilings
+from benchmarks.gpu.stage import Stage, described, make_scene, milliseconds, training_step
+from benchmarks.measure import Row
+from benchmarks.tables import Setting, json_lines
+
+IN_TRAIN = (
+    *((8, "against_transformers"), (2, "against_transformers"), (8, "against_official_order")),
+    *((8, "without_matching"), (8, "at_their_best")),
+)
+"""Images and comparison, the most important first."""
+SLOWEST = 12
+"""Kernels that are named."""
+
+
+def ceilings(stage: Stage) -> str:
+    """What the device can do at best."""
+    return device_ceilings.describe(stage.device, tiny=stage.dry)
+
+
+def bench_msda(stage: Stage) -> list[str]:
+    """Deformable attention against grid_sample."""
+    return _rows(stage, ("msda",))
+
+
+def bench_train(stage: Stage) -> list[str]:
+    """The training step against `transformers`, the official order and itself; what fails leaves the others."""
+    stage.need_gpu()
+    from benchmarks.bench_train_step import _Case
+
+    torch.backends.cudnn.allow_tf32 = False  # logits of both sides must agree to 1e-3
+    rows: list[Row] = []
+    lines: list[str] = []
+    for images, comparison in IN_TRAIN:
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
+        try:
+            rows.append(getattr(_Case(images, 1024, stage.device, repeats=10), comparison)())
+            lines.append(_line(rows[-1]))
+        except Exception as error:
+            traceback.print_exc()
+            lines.append(f"{images} images {comparison}: {described(error)}")
+        print(lines[-1], flush=True)
+    _keep(stage, rows)
+    return lines
+
+
+def bench_inference(stage: Stage) -> list[str]:
+    """Inference against `transformers`."""
+    stage.need_gpu()
+    return _rows(stage, ("inference",))
+
+
+def bench_zero(stage: Stage) -> list[str]:
+    """What DeepSpeed costs."""
+    return _rows(stage, ("zero",), tiny=True)
+
+
+def bench_rest(stage: Stage) -> list[str]:
+    """The parts of the model on their own."""
+    stage.need_gpu()
+    return _rows(stage, ("attention", "heads", "matcher", "postproc"), tiny=True)
+
+
+def step_b2(stage: Stage) -> dict[str, object]:
+    """The step of the flagship recipe, 2 images a GPU: by events, as the host queues it, and its memory."""
+    step = training_step(
+        make_scene(stage.config, 2, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device)
+    )
+    facts: dict[str, object] = {"step ms": milliseconds(step, stage.device)}
+    if stage.dry:
+        return facts
+    queued: list[float] = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        queued.append(1e3 * (time.perf_counter() - began))
+    torch.cuda.synchronize()
+    return facts | {"host ms": sorted(queued)[5], "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def profile(stage: Stage) -> dict[str, object]:
+    """Kernels of a step by their time; a trace of 2 images goes to the results."""
+    activities = [ProfilerActivity.CPU, *stage.pick([ProfilerActivity.CUDA], [])]
+    facts: dict[str, object] = {}
+    for images in stage.pick((2, 8), (1,)):
+        scene = make_scene(
+            stage.config, images, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device
+        )
+        step = training_step(scene)
+        step()
+        step()
+        with profiler(activities=activities) as profiled:
+            began = time.perf_counter()
+            step()
+            torch.accelerator.synchronize() if not stage.dry else None
+            wall = 1e3 * (time.perf_counter() - began)
+        events = profiled.key_averages()
+        order = stage.pick("self_device_time_total", "self_cpu_time_total")
+        print(f"{images} images\n{events.table(sort_by=order, row_limit=45, max_name_column_width=90)}", flush=True)
+        kernels = sorted(
+            (event for event in events if event.device_type.name == "CUDA"), key=lambda e: -e.self_device_time_total
+        )
+        facts[f"{images} images"] = {
+            "wall ms": round(wall, 1),
+            "kernels": sum(event.count for event in kernels),
+            "busy ms": round(sum(event.self_device_time_total for event in kernels) / 1e3, 1),
+            "slowest": [f"{e.key[:60]} {e.self_device_time_total / 1e3:.2f} ms" for e in kernels[:SLOWEST]],
+        }
+        if images == 2:
+            profiled.export_chrome_trace(str(stage.out / "trace_2_images.json.gz"))
+    return facts
+
+
+def _rows(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
+    """Some benchmarks of the project; raises the first error after all have had their turn."""
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    rows: list[Row] = []
+    errors: list[Exception] = []
+    for name in names:
+        try:
+            rows += importlib.import_module(f"benchmarks.bench_{name}").run(tiny or stage.dry, stage.device)
+        except Exception as error:
+            traceback.print_exc()
+            errors.append(error)
+    _keep(stage, rows)
+    print("\n".join(map(_line, rows)), flush=True)
+    if errors:
+        raise errors[0]
+    return [_line(row) for row in rows]
+
+
+def _keep(stage: Stage, rows: Sequence[Row]) -> None:
+    """Add to the rows of this call."""
+    with (stage.out / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json_lines(rows, Setting.now(stage.device, "")) + "\n")
+
+
+def _line(row: Row) -> str:
+    memory = "" if row.ours_gb is None or row.peer_gb is None else f", {row.ours_gb:.2f} of {row.peer_gb:.2f} GB"
+    floor = "" if row.floor_share is None else f", {row.floor_share:.0%} floor"
+    waits = "" if row.ours_waits is None else f", {row.ours_waits} of {row.peer_waits} waits"
+    times = f"{row.ours.median:.2f} ms, {row.ratio:.2f} x {row.peer}"
+    return f"{row.case} {row.shape}: {times}{memory}{floor}{waits}"

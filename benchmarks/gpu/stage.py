@@ -1,0 +1,154 @@
+"""What every step is given, and the models, batches and clocks that several of them use."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from benchmarks.scenes import make_batch
+from m2f.data_pipeline.transforms.collate import Batch
+from m2f.model.config import (
+    LossConfig,
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from m2f.model.loss.criterion import Normalizers, count_normalizers
+from m2f.model.mask2former import build_model
+from m2f.trainer.config import OptimizerConfig, Precision
+from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.param_groups import build_param_groups
+
+T = TypeVar("T")
+COCO_CLASSES = 133
+
+
+class Skipped(Exception):
+    """A step that this machine cannot do; the message says what it needs."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a step runs."""
+
+    device: torch.device
+    out: Path
+    """Folder of what is kept."""
+    recording: Path | None = None
+    """What `benchmarks.record_batches` wrote."""
+
+    @property
+    def dry(self) -> bool:
+        """On a CPU, with everything small: only to see that the step works."""
+        return self.device.type == "cpu"
+
+    def pick(self, real: T, tiny: T) -> T:
+        """`tiny` in a dry run."""
+        return tiny if self.dry else real
+
+    def need_gpu(self) -> None:
+        """Raises Skipped in a dry run."""
+        if self.dry:
+            raise Skipped("needs a GPU")
+
+    @property
+    def config(self) -> ModelConfig:
+        """The R50 model of COCO panoptic; the small one in a dry run."""
+        return self.pick(ModelConfig(num_classes=COCO_CLASSES), small_model())
+
+
+class Scene(NamedTuple):
+    """A model on a device and what it is trained on."""
+
+    module: TrainingModule
+    batch: Batch
+    normalizers: Normalizers
+
+    def backward(self) -> torch.Tensor:
+        """Forward and backward; the total loss."""
+        total = self.module(self.batch, self.normalizers).total
+        total.backward()
+        return total.detach()
+
+
+def small_model() -> ModelConfig:
+    """Every part of the R50 model, in seconds on a CPU."""
+    return ModelConfig(
+        backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (16, 32, 48, 64)}),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(
+            conv_dim=64, mask_dim=64, num_layers=2, num_heads=4, feedforward_dim=128
+        ),
+        transformer_decoder=MaskedTransformerDecoderConfig(
+            num_queries=30, num_layers=3, hidden_dim=64, num_heads=4, feedforward_dim=128
+        ),
+        loss=LossConfig(num_points=1024),
+        num_classes=9,
+    )
+
+
+def make_scene(
+    config: ModelConfig, images: int, size: int, precision: Precision, device: torch.device, objects: int = 10
+) -> Scene:
+    """The same weights and images at every call, whatever the device."""
+    assert config.num_classes is not None
+    torch.manual_seed(0)
+    model = build_model(config, pretrained_backbone=False)
+    module = TrainingModule(model, config, seed=0, precision=precision).to(device)
+    batch = make_batch(images, size, objects)
+    targets = replace(batch.targets, labels=batch.targets.labels % config.num_classes)
+    batch = replace(batch, targets=targets).to(device)
+    normalizers = count_normalizers(batch.targets, config.transformer_decoder.num_queries, config.loss)
+    return Scene(module, batch, normalizers)
+
+
+def training_step(scene: Scene) -> Callable[[], None]:
+    """A whole step of the optimizer, with so small a rate that every repetition sees the same losses."""
+    optimizer = torch.optim.AdamW(build_param_groups(scene.module, OptimizerConfig(lr=1e-12)), fused=True)
+
+    def step() -> None:
+        scene.backward()
+        nn.utils.clip_grad_norm_(scene.module.parameters(), 0.01, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median of a run after two: by events on a GPU, by the clock of the host (twice) on a CPU."""
+    run()
+    run()
+    times: list[float] = []
+    if device.type == "cpu":
+        for _ in range(2):
+            began = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - began))
+    else:
+        for _ in range(repeats):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+    return round(statistics.median(times), 3)
+
+
+def described(error: BaseException) -> str:
+    """An error in a line of a table."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of two tensors, relative to the length of the second."""
+    ours, exact = ours.detach().double(), exact.detach().double()
+    return float((ours - exact).norm() / (exact.norm() + 1e-30))

@@ -1,0 +1,90 @@
+"""The steps that the first minutes on a GPU are spent on: all can be imported, and the cheap ones work on a CPU."""
+
+import importlib
+import inspect
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+from benchmarks import first_gpu_minutes
+from benchmarks.first_gpu_minutes import CALLS, STEPS, Call, Step, main, run_call
+from benchmarks.gpu.stage import Stage, distance, milliseconds
+
+IN_SECONDS = ("augment", "determinism", "graphs", "parity", "probe", "sanitizer", "sdpa", "train")
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.name)
+def test_every_step_can_be_imported(step):
+    function = getattr(importlib.import_module(f"benchmarks.gpu.{step.module}"), step.name)
+    assert list(inspect.signature(function).parameters) == ["stage"]
+
+
+def test_a_call_is_shorter_than_a_loan():
+    assert sum(len(call.steps) for call in CALLS.values()) == len(STEPS)
+    assert all(call.seconds < 600 for call in CALLS.values())
+    assert all(step.seconds <= call.seconds for call in CALLS.values() for step in call.steps)
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Steps are made for processes of their own: what they set is taken back."""
+    for name in ("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize("name", IN_SECONDS)
+def test_a_dry_run_of_a_cheap_step(name, tmp_path):
+    assert main(["step", name, "--dry-run", "--out", str(tmp_path)]) == 0
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == name
+    assert json.loads(line)["state"] in ("ok", "skipped")
+
+
+@pytest.mark.slow
+def test_each_step_is_a_process_and_the_table_comes_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CALLS, "1", Call(300, (STEPS["sdpa"], STEPS["graphs"])))
+    assert main(["call", "1", "--dry-run", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line] == 2 * [["sdpa", "skipped"], ["graphs", "skipped"]]
+    assert "==== graphs" in (tmp_path / "log_1.txt").read_text()
+
+
+def test_a_step_that_hangs_or_dies_costs_its_box_only(tmp_path, monkeypatch, capsys):
+    """In place of the steps: a program that sleeps, and one that ends without a word."""
+    for name, text in (("hangs", "import time; time.sleep(600)"), ("dies", "raise SystemExit(7)")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setitem(CALLS, "1", Call(300, (Step("hangs", "none", 0.5), Step("dies", "none", 100))))
+    monkeypatch.setattr(first_gpu_minutes, "command_of", lambda step, _: [sys.executable, str(tmp_path / step.name)])
+    hung, died = run_call("1", [], tmp_path)
+    assert (hung.state, died.state) == ("timeout", "failed")
+    assert "exit status 7" in str(died.found)
+    assert [json.loads(line)["step"] for line in (tmp_path / "results.jsonl").open()] == ["hangs", "dies"]
+
+
+def test_no_step_starts_without_time(tmp_path, monkeypatch):
+    monkeypatch.setitem(CALLS, "1", Call(1, (STEPS["msda"],)))
+    assert [result.state for result in run_call("1", [], tmp_path)] == ["no time"]
+
+
+def test_a_step_that_fails_is_told_with_its_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(STEPS, "augment", Step("augment", "no_such_module", 1))
+    assert main(["step", "augment", "--dry-run", "--out", str(tmp_path)]) == 1
+    assert "no_such_module" in json.loads((tmp_path / "results.jsonl").read_text())["found"]
+
+
+@pytest.mark.parametrize("words", [("call", "msda"), ("step", "1")])
+def test_a_call_is_no_step(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--dry-run"])
+    assert "there is no" in capsys.readouterr().err
+
+
+def test_clock_and_distance(tmp_path):
+    calls = []
+    assert milliseconds(lambda: calls.append(0), Stage(torch.device("cpu"), tmp_path).device) < 100
+    assert len(calls) == 4
+    assert distance(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == pytest.approx(0.08)
