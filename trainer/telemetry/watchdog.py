@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 
+import torch.distributed as dist
+
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.ranks import Ranks
@@ -33,7 +35,8 @@ LEAVE_S = 2.0
 """How long a report may take on its way out of the process."""
 COMPILE_S = 1800.0
 """How much longer a phase of the first step may take where the model is compiled in it."""
-_WAITING_PLACES = (f"torch{os.sep}distributed", f"deepspeed{os.sep}comm", f"trainer{os.sep}control.py")
+WAITING_PLACES = (os.path.dirname(dist.__file__), f"deepspeed{os.sep}comm", Ranks.exchange.__code__.co_filename)
+"""Parts of the paths of code in which a rank waits for others."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Watchdog:
             count=mark.count,
             phase=mark.phase,
             seconds=time.monotonic() - mark.since,
-            in_collective=any(p in frame.f_code.co_filename for frame in _chain(training) for p in _WAITING_PLACES),
+            in_collective=any(p in frame.f_code.co_filename for frame in _chain(training) for p in WAITING_PLACES),
             place=_describe(training),
             stacks="\n".join(threads),
         )

@@ -2,13 +2,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
 
+from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import STALL_EXIT
 from m2f.trainer.telemetry.phases import PhaseClock
-from m2f.trainer.telemetry.watchdog import RankStacks, describe_stall
+from m2f.trainer.telemetry.watchdog import WAITING_PLACES, RankStacks, describe_stall
 
 WAITING = RankStacks(
-    rank=0, host="a", count=7, phase="exchange", seconds=9.0, in_collective=True, place="control.py:82", stacks=""
+    rank=0, host="a", count=7, phase="exchange", seconds=9.0, in_collective=True, place="ranks.py:82", stacks=""
 )
 SLOW = replace(WAITING, rank=1, host="b", count=6, phase="data", in_collective=False, place="loader.py:5 in get: x()")
 
@@ -28,6 +30,11 @@ def test_among_ranks_that_got_equally_far_those_that_wait_for_others_are_not_to_
 
 def test_a_rank_without_a_sign_of_life_comes_first():
     assert describe_stall([WAITING], 2) == "the run stands still: rank 1 gave no sign of life; rank 0 waited for it"
+
+
+@pytest.mark.parametrize("wait", [Ranks.exchange, Ranks.gather, dist.all_reduce.__wrapped__])
+def test_code_that_waits_for_other_ranks_is_known(wait):
+    assert any(place in wait.__code__.co_filename for place in WAITING_PLACES)
 
 
 def test_the_clock_adds_up_phases_and_counts_them():
