@@ -172,6 +172,7 @@ class Tracking:
     def abandon(self) -> None:
         """Another process has taken the run over: send nothing more; the journal is left to that process."""
         self._sender.stop()
+        self._deadline = 0.0  # also where the store does not answer
         self._closing.set()
         self._thread.join()
 
@@ -202,6 +203,7 @@ class Tracking:
     def _send_all(self) -> None:
         pause_s = self._interval_s
         while True:
+            is_closing = self._closing.is_set()  # asked first: what was appended before `close` is sent
             more = self._sender.send_some()
             if self._sender.trouble:
                 pause_s = min(MAX_PAUSE_S, pause_s * 2)
@@ -209,7 +211,7 @@ class Tracking:
                 continue
             else:
                 pause_s = self._interval_s
-            if self._closing.is_set():
+            if is_closing:
                 if not self._sender.trouble or time.monotonic() > self._deadline:
                     return
                 time.sleep(min(pause_s, 1.0))

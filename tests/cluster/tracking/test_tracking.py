@@ -115,6 +115,24 @@ def test_late_steps_that_the_store_does_not_have_are_kept(run):
     assert history(run, "pq") == [(10, 0.1), (20, 0.2)]
 
 
+def test_what_is_written_between_the_last_look_and_the_end_is_sent(run):
+    tracking, late = Tracking(run, "driver", interval_s=0.02), []
+    look = tracking._sender.send_some
+
+    def look_and_write():
+        more = look()
+        if not late:
+            late.append(1)
+            tracking.log_metrics(1, {"loss": 1.0})
+            tracking._closing.set()
+        return more
+
+    tracking._sender.send_some = look_and_write
+    wait_until(lambda: late)
+    assert tracking.close(PATIENCE_S)
+    assert history(run, "loss") == [(1, 1.0)]
+
+
 def test_steps_that_are_done_again_are_sent_once(run):
     tracking = Tracking(run, "driver", interval_s=0.02)
     for step in (1, 2, 1, 2):  # one batch, or two
@@ -199,6 +217,15 @@ def server_run(migrated_database, tmp_path):
     port = free_port()
     run_id = client.create_run(experiment).info.run_id
     return TrackedRun(uri=f"http://127.0.0.1:{port}", run_id=run_id, spool=str(tmp_path / "spool")), port
+
+
+def test_a_run_is_abandoned_also_while_its_store_is_away(server_run, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking = Tracking(server_run[0], "driver", interval_s=0.02)
+    tracking.log_metrics(1, {"loss": 1.0})
+    wait_until(lambda: tracking._sender.trouble)
+    tracking.abandon()
+    assert tracking._journal.read(1), "the points wait for the next holder"
 
 
 @pytest.mark.slow
