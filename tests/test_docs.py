@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from m2f.model.mask2former import build_model
 from tests.model.loss_oracle import make_targets
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DESIGN = REPOSITORY / "docs" / "design.md"
+FOLDERS = "model|data_pipeline|trainer|eval|cluster|configs|tests|benchmarks"
 
 
 def test_the_settings_are_described_as_they_are():
@@ -26,6 +29,21 @@ def test_links_between_documents_lead_somewhere():
     for document in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_files_that_documents_name_are_there():
+    for document in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
+        for named in re.findall(rf"(?:{FOLDERS})/[\w/]+\.(?:py|yaml)\b", document.read_text()):
+            assert (REPOSITORY / named).is_file(), f"{document.name}: {named}"
+
+
+def test_the_floors_of_folders_are_described_as_they_are_checked():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    described = [re.sub(r"^[a-z_]+/", "", line.strip()).strip() for line in DESIGN.read_text().splitlines()]
+    text = "\n".join(described)
+    for contract in project["tool"]["importlinter"]["contracts"]:
+        if "containers" in contract:
+            assert "\n".join(layer.replace(" | ", ", ") for layer in contract["layers"]) in text, contract["name"]
 
 
 @pytest.mark.slow
