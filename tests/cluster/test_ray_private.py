@@ -1,7 +1,6 @@
 import re
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
@@ -10,7 +9,7 @@ from packaging.version import Version
 import m2f
 from m2f.cluster import ray_private
 
-CLUSTER = Path(m2f.__file__).parent / "cluster"
+CLUSTER = m2f.HOME / "cluster"
 
 
 def test_the_installed_ray_is_one_that_was_tested():
