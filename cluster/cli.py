@@ -49,7 +49,20 @@ RAY_NOISE = "|".join(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            status = _run_verb(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit:  # argparse has shown a help page, or a mistake
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, as a reader that has gone away would be a traceback at the end of Python
+        return status
+    except BrokenPipeError:  # `m2f stats | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run_verb(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2
@@ -70,9 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"m2f {verb}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `m2f stats | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         mistake = _user_error(error)
         if mistake is None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -72,12 +72,23 @@ def test_help_needs_none_of_the_heavy_packages(words):
     assert "usage: m2f" in done.stdout
 
 
-def test_help_comes_within_a_second():
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["config", "--explain"]])
+def test_a_reader_that_has_seen_enough_is_no_failure(words):
+    command = [sys.executable, "-m", "m2f.cluster.cli", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head -0` may do it before the first line
+    assert (process.stderr.read(), process.wait(PATIENCE_S)) == ("", 0)
+    process.stderr.close()
+
+
+def test_help_takes_less_than_a_second_of_work():
+    """Of the processor: how long that takes depends on what else runs."""
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "m2f.cluster.cli", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 1.0, times
 
 

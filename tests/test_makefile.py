@@ -1,0 +1,28 @@
+"""`make test` runs both halves of the suite, and fails where one of them does."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PYTEST = """#!/bin/sh
+echo "$@" >> {folder}/calls
+case "$*" in *"not cluster"*) exit {first} ;; *) exit {second} ;; esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("first", "second", "passes"),
+    [(0, 0, True), (1, 0, False), (0, 1, False), (5, 0, True), (0, 5, True), (2, 5, False)],
+)
+def test_both_halves_run_and_nothing_to_do_is_no_failure(tmp_path, first, second, passes):
+    stub = tmp_path / "python"
+    stub.write_text(PYTEST.format(folder=tmp_path, first=first, second=second))
+    stub.chmod(0o755)
+    command = ["make", "--old-file", ".venv/installed", "test", f"BIN={tmp_path}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode == 0) == passes, done.stderr
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
