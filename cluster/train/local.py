@@ -49,6 +49,7 @@ def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", 
         try:
             recover_metrics(TrackingReporter(driver), storage, config.run_folder)  # of a driver with Ray
             _attempts(config, job, run, lease, live)
+            lease.check()
         except LeaseLostError:
             driver.abandon()
             raise

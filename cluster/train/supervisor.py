@@ -150,6 +150,7 @@ class _Supervisor:
                 status = self._train()
                 if status == "finished":
                     self._await_evaluations()
+            self._lease.check()
         except KeyboardInterrupt:
             status = "stopped"
             raise

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import m2f.trainer.engine.module
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
@@ -23,6 +24,7 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
+from m2f.trainer.checkpoint.folder import newest_whole
 from m2f.trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 
 STEPS = 12
@@ -89,6 +91,14 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
         ),
         cluster=ClusterConfig(num_workers=2),
     )
+
+
+def assert_equal_weights(first: str, second: str) -> None:
+    """The newest checkpoints of two run folders hold equal weights to the last bit; their metadata may differ."""
+    urls = [newest_whole(Storage(), folder).url for folder in (first, second)]
+    weights, others = (load_file(Path(url, "weights.safetensors")) for url in urls)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 @contextmanager

@@ -1,0 +1,154 @@
+"""Two starts of one run: real trainings of two ranks that are killed or stopped, and a second one beside them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+import m2f
+from m2f.cluster.recipe.load import dump_recipe
+from m2f.cluster.tracking.tracking import find_run
+from m2f.cluster.train.local import train_locally
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.trainer.checkpoint.folder import list_checkpoints, newest_step, verify_sizes
+from m2f.trainer.checkpoint.lease_record import newest_number
+from m2f.trainer.config import CheckpointConfig
+from tests.cluster.tiny_run import assert_equal_weights, small_sets, tiny_config
+
+pytestmark = pytest.mark.slow
+DRIVER = Path(__file__).with_name("leased_driver.py")
+STEPS = 16
+LONGEST_S = 280
+OVERLAPS = int(os.environ.get("M2F_SOAK_OVERLAPS", "40"))
+
+
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overlap")
+    datasets = small_sets(str(folder), Storage())
+
+    def make(name: str):
+        config = replace(tiny_config(folder, name, datasets), evaluation=EvaluationConfig())
+        checkpoint = CheckpointConfig(every_steps=2, keep=100)
+        return replace(config, training=replace(config.training, max_steps=STEPS, checkpoint=checkpoint))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def calm(make_config):
+    config = make_config("calm")
+    assert train_locally(config) == "finished"
+    return config
+
+
+class Driver:
+    """A process of leased_driver.py, and what it prints. Its ranks wait at the gate before step `gate_step`."""
+
+    def __init__(self, config, log: Path, gate_step: int) -> None:
+        recipe = log.with_suffix(".yaml")
+        recipe.write_text(dump_recipe(config))
+        self.log, self.gate = log, log.with_suffix(".gate")
+        with log.open("w") as file:
+            self.process = psutil.Popen(
+                [sys.executable, str(DRIVER), str(self.gate), str(gate_step), str(recipe)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": str(Path(m2f.__file__).parents[1])},
+            )
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LONGEST_S
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def ranks(self) -> list[psutil.Process]:
+        return [child for child in self.process.children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator:
+    drivers: list[Driver] = []
+
+    def new(config, gate_step: int = STEPS + 1) -> Driver:
+        drivers.append(Driver(config, tmp_path / f"driver{len(drivers)}.log", gate_step))
+        return drivers[-1]
+
+    yield new
+    for driver in drivers:
+        if driver.process.is_running():
+            driver.process.kill()
+        driver.process.wait()
+
+
+def losses(config) -> list[tuple[int, float]]:
+    run = find_run(config)
+    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss/total")
+    return sorted((point.step, point.value) for point in points)
+
+
+def check(config, calm) -> None:
+    """One curve, whole checkpoints, and the weights of a run to which nothing happened."""
+    assert losses(config) == losses(calm)
+    for checkpoint in list_checkpoints(Storage(), config.run_folder):
+        verify_sizes(Storage(), checkpoint.url)
+    assert_equal_weights(config.run_folder, calm.run_folder)
+
+
+def test_ranks_end_with_their_launcher(make_config, start):
+    first = start(make_config("orphans"), gate_step=2)
+    first.wait_until(lambda: "step  1/" in first.log.read_text())
+    ranks = first.ranks()
+    assert len(ranks) == 2
+    first.process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=LONGEST_S)
+    assert not alive
+
+
+def overlap(config, calm, start, kind: str, rng: random.Random) -> None:
+    """The first start waits within its run; it is left alone, killed or stopped when the second one comes."""
+    committed = 2 * rng.randint(1, 4)
+    first = start(config, gate_step=committed + rng.randint(1, 2))
+    first.wait_until(lambda: newest_step(Storage(), config.run_folder) >= committed)
+    if kind != "live":
+        first.process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    second = start(config)
+    second.process.wait(LONGEST_S)
+    if kind == "live":
+        assert "is training in this folder (lease 1)" in second.log.read_text()
+    else:
+        assert "run finished" in second.log.read_text()
+        assert newest_number(Storage(), config.run_folder) == 2
+    first.gate.touch()
+    if kind == "stop":
+        first.process.send_signal(signal.SIGCONT)
+    first.process.wait(LONGEST_S)
+    if kind == "stop":
+        assert "took this run over with lease 2" in first.log.read_text()
+    check(config, calm)
+
+
+@pytest.mark.parametrize("kind", ["live", "stop"])
+def test_a_second_start_leaves_one_run(make_config, calm, start, kind):
+    overlap(make_config(kind), calm, start, kind, random.Random(0))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", range(OVERLAPS))
+def test_many_second_starts_leave_one_run(make_config, calm, start, number):
+    kind = ("stop", "kill", "stop", "live")[number % 4]
+    overlap(make_config(f"soak{number}"), calm, start, kind, random.Random(number))
