@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -247,7 +247,8 @@ def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
         head.terminate()
         _, alive = psutil.wait_procs(started, timeout=5)
         for process in alive:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                process.kill()
         head.wait()
 
 
