@@ -1,6 +1,8 @@
 """A driver and its rank 0 in small: holds the lease of a run folder and commits one checkpoint after the other.
 
-python leased_writer.py RUN_FOLDER LAST_STEP PAUSE_S [ENDPOINT_URL]
+python leased_writer.py RUN_FOLDER LAST_STEP PAUSE_S OUTAGE [ENDPOINT_URL]
+
+While the file OUTAGE exists, the store does not answer this process.
 
 Every file of a checkpoint holds the number of its lease and the step that it goes on from. Prints a line per event.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from m2f.data_pipeline.config import StorageConfig
+from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.folder import (
@@ -29,6 +32,17 @@ from m2f.trainer.checkpoint.lease_record import check_lease
 
 QUICK = Timing(renew_s=0.2, poll_s=0.1, unchanged_s=1.5)
 NAMES = ("weights", "state")
+
+
+class StorageWithOutages(Storage):
+    """Does not answer while a file exists."""
+
+    outage = Path()
+
+    def _store(self, url):
+        if self.outage.exists():
+            raise StorageError(f"{url}: 503")
+        return super()._store(url)
 
 
 def commit(storage: Storage, run_folder: str, step: int, parent: int, lease: int, pause_s: float) -> None:
@@ -56,8 +70,9 @@ def tell(line: str) -> None:
 
 def main() -> None:
     run_folder, last, pause_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    endpoint = sys.argv[4] if len(sys.argv) > 4 else None
-    storage = Storage(StorageConfig(endpoint_url=endpoint, region="us-east-1", max_attempts=2))
+    endpoint = sys.argv[5] if len(sys.argv) > 5 else None
+    StorageWithOutages.outage = Path(sys.argv[4])
+    storage = StorageWithOutages(StorageConfig(endpoint_url=endpoint, region="us-east-1", max_attempts=2))
     try:
         with hold_lease(storage, run_folder, timing=QUICK) as lease:
             step = newest_step(storage, run_folder)
@@ -65,7 +80,11 @@ def main() -> None:
             while step < last:
                 lease.raise_if_lost()
                 time.sleep(pause_s)
-                commit(storage, run_folder, step + 1, step, lease.number, pause_s)
+                try:
+                    commit(storage, run_folder, step + 1, step, lease.number, pause_s)
+                except StorageError:
+                    tell("waits for the store")
+                    continue
                 step += 1
                 tell(f"committed {step}")
         tell("finished")

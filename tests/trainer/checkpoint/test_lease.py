@@ -34,7 +34,6 @@ from m2f.trainer.checkpoint.lease import INHERITED, Timing, hold_lease, take
 from m2f.trainer.checkpoint.lease_record import (
     LeaseRecord,
     check_lease,
-    newest_number,
     read_record,
     record_url,
     this_process,
@@ -43,6 +42,7 @@ from m2f.trainer.errors import CheckpointError, LeaseHeldError, LeaseLostError
 
 QUICK = Timing(renew_s=0.1, poll_s=0.05, unchanged_s=1.0)
 WRITER = Path(__file__).with_name("leased_writer.py")
+KINDS = ("live", "stop", "outage", "partition", "kill")
 OVERLAPS = int(os.environ.get("M2F_SOAK_OVERLAPS", "100"))
 
 
@@ -230,9 +230,9 @@ class Writer:
     """A process of leased_writer.py."""
 
     def __init__(self, run_folder: str, last: int, pause_s: float, log: Path) -> None:
-        self.log = log
+        self.log, self.outage = log, log.with_suffix(".outage")
         endpoint = [os.environ["AWS_ENDPOINT_URL"]] if "://" in run_folder else []
-        command = [sys.executable, str(WRITER), run_folder, str(last), str(pause_s), *endpoint]
+        command = [sys.executable, str(WRITER), run_folder, str(last), str(pause_s), str(self.outage), *endpoint]
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
@@ -277,7 +277,7 @@ def check_history(storage: Storage, run_folder: str, last: int) -> None:
         assert checkpoint.name == f"step_{step:08d}-{contents[0]['lease']}"
 
 
-@pytest.mark.parametrize("kind", ["kill", "stop"])
+@pytest.mark.parametrize("kind", ["kill", "stop", "outage", "partition"])
 def test_overlapping_writers_leave_one_history(storage, run_folder, writers, kind):
     overlap(storage, run_folder, writers, kind, random.Random(0), last=6)
 
@@ -293,16 +293,25 @@ def test_many_random_overlaps_leave_one_history(storage, tmp_path, number):
         started.append(Writer(run_folder, last, pause_s, tmp_path / f"writer{len(started)}.log"))
         return started[-1]
 
-    overlap(storage, run_folder, start, ("kill", "stop", "live", "stop", "live")[number % 5], random.Random(number), 8)
+    overlap(storage, run_folder, start, KINDS[number % 5], random.Random(number), 8)
 
 
 def overlap(storage, run_folder, start, kind: str, rng: random.Random, last: int) -> None:
-    """A second writer starts while the first works; the first is killed, stopped beyond the limit, or goes on."""
-    first = start(last)
+    """A second writer starts while the first works; something happens to the first or to its store."""
+    if kind == "partition":
+        return overlap_partitioned(storage, run_folder, start, rng, last)
+    first = start(last, 0.1)
     first.wait_for(f"committed {rng.randint(1, last - 2)}")
-    time.sleep(rng.uniform(0, 0.1))  # anywhere within a save
-    if kind == "live":
+    time.sleep(rng.uniform(0, 0.2))  # anywhere within a save
+    if kind in ("live", "outage"):
+        if kind == "outage":
+            first.outage.touch()
         second = start(last)
+        if kind == "outage":
+            second.outage.touch()
+            time.sleep(2.5)  # longer than a lease lasts without a beat
+            for writer in (first, second):
+                writer.outage.unlink()
         assert "LeaseHeldError" in second.end() or "finished" in first.end()
     else:
         first.process.send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
@@ -311,12 +320,26 @@ def overlap(storage, run_folder, start, kind: str, rng: random.Random, last: int
         if kind == "stop":
             time.sleep(rng.uniform(0, 0.2))
             first.process.send_signal(signal.SIGCONT)
-            first.process.wait(240)
-            assert "LeaseLostError" in first.log.read_text()
+            assert "LeaseLostError" in first.end()
         assert "finished" in second.end()
     first.process.wait(240)
     check_history(storage, run_folder, last)
-    assert newest_number(storage, run_folder) == (1 if kind == "live" else 2)
+
+
+def overlap_partitioned(storage, run_folder, start, rng: random.Random, last: int) -> None:
+    """The driver is gone and its worker cannot reach the store; another driver finishes the run; the worker is back."""
+    store_lease(storage, run_folder, 1, elsewhere())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INHERITED, "1:nonce")
+        worker = start(last, 0.1)
+    worker.wait_for(f"committed {rng.randint(1, last - 2)}")
+    worker.outage.touch()
+    worker.wait_for("waits for the store")
+    second = start(last)
+    assert "finished" in second.end()
+    worker.outage.unlink()
+    assert "LeaseLostError" in worker.end()
+    check_history(storage, run_folder, last)
 
 
 def test_the_usual_timing_refuses_within_seconds():
