@@ -1,14 +1,17 @@
-"""Which weights a verb means by `--checkpoint`."""
+"""Which recipe a verb means by its first word, and which weights by `--checkpoint`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.data_pipeline.storage.storage import Storage
+from m2f.cluster.recipe.load import load_recipe, parse_recipe
+from m2f.cluster.recipe.paths import with_absolute_paths
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
-from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.checkpoint.folder import MANIFEST, RECIPE, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,24 @@ class ChosenWeights:
         if self.step is not None:
             return f"step_{self.step:08d}"
         return self.url.rstrip("/").rpartition("/")[2].rpartition(".")[0] or "weights"
+
+
+def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str | None]:
+    """The recipe of a YAML file, of a run's folder or URL, or of a checkpoint's, with the latter's address.
+
+    Raises ConfigError where a folder is neither.
+    """
+    if "://" not in source and not Path(source).is_dir():
+        return load_recipe(source, overrides), None
+    url = source if "://" in source else str(Path(source).resolve())
+    storage, recipe = Storage(), join(url, RECIPE)
+    if not storage.exists(recipe):
+        raise ConfigError(f"{url} has neither a {RECIPE} (a run) nor a config.json (a Hugging Face model)")
+    config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
+    if storage.exists(join(url, MANIFEST)):
+        return config, url
+    parent, _, name = url.rstrip("/").rpartition("/")  # it may have been moved or renamed
+    return replace(config, output=parent, name=name), None
 
 
 def choose_checkpoint(config: RunConfig, storage: Storage, wish: str | None) -> ChosenWeights:

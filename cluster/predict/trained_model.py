@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from m2f.cluster.evaluation.weights import model_with_weights
-from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.load import dump_recipe, load_recipe, parse_recipe
+from m2f.cluster.recipe.load import dump_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.same_model import require_same_model
 from m2f.data_pipeline.categories import TASKS, Category, Task, distinct_color
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.label_space import LabelSpace
 from m2f.data_pipeline.shards.manifest import Manifest
-from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError, WeightsError
@@ -26,7 +26,6 @@ from m2f.model.mask2former import Mask2Former
 from m2f.trainer.checkpoint.identity import METADATA_KEY, InputRules, ModelIdentity
 from m2f.trainer.checkpoint.weights import read_identity, weights_url
 
-_RECIPE = "recipe.yaml"
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 
 
@@ -90,22 +89,8 @@ def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) 
         return _open_hugging_face(folder)
     if folder.suffix in _WEIGHT_SUFFIXES:
         return _open_weights(source, overrides, checkpoint)
-    if "://" not in source and not folder.is_dir():
-        return _open_run(load_recipe(source, overrides), checkpoint)
-    return _open_folder(source if "://" in source else str(folder.resolve()), overrides, checkpoint)
-
-
-def _open_folder(url: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
-    """A run or one of its checkpoints."""
-    storage = Storage()
-    recipe = join(url, _RECIPE)
-    if not storage.exists(recipe):
-        raise ConfigError(f"{url} has neither a {_RECIPE} (a run) nor a config.json (a Hugging Face model)")
-    config = with_absolute_paths(parse_recipe(storage.get(recipe).decode(), overrides, source=recipe))
-    if storage.exists(join(url, "manifest.json")):
-        return _open_run(config, checkpoint or url)
-    parent, _, name = url.rstrip("/").rpartition("/")  # it may have been moved or renamed
-    return _open_run(replace(config, output=parent, name=name), checkpoint)
+    config, url = open_recipe(source, overrides)
+    return _open_run(config, checkpoint or url)
 
 
 def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:

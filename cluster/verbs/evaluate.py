@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from m2f.cluster.verbs.arguments import add_checkpoint, add_recipe
+from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained
 
 SUMMARY = "evaluate a checkpoint on the recipe's evaluation sets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    add_recipe(parser)
+    add_trained(parser)
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the recipe")
     add_checkpoint(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for results; default: evaluations/ in the run folder")
     parser.add_argument(
@@ -25,14 +26,16 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
-    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
     from m2f.cluster.terminal import say
     from m2f.data_pipeline.storage.storage import Storage, join
+    from m2f.model.errors import ConfigError
 
-    config = load_recipe(args.recipe, args.overrides)
+    config, copied = open_recipe(args.source, args.overrides)
+    if copied is not None and args.output is None:
+        raise ConfigError(f"{args.source} is a checkpoint without its run; give --output a folder for the results")
     storage = Storage(config.storage)
-    weights = choose_checkpoint(config, storage, args.checkpoint)
+    weights = choose_checkpoint(config, storage, args.checkpoint or copied)
     say(f"evaluating {weights.url}")
     from m2f.cluster.evaluation.evaluate import (
         evaluate_checkpoint,
