@@ -44,7 +44,7 @@ datasets: {train: {shards: shards/train}}
 data: {train: [{dataset: train}]}
 training: {max_steps: 10, optimizer: {lr: 0.00123}}
 """
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 
 
 class Tab:

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ class Launcher:
     folder: Path
 
     def run(self, scenarios, ranks=2, timeout_s=280):
-        """Exit codes and outputs of the ranks."""
+        """Exit codes and outputs of the ranks; the code of a rank that took longer than `timeout_s` is -9."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -36,31 +38,54 @@ class Launcher:
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(ranks),
             "LOCAL_SIZE": str(ranks),
+            "PYTHONPATH": str(REPOSITORY),
         }
-        processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(REPOSITORY)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in map(str, range(ranks))
-        ]
+        logs = [self.folder / f"rank_{rank}.log" for rank in range(ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with log.open("w") as out:
+                processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+        deadline = time.monotonic() + timeout_s
         try:
-            outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
         finally:
             for process in processes:
                 process.kill()
-        return [process.returncode for process in processes], outputs
+        return [process.wait() for process in processes], [log.read_text() for log in logs]
 
     def run_well(self, scenarios, ranks=2, timeout_s=280):
         """No rank may end with an error."""
         codes, outputs = self.run(scenarios, ranks, timeout_s)
         assert not any(codes), "\n".join(outputs)
 
+    def run_each(self, scenarios, ranks=2):
+        """One after the other, in one process group to pay for imports once; after a failure the rest in another.
+
+        `seen` of a scenario that failed shows what its ranks wrote.
+        """
+        left = list(scenarios)
+        while left:
+            codes, outputs = self.run(",".join(left), ranks, timeout_s=900)
+            if not any(codes):
+                return
+            done = [all(self._record(name, rank).exists() for rank in range(ranks)) for name in left]
+            failed = done.index(False) if False in done else len(left) - 1
+            self._failure(left[failed]).write_text(f"exit codes {codes}\n" + "\n".join(outputs))
+            left = left[failed + 1 :]
+
     def seen(self, scenario, rank=0):
-        return json.loads((self.folder / f"{scenario}.rank_{rank}.json").read_text())
+        failure = self._failure(scenario)
+        assert not failure.exists(), f"{scenario} failed: {failure.read_text()}"
+        return json.loads(self._record(scenario, rank).read_text())
+
+    def _record(self, scenario, rank):
+        return self.folder / f"{scenario}.rank_{rank}.json"
+
+    def _failure(self, scenario):
+        return self.folder / f"{scenario}.failed"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test waits for all runs
+
+STAGES = ("0", "1", "2", "3")
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +32,36 @@ def with_data(launcher):
 
 @pytest.fixture(scope="module")
 def whole_runs(with_data):
-    """Scenarios that share one process group, to pay for imports once."""
-    with_data.run_well(
-        "uninterrupted,drained_then_damaged,poisoned,resumed_in_stages,unreadable,misfits,bad_samples,changed_data,"
-        "augmented_on_device,other_stages,resumed_in_bf16"
+    """Runs that do not depend on each other."""
+    with_data.run_each(
+        (
+            "uninterrupted",
+            "drained_then_damaged",
+            *(f"poisoned:{stage}" for stage in ("0", "1", "3")),
+            "given_up",
+            *(f"resumed_in_stage:{stage}" for stage in STAGES),
+            *("unreadable", "misfits", "bad_samples", "changed_data", "augmented_on_device", "other_stages"),
+            "resumed_in_bf16",
+        )
     )
     return with_data
 
 
 @pytest.fixture(scope="module")
 def other_ranks(whole_runs):
-    """The same runs go on with one rank."""
-    whole_runs.run_well("with_one_rank", ranks=1)
+    """Some of these runs go on with one rank, and some of them with two again."""
+    whole_runs.run_each(("in_bf16_again", *(f"in_stage_again:{stage}:5" for stage in STAGES)), ranks=1)
+    whole_runs.run_each([f"in_stage_again:{stage}:6" for stage in STAGES])
     return whole_runs
 
 
 @pytest.fixture(scope="module")
-def after_kill(other_ranks):
-    codes, outputs = other_ranks.run("killed")
+def after_kill(with_data):
+    codes, outputs = with_data.run("killed")
     assert codes[1] == -9, outputs[1]
     assert codes[0] not in (0, -9), outputs[0]
-    other_ranks.run_well("resumed,with_two_ranks_again")
-    return other_ranks
+    with_data.run_well("resumed")
+    return with_data
 
 
 def test_a_run_reports_every_step_and_commits_its_checkpoints(whole_runs):
@@ -95,7 +105,7 @@ def test_a_checkpoint_keeps_the_metrics_that_have_not_arrived(whole_runs):
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_step_with_a_poisoned_image_is_skipped_and_the_image_named(whole_runs, stage):
-    survived = whole_runs.seen("poisoned")[f"stage{stage}"]
+    survived = whole_runs.seen(f"poisoned:{stage}")
     kind, step, message = survived["events"][0]
     assert (kind, step) == ("skipped", 2)
     assert "positions 8 to 11" in message
@@ -105,23 +115,23 @@ def test_a_step_with_a_poisoned_image_is_skipped_and_the_image_named(whole_runs,
     assert survived["state"]["position"] == 16
     assert survived["state"]["skipped_total"] == 1
     assert all(math.isfinite(loss) for loss in survived["losses"].values())
-    assert survived["losses"]["3"] == pytest.approx(whole_runs.seen("poisoned")["stage1"]["losses"]["3"], rel=1e-4)
+    assert survived["losses"]["3"] == pytest.approx(whole_runs.seen("poisoned:1")["losses"]["3"], rel=1e-4)
 
 
 def test_too_many_skipped_steps_stop_all_ranks(whole_runs):
     for rank in (0, 1):
-        runs = whole_runs.seen("poisoned", rank)
-        assert "max_skipped_steps" in runs["given_up"]["error"]
-        assert skipped_keys(whole_runs.seen("poisoned")["stage1"]["events"][0][2]) in runs["given_up"]["error"]
+        error = whole_runs.seen("given_up", rank)["error"]
+        assert "max_skipped_steps" in error
+        assert skipped_keys(whole_runs.seen("poisoned:1")["events"][0][2]) in error
 
 
 def skipped_keys(message):
     return message.split("the loss of ")[1].split(" is not finite")[0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_stopping_and_resuming_changes_no_bit(whole_runs, stage):
-    runs = whole_runs.seen("resumed_in_stages")[f"stage{stage}"]
+    runs = whole_runs.seen(f"resumed_in_stage:{stage}")
     assert runs["stopped"]["state"]["step"] == 1
     assert runs["stopped"]["events"][-1][0] == "stopped"
     assert runs["resumed"]["checkpoints"] == [1, 3]
@@ -130,18 +140,18 @@ def test_stopping_and_resuming_changes_no_bit(whole_runs, stage):
     assert runs["same_average"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(after_kill, stage):
-    expected = after_kill.seen("resumed_in_stages")[f"stage{stage}"]["whole"]["losses"]
-    shrunk = after_kill.seen("with_one_rank")[f"stage{stage}"]
-    grown = after_kill.seen("with_two_ranks_again")[f"stage{stage}"]
+@pytest.mark.parametrize("stage", STAGES)
+def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(other_ranks, stage):
+    expected = other_ranks.seen(f"resumed_in_stage:{stage}")["whole"]["losses"]
+    shrunk = other_ranks.seen(f"in_stage_again:{stage}:5")
+    grown = other_ranks.seen(f"in_stage_again:{stage}:6")
     assert shrunk["state"]["world_size"] == 1
     assert list(shrunk["losses"]) == ["4", "5"]
     assert list(grown["losses"]) == ["6"]
     for step, loss in (shrunk["losses"] | grown["losses"]).items():
         assert loss == pytest.approx(expected[step], rel=1e-6), step
     whole, parts = (
-        load_file(after_kill.folder / f"{name}{stage}/checkpoints/step_00000006/ema.safetensors")
+        load_file(other_ranks.folder / f"{name}{stage}/checkpoints/step_00000006/ema.safetensors")
         for name in ("whole", "parts")
     )
     assert set(whole) == set(parts)
@@ -149,11 +159,11 @@ def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(after_kil
         torch.testing.assert_close(parts[name], average, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_of_16_bits_resume_to_the_bit_and_with_other_ranks(after_kill):
-    runs = after_kill.seen("resumed_in_bf16")
+def test_weights_of_16_bits_resume_to_the_bit_and_with_other_ranks(other_ranks):
+    runs = other_ranks.seen("resumed_in_bf16")
     expected = runs["whole"]["losses"]
     assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == {step: expected[step] for step in "123"}
-    assert after_kill.seen("with_one_rank")["bf16"]["losses"]["4"] == pytest.approx(expected["4"], rel=1e-5)
+    assert other_ranks.seen("in_bf16_again")["losses"]["4"] == pytest.approx(expected["4"], rel=1e-5)
 
 
 def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):
@@ -201,7 +211,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_runs):
 
 def test_another_zero_stage_keeps_weights_and_average_and_says_what_it_drops(whole_runs):
     runs = whole_runs.seen("other_stages")
-    whole = whole_runs.seen("resumed_in_stages")["stage1"]["whole"]["losses"]
+    whole = runs["whole"]["losses"]
     assert runs["to 3"]["losses"] == {step: whole[step] for step in "123"}
     assert runs["to 5"]["losses"]["4"] == pytest.approx(whole["4"], rel=1e-5)  # from the same weights
     for to, before in (("to 5", 1), ("to 6", 3)):

@@ -19,6 +19,7 @@ from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
 from m2f.cluster.submit.spot_notice import NOTICE_S, is_taken_back, watch
+from tests.waiting import PATIENCE_S
 
 CLOUD = Path(m2f.__file__).parent / "cluster" / "cloud"
 RAY_UP = sorted(CLOUD.glob("[ag]*.yaml"))
@@ -341,7 +342,7 @@ def test_the_notice_of_a_spot_machine_drains_its_node(metadata_server, cloud):
     watcher.join(0.2)
     assert watcher.is_alive()
     notice.set()
-    watcher.join(5)
+    watcher.join(PATIENCE_S)
     assert drained == [NOTICE_S[cloud]]
 
 

@@ -26,6 +26,7 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import list_checkpoints
+from tests.waiting import wait_until
 
 RECIPE = """
 name: sent
@@ -209,7 +210,7 @@ def test_a_dashboard_that_is_not_there(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     started = time.monotonic()
     assert main(["submit", str(tmp_path / "r.yaml"), "--address", "http://127.0.0.1:9"]) == 2
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 120
     assert "no Ray dashboard answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
@@ -232,14 +233,13 @@ def ray_head(folder: Path, env: dict[str, str], num_cpus: int = 2):
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
-        while True:
+
+        def is_up() -> bool:
             assert head.poll() is None, (folder / "head.log").read_text()
-            assert time.monotonic() < deadline, "the dashboard does not come up"
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(0.2)
+                return probe.connect_ex(("127.0.0.1", dashboard)) == 0
+
+        wait_until(is_up, "the dashboard", pause_s=0.2)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         process = psutil.Process(head.pid)
@@ -292,12 +292,12 @@ training: {{max_steps: 100000, global_batch: 2, checkpoint: {{every_steps: 10000
 
 def wait_for_steps(config, attempts: int) -> None:
     """Until that many worker groups have begun and the last of them has done four steps, by their traces."""
-    deadline = time.monotonic() + 120
-    while len(traces := sorted(Path(config.run_folder).glob("traces/*/rank_0000.jsonl"))) < attempts or (
-        len(traces[-1].read_text().splitlines()) < 4
-    ):
-        assert time.monotonic() < deadline, "the job does not train"
-        time.sleep(0.5)
+
+    def trains() -> bool:
+        traces = sorted(Path(config.run_folder).glob("traces/*/rank_0000.jsonl"))
+        return len(traces) >= attempts and len(traces[-1].read_text().splitlines()) >= 4
+
+    wait_until(trains, "the steps of the job", pause_s=0.5)
 
 
 def kill_driver() -> None:

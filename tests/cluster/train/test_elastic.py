@@ -23,6 +23,7 @@ from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.config import CheckpointConfig
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import small_sets, tiny_config
+from tests.waiting import PATIENCE_S
 
 STEPS, EVERY = 26, 3
 RANGE = ClusterConfig(num_workers=(1, 3), num_cpus_per_worker=2)
@@ -144,7 +145,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     cluster.remove_node(nodes[1], allow_graceful=False)
     wait_past(newest())
     add_node(cluster)
-    run.join(240)
+    run.join(PATIENCE_S)
     (summary,) = outcome
     assert summary.status == "finished"
     assert [(resize.before, resize.after) for resize in summary.resizes] == [(2, 1), (1, 2)]

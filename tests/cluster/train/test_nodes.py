@@ -32,6 +32,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import list_checkpoints, read_manifest
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(2400)]
 
@@ -153,7 +154,7 @@ def mlflow_server(folder: Path):
     with (folder / "mlflow.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: can_connect(HOST, port), 300, "MLflow")
+        wait_until(lambda: can_connect(HOST, port), "MLflow", patience_s=300, pause_s=1)
         yield f"http://{HOST}:{port}"
     finally:
         os.killpg(server.pid, signal.SIGKILL)
@@ -164,14 +165,6 @@ def can_connect(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((host, port)) == 0
-
-
-def wait_for(condition, seconds: float, what: str):
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"{what}: waited {seconds:.0f} s"
-        time.sleep(1)
-    return result
 
 
 RECIPE = """
@@ -249,7 +242,7 @@ def recipe(tmp_path_factory, requests):
         for name in NODES:
             stack.enter_context(node(name, folder / f"{name}.log"))
             if name == "head":
-                wait_for(lambda: can_connect(f"{NET}.2", 8265), 300, "the dashboard")
+                wait_until(lambda: can_connect(f"{NET}.2", 8265), "the dashboard", patience_s=300, pause_s=1)
         path = folder / "recipe.yaml"
         path.write_text(RECIPE.format(s3=s3, mlflow=tracking))
         command = ("python", "-m", "m2f.cluster.cli", "shard", "recipe.yaml")
@@ -317,13 +310,13 @@ def test_a_node_is_cut_off_and_comes_back(recipe, requests):
     started = time.monotonic()
     sent = m2f("submit", str(recipe), "--detach")
     assert sent.returncode == 0, sent.stderr
-    step = wait_for(lambda: checkpoint_after(0, 2), 600, "the first checkpoint of two ranks")
+    step = wait_until(lambda: checkpoint_after(0, 2), "the first checkpoint of two ranks", patience_s=600, pause_s=1)
     say(f"two ranks, checkpoint of step {step}; train2 is cut off")
     cable("train2", "down")
-    step = wait_for(lambda: checkpoint_after(step + 10, 1), 600, "a checkpoint of one rank")
+    step = wait_until(lambda: checkpoint_after(step + 10, 1), "a checkpoint of one rank", patience_s=600, pause_s=1)
     say(f"one rank, checkpoint of step {step}; train2 is back")
     cable("train2", "up")
-    step = wait_for(lambda: checkpoint_after(step, 2), 600, "a checkpoint of two ranks again")
+    step = wait_until(lambda: checkpoint_after(step, 2), "a checkpoint of two ranks again", patience_s=600, pause_s=1)
     say(f"two ranks again, checkpoint of step {step}")
     stopped = m2f("submit", str(recipe), "--stop")
     assert stopped.returncode == 0, stopped.stderr

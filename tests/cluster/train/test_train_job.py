@@ -37,6 +37,7 @@ from m2f.trainer.job import Window
 from m2f.trainer.recovery.adjustments import read_adjustments
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -100,14 +101,6 @@ def ray_processes(title: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition, seconds: float = 120.0):
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-    return result
-
-
 def history(config: RunConfig, metric: str) -> list[tuple[int, float]]:
     run = create_run(config)
     points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
@@ -119,7 +112,7 @@ def summary(cluster, config) -> RunSummary:
     """A run whose second worker is killed right after the first checkpoint."""
 
     def kill_a_worker() -> None:
-        wait_for(lambda: list_checkpoints(Storage(), config.run_folder))
+        wait_until(lambda: list_checkpoints(Storage(), config.run_folder))
         os.kill(ray_processes("RayTrainWorker")[-1].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_a_worker)
@@ -177,11 +170,11 @@ def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
     client = EvaluationClient(again, create_run(again))
     for step in range(EVERY, STEPS + 1, EVERY):
         client.submit(CommittedCheckpoint(step, checkpoint_url(config.run_folder, step, lease=1)))
-    wait_for(lambda: (status := client.status()) and status.current)
+    wait_until(lambda: (status := client.status()) and status.current)
     os.kill(ray_processes("EvaluationActor")[0].pid, signal.SIGKILL)
-    wait_for(lambda: any(entry.settled for entry in client.entries()))
+    wait_until(lambda: any(entry.settled for entry in client.entries()))
     os.kill(ray_processes("EvaluationService")[0].pid, signal.SIGKILL)
-    wait_for(lambda: (status := client.status()) and status.idle)
+    wait_until(lambda: (status := client.status()) and status.idle)
     entries = client.close()
     assert [(e.step, e.status, e.metrics) for e in entries] == [
         (e.step, "published", e.metrics) for e in summary.evaluations
@@ -222,7 +215,7 @@ def test_a_manager_that_cannot_start_is_given_up(cluster, config, tmp_path, monk
     tracked = replace(create_run(replace(config, name="lost")), spool=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("no folder")
     client = EvaluationClient(config, tracked)
-    wait_for(lambda: client.status() or client.lost)
+    wait_until(lambda: client.status() or client.lost)
     assert "NotADirectoryError" in client.lost
     client.close()
 
@@ -247,7 +240,9 @@ def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, con
     workers_with(tiny_run.mistaken_loop)
     buggy = replace(config, name="buggy", evaluation=EvaluationConfig())
     summary = run_training(buggy)
-    assert time.time() - (Path(buggy.run_folder) / "mistake").stat().st_mtime < 20
+    assert (
+        time.time() - (Path(buggy.run_folder) / "mistake").stat().st_mtime < 50
+    )  # and not the 60 s of a collective operation
     assert summary.status == "failed"
     assert [(failure.rank, failure.kind) for failure in summary.failures] == [(1, "mistake")]
     lines = capsys.readouterr().err.splitlines()

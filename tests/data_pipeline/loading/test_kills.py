@@ -30,7 +30,7 @@ def kill_and_finish(begin, progress, total, kills, seed):
     chance = random.Random(seed)
     for kill in range(kills):
         process = begin()
-        wanted = min(total - 1, progress() + chance.randint(0, max(1, total // kills)))
+        wanted = min(3 * total // 4, progress() + chance.randint(0, max(1, total // kills)))
         while process.poll() is None and progress() < wanted:
             time.sleep(0.002)
         time.sleep(chance.random() * 0.03)

@@ -1,0 +1,180 @@
+"""The scenarios of test_runs.py and test_watchdog.py: whole runs of two ranks. Not a test module.
+
+Each works in run folders of its own, so that its failure is its own, but for those whose first line names another.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from math import nan
+from pathlib import Path
+
+import torch.distributed as dist
+from tiny_job import Diary, DieAfterFirstCheckpoint, DrainAt, Recorder, StopAt, make_job, train
+
+import m2f.trainer.engine.module
+import m2f.trainer.loop
+from m2f.data_pipeline.config import MixtureItem
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.folder import checkpoint_url, metrics_on_their_way
+from m2f.trainer.config import MultiStepSchedule, ZeroConfig
+from m2f.trainer.job import TrainJob
+
+
+def uninterrupted(folder: Path) -> dict:
+    return train(make_job(folder / "uninterrupted", str(folder / "shards")))
+
+
+def killed(folder: Path) -> dict:
+    reporter = DieAfterFirstCheckpoint() if os.environ["RANK"] == "1" else Recorder()
+    return train(make_job(folder / "killed", str(folder / "shards")), reporter)
+
+
+def stalled(folder: Path) -> dict:
+    """Rank 1 falls asleep before the third step."""
+    real, calls = m2f.trainer.loop.count_normalizers, 0
+
+    def fall_asleep(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and os.environ["RANK"] == "1":
+            time.sleep(600)
+        return real(*arguments)
+
+    m2f.trainer.loop.count_normalizers = fall_asleep
+    job = make_job(folder / "stalled", str(folder / "shards"), stall_timeout_s=10.0)
+    return train(job, Diary(path=folder / "stalled.events"))
+
+
+def resumed(folder: Path) -> dict:
+    """The run that `killed` left."""
+    return train(make_job(folder / "killed", str(folder / "shards")))
+
+
+def drained_then_damaged(folder: Path) -> dict:
+    """A drain before the fifth step, then a start that finds the newest checkpoint cut off."""
+    job = make_job(folder / "drained", str(folder / "shards"))
+    drained = train(job, control=DrainAt(polls=5))
+    kept = {f"{step}": metrics_on_their_way(Storage(), checkpoint_url(job.run_folder, step)) for step in (3, 4)}
+    if os.environ["RANK"] == "0":
+        states = next((folder / "drained/checkpoints/step_00000004/engine").glob("*optim_states.pt"))
+        states.write_bytes(states.read_bytes()[:-1])
+    dist.barrier()
+    return {"drained": drained, "kept": kept, "resumed": train(job)}
+
+
+def poisoned(folder: Path, stage: str) -> dict:
+    """The image at position 9 of the order (third step) makes the features non-finite."""
+    zero = ZeroConfig(stage=int(stage))
+    with poisoned_position(9):
+        return train(make_job(folder / f"poisoned{stage}", str(folder / "shards"), max_steps=3, zero=zero))
+
+
+def given_up(folder: Path) -> dict:
+    """The same where no step may be skipped."""
+    with poisoned_position(9):
+        return train(make_job(folder / "given_up", str(folder / "shards"), max_steps=3, max_skipped_steps=0))
+
+
+def resumed_in_stage(folder: Path, stage: str) -> dict:
+    """Six steps at once in this stage, and the first three of them as one and two with a stop between."""
+    parts = in_stage(folder, "parts", stage, max_steps=3)
+    seen = {
+        "whole": train(in_stage(folder, "whole", stage, max_steps=6)),
+        "stopped": train(parts, control=StopAt(polls=2)),
+        "resumed": train(parts),
+    }
+    averages = [folder / f"{name}{stage}/checkpoints/step_00000003/ema.safetensors" for name in ("whole", "parts")]
+    return seen | {"same_average": averages[0].read_bytes() == averages[1].read_bytes()}
+
+
+def in_stage_again(folder: Path, stage: str, max_steps: str) -> dict:
+    """Further steps of the run of `resumed_in_stage`."""
+    return train(in_stage(folder, "parts", stage, int(max_steps)))
+
+
+def resumed_in_bf16(folder: Path) -> dict:
+    """The same with weights of 16 bits."""
+    whole, parts = in_bf16(folder, "whole", max_steps=4), in_bf16(folder, "parts", max_steps=3)
+    return {"whole": train(whole), "stopped": train(parts, control=StopAt(polls=2)), "resumed": train(parts)}
+
+
+def in_bf16_again(folder: Path) -> dict:
+    """A further step of the run of `resumed_in_bf16`."""
+    return train(in_bf16(folder, "parts", max_steps=4))
+
+
+def in_bf16(folder: Path, name: str, max_steps: int) -> TrainJob:
+    job = in_stage(folder, f"{name}_bf16_", stage="2", max_steps=max_steps)
+    return replace(job, training=replace(job.training, precision="bf16"))
+
+
+def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
+    return make_job(
+        folder / f"{name}{stage}",
+        str(folder / "shards"),
+        max_steps=max_steps,
+        schedule=MultiStepSchedule(milestones=()),  # the same rates whatever max_steps is
+        zero=ZeroConfig(stage=int(stage), param_persistence_threshold=0),
+        ema_decay=0.9,
+    )
+
+
+def unreadable(folder: Path) -> dict:
+    """A shard whose bytes changed after it was written: only the rank that meets the sample notices."""
+    return train(make_job(folder / "unreadable", str(folder / "damaged_shards")))
+
+
+def misfits(folder: Path) -> dict:
+    """Resuming a run with a seed that does not fit its checkpoints."""
+    job = make_job(folder / "misfits", str(folder / "shards"), max_steps=3)
+    return {"first": train(job), "seed": train(replace(job, seed=4))}
+
+
+def other_stages(folder: Path) -> dict:
+    """Three steps with ZeRO 1, two more with ZeRO 3, the last without ZeRO; beside them four steps with ZeRO 1."""
+    jobs = [in_stage(folder, "crossed", stage, steps) for stage, steps in (("1", 3), ("3", 5), ("0", 6))]
+    whole = train(in_stage(folder, "not_crossed", "1", max_steps=4))
+    crossed = [train(replace(job, run_folder=jobs[0].run_folder)) for job in jobs]
+    return {"whole": whole, "to 3": crossed[0], "to 5": crossed[1], "to 6": crossed[2]}
+
+
+def bad_samples(folder: Path) -> dict:
+    """The same shards where a bad sample may be replaced."""
+    job = make_job(folder / "bad_samples", str(folder / "damaged_shards"))
+    return train(replace(job, data=replace(job.data, max_bad_samples=1)))
+
+
+def augmented_on_device(folder: Path) -> dict:
+    """Two steps whose images are augmented where the model computes."""
+    job = make_job(folder / "augmented", str(folder / "shards"), max_steps=2)
+    return train(replace(job, data=replace(job.data, augment_on="device")))
+
+
+def changed_data(folder: Path) -> dict:
+    """Three steps, then another selection of the images: with and without leave to go on."""
+    job = make_job(folder / "changed", str(folder / "shards"), max_steps=3)
+    before = train(job)
+    data = replace(job.data, train=(MixtureItem(dataset="train", fraction=0.5),))
+    longer = replace(job, training=replace(job.training, max_steps=6), data=data)
+    refused = train(longer)
+    accepted = train(replace(longer, data=replace(data, accept_changes=True)))
+    return {"before": before, "refused": refused, "accepted": accepted}
+
+
+@contextmanager
+def poisoned_position(position: int):
+    real = m2f.trainer.engine.module.compute_losses
+
+    def poisoned(predictions, targets, *rest):
+        bad = (targets.position == position)[:, None, None, None]
+        return real(predictions._replace(mask_features=predictions.mask_features.masked_fill(bad, nan)), targets, *rest)
+
+    m2f.trainer.engine.module.compute_losses = poisoned
+    try:
+        yield
+    finally:
+        m2f.trainer.engine.module.compute_losses = real
