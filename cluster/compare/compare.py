@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from m2f.cluster.compare.paper import PaperResult, paper_result
-from m2f.cluster.compare.records import CompareError, Curve, RunRecord, compared_step, set_and_metric
+from m2f.cluster.compare.records import CompareError, Curve, RunRecord, SetResult, compared_step, set_and_metric
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.label_space import describe_subset, match_classes
 
 METRIC_ORDER = (
     *("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"),
@@ -99,7 +101,8 @@ def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: i
         step: of the evaluations; None takes the newest of each run and set.
 
     Raises:
-        CompareError: an unknown metric, or several runs without a metric in common.
+        CompareError: an unknown metric, several runs without a metric in common, or with classes that contradict each
+            other.
     """
     by_run = [_metric_values(run, step) for run in runs]
     names = _chosen_metrics(by_run, metrics)
@@ -117,6 +120,7 @@ def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: i
         published = paper.metrics.get(metric) if paper is not None and dataset == first_set else None
         rows.append(_row(name, [values.get(name) for values in by_run], paper=published))
     sets = list(dict.fromkeys(set_and_metric(name)[0] for name in names if not name.startswith("train/")))
+    lacking = _compare_classes(runs, sets)
     return Comparison(
         runs=tuple(runs),
         metrics=tuple(rows),
@@ -126,7 +130,7 @@ def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: i
         differences=_differences(runs),
         classes=tuple(_class_tables(runs, sets)),
         plots=tuple(_plots(runs, names)),
-        notes=tuple(_notes(runs, sets, step)),
+        notes=(*lacking, *_notes(runs, sets, step)),
     )
 
 
@@ -266,6 +270,33 @@ def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassT
             if rows:
                 tables.append(ClassTable(dataset=dataset, metric=metric, rows=tuple(rows)))
     return tables
+
+
+def _compare_classes(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[str]:
+    """Lines that say which classes only some runs were evaluated on. Raises CompareError for contradictions."""
+    notes = []
+    for dataset in sets:
+        tables = [(run.name, _classes(run.results[dataset])) for run in runs if dataset in run.results]
+        tables = [(name, classes) for name, classes in tables if classes]
+        for name, classes in tables[1:]:
+            first, baseline = tables[0]
+            found = match_classes(baseline, classes)
+            if found.kind == "conflict" and any(a and b for a, b in found.differing):
+                raise CompareError(
+                    f"{dataset}: the classes of the runs contradict each other; evaluate both on sets with the same "
+                    f"classes:\n  {found.describe_rows(first, name)}"
+                )
+            if (note := describe_subset(found, first, name)) is not None:
+                notes.append(f"{dataset}: {note}; averages are over other classes")
+    return notes
+
+
+def _classes(result: SetResult) -> list[Category]:
+    """Those of results.json; none where it does not describe them."""
+    rows = result.per_class
+    if not all({"id", "name", "is_thing"} <= row.keys() for row in rows):
+        return []
+    return [Category(row["id"], row["name"], row["is_thing"], (0, 0, 0)) for row in rows]
 
 
 def _plots(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Plot]:

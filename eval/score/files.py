@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from m2f.data_pipeline.categories import MAX_CATEGORIES
+from m2f.data_pipeline.categories import MAX_CATEGORIES, Category
+from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from m2f.data_pipeline.label_space import describe_subset, require_match
 from m2f.eval.errors import EvaluationError
 
+CATEGORIES_FILE = "categories.json"
 MAX_PIXELS = 2**28
 """Larger maps are refused before they are decoded."""
 
@@ -66,6 +69,55 @@ def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCate
             f"{path} lists {len(listed)} categories, more than {MAX_CATEGORIES}; it is no list of classes"
         )
     return tuple(listed)
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedClasses:
+    """Category ids of a file of predictions as those of the truth."""
+
+    truth_id: Mapping[int, int] | None
+    """By id in the predictions; None where nothing says what their ids mean: they are the truth's then."""
+    dropped: frozenset[int] = frozenset()
+    """Ids of the predictions whose classes the truth lacks: they are not scored."""
+    note: str | None = None
+    """One line where one of the two tables lacks classes."""
+
+    def labels(self, labels: Mapping[int, int]) -> dict[int, int]:
+        """Class by category id of the predictions, given the class by category id of the truth."""
+        if self.truth_id is None:
+            return dict(labels)
+        return {predicted: labels[true] for predicted, true in self.truth_id.items()}
+
+
+def match_predictions(
+    document: Any, predictions: Path, categories: Sequence[ScoredCategory], truth: Path, *, kinds: bool
+) -> PredictedClasses:
+    """Find the classes of predictions in the truth's table by name.
+
+    Their table is the list `categories` in the file, else `categories.json` beside it, as `m2f predict` and
+    `m2f eval --dump` write it. `kinds`: whether thing and stuff are compared. Raises EvaluationError with both tables'
+    rows where they contradict each other.
+    """
+    beside = predictions.with_name(CATEGORIES_FILE)
+    if isinstance(document, dict) and isinstance(document.get("categories"), list):
+        listed, path = document["categories"], predictions
+    elif beside.is_file() and beside != truth and isinstance(listed := read_json(beside), list):
+        path = beside
+    else:
+        return PredictedClasses(None)
+    own = _plain(read_categories({"categories": listed}, path), kinds)
+    wanted = _plain(categories, kinds)
+    try:
+        found = require_match(own, wanted, str(path), str(truth))
+    except DataError as error:
+        raise EvaluationError(str(error)) from error
+    truth_id = {c.id: wanted[label].id for c, label in zip(own, found.labels, strict=True) if label is not None}
+    dropped = frozenset(c.id for c in own) - truth_id.keys()
+    return PredictedClasses(truth_id, dropped, describe_subset(found, str(path), str(truth)))
+
+
+def _plain(categories: Sequence[ScoredCategory], kinds: bool) -> list[Category]:
+    return [Category(c.id, c.name, c.is_thing or not kinds, (0, 0, 0)) for c in categories]
 
 
 def require(entry: Any, name: str, where: str) -> Any:

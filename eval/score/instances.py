@@ -29,7 +29,7 @@ from m2f.eval.metrics.average_precision import (
 )
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.results.results import columns
-from m2f.eval.score.files import ScoredCategory, read_categories, read_document, read_json, require
+from m2f.eval.score.files import ScoredCategory, match_predictions, read_categories, read_document, read_json, require
 from m2f.eval.score.scoring import ScoreReport, Scoring, percent
 
 MAX_DETS = (1, 10, 100)
@@ -57,14 +57,19 @@ def instance_scoring(
     document = read_document(truth, "images", "annotations", "categories")
     categories = tuple(sorted(read_categories(document, truth), key=lambda c: c.id))
     labels = {c.id: label for label, c in enumerate(categories)}
-    images = _images(document, read_json(predictions), truth, predictions)
+    results = read_json(predictions)
+    matched = match_predictions(results, predictions, categories, truth, kinds=False)
+    images = _images(document, results, truth, predictions)
     limits = CLASS_AGNOSTIC_MAX_DETS if class_agnostic else MAX_DETS
     ratio = BOUNDARY_RATIO if boundary else None
     names = ["Boundary" * boundary, "class-agnostic" * class_agnostic, "mask AP"]
     title = f"{' '.join(filter(None, names))}, {len(images)} images, in per cent"
+    title += f"\n{matched.note}" if matched.note else ""
     return Scoring(
         jobs=images,
-        work=_ScoreImage(truth, predictions, labels, class_agnostic, limits[-1], ratio),
+        work=_ScoreImage(
+            truth, predictions, labels, matched.labels(labels), matched.dropped, class_agnostic, limits[-1], ratio
+        ),
         state=AveragePrecisionState(1 if class_agnostic else len(categories), limits, ratio),
         report=partial(_report, () if class_agnostic else categories, title),
     )
@@ -105,7 +110,11 @@ class _ScoreImage:
     truth: Path
     predictions: Path
     labels: Mapping[int, int]
-    """Category id -> class."""
+    """Category id of the truth -> class."""
+    predicted_labels: Mapping[int, int]
+    """Category id of the predictions -> class."""
+    dropped: frozenset[int]
+    """Category ids of the predictions that are not scored."""
     class_agnostic: bool
     limit: int
     boundary_ratio: float | None
@@ -127,14 +136,14 @@ class _ScoreImage:
         entries = image.annotations
         return InstanceTruth(
             masks=self._masks(image, entries, where),
-            labels=self._labels(entries, where),
+            labels=self._labels(entries, where, self.labels),
             areas=np.array([require(e, "area", where) for e in entries], dtype=np.float64),
             is_crowd=np.array([bool(e.get("iscrowd", 0)) for e in entries], dtype=bool),
         )
 
     def _detections(self, image: _Image) -> InstanceDetections:
         where = f"{self.predictions}: image {image.id}"
-        entries = image.results
+        entries = [e for e in image.results if e.get("category_id") not in self.dropped]
         scores = [require(e, "score", where) for e in entries]
         for score in scores:
             if not isinstance(score, int | float) or not math.isfinite(score):
@@ -142,16 +151,16 @@ class _ScoreImage:
         return InstanceDetections(
             masks=self._masks(image, entries, where),
             mask_index=np.arange(len(entries)),
-            labels=self._labels(entries, where),
+            labels=self._labels(entries, where, self.predicted_labels),
             scores=np.array(scores, dtype=np.float64),
         )
 
-    def _labels(self, entries: list[dict[str, Any]], where: str) -> np.ndarray:
+    def _labels(self, entries: list[dict[str, Any]], where: str, labels: Mapping[int, int]) -> np.ndarray:
         ids = [require(e, "category_id", where) for e in entries]
         for category in ids:
-            if category not in self.labels:
+            if category not in labels:
                 raise EvaluationError(f"{where} has the category {category}, which {self.truth} does not list")
-        return np.array([self.labels[category] for category in ids], dtype=np.int64)
+        return np.array([labels[category] for category in ids], dtype=np.int64)
 
     def _masks(self, image: _Image, entries: list[dict[str, Any]], where: str) -> tuple[Any, ...]:
         name = f"{where}, number {{}}"

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.overlaps import InconsistentMapError
@@ -25,6 +27,7 @@ from m2f.eval.metrics.panoptic_quality import (
 from m2f.eval.results.results import columns
 from m2f.eval.score.files import (
     ScoredCategory,
+    match_predictions,
     read_categories,
     read_document,
     read_ids,
@@ -56,9 +59,10 @@ def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, 
     document = read_document(files.truth, "annotations", "categories")
     categories = read_categories(document, files.truth)
     truth = document["annotations"]
+    predicted = read_document(files.predictions, "annotations")
+    matched = match_predictions(predicted, files.predictions, categories, files.truth, kinds=True)
     predictions = {
-        str(require(a, "image_id", f"{files.predictions}: an annotation")): a
-        for a in read_document(files.predictions, "annotations")["annotations"]
+        str(require(a, "image_id", f"{files.predictions}: an annotation")): a for a in predicted["annotations"]
     }
     ids = [str(require(a, "image_id", f"{files.truth}: an annotation")) for a in truth]
     if missing := [i for i in ids if i not in predictions]:
@@ -73,9 +77,9 @@ def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, 
     labels = {c.id: label for label, c in enumerate(categories)}
     return Scoring(
         jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
-        work=_ScoreImage(files, labels, ratio),
+        work=_ScoreImage(files, labels, matched.labels(labels), matched.dropped, ratio),
         state=PanopticQualityState([c.is_thing for c in categories], ratio),
-        report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ"),
+        report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ", matched.note),
     )
 
 
@@ -83,7 +87,11 @@ def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, 
 class _ScoreImage:
     files: PanopticFiles
     labels: Mapping[int, int]
-    """Category id -> class."""
+    """Category id of the truth -> class."""
+    predicted_labels: Mapping[int, int]
+    """Category id of the predictions -> class."""
+    dropped: frozenset[int]
+    """Category ids of the predictions that are not scored."""
     boundary_ratio: float | None
 
     def __call__(self, job: _Pair) -> PanopticRecord:
@@ -104,29 +112,37 @@ class _ScoreImage:
         where = f"{self.files.truth}: {where}"
         segments = {
             segment_id: TruthSegment(label, float(require(entry, "area", where)), bool(entry.get("iscrowd", 0)))
-            for segment_id, label, entry in self._segments(annotation, where)
+            for segment_id, label, entry in self._segments(annotation, where, self.labels)
         }
         return PanopticTruth(read_ids(self.files.truth_masks / require(annotation, "file_name", where)), segments)
 
     def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
         where = f"{self.files.predictions}: {where}"
-        labels = {segment_id: label for segment_id, label, _ in self._segments(annotation, where)}
+        listed = require(annotation, "segments_info", where)
+        gone = [require(s, "id", where) for s in listed if require(s, "category_id", where) in self.dropped]
+        if gone:
+            annotation = {**annotation, "segments_info": [s for s in listed if s["id"] not in gone]}
+        labels = {
+            segment_id: label for segment_id, label, _ in self._segments(annotation, where, self.predicted_labels)
+        }
         id_map = read_ids(self.files.prediction_masks / require(annotation, "file_name", where))
-        return PanopticPrediction(id_map, labels)
+        return PanopticPrediction(np.where(np.isin(id_map, gone), 0, id_map) if gone else id_map, labels)
 
-    def _segments(self, annotation: dict[str, Any], where: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    def _segments(
+        self, annotation: dict[str, Any], where: str, labels: Mapping[int, int]
+    ) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Id, class and entry of every segment; of a repeated id the last entry stays, as in panopticapi."""
         for entry in require(annotation, "segments_info", where):
             segment_id, category = (require(entry, name, where) for name in ("id", "category_id"))
-            if category not in self.labels:
+            if category not in labels:
                 raise EvaluationError(
                     f"{where}: segment {segment_id} has the category {category}, which {self.files.truth} does not list"
                 )
-            yield int(segment_id), self.labels[category], entry
+            yield int(segment_id), labels[category], entry
 
 
 def _report(
-    categories: tuple[ScoredCategory, ...], num_images: int, name: str, quality: PanopticQuality
+    categories: tuple[ScoredCategory, ...], num_images: int, name: str, note: str | None, quality: PanopticQuality
 ) -> ScoreReport:
     splits: dict[str, Quality | None] = {"all": quality.all, "things": quality.things, "stuff": quality.stuff}
     per_class = dict(zip(categories, quality.per_class, strict=True))
@@ -147,7 +163,7 @@ def _report(
     ]
     names = [name, "SQ", "RQ"]
     tables = [
-        f"{num_images} images, in per cent",
+        f"{num_images} images, in per cent" + (f"\n{note}" if note else ""),
         columns(["", *names, "classes"], rows),
         columns(["class", "kind", *names, "TP", "FP", "FN"], class_rows),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -133,6 +134,43 @@ def test_other_data_and_subsets_are_said(pair):
     notes = " ".join(compare_runs([pair[0], other]).notes)
     assert "different data (base ffffffffffff, other 000000000000)" in notes
     assert "other first 5 of 10" in notes
+
+
+def classes(*rows):
+    return [{"id": i, "name": name, "is_thing": thing, "PQ": 50.0} for i, name, thing in rows]
+
+
+def with_classes(record, rows):
+    (name, result), *_ = record.results.items()
+    return replace(record, results={name: replace(result, per_class=classes(*rows))})
+
+
+TABLE = ((1, "cat", True), (2, "sky", False))
+
+
+def test_runs_with_the_same_classes_in_another_order_are_compared_by_name(pair):
+    comparison = compare_runs(
+        [with_classes(pair[0], TABLE), with_classes(pair[1], ((1, "sky", False), (5, "cat", True)))]
+    )
+    assert not [note for note in comparison.notes if "classes" in note]
+    assert [row.name for row in comparison.classes[0].rows] == ["cat", "sky"]
+
+
+def test_classes_that_only_one_run_has_are_said(pair):
+    notes = compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], TABLE[:1])]).notes
+    assert "val: 1 classes are in both; other lacks sky; averages are over other classes" in notes
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ((2, "sky", True), r"base: id 2 'sky' \(stuff\); other: id 2 'sky' \(thing\)"),
+        ((2, "cloud", False), r"base: id 2 'sky' \(stuff\); other: id 2 'cloud' \(stuff\)"),
+    ],
+)
+def test_runs_whose_classes_contradict_each_other_are_refused(pair, row, named):
+    with pytest.raises(CompareError, match=named):
+        compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], (TABLE[0], row))])
 
 
 def test_the_papers_row_is_beside_the_first_set():

@@ -1,0 +1,89 @@
+"""Predictions whose files say what their category ids mean are scored by name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from m2f.eval.errors import EvaluationError
+from m2f.eval.score.instances import instance_scoring
+from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
+from tests.eval.score.test_scoring import CATEGORIES, run, write_ids
+
+NEW_IDS = {3: 7, 7: 3, 200: 5, 5: 200, 9: 1}
+RENUMBERED = [c | {"id": NEW_IDS[c["id"]]} for c in reversed(CATEGORIES)]
+EXTRA = {"id": 77, "name": "boat", "isthing": 1}
+
+
+def panoptic_files(folder, categories, ids, extra=False):
+    """One image of a car above a road, predicted perfectly; `extra`: a boat is predicted on void, too."""
+    id_map = np.zeros((20, 30), np.int64)
+    id_map[:8], id_map[8:16] = 1, 2
+    write_ids(folder / "truth/a.png", id_map)
+    predicted = id_map.copy()
+    predicted[16:] = 3 * extra
+    write_ids(folder / "found/a.png", predicted)
+    areas = [{"id": i, "area": int((id_map == i).sum()), "iscrowd": 0} for i in (1, 2)]
+    truth = [s | {"category_id": c} for s, c in zip(areas, (3, 7), strict=True)]
+    found = [{"id": i, "category_id": ids[c]} for i, c in ((1, 3), (2, 7))]
+    found += [{"id": 3, "category_id": EXTRA["id"]}] * extra
+
+    def annotation(segments):
+        return [{"image_id": 1, "file_name": "a.png", "segments_info": segments}]
+
+    (folder / "truth.json").write_text(json.dumps({"annotations": annotation(truth), "categories": CATEGORIES}))
+    (folder / "found.json").write_text(json.dumps({"annotations": annotation(found), "categories": categories}))
+    masks = {"truth_masks": folder / "truth", "prediction_masks": folder / "found"}
+    return PanopticFiles(truth=folder / "truth.json", predictions=folder / "found.json", **masks)
+
+
+def instance_files(folder, categories, ids):
+    """Two objects of two classes, found perfectly; the table of the results is beside them."""
+    square = [[2, 2, 12, 2, 12, 12, 2, 12]]
+    shared = {"image_id": 1, "iscrowd": 0, "area": 100}
+    annotations = [shared | {"id": i, "category_id": c, "segmentation": square} for i, c in ((1, 3), (2, 200))]
+    images = [{"id": 1, "height": 20, "width": 30}]
+    listed = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES]  # as COCO's instance files: without isthing
+    truth = {"images": images, "annotations": annotations, "categories": listed}
+    results = [{"image_id": 1, "category_id": ids[c], "segmentation": square, "score": 0.9} for c in (3, 200)]
+    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "found").mkdir()
+    (folder / "found/instances.json").write_text(json.dumps(results))
+    (folder / "found/categories.json").write_text(json.dumps(categories))
+    return folder / "truth.json", folder / "found/instances.json"
+
+
+def test_panoptic_results_with_other_ids_are_matched_by_name(tmp_path):
+    report = run(panoptic_scoring(panoptic_files(tmp_path, RENUMBERED, NEW_IDS), boundary=False))
+    assert report.content["all"]["pq"] == 1.0
+    assert report.content["per_class"]["3"]["tp"] == report.content["per_class"]["7"]["tp"] == 1
+
+
+def test_detections_with_other_ids_are_matched_by_name(tmp_path):
+    truth, found = instance_files(tmp_path, RENUMBERED, NEW_IDS)
+    report = run(instance_scoring(truth, found, boundary=False, class_agnostic=False))
+    assert report.content["AP"] == pytest.approx(1.0)
+
+
+def test_classes_that_the_truth_lacks_are_left_out_and_said(tmp_path):
+    same = {c["id"]: c["id"] for c in CATEGORIES}
+    files = panoptic_files(tmp_path, [*CATEGORIES, EXTRA], same, extra=True)
+    report = run(panoptic_scoring(files, boundary=False))
+    assert report.content["all"]["pq"] == 1.0
+    assert f"5 classes are in both; {files.truth} lacks boat" in report.table
+
+
+@pytest.mark.parametrize(
+    ("changed", "rows"),
+    [
+        ({"isthing": 0}, r"id 3 'car' \(stuff\); .*: id 3 'car' \(thing\)"),
+        ({"name": "van"}, r"id 3 'van' \(thing\); .*: id 3 'car' \(thing\)"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path, changed, rows):
+    same = {c["id"]: c["id"] for c in CATEGORIES}
+    categories = [CATEGORIES[0] | changed, *CATEGORIES[1:]]
+    with pytest.raises(EvaluationError, match=rows):
+        panoptic_scoring(panoptic_files(tmp_path, categories, same), boundary=False)
