@@ -45,6 +45,8 @@ cluster: {{num_workers: 2}}
 """
 STORE = 80_000_000
 STEPS = 100
+NOTICE_S = 20.0
+"""How long the node still has when its end is announced."""
 
 
 @pytest.fixture
@@ -98,11 +100,12 @@ def test_a_drained_node_costs_at_most_one_step(nodes, tmp_path):
     assert found["m2f_images_per_second", None] > 0
     assert found["m2f_ranks", None] == 2
 
-    deadline_ms = int((time.time() + PATIENCE_S) * 1000)
+    deadline = time.time() + NOTICE_S
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, _ = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", deadline_ms)
+    accepted, _ = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", int(deadline * 1000))
     assert accepted
     saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder))
+    wait_until(lambda: time.time() > deadline)  # a node that ends before is no preempted one to Ray
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=2, object_store_memory=STORE)
     run.join(PATIENCE_S)
