@@ -24,7 +24,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from m2f.data_pipeline.categories import CategoryTable, Task
+from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import DataConfig
 from m2f.data_pipeline.errors import DataError, LoaderDiedError
 from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks
@@ -140,19 +140,6 @@ def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, 
             )
     others = [{c.id: classes[c.name, c.is_thing] for c in m.categories.for_task(task)} for m in manifests[1:]]
     return [first.categories.labels(task), *others]
-
-
-def shared_categories(manifests: Sequence[Manifest]) -> CategoryTable:
-    """The category table of data sets that must have the same. Raises DataError where two of them differ."""
-    first = manifests[0]
-    for other in manifests[1:]:
-        if other.categories != first.categories:
-            raise DataError(
-                f"the data sets must share one category table, and {other.url} differs from {first.url} "
-                f"({len(other.categories.categories)} and {len(first.categories.categories)} categories); "
-                "shard them with the same categories"
-            )
-    return first.categories
 
 
 def eval_batches(

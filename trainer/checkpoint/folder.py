@@ -5,6 +5,7 @@
     rng/rank_00000.pt       random states of every rank
     weights.safetensors     the whole model in fp32, loadable by `m2f.model.weights.load.load_weights`
     ema.safetensors         the same with the moving average of the weights, where the run keeps one
+    identity.json           classes, task, input and recipe of the model (see `identity`); also in the weights' metadata
     state.json              TrainState
     recipe.yaml             the resolved recipe
     metrics.json            metrics by step that were on their way to the driver at the save, where there were any
