@@ -63,6 +63,8 @@ class _Driver:
         if self.is_stopping:
             return -signal.SIGTERM
         self._process = subprocess.Popen(self._command, env=self._environment, preexec_fn=_end_with_parent)
+        if self.is_stopping:  # the signal came while the process started
+            self._process.send_signal(signal.SIGTERM)
         return self._process.wait()
 
     def wait(self, seconds: float) -> None:
