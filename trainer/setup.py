@@ -13,6 +13,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former, build_model
 from m2f.model.weights.load import LoadReport, load_weights
 from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.checkpoint.identity import require_own_checkpoint
 from m2f.trainer.checkpoint.resume import open_restart
 from m2f.trainer.checkpoint.saver import CheckpointSaver
 from m2f.trainer.checkpoint.weights import fetched_weights, known_class_rows, start_file
@@ -50,6 +51,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     ranks.from_first(lambda: data.check(storage))
     state, resumed = _fresh_state(job, data, ranks), None
     candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
+    ranks.from_first(lambda: require_own_checkpoint(storage, [c.url for c in candidates], job.identity))
     accept = job.data.accept_changes
     with open_restart(candidates, state, storage, ranks, reporter, accept, job.skipped, job.lease) as restart:
         model, report = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))

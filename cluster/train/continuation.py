@@ -9,11 +9,10 @@ import yaml
 from m2f.cluster.recipe.same_model import model_changes
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.label_space import ClassMatch, match_classes
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.folder import RECIPE, list_checkpoints
-from m2f.trainer.checkpoint.identity import IDENTITY, ModelIdentity
+from m2f.trainer.checkpoint.identity import IDENTITY, START_ANEW, ModelIdentity, require_same_classes
 from m2f.trainer.checkpoint.weights import known_class_rows, start_file
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
@@ -44,39 +43,15 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
         stored = _read(storage, checkpoint.url)
         if stored is None:
             continue
-        remedy = (
-            f"set it back, or train under another name from its weights (model.weights={checkpoint.url}), which keeps "
-            "the rows of the classes that both have"
-        )
-        space = job.identity.label_spaces[0]
-        if stored.task != space.task:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.url} is of a model for the task {stored.task}, and data.task is {space.task}; "
-                f"{remedy}"
-            )
-        if stored.classes is not None:
-            _check_classes(stored.classes, space.classes, checkpoint.url, remedy)
+        require_same_classes(stored.task, stored.classes, job.identity, checkpoint.url)
         changes = model_changes(stored.recipe, job.recipe, optimizer=True)
         if changes:
             raise CheckpointError(
                 f"checkpoint {checkpoint.url} is of another model than the recipe's (checkpoint -> recipe):\n  "
                 + "\n  ".join(changes)
-                + f"\n{remedy}"
+                + f"\n{START_ANEW}"
             )
         return
-
-
-def _check_classes(stored: tuple[Category, ...], now: tuple[Category, ...], url: str, remedy: str) -> None:
-    if [(c.name, c.is_thing) for c in stored] == [(c.name, c.is_thing) for c in now]:
-        return  # ids and colours are not in the weights
-    longest = max(len(stored), len(now))
-    rows = zip(*((*table, *(None,) * (longest - len(table))) for table in (stored, now)), strict=True)
-    differing = tuple((a, b) for a, b in rows if a is None or b is None or (a.name, a.is_thing) != (b.name, b.is_thing))
-    found = ClassMatch(match_classes(stored, now).kind, (), differing)
-    raise CheckpointError(
-        f"checkpoint {url} has other classes than the training data, label by label; {remedy}:\n  "
-        + found.describe_rows("checkpoint", "data")
-    )
 
 
 def _read(storage: Storage, url: str) -> _Stored | None:

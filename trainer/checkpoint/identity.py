@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
-from m2f.data_pipeline.categories import Task
+from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.label_space import LabelSpace
+from m2f.data_pipeline.label_space import ClassMatch, LabelSpace
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.errors import CheckpointError
 
 IDENTITY = "identity.json"
 """File of a checkpoint folder."""
 METADATA_KEY = "m2f.identity"
 """Where the same text stands in metadata of weights and of exported models."""
+START_ANEW = (
+    "set it back, or train under another name from its weights (model.weights), which keeps the rows of the classes "
+    "that both have"
+)
 _VERSION = 1
 
 
@@ -115,6 +121,40 @@ def read_metadata(path: str | Path) -> ModelIdentity | None:
         except (ValueError, AttributeError):
             return None
     return None if text is None else ModelIdentity.from_json(text, str(path))
+
+
+def require_same_classes(task: str, classes: tuple[Category, ...] | None, now: ModelIdentity, url: str) -> None:
+    """Compare the task and the classes (None: not known) of checkpoint `url` with those of a run that goes on from it.
+
+    Raises CheckpointError: weights and optimizer state would be taken for something else.
+    """
+    space = now.label_spaces[0]
+    if task != space.task:
+        raise CheckpointError(
+            f"checkpoint {url} is of a model for the task {task}, and data.task is {space.task}; {START_ANEW}"
+        )
+    if classes is None or [(c.name, c.is_thing) for c in classes] == [(c.name, c.is_thing) for c in space.classes]:
+        return  # ids and colours are not in the weights
+    rows = zip_longest(classes, space.classes)
+    differing = tuple((a, b) for a, b in rows if a is None or b is None or (a.name, a.is_thing) != (b.name, b.is_thing))
+    raise CheckpointError(
+        f"checkpoint {url} has other classes than the training data, label by label; {START_ANEW}:\n  "
+        + ClassMatch("conflict", (), differing).describe_rows("checkpoint", "data")
+    )
+
+
+def require_own_checkpoint(storage: Storage, urls: Sequence[str], now: ModelIdentity | None) -> None:
+    """`require_same_classes` for the first of these checkpoint folders that says what it is."""
+    if now is None:
+        return
+    for url in urls:
+        if storage.exists(address := join(url, IDENTITY)):
+            try:
+                stored = ModelIdentity.from_json(storage.get(address), address)
+            except CheckpointError:
+                continue  # damaged: resuming finds that out
+            require_same_classes(stored.tasks[0], stored.label_spaces[0].classes, now, url)
+            return
 
 
 def _read_official(path: Path) -> ModelIdentity | None:

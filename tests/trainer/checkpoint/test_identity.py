@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import LabelSpace
-from m2f.trainer.checkpoint.identity import METADATA_KEY, InputRules, ModelIdentity, read_metadata
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.identity import (
+    METADATA_KEY,
+    InputRules,
+    ModelIdentity,
+    read_metadata,
+    require_own_checkpoint,
+)
 from m2f.trainer.errors import CheckpointError
 
 CLASSES = (Category(7, "car", True, (1, 2, 3)), Category(2, "sky", False, (4, 5, 6)))
@@ -40,3 +49,17 @@ def test_weights_without_identity_have_none(tmp_path):
 def test_a_damaged_identity_is_named(text):
     with pytest.raises(CheckpointError, match=r"copy/identity\.json"):
         ModelIdentity.from_json(text, "copy/identity.json")
+
+
+def test_ranks_refuse_a_checkpoint_of_other_classes_or_another_task(tmp_path):
+    (tmp_path / "identity.json").write_text(MADE.to_json())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/identity.json").write_text("{}")
+    urls = [str(tmp_path / "absent"), str(tmp_path / "damaged"), str(tmp_path)]
+    require_own_checkpoint(Storage(), urls, MADE)
+    require_own_checkpoint(Storage(), urls, None)
+    turned = replace(MADE, label_spaces=(LabelSpace("panoptic", CLASSES[::-1]),))
+    with pytest.raises(CheckpointError, match=r"checkpoint: id 7 'car' \(thing\); data: id 2 'sky' \(stuff\)"):
+        require_own_checkpoint(Storage(), urls, turned)
+    with pytest.raises(CheckpointError, match=r"for the task panoptic, and data\.task is semantic"):
+        require_own_checkpoint(Storage(), urls, replace(MADE, label_spaces=(LabelSpace("semantic", CLASSES),)))
