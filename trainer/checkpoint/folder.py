@@ -27,7 +27,7 @@ from pathlib import Path
 
 from m2f.data_pipeline.errors import MissingObjectError, StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint.lease_record import check_lease, is_accepted, newest_number
+from m2f.trainer.checkpoint.lease_record import accepted_names, check_lease, newest_number
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.reporting import CommittedCheckpoint
 
@@ -136,7 +136,7 @@ def _counted(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> s
     newest, accepted = newest_number(storage, run_folder), set[_Folder]()
     for lease in {folder.lease for folder in folders}:
         own = [folder for folder in folders if folder.lease == lease]
-        names = is_accepted(storage, run_folder, newest, lease, [folder.name for folder in own])
+        names = accepted_names(storage, run_folder, newest, lease, [folder.name for folder in own])
         accepted |= {folder for folder in own if folder.name in names}
     return accepted
 

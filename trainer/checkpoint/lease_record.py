@@ -93,7 +93,7 @@ def newest_number(storage: Storage, run_folder: str) -> int:
 
 
 def read_record(storage: Storage, run_folder: str, number: int) -> LeaseRecord:
-    """The record of a lease. Raises CheckpointError where it is not one of ours, MissingObjectError where it is not."""
+    """The record of a lease. Raises CheckpointError if it cannot be read, MissingObjectError if there is none."""
     url = record_url(run_folder, number)
     data = storage.get(url)
     try:
@@ -116,7 +116,7 @@ def check_lease(storage: Storage, run_folder: str, number: int) -> None:
         )
 
 
-def is_accepted(storage: Storage, run_folder: str, newest: int, number: int, names: Sequence[str]) -> frozenset[str]:
+def accepted_names(storage: Storage, run_folder: str, newest: int, number: int, names: Sequence[str]) -> frozenset[str]:
     """Those of `names`, checkpoint folders written under lease `number`, that count while lease `newest` is the newest.
 
     A commit counts if its lease is the newest one, or if the lease after its own found it.
