@@ -1,6 +1,5 @@
 """A run that loses a node and gets another: real Ray, several raylets on this machine."""
 
-import os
 import threading
 import time
 from dataclasses import replace
@@ -85,8 +84,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    # A process keeps the mode of its first cluster; those that `connect` has started before have left a token.
-    monkeypatch.setenv("RAY_AUTH_MODE", "token" if "RAY_AUTH_TOKEN" in os.environ else "disabled")
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other programs of this machine are not our business
