@@ -32,6 +32,7 @@ from benchmarks import data_peers as peer
 from benchmarks.data_scenes import SIZE, TABLE, Scene, make_scene, write_long_manifest, write_scenes
 from benchmarks.measure import Row, interleaved
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, StorageConfig
+from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.fetch import FetchLimits, Members, SampleFetcher
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
 from m2f.data_pipeline.order.chunks import plan_chunks
@@ -130,7 +131,8 @@ def _reading(manifest: Manifest, repeats: int) -> Row:
         groups = ((order.at(position),) for position in range(manifest.num_samples))
         limits = FetchLimits(groups_ahead=4, horizon=manifest.num_samples)
         with closing(SampleFetcher([manifest], [chunks], Storage(), groups, limits)) as fetcher:
-            return [found["img.jpg"] for (found,) in fetcher if isinstance(found, dict)]
+            found = [sample.members for (sample,) in fetcher if sample is not None]
+            return [members["img.jpg"] for members in found if not isinstance(members, DataError)]
 
     def theirs() -> list[bytes]:
         return [sample["img.jpg"] for sample in peer.stream(urls)]
@@ -189,7 +191,7 @@ def _first_images(url: str) -> object:
     manifest = Manifest.load(url, Storage())
     order = build_order([manifest], SEED, replace(DATA, lanes=192))
     plan_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
-    return manifest, order, order.places(0, 64)
+    return manifest, order, order.refs(0, 64)
 
 
 def _grown_memory(url: str) -> int:

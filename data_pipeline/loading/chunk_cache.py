@@ -205,9 +205,9 @@ def upcoming(
     order: Order, chunks: Sequence[Chunks], start: int, count: int, world: int, ranks: Sequence[int]
 ) -> list[tuple[int, int]]:
     """(data set, chunk) in the order of first use by these ranks of `world`, over `count` positions from `start`."""
-    places = order.places(start, count)
+    refs = order.refs(start, count)
     mine = np.isin(np.arange(start, start + count) % world, ranks)
-    dataset, index = places.dataset[mine], places.index[mine]
+    dataset, index = refs.dataset[mine], refs.index[mine]
     chunk = np.empty_like(index)
     for number, plan in enumerate(chunks):
         chunk[dataset == number] = plan.chunk_of[index[dataset == number]]

@@ -1,16 +1,15 @@
-"""Micro-batches from bytes: decoding, augmentation, and other samples in the place of those that stay bad."""
+"""Micro-batches from bytes: decoding, augmentation, and substitutes for samples that cannot be used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch.utils.data import Dataset
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.loading.fetch import Members, read_single
-from m2f.data_pipeline.order.order import Order, Place
+from m2f.data_pipeline.loading.fetch import RawSample, read_single
+from m2f.data_pipeline.order.order import Order, SampleRef
 from m2f.data_pipeline.randomness import Stream
 from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
@@ -19,13 +18,14 @@ from m2f.data_pipeline.transforms.collate import TrainBatch, collate, collate_so
 from m2f.data_pipeline.transforms.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
 from m2f.model.errors import UserError
 
-_MOST_CANDIDATES = 100  # so many bad samples in a row are no accident
+_MAX_CANDIDATES = 100
+"""Samples that are tried as a substitute; so many bad ones in a row are no accident."""
 
 
 @dataclass(frozen=True)
 class Substitution:
-    """A sample that cannot be used, and the next good one of the order, which took its place in the image shown there
-    or as the one that gives objects to it.
+    """A sample that cannot be used, and the next good one of the order, which replaced it, be it as the image itself
+    or as the one whose objects are pasted.
     """
 
     position: int
@@ -36,147 +36,123 @@ class Substitution:
     """Key of what is shown instead."""
 
 
-Role = Literal["shown", "pasted"]
-
-
 @dataclass(frozen=True)
-class Visit:
-    """One sample before decoding."""
-
-    place: Place
-    members: Members | DataError
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one image of a micro-batch is made of."""
+class RawExample:
+    """The samples, before decoding, that one image of a micro-batch is made of."""
 
     position: int
-    shown: Visit
-    pasted: Visit | None
-    """Whose objects are pasted on it."""
+    base: RawSample
+    """The image itself."""
+    partner: RawSample | None
+    """The image whose objects are pasted on it; None without copy-paste."""
 
-    def visit(self, role: Role) -> Visit | None:
-        """The sample in this role."""
-        return self.shown if role == "shown" else self.pasted
-
-    def having(self, role: Role, visit: Visit) -> Row:
-        """The row with another sample in this role."""
-        return replace(self, shown=visit) if role == "shown" else replace(self, pasted=visit)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A micro-batch before decoding; None is a filler."""
-
-    rows: tuple[Row | None, ...]
+    @property
+    def error(self) -> DataError | None:
+        """Why the first sample that cannot be used cannot be used."""
+        samples = (self.base, self.partner)
+        return next((s.members for s in samples if s is not None and isinstance(s.members, DataError)), None)
 
 
-@dataclass(frozen=True)
-class Cause:
-    """A sample that cannot be used, and what is wrong with it."""
+RawBatch = tuple[RawExample | None, ...]
+"""A micro-batch before decoding; None is a filler."""
 
-    row: int
-    role: Role
-    error: DataError
+BatchResult = TrainBatch | RawBatch | UserError
+"""A batch; or, where samples of it cannot be used, the raw batch with the errors in their place; or what ends all."""
 
 
-@dataclass(frozen=True)
-class Spoiled:
-    """A micro-batch with samples that cannot be used."""
-
-    work: Work
-    causes: tuple[Cause, ...]
-
-
-class MicroBatches(Dataset["TrainBatch | Spoiled | UserError"]):
-    """Decodes and augments work. An error is a result like others: re-raised by torch it would lose its form."""
+class MicroBatchDataset(Dataset[BatchResult]):
+    """Decodes, augments and collates. An error is a result like others: re-raised by torch it would lose its form."""
 
     def __init__(self, recipes: Sequence[TrainRecipe]) -> None:
         self._recipes = recipes  # of every data set
 
-    def __getitem__(self, index: Work | UserError) -> TrainBatch | Spoiled | UserError:
-        """The batch of a piece of work (torch calls what it hands to a data set an index)."""
+    def __getitem__(self, index: RawBatch | UserError) -> BatchResult:
+        """The batch of a raw batch (torch calls what it hands to a data set an index)."""
         if isinstance(index, UserError):
             return index
-        causes: list[Cause] = []
         try:
-            examples = [None if row is None else self._example(n, row, causes) for n, row in enumerate(index.rows)]
-            if causes:
-                return Spoiled(index, tuple(causes))
+            made = [None if raw is None else self._example(raw) for raw in index]
+            examples = [example for example in made if not isinstance(example, RawExample)]
+            if len(examples) < len(made):
+                return tuple(e if isinstance(e, RawExample) else raw for e, raw in zip(made, index, strict=True))
             recipe = self._recipes[0]
             return (collate_sources if recipe.on_device else collate)(examples, recipe.canvas)
         except UserError as error:
             return error
 
-    def _example(self, number: int, row: Row, causes: list[Cause]) -> Example | None:
-        """The example of a row; None where a sample of it cannot be used, which is added to the causes."""
-        shown, pasted = (self._cut(number, row, role, causes) for role in ("shown", "pasted"))
-        if shown is None:
-            return None
-        recipe = self._recipes[row.shown.place.dataset]
-        return without_empty(shown if pasted is None else paste_objects(shown, pasted, recipe), recipe)
+    def _example(self, raw: RawExample) -> Example | RawExample:
+        """The example; where a sample of it cannot be used, `raw` with the error in its place."""
+        base = self._augmented(raw.base, raw.position, Stream.AUGMENT)
+        partner = None if raw.partner is None else self._augmented(raw.partner, raw.position, Stream.PASTED)
+        if isinstance(base, RawSample) or isinstance(partner, RawSample):
+            return RawExample(
+                raw.position,
+                base if isinstance(base, RawSample) else raw.base,
+                partner if isinstance(partner, RawSample) else raw.partner,
+            )
+        recipe = self._recipes[raw.base.ref.dataset]
+        return without_empty(base if partner is None else paste_objects(base, partner, recipe), recipe)
 
-    def _cut(self, number: int, row: Row, role: Role, causes: list[Cause]) -> Example | None:
-        visit, stream = row.visit(role), Stream.AUGMENT if role == "shown" else Stream.PASTED
-        if visit is None:
-            return None
+    def _augmented(self, sample: RawSample, position: int, stream: Stream) -> Example | RawSample:
+        """The augmented image; where the sample cannot be used, the sample with the error in it."""
+        dataset = sample.ref.dataset
+        if isinstance(sample.members, DataError):
+            return sample
         try:
-            if isinstance(visit.members, DataError):
-                raise visit.members
-            dataset = visit.place.dataset
-            return cut_example(decode(visit.members), dataset, row.position, self._recipes[dataset], stream)
+            return cut_example(decode(sample.members), dataset, position, self._recipes[dataset], stream)
         except DataError as error:
-            causes.append(Cause(number, role, error))
-            return None
+            return replace(sample, members=error)
 
 
-class Repair:
-    """Puts other samples in the place of bad ones, in this process: it happens rarely."""
+class SubstituteFinder:
+    """Replaces samples that cannot be used, in the main process, since this is rare."""
 
-    def __init__(self, manifests: Sequence[Manifest], order: Order, storage: Storage, make: MicroBatches) -> None:
-        self._manifests, self._order, self._storage, self._make = manifests, order, storage, make
+    def __init__(
+        self, manifests: Sequence[Manifest], order: Order, storage: Storage, dataset: MicroBatchDataset
+    ) -> None:
+        self._manifests, self._order, self._storage, self._dataset = manifests, order, storage, dataset
 
-    def __call__(self, spoiled: Spoiled) -> tuple[TrainBatch, tuple[Substitution, ...]]:
-        """The batch with other samples in the place of the bad ones. Raises DataError where none can be found."""
-        rows, substitutions = list(spoiled.work.rows), []
-        for cause in spoiled.causes:
-            row = rows[cause.row]
-            assert row is not None
-            rows[cause.row], substitution = self._replace(row, cause)
-            substitutions.append(substitution)
-        result = self._make[Work(tuple(rows))]
-        if isinstance(result, Spoiled):
-            raise result.causes[0].error
-        return checked(result, None)[0], tuple(substitutions)
+    def __call__(self, raw: RawBatch) -> tuple[TrainBatch, tuple[Substitution, ...]]:
+        """The batch with substitutes for its bad samples. Raises DataError where none can be found."""
+        substitutions: list[Substitution] = []
+        replaced = tuple(None if example is None else self._replace(example, substitutions) for example in raw)
+        return batch_of(self._dataset[replaced], None)[0], tuple(substitutions)
 
-    def _replace(self, row: Row, cause: Cause) -> tuple[Row, Substitution]:
-        """The next sample of the order that is whole: a function of the position alone, whatever the ranks."""
-        bad = row.visit(cause.role)
-        assert bad is not None
-        for ahead in range(1, _MOST_CANDIDATES + 1):
-            place = self._order.at(row.position + ahead)
+    def _replace(self, example: RawExample, substitutions: list[Substitution]) -> RawExample:
+        base = self._usable(example.base, example.position, substitutions)
+        partner = example.partner
+        if partner is not None:
+            partner = self._usable(partner, example.position, substitutions)
+        return RawExample(example.position, base, partner)
+
+    def _usable(self, sample: RawSample, position: int, substitutions: list[Substitution]) -> RawSample:
+        """The sample, or the next good one of the order: a function of the position alone, whatever the ranks."""
+        if not isinstance(sample.members, DataError):
+            return sample
+        for ahead in range(1, _MAX_CANDIDATES + 1):
+            ref = self._order.at(position + ahead)
             try:
-                members = read_single(self._manifests[place.dataset], place.index, self._storage)
+                members = read_single(self._manifests[ref.dataset], ref.index, self._storage)
                 decode(members)
             except DataError:
                 continue
-            keys = [str(self._manifests[p.dataset].key[p.index]) for p in (bad.place, place)]
-            found = row.having(cause.role, Visit(place, members))
-            return found, Substitution(row.position, keys[0], str(cause.error), keys[1])
-        raise DataError(f"{cause.error}; nor can any of the {_MOST_CANDIDATES} samples after it in the order be used")
+            cause = str(sample.members)
+            substitutions.append(Substitution(position, self._key(sample.ref), cause, self._key(ref)))
+            return RawSample(ref, members)
+        raise DataError(f"{sample.members}; nor can any of the {_MAX_CANDIDATES} samples after it in the order be used")
+
+    def _key(self, ref: SampleRef) -> str:
+        return str(self._manifests[ref.dataset].key[ref.index])
 
 
-def checked(
-    result: TrainBatch | Spoiled | UserError, repair: Repair | None
-) -> tuple[TrainBatch, tuple[Substitution, ...]]:
-    """The batch, repaired where that is wanted; otherwise raises what is wrong with it."""
+def batch_of(result: BatchResult, substitutes: SubstituteFinder | None) -> tuple[TrainBatch, tuple[Substitution, ...]]:
+    """The batch, with substitutes for bad samples where these are wanted; otherwise raises what is wrong with it."""
     match result:
         case UserError():
             raise result
-        case Spoiled(causes=causes):
-            if repair is None:
-                raise causes[0].error
-            return repair(result)
+        case tuple():
+            if substitutes is not None:
+                return substitutes(result)
+            raise next(raw.error for raw in result if raw is not None and raw.error is not None)
         case _:
             return result, ()

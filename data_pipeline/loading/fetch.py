@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.chunk_cache import ChunkCache, chunk_name
 from m2f.data_pipeline.order.chunks import Chunks
-from m2f.data_pipeline.order.order import Place
+from m2f.data_pipeline.order.order import SampleRef
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 
@@ -22,16 +22,20 @@ _THREADS = 8
 _KEPT_BYTES = 1 << 30
 _KEPT_AFTER_EVICTION = 0.9
 
-Group = tuple[Place | None, ...]
-"""Places wanted together (a micro-batch); None is a filler without bytes."""
-
 Members = Mapping[str, bytes]
 """Members of one sample by extension, as `codec.decode` takes them."""
 
-Fetched = Members | DataError | None
-"""A sample, why it cannot be had, or a filler."""
+_SampleKey = tuple[int, int]  # data set, row of its manifest
+_ChunkKey = tuple[int, int]  # data set, number of the chunk in it
 
-_Sample = tuple[int, int]  # data set, index
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """One sample as its shard holds it, before decoding."""
+
+    ref: SampleRef
+    members: Members | DataError
+    """Its members by extension, or why it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -47,42 +51,45 @@ class FetchLimits:
 
 
 class SampleFetcher:
-    """Iterator over groups of samples. Bookkeeping is done by the consumer's thread; a thread pool only reads."""
+    """Iterator over groups of samples that are needed together (micro-batches). None is a filler without bytes.
+
+    Bookkeeping is done by the consumer's thread; a thread pool only reads.
+    """
 
     def __init__(
         self,
         manifests: Sequence[Manifest],
         chunks: Sequence[Chunks],
         storage: Storage,
-        groups: Iterator[Group],
+        groups: Iterator[Sequence[SampleRef | None]],
         limits: FetchLimits,
         cache: ChunkCache | None = None,
     ) -> None:
         self._manifests, self._chunks, self._storage = manifests, chunks, storage
         self._groups, self._limits, self._cache = groups, limits, cache
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
-        self._future: deque[Group] = deque()
+        self._future: deque[Sequence[SampleRef | None]] = deque()
         self._started = 0
-        self._uses: Counter[_Sample] = Counter()
-        self._reads: dict[_Sample, Future[dict[_Sample, Members | DataError]]] = {}
-        self._kept: dict[_Sample, Members | DataError] = {}
+        self._uses: Counter[_SampleKey] = Counter()
+        self._reads: dict[_ChunkKey, Future[dict[_SampleKey, Members | DataError]]] = {}
+        self._kept: dict[_SampleKey, Members | DataError] = {}
         self._etags: dict[str, str | None] = {}
         self._kept_bytes = 0
 
-    def __iter__(self) -> Iterator[tuple[Fetched, ...]]:
+    def __iter__(self) -> Iterator[tuple[RawSample | None, ...]]:
         return self
 
-    def __next__(self) -> tuple[Fetched, ...]:
+    def __next__(self) -> tuple[RawSample | None, ...]:
         """The next group. Raises StorageError where a shard cannot be read or is not the manifest's."""
         self._look_ahead()
         if not self._future:
             raise StopIteration
         group = self._future.popleft()
         self._started -= 1
-        members = tuple(None if place is None else self._take((place.dataset, place.index)) for place in group)
+        samples = tuple(None if ref is None else RawSample(ref, self._take((ref.dataset, ref.index))) for ref in group)
         if self._kept_bytes > self._limits.kept_bytes:
             self._evict()
-        return members
+        return samples
 
     def close(self) -> None:
         """Cancel reads that have not begun."""
@@ -91,24 +98,24 @@ class SampleFetcher:
     def _look_ahead(self) -> None:
         while len(self._future) < self._limits.horizon and (group := next(self._groups, None)) is not None:
             self._future.append(group)
-            self._uses.update((place.dataset, place.index) for place in group if place is not None)
+            self._uses.update((ref.dataset, ref.index) for ref in group if ref is not None)
         while self._started < min(1 + self._limits.groups_ahead, len(self._future)):
-            for place in self._future[self._started]:
-                if place is not None and (place.dataset, place.index) not in self._kept:
-                    self._start_read(self._chunk((place.dataset, place.index)))
+            for ref in self._future[self._started]:
+                if ref is not None and (ref.dataset, ref.index) not in self._kept:
+                    self._start_read(self._chunk((ref.dataset, ref.index)))
             self._started += 1
 
-    def _chunk(self, sample: _Sample) -> _Sample:
+    def _chunk(self, sample: _SampleKey) -> _ChunkKey:
         dataset, index = sample
         return dataset, int(self._chunks[dataset].chunk_of[index])
 
-    def _start_read(self, chunk: _Sample) -> None:
+    def _start_read(self, chunk: _ChunkKey) -> None:
         if chunk not in self._reads:
             dataset, number = chunk
             indices = [int(i) for i in self._chunks[dataset].members(number) if self._uses[dataset, int(i)]]
             self._reads[chunk] = self._pool.submit(self._read, dataset, number, indices)
 
-    def _take(self, sample: _Sample) -> Members | DataError:
+    def _take(self, sample: _SampleKey) -> Members | DataError:
         while sample not in self._kept:
             chunk = self._chunk(sample)
             self._start_read(chunk)
@@ -124,19 +131,19 @@ class SampleFetcher:
             self._forget(sample)
         return members
 
-    def _forget(self, sample: _Sample) -> None:
+    def _forget(self, sample: _SampleKey) -> None:
         del self._kept[sample]
         self._kept_bytes -= self._size(sample)
 
-    def _size(self, sample: _Sample) -> int:
+    def _size(self, sample: _SampleKey) -> int:
         dataset, index = sample
         return int(self._manifests[dataset].length[index])
 
     def _evict(self) -> None:
         """Keep what is used soonest (Belady's rule)."""
-        budget, keep = self._limits.kept_bytes * _KEPT_AFTER_EVICTION, set[_Sample]()
+        budget, keep = self._limits.kept_bytes * _KEPT_AFTER_EVICTION, set[_SampleKey]()
         for group in self._future:
-            for sample in ((place.dataset, place.index) for place in group if place is not None):
+            for sample in ((ref.dataset, ref.index) for ref in group if ref is not None):
                 if sample in self._kept and sample not in keep:
                     budget -= self._size(sample)
                     if budget < 0:
@@ -145,9 +152,9 @@ class SampleFetcher:
                         return
                     keep.add(sample)
 
-    def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_Sample, Members | DataError]:
+    def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_SampleKey, Members | DataError]:
         """These samples of a chunk, the damaged ones read again a few times. Runs in a thread."""
-        found: dict[_Sample, Members | DataError] = {}
+        found: dict[_SampleKey, Members | DataError] = {}
         for _ in range(1 + _REFETCHES):
             data, start = self._read_span(dataset, number, indices)
             found |= {(dataset, index): self._members(dataset, index, data, start) for index in indices}

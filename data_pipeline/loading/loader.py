@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, tee
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
@@ -28,10 +29,18 @@ from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import DataConfig
 from m2f.data_pipeline.errors import DataError, LoaderDiedError
 from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks
-from m2f.data_pipeline.loading.decode import MicroBatches, Repair, Row, Spoiled, Substitution, Visit, Work, checked
-from m2f.data_pipeline.loading.fetch import Fetched, FetchLimits, Group, Members, SampleFetcher
+from m2f.data_pipeline.loading.decode import (
+    BatchResult,
+    MicroBatchDataset,
+    RawBatch,
+    RawExample,
+    SubstituteFinder,
+    Substitution,
+    batch_of,
+)
+from m2f.data_pipeline.loading.fetch import FetchLimits, Members, RawSample, SampleFetcher
 from m2f.data_pipeline.order.chunks import plan_chunks
-from m2f.data_pipeline.order.order import Order, Place, chunk_bytes, look_ahead, step_plan
+from m2f.data_pipeline.order.order import Order, SampleRef, chunk_bytes, look_ahead, step_plan
 from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
@@ -158,24 +167,24 @@ def eval_batches(
         StorageError: a shard that cannot be read.
     """
     groups = [tuple(int(i) for i in indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
-    places = (tuple(Place(0, 0, index) for index in group) for group in groups)
+    refs = (tuple(SampleRef(0, 0, index) for index in group) for group in groups)
     chunks = plan_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
     limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_EVAL_HORIZON // batch_size)
 
-    def make(work: tuple[tuple[int, ...], tuple[Fetched, ...]]) -> EvalBatch:
-        group, fetched = work
-        samples = [decode(_whole(members)) for members in fetched]
+    def make(fetched: tuple[tuple[int, ...], tuple[RawSample | None, ...]]) -> EvalBatch:
+        group, raw = fetched
+        samples = [decode(_members(sample)) for sample in raw]
         return collate_eval(samples, group, shortest_edge, max_size)
 
-    with closing(SampleFetcher([manifest], [chunks], storage, places, limits)) as fetcher:
+    with closing(SampleFetcher([manifest], [chunks], storage, refs, limits)) as fetcher:
         yield from in_thread(make, zip(groups, fetcher, strict=True), ahead=1)
 
 
-def _whole(members: Fetched) -> Members:
-    if isinstance(members, DataError):
-        raise members
-    assert members is not None, "evaluation has no fillers"
-    return members
+def _members(sample: RawSample | None) -> Members:
+    assert sample is not None, "evaluation has no fillers"
+    if isinstance(sample.members, DataError):
+        raise sample.members
+    return sample.members
 
 
 def _steps(
@@ -187,41 +196,27 @@ def _steps(
     recipes: Sequence[TrainRecipe],
 ) -> Generator[StepBatches]:
     ahead = data.prefetch_steps * spec.per_step
-    make = MicroBatches(recipes)
-    repair = Repair(manifests, order, storage, make) if data.max_bad_samples else None
+    dataset = MicroBatchDataset(recipes)
+    substitutes = SubstituteFinder(manifests, order, storage, dataset) if data.max_bad_samples else None
     with (
-        closing(_tasks(manifests, order, data, storage, spec, ahead)) as tasks,
-        closing(_results(make, tasks, data.workers, ahead)) as results,
+        closing(_raw_batches(manifests, order, data, storage, spec, ahead)) as raw_batches,
+        closing(_results(dataset, raw_batches, data.workers, ahead)) as results,
     ):
         for step in count(spec.start_step):
             began = time.perf_counter()
-            made = [checked(next(results), repair) for _ in range(spec.per_step)]
+            made = [batch_of(next(results), substitutes) for _ in range(spec.per_step)]
             batches = tuple(batch for batch, _ in made)
             substitutions = tuple(substitution for _, several in made for substitution in several)
             positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
             yield StepBatches(step, batches, positions, time.perf_counter() - began, substitutions)
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A row of a micro-batch before it is read."""
-
-    position: int
-    shown: Place
-    pasted: Place | None
-
-
-def _tasks(
+def _raw_batches(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec, ahead: int
-) -> Generator[Work | UserError]:
-    """Micro-batches with their bytes. An error comes in the place of the micro-batch that it spoils, and ends all."""
-    planned = (
-        tuple(None if position is None else _plan_row(position, order, data, spec.seed) for position in positions)
-        for step in count(spec.start_step)
-        for positions in spec.plan(step)
-    )
-    tasks, for_fetcher = tee(planned)
-    # Reads start well before a task is due: a task that waits for its bytes holds up batches that are ready.
+) -> Generator[RawBatch | UserError]:
+    """Micro-batches before decoding. An error comes in place of the one that it prevents, and ends all."""
+    micro_batches, for_fetcher = tee(positions for step in count(spec.start_step) for positions in spec.plan(step))
+    # Reads start well before a micro-batch is due: one that waits for its bytes holds up batches that are ready.
     spread = look_ahead(data, spec.world)
     chunks = [plan_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
     soonest = UpcomingChunks(manifests, chunks, order, spec.world, spec.neighbors or (spec.rank,))
@@ -229,54 +224,49 @@ def _tasks(
         manifests,
         chunks,
         storage,
-        map(_wanted, for_fetcher),
+        map(partial(_sample_refs, order=order, data=data, seed=spec.seed), for_fetcher),
         FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.plan(0)[0]), 2 * ahead + 1)),
         None if data.cache is None else ChunkCache(data.cache, storage.counters, soonest),
     )
     with closing(fetcher):
-        for rows in tasks:
-            soonest.position = next((row.position for row in rows if row is not None), soonest.position)
+        for positions in micro_batches:
+            soonest.position = next((p for p in positions if p is not None), soonest.position)
             try:
                 fetched = next(fetcher)
             except UserError as error:
                 yield error
                 return
-            yield Work(tuple(map(_read_row, rows, fetched[: len(rows)], fetched[len(rows) :])))
+            size = len(positions)
+            yield tuple(map(_raw_example, positions, fetched[:size], fetched[size:]))
 
 
-def _plan_row(position: int, order: Order, data: DataConfig, seed: int) -> _Planned:
-    partner = partner_position(position, seed, data)
-    return _Planned(position, order.at(position), None if partner is None else order.at(partner))
+def _sample_refs(
+    positions: Sequence[int | None], order: Order, data: DataConfig, seed: int
+) -> tuple[SampleRef | None, ...]:
+    """The sample at every position, then the one whose objects are pasted on it; None where there is none."""
+    partners = [None if p is None else partner_position(p, seed, data) for p in positions]
+    return tuple(None if p is None else order.at(p) for p in (*positions, *partners))
 
 
-def _wanted(rows: Sequence[_Planned | None]) -> Group:
-    """Places of what is shown, then those of what is pasted on it."""
-    return (
-        *(None if row is None else row.shown for row in rows),
-        *(None if row is None else row.pasted for row in rows),
-    )
-
-
-def _read_row(row: _Planned | None, shown: Fetched, pasted: Fetched) -> Row | None:
-    if row is None:
+def _raw_example(position: int | None, base: RawSample | None, partner: RawSample | None) -> RawExample | None:
+    if position is None:
         return None
-    assert shown is not None
-    partner = None if row.pasted is None or pasted is None else Visit(row.pasted, pasted)
-    return Row(row.position, Visit(row.shown, shown), partner)
+    assert base is not None
+    return RawExample(position, base, partner)
 
 
 def _results(
-    make: MicroBatches, tasks: Iterator[Work | UserError], workers: int, ahead: int
-) -> Generator[TrainBatch | Spoiled | UserError]:
+    dataset: MicroBatchDataset, raw_batches: Iterator[RawBatch | UserError], workers: int, ahead: int
+) -> Generator[BatchResult]:
     if not workers:
-        yield from in_thread(make.__getitem__, tasks, ahead)
+        yield from in_thread(dataset.__getitem__, raw_batches, ahead)
         return
     loader = DataLoader(
-        make,
+        dataset,
         batch_size=None,
-        sampler=_Once(tasks),
+        sampler=_RawBatchSampler(raw_batches),
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=_identity,
         prefetch_factor=max(1, -(-ahead // workers)),
         multiprocessing_context=_worker_context(),
         worker_init_fn=_start_worker,
@@ -294,17 +284,17 @@ def _results(
         ) from error
 
 
-class _Once(Sampler[Work | UserError]):
-    """Hands the tasks to the DataLoader as if they were indices."""
+class _RawBatchSampler(Sampler[RawBatch | UserError]):
+    """Hands raw batches to the DataLoader as if they were indices."""
 
-    def __init__(self, tasks: Iterator[Work | UserError]) -> None:
-        self._tasks = tasks
+    def __init__(self, raw_batches: Iterator[RawBatch | UserError]) -> None:
+        self._raw_batches = raw_batches
 
-    def __iter__(self) -> Iterator[Work | UserError]:
-        return self._tasks
+    def __iter__(self) -> Iterator[RawBatch | UserError]:
+        return self._raw_batches
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -318,10 +308,10 @@ def _worker_context() -> BaseContext:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
-    threading.Thread(target=_follow, name="follow", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
 
 
-def _follow() -> None:
+def _exit_with_parent() -> None:
     """End with the training process where that is killed: this one's parent is the fork server, which would live on."""
     training = multiprocessing.parent_process()
     assert training is not None

@@ -38,20 +38,20 @@ _MAX_LOOK_AHEAD = 20_000  # samples; bounds the loader's own memory and start-up
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One visit of one image."""
+class SampleRef:
+    """Which sample of which data set, and in which epoch."""
 
     dataset: int
     """Index of the data set in the mixture."""
     epoch: int
-    """How many times the data set was completed before this visit."""
+    """Epochs of the data set that were completed before."""
     index: int
     """Row of the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Places of n positions in a row."""
+class SampleRefs:
+    """References to the samples at n consecutive positions."""
 
     dataset: np.ndarray
     """[n] int64"""
@@ -60,19 +60,19 @@ class Places:
 
 
 class Order(Protocol):
-    """An endless sequence of places with random access."""
+    """An endless sequence of samples with random access."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal exactly when two orders give the same place at every position."""
+        """Equal exactly when two orders give the same sample at every position."""
         ...
 
-    def at(self, position: int) -> Place:
-        """The place at a position, from 0."""
+    def at(self, position: int) -> SampleRef:
+        """The sample at a position, from 0."""
         ...
 
-    def places(self, start: int, count: int) -> Places:
-        """The places at positions start .. start + count - 1."""
+    def refs(self, start: int, count: int) -> SampleRefs:
+        """The samples at positions start .. start + count - 1."""
         ...
 
 
@@ -103,19 +103,19 @@ class ShardOrder:
     _epochs: list[_Epoch] = field(default_factory=list, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def at(self, position: int) -> Place:
-        """The place at a position. Computes an epoch's permutation on first use (about 0.3 us per sample)."""
+    def at(self, position: int) -> SampleRef:
+        """The sample at a position. Computes an epoch's permutation on first use (about 0.3 us per sample)."""
         epoch = self._epoch_at(position)
-        return Place(self.dataset, epoch.number, int(epoch.rows[position - epoch.start]))
+        return SampleRef(self.dataset, epoch.number, int(epoch.rows[position - epoch.start]))
 
-    def places(self, start: int, count: int) -> Places:
-        """The places at `count` positions from `start` on."""
+    def refs(self, start: int, count: int) -> SampleRefs:
+        """The samples at `count` positions from `start` on."""
         parts, position = [np.zeros(0, dtype=np.int64)], start
         while position < start + count:
             epoch = self._epoch_at(position)
             parts.append(epoch.rows[position - epoch.start : start + count - epoch.start])
             position = epoch.stop
-        return Places(np.full(count, self.dataset), np.concatenate(parts))
+        return SampleRefs(np.full(count, self.dataset), np.concatenate(parts))
 
     def _epoch_at(self, position: int) -> _Epoch:
         with self._lock:
@@ -172,8 +172,8 @@ class Mixture:
     """Share of each child among itself and the later ones; the last is 1."""
     fingerprint: str
 
-    def at(self, position: int) -> Place:
-        """The place at a position."""
+    def at(self, position: int) -> SampleRef:
+        """The sample at a position."""
         for child, share in zip(self.children, self.shares, strict=True):
             before = position * share.numerator // share.denominator
             after = (position + 1) * share.numerator // share.denominator
@@ -182,8 +182,8 @@ class Mixture:
             position -= before
         raise AssertionError("the last share is 1 and takes what the others left")
 
-    def places(self, start: int, count: int) -> Places:
-        """The places at `count` positions from `start` on."""
+    def refs(self, start: int, count: int) -> SampleRefs:
+        """The samples at `count` positions from `start` on."""
         dataset, index = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         left = np.arange(count)  # those that no child has taken yet; they are neighbours among themselves
         for child, share in zip(self.children, self.shares, strict=True):
@@ -193,10 +193,10 @@ class Mixture:
             exact = np.int64 if largest < 1 << 62 else object
             owned = first + (rest + np.arange(len(left) + 1, dtype=exact) * share.numerator) // share.denominator
             mine = np.diff(owned) > 0
-            found = child.places(first, int(np.count_nonzero(mine)))
+            found = child.refs(first, int(np.count_nonzero(mine)))
             dataset[left[mine]], index[left[mine]] = found.dataset, found.index
             left, start = left[~mine], start - first
-        return Places(dataset, index)
+        return SampleRefs(dataset, index)
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,13 @@ class LaterOrder:
         """Of the order, wherever it begins."""
         return self.order.fingerprint
 
-    def at(self, position: int) -> Place:
-        """The place at a position, from `start`."""
+    def at(self, position: int) -> SampleRef:
+        """The sample at a position, from `start`."""
         return self.order.at(position - self.start)
 
-    def places(self, start: int, count: int) -> Places:
-        """The places at `count` positions from `start` on."""
-        return self.order.places(start - self.start, count)
+    def refs(self, start: int, count: int) -> SampleRefs:
+        """The samples at `count` positions from `start` on."""
+        return self.order.refs(start - self.start, count)
 
 
 def build_order(manifests: Sequence[Manifest], seed: int, config: DataConfig) -> Order:

@@ -124,8 +124,8 @@ def _wanted(count: int, seed: int, data: DataConfig) -> np.ndarray:
 
 def _visits(manifests: Sequence[Manifest], chunks: Sequence[Chunks], order: Order, wanted: np.ndarray) -> _Visits:
     time, positions = wanted
-    places = order.places(0, int(positions.max()) + 1)
-    datasets, rows = places.dataset[positions], places.index[positions]
+    refs = order.refs(0, int(positions.max()) + 1)
+    datasets, rows = refs.dataset[positions], refs.index[positions]
     chunk, offset, length = (np.empty(len(time), dtype=np.int64) for _ in range(3))
     before = 0
     for dataset, (manifest, plan) in enumerate(zip(manifests, chunks, strict=True)):

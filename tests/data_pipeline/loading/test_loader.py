@@ -21,7 +21,7 @@ from m2f.data_pipeline.errors import DataError, LoaderDiedError, StorageError
 from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
 from m2f.data_pipeline.order.chunks import plan_chunks
-from m2f.data_pipeline.order.order import Place, build_order
+from m2f.data_pipeline.order.order import SampleRef, build_order
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
 from m2f.data_pipeline.shards.write import commit_manifest, plan_shards, write_shard
 from m2f.data_pipeline.storage.storage import Storage
@@ -209,8 +209,8 @@ def weighted(*weights):
 def test_a_mixture_draws_from_both_by_weight(boxes, tmp_path):
     more = write_boxes(tmp_path / "more", count=20, prefix="more")
     order = build_order([boxes, more], 3, weighted(3.0, 1.0))
-    places = [order.at(p) for p in range(400)]
-    assert sum(p.dataset == 1 for p in places) == 100
+    refs = [order.at(p) for p in range(400)]
+    assert sum(p.dataset == 1 for p in refs) == 100
     assert order.fingerprint != build_order([boxes, more], 3, weighted(1.0, 1.0)).fingerprint
     assert order.fingerprint == build_order([boxes, more], 3, weighted(6.0, 2.0)).fingerprint
     steps = loaded([boxes, more], weighted(1.0, 1.0), 6)
@@ -323,10 +323,10 @@ def test_every_chunk_is_read_once_while_the_future_is_known(boxes):
 
 def test_only_the_span_of_wanted_samples_is_read(boxes):
     storage = FlakyStorage(faults=0)
-    groups = [(Place(0, 0, 0),), (Place(0, 0, 2),)]
+    groups = [(SampleRef(0, 0, 0),), (SampleRef(0, 0, 2),)]
     chunks, fetcher = fetcher_for(boxes, groups, storage, groups_ahead=1, horizon=2)
     assert chunks.members(0).tolist()[:3] == [0, 1, 2]
-    assert [members for (members,) in fetcher] == [boxes.read_members(row, Storage()) for row in (0, 2)]
+    assert [sample.members for (sample,) in fetcher] == [boxes.read_members(row, Storage()) for row in (0, 2)]
     fetcher.close()
     assert storage.ranges == [(boxes.shard_url(0), 0, boxes.offset[2] + boxes.length[2])]
 
@@ -337,9 +337,10 @@ def test_a_small_budget_reads_again_and_gives_the_same_bytes(boxes):
     groups = [(order.at(p), None) for p in range(96)]
     storage = FlakyStorage(faults=0)
     chunks, small = fetcher_for(boxes, groups, storage, groups_ahead=3, horizon=96, kept_bytes=30_000)
-    for (place, _), (members, filler) in zip(groups, small, strict=True):
+    for (ref, _), (sample, filler) in zip(groups, small, strict=True):
         assert filler is None
-        assert members == boxes.read_members(place.index, storage)
+        assert sample.ref == ref
+        assert sample.members == boxes.read_members(ref.index, storage)
         assert small._kept_bytes <= 30_000
     small.close()
     assert len(storage.ranges) > len(chunks.shard)

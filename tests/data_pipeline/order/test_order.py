@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.order.chunks import plan_chunks
-from m2f.data_pipeline.order.order import ORDER_VERSION, LaterOrder, Mixture, Place, ShardOrder, build_order, step_plan
+from m2f.data_pipeline.order.order import (
+    ORDER_VERSION,
+    LaterOrder,
+    Mixture,
+    SampleRef,
+    ShardOrder,
+    build_order,
+    step_plan,
+)
 from m2f.data_pipeline.order.selection import Visits, once
 
 
@@ -43,9 +51,9 @@ def shard_order(count, *, chunk=100, lanes=4, window=8, seed=0, keep=None, datas
 )
 def test_every_epoch_is_a_bijection(count, chunk, lanes, window, seed, epoch):
     order = shard_order(count, chunk=chunk, lanes=lanes, window=window, seed=seed)
-    places = [order.at(position) for position in range(epoch * count, (epoch + 1) * count)]
-    assert {p.epoch for p in places} == {epoch}
-    assert sorted(p.index for p in places) == list(range(count))
+    refs = [order.at(position) for position in range(epoch * count, (epoch + 1) * count)]
+    assert {p.epoch for p in refs} == {epoch}
+    assert sorted(p.index for p in refs) == list(range(count))
 
 
 @settings(max_examples=30, deadline=None)
@@ -114,15 +122,15 @@ def test_a_mixture_visits_every_child_in_turn_and_by_its_share(weights, position
             self.dataset = dataset
 
         def at(self, position):
-            return Place(self.dataset, 0, position)
+            return SampleRef(self.dataset, 0, position)
 
     left = [sum(weights[k:]) for k in range(len(weights))]
     shares = tuple(w / rest for w, rest in zip(weights, left, strict=True))
     mixture = Mixture(tuple(Counting(k) for k in range(len(weights))), shares, "")
     visited = {k: [] for k in range(len(weights))}
     for position in range(positions):
-        place = mixture.at(position)
-        visited[place.dataset].append(place.index)
+        ref = mixture.at(position)
+        visited[ref.dataset].append(ref.index)
         for k, weight in enumerate(weights):
             expected = (position + 1) * weight / left[0]
             assert abs(len(visited[k]) - expected) <= len(weights)
@@ -158,7 +166,7 @@ def mixed(counts, weights, *, lanes, window, chunk, repeats=()):
 def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
     sets, lanes, window, chunk, worlds, global_batch, repeated
 ):
-    """Dealt to any ranks, the places are those of the data sets' own orders, one after the other from the first on."""
+    """Dealt to any ranks, the samples are those of the data sets' own orders, one after the other from the first on."""
     counts, weights = zip(*sets, strict=True)
     mixture = mixed(counts, weights, lanes=lanes, window=window, chunk=chunk, repeats=(0,) if repeated else ())
     dealt, step = {}, 0
@@ -172,7 +180,7 @@ def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
     for k, child in enumerate(mixture.children):
         visits = [dealt[p] for p in sorted(dealt) if dealt[p].dataset == k]
         assert visits == [child.at(q) for q in range(len(visits))]
-        whole = [place.index for place in visits if place.epoch < visits[-1].epoch] if visits else []
+        whole = [ref.index for ref in visits if ref.epoch < visits[-1].epoch] if visits else []
         expected = sum((child.visits.counts(e) for e in range(visits[-1].epoch)), np.zeros(counts[k])) if visits else 0
         assert (np.bincount(whole, minlength=counts[k]) == expected).all()
 
@@ -184,20 +192,20 @@ def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
     count=st.integers(0, 300),
 )
 @example(weights=[1 / 3, 988.0], start=0, count=3)
-def test_many_places_at_once_are_those_one_by_one(weights, start, count):
+def test_refs_equal_at_position_by_position(weights, start, count):
     weights = [Fraction(str(weight)) for weight in weights]
     mixture = mixed([70, 30, 110][: len(weights)], weights, lanes=6, window=8, chunk=90, repeats=(1,))
-    places = mixture.places(start, count)
+    refs = mixture.refs(start, count)
     single = [mixture.at(p) for p in range(start, start + count)]
-    assert places.dataset.tolist() == [place.dataset for place in single]
-    assert places.index.tolist() == [place.index for place in single]
+    assert refs.dataset.tolist() == [ref.dataset for ref in single]
+    assert refs.index.tolist() == [ref.index for ref in single]
 
 
 def test_a_later_order_begins_anew():
     order = shard_order(50)
     later = LaterOrder(order, 30)
     assert [later.at(30 + p) for p in range(60)] == [order.at(p) for p in range(60)]
-    assert later.places(40, 20).index.tolist() == order.places(10, 20).index.tolist()
+    assert later.refs(40, 20).index.tolist() == order.refs(10, 20).index.tolist()
 
 
 def test_random_access_equals_sequential_access():
@@ -250,8 +258,8 @@ def test_mixtures_and_repeats_of_this_version_never_change(make_manifest):
         MixtureItem(dataset="b", exclude=("class 1",), fraction=0.5),
     )
     order = build_order(manifests, 99, DataConfig(train=items, chunk_mb=0.02, lanes=6, window=16))
-    places = order.places(0, 3000)
-    both = np.stack([places.dataset, places.index], axis=1).astype("<i8")
+    refs = order.refs(0, 3000)
+    both = np.stack([refs.dataset, refs.index], axis=1).astype("<i8")
     found = {
         "fingerprint": order.fingerprint,
         "first": both[:24].tolist(),

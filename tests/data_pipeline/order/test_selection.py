@@ -131,9 +131,9 @@ def test_an_epoch_visits_every_image_as_often_as_it_should(manifest):
     assert visits.repeats
     start = 0
     for epoch in range(3):
-        places = [order.at(p) for p in range(start, visits.total(epoch + 1))]
-        assert {place.epoch for place in places} == {epoch}
-        found = np.bincount([place.index for place in places], minlength=600)
+        refs = [order.at(p) for p in range(start, visits.total(epoch + 1))]
+        assert {ref.epoch for ref in refs} == {epoch}
+        found = np.bincount([ref.index for ref in refs], minlength=600)
         assert found.tolist() == visits.counts(epoch).tolist()
         start = visits.total(epoch + 1)
     assert order.at(5) == build_order([manifest], 1, settings).at(5)
@@ -143,7 +143,7 @@ def test_repeats_are_spread_over_the_epoch(manifest):
     settings = replace(config(), train=(item(repeat_threshold=0.2),))
     order = build_order([manifest], 1, settings)
     count = select(manifest, settings.train[0], settings, 1, 0).total(1)
-    rows = order.places(0, count).index
+    rows = order.refs(0, count).index
     often = np.argmax(np.bincount(rows))
     visited = np.flatnonzero(rows == often)
     assert len(visited) >= 4

@@ -187,7 +187,7 @@ def test_a_manifest_of_coco_size_loads_at_once(tmp_path):
     tracemalloc.start()
     try:
         order = build_order([Manifest.load(str(tmp_path), STORAGE)], 0, DataConfig(train=(MixtureItem(dataset="a"),)))
-        order.places(0, 64)
+        order.refs(0, 64)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
