@@ -76,7 +76,6 @@ CALLS = {
             Step("parity", "correctness", 90),
             Step("engine", "engine_matrix", 150),
             Step("graphs", "correctness", 60),
-            Step("augment", "correctness", 30),
             Step("probe", "correctness", 45),
             Step("determinism", "correctness", 60),
         ),

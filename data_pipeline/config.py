@@ -298,9 +298,8 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=LargeScaleJitter)
     copy_paste: CopyPasteConfig | None = None
     """Paste objects of other images; needs an `augment` with a fixed size (`lsj` or `shortest_edge`)."""
-    augment_on: Literal["cpu", "device"] = "cpu"
-    """Where images are resized, flipped and coloured: in the loader's processes, or on the device of the training,
-    whole micro-batches at a time. Pixels differ by rounding; targets do not differ."""
+    augment_on: Literal["cpu"] = "cpu"
+    """Images are augmented by the loader's processes. Kept for stored recipes."""
     drop_empty_targets: bool = True
     """Drop targets that the crop left without a pixel (the official panoptic mapper keeps them)."""
     skip_images_without_targets: bool = True
@@ -334,5 +333,3 @@ class DataConfig:
                 "data.copy_paste needs two images of one size, and data.augment.kind scale keeps their shapes; choose "
                 "lsj or shortest_edge"
             )
-        if self.copy_paste is not None and self.augment_on == "device":
-            raise ConfigError("data.copy_paste puts finished images together; set data.augment_on to cpu with it")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.gpu.stage import Scene, Stage, described, make_scene, milliseconds, small_model
 from benchmarks.measure import count_waits
-from m2f.data_pipeline.transforms.augment_on_device import Axis, Cuts, render
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.mask2former import build_model
 from m2f.trainer.memory import probe as memory_probe
@@ -113,41 +112,6 @@ def graphs(stage: Stage) -> dict[str, object]:
                 "recorded sizes": sum(recording is not None for recording in replayed._recordings.values()),
             }
     return facts
-
-
-def augment(stage: Stage) -> dict[str, object]:
-    """Images cut, resized and coloured on the device against the same on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    sources = torch.randint(0, 256, (4, 480, 640, 3), dtype=torch.uint8, generator=generator)
-    nothing = float("nan")
-    color = [
-        [0.0, nothing, nothing, nothing, nothing],
-        [1.0, 10.0, 1.2, 0.8, 9.0],
-        [0.0, -20.0, 0.7, 1.3, -9.0],
-        [0.0, nothing, 1.1, nothing, 3.0],
-    ]
-
-    def axis(*columns: tuple[float, ...]) -> Axis:
-        return Axis(*(torch.tensor(column, dtype=torch.float64) for column in columns))
-
-    scale = (0.5, 2.0, 1.3, 0.31)
-    cuts = Cuts(
-        rows=axis((480, 240, 400, 480), scale, (0, 13, 0, 0), (240, 300, 384, 148)),
-        columns=axis((640, 320, 500, 640), scale, (0, 7, 3, 0), (320, 384, 384, 198)),
-        flip=torch.tensor([False, True, False, True]),
-        area=torch.tensor([True, False, False, True]),
-        antialias=False,
-        color=torch.tensor(color),
-        colored=True,
-    )
-    here, there = sources.to(stage.device), cuts.to(stage.device)
-    canvas = (384, 384)
-    gap = (render(sources, cuts, canvas).int() - render(here, there, canvas).cpu().int()).abs()
-    return {
-        "largest difference": int(gap.max()),
-        "share that differs": f"{float((gap > 0).float().mean()):.1e}",
-        "ms": milliseconds(lambda: render(here, there, canvas), stage.device, 5),
-    }
 
 
 def probe(stage: Stage) -> dict[str, object]:

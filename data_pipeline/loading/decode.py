@@ -14,7 +14,7 @@ from m2f.data_pipeline.randomness import Stream
 from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.data_pipeline.transforms.collate import TrainBatch, collate, collate_sources
+from m2f.data_pipeline.transforms.collate import Batch, collate
 from m2f.data_pipeline.transforms.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
 from m2f.model.errors import UserError
 
@@ -56,7 +56,7 @@ class RawExample:
 RawBatch = tuple[RawExample | None, ...]
 """A micro-batch before decoding; None is a filler."""
 
-BatchResult = TrainBatch | RawBatch | UserError
+BatchResult = Batch | RawBatch | UserError
 """A batch; or, where samples of it cannot be used, the raw batch with the errors in their place; or what ends all."""
 
 
@@ -75,8 +75,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
             examples = [example for example in made if not isinstance(example, RawExample)]
             if len(examples) < len(made):
                 return tuple(e if isinstance(e, RawExample) else raw for e, raw in zip(made, index, strict=True))
-            recipe = self._recipes[0]
-            return (collate_sources if recipe.on_device else collate)(examples, recipe.canvas)
+            return collate(examples, self._recipes[0].canvas)
         except UserError as error:
             return error
 
@@ -112,7 +111,7 @@ class SubstituteFinder:
     ) -> None:
         self._manifests, self._order, self._storage, self._dataset = manifests, order, storage, dataset
 
-    def __call__(self, raw: RawBatch) -> tuple[TrainBatch, tuple[Substitution, ...]]:
+    def __call__(self, raw: RawBatch) -> tuple[Batch, tuple[Substitution, ...]]:
         """The batch with substitutes for its bad samples. Raises DataError where none can be found."""
         substitutions: list[Substitution] = []
         replaced = tuple(None if example is None else self._replace(example, substitutions) for example in raw)
@@ -145,7 +144,7 @@ class SubstituteFinder:
         return str(self._manifests[ref.dataset].key[ref.index])
 
 
-def batch_of(result: BatchResult, substitutes: SubstituteFinder | None) -> tuple[TrainBatch, tuple[Substitution, ...]]:
+def batch_of(result: BatchResult, substitutes: SubstituteFinder | None) -> tuple[Batch, tuple[Substitution, ...]]:
     """The batch, with substitutes for bad samples where these are wanted; otherwise raises what is wrong with it."""
     match result:
         case UserError():

@@ -44,7 +44,7 @@ from m2f.data_pipeline.order.order import Order, SampleRef, chunk_bytes, look_ah
 from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.data_pipeline.transforms.collate import FILLER_POSITION, EvalBatch, TrainBatch, collate_eval
+from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, EvalBatch, collate_eval
 from m2f.data_pipeline.transforms.copy_paste import partner_position
 from m2f.data_pipeline.transforms.example import TrainRecipe
 from m2f.model.errors import UserError
@@ -62,7 +62,7 @@ class StepBatches:
     """What one rank computes in one optimizer step."""
 
     step: int
-    micro_batches: tuple[TrainBatch, ...]
+    micro_batches: tuple[Batch, ...]
     positions: tuple[int, ...]
     """Positions of the order that this rank owns in this step, without fillers."""
     wait_s: float
@@ -116,7 +116,6 @@ def build_loader(
             drop_empty_targets=data.drop_empty_targets,
             seed=spec.seed,
             things=things,
-            on_device=data.augment_on == "device",
         )
         for labels in mixture_labels(manifests, data.task)
     ]

@@ -87,24 +87,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The part of an image that the canvas shows."""
-
-    rows: Span
-    columns: Span
-    params: AugmentParams
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what is shown."""
-        return self.rows.length, self.columns.length
-
-    def source(self, image: np.ndarray) -> np.ndarray:
-        """The pixels [h, w, 3] that are needed of a whole image."""
-        return image[self.rows.start : self.rows.stop, self.columns.start : self.columns.stop]
-
-
-@dataclass(frozen=True)
 class Augmented:
     """The result of `augment`."""
 
@@ -228,29 +210,22 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
         params: the draws.
         ignore: value of the id maps outside the image.
     """
-    cut = plan_cut(image.shape[:2], params)
-    crop = _resize_span(image, cut.rows, cut.columns, params.shrink)
+    span = _cut_span if params.shrink == "area" else _whole_span
+    rows, columns = map(span, image.shape[:2], params.scaled, params.offset, params.canvas)
+    crop = _resize_span(image, rows, columns, params.shrink)
     if params.color is not None:
         crop = jitter_color(crop, params.color)
     if params.flip:
         crop = cv2.flip(crop, 1)
     return Augmented(
         image=_pad(crop, params.canvas, PADDING_GREY, axis=0),
-        id_maps=augment_ids(id_maps, cut, ignore),
-        size=cut.size,
+        id_maps=_pad(_resize_id_maps(id_maps, rows, columns, params), params.canvas, ignore, axis=1),
+        size=(rows.length, columns.length),
     )
 
 
-def plan_cut(size: tuple[int, int], params: AugmentParams) -> Cut:
-    """Which part of an image of this height and width is needed, and how it is scaled."""
-    span = _cut_span if params.shrink == "area" else _whole_span
-    rows, columns = map(span, size, params.scaled, params.offset, params.canvas)
-    return Cut(rows, columns, params)
-
-
-def augment_ids(id_maps: np.ndarray, cut: Cut, ignore: int) -> np.ndarray:
-    """Id maps [Y, H, W] of the canvas, from those of the whole image."""
-    rows, columns, params = cut.rows, cut.columns, cut.params
+def _resize_id_maps(id_maps: np.ndarray, rows: Span, columns: Span, params: AugmentParams) -> np.ndarray:
+    """The crop of id maps [Y, H, W], by nearest neighbours and flipped where `params` say so."""
     if params.shrink == "area":
         row_index, column_index = rows.nearest(), columns.nearest()
     else:
@@ -258,8 +233,7 @@ def augment_ids(id_maps: np.ndarray, cut: Cut, ignore: int) -> np.ndarray:
     if params.flip:
         column_index = column_index[::-1]
     source = id_maps[:, rows.start : rows.stop]
-    ids = np.take(np.take(source, column_index, axis=2), row_index - rows.start, axis=1)
-    return _pad(ids, params.canvas, ignore, axis=1)
+    return np.take(np.take(source, column_index, axis=2), row_index - rows.start, axis=1)
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Literal["area", "bilinear"] = "area") -> np.ndarray:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.augment import PADDING_GREY, resize_image, shortest_edge_size
-from m2f.data_pipeline.transforms.augment_on_device import Cuts, render, stack_cuts, stack_sources
 from m2f.data_pipeline.transforms.example import Example
 from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.model.structures import BACKGROUND_ID, Targets, ignore_id
@@ -62,37 +61,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class SourceBatch:
-    """One micro-batch whose images are augmented where `to` brings it; see `device_augment`."""
-
-    sources: Tensor
-    """[B, h, w, 3] uint8: the parts of the source images that are shown, filled up on the right and below."""
-    cuts: Cuts
-    targets: Targets
-    keys: tuple[str, ...]
-    sizes: Tensor
-    """[B, 2] int64, as in Batch."""
-    dropped_targets: int
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on this device, which makes its images."""
-        targets = self.targets.to(device, non_blocking=non_blocking)
-        sources = self.sources.to(device, non_blocking=non_blocking)
-        height, width = targets.id_maps.shape[2:]
-        return Batch(
-            images=render(sources, self.cuts.to(device, non_blocking), (height, width)),
-            targets=targets,
-            keys=self.keys,
-            sizes=self.sizes.to(device, non_blocking=non_blocking),
-            dropped_targets=self.dropped_targets,
-        )
-
-
-TrainBatch = Batch | SourceBatch
-"""What the trainer receives; `to(device)` makes a Batch of both."""
-
-
-@dataclass(frozen=True)
 class EvalBatch:
     """Resized images for the model and the samples they came from."""
 
@@ -118,21 +86,6 @@ def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) 
     real = [_filler(canvas) if example is None else _padded(example, canvas) for example in examples]
     return Batch(
         images=_stack_images([example.image for example in real]),
-        targets=_stack_targets(real),
-        keys=tuple(example.key for example in real),
-        sizes=torch.tensor([example.size for example in real], dtype=torch.int64),
-        dropped_targets=sum(example.dropped for example in real),
-    )
-
-
-def collate_sources(examples: Sequence[Example | None], canvas: tuple[int, int] | None) -> SourceBatch:
-    """The same of examples whose images are still to be augmented on the device."""
-    shapes = [example.targets.id_maps.shape[1:] for example in examples if example is not None]
-    canvas = canvas or _smallest_canvas(shapes)
-    real = [_filler(canvas) if example is None else _padded_ids(example, canvas) for example in examples]
-    return SourceBatch(
-        sources=stack_sources([example.image for example in real]),
-        cuts=stack_cuts([example.cut for example in real]),
         targets=_stack_targets(real),
         keys=tuple(example.key for example in real),
         sizes=torch.tensor([example.size for example in real], dtype=torch.int64),
@@ -169,16 +122,9 @@ def _padded(example: Example, canvas: tuple[int, int]) -> Example:
         return example
     below, right = (side - old for side, old in zip(canvas, example.image.shape, strict=False))
     image = np.pad(example.image, ((0, below), (0, right), (0, 0)), constant_values=PADDING_GREY)
-    return _padded_ids(replace(example, image=image), canvas)
-
-
-def _padded_ids(example: Example, canvas: tuple[int, int]) -> Example:
     targets = example.targets
-    if targets.id_maps.shape[1:] == canvas:
-        return example
-    below, right = (side - old for side, old in zip(canvas, targets.id_maps.shape[1:], strict=True))
     id_maps = np.pad(targets.id_maps, ((0, 0), (0, below), (0, right)), constant_values=targets.ignore)
-    return replace(example, targets=replace(targets, id_maps=id_maps))
+    return replace(example, image=image, targets=replace(targets, id_maps=id_maps))
 
 
 def _filler(canvas: tuple[int, int]) -> Example:

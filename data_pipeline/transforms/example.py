@@ -13,7 +13,7 @@ from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.sample import DecodedSample
-from m2f.data_pipeline.transforms.augment import Cut, augment, augment_ids, draw_params, plan_cut
+from m2f.data_pipeline.transforms.augment import augment, draw_params
 from m2f.data_pipeline.transforms.copy_paste import draw_objects, paste
 from m2f.data_pipeline.transforms.targets import ImageTargets, drop_empty, image_targets
 
@@ -30,8 +30,6 @@ class TrainRecipe:
     seed: int
     things: frozenset[int] = frozenset()
     """Classes whose targets copy-paste moves to other images."""
-    on_device: bool = False
-    """Leave the image to `device_augment`."""
 
     @property
     def canvas(self) -> tuple[int, int] | None:
@@ -55,13 +53,11 @@ class Example:
     dataset: int
     position: int
     image: np.ndarray
-    """[H, W, 3] uint8 RGB; with a `cut`, the part of the source image that is needed."""
+    """[H, W, 3] uint8 RGB."""
     targets: ImageTargets
     size: tuple[int, int]
     dropped: int
     """Targets left out because nothing of them is left to see."""
-    cut: Cut | None = None
-    """What the device still has to do to the image; None where it is done."""
 
 
 def make_example(sample: DecodedSample, dataset: int, position: int, recipe: TrainRecipe) -> Example:
@@ -73,11 +69,6 @@ def cut_example(sample: DecodedSample, dataset: int, position: int, recipe: Trai
     """The same with all targets: AUGMENT draws the image's geometry, PASTED that of an image it takes objects from."""
     targets = image_targets(sample, recipe.task, recipe.labels)
     params = draw_params(sample_rng(recipe.seed, position, stream), sample.size, recipe.augment)
-    if recipe.on_device:
-        cut = plan_cut(sample.size, params)
-        ids = augment_ids(targets.id_maps, cut, targets.ignore)
-        source = cut.source(sample.image)
-        return Example(sample.key, dataset, position, source, replace(targets, id_maps=ids), cut.size, 0, cut)
     augmented = augment(sample.image, targets.id_maps, params, targets.ignore)
     targets = replace(targets, id_maps=augmented.id_maps)
     return Example(sample.key, dataset, position, augmented.image, targets, augmented.size, dropped=0)

@@ -13,7 +13,7 @@ from benchmarks import first_gpu_minutes
 from benchmarks.first_gpu_minutes import CALLS, STEPS, Call, Step, main, run_call
 from benchmarks.gpu.stage import Stage, distance, milliseconds
 
-IN_SECONDS = ("augment", "determinism", "graphs", "parity", "probe", "sanitizer", "sdpa", "train")
+IN_SECONDS = ("determinism", "graphs", "parity", "probe", "sanitizer", "sdpa", "train")
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=lambda step: step.name)
@@ -71,8 +71,8 @@ def test_no_step_starts_without_time(tmp_path, monkeypatch):
 
 
 def test_a_step_that_fails_is_told_with_its_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(STEPS, "augment", Step("augment", "no_such_module", 1))
-    assert main(["step", "augment", "--dry-run", "--out", str(tmp_path)]) == 1
+    monkeypatch.setitem(STEPS, "probe", Step("probe", "no_such_module", 1))
+    assert main(["step", "probe", "--dry-run", "--out", str(tmp_path)]) == 1
     assert "no_such_module" in json.loads((tmp_path / "results.jsonl").read_text())["found"]
 
 
