@@ -298,8 +298,6 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=LargeScaleJitter)
     copy_paste: CopyPasteConfig | None = None
     """Paste objects of other images; needs an `augment` with a fixed size (`lsj` or `shortest_edge`)."""
-    augment_on: Literal["cpu"] = "cpu"
-    """Images are augmented by the loader's processes. Kept for stored recipes."""
     drop_empty_targets: bool = True
     """Drop targets that the crop left without a pixel (the official panoptic mapper keeps them)."""
     skip_images_without_targets: bool = True

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,7 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.paths import with_absolute_paths
+from m2f.cluster.recipe.retired import apply_renames, drop_retired, renamed_path
 from m2f.model.errors import ConfigError
+
+LOGGER = logging.getLogger(__name__)
 
 _INVALID = object()
 """Stands for a value whose problem has been noted, so that one mistake gives one message."""
@@ -39,22 +43,40 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
-    return with_absolute_paths(parse_recipe(text, overrides, source=str(path)))
+    config, hints = _build_recipe(text, overrides, str(path))
+    for hint in hints:
+        LOGGER.warning("%s: %s", path, hint)
+    return with_absolute_paths(config)
 
 
 def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:
-    """`load_recipe` for text, with paths as written; `source` is named in the error."""
+    """`load_recipe` for the text of a stored recipe: paths as written, old names without a hint.
+
+    `source` is named in the error.
+    """
+    return _build_recipe(text, overrides, source)[0]
+
+
+def _build_recipe(text: str, overrides: Iterable[str], source: str) -> tuple[RunConfig, list[str]]:
+    """The recipe, and a hint for each setting that the text has under an old name."""
     problems: list[str] = []
     tree = _parse_yaml(text, source)
+    hints = apply_renames(tree, problems)
     for override in overrides:
         _apply_override(tree, override, problems)
+    drop_retired(tree, problems)
     tree = _expand(tree, "", problems)
     config = _build(RunConfig, tree, "", problems)
+    require_no_problems(source, problems)
+    assert isinstance(config, RunConfig)
+    return config, hints
+
+
+def require_no_problems(source: str, problems: Sequence[str]) -> None:
+    """Raise ConfigError with all problems of a recipe, if there are any."""
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{source}: {count}\n  " + "\n  ".join(problems))
-    assert isinstance(config, RunConfig)
-    return config
 
 
 def dump_recipe(config: RunConfig) -> str:
@@ -124,7 +146,7 @@ def _expand(node: Any, path: str, problems: list[str]) -> Any:
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     """Set one `a.b.0.c=value` in the tree; sections that the recipe leaves out are made."""
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
+    keys = renamed_path(path.strip()).split(".")
     if not equals or not all(keys):
         problems.append(f"`{override}`: an override is written section.key=value, for example training.max_steps=100")
         return

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import yaml
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.load import dump_recipe, flatten_tree
+from m2f.cluster.recipe.load import dump_recipe, flatten_tree, require_no_problems
+from m2f.cluster.recipe.retired import apply_renames, drop_retired
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.identity import ModelIdentity
 
@@ -28,6 +29,9 @@ def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, 
 
     Settings that only one of them has are of another version of this program and say nothing. With `optimizer` also
     what the optimizer's state depends on.
+
+    Raises:
+        ConfigError: one of them has a deleted setting at another value than its default.
     """
     before, after = (_settings(text, optimizer) for text in (stored, now))
     shared = before.keys() & after.keys() | {key for key in before.keys() | after.keys() if key.startswith(_OPTIONS)}
@@ -54,7 +58,12 @@ def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str)
 
 
 def _settings(recipe: str, optimizer: bool) -> Mapping[str, str]:
-    flat = flatten_tree(yaml.safe_load(recipe) or {})
+    tree = yaml.safe_load(recipe) or {}
+    problems: list[str] = []
+    apply_renames(tree, problems)
+    drop_retired(tree, problems)
+    require_no_problems("the recipe of the weights", problems)
+    flat = flatten_tree(tree)
     return {
         key: value
         for key, value in flat.items()

@@ -1,0 +1,88 @@
+"""Settings that recipes of earlier versions have and this version does not: the table, and how it is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A setting that was deleted. At its old default it is dropped; any other value is refused."""
+
+    path: str
+    """Dotted path; `*` stands for one name or index, as in `datasets.*.source.seed`."""
+    default: object
+    """Its old default, as YAML gives it: a list for a tuple, a mapping for a section."""
+    remedy: str
+    """What to do instead: the end of a message, in the imperative."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A setting whose old name is accepted for one version, with a hint."""
+
+    path: str
+    """Dotted path under the old name; `*` stands for one name or index."""
+    name: str
+    """The new name in the same section."""
+
+
+RETIRED: tuple[Retired, ...] = (
+    Retired("data.augment_on", "cpu", "leave it out: the loader's processes augment all images"),
+)
+"""One line for each deleted setting."""
+
+RENAMED: tuple[Renamed, ...] = ()
+"""One line for each renamed setting; the line goes with the next version."""
+
+
+def apply_renames(tree: Any, problems: list[str], renamed: Sequence[Renamed] = RENAMED) -> list[str]:
+    """Give renamed settings of a recipe's tree their new names, in place; one hint for each.
+
+    A section that has both names goes to `problems`.
+    """
+    hints: list[str] = []
+    for rename in renamed:
+        for path, section, key in _places(tree, rename.path):
+            if rename.name in section:
+                problems.append(
+                    f"`{path}` is the old name of `{rename.name}`, which is set beside it; keep the new one"
+                )
+            else:
+                section[rename.name] = section[key]
+                hints.append(f"`{path}` is now called `{rename.name}`; the next version will not know the old name")
+            del section[key]
+    return hints
+
+
+def renamed_path(path: str, renamed: Sequence[Renamed] = RENAMED) -> str:
+    """A dotted path, as overrides have it, with the new names in place of old ones."""
+    keys = path.split(".")
+    for rename in renamed:
+        pattern = rename.path.split(".")
+        if len(keys) >= len(pattern) and all(p in ("*", key) for p, key in zip(pattern, keys, strict=False)):
+            keys[len(pattern) - 1] = rename.name
+    return ".".join(keys)
+
+
+def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RETIRED) -> None:
+    """Take deleted settings out of a recipe's tree, in place; those not at their old default go to `problems`."""
+    for setting in retired:
+        for path, section, key in _places(tree, setting.path):
+            value = section.pop(key)
+            if value != setting.default:
+                problems.append(f"`{path}` is {value!r}, but this version does not have the setting; {setting.remedy}")
+
+
+def _places(node: Any, path: str, above: str = "") -> list[tuple[str, dict[str, Any], str]]:
+    """Where a tree has settings of this path: the full path, the section that holds it, the key in the section."""
+    key, _, rest = path.partition(".")
+    if isinstance(node, dict):
+        names: list[Any] = list(node) if key == "*" else [key] if key in node else []
+    else:
+        names = list(range(len(node))) if isinstance(node, list) and key == "*" else []
+    if not rest:
+        return [(f"{above}{name}", node, name) for name in names if isinstance(node, dict)]
+    return [place for name in names for place in _places(node[name], rest, f"{above}{name}.")]

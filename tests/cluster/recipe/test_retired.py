@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from m2f.cluster.recipe import load
+from m2f.cluster.recipe.load import dump_recipe, load_recipe, parse_recipe
+from m2f.cluster.recipe.retired import RENAMED, RETIRED, Renamed, Retired, apply_renames, drop_retired, renamed_path
+from m2f.cluster.recipe.same_model import model_changes
+from m2f.model.errors import ConfigError
+
+RECIPE = """
+name: first
+datasets:
+  train: {shards: shards/train}
+data:
+  train: [{dataset: train}]
+training: {max_steps: 10}
+"""
+
+
+def retired_tree(path: str, value: object) -> object:
+    """A tree that has the setting at `path`, with a list of one for `*`."""
+    for key in reversed(path.split(".")):
+        value = [value] if key == "*" else {key: value}
+    return value
+
+
+@pytest.mark.parametrize("setting", RETIRED, ids=lambda setting: setting.path)
+def test_every_retired_setting_is_dropped_at_its_default_and_refused_otherwise(setting):
+    problems: list[str] = []
+    drop_retired(retired_tree(setting.path, setting.default), problems)
+    assert problems == []
+    drop_retired(retired_tree(setting.path, "something else"), problems)
+    (problem,) = problems
+    assert setting.path.replace("*", "0") in problem
+    assert "'something else'" in problem
+    assert problem.endswith(setting.remedy)
+
+
+PATHS = [setting.path for setting in (*RETIRED, *RENAMED) if "*" not in setting.path]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_retired_setting_is_no_setting_of_today(path):
+    problems: list[str] = []
+    load._build(load.RunConfig, retired_tree(path, None), "", problems)
+    assert [problem for problem in problems if problem.startswith(f"`{path}`: no such setting")]
+
+
+def test_a_recipe_with_a_retired_setting_at_its_default_equals_one_without():
+    stored = RECIPE.replace("data:\n", "data:\n  augment_on: cpu\n")
+    assert parse_recipe(stored) == parse_recipe(RECIPE)
+    assert parse_recipe(RECIPE, ["data.augment_on=cpu"]) == parse_recipe(RECIPE)
+    assert "augment_on" not in dump_recipe(parse_recipe(stored))
+
+
+def test_one_message_names_setting_value_and_remedy_beside_other_problems():
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(RECIPE.replace("data:\n", "data:\n  augment_on: device\n"), ["sed=1"], source="r.yaml")
+    message = str(caught.value)
+    assert message.startswith("r.yaml: 2 problems\n")
+    assert "`data.augment_on` is 'device', but this version does not have the setting; leave it out" in message
+    assert "`sed`: no such setting" in message
+
+
+def test_a_star_means_every_name_and_every_index():
+    tree = {"sets": [{"old": 1, "kept": 2}, {"old": 3}, "no section"], "named": {"a": {"old": 1}, "b": None}}
+    problems: list[str] = []
+    drop_retired(tree, problems, [Retired("sets.*.old", 1, "drop it"), Retired("named.*.old", 1, "drop it")])
+    assert tree == {"sets": [{"kept": 2}, {}, "no section"], "named": {"a": {}, "b": None}}
+    assert [problem.partition(" is ")[0] for problem in problems] == ["`sets.1.old`"]
+
+
+def test_a_renamed_setting_takes_its_new_name_with_a_hint():
+    renames = [Renamed("a.*.old", "new")]
+    tree = {"a": [{"old": 1}, {"old": 2, "new": 3}]}
+    problems: list[str] = []
+    (hint,) = apply_renames(tree, problems, renames)
+    assert hint.startswith("`a.0.old` is now called `new`")
+    assert tree == {"a": [{"new": 1}, {"new": 3}]}
+    assert [problem.partition(" is ")[0] for problem in problems] == ["`a.1.old`"]
+    assert renamed_path("a.0.old.deep", renames) == "a.0.new.deep"
+    assert renamed_path("b.0.old", renames) == "b.0.old"
+
+
+@pytest.fixture
+def rename_of_seed(monkeypatch):
+    """As if `seed` had been called `random_seed` in the version before."""
+    table = (Renamed("random_seed", "seed"),)
+    monkeypatch.setattr(load, "apply_renames", lambda tree, problems: apply_renames(tree, problems, table))
+    monkeypatch.setattr(load, "renamed_path", lambda path: renamed_path(path, table))
+
+
+def test_the_hint_is_for_recipes_of_users_and_not_for_stored_ones(rename_of_seed, tmp_path, caplog):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE + "random_seed: 4\n")
+    with caplog.at_level(logging.WARNING):
+        assert parse_recipe(path.read_text()).seed == 4
+        assert caplog.messages == []
+        assert load_recipe(path).seed == 4
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: `random_seed` is now called `seed`")
+    assert load_recipe(path, ["seed=5"]).seed == 5
+    assert load_recipe(path, ["random_seed=6"]).seed == 6
+
+
+def test_weights_with_a_retired_setting_are_compared_or_refused():
+    recipe = dump_recipe(parse_recipe(RECIPE))
+    assert model_changes(recipe.replace("data:\n", "data:\n  augment_on: cpu\n"), recipe) == ()
+    with pytest.raises(ConfigError, match=r"data\.augment_on"):
+        model_changes(recipe.replace("data:\n", "data:\n  augment_on: device\n"), recipe)
