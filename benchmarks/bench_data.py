@@ -35,7 +35,7 @@ from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, 
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.fetch import FetchLimits, Members, SampleFetcher
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import build_order, chunk_bytes
 from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.sample import DecodedSample
@@ -44,7 +44,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.augment import AugmentParams, draw_params
 from m2f.data_pipeline.transforms.collate import Batch, collate
-from m2f.data_pipeline.transforms.example import Example, TrainRecipe, make_example
+from m2f.data_pipeline.transforms.example import Example, TrainTransform, make_example
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ def _reading(manifest: Manifest, repeats: int) -> Row:
     """Local tars: every sample at a random place and with its checksum, against front to back."""
     urls = [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
     order = build_order([manifest], SEED, DATA)
-    chunks = plan_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
+    chunks = group_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
 
     def ours() -> list[bytes]:
         groups = ((order.at(position),) for position in range(manifest.num_samples))
@@ -157,9 +157,9 @@ def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Row]:
             return [key for step in steps for batch in step.micro_batches for key in batch.keys]
 
     def theirs() -> list[str]:
-        recipe, keys = _recipe(AREA), []
+        transform, keys = _transform(AREA), []
         for pair in _pairs(enumerate(peer.stream(urls, storage))):
-            keys += collate([make_example(decode(one), 0, n, recipe) for n, one in pair], (1024, 1024)).keys
+            keys += collate([make_example(decode(one), 0, n, transform) for n, one in pair], (1024, 1024)).keys
         return keys
 
     assert sorted(ours()) == sorted(theirs()), "not the same images"
@@ -190,7 +190,7 @@ def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Row:
 def _first_images(url: str) -> object:
     manifest = Manifest.load(url, Storage())
     order = build_order([manifest], SEED, replace(DATA, lanes=192))
-    plan_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
+    group_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
     return manifest, order, order.refs(0, 64)
 
 
@@ -221,13 +221,13 @@ def _panoptic_json(count: int) -> dict[str, object]:
     }
 
 
-def _recipe(config: LargeScaleJitter) -> TrainRecipe:
-    return TrainRecipe("panoptic", TABLE.labels("panoptic"), config, drop_empty_targets=True, seed=SEED)
+def _transform(config: LargeScaleJitter) -> TrainTransform:
+    return TrainTransform("panoptic", TABLE.labels("panoptic"), config, drop_empty_targets=True, seed=SEED)
 
 
 def _augment(samples: Iterable[DecodedSample], config: LargeScaleJitter) -> list[Example]:
-    recipe = _recipe(config)
-    return [make_example(sample, 0, position, recipe) for position, sample in enumerate(samples)]
+    transform = _transform(config)
+    return [make_example(sample, 0, position, transform) for position, sample in enumerate(samples)]
 
 
 def _collate(examples: Sequence[Example]) -> list[Batch]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png, decode_rgb, encode_png, read_header
-from m2f.data_pipeline.loading.loader import LoaderSpec, StepBatches, in_thread
+from m2f.data_pipeline.loading.loader import LoaderSpec, StepBatches, map_in_thread
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, collate
 from m2f.data_pipeline.transforms.example import Example
@@ -76,7 +76,7 @@ class Recording:
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
         """One rank's endless steps, two of them prepared ahead."""
-        made = in_thread(lambda step: self._step(step, spec, order_start), count(spec.start_step), _STEPS_AHEAD)
+        made = map_in_thread(lambda step: self._step(step, spec, order_start), count(spec.start_step), _STEPS_AHEAD)
         try:
             while True:
                 began = time.perf_counter()
@@ -87,7 +87,7 @@ class Recording:
     def _step(self, step: int, spec: LoaderSpec, start: int) -> StepBatches:
         batches = tuple(
             collate([None if position is None else self._at(position, start) for position in positions], self._canvas)
-            for positions in spec.plan(step)
+            for positions in spec.positions(step)
         )
         positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
         return StepBatches(step, batches, positions, wait_s=0.0)

@@ -19,7 +19,7 @@ from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CATEGORIES_19
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate
-from m2f.data_pipeline.transforms.example import TrainRecipe, make_example
+from m2f.data_pipeline.transforms.example import TrainTransform, make_example
 from m2f.model.config import (
     FaPNPixelDecoderConfig,
     MSDeformAttnPixelDecoderConfig,
@@ -364,7 +364,7 @@ def checkered(table, position):
 
 
 def one_batch(config, table):
-    recipe = TrainRecipe(
+    recipe = TrainTransform(
         task=config.data.task,
         labels=table.labels(config.data.task),
         augment=config.data.augment,

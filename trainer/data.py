@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Protocol
 
 from m2f.data_pipeline.loading.loader import LoaderSpec, StepBatches, build_loader
-from m2f.data_pipeline.order.order import LaterOrder, Order, build_order
+from m2f.data_pipeline.order.order import OffsetOrder, Order, build_order
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.errors import TrainingError
@@ -67,7 +67,7 @@ class ShardedData:
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
         """From the loader."""
-        order = LaterOrder(self.order, order_start) if order_start else self.order
+        order = OffsetOrder(self.order, order_start) if order_start else self.order
         return build_loader(self.manifests, order, job.data, storage, spec)
 
 
@@ -101,7 +101,7 @@ def open_batches(
         world=state.world_size,
         start_step=position // global_batch,
         seed=job.seed,
-        neighbors=neighbors,
+        local_ranks=neighbors,
     )
     for first, count in unskipped(position, job.skipped, global_batch):
         with closing(data.steps(job, storage, replace(spec, start_step=first), state.order_start)) as steps:

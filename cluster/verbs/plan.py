@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.terminal import say
     from m2f.cluster.train.compose import compose_job
     from m2f.data_pipeline.order.order import build_order
-    from m2f.data_pipeline.order.read_simulation import Ranks, format_prediction, predict
+    from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import ConfigError
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     storage = Storage(config.storage)
     manifests = [Manifest.load(config.datasets[item.dataset].shards, storage) for item in config.data.train]
     order = build_order(manifests, config.seed, config.data)
-    ranks = Ranks(world=world, per_machine=min(args.per_machine, world), batch=batch, images_per_s=args.speed)
-    say(format_prediction(predict(manifests, order, config.data, config.seed, ranks), ranks))
+    ranks = SimulatedRanks(world=world, per_machine=min(args.per_machine, world), batch=batch, images_per_s=args.speed)
+    say(format_read_costs(simulate_reads(manifests, order, config.data, config.seed, ranks), ranks))
     model = compose_job(config, storage).model
     targets = max(int(manifest.num_segments.max()) for manifest in manifests)
     plan = plan_memory(model, config.data, config.training, world, targets)

@@ -32,25 +32,29 @@ from m2f.data_pipeline.storage.storage import StorageCounters
 
 log = logging.getLogger(__name__)
 
-_LOCKS = 256
-_CHUNK = ".chunk"
+_NUM_LOCKS = 256
+"""Lock files; chunks whose names have the same hash modulo this share one."""
+_CHUNK_SUFFIX = ".chunk"
 _KEPT_AFTER_EVICTION = 0.9
-_SCANS_PER_FILL = 64  # how far several processes together may exceed the limit unseen: this part of it each
-_MAX_LOOK_AHEAD = 1_000_000  # positions
+"""Share of the limit that an eviction leaves, so that not every write evicts."""
+_SCANS_PER_LIMIT = 64
+"""Scans of the folder while a cache of this size is written: processes notice each other's files that often."""
+_MAX_LOOK_AHEAD = 1_000_000
+"""Positions ahead for which reads are predicted; an eviction computes them all, in about 0.1 s."""
 
 
 class ChunkCache:
     """Reads chunks through the disk. Safe in threads and processes, and when any of them is killed at any moment."""
 
     def __init__(
-        self, config: CacheConfig, counters: StorageCounters, soonest: Callable[[], Sequence[str]] = lambda: ()
+        self, config: CacheConfig, counters: StorageCounters, upcoming: Callable[[], Sequence[str]] = lambda: ()
     ) -> None:
         """Raises StorageError where the folder cannot be made.
 
         Args:
             config: folder and limit.
             counters: where hits are counted.
-            soonest: names in the order in which this machine wants them next; others are given up first.
+            upcoming: names in the order in which this machine reads them next; others are evicted first.
         """
         self._chunks, self._locks = Path(config.folder, "chunks"), Path(config.folder, "locks")
         try:
@@ -61,8 +65,8 @@ class ChunkCache:
                 f"data.cache.folder {config.folder} cannot be made ({error.strerror}); choose a folder on a local disk"
             ) from error
         self._limit = round(config.max_gb * 1e9)
-        self._counters, self._soonest = counters, soonest
-        self._unseen = self._limit  # bytes written since the last look at the folder: look after the first write
+        self._counters, self._upcoming = counters, upcoming
+        self._bytes_since_scan = self._limit  # the first write scans the folder
         self._warned = False
         self._mutex = threading.Lock()
 
@@ -81,11 +85,11 @@ class ChunkCache:
 
     def forget(self, name: str) -> None:
         """Delete a chunk, whose content is damaged."""
-        (self._chunks / f"{name}{_CHUNK}").unlink(missing_ok=True)
+        (self._chunks / f"{name}{_CHUNK_SUFFIX}").unlink(missing_ok=True)
 
     def _load(self, name: str, length: int) -> bytes | None:
         try:
-            data = (self._chunks / f"{name}{_CHUNK}").read_bytes()
+            data = (self._chunks / f"{name}{_CHUNK_SUFFIX}").read_bytes()
         except OSError:
             return None
         return data if len(data) == length else None
@@ -93,7 +97,9 @@ class ChunkCache:
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         try:
-            descriptor = os.open(self._locks / str(zlib.crc32(name.encode()) % _LOCKS), os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(
+                self._locks / str(zlib.crc32(name.encode()) % _NUM_LOCKS), os.O_RDWR | os.O_CREAT, 0o666
+            )
         except OSError:  # no lock: two processes may fetch the same chunk, which harms nobody
             yield
             return
@@ -107,19 +113,19 @@ class ChunkCache:
         partial = self._chunks / f"{name}.partial"
         try:
             partial.write_bytes(data)
-            partial.replace(self._chunks / f"{name}{_CHUNK}")
+            partial.replace(self._chunks / f"{name}{_CHUNK_SUFFIX}")
         except OSError as error:
             partial.unlink(missing_ok=True)
-            self._shrink(error)
+            self._reduce_limit(error)
             return
         with self._mutex:
-            self._unseen += len(data)
-            if self._unseen <= self._limit // _SCANS_PER_FILL:
+            self._bytes_since_scan += len(data)
+            if self._bytes_since_scan <= self._limit // _SCANS_PER_LIMIT:
                 return
-            self._unseen = 0
+            self._bytes_since_scan = 0
         self._make_room()
 
-    def _shrink(self, error: OSError) -> None:
+    def _reduce_limit(self, error: OSError) -> None:
         """The disk is full although the limit is not reached, or fails: go on with less, at worst with nothing."""
         sizes = self._sizes()
         self._limit = round(_KEPT_AFTER_EVICTION * sum(sizes.values()))
@@ -138,7 +144,7 @@ class ChunkCache:
         sizes = self._sizes()
         held = sum(sizes.values())
         if held > self._limit:
-            for name in victims(sizes, self._soonest(), held - _KEPT_AFTER_EVICTION * self._limit):
+            for name in choose_victims(sizes, self._upcoming(), held - _KEPT_AFTER_EVICTION * self._limit):
                 self.forget(name)
 
     def _sizes(self) -> dict[str, int]:
@@ -146,20 +152,20 @@ class ChunkCache:
         sizes = {}
         with os.scandir(self._chunks) as entries:
             for entry in entries:
-                if entry.name.endswith(_CHUNK):
+                if entry.name.endswith(_CHUNK_SUFFIX):
                     try:
-                        sizes[entry.name.removesuffix(_CHUNK)] = entry.stat().st_size
+                        sizes[entry.name.removesuffix(_CHUNK_SUFFIX)] = entry.stat().st_size
                     except FileNotFoundError:  # another process made room
                         continue
         return sizes
 
 
-def victims(sizes: Mapping[str, int], soonest: Iterable[str], excess: float) -> list[str]:
-    """Names to give up so that `excess` bytes become free: those wanted last, before them those not wanted at all.
+def choose_victims(sizes: Mapping[str, int], upcoming: Iterable[str], excess: float) -> list[str]:
+    """Names to evict so that `excess` bytes become free: those read last, before them those not read at all.
 
     Belady's rule, which no other can beat (IBM Systems Journal 5(2), 1966).
     """
-    rank = {name: number for number, name in enumerate(soonest)}
+    rank = {name: number for number, name in enumerate(upcoming)}
     chosen = []
     for name in sorted(sizes, key=lambda name: (rank.get(name, len(rank)), name), reverse=True):
         if excess <= 0:
@@ -195,13 +201,13 @@ class UpcomingChunks:
         """Names of chunks, the most urgent first."""
         return [
             chunk_name(self._manifests[dataset], *self._chunks[dataset].span(self._manifests[dataset], chunk))
-            for dataset, chunk in upcoming(
+            for dataset, chunk in upcoming_chunks(
                 self._order, self._chunks, self.position, self._count, self._world, self._ranks
             )
         ]
 
 
-def upcoming(
+def upcoming_chunks(
     order: Order, chunks: Sequence[Chunks], start: int, count: int, world: int, ranks: Sequence[int]
 ) -> list[tuple[int, int]]:
     """(data set, chunk) in the order of first use by these ranks of `world`, over `count` positions from `start`."""
@@ -209,7 +215,7 @@ def upcoming(
     mine = np.isin(np.arange(start, start + count) % world, ranks)
     dataset, index = refs.dataset[mine], refs.index[mine]
     chunk = np.empty_like(index)
-    for number, plan in enumerate(chunks):
-        chunk[dataset == number] = plan.chunk_of[index[dataset == number]]
+    for number, grouped in enumerate(chunks):
+        chunk[dataset == number] = grouped.chunk_of[index[dataset == number]]
     pairs, first = np.unique(np.stack([dataset, chunk]), axis=1, return_index=True)
     return [(int(d), int(c)) for d, c in pairs[:, np.argsort(first)].T]

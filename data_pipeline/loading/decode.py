@@ -15,7 +15,13 @@ from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.collate import Batch, collate
-from m2f.data_pipeline.transforms.example import Example, TrainRecipe, cut_example, paste_objects, without_empty
+from m2f.data_pipeline.transforms.example import (
+    Example,
+    TrainTransform,
+    augment_sample,
+    paste_objects,
+    without_empty_targets,
+)
 from m2f.model.errors import UserError
 
 _MAX_CANDIDATES = 100
@@ -63,8 +69,8 @@ BatchResult = Batch | RawBatch | UserError
 class MicroBatchDataset(Dataset[BatchResult]):
     """Decodes, augments and collates. An error is a result like others: re-raised by torch it would lose its form."""
 
-    def __init__(self, recipes: Sequence[TrainRecipe]) -> None:
-        self._recipes = recipes  # of every data set
+    def __init__(self, transforms: Sequence[TrainTransform]) -> None:
+        self._transforms = transforms  # of every data set
 
     def __getitem__(self, index: RawBatch | UserError) -> BatchResult:
         """The batch of a raw batch (torch calls what it hands to a data set an index)."""
@@ -75,7 +81,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
             examples = [example for example in made if not isinstance(example, RawExample)]
             if len(examples) < len(made):
                 return tuple(e if isinstance(e, RawExample) else raw for e, raw in zip(made, index, strict=True))
-            return collate(examples, self._recipes[0].canvas)
+            return collate(examples, self._transforms[0].canvas)
         except UserError as error:
             return error
 
@@ -89,8 +95,8 @@ class MicroBatchDataset(Dataset[BatchResult]):
                 base if isinstance(base, RawSample) else raw.base,
                 partner if isinstance(partner, RawSample) else raw.partner,
             )
-        recipe = self._recipes[raw.base.ref.dataset]
-        return without_empty(base if partner is None else paste_objects(base, partner, recipe), recipe)
+        transform = self._transforms[raw.base.ref.dataset]
+        return without_empty_targets(base if partner is None else paste_objects(base, partner, transform), transform)
 
     def _augmented(self, sample: RawSample, position: int, stream: Stream) -> Example | RawSample:
         """The augmented image; where the sample cannot be used, the sample with the error in it."""
@@ -98,7 +104,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
         if isinstance(sample.members, DataError):
             return sample
         try:
-            return cut_example(decode(sample.members), dataset, position, self._recipes[dataset], stream)
+            return augment_sample(decode(sample.members), dataset, position, self._transforms[dataset], stream)
         except DataError as error:
             return replace(sample, members=error)
 

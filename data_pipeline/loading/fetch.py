@@ -18,9 +18,13 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 
 _REFETCHES = 3
+"""Further reads of a sample whose checksum is wrong: a fault on the way passes, damage in the store stays."""
 _THREADS = 8
+"""Ranged reads at a time, enough to hide the latency of an object store."""
 _KEPT_BYTES = 1 << 30
+"""Bytes of samples that one rank holds at most."""
 _KEPT_AFTER_EVICTION = 0.9
+"""Share of the limit that an eviction leaves, so that not every read evicts."""
 
 Members = Mapping[str, bytes]
 """Members of one sample by extension, as `codec.decode` takes them."""

@@ -39,22 +39,25 @@ from m2f.data_pipeline.loading.decode import (
     batch_of,
 )
 from m2f.data_pipeline.loading.fetch import FetchLimits, Members, RawSample, SampleFetcher
-from m2f.data_pipeline.order.chunks import plan_chunks
-from m2f.data_pipeline.order.order import Order, SampleRef, chunk_bytes, look_ahead, step_plan
+from m2f.data_pipeline.order.chunks import group_chunks
+from m2f.data_pipeline.order.order import Order, SampleRef, chunk_bytes, look_ahead, step_positions
 from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, EvalBatch, collate_eval
 from m2f.data_pipeline.transforms.copy_paste import partner_position
-from m2f.data_pipeline.transforms.example import TrainRecipe
+from m2f.data_pipeline.transforms.example import TrainTransform
 from m2f.model.errors import UserError
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_EVAL_HORIZON = 20_000  # samples
+_EVAL_HORIZON = 20_000
+"""Samples of known future in an evaluation; bounds memory and start-up time, like `look_ahead` in training."""
 _EVAL_CHUNK_BYTES = 4_000_000
+"""Bytes of one ranged read, the default of data.chunk_mb."""
 _EVAL_BATCHES_AHEAD = 2
+"""Batches whose reads are started before they are needed: one is prepared, one is read."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +80,24 @@ class LoaderSpec:
 
     global_batch: int
     micro_batch: int
-    """Largest micro-batch; see `step_plan`."""
+    """Largest micro-batch; see `step_positions`."""
     rank: int
     world: int
     start_step: int
     """Steps already done."""
     seed: int
     """Seed of the augmentation."""
-    neighbors: tuple[int, ...] = ()
+    local_ranks: tuple[int, ...] = ()
     """Ranks on this machine, which share a cache; empty means this one alone."""
 
-    def plan(self, step: int) -> tuple[tuple[int | None, ...], ...]:
+    def positions(self, step: int) -> tuple[tuple[int | None, ...], ...]:
         """This rank's micro-batches of positions."""
-        return step_plan(step, self.global_batch, self.rank, self.world, self.micro_batch)
+        return step_positions(step, self.global_batch, self.rank, self.world, self.micro_batch)
 
     @property
-    def per_step(self) -> int:
+    def micro_batches_per_step(self) -> int:
         """Micro-batches in every step."""
-        return len(self.plan(0))
+        return len(self.positions(0))
 
 
 def build_loader(
@@ -107,9 +110,9 @@ def build_loader(
             (LoaderDiedError).
         StorageError: a shard that cannot be read.
     """
-    things = _things(manifests[0], data)
-    recipes = [
-        TrainRecipe(
+    things = _thing_labels(manifests[0], data)
+    transforms = [
+        TrainTransform(
             task=data.task,
             labels=labels,
             augment=data.augment,
@@ -119,10 +122,10 @@ def build_loader(
         )
         for labels in mixture_labels(manifests, data.task)
     ]
-    return _steps(manifests, order, data, storage, spec, recipes)
+    return _steps(manifests, order, data, storage, spec, transforms)
 
 
-def _things(manifest: Manifest, data: DataConfig) -> frozenset[int]:
+def _thing_labels(manifest: Manifest, data: DataConfig) -> frozenset[int]:
     classes = manifest.categories.for_task(data.task)
     things = frozenset(label for label, category in enumerate(classes) if category.is_thing)
     if data.copy_paste is not None and not things:
@@ -167,7 +170,7 @@ def eval_batches(
     """
     groups = [tuple(int(i) for i in indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
     refs = (tuple(SampleRef(0, 0, index) for index in group) for group in groups)
-    chunks = plan_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
+    chunks = group_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
     limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_EVAL_HORIZON // batch_size)
 
     def make(fetched: tuple[tuple[int, ...], tuple[RawSample | None, ...]]) -> EvalBatch:
@@ -176,7 +179,7 @@ def eval_batches(
         return collate_eval(samples, group, shortest_edge, max_size)
 
     with closing(SampleFetcher([manifest], [chunks], storage, refs, limits)) as fetcher:
-        yield from in_thread(make, zip(groups, fetcher, strict=True), ahead=1)
+        yield from map_in_thread(make, zip(groups, fetcher, strict=True), ahead=1)
 
 
 def _members(sample: RawSample | None) -> Members:
@@ -192,10 +195,10 @@ def _steps(
     data: DataConfig,
     storage: Storage,
     spec: LoaderSpec,
-    recipes: Sequence[TrainRecipe],
+    transforms: Sequence[TrainTransform],
 ) -> Generator[StepBatches]:
-    ahead = data.prefetch_steps * spec.per_step
-    dataset = MicroBatchDataset(recipes)
+    ahead = data.prefetch_steps * spec.micro_batches_per_step
+    dataset = MicroBatchDataset(transforms)
     substitutes = SubstituteFinder(manifests, order, storage, dataset) if data.max_bad_samples else None
     with (
         closing(_raw_batches(manifests, order, data, storage, spec, ahead)) as raw_batches,
@@ -203,7 +206,7 @@ def _steps(
     ):
         for step in count(spec.start_step):
             began = time.perf_counter()
-            made = [batch_of(next(results), substitutes) for _ in range(spec.per_step)]
+            made = [batch_of(next(results), substitutes) for _ in range(spec.micro_batches_per_step)]
             batches = tuple(batch for batch, _ in made)
             substitutions = tuple(substitution for _, several in made for substitution in several)
             positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
@@ -214,22 +217,22 @@ def _raw_batches(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec, ahead: int
 ) -> Generator[RawBatch | UserError]:
     """Micro-batches before decoding. An error comes in place of the one that it prevents, and ends all."""
-    micro_batches, for_fetcher = tee(positions for step in count(spec.start_step) for positions in spec.plan(step))
+    micro_batches, for_fetcher = tee(positions for step in count(spec.start_step) for positions in spec.positions(step))
     # Reads start well before a micro-batch is due: one that waits for its bytes holds up batches that are ready.
     spread = look_ahead(data, spec.world)
-    chunks = [plan_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
-    soonest = UpcomingChunks(manifests, chunks, order, spec.world, spec.neighbors or (spec.rank,))
+    chunks = [group_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
+    upcoming = UpcomingChunks(manifests, chunks, order, spec.world, spec.local_ranks or (spec.rank,))
     fetcher = SampleFetcher(
         manifests,
         chunks,
         storage,
         map(partial(_sample_refs, order=order, data=data, seed=spec.seed), for_fetcher),
-        FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.plan(0)[0]), 2 * ahead + 1)),
-        None if data.cache is None else ChunkCache(data.cache, storage.counters, soonest),
+        FetchLimits(groups_ahead=2 * ahead, horizon=max(spread // len(spec.positions(0)[0]), 2 * ahead + 1)),
+        None if data.cache is None else ChunkCache(data.cache, storage.counters, upcoming),
     )
     with closing(fetcher):
         for positions in micro_batches:
-            soonest.position = next((p for p in positions if p is not None), soonest.position)
+            upcoming.position = next((p for p in positions if p is not None), upcoming.position)
             try:
                 fetched = next(fetcher)
             except UserError as error:
@@ -258,7 +261,7 @@ def _results(
     dataset: MicroBatchDataset, raw_batches: Iterator[RawBatch | UserError], workers: int, ahead: int
 ) -> Generator[BatchResult]:
     if not workers:
-        yield from in_thread(dataset.__getitem__, raw_batches, ahead)
+        yield from map_in_thread(dataset.__getitem__, raw_batches, ahead)
         return
     loader = DataLoader(
         dataset,
@@ -318,7 +321,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def in_thread(make: Callable[[In], Out], work: Iterator[In], ahead: int) -> Generator[Out]:
+def map_in_thread(make: Callable[[In], Out], work: Iterator[In], ahead: int) -> Generator[Out]:
     """`map(make, work)`, up to `ahead` results prepared by one thread; `work` is advanced by the caller's thread."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=cv2.setNumThreads, initargs=(0,))
     running: deque[Future[Out]] = deque()

@@ -33,7 +33,7 @@ class Chunks:
         return int(self.shard[chunk]), start, int(manifest.offset[last] + manifest.length[last]) - start
 
 
-def plan_chunks(shard: np.ndarray, offset: np.ndarray, chunk_bytes: int) -> Chunks:
+def group_chunks(shard: np.ndarray, offset: np.ndarray, chunk_bytes: int) -> Chunks:
     """Group samples (columns of a manifest, [N] each) by the `chunk_bytes`-sized cell of the shard they start in.
 
     A chunk spans fewer than `chunk_bytes` bytes besides its last sample.

@@ -1,7 +1,7 @@
 """The order of training samples: a pure function from an integer position to an image.
 
 The state of a run's input is one integer, the number of samples consumed. Nothing in the order knows about ranks:
-`step_plan` deals the positions of a step to whatever ranks there are, so a run may change its world size at any step
+`step_positions` deals the positions of a step to the ranks, so a run may change its world size at any step
 without losing or repeating a sample.
 
 One epoch of a data set: chunks are permuted and laid end to end; the sequence is cut into `lanes` equal segments; each
@@ -23,18 +23,19 @@ from typing import Protocol
 import numpy as np
 
 from m2f.data_pipeline.config import DataConfig
-from m2f.data_pipeline.order.chunks import Chunks, plan_chunks
-from m2f.data_pipeline.order.selection import Visits, select
+from m2f.data_pipeline.order.chunks import Chunks, group_chunks
+from m2f.data_pipeline.order.selection import SamplingRates, select
 from m2f.data_pipeline.randomness import Stream, random_words
 from m2f.data_pipeline.shards.manifest import Manifest
 
 ORDER_VERSION = 1
 """Part of every fingerprint. Raise it with any change that moves a sample; the golden test then needs a new file."""
 
-_EPOCHS_KEPT = 3  # a global batch straddles at most two epochs of a data set of ordinary size, and caches look ahead
+_EPOCHS_KEPT = 3
+"""Permutations in memory: a global batch straddles two epochs at most, and caches look ahead."""
 
-
-_MAX_LOOK_AHEAD = 20_000  # samples; bounds the loader's own memory and start-up time to tens of milliseconds
+_MAX_LOOK_AHEAD = 20_000
+"""Samples; bounds the loader's own memory and start-up time to tens of milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch's visits as rows of the manifest, and the position of the first."""
+    """One epoch as rows of the manifest, and the position of the first."""
 
     number: int
     start: int
@@ -90,11 +91,11 @@ class _Epoch:
 
 
 @dataclass(frozen=True)
-class ShardOrder:
-    """Exact epochs over one data set: every sample appears in each as often as `visits` says. Safe in threads."""
+class DatasetOrder:
+    """Exact epochs over one data set: every sample appears in each as often as `rates` says. Safe in threads."""
 
     chunks: Chunks
-    visits: Visits
+    rates: SamplingRates
     seed: int
     lanes: int
     window: int
@@ -121,8 +122,8 @@ class ShardOrder:
         with self._lock:
             found = next((e for e in self._epochs if e.start <= position < e.stop), None)
             if found is None:
-                number = self.visits.epoch_of(position)
-                found = _Epoch(number, self.visits.total(number), self._permute(number))
+                number = self.rates.epoch_of(position)
+                found = _Epoch(number, self.rates.total(number), self._permute(number))
                 self._epochs[:] = [*self._epochs[1 - _EPOCHS_KEPT :], found]
             return found
 
@@ -146,10 +147,10 @@ class ShardOrder:
     def _permuted_chunks(self, epoch: int) -> np.ndarray:
         """The epoch's samples, chunk after chunk in this epoch's chunk order.
 
-        Repeats make further chunks of what has a second visit, a third, and so on, so that they are spread over the
+        Repeats make further chunks of what has a second use, a third, and so on, so that they are spread over the
         epoch and not seen in a row.
         """
-        counts = self.visits.counts(epoch)[self.chunks.samples]
+        counts = self.rates.counts(epoch)[self.chunks.samples]
         samples = np.repeat(self.chunks.samples, counts)
         repeat = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
         chunk = self.chunks.chunk_of[samples] + repeat * len(self.chunks.shard)
@@ -162,9 +163,9 @@ class ShardOrder:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureOrder:
     """Children interleaved by exact shares: of the first P positions, child k owns P times its share, give or take one
-    per child before it; every child is visited at its own positions 0, 1, 2, ... in turn.
+    per child before it; every child is read at its own positions 0, 1, 2, ... in turn.
     """
 
     children: tuple[Order, ...]
@@ -200,8 +201,8 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class LaterOrder:
-    """Another order from some position on: what a run goes on with when its data have changed."""
+class OffsetOrder:
+    """An order that begins at a later position: what a run continues with when its data have changed."""
 
     order: Order
     start: int
@@ -224,39 +225,43 @@ class LaterOrder:
 def build_order(manifests: Sequence[Manifest], seed: int, config: DataConfig) -> Order:
     """The order of the mixture `config.train`, whose data sets have these manifests.
 
-    The fingerprint covers the manifests, the weights' ratios, which samples are visited how often, the seed and the
+    The fingerprint covers the manifests, the weights' ratios, the sampling rates, the seed and the
     shuffle's settings.
 
     Raises:
         DataError: a data set of which no image is left, or a filter with an unknown class.
     """
-    visits = [
+    rates = [
         select(manifest, item, config, seed, dataset)
         for dataset, (manifest, item) in enumerate(zip(manifests, config.train, strict=True))
     ]
     weights = [Fraction(str(item.weight)) for item in config.train]
     shares = [weight / sum(weights, Fraction(0)) for weight in weights]
-    fingerprint = _fingerprint(manifests, shares, visits, seed, config)
+    fingerprint = _fingerprint(manifests, shares, rates, seed, config)
     children = [
-        ShardOrder(
-            plan_chunks(manifest.shard, manifest.offset, chunk_bytes(config)),
-            counts,
+        DatasetOrder(
+            group_chunks(manifest.shard, manifest.offset, chunk_bytes(config)),
+            sampling,
             seed,
             config.lanes,
             config.window,
             dataset,
             fingerprint,
         )
-        for dataset, (manifest, counts) in enumerate(zip(manifests, visits, strict=True))
+        for dataset, (manifest, sampling) in enumerate(zip(manifests, rates, strict=True))
     ]
     if len(children) == 1:
         return children[0]
     left = [sum(shares[k:], Fraction(0)) for k in range(len(shares))]
-    return Mixture(tuple(children), tuple(s / rest for s, rest in zip(shares, left, strict=True)), fingerprint)
+    return MixtureOrder(tuple(children), tuple(s / rest for s, rest in zip(shares, left, strict=True)), fingerprint)
 
 
 def _fingerprint(
-    manifests: Sequence[Manifest], shares: Sequence[Fraction], visits: Sequence[Visits], seed: int, config: DataConfig
+    manifests: Sequence[Manifest],
+    shares: Sequence[Fraction],
+    rates: Sequence[SamplingRates],
+    seed: int,
+    config: DataConfig,
 ) -> str:
     identity = {
         "version": ORDER_VERSION,
@@ -265,8 +270,8 @@ def _fingerprint(
         "lanes": config.lanes,
         "window": config.window,
         "datasets": [
-            [manifest.fingerprint, str(share), counts.digest()]
-            for manifest, share, counts in zip(manifests, shares, visits, strict=True)
+            [manifest.fingerprint, str(share), sampling.digest()]
+            for manifest, share, sampling in zip(manifests, shares, rates, strict=True)
         ],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -287,10 +292,10 @@ def look_ahead(config: DataConfig, world: int) -> int:
     return min(windows * config.lanes * config.window // world, _MAX_LOOK_AHEAD)
 
 
-def step_plan(
+def step_positions(
     step: int, global_batch: int, rank: int, world: int, micro_batch: int
 ) -> tuple[tuple[int | None, ...], ...]:
-    """The micro-batches of one rank in one optimizer step, as positions of the order.
+    """The positions of one rank in one optimizer step, micro-batch by micro-batch.
 
     Step s owns positions sG .. sG + G - 1, and rank r of W takes those congruent to r modulo W. None is a filler of
     weight zero: every rank has the same number of micro-batches, all of one size (at most `micro_batch`).

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from m2f.data_pipeline.config import AugmentConfig, DataConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.order.chunks import Chunks, plan_chunks
+from m2f.data_pipeline.order.chunks import Chunks, group_chunks
 from m2f.data_pipeline.order.order import Order, chunk_bytes, look_ahead
 from m2f.data_pipeline.order.selection import select
 from m2f.data_pipeline.shards.manifest import Manifest
@@ -18,8 +18,8 @@ _BYTES_PER_PIXEL = 4  # three colours and one layer of ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """Who reads."""
+class SimulatedRanks:
+    """Ranks that read, for the simulation."""
 
     world: int
     """Ranks in all."""
@@ -31,11 +31,11 @@ class Ranks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class ReadCosts:
     """One epoch of all data sets of the mixture. Bytes are of all ranks unless they say otherwise."""
 
     images: int
-    """Visits of images in the epoch."""
+    """Images that the epoch shows, repeats included."""
     chunks: int
     """Chunks with at least one of them."""
     chunk_bytes: int
@@ -53,21 +53,23 @@ class Prediction:
     """Bytes of decoded micro-batches that wait on one rank."""
 
 
-def predict(manifests: Sequence[Manifest], order: Order, data: DataConfig, seed: int, ranks: Ranks) -> Prediction:
+def simulate_reads(
+    manifests: Sequence[Manifest], order: Order, data: DataConfig, seed: int, ranks: SimulatedRanks
+) -> ReadCosts:
     """Simulate one epoch from position 0. Linear in its images: for COCO about 0.3 s, with copy-paste 2 s."""
     count = sum(
         select(manifest, item, data, seed, dataset).total(1)
         for dataset, (manifest, item) in enumerate(zip(manifests, data.train, strict=True))
     )
-    chunks = [plan_chunks(manifest.shard, manifest.offset, chunk_bytes(data)) for manifest in manifests]
-    visits = _visits(manifests, chunks, order, _wanted(count, seed, data))
-    rank = visits.time % ranks.world
-    read, wanted = _reads(visits, rank, reach=look_ahead(data, ranks.world) * ranks.world)
-    start, end = visits.offset[wanted], visits.offset[wanted] + visits.length[wanted]
+    chunks = [group_chunks(manifest.shard, manifest.offset, chunk_bytes(data)) for manifest in manifests]
+    needed = _sample_reads(manifests, chunks, order, _needed_positions(count, seed, data))
+    rank = needed.time % ranks.world
+    read, wanted = _group_reads(needed, rank, reach=look_ahead(data, ranks.world) * ranks.world)
+    start, end = needed.offset[wanted], needed.offset[wanted] + needed.length[wanted]
     sizes = _chunk_sizes(manifests, chunks)
-    used = np.unique(visits.chunk)
-    by_machine = np.unique(np.stack([rank // ranks.per_machine, visits.chunk]), axis=1)
-    return Prediction(
+    used = np.unique(needed.chunk)
+    by_machine = np.unique(np.stack([rank // ranks.per_machine, needed.chunk]), axis=1)
+    return ReadCosts(
         images=count,
         chunks=len(used),
         chunk_bytes=int(sizes[used].sum()),
@@ -75,13 +77,13 @@ def predict(manifests: Sequence[Manifest], order: Order, data: DataConfig, seed:
         read_bytes=int((np.maximum.reduceat(end, read) - np.minimum.reduceat(start, read)).sum()),
         cached_reads=by_machine.shape[1],
         machine_bytes=int(np.bincount(by_machine[0], sizes[by_machine[1]]).max()),
-        fetched_peak=_peak(visits, rank, read, wanted),
+        fetched_peak=_peak_bytes(needed, rank, read, wanted),
         batch_bytes=_batch_bytes(data, ranks.batch),
     )
 
 
-def format_prediction(found: Prediction, ranks: Ranks) -> str:
-    """The prediction in words."""
+def format_read_costs(found: ReadCosts, ranks: SimulatedRanks) -> str:
+    """The costs as text."""
     speed = ranks.world * ranks.images_per_s
     per_image, machines = found.reads / found.images, -(-ranks.world // ranks.per_machine)
     rate = found.read_bytes / found.images * speed / 1e6
@@ -102,8 +104,8 @@ def format_prediction(found: Prediction, ranks: Ranks) -> str:
 
 
 @dataclass(frozen=True)
-class _Visits:
-    """Columns with one entry per sample that is wanted; chunks are numbered through all data sets."""
+class _SampleReads:
+    """Columns with one entry per sample that is needed; chunks are numbered through all data sets."""
 
     time: np.ndarray
     """Position of the image that it is wanted for."""
@@ -112,7 +114,7 @@ class _Visits:
     length: np.ndarray
 
 
-def _wanted(count: int, seed: int, data: DataConfig) -> np.ndarray:
+def _needed_positions(count: int, seed: int, data: DataConfig) -> np.ndarray:
     """[2, n] positions of images and of the samples that they need: their own and those whose objects they receive."""
     own = np.stack([np.arange(count)] * 2)
     if data.copy_paste is None:
@@ -122,38 +124,40 @@ def _wanted(count: int, seed: int, data: DataConfig) -> np.ndarray:
     return np.concatenate([own, pasted.T], axis=1)
 
 
-def _visits(manifests: Sequence[Manifest], chunks: Sequence[Chunks], order: Order, wanted: np.ndarray) -> _Visits:
+def _sample_reads(
+    manifests: Sequence[Manifest], chunks: Sequence[Chunks], order: Order, wanted: np.ndarray
+) -> _SampleReads:
     time, positions = wanted
     refs = order.refs(0, int(positions.max()) + 1)
     datasets, rows = refs.dataset[positions], refs.index[positions]
     chunk, offset, length = (np.empty(len(time), dtype=np.int64) for _ in range(3))
     before = 0
-    for dataset, (manifest, plan) in enumerate(zip(manifests, chunks, strict=True)):
+    for dataset, (manifest, grouped) in enumerate(zip(manifests, chunks, strict=True)):
         mine = datasets == dataset
         index = rows[mine]
-        chunk[mine] = before + plan.chunk_of[index]
+        chunk[mine] = before + grouped.chunk_of[index]
         offset[mine], length[mine] = manifest.offset[index], manifest.length[index]
-        before += len(plan.shard)
-    return _Visits(time, chunk, offset, length)
+        before += len(grouped.shard)
+    return _SampleReads(time, chunk, offset, length)
 
 
-def _reads(visits: _Visits, rank: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visits grouped by read, and where each read begins in them.
+def _group_reads(needed: _SampleReads, rank: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples grouped by read, and where each read begins in them.
 
     A rank reads a chunk again when it needs it again so late that it did not see this coming.
     """
-    wanted = np.lexsort((visits.time, visits.chunk, rank))
-    chunk, owner = visits.chunk[wanted], rank[wanted]
+    wanted = np.lexsort((needed.time, needed.chunk, rank))
+    chunk, owner = needed.chunk[wanted], rank[wanted]
     new = np.ones(len(wanted), dtype=bool)
-    new[1:] = (np.diff(chunk) != 0) | (np.diff(owner) != 0) | (np.diff(visits.time[wanted]) > reach)
+    new[1:] = (np.diff(chunk) != 0) | (np.diff(owner) != 0) | (np.diff(needed.time[wanted]) > reach)
     return np.flatnonzero(new), wanted
 
 
-def _peak(visits: _Visits, rank: np.ndarray, read: np.ndarray, wanted: np.ndarray) -> int:
+def _peak_bytes(needed: _SampleReads, rank: np.ndarray, read: np.ndarray, wanted: np.ndarray) -> int:
     """Most bytes that a rank holds: every sample from its read, with the first of its chunk, to its own use."""
-    first = np.repeat(visits.time[wanted[read]], np.diff(np.append(read, len(wanted))))
-    time = np.concatenate([first, visits.time[wanted]])
-    change = np.concatenate([visits.length[wanted], -visits.length[wanted]])
+    first = np.repeat(needed.time[wanted[read]], np.diff(np.append(read, len(wanted))))
+    time = np.concatenate([first, needed.time[wanted]])
+    change = np.concatenate([needed.length[wanted], -needed.length[wanted]])
     events = np.lexsort((change < 0, time, np.tile(rank[wanted], 2)))  # every rank ends with nothing: one running sum
     return int(np.cumsum(change[events]).max())
 
@@ -161,8 +165,8 @@ def _peak(visits: _Visits, rank: np.ndarray, read: np.ndarray, wanted: np.ndarra
 def _chunk_sizes(manifests: Sequence[Manifest], chunks: Sequence[Chunks]) -> np.ndarray:
     return np.concatenate(
         [
-            np.add.reduceat(manifest.length[plan.samples], plan.first[:-1])
-            for manifest, plan in zip(manifests, chunks, strict=True)
+            np.add.reduceat(manifest.length[grouped.samples], grouped.first[:-1])
+            for manifest, grouped in zip(manifests, chunks, strict=True)
         ]
     )
 

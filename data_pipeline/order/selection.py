@@ -1,4 +1,4 @@
-"""Which samples of a data set a run visits, and how often in an epoch: decided from the manifest alone."""
+"""Which samples of a data set a run uses, and how often in an epoch: decided from the manifest alone."""
 
 from __future__ import annotations
 
@@ -15,51 +15,53 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.randomness import Stream, random_words
 from m2f.data_pipeline.shards.manifest import Manifest
 
-_BITS = 24
-_ONCE = 1 << _BITS
-_MOST = 1 << 12  # visits per epoch; keeps `until` inside int64 for 2^26 epochs
+_FRACTION_BITS = 24
+"""Rates are whole numbers in units of 2^-24, so that no sum of them is rounded."""
+_ONE = 1 << _FRACTION_BITS
+_MAX_RATE = 1 << 12
+"""Uses per epoch; keeps cumulative counts inside int64 for 2^26 epochs."""
 
 
 @dataclass(frozen=True)
-class Visits:
-    """How often N samples are visited: a sample with rate r has had floor(e * r + phase) visits after e epochs.
+class SamplingRates:
+    """How often N samples are used: a sample with rate r was used floor(e * r + phase) times after e epochs.
 
-    So it has floor(r) or ceil(r) visits in every epoch and never strays from its rate by a whole visit, however many
+    So it is used floor(r) or ceil(r) times in every epoch and never differs from its rate by a whole use, however many
     epochs pass; and any epoch is known without those before it.
     """
 
     rate: np.ndarray
-    """[N] int64 visits per epoch times 2^24; 0 leaves a sample out."""
+    """[N] int64 uses per epoch times 2^24; 0 leaves a sample out."""
     phase: np.ndarray
-    """[N] int64 below 2^24, in the same unit: when a fractional rate gets its additional visits."""
+    """[N] int64 below 2^24, in the same unit: when a fractional rate gives its additional uses."""
 
     @property
     def kept(self) -> np.ndarray:
-        """[N] bool, the samples that are visited at all."""
+        """[N] bool, the samples that are used at all."""
         return self.rate > 0
 
     @property
     def repeats(self) -> bool:
-        """Whether any sample has more than one visit in some epoch."""
-        return bool((self.rate > _ONCE).any())
+        """Whether any sample is used more than once in some epoch."""
+        return bool((self.rate > _ONE).any())
 
     @property
     def per_epoch(self) -> float:
-        """Visits in an epoch, on average."""
-        return int(self.rate.sum()) / _ONCE
+        """Samples in an epoch, on average, repeats included."""
+        return int(self.rate.sum()) / _ONE
 
     def total(self, epochs: int) -> int:
-        """Visits of all samples in the first `epochs` epochs."""
+        """Samples in the first `epochs` epochs, repeats included."""
         if not self.repeats:
             return epochs * int(np.count_nonzero(self.rate))
-        return int(self._until(epochs).sum())
+        return int(self._cumulative(epochs).sum())
 
     def counts(self, epoch: int) -> np.ndarray:
-        """[N] visits of every sample in one epoch."""
-        return self._until(epoch + 1) - self._until(epoch)
+        """[N] uses of every sample in one epoch."""
+        return self._cumulative(epoch + 1) - self._cumulative(epoch)
 
     def epoch_of(self, position: int) -> int:
-        """The epoch that the visit number `position` (from 0) belongs to."""
+        """The epoch that `position` (from 0) belongs to."""
         epoch = int(position / self.per_epoch)
         while self.total(epoch) > position:
             epoch -= 1
@@ -68,21 +70,21 @@ class Visits:
         return epoch
 
     def digest(self) -> str:
-        """Hash of who takes part and, where any sample is repeated, how often."""
+        """Hash of which samples are used and, where any is repeated, how often."""
         content = np.packbits(self.kept).tobytes()
         return hashlib.sha256(content + (self.rate.tobytes() if self.repeats else b"")).hexdigest()
 
-    def _until(self, epoch: int) -> np.ndarray:
-        return (epoch * self.rate + self.phase) >> _BITS
+    def _cumulative(self, epoch: int) -> np.ndarray:
+        return (epoch * self.rate + self.phase) >> _FRACTION_BITS
 
 
-def once(kept: np.ndarray) -> Visits:
-    """One visit in every epoch for samples where `kept` [N] bool is true."""
-    return Visits(kept.astype(np.int64) * _ONCE, np.zeros(len(kept), dtype=np.int64))
+def uniform_rates(kept: np.ndarray) -> SamplingRates:
+    """One use in every epoch for samples where `kept` [N] bool is true."""
+    return SamplingRates(kept.astype(np.int64) * _ONE, np.zeros(len(kept), dtype=np.int64))
 
 
-def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int, dataset: int) -> Visits:
-    """The visits of one data set of a mixture.
+def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int, dataset: int) -> SamplingRates:
+    """The sampling rates of one data set of a mixture.
 
     Filters by target and class come first, then `fraction` and `limit`, then repeats, whose class frequencies are
     those of the samples left.
@@ -92,13 +94,13 @@ def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int,
     """
     kept = _with_targets(manifest, config) & _with_classes(manifest, item)
     if not kept.any():
-        raise DataError(_nothing_left(manifest, item, config))
+        raise DataError(_empty_selection(manifest, item, config))
     kept &= _subset(manifest, kept, item)
     if item.repeat_threshold is None:
-        return once(kept)
-    factors = np.minimum(repeat_factors(manifest, kept, item.repeat_threshold), _MOST)
-    phase = random_words(seed, Stream.REPEATS, dataset, 0, manifest.num_samples) >> np.uint64(64 - _BITS)
-    return Visits(np.where(kept, np.round(factors * _ONCE), 0).astype(np.int64), phase.astype(np.int64))
+        return uniform_rates(kept)
+    factors = np.minimum(repeat_factors(manifest, kept, item.repeat_threshold), _MAX_RATE)
+    phase = random_words(seed, Stream.REPEATS, dataset, 0, manifest.num_samples) >> np.uint64(64 - _FRACTION_BITS)
+    return SamplingRates(np.where(kept, np.round(factors * _ONE), 0).astype(np.int64), phase.astype(np.int64))
 
 
 def repeat_factors(manifest: Manifest, kept: np.ndarray, threshold: float) -> np.ndarray:
@@ -122,19 +124,19 @@ def _with_targets(manifest: Manifest, config: DataConfig) -> np.ndarray:
     """[N] bool: images with at least one target of the task (a crowd is none)."""
     if not config.skip_images_without_targets:
         return np.ones(manifest.num_samples, dtype=bool)
-    return _shows(manifest, list(manifest.categories.labels(config.task)))
+    return _shows_any(manifest, list(manifest.categories.labels(config.task)))
 
 
 def _with_classes(manifest: Manifest, item: MixtureItem) -> np.ndarray:
     kept = np.ones(manifest.num_samples, dtype=bool)
     if item.include:
-        kept &= _shows(manifest, _ids(manifest, item.include, item.dataset, "include"))
+        kept &= _shows_any(manifest, _ids(manifest, item.include, item.dataset, "include"))
     if item.exclude:
-        kept &= ~_shows(manifest, _ids(manifest, item.exclude, item.dataset, "exclude"))
+        kept &= ~_shows_any(manifest, _ids(manifest, item.exclude, item.dataset, "exclude"))
     return kept
 
 
-def _shows(manifest: Manifest, category_ids: Sequence[int]) -> np.ndarray:
+def _shows_any(manifest: Manifest, category_ids: Sequence[int]) -> np.ndarray:
     """[N] bool: images with a segment of any of these categories."""
     present = manifest.category_ids
     return present.any(np.isin(present.values, category_ids))
@@ -171,7 +173,7 @@ def _subset(manifest: Manifest, kept: np.ndarray, item: MixtureItem) -> np.ndarr
     return chosen
 
 
-def _nothing_left(manifest: Manifest, item: MixtureItem, config: DataConfig) -> str:
+def _empty_selection(manifest: Manifest, item: MixtureItem, config: DataConfig) -> str:
     total = manifest.num_samples
     if not _with_targets(manifest, config).any():
         return (

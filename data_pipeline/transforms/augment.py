@@ -23,7 +23,7 @@ PADDING_GREY = 128
 _CROP_FIRST_EDGES = (400, 500, 600)
 """Shortest edges before the first crop of DETR."""
 
-_START_CHOICES = 16  # source pixels that a cut may begin earlier
+_MAX_EARLIER_START = 16  # source pixels that a cut may begin earlier
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class AugmentParams:
 
 
 @dataclass(frozen=True)
-class Span:
+class AxisCrop:
     """One axis of a crop: source pixels start..stop are scaled, then `skip` pixels are dropped and `length` kept."""
 
     start: int
@@ -113,18 +113,18 @@ def draw_params(rng: np.random.Generator, size: tuple[int, int], config: Augment
 
 def draw_large_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: LargeScaleJitter) -> AugmentParams:
     """Flip with probability 1/2, scale and crop position uniform."""
-    flip, scale, place = rng.random(3)
+    flip, scale, crop_position = rng.random(3)
     scale = config.min_scale + (config.max_scale - config.min_scale) * float(scale)
-    return large_scale_jitter(size, config, flip=bool(flip < 0.5), scale=scale, place=float(place))
+    return large_scale_jitter(size, config, flip=bool(flip < 0.5), scale=scale, crop_position=float(crop_position))
 
 
 def large_scale_jitter(
-    size: tuple[int, int], config: LargeScaleJitter, *, flip: bool, scale: float, place: float
+    size: tuple[int, int], config: LargeScaleJitter, *, flip: bool, scale: float, crop_position: float
 ) -> AugmentParams:
-    """The official geometry of given draws: the flip comes first, and one `place` in [0, 1] sets both crop offsets."""
+    """The official geometry of given draws: flip first; one `crop_position` in [0, 1] sets both crop offsets."""
     factor = min(config.size * scale / size[0], config.size * scale / size[1])
     height, width = (max(1, round(side * factor)) for side in size)
-    y, x = (round(max(side - config.size, 0) * place) for side in (height, width))
+    y, x = (round(max(side - config.size, 0) * crop_position) for side in (height, width))
     if flip:
         x = max(width - config.size, 0) - x
     return AugmentParams(
@@ -135,11 +135,11 @@ def large_scale_jitter(
 def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], config: ShortestEdgeCrop) -> AugmentParams:
     """A random shortest edge, a crop uniform over all places, colours, and a flip with probability 1/2."""
     edge, y, x, flip = rng.random(4)
-    scaled = shortest_edge_size(size, _choose(config.shortest_edges, edge), config.max_size)
-    room = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
+    scaled = shortest_edge_size(size, _choice(config.shortest_edges, edge), config.max_size)
+    canvas_length = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
     return AugmentParams(
         scaled=scaled,
-        offset=(_between(0, room[0], y), _between(0, room[1], x)),
+        offset=(_uniform_int(0, canvas_length[0], y), _uniform_int(0, canvas_length[1], x)),
         canvas=config.crop,
         flip=bool(flip < 0.5),
         shrink=config.shrink,
@@ -152,29 +152,29 @@ def draw_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: S
     flip, edge, use_part, part_edge, height, width, y, x = rng.random(8).tolist()
     inner, part, start = size, size, (0, 0)
     if config.crop_first is not None and use_part < 0.5:
-        inner = shortest_edge_size(size, _choose(_CROP_FIRST_EDGES, part_edge))
+        inner = shortest_edge_size(size, _choice(_CROP_FIRST_EDGES, part_edge))
         low, high = config.crop_first
         rows, columns = ((min(side, low), min(side, high)) for side in inner)
-        part = _between(*rows, height), _between(*columns, width)
-        start = _between(0, inner[0] - part[0], y), _between(0, inner[1] - part[1], x)
-    canvas = shortest_edge_size(part, _choose(config.shortest_edges, edge), config.max_size)
+        part = _uniform_int(*rows, height), _uniform_int(*columns, width)
+        start = _uniform_int(0, inner[0] - part[0], y), _uniform_int(0, inner[1] - part[1], x)
+    canvas = shortest_edge_size(part, _choice(config.shortest_edges, edge), config.max_size)
     # Both resizes in one: the whole image at the scale that brings the part to its final size.
-    rows, columns = (_magnified(*axis) for axis in zip(inner, part, start, canvas, strict=True))
+    rows, columns = (_scaled_axis(*axis) for axis in zip(inner, part, start, canvas, strict=True))
     scaled, offset = zip(rows, columns, strict=True)
     return AugmentParams(scaled=scaled, offset=offset, canvas=canvas, flip=flip < 0.5, shrink=config.shrink)
 
 
-def _magnified(side: int, part: int, start: int, canvas: int) -> tuple[int, int]:
+def _scaled_axis(side: int, part: int, start: int, canvas: int) -> tuple[int, int]:
     """Length of an axis of `side` pixels, and where a part of it begins, once the part is `canvas` pixels long."""
     scaled = max(canvas, round(side * canvas / part))
     return scaled, min(round(start * canvas / part), scaled - canvas)
 
 
-def _choose(values: tuple[int, ...], draw: float) -> int:
+def _choice(values: tuple[int, ...], draw: float) -> int:
     return values[int(draw * len(values))]
 
 
-def _between(low: int, high: int, draw: float) -> int:
+def _uniform_int(low: int, high: int, draw: float) -> int:
     """A whole number from low to high, both possible."""
     return low + int(draw * (high - low + 1))
 
@@ -210,9 +210,9 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
         params: the draws.
         ignore: value of the id maps outside the image.
     """
-    span = _cut_span if params.shrink == "area" else _whole_span
+    span = _cropped_axis if params.shrink == "area" else _whole_axis
     rows, columns = map(span, image.shape[:2], params.scaled, params.offset, params.canvas)
-    crop = _resize_span(image, rows, columns, params.shrink)
+    crop = _resize_crop(image, rows, columns, params.shrink)
     if params.color is not None:
         crop = jitter_color(crop, params.color)
     if params.flip:
@@ -224,7 +224,7 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
     )
 
 
-def _resize_id_maps(id_maps: np.ndarray, rows: Span, columns: Span, params: AugmentParams) -> np.ndarray:
+def _resize_id_maps(id_maps: np.ndarray, rows: AxisCrop, columns: AxisCrop, params: AugmentParams) -> np.ndarray:
     """The crop of id maps [Y, H, W], by nearest neighbours and flipped where `params` say so."""
     if params.shrink == "area":
         row_index, column_index = rows.nearest(), columns.nearest()
@@ -238,8 +238,8 @@ def _resize_id_maps(id_maps: np.ndarray, rows: Span, columns: Span, params: Augm
 
 def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Literal["area", "bilinear"] = "area") -> np.ndarray:
     """The whole image [H, W, 3] at another height and width."""
-    rows, columns = (_whole_span(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
-    return _resize_span(image, rows, columns, shrink)
+    rows, columns = (_whole_axis(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
+    return _resize_crop(image, rows, columns, shrink)
 
 
 def jitter_color(image: np.ndarray, jitter: ColorJitter) -> np.ndarray:
@@ -284,27 +284,29 @@ def _pad(array: np.ndarray, canvas: tuple[int, int], value: int, axis: int) -> n
     return padded
 
 
-def _whole_span(source: int, scaled: int, offset: int, room: int) -> Span:
-    """All of an axis of `source` pixels, of which `room` pixels from `offset` are shown once it is `scaled`."""
-    return Span(0, source, source, scaled / source, offset, min(scaled, room))
+def _whole_axis(source: int, scaled: int, offset: int, canvas_length: int) -> AxisCrop:
+    """All of an axis of `source` pixels, of which `canvas_length` pixels from `offset` are kept once it is `scaled`."""
+    return AxisCrop(0, source, source, scaled / source, offset, min(scaled, canvas_length))
 
 
-def _cut_span(source: int, scaled: int, offset: int, room: int) -> Span:
+def _cropped_axis(source: int, scaled: int, offset: int, canvas_length: int) -> AxisCrop:
     """The same with only the part of the axis that is needed."""
-    scale, length = scaled / source, min(scaled, room)
+    scale, length = scaled / source, min(scaled, canvas_length)
     if length == scaled:
-        return _whole_span(source, scaled, 0, room)
+        return _whole_axis(source, scaled, 0, canvas_length)
     # One pixel more on both sides, so that interpolation has its neighbours. Of the nearest possible starts the one
     # that lands closest to a whole output pixel is taken, since the part can only be placed on whole ones.
     latest = max(0, int(offset / scale) - 1)
-    starts = np.arange(max(0, latest - _START_CHOICES), latest + 1)
+    starts = np.arange(max(0, latest - _MAX_EARLIER_START), latest + 1)
     start = int(starts[np.argmin(np.abs(starts * scale - np.round(starts * scale)))])
     stop = min(source, int(np.ceil((offset + length) / scale)) + 1)
     skip = min(round(offset - start * scale), round((stop - start) * scale) - length)
-    return Span(start, stop, source, scale, skip, length)
+    return AxisCrop(start, stop, source, scale, skip, length)
 
 
-def _resize_span(image: np.ndarray, rows: Span, columns: Span, shrink: Literal["area", "bilinear"]) -> np.ndarray:
+def _resize_crop(
+    image: np.ndarray, rows: AxisCrop, columns: AxisCrop, shrink: Literal["area", "bilinear"]
+) -> np.ndarray:
     part = image[rows.start : rows.stop, columns.start : columns.stop]
     if shrink == "bilinear":
         width, height = (round((axis.stop - axis.start) * axis.scale) for axis in (columns, rows))

@@ -18,11 +18,11 @@ from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.transforms.targets import MAX_UINT8_TARGETS, ImageTargets, present_ids
 from m2f.model.structures import BACKGROUND_ID, ignore_id
 
-_PICKED = 0.5  # share of the partner's objects that are pasted (the paper: "a random subset")
+_PASTE_PROBABILITY = 0.5  # share of the partner's objects that are pasted (the paper: "a random subset")
 
 
 @dataclass(frozen=True)
-class Pasted:
+class PasteResult:
     """The result of `paste`."""
 
     targets: ImageTargets
@@ -45,11 +45,11 @@ def partner_position(position: int, seed: int, config: DataConfig) -> int | None
 def draw_objects(partner: ImageTargets, things: Collection[int], seed: int, position: int) -> np.ndarray:
     """[k] rows of the partner's targets to paste: each visible thing with probability 1/2."""
     draws = sample_rng(seed, position, Stream.PASTED_OBJECTS).random(len(partner.labels))
-    chosen = np.isin(partner.labels, list(things)) & (draws < _PICKED)
+    chosen = np.isin(partner.labels, list(things)) & (draws < _PASTE_PROBABILITY)
     return np.flatnonzero(chosen & _visible(partner))
 
 
-def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, merge_classes: bool) -> Pasted:
+def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, merge_classes: bool) -> PasteResult:
     """Put these targets of `partner` on top of `base`, whose id maps have the same height and width.
 
     Under the objects nothing of the base remains, in no layer. Objects keep their layers, so that those that overlap
@@ -84,7 +84,7 @@ def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, mer
         layer=np.concatenate([base.layer[keep], partner.layer[objects][added]]),
         local_id=np.concatenate([base.local_id[keep], ids[added]]),
     )
-    return Pasted(targets, mask, int(np.count_nonzero(hidden)))
+    return PasteResult(targets, mask, int(np.count_nonzero(hidden)))
 
 
 def _covering(partner: ImageTargets, objects: np.ndarray, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -15,12 +15,12 @@ from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.augment import augment, draw_params
 from m2f.data_pipeline.transforms.copy_paste import draw_objects, paste
-from m2f.data_pipeline.transforms.targets import ImageTargets, drop_empty, image_targets
+from m2f.data_pipeline.transforms.targets import ImageTargets, drop_empty_targets, image_targets
 
 
 @dataclass(frozen=True)
-class TrainRecipe:
-    """All that turns a decoded sample into an example."""
+class TrainTransform:
+    """Settings that turn a decoded sample into an example."""
 
     task: Task
     labels: Mapping[int, int]
@@ -60,26 +60,28 @@ class Example:
     """Targets left out because nothing of them is left to see."""
 
 
-def make_example(sample: DecodedSample, dataset: int, position: int, recipe: TrainRecipe) -> Example:
-    """Targets, augmentation and removal of empty targets; a pure function of sample, position and recipe."""
-    return without_empty(cut_example(sample, dataset, position, recipe, Stream.AUGMENT), recipe)
+def make_example(sample: DecodedSample, dataset: int, position: int, transform: TrainTransform) -> Example:
+    """Targets, augmentation and removal of empty targets; a pure function of sample, position and transform."""
+    return without_empty_targets(augment_sample(sample, dataset, position, transform, Stream.AUGMENT), transform)
 
 
-def cut_example(sample: DecodedSample, dataset: int, position: int, recipe: TrainRecipe, stream: Stream) -> Example:
-    """The same with all targets: AUGMENT draws the image's geometry, PASTED that of an image it takes objects from."""
-    targets = image_targets(sample, recipe.task, recipe.labels)
-    params = draw_params(sample_rng(recipe.seed, position, stream), sample.size, recipe.augment)
+def augment_sample(
+    sample: DecodedSample, dataset: int, position: int, transform: TrainTransform, stream: Stream
+) -> Example:
+    """The example with all targets, empty ones too. `stream` is AUGMENT for the base, PASTED for the partner."""
+    targets = image_targets(sample, transform.task, transform.labels)
+    params = draw_params(sample_rng(transform.seed, position, stream), sample.size, transform.augment)
     augmented = augment(sample.image, targets.id_maps, params, targets.ignore)
     targets = replace(targets, id_maps=augmented.id_maps)
     return Example(sample.key, dataset, position, augmented.image, targets, augmented.size, dropped=0)
 
 
-def paste_objects(example: Example, partner: Example, recipe: TrainRecipe) -> Example:
+def paste_objects(example: Example, partner: Example, transform: TrainTransform) -> Example:
     """Objects of `partner`, which has the same canvas, on top of `example`; what they hide wholly is dropped."""
-    objects = draw_objects(partner.targets, recipe.things, recipe.seed, example.position)
+    objects = draw_objects(partner.targets, transform.things, transform.seed, example.position)
     if not len(objects):
         return example
-    pasted = paste(example.targets, partner.targets, objects, merge_classes=recipe.task == "semantic")
+    pasted = paste(example.targets, partner.targets, objects, merge_classes=transform.task == "semantic")
     height, width = (np.flatnonzero(pasted.mask.any(axis=axis))[-1] + 1 for axis in (1, 0))
     image = cv2.copyTo(partner.image, pasted.mask.astype(np.uint8), example.image.copy())
     return replace(
@@ -91,9 +93,9 @@ def paste_objects(example: Example, partner: Example, recipe: TrainRecipe) -> Ex
     )
 
 
-def without_empty(example: Example, recipe: TrainRecipe) -> Example:
-    """Without the targets that the crop left without a pixel, where the recipe wants that."""
-    if not recipe.drop_empty_targets:
+def without_empty_targets(example: Example, transform: TrainTransform) -> Example:
+    """Without the targets that the crop left without a pixel, where the transform says so."""
+    if not transform.drop_empty_targets:
         return example
-    targets, dropped = drop_empty(example.targets, example.size)
+    targets, dropped = drop_empty_targets(example.targets, example.size)
     return replace(example, targets=targets, dropped=example.dropped + dropped)

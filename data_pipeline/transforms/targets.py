@@ -81,7 +81,7 @@ def image_targets(sample: DecodedSample, task: Task, labels: Mapping[int, int]) 
     )
 
 
-def drop_empty(targets: ImageTargets, size: tuple[int, int]) -> tuple[ImageTargets, int]:
+def drop_empty_targets(targets: ImageTargets, size: tuple[int, int]) -> tuple[ImageTargets, int]:
     """Leave out targets without a pixel in the first `size` rows and columns. Also returns how many those were."""
     present = np.stack([present_ids(layer[: size[0], : size[1]]) for layer in targets.id_maps])
     keep = present[targets.layer, targets.local_id]

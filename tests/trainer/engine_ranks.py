@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.order.order import step_positions
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.deform_attn.module import Float32Linear
 from m2f.model.loss.criterion import Normalizers, count_normalizers
@@ -114,7 +114,7 @@ def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) ->
     engine = Engine(fresh_module(job, training.precision), training, torch.device("cpu"))
     seen = {"losses": [], "norms": [], "applied": [], "dtypes": dtypes(engine)}
     for step in range(STEPS):
-        plan = step_plan(step, GLOBAL_BATCH, ranks.rank, ranks.world_size, training.micro_batch)
+        plan = step_positions(step, GLOBAL_BATCH, ranks.rank, ranks.world_size, training.micro_batch)
         batches = [make_images(job.model, positions) for positions in plan]
         normalizers = normalizers_of(job, batches, ranks)
         losses = [engine.accumulate(batch, normalizers) for batch in batches]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
 
-from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.order.order import step_positions
 from m2f.model.config import (
     BiFPNPixelDecoderConfig,
     FaPNPixelDecoderConfig,
@@ -146,7 +146,7 @@ def whole_step(job) -> dict[str, float]:
 def sharded_step(job, ranks: Ranks) -> dict[str, float]:
     training = job.training
     engine = Engine(fresh_module(job), training, torch.device("cpu"))
-    plan = step_plan(0, GLOBAL_BATCH, ranks.rank, ranks.world_size, training.micro_batch)
+    plan = step_positions(0, GLOBAL_BATCH, ranks.rank, ranks.world_size, training.micro_batch)
     batches = [make_images(job.model, positions) for positions in plan]
     normalizers = normalizers_of(job, batches, ranks)
     losses = [engine.accumulate(batch, normalizers) for batch in batches]

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.order.order import step_positions
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss.criterion import Losses, Normalizers
 from m2f.trainer.config import TrainingConfig
@@ -162,7 +162,7 @@ def check_device(training: TrainingConfig, device: torch.device) -> None:
 
 def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool = False) -> dict[str, Any]:
     """Our settings in DeepSpeed's words. Optimizer, schedule and autocast are ours and not in it."""
-    plan = step_plan(0, training.global_batch, 0, world_size, training.micro_batch)
+    plan = step_positions(0, training.global_batch, 0, world_size, training.micro_batch)
     zero = training.zero
     # One rank exchanges nothing: it needs no hook on every gradient, and no second place for it.
     alone = world_size == 1 and zero.stage == 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from m2f.data_pipeline.config import DataConfig
-from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.order.order import step_positions
 from m2f.model.analysis.flops.executed import build_shapes, count_parameters
 from m2f.model.analysis.memory import count_activations
 from m2f.model.config import ModelConfig
@@ -53,7 +53,7 @@ def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, 
     )
     return MemoryPlan(
         size=size,
-        micro_batch=len(step_plan(0, training.global_batch, 0, world, training.micro_batch)[0]),
+        micro_batch=len(step_positions(0, training.global_batch, 0, world, training.micro_batch)[0]),
         states=state_bytes(count_parameters(build_shapes(model)), training, world),
         fixed=max(0, 2 * one - two),
         per_image=two - one,

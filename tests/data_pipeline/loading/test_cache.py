@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from m2f.data_pipeline.config import CacheConfig, DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks, upcoming, victims
-from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks, choose_victims, upcoming_chunks
+from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.errors import ConfigError
 
 
-def cache_in(folder, max_bytes=10_000, soonest=lambda: ()):
-    return ChunkCache(CacheConfig(folder=str(folder), max_gb=max_bytes / 1e9), StorageCounters(), soonest)
+def cache_in(folder, max_bytes=10_000, upcoming=lambda: ()):
+    return ChunkCache(CacheConfig(folder=str(folder), max_gb=max_bytes / 1e9), StorageCounters(), upcoming)
 
 
 def content(name, length=1000):
@@ -79,7 +79,7 @@ def test_errors_of_the_fetch_pass_through_and_leave_nothing(tmp_path):
     assert not held(tmp_path)
 
 
-def test_a_cut_file_is_no_hit(tmp_path):
+def test_a_truncated_file_is_a_cache_miss(tmp_path):
     cache = cache_in(tmp_path)
     cache.read("a", 1000, lambda: content("a"))
     path = tmp_path / "chunks" / "a.chunk"
@@ -87,7 +87,7 @@ def test_a_cut_file_is_no_hit(tmp_path):
     assert cache.read("a", 1000, lambda: content("a")) == content("a")
 
 
-def test_the_limit_holds_and_what_is_wanted_last_goes_first(tmp_path):
+def test_the_limit_holds_and_chunks_read_last_are_evicted_first(tmp_path):
     names = [f"n{i}" for i in range(40)]
     cache = cache_in(tmp_path, 10_000, lambda: names[::-1])  # the last ones written are wanted soonest
     for name in names:
@@ -99,15 +99,15 @@ def test_the_limit_holds_and_what_is_wanted_last_goes_first(tmp_path):
 
 @given(
     sizes=st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 9), min_size=1),
-    soonest=st.permutations("abcdef"),
+    upcoming=st.permutations("abcdef"),
     excess=st.integers(0, 40),
 )
-def test_victims_are_those_wanted_last(sizes, soonest, excess):
-    gone = victims(sizes, soonest, excess)
+def test_victims_are_the_chunks_read_last(sizes, upcoming, excess):
+    gone = choose_victims(sizes, upcoming, excess)
     freed = sum(sizes[name] for name in gone)
     assert freed >= min(excess, sum(sizes.values()))
     assert not gone or freed - sizes[gone[-1]] < excess
-    wanted = {name: soonest.index(name) if name in soonest else 99 for name in sizes}
+    wanted = {name: upcoming.index(name) if name in upcoming else 99 for name in sizes}
     assert all(wanted[a] >= wanted[b] for a in gone for b in sizes.keys() - set(gone))
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_makes_the_cache_smaller_and_says_so_once(tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_what_cannot_be_a_cache_is_named(tmp_path):
+def test_an_unusable_cache_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"data\.cache\.folder .*file/x cannot be made"):
         cache_in(tmp_path / "file" / "x")
@@ -175,18 +175,18 @@ def test_readers_killed_many_times(tmp_path):
     kill_readers(tmp_path, rounds=40)
 
 
-def test_the_upcoming_chunks_are_those_of_a_slow_walk(make_manifest):
+def test_upcoming_chunks_equal_a_brute_force_search(make_manifest):
     manifests = [make_manifest(300, seed=s, sample_bytes=4000, shard_samples=50) for s in (1, 2)]
     items = (MixtureItem(dataset="a", weight=2), MixtureItem(dataset="b"))
     order = build_order(manifests, 0, DataConfig(train=items, chunk_mb=0.03, lanes=6, window=8))
-    chunks = [plan_chunks(m.shard, m.offset, 30_000) for m in manifests]
+    chunks = [group_chunks(m.shard, m.offset, 30_000) for m in manifests]
     slow = []
     for position in range(77, 77 + 500):
         place = order.at(position)
         chunk = (place.dataset, int(chunks[place.dataset].chunk_of[place.index]))
         if position % 5 in (1, 3) and chunk not in slow:
             slow.append(chunk)
-    assert upcoming(order, chunks, 77, 500, 5, [1, 3]) == slow
+    assert upcoming_chunks(order, chunks, 77, 500, 5, [1, 3]) == slow
     future = UpcomingChunks(manifests, chunks, order, 1, [0])
     everything = future()
     assert len(everything) == len(set(everything)) == sum(len(c.shard) for c in chunks)

@@ -25,6 +25,7 @@ from m2f.data_pipeline.config import (
     SyntheticSource,
 )
 from m2f.data_pipeline.errors import DataError, StorageError
+from m2f.data_pipeline.loading import fetch
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
@@ -203,7 +204,7 @@ def truth(written):
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "reset", "cut", "flip", "slow"])
-def test_faults_that_pass_cost_nothing_but_time(served, truth, fault):
+def test_transient_faults_do_not_change_the_batches(served, truth, fault):
     served.fault = lambda number, again: fault if number % 3 == 1 and again < PASSES else ""
     storage = served.storage
     assert deliver(storage)[0] == truth
@@ -240,7 +241,7 @@ def test_all_faults_together_many_times(served, truth, tmp_path, seed):
     ("fault", "words"),
     [("403", r"access is denied \(403"), ("404", "does not exist"), ("503", "gave up after")],
 )
-def test_faults_that_stay_stop_the_run_with_the_reason(served, fault, words):
+def test_permanent_faults_stop_the_run_with_the_reason(served, fault, words):
     served.fault = lambda number, again: fault if number > 3 else ""
     with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{words}"):
         deliver(served.storage)
@@ -260,13 +261,16 @@ def test_a_missing_object_is_named(served):
         deliver(served.storage)
 
 
-def test_an_object_that_is_replaced_meanwhile_is_an_error(served):
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error(served, monkeypatch):
+    """Between its HEAD and its first ranged GET; one thread, so that no other shard is opened meanwhile."""
+
     def replace_shards(number, again):
-        if number == 4:
+        if number == 0:
             for path in (served.folder / "set" / "shards").iterdir():
                 path.write_bytes(bytes(reversed(path.read_bytes())))
         return ""
 
+    monkeypatch.setattr(fetch, "_THREADS", 1)
     served.fault = replace_shards
     with pytest.raises(StorageError, match="was replaced while it was being read"):
         deliver(served.storage)
@@ -338,7 +342,7 @@ def test_ranks_of_a_machine_share_a_cache(served, truth, tmp_path):
     assert len(set(served.ranges)) == len(served.ranges)
 
 
-def test_a_full_disk_is_read_past(served, truth, tmp_path, monkeypatch, caplog):
+def test_reading_continues_when_the_cache_disk_is_full(served, truth, tmp_path, monkeypatch, caplog):
     def full(self, data):
         raise OSError(28, "No space left on device")
 

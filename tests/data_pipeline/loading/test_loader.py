@@ -20,7 +20,7 @@ from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter
 from m2f.data_pipeline.errors import DataError, LoaderDiedError, StorageError
 from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
-from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import SampleRef, build_order
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
 from m2f.data_pipeline.shards.write import commit_manifest, plan_shards, write_shard
@@ -188,7 +188,7 @@ def test_an_epoch_shows_every_annotated_image_once(boxes):
     assert keys[:48] != keys[48:96]
 
 
-def test_positions_and_steps_are_stated(boxes):
+def test_step_batches_name_their_step_and_positions(boxes):
     first, second = loaded([boxes], data_config(), 2, rank=1, world=4)
     assert (first.step, first.positions) == (0, (1, 5))
     assert (second.step, second.positions) == (1, (9,))
@@ -196,7 +196,7 @@ def test_positions_and_steps_are_stated(boxes):
     assert first.wait_s >= 0
 
 
-def test_images_without_targets_can_stay(boxes):
+def test_images_without_targets_can_be_kept(boxes):
     data = data_config(skip_images_without_targets=False)
     keys = {k for s in loaded([boxes], data, 10) for b in s.micro_batches for k in b.keys}
     assert len(keys) == 60
@@ -306,7 +306,7 @@ def test_a_missing_shard_is_an_error(tmp_path):
 
 
 def fetcher_for(manifest, groups, storage, **limits):
-    chunks = plan_chunks(manifest.shard, manifest.offset, 20_000)
+    chunks = group_chunks(manifest.shard, manifest.offset, 20_000)
     return chunks, SampleFetcher([manifest], [chunks], storage, iter(groups), FetchLimits(**limits))
 
 
@@ -331,7 +331,7 @@ def test_only_the_span_of_wanted_samples_is_read(boxes):
     assert storage.ranges == [(boxes.shard_url(0), 0, boxes.offset[2] + boxes.length[2])]
 
 
-def test_a_small_budget_reads_again_and_gives_the_same_bytes(boxes):
+def test_with_a_small_memory_limit_samples_are_read_again_with_the_same_bytes(boxes):
     data = data_config()
     order = build_order([boxes], 3, data)
     groups = [(order.at(p), None) for p in range(96)]
@@ -361,7 +361,7 @@ def test_evaluation_batches_are_the_given_images_in_order(boxes):
             assert image.shape[1] % 32 == image.shape[2] % 32 == 0
 
 
-def test_the_trainer_generator_is_left_alone(boxes):
+def test_loading_does_not_advance_the_global_torch_generator(boxes):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     loaded([boxes], data_config(workers=1), 1)

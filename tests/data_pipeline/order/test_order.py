@@ -11,17 +11,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
-from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import (
     ORDER_VERSION,
-    LaterOrder,
-    Mixture,
+    DatasetOrder,
+    MixtureOrder,
+    OffsetOrder,
     SampleRef,
-    ShardOrder,
     build_order,
-    step_plan,
+    step_positions,
 )
-from m2f.data_pipeline.order.selection import Visits, once
+from m2f.data_pipeline.order.selection import SamplingRates, uniform_rates
 
 
 def layout(count, shard_size=100, length=10):
@@ -35,9 +35,9 @@ def layout(count, shard_size=100, length=10):
 
 
 def shard_order(count, *, chunk=100, lanes=4, window=8, seed=0, keep=None, dataset=0):
-    chunks = plan_chunks(*layout(count)[:2], chunk)
+    chunks = group_chunks(*layout(count)[:2], chunk)
     keep = np.ones(count, bool) if keep is None else keep
-    return ShardOrder(chunks, once(keep), seed, lanes, window, dataset)
+    return DatasetOrder(chunks, uniform_rates(keep), seed, lanes, window, dataset)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +62,7 @@ def test_only_kept_samples_appear(data, count):
     keep = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     keep[data.draw(st.integers(0, count - 1))] = True
     order = shard_order(count, keep=keep)
-    assert order.visits.total(1) == keep.sum()
+    assert order.rates.total(1) == keep.sum()
     assert sorted(order.at(p).index for p in range(keep.sum())) == np.flatnonzero(keep).tolist()
 
 
@@ -75,7 +75,7 @@ def test_only_kept_samples_appear(data, count):
 def test_chunks_hold_every_sample_once_and_are_short(count, chunk, seed):
     shuffle = np.random.default_rng(seed).permutation(count)  # rows of a manifest need not be in storage order
     shard, offset, _ = (column[shuffle] for column in layout(count))
-    chunks = plan_chunks(shard, offset, chunk)
+    chunks = group_chunks(shard, offset, chunk)
     assert sorted(chunks.samples.tolist()) == list(range(count))
     for number in range(len(chunks.shard)):
         members = chunks.members(number)
@@ -95,7 +95,7 @@ def test_no_sequence_of_world_sizes_loses_or_repeats_a_position(global_batch, mi
     seen, step = [], 0
     for world, steps in worlds:
         for _ in range(steps):
-            plans = [step_plan(step, global_batch, rank, world, micro_batch) for rank in range(world)]
+            plans = [step_positions(step, global_batch, rank, world, micro_batch) for rank in range(world)]
             shapes = {tuple(len(batch) for batch in plan) for plan in plans}
             assert len(shapes) == 1, "all ranks must have the same micro-batches"
             sizes = set(next(iter(shapes)))
@@ -114,7 +114,7 @@ def test_no_sequence_of_world_sizes_loses_or_repeats_a_position(global_batch, mi
     weights=st.lists(st.fractions(min_value=Fraction(1, 50), max_value=20, max_denominator=50), min_size=2, max_size=5),
     positions=st.integers(1, 400),
 )
-def test_a_mixture_visits_every_child_in_turn_and_by_its_share(weights, positions):
+def test_a_mixture_reads_every_child_in_order_and_by_its_share(weights, positions):
     class Counting:
         fingerprint = ""
 
@@ -126,7 +126,7 @@ def test_a_mixture_visits_every_child_in_turn_and_by_its_share(weights, position
 
     left = [sum(weights[k:]) for k in range(len(weights))]
     shares = tuple(w / rest for w, rest in zip(weights, left, strict=True))
-    mixture = Mixture(tuple(Counting(k) for k in range(len(weights))), shares, "")
+    mixture = MixtureOrder(tuple(Counting(k) for k in range(len(weights))), shares, "")
     visited = {k: [] for k in range(len(weights))}
     for position in range(positions):
         ref = mixture.at(position)
@@ -145,12 +145,12 @@ def mixed(counts, weights, *, lanes, window, chunk, repeats=()):
         if k in repeats:
             random = np.random.default_rng(k)
             order = replace(
-                order, visits=Visits(random.integers(1 << 24, 3 << 24, count), random.integers(0, 1 << 24, count))
+                order, rates=SamplingRates(random.integers(1 << 24, 3 << 24, count), random.integers(0, 1 << 24, count))
             )
         children.append(order)
     left = [sum(weights[k:]) for k in range(len(weights))]
     shares = tuple(Fraction(w) / rest for w, rest in zip(weights, left, strict=True))
-    return Mixture(tuple(children), shares, "")
+    return MixtureOrder(tuple(children), shares, "")
 
 
 @settings(max_examples=40, deadline=None)
@@ -173,15 +173,15 @@ def test_no_sequence_of_worlds_loses_or_repeats_a_sample_of_a_mixture(
     for world, steps in worlds:
         for _ in range(steps):
             for rank in range(world):
-                for batch in step_plan(step, global_batch, rank, world, 3):
+                for batch in step_positions(step, global_batch, rank, world, 3):
                     dealt |= {p: mixture.at(p) for p in batch if p is not None}
             step += 1
     assert len(dealt) == step * global_batch
     for k, child in enumerate(mixture.children):
-        visits = [dealt[p] for p in sorted(dealt) if dealt[p].dataset == k]
-        assert visits == [child.at(q) for q in range(len(visits))]
-        whole = [ref.index for ref in visits if ref.epoch < visits[-1].epoch] if visits else []
-        expected = sum((child.visits.counts(e) for e in range(visits[-1].epoch)), np.zeros(counts[k])) if visits else 0
+        rates = [dealt[p] for p in sorted(dealt) if dealt[p].dataset == k]
+        assert rates == [child.at(q) for q in range(len(rates))]
+        whole = [ref.index for ref in rates if ref.epoch < rates[-1].epoch] if rates else []
+        expected = sum((child.rates.counts(e) for e in range(rates[-1].epoch)), np.zeros(counts[k])) if rates else 0
         assert (np.bincount(whole, minlength=counts[k]) == expected).all()
 
 
@@ -201,9 +201,9 @@ def test_refs_equal_at_position_by_position(weights, start, count):
     assert refs.index.tolist() == [ref.index for ref in single]
 
 
-def test_a_later_order_begins_anew():
+def test_an_offset_order_starts_at_its_first_position():
     order = shard_order(50)
-    later = LaterOrder(order, 30)
+    later = OffsetOrder(order, 30)
     assert [later.at(30 + p) for p in range(60)] == [order.at(p) for p in range(60)]
     assert later.refs(40, 20).index.tolist() == order.refs(10, 20).index.tolist()
 

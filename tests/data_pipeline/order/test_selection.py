@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.order.order import build_order
-from m2f.data_pipeline.order.selection import Visits, once, repeat_factors, select
+from m2f.data_pipeline.order.selection import SamplingRates, repeat_factors, select, uniform_rates
 from m2f.data_pipeline.shards.manifest import Columns, Manifest, write_table
 from m2f.data_pipeline.shards.stats import class_table
 from m2f.model.errors import ConfigError
@@ -43,12 +43,12 @@ def classes(manifest, index):
 
 
 def test_class_filters_equal_a_loop_over_the_images(manifest):
-    visits = chosen(manifest, include=("class 2", "class 4"), exclude=("class 1",))
+    rates = chosen(manifest, include=("class 2", "class 4"), exclude=("class 1",))
     slow = [
         bool(classes(manifest, i) & {"class 2", "class 4"}) and "class 1" not in classes(manifest, i)
         for i in range(600)
     ]
-    assert visits.kept.tolist() == slow
+    assert rates.kept.tolist() == slow
     assert 0 < sum(slow) < 300
 
 
@@ -71,7 +71,7 @@ def test_unknown_classes_and_empty_selections_are_named(manifest):
         ({"repeat_threshold": 0.0}, "repeat_threshold of 'train'"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(setting, words):
+def test_invalid_settings_are_refused(setting, words):
     with pytest.raises(ConfigError, match=words):
         item(**setting)
 
@@ -104,38 +104,38 @@ def test_repeat_factors_are_those_of_the_paper(manifest):
     epoch=st.integers(0, 10**6),
     seed=st.integers(0, 100),
 )
-def test_visits_never_stray_from_their_rate(rates, epoch, seed):
+def test_uses_never_differ_from_their_rate_by_one(rates, epoch, seed):
     rate = np.array([round(r * ONCE) for r in rates])
-    visits = Visits(rate, np.random.default_rng(seed).integers(0, ONCE, len(rate)))
-    counts = visits.counts(epoch)
+    rates = SamplingRates(rate, np.random.default_rng(seed).integers(0, ONCE, len(rate)))
+    counts = rates.counts(epoch)
     assert ((counts == rate // ONCE) | (counts == -(-rate // ONCE))).all()
-    assert visits.total(epoch + 1) - visits.total(epoch) == counts.sum()
-    for position in (visits.total(epoch), visits.total(epoch + 1) - 1):
-        assert visits.epoch_of(position) == epoch
+    assert rates.total(epoch + 1) - rates.total(epoch) == counts.sum()
+    for position in (rates.total(epoch), rates.total(epoch + 1) - 1):
+        assert rates.epoch_of(position) == epoch
     if epoch < 50:
-        so_far = sum((visits.counts(e) for e in range(epoch)), np.zeros(len(rate), dtype=np.int64))
+        so_far = sum((rates.counts(e) for e in range(epoch)), np.zeros(len(rate), dtype=np.int64))
         assert (np.abs(so_far - epoch * rate / ONCE) < 1).all()
 
 
 def test_fractional_rates_are_met_on_average():
     phase = np.random.default_rng(0).integers(0, ONCE, 4000)
-    visits = Visits(np.full(4000, int(1.3 * ONCE)), phase)
+    rates = SamplingRates(np.full(4000, int(1.3 * ONCE)), phase)
     for epoch in range(5):
-        assert visits.counts(epoch).mean() == pytest.approx(1.3, abs=0.03)
+        assert rates.counts(epoch).mean() == pytest.approx(1.3, abs=0.03)
 
 
-def test_an_epoch_visits_every_image_as_often_as_it_should(manifest):
+def test_an_epoch_uses_every_image_as_often_as_its_rate_says(manifest):
     settings = replace(config(), train=(item(repeat_threshold=0.05),))
     order = build_order([manifest], 1, settings)
-    visits = select(manifest, settings.train[0], settings, 1, 0)
-    assert visits.repeats
+    rates = select(manifest, settings.train[0], settings, 1, 0)
+    assert rates.repeats
     start = 0
     for epoch in range(3):
-        refs = [order.at(p) for p in range(start, visits.total(epoch + 1))]
+        refs = [order.at(p) for p in range(start, rates.total(epoch + 1))]
         assert {ref.epoch for ref in refs} == {epoch}
         found = np.bincount([ref.index for ref in refs], minlength=600)
-        assert found.tolist() == visits.counts(epoch).tolist()
-        start = visits.total(epoch + 1)
+        assert found.tolist() == rates.counts(epoch).tolist()
+        start = rates.total(epoch + 1)
     assert order.at(5) == build_order([manifest], 1, settings).at(5)
 
 
@@ -166,22 +166,22 @@ def test_filters_are_part_of_the_fingerprint(manifest):
     assert build_order([manifest], 1, without_effect).fingerprint == prints[0]
 
 
-def test_whole_rates_visit_everything_once():
-    visits = once(np.array([True, False, True]))
-    assert visits.counts(10**6).tolist() == [1, 0, 1]
-    assert (visits.total(7), visits.per_epoch, visits.repeats) == (14, 2.0, False)
+def test_uniform_rates_use_every_kept_sample_once():
+    rates = uniform_rates(np.array([True, False, True]))
+    assert rates.counts(10**6).tolist() == [1, 0, 1]
+    assert (rates.total(7), rates.per_epoch, rates.repeats) == (14, 2.0, False)
 
 
-def test_queries_of_a_coco_sized_manifest_take_no_time(make_manifest):
+def test_queries_of_a_coco_sized_manifest_take_little_cpu_time(make_manifest):
     """Measured: 0.03 s of CPU time for the table, 0.25 s for the costliest selection."""
     manifest = make_manifest(118_287)
     start = time.process_time()
     rows = class_table(manifest)
     statistics_s = time.process_time() - start
     start = time.process_time()
-    visits = chosen(manifest, include=("class 0",), exclude=("class 19",), fraction=0.5, repeat_threshold=0.01)
+    rates = chosen(manifest, include=("class 0",), exclude=("class 19",), fraction=0.5, repeat_threshold=0.01)
     selection_s = time.process_time() - start
     assert rows[0].num_images == 118_287
-    assert visits.repeats
+    assert rates.repeats
     assert statistics_s < 1
     assert selection_s < 2

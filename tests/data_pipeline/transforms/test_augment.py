@@ -73,8 +73,10 @@ def whole_then_crop(image, ids, params):
 @pytest.mark.parametrize("name", ["down", "up_flip", "mid", "tiny"])
 def test_large_scale_jitter_equals_the_official_label_maps(goldens, name):
     golden = np.load(goldens / "h_augment.npz")
-    flip, scale, place = (float(v) for v in golden[f"lsj_{name}_params"])
-    params = large_scale_jitter((45, 61), LargeScaleJitter(size=64), flip=bool(flip), scale=scale, place=place)
+    flip, scale, crop_position = (float(v) for v in golden[f"lsj_{name}_params"])
+    params = large_scale_jitter(
+        (45, 61), LargeScaleJitter(size=64), flip=bool(flip), scale=scale, crop_position=crop_position
+    )
     result = augment(golden["image"], golden["seg"][None], params, IGNORE)
     np.testing.assert_array_equal(result.id_maps[0], golden[f"lsj_{name}_seg"])
     difference = np.abs(result.image.astype(int) - golden[f"lsj_{name}_image"])
@@ -89,9 +91,9 @@ def test_large_scale_jitter_equals_the_official_label_maps(goldens, name):
 @pytest.mark.parametrize("name", ["down", "up_flip", "mid", "tiny"])
 def test_bilinear_shrinking_gives_the_official_pixels(goldens, name):
     golden = np.load(goldens / "h_augment.npz")
-    flip, scale, place = (float(v) for v in golden[f"lsj_{name}_params"])
+    flip, scale, crop_position = (float(v) for v in golden[f"lsj_{name}_params"])
     config = LargeScaleJitter(size=64, shrink="bilinear")
-    params = large_scale_jitter((45, 61), config, flip=bool(flip), scale=scale, place=place)
+    params = large_scale_jitter((45, 61), config, flip=bool(flip), scale=scale, crop_position=crop_position)
     result = augment(golden["image"], golden["seg"][None], params, IGNORE)
     np.testing.assert_array_equal(result.image, golden[f"lsj_{name}_image"])
     np.testing.assert_array_equal(result.id_maps[0], golden[f"lsj_{name}_seg"])
@@ -115,13 +117,13 @@ def test_color_jitter_equals_the_official_one(goldens, case):
     size=st.tuples(st.integers(3, 120), st.integers(3, 120)),
     flip=st.booleans(),
     scale=st.floats(0.1, 2.0),
-    place=st.floats(0, 1),
+    crop_position=st.floats(0, 1),
 )
-def test_the_exact_mode_equals_the_official_way_everywhere(size, flip, scale, place):
+def test_bilinear_shrinking_equals_a_resize_before_the_crop(size, flip, scale, crop_position):
     """Also where two source pixels are equally near, as at round scales."""
     image, ids = smooth_image(*size), np.arange(size[0] * size[1], dtype=np.uint8).reshape(1, *size) % 250
     config = LargeScaleJitter(size=64, shrink="bilinear")
-    params = large_scale_jitter(size, config, flip=flip, scale=scale, place=place)
+    params = large_scale_jitter(size, config, flip=flip, scale=scale, crop_position=crop_position)
     result = augment(image, ids, params, IGNORE)
     expected, labels = official_way(image, ids, params)
     np.testing.assert_array_equal(result.image, expected)
@@ -135,7 +137,7 @@ def test_the_exact_mode_equals_the_official_way_everywhere(size, flip, scale, pl
     canvas=st.sampled_from([32, 64]),
     jitter=st.booleans(),
 )
-def test_cutting_first_equals_resizing_everything_within_a_pixel(size, position, canvas, jitter):
+def test_cropping_before_resizing_moves_content_by_less_than_a_pixel(size, position, canvas, jitter):
     image, ids = smooth_image(*size), blocks(*size)
     config = (
         LargeScaleJitter(size=canvas)
@@ -216,7 +218,7 @@ def test_scale_jitter_shows_the_whole_image_at_an_official_size(size):
     assert 0.4 < np.mean([p.flip for p in drawn]) < 0.6
 
 
-def test_scale_jitter_cuts_a_part_out_of_half_of_the_images():
+def test_scale_jitter_crops_half_of_the_images():
     config = ScaleJitter(shortest_edges=tuple(range(480, 801, 32)), crop_first=(384, 600))
     drawn = [draw_params(sample_rng(0, p, Stream.AUGMENT), (480, 640), config) for p in range(4000)]
     parts = [p for p in drawn if p.scaled != p.canvas]

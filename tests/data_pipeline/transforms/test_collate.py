@@ -18,8 +18,8 @@ from m2f.data_pipeline.transforms.collate import (
     collate,
     collate_eval,
 )
-from m2f.data_pipeline.transforms.example import TrainRecipe, make_example
-from m2f.data_pipeline.transforms.targets import drop_empty, image_targets
+from m2f.data_pipeline.transforms.example import TrainTransform, make_example
+from m2f.data_pipeline.transforms.targets import drop_empty_targets, image_targets
 
 SKY, GRASS, DOG, CAT = 7, 9, 20, 30
 TABLE = CategoryTable(
@@ -136,19 +136,19 @@ def test_a_missing_map_and_an_unknown_category_are_named(panoptic):
 def test_targets_without_pixels_are_dropped_and_counted(panoptic):
     targets = image_targets(panoptic, "panoptic", TABLE.labels("panoptic"))
     targets.id_maps[targets.id_maps == 2] = 0
-    left, dropped = drop_empty(targets, (16, 24))
+    left, dropped = drop_empty_targets(targets, (16, 24))
     assert dropped == 1
     assert left.labels.tolist() == [0, 1, 2]
     assert left.local_id.tolist() == [1, 3, 4]
 
 
-def recipe(task="panoptic", **changes):
+def transform(task="panoptic", **changes):
     augment = changes.pop("augment", LargeScaleJitter(size=32, min_scale=0.5, max_scale=1.0))
-    return TrainRecipe(task=task, labels=TABLE.labels(task), augment=augment, drop_empty_targets=True, seed=0)
+    return TrainTransform(task=task, labels=TABLE.labels(task), augment=augment, drop_empty_targets=True, seed=0)
 
 
 def test_a_batch_with_a_filler(panoptic):
-    batch = collate([make_example(panoptic, 2, 40, recipe()), None], (32, 32))
+    batch = collate([make_example(panoptic, 2, 40, transform()), None], (32, 32))
     assert batch.images.shape == (2, 3, 32, 32)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.keys == ("a", "")
@@ -166,7 +166,7 @@ def test_a_batch_with_a_filler(panoptic):
 
 def test_an_example_shows_image_and_ids_only_inside_its_size(panoptic):
     for position in range(20):
-        example = make_example(panoptic, 0, position, recipe("instance"))
+        example = make_example(panoptic, 0, position, transform("instance"))
         h, w = example.size
         outside = np.ones((32, 32), bool)
         outside[:h, :w] = False
@@ -182,7 +182,7 @@ def test_small_and_wide_maps_with_different_layers_share_a_batch():
     inst[0, 10:, 10:] = 2
     few = (segment(1, CAT, map_="inst", layer=2), segment(2, DOG, map_="inst", crowd=True))
     crop = ShortestEdgeCrop(shortest_edges=(15,), max_size=20, crop=(15, 20), color=False)
-    rule = recipe("instance", augment=crop)
+    rule = transform("instance", augment=crop)
     examples = [
         make_example(sample_of(inst=wide, segments=many), 0, 0, rule),
         make_example(sample_of(inst=inst, segments=few), 0, 1, rule),
@@ -223,7 +223,7 @@ def test_targets_of_real_images_have_the_areas_that_coco_states(real_data):
 
 
 def test_images_of_several_sizes_fill_up_to_the_largest(panoptic):
-    varied = dataclasses.replace(recipe(), augment=ScaleJitter(shortest_edges=(40, 50), max_size=60))
+    varied = dataclasses.replace(transform(), augment=ScaleJitter(shortest_edges=(40, 50), max_size=60))
     assert varied.canvas is None
     examples = [make_example(panoptic, 0, position, varied) for position in range(12)]
     assert {example.size for example in examples} == {(40, 60)}  # 16 x 24: the longer side decides

@@ -20,15 +20,21 @@ from m2f.data_pipeline.config import (
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import build_order, chunk_bytes, look_ahead
-from m2f.data_pipeline.order.read_simulation import Ranks, predict
+from m2f.data_pipeline.order.read_simulation import SimulatedRanks, simulate_reads
 from m2f.data_pipeline.randomness import Stream
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.copy_paste import draw_objects, partner_position, paste
-from m2f.data_pipeline.transforms.example import TrainRecipe, cut_example, make_example, paste_objects, without_empty
+from m2f.data_pipeline.transforms.example import (
+    TrainTransform,
+    augment_sample,
+    make_example,
+    paste_objects,
+    without_empty_targets,
+)
 from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.model.errors import ConfigError
 
@@ -162,20 +168,20 @@ def test_an_example_shows_what_its_targets_say(written, task):
     """Pixels and targets come from the same image: the partner's under the pasted objects, else the image's own."""
     table = written.categories
     things = frozenset(label for label, c in enumerate(table.for_task(task)) if c.is_thing)
-    recipe = TrainRecipe(task, table.labels(task), DATA.augment, drop_empty_targets=True, seed=3, things=things)
+    transform = TrainTransform(task, table.labels(task), DATA.augment, drop_empty_targets=True, seed=3, things=things)
     samples = [written.read_sample(row, Storage()) for row in (5, 9)]
     changed = 0
     for position in range(12):
-        shown = cut_example(samples[0], 0, position, recipe, Stream.AUGMENT)
-        partner = cut_example(samples[1], 0, position, recipe, Stream.PASTED)
-        result = without_empty(paste_objects(shown, partner, recipe), recipe)
+        shown = augment_sample(samples[0], 0, position, transform, Stream.AUGMENT)
+        partner = augment_sample(samples[1], 0, position, transform, Stream.PASTED)
+        result = without_empty_targets(paste_objects(shown, partner, transform), transform)
         objects = draw_objects(partner.targets, things, 3, position)
         assert set(partner.targets.labels[objects].tolist()) <= things
         mask = np.zeros((96, 96), bool)
         for row in objects:
             mask |= partner.targets.id_maps[partner.targets.layer[row]] == partner.targets.local_id[row]
         np.testing.assert_array_equal(result.image, np.where(mask[..., None], partner.image, shown.image))
-        plain = make_example(samples[0], 0, position, recipe)
+        plain = make_example(samples[0], 0, position, transform)
         if not mask.any():
             np.testing.assert_array_equal(result.targets.id_maps, plain.targets.id_maps)
             assert result.size == plain.size
@@ -242,7 +248,7 @@ class Counting(Storage):
 def reads_of_an_epoch(manifest, data, world):
     """Ranged reads of all ranks for exactly the epoch's positions."""
     order, storage = build_order([manifest], 3, data), Counting()
-    chunks = plan_chunks(manifest.shard, manifest.offset, chunk_bytes(data))
+    chunks = group_chunks(manifest.shard, manifest.offset, chunk_bytes(data))
     for rank in range(world):
         partners = [(p, partner_position(p, 3, data)) for p in range(rank, manifest.num_samples, world)]
         groups = [tuple(None if p is None else order.at(p) for p in pair) for pair in partners]
@@ -253,10 +259,12 @@ def reads_of_an_epoch(manifest, data, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_partners_are_read_as_planned(written, world):
+def test_the_simulated_reads_of_partners_equal_the_actual_ones(written, world):
     """Where the ranks divide the lanes they cost next to nothing: what is beyond the epoch's end is read early."""
     order = build_order([written], 3, DATA)
-    found = predict([written], order, DATA, 3, Ranks(world=world, per_machine=1, batch=2, images_per_s=1.0))
+    found = simulate_reads(
+        [written], order, DATA, 3, SimulatedRanks(world=world, per_machine=1, batch=2, images_per_s=1.0)
+    )
     reads, plain = (reads_of_an_epoch(written, data, world) for data in (DATA, replace(DATA, copy_paste=None)))
     assert found.images == 40
     assert found.reads == reads
@@ -309,7 +317,7 @@ def test_a_damaged_partner_is_replaced_and_reported(tmp_path):
         assert sorted(map(repr, reported)) == sorted(map(repr, substitutions))
 
 
-def test_settings_that_cannot_work_are_refused(written):
+def test_unsupported_settings_are_refused(written):
     with pytest.raises(ConfigError, match=r"data\.copy_paste needs two images of one size"):
         replace(DATA, augment=ScaleJitter())
     with pytest.raises(ConfigError, match=r"data\.copy_paste\.probability is 0"):

@@ -5,9 +5,9 @@ import pytest
 
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, SyntheticSource
 from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
-from m2f.data_pipeline.order.chunks import plan_chunks
+from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import build_order, chunk_bytes, look_ahead
-from m2f.data_pipeline.order.read_simulation import Ranks, format_prediction, predict
+from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
@@ -33,16 +33,16 @@ class Counting(Storage):
 
 
 def ranks(world, **changes):
-    return Ranks(**{"world": world, "per_machine": 2, "batch": 2, "images_per_s": 10.0, **changes})
+    return SimulatedRanks(**{"world": world, "per_machine": 2, "batch": 2, "images_per_s": 10.0, **changes})
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("repeats", [None, 0.9])
-def test_the_prediction_equals_what_is_read(written, world, repeats):
+def test_the_simulated_reads_equal_the_actual_ones(written, world, repeats):
     data = replace(CONFIG, train=(MixtureItem(dataset="a", repeat_threshold=repeats),))
     order = build_order([written], 7, data)
-    found = predict([written], order, data, 7, ranks(world))
-    chunks, storage = plan_chunks(written.shard, written.offset, chunk_bytes(data)), Counting()
+    found = simulate_reads([written], order, data, 7, ranks(world))
+    chunks, storage = group_chunks(written.shard, written.offset, chunk_bytes(data)), Counting()
     for rank in range(world):
         groups = [(order.at(p),) for p in range(rank, found.images, world)]
         limits = FetchLimits(groups_ahead=1, horizon=1 + look_ahead(data, world))
@@ -60,9 +60,9 @@ def test_the_prediction_equals_what_is_read(written, world, repeats):
     assert 0 < found.fetched_peak <= found.read_bytes
 
 
-def test_the_bytes_held_are_those_of_a_slow_walk(written):
+def test_the_peak_of_bytes_equals_a_brute_force_count(written):
     order = build_order([written], 7, CONFIG)
-    chunks = plan_chunks(written.shard, written.offset, chunk_bytes(CONFIG))
+    chunks = group_chunks(written.shard, written.offset, chunk_bytes(CONFIG))
     places = [order.at(p).index for p in range(40)]
     first = {}
     for position, index in enumerate(places):
@@ -77,7 +77,7 @@ def test_the_bytes_held_are_those_of_a_slow_walk(written):
             )
             peak = max(peak, held)
     wide = replace(CONFIG, window=64)  # nothing is read twice
-    assert predict([written], order, wide, 7, ranks(2)).fetched_peak == peak
+    assert simulate_reads([written], order, wide, 7, ranks(2)).fetched_peak == peak
 
 
 def test_the_default_lanes_read_coco_once_on_ranks_that_divide_them(make_manifest):
@@ -87,7 +87,9 @@ def test_the_default_lanes_read_coco_once_on_ranks_that_divide_them(make_manifes
     for data, world in ((default, 24), (default, 64), (replace(default, lanes=48), 64)):
         order = build_order([manifest], 0, data)
         start = time.process_time()
-        found[data.lanes, world] = predict([manifest], order, data, 0, ranks(world, per_machine=8, images_per_s=40.0))
+        found[data.lanes, world] = simulate_reads(
+            [manifest], order, data, 0, ranks(world, per_machine=8, images_per_s=40.0)
+        )
         assert time.process_time() - start < 3
     whole, fitting, wrong = found.values()
     assert wrong.images == fitting.images == 118_287
@@ -95,6 +97,6 @@ def test_the_default_lanes_read_coco_once_on_ranks_that_divide_them(make_manifes
     assert wrong.reads / wrong.chunks > 3
     assert wrong.cached_reads < wrong.reads
     assert fitting.fetched_peak < 50e6
-    text = format_prediction(fitting, ranks(64, per_machine=8, images_per_s=40.0))
+    text = format_read_costs(fitting, ranks(64, per_machine=8, images_per_s=40.0))
     assert text.startswith("64 ranks with 2 images each on 8 machines, 2,560 images/s in all")
     assert "118,287 images" in text
