@@ -9,7 +9,7 @@ from typing import assert_never
 import torch
 
 from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
-from m2f.data_pipeline.order.order import step_plan
+from m2f.data_pipeline.order.order import step_positions
 from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, Batch
 from m2f.model.loss.criterion import Normalizers
 from m2f.model.structures import Targets
@@ -34,7 +34,7 @@ def probe_memory(
     if device.type != "cuda":
         return job
     training = job.training
-    wanted = len(step_plan(0, training.global_batch, 0, ranks.world_size, training.micro_batch)[0])
+    wanted = len(step_positions(0, training.global_batch, 0, ranks.world_size, training.micro_batch)[0])
     share = ranks.world_size if training.zero.stage else 1
     module.to(device)
 
