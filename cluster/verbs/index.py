@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from m2f.cluster.terminal import Progress
-    from m2f.data_pipeline.shards.adopt import Adoption
+    from m2f.data_pipeline.shards.index import IndexReport
 
-SUMMARY = "adopt WebDataset tars made by others: write a manifest, leave the tars alone"
+SUMMARY = "write a manifest for WebDataset tars made by others; the tars stay as they are"
 _SHOWN = 20
 
 
@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--void", metavar="N,N", default="", help="labels that say nothing besides 255 (instances: and 0)"
     )
     parser.add_argument("--max-pixels", type=count, metavar="N", help="refuse larger images (default 178956970)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be adopted")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be indexed")
     parser.add_argument("--threads", type=count, metavar="N", help="tars that are read at once (default: cores)")
     parser.add_argument("--report", metavar="FILE", help="JSON file or URL for all that was found")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where samples cannot be adopted and none was written."""
+    """Exit status 1 where samples cannot be indexed and none was written."""
     import json
     import os
     from dataclasses import asdict
@@ -50,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.terminal import Progress, say
     from m2f.data_pipeline.config import DatasetConfig
     from m2f.data_pipeline.readers.category_file import read_category_file
-    from m2f.data_pipeline.shards.adopt import Wanted, adopt, detect_form, find_tars
+    from m2f.data_pipeline.shards.index import IndexOptions, detect_form, find_tars, index_tars
     from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
     storage = Storage()
     categories, void = read_category_file(args.categories, _numbers(args.void))
-    wanted = Wanted(
+    options = IndexOptions(
         categories=categories,
         void=void,
         labels=args.labels,
@@ -65,23 +65,23 @@ def run(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels or DatasetConfig.max_pixels,
     )
     tars = find_tars(args.urls, storage)
-    form = detect_form(tars[0], wanted, storage)
+    form = detect_form(tars[0], options, storage)
     total = sum(storage.size(tar) for tar in tars)
     with Progress("indexing", round(total / 1e6), "MB") as progress:
-        adoption = adopt(
+        report = index_tars(
             tars,
             args.output,
             form,
-            wanted,
+            options,
             storage,
             skip_bad=args.skip_bad,
             threads=threads,
-            heard=_megabytes(progress),
+            on_progress=_megabytes(progress),
         )
-    say(_summary(adoption, args.output, args.report))
+    say(_summary(report, args.output, args.report))
     if args.report:
-        storage.put(args.report, json.dumps(asdict(adoption), indent=1).encode())
-    return 0 if adoption.committed else 1
+        storage.put(args.report, json.dumps(asdict(report), indent=1).encode())
+    return 0 if report.committed else 1
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -95,20 +95,20 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _megabytes(progress: Progress) -> Callable[[int, int], None]:
-    """What hears of samples and bytes and advances by whole megabytes."""
-    told = heard = 0
+    """A callback for samples and bytes that advances the bar by whole megabytes."""
+    reported = read = 0
 
-    def hear(_: int, num_bytes: int) -> None:
-        nonlocal told, heard
-        heard += num_bytes
-        progress.advance(round(heard / 1e6) - told)
-        told = round(heard / 1e6)
+    def on_progress(_: int, num_bytes: int) -> None:
+        nonlocal reported, read
+        read += num_bytes
+        progress.advance(round(read / 1e6) - reported)
+        reported = round(read / 1e6)
 
-    return hear
+    return on_progress
 
 
-def _summary(found: Adoption, target: str, report: str | None) -> str:
-    """For a person: what was adopted, and what could not be."""
+def _summary(found: IndexReport, target: str, report: str | None) -> str:
+    """As text: what was indexed, and what could not be."""
     what = f"{found.num_samples:,} samples of {found.num_shards:,} tars, {found.num_bytes / 1e6:,.1f} MB"
     if isinstance(found.form, str):
         form = "shards of m2f"
@@ -121,7 +121,7 @@ def _summary(found: Adoption, target: str, report: str | None) -> str:
         lines.append(f"  and {len(found.faults) - _SHOWN} more" + (f" in {report}" if report else "; --report FILE"))
     if not found.committed:
         lines.append(
-            f"{len(found.faults)} things cannot be adopted, so no manifest is written; correct them, or leave them out "
+            f"{len(found.faults)} things cannot be indexed, so no manifest is written; correct them, or leave them out "
             "with --skip-bad"
         )
     return "\n".join(lines)

@@ -64,7 +64,7 @@ class ShardInfo:
     """One tar of the data set."""
 
     name: str
-    """Path below the data set's folder; a URL or absolute path where an adopted tar lies elsewhere."""
+    """Path below the data set's folder; a URL or absolute path where an indexed tar lies elsewhere."""
     size: int
     sha256: str
     num_samples: int
@@ -114,7 +114,7 @@ class Manifest:
     """Hash of the shard plan that made it."""
     categories: CategoryTable
     foreign: ForeignForm | None = None
-    """How to read samples of tars that `m2f index` adopted; None for our own."""
+    """How to read samples of tars that `m2f index` indexed; None for our own."""
     shards: tuple[ShardInfo, ...]
     columns: Columns
     """What is decoded when it is wanted: keys and categories."""

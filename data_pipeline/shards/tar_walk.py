@@ -41,7 +41,7 @@ class TarSample:
 
 
 def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
-    """Samples in their order; what cannot be adopted comes as a fault in its place. The stream is not finished."""
+    """Samples in their order; what cannot be indexed comes as a fault in its place. The stream is not finished."""
     if (compression := _compression(stream)) is not None:
         yield _fault(stream, 0, f"it is compressed ({compression}), so parts of it cannot be read", "unpack it to .tar")
         return

@@ -22,17 +22,18 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
 
 Depth = Literal["quick", "full"]
-Heard = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with samples checked and bytes read since the last call, by the caller's thread."""
 
 _REWRITE = "copy the shard again from where it is whole, or delete the data set and write it again (m2f shard)"
-_HEARD_EVERY_S = 0.5
-_HEADER = 512  # bytes of a tar header
+_PROGRESS_INTERVAL_S = 0.5
+"""Progress is reported at least this often while shards are read."""
+_TAR_HEADER_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was looked at and what was found."""
+    """What was checked and what was found."""
 
     url: str
     depth: Depth
@@ -54,8 +55,8 @@ def verify(
     storage: Storage,
     depth: Depth,
     threads: int = 1,
-    started: Callable[[Manifest], None] | None = None,
-    heard: Heard | None = None,
+    on_start: Callable[[Manifest], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Verification:
     """Check a data set; faults are returned, never raised.
 
@@ -65,16 +66,16 @@ def verify(
         depth: `quick` compares the manifest with itself and with the sizes in the store; `full` reads every byte:
             SHA-256 of shards, crc32, tar members and decodability of samples, labels against the manifest.
         threads: shards that are read at once.
-        started: hears of the manifest before the first shard is looked at.
-        heard: hears of samples and bytes as they are checked.
+        on_start: called with the manifest before the first shard is checked.
+        on_progress: called with numbers of samples and bytes as they are checked.
     """
     try:
         manifest = Manifest.load(url, storage)
     except (DataError, StorageError) as error:
         fault = fault_of_message(join(url, DATASET_FILE), str(error))
         return Verification(url=url, depth=depth, num_samples=0, num_shards=0, num_bytes=0, faults=(fault,))
-    if started is not None:
-        started(manifest)
+    if on_start is not None:
+        on_start(manifest)
     faults = list(_check_rows(manifest))
     if not faults:  # rows that contradict each other say nothing about shards
         shards = range(len(manifest.shards))
@@ -83,12 +84,12 @@ def verify(
             check = _ShardCheck(manifest, storage, depth, lambda samples, size: counts.append((samples, size)))
             running = {pool.submit(check, shard) for shard in shards}
             while running:
-                done, running = wait(running, _HEARD_EVERY_S, FIRST_COMPLETED)
+                done, running = wait(running, _PROGRESS_INTERVAL_S, FIRST_COMPLETED)
                 faults += [fault for future in done for fault in future.result()]
                 while counts:
                     samples, size = counts.pop()
-                    if heard is not None:
-                        heard(samples, size)
+                    if on_progress is not None:
+                        on_progress(samples, size)
     return Verification(
         url=url,
         depth=depth,
@@ -140,7 +141,7 @@ class _ShardCheck:
     manifest: Manifest
     storage: Storage
     depth: Depth
-    heard: Heard
+    on_progress: OnProgress
 
     def __call__(self, shard: int) -> list[Fault]:
         url, count = self.manifest.shard_url(shard), self.manifest.shards[shard].num_samples
@@ -150,7 +151,7 @@ class _ShardCheck:
                 return self._read(shard)
         except StorageError as error:
             return [fault_of_message(url, str(error))]
-        self.heard(count, 0)
+        self.on_progress(count, 0)
         return []
 
     def _read(self, shard: int) -> list[Fault]:
@@ -165,7 +166,7 @@ class _ShardCheck:
             if problem is not None:
                 key = str(manifest.key[row])
                 faults.append(Fault(object=stream.url, key=key, offset=offset, problem=problem, remedy=_REWRITE))
-            self.heard(1, length)
+            self.on_progress(1, length)
         if stream.finish() != manifest.shards[shard].sha256 and not faults:
             problem = "its SHA-256 differs from the manifest's in bytes that belong to no sample"
             faults.append(Fault(object=stream.url, problem=problem, remedy=_REWRITE))
@@ -211,7 +212,7 @@ def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> s
     """Whether the tar header before a member's data is one that other tar tools read in the same way."""
     offset, length = int(manifest.member_offsets[row][member]), int(manifest.member_lengths[row][member])
     name = manifest.member_names[manifest.member_codes[row][member]]
-    header = data[max(0, offset - _HEADER) : offset]
+    header = data[max(0, offset - _TAR_HEADER_BYTES) : offset]
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:

@@ -98,13 +98,13 @@ def put_member(name, row, new):
 
 @pytest.mark.parametrize("depth", ["quick", "full"])
 def test_a_sound_set_passes_and_is_counted(sound, depth):
-    heard = []
+    progress = []
     started = []
-    found = verify(sound.url, STORAGE, depth, 2, started.append, lambda n, size: heard.append((n, size)))
+    found = verify(sound.url, STORAGE, depth, 2, started.append, lambda n, size: progress.append((n, size)))
     assert found.passed
     assert (found.num_samples, found.num_shards) == (10, len(sound.shards))
-    assert sum(n for n, _ in heard) == 10
-    assert sum(size for _, size in heard) == (sound.length.sum() if depth == "full" else 0)
+    assert sum(n for n, _ in progress) == 10
+    assert sum(size for _, size in progress) == (sound.length.sum() if depth == "full" else 0)
     assert [manifest.num_samples for manifest in started] == [10]
 
 

@@ -30,17 +30,20 @@ from m2f.data_pipeline.shards.tar_walk import TarSample, walk_tar
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
 
-Heard = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with samples and bytes read since the last call, by the caller's thread."""
 
-_HEARD_EVERY_S = 0.5
+_PROGRESS_INTERVAL_S = 0.5
+"""Progress is reported at least this often while tars are read."""
 _USUAL_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
-_ADOPTED = "adopted-"  # begins the plan of such a data set
+"""Labels that data sets of this form leave void by convention."""
+_PLAN_PREFIX = "adopted-"
+"""Begins `plan` in the dataset.json of indexed tars, which is how they are told from shards of `m2f shard`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the user says about the tars; None and empty are found out from the first sample."""
+class IndexOptions:
+    """What the user says about the tars; the first sample decides what is None or empty."""
 
     categories: CategoryTable
     void: frozenset[int] = frozenset()
@@ -54,15 +57,15 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adoption:
-    """What came of it."""
+class IndexReport:
+    """What was indexed, and what could not be."""
 
     form: ForeignForm | Literal["m2f"]
     num_samples: int
     num_shards: int
     num_bytes: int
     faults: tuple[Fault, ...]
-    """What could not be adopted."""
+    """What could not be indexed."""
     committed: bool
 
 
@@ -82,20 +85,24 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
     return tuple(found)
 
 
-def detect_form(tar: str, wanted: Wanted, storage: Storage) -> ForeignForm | Literal["m2f"]:
+def detect_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignForm | Literal["m2f"]:
     """What the members of the first sample are. Raises DataError that says what to give where that cannot be told."""
     first = _first_sample(tar, storage)
     members = first.contents()
     name = f"{tar}: sample {first.key!r} with members {some(sorted(members), 10)}"
     if "json" in members and _is_ours(members):
         return "m2f"
-    image = wanted.image or _only(members, b"\xff\xd8\xff", f"{name}: which is the image is not clear; give --image")
+    image = options.image or _single_member(
+        members, b"\xff\xd8\xff", f"{name}: which is the image is not clear; give --image"
+    )
     rest = {extension: data for extension, data in members.items() if extension != image}
-    label_map = wanted.map or _only(rest, b"\x89PNG", f"{name}: which is the map of labels is not clear; give --map")
+    label_map = options.map or _single_member(
+        rest, b"\x89PNG", f"{name}: which is the map of labels is not clear; give --map"
+    )
     if image not in members or label_map not in members:
         raise DataError(f"{name}: there is no member {image if image not in members else label_map}")
     described = next((e for e in sorted(rest) if e.endswith("json") and b'"segments_info"' in rest[e]), None)
-    labels = wanted.labels or _labels(rest[label_map], described, name)
+    labels = options.labels or _labels(rest[label_map], described, name)
     if labels == "panoptic" and described is None:
         raise DataError(f"{name}: no member has `segments_info`, which labels: panoptic needs")
     return ForeignForm(
@@ -103,32 +110,32 @@ def detect_form(tar: str, wanted: Wanted, storage: Storage) -> ForeignForm | Lit
         images=("jpg", "jpeg") if image in ("jpg", "jpeg") else (image,),
         map=label_map,
         json=described if labels == "panoptic" else None,
-        void=tuple(sorted(wanted.void | (_USUAL_VOID[labels] - wanted.categories.by_id.keys()))),
+        void=tuple(sorted(options.void | (_USUAL_VOID[labels] - options.categories.by_id.keys()))),
     )
 
 
-def adopt(
+def index_tars(
     tars: Sequence[str],
     target: str,
     form: ForeignForm | Literal["m2f"],
-    wanted: Wanted,
+    options: IndexOptions,
     storage: Storage,
     *,
     skip_bad: bool = False,
     threads: int = 1,
-    heard: Heard | None = None,
-) -> Adoption:
+    on_progress: OnProgress | None = None,
+) -> IndexReport:
     """Read all tars and write their manifest below `target`. Samples with faults are left out only with `skip_bad`.
 
     Raises:
         DataError: the target holds another data set, or no sample can be used.
         StorageError: the manifest cannot be written. A tar that cannot be read is a fault.
     """
-    read = _Reader(target, form, wanted, storage)
+    read = _TarIndexer(target, form, options, storage)
     existing = manifest.read_document(target, storage)
-    if existing is not None and not existing["plan"].startswith(_ADOPTED):
+    if existing is not None and not existing["plan"].startswith(_PLAN_PREFIX):
         _refuse(target)
-    found, repeated = _without_repeats(_in_threads(read, tars, threads, heard))
+    found, repeated = _without_repeats(_index_in_threads(read, tars, threads, on_progress))
     faults = [fault for tar in found for fault in tar.faults] + repeated
     filled = [tar for tar in found if tar.rows]
     if not filled:
@@ -136,8 +143,8 @@ def adopt(
         raise DataError(f"{target}: not one sample of {len(tars)} tars can be used\n{listed}")
     committed = skip_bad or not faults
     if committed:
-        _commit(filled, target, form, wanted.categories, storage)
-    return Adoption(
+        _commit(filled, target, form, options.categories, storage)
+    return IndexReport(
         form=form,
         num_samples=sum(len(tar.rows) for tar in filled),
         num_shards=len(filled),
@@ -148,7 +155,7 @@ def adopt(
 
 
 @dataclass(frozen=True)
-class _Tar:
+class _IndexedTar:
     """One tar, read."""
 
     info: ShardInfo
@@ -156,14 +163,16 @@ class _Tar:
     faults: list[Fault]
 
 
-class _Reader:
+class _TarIndexer:
     """Reads tars; called by threads."""
 
-    def __init__(self, target: str, form: ForeignForm | Literal["m2f"], wanted: Wanted, storage: Storage) -> None:
-        self._target, self._form, self._wanted, self._storage = target, form, wanted, storage
+    def __init__(
+        self, target: str, form: ForeignForm | Literal["m2f"], options: IndexOptions, storage: Storage
+    ) -> None:
+        self._target, self._form, self._options, self._storage = target, form, options, storage
         self.counts: list[tuple[int, int]] = []
 
-    def __call__(self, url: str) -> _Tar:
+    def __call__(self, url: str) -> _IndexedTar:
         rows, faults = [], []
         name = url.removeprefix(join(self._target, "")) if url.startswith(join(self._target, "")) else url
         try:
@@ -180,8 +189,8 @@ class _Reader:
                     faults.append(Fault(**{**asdict(fault), "key": found.key, "offset": found.offset}))
             sha256 = stream.finish()
         except StorageError as error:
-            return _Tar(ShardInfo(name, 0, "", 0), [], [fault_of_message(url, str(error))])
-        return _Tar(ShardInfo(name, stream.size, sha256, len(rows)), rows, faults)
+            return _IndexedTar(ShardInfo(name, 0, "", 0), [], [fault_of_message(url, str(error))])
+        return _IndexedTar(ShardInfo(name, stream.size, sha256, len(rows)), rows, faults)
 
     def _row(self, sample: TarSample, tar: str) -> dict[str, Any]:
         """The manifest's row of a sample whose image and labels were decoded."""
@@ -190,12 +199,12 @@ class _Reader:
         if self._form == "m2f":
             decoded = codec.decode(members)
             key, image_id, annotation, size = decoded.key, decoded.image_id, decoded.annotation, decoded.size
-            check_annotation(annotation, self._wanted.categories, where)
+            check_annotation(annotation, self._options.categories, where)
         else:
             size = self._size(members, self._form, where)
-            annotation = decode_labels(members, self._form, self._wanted.categories, size, where)
+            annotation = decode_labels(members, self._form, self._options.categories, size, where)
             image = members[image_extension(members, self._form, where)]
-            check_image(image, *size, self._wanted.max_pixels, where)
+            check_image(image, *size, self._options.max_pixels, where)
         return {
             "key": key,
             "offset": sample.offset,
@@ -216,7 +225,7 @@ class _Reader:
             if form.map not in members:
                 raise BrokenImageError(f"it has no member {form.map} with its labels")
             labels = read_header(members[form.map])
-            require_size(labels, self._wanted.max_pixels)
+            require_size(labels, self._options.max_pixels)
             image = read_header(members[image_extension(members, form, where)])
             frame_orientation(image, labels.height, labels.width)
         except BrokenImageError as error:
@@ -224,20 +233,22 @@ class _Reader:
         return labels.height, labels.width
 
 
-def _in_threads(read: _Reader, tars: Sequence[str], threads: int, heard: Heard | None) -> list[_Tar]:
+def _index_in_threads(
+    read: _TarIndexer, tars: Sequence[str], threads: int, on_progress: OnProgress | None
+) -> list[_IndexedTar]:
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(read, tar) for tar in tars]
-        running: set[Future[_Tar]] = set(futures)
+        running: set[Future[_IndexedTar]] = set(futures)
         while running:
-            _, running = wait(running, _HEARD_EVERY_S, FIRST_COMPLETED)
+            _, running = wait(running, _PROGRESS_INTERVAL_S, FIRST_COMPLETED)
             while read.counts:
                 count = read.counts.pop()
-                if heard is not None:
-                    heard(*count)
+                if on_progress is not None:
+                    on_progress(*count)
         return [future.result() for future in futures]
 
 
-def _without_repeats(tars: Sequence[_Tar]) -> tuple[list[_Tar], list[Fault]]:
+def _without_repeats(tars: Sequence[_IndexedTar]) -> tuple[list[_IndexedTar], list[Fault]]:
     """Tars without the samples whose key was there before, in any of them; and these samples as faults."""
     first: dict[str, str] = {}
     kept, faults = [], []
@@ -258,7 +269,7 @@ def _without_repeats(tars: Sequence[_Tar]) -> tuple[list[_Tar], list[Fault]]:
 
 
 def _commit(
-    tars: Sequence[_Tar],
+    tars: Sequence[_IndexedTar],
     target: str,
     form: ForeignForm | Literal["m2f"],
     categories: CategoryTable,
@@ -273,7 +284,7 @@ def _commit(
     foreign = None if form == "m2f" else form
     described = json.dumps([[asdict(shard) for shard in shards], None if foreign is None else asdict(foreign)])
     document = manifest.make_document(
-        plan=f"{_ADOPTED}{hashlib.sha256(described.encode()).hexdigest()}",
+        plan=f"{_PLAN_PREFIX}{hashlib.sha256(described.encode()).hexdigest()}",
         source_fingerprint="",
         categories=categories,
         shards=shards,
@@ -312,7 +323,7 @@ def _is_ours(members: dict[str, bytes]) -> bool:
     return True
 
 
-def _only(members: dict[str, bytes], mark: bytes, otherwise: str) -> str:
+def _single_member(members: dict[str, bytes], mark: bytes, otherwise: str) -> str:
     """The one member that begins like this."""
     found = [extension for extension, data in members.items() if data.startswith(mark)]
     if len(found) != 1:
@@ -332,5 +343,5 @@ def _labels(label_map: bytes, described: str | None, name: str) -> Labels:
     raise DataError(
         f"{name}: its map is a {header.mode} {header.ext} and no JSON has `segments_info`. With the class in red and "
         "the instance in green and blue give --labels instances; maps that paint classes in colours, polygons and "
-        "boxes cannot be adopted: write them as shards (m2f shard)"
+        "boxes cannot be indexed: write them as shards (m2f shard)"
     )

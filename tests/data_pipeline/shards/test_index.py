@@ -29,7 +29,7 @@ from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards.adopt import Wanted, adopt, detect_form, find_tars
+from m2f.data_pipeline.shards.index import IndexOptions, detect_form, find_tars, index_tars
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.preview import write_contact_sheet
 from m2f.data_pipeline.shards.verify import verify
@@ -44,7 +44,7 @@ CLASSES = [
     {"label": 7, "id": 7, "name": "sky", "isthing": 0, "color": [90, 160, 250]},
 ]
 TABLE = CategoryTable(tuple(Category(c["label"], c["name"], bool(c["isthing"]), tuple(c["color"])) for c in CLASSES))
-WANTED = Wanted(categories=TABLE, max_pixels=10_000)
+OPTIONS = IndexOptions(categories=TABLE, max_pixels=10_000)
 
 
 def image(index, ext="jpg"):
@@ -113,9 +113,9 @@ def write_tars(folder, form, count=12, per_tar=5):
     return samples
 
 
-def index(source, target, wanted=WANTED, **options):
+def index(source, target, options=OPTIONS, **settings):
     tars = find_tars([str(source)], STORAGE)
-    return adopt(tars, str(target), detect_form(tars[0], wanted, STORAGE), wanted, STORAGE, **options)
+    return index_tars(tars, str(target), detect_form(tars[0], options, STORAGE), options, STORAGE, **settings)
 
 
 def raw_source(folder, samples, form):
@@ -152,24 +152,24 @@ def described(annotation):
 
 
 @pytest.mark.parametrize("form", ["classes", "instances", "panoptic"])
-def test_adopted_tars_give_what_shards_of_the_same_files_give(tmp_path, form):
+def test_indexed_tars_give_what_shards_of_the_same_files_give(tmp_path, form):
     samples = write_tars(tmp_path / "tars", form)
     before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
-    wanted = replace(WANTED, labels="instances", image="img.png") if form == "instances" else WANTED
-    found = index(tmp_path / "tars", tmp_path / "set", wanted, threads=2)
+    options = replace(OPTIONS, labels="instances", image="img.png") if form == "instances" else OPTIONS
+    found = index(tmp_path / "tars", tmp_path / "set", options, threads=2)
     assert found.committed
     assert (found.num_samples, found.num_shards) == (12, 3)
     assert {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()} == before
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["dataset.json", "samples.parquet"]
     assert verify(str(tmp_path / "set"), STORAGE, "full").faults == ()
 
-    adopted = Manifest.load(str(tmp_path / "set"), STORAGE)
+    indexed = Manifest.load(str(tmp_path / "set"), STORAGE)
     source = raw_source(tmp_path / "raw", samples, form)
     written = write_dataset(open_reader(source), DatasetConfig(shards=str(tmp_path / "shards"), source=source), STORAGE)
     row_of = {key: row for row, key in enumerate(written.key)}
-    assert sorted(adopted.key) == sorted(written.key)
-    for row, key in enumerate(adopted.key):
-        ours, theirs = written.read_sample(row_of[key], STORAGE), adopted.read_sample(row, STORAGE)
+    assert sorted(indexed.key) == sorted(written.key)
+    for row, key in enumerate(indexed.key):
+        ours, theirs = written.read_sample(row_of[key], STORAGE), indexed.read_sample(row, STORAGE)
         assert np.array_equal(ours.image, theirs.image)
         pixels = [
             {s.category_id: sample.annotation.seg == s.id for s in sample.annotation.segments}
@@ -182,7 +182,7 @@ def test_adopted_tars_give_what_shards_of_the_same_files_give(tmp_path, form):
         ]
         assert summary[0] == summary[1]
         assert all(np.array_equal(pixels[0][c], pixels[1][c]) for c in pixels[0])
-    assert [s.num_pixels for s in adopted.statistics()] == [s.num_pixels for s in written.statistics()]
+    assert [s.num_pixels for s in indexed.statistics()] == [s.num_pixels for s in written.statistics()]
 
 
 def load_steps(manifest, steps, **changes):
@@ -202,7 +202,7 @@ def load_steps(manifest, steps, **changes):
         loader.close()
 
 
-def test_training_reads_adopted_tars(tmp_path):
+def test_training_reads_indexed_tars(tmp_path):
     write_tars(tmp_path / "tars", "classes")
     index(tmp_path / "tars", tmp_path / "set")
     manifest = Manifest.load(str(tmp_path / "set"), STORAGE)
@@ -222,7 +222,7 @@ def test_our_own_shards_get_their_manifest_back(tmp_path):
     written = write_dataset(reader, DatasetConfig(shards=str(tmp_path / "set"), source=source, shard_mb=0.06), STORAGE)
     for name in ("dataset.json", "samples.parquet"):
         (tmp_path / "set" / name).unlink()
-    found = index(tmp_path / "set", tmp_path / "set", replace(WANTED, categories=reader.categories))
+    found = index(tmp_path / "set", tmp_path / "set", replace(OPTIONS, categories=reader.categories))
     assert found.form == "m2f"
     again = Manifest.load(str(tmp_path / "set"), STORAGE)
     assert again.fingerprint == written.fingerprint
@@ -268,7 +268,7 @@ def corrupt(samples, **changes):
         ({"png": b"hello"}, "neither a JPEG nor a PNG"),
     ],
 )
-def test_samples_that_cannot_be_adopted_are_named(tmp_path, changes, words):
+def test_samples_that_cannot_be_indexed_are_named(tmp_path, changes, words):
     samples = {f"{i:04d}": members_of(i, "classes") for i in range(5)}
     write_tar(tmp_path / "a.tar", corrupt(samples, **changes))
     found = index(tmp_path, tmp_path / "set")
@@ -385,7 +385,7 @@ def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
         assert all(fault.object == str(folder / "b.tar") for fault in found.faults)
 
 
-def test_forms_that_cannot_be_told_or_adopted(tmp_path):
+def test_forms_that_are_ambiguous_or_unsupported_are_refused(tmp_path):
     cases = [
         ({"jpg": image(0)}, "which is the map of labels is not clear; give --map"),
         (
@@ -398,9 +398,9 @@ def test_forms_that_cannot_be_told_or_adopted(tmp_path):
     for members, words in cases:
         tar = write_tar(tmp_path / "a.tar", {"x": members})
         with pytest.raises(DataError, match=words):
-            detect_form(str(tar), WANTED, STORAGE)
+            detect_form(str(tar), OPTIONS, STORAGE)
     with pytest.raises(DataError, match="there is no member seg"):
-        detect_form(str(tar), replace(WANTED, map="seg"), STORAGE)
+        detect_form(str(tar), replace(OPTIONS, map="seg"), STORAGE)
     with pytest.raises(DataError, match="there is no tar at"):
         find_tars([str(tmp_path / "nowhere")], STORAGE)
     with pytest.raises(DataError, match="named twice"):
