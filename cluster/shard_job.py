@@ -117,10 +117,10 @@ def run_shard_job(
     if existing is not None and existing["plan"] == plan.hash:
         return _stored_report(name, plan, existing["shards"], storage)
     parts = {part.index: part for part in complete_parts(plan, storage)}
-    missing = [index for index in range(len(plan.rows)) if index not in parts]
+    missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
     failures: list[ShardFailure] = []
     if missing:
-        done = sum(len(plan.rows[index]) for index in parts)
+        done = sum(len(plan.shard_keys[index]) for index in parts)
         with (
             local_or_existing(cluster, cluster.shard_tasks),
             Progress(f"sharding {name}", plan.num_samples, "images", done) as progress,
@@ -131,7 +131,7 @@ def run_shard_job(
                     progress.note(part.message)
                     continue
                 parts[part.index] = part
-                progress.advance(len(plan.rows[part.index]), part.info.size)
+                progress.advance(len(plan.shard_keys[part.index]), part.info.size)
                 for problem in part.problems:
                     progress.note(f"{problem.source}: {problem.message}")
     problems = tuple(problem for index in sorted(parts) for problem in parts[index].problems)
@@ -139,7 +139,7 @@ def run_shard_job(
         dataset=name,
         target=plan.target,
         num_samples=plan.num_samples,
-        num_shards=len(plan.rows),
+        num_shards=len(plan.shard_keys),
         num_bytes=sum(part.info.size for part in parts.values()),
         written_shards=len(missing) - len(failures),
         elapsed_s=round(time.monotonic() - started, 3),
@@ -153,8 +153,8 @@ def run_shard_job(
     if failures:
         listed = "\n".join(f"  {failure.message}" for failure in failures[:SHOWN_PROBLEMS])
         raise ShardJobError(
-            f"{report.summary()}\n{len(failures)} of {len(plan.rows)} shards could not be written:\n{listed}\nAll are "
-            f"listed in {join(plan.target, REPORT_FILE)}; run again to write the rest"
+            f"{report.summary()}\n{len(failures)} of {len(plan.shard_keys)} shards could not be written:\n{listed}\n"
+            f"All are listed in {join(plan.target, REPORT_FILE)}; run again to write the rest"
         )
     if not report.committed:
         raise DataError(
@@ -176,7 +176,9 @@ def _write_shards(
     while waiting or running:
         while waiting and len(running) < window:
             index = waiting.pop()
-            samples = reader.subset([position[key] for key in plan.rows[index]])  # not the whole source in each task
+            samples = reader.subset(
+                [position[key] for key in plan.shard_keys[index]]
+            )  # not the whole source in each task
             running[_write_shard_task.remote(samples, plan_ref, index, storage)] = index
         done, _ = ray.wait(list(running), num_returns=1)
         index = running.pop(done[0])
@@ -220,7 +222,7 @@ def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]],
         dataset=name,
         target=plan.target,
         num_samples=plan.num_samples,
-        num_shards=len(plan.rows),
+        num_shards=len(plan.shard_keys),
         num_bytes=sum(shard["size"] for shard in shards),
         written_shards=0,
         elapsed_s=0.0,

@@ -18,8 +18,11 @@ import numpy as np
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}
 _JPEG_MODES = {1: "gray", 3: "rgb", 4: "cmyk"}
+"""By the colour type of a PNG, and by the number of components of a JPEG."""
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers SOF0 to SOF15 (ITU T.81, table B.1), without DHT, JPG and DAC between them."""
 _JPEG_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+"""Markers TEM, RST0 to RST7 and SOI: no length follows them."""
 
 
 class BrokenImageError(ValueError):

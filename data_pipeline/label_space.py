@@ -14,6 +14,7 @@ from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.errors import DataError, some
 
 _SHOWN_ROWS = 20
+"""Differing rows that a message lists, so that it fits on a screen."""
 
 Row = tuple[Category | None, Category | None]
 """The same class in two tables; None where a table lacks it."""

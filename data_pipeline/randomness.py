@@ -11,6 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 _WORD = (1 << 64) - 1
+"""Mask of 64 bits, the word of Philox."""
 
 
 class Stream(IntEnum):

@@ -20,6 +20,7 @@ _UNKNOWN = "are no classes of the challenge (labels 0 to 150, instances 1 to 100
 _THINGS = CATEGORIES_150.for_task("instance")
 """The instance maps number the 100 things from 1, in the order of the 150 classes."""
 _IS_STUFF = np.array([not (c := CATEGORIES_150.by_id.get(value)) or not c.is_thing for value in range(256)])
+"""[256] bool by label: void and stuff, which the instance maps do not number."""
 
 
 def open_ade20k(source: Ade20kSource, max_pixels: int) -> MapReader:

@@ -24,6 +24,8 @@ from m2f.data_pipeline.sample import Annotation
 _IMAGE_ENDING = "_leftImg8bit.png"
 _MAP_ENDINGS = ("_gtFine_instanceIds.png", "_gtCoarse_instanceIds.png")
 _LAST_LABEL = 33
+"""Largest label id of Cityscapes (labels.py of cityscapesScripts), evaluated or not."""
+# Label id, name and colour of the 19 evaluated classes, as in labels.py.
 _STUFF = {
     7: ("road", (128, 64, 128)),
     8: ("sidewalk", (244, 35, 232)),

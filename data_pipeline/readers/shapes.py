@@ -12,6 +12,7 @@ SHAPES = ("disk", "square", "triangle", "star", "cross", "ring")
 TEXTURES = ("stripes", "checkers", "dots", "clouds")
 
 _SUPERSAMPLING = 4
+"""Samples per pixel and axis of a shape's coverage, so that edges are smooth."""
 _RING_HOLE = 0.5
 """Radius of the hole as a share of the ring's."""
 

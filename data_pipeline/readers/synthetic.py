@@ -22,8 +22,8 @@ from m2f.data_pipeline.config import CocoPanopticSource, SyntheticSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.masks import pixel_box
-from m2f.data_pipeline.readers.scene import Scene, make_scene
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
+from m2f.data_pipeline.readers.synthetic_image import SyntheticImage, draw_image
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
 
 CATEGORIES = CategoryTable(
@@ -72,9 +72,9 @@ class SyntheticReader:
     def read(self, index: int) -> Sample:
         """Make one image. Its instances are the visible parts of the things, in one layer."""
         number = self.indices[index]
-        scene = make_scene(self.config.seed, number)
+        drawn = draw_image(self.config.seed, number)
         image_id = self.config.image_id_start + number
-        segments = _segments(scene)
+        segments = _segments(drawn)
         things = [segment for segment in segments if segment.is_thing]
         to_instance = np.zeros(len(segments) + 1, np.uint8)
         to_instance[[thing.id for thing in things]] = np.arange(1, len(things) + 1)
@@ -85,11 +85,11 @@ class SyntheticReader:
             key=self._key(number),
             image_id=image_id,
             source=self.source(index),
-            image=_encode_jpeg(scene.image),
+            image=_encode_jpeg(drawn.image),
             image_ext="jpg",
-            height=scene.seg.shape[0],
-            width=scene.seg.shape[1],
-            annotation=Annotation(seg=scene.seg, inst=to_instance[scene.seg][None], segments=(*segments, *instances)),
+            height=drawn.seg.shape[0],
+            width=drawn.seg.shape[1],
+            annotation=Annotation(seg=drawn.seg, inst=to_instance[drawn.seg][None], segments=(*segments, *instances)),
         )
 
     def size_hint(self, index: int) -> int:
@@ -137,8 +137,8 @@ def write_synthetic_coco(folder: str | Path, source: SyntheticSource) -> CocoPan
     )
 
 
-def _segments(scene: Scene) -> tuple[Segment, ...]:
-    areas = np.bincount(scene.seg.ravel())
+def _segments(drawn: SyntheticImage) -> tuple[Segment, ...]:
+    areas = np.bincount(drawn.seg.ravel())
     return tuple(
         Segment(
             id=local_id,
@@ -146,11 +146,11 @@ def _segments(scene: Scene) -> tuple[Segment, ...]:
             is_thing=name in SHAPES,
             is_crowd=False,
             area=float(areas[local_id]),
-            bbox=pixel_box(scene.seg == local_id),
+            bbox=pixel_box(drawn.seg == local_id),
             source_id=1009 * local_id,  # spreads over two colour channels of the panoptic PNG
             map="seg",
         )
-        for local_id, name in enumerate(scene.names, start=1)
+        for local_id, name in enumerate(drawn.names, start=1)
     )
 
 

@@ -30,6 +30,7 @@ from m2f.data_pipeline.sample import Annotation, DecodedSample
 
 FORM = "/form"
 IDENTITY = "/identity"
+"""Names of the two added members; a slash keeps them apart from extensions."""
 
 Labels = Literal["classes", "instances", "panoptic"]
 

@@ -32,11 +32,14 @@ from m2f.data_pipeline.storage.object_info import ObjectInfo
 from m2f.data_pipeline.storage.storage import Storage, join
 
 FORMAT = 1
+"""Version of the two files; a manifest with another one is refused."""
 DATASET_FILE = "dataset.json"
 SAMPLES_FILE = "samples.parquet"
 
 _CHECKS_AT_ONCE = 16
+"""Threads that ask for the sizes of shards, to hide the latency of an object store."""
 _ROWS_AT_ONCE = 4096
+"""Rows that are decoded at a time, so that memory stays small beside the arrays that are made."""
 
 SAMPLE_SCHEMA = pa.schema(
     {

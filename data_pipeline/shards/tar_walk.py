@@ -11,7 +11,8 @@ from typing import Any, cast
 from m2f.data_pipeline.shards.faults import Fault
 from m2f.data_pipeline.storage.stream import ObjectStream
 
-_BLOCK = 512
+_BLOCK = 512  # bytes of a tar's header and unit of its padding
+# First bytes of compressed files, which are no tars.
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",

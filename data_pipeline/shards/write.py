@@ -33,9 +33,9 @@ from m2f.data_pipeline.shards import codec, manifest
 from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo, category_columns
 from m2f.data_pipeline.storage.storage import Storage, join
 
-_BLOCK = 512  # of a tar
+_BLOCK = 512  # bytes of a tar's header and unit of its padding
 _PLAN_FILE = "plan.json"
-_HINTS = 512  # samples whose sizes are looked up to estimate the mean
+_SIZE_SAMPLES = 512  # samples whose sizes are looked up to estimate the mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ShardPlan:
 
     target: str
     """Folder or `s3://` prefix of the data set."""
-    rows: tuple[tuple[str, ...], ...]
+    shard_keys: tuple[tuple[str, ...], ...]
     """Keys of every shard in their order."""
     categories: CategoryTable
     source_fingerprint: str
@@ -53,13 +53,13 @@ class ShardPlan:
     @property
     def hash(self) -> str:
         """Hex digest of everything that decides the shards' content."""
-        content = [manifest.FORMAT, self.rows, asdict(self.categories), self.source_fingerprint, self.seed]
+        content = [manifest.FORMAT, self.shard_keys, asdict(self.categories), self.source_fingerprint, self.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_samples(self) -> int:
         """Samples over all shards."""
-        return sum(map(len, self.rows))
+        return sum(map(len, self.shard_keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +91,12 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
     if not keys:
         raise DataError(f"the source of {config.shards} has no sample")
     order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(keys))
-    hints = [reader.size_hint(int(i)) for i in order[:_HINTS]]
+    hints = [reader.size_hint(int(i)) for i in order[:_SIZE_SAMPLES]]
     num_shards = _stable_count(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6))
-    rows = np.array_split(order, min(num_shards, len(keys)))
+    shards = np.array_split(order, min(num_shards, len(keys)))
     return ShardPlan(
         target=config.shards,
-        rows=tuple(tuple(keys[i] for i in row) for row in rows),
+        shard_keys=tuple(tuple(keys[i] for i in shard) for shard in shards),
         categories=reader.categories,
         source_fingerprint=fingerprint,
         seed=config.seed,
@@ -111,7 +111,7 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
     positions = {key: position for position, key in enumerate(reader.keys)}
     tar = _Tar(shard_index)
     problems = []
-    for key in plan.rows[shard_index]:
+    for key in plan.shard_keys[shard_index]:
         if key not in positions:
             raise DataError(
                 f"the source has no sample {key!r} of the shard plan; it changed while it was being written"
@@ -148,7 +148,7 @@ def complete_parts(plan: ShardPlan, storage: Storage) -> tuple[ShardPart, ...]:
     _claim_target(plan, storage)
     present = set(storage.list(plan.target))
     parts = []
-    for index in range(len(plan.rows)):
+    for index in range(len(plan.shard_keys)):
         if _part_url(plan, index) not in present:
             continue
         part = _decode_part(storage.get(_part_url(plan, index)), plan)
@@ -168,10 +168,12 @@ def commit_manifest(
     the target holds another data set.
     """
     by_index = {part.index: part for part in parts}
-    missing = sorted(set(range(len(plan.rows))) - by_index.keys())
+    missing = sorted(set(range(len(plan.shard_keys))) - by_index.keys())
     if missing:
-        raise DataError(f"{plan.target}: {len(missing)} of {len(plan.rows)} shards are not written yet: {missing[:10]}")
-    ordered = [by_index[i] for i in range(len(plan.rows))]
+        raise DataError(
+            f"{plan.target}: {len(missing)} of {len(plan.shard_keys)} shards are not written yet: {missing[:10]}"
+        )
+    ordered = [by_index[i] for i in range(len(plan.shard_keys))]
     filled = [part for part in ordered if part.info.num_samples]
     if not filled:
         raise DataError(f"{plan.target}: not one sample of the source can be used")
@@ -203,7 +205,7 @@ def write_dataset(
         raise DataError(f"the data set at {config.shards} has no source to shard; set datasets.<name>.source")
     plan = plan_shards(reader, config, source_fingerprint(config.source))
     parts = {part.index: part for part in complete_parts(plan, storage)}
-    for index in range(len(plan.rows)):
+    for index in range(len(plan.shard_keys)):
         if index not in parts:
             parts[index] = write_shard(reader, plan, index, storage)
         if progress is not None:
@@ -260,7 +262,7 @@ class _Tar:
 
 
 def _stable_count(wanted: float) -> int:
-    """The nearest number of shards in steps of 10 %, so that mending one image file does not change the whole plan."""
+    """The nearest number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
     return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
 
 
@@ -301,7 +303,7 @@ def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
 
 def _claim_target(plan: ShardPlan, storage: Storage) -> None:
     url = join(plan.target, _PLAN_FILE)
-    claim = {"plan": plan.hash, "num_shards": len(plan.rows), "num_samples": plan.num_samples, "seed": plan.seed}
+    claim = {"plan": plan.hash, "num_shards": len(plan.shard_keys), "num_samples": plan.num_samples, "seed": plan.seed}
     try:
         storage.put(url, json.dumps(claim, indent=1).encode(), if_absent=True)
     except ObjectExistsError:

@@ -24,14 +24,18 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _POOL_CONNECTIONS = 64
+"""Connections that are kept open: above the sum of all thread pools of a process that read or write."""
 _BACKOFF_BASE_S = 0.1
 _BACKOFF_CAP_S = 20.0
+"""Attempt n waits a random time of at most base x 2^n and the cap."""
 _FILE_PART_BYTES = 32 * 1024 * 1024
-_PASSING_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
-_PASSING_CODES = frozenset(
+_TRANSIENT_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
+"""HTTP statuses, and below error codes of S3, after which the same request may succeed."""
+_TRANSIENT_CODES = frozenset(
     {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ThrottlingException"}
 )
 _EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
+"""Error codes after which the request is repeated with new credentials."""
 
 
 class _BrokenBodyError(Exception):
@@ -249,7 +253,7 @@ def _is_passing(error: Exception) -> bool:
 
     if isinstance(error, ClientError):
         status, code = _response_error(error)
-        return status in _PASSING_STATUS or code in _PASSING_CODES
+        return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
     passing = (HTTPClientError, ResponseStreamingError, HTTPError, ConnectionError, TimeoutError)
     return isinstance(error, (*passing, _BrokenBodyError))
 

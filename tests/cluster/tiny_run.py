@@ -36,7 +36,7 @@ def write_shards(config: DatasetConfig, storage: Storage) -> None:
     assert config.source is not None
     reader = open_reader(config.source, config.max_pixels)
     plan = plan_shards(reader, config, source_fingerprint(config.source))
-    parts = [write_shard(reader, plan, index, storage) for index in range(len(plan.rows))]
+    parts = [write_shard(reader, plan, index, storage) for index in range(len(plan.shard_keys))]
     commit_manifest(plan, parts, storage)
 
 

@@ -84,7 +84,7 @@ def write_boxes(folder, count=60, prefix="box", categories=TABLE, storage=None):
     reader = BoxReader(count, prefix, categories)
     storage = storage or Storage(StorageConfig())
     plan = plan_shards(reader, config, f"{prefix}{count}")
-    return commit_manifest(plan, [write_shard(reader, plan, i, storage) for i in range(len(plan.rows))], storage)
+    return commit_manifest(plan, [write_shard(reader, plan, i, storage) for i in range(len(plan.shard_keys))], storage)
 
 
 @pytest.fixture(scope="module")

@@ -12,54 +12,54 @@ from m2f.data_pipeline.config import CocoInstancesSource, SyntheticSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_rgb
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.readers.scene import make_scene
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
 from m2f.data_pipeline.readers.synthetic import CATEGORIES, write_synthetic_coco
+from m2f.data_pipeline.readers.synthetic_image import draw_image
 
 
 @pytest.fixture(scope="module")
-def scenes():
-    return [make_scene(0, index) for index in range(120)]
+def drawings():
+    return [draw_image(0, index) for index in range(120)]
 
 
-def test_a_scene_depends_on_seed_and_index_alone(scenes):
-    again = make_scene(0, 5)
-    assert np.array_equal(again.image, scenes[5].image)
-    assert np.array_equal(again.seg, scenes[5].seg)
-    others = [make_scene(1, 5), make_scene(5, 0), scenes[6]]
+def test_an_image_depends_on_seed_and_index_alone(drawings):
+    again = draw_image(0, 5)
+    assert np.array_equal(again.image, drawings[5].image)
+    assert np.array_equal(again.seg, drawings[5].seg)
+    others = [draw_image(1, 5), draw_image(5, 0), drawings[6]]
     assert not any(other.image.shape == again.image.shape and (other.image == again.image).all() for other in others)
 
 
-def test_scenes_are_as_hard_as_promised(scenes):
+def test_images_are_as_hard_as_documented(drawings):
     objects = [
         (hidden, diameter)
-        for scene in scenes
-        for name, hidden, diameter in zip(scene.names, scene.hidden, scene.diameters, strict=True)
+        for drawn in drawings
+        for name, hidden, diameter in zip(drawn.names, drawn.hidden, drawn.diameters, strict=True)
         if name in SHAPES
     ]
-    counts = [sum(name in SHAPES for name in scene.names) for scene in scenes]
+    counts = [sum(name in SHAPES for name in drawn.names) for drawn in drawings]
     assert min(counts) >= 3  # a crowded image may lack room for one
     assert max(counts) == 12
     assert np.mean([hidden > 0.1 for hidden, _ in objects]) > 0.3
     assert 0.2 < np.mean([diameter < 12 for _, diameter in objects]) < 0.3
-    assert {name for scene in scenes for name in scene.names} == {*SHAPES, *TEXTURES}
-    for scene in scenes:
-        assert all(128 <= side <= 192 for side in scene.seg.shape)
-        assert np.array_equal(np.unique(scene.seg), np.arange(1, len(scene.names) + 1))
+    assert {name for drawn in drawings for name in drawn.names} == {*SHAPES, *TEXTURES}
+    for drawn in drawings:
+        assert all(128 <= side <= 192 for side in drawn.seg.shape)
+        assert np.array_equal(np.unique(drawn.seg), np.arange(1, len(drawn.names) + 1))
 
 
 @pytest.mark.parametrize("names", [SHAPES, TEXTURES], ids=["shapes", "textures"])
-def test_colours_say_nothing_about_the_class(scenes, names):
+def test_colours_say_nothing_about_the_class(drawings, names):
     """The mean colour of every shape is the same, and of every texture, within what chance leaves."""
     centers = []
     for name in names:
-        pixels = [scene.image[scene.seg == i].mean(axis=0) for scene in scenes for i in ids_of(scene, name)]
+        pixels = [drawn.image[drawn.seg == i].mean(axis=0) for drawn in drawings for i in ids_of(drawn, name)]
         centers.append(np.mean(pixels, axis=0))
     assert np.abs(np.array(centers) - np.mean(centers, axis=0)).max() < 20
 
 
-def ids_of(scene, name):
-    return [local_id for local_id, other in enumerate(scene.names, start=1) if other == name]
+def ids_of(drawn, name):
+    return [local_id for local_id, other in enumerate(drawn.names, start=1) if other == name]
 
 
 CATEGORIES_BY_NAME = {category.name: category.id for category in CATEGORIES.categories}
@@ -68,15 +68,15 @@ CATEGORIES_BY_NAME = {category.name: category.id for category in CATEGORIES.cate
 def _mean_colours(train):
     """[classes, 3] mean over all pixels of a class."""
     pixels = {name: [] for name in CATEGORIES_BY_NAME}
-    for scene in train:
-        for local_id, name in enumerate(scene.names, start=1):
-            pixels[name].append(scene.image[scene.seg == local_id])
+    for drawn in train:
+        for local_id, name in enumerate(drawn.names, start=1):
+            pixels[name].append(drawn.image[drawn.seg == local_id])
     return np.array([np.concatenate(values).mean(axis=0) for values in pixels.values()])
 
 
-def _colour_baseline(centers, scene):
+def _colour_baseline(centers, drawn):
     """Nearest mean colour per pixel; connected components of shapes are objects. Returns (class, mask) pairs."""
-    nearest = np.linalg.norm(scene.image[:, :, None].astype(float) - centers, axis=-1).argmin(axis=-1)
+    nearest = np.linalg.norm(drawn.image[:, :, None].astype(float) - centers, axis=-1).argmin(axis=-1)
     predictions = []
     for label, name in enumerate(CATEGORIES_BY_NAME):
         mask = (nearest == label).astype(np.uint8)
@@ -92,14 +92,14 @@ def _colour_baseline(centers, scene):
 def _panoptic_quality(pairs):
     """Plain PQ averaged over classes: sum of matched IoUs / (TP + FP / 2 + FN / 2)."""
     tally = {name: [0.0, 0, 0, 0] for name in CATEGORIES_BY_NAME}
-    for scene, predictions in pairs:
+    for drawn, predictions in pairs:
         matched = set()
         for name, mask in predictions:
             best = None
-            for local_id in np.unique(scene.seg[mask]):
-                truth = scene.seg == local_id
+            for local_id in np.unique(drawn.seg[mask]):
+                truth = drawn.seg == local_id
                 iou = (truth & mask).sum() / (truth | mask).sum()
-                if iou > 0.5 and scene.names[local_id - 1] == name:
+                if iou > 0.5 and drawn.names[local_id - 1] == name:
                     best = (local_id, iou)
             if best:
                 matched.add(best[0])
@@ -107,15 +107,15 @@ def _panoptic_quality(pairs):
                 tally[name][1] += 1
             else:
                 tally[name][2] += 1
-        for local_id, name in enumerate(scene.names, start=1):
+        for local_id, name in enumerate(drawn.names, start=1):
             tally[name][3] += local_id not in matched
     return np.mean([iou / max(tp + 0.5 * fp + 0.5 * fn, 1) for iou, tp, fp, fn in tally.values()])
 
 
-def test_a_colour_baseline_fails(scenes):
-    train, held_out = scenes[:80], scenes[80:92]
+def test_a_colour_baseline_fails(drawings):
+    train, held_out = drawings[:80], drawings[80:92]
     centers = _mean_colours(train)
-    quality = _panoptic_quality([(scene, _colour_baseline(centers, scene)) for scene in held_out])
+    quality = _panoptic_quality([(drawn, _colour_baseline(centers, drawn)) for drawn in held_out])
     perfect = _panoptic_quality(
         [(s, [(name, s.seg == i) for i, name in enumerate(s.names, start=1)]) for s in held_out]
     )
@@ -162,7 +162,7 @@ def test_the_reader_is_picklable_and_cuts_subsets():
     assert sample.image == reader.read(900).image
     assert sample.image_id == 901
     decoded = decode_rgb(sample.image)
-    assert np.abs(decoded.astype(int) - make_scene(4, 900).image).mean() < 6
+    assert np.abs(decoded.astype(int) - draw_image(4, 900).image).mean() < 6
     assert reader.size_hint(0) == pytest.approx(np.mean([len(reader.read(i).image) for i in range(5)]), rel=0.5)
 
 

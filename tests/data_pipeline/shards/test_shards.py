@@ -74,12 +74,12 @@ def dataset(reader, tmp_path_factory):
 
 def test_the_plan_is_a_seeded_permutation(reader, tmp_path):
     plan = _plan(reader, tmp_path)
-    keys = [key for row in plan.rows for key in row]
-    assert len(plan.rows) == 4
+    keys = [key for row in plan.shard_keys for key in row]
+    assert len(plan.shard_keys) == 4
     assert sorted(keys) == sorted(reader.keys)
     assert keys != list(reader.keys)
     assert plan.num_samples == 14
-    assert max(map(len, plan.rows)) - min(map(len, plan.rows)) <= 1
+    assert max(map(len, plan.shard_keys)) - min(map(len, plan.shard_keys)) <= 1
     assert _plan(reader, tmp_path).hash == plan.hash
     assert _plan(reader, tmp_path / "elsewhere").hash == plan.hash
     others = [
@@ -88,7 +88,7 @@ def test_the_plan_is_a_seeded_permutation(reader, tmp_path):
         plan_shards(reader, _config(tmp_path), "other"),
     ]
     assert len({plan.hash, *(other.hash for other in others)}) == 4
-    assert len(others[1].rows) == 1
+    assert len(others[1].shard_keys) == 1
 
 
 def test_a_source_without_samples_is_refused(reader, tmp_path):
@@ -128,8 +128,10 @@ def test_stock_tools_read_the_shards(dataset):
 
 def test_tars_are_byte_identical_whoever_writes_them(reader, dataset, tmp_path):
     plan = _plan(reader, tmp_path)
-    for index in reversed(range(len(plan.rows))):  # as on another machine: other order, only its own samples, pickled
-        keys = set(plan.rows[index])
+    for index in reversed(
+        range(len(plan.shard_keys))
+    ):  # as on another machine: other order, only its own samples, pickled
+        keys = set(plan.shard_keys[index])
         part = reader.subset([i for i, key in enumerate(reader.keys) if key in keys])
         write_shard(pickle.loads(pickle.dumps(part)), pickle.loads(pickle.dumps(plan)), index, Storage())
     again = commit_manifest(plan, complete_parts(plan, STORAGE), STORAGE)
@@ -149,7 +151,7 @@ def test_an_interrupted_run_is_resumed(reader, dataset, tmp_path):
     counting = _CountingReader(reader, frozenset())
     heard = []
     write_dataset(counting, _config(tmp_path), STORAGE, progress=lambda part: heard.append(part.index))
-    assert _CountingReader.reads == len(plan.rows[1]) + len(plan.rows[3])
+    assert _CountingReader.reads == len(plan.shard_keys[1]) + len(plan.shard_keys[3])
     assert heard == [0, 1, 2, 3]
     assert _digests(tmp_path) == _digests(dataset.url)
 
@@ -256,9 +258,11 @@ def test_a_corrected_source_completes_the_data_set(reader, dataset, tmp_path):
 
 def test_shards_without_a_good_sample_are_left_out(reader, tmp_path):
     plan = _plan(reader, tmp_path)
-    manifest = write_dataset(_DamagedReader(reader, frozenset(plan.rows[1])), _config(tmp_path), STORAGE, skip_bad=True)
+    manifest = write_dataset(
+        _DamagedReader(reader, frozenset(plan.shard_keys[1])), _config(tmp_path), STORAGE, skip_bad=True
+    )
     assert [shard.name for shard in manifest.shards] == [f"shards/0000{i}.tar" for i in (0, 2, 3)]
-    assert manifest.read_sample(manifest.num_samples - 1, STORAGE).key == plan.rows[3][-1]
+    assert manifest.read_sample(manifest.num_samples - 1, STORAGE).key == plan.shard_keys[3][-1]
     with pytest.raises(DataError, match="not one sample"):
         write_dataset(
             _DamagedReader(reader, frozenset(reader.keys)), _config(tmp_path / "none"), STORAGE, skip_bad=True

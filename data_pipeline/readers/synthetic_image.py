@@ -1,4 +1,4 @@
-"""Scenes of the synthetic set: regions of stuff, objects that hide parts of each other, tiny objects on top."""
+"""Images of the synthetic set: regions of stuff, objects that hide parts of each other, tiny objects on top."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import numpy as np
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES, shape_coverage, texture
 
 _SIDE = (128, 192)
+"""Least and largest height and width in pixels: small enough to train on a CPU in minutes."""
 _OBJECTS = (4, 12)
+"""Least and largest number of objects, some of which find no place."""
 _REGIONS = (1, 3)
+"""Least and largest number of regions of stuff."""
 _TINY_SHARE = 0.25
-_TINY = (8.0, 11.5)  # diameters in pixels
+"""Share of objects that are tiny, so that AP of small objects has some."""
+_TINY = (8.0, 11.5)
 _LARGE = (30.0, 60.0)
+"""Diameters of tiny and of other objects in pixels."""
 _TILT = 0.15
 """Shapes are turned by at most this angle in radians: enough to vary, little enough to learn in minutes."""
 _OVERLAP_SHARE = 0.7
@@ -22,6 +27,7 @@ _OVERLAP_SHARE = 0.7
 _MIN_VISIBLE = 0.4
 """Every object keeps at least this share of its pixels."""
 _TRIES = 30
+"""Places that are tried for an object before it is left out."""
 _MIN_CONTRAST = 110.0
 """Euclidean RGB distance between an object and the mean of what it covers."""
 _GROUND = ((20.0, 60.0), (45.0, 80.0))
@@ -31,10 +37,11 @@ _TINT = 20.0
 _RIM = 0.2
 """Brightness of an object's rim as a share of its fill's."""
 _NOISE = 3.0
+"""Standard deviation of the noise in grey levels."""
 
 
 @dataclass(frozen=True)
-class Scene:
+class SyntheticImage:
     """A drawn image with its truth. Every pixel belongs to a segment; segment i has local id i + 1."""
 
     image: np.ndarray
@@ -51,7 +58,7 @@ class Scene:
 
 @dataclass
 class _Canvas:
-    """A scene under construction."""
+    """An image under construction."""
 
     image: np.ndarray
     """[H, W, 3] float32"""
@@ -65,7 +72,7 @@ class _Canvas:
     """x, y of the objects so far"""
 
 
-def make_scene(seed: int, index: int) -> Scene:
+def draw_image(seed: int, index: int) -> SyntheticImage:
     """Draw one image: a pure function of its arguments."""
     random = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
     canvas = _draw_ground(random)
@@ -166,7 +173,7 @@ def _contrasting(color: np.ndarray, distance: float, random: np.random.Generator
             return candidate
 
 
-def _finish(canvas: _Canvas, random: np.random.Generator) -> Scene:
+def _finish(canvas: _Canvas, random: np.random.Generator) -> SyntheticImage:
     """Add noise and leave out stuff that objects cover completely."""
     noisy = canvas.image + _NOISE * random.standard_normal(canvas.image.shape, np.float32)
     areas = np.bincount(canvas.seg.ravel(), minlength=len(canvas.names) + 1)[1:]
@@ -175,7 +182,7 @@ def _finish(canvas: _Canvas, random: np.random.Generator) -> Scene:
     renumber[kept + 1] = np.arange(1, len(kept) + 1)
     full = np.maximum(canvas.full_areas, areas)
     hidden = np.where(np.array(canvas.full_areas) > 0, 1 - areas / np.maximum(full, 1), 0.0)
-    return Scene(
+    return SyntheticImage(
         image=noisy.clip(0, 255).astype(np.uint8),
         seg=renumber[canvas.seg],
         names=tuple(canvas.names[i] for i in kept),
