@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, compare
-from m2f.model.attention import Attend
+from m2f.model.attention import ProjectedAttention
 
 DIM, HEADS, QUERIES = 256, 8, 100
 
@@ -29,7 +29,7 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
 def _case(images: int, side: int, dtype: torch.dtype, device: torch.device, repeats: int) -> Row:
     torch.manual_seed(0)
     peer = nn.MultiheadAttention(DIM, HEADS, batch_first=True).to(device, dtype)
-    attend = Attend(DIM, HEADS, dropout=0.0).to(device, dtype)
+    attend = ProjectedAttention(DIM, HEADS, dropout=0.0).to(device, dtype)
     attend.output.load_state_dict(peer.out_proj.state_dict())
     query = torch.randn(images, QUERIES, DIM, device=device, dtype=dtype, requires_grad=True)
     pixels = torch.randn(images, side * side, DIM, device=device, dtype=dtype, requires_grad=True)

@@ -1,8 +1,8 @@
 """The kinds of attention that a transformer decoder is made of.
 
-Axis letters: B images, Q queries, T pixels of the levels that a layer looks at, C channels, h x w pixels of a level.
-The rows of Table 4c of the paper: masked (`attention_mask`), plain cross-attention (`Attend` without a mask),
-spatially modulated co-attention (`SpatialPrior`) and mask pooling (`MaskPooling`).
+Axis letters: B images, Q queries, T pixels of the levels that a layer attends to, C channels, h x w pixels of a level.
+The rows of Table 4c of the paper: masked (`attention_mask`), plain cross-attention (`ProjectedAttention` without
+a mask), spatially modulated co-attention (`SpatialPrior`) and mask pooling (`MaskPooling`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
+def to_at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -41,7 +41,7 @@ def _output_projection(dim: int) -> nn.Linear:
     return linear
 
 
-class Attend(nn.Module):
+class ProjectedAttention(nn.Module):
     """Attention over projected queries, keys and values, and the output projection.
 
     `norm` is the LayerNorm of its residual, which the layer applies before or after.
@@ -83,12 +83,12 @@ class MaskPooling(nn.Module):
         """`tokens` [B, T, C] and `mask` bool [B, 1, Q, T] with at least one True in every row: [B, Q, C]."""
         inside = mask[:, 0]
         # An area of some thousand pixels has more digits than bfloat16.
-        pooled = at_least_float32(inside.to(tokens.dtype) @ tokens) / inside.sum(-1, keepdim=True)
+        pooled = to_at_least_float32(inside.to(tokens.dtype) @ tokens) / inside.sum(-1, keepdim=True)
         return F.dropout(self.output(pooled.to(tokens.dtype)), self.dropout, self.training)
 
 
 class SpatialPrior(nn.Module):
-    """Gaussian prior of one layer and all its heads on where in the image a query looks (SMCA).
+    """Gaussian prior of one layer and all its heads on where in the image a query attends to (SMCA).
 
     Spatially modulated co-attention (Gao et al., ICCV 2021, section 3.2; "type3" of its published code): around a
     reference point per query, every head predicts an offset of its centre and a width along x and y; the logarithm of
@@ -109,16 +109,16 @@ class SpatialPrior(nn.Module):
     def forward(self, queries: Tensor, reference: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
         """Logits [B, heads, Q, T] from `queries` with their embedding [B, Q, C] and `reference` [B, Q, 2].
 
-        References are (x, y) in [0, 1]. `sizes` are (h, w), first of the 1/32 map and then of the levels looked at.
+        References are (x, y) in [0, 1]. `sizes` are (h, w), first of the 1/32 map and then of the attended levels.
         """
         (rows, columns), *levels = sizes
         hidden = self.norm(queries)
         # [2, B, heads, Q] each; geometry in float32
         offset, scale = (
-            at_least_float32(linear(hidden)).unflatten(-1, (self.heads, 2)).permute(3, 0, 2, 1)
+            to_at_least_float32(linear(hidden)).unflatten(-1, (self.heads, 2)).permute(3, 0, 2, 1)
             for linear in (self.offset, self.scale)
         )
-        x, y = at_least_float32(reference).permute(2, 0, 1)[:, :, None]
+        x, y = to_at_least_float32(reference).permute(2, 0, 1)[:, :, None]
         centre_x, centre_y = x * columns + offset[0], y * rows + offset[1]
         logits = []
         for height, width in levels:
@@ -150,5 +150,5 @@ def attention_mask(mask_embeddings: Tensor, features: Tensor) -> Tensor:
 @torch.no_grad()
 def resize_for_attention(mask_features: Tensor, size: Sequence[int]) -> Tensor:
     """Mask features bilinearly resized to a level, in float32 at least: [B, C, h * w]."""
-    features = at_least_float32(mask_features)
+    features = to_at_least_float32(mask_features)
     return F.interpolate(features, tuple(size), mode="bilinear", align_corners=False).flatten(2)

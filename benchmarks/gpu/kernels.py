@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.stage import Stage, described, distance, milliseconds
 from m2f.model.deform_attn.module import ms_deform_attn_grid_sample
-from m2f.model.deform_attn.tuning import Tuner, Tuning
+from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -56,24 +56,26 @@ ODD = (
 
 def msda(stage: Stage) -> dict[str, object]:
     """The kernel and its gradients against float64: shapes, dtypes and ways of cutting. A dry run interprets it."""
-    from m2f.model.deform_attn.module import _tried_kernel
+    from m2f.model.deform_attn.module import _checked_kernel
     from m2f.model.deform_attn.triton_op import BACKWARD, FORWARD
 
-    every = list(dict.fromkeys((*FORWARD.table, *BACKWARD.table, Tuning(4, 1), Tuning(8, 2), Tuning(16, 1))))
+    every = list(
+        dict.fromkeys((*FORWARD.table, *BACKWARD.table, LaunchConfig(4, 1), LaunchConfig(8, 2), LaunchConfig(16, 1)))
+    )
     worst: dict[str, float] = {}
     wrong: list[str] = []
     for case, dtype in itertools.product(stage.pick((*REAL, *ODD), ODD), stage.pick(DTYPES, DTYPES[:2])):
-        for tuning in every if case.all_tunings else every[:1]:
-            with one_tuning(FORWARD, tuning), one_tuning(BACKWARD, tuning):
+        for config in every if case.all_tunings else every[:1]:
+            with only_config(FORWARD, config), only_config(BACKWARD, config):
                 error = _kernel_error(case, dtype, stage.device)
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             worst[name] = max(worst.get(name, 0.0), error)
             if not error < TOLERANCE[dtype]:
-                wrong.append(f"{name} {tuple(tuning)}: {error:.1e}")
+                wrong.append(f"{name} {tuple(config)}: {error:.1e}")
     print(worst, flush=True)
     if wrong:
         raise AssertionError(f"{len(wrong)} of {len(worst)} are wrong, among them {'; '.join(wrong[:5])}")
-    accepted = None if stage.dry else _tried_kernel(torch.bfloat16, 3, 8, 4, 32)
+    accepted = None if stage.dry else _checked_kernel(torch.bfloat16, 3, 8, 4, 32)
     return {"worst": f"{max(worst.values()):.1e}", "cases": len(worst), "accepted by the model's own trial": accepted}
 
 
@@ -156,13 +158,13 @@ def _masked_attention(
 
 
 @contextlib.contextmanager
-def one_tuning(tuner: Tuner, tuning: Tuning) -> Iterator[None]:
+def only_config(autotuner: Autotuner, config: LaunchConfig) -> Iterator[None]:
     """A kernel cut in one way."""
-    table, fixed = tuner.table, torch.backends.cudnn.deterministic
-    tuner.table = (tuning,)
+    table, fixed = autotuner.table, torch.backends.cudnn.deterministic
+    autotuner.table = (config,)
     torch.backends.cudnn.deterministic = True  # the first of a table is taken untried
     try:
         yield
     finally:
-        tuner.table = table
+        autotuner.table = table
         torch.backends.cudnn.deterministic = fixed

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.kernels import one_tuning
+from benchmarks.gpu.kernels import only_config
 from benchmarks.gpu.stage import Stage, described, make_scene, milliseconds, training_step
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
-from m2f.model.deform_attn.tuning import Tuning
+from m2f.model.deform_attn.tuning import LaunchConfig
 
-FORWARD_CUTS = (Tuning(8, 1), Tuning(16, 4), Tuning(32, 4))
-BACKWARD_CUTS = (Tuning(4, 1), Tuning(8, 2), Tuning(16, 4), Tuning(32, 8))
+FORWARD_CONFIGS = (LaunchConfig(8, 1), LaunchConfig(16, 4), LaunchConfig(32, 4))
+BACKWARD_CONFIGS = (LaunchConfig(4, 1), LaunchConfig(8, 2), LaunchConfig(16, 4), LaunchConfig(32, 8))
 REPEATS = 10
 
 
@@ -60,8 +60,8 @@ def _changes() -> dict[str, Callable[[], AbstractContextManager[object]]]:
         "GroupNorm in channels_last": lambda: patch.object(
             nn.GroupNorm, "forward", torch.compile(group_norm_channels_last, dynamic=False)
         ),
-        **{f"msda forward {tuple(cut)}": lambda cut=cut: one_tuning(FORWARD, cut) for cut in FORWARD_CUTS},
-        **{f"msda backward {tuple(cut)}": lambda cut=cut: one_tuning(BACKWARD, cut) for cut in BACKWARD_CUTS},
+        **{f"msda forward {tuple(cut)}": lambda cut=cut: only_config(FORWARD, cut) for cut in FORWARD_CONFIGS},
+        **{f"msda backward {tuple(cut)}": lambda cut=cut: only_config(BACKWARD, cut) for cut in BACKWARD_CONFIGS},
     }
 
 

@@ -91,9 +91,9 @@ def sanitizer(stage: Stage) -> list[str]:
 
 def try_kernels() -> None:
     """Body of the process that is checked."""
-    from m2f.model.deform_attn.module import _tried_kernel
+    from m2f.model.deform_attn.module import _checked_kernel
 
-    print("accepted", _tried_kernel(torch.bfloat16, 3, 8, 4, 32), _tried_kernel(torch.float32, 3, 4, 4, 24))
+    print("accepted", _checked_kernel(torch.bfloat16, 3, 8, 4, 32), _checked_kernel(torch.float32, 3, 4, 4, 24))
 
 
 if __name__ == "__main__":

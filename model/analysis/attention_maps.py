@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f.model.attention import Attend, MaskPooling, split_heads
+from m2f.model.attention import MaskPooling, ProjectedAttention, split_heads
 from m2f.model.mask2former import Mask2Former
 from m2f.model.transformer_decoder.masked import DecoderLayer, MaskedTransformerDecoder
 
@@ -74,12 +74,12 @@ def recorded_attention(model: Mask2Former) -> Iterator[list[AttentionMap]]:
 
 @torch.no_grad()
 def attention_weights(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Weights [B, Q, T] of an `Attend` or a `MaskPooling` for its inputs: float32, mean over heads."""
+    """Weights [B, Q, T] of an `ProjectedAttention` or a `MaskPooling` for its inputs: float32, mean over heads."""
     if isinstance(module, MaskPooling):
         _, mask = inputs
         inside = mask[:, 0].float()
         return inside / inside.sum(-1, keepdim=True)
-    assert isinstance(module, Attend)
+    assert isinstance(module, ProjectedAttention)
     query, key, _, *mask = inputs
     query, key = (split_heads(tokens.float(), module.heads) for tokens in (query, key))
     logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5

@@ -42,22 +42,22 @@ def count_activations(
     with SHAPES_ONLY:
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
-        with LiveBytes() as live:
+        with LiveBytesCounter() as live:
             pixels = model.normalise(torch.empty(images, 3, *size, dtype=torch.uint8))
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 predictions = model(pixels)
             loss = _loss(predictions, config.loss, min(targets, config.transformer_decoder.num_queries))
-            kept = live.now
+            kept = live.current
             loss.backward()
     return Activations(kept, live.peak)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytesCounter(TorchDispatchMode):
     """Bytes of all storages that operations inside it made and that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.current = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -67,19 +67,19 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in old | self._known:
-                self._watch(tensor.untyped_storage())
+                self._track(tensor.untyped_storage())
         return result
 
-    def _watch(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._release, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        self.current -= size
 
 
 def _forget_gradient(parameter: Tensor) -> None:

@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from m2f.model.config import SwinBackboneConfig
 
 _PATCH = 4
+"""Side of a patch in pixels."""
 _MLP_RATIO = 4
-_OTHER_REGION = -100.0
+"""Width of the MLP's hidden layer over that of the tokens. All published Swins have these two."""
+_CROSS_REGION_BIAS = -100.0
 """Added to the attention logits between pixels that only the roll made neighbours; the published value."""
 
 
@@ -49,10 +51,10 @@ class SwinTransformer(nn.Module):
         tokens = self.patch_embed(images)
         # Drawn before any block, so that checkpointed blocks draw nothing when they run again.
         is_drawn = self.training and self.drop_path > 0
-        gains = drop_path_gains(self.drop_path, sum(self._depths), tokens) if is_drawn else None
+        scales = draw_drop_path_scales(self.drop_path, sum(self._depths), tokens) if is_drawn else None
         maps = []
         for index, (stage, end) in enumerate(zip(self.layers, accumulate(self._depths), strict=True)):
-            of_stage = None if gains is None else gains[end - self._depths[index] : end]
+            of_stage = None if scales is None else scales[end - self._depths[index] : end]
             tokens, merged = stage(tokens, of_stage, self.checkpointing and torch.is_grad_enabled())
             maps.append(self.get_submodule(f"norm{index}")(tokens).permute(0, 3, 1, 2))
             tokens = merged
@@ -86,12 +88,12 @@ class Stage(nn.Module):
         )
         self.downsample = PatchMerging(width) if merges else None
 
-    def forward(self, tokens: Tensor, gains: Tensor | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
-        """`tokens` [B, H, W, C], `gains` [depth, 2, B] to the tokens after the blocks and those of the next stage."""
-        height, width = (side + missing(side, self.window) for side in tokens.shape[1:3])
+    def forward(self, tokens: Tensor, scales: Tensor | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
+        """`tokens` [B, H, W, C], `scales` [depth, 2, B] to the tokens after the blocks and those of the next stage."""
+        height, width = (side + window_padding(side, self.window) for side in tokens.shape[1:3])
         mask = shift_mask(height, width, self.window, self.shift, tokens)
         for index, block in enumerate(self.blocks):
-            inputs = (tokens, mask, None if gains is None else gains[index])
+            inputs = (tokens, mask, None if scales is None else scales[index])
             if checkpointing:
                 tokens = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -111,16 +113,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width)
 
-    def forward(self, tokens: Tensor, mask: Tensor, gains: Tensor | None) -> Tensor:
-        """`tokens` [B, H, W, C] to the same shape; `mask` as `shift_mask` returns it; `gains` [2, B] of drop path."""
+    def forward(self, tokens: Tensor, mask: Tensor, scales: Tensor | None) -> Tensor:
+        """`tokens` [B, H, W, C] to the same shape; `mask` as `shift_mask` returns it; `scales` [2, B] of drop path."""
         attended = self._attend(self.norm1(tokens), mask if self.shift else None)
-        tokens = tokens + (attended if gains is None else gains[0, :, None, None, None] * attended)
+        tokens = tokens + (attended if scales is None else scales[0, :, None, None, None] * attended)
         transformed = self.mlp(self.norm2(tokens))
-        return tokens + (transformed if gains is None else gains[1, :, None, None, None] * transformed)
+        return tokens + (transformed if scales is None else scales[1, :, None, None, None] * transformed)
 
     def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         height, width = tokens.shape[1:3]
-        padded = F.pad(tokens, (0, 0, 0, missing(width, self.window), 0, missing(height, self.window)))
+        padded = F.pad(tokens, (0, 0, 0, window_padding(width, self.window), 0, window_padding(height, self.window)))
         shape = padded.shape
         if self.shift:
             padded = padded.roll((-self.shift, -self.shift), dims=(1, 2))
@@ -185,7 +187,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(quads.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
-def drop_path_gains(rate: float, depth: int, tokens: Tensor) -> Tensor:
+def draw_drop_path_scales(rate: float, depth: int, tokens: Tensor) -> Tensor:
     """Factors [depth, 2, B] of the residual branches of `depth` blocks on `tokens` [B, ...].
 
     0 where a sample skips the branch, else 1 / P(kept); P(skipped) grows linearly from 0 to `rate`.
@@ -195,7 +197,7 @@ def drop_path_gains(rate: float, depth: int, tokens: Tensor) -> Tensor:
     return ((draws < kept) / kept).to(tokens.dtype)
 
 
-def missing(size: int, window: int) -> int:
+def window_padding(size: int, window: int) -> int:
     """How many tokens a side of `size` lacks to be a multiple of the window.
 
     A quotient and not `-size % window`: of that torch.export cannot show that the window divides the sum. Its dividend
@@ -241,7 +243,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -
         for steps in (torch.arange(size, device=like.device),)
     )
     regions = split_windows((3 * rows[:, None] + columns)[None, :, :, None], window).squeeze(2)
-    return torch.where(regions[:, :, None] == regions[:, None], 0.0, _OTHER_REGION).to(like.dtype)
+    return torch.where(regions[:, :, None] == regions[:, None], 0.0, _CROSS_REGION_BIAS).to(like.dtype)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -13,9 +13,11 @@ from m2f.model.config import SwinBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.weights.files import read_state
 
-_OF_THE_CLASSIFIER = re.compile(r"^(norm|head|fc)\.")
-_NOT_WEIGHTS = re.compile(r"\.(relative_position_index|attn_mask)$")
-_OUTPUT_NORM = re.compile(r"^norm\d\.")
+_CLASSIFIER_NAMES = re.compile(r"^(norm|head|fc)\.")
+_BUFFER_NAMES = re.compile(r"\.(relative_position_index|attn_mask)$")
+"""Tensors of published files that the backbone does not have as weights: classifiers, and tables it computes."""
+_OUTPUT_NORM_NAMES = re.compile(r"^norm\d\.")
+"""LayerNorms of the outputs, which classifiers do not have."""
 
 
 def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> None:
@@ -36,7 +38,7 @@ def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> 
         return
     weights = official_swin_names(state)
     own = backbone.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in weights and not _OUTPUT_NORM.match(key)]
+    problems = [f"{key} is missing" for key in own if key not in weights and not _OUTPUT_NORM_NAMES.match(key)]
     problems += [f"{key} is unknown" for key in weights if key not in own]
     problems += [
         f"{key} is {tuple(tensor.shape)} and not {tuple(own[key].shape)}"
@@ -62,9 +64,9 @@ def official_swin_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = {
         key.removeprefix(prefix): tensor
         for key, tensor in state.items()
-        if key.startswith(prefix) and not _NOT_WEIGHTS.search(key)
+        if key.startswith(prefix) and not _BUFFER_NAMES.search(key)
     }
-    weights = {key: tensor for key, tensor in weights.items() if not _OF_THE_CLASSIFIER.match(key)}
+    weights = {key: tensor for key, tensor in weights.items() if not _CLASSIFIER_NAMES.match(key)}
     if "layers.0.downsample.reduction.weight" in weights:
         return weights
     return {

@@ -23,7 +23,9 @@ from m2f.model.weights.files import read_state
 from m2f.model.weights.names import to_timm_names
 
 STRIDES = (4, 8, 16, 32)
+"""Strides of the four maps that the pixel decoders take."""
 _VIT_PATCH = 16
+"""Patch of plain transformers: the simple feature pyramid is made for maps of this stride."""
 
 
 class TimmBackbone(nn.Module):
@@ -34,11 +36,11 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, config: TimmBackboneConfig, *, pretrained: bool = True) -> None:
         super().__init__()
-        starts_trained = pretrained and (config.pretrained or config.weights is not None)
-        self.body = _create_body(config, starts_trained)
+        use_pretrained = pretrained and (config.pretrained or config.weights is not None)
+        self.body = _create_body(config, use_pretrained)
         match config.norm:
             case "frozen_batch":
-                replace_batch_norms(self.body, FrozenBatchNorm2d.from_trained if starts_trained else FrozenBatchNorm2d)
+                replace_batch_norms(self.body, FrozenBatchNorm2d.from_trained if use_pretrained else FrozenBatchNorm2d)
             case "sync_batch":
                 replace_batch_norms(self.body, SyncBatchNorm2d.like)
             case "group":
@@ -70,7 +72,7 @@ class TimmBackbone(nn.Module):
 
     @torch.no_grad()
     def _probe_channels(self, name: str) -> tuple[int, ...]:
-        """Run a small image through the model: the honest test of layout, strides and freedom of size."""
+        """Run a small image through the model: checks layout, strides and that any size is taken."""
         height, width = 64, 96
         training = self.training
         try:
@@ -108,7 +110,7 @@ class PlainTransformer(nn.Module):
         return self.pyramid(features)
 
 
-def _create_body(config: TimmBackboneConfig, starts_trained: bool) -> nn.Module:
+def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
     """The module that makes four maps of images whose sides `_required_multiple` divides."""
     if not timm.is_model(config.name):
         close = difflib.get_close_matches(config.name, timm.list_models(), n=5)
@@ -124,19 +126,19 @@ def _create_body(config: TimmBackboneConfig, starts_trained: bool) -> nn.Module:
         case "vision_transformer" | "eva" | "deit":
             # Positions are interpolated for every image size; patches of 14 are resampled to 16, for strides 4 to 32.
             any_size = {"dynamic_img_size": True, "patch_size": _VIT_PATCH}
-            return PlainTransformer(_create(config, starts_trained, num_classes=0, **any_size))
+            return PlainTransformer(_create(config, use_pretrained, num_classes=0, **any_size))
         case "hiera":
-            return AnySizeHiera(_create(config, starts_trained, num_classes=0))
+            return AnySizeHiera(_create(config, use_pretrained, num_classes=0))
         case "swin_transformer_v2":
-            return _create(config, starts_trained, strict_img_size=False, feature_cls="getter", **pyramid)
+            return _create(config, use_pretrained, strict_img_size=False, feature_cls="getter", **pyramid)
         case _:
-            return _create(config, starts_trained, **pyramid)
+            return _create(config, use_pretrained, **pyramid)
 
 
-def _create(config: TimmBackboneConfig, starts_trained: bool, **settings: Any) -> Any:
+def _create(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -> Any:
     settings |= dict(config.options)
     state: dict[str, Tensor] = {}
-    if starts_trained and config.weights is not None:
+    if use_pretrained and config.weights is not None:
         try:
             state = to_timm_names(read_state(config.weights))
         except WeightsError as error:
@@ -144,7 +146,7 @@ def _create(config: TimmBackboneConfig, starts_trained: bool, **settings: Any) -
         # timm then adapts names and drops the classifier as it does with its own files.
         settings["pretrained_cfg_overlay"] = {"state_dict": dict(state)}
     try:
-        model = timm.create_model(config.name, pretrained=starts_trained, **settings)
+        model = timm.create_model(config.name, pretrained=use_pretrained, **settings)
     except Exception as error:
         raise ConfigError(
             f"model.backbone: timm cannot build {config.name!r} as a feature pyramid with options "

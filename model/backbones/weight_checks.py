@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.errors import ConfigError
 
-_ENOUGH = 0.5
+_MIN_MATCHING_SHARE = 0.5
 """Share of a model's matrices and kernels that must come from the file; stems and positions may be resampled."""
 
 
@@ -20,7 +20,7 @@ def require_weights_of(model: nn.Module, state: Mapping[str, Tensor], config: Ti
     """
     in_file = {_fingerprint(tensor) for tensor in state.values()}
     is_found = [_fingerprint(parameter) in in_file for parameter in model.parameters() if parameter.ndim > 1]
-    if sum(is_found) < _ENOUGH * len(is_found):
+    if sum(is_found) < _MIN_MATCHING_SHARE * len(is_found):
         raise ConfigError(
             f"model.backbone.weights is {config.weights!r}, which has only {sum(is_found)} of the {len(is_found)} "
             f"matrices and kernels of {config.name!r}; the file is of another model"

@@ -142,17 +142,17 @@ class MSDeformAttn(nn.Module):
         """Whether the kernel takes this input: on CUDA, except in exported graphs and in float64."""
         if value.device.type != "cuda" or value.dtype == torch.float64 or torch.compiler.is_exporting():
             return False
-        return _kernel_is_right(value.dtype, self.levels, self.heads, self.points, value.shape[-1])
+        return _kernel_agrees(value.dtype, self.levels, self.heads, self.points, value.shape[-1])
 
 
 @torch.compiler.assume_constant_result
-def _kernel_is_right(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
-    """As `_tried_kernel` says; a function around it because torch.compile looks through caches."""
-    return _tried_kernel(dtype, levels, heads, points, dim)
+def _kernel_agrees(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
+    """As `_checked_kernel` says; a function around it because torch.compile looks through caches."""
+    return _checked_kernel(dtype, levels, heads, points, dim)
 
 
 @functools.cache
-def _tried_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
+def _checked_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
     """Try the Triton kernel on this machine against the plain form, once; say so where the plain form must do."""
     try:
         from m2f.model.deform_attn.triton_op import fused_ms_deform_attn

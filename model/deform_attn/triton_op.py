@@ -19,12 +19,16 @@ from torch import Tensor
 
 from m2f.model.deform_attn.cpu import Samples, Shapes, padded_table, unpadded_values
 from m2f.model.deform_attn.triton_kernels import backward_kernel, forward_kernel
-from m2f.model.deform_attn.tuning import Tuner, Tuning, milliseconds_on_gpu
+from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig, milliseconds_on_gpu
 
 # None of these needs more registers than there are, for 32 channels per head on a GPU of compute capability 9.0.
-FORWARD = Tuner([Tuning(32, 4), Tuning(16, 2), Tuning(8, 1), Tuning(16, 4)], milliseconds_on_gpu)
-BACKWARD = Tuner([Tuning(16, 4), Tuning(32, 4), Tuning(16, 2), Tuning(32, 8)], milliseconds_on_gpu)
-WORTH_TUNING = 1024
+FORWARD = Autotuner(
+    [LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(8, 1), LaunchConfig(16, 4)], milliseconds_on_gpu
+)
+BACKWARD = Autotuner(
+    [LaunchConfig(16, 4), LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(32, 8)], milliseconds_on_gpu
+)
+MIN_QUERIES_TO_TUNE = 1024
 """Queries of a batch below which compiling all tunings costs more than the fastest can save."""
 
 
@@ -46,10 +50,10 @@ def _attend(value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Ten
     inputs = _inputs(value, sides, reference, offsets, logits)
     output = _empty_output(value, sides, reference, offsets, logits)
 
-    def run(tuning: Tuning) -> None:
+    def run(tuning: LaunchConfig) -> None:
         _launch(forward_kernel, tuning, (*inputs, output))
 
-    run(_tuning(FORWARD, inputs, run))
+    run(_launch_config(FORWARD, inputs, run))
     return output
 
 
@@ -69,14 +73,14 @@ def _gradients(
     value_gradient, offset_gradient, logit_gradient = _empty_gradients(gradient, *inputs[:1], sides, *inputs[2:])
     in_order = torch.are_deterministic_algorithms_enabled()
 
-    def run(tuning: Tuning, added_up: Tensor) -> None:
+    def run(tuning: LaunchConfig, added_up: Tensor) -> None:
         outputs = (added_up, offset_gradient, logit_gradient)
         _launch(backward_kernel, tuning, (*inputs, gradient, *outputs), SCATTER=not in_order)
 
-    tuning = _tuning(BACKWARD, inputs, lambda tuning: run(tuning, torch.empty_like(value_gradient)))
+    tuning = _launch_config(BACKWARD, inputs, lambda tuning: run(tuning, torch.empty_like(value_gradient)))
     run(tuning, value_gradient.zero_())
     if in_order:
-        value_gradient = _value_gradient_in_order(value, sides, reference, offsets, logits, gradient)
+        value_gradient = _deterministic_value_gradient(value, sides, reference, offsets, logits, gradient)
     return value_gradient, offset_gradient, logit_gradient
 
 
@@ -91,7 +95,7 @@ def _empty_gradients(
     )
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, ctx.sides, *others = inputs
     ctx.save_for_backward(value, *others)
 
@@ -102,7 +106,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return of_value.to(value.dtype), None, None, of_offsets, of_logits.to(logits.dtype)
 
 
-_attend.register_autograd(_backward, setup_context=_keep_inputs)
+_attend.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def _inputs(
@@ -122,7 +126,7 @@ def _level_table(sides: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack(rows).view(-1, 3)
 
 
-def _tuning(tuner: Tuner, inputs: tuple[Tensor, ...], run: Callable[[Tuning], object]) -> Tuning:
+def _launch_config(tuner: Autotuner, inputs: tuple[Tensor, ...], run: Callable[[LaunchConfig], object]) -> LaunchConfig:
     """The tuning for inputs of these sizes; numbers of queries between two powers of two share one.
 
     Tunings may add in another order, and so round differently. Where algorithms are to be fixed, as with
@@ -131,14 +135,14 @@ def _tuning(tuner: Tuner, inputs: tuple[Tensor, ...], run: Callable[[Tuning], ob
     value, _, _, offsets, _ = inputs
     batch, queries, *per_query = offsets.shape
     is_fixed = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
-    is_short = batch * queries < WORTH_TUNING or value.device.type == "cpu"  # Triton's interpreter
+    is_short = batch * queries < MIN_QUERIES_TO_TUNE or value.device.type == "cpu"  # Triton's interpreter
     if is_fixed or is_short:
         return tuner.table[0]
     sizes = (*per_query, value.shape[-1], triton.next_power_of_2(batch * queries))
     return tuner.choose((value.device, value.dtype, sizes), run)
 
 
-def _launch(kernel: Any, tuning: Tuning, pointers: tuple[Tensor, ...], **constants: bool) -> None:
+def _launch(kernel: Any, tuning: LaunchConfig, pointers: tuple[Tensor, ...], **constants: bool) -> None:
     """Run a kernel over blocks of queries, heads and images; the first four tensors give the sizes."""
     value, _, reference, offsets = pointers[:4]
     batch, pixels, heads, dim = value.shape
@@ -161,7 +165,7 @@ def _launch(kernel: Any, tuning: Tuning, pointers: tuple[Tensor, ...], **constan
     )
 
 
-def _value_gradient_in_order(
+def _deterministic_value_gradient(
     value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor, gradient: Tensor
 ) -> Tensor:
     """The gradient of the value as a sorted sum, for one image, head and neighbour at a time to bound its memory."""

@@ -1,4 +1,4 @@
-"""Choosing how a kernel is cut into programs, by trying a table of ways on the device at hand."""
+"""Autotuning of a kernel: which of a few launch configurations is fastest on this device."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Run = Callable[[], object]
 """Queues a kernel once."""
 
 
-class Tuning(NamedTuple):
-    """One way of cutting."""
+class LaunchConfig(NamedTuple):
+    """How a kernel is cut into programs."""
 
     block: int
     """Queries of one program."""
     num_warps: int
 
 
-class Tuner:
+class Autotuner:
     """Finds the fastest tuning of one kernel when a bucket of sizes is first seen, and remembers it in this process."""
 
-    def __init__(self, table: Sequence[Tuning], time: Callable[[Run], float]) -> None:
+    def __init__(self, table: Sequence[LaunchConfig], time: Callable[[Run], float]) -> None:
         """`table` with the tuning first that is taken untried; `time` gives the milliseconds of one run."""
         self.table, self._time = tuple(table), time
-        self._fastest: dict[Hashable, Tuning] = {}
+        self._fastest: dict[Hashable, LaunchConfig] = {}
 
-    def choose(self, bucket: Hashable, run: Callable[[Tuning], object]) -> Tuning:
+    def choose(self, bucket: Hashable, run: Callable[[LaunchConfig], object]) -> LaunchConfig:
         """The fastest tuning for a bucket; where it is not known yet, `run` queues the kernel with one to be timed."""
         if bucket not in self._fastest:
             self._fastest[bucket] = min(self.table, key=lambda tuning: self._time(partial(run, tuning)))

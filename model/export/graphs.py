@@ -21,9 +21,11 @@ from m2f.model.mask2former import Mask2Former
 from m2f.model.weights.names import to_hugging_face_names, to_official_names
 
 _OPSET = 20
-_STRIDE = 32
-_SMALLEST, _LARGEST = 64, 16384
-"""Heights and widths, in pixels, that an exported graph takes."""
+"""Operator set of the ONNX files, that of ONNX 1.15."""
+_SIDE_MULTIPLE = 32
+"""Sides of the images of an exported graph: the largest stride, so that no map is padded."""
+_MIN_SIDE, _MAX_SIDE = 64, 16384
+"""Least and largest height and width, in pixels, of an image that an exported graph takes."""
 
 
 class Inference(nn.Module):
@@ -39,7 +41,9 @@ class Inference(nn.Module):
         """
         batch, channels, height, width = images.shape
         # As steps of 32 in the shape itself, torch.export sees the sizes of all maps as multiples of two numbers.
-        images = images.view(batch, channels, height // _STRIDE * _STRIDE, width // _STRIDE * _STRIDE)
+        images = images.view(
+            batch, channels, height // _SIDE_MULTIPLE * _SIDE_MULTIPLE, width // _SIDE_MULTIPLE * _SIDE_MULTIPLE
+        )
         predictions = self.model(self.model.normalise(images))
         return predictions.class_logits[-1], predictions.mask_logits()
 
@@ -95,15 +99,18 @@ def export_program(model: Mask2Former, size: tuple[int, int] | None = None) -> t
     Height and width are free, from 64 and in steps of 32 pixels, or fixed to `size` where it is given. Raises
     WeightsError for a size that is no such step. The graph runs on the device of the model.
     """
-    if size is not None and (min(size) < _SMALLEST or any(side % _STRIDE for side in size)):
+    if size is not None and (min(size) < _MIN_SIDE or any(side % _SIDE_MULTIPLE for side in size)):
         raise WeightsError(
-            f"--size is {size[0]} {size[1]}; height and width are at least {_SMALLEST} and divisible by {_STRIDE}"
+            f"--size is {size[0]} {size[1]}; height and width are at least {_MIN_SIDE} and divisible by "
+            f"{_SIDE_MULTIPLE}"
         )
-    shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=2, max=_LARGEST)}
+    shapes: dict[int, Any] = {0: torch.export.Dim("batch", min=2, max=_MAX_SIDE)}
     if size is None:
-        limits = {"min": _SMALLEST // _STRIDE, "max": _LARGEST // _STRIDE}
-        shapes |= {axis: _STRIDE * torch.export.Dim(name, **limits) for axis, name in ((2, "rows"), (3, "columns"))}
-    height, width = size or (_SMALLEST, _SMALLEST + _STRIDE)
+        limits = {"min": _MIN_SIDE // _SIDE_MULTIPLE, "max": _MAX_SIDE // _SIDE_MULTIPLE}
+        shapes |= {
+            axis: _SIDE_MULTIPLE * torch.export.Dim(name, **limits) for axis, name in ((2, "rows"), (3, "columns"))
+        }
+    height, width = size or (_MIN_SIDE, _MIN_SIDE + _SIDE_MULTIPLE)
     images = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
     # Otherwise every map of one window, and every other size that may be 1, is a case of its own: slow to tell apart,
     # and a Swin's graph would be for large images only.
@@ -120,7 +127,7 @@ def _allow_single_images(program: torch.export.ExportedProgram) -> None:
     Tracing asks for the number only for the sake of strides, of which a single image has several valid ones.
     """
     images = next(node for node in program.graph.nodes if node.name == "images")
-    program.range_constraints[images.meta["val"].shape[0].node.expr] = ValueRanges(1, _LARGEST)
+    program.range_constraints[images.meta["val"].shape[0].node.expr] = ValueRanges(1, _MAX_SIDE)
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:

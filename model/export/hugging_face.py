@@ -20,10 +20,13 @@ from m2f.model.errors import WeightsError
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+"""Names of the two files, as transformers writes them."""
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 _WIDTHS = (256, 512, 1024, 2048)
+"""Channels of the four stages of these ResNets."""
 _EXPANSION = 4
+"""Output channels of a bottleneck over its inner ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
     if values.get("model_type") != "mask2former":
         raise WeightsError(f"{path}: model_type is {values.get('model_type')!r}; only mask2former can be read")
     values = _DEFAULTS | values
-    _require(path, values, _ONLY)
+    _require(path, values, _SUPPORTED)
     labels = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
     preprocessor = Path(folder) / PREPROCESSOR
     pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
@@ -122,7 +125,7 @@ def write_hugging_face_config(
         raise WeightsError(
             f"model.transformer_decoder.kind is {queries.kind}; Hugging Face's Mask2Former has masked only"
         )
-    _require_plain(queries, pixels)
+    _require_supported(queries, pixels)
     loss = config.loss
     values = _DEFAULTS | {
         "architectures": ["Mask2FormerForUniversalSegmentation"],
@@ -165,7 +168,7 @@ def write_hugging_face_config(
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-_ONLY = {
+_SUPPORTED = {
     "activation_function": "relu",
     "common_stride": 4,
     "feature_strides": [4, 8, 16, 32],
@@ -175,7 +178,7 @@ _ONLY = {
 """Settings that the library could have otherwise, and ours could not."""
 
 _DEFAULTS: dict[str, Any] = {
-    **_ONLY,
+    **_SUPPORTED,
     "feature_size": 256,
     "mask_feature_size": 256,
     "hidden_dim": 256,
@@ -200,7 +203,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 """The library's own defaults, which older files leave out."""
 
-_SWIN_ONLY = {
+_SUPPORTED_SWIN = {
     "patch_size": 4,
     "mlp_ratio": 4.0,
     "qkv_bias": True,
@@ -209,7 +212,7 @@ _SWIN_ONLY = {
     "layer_norm_eps": 1e-5,
     "out_features": _STAGES,
 }
-_RESNET_ONLY = {
+_SUPPORTED_RESNET = {
     "embedding_size": 64,
     "layer_type": "bottleneck",
     "hidden_act": "relu",
@@ -223,7 +226,7 @@ def _read_backbone(path: Path, values: Mapping[str, Any]) -> TimmBackboneConfig 
     kind = values.get("model_type")
     try:
         if kind == "swin":
-            _require(path, _SWIN_ONLY | dict(values), _SWIN_ONLY, "backbone_config.")
+            _require(path, _SUPPORTED_SWIN | dict(values), _SUPPORTED_SWIN, "backbone_config.")
             return SwinBackboneConfig(
                 embed_dim=values["embed_dim"],
                 depths=tuple(values["depths"]),
@@ -232,7 +235,7 @@ def _read_backbone(path: Path, values: Mapping[str, Any]) -> TimmBackboneConfig 
                 drop_path=values.get("drop_path_rate", 0.1),
             )
         if kind == "resnet":
-            _require(path, _RESNET_ONLY | dict(values), _RESNET_ONLY, "backbone_config.")
+            _require(path, _SUPPORTED_RESNET | dict(values), _SUPPORTED_RESNET, "backbone_config.")
             depths, widths = tuple(values["depths"]), tuple(values["hidden_sizes"])
             if widths == _WIDTHS and depths in _RESNETS:
                 return TimmBackboneConfig(name=_RESNETS[depths])
@@ -247,7 +250,7 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
     backbone = config.backbone
     match backbone:
         case SwinBackboneConfig():
-            return _SWIN_ONLY | {
+            return _SUPPORTED_SWIN | {
                 "model_type": "swin",
                 "embed_dim": backbone.embed_dim,
                 "hidden_size": backbone.embed_dim * 8,
@@ -266,7 +269,7 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
                     f"{dict(backbone.options)}; Hugging Face's Mask2Former takes resnet50, resnet101 and kind swin"
                 )
             channels = backbone.options.get("channels", tuple(width // _EXPANSION for width in _WIDTHS))
-            return _RESNET_ONLY | {
+            return _SUPPORTED_RESNET | {
                 "model_type": "resnet",
                 "depths": list(backbone.options.get("layers", depths)),
                 "hidden_sizes": [_EXPANSION * width for width in channels],
@@ -275,7 +278,7 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
             assert_never(backbone)
 
 
-def _require_plain(queries: MaskedTransformerDecoderConfig, pixels: MSDeformAttnPixelDecoderConfig) -> None:
+def _require_supported(queries: MaskedTransformerDecoderConfig, pixels: MSDeformAttnPixelDecoderConfig) -> None:
     """Raise WeightsError where the transformer decoder is a variant that Hugging Face does not have."""
     plain = MaskedTransformerDecoderConfig()
     for name in ("attention", "features", "queries", "cross_attention_first", "pre_norm"):

@@ -85,7 +85,7 @@ def compute_losses(
         mask_features = predictions.mask_features.float()
 
         matched = matching.result()
-        rows, queries, poison = _matched_rows(matched, mask_features.device)
+        rows, queries, nan_factor = _matched_rows(matched, mask_features.device)
         class_losses = _class_losses(log_probabilities, targets, rows, queries, config, num_classes)
         embeddings = predictions.mask_embeddings[rows.layer, rows.image, queries].float()
         rows_per_image = (matched.query_index >= 0).sum(axis=(0, 2)).tolist()
@@ -99,8 +99,8 @@ def compute_losses(
         shape = (num_layers, *targets.labels.shape)
         weighted = (
             config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
-            config.mask_weight / num_masks * _sum_per_image(mask * poison, rows, shape),
-            config.dice_weight / num_masks * _sum_per_image(dice * poison, rows, shape),
+            config.mask_weight / num_masks * _sum_per_image(mask * nan_factor, rows, shape),
+            config.dice_weight / num_masks * _sum_per_image(dice * nan_factor, rows, shape),
         )
         losses = torch.stack(weighted, dim=-1) * targets.weight[:, None]  # [L, B, 3]
         terms = losses.sum(1)

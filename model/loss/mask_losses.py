@@ -30,7 +30,7 @@ def row_losses(logits: Tensor, labels: Tensor, kind: MaskLoss) -> tuple[Tensor, 
     return losses.mean(1), dice
 
 
-class PairSums(NamedTuple):
+class PairwiseSums(NamedTuple):
     """Sums over some pixels for all pairs of a query and a target; those of disjoint sets of pixels can be added."""
 
     loss: Tensor
@@ -40,9 +40,9 @@ class PairSums(NamedTuple):
     area: Tensor
     """[..., Q, N] of prediction and target together."""
 
-    def plus(self, other: PairSums) -> PairSums:
+    def plus(self, other: PairwiseSums) -> PairwiseSums:
         """Over both sets of pixels."""
-        return PairSums(*(mine + others for mine, others in zip(self, other, strict=True)))
+        return PairwiseSums(*(mine + others for mine, others in zip(self, other, strict=True)))
 
     def cost(self, num_pixels: int, mask_weight: float, dice_weight: float) -> Tensor:
         """Weighted mean pixel loss and dice [..., Q, N]."""
@@ -50,7 +50,7 @@ class PairSums(NamedTuple):
         return mask_weight * (self.loss / num_pixels) + dice_weight * dice
 
 
-def pair_sums(logits: Tensor, labels: Tensor, kind: MaskLoss) -> PairSums:
+def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss) -> PairwiseSums:
     """Sums of all pairs from logits [..., Q, P] (overwritten) and labels [..., N, P].
 
     A pixel's loss is linear in its label: the loss of label 0 minus the label times what label 1 would spare. For BCE
@@ -68,4 +68,4 @@ def pair_sums(logits: Tensor, labels: Tensor, kind: MaskLoss) -> PairSums:
         inside *= (1 - probabilities).square()
         loss = outside.sum(-1, keepdim=True) - (outside - inside) @ targets
     area = probabilities.sum(-1, keepdim=True) + labels.sum(-1)[..., None, :]
-    return PairSums(loss, probabilities @ targets, area)
+    return PairwiseSums(loss, probabilities @ targets, area)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from m2f.model.config import LossConfig
 from m2f.model.loss.host_copies import HostCopy
-from m2f.model.loss.mask_losses import pair_sums
+from m2f.model.loss.mask_losses import pairwise_sums
 from m2f.model.loss.point_sampling import LabelMaps, chunk_elements, sample_features
 from m2f.model.structures import Predictions, Targets
 
@@ -132,7 +132,7 @@ def _cost_at_points(
     for embedding, at in zip(embeddings.split(layers), points.split(layers), strict=True):
         logits = torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(features, at))
         labels = label_maps.images(targets.layer, targets.local_id, at)
-        sums = pair_sums(logits, labels, config.mask_loss)
+        sums = pairwise_sums(logits, labels, config.mask_loss)
         costs.append(sums.cost(num_points, config.mask_weight, config.dice_weight))
     return torch.cat(costs)
 
@@ -155,7 +155,7 @@ def _cost_of_whole_masks(predictions: Predictions, targets: Targets, config: Los
         total = None
         for pixels, piece in zip(features.split(step, dim=-1), ids.split(step, dim=-1), strict=True):
             labels = (piece[image, targets.layer] == targets.local_id[..., None]).float()
-            sums = pair_sums(embedding @ pixels, labels, config.mask_loss)
+            sums = pairwise_sums(embedding @ pixels, labels, config.mask_loss)
             total = sums if total is None else total.plus(sums)
         assert total is not None  # a map has pixels
         costs.append(total.cost(num_pixels, config.mask_weight, config.dice_weight))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from m2f.model.attention import at_least_float32
+from m2f.model.attention import to_at_least_float32
 from m2f.model.config import FaPNPixelDecoderConfig
 from m2f.model.layers import PixelDecoder, convolution, keep_in_graph, lateral, output
 
@@ -43,8 +43,8 @@ class OffsetConvolution(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.Conv2d
         """[B, dim, h, w] to float32 [B, channels, h, w] (float64 stays float64)."""
         with torch.autocast(input.device.type, enabled=False):
-            bias = None if self.bias is None else at_least_float32(self.bias)
-            return self._conv_forward(at_least_float32(input), at_least_float32(self.weight), bias)
+            bias = None if self.bias is None else to_at_least_float32(self.bias)
+            return self._conv_forward(to_at_least_float32(input), to_at_least_float32(self.weight), bias)
 
 
 class FeatureAlignment(nn.Module):
@@ -62,7 +62,7 @@ class FeatureAlignment(nn.Module):
         """`feature` and `difference` [B, dim, h, w] to the aligned feature, float32 at least, of the same shape."""
         predicted = self.offsets(difference)
         offsets, modulation = predicted.split([2 * self.groups * _TAPS, self.groups * _TAPS], dim=1)
-        feature, weight, bias = (at_least_float32(tensor) for tensor in (feature, self.weight, self.bias))
+        feature, weight, bias = (to_at_least_float32(tensor) for tensor in (feature, self.weight, self.bias))
         with torch.autocast(feature.device.type, enabled=False):
             return deform_conv2d(feature, offsets, weight, bias, padding=(1, 1), mask=modulation.sigmoid())
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from m2f.model.attention import Attend, packed_xavier_
+from m2f.model.attention import ProjectedAttention, packed_xavier_
 from m2f.model.config import TransformerFPNPixelDecoderConfig
 from m2f.model.layers import PixelDecoder, convolution, run_layer
 from m2f.model.pixel_decoder.fpn import FeaturePyramid
@@ -21,7 +21,7 @@ class EncoderLayer(nn.Module):
         dim = config.conv_dim
         self.query_key = nn.Linear(dim, 2 * dim)
         self.value = nn.Linear(dim, dim)
-        self.attention = Attend(dim, config.num_heads, config.dropout)
+        self.attention = ProjectedAttention(dim, config.num_heads, config.dropout)
         self.linear1 = nn.Linear(dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, dim)
         self.norm = nn.LayerNorm(dim)

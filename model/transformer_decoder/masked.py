@@ -1,7 +1,7 @@
 """Transformer decoder with masked attention (Mask2Former, sections 3.2 and 3.2.2) and the variants that it ablates.
 
 Axis letters: L predictions, B images, Q queries, K classes, C channels, h x w pixels of a level, T pixels of the levels
-that a layer looks at.
+that a layer attends to.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from m2f.model.attention import (
-    Attend,
     MaskPooling,
+    ProjectedAttention,
     SpatialPrior,
     attention_mask,
     packed_xavier_,
@@ -25,7 +25,7 @@ from m2f.model.position_encoding import sine_position_embedding
 from m2f.model.structures import Predictions
 
 NUM_LEVELS = 3
-"""Feature levels 1/32, 1/16 and 1/8; the efficient multi-scale strategy visits them in turn."""
+"""Feature levels 1/32, 1/16 and 1/8; the efficient multi-scale strategy attends to them in turn."""
 
 _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "multi_scale": ((0,), (1,), (2,)),
@@ -34,7 +34,7 @@ _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "stride_16": ((1,),),
     "stride_8": ((2,),),
 }
-"""Levels that a layer looks at; the layers take these groups in turn (Table 4d)."""
+"""Levels that a layer attends to; the layers take these groups in turn (Table 4d)."""
 
 
 class DecoderLayer(nn.Module):
@@ -52,10 +52,10 @@ class DecoderLayer(nn.Module):
             self.cross = MaskPooling(dim, config.dropout)
         else:
             self.cross_query = nn.Linear(dim, dim)
-            self.cross = Attend(dim, config.num_heads, config.dropout)
+            self.cross = ProjectedAttention(dim, config.num_heads, config.dropout)
         self.self_query_key = nn.Linear(dim, 2 * dim)
         self.self_value = nn.Linear(dim, dim)
-        self.self_attention = Attend(dim, config.num_heads, config.dropout)
+        self.self_attention = ProjectedAttention(dim, config.num_heads, config.dropout)
         self.linear1 = nn.Linear(dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, dim)
         self.norm = nn.LayerNorm(dim)
@@ -66,25 +66,27 @@ class DecoderLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, queries: Tensor, position: Tensor, memory: tuple[Tensor, ...], guide: Tensor | None) -> Tensor:
+    def forward(
+        self, queries: Tensor, position: Tensor, memory: tuple[Tensor, ...], attn_mask: Tensor | None
+    ) -> Tensor:
         """`queries` and their embedding `position` [B, Q, C] to [B, Q, C].
 
-        `memory` is what `LevelMemory` has for this layer; `guide` the attention mask, or the logits to add.
+        `memory` is what `LevelMemory` has for this layer; `attn_mask` the attention mask, or the logits to add.
         """
 
         def cross(source: Tensor) -> Tensor:
             if self.pools:
-                return self.cross(*memory, guide)
-            return self.cross(self.cross_query(source + position), *memory, guide)
+                return self.cross(*memory, attn_mask)
+            return self.cross(self.cross_query(source + position), *memory, attn_mask)
 
-        def attend_to_each_other(source: Tensor) -> Tensor:
+        def self_attention(source: Tensor) -> Tensor:
             query, key = self.self_query_key(source + position).chunk(2, dim=-1)
             return self.self_attention(query, key, self.self_value(source))
 
         def feed_forward(source: Tensor) -> Tensor:
             return self.dropout(self.linear2(self.dropout(self.linear1(source).relu())))
 
-        attentions = [(cross, self.cross.norm), (attend_to_each_other, self.self_attention.norm)]
+        attentions = [(cross, self.cross.norm), (self_attention, self.self_attention.norm)]
         for block, norm in attentions if self.cross_first else reversed(attentions):
             queries = self._residual(block, norm, queries)
         return self._residual(feed_forward, self.norm, queries)
@@ -94,7 +96,7 @@ class DecoderLayer(nn.Module):
 
 
 class LevelMemory(nn.Module):
-    """Keys and values of one group of feature levels for all decoder layers that look at it, in one product each.
+    """Keys and values of one group of feature levels for all decoder layers that attend to it, in one product each.
 
     They do not depend on the queries, so a layer's projections are rows of these two larger ones. Mask pooling needs
     neither: its layers share the tokens.
@@ -141,7 +143,7 @@ def mask_head(dim: int, mask_dim: int) -> nn.Sequential:
 
 
 class MaskedTransformerDecoder(nn.Module):
-    """Queries refined layer by layer by looking at the image; the queries after every layer are supervised."""
+    """Queries refined layer by layer by attending to the image; the queries after every layer are supervised."""
 
     def __init__(self, config: MaskedTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int) -> None:
         """`in_dim` channels of the multi-scale features, `mask_dim` channels of the mask features."""
@@ -176,11 +178,11 @@ class MaskedTransformerDecoder(nn.Module):
             for memory, group in zip(self.memories, self.groups, strict=True)
         ]
         queries, position = self._initial_queries(mask_features)
-        guide = self._guide(features, mask_features, queries, position)
+        attn_mask = self._attention_masks(features, mask_features, queries, position)
         states = [queries] if self.supervised else []
         for index, layer in enumerate(self.layers):
             slot, group = divmod(index, len(self.groups))
-            queries = layer(queries, position, memories[group][slot], guide(index, queries))
+            queries = layer(queries, position, memories[group][slot], attn_mask(index, queries))
             states.append(queries)
         # All predictions in one call; the masks above need the same embeddings earlier, but without gradient.
         normalised = self.norm(torch.stack(states))
@@ -194,10 +196,10 @@ class MaskedTransformerDecoder(nn.Module):
             return torch.zeros_like(position), position
         return self.query_feat(indices).expand(mask_features.shape[0], -1, -1), position
 
-    def _guide(
+    def _attention_masks(
         self, features: Sequence[Tensor], mask_features: Tensor, queries: Tensor, position: Tensor
     ) -> Callable[[int, Tensor], Tensor | None]:
-        """What tells a layer where to look, as a function of its index and of the queries before it.
+        """The mask or the added logits of a layer, as a function of its index and of the queries before it.
 
         The mask of the first layer comes from the initial queries, also where these are not supervised (equation 3).
         Initial queries of zeros all have the same mask.
@@ -208,9 +210,9 @@ class MaskedTransformerDecoder(nn.Module):
             return lambda index, queries: None
         if self.attention == "smca":
             reference = self.reference(queries + position)
-            looked_at = [[sizes[0], *(sizes[level] for level in group)] for group in groups]
+            attended_sizes = [[sizes[0], *(sizes[level] for level in group)] for group in groups]
             return lambda index, queries: self.priors[index](
-                queries + position, reference, looked_at[index % len(groups)]
+                queries + position, reference, attended_sizes[index % len(groups)]
             )
         resized = [
             torch.cat([resize_for_attention(mask_features, sizes[level]) for level in group], dim=-1)

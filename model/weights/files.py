@@ -50,7 +50,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except WeightsError:
         raise
     except Exception as error:
-        raise WeightsError(f"weights {path} cannot be read: {_why(error, path)}") from error
+        raise WeightsError(f"weights {path} cannot be read: {_reason(error, path)}") from error
     for wrapper in ("model", "state_dict", "blobs"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -96,7 +96,7 @@ def _read(path: Path) -> Any:
 
 
 def _load_storage(data: bytes) -> Any:
-    """In place of the function of this name in torch, which would run a pickle inside the pickle."""
+    """Safe stand-in for torch.storage._load_from_bytes, which unpickles nested data."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -150,7 +150,7 @@ def _tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _why(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Path) -> str:
     """What a reader's error means; torch's own text advises to load the file unsafely."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:

@@ -14,12 +14,13 @@ from m2f.model.errors import WeightsError
 from m2f.model.weights.files import read_state
 from m2f.model.weights.names import Layout, count_levels, detect_layout, is_ignored, to_own_names
 
-_MAY_DIFFER = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_embed)\.")
+_TASK_SIZED = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_embed)\.")
 """Their first axis is the number of classes or queries, which another task may choose differently."""
 
 _CLASS_HEAD = re.compile(r"^transformer_decoder\.class_embed\.")
 _RELATIVE_POSITIONS = "relative_position_bias_table"
-_LISTED = 8
+_MAX_LISTED = 8
+"""Names of each kind that the report shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ class LoadReport:
         for title in ("resized", "skipped", "missing", "unexpected"):
             names = getattr(self, title)
             if names:
-                more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-                lines.append(f"{len(names)} {title}: {', '.join(names[:_LISTED])}{more}")
+                more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+                lines.append(f"{len(names)} {title}: {', '.join(names[:_MAX_LISTED])}{more}")
         if self.class_rows is not None:
             lines.append(self.class_rows)
         return "\n".join(lines)
@@ -75,13 +76,13 @@ def load_weights(
     name = "the given state dict" if isinstance(source, Mapping) else str(source)
     target = model.state_dict()
     layout = detect_layout(state)
-    converted = _under_names_of(target, to_own_names(state, layout, count_levels(target)), layout)
+    converted = _match_timm_names(target, to_own_names(state, layout, count_levels(target)), layout)
     if class_rows is not None:
-        _pick_class_rows(converted, target, class_rows)
+        _select_class_rows(converted, target, class_rows)
     resized = _resize_position_biases(converted, target)
     found = [key for key in converted if key in target]
     different = [key for key in found if converted[key].shape != target[key].shape]
-    wrong = [key for key in different if not _MAY_DIFFER.match(key)]
+    wrong = [key for key in different if not _TASK_SIZED.match(key)]
     if wrong:
         listed = "; ".join(_both_shapes(key, converted, target) for key in wrong[:4])
         raise WeightsError(f"{name} belongs to another architecture ({len(wrong)} shapes differ): {listed}")
@@ -101,7 +102,7 @@ def load_weights(
     )
 
 
-def _pick_class_rows(state: dict[str, Tensor], target: Mapping[str, Tensor], rows: Sequence[int | None]) -> None:
+def _select_class_rows(state: dict[str, Tensor], target: Mapping[str, Tensor], rows: Sequence[int | None]) -> None:
     """Give the class head [K + 1, ...] of a file, in place, the rows of the model's classes."""
     for key in [key for key in state if _CLASS_HEAD.match(key) and key in target]:
         picked = target[key].clone().to(state[key].dtype)
@@ -116,7 +117,7 @@ def _describe_rows(rows: Sequence[int | None]) -> str:
     return f"class head: the rows of {known} known classes and of no object are kept, {len(rows) - known} begin anew"
 
 
-def _under_names_of(target: Mapping[str, Tensor], state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def _match_timm_names(target: Mapping[str, Tensor], state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """timm cuts a model into features under names like `stages_0` where its files have `stages.0`."""
     if layout != "backbone":
         return state

@@ -1,9 +1,9 @@
 """Names of weights in the layouts that people have, both ways.
 
-Between any two layouts lie *atoms*: every tensor under the official name, with query, key and value projections one by
-one. Layouts differ from atoms in names, which templates translate, and in how they pack projections: the official code
-packs the three of one attention into a matrix; ours keeps the keys (and values) of all layers that attend to one level
-in one matrix, and query and key of the self-attention.
+All conversions go through *canonical* names: every tensor under the official name, with query, key and value
+projections one by one. Layouts differ from these in names, which templates translate, and in how they pack projections:
+the official code packs the three of one attention into a matrix; ours keeps the keys (and values) of all layers that
+attend to one level in one matrix, and query and key of the self-attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m2f.model.backbones.swin_weights import official_swin_names
 from m2f.model.errors import WeightsError
-from m2f.model.weights.tables import ATOMS_TO_OWN, HUGGING_FACE_TO_ATOMS, NameTable
+from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
 
 Layout = Literal["own", "official", "hugging_face", "backbone"]
 """Whose names a state dict uses; `backbone` are published weights of a backbone alone."""
@@ -61,35 +61,37 @@ def detect_layout(state: Mapping[str, Tensor]) -> Layout:
 def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -> dict[str, Tensor]:
     """The same weights under our names, projections packed as ours; names that no rule knows stay as they are.
 
-    `levels` is the number of feature levels that the transformer decoder visits in turn.
+    `levels` is the number of feature levels that the transformer decoder attends to in turn.
     """
     match layout:
         case "own":
             return dict(state)
         case "official":
-            return _atoms_to_own({_substitute(name, _OLD_OFFICIAL): t for name, t in state.items()}, levels)
+            return _canonical_to_own({_substitute(name, _OLD_OFFICIAL): t for name, t in state.items()}, levels)
         case "hugging_face":
             files = {_substitute(name, _NEW_HUGGING_FACE): tensor for name, tensor in state.items()}
-            return _atoms_to_own({HUGGING_FACE_TO_ATOMS.there(name) or name: t for name, t in files.items()}, levels)
+            return _canonical_to_own(
+                {HUGGING_FACE_TO_CANONICAL.forward(name) or name: t for name, t in files.items()}, levels
+            )
         case "backbone":
             return _backbone_to_own(state)
 
 
 def to_official_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under the official names. Raises WeightsError for a model that the official code cannot express."""
-    atoms = _own_to_atoms(own)
-    return _pack(atoms, _attention_packs(atoms))
+    canonical = _own_to_canonical(own)
+    return _pack(canonical, _attention_packs(canonical))
 
 
 def to_hugging_face_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under the names of Hugging Face's files. Raises WeightsError for a model that has none."""
-    atoms = _own_to_atoms(own)
-    cross = {name: parts for name, parts in _attention_packs(atoms).items() if "cross_attention" in name}
-    return _renamed(_pack(atoms, cross), HUGGING_FACE_TO_ATOMS, "Hugging Face")
+    canonical = _own_to_canonical(own)
+    cross = {name: parts for name, parts in _attention_packs(canonical).items() if "cross_attention" in name}
+    return _renamed(_pack(canonical, cross), HUGGING_FACE_TO_CANONICAL, "Hugging Face")
 
 
 def count_levels(own: Iterable[str]) -> int:
-    """Feature levels that our transformer decoder visits in turn, from its names; 3 where they do not say."""
+    """Feature levels that our transformer decoder attends to in turn, from its names; 3 where they do not say."""
     levels = {match[1] for name in own if (match := re.match(r"transformer_decoder\.memories\.(\d+)\.", name))}
     return len(levels) or 3
 
@@ -99,33 +101,33 @@ def is_ignored(name: str) -> bool:
     return _IGNORED.search(name) is not None
 
 
-Packs = Mapping[str, tuple[str, ...]]
+PackedNames = Mapping[str, tuple[str, ...]]
 """Name of a packed tensor and the names of its parts, joined along the first axis."""
 
 
-def _atoms_to_own(state: Mapping[str, Tensor], levels: int = 3) -> dict[str, Tensor]:
+def _canonical_to_own(state: Mapping[str, Tensor], levels: int = 3) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in state.items() if not is_ignored(name)}
-    atoms = _unpack(weights, _attention_packs(weights))
-    own = {ATOMS_TO_OWN.there(name) or name: tensor for name, tensor in atoms.items()}
+    canonical = _unpack(weights, _attention_packs(weights))
+    own = {CANONICAL_TO_OWN.forward(name) or name: tensor for name, tensor in canonical.items()}
     return _pack(own, _own_packs(own, levels))
 
 
-def _own_to_atoms(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _own_to_canonical(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept = {name: tensor for name, tensor in own.items() if not is_ignored(name)}
     parts = _unpack(kept, _own_packs(kept, count_levels(kept)))
-    atoms: dict[str, Tensor] = {}
-    unknown = [name for name in parts if ATOMS_TO_OWN.back(name) is None]
+    canonical: dict[str, Tensor] = {}
+    unknown = [name for name in parts if CANONICAL_TO_OWN.inverse(name) is None]
     if unknown:
         raise WeightsError(_no_counterpart("the official code", unknown))
     for name, tensor in parts.items():
-        atoms[ATOMS_TO_OWN.back(name) or name] = tensor
-    return atoms
+        canonical[CANONICAL_TO_OWN.inverse(name) or name] = tensor
+    return canonical
 
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def _attention_packs(names: Iterable[str]) -> Packs:
+def _attention_packs(names: Iterable[str]) -> PackedNames:
     """How the official layout packs projections, packed or not yet: `qkv` in Swin, else as `nn.MultiheadAttention`."""
     packs: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -137,7 +139,7 @@ def _attention_packs(names: Iterable[str]) -> Packs:
     return packs
 
 
-def _own_packs(names: Iterable[str], levels: int) -> Packs:
+def _own_packs(names: Iterable[str], levels: int) -> PackedNames:
     """How our model packs projections: cross-attention per level over its layers, self-attention per layer, Swin."""
     names = tuple(names)
     layers = {int(match[1]) for name in names if (match := re.match(r"transformer_decoder\.layers\.(\d+)\.", name))}
@@ -155,7 +157,7 @@ def _own_packs(names: Iterable[str], levels: int) -> Packs:
     return packs
 
 
-def _pack(state: Mapping[str, Tensor], packs: Packs) -> dict[str, Tensor]:
+def _pack(state: Mapping[str, Tensor], packs: PackedNames) -> dict[str, Tensor]:
     """Join the parts that are all there."""
     whole = {name: parts for name, parts in packs.items() if parts and all(part in state for part in parts)}
     packed = {part for parts in whole.values() for part in parts}
@@ -163,7 +165,7 @@ def _pack(state: Mapping[str, Tensor], packs: Packs) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in packed} | joined
 
 
-def _unpack(state: Mapping[str, Tensor], packs: Packs) -> dict[str, Tensor]:
+def _unpack(state: Mapping[str, Tensor], packs: PackedNames) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for name, tensor in state.items():
         names = packs.get(name, (name,))
@@ -171,12 +173,12 @@ def _unpack(state: Mapping[str, Tensor], packs: Packs) -> dict[str, Tensor]:
     return parts
 
 
-def _renamed(atoms: Mapping[str, Tensor], table: NameTable, target: str) -> dict[str, Tensor]:
-    names = {name: table.back(name) for name in atoms}
+def _renamed(canonical: Mapping[str, Tensor], table: NameTable, target: str) -> dict[str, Tensor]:
+    names = {name: table.inverse(name) for name in canonical}
     unknown = [name for name, new in names.items() if new is None]
     if unknown:
         raise WeightsError(_no_counterpart(target, unknown))
-    return {new: atoms[name] for name, new in names.items() if new is not None}
+    return {new: canonical[name] for name, new in names.items() if new is not None}
 
 
 def _no_counterpart(target: str, names: list[str]) -> str:
@@ -196,7 +198,7 @@ def to_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _backbone_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights of a backbone: Detectron2's ResNets, Swin of Microsoft and of timm, and timm's other models."""
     if _is_detectron_resnet(state):
-        return _atoms_to_own({f"backbone.{name}": tensor for name, tensor in state.items()})
+        return _canonical_to_own({f"backbone.{name}": tensor for name, tensor in state.items()})
     if "patch_embed.proj.weight" in state and "layers.0.blocks.0.attn.qkv.weight" in state:
         return {f"backbone.{name}": tensor for name, tensor in official_swin_names(state).items()}
     return {f"backbone.body.{name}": tensor for name, tensor in state.items() if not re.match(r"(fc|head)\.", name)}

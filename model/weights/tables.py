@@ -1,6 +1,6 @@
 """Which name is which: the official names of weights beside ours and beside Hugging Face's.
 
-`m2f.model.weights.names` says what atoms are and uses these tables.
+`m2f.model.weights.names` defines canonical names and uses these tables.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ class NameTable:
     """
 
     def __init__(self, *pairs: tuple[str, str]) -> None:
-        self._there = [(_pattern(left), _replacement(right)) for left, right in pairs]
-        self._back = [(_pattern(right), _replacement(left)) for left, right in pairs]
+        self._forward = [(_pattern(left), _replacement(right)) for left, right in pairs]
+        self._inverse = [(_pattern(right), _replacement(left)) for left, right in pairs]
 
-    def there(self, name: str) -> str | None:
-        """From left to right; None for a name that no template fits."""
-        return _rename(name, self._there)
+    def forward(self, name: str) -> str | None:
+        """The right name of a left one; None where no template fits."""
+        return _rename(name, self._forward)
 
-    def back(self, name: str) -> str | None:
-        """From right to left; None for a name that no template fits."""
-        return _rename(name, self._back)
+    def inverse(self, name: str) -> str | None:
+        """The left name of a right one; None where no template fits."""
+        return _rename(name, self._inverse)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -54,7 +54,7 @@ _SELF = "sem_seg_head.predictor.transformer_self_attention_layers.#"
 _FFN = "sem_seg_head.predictor.transformer_ffn_layers.#"
 _PIXELS = "sem_seg_head.pixel_decoder"
 
-ATOMS_TO_OWN = NameTable(
+CANONICAL_TO_OWN = NameTable(
     ("backbone.stem.conv1.norm.*", "backbone.body.bn1.*"),
     ("backbone.stem.conv1.*", "backbone.body.conv1.*"),
     *_resnet_stages("backbone.S.#.shortcut.norm.*", "backbone.body.S.#.downsample.1.*"),
@@ -116,7 +116,7 @@ def _hugging_face_resnet() -> list[tuple[str, str]]:
     ]
 
 
-HUGGING_FACE_TO_ATOMS = NameTable(
+HUGGING_FACE_TO_CANONICAL = NameTable(
     *_hugging_face_resnet(),
     (f"{_HF_ENCODER}.embeddings.patch_embeddings.projection.*", "backbone.patch_embed.proj.*"),
     (f"{_HF_ENCODER}.embeddings.norm.*", "backbone.patch_embed.norm.*"),

@@ -97,7 +97,7 @@ def step():
 
 def test_a_step_waits_once_and_copies_without_waiting(monkeypatch):
     monkeypatch.setattr(matcher, "HostCopy", FakeCopy)
-    monkeypatch.setattr(ms_deform_attn, "_kernel_is_right", lambda *sizes: False)  # there is none to be tried
+    monkeypatch.setattr(ms_deform_attn, "_kernel_agrees", lambda *sizes: False)  # there is none to be tried
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     FakeCopy.waits = 0
     assert step() == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from m2f.model.analysis.flops.operations import BATCH_NORM, NORM, Map, attention, convolution, feed_forward
+from m2f.model.analysis.flops.operations import BATCH_NORM, NORM, MapSize, attention, convolution, feed_forward
 
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
 """Bottleneck blocks of the stages at strides 4, 8, 16 and 32."""
@@ -10,7 +10,7 @@ RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet15
 
 def resnet(blocks: tuple[int, ...], size: tuple[int, int]) -> int:
     """ResNet with bottlenecks that stride in their 3x3 convolution, as torchvision and the official configs have it."""
-    at = Map(*size).strided(2)
+    at = MapSize(*size).strided(2)
     total, channels = _batch_normed(at, 3, 64, 7), 64
     at = at.strided(2)  # max pooling
     for stage, count in enumerate(blocks):
@@ -25,14 +25,14 @@ def resnet(blocks: tuple[int, ...], size: tuple[int, int]) -> int:
     return total
 
 
-def _batch_normed(at: Map, inputs: int, outputs: int, kernel: int = 1) -> int:
+def _batch_normed(at: MapSize, inputs: int, outputs: int, kernel: int = 1) -> int:
     return convolution(at.pixels, inputs, outputs, kernel) + BATCH_NORM * at.pixels * outputs
 
 
 def swin(embed_dim: int, depths: tuple[int, ...], window_size: int, size: tuple[int, int]) -> int:
     """Swin transformer with a LayerNorm on every stage's output; maps are padded to whole windows inside each block."""
     patch = 4
-    at = Map(*size).strided(patch)
+    at = MapSize(*size).strided(patch)
     channels = embed_dim
     total = convolution(at.pixels, 3, channels, patch) + NORM * at.pixels * channels
     for stage, depth in enumerate(depths):
@@ -44,7 +44,7 @@ def swin(embed_dim: int, depths: tuple[int, ...], window_size: int, size: tuple[
     return total
 
 
-def _swin_block(at: Map, channels: int, window_size: int) -> int:
+def _swin_block(at: MapSize, channels: int, window_size: int) -> int:
     padded = at.strided(window_size)
     tokens = padded.pixels * window_size**2
     total = convolution(tokens, channels, 4 * channels)  # queries, keys, values and output

@@ -9,7 +9,7 @@ from typing import assert_never
 
 from m2f.model.analysis.flops.backbones import RESNET_BLOCKS, resnet, swin
 from m2f.model.analysis.flops.executed import build_backbone_shapes, executed_backbone_flops
-from m2f.model.analysis.flops.operations import BILINEAR, Flops, Map, pyramid
+from m2f.model.analysis.flops.operations import BILINEAR, Flops, MapSize, pyramid
 from m2f.model.analysis.flops.pixel_decoders import pixel_decoder
 from m2f.model.analysis.flops.transformer_decoders import masked, standard
 from m2f.model.config import (
@@ -71,7 +71,7 @@ def mean_flops(config: ModelConfig, sizes: Mapping[tuple[int, int], int] = COCO_
     return Flops(**{f.name: sum(share * getattr(flops, f.name) for share, flops in counted) for f in fields(Flops)})
 
 
-def _transformer_decoder(config: ModelConfig, num_classes: int, coarsest_channels: int, maps: Sequence[Map]) -> int:
+def _transformer_decoder(config: ModelConfig, num_classes: int, coarsest_channels: int, maps: Sequence[MapSize]) -> int:
     pixel, decoder = config.pixel_decoder, config.transformer_decoder
     match decoder:
         case MaskedTransformerDecoderConfig():

@@ -38,7 +38,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Map:
+class MapSize:
     """Size of a feature map, or of a sequence of tokens with width 1."""
 
     height: int
@@ -49,14 +49,14 @@ class Map:
         """Pixels or tokens."""
         return self.height * self.width
 
-    def strided(self, stride: int) -> Map:
+    def strided(self, stride: int) -> MapSize:
         """The map after a convolution of this stride that keeps borders."""
-        return Map(math.ceil(self.height / stride), math.ceil(self.width / stride))
+        return MapSize(math.ceil(self.height / stride), math.ceil(self.width / stride))
 
 
-def pyramid(size: tuple[int, int]) -> tuple[Map, Map, Map, Map]:
+def pyramid(size: tuple[int, int]) -> tuple[MapSize, MapSize, MapSize, MapSize]:
     """Maps at strides 4, 8, 16 and 32 of an input of this height and width."""
-    stride4, stride8, stride16, stride32 = (Map(*size).strided(stride) for stride in STRIDES)
+    stride4, stride8, stride16, stride32 = (MapSize(*size).strided(stride) for stride in STRIDES)
     return stride4, stride8, stride16, stride32
 
 

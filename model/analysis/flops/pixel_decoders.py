@@ -9,7 +9,7 @@ from m2f.model.analysis.flops.operations import (
     BILINEAR,
     NEAREST,
     NORM,
-    Map,
+    MapSize,
     attention,
     convolution,
     feed_forward,
@@ -26,7 +26,7 @@ from m2f.model.config import (
 )
 
 
-def pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int], maps: Sequence[Map]) -> int:
+def pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     """Multiply-adds for a backbone with these `channels` and `maps` at strides 4, 8, 16, 32."""
     match config:
         case MSDeformAttnPixelDecoderConfig():
@@ -45,7 +45,7 @@ def pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int], maps: Seq
             assert_never(config)
 
 
-def _ms_deform_attn(config: MSDeformAttnPixelDecoderConfig, channels: Sequence[int], maps: Sequence[Map]) -> int:
+def _ms_deform_attn(config: MSDeformAttnPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     """Deformable encoder over strides 8 to 32 and one FPN step to stride 4."""
     dim, (stride4, *others) = config.conv_dim, maps
     pixels = sum(at.pixels for at in others)
@@ -60,7 +60,7 @@ def _ms_deform_attn(config: MSDeformAttnPixelDecoderConfig, channels: Sequence[i
     return projections + config.num_layers * layer + step
 
 
-def _pyramid(dim: int, channels: Sequence[int], maps: Sequence[Map]) -> int:
+def _pyramid(dim: int, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     """FPN: the coarsest map is convolved, every finer one projected, added to and convolved."""
     *finer, coarsest = maps
     total = group_normed(coarsest.pixels, channels[-1], dim, 3)
@@ -69,12 +69,12 @@ def _pyramid(dim: int, channels: Sequence[int], maps: Sequence[Map]) -> int:
     return total
 
 
-def _mask_features(config: PixelDecoderConfig, maps: Sequence[Map]) -> int:
+def _mask_features(config: PixelDecoderConfig, maps: Sequence[MapSize]) -> int:
     """3x3 convolution at stride 4."""
     return convolution(maps[0].pixels, config.conv_dim, config.mask_dim, 3)
 
 
-def _semantic_fpn(config: SemanticFPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[Map]) -> int:
+def _semantic_fpn(config: SemanticFPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     dim = config.conv_dim
     total = _pyramid(dim, channels, maps) + group_normed(maps[0].pixels, dim, dim, 3) + _mask_features(config, maps)
     for level in range(1, len(maps)):
@@ -83,7 +83,7 @@ def _semantic_fpn(config: SemanticFPNPixelDecoderConfig, channels: Sequence[int]
     return total
 
 
-def _bifpn(config: BiFPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[Map]) -> int:
+def _bifpn(config: BiFPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     dim = config.conv_dim
     total = _mask_features(config, maps)
     for at, width in zip(maps, channels, strict=True):
@@ -93,7 +93,7 @@ def _bifpn(config: BiFPNPixelDecoderConfig, channels: Sequence[int], maps: Seque
     return total + config.num_layers * (fusions + sum(NEAREST * at.pixels * dim for at in nodes))
 
 
-def _fapn(config: FaPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[Map]) -> int:
+def _fapn(config: FaPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     dim, (*finer, coarsest) = config.conv_dim, maps
     total = _mask_features(config, maps) + group_normed(coarsest.pixels, channels[-1], dim)
     for at, width in zip(finer, channels[:-1], strict=True):
@@ -105,7 +105,7 @@ def _fapn(config: FaPNPixelDecoderConfig, channels: Sequence[int], maps: Sequenc
     return total
 
 
-def _transformer_fpn(config: TransformerFPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[Map]) -> int:
+def _transformer_fpn(config: TransformerFPNPixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     dim, tokens = config.conv_dim, maps[-1].pixels
     layer = 4 * convolution(tokens, dim, dim) + attention(tokens, tokens, dim)
     layer += feed_forward(tokens, dim, config.feedforward_dim) + 2 * NORM * tokens * dim

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_never
 
-from m2f.model.analysis.flops.operations import BILINEAR, NORM, Map, attention, convolution, feed_forward
+from m2f.model.analysis.flops.operations import BILINEAR, NORM, MapSize, attention, convolution, feed_forward
 from m2f.model.config import MaskedTransformerDecoderConfig, StandardTransformerDecoderConfig
 
 
 def masked(
-    config: MaskedTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int, maps: Sequence[Map]
+    config: MaskedTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int, maps: Sequence[MapSize]
 ) -> int:
     """The paper's decoder and its ablations; `maps` at strides 4, 8, 16, 32, `in_dim` channels of the features."""
     queries, dim, mask_pixels = config.num_queries, config.hidden_dim, maps[0].pixels
-    tokens_of_layers = _tokens_in_turn(config, [at.pixels for at in maps[1:]])
+    tokens_of_layers = _tokens_of_groups(config, [at.pixels for at in maps[1:]])
     total = 0
     if in_dim != dim:
         total += convolution(sum(tokens_of_layers), in_dim, dim)
@@ -26,7 +26,7 @@ def masked(
         tokens = tokens_of_layers[index % len(tokens_of_layers)]
         if config.attention in ("masked", "mask_pooling"):
             total += queries * mask_dim * mask_pixels + BILINEAR * queries * tokens
-        total += _look_at_image(config, tokens)
+        total += _cross_attention(config, tokens)
         total += 4 * convolution(queries, dim, dim) + attention(queries, queries, dim)
         total += feed_forward(queries, dim, config.feedforward_dim) + 3 * NORM * queries * dim
     if config.attention == "smca":  # reference points of the queries
@@ -36,7 +36,7 @@ def masked(
 
 
 def standard(
-    config: StandardTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int, maps: Sequence[Map]
+    config: StandardTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int, maps: Sequence[MapSize]
 ) -> int:
     """MaskFormer's decoder on a map of stride 32 with `in_dim` channels. Its code makes the masks of all layers."""
     queries, dim, tokens = config.num_queries, config.hidden_dim, maps[-1].pixels
@@ -54,8 +54,8 @@ def _prediction_heads(queries: int, dim: int, mask_dim: int, num_classes: int) -
     return NORM * queries * dim + convolution(queries, dim, num_classes + 1) + mask_embedding
 
 
-def _tokens_in_turn(config: MaskedTransformerDecoderConfig, pixels: Sequence[int]) -> tuple[int, ...]:
-    """Tokens that the layers look at in turn, from the pixels at strides 8, 16 and 32."""
+def _tokens_of_groups(config: MaskedTransformerDecoderConfig, pixels: Sequence[int]) -> tuple[int, ...]:
+    """Tokens that the layers attend to in turn, from the pixels at strides 8, 16 and 32."""
     stride8, stride16, stride32 = pixels
     match config.features:
         case "multi_scale":
@@ -72,8 +72,8 @@ def _tokens_in_turn(config: MaskedTransformerDecoderConfig, pixels: Sequence[int
             assert_never(config.features)
 
 
-def _look_at_image(config: MaskedTransformerDecoderConfig, tokens: int) -> int:
-    """Cross-attention of one layer, or what stands in its place."""
+def _cross_attention(config: MaskedTransformerDecoderConfig, tokens: int) -> int:
+    """Cross-attention of one layer, or of what replaces it."""
     queries, dim = config.num_queries, config.hidden_dim
     if config.attention == "mask_pooling":  # a mean of tokens and one projection of it
         return queries * tokens * dim + convolution(queries, dim, dim)

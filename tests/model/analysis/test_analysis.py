@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m2f.model.analysis.attention_maps import AttentionMap, attention_weights, foreground_mass, recorded_attention
-from m2f.model.attention import Attend, MaskPooling
+from m2f.model.attention import MaskPooling, ProjectedAttention
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -66,7 +66,7 @@ def test_recording_ends_with_the_context_and_changes_nothing():
 @pytest.mark.parametrize("guide", [None, "mask", "prior"])
 def test_weights_are_those_that_the_layer_averages_values_with(guide):
     torch.manual_seed(1)
-    attend = Attend(8, 1, 0.0).eval()
+    attend = ProjectedAttention(8, 1, 0.0).eval()
     query, key, value = torch.randn(2, 3, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
     allowed = torch.rand(2, 1, 3, 7) > 0.4
     allowed[..., 0] = True
@@ -78,7 +78,7 @@ def test_weights_are_those_that_the_layer_averages_values_with(guide):
 
 
 def test_weights_are_the_mean_over_heads():
-    attend = Attend(2, 2, 0.0)
+    attend = ProjectedAttention(2, 2, 0.0)
     query, key = torch.tensor([[[20.0, 0.0]]]), torch.tensor([[[1.0, 5.0], [0.0, 5.0]]])
     weights = attention_weights(attend, query, key, key)  # head 1 takes the first pixel, head 2 both alike
     torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.25]]]), atol=1e-6, rtol=0)

@@ -9,7 +9,7 @@ import pytest
 from m2f.data_pipeline.transforms.augment import shortest_edge_size
 from m2f.model.analysis.flops.executed import build_shapes, count_parameters, executed_flops
 from m2f.model.analysis.flops.official import COCO_SIZES, mean_flops, official_flops
-from m2f.model.analysis.flops.operations import Map, attention, convolution, group_normed, pyramid
+from m2f.model.analysis.flops.operations import MapSize, attention, convolution, group_normed, pyramid
 from m2f.model.analysis.paper_models import PaperModel, paper_models
 from m2f.model.config import (
     BiFPNPixelDecoderConfig,
@@ -143,7 +143,7 @@ def test_operations_by_hand():
     assert group_normed(10, 3, 8) == 10 * 3 * 8 + 5 * 10 * 8
     assert attention(2, 7, 16) == 2 * (2 * 7 * 16)
     assert [(at.height, at.width) for at in pyramid((65, 33))] == [(17, 9), (9, 5), (5, 3), (3, 2)]
-    assert Map(5, 4).strided(2).pixels == 6
+    assert MapSize(5, 4).strided(2).pixels == 6
 
 
 def test_other_backbones_are_counted_as_executed():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import m2f.model.analysis.memory
-from m2f.model.analysis.memory import Activations, LiveBytes, count_activations
+from m2f.model.analysis.memory import Activations, LiveBytesCounter, count_activations
 from m2f.model.config import (
     FPNPixelDecoderConfig,
     LossConfig,
@@ -57,10 +57,10 @@ def allocated(config, images):
     targets = striped_targets(images)
     normalizers = count_normalizers(targets, QUERIES, config.loss)
     pixels = torch.zeros(images, 3, SIZE, SIZE, dtype=torch.uint8)
-    with LiveBytes() as live:
+    with LiveBytesCounter() as live:
         predictions = model(model.normalise(pixels))
         loss = compute_losses(predictions, targets, CounterPoints(0), normalizers, config.loss, 5).total
-        kept = live.now
+        kept = live.current
         loss.backward()
     return Activations(kept, live.peak)
 
@@ -88,14 +88,14 @@ def test_checkpointing_and_16_bits_take_less():
 
 
 def test_live_bytes_follow_storages_and_not_views():
-    with LiveBytes() as live:
+    with LiveBytesCounter() as live:
         first = torch.zeros(1000)
         view = first[10:].view(-1, 10)
-        assert live.now == 4000
+        assert live.current == 4000
         first.add_(1)
         second = view + 1
-        assert live.now == 4000 + 3960
+        assert live.current == 4000 + 3960
         del first, view
-        assert live.now == 3960
+        assert live.current == 3960
         del second
-    assert (live.now, live.peak) == (0, 7960)
+    assert (live.current, live.peak) == (0, 7960)

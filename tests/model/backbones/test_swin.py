@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 
 from m2f.model.backbones.build import build_backbone
-from m2f.model.backbones.swin import Block, SwinTransformer, drop_path_gains, relative_position_index, shift_mask
+from m2f.model.backbones.swin import Block, SwinTransformer, draw_drop_path_scales, relative_position_index, shift_mask
 from m2f.model.config import SwinBackboneConfig
 from m2f.model.errors import ConfigError
 
@@ -195,12 +195,12 @@ def test_checkpointing_changes_no_gradient_even_with_drop_path():
 
 def test_drop_path_skips_linearly_more_with_the_depth_and_keeps_the_mean():
     torch.manual_seed(0)
-    gains = drop_path_gains(0.4, 5, torch.zeros(20000, 1))
-    assert gains.shape == (5, 2, 20000)
-    skipped = (gains == 0).double().mean((1, 2))
+    scales = draw_drop_path_scales(0.4, 5, torch.zeros(20000, 1))
+    assert scales.shape == (5, 2, 20000)
+    skipped = (scales == 0).double().mean((1, 2))
     torch.testing.assert_close(skipped, torch.tensor([0, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64), rtol=0, atol=0.01)
-    torch.testing.assert_close(gains.mean((1, 2)), torch.ones(5), rtol=0, atol=0.02)
-    assert (gains[:, 0] != gains[:, 1]).any(1).tolist() == [False, True, True, True, True]
+    torch.testing.assert_close(scales.mean((1, 2)), torch.ones(5), rtol=0, atol=0.02)
+    assert (scales[:, 0] != scales[:, 1]).any(1).tolist() == [False, True, True, True, True]
 
 
 def test_drop_path_acts_in_training_only():

@@ -59,7 +59,7 @@ def a_location_without_a_number_reaches_the_output() -> bool:
 
 def after_trying_all_tunings() -> list[dict[str, float]]:
     """Errors with each tuning of the tables, after all others have run as the tuner makes them run."""
-    usual, seen = ms_deform_attn_triton._tuning, []
+    usual, seen = ms_deform_attn_triton._launch_config, []
     for place in range(4):
 
         def try_all(tuner, inputs, run, place=place):
@@ -67,9 +67,9 @@ def after_trying_all_tunings() -> list[dict[str, float]]:
                 run(tuning)
             return tuner.table[place]
 
-        ms_deform_attn_triton._tuning = try_all
+        ms_deform_attn_triton._launch_config = try_all
         seen.append(errors(torch.float32, 1, 1, 4, 1, 9, shared_reference=True))
-    ms_deform_attn_triton._tuning = usual
+    ms_deform_attn_triton._launch_config = usual
     return seen
 
 

@@ -1,8 +1,8 @@
 """The choice of a tuning, with a clock that is made up."""
 
-from m2f.model.deform_attn.tuning import Tuner, Tuning
+from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig
 
-TABLE = (Tuning(32, 4), Tuning(16, 2), Tuning(8, 1))
+TABLE = (LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(8, 1))
 
 
 def test_the_fastest_is_chosen_for_every_bucket_and_remembered():
@@ -13,7 +13,7 @@ def test_the_fastest_is_chosen_for_every_bucket_and_remembered():
         run()
         return milliseconds[tried[-1]]
 
-    tuner = Tuner(TABLE, clock)
+    tuner = Autotuner(TABLE, clock)
     assert tuner.choose("small", tried.append) == TABLE[1]
     assert tried == list(TABLE)
     milliseconds[TABLE[2]] = 0.5
@@ -24,4 +24,4 @@ def test_the_fastest_is_chosen_for_every_bucket_and_remembered():
 
 
 def test_of_equals_the_first_is_chosen():
-    assert Tuner(TABLE, lambda run: 1.0).choose("all", lambda tuning: None) == TABLE[0]
+    assert Autotuner(TABLE, lambda run: 1.0).choose("all", lambda tuning: None) == TABLE[0]

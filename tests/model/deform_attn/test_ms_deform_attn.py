@@ -174,14 +174,14 @@ def test_the_trial_of_the_kernel_is_a_constant_of_compiled_graphs(worst, chosen,
     torch.compiler.reset()
     trials = []
     monkeypatch.setattr(own, "_kernel_error", lambda *sizes: trials.append(sizes) or worst)
-    own._tried_kernel.cache_clear()
+    own._checked_kernel.cache_clear()
 
     def take(value):
-        return value + 1 if own._kernel_is_right(value.dtype, 3, 2, 4, 8) else value - 1
+        return value + 1 if own._kernel_agrees(value.dtype, 3, 2, 4, 8) else value - 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         result = torch.compile(take, backend="eager", fullgraph=True)(torch.zeros(1))
-    own._tried_kernel.cache_clear()
+    own._checked_kernel.cache_clear()
     assert result.item() == (1 if chosen == "kernel" else -1)
     assert [sizes[1:] for sizes in trials] == [(torch.float32, 3, 2, 4, 8)]
