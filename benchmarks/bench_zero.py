@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.measure import CPU, Row, Times, compare
 from benchmarks.scenes import make_batch
 from benchmarks.transformers_peer import CONFIG
-from m2f.cluster.train.processes import launch
+from m2f.cluster.train.launch import launch
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import OptimizerConfig, TrainingConfig, ZeroConfig

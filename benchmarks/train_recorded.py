@@ -16,14 +16,14 @@ from dataclasses import replace
 from benchmarks.recording import Recording
 from m2f.cluster.recipe.load import dump_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
-from m2f.cluster.train.local import SignalControl, worker_environment
-from m2f.cluster.train.processes import LaunchError, launch
+from m2f.cluster.train.launch import LaunchError, launch
+from m2f.cluster.train.local_rank import stopped_by_signals, worker_environment
 from m2f.model.errors import UserError
 from m2f.trainer.job import TrainJob
 
 
 def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
-    """Train on this machine; returns the run folder. Raises UserError and LaunchError as `train_locally` does."""
+    """Train on this machine; returns the run folder. Raises UserError and LaunchError."""
     recording = Recording.load(path)
     config = with_absolute_paths(parse_recipe(recording.recipe, overrides, source=f"the recipe in {path}"))
     job = TrainJob(
@@ -44,7 +44,8 @@ def train_rank(job: TrainJob, path: str) -> None:
     """Body of one rank."""
     from m2f.trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
 
-    run_worker(job, control=SignalControl(), open_data=lambda *_: Recording.load(path))
+    with stopped_by_signals() as control:
+        run_worker(job, control=control, open_data=lambda *_: Recording.load(path))
 
 
 def main() -> int:

@@ -14,7 +14,8 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.shard_job import run_shard_job
 from m2f.cluster.terminal import format_duration, say
-from m2f.cluster.train.supervisor import RunSummary, run_training
+from m2f.cluster.train.ray_launcher import run_training
+from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 

@@ -23,6 +23,10 @@ class LeaseLostError(TrainingError):
     """Another process has taken the run folder over; this one must not write to it any more."""
 
 
+class RankDiedError(RuntimeError):
+    """A rank's process ended without an error of its own. Names the rank and how it ended."""
+
+
 class PeersError(TrainingError):
     """Raised on every rank because some have an error: names them. The cause is this rank's own error, if any."""
 

@@ -42,6 +42,10 @@ class TrainJob:
     """What the weights mean, stored with every checkpoint; None where only the ranks' tensors matter."""
     lease: int = 0
     """Number of the lease under which the run folder is written; 0 for a run that nobody else can know of."""
+    attempt: str = ""
+    """Names this start of the ranks in the run folder; empty where nobody supervises them."""
+    evaluates: bool = False
+    """Whether checkpoints are evaluated, and kept until they are."""
     skipped: tuple[Window, ...] = ()
     """What the run leaves out after loss spikes, as if the order did not have it."""
 
@@ -62,13 +66,6 @@ class Control(Protocol):
         """Whether a machine is about to go away; the run is meant to continue elsewhere."""
         ...
 
-    def metrics_arrived(self, step: int) -> bool:
-        """Whether the metrics reported at this step lie where the death of a process does not take them along.
-
-        Asked by rank 0 at every save: a checkpoint holds those that are still on their way.
-        """
-        ...
-
 
 @dataclass
 class ManualControl:
@@ -84,7 +81,3 @@ class ManualControl:
     def drain_requested(self) -> bool:
         """Whether `drain` was set."""
         return self.drain
-
-    def metrics_arrived(self, step: int) -> bool:
-        """Always."""
-        return True

@@ -18,10 +18,12 @@ from m2f.trainer.job import Control, TrainJob, Window
 from m2f.trainer.observer import Observer
 from m2f.trainer.ranks import StepFacts
 from m2f.trainer.recovery.bad_samples import BadSamples
-from m2f.trainer.reporting import CommittedCheckpoint, EventKind, Reporter
+from m2f.trainer.recovery.ending import Ending, write_ending
+from m2f.trainer.reporting import CommitReport, CommittedCheckpoint, Notice, NoticeKind, Reporter
 from m2f.trainer.setup import Run, open_run
 from m2f.trainer.state import TrainState
 from m2f.trainer.telemetry.metrics import non_finite_keys, summed_losses
+from m2f.trainer.telemetry.numbers import StepMetrics
 
 
 def train(job: TrainJob, reporter: Reporter, control: Control, open_data: OpenData) -> TrainState:
@@ -46,14 +48,14 @@ class _Loop:
         self._observer = observer
         self._bad_samples = BadSamples(run.job.data.max_bad_samples, run.ranks)
         self._announced = -1
-        self._on_their_way: dict[int, dict[str, float]] = {}
-        """Metrics by step that were reported and may not have arrived."""
+        self._uncommitted: dict[int, StepMetrics] = {}
+        """Rank 0: metrics by step since the last save."""
 
     def run(self) -> TrainState:
         training, engine, state = self._training, self._run.engine, self._run.state
         if self._run.resumed is not None:
             self._announce(self._run.resumed)
-            self._event("resumed", state.step, f"from {self._run.resumed.url}")
+            self._notify("resumed", state.step, f"from {self._run.resumed.url}")
         while state.step < training.max_steps:
             batches, facts = self._next_step()
             if facts.substitutions:
@@ -70,7 +72,7 @@ class _Loop:
                 continue
             state = self._look_for_spikes(state, losses)
             if state.step % training.log_every_steps == 0:
-                self._on_their_way[state.step] = self._observer.report(state, losses, result.grad_norm)
+                self._report(state, losses, result)
             if state.step % training.checkpoint.every_steps == 0:
                 self._save(state)
         return self._end("finished", state)
@@ -139,22 +141,27 @@ class _Loop:
         config = self._training.spikes
         if config.action == "off":
             return state
-        loss = summed_losses(losses, self._run.ranks)["loss/total"]  # a collective
+        loss = summed_losses(losses, self._run.ranks).total  # a collective
         before, first = state.losses, state.position - self._training.global_batch
         state = replace(state, losses=before.after(loss, first, config))
         if state.losses.high == config.steps:
             usual, deviation = before.usual()
             window = Window(state.losses.start, state.position)
             message = f"the loss is {loss:.4g} where {usual:.4g} +- {deviation:.2g} is usual ({window})"
-            self._event("spike", state.step, message)
+            self._notify("spike", state.step, message)
             if config.action == "roll_back":
                 raise LossSpikeError(f"after step {state.step} {message}", window.start, window.stop)
         return state
 
+    def _report(self, state: TrainState, losses: Sequence[Losses], result: StepResult) -> None:
+        metrics = self._observer.report(state, losses, result.grad_norm)
+        if metrics is not None:
+            self._uncommitted[state.step] = metrics
+
     def _report_substitutions(self, state: TrainState, batches: StepBatches) -> None:
         for found in self._bad_samples.note(batches.substitutions):  # a collective
             message = f"{found.cause}; {found.substitute!r} takes its place at position {found.position}"
-            self._event("substituted", state.step, message)
+            self._notify("substituted", state.step, message)
 
     def _report_skip(self, state: TrainState, batches: StepBatches, losses: Sequence[Losses]) -> None:
         keys = non_finite_keys([batch.keys for batch in batches.micro_batches], losses, self._run.ranks)
@@ -163,7 +170,7 @@ class _Loop:
             f"the loss of {', '.join(keys)} is not finite" if keys else "all losses are finite but a gradient is not"
         )
         message = f"update skipped, {cause} (positions {first} to {state.position - 1} of the data order)"
-        self._event("skipped", state.step, message)
+        self._notify("skipped", state.step, message)
         if state.skipped > self._training.max_skipped_steps:
             raise TrainingError(
                 f"{state.skipped} updates in a row were skipped after step {state.step}, more than "
@@ -171,27 +178,29 @@ class _Loop:
                 "Lower training.optimizer.lr, or look at these images"
             )
 
-    def _end(self, kind: EventKind, state: TrainState) -> TrainState:
+    def _end(self, kind: NoticeKind, state: TrainState) -> TrainState:
         self._save(state)
         commit = self._run.saver.finish()
         assert commit is not None
         self._announce(commit)
-        self._event(kind, state.step, f"checkpoint {commit.url}")
+        if kind == "drained" and self._run.ranks.is_first:
+            ending = Ending("drained", "a machine of the run is about to go away")
+            write_ending(self._run.storage, self._run.job.run_folder, self._run.job.attempt, ending)
+        self._notify(kind, state.step, f"checkpoint {commit.url}")
         return state
 
     def _save(self, state: TrainState) -> None:
         self._observer.enter("checkpoint")
         self._announce(self._run.saver.finish())  # every commit is heard of, also where the next one follows at once
-        for step in [step for step in self._on_their_way if self._control.metrics_arrived(step)]:
-            del self._on_their_way[step]
-        self._run.saver.save(self._run.engine, state, self._on_their_way)
+        self._run.saver.save(self._run.engine, state, self._uncommitted)
+        self._uncommitted.clear()
 
     def _announce(self, commit: CommittedCheckpoint | None) -> None:
         """Tell the reporter of a commit, once."""
         if commit is not None and commit.step > self._announced:
             self._announced = commit.step
-            self._reporter.checkpoint(commit)
+            self._reporter.report(CommitReport(commit))
 
-    def _event(self, kind: EventKind, step: int, message: str) -> None:
+    def _notify(self, kind: NoticeKind, step: int, message: str) -> None:
         if self._run.ranks.is_first:
-            self._reporter.event(kind, step, message)
+            self._reporter.report(Notice(kind, step, message))

@@ -13,13 +13,14 @@ from typing import Any
 from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.model.loss.criterion import Losses
 from m2f.trainer.engine.engine import StepResult
-from m2f.trainer.reporting import Reporter
+from m2f.trainer.reporting import Notice, RankReport, Reporter, StepReport
 from m2f.trainer.setup import Run
 from m2f.trainer.state import TrainState
 from m2f.trainer.telemetry.metrics import Stopwatch, Traffic, summed_losses
 from m2f.trainer.telemetry.mfu import Utilization
+from m2f.trainer.telemetry.numbers import StepMetrics
 from m2f.trainer.telemetry.phases import Phase, PhaseClock
-from m2f.trainer.telemetry.rank_stats import joined_numbers, measure_rank, memory_gb, slow_ranks
+from m2f.trainer.telemetry.rank_stats import measure_rank, memory_gb, rank_spread, slow_ranks, system_use
 from m2f.trainer.telemetry.trace import Trace
 from m2f.trainer.telemetry.watchdog import Watchdog
 
@@ -32,13 +33,13 @@ class Observer:
 
     def __init__(self, run: Run, reporter: Reporter) -> None:
         job, self._run, self._reporter = run.job, run, reporter
-        attempt = run.ranks.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+        attempt = job.attempt or run.ranks.broadcast(time.strftime("%Y%m%d-%H%M%S"))
         self._clock = PhaseClock()
         self._stopwatch = Stopwatch()
         self._traffic = Traffic(run.storage.counters)
         self._utilization = Utilization(job.model, run.engine.device, run.ranks.world_size)
         self._trace = Trace(run.storage, job.run_folder, attempt, run.ranks.rank)
-        self._watchdog = Watchdog(self._clock, run.ranks, run.storage, job.run_folder, attempt, job.training, reporter)
+        self._watchdog = Watchdog(self._clock, run.ranks, run.storage, job, attempt, reporter)
         self._size, self._micro_batch = (0, 0), 1
         self._slow: Counter[tuple[int, str]] = Counter()
         self._stack = ExitStack()
@@ -87,37 +88,37 @@ class Observer:
             }
         self._trace.write(record)
 
-    def report(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> dict[str, float]:
+    def report(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> StepMetrics | None:
         """Report the numbers of all ranks since the last report; rank 0 returns them as well. A collective."""
-        run, training = self._run, self._run.job.training
-        values = summed_losses(losses, run.ranks)
-        values |= self._traffic.read(run.ranks)
-        watch = self._stopwatch
+        run, watch = self._run, self._stopwatch
+        loss, traffic = summed_losses(losses, run.ranks), self._traffic.read(run.ranks)
         own = measure_rank(run.ranks.rank, watch.steps, watch.phases, self._micro_batch, run.job.run_folder)
         numbers = run.ranks.gather(own)
-        self._reporter.rank_metrics(state.step, own.values())
+        self._reporter.report(RankReport(state.step, own))
         if not run.ranks.is_first:
-            self._stopwatch.reset()
-            return {}
-        rate = self._stopwatch.read(steps_left=training.max_steps - state.step)
-        values |= rate | joined_numbers(numbers)
-        utilization = self._utilization.share(self._size, rate["images_per_s"])
-        if utilization is not None:
-            values["mfu"] = utilization
-        values |= {
-            "grad_norm": grad_norm,
-            "lr": training.optimizer.lr * run.engine.lr_factor,
-            "images": state.position,
-            "skipped_steps": state.skipped_total,
-        }
+            watch.reset()
+            return None
+        training = run.job.training
+        pace = watch.read(steps_left=training.max_steps - state.step)
         slow = {(found.rank, found.work): found for found in slow_ranks(numbers)}
         self._slow = Counter({key: self._slow[key] + 1 for key in slow})
-        values["ranks/slow"] = sum(count >= SLOW_REPORTS for count in self._slow.values())
-        self._reporter.metrics(state.step, values)
+        metrics = StepMetrics(
+            loss=loss,
+            storage=traffic,
+            throughput=pace,
+            system=system_use(numbers),
+            ranks=rank_spread(numbers, slow=sum(count >= SLOW_REPORTS for count in self._slow.values())),
+            grad_norm=grad_norm,
+            lr=training.optimizer.lr * run.engine.lr_factor,
+            images=state.position,
+            skipped_steps=state.skipped_total,
+            mfu=self._utilization.share(self._size, pace.images_per_s),
+        )
+        self._reporter.report(StepReport(state.step, metrics))
         for key, found in slow.items():
             if self._slow[key] == SLOW_REPORTS:
-                self._reporter.event("slow", state.step, str(found))
-        return values
+                self._reporter.report(Notice("slow", state.step, str(found)))
+        return metrics
 
 
 def _number(value: float) -> float | str:

@@ -1,14 +1,15 @@
-"""Where metrics, checkpoints and events of a run go."""
+"""Events of a run, and who receives them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, Protocol, TextIO
+from typing import Literal, Protocol, TextIO, assert_never
 
-EventKind = Literal[
+from m2f.trainer.telemetry.numbers import RankNumbers, StepMetrics, StorageTraffic, SystemUse
+
+NoticeKind = Literal[
     "weights",
     "resumed",
     "damaged",
@@ -25,7 +26,7 @@ EventKind = Literal[
 ]
 
 STALL_EXIT = 75
-"""Status of a rank that ended itself after the event `stalled`."""
+"""Status of a rank that ended itself after the notice `stalled`."""
 
 
 @dataclass(frozen=True)
@@ -43,98 +44,109 @@ class CommittedCheckpoint:
         return self.url.rstrip("/").rpartition("/")[2]
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """By rank 0, every `log_every_steps` optimizer steps."""
+
+    step: int
+    metrics: StepMetrics
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """By every rank, as often as StepReport: what it measured of itself."""
+
+    step: int
+    numbers: RankNumbers
+
+
+@dataclass(frozen=True)
+class CommitReport:
+    """By every rank in the same step, after a commit."""
+
+    checkpoint: CommittedCheckpoint
+
+
+@dataclass(frozen=True)
+class Notice:
+    """By rank 0 (`stalled`: any): something worth a line in the log."""
+
+    kind: NoticeKind
+    step: int
+    message: str
+
+
+Event = StepReport | RankReport | CommitReport | Notice
+
+
 class Reporter(Protocol):
-    """Told by the loop; must return at once and never raise for an outage of what is behind it."""
+    """Receives the events of a run."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Rank 0 only, every `log_every_steps` optimizer steps."""
-        ...
-
-    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """On every rank, as often as `metrics`: what it measured of itself (see RankNumbers)."""
-        ...
-
-    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """On every rank, in the same step, after the commit."""
-        ...
-
-    def event(self, kind: EventKind, step: int, message: str) -> None:
-        """Rank 0 (`stalled`: any): something worth a line in the log."""
+    def report(self, event: Event) -> None:
+        """Must return at once, and never raise for an outage of what is behind it."""
         ...
 
 
 class Reporters:
-    """One reporter that repeats everything to several."""
+    """Passes every event on to several reporters."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self._reporters = reporters
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def report(self, event: Event) -> None:
         """To all."""
         for reporter in self._reporters:
-            reporter.metrics(step, values)
-
-    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """To all."""
-        for reporter in self._reporters:
-            reporter.rank_metrics(step, values)
-
-    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """To all."""
-        for reporter in self._reporters:
-            reporter.checkpoint(checkpoint)
-
-    def event(self, kind: EventKind, step: int, message: str) -> None:
-        """To all."""
-        for reporter in self._reporters:
-            reporter.event(kind, step, message)
+            reporter.report(event)
 
 
 class LogReporter:
-    """One readable line per report."""
+    """Prints one readable line per event."""
 
     def __init__(self, max_steps: int, stream: TextIO | None = None) -> None:
         self.max_steps = max_steps
         self.stream = stream or sys.stdout
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Step, losses, gradient norm, learning rate, images/s, time waited for data, traffic, memory, time left."""
-        left = timedelta(seconds=round(values["eta_s"]))
-        self._line(
-            f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"
-            f"  loss {values['loss/total']:.4f} (class {values['loss/class']:.4f}, mask {values['loss/mask']:.4f}, "
-            f"dice {values['loss/dice']:.4f})  grad {values['grad_norm']:.3g}  lr {values['lr']:.3g}"
-            f"  {values['images_per_s']:.1f} images/s  data wait {100 * values['data_wait_share']:.0f} %"
-            f"{_traffic(values)}{_memory(values)}  left {left}"
-        )
-
-    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing: the line of `metrics` speaks for all ranks."""
-
-    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """Where the checkpoint is."""
-        self._line(f"step {checkpoint.step}: checkpoint {checkpoint.url}")
-
-    def event(self, kind: EventKind, step: int, message: str) -> None:
-        """The message."""
-        self._line(f"step {step}: {kind}: {message}")
+    def report(self, event: Event) -> None:
+        """Nothing for a RankReport: the line of the StepReport covers all ranks."""
+        match event:
+            case StepReport(step, metrics):
+                self._line(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  {_describe(metrics)}")
+            case CommitReport(checkpoint):
+                self._line(f"step {checkpoint.step}: checkpoint {checkpoint.url}")
+            case Notice(kind, step, message):
+                self._line(f"step {step}: {kind}: {message}")
+            case RankReport():
+                pass
+            case _:
+                assert_never(event)
 
     def _line(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
 
-def _traffic(values: Mapping[str, float]) -> str:
-    """What was read since the last line, in words that are left out where there is nothing to say."""
-    words = f"  read {values['storage/read_mb']:.1f} MB"
-    if values["storage/cached_mb"]:
-        words += f" and {values['storage/cached_mb']:.1f} MB cached"
-    if values["storage/retries"]:
-        words += f" with {values['storage/retries']:.0f} retries"
-    return words
+def _describe(metrics: StepMetrics) -> str:
+    """Losses, gradient norm, learning rate, images/s, time waited for data, traffic, memory, time left."""
+    loss, pace = metrics.loss, metrics.throughput
+    return (
+        f"loss {loss.total:.4f} (class {loss.class_:.4f}, mask {loss.mask:.4f}, dice {loss.dice:.4f})"
+        f"  grad {metrics.grad_norm:.3g}  lr {metrics.lr:.3g}"
+        f"  {pace.images_per_s:.1f} images/s  data wait {100 * pace.data_wait_share:.0f} %"
+        f"{_traffic(metrics.storage)}{_memory(metrics.system)}  left {timedelta(seconds=round(pace.eta_s))}"
+    )
 
 
-def _memory(values: Mapping[str, float]) -> str:
-    """The most that tensors took on a GPU, and of it what an image of a micro-batch took."""
-    if "system/gpu_memory_gb" not in values:
+def _traffic(storage: StorageTraffic) -> str:
+    """What was read since the last line; zero cache reads and retries are left out."""
+    text = f"  read {storage.read_mb:.1f} MB"
+    if storage.cached_mb:
+        text += f" and {storage.cached_mb:.1f} MB cached"
+    if storage.retries:
+        text += f" with {storage.retries:.0f} retries"
+    return text
+
+
+def _memory(system: SystemUse) -> str:
+    """Peak of allocated GPU memory, and of it what an image of a micro-batch took."""
+    if system.gpu_memory_gb is None:
         return ""
-    return f"  GPU {values['system/gpu_memory_gb']:.1f} GB, {values['system/gpu_image_gb']:.2f} GB an image"
+    return f"  GPU {system.gpu_memory_gb:.1f} GB, {system.gpu_image_gb or 0.0:.2f} GB an image"

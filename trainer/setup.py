@@ -24,7 +24,7 @@ from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.job import TrainJob
 from m2f.trainer.memory.probe import probe_memory
 from m2f.trainer.ranks import Ranks
-from m2f.trainer.reporting import CommittedCheckpoint, Reporter
+from m2f.trainer.reporting import CommittedCheckpoint, Notice, Reporter
 from m2f.trainer.state import TrainState
 
 
@@ -56,7 +56,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     with open_restart(candidates, state, storage, ranks, reporter, accept, job.skipped, job.lease) as restart:
         model, report = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))
         if report is not None and ranks.is_first:
-            reporter.event("weights", 0, f"{job.model.weights}: {report}")
+            reporter.report(Notice("weights", 0, f"{job.model.weights}: {report}"))
         if restart is not None:
             restart.load_model(model)
         if training.compile:
@@ -71,7 +71,8 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         saver = CheckpointSaver(job, storage, ranks, resumed)
         stack.enter_context(closing(saver))
         if state.order_start and state.order_start == state.position and ranks.is_first:
-            reporter.event("data", state.step, f"changed: a new order begins at image {state.position} of the run")
+            message = f"changed: a new order begins at image {state.position} of the run"
+            reporter.report(Notice("data", state.step, message))
         batches = open_batches(job, data, storage, state, ranks.rank, ranks.neighbors())
         stack.enter_context(closing(batches))
         yield Run(job, ranks, storage, engine, saver, batches, state, resumed)

@@ -85,7 +85,7 @@ def check_collectives() -> Finding:
     """An all-reduce between processes of this machine: all GPUs over NCCL, or two processes over gloo."""
     import torch
 
-    from m2f.cluster.train.processes import LaunchError, launch
+    from m2f.cluster.train.launch import LaunchError, launch
 
     gpus = torch.cuda.device_count()
     name, ranks = ("NCCL", gpus) if gpus else ("gloo", 2)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Protocol
 
-import ray
-
-from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask, call_rows, classes_of, evaluated_rows
-from m2f.cluster.evaluation.pool import EvaluationPool
+from m2f.cluster.evaluation.actor import EvaluationTask, call_rows, classes_of, evaluated_rows
 from m2f.cluster.evaluation.weights import model_classes
-from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.terminal import Progress
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationSet
@@ -26,7 +22,6 @@ from m2f.eval.report.evaluation_page import details_json, evaluation_page
 from m2f.eval.report.panels import contact_sheet
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject
 from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
-from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.weights import weights_url
 
 
@@ -58,20 +53,25 @@ class SetEvaluation:
 SPILL_BYTES = 2**27
 """What a metric's state may hold of an evaluation in memory; beyond it goes to files."""
 
+
+class Pool(Protocol):
+    """Computes the calls of an evaluation, see EvaluationPool and LocalPool."""
+
+    def run(self, task: EvaluationTask, batches: Iterable[int], take: Callable[[int, bytes], None]) -> None:
+        """Evaluate all calls; `take(call, states)` gets every result once. Raises EvaluationError if one fails."""
+        ...
+
+    def ask(self, method: str) -> list[Any]:
+        """What the actors answer to a method without arguments."""
+        ...
+
+    def close(self) -> None:
+        """End the actors."""
+        ...
+
+
 OnProgress = Callable[[EvaluationSet, int, int], None]
 """Called with the set, the calls done and all calls."""
-
-
-def make_pool(config: RunConfig) -> EvaluationPool:
-    """The recipe's actors. Ray restarts those that die."""
-    settings = config.evaluation
-    actor = ray.remote(
-        num_cpus=settings.num_cpus_per_actor,
-        num_gpus=settings.num_gpus_per_actor,
-        resources=dict(settings.resources_per_actor),
-        max_restarts=-1,
-    )(EvaluationActor)
-    return EvaluationPool(lambda: actor.remote(config), settings.actors, settings.hang_s)
 
 
 def check_sets(config: RunConfig) -> None:
@@ -97,7 +97,7 @@ def check_sets(config: RunConfig) -> None:
 
 def evaluate_sets(
     config: RunConfig,
-    pool: EvaluationPool,
+    pool: Pool,
     checkpoint: str,
     step: int | None,
     on_progress: OnProgress,
@@ -125,36 +125,6 @@ def evaluate_sets(
     )
 
 
-def evaluate_checkpoint(
-    config: RunConfig, checkpoint: str, step: int | None = None, dump: str | None = None
-) -> tuple[SetEvaluation, ...]:
-    """Evaluate a checkpoint folder or a file of weights on a Ray cluster, with a progress line.
-
-    Nothing is written, except predictions where `dump` is a folder or URL that all actors reach. `step` is the
-    optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
-    Raises ConfigError without sets, and what `evaluate_sets` raises.
-    """
-    if not config.evaluation.sets:
-        raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
-    settings = config.evaluation
-    num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
-    with local_or_existing(config.cluster, num_cpus, resources=settings.resources_per_actor):
-        pool = make_pool(config)
-        bars: dict[EvaluationSet, Progress] = {}
-
-        def show(evaluated: EvaluationSet, done: int, total: int) -> None:
-            if evaluated not in bars:
-                bars[evaluated] = Progress(f"evaluate {evaluated.label}", total, "calls").__enter__()
-            bars[evaluated].advance(1)
-            if done == total:
-                bars[evaluated].__exit__(None, None, None)
-
-        try:
-            return evaluate_sets(config, pool, checkpoint, step, show, dump)
-        finally:
-            pool.close()
-
-
 def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path:
     """Store files under `url`; returns a local folder with them: `url` itself, or `local` where `url` is remote."""
     for name, data in files.items():
@@ -171,7 +141,7 @@ def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str 
 def _evaluate(
     config: RunConfig,
     storage: Storage,
-    pool: EvaluationPool,
+    pool: Pool,
     task: EvaluationTask,
     step: int | None,
     on_progress: OnProgress,
@@ -214,7 +184,7 @@ def _evaluate(
 
 
 def _draw_worst(
-    count: int, manifest: Manifest, pool: EvaluationPool, task: EvaluationTask, qualities: Mapping[int, float]
+    count: int, manifest: Manifest, pool: Pool, task: EvaluationTask, qualities: Mapping[int, float]
 ) -> dict[int, bytes]:
     """Panels of the images with the lowest quality, the worst first: only now is it known which they are."""
     worst = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))[:count]

@@ -1,15 +1,16 @@
-"""The evaluation manager: its own detached actor, fed with committed checkpoints, that training never waits for."""
+"""Thread that evaluates the commits of a run one after the other."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from m2f.cluster.evaluation.queue import Entry, EvaluationQueue
 from m2f.data_pipeline.errors import StorageError
+from m2f.trainer.checkpoint.commits import Commit
 from m2f.trainer.errors import LeaseLostError
 
 LOGGER = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ class EvaluationProgress:
     """How far the running evaluation is."""
 
     step: int
+    key: str
+    """Of the entry."""
     dataset: str
     done: int
     total: int
@@ -43,35 +46,33 @@ Report = Callable[[EvaluationProgress], None]
 
 
 class EvaluationManager:
-    """Evaluates queued checkpoints one after the other in a thread of its own.
+    """Finds commits, and evaluates them one after the other in a thread of its own.
 
-    `evaluate(entry, report)` computes and publishes one entry and returns its headline numbers. Publishing twice must
-    be harmless, since a manager that dies between publication and ledger does it again; what it raises fails that
-    entry alone. `release(entry)` is called at least once for every settled entry.
+    `find()` lists the commits of the run; it is called every `look_s` seconds. `evaluate(entry, report)` computes and
+    publishes one entry and returns its headline numbers; what it raises fails that entry alone. Publishing twice must
+    be harmless, since a process that dies between publication and ledger does it again. `release(entry)` is called at
+    least once for every settled entry.
     """
 
     def __init__(
         self,
         queue: EvaluationQueue,
+        find: Callable[[], Sequence[Commit]],
         policy: Literal["every", "latest"],
         evaluate: Callable[[Entry, Report], Mapping[str, float]],
         release: Callable[[Entry], None] = lambda entry: None,
+        look_s: float = 1.0,
     ) -> None:
         self._queue = queue
+        self._find = find
+        self._look_s = look_s
         self._policy: Literal["every", "latest"] = policy
         self._evaluate = evaluate
         self._release = release
         self._current: EvaluationProgress | None = None
-        self._wake = threading.Event()
-        self._closing = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
         self._thread.start()
-
-    def submit(self, step: int, checkpoint: str) -> bool:
-        """Queue a committed checkpoint; False if its step was queued before. Returns when the queue is stored."""
-        added = self._queue.add(step, checkpoint)
-        self._wake.set()
-        return added
 
     def status(self) -> EvaluationStatus:
         """Entries and the running evaluation."""
@@ -79,22 +80,21 @@ class EvaluationManager:
 
     def close(self) -> None:
         """Finish the running evaluation and end the thread; what waits stays in the stored queue."""
-        self._closing = True
-        self._wake.set()
+        self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
         released = False
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 if not released:  # the process before this one may have died just before it did so
                     self._release_all(entry for entry in self._queue.entries() if entry.settled)
                     released = True
-                self._wake.clear()
+                self._release_all(self._queue.update(self._find()))
                 entry, dropped = self._queue.take(self._policy)
                 self._release_all(dropped)
                 if entry is None:
-                    self._wake.wait()
+                    self._closing.wait(self._look_s)
                     continue
                 self._settle(entry)
                 self._release(entry)
@@ -104,7 +104,7 @@ class EvaluationManager:
             except StorageError as error:  # of the queue or a pin: do it again, results of the same step are the same
                 self._queue.put_back()
                 LOGGER.warning("evaluations wait for the storage: %s", error)
-                self._wake.wait(RETRY_S)
+                self._closing.wait(RETRY_S)
 
     def _settle(self, entry: Entry) -> None:
         try:
@@ -113,9 +113,9 @@ class EvaluationManager:
             raise
         except Exception as error:
             LOGGER.exception("the evaluation of step %d failed", entry.step)
-            self._queue.fail(entry.step, f"{type(error).__name__}: {error}")
+            self._queue.fail(entry, f"{type(error).__name__}: {error}")
         else:
-            self._queue.publish(entry.step, metrics)
+            self._queue.publish(entry, metrics)
         finally:
             self._current = None
 

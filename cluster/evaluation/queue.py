@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from m2f.cluster.evaluation.choice import choose
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
+from m2f.trainer.checkpoint.commits import Commit
 
 Status = Literal["waiting", "running", "published", "failed", "dropped"]
 
@@ -30,6 +31,18 @@ class Entry:
     """Why it failed or was dropped."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Headline numbers, once published."""
+    commit: str = ""
+    """Name of the commit; empty in entries of version 0.1."""
+
+    @property
+    def key(self) -> str:
+        """What tells it from other entries: a step that is committed again after a rollback has two."""
+        return self.commit or f"{self.step}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the checkpoint's folder."""
+        return self.checkpoint.rstrip("/").rpartition("/")[2]
 
     @property
     def settled(self) -> bool:
@@ -38,9 +51,9 @@ class Entry:
 
 
 class EvaluationQueue:
-    """Entries by step in one JSON object, written after every change. One process writes it; its threads may share it.
+    """Entries of commits in one JSON object, written after every change.
 
-    An entry that was running when its process died waits again.
+    One process writes it; its threads may share it. An entry that was running when its process died waits again.
     """
 
     def __init__(self, storage: Storage, url: str, check: Callable[[], None] = lambda: None) -> None:
@@ -49,31 +62,36 @@ class EvaluationQueue:
         self._storage = storage
         self._url = url
         self._lock = threading.Lock()
-        self._entries = {e.step: e for e in read_entries(storage, url)}
+        self._entries = {e.key: e for e in read_entries(storage, url)}
         self.put_back()
 
     def entries(self) -> tuple[Entry, ...]:
         """All entries by ascending step."""
         with self._lock:
-            return tuple(self._entries[step] for step in sorted(self._entries))
+            return _ordered(self._entries.values())
 
-    def add(self, step: int, checkpoint: str) -> bool:
-        """Queue a checkpoint; False if its step is known already."""
+    def update(self, commits: Sequence[Commit]) -> tuple[Entry, ...]:
+        """Queue the commits that are new; entries that wait for one which was withdrawn are dropped and returned."""
         with self._lock:
-            if step in self._entries:
-                return False
-            self._store(Entry(step, checkpoint, int(time.time() * 1000)))
-            return True
+            changed = [entry for commit in commits if (entry := self._entry_of(commit)) != self._entries.get(entry.key)]
+            names = {commit.name for commit in commits}
+            waiting = [e for e in self._entries.values() if e.status == "waiting" and e.commit]
+            reason = "the run went back behind this checkpoint"
+            dropped = [replace(e, status="dropped", detail=reason) for e in waiting if e.commit not in names]
+            if changed or dropped:
+                self._store(*changed, *dropped)
+            return tuple(dropped)
 
     def take(self, policy: Literal["every", "latest"]) -> tuple[Entry | None, tuple[Entry, ...]]:
         """Mark the next waiting entry as running and return it, with those that the policy drops."""
         with self._lock:
-            choice = choose([e.step for e in self._entries.values() if e.status == "waiting"], policy)
+            waiting = {e.step: e for e in _ordered(self._entries.values()) if e.status == "waiting"}
+            choice = choose(list(waiting), policy)
             if choice.next is None:
                 return None, ()
             reason = "a newer one was waiting"
-            dropped = [replace(self._entries[step], status="dropped", detail=reason) for step in choice.dropped]
-            taken = replace(self._entries[choice.next], status="running")
+            dropped = [replace(waiting[step], status="dropped", detail=reason) for step in choice.dropped]
+            taken = replace(waiting[choice.next], status="running")
             self._store(taken, *dropped)
             return taken, tuple(dropped)
 
@@ -82,15 +100,26 @@ class EvaluationQueue:
         with self._lock:
             for entry in tuple(self._entries.values()):
                 if entry.status == "running":
-                    self._entries[entry.step] = replace(entry, status="waiting")
+                    self._entries[entry.key] = replace(entry, status="waiting")
 
-    def publish(self, step: int, metrics: Mapping[str, float]) -> None:
+    def publish(self, entry: Entry, metrics: Mapping[str, float]) -> None:
         """Enter that an evaluation's results are published."""
-        self._settle(replace(self._entries[step], status="published", metrics=dict(metrics)))
+        self._settle(replace(entry, status="published", metrics=dict(metrics)))
 
-    def fail(self, step: int, reason: str) -> None:
+    def fail(self, entry: Entry, reason: str) -> None:
         """Enter that an evaluation failed."""
-        self._settle(replace(self._entries[step], status="failed", detail=reason))
+        self._settle(replace(entry, status="failed", detail=reason))
+
+    def _entry_of(self, commit: Commit) -> Entry:
+        """The entry of a commit at the place where it is now: a known one, one of version 0.1, or a new one."""
+        step, url = commit.checkpoint.step, commit.checkpoint.url
+        known = self._entries.get(commit.name)
+        if known is not None:
+            return known if known.settled else replace(known, checkpoint=url)
+        old = self._entries.get(f"{step}")
+        if old is not None and old.folder == commit.checkpoint.name:
+            return replace(old, commit=commit.name, checkpoint=url)
+        return Entry(step, url, int(time.time() * 1000), commit=commit.name)
 
     def _settle(self, entry: Entry) -> None:
         with self._lock:
@@ -98,11 +127,18 @@ class EvaluationQueue:
 
     def _store(self, *changed: Entry) -> None:
         """Write first, believe after: a change that the storage refuses has not happened."""
-        entries = {**self._entries, **{entry.step: entry for entry in changed}}
-        rows = [asdict(entries[step]) for step in sorted(entries)]
+        entries = {**self._entries, **{entry.key: entry for entry in changed}}
+        for entry in changed:
+            if entry.commit and (old := entries.get(f"{entry.step}")) and old.folder == entry.folder:
+                del entries[f"{entry.step}"]
+        rows = [asdict(entry) for entry in _ordered(entries.values())]
         self._check()
         self._storage.put(self._url, json.dumps(rows, indent=1).encode())
         self._entries = entries
+
+
+def _ordered(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    return tuple(sorted(entries, key=lambda entry: (entry.step, entry.queued_ms)))
 
 
 def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:

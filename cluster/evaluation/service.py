@@ -1,62 +1,47 @@
-"""The evaluation manager as a detached Ray actor, and the driver's way to it."""
+"""Evaluates the commits of one run and publishes the results: files in the run folder, points in MLflow."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 import traceback
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
 from m2f.cluster.evaluation.choice import best_step
-from m2f.cluster.evaluation.evaluate import evaluate_sets, make_pool, write_files
+from m2f.cluster.evaluation.evaluate import Pool, evaluate_sets, write_files
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
-from m2f.cluster.evaluation.pool import EvaluationPool
-from m2f.cluster.evaluation.queue import Entry, EvaluationQueue, read_entries
-from m2f.cluster.ray_cluster import this_node
+from m2f.cluster.evaluation.queue import Entry, EvaluationQueue
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint.folder import pin, unpin
+from m2f.trainer.checkpoint.commits import list_commits
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, pin, unpin
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.errors import LeaseLostError
-from m2f.trainer.reporting import CommittedCheckpoint
 
-NAMESPACE = "m2f"
-PIN = "evaluation"
 BEST_PIN = "best"
-PATIENCE_S = 10.0
-CLOSE_S = 60.0
-MAX_STARTS = 4
 
 
 class EvaluationService:
-    """The actor: queue, pool and publication of one run.
+    """Queue, pool and publication of one run. After its death another one goes on from the stored queue."""
 
-    Its own death loses nothing: Ray makes it again, and the stored queue tells it what to do.
-    """
-
-    def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
+    def __init__(self, config: RunConfig, tracked: TrackedRun, make_pool: Callable[[RunConfig], Pool]) -> None:
+        """The pool is made with the first evaluation."""
         self._config = config
+        self._make_pool = make_pool
         self._tracked = tracked
         self._storage = Storage(config.storage)
         self._tracking = Tracking(tracked, "evaluation")
-        self._pool: EvaluationPool | None = None
+        self._pool: Pool | None = None
         self._queue = EvaluationQueue(self._storage, queue_url(config), self._check_lease)
-        self._manager = EvaluationManager(self._queue, config.evaluation.policy, self._evaluate, self._release)
-
-    def submit(self, checkpoint: CommittedCheckpoint) -> None:
-        """Queue a checkpoint, and keep it from being deleted until it is settled. Known steps are left alone."""
-        if checkpoint.step in {entry.step for entry in self._manager.status().entries}:
-            return
-        self._check_lease()
-        pin(self._storage, checkpoint.url, PIN)
-        self._manager.submit(checkpoint.step, checkpoint.url)
+        self._manager = EvaluationManager(
+            self._queue,
+            lambda: list_commits(self._storage, config.run_folder),
+            config.evaluation.policy,
+            self._evaluate,
+            self._release,
+            look_s=look_s(config.run_folder),
+        )
 
     def status(self) -> EvaluationStatus:
         """Entries and the running evaluation."""
@@ -80,7 +65,7 @@ class EvaluationService:
 
     def _evaluate_sets(self, entry: Entry, report: Report) -> Mapping[str, float]:
         if self._pool is None:
-            self._pool = make_pool(self._config)
+            self._pool = self._make_pool(self._config)
         metrics: dict[str, float] = {}
         began = time.monotonic()
         evaluations = evaluate_sets(
@@ -88,7 +73,7 @@ class EvaluationService:
             self._pool,
             entry.checkpoint,
             entry.step,
-            lambda s, done, total: report(EvaluationProgress(entry.step, s.label, done, total)),
+            lambda s, done, total: report(EvaluationProgress(entry.step, entry.key, s.label, done, total)),
         )
         self._check_lease()
         for evaluation in evaluations:
@@ -106,7 +91,7 @@ class EvaluationService:
         return metrics
 
     @staticmethod
-    def _cost(pool: EvaluationPool, seconds: float) -> dict[str, float]:
+    def _cost(pool: Pool, seconds: float) -> dict[str, float]:
         """What the evaluation took: for MLflow, no part of its results."""
         cost = {"train/evaluation/seconds": seconds}
         peaks = pool.ask("peak_memory")
@@ -129,81 +114,18 @@ class EvaluationService:
 
 def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: str | None) -> None:
     """Let a settled checkpoint be deleted; the one with the best value of `metric` stays, in place of earlier ones."""
-    known = {e.step: e for e in entries}
+    known = {e.step: e for e in entries}  # of a step that was committed again, the later one
     best = best_step({step: e.metrics for step, e in known.items()}, metric) if metric is not None else None
     if best == entry.step:
         pin(storage, entry.checkpoint, BEST_PIN)
         for step in known.keys() - {best}:
             unpin(storage, known[step].checkpoint, BEST_PIN)
-    unpin(storage, entry.checkpoint, PIN)
+    unpin(storage, entry.checkpoint, EVALUATION_PIN)
 
 
-class EvaluationClient:
-    """The driver's handle of the manager, which it makes anew where Ray does not."""
-
-    def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
-        self._config = config
-        self._tracked = tracked
-        self._name = f"evaluation-{hashlib.sha256(config.run_folder.encode()).hexdigest()[:16]}"
-        self._submitted: dict[int, CommittedCheckpoint] = {}
-        self._deaths = 0
-        self._next_start = 0.0
-        self.lost: str | None = None
-        """Why there is no manager any more; its queue is stored, and done when the run is continued."""
-        _end_earlier(self._name)
-        self._manager = self._start()
-
-    def submit(self, checkpoint: CommittedCheckpoint) -> None:
-        """Queue a checkpoint; sent, not waited for."""
-        self._submitted[checkpoint.step] = checkpoint
-        self._manager.submit.remote(checkpoint)
-
-    def status(self) -> EvaluationStatus | None:
-        """What the manager knows; None while it does not answer."""
-        if self.lost is not None:
-            return None
-        try:
-            status = ray.get(self._manager.status.remote(), timeout=PATIENCE_S)
-        except ActorDiedError as error:  # for good: in every other case Ray restarts it by itself
-            self._replace(error)
-            return None
-        except (RayActorError, GetTimeoutError):
-            return None
-        self._deaths = 0
-        return status
-
-    def entries(self) -> tuple[Entry, ...]:
-        """The stored queue."""
-        return read_entries(Storage(self._config.storage), queue_url(self._config))
-
-    def close(self) -> tuple[Entry, ...]:
-        """End the actor and its pool; the entries as they are stored. What waits is done when the run is continued."""
-        status = self.status()
-        if status is not None and status.idle:
-            with suppress(RayError):  # what it could not send waits in its journal
-                ray.get(self._manager.close.remote(), timeout=CLOSE_S)
-        ray.kill(self._manager)
-        return self.entries()
-
-    def _start(self) -> Any:
-        service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
-        return service.options(  # on the driver's node, where the journal of MLflow points is
-            name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node()
-        ).remote(self._config, self._tracked)
-
-    def _replace(self, error: ActorDiedError) -> None:
-        """Another manager in place of one that could not even be made, after a pause that doubles."""
-        if time.monotonic() < self._next_start:
-            return
-        self._deaths += 1
-        if self._deaths > MAX_STARTS:
-            self.lost = str(error).strip().splitlines()[-1]
-            return
-        self._next_start = time.monotonic() + 2.0**self._deaths
-        _end_earlier(self._name)
-        self._manager = self._start()
-        for checkpoint in self._submitted.values():  # calls to the dead one are lost
-            self._manager.submit.remote(checkpoint)
+def look_s(run_folder: str) -> float:
+    """Seconds between two looks at the commits of a run."""
+    return 5.0 if "://" in run_folder else 1.0
 
 
 def queue_url(config: RunConfig) -> str:
@@ -214,13 +136,3 @@ def queue_url(config: RunConfig) -> str:
 def _place(entry: Entry) -> str:
     """Folder of an evaluation's files within the run folder."""
     return f"evaluations/step_{entry.step:08d}"
-
-
-def _end_earlier(name: str) -> None:
-    """Kill the actor of this name, if any, and wait until the name is free."""
-    while True:
-        try:
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-        except ValueError:  # nobody has the name
-            return
-        time.sleep(0.2)

@@ -37,6 +37,7 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
         storage=config.storage,
         seed=config.seed,
         recipe=dump_recipe(config),
+        evaluates=bool(config.evaluation.sets),
         identity=identity_of(config, manifests[0].categories.for_task(config.data.task)),
     )
 

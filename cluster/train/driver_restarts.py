@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import complain
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.train.orphans import end_with_parent
+from m2f.cluster.train.signals import handling
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.checkpoint.lease import hold_lease
@@ -29,10 +29,10 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
     SIGTERM are passed on, and where this process dies its driver gets a SIGTERM (on Linux).
     """
     storage = Storage(config.storage)
-    with (
-        hold_lease(storage, config.run_folder, complain) as lease,
-        _Driver(command, lease.environment()).heeding_signals() as driver,
-    ):
+    with ExitStack() as stack:
+        lease = stack.enter_context(hold_lease(storage, config.run_folder, complain))
+        driver = _Driver(command, lease.environment())
+        stack.enter_context(handling(driver.stop))
         history = AttemptHistory(newest_step(storage, config.run_folder))
         while True:
             status = driver.run()
@@ -73,21 +73,11 @@ class _Driver:
         while not self.is_stopping and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
 
-    @contextmanager
-    def heeding_signals(self) -> Iterator[_Driver]:
-        """Pass SIGINT and SIGTERM on."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            self.is_stopping = True
-            if self._process is not None and self._process.poll() is None:
-                self._process.send_signal(number)
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def stop(self, number: signal.Signals) -> None:
+        """Pass a signal on, and start no other process."""
+        self.is_stopping = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
 
 
 def _end_with_parent() -> None:

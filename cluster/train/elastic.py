@@ -8,13 +8,9 @@ room for more for a while. Either way the next attempt cuts the optimizer state 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ray.autoscaler.sdk import request_resources
-
-from m2f.cluster.ray_private import draining_nodes, free_resources
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.terminal import say
 from m2f.cluster.train.relay import RunRelay
@@ -48,19 +44,13 @@ def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
     return free if free >= config.min_workers and waited_s >= PATIENCE_S else None
 
 
-def free_nodes() -> list[Mapping[str, float]]:
-    """Free resources of the nodes that live and shall stay."""
-    leaving = draining_nodes()
-    return [free for node, free in free_resources().items() if node not in leaving]
-
-
 class Sizes:
     """The sizes of one supervised run."""
 
     def __init__(
         self,
         config: ClusterConfig,
-        nodes: Callable[[], Iterable[Mapping[str, float]]] = free_nodes,
+        nodes: Callable[[], Iterable[Mapping[str, float]]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._nodes, self._clock = config, nodes, clock
@@ -75,17 +65,6 @@ class Sizes:
         self.growing = False
         """Whether the attempt was asked to end because there is room for more workers."""
         self.resizes: list[Resize] = []
-
-    @contextmanager
-    def asked_for(self) -> Iterator[None]:
-        """Let an autoscaler know how many workers the run would like to have, since none of them ever queues up."""
-        if self._elastic:
-            request_resources(bundles=[self._config.needs] * self._config.max_workers)
-        try:
-            yield
-        finally:
-            if self._elastic:
-                request_resources(bundles=[])
 
     def next(self) -> int | None:
         """The size of the attempt that starts now; None where it has to wait. Without a range Ray does the waiting."""

@@ -8,9 +8,10 @@ from typing import Literal
 
 from m2f.data_pipeline.errors import LoaderDiedError, StorageError
 from m2f.model.errors import UserError
-from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError
+from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, RankDiedError
 from m2f.trainer.job import Window
 from m2f.trainer.recovery.adjustments import Change, SkipWindow, SmallerMicroBatch
+from m2f.trainer.recovery.ending import Ending
 
 FailureKind = Literal["mistake", "error", "death", "preemption", "memory", "spike", "collateral"]
 """mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;
@@ -59,6 +60,17 @@ class Failure:
     """memory: images that were too many."""
     window: Window | None = None
     """spike: its samples."""
+
+
+@dataclass(frozen=True)
+class AttemptError:
+    """How the ranks of an attempt failed."""
+
+    by_rank: Mapping[int, BaseException]
+    story: str
+    """Everything that is known, for a file."""
+    other: BaseException | None = None
+    """Set where no rank has an error, for example if they could not be started."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ def classify(error: BaseException) -> FailureKind:
         return "preemption"
     if type(error).__module__.split(".")[0] == "ray":
         return "death"
-    if isinstance(error, LoaderDiedError):
+    if isinstance(error, LoaderDiedError | RankDiedError):
         return "death"
     if isinstance(error, StorageError):
         return "error"
@@ -163,6 +175,20 @@ def classify(error: BaseException) -> FailureKind:
         return "mistake"
     text = f"{type(error).__name__}: {error}".lower()
     return "collateral" if any(echo in text for echo in _ECHOES) else "error"
+
+
+def failure_of(error: AttemptError | None, ending: Ending | None) -> Failure:
+    """Why an attempt ended before the last step; `ending` is what a rank left in the run folder."""
+    if ending is not None and ending.kind == "stalled":
+        return Failure(None, "death", ending.message)  # the error only says that processes are gone
+    if error is None:
+        if ending is not None:
+            return Failure(None, "preemption", ending.message)
+        return Failure(None, "error", "the workers returned before the last step")
+    if error.by_rank:
+        return root_cause(error.by_rank)
+    assert error.other is not None
+    return Failure(None, classify(error.other), f"{type(error.other).__name__}: {error.other}")
 
 
 def root_cause(errors: Mapping[int, BaseException]) -> Failure:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -21,7 +21,8 @@ from m2f.cluster.evaluation.lines import HEADLINE, headline
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.terminal import complain, format_duration, say
-from m2f.trainer.reporting import CommittedCheckpoint, EventKind
+from m2f.trainer.reporting import CommitReport, Event, Notice, NoticeKind, StepReport
+from m2f.trainer.telemetry.numbers import StepMetrics, SystemUse
 
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 SEPARATOR = " \u00b7 "
@@ -30,7 +31,7 @@ MAX_WIDTH = 100
 SILENCE_FACTOR = 5.0
 SILENCE_S = 20.0
 """A panel says that nothing was heard after so many seconds, and so many times what the last report took."""
-_ALARMING: set[EventKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
+_ALARMING: set[NoticeKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
 
 
 class LiveView:
@@ -47,7 +48,7 @@ class LiveView:
         self._live = Live(self, console=console, refresh_per_second=2)
         self._stage, self._workers, self._restarts = "starting", 0, -1
         self._step = 0
-        self._values: Mapping[str, float] = {}
+        self._metrics: StepMetrics | None = None
         self._losses: deque[float] = deque(maxlen=MAX_LOSSES)
         self._heard = clock()
         self._interval_s = 0.0
@@ -69,27 +70,22 @@ class LiveView:
         self._stage, self._workers, self._heard, self._interval_s = "starting", workers, self._clock(), 0.0
         self._restarts += 1
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Step, loss, pace, machines."""
-        now = self._clock()
-        self._interval_s = now - self._heard if self._stage == "training" else 0.0
-        self._stage, self._heard = "training", now
-        self._step, self._values = step, values
-        self._losses.append(values["loss/total"])
-
-    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing: `metrics` has what matters of all ranks."""
-
-    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """When the run was last safe."""
-        self._saved = checkpoint.step, self._clock()
-        self._step = max(self._step, checkpoint.step)
-
-    def event(self, kind: EventKind, step: int, message: str) -> None:
-        """A line above the panel."""
-        if kind in ("drained", "stopped", "finished"):
-            self._stage = "finishing" if kind == "finished" else "stopping"
-        (complain if kind in _ALARMING else say)(f"step {step}: {kind}: {message}")
+    def report(self, event: Event) -> None:
+        """Nothing for a RankReport: a StepReport has what matters of all ranks."""
+        match event:
+            case StepReport(step, metrics):
+                now = self._clock()
+                self._interval_s = now - self._heard if self._stage == "training" else 0.0
+                self._stage, self._heard = "training", now
+                self._step, self._metrics = step, metrics
+                self._losses.append(metrics.loss.total)
+            case CommitReport(checkpoint):
+                self._saved = checkpoint.step, self._clock()
+                self._step = max(self._step, checkpoint.step)
+            case Notice(kind, step, message):
+                if kind in ("drained", "stopped", "finished"):
+                    self._stage = "finishing" if kind == "finished" else "stopping"
+                (complain if kind in _ALARMING else say)(f"step {step}: {kind}: {message}")
 
     def evaluating(self, progress: EvaluationProgress | None) -> None:
         """What is being evaluated now."""
@@ -120,20 +116,8 @@ class LiveView:
 
     def _rows(self, width: int) -> list[tuple[str, Text | Table]]:
         rows: list[tuple[str, Text | Table]] = [("step", self._progress())]
-        if self._values:
-            v = self._values
-            parts = "   ".join(f"{kind} {v[f'loss/{kind}']:.4g}" for kind in ("class", "mask", "dice"))
-            spark = sparkline(self._losses, max(8, width - len(parts) - 16))
-            rows.append(
-                ("loss", Text.assemble((f"{v['loss/total']:.4g}", "bold"), "  ", (spark, "green"), "  ", parts))
-            )
-            rows.append(("pace", Text(self._pace())))
-            rows.append(("update", Text(self._update())))
-            rows.append(("machines", Text(self._machines())))
-            if v["ranks/slow"]:
-                ratio = v["ranks/slowest_over_median"]
-                slow = f"rank {v['ranks/slowest']:.0f} takes {ratio:.1f} times as long as the median rank"
-                rows.append(("", Text(slow, style="yellow")))
+        if self._metrics is not None:
+            rows += self._metric_rows(self._metrics, width)
         if self._saved is not None:
             step, at = self._saved
             rows.append(("saved", Text(f"step {step:,}, {format_duration(self._clock() - at)} ago")))
@@ -143,39 +127,31 @@ class LiveView:
             rows.append(("", Text(f"evaluating step {now.step:,} on {now.dataset}, {now.done} of {now.total} batches")))
         return rows
 
+    def _metric_rows(self, metrics: StepMetrics, width: int) -> list[tuple[str, Text | Table]]:
+        loss, ranks = metrics.loss, metrics.ranks
+        parts = f"class {loss.class_:.4g}   mask {loss.mask:.4g}   dice {loss.dice:.4g}"
+        spark = sparkline(self._losses, max(8, width - len(parts) - 16))
+        rows: list[tuple[str, Text | Table]] = [
+            ("loss", Text.assemble((f"{loss.total:.4g}", "bold"), "  ", (spark, "green"), "  ", parts)),
+            ("pace", Text(_pace(metrics))),
+            ("update", Text(_update(metrics))),
+            ("machines", Text(_machines(metrics.system))),
+        ]
+        if ranks.slow:
+            slow = f"rank {ranks.slowest:.0f} takes {ranks.slowest_over_median:.1f} times as long as the median rank"
+            rows.append(("", Text(slow, style="yellow")))
+        return rows
+
     def _progress(self) -> Table:
         row = Table.grid(padding=(0, 2, 0, 0), expand=True)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
-        left = f"{format_duration(self._values['eta_s'])} left" if "eta_s" in self._values else ""
+        left = "" if self._metrics is None else f"{format_duration(self._metrics.throughput.eta_s)} left"
         bar = ProgressBar(total=self._max_steps, completed=self._step, width=None)
         count = Text.assemble((f"{self._step:,}", "bold"), f" / {self._max_steps:,}")
         row.add_row(count, bar, f"{100 * self._step / self._max_steps:.1f} %   {left}".rstrip())
         return row
-
-    def _pace(self) -> str:
-        v = self._values
-        parts = [f"{v['images_per_s']:.1f} images/s", f"{v['step_time_s']:.2f} s/step"]
-        parts.append(f"data wait {100 * v['data_wait_share']:.0f} %")
-        if "mfu" in v:
-            parts.append(f"MFU {100 * v['mfu']:.0f} %")
-        return SEPARATOR.join(parts)
-
-    def _update(self) -> str:
-        v = self._values
-        skipped = f"{SEPARATOR}{v['skipped_steps']:.0f} skipped" if v["skipped_steps"] else ""
-        return f"lr {v['lr']:.3g}{SEPARATOR}gradient {v['grad_norm']:.3g}{skipped}"
-
-    def _machines(self) -> str:
-        v = self._values
-        parts = [f"CPU {v['system/cpu_percent']:.0f} %", f"memory {v['system/memory_percent']:.0f} %"]
-        if "system/gpu_percent" in v:
-            parts.insert(0, f"GPU {v['system/gpu_percent']:.0f} %")
-        if "system/gpu_memory_gb" in v:
-            parts.insert(0, f"GPU memory {v['system/gpu_memory_gb']:.1f} GB")
-        parts.append(f"{v['system/disk_free_gb']:.0f} GB of disk free")
-        return SEPARATOR.join(parts)
 
     def _subtitle(self) -> str:
         count = "worker" if self._workers == 1 else "workers"
@@ -204,6 +180,30 @@ def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _pace(metrics: StepMetrics) -> str:
+    pace = metrics.throughput
+    parts = [f"{pace.images_per_s:.1f} images/s", f"{pace.step_time_s:.2f} s/step"]
+    parts.append(f"data wait {100 * pace.data_wait_share:.0f} %")
+    if metrics.mfu is not None:
+        parts.append(f"MFU {100 * metrics.mfu:.0f} %")
+    return SEPARATOR.join(parts)
+
+
+def _update(metrics: StepMetrics) -> str:
+    skipped = f"{SEPARATOR}{metrics.skipped_steps:.0f} skipped" if metrics.skipped_steps else ""
+    return f"lr {metrics.lr:.3g}{SEPARATOR}gradient {metrics.grad_norm:.3g}{skipped}"
+
+
+def _machines(system: SystemUse) -> str:
+    parts = [f"CPU {system.cpu_percent:.0f} %", f"memory {system.memory_percent:.0f} %"]
+    if system.gpu_percent is not None:
+        parts.insert(0, f"GPU {system.gpu_percent:.0f} %")
+    if system.gpu_memory_gb is not None:
+        parts.insert(0, f"GPU memory {system.gpu_memory_gb:.1f} GB")
+    parts.append(f"{system.disk_free_gb:.0f} GB of disk free")
+    return SEPARATOR.join(parts)
 
 
 def _evaluated(published: Sequence[Entry]) -> str:

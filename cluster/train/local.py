@@ -1,145 +1,130 @@
-"""`m2f train --launcher local`: the trainer's loop in plain processes, with a log, MLflow, and signals as control."""
+"""`m2f train --launcher local`: ranks as plain processes on this machine, evaluations after the last step."""
 
 from __future__ import annotations
 
-import os
-import signal
-from types import FrameType
-from typing import TYPE_CHECKING, Literal
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Self
 
+from m2f.cluster.evaluation.local_pool import LocalPool
+from m2f.cluster.evaluation.manager import EvaluationStatus
+from m2f.cluster.evaluation.queue import Entry, read_entries
+from m2f.cluster.evaluation.service import EvaluationService, queue_url
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.terminal import complain
-from m2f.cluster.train.processes import launch
-from m2f.trainer.errors import LeaseLostError, LossSpikeError, OutOfMemoryError
+from m2f.cluster.terminal import say
+from m2f.cluster.tracking.tracking import TrackedRun
+from m2f.cluster.train.failure_policy import AttemptError, root_cause
+from m2f.cluster.train.local_rank import train_rank, worker_environment
+from m2f.cluster.train.processes import RankProcesses
+from m2f.cluster.train.supervisor import RunSummary, run_supervised
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.job import TrainJob
-
-if TYPE_CHECKING:
-    from m2f.cluster.tracking.tracking import TrackedRun
-    from m2f.trainer.checkpoint.lease import Lease
+from m2f.trainer.reporting import Event
 
 
-def train_locally(config: RunConfig, live: bool = False) -> Literal["finished", "stopped"]:
+def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
     """Train a recipe with `cluster.num_workers` processes (of a range: the most) on this machine.
 
-    Checkpoints are not evaluated meanwhile. SIGINT or SIGTERM stop the run after a checkpoint. Where memory does not
-    suffice or the loss spikes, the processes start again with what `decide` changes. `live` shows a panel on the
-    terminal in place of a log.
+    The same supervisor as with Ray: restarts after failures within `cluster.max_failures`, tracking, adjustments.
+    Checkpoints are evaluated in this process after the last step. SIGINT or SIGTERM stop the run after a checkpoint.
+    `live` shows a panel on the terminal in place of a log.
 
     Raises:
         UserError: the recipe, the data or the store cannot be used.
         LeaseHeldError: another process trains in the run folder.
         LeaseLostError: another process took the run folder over, since this one gave no sign of life.
-        LaunchError: a rank failed; the run goes on from its last checkpoint when it is started again.
     """
-    from m2f.cluster.tracking.reporter import TrackingReporter, recover_metrics
-    from m2f.cluster.tracking.tracking import Tracking, create_run
-    from m2f.cluster.train.compose import begin_run, compose_job
-    from m2f.cluster.train.continuation import check_continuation
-    from m2f.data_pipeline.storage.storage import Storage
-    from m2f.trainer.checkpoint.folder import newest_whole
-    from m2f.trainer.checkpoint.lease import hold_lease
-
-    storage = Storage(config.storage)
-    job = compose_job(config)
-    check_continuation(job, storage)
-    with hold_lease(storage, config.run_folder, complain) as lease:
-        job = begin_run(config, job, lease.number, storage)
-        run = create_run(config, lease.number)
-        driver = Tracking(run, "driver")
-        try:
-            recover_metrics(TrackingReporter(driver), storage, config.run_folder)  # of a driver with Ray
-            _attempts(config, job, run, lease, live)
-            lease.check()
-        except LeaseLostError:
-            driver.abandon()
-            raise
-        except BaseException as error:
-            driver.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", timeout_s=10.0)
-            raise
-        newest = newest_whole(storage, config.run_folder)
-        finished = newest is not None and newest.step >= config.training.max_steps
-        driver.finish("FINISHED" if finished else "KILLED")
-    return "finished" if finished else "stopped"
+    cluster = replace(config.cluster, num_workers=config.cluster.max_workers)
+    return run_supervised(config, LocalLauncher(replace(config, cluster=cluster)), live)
 
 
-def worker_environment(config: RunConfig) -> dict[str, str]:
-    """What a rank's process must find in its environment before it imports torch and DeepSpeed."""
-    environment = {"OMP_NUM_THREADS": str(config.training.threads)}
-    if not config.cluster.num_gpus_per_worker:
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return environment
+class LocalLauncher:
+    """Processes on this machine."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._stack = ExitStack()
+        self._ranks: RankProcesses | None = None
+        self._asked = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def evaluations(self, tracked: TrackedRun) -> LocalEvaluations:
+        """After the last step, in this process."""
+        return LocalEvaluations(self._config, tracked)
+
+    def free_nodes(self) -> Iterable[Mapping[str, float]]:
+        """Not asked for: the number of workers is fixed."""
+        return ()
+
+    def start(self, job: TrainJob, workers: int) -> None:
+        """Start the processes; those of the attempt before are gone."""
+        self._stack.close()
+        ranks = RankProcesses(train_rank, (job,), workers, worker_environment(self._config))
+        self._ranks, self._asked = self._stack.enter_context(ranks), False
+
+    @property
+    def running(self) -> bool:
+        """Whether a process runs."""
+        return self._ranks is not None and self._ranks.running
+
+    def poll(self, stop: bool, wait_s: float) -> Sequence[Event]:
+        """What rank 0 has posted."""
+        if self._ranks is None or not self._ranks.running:
+            time.sleep(wait_s)
+            return () if self._ranks is None else self._ranks.receive(0.0)
+        if stop and not self._asked:
+            self._asked = True
+            self._ranks.ask_to_stop()
+        return self._ranks.receive(wait_s)
+
+    def error(self) -> AttemptError | None:
+        """What ended the ranks, with the traceback of the one to blame."""
+        assert self._ranks is not None
+        found = self._ranks.errors
+        if not found:
+            return None
+        errors = {rank: ended.error for rank, ended in found.items()}
+        blamed = root_cause(errors).rank
+        rank = min(errors) if blamed is None else blamed
+        story = f"rank {rank}: {errors[rank]}\n(exit codes: {self._ranks.exits})\n{found[rank].trace}"
+        return AttemptError(errors, f"{story.rstrip()}\n")
+
+    def describe_wait(self) -> str:
+        """Nothing to wait for: processes start at once."""
+        return ""
 
 
-def _attempts(config: RunConfig, job: TrainJob, run: TrackedRun, lease: Lease, live: bool) -> None:
-    from m2f.cluster.train.compose import adjusted_job
-    from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Retry, decide, root_cause
-    from m2f.data_pipeline.storage.storage import Storage
-    from m2f.trainer.checkpoint.folder import newest_step
-    from m2f.trainer.recovery.adjustments import adjust, read_adjustments
+class LocalEvaluations:
+    """Evaluates in this process, once the ranks have left the machine."""
 
-    storage, folder, environment = Storage(config.storage), config.run_folder, worker_environment(config)
-    adjustments = read_adjustments(storage, folder)
-    history = AttemptHistory(newest_step(storage, folder))
-    while True:
-        try:
-            arguments = (adjusted_job(config, job, adjustments), run, live)
-            return launch(train_rank, arguments, config.cluster.max_workers, environment, lease.raise_if_lost)
-        except (OutOfMemoryError, LossSpikeError) as error:
-            history = history.after(Attempt(root_cause({0: error}), newest_step(storage, folder)))
-            decision = decide(history, config.cluster.max_failures)
-            if not isinstance(decision, Retry) or decision.change is None:
-                raise
-            complain(f"{error}\n  starting again {decision.reason}")
-            lease.check()
-            adjustments = adjust(storage, folder, decision.change, f"{error}: {decision.reason}")
+    lost: str | None = None
 
+    def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
+        self._config, self._tracked = config, tracked
+        self._service: EvaluationService | None = None
 
-def train_rank(job: TrainJob, run: TrackedRun, live: bool = False) -> None:
-    """Body of one rank."""
-    from m2f.cluster.tracking.reporter import TrackingReporter
-    from m2f.cluster.tracking.tracking import Tracking
-    from m2f.cluster.train.live_view import LiveView
-    from m2f.trainer.reporting import LogReporter, Reporters
-    from m2f.trainer.worker import run_worker
+    def training_ended(self) -> None:
+        """Begin with the evaluations."""
+        say("all steps are done; evaluating checkpoints in this process")
+        self._service = EvaluationService(self._config, self._tracked, LocalPool)
 
-    control = SignalControl()
-    if os.environ["RANK"] != "0":
-        run_worker(job, Reporters(), control)
-        return
-    max_steps = job.training.max_steps
-    tracking = Tracking(run, "rank0")
-    view = LiveView(job.run_folder.rpartition("/")[2], max_steps) if live else None
-    outcome = "failed"
-    try:
-        if view is not None:
-            view.start()
-            view.begin_attempt(int(os.environ["WORLD_SIZE"]))
-        state = run_worker(job, Reporters(view or LogReporter(max_steps), TrackingReporter(tracking)), control)
-        outcome = "finished" if state.step >= max_steps else "stopped"
-    finally:
-        if view is not None:
-            view.stop(outcome)
-        tracking.close()
+    def status(self) -> EvaluationStatus | None:
+        """None before the last step."""
+        return None if self._service is None else self._service.status()
 
+    def entries(self) -> tuple[Entry, ...]:
+        """The stored ledger."""
+        return read_entries(Storage(self._config.storage), queue_url(self._config))
 
-class SignalControl:
-    """SIGTERM asks for the end after a last checkpoint. Made on every rank, so that none dies of the signal."""
-
-    def __init__(self) -> None:
-        self._stop = False
-        signal.signal(signal.SIGTERM, self._handle)
-
-    def stop_requested(self) -> bool:
-        """Whether the signal came."""
-        return self._stop
-
-    def drain_requested(self) -> bool:
-        """Never: machines that go away are Ray's business."""
-        return False
-
-    def metrics_arrived(self, step: int) -> bool:
-        """Always: rank 0 writes them to disk itself."""
-        return True
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+    def close(self) -> tuple[Entry, ...]:
+        """Send what waits for MLflow. An evaluation that runs ends with this process, and is done again later."""
+        if self._service is not None and self._service.status().idle:
+            self._service.close()
+        return self.entries()

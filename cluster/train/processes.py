@@ -1,7 +1,7 @@
-"""Training without Ray: one process per rank on this machine, joined over loopback.
+"""One process per rank on this machine, joined over loopback.
 
-Imports neither ray, mlflow nor torch when it is imported. The workers are spawned, so that none inherits threads or a
-CUDA context; each sends the error that ended it through a pipe.
+Imports neither ray, mlflow nor torch when it is imported. The processes are spawned, so that none inherits threads or
+a CUDA context. Each has a pipe to its parent, for messages and for the error that ended it.
 """
 
 from __future__ import annotations
@@ -13,81 +13,167 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Self
 
 from m2f.cluster.train.orphans import end_with_parent
-from m2f.model.errors import UserError
+from m2f.trainer.errors import RankDiedError
 from m2f.trainer.reporting import STALL_EXIT
 
 ECHO_S = 5.0
 """How long the other ranks may take to report what a dead one did to them, before they are ended."""
 TERM_S = 10.0
-CHECK_S = 1.0
+"""How long a killed process may take to end."""
+POST_S = 2.0
+"""How long a message may wait for another thread's: a rank that stalls must still be able to end itself."""
+_MOST_TEXT = 25_000  # of an error, and of its traceback: together they fit into a pipe that nobody reads yet
+
+Post = Callable[[Any], None]
+"""Sends a message to the parent."""
 
 
-class LaunchError(RuntimeError):
-    """A rank failed. The message is the root cause, followed by that rank's traceback."""
+@dataclass(frozen=True)
+class RankError:
+    """What ended a rank."""
+
+    error: BaseException
+    trace: str
+    """Traceback in the rank's process; empty where it died."""
 
 
 @dataclass
 class _Rank:
-    """One worker as its parent sees it."""
+    """One process as its parent sees it."""
 
     index: int
     process: BaseProcess
     pipe: Connection
-    error: BaseException | None = None
-    trace: str = ""
+    error: RankError | None = None
+    messages: list[Any] = field(default_factory=list)
 
     def collect(self) -> None:
-        """Read the error that the worker sent, or name the way it died."""
-        if self.pipe.poll():
-            with contextlib.suppress(EOFError, OSError):  # it died while it wrote
-                self.error, self.trace = self.pipe.recv()
+        """Read what the process has sent."""
+        with contextlib.suppress(EOFError, OSError):  # it died while it wrote
+            while self.pipe.poll():
+                message = self.pipe.recv()
+                if isinstance(message, RankError):
+                    self.error = message
+                else:
+                    self.messages.append(message)
+
+    def note_end(self) -> None:
+        """The process has ended: name the way if it gave no error."""
+        self.process.join()
+        self.collect()
         code = self.process.exitcode
         if self.error is None and code:
-            self.error = RuntimeError(f"rank {self.index} {describe_exit(code)}")
+            self.error = RankError(RankDiedError(f"rank {self.index} {describe_exit(code)}"), "")
 
 
-def launch(
-    target: Callable[..., None],
-    arguments: tuple[Any, ...],
-    num_workers: int,
-    environment: Mapping[str, str] | None = None,
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """Run `target(*arguments)` in `num_workers` processes with torch's launch variables set; returns when all are done.
+class RankProcesses:
+    """Processes that run `target(*arguments, post)` with torch's launch variables set; a context manager.
 
-    When one fails, the others are ended. `target` and `arguments` must be picklable; `environment` is set in every
-    worker besides. The first SIGINT or SIGTERM reaches the workers as SIGTERM, a second one ends them at once. `check`
-    is called every second; what it raises ends the workers. They end, too, when this process does (on Linux).
-
-    Raises:
-        UserError: the root cause is a mistake that the user can correct.
-        LaunchError: any other failure; names the lowest rank that is not the echo of another's failure.
+    `target` and `arguments` must be picklable; `environment` is set in every process besides. Once a rank has failed,
+    the others have ECHO_S to end before they are killed. They end, too, when this process does (on Linux).
     """
-    context = multiprocessing.get_context("spawn")
-    port = _free_port()
-    ranks: list[_Rank] = []
-    try:
-        for index in range(num_workers):
-            receiver, sender = context.Pipe(duplex=False)
-            variables = {**_launch_variables(index, num_workers, port), **(environment or {})}
-            process = context.Process(target=_worker, args=(target, arguments, variables, sender), name=f"rank{index}")
-            process.start()
-            sender.close()
-            ranks.append(_Rank(index, process, receiver))
-        with _passing_signals(ranks):
-            _watch(ranks, check)
-    finally:
-        _end(ranks)
-    _raise_failure(ranks)
+
+    def __init__(
+        self,
+        target: Callable[..., None],
+        arguments: tuple[Any, ...],
+        num_workers: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._target, self._arguments, self._num_workers = target, arguments, num_workers
+        self._environment = environment or {}
+        self._ranks: list[_Rank] = []
+        self._running: dict[int, _Rank] = {}
+        self._deadline = float("inf")
+
+    def __enter__(self) -> Self:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        try:
+            for index in range(self._num_workers):
+                receiver, sender = context.Pipe(duplex=False)
+                variables = {**_launch_variables(index, self._num_workers, port), **self._environment}
+                arguments = (self._target, self._arguments, variables, sender)
+                process = context.Process(target=_worker, args=arguments, name=f"rank{index}")
+                process.start()
+                sender.close()
+                self._ranks.append(_Rank(index, process, receiver))
+        except BaseException:
+            self.close()
+            raise
+        self._running = {rank.process.sentinel: rank for rank in self._ranks}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether a process runs."""
+        return bool(self._running)
+
+    @property
+    def errors(self) -> dict[int, RankError]:
+        """What ended ranks that have failed, by rank; complete once nothing runs."""
+        return {rank.index: rank.error for rank in self._ranks if rank.error is not None}
+
+    @property
+    def exits(self) -> str:
+        """Exit statuses of all ranks, in words."""
+        return ", ".join(f"rank {rank.index}: {rank.process.exitcode}" for rank in self._ranks)
+
+    def receive(self, wait_s: float) -> list[Any]:
+        """Messages of all ranks, after up to `wait_s` seconds; sooner where a rank ends."""
+        until = min(time.monotonic() + wait_s, self._deadline)
+        while self._running:
+            pipes = {rank.pipe: rank for rank in self._running.values()}
+            for ready in wait([*self._running, *pipes], max(0.0, until - time.monotonic())):
+                if isinstance(ready, int):
+                    self._note_end(self._running.pop(ready))
+                elif (rank := pipes[ready]).process.is_alive():  # type: ignore[index]
+                    rank.collect()
+            if time.monotonic() >= until or any(rank.messages for rank in self._ranks):
+                break
+        if time.monotonic() >= self._deadline:
+            self._kill()
+        messages = [message for rank in self._ranks for message in rank.messages]
+        for rank in self._ranks:
+            rank.messages.clear()
+        return messages
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM to every rank."""
+        for rank in self._running.values():
+            rank.process.terminate()
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        self._kill()
+        for rank in self._ranks:
+            rank.pipe.close()
+
+    def _note_end(self, rank: _Rank) -> None:
+        rank.note_end()
+        if rank.process.exitcode:
+            self._deadline = min(self._deadline, time.monotonic() + ECHO_S)
+
+    def _kill(self) -> None:
+        for rank in self._running.values():
+            rank.process.kill()
+        for rank in self._running.values():
+            rank.process.join(TERM_S)
+            rank.collect()
+        self._running = {}
 
 
 def describe_exit(code: int) -> str:
@@ -101,9 +187,6 @@ def describe_exit(code: int) -> str:
     return f"was ended by {name}{hint}"
 
 
-_MOST_TEXT = 25_000  # of an error, and of its traceback: together they fit into a pipe that nobody reads yet
-
-
 def _worker(
     target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], pipe: Connection
 ) -> None:
@@ -111,10 +194,20 @@ def _worker(
     os.environ.update(environment)
     end_with_parent(signal.SIGKILL)  # the next holder of the lease may be training already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on what counts
+    lock = threading.Lock()
+
+    def post(message: Any) -> None:
+        locked = lock.acquire(timeout=POST_S)
+        try:
+            pipe.send(message)
+        finally:
+            if locked:
+                lock.release()
+
     try:
-        target(*arguments)
+        target(*arguments, post)
     except BaseException as error:
-        pipe.send((_portable(error), traceback.format_exc()[-_MOST_TEXT:]))
+        post(RankError(_portable(error), traceback.format_exc()[-_MOST_TEXT:]))
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -130,70 +223,6 @@ def _portable(error: BaseException) -> BaseException:
     except Exception:  # whatever an error class does when it is pickled
         pass
     return RuntimeError(f"{type(error).__name__}: {error}"[:_MOST_TEXT])
-
-
-def _watch(ranks: list[_Rank], check: Callable[[], None]) -> None:
-    """Wait until all ranks have ended, or until one has failed and the others have had time to say what they saw."""
-    running = {rank.process.sentinel: rank for rank in ranks}
-    deadline = float("inf")
-    while running and time.monotonic() < deadline:
-        check()
-        for sentinel in wait(list(running), min(CHECK_S, deadline - time.monotonic())):
-            rank = running.pop(int(sentinel))  # type: ignore[arg-type]
-            rank.process.join()
-            rank.collect()
-            if rank.process.exitcode:
-                deadline = min(deadline, time.monotonic() + ECHO_S)
-
-
-def _end(ranks: list[_Rank]) -> None:
-    """Leave no process behind."""
-    for rank in ranks:
-        if rank.process.is_alive():
-            rank.process.kill()
-    for rank in ranks:
-        rank.process.join(TERM_S)
-        rank.pipe.close()
-
-
-def _raise_failure(ranks: list[_Rank]) -> None:
-    """Raise the root cause, if any rank failed."""
-    errors = {rank.index: rank.error for rank in ranks if rank.error is not None}
-    if not errors:
-        return
-    from m2f.cluster.train.failure_policy import root_cause
-
-    failure = root_cause(errors)
-    first = failure.rank if failure.rank is not None else min(errors)
-    error = errors[first]
-    if isinstance(error, UserError):
-        raise error
-    exits = ", ".join(f"rank {r.index}: {r.process.exitcode}" for r in ranks)
-    raise LaunchError(f"rank {first}: {failure.message}\n(exit codes: {exits})\n{ranks[first].trace}".rstrip())
-
-
-@contextlib.contextmanager
-def _passing_signals(ranks: list[_Rank]) -> Iterator[None]:
-    """Pass the first SIGINT or SIGTERM on as SIGTERM; the second one ends the workers."""
-    asked = False
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            _end(ranks)
-            raise KeyboardInterrupt
-        asked = True
-        sys.stderr.write("stopping after a last checkpoint; once more to end at once\n")
-        for rank in ranks:
-            if rank.process.is_alive():
-                rank.process.terminate()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _launch_variables(rank: int, num_workers: int, port: int) -> dict[str, str]:

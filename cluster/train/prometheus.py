@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
 
-from m2f.trainer.reporting import CommittedCheckpoint, EventKind
+from m2f.trainer.reporting import CommitReport, Event, Notice, RankReport, StepReport
 
 RUN_GAUGES = {
     "images_per_s": ("m2f_images_per_second", "Images that all ranks trained on, per second."),
@@ -51,24 +51,25 @@ class PrometheusReporter:
         self._events = Counter("m2f_events", "Events of the run's journal.", ("run", "kind"))
         self._is_first = rank == 0
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """What concerns the run as a whole."""
-        self._step.set(step, self._tags)
-        for key, gauge in self._run.items():
+    def report(self, event: Event) -> None:
+        """Gauges of the run and of this rank, and a counter of notices by kind."""
+        match event:
+            case StepReport(step, metrics):
+                self._step.set(step, self._tags)
+                self._set(self._run, metrics.values(), self._tags)
+            case RankReport(_, numbers):
+                values = {
+                    key: value * RANK_GAUGES[key][1] for key, value in numbers.values().items() if key in self._rank
+                }
+                self._set(self._rank, values, self._rank_tags)
+            case CommitReport(checkpoint):
+                if self._is_first:
+                    self._checkpoint.set(checkpoint.step, self._tags)
+            case Notice(kind):
+                self._events.inc(1, {**self._tags, "kind": kind})
+
+    @staticmethod
+    def _set(gauges: Mapping[str, Gauge], values: Mapping[str, float], tags: dict[str, str]) -> None:
+        for key, gauge in gauges.items():
             if key in values:
-                gauge.set(values[key], self._tags)
-
-    def rank_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """What concerns this rank."""
-        for key, gauge in self._rank.items():
-            if key in values:
-                gauge.set(values[key] * RANK_GAUGES[key][1], self._rank_tags)
-
-    def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """The newest commit."""
-        if self._is_first:
-            self._checkpoint.set(checkpoint.step, self._tags)
-
-    def event(self, kind: EventKind, step: int, message: str) -> None:
-        """One more of its kind."""
-        self._events.inc(1, {**self._tags, "kind": kind})
+                gauge.set(values[key], tags)

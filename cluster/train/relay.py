@@ -1,57 +1,39 @@
-"""What the driver does with news: lines for the person, points for MLflow."""
+"""Driver side of events and evaluations: prints them and forwards them to MLflow."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from typing import Any
-
-import ray
-from ray.exceptions import RayError
 
 from m2f.cluster.evaluation.lines import describe, started
-from m2f.cluster.evaluation.service import EvaluationClient
+from m2f.cluster.evaluation.manager import EvaluationStatus
+from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.terminal import say
-from m2f.cluster.tracking.reporter import TrackingReporter, recover_metrics
+from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, Tracking
 from m2f.cluster.train.live_view import LiveView
-from m2f.cluster.train.mailbox import CheckpointReport, Delivery, EventReport, MetricsReport, Word
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.reporting import LogReporter, Reporters
-
-PATIENCE_S = 10.0
+from m2f.trainer.checkpoint.commits import read_metrics
+from m2f.trainer.reporting import Event, LogReporter, Notice, Reporters, StepReport
 
 
 class RunRelay:
-    """Takes reports from the board and the evaluation manager; what does not answer now is asked again later."""
+    """Reporter of the driver; also knows how far the attempt is."""
 
     def __init__(
-        self,
-        max_steps: int,
-        board: Any,
-        evaluations: EvaluationClient | None,
-        tracked: TrackedRun,
-        view: LiveView | None = None,
+        self, max_steps: int, tracked: TrackedRun, settled: tuple[Entry, ...], view: LiveView | None = None
     ) -> None:
-        """With a `view`, which is started here, the person sees a panel; without, a line per report."""
-        self._board = board
-        self._evaluations = evaluations
+        """`settled` evaluations are known. With a `view`, which is started here, there is a panel in place of lines."""
         self._tracking = Tracking(tracked, "driver")
         self._view = view
         self._tracking_reporter = TrackingReporter(self._tracking)
         self._reporter = Reporters(view or LogReporter(max_steps, sys.stdout), self._tracking_reporter)
-        settled = [entry for entry in evaluations.entries() if entry.settled] if evaluations else []
-        self._told = {entry.step for entry in settled}
-        self._running: int | None = None
-        self._received: Delivery | None = None
-        self.last_event: EventReport | None = None
-        """The last that the workers of this attempt reported."""
-        self.resumed: EventReport | None = None
-        """The event `resumed` of this attempt."""
+        self._shown = {entry.key for entry in settled}
+        self._evaluated: str | None = None
+        self._read: set[str] = set()
+        self.resumed: Notice | None = None
+        """The notice `resumed` of this attempt."""
         self.last_step = 0
-        """The last step whose metrics the workers reported."""
-        self.evaluations_idle = False
-        """Whether every queued evaluation was settled when the manager last answered."""
+        """The last step that rank 0 reported."""
         if view is not None:
             for entry in settled:
                 view.evaluated(entry)
@@ -59,36 +41,41 @@ class RunRelay:
 
     def begin_attempt(self, workers: int) -> None:
         """Workers are being started."""
-        self.last_event = self.resumed = None
+        self.resumed = None
         if self._view is None:
             say(f"starting {workers} training workers")
         else:
             self._view.begin_attempt(workers)
 
-    def update(self, stop: bool = False) -> bool:
-        """Repeat what is new; returns whether the workers have said anything. `stop` asks them to end."""
-        try:
-            word = Word(stop, self.last_step)
-            delivery = ray.get(self._board.take.remote(self._received, word), timeout=PATIENCE_S)
-        except RayError:  # it restarts by itself
-            return False
-        self._received = replace(delivery, reports=())
-        for report in delivery.reports:
-            report.tell(self._reporter)
-            if isinstance(report, EventReport):
-                self.last_event = report
-                self.resumed = report if report.kind == "resumed" else self.resumed
-            if isinstance(report, MetricsReport):
-                self.last_step = report.step
-            if isinstance(report, CheckpointReport) and self._evaluations is not None:
-                self._evaluations.submit(report.checkpoint)
-        if self._evaluations is not None:
-            self._tell_evaluations(self._evaluations)
-        return bool(delivery.reports)
+    def report(self, event: Event) -> None:
+        """An event of rank 0."""
+        self._reporter.report(event)
+        match event:
+            case StepReport(step):
+                self.last_step = step
+            case Notice(kind="resumed"):
+                self.resumed = event
 
-    def recover(self, storage: Storage, run_folder: str) -> None:
-        """Track metrics that only the newest checkpoint holds. Called while no workers run."""
-        recover_metrics(self._tracking_reporter, storage, run_folder)
+    def track_stored(self, storage: Storage, run_folder: str) -> None:
+        """Track the points in `metrics/` of the run folder that no process has tracked before it died."""
+        for url, points in read_metrics(storage, run_folder, self._read):
+            self._read.add(url)
+            for step, values in points.items():
+                self._tracking_reporter.track(step, values)
+
+    def show_evaluations(self, status: EvaluationStatus) -> None:
+        """Show the running evaluation, and every settled one once."""
+        if self._view is not None:
+            self._view.evaluating(status.current)
+        elif status.current is not None and status.current.key != self._evaluated:
+            self._evaluated = status.current.key
+            say(started(status.current))
+        for entry in status.entries:
+            if entry.settled and entry.key not in self._shown:
+                self._shown.add(entry.key)
+                say(describe(entry))
+                if self._view is not None:
+                    self._view.evaluated(entry)
 
     def close(self, status: RunStatus | None) -> None:
         """Send what waits and set the run's status; None: another process has the run now, send nothing."""
@@ -98,20 +85,3 @@ class RunRelay:
             self._tracking.abandon()
         else:
             self._tracking.finish(status)
-
-    def _tell_evaluations(self, evaluations: EvaluationClient) -> None:
-        status = evaluations.status()
-        self.evaluations_idle = status is not None and status.idle
-        if status is None:
-            return
-        if self._view is not None:
-            self._view.evaluating(status.current)
-        elif status.current is not None and status.current.step != self._running:
-            self._running = status.current.step
-            say(started(status.current))
-        for entry in status.entries:
-            if entry.settled and entry.step not in self._told:
-                self._told.add(entry.step)
-                say(describe(entry))
-                if self._view is not None:
-                    self._view.evaluated(entry)

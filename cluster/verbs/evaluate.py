@@ -37,10 +37,8 @@ def run(args: argparse.Namespace) -> int:
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint or copied)
     say(f"evaluating {weights.url}")
-    from m2f.cluster.evaluation.evaluate import (
-        evaluate_checkpoint,
-        write_files,
-    )
+    from m2f.cluster.evaluation.evaluate import write_files
+    from m2f.cluster.evaluation.offline import evaluate_checkpoint
     from m2f.cluster.tracking.tracking import Tracking, find_run
 
     dump = args.dump if args.dump is None or "://" in args.dump else abspath(args.dump)

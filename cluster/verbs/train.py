@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from m2f.cluster.verbs.arguments import add_recipe
-from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
@@ -22,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=("ray", "local"),
         default="ray",
-        help="ray (default): supervised, with evaluations beside; local: plain processes on this machine",
+        help="ray (default): with evaluations beside the training; local: plain processes on this machine, with "
+        "evaluations after the last step",
     )
     parser.add_argument(
         "--restart",
@@ -43,17 +43,12 @@ def run(args: argparse.Namespace) -> int:
         return _restarted(args, config)
     if args.launcher == "local":
         from m2f.cluster.train.local import train_locally
-        from m2f.cluster.train.processes import LaunchError
 
-        try:
-            say(f"run {train_locally(config, live)}: {config.run_folder}")
-        except LaunchError as error:
-            complain(str(error))
-            return 1
-        return 0
-    from m2f.cluster.train.supervisor import run_training
+        summary = train_locally(config, live)
+    else:
+        from m2f.cluster.train.ray_launcher import run_training
 
-    summary = run_training(config, live)
+        summary = run_training(config, live)
     say(f"run {summary.status}: {summary.run_folder}")
     for entry in summary.evaluations:
         if entry.status == "failed":
@@ -63,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _restarted(args: argparse.Namespace, config: RunConfig) -> int:
     """--restart."""
-    if args.launcher != "ray":
-        raise ConfigError("--restart goes with --launcher ray, which has a driver; leave one of them out")
     from m2f.cluster.train.driver_restarts import run_restarted
 
-    words = [args.recipe, *args.overrides, *(["--plain"] if args.plain else [])]
+    words = [args.recipe, *args.overrides, "--launcher", args.launcher, *(["--plain"] if args.plain else [])]
     return run_restarted([sys.executable, "-m", "m2f.cluster.cli", "train", *words], config)

@@ -18,8 +18,8 @@ from benchmarks.record_batches import record
 from benchmarks.recording import Recording
 from benchmarks.train_recorded import train_recorded
 from m2f.cluster.train.compose import compose_job
-from m2f.cluster.train.local import worker_environment
-from m2f.cluster.train.processes import launch
+from m2f.cluster.train.launch import launch
+from m2f.cluster.train.local_rank import worker_environment
 from m2f.data_pipeline.config import ScaleJitter
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.loader import LoaderSpec

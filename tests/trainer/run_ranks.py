@@ -19,9 +19,10 @@ import m2f.trainer.engine.module
 import m2f.trainer.loop
 from m2f.data_pipeline.config import MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint.folder import checkpoint_url, metrics_on_their_way
+from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.config import MultiStepSchedule, ZeroConfig
 from m2f.trainer.job import TrainJob
+from m2f.trainer.recovery.ending import read_ending
 
 
 def uninterrupted(folder: Path) -> dict:
@@ -56,14 +57,25 @@ def resumed(folder: Path) -> dict:
 
 def drained_then_damaged(folder: Path) -> dict:
     """A drain before the fifth step, then a start that finds the newest checkpoint cut off."""
-    job = make_job(folder / "drained", str(folder / "shards"))
+    job = replace(make_job(folder / "drained", str(folder / "shards")), attempt="first")
     drained = train(job, control=DrainAt(polls=5))
-    kept = {f"{step}": metrics_on_their_way(Storage(), checkpoint_url(job.run_folder, step)) for step in (3, 4)}
+    kept = [points for _, points in read_metrics(Storage(), job.run_folder)]
+    commits = [commit.checkpoint.step for commit in list_commits(Storage(), job.run_folder)]
+    ending = read_ending(Storage(), job.run_folder, job.attempt)
+    dist.barrier()
     if os.environ["RANK"] == "0":
         states = next((folder / "drained/checkpoints/step_00000004/engine").glob("*optim_states.pt"))
         states.write_bytes(states.read_bytes()[:-1])
     dist.barrier()
-    return {"drained": drained, "kept": kept, "resumed": train(job)}
+    resumed = train(job)
+    listed = [commit.checkpoint.step for commit in list_commits(Storage(), job.run_folder)]
+    return {
+        "drained": drained,
+        "kept": kept,
+        "commits": [commits, listed],
+        "ending": ending and ending.kind,
+        "resumed": resumed,
+    }
 
 
 def poisoned(folder: Path, stage: str) -> dict:
@@ -146,12 +158,6 @@ def bad_samples(folder: Path) -> dict:
     """The same shards where a bad sample may be replaced."""
     job = make_job(folder / "bad_samples", str(folder / "damaged_shards"))
     return train(replace(job, data=replace(job.data, max_bad_samples=1)))
-
-
-def augmented_on_device(folder: Path) -> dict:
-    """Two steps whose images are augmented where the model computes."""
-    job = make_job(folder / "augmented", str(folder / "shards"), max_steps=2)
-    return train(replace(job, data=replace(job.data, augment_on="device")))
 
 
 def changed_data(folder: Path) -> dict:

@@ -40,7 +40,7 @@ def whole_runs(with_data):
             *(f"poisoned:{stage}" for stage in ("0", "1", "3")),
             "given_up",
             *(f"resumed_in_stage:{stage}" for stage in STAGES),
-            *("unreadable", "misfits", "bad_samples", "changed_data", "augmented_on_device", "other_stages"),
+            *("unreadable", "misfits", "bad_samples", "changed_data", "other_stages"),
             "resumed_in_bf16",
         )
     )
@@ -95,12 +95,13 @@ def test_a_drain_takes_a_checkpoint_and_a_damaged_one_is_passed_over(whole_runs)
     assert resumed["losses"] == {step: loss for step, loss in expected.items() if int(step) > 3}
 
 
-def test_a_checkpoint_keeps_the_metrics_that_have_not_arrived(whole_runs):
+def test_the_run_folder_tells_of_commits_metrics_and_the_drain(whole_runs):
     both = whole_runs.seen("drained_then_damaged")
-    for checkpoint, steps in (("3", "3"), ("4", "34")):
-        kept = {step: values["loss/total"] for step, values in both["kept"][checkpoint].items()}
+    for points, steps in zip(both["kept"], ("123", "4"), strict=True):
+        kept = {step: values["loss/total"] for step, values in points.items()}
         assert kept == {step: both["drained"]["losses"][step] for step in steps}
-    assert not list((whole_runs.folder / "uninterrupted/checkpoints").glob("*/metrics.json"))
+    assert both["ending"] == "drained"
+    assert both["commits"] == [[3, 4], [3, 6, 8]]  # the damaged one is withdrawn
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -179,13 +180,6 @@ def test_bad_samples_are_replaced_and_reported(whole_runs):
     events = [message for kind, _, message in run["events"] if kind == "substituted"]
     assert events
     assert all("is damaged" in message and "takes its place at position" in message for message in events)
-
-
-def test_augmenting_on_the_device_trains_the_same_but_for_rounding(whole_runs):
-    expected, found = (whole_runs.seen(name)["losses"] for name in ("uninterrupted", "augmented_on_device"))
-    assert len(found) == 2
-    for step, loss in found.items():
-        assert loss == pytest.approx(expected[step], rel=0.02)
 
 
 def test_changed_data_need_leave_and_begin_anew(whole_runs):

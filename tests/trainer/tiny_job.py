@@ -19,6 +19,7 @@ from m2f.model.config import (
 from m2f.model.errors import UserError
 from m2f.trainer.config import CheckpointConfig, OptimizerConfig, PolySchedule, TrainingConfig
 from m2f.trainer.job import ManualControl, TrainJob
+from m2f.trainer.reporting import CommitReport, Notice, StepReport
 from m2f.trainer.worker import run_worker
 from tests.waiting import PATIENCE_S
 
@@ -67,51 +68,45 @@ class Recorder:
     checkpoints: list[int] = field(default_factory=list)
     events: list[tuple[str, int, str]] = field(default_factory=list)
 
-    def metrics(self, step, values):
-        self.losses[step] = values["loss/total"]
-        self.requests += values["storage/requests"]
-
-    def rank_metrics(self, step, values):
-        pass
-
-    def checkpoint(self, checkpoint):
-        self.checkpoints.append(checkpoint.step)
-
-    def event(self, kind, step, message):
-        self.events.append((kind, step, message))
+    def report(self, event):
+        match event:
+            case StepReport(step, metrics):
+                self.losses[step] = metrics.loss.total
+                self.requests += metrics.storage.requests
+            case CommitReport(checkpoint):
+                self.checkpoints.append(checkpoint.step)
+            case Notice(kind, step, message):
+                self.events.append((kind, step, message))
 
 
 @dataclass
 class DieAfterFirstCheckpoint(Recorder):
     """Kills this process when it hears of a commit."""
 
-    def checkpoint(self, checkpoint):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def report(self, event):
+        if isinstance(event, CommitReport):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass
 class Diary(Recorder):
-    """Writes events down at once."""
+    """Writes notices down at once."""
 
     path: Path = Path()
 
-    def event(self, kind, step, message):
-        with self.path.open("a") as file:
-            file.write(json.dumps((kind, step, message)) + "\n")
+    def report(self, event):
+        if isinstance(event, Notice):
+            with self.path.open("a") as file:
+                file.write(json.dumps((event.kind, event.step, event.message)) + "\n")
 
 
 @dataclass
 class DrainAt(ManualControl):
-    """Metrics of the first two steps arrive, later ones do not."""
-
     polls: int = 0
 
     def drain_requested(self) -> bool:
         self.polls -= 1
         return self.polls <= 0
-
-    def metrics_arrived(self, step: int) -> bool:
-        return step <= 2
 
 
 @dataclass

@@ -8,7 +8,6 @@
     identity.json           classes, task, input and recipe of the model (see `identity`); also in the weights' metadata
     state.json              TrainState
     recipe.yaml             the resolved recipe
-    metrics.json            metrics by step that were on their way to the driver at the save, where there were any
     receipts/rank_00000.json  files of one rank with sizes and checksums, written when they are all uploaded
     manifest.json           all receipts joined; written last, once: without it the checkpoint does not exist
     damaged.json            the manifest of a checkpoint that was found damaged
@@ -37,8 +36,10 @@ WEIGHTS = "weights.safetensors"
 AVERAGE = "ema.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
-METRICS = "metrics.json"
 ENGINE = "engine"
+EVALUATION_PIN = "evaluation"
+"""Name of the pin that keeps a checkpoint until its evaluation is settled."""
+_OLD_METRICS = "metrics.json"
 
 _VERSION = 1
 _FOLDER = re.compile(r"/(step_(\d{8,})(?:-(\d+))?)/(.+)$")
@@ -158,17 +159,24 @@ def newest_step(storage: Storage, run_folder: str) -> int:
     return 0 if newest is None else newest.step
 
 
-def metrics_on_their_way(storage: Storage, url: str) -> dict[int, dict[str, float]]:
-    """Metrics by step that the checkpoint folder `url` keeps, since nobody else may have them.
+def parse_folder(url: str) -> tuple[int, int]:
+    """Step and lease of a checkpoint folder, by its name or URL; lease 0 where the name has none."""
+    match = _FOLDER.search(f"/{url.rstrip('/').rpartition('/')[2]}/_")
+    assert match is not None, url
+    return int(match[2]), int(match[3] or 0)
 
-    Raises CheckpointError where they are damaged.
-    """
-    manifest = read_manifest(storage, url)
-    if METRICS not in manifest.files:
+
+def metrics_of_old_checkpoint(storage: Storage, url: str) -> dict[int, dict[str, float]]:
+    """Metrics by step that checkpoints of version 0.1 hold, since the driver may not have had them; {} if damaged."""
+    if not storage.exists(join(url, _OLD_METRICS)):
         return {}
     with tempfile.TemporaryDirectory(prefix="m2f-metrics-") as folder:
-        fetch(storage, url, [METRICS], manifest, Path(folder))
-        return {int(step): values for step, values in json.loads(Path(folder, METRICS).read_bytes()).items()}
+        try:
+            fetch(storage, url, [_OLD_METRICS], read_manifest(storage, url), Path(folder))
+        except CheckpointError:
+            return {}
+        content = json.loads(Path(folder, _OLD_METRICS).read_bytes())
+    return {int(step): values for step, values in content.items()}
 
 
 def set_aside(storage: Storage, url: str) -> None:

@@ -13,6 +13,7 @@ import safetensors.torch
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former
 from m2f.model.weights.load import load_weights
+from m2f.trainer.checkpoint.commits import withdraw_commit
 from m2f.trainer.checkpoint.folder import (
     AVERAGE,
     ENGINE,
@@ -31,7 +32,7 @@ from m2f.trainer.engine.engine import Engine, to_universal
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import Window
 from m2f.trainer.ranks import Ranks
-from m2f.trainer.reporting import CommittedCheckpoint, Reporter
+from m2f.trainer.reporting import CommittedCheckpoint, Notice, Reporter
 from m2f.trainer.state import TrainState
 
 _UNIVERSAL = f"{ENGINE}_universal"
@@ -103,12 +104,12 @@ def open_restart(
                 _set_aside(candidates[: len(problems)], storage, ranks, lease)
                 if found.weights_only and ranks.is_first:
                     message = f"training.zero.stage was {found.saved_stage}: weights, but optimizer state from zero"
-                    reporter.event("weights", checkpoint.step, message)
+                    reporter.report(Notice("weights", checkpoint.step, message))
                 yield found
                 return
         problems.append(found)
         if ranks.is_first:
-            reporter.event("damaged", checkpoint.step, f"{found}; trying the one before")
+            reporter.report(Notice("damaged", checkpoint.step, f"{found}; trying the one before"))
     if problems:
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints can be used: {'; '.join(problems)}; repair one, or start again "
@@ -123,6 +124,7 @@ def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks
     def set_all_aside() -> None:
         for checkpoint in damaged:
             check_lease(storage, checkpoint.url.rpartition("/checkpoints/")[0], lease)
+            withdraw_commit(storage, checkpoint.url)
             set_aside(storage, checkpoint.url)
 
     ranks.from_first(set_all_aside)

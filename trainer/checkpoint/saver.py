@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Mapping
@@ -12,11 +11,12 @@ import safetensors.torch
 import torch
 
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.commits import record_commit, withdraw_commit, write_metrics
 from m2f.trainer.checkpoint.folder import (
     AVERAGE,
     ENGINE,
+    EVALUATION_PIN,
     MANIFEST,
-    METRICS,
     RECIPE,
     STATE,
     WEIGHTS,
@@ -25,6 +25,7 @@ from m2f.trainer.checkpoint.folder import (
     checkpoint_url,
     delete_old,
     file_entry,
+    pin,
     read_receipt,
     rng_path,
     write_receipt,
@@ -39,6 +40,7 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import CommittedCheckpoint
 from m2f.trainer.state import TrainState
+from m2f.trainer.telemetry.numbers import StepMetrics
 
 _PREFIX = "m2f-checkpoint-"
 _POLL_S = (0.05, 2.0)  # first and longest pause between looks for the other ranks' receipts
@@ -74,11 +76,11 @@ class CheckpointSaver:
             self._upload.result()
         return self._committed
 
-    def save(self, engine: Engine, state: TrainState, metrics_on_their_way: Mapping[int, Mapping[str, float]]) -> None:
+    def save(self, engine: Engine, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
         """Write the files of this rank to local disk and start their upload; call `finish` first.
 
-        Metrics (by step, of rank 0) are stored for a driver that comes after one which died before it had them.
-        Nothing happens where the same step was saved or restored last. Raises StorageError where the disk is full.
+        `metrics` (rank 0) are those since the last save, by step; they are stored with the commit. Nothing happens
+        where the same step was saved or restored last. Raises StorageError where the disk is full.
         """
         if state.step == self._saved_step:
             return
@@ -86,8 +88,8 @@ class CheckpointSaver:
         url = checkpoint_url(self._job.run_folder, state.step, self._job.lease)
         self._ranks.from_first(lambda: self._clear(url))
         with full_disk_named(f"checkpoint {state.step}"):
-            scratch = self._write(engine, state, metrics_on_their_way)
-        self._upload = self._pool.submit(self._publish, scratch, url, state)
+            scratch = self._write(engine, state)
+        self._upload = self._pool.submit(self._publish, scratch, url, state, dict(metrics))
         self._saved_step = state.step
 
     def finish(self) -> CommittedCheckpoint | None:
@@ -98,9 +100,7 @@ class CheckpointSaver:
         self._upload = None
         return self._ranks.broadcast(self._committed)
 
-    def _write(
-        self, engine: Engine, state: TrainState, metrics_on_their_way: Mapping[int, Mapping[str, float]]
-    ) -> ScratchFolder:
+    def _write(self, engine: Engine, state: TrainState) -> ScratchFolder:
         """This rank's files in a folder on the local disk."""
         scratch = ScratchFolder(_PREFIX)
         folder = scratch.path
@@ -116,8 +116,6 @@ class CheckpointSaver:
                 safetensors.torch.save_file(weights, folder / WEIGHTS, metadata=metadata)
                 (folder / STATE).write_bytes(state.to_json())
                 (folder / RECIPE).write_text(self._job.recipe, encoding="utf-8")
-                if metrics_on_their_way:
-                    (folder / METRICS).write_text(json.dumps(metrics_on_their_way), encoding="utf-8")
         except BaseException:
             scratch.remove()
             raise
@@ -126,6 +124,7 @@ class CheckpointSaver:
     def _clear(self, url: str) -> None:
         """Delete what an interrupted or damaged save left."""
         check_lease(self._storage, self._job.run_folder, self._job.lease)
+        withdraw_commit(self._storage, url)
         self._storage.delete_prefix(url)
 
     def _await_uploads(self) -> None:
@@ -135,7 +134,7 @@ class CheckpointSaver:
             self._closing.wait(pause)
             pause = min(2 * pause, longest)
 
-    def _publish(self, scratch: ScratchFolder, url: str, state: TrainState) -> None:
+    def _publish(self, scratch: ScratchFolder, url: str, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
         with scratch as folder:
             paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".py"]
             files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
@@ -143,17 +142,24 @@ class CheckpointSaver:
                 self._storage.put_file(join(url, path.relative_to(folder).as_posix()), path)
             write_receipt(self._storage, url, self._ranks.rank, Receipt(self._attempt, files))
         if self._ranks.is_first:
-            self._commit(url, state)
+            self._commit(url, state, metrics)
 
-    def _commit(self, url: str, state: TrainState) -> None:
+    def _commit(self, url: str, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
+        """Everything that follows from the commit is stored before it, but for its entry in the list of commits."""
         files = {}
         for rank in range(self._ranks.world_size):
             files |= self._await_receipt(url, rank).files
-        manifest = Manifest(state.step, state.world_size, state.zero_stage, files)
+        manifest = Manifest(state.step, state.world_size, state.zero_stage, files).to_json()
         run_folder, lease = self._job.run_folder, self._job.lease
         check_lease(self._storage, run_folder, lease)
-        self._storage.put(join(url, MANIFEST), manifest.to_json(), if_absent=True)
-        self._committed = CommittedCheckpoint(state.step, url)
+        if self._job.evaluates:
+            pin(self._storage, url, EVALUATION_PIN)
+        points = {step: values.values() for step, values in metrics.items()}
+        write_metrics(self._storage, run_folder, state.step, lease, points)
+        self._storage.put(join(url, MANIFEST), manifest, if_absent=True)
+        committed = CommittedCheckpoint(state.step, url)
+        record_commit(self._storage, committed, manifest)
+        self._committed = committed
         delete_old(self._storage, run_folder, state.step, self._job.training.checkpoint.keep, lease)
 
     def _await_receipt(self, url: str, rank: int) -> Receipt:

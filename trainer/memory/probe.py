@@ -18,7 +18,7 @@ from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
-from m2f.trainer.reporting import Reporter
+from m2f.trainer.reporting import Notice, Reporter
 
 _OPTIMIZER_BYTES = 8  # per weight: AdamW's two moments in fp32, which exist only after the first step
 
@@ -48,7 +48,7 @@ def probe_memory(
         message = (
             f"{wanted} images at once (training.micro_batch) do not fit; going on with {found} and more micro-batches"
         )
-        reporter.event("memory", 0, message)
+        reporter.report(Notice("memory", 0, message))
     return replace(job, training=replace(training, micro_batch=found))
 
 

@@ -10,6 +10,7 @@ import torch
 from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.loss.criterion import Losses
 from m2f.trainer.ranks import Ranks
+from m2f.trainer.telemetry.numbers import LossValues, StorageTraffic, Throughput
 from m2f.trainer.telemetry.phases import Phase
 
 
@@ -34,16 +35,16 @@ class Stopwatch:
         for phase, seconds in phases.items():
             self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
-    def read(self, steps_left: int) -> dict[str, float]:
+    def read(self, steps_left: int) -> Throughput:
         """Throughput of the steps since the last reading; starts anew."""
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         step_s = elapsed / max(self.steps, 1)
-        values = {
-            "images_per_s": self.images / elapsed,
-            "step_time_s": step_s,
-            "data_wait_share": self.phases.get("data", 0.0) / elapsed,
-            "eta_s": step_s * steps_left,
-        }
+        values = Throughput(
+            images_per_s=self.images / elapsed,
+            step_time_s=step_s,
+            data_wait_share=self.phases.get("data", 0.0) / elapsed,
+            eta_s=step_s * steps_left,
+        )
         self.reset()
         return values
 
@@ -55,25 +56,24 @@ class Traffic:
         self._counters = counters
         self._before = self._now()
 
-    def read(self, ranks: Ranks) -> dict[str, float]:
+    def read(self, ranks: Ranks) -> StorageTraffic:
         """Requests, retries, megabytes and hits of the cache of all ranks; starts anew. A collective."""
         now = self._now()
-        names = ("requests", "retries", "read_mb", "written_mb", "cache_hits", "cached_mb")
         total = ranks.sum(torch.tensor(now, dtype=torch.float64) - torch.tensor(self._before, dtype=torch.float64))
         self._before = now
-        return {f"storage/{name}": value for name, value in zip(names, total.tolist(), strict=True)}
+        return StorageTraffic(*total.tolist())
 
     def _now(self) -> tuple[float, ...]:
         c = self._counters
         sizes = c.bytes_read / 1e6, c.bytes_written / 1e6, c.bytes_cached / 1e6
-        return c.requests, c.retries, sizes[0], sizes[1], c.cache_hits, sizes[2]
+        return c.requests, c.retries, sizes[0], sizes[1], c.cache_hits, sizes[2]  # the order of StorageTraffic
 
 
-def summed_losses(losses: Sequence[Losses], ranks: Ranks) -> dict[str, float]:
+def summed_losses(losses: Sequence[Losses], ranks: Ranks) -> LossValues:
     """The losses of one step from all micro-batches of all ranks. A collective; copies from the device once."""
     terms = torch.stack([loss.terms.sum(0) for loss in losses]).double().sum(0)
     kinds = ranks.sum(terms.cpu()).tolist()
-    return {"loss/total": sum(kinds), **dict(zip(("loss/class", "loss/mask", "loss/dice"), kinds, strict=True))}
+    return LossValues(sum(kinds), *kinds)
 
 
 def non_finite_keys(keys: Sequence[Sequence[str]], losses: Sequence[Losses], ranks: Ranks) -> list[str]:

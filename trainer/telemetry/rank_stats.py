@@ -7,52 +7,20 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, median_low
 from typing import Literal
 
 import psutil
 import torch
 
+from m2f.trainer.telemetry.numbers import RankNumbers, RankSpread, SystemUse
 from m2f.trainer.telemetry.phases import Phase
 
 SLOW_FACTOR = 1.5
 SLOW_S = 0.05
 """A rank is slow in what it does alone where it takes this much longer per step than the median rank, and so many
 times as long."""
-
-
-@dataclass(frozen=True)
-class RankNumbers:
-    """One rank since its last report. Times are seconds per step."""
-
-    rank: int
-    host: str
-    step_s: float
-    data_s: float
-    """Waiting for its own data."""
-    forward_s: float
-    """Forward passes and losses: what a rank computes without the others."""
-    exchange_s: float
-    """Waiting for the other ranks before the forward pass."""
-    process_gb: float
-    """Resident memory of the process."""
-    cpu_percent: float
-    """Of the machine."""
-    memory_percent: float
-    """Of the machine."""
-    disk_free_gb: float
-    """Where checkpoints are written first, or in the run folder, whichever has less."""
-    gpu_memory_gb: float | None = None
-    """Most that tensors took since the last report."""
-    gpu_image_gb: float | None = None
-    """Of it, what one image of a micro-batch took: all that was gone again after the step, over the images."""
-    gpu_percent: float | None = None
-    """Share of time in which the GPU did something; None where the driver's library for Python is missing."""
-
-    def values(self) -> dict[str, float]:
-        """All numbers that are known."""
-        return {k: v for k, v in asdict(self).items() if k not in ("rank", "host") and v is not None}
 
 
 def measure_rank(
@@ -91,27 +59,28 @@ def memory_gb() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-def joined_numbers(numbers: Sequence[RankNumbers]) -> dict[str, float]:
-    """What the log keeps of all ranks: means of use, maxima of memory, the least free disk, how far ranks differ."""
+def system_use(numbers: Sequence[RankNumbers]) -> SystemUse:
+    """The machines of all ranks."""
     machines = list({n.host: n for n in numbers}.values())
-    alone = [n.data_s + n.forward_s for n in numbers]
-    values = {
-        "system/cpu_percent": fmean(n.cpu_percent for n in machines),
-        "system/memory_percent": max(n.memory_percent for n in machines),
-        "system/process_gb": max(n.process_gb for n in numbers),
-        "system/disk_free_gb": min(n.disk_free_gb for n in machines),
-        "ranks/count": float(len(numbers)),
-        "ranks/slowest": float(max(range(len(alone)), key=alone.__getitem__)),
-        "ranks/slowest_over_median": max(alone) / max(median_low(alone), 1e-9),
-    }
     gpu_memory = [n.gpu_memory_gb for n in numbers if n.gpu_memory_gb is not None]
     gpu_percent = [n.gpu_percent for n in numbers if n.gpu_percent is not None]
-    if gpu_memory:
-        values["system/gpu_memory_gb"] = max(gpu_memory)
-        values["system/gpu_image_gb"] = max(n.gpu_image_gb or 0.0 for n in numbers)
-    if gpu_percent:
-        values["system/gpu_percent"] = fmean(gpu_percent)
-    return values
+    return SystemUse(
+        cpu_percent=fmean(n.cpu_percent for n in machines),
+        memory_percent=max(n.memory_percent for n in machines),
+        process_gb=max(n.process_gb for n in numbers),
+        disk_free_gb=min(n.disk_free_gb for n in machines),
+        gpu_memory_gb=max(gpu_memory) if gpu_memory else None,
+        gpu_image_gb=max(n.gpu_image_gb or 0.0 for n in numbers) if gpu_memory else None,
+        gpu_percent=fmean(gpu_percent) if gpu_percent else None,
+    )
+
+
+def rank_spread(numbers: Sequence[RankNumbers], slow: int) -> RankSpread:
+    """How far the ranks differ in what each does alone; `slow` of them have been slow for a while."""
+    alone = [n.data_s + n.forward_s for n in numbers]
+    slowest = max(range(len(alone)), key=alone.__getitem__)
+    ratio = max(alone) / max(median_low(alone), 1e-9)
+    return RankSpread(float(len(numbers)), float(slowest), ratio, float(slow))
 
 
 @dataclass(frozen=True)

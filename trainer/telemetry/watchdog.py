@@ -23,9 +23,10 @@ from types import FrameType, TracebackType
 import torch.distributed as dist
 
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.config import TrainingConfig
+from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
-from m2f.trainer.reporting import STALL_EXIT, Reporter
+from m2f.trainer.recovery.ending import Ending, write_ending
+from m2f.trainer.reporting import STALL_EXIT, Notice, Reporter
 from m2f.trainer.telemetry.phases import Phase, PhaseClock
 
 GATHER_S = 15.0
@@ -63,7 +64,7 @@ class Watchdog:
 
     Where no new phase begins for `training.stall_timeout_s` (plus the upload's own limit while saving, and COMPILE_S in
     the first step of a compiled model), every rank leaves its stacks in `failures/stall-ATTEMPT/` of the run folder.
-    The lowest rank that answers joins them, reports the event `stalled`, and all end with STALL_EXIT. Where the
+    The lowest rank that answers joins them, reports the notice `stalled`, and all end with STALL_EXIT. Where the
     interpreter itself is held up, faulthandler's own thread ends the process.
     """
 
@@ -72,13 +73,14 @@ class Watchdog:
         clock: PhaseClock,
         ranks: Ranks,
         storage: Storage,
-        run_folder: str,
+        job: TrainJob,
         attempt: str,
-        training: TrainingConfig,
         reporter: Reporter,
     ) -> None:
+        training = job.training
+        self._job = job
         self._clock, self._ranks, self._storage, self._reporter = clock, ranks, storage, reporter
-        self._folder = join(run_folder, "failures", f"stall-{attempt}")
+        self._folder = join(job.run_folder, "failures", f"stall-{attempt}")
         self._limit_s = training.stall_timeout_s
         self._save_limit_s = training.stall_timeout_s + training.checkpoint.upload_timeout_s
         self._first_limit_s = training.stall_timeout_s + (COMPILE_S if training.compile else 0.0)
@@ -166,7 +168,8 @@ class Watchdog:
         message = f"{describe_stall(found, self._ranks.world_size)}. Stacks of all ranks: {url}"
         if not self._ranks.is_first:  # whose reporter may have no voice
             sys.stderr.write(f"{message}\n")
-        self._reporter.event("stalled", self._clock.step, message)
+        write_ending(self._storage, self._job.run_folder, self._job.attempt, Ending("stalled", message))
+        self._reporter.report(Notice("stalled", self._clock.step, message))
         time.sleep(LEAVE_S)
         self._storage.put(url, join_stacks(message, found).encode())
 

@@ -1,14 +1,18 @@
+import json
 import threading
+from dataclasses import asdict
 
 import pytest
 
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry, EvaluationQueue, read_entries
-from m2f.cluster.evaluation.service import BEST_PIN, PIN, release
+from m2f.cluster.evaluation.service import BEST_PIN, release
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
-from m2f.trainer.checkpoint.folder import checkpoint_url, pin, pins
+from m2f.trainer.checkpoint.commits import Commit
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, checkpoint_url, pin, pins
+from m2f.trainer.reporting import CommittedCheckpoint
 from tests.waiting import PATIENCE_S, wait_until
 
 
@@ -16,15 +20,22 @@ def queue_in(folder) -> EvaluationQueue:
     return EvaluationQueue(Storage(), f"{folder}/queue.json")
 
 
+def commit_of(step: int, digest: str = "a", folder: str = "c") -> Commit:
+    return Commit(f"{step:08d}-1-{digest}", CommittedCheckpoint(step, f"{folder}/{step}"))
+
+
+def commits_of(*steps: int) -> list[Commit]:
+    return [commit_of(step) for step in steps]
+
+
 def statuses(source) -> dict[int, str]:
     return {e.step: e.status for e in source}
 
 
-def test_a_step_is_queued_once_and_survives_its_process(tmp_path):
+def test_a_commit_is_queued_once_and_survives_its_process(tmp_path):
     queue = queue_in(tmp_path)
-    assert queue.add(20, "c/20")
-    assert queue.add(10, "c/10")
-    assert not queue.add(20, "c/20")
+    queue.update(commits_of(20))
+    queue.update(commits_of(10, 20))
     running, _ = queue.take("every")
     assert running is not None
     assert running.step == 10
@@ -33,15 +44,46 @@ def test_a_step_is_queued_once_and_survives_its_process(tmp_path):
     assert again.entries()[0].queued_ms == running.queued_ms
 
 
+def test_a_step_that_is_committed_again_is_evaluated_again(tmp_path):
+    queue = queue_in(tmp_path)
+    queue.update([commit_of(10), commit_of(20), commit_of(30)])
+    first, _ = queue.take("every")
+    queue.publish(first, {"val/PQ": 1.0})
+    dropped = queue.update([commit_of(10, "b"), commit_of(30)])  # the run went back behind steps 10 and 20
+    assert [entry.step for entry in dropped] == [20]
+    second, _ = queue.take("every")
+    assert (second.step, second.commit) == (10, commit_of(10, "b").name)
+    queue.publish(second, {"val/PQ": 2.0})
+    assert [(e.step, e.status) for e in queue.entries()] == [
+        (10, "published"),
+        (10, "published"),
+        (20, "dropped"),
+        (30, "waiting"),
+    ]
+
+
+def test_entries_of_version_0_1_are_known_by_their_checkpoint_also_in_a_moved_run(tmp_path):
+    rows = [asdict(Entry(step, f"/old/c/{step}", 5, "published")) for step in (10, 20)]
+    for row in rows:
+        del row["commit"]
+    rows[1]["status"] = "waiting"
+    (tmp_path / "queue.json").write_text(json.dumps(rows))
+    queue = queue_in(tmp_path)
+    queue.update([commit_of(10, folder="/new/c"), commit_of(20, folder="/new/c")])
+    assert statuses(queue.entries()) == {10: "published", 20: "waiting"}
+    assert [entry.commit for entry in queue.entries()] == [commit_of(10).name, commit_of(20).name]
+    assert queue.take("every")[0].checkpoint == "/new/c/20"
+    assert len(read_entries(Storage(), f"{tmp_path}/queue.json")) == 2
+
+
 def test_latest_drops_what_is_stale(tmp_path):
     queue = queue_in(tmp_path)
-    for step in (10, 20, 30):
-        queue.add(step, f"c/{step}")
+    queue.update(commits_of(10, 20, 30))
     entry, dropped = queue.take("latest")
     assert entry is not None
     assert entry.step == 30
     assert [e.step for e in dropped] == [10, 20]
-    queue.publish(30, {"val/PQ": 50.0})
+    queue.publish(entry, {"val/PQ": 50.0})
     assert statuses(read_entries(Storage(), f"{tmp_path}/queue.json")) == {
         10: "dropped",
         20: "dropped",
@@ -61,15 +103,18 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
 
     def evaluate(entry: Entry, report) -> dict[str, float]:
         seen.append(entry.step)
-        report(EvaluationProgress(entry.step, "val", 1, 2))
+        report(EvaluationProgress(entry.step, entry.key, "val", 1, 2))
         if entry.step == 20:
             raise EvaluationError("evaluation batch 7 failed 3 times")
         return {"val/PQ": float(entry.step)}
 
-    manager = EvaluationManager(queue_in(tmp_path), "every", evaluate, lambda entry: released.append(entry.step))
-    for step in (10, 20, 30, 20):
-        manager.submit(step, f"c/{step}")
-    wait_until(lambda: manager.status().idle)
+    commits = commits_of(10, 20)
+    manager = EvaluationManager(
+        queue_in(tmp_path), lambda: commits, "every", evaluate, lambda entry: released.append(entry.step), look_s=0.01
+    )
+    wait_until(lambda: len(released) == 2)
+    commits.append(commit_of(30))
+    wait_until(lambda: len(released) == 3)
     manager.close()
     assert seen == released == [10, 20, 30]
     assert manager.status().entries[2].metrics == {"val/PQ": 30.0}
@@ -78,12 +123,16 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
     assert manager.status().current is None
 
 
-def test_submitting_does_not_wait_for_an_evaluation(tmp_path):
+def test_the_status_does_not_wait_for_an_evaluation(tmp_path):
     gate = threading.Event()
-    manager = EvaluationManager(queue_in(tmp_path), "every", lambda entry, report: {"ok": float(gate.wait(PATIENCE_S))})
-    for step in (1, 2, 3):
-        manager.submit(step, "c")  # the gate opens later
-    assert not manager.status().idle
+    manager = EvaluationManager(
+        queue_in(tmp_path),
+        lambda: commits_of(1, 2, 3),
+        "every",
+        lambda entry, report: {"ok": float(gate.wait(PATIENCE_S))},
+    )
+    wait_until(lambda: len(manager.status().entries) == 3)
+    assert not manager.status().idle  # the gate opens later
     gate.set()
     wait_until(lambda: manager.status().idle)
     manager.close()
@@ -91,10 +140,9 @@ def test_submitting_does_not_wait_for_an_evaluation(tmp_path):
 
 def test_a_new_manager_takes_over_the_stored_queue(tmp_path):
     queue = queue_in(tmp_path)
-    for step in (10, 20):
-        queue.add(step, f"c/{step}")
-    queue.take("every")
-    queue.publish(10, {"val/PQ": 50.0})
+    queue.update(commits_of(10, 20))
+    entry, _ = queue.take("every")
+    queue.publish(entry, {"val/PQ": 50.0})
     queue.take("every")  # dies here, in the middle of step 20
     seen: list[int] = []
     released: list[int] = []
@@ -103,8 +151,14 @@ def test_a_new_manager_takes_over_the_stored_queue(tmp_path):
         seen.append(entry.step)
         return {}
 
-    manager = EvaluationManager(queue_in(tmp_path), "every", evaluate, lambda entry: released.append(entry.step))
-    wait_until(lambda: manager.status().idle)
+    manager = EvaluationManager(
+        queue_in(tmp_path),
+        lambda: commits_of(10, 20),
+        "every",
+        evaluate,
+        lambda entry: released.append(entry.step),
+    )
+    wait_until(lambda: len(released) == 2)
     manager.close()
     assert seen == [20]
     assert released == [10, 20]  # the dead one may not have released step 10
@@ -127,9 +181,9 @@ def test_a_change_that_the_storage_refuses_has_not_happened(tmp_path):
     queue = EvaluationQueue(storage, f"{tmp_path}/queue.json")
     storage.refusals = 1
     with pytest.raises(StorageError):
-        queue.add(10, "c/10")
+        queue.update(commits_of(10))
     assert queue.entries() == ()
-    assert queue.add(10, "c/10")
+    queue.update(commits_of(10))
     storage.refusals = 1
     with pytest.raises(StorageError):
         queue.take("every")
@@ -141,7 +195,7 @@ def test_an_outage_of_the_storage_delays_and_loses_nothing(tmp_path, monkeypatch
     monkeypatch.setattr("m2f.cluster.evaluation.manager.RETRY_S", 0.01)
     storage, evaluated = RefusingStorage(), []
     queue = EvaluationQueue(storage, f"{tmp_path}/queue.json")
-    queue.add(10, "c/10")
+    queue.update(commits_of(10))
 
     def evaluate(entry: Entry, report) -> dict[str, float]:
         evaluated.append(entry.step)
@@ -149,7 +203,7 @@ def test_an_outage_of_the_storage_delays_and_loses_nothing(tmp_path, monkeypatch
         return {"val/PQ": 50.0}
 
     storage.refusals = int(when == "taking")
-    manager = EvaluationManager(queue, "every", evaluate)
+    manager = EvaluationManager(queue, lambda: commits_of(10), "every", evaluate)
     wait_until(lambda: statuses(manager.status().entries) == {10: "published"})
     manager.close()
     assert evaluated == [10] * (2 if when == "publishing" else 1)
@@ -160,7 +214,7 @@ def test_the_best_checkpoint_so_far_is_kept(tmp_path):
     storage, entries = Storage(), []
     for step, value in ((4, 20.0), (8, 30.0), (12, 10.0), (16, 40.0)):
         url = checkpoint_url(str(tmp_path), step)
-        pin(storage, url, PIN)
+        pin(storage, url, EVALUATION_PIN)
         entries.append(Entry(step, url, 0, "published", metrics={"val/PQ": value}))
         release(storage, entries[-1], entries, "val/PQ")
         best = max(entries, key=lambda entry: entry.metrics["val/PQ"])

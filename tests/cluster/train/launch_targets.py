@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import m2f.cluster.train.processes
-from m2f.cluster.train.processes import LaunchError, launch
+from m2f.cluster.train.launch import LaunchError, launch
+from m2f.cluster.train.local_rank import stopped_by_signals
 from m2f.model.errors import ConfigError
 from tests.waiting import PATIENCE_S
 
@@ -59,13 +60,11 @@ def sum_over_ranks(folder):
 
 
 def wait_for_stop(folder):
-    from m2f.cluster.train.local import SignalControl
-
-    control = SignalControl()
-    Path(folder, f"ready{rank()}").touch()
-    while not control.stop_requested():
-        time.sleep(0.02)
-    Path(folder, f"stopped{rank()}").touch()
+    with stopped_by_signals() as control:
+        Path(folder, f"ready{rank()}").touch()
+        while not control.stop_requested():
+            time.sleep(0.02)
+        Path(folder, f"stopped{rank()}").touch()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m2f.cluster.cli import main
 from m2f.cluster.train import local
-from m2f.cluster.train.local import train_rank
+from m2f.cluster.train.local_rank import train_rank
 from m2f.trainer.checkpoint import lease
 from m2f.trainer.checkpoint.lease import Timing
 from tests.cluster.tiny_run import changed_losses

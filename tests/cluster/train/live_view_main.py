@@ -1,20 +1,21 @@
-"""Shows the live view in a terminal: `live_view_main.py VALUES STOP`; VALUES is JSON, STOP a file that ends it."""
+"""Shows the live view in a terminal: `live_view_main.py STOP`; STOP is a file that ends it."""
 
-import json
 import sys
 import time
 from pathlib import Path
 
 from m2f.cluster.terminal import say
 from m2f.cluster.train.live_view import LiveView
+from m2f.trainer.reporting import Notice, StepReport
+from tests.trainer.step_metrics import with_loss
 
-values, stop = json.loads(sys.argv[1]), Path(sys.argv[2])
+stop = Path(sys.argv[1])
 view = LiveView("in-a-terminal", 1000)
 view.start()
 view.begin_attempt(2)
 for step in range(1, 31):
-    view.metrics(step, values | {"loss/total": 60.0 - step})
-view.event("skipped", 30, "the loss of img_7 is not finite")
+    view.report(StepReport(step, with_loss(60.0 - step)))
+view.report(Notice("skipped", 30, "the loss of img_7 is not finite"))
 while not stop.exists():
     time.sleep(0.05)
 view.stop("finished")

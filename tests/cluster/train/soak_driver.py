@@ -5,11 +5,11 @@ import sys
 import ray
 
 from m2f.cluster.recipe.load import load_recipe
-from m2f.cluster.train import supervisor
+from m2f.cluster.train import ray_launcher, supervisor
 from tests.cluster import tiny_run
 
 ray.cloudpickle.register_pickle_by_value(tiny_run)
-supervisor.train_loop = tiny_run.slow_loop
+ray_launcher.train_loop = tiny_run.slow_loop
 tiny_run.PAUSE_S = 1.0  # five steps take longer than the longest pause between two kills
 supervisor.POLL_S = float(sys.argv[2])
-sys.exit(supervisor.run_training(load_recipe(sys.argv[1], [])).status != "finished")
+sys.exit(ray_launcher.run_training(load_recipe(sys.argv[1], [])).status != "finished")

@@ -14,7 +14,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.shard_job import run_shard_job
-from m2f.cluster.train.supervisor import run_training
+from m2f.cluster.train.ray_launcher import run_training
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from tests.waiting import PATIENCE_S, wait_until

@@ -13,8 +13,8 @@ from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.tracking.tracking import create_run
 from m2f.cluster.train.elastic import Sizes, next_size
 from m2f.cluster.train.local import train_locally
+from m2f.cluster.train.ray_launcher import run_training
 from m2f.cluster.train.resources import room
-from m2f.cluster.train.supervisor import run_training
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
@@ -116,7 +116,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     monkeypatch.setattr("m2f.cluster.train.elastic.PATIENCE_S", 2.0)
     monkeypatch.setattr("m2f.cluster.train.elastic.LOOK_S", 0.5)
     monkeypatch.setattr("m2f.cluster.train.supervisor.POLL_S", 0.2)
-    monkeypatch.setattr("m2f.cluster.train.supervisor.train_loop", tiny_run.slow_loop)
+    monkeypatch.setattr("m2f.cluster.train.ray_launcher.train_loop", tiny_run.slow_loop)
     config = replace(tiny_config(folder, "elastic", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
     training = replace(
         config.training,

@@ -47,7 +47,7 @@ def run(tmp_path_factory):
     training = replace(config.training, max_steps=2, ema_decay=0.5, checkpoint=CheckpointConfig(every_steps=2))
     config = replace(config, training=training, evaluation=EvaluationConfig(shortest_edge=64, max_size=96))
     config = replace(config, cluster=replace(config.cluster, num_workers=1))
-    assert train_locally(config) == "finished"
+    assert train_locally(config).status == "finished"
     return config, list_checkpoints(Storage(), config.run_folder)[0].url
 
 

@@ -60,7 +60,7 @@ def test_ranks_meet_over_loopback(start, tmp_path):
         ("mistake", "ConfigError training.lr is -1"),
         ("error", "LaunchError rank 1: ZeroDivisionError: division by zero\n(exit codes: rank 0: 1, rank 1: 1)\nTrace"),
         ("unpicklable", "LaunchError rank 1: RuntimeError: Local: only here"),
-        ("kill", "LaunchError rank 1: RuntimeError: rank 1 was ended by SIGKILL (often the kernel's out-of-memory"),
+        ("kill", "LaunchError rank 1: RankDiedError: rank 1 was ended by SIGKILL (often the kernel's out-of-memory"),
     ],
 )
 def test_the_root_cause_is_shown_and_not_its_echo_on_a_lower_rank(start, how, expected):

@@ -1,11 +1,11 @@
 import io
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,29 +14,16 @@ from rich.console import Console
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.train.live_view import LiveView, sparkline
-from m2f.trainer.reporting import CommittedCheckpoint
+from m2f.trainer.reporting import CommitReport, CommittedCheckpoint, StepReport
+from tests.trainer.step_metrics import METRICS
 from tests.waiting import wait_until
 
-VALUES = {
-    "loss/total": 31.25,
-    "loss/class": 11.0,
-    "loss/mask": 10.25,
-    "loss/dice": 10.0,
-    "eta_s": 7833.0,
-    "images_per_s": 12.34,
-    "step_time_s": 0.81,
-    "data_wait_share": 0.03,
-    "mfu": 0.382,
-    "lr": 1e-4,
-    "grad_norm": 12.3,
-    "skipped_steps": 1,
-    "system/cpu_percent": 55.0,
-    "system/memory_percent": 31.0,
-    "system/disk_free_gb": 812.0,
-    "ranks/slowest_over_median": 1.7,
-    "ranks/slowest": 3.0,
-    "ranks/slow": 1,
-}
+METRICS = replace(
+    METRICS,
+    throughput=replace(METRICS.throughput, eta_s=7833.0),
+    grad_norm=12.3,
+    mfu=0.382,
+)
 
 
 class Clock:
@@ -63,9 +50,9 @@ def test_the_panel_shows_the_run():
     view.evaluated(Entry(5000, "c", 0, "published", metrics={"val/PQ": 35.2}))
     view.evaluated(Entry(10000, "c", 0, "published", metrics={"val/PQ": 34.2}))
     for loss in (60.0, 40.0, 31.25):
-        view.metrics(12020, VALUES | {"loss/total": loss})
-    view.checkpoint(CommittedCheckpoint(12000, "c"))
-    view.evaluating(EvaluationProgress(12000, "val", 3, 63))
+        view.report(StepReport(12020, replace(METRICS, loss=replace(METRICS.loss, total=loss))))
+    view.report(CommitReport(CommittedCheckpoint(12000, "c")))
+    view.evaluating(EvaluationProgress(12000, "12000", "val", 3, 63))
     clock.now += 8
     picture = drawn(view)
     for text in (
@@ -107,7 +94,7 @@ def test_a_sparkline_fits_its_width(values, width, line):
 def test_a_real_terminal_shows_one_panel_below_the_log(tmp_path):
     stop = tmp_path / "stop"
     tmux = ["tmux", "-L", f"m2f-test-{os.getpid()}", "-f", "/dev/null"]
-    words = [sys.executable, str(Path(__file__).with_name("live_view_main.py")), json.dumps(VALUES), str(stop)]
+    words = [sys.executable, str(Path(__file__).with_name("live_view_main.py")), str(stop)]
     command = f"cd {Path.cwd()} && PYTHONPATH=. TERM=xterm-256color {shlex.join(words)}"
     subprocess.run([*tmux, "new-session", "-d", "-x", "90", "-y", "24", command], check=True)
 

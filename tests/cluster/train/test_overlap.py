@@ -50,7 +50,7 @@ def make_config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calm(make_config):
     config = make_config("calm")
-    assert train_locally(config) == "finished"
+    assert train_locally(config).status == "finished"
     return config
 
 

@@ -103,7 +103,8 @@ def test_the_driver_follows_a_parent_that_is_killed(start):
     child.wait(PATIENCE_S)
 
 
-def test_plain_launch_has_no_driver_to_restart(tmp_path, capsys):
+def test_the_local_launcher_has_a_driver_too_and_its_mistakes_are_said_once(tmp_path, capfd):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    assert main(["train", str(tmp_path / "recipe.yaml"), "--launcher", "local", "--restart"]) == 2
-    assert "--restart goes with --launcher ray" in capsys.readouterr().err
+    words = ["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path}", "--launcher", "local", "--restart"]
+    assert main(words) == 2
+    assert capfd.readouterr().err.count("make the shards first") == 1

@@ -1,79 +1,36 @@
-import json
-from pathlib import Path
-
 import pytest
 
 from m2f.cluster.demo import demo_config, table
 from m2f.cluster.evaluation.lines import describe, headline
 from m2f.cluster.evaluation.queue import Entry
-from m2f.cluster.tracking.reporter import TrackingReporter, recover_metrics
-from m2f.cluster.train.mailbox import CheckpointReport, EventReport, MetricsReport, RunBoard, Word
-from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint.folder import METRICS, Manifest, checkpoint_url, file_entry
-from m2f.trainer.reporting import CommittedCheckpoint
+from m2f.cluster.tracking.reporter import TrackingReporter
+from m2f.cluster.train.mailbox import Mailbox
+from m2f.trainer.reporting import CommitReport, CommittedCheckpoint, Notice, StepReport
+from tests.trainer.step_metrics import METRICS
 
 
-class Recorder:
-    def __init__(self):
-        self.heard = []
-
-    def metrics(self, step, values):
-        self.heard.append(("metrics", step, dict(values)))
-
-    def checkpoint(self, checkpoint):
-        self.heard.append(("checkpoint", checkpoint.step))
-
-    def event(self, kind, step, message):
-        self.heard.append((kind, step, message))
+def test_the_mailbox_gives_every_event_once_and_in_order():
+    mailbox = Mailbox()
+    events = StepReport(1, METRICS), CommitReport(CommittedCheckpoint(1, "c/1")), Notice("finished", 1, "done")
+    for event in events:
+        mailbox.post(event)
+    assert mailbox.poll(stop=False) == events
+    assert mailbox.poll(stop=False) == ()
 
 
-def test_the_board_gives_every_report_once_and_in_order():
-    board, recorder = RunBoard(), Recorder()
-    board.pin(MetricsReport(1, {"loss": 2.0}))
-    board.pin(CheckpointReport(CommittedCheckpoint(1, "c/1")))
-    board.pin(EventReport("finished", 1, "done"))
-    delivery = board.take(None, Word())
-    for report in delivery.reports:
-        report.tell(recorder)
-    assert recorder.heard == [("metrics", 1, {"loss": 2.0}), ("checkpoint", 1), ("finished", 1, "done")]
-    assert board.take(delivery, Word()).reports == ()
-
-
-def test_a_delivery_that_got_lost_is_given_again():
-    board = RunBoard()
-    board.pin(EventReport("skipped", 1, "a"))
-    first = board.take(None, Word())
-    board.pin(EventReport("skipped", 2, "b"))
-    board.take(first, Word())  # the driver never hears this answer
-    board.pin(EventReport("skipped", 3, "c"))
-    assert [report.step for report in board.take(first, Word()).reports] == [2, 3]
-
-
-def test_a_board_that_was_made_again_counts_anew():
-    old, new = RunBoard(), RunBoard()
-    for step in range(3):
-        old.pin(EventReport("skipped", step, ""))
-    new.pin(EventReport("skipped", 9, ""))
-    assert [report.step for report in new.take(old.take(None, Word()), Word()).reports] == [9]
-
-
-def test_reports_that_fell_off_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr("m2f.cluster.train.mailbox.MAX_REPORTS", 2)
-    board = RunBoard()
-    first = board.take(None, Word())
+def test_a_mailbox_that_nobody_polls_drops_the_oldest(monkeypatch):
+    monkeypatch.setattr("m2f.cluster.train.mailbox.MAX_EVENTS", 2)
+    mailbox = Mailbox()
     for step in range(5):
-        board.pin(EventReport("skipped", step, ""))
-    assert [report.step for report in board.take(first, Word()).reports] == [3, 4]
+        mailbox.post(Notice("skipped", step, ""))
+    assert [event.step for event in mailbox.poll(stop=False)] == [3, 4]
 
 
-def test_the_board_carries_the_word_of_the_driver():
-    board = RunBoard()
-    board.take(None, Word())
-    assert not board.word().stop
-    board.take(None, Word(stop=True))
-    assert board.word().stop
-    board.take(None, Word(metrics_step=8))  # the driver may take it back
-    assert board.word() == Word(stop=False, metrics_step=8)
+def test_the_mailbox_tells_rank_0_to_stop():
+    mailbox = Mailbox()
+    for stop in (False, True, False):  # the driver may take it back
+        mailbox.poll(stop)
+        assert mailbox.stop_requested() == stop
 
 
 HEADLINES = {"val/PQ": 51.234, "val/AP": 30.0, "val/SQ": 80.0, "street/mIoU": 70.5}
@@ -110,59 +67,35 @@ def test_the_demo_writes_only_under_its_output(tmp_path):
     assert all(d.shards.startswith(f"{tmp_path}/demo/shards/") for d in config.datasets.values())
 
 
+class Recorder:
+    """What a Tracking would be asked to write."""
+
+    def __init__(self):
+        self.points, self.tags = [], {}
+
+    def log_metrics(self, step, values):
+        self.points.append((step, dict(values)))
+
+    def set_tag(self, name, value):
+        self.tags[name] = value
+
+
 def test_steps_that_a_restart_does_again_are_tracked_once():
-    logged = []
-
-    class Recorder:
-        def log_metrics(self, step, values):
-            logged.append((step, dict(values)))
-
-    reporter = TrackingReporter(Recorder())
+    recorder = Recorder()
+    reporter = TrackingReporter(recorder)
     for step in (4, 7, 5, 5, 6, 7):  # 5 and 6 come late
-        reporter.metrics(step, {"loss": float(step)})
-    assert logged == [(step, {"train/loss": float(step)}) for step in (4, 7, 5, 6)]
+        reporter.track(step, {"loss": float(step)})
+    assert recorder.points == [(step, {"train/loss": float(step)}) for step in (4, 7, 5, 6)]
 
 
-def make_checkpoint(run_folder, step, metrics):
-    url = Path(checkpoint_url(str(run_folder), step))
-    url.mkdir(parents=True)
-    (url / METRICS).write_text(json.dumps(metrics))
-    manifest = Manifest(step, 1, 1, {METRICS: file_entry(url / METRICS)} if metrics else {})
-    (url / "manifest.json").write_bytes(manifest.to_json())
-    return url
-
-
-def test_metrics_that_only_a_checkpoint_holds_are_tracked(tmp_path, caplog):
-    logged = []
-
-    class Recorder:
-        def log_metrics(self, step, values):
-            logged.append((step, dict(values)))
-
-    reporter = TrackingReporter(Recorder())
-    recover_metrics(reporter, Storage(), str(tmp_path))
-    make_checkpoint(tmp_path, 5, {4: {"loss": 4.0}})
-    newest = make_checkpoint(tmp_path, 10, {9: {"loss": 0.1 + 0.2}, 10: {"system/cpu_percent": 1.0}})
-    reporter.metrics(9, {"loss": 0.1 + 0.2})
-    reporter.metrics(11, {"loss": 11.0})
-    for _ in range(2):
-        recover_metrics(reporter, Storage(), str(tmp_path))
-    assert [step for step, _ in logged] == [9, 11, 10]
-    assert logged[2] == (10, {"system/cpu_percent": 1.0})
-    (newest / METRICS).write_bytes((newest / METRICS).read_bytes().replace(b"10", b"12"))
-    recover_metrics(reporter, Storage(), str(tmp_path))
-    assert "a few points may be missing" in caplog.text
-    make_checkpoint(tmp_path, 15, {})
-    recover_metrics(reporter, Storage(), str(tmp_path))
-    assert len(logged) == 3
-
-
-def test_use_of_machines_is_tracked_where_mlflow_shows_it():
-    logged = {}
-
-    class Recorder:
-        def log_metrics(self, step, values):
-            logged.update(values)
-
-    TrackingReporter(Recorder()).metrics(1, {"loss/total": 2.0, "system/cpu_percent": 50.0})
-    assert logged == {"train/loss/total": 2.0, "system/cpu_percent": 50.0}
+def test_events_become_points_and_tags():
+    recorder = Recorder()
+    reporter = TrackingReporter(recorder)
+    reporter.report(StepReport(1, METRICS))
+    reporter.report(CommitReport(CommittedCheckpoint(1, "c/1")))
+    reporter.report(Notice("skipped", 2, "not finite"))
+    ((step, values),) = recorder.points
+    assert step == 1
+    assert values["train/loss/total"] == METRICS.loss.total
+    assert values["system/cpu_percent"] == METRICS.system.cpu_percent  # MLflow shows these by this name
+    assert recorder.tags == {"checkpoint.step": "1", "checkpoint.url": "c/1", "event.skipped": "step 2: not finite"}

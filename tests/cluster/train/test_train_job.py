@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,26 +16,28 @@ from mlflow import MlflowClient
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from m2f.cluster.evaluation.evaluate import evaluate_checkpoint
+from m2f.cluster.evaluation.client import EvaluationClient
+from m2f.cluster.evaluation.offline import evaluate_checkpoint
 from m2f.cluster.evaluation.queue import read_entries
-from m2f.cluster.evaluation.service import EvaluationClient
 from m2f.cluster.ray_cluster import ClusterError, connect
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig, TrackingConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.tracking import create_run
+from m2f.cluster.train.failure_policy import failure_of
 from m2f.cluster.train.local import train_locally
-from m2f.cluster.train.mailbox import EventReport
-from m2f.cluster.train.supervisor import RunSummary, check_gpus, controller_failures, failure_of, run_training
+from m2f.cluster.train.ray_launcher import RayLauncher, check_gpus, controller_failures, run_training
+from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.config import (
     StorageConfig,
 )
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
-from m2f.trainer.checkpoint.folder import CommittedCheckpoint, checkpoint_url, list_checkpoints
+from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
 from m2f.trainer.job import Window
 from m2f.trainer.recovery.adjustments import read_adjustments
+from m2f.trainer.recovery.ending import Ending
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
 from tests.waiting import wait_until
@@ -69,18 +72,20 @@ def cluster(config):
 
 
 @pytest.mark.parametrize(
-    ("error", "event", "kind", "rank"),
+    ("error", "ending", "kind", "rank"),
     [
         (WorkerGroupError("", {0: RuntimeError("Connection reset by peer"), 1: KeyError("x")}), None, "mistake", 1),
         (ControllerError(TimeoutError("no workers")), None, "error", None),
         (ControllerError(WorkerGroupStartupTimeoutError(2)), None, "death", None),
-        (WorkerGroupError("", {0: KeyError("x")}), EventReport("stalled", 3, "rank 1 sleeps"), "death", None),
-        (None, EventReport("drained", 3, ""), "preemption", None),
-        (None, EventReport("skipped", 3, ""), "error", None),
+        (WorkerGroupError("", {0: KeyError("x")}), Ending("stalled", "rank 1 sleeps"), "death", None),
+        (None, Ending("drained", ""), "preemption", None),
+        (None, None, "error", None),
     ],
 )
-def test_what_ray_raises_is_understood(error, event, kind, rank):
-    failure = failure_of(error, event)
+def test_what_ray_raises_is_understood(config, error, ending, kind, rank):
+    launcher = RayLauncher(config)
+    launcher._error = error
+    failure = failure_of(launcher.error(), ending)
     assert (failure.kind, failure.rank) == (kind, rank)
 
 
@@ -167,14 +172,14 @@ def test_offline_evaluation_gives_the_same_results(summary, config):
 
 def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
     again = replace(config, name="evaluated-again")
+    for part in ("lease", "checkpoints", "commits"):
+        shutil.copytree(f"{config.run_folder}/{part}", f"{again.run_folder}/{part}")
     client = EvaluationClient(again, create_run(again))
-    for step in range(EVERY, STEPS + 1, EVERY):
-        client.submit(CommittedCheckpoint(step, checkpoint_url(config.run_folder, step, lease=1)))
     wait_until(lambda: (status := client.status()) and status.current)
     os.kill(ray_processes("EvaluationActor")[0].pid, signal.SIGKILL)
     wait_until(lambda: any(entry.settled for entry in client.entries()))
     os.kill(ray_processes("EvaluationService")[0].pid, signal.SIGKILL)
-    wait_until(lambda: (status := client.status()) and status.idle)
+    wait_until(lambda: (status := client.status()) and len(status.entries) == 3 and status.idle)
     entries = client.close()
     assert [(e.step, e.status, e.metrics) for e in entries] == [
         (e.step, "published", e.metrics) for e in summary.evaluations
@@ -211,7 +216,7 @@ def test_a_run_lives_in_object_storage(cluster, folder, s3_endpoint):
 
 
 def test_a_manager_that_cannot_start_is_given_up(cluster, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("m2f.cluster.evaluation.service.MAX_STARTS", 1)
+    monkeypatch.setattr("m2f.cluster.evaluation.client.MAX_STARTS", 1)
     tracked = replace(create_run(replace(config, name="lost")), spool=str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("no folder")
     client = EvaluationClient(config, tracked)
@@ -232,7 +237,7 @@ def test_a_mistake_stops_at_once_with_its_own_message(cluster, config):
 def workers_with(monkeypatch):
     """Lets workers run another loop of `tiny_run`, which they cannot import."""
     ray.cloudpickle.register_pickle_by_value(tiny_run)
-    yield lambda loop: monkeypatch.setattr("m2f.cluster.train.supervisor.train_loop", loop)
+    yield lambda loop: monkeypatch.setattr("m2f.cluster.train.ray_launcher.train_loop", loop)
     ray.cloudpickle.unregister_pickle_by_value(tiny_run)
 
 

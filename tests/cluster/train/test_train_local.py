@@ -1,13 +1,16 @@
 """Runs of two plain processes that meet what changes a run: too little memory, a spike of the loss."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from m2f.cluster.train.local import train_locally, train_rank
+from m2f.cluster.train.local import train_locally
+from m2f.cluster.train.local_rank import train_rank
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
@@ -19,10 +22,10 @@ pytestmark = pytest.mark.slow
 STEPS = 10
 
 
-def rank_with(change, job, run, live):
+def rank_with(change, job, post):
     """`train_rank` with a fault."""
     with changed_losses(change):
-        train_rank(job, run, live)
+        train_rank(job, post)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +38,14 @@ def make_config(tmp_path_factory):
         settings = {"max_steps": STEPS, "checkpoint": CheckpointConfig(every_steps=4, keep=9), **training}
         return replace(config, training=replace(config.training, **settings))
 
+    make.evaluation = tiny_config(folder, "any", datasets).evaluation
     return make
 
 
 @pytest.fixture(scope="module")
 def calm(make_config):
     config = make_config("calm")
-    assert train_locally(config) == "finished"
+    assert train_locally(config).status == "finished"
     return logged_losses(config)
 
 
@@ -64,10 +68,10 @@ def logged_losses(config):
 def test_too_little_memory_halves_the_micro_batch_and_the_losses_go_on(make_config, calm, with_fault, capsys):
     config = make_config("small")
     with_fault(partial(out_of_memory, 21))  # sixth step, rank 1 of 2
-    assert train_locally(config) == "finished"
+    assert train_locally(config).status == "finished"
     said = capsys.readouterr().err
     assert "out of memory in step 6 with 2 images at once (training.micro_batch): CUDA out of memory" in said
-    assert "starting again with 1 images per micro-batch instead of 2" in said
+    assert "starting again in 0 s: with 1 images per micro-batch instead of 2" in said
     assert logged_losses(config) == pytest.approx(calm, rel=1e-6)
     (reason,) = json.loads((Path(config.run_folder) / "adjustments.json").read_text())["reasons"]
     assert "with 1 images per micro-batch instead of 2" in reason
@@ -78,7 +82,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(make_config, calm, with
     spikes = SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2)
     config = make_config("spiky", spikes=spikes, checkpoint=CheckpointConfig(every_steps=3, keep=9))
     with_fault(partial(spike, 20))  # sixth and seventh step
-    assert train_locally(config) == "finished"
+    assert train_locally(config).status == "finished"
     assert "positions 20 to 27 of the data order" in capsys.readouterr().err
     assert read_adjustments(Storage(), config.run_folder).skipped == (Window(20, 28),)
     checkpoints = Path(config.run_folder) / "checkpoints"
@@ -88,3 +92,44 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(make_config, calm, with
     assert positions == [12, 32, 44]  # that of step 6 was taken again, from behind the spike
     losses = logged_losses(config)
     assert {step: losses[step] for step in range(1, 6)} == {step: calm[step] for step in range(1, 6)}
+
+
+def killed_rank(marker, job, post):
+    """`train_rank` of which rank 1 is killed in its sixth step, once."""
+
+    def kill(losses, targets):
+        if (targets.position >= 20).any() and os.environ["RANK"] == "1" and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses
+
+    with changed_losses(kill):
+        train_rank(job, post)
+
+
+def test_a_killed_rank_is_started_again_and_checkpoints_are_evaluated_at_the_end(
+    make_config, calm, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("m2f.cluster.train.local.train_rank", partial(killed_rank, str(tmp_path / "marker")))
+    config = replace(make_config("killed"), evaluation=make_config.evaluation)
+    summary = train_locally(config)
+    assert summary.status == "finished"
+    assert [failure.kind for failure in summary.failures] == ["death"]
+    assert "on rank 1: RankDiedError: rank 1 was ended by SIGKILL" in capsys.readouterr().err
+    assert logged_losses(config) == calm  # to the last bit
+    assert [(entry.step, entry.status) for entry in summary.evaluations] == [(s, "published") for s in (4, 8, 10)]
+    results = json.loads((Path(config.run_folder) / "evaluations/step_00000010/val/results.json").read_text())
+    assert results["metrics"]["PQ"] == summary.evaluations[-1].metrics["val/PQ"]
+    assert not list(Path(config.run_folder).glob("checkpoints/*/pins/*"))
+    assert train_locally(config).evaluations == summary.evaluations  # nothing is left to do
+
+
+def test_points_that_the_driver_did_not_track_are_tracked_by_the_next_start(make_config, calm, monkeypatch):
+    config = make_config("deaf")
+    monkeypatch.setattr("m2f.cluster.train.relay.RunRelay.report", lambda self, event: None)
+    monkeypatch.setattr("m2f.cluster.train.relay.RunRelay.track_stored", lambda self, storage, folder: None)
+    assert train_locally(config).status == "finished"
+    assert logged_losses(config) == {}
+    monkeypatch.undo()
+    assert train_locally(config).status == "finished"
+    assert logged_losses(config) == calm

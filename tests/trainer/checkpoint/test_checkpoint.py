@@ -4,7 +4,7 @@ import errno
 import os
 import tempfile
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,16 @@ from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
-from m2f.trainer.checkpoint.folder import METRICS, list_checkpoints, metrics_on_their_way, read_manifest
+from m2f.trainer.checkpoint.commits import list_commits, read_metrics
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_checkpoints, pins
 from m2f.trainer.checkpoint.saver import CheckpointSaver
 from m2f.trainer.checkpoint.scratch import full_disk_named
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.state import TrainState
 from m2f.trainer.worker import process_group
+from tests.trainer.step_metrics import with_loss
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -109,21 +110,17 @@ def test_what_a_store_refuses_is_said_and_does_not_count(ranks, job, accepted):
         assert saver.finish().step == 2
 
 
-def test_metrics_on_their_way_are_kept_to_the_bit(ranks, job):
-    metrics = {3: {"loss": 0.1 + 0.2, "memory": float("nan")}, 4: {"loss": 1e-300}}
-    with closing(CheckpointSaver(job, Storage(), ranks, None)) as saver:
+def test_a_commit_is_listed_pinned_and_has_its_metrics(ranks, job):
+    metrics = {3: with_loss(0.1 + 0.2), 4: with_loss(1e-300)}
+    with closing(CheckpointSaver(replace(job, evaluates=True), Storage(), ranks, None)) as saver:
         saver.save(SmallEngine(), state_at(4), metrics)
-        full = saver.finish()
+        first = saver.finish()
         saver.save(SmallEngine(), state_at(5), {})
-        empty = saver.finish()
-    kept = metrics_on_their_way(Storage(), full.url)
-    assert kept[3].pop("memory") != metrics[3].pop("memory")  # not a number
-    assert kept == metrics
-    assert metrics_on_their_way(Storage(), empty.url) == {}
-    assert METRICS not in read_manifest(Storage(), empty.url).files
-    Path(full.url, METRICS).write_bytes(Path(full.url, METRICS).read_bytes().replace(b"1e-300", b"2e-300"))
-    with pytest.raises(CheckpointError, match=r"checksum of metrics\.json"):
-        metrics_on_their_way(Storage(), full.url)
+        second = saver.finish()
+    assert [commit.checkpoint for commit in list_commits(Storage(), job.run_folder)] == [first, second]
+    assert pins(Storage(), first.url) == (EVALUATION_PIN,)
+    found = [points for _, points in read_metrics(Storage(), job.run_folder)]
+    assert found == [{3: metrics[3].values(), 4: metrics[4].values()}, {}]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from m2f.data_pipeline.config import DataConfig, MixtureItem
+from m2f.model.config import ModelConfig
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.compile import REGIONS, compile_regions
 from m2f.trainer.errors import TrainingError
+from m2f.trainer.job import TrainJob
 from m2f.trainer.telemetry.phases import PhaseClock
 from m2f.trainer.telemetry.watchdog import COMPILE_S, Watchdog
 
@@ -70,5 +73,13 @@ def test_a_machine_without_a_compiler_says_what_to_install(monkeypatch):
 def test_compiling_is_no_stall(compiled, step, phase, seconds):
     clock = PhaseClock()
     clock.step = step
-    watchdog = Watchdog(clock, None, None, "run", "attempt", TrainingConfig(max_steps=1, compile=compiled), None)
+    training = TrainingConfig(max_steps=1, compile=compiled)
+    job = TrainJob(
+        run_folder="run",
+        model=ModelConfig(),
+        data=DataConfig(train=(MixtureItem(dataset="d"),)),
+        shards=(),
+        training=training,
+    )
+    watchdog = Watchdog(clock, None, None, job, "attempt", None)
     assert watchdog._limit_of(phase) == seconds

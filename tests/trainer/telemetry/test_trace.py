@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.telemetry.rank_stats import RankNumbers, joined_numbers, measure_rank, slow_ranks
+from m2f.trainer.telemetry.numbers import RankNumbers
+from m2f.trainer.telemetry.rank_stats import measure_rank, rank_spread, slow_ranks, system_use
 from m2f.trainer.telemetry.trace import Trace
 from tests.waiting import PATIENCE_S
 
@@ -72,12 +73,12 @@ def rank_numbers(rank, data_s=0.1, forward_s=1.0, host="a"):
 
 
 def test_numbers_of_ranks_become_a_few():
-    values = joined_numbers([rank_numbers(0), rank_numbers(1, forward_s=2.1, host="b"), rank_numbers(2)])
-    assert values["ranks/count"] == 3
-    assert values["ranks/slowest"] == 1
-    assert values["ranks/slowest_over_median"] == pytest.approx(2.0)
-    assert values["system/process_gb"] == 3.0
-    assert "system/gpu_percent" not in values
+    numbers = [rank_numbers(0), rank_numbers(1, forward_s=2.1, host="b"), rank_numbers(2)]
+    spread, system = rank_spread(numbers, slow=0), system_use(numbers)
+    assert (spread.count, spread.slowest) == (3, 1)
+    assert spread.slowest_over_median == pytest.approx(2.0)
+    assert system.process_gb == 3.0
+    assert system.gpu_percent is None
 
 
 def test_memory_per_image_is_what_a_micro_batch_of_them_took(monkeypatch):
@@ -88,8 +89,8 @@ def test_memory_per_image_is_what_a_micro_batch_of_them_took(monkeypatch):
     numbers = measure_rank(0, 1, {}, 4, "s3://bucket/run")
     assert (numbers.gpu_memory_gb, numbers.gpu_image_gb) == (9.0, 2.0)
     other = replace(numbers, rank=1, gpu_memory_gb=10.0, gpu_image_gb=2.25)
-    values = joined_numbers([numbers, other])
-    assert (values["system/gpu_memory_gb"], values["system/gpu_image_gb"]) == (10.0, 2.25)
+    system = system_use([numbers, other])
+    assert (system.gpu_memory_gb, system.gpu_image_gb) == (10.0, 2.25)
 
 
 def test_a_rank_is_slow_where_it_takes_much_longer_than_the_median_alone():

@@ -1,0 +1,98 @@
+"""The evaluation service as a detached Ray actor, and the driver's handle of it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+
+from m2f.cluster.evaluation.manager import EvaluationStatus
+from m2f.cluster.evaluation.pool import make_pool
+from m2f.cluster.evaluation.queue import Entry, read_entries
+from m2f.cluster.evaluation.service import EvaluationService, queue_url
+from m2f.cluster.ray_cluster import this_node
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.tracking.tracking import TrackedRun
+from m2f.data_pipeline.storage.storage import Storage
+
+NAMESPACE = "m2f"
+PATIENCE_S = 10.0
+CLOSE_S = 60.0
+MAX_STARTS = 4
+
+
+class EvaluationClient:
+    """The driver's handle of the service, a detached actor that is made again where Ray does not do it."""
+
+    def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
+        self._config = config
+        self._tracked = tracked
+        self._name = f"evaluation-{hashlib.sha256(config.run_folder.encode()).hexdigest()[:16]}"
+        self._deaths = 0
+        self._next_start = 0.0
+        self.lost: str | None = None
+        """Why there is no service any more; its queue is stored, and done when the run is continued."""
+        _end_earlier(self._name)
+        self._service = self._start()
+
+    def training_ended(self) -> None:
+        """Nothing: its actors have resources of their own."""
+
+    def status(self) -> EvaluationStatus | None:
+        """What the service knows; None while it does not answer."""
+        if self.lost is not None:
+            return None
+        try:
+            status = ray.get(self._service.status.remote(), timeout=PATIENCE_S)
+        except ActorDiedError as error:  # for good: in every other case Ray restarts it by itself
+            self._replace(error)
+            return None
+        except (RayActorError, GetTimeoutError):
+            return None
+        self._deaths = 0
+        return status
+
+    def entries(self) -> tuple[Entry, ...]:
+        """The stored queue."""
+        return read_entries(Storage(self._config.storage), queue_url(self._config))
+
+    def close(self) -> tuple[Entry, ...]:
+        """End the actor and its pool; the entries as they are stored. What waits is done when the run is continued."""
+        status = self.status()
+        if status is not None and status.idle:
+            with suppress(RayError):  # what it could not send waits in its journal
+                ray.get(self._service.close.remote(), timeout=CLOSE_S)
+        ray.kill(self._service)
+        return self.entries()
+
+    def _start(self) -> Any:
+        service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
+        return service.options(  # on the driver's node, where the journal of MLflow points is
+            name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node()
+        ).remote(self._config, self._tracked, make_pool)
+
+    def _replace(self, error: ActorDiedError) -> None:
+        """Another service in place of one that could not even be made, after a pause that doubles."""
+        if time.monotonic() < self._next_start:
+            return
+        self._deaths += 1
+        if self._deaths > MAX_STARTS:
+            self.lost = str(error).strip().splitlines()[-1]
+            return
+        self._next_start = time.monotonic() + 2.0**self._deaths
+        _end_earlier(self._name)
+        self._service = self._start()
+
+
+def _end_earlier(name: str) -> None:
+    """Kill the actor of this name, if any, and wait until the name is free."""
+    while True:
+        try:
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        except ValueError:  # nobody has the name
+            return
+        time.sleep(0.2)

@@ -1,0 +1,68 @@
+"""Run a function in one process per rank, to its end and without restarts."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from m2f.cluster.train.failure_policy import root_cause
+from m2f.cluster.train.processes import RankProcesses
+from m2f.cluster.train.signals import handling
+from m2f.model.errors import UserError
+
+POLL_S = 1.0
+
+
+class LaunchError(RuntimeError):
+    """A rank failed. The message is the root cause, followed by that rank's traceback."""
+
+
+@dataclass(frozen=True)
+class _Silent:
+    """A target that has nothing to post."""
+
+    target: Callable[..., None]
+
+    def __call__(self, *arguments: Any) -> None:
+        self.target(*arguments[:-1])
+
+
+def launch(
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+    num_workers: int,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run `target(*arguments)` in `num_workers` processes with torch's launch variables set; returns when all are done.
+
+    The first SIGINT or SIGTERM reaches the processes as SIGTERM, a second one ends them at once.
+
+    Raises:
+        UserError: the root cause is a mistake that the user can correct.
+        LaunchError: any other failure; names the lowest rank that is not the echo of another's failure.
+    """
+    signals = 0
+    with RankProcesses(_Silent(target), arguments, num_workers, environment) as ranks:
+
+        def stop(number: signal.Signals) -> None:
+            nonlocal signals
+            signals += 1
+            if signals > 1:
+                raise KeyboardInterrupt
+            sys.stderr.write("stopping after a last checkpoint; once more to end at once\n")
+            ranks.ask_to_stop()
+
+        with handling(stop):
+            while ranks.running:
+                ranks.receive(POLL_S)
+    if not ranks.errors:
+        return
+    failure = root_cause({rank: ended.error for rank, ended in ranks.errors.items()})
+    first = min(ranks.errors) if failure.rank is None else failure.rank
+    ended = ranks.errors[first]
+    if isinstance(ended.error, UserError):
+        raise ended.error
+    raise LaunchError(f"rank {first}: {failure.message}\n(exit codes: {ranks.exits})\n{ended.trace}".rstrip())

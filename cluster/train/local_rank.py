@@ -1,0 +1,54 @@
+"""One rank of a local run, in a process of its own. Imports little, since the process starts with this module."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.train.processes import Post
+from m2f.cluster.train.signals import handling
+from m2f.trainer.job import ManualControl, TrainJob
+from m2f.trainer.reporting import Event, RankReport, Reporters
+
+
+def train_rank(job: TrainJob, post: Post) -> None:
+    """Train until the run is done, or SIGTERM asks for the end after a checkpoint."""
+    with stopped_by_signals() as control:
+        from m2f.trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
+
+        run_worker(job, PostReporter(post) if os.environ["RANK"] == "0" else Reporters(), control)
+
+
+class PostReporter:
+    """Posts the events of rank 0 to the driver."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+
+    def report(self, event: Event) -> None:
+        """All but a RankReport: the StepReport has what matters of all ranks."""
+        if not isinstance(event, RankReport):
+            self._post(event)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[ManualControl]:
+    """A control that SIGTERM sets to stop. Every rank has one, so that none dies of the signal."""
+    control = ManualControl()
+
+    def stop(number: signal.Signals) -> None:
+        control.stop = True
+
+    with handling(stop):
+        yield control
+
+
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """What a rank's process must find in its environment before it imports torch and DeepSpeed."""
+    environment = {"OMP_NUM_THREADS": str(config.training.threads)}
+    if not config.cluster.num_gpus_per_worker:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return environment

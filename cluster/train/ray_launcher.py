@@ -1,0 +1,180 @@
+"""Training on Ray: Ray Train runs the ranks of an attempt, evaluation actors run beside them.
+
+An attempt is one `TorchTrainer.fit()` with `max_failures=0`, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+import ray
+import ray.train
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from m2f.cluster.evaluation.client import EvaluationClient
+from m2f.cluster.ray_cluster import ClusterError, connect, this_node
+from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
+from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.cluster.terminal import complain
+from m2f.cluster.tracking.tracking import TrackedRun
+from m2f.cluster.train.failure_policy import AttemptError
+from m2f.cluster.train.mailbox import Mailbox
+from m2f.cluster.train.supervisor import RunSummary, run_supervised
+from m2f.cluster.train.worker import WorkerSettings, train_loop
+from m2f.trainer.job import TrainJob
+from m2f.trainer.reporting import Event
+
+PATIENCE_S = 10.0
+"""How long the mailbox may take to answer; it is asked again with the next poll."""
+
+
+def run_training(config: RunConfig, live: bool = False) -> RunSummary:
+    """Train to `training.max_steps`, with restarts after failures and evaluations beside.
+
+    A run folder that holds checkpoints is continued. Ctrl-C or SIGTERM end the run after one more checkpoint (status
+    `stopped`). A finished run has waited for its evaluations; otherwise those that wait stay in the run folder and are
+    done when the run is continued. `live` shows a panel on the terminal in place of a log.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the stored run, found here or by a worker.
+        LeaseHeldError: another process trains in the run folder.
+        LeaseLostError: another process took the run folder over, since this one gave no sign of life.
+    """
+    return run_supervised(config, RayLauncher(config), live)
+
+
+class RayLauncher:
+    """Ray Train on the recipe's cluster, or on a local one."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._cluster = config, config.cluster
+        self._stack = ExitStack()
+        self._scratch = ""
+        self._mailbox: Any = None
+        self._attempts = 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        may_grow = self._cluster.address is not None or "RAY_ADDRESS" in os.environ
+        with ExitStack() as stack:
+            stack.enter_context(connect(self._config))
+            self._scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="m2f-ray-train-"))
+            check_gpus(self._config, ray.cluster_resources().get("GPU", 0), may_grow)
+            # On the driver's node, so that it survives the loss of a node of workers.
+            mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(Mailbox)
+            self._mailbox = mailbox.remote()
+            if self._cluster.min_workers < self._cluster.max_workers:  # an autoscaler sees no worker that queues up
+                request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
+                stack.callback(request_resources, bundles=[])
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def evaluations(self, tracked: TrackedRun) -> EvaluationClient:
+        """A pool of actors beside the training."""
+        return EvaluationClient(self._config, tracked)
+
+    def free_nodes(self) -> Iterable[Mapping[str, float]]:
+        """Free resources of the nodes that live and shall stay."""
+        leaving = draining_nodes()
+        return [free for node, free in free_resources().items() if node not in leaving]
+
+    def start(self, job: TrainJob, workers: int) -> None:
+        """Begin `TorchTrainer.fit()`."""
+        self._attempts, self._error = self._attempts + 1, None
+        trainer = self._trainer(job, workers)
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=fit, name=f"attempt-{self._attempts}", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether `fit` has not returned."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def poll(self, stop: bool, wait_s: float) -> Sequence[Event]:
+        """What rank 0 has posted."""
+        if self._thread is not None:
+            self._thread.join(wait_s)
+        else:
+            time.sleep(wait_s)
+        try:
+            return ray.get(self._mailbox.poll.remote(stop), timeout=PATIENCE_S)
+        except RayError:  # it restarts by itself
+            return ()
+
+    def error(self) -> AttemptError | None:
+        """What `fit` raised."""
+        error = self._error
+        if error is None:
+            return None
+        story = f"{type(error).__name__}: {error}\n"
+        if isinstance(error, ray.train.WorkerGroupError):
+            return AttemptError(error.worker_failures, story)
+        return AttemptError({}, story, other=getattr(error, "controller_failure", error))
+
+    def describe_wait(self) -> str:
+        """What a worker needs and what the cluster has."""
+        free, cluster = ray.available_resources(), self._cluster
+        return (
+            f"one that waits for room needs {cluster.num_cpus_per_worker:g} CPUs and "
+            f"{cluster.num_gpus_per_worker:g} GPUs, and the cluster has {free.get('CPU', 0):g} and "
+            f"{free.get('GPU', 0):g} free now"
+        )
+
+    def _trainer(self, job: TrainJob, workers: int) -> TorchTrainer:
+        cluster = self._cluster
+        automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
+        return TorchTrainer(
+            train_loop,
+            train_loop_config={"settings": WorkerSettings(job, self._mailbox)},
+            torch_config=TorchConfig(
+                backend=automatic if cluster.backend == "auto" else cluster.backend,
+                timeout_s=round(job.training.collective_timeout_s),
+            ),
+            scaling_config=scaling_config(workers, cluster.num_gpus_per_worker > 0, cluster.needs),
+            # a new name each: Ray would look for checkpoints of the last
+            run_config=attempt_config(f"attempt-{self._attempts}", self._scratch, controller_failures(cluster)),
+        )
+
+
+def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
+    """Raise ClusterError where a local cluster has too few GPUs: Ray would wait for them for ever, without a word.
+
+    A cluster that was there before the run may grow, so there it is only said.
+    """
+    cluster, evaluation = config.cluster, config.evaluation
+    training = cluster.min_workers * cluster.num_gpus_per_worker
+    evaluating = evaluation.actors * evaluation.num_gpus_per_actor if evaluation.sets else 0
+    if training + evaluating <= available:
+        return
+    message = (
+        f"the run asks for {training:g} GPUs to train and {evaluating:g} to evaluate, and the cluster has "
+        f"{available:g}; lower cluster.num_workers, cluster.num_gpus_per_worker, evaluation.actors or "
+        "evaluation.num_gpus_per_actor"
+    )
+    if not may_grow:
+        raise ClusterError(message)
+    complain(f"waiting for the cluster to grow: {message}")
+
+
+def controller_failures(cluster: ClusterConfig) -> int:
+    """Ray may retry nothing, since it would at the same size; only a run of a fixed size may wait in it for room."""
+    return 0 if cluster.min_workers < cluster.max_workers else -1

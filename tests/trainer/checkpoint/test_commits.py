@@ -1,0 +1,120 @@
+"""The list of commits and the metrics of each: what counts, what is repaired, what is withdrawn."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.commits import (
+    list_commits,
+    read_metrics,
+    record_commit,
+    repair_commits,
+    withdraw_commit,
+    write_metrics,
+)
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, Manifest, checkpoint_url, pins
+from m2f.trainer.checkpoint.lease import hold_lease
+from m2f.trainer.reporting import CommittedCheckpoint
+
+
+@pytest.fixture(params=["disk", "s3"])
+def run_folder(request, tmp_path):
+    return str(tmp_path / "run") if request.param == "disk" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+def save(storage, run_folder, step, lease, content=1):
+    """A checkpoint that is committed but not listed yet."""
+    url = checkpoint_url(run_folder, step, lease)
+    storage.put(join(url, MANIFEST), Manifest(step, content, 1, {}).to_json())
+    return CommittedCheckpoint(step, url)
+
+
+def commit(storage, run_folder, step, lease, content=1):
+    checkpoint = save(storage, run_folder, step, lease, content)
+    record_commit(storage, checkpoint, storage.get(join(checkpoint.url, MANIFEST)))
+    return checkpoint
+
+
+def steps(storage, run_folder):
+    return [found.checkpoint.step for found in list_commits(storage, run_folder)]
+
+
+def test_a_step_that_is_committed_again_after_a_rollback_is_another_commit(run_folder):
+    storage = Storage()
+    commit(storage, run_folder, 10, 1)
+    first = commit(storage, run_folder, 20, 1)
+    before = list_commits(storage, run_folder)
+    withdraw_commit(storage, first.url)
+    assert steps(storage, run_folder) == [10]
+    commit(storage, run_folder, 20, 1, content=2)
+    after = list_commits(storage, run_folder)
+    assert [found.checkpoint.step for found in after] == [10, 20]
+    assert after[0] == before[0]
+    assert after[1].name != before[1].name
+    assert after[1].checkpoint == before[1].checkpoint
+
+
+def test_the_same_bytes_after_a_damaged_checkpoint_count_again(run_folder):
+    storage = Storage()
+    checkpoint = commit(storage, run_folder, 10, 1)
+    withdraw_commit(storage, checkpoint.url)
+    withdraw_commit(storage, checkpoint_url(run_folder, 30, 1))  # has no manifest
+    assert steps(storage, run_folder) == []
+    commit(storage, run_folder, 10, 1)
+    assert steps(storage, run_folder) == [10]
+
+
+def test_a_commit_without_its_entry_is_listed_and_pinned_by_the_next_start(run_folder):
+    storage = Storage()
+    commit(storage, run_folder, 10, 1)
+    unlisted = save(storage, run_folder, 20, 1)
+    assert steps(storage, run_folder) == [10]
+    repair_commits(storage, run_folder, evaluates=True)
+    assert steps(storage, run_folder) == [10, 20]
+    assert pins(storage, unlisted.url) == (EVALUATION_PIN,)
+    repair_commits(storage, run_folder, evaluates=False)
+    assert pins(storage, unlisted.url) == ()
+
+
+def test_what_a_driver_that_lost_the_folder_commits_later_does_not_count(run_folder):
+    storage = Storage()
+    with hold_lease(storage, run_folder, lambda text: None) as first:
+        commit(storage, run_folder, 10, first.number)
+        write_metrics(storage, run_folder, 10, first.number, {10: {"loss": 1.0}})
+    with hold_lease(storage, run_folder, lambda text: None) as second:
+        commit(storage, run_folder, 20, first.number)
+        write_metrics(storage, run_folder, 20, first.number, {20: {"loss": 2.0}})
+        save(storage, run_folder, 30, first.number)
+        repair_commits(storage, run_folder, evaluates=True)
+        assert steps(storage, run_folder) == [10]
+        commit(storage, run_folder, 15, second.number)
+        write_metrics(storage, run_folder, 15, second.number, {15: {"loss": 1.5}})
+        assert steps(storage, run_folder) == [10, 15]
+        found = [points for _, points in read_metrics(storage, run_folder)]
+    assert found == [{10: {"loss": 1.0}}, {15: {"loss": 1.5}}]
+
+
+def test_metrics_are_stored_to_the_bit_and_read_once(run_folder):
+    storage = Storage()
+    points = {3: {"loss": 0.1 + 0.2, "lr": 1e-300}, 4: {"loss": float("inf")}}
+    write_metrics(storage, run_folder, 4, 1, points)
+    ((url, found),) = read_metrics(storage, run_folder)
+    assert found == points
+    assert list(read_metrics(storage, run_folder, {url})) == []
+
+
+def test_metrics_within_a_checkpoint_of_version_0_1_are_kept(tmp_path):
+    storage, run_folder = Storage(), str(tmp_path)
+    folder = Path(checkpoint_url(run_folder, 4, 0))
+    folder.mkdir(parents=True)
+    data = json.dumps({"3": {"loss": 0.5}}).encode()
+    (folder / "metrics.json").write_bytes(data)
+    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest = {"version": 1, "step": 4, "world_size": 1, "zero_stage": 1, "files": {"metrics.json": entry}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    repair_commits(storage, run_folder, evaluates=False)
+    assert steps(storage, run_folder) == [4]
+    assert [points for _, points in read_metrics(storage, run_folder)] == [{3: {"loss": 0.5}}]

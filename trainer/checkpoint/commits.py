@@ -1,0 +1,138 @@
+"""The list of a run's commits, which the supervisor and the evaluation service read, and the metrics of every commit.
+
+<run folder>/commits/00000042-3-0123456789abcdef             step, lease and digest of the manifest; an empty object
+<run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the run went back behind this commit, or it is damaged
+<run folder>/metrics/00000042-3.json                         metrics by step since the commit before
+
+Rank 0 writes metrics before the manifest of the checkpoint and the commit after it. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from m2f.data_pipeline.errors import MissingObjectError
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.folder import (
+    EVALUATION_PIN,
+    MANIFEST,
+    checkpoint_url,
+    list_checkpoints,
+    metrics_of_old_checkpoint,
+    parse_folder,
+    pin,
+    unpin,
+)
+from m2f.trainer.checkpoint.lease_record import newest_number, read_record
+from m2f.trainer.reporting import CommittedCheckpoint
+
+_COMMIT = re.compile(r"/commits/((\d{8,})-(\d+)-[0-9a-f]{16})(\.withdrawn)?$")
+_METRICS = re.compile(r"/metrics/(\d{8,})-(\d+)\.json$")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit of a checkpoint. A step that is committed again after a rollback has another one."""
+
+    name: str
+    """Step, lease and digest of the manifest."""
+    checkpoint: CommittedCheckpoint
+
+
+def record_commit(storage: Storage, checkpoint: CommittedCheckpoint, manifest: bytes) -> None:
+    """Add a checkpoint, whose manifest is stored, to the list of commits. Doing it again changes nothing.
+
+    A step that is done again after its checkpoint was damaged may give the same bytes: then it counts again.
+    """
+    url = _commit_url(checkpoint.url, manifest)
+    storage.put(url, b"")
+    storage.delete(f"{url}.withdrawn")
+
+
+def withdraw_commit(storage: Storage, url: str) -> None:
+    """Mark the commit of the checkpoint folder `url`, before its manifest goes; nothing without a manifest."""
+    try:
+        manifest = storage.get(join(url, MANIFEST))
+    except MissingObjectError:
+        return
+    storage.put(_commit_url(url, manifest) + ".withdrawn", b"")
+
+
+def list_commits(storage: Storage, run_folder: str) -> tuple[Commit, ...]:
+    """Commits that count, by step: neither withdrawn nor made by a process that had lost the run folder before."""
+    found, withdrawn = set[tuple[str, int, int]](), set[str]()
+    for url in storage.list(join(run_folder, "commits")):
+        if match := _COMMIT.search(url):
+            found.add((match[1], int(match[2]), int(match[3])))
+            withdrawn |= {match[1]} if match[4] else set()
+    newest = newest_number(storage, run_folder) if found else 0
+    known = frozenset(read_record(storage, run_folder, newest).found) if newest else frozenset[str]()
+    commits = []
+    for name, step, lease in sorted(found, key=lambda commit: commit[1:]):
+        checkpoint = CommittedCheckpoint(step, checkpoint_url(run_folder, step, lease))
+        if name not in withdrawn and (lease >= newest or checkpoint.name in known):
+            commits.append(Commit(name, checkpoint))
+    return tuple(commits)
+
+
+def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
+    """Called by the holder of the lease while no rank runs: complete what a rank that died had no time to write.
+
+    Every committed checkpoint gets its pin and its entry in `commits/`; those of version 0.1 also their metrics. Where
+    the run no longer `evaluates`, pins for an evaluation are removed.
+    """
+    listed = {match[1] for url in storage.list(join(run_folder, "commits")) if (match := _COMMIT.search(url))}
+    for checkpoint in list_checkpoints(storage, run_folder):
+        if not evaluates:
+            unpin(storage, checkpoint.url, EVALUATION_PIN)
+        manifest = storage.get(join(checkpoint.url, MANIFEST))
+        if _commit_url(checkpoint.url, manifest).rpartition("/")[2] in listed:
+            continue
+        if evaluates:
+            pin(storage, checkpoint.url, EVALUATION_PIN)
+        points = metrics_of_old_checkpoint(storage, checkpoint.url)
+        if points:
+            _, lease = parse_folder(checkpoint.url)
+            write_metrics(storage, run_folder, checkpoint.step, lease, points)
+        record_commit(storage, checkpoint, manifest)
+
+
+def write_metrics(
+    storage: Storage, run_folder: str, step: int, lease: int, points: Mapping[int, Mapping[str, float]]
+) -> None:
+    """Store the metrics by step that the commit of `step` covers."""
+    url = join(run_folder, "metrics", f"{step:08d}-{lease}.json")
+    storage.put(url, json.dumps(points).encode())
+
+
+def read_metrics(
+    storage: Storage, run_folder: str, known: Collection[str] = ()
+) -> Iterator[tuple[str, dict[int, dict[str, float]]]]:
+    """URL and content of every file of metrics that is not in `known`, by step of its commit.
+
+    Files of a process that had lost the run folder before are left out: the run went on from an earlier step.
+    """
+    files = [(match, url) for url in storage.list(join(run_folder, "metrics")) if (match := _METRICS.search(url))]
+    newest = newest_number(storage, run_folder) if files else 0
+    limits = {lease: _last_step(storage, run_folder, lease, newest) for lease in {int(match[2]) for match, _ in files}}
+    for match, url in sorted(files, key=lambda file: (int(file[0][1]), int(file[0][2]))):
+        limit = limits[int(match[2])]
+        if url not in known and (limit is None or int(match[1]) <= limit):
+            yield url, {int(step): values for step, values in json.loads(storage.get(url)).items()}
+
+
+def _last_step(storage: Storage, run_folder: str, lease: int, newest: int) -> int | None:
+    """Where the holder of the next lease went on; None for the newest lease."""
+    if lease >= newest:
+        return None
+    return max((parse_folder(name)[0] for name in read_record(storage, run_folder, lease + 1).found), default=0)
+
+
+def _commit_url(url: str, manifest: bytes) -> str:
+    step, lease = parse_folder(url)
+    run_folder = url.rpartition("/checkpoints/")[0]
+    return join(run_folder, "commits", f"{step:08d}-{lease}-{hashlib.sha256(manifest).hexdigest()[:16]}")
