@@ -20,7 +20,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.inference.attention import AttentionMass, MatchedObjects, attention_pictures, matched_objects
 from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
-from m2f.eval.inference.evaluator import PREDICTS, Evaluator
+from m2f.eval.inference.evaluator import EVALUABLE_TASKS, Evaluator
 from m2f.eval.inference.layers import LayerAnalysis, LayerQuality
 from m2f.eval.report.panels import render_heat
 from m2f.eval.results.results import EvaluationSubject
@@ -72,7 +72,7 @@ def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
     evaluator = Evaluator(
         subject.model,
         subject.classes,
-        replace(config.evaluation, tasks=PREDICTS[config.data.task]),
+        replace(config.evaluation, tasks=EVALUABLE_TASKS[config.data.task]),
         model_task=config.data.task,
         postprocess=config.model.postprocess,
     )

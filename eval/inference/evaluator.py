@@ -36,12 +36,16 @@ from m2f.model.inference.postprocess import panoptic, semantic, stream_instances
 from m2f.model.mask2former import Mask2Former
 from m2f.model.structures import Predictions
 
-PREDICTS: dict[Task, tuple[Task, ...]] = {"panoptic": TASKS, "instance": ("instance",), "semantic": ("semantic",)}
+EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
+    "panoptic": TASKS,
+    "instance": ("instance",),
+    "semantic": ("semantic",),
+}
 """Tasks that a model trained for a task can be evaluated on."""
 
 _CITYSCAPES = {(c.id, c.name) for c in CITYSCAPES.categories}
 
-_Picture = Callable[[], tuple[Scene, Scene]]
+_MakeScenes = Callable[[], tuple[Scene, Scene]]
 """Makes truth and prediction of one image ready to be drawn."""
 
 
@@ -82,11 +86,11 @@ def _check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
 
 def check_tasks(model_task: Task, tasks: Collection[Task]) -> None:
     """Raises ConfigError if a model trained for `model_task` cannot be evaluated on one of `tasks`."""
-    impossible = [task for task in tasks if task not in PREDICTS[model_task]]
+    impossible = [task for task in tasks if task not in EVALUABLE_TASKS[model_task]]
     if impossible or not tasks:
         raise ConfigError(
             f"evaluation.tasks is {list(tasks)}, but a model trained for {model_task!r} can be evaluated on "
-            f"{list(PREDICTS[model_task])}; choose from these, or train with data.task=panoptic for all three"
+            f"{list(EVALUABLE_TASKS[model_task])}; choose from these, or train with data.task=panoptic for all three"
         )
 
 
@@ -177,7 +181,7 @@ class Evaluator:
         """States of the batch's images as `evaluate_batch` gives them, from one layer of their predictions."""
         states = self._empty_states()
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
-            pictures: dict[Task, _Picture] = {}
+            pictures: dict[Task, _MakeScenes] = {}
             if states.panoptic is not None:
                 pictures["panoptic"] = self._panoptic(sample, output, states)
             if states.instance is not None:
@@ -191,14 +195,14 @@ class Evaluator:
     def _empty_states(self) -> EvaluationStates:
         return EvaluationStates.empty(self._categories, self._tasks, self._extra_metrics)
 
-    def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _Picture], states: EvaluationStates) -> None:
+    def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _MakeScenes], states: EvaluationStates) -> None:
         """The panel of a sample, if it is one of those that are drawn."""
         if sample.image_id in self._panel_ids:
             shown = self._tasks[0]
             classes, scenes = self._categories.for_task(shown), pictures[shown]()
             states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", scenes, classes)
 
-    def _panoptic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _Picture:
+    def _panoptic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeScenes:
         assert states.panoptic is not None
         result = panoptic(*output, self._is_thing, self._postprocess)
         if self._dump is not None:
@@ -214,7 +218,7 @@ class Evaluator:
         scores = {segment.id: segment.score for segment in result.segments}
         return partial(panoptic_scenes, truth, prediction, scores, states.panoptic.image_quality(sample.image_id))
 
-    def _instance(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _Picture:
+    def _instance(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeScenes:
         assert states.instance is not None
         detections = detect(output, self._is_thing, self._postprocess)
         detections = replace(detections, labels=self._thing_labels[detections.labels])
@@ -234,7 +238,7 @@ class Evaluator:
             states.segments.update(sample.image_id, instance_candidates(truth, detections))
         return partial(instance_scenes, truth, detections, sample.size)
 
-    def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _Picture:
+    def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _MakeScenes:
         assert states.semantic is not None
         predicted = labels.cpu().numpy()
         if self._dump is not None:

@@ -54,8 +54,8 @@ def _views(image: np.ndarray, test_time: MultiScale, predict: Predict, config: P
         size = shortest_edge_size((height, width), shortest_edge, test_time.max_size)
         resized = resize_image(image, size)
         for mirrored in (False, True) if test_time.flip else (False,):
-            shown = resized[:, ::-1] if mirrored else resized
-            yield View(_scores(shown, (height, width), predict, config), mirrored)
+            view = resized[:, ::-1] if mirrored else resized
+            yield View(_scores(view, (height, width), predict, config), mirrored)
 
 
 def _windows(image: np.ndarray, test_time: SlidingWindows, predict: Predict) -> Iterator[Window]:
@@ -63,20 +63,20 @@ def _windows(image: np.ndarray, test_time: SlidingWindows, predict: Predict) -> 
     config = PostprocessConfig(semantic_resize="class_scores")
     side = test_time.size
     for top, left in product(*(window_starts(length, side, test_time.stride) for length in image.shape[:2])):
-        shown = image[top : top + side, left : left + side]
-        height, width = shown.shape[:2]
-        yield Window(top, left, _scores(shown, (height, width), predict, config))
+        crop = image[top : top + side, left : left + side]
+        height, width = crop.shape[:2]
+        yield Window(top, left, _scores(crop, (height, width), predict, config))
 
 
 def _scores(
-    shown: np.ndarray, original_size: tuple[int, int], predict: Predict, config: PostprocessConfig
+    image: np.ndarray, original_size: tuple[int, int], predict: Predict, config: PostprocessConfig
 ) -> ClassScores:
-    """One forward pass of a picture [h, w, 3], padded as evaluation batches are."""
-    height, width = shown.shape[:2]
+    """One forward pass of an image [h, w, 3], padded as evaluation batches are."""
+    height, width = image.shape[:2]
     padded_height, padded_width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (height, width))
     padded = np.empty((padded_height, padded_width, 3), dtype=np.uint8)
     padded[:] = EVAL_PADDING
-    padded[:height, :width] = shown
+    padded[:height, :width] = image
     predictions = predict(torch.from_numpy(padded).permute(2, 0, 1)[None], torch.tensor([[height, width]]))
     return ClassScores(
         predictions.class_logits[-1, 0],

@@ -50,20 +50,20 @@ class Record:
         return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
-R = TypeVar("R", bound=Record)
-Result = TypeVar("Result", covariant=True)
+RecordT = TypeVar("RecordT", bound=Record)
+ResultT = TypeVar("ResultT", covariant=True)
 
 
-class MetricState(ABC, Generic[R, Result]):
+class MetricState(ABC, Generic[RecordT, ResultT]):
     """Records of one metric keyed by image id. `settings` must be equal in states that merge; JSON values only."""
 
     name: str
     """Of the metric, for messages."""
 
-    def __init__(self, record_type: type[R], settings: dict[str, Any]) -> None:
+    def __init__(self, record_type: type[RecordT], settings: dict[str, Any]) -> None:
         self._record_type = record_type
         self._settings = settings
-        self._records: dict[int, R] = {}
+        self._records: dict[int, RecordT] = {}
         self._held_bytes = 0
         self._files: ColumnFiles | None = None
         self._spilled: dict[int, bytes] = {}
@@ -75,10 +75,10 @@ class MetricState(ABC, Generic[R, Result]):
         return tuple(sorted({*self._records, *self._spilled}))
 
     @abstractmethod
-    def compute(self) -> Result:
+    def compute(self) -> ResultT:
         """Reduce the records, in ascending image id, to the metric."""
 
-    def add(self, image_id: int, record: R) -> None:
+    def add(self, image_id: int, record: RecordT) -> None:
         """Keep the record of one image. Raises EvaluationError if another record of this image differs."""
         self._check_agrees(image_id, record)
         if image_id not in self._records and image_id not in self._spilled:
@@ -111,7 +111,7 @@ class MetricState(ABC, Generic[R, Result]):
         self._spilled |= {image_id: record.digest() for image_id, record in self._records.items()}
         self._records, self._held_bytes = {}, 0
 
-    def _check_agrees(self, image_id: int, record: R) -> None:
+    def _check_agrees(self, image_id: int, record: RecordT) -> None:
         known, spilled = self._records.get(image_id), self._spilled.get(image_id)
         changed = known is not None and not known.same_as(record)
         if changed or (spilled is not None and spilled != record.digest()):
@@ -120,7 +120,7 @@ class MetricState(ABC, Generic[R, Result]):
                 "or the checkpoint or the data changed in between: evaluate again from the start"
             )
 
-    def record(self, image_id: int) -> R:
+    def record(self, image_id: int) -> RecordT:
         """The record of an image in this state."""
         return self._records[image_id]
 

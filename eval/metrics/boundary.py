@@ -31,7 +31,7 @@ def mask_boundary(mask: np.ndarray, width: int) -> np.ndarray:
     Beyond the image everything is outside. One erosion with a large square is equal to `width` erosions with a 3 x 3.
     """
     padded = np.pad(mask.view(np.uint8), 1)
-    return mask & ~cv2.erode(padded, _square(width))[1:-1, 1:-1].view(bool)
+    return mask & ~cv2.erode(padded, _structuring_element(width))[1:-1, 1:-1].view(bool)
 
 
 def mask_boundaries(masks: Sequence[Rle], ratio: float) -> tuple[Rle, ...]:
@@ -51,10 +51,10 @@ def outline_map(id_map: np.ndarray, width: int) -> np.ndarray:
     All segments at once: a pixel is inside its segment where its neighbourhood has only one id. Ids below 2**24.
     """
     padded = np.pad(id_map.astype(np.float32), 1, constant_values=-1)
-    window = _square(width)
+    window = _structuring_element(width)
     uniform = (cv2.erode(padded, window) == cv2.dilate(padded, window))[1:-1, 1:-1]
     return np.where(uniform & (id_map != VOID_ID), INTERIOR, id_map.astype(np.int64))
 
 
-def _square(width: int) -> np.ndarray:
+def _structuring_element(width: int) -> np.ndarray:
     return np.ones((2 * width + 1, 2 * width + 1), dtype=np.uint8)

@@ -119,8 +119,8 @@ def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection
         # A small group is counted twice, as the benchmark does: as a group, and as too small.
         ignored = shared[void].sum() + shared[own & grouped].sum() + shared[own & (truth_pixels < MIN_PIXELS)].sum()
         iou = np.where(own, shared / (truth_pixels + pixels - shared), 0.0)
-        found.append(_Found(detection.label, detection.score, iou, float(ignored) / pixels))
-    correct, wrong = _judge(found, counted)
+        found.append(_Candidate(detection.label, detection.score, iou, float(ignored) / pixels))
+    correct, wrong = _resolve_matches(found, counted)
     return CityscapesRecord(
         label=np.array([f.label for f in found]),
         score=np.array([f.score for f in found]),
@@ -131,7 +131,7 @@ def match_cityscapes(truth: np.ndarray, detections: Iterable[CityscapesDetection
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Candidate:
     label: int
     score: float
     iou: np.ndarray
@@ -140,7 +140,7 @@ class _Found:
     """Share of its pixels in void, groups and small instances."""
 
 
-def _judge(found: list[_Found], counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _resolve_matches(found: list[_Candidate], counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correct and wrong flags [D, T] of detections; of several on one instance the best score is correct."""
     ious = np.array([f.iou for f in found]).reshape(len(found), len(counted))
     scores, ignored = np.array([f.score for f in found]), np.array([f.ignored for f in found])
@@ -150,8 +150,8 @@ def _judge(found: list[_Found], counted: np.ndarray) -> tuple[np.ndarray, np.nda
         matches = ious > overlap
         wrong[:, t] = (matches & counted).any(axis=1) | (~matches.any(axis=1) & (ignored <= overlap))
         for g in np.flatnonzero((matches & counted).any(axis=0)):
-            rivals = np.flatnonzero(matches[:, g])
-            best = rivals[scores[rivals].argmax()]
+            competing = np.flatnonzero(matches[:, g])
+            best = competing[scores[competing].argmax()]
             correct[best, t], wrong[best, t] = True, False
     return correct, wrong
 
@@ -159,14 +159,14 @@ def _judge(found: list[_Found], counted: np.ndarray) -> tuple[np.ndarray, np.nda
 def _average_precision(score: np.ndarray, correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> float:
     """Area under the steps of precision over recall; a point per distinct score, and precision 1 at recall 0.
 
-    Nothing to judge gives 0.
+    No detection that counts gives 0.
     """
-    judged = correct | wrong
-    if not judged.any():
+    counted_detections = correct | wrong
+    if not counted_detections.any():
         return 0.0
-    order = score[judged].argsort(kind="stable")
-    right = correct[judged][order]
-    _, first = np.unique(score[judged][order], return_index=True)
+    order = score[counted_detections].argsort(kind="stable")
+    right = correct[counted_detections][order]
+    _, first = np.unique(score[counted_detections][order], return_index=True)
     above = np.cumsum(right[::-1])[::-1][first]  # correct detections with at least this score
     precision = above / (len(right) - first)
     recall = above / num_truth

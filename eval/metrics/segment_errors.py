@@ -1,4 +1,4 @@
-"""What went wrong with segments: which were missed, found as another class, outlined badly, found twice or invented.
+"""What went wrong with segments: missed, of another class, outlined badly, found twice, or predicted on background.
 
 A mergeable state beside the metrics. Every annotated segment (no crowds) and every prediction that counts gets exactly
 one outcome; a pair shares one. For panoptic results MATCHED is what panoptic quality counts as true positives.
@@ -18,13 +18,14 @@ from m2f.eval.metrics.overlaps import count_overlaps
 from m2f.eval.metrics.panoptic_quality import MATCH_IOU, MAX_IGNORED, PanopticPrediction, PanopticTruth
 from m2f.eval.metrics.rle import mask_areas, mask_ious
 
-NEAR_IOU = 0.1
-"""A prediction of the right class with at least this IoU is a bad outline rather than a miss and an invention."""
-CONFIDENT = 0.5
+OUTLINE_IOU = 0.1
+"""From this IoU on, a prediction of the right class is a bad outline; below, a miss and a background prediction."""
+MIN_SCORE = 0.5
 """Detections of instances below this score are left out: a model lists 100 for every image."""
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
 """Pixels, upper bounds excluded."""
-NONE = -1
+NO_SEGMENT = -1
+"""Class of the missing side where a segment has no partner."""
 
 
 class Outcome(IntEnum):
@@ -49,9 +50,9 @@ class SegmentRecord(Record):
     """Segments and pairs of one image."""
 
     truth: np.ndarray = field(metadata=column("int32"))
-    """Class of the annotated segment; NONE for a prediction alone."""
+    """Class of the annotated segment; NO_SEGMENT for a prediction alone."""
     predicted: np.ndarray = field(metadata=column("int32"))
-    """Class of the prediction; NONE for an annotated segment alone."""
+    """Class of the prediction; NO_SEGMENT for an annotated segment alone."""
     outcome: np.ndarray = field(metadata=column("uint8"))
     area: np.ndarray = field(metadata=column("float64"))
     """Pixels of the annotated segment, else of the prediction."""
@@ -100,7 +101,7 @@ class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
 
     def update(self, image_id: int, candidates: Candidates) -> None:
         """Count one image."""
-        self.add(image_id, judge(candidates))
+        self.add(image_id, assign_outcomes(candidates))
 
     def image_quality(self, image_id: int) -> float | None:
         """Matches over the mean number of annotated and predicted segments; None where an image has neither."""
@@ -114,28 +115,28 @@ class SegmentErrorState(MetricState[SegmentRecord, SegmentErrors]):
         """Add up the images."""
         truth, predicted, outcome = self.rows("truth"), self.rows("predicted"), self.rows("outcome")
         confusion = np.zeros((self.num_classes + 1, self.num_classes + 1), dtype=np.int64)
-        np.add.at(confusion, (truth, predicted), 1)  # NONE is -1: the last row or column
+        np.add.at(confusion, (truth, predicted), 1)  # NO_SEGMENT is -1: the last row or column
         by_class = np.zeros((self.num_classes, len(Outcome)), dtype=np.int64)
-        np.add.at(by_class, (np.where(truth == NONE, predicted, truth), outcome), 1)
+        np.add.at(by_class, (np.where(truth == NO_SEGMENT, predicted, truth), outcome), 1)
         by_size = np.zeros((len(SIZES), len(Outcome)), dtype=np.int64)
         upper = [high for _, high in SIZES.values()][:-1]
         np.add.at(by_size, (np.searchsorted(upper, self.rows("area"), side="right"), outcome), 1)
         return SegmentErrors(confusion, by_class, by_size)
 
 
-def judge(segments: Candidates) -> SegmentRecord:
-    """Pair segments, best fit first: right class, then another class, then a bad outline; then judge the rest."""
+def assign_outcomes(segments: Candidates) -> SegmentRecord:
+    """Pair segments, best fit first: right class, then another class, then a bad outline; then the rest."""
     same = segments.predicted_labels[:, None] == segments.truth_labels
     fits = segments.iou > MATCH_IOU
-    tiers = (
+    stages = (
         (Outcome.MATCHED, same & fits),
         (Outcome.CLASS, ~same & fits),
-        (Outcome.OUTLINE, same & (segments.iou >= NEAR_IOU)),
+        (Outcome.OUTLINE, same & (segments.iou >= OUTLINE_IOU)),
     )
     free_truth = np.ones(len(segments.truth_labels), dtype=bool)
     free_predicted = np.ones(len(segments.predicted_labels), dtype=bool)
     rows: list[tuple[int, int, int, float]] = []
-    for outcome, allowed in tiers:
+    for outcome, allowed in stages:
         p, t = allowed.nonzero()
         for i in np.argsort(-segments.iou[p, t], kind="stable"):
             if free_predicted[p[i]] and free_truth[t[i]]:
@@ -143,12 +144,12 @@ def judge(segments: Candidates) -> SegmentRecord:
                 labels = segments.truth_labels[t[i]], segments.predicted_labels[p[i]]
                 rows.append((*labels, outcome, segments.truth_areas[t[i]]))
     missed = zip(segments.truth_labels[free_truth], segments.truth_areas[free_truth], strict=True)
-    rows += [(label, NONE, Outcome.MISSED, area) for label, area in missed]
+    rows += [(label, NO_SEGMENT, Outcome.MISSED, area) for label, area in missed]
     taken = same & ~free_truth
     for p in np.flatnonzero(free_predicted & (segments.ignored <= MAX_IGNORED)):
         twice = segments.inside[p][taken[p]].sum() > 0.5
         outcome = Outcome.DUPLICATE if twice else Outcome.BACKGROUND
-        rows.append((NONE, segments.predicted_labels[p], outcome, segments.predicted_areas[p]))
+        rows.append((NO_SEGMENT, segments.predicted_labels[p], outcome, segments.predicted_areas[p]))
     truth, predicted, outcomes, areas = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     return SegmentRecord(truth=truth, predicted=predicted, outcome=outcomes, area=areas)
 
@@ -181,7 +182,7 @@ def panoptic_candidates(truth: PanopticTruth, prediction: PanopticPrediction) ->
 
 def instance_candidates(truth: InstanceTruth, detections: InstanceDetections) -> Candidates:
     """Annotated instances and confident detections of one image."""
-    confident = np.flatnonzero(detections.scores >= CONFIDENT)
+    confident = np.flatnonzero(detections.scores >= MIN_SCORE)
     masks = tuple(detections.masks[i] for i in detections.mask_index[confident])
     labels, ordinary = detections.labels[confident], ~truth.is_crowd
     inside = mask_ious(masks, truth.masks, np.ones_like(truth.is_crowd))  # of a crowd: shared over predicted pixels

@@ -120,7 +120,7 @@ NOTHING_FOUND = InstanceDetections((), np.zeros(0, np.int64), np.zeros(0, np.int
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_sets(seed):
+def test_random_sets_equal_pycocotools(seed):
     result = assert_equal_to_pycocotools(4, *random_set(seed))
     assert list(result.stats) == STATS
     assert 0.0 < result.stats["AP"] < 1.0

@@ -9,11 +9,11 @@ from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment, match_panoptic
 from m2f.eval.metrics.rle import encode_masks
 from m2f.eval.metrics.segment_errors import (
-    NONE,
+    NO_SEGMENT,
     Outcome,
     SegmentErrorState,
+    assign_outcomes,
     instance_candidates,
-    judge,
     panoptic_candidates,
 )
 
@@ -31,7 +31,9 @@ def outcomes(truth_map, truth, predicted_map, labels):
     for i, label in truth.items():
         label, crowd = label if isinstance(label, tuple) else (label, False)
         segments[i] = TruthSegment(label, int((truth_map == i).sum()), crowd)
-    record = judge(panoptic_candidates(PanopticTruth(truth_map, segments), PanopticPrediction(predicted_map, labels)))
+    record = assign_outcomes(
+        panoptic_candidates(PanopticTruth(truth_map, segments), PanopticPrediction(predicted_map, labels))
+    )
     rows = zip(record.truth, record.predicted, record.outcome, record.area, strict=True)
     return sorted((int(t), int(p), Outcome(o).name, int(a)) for t, p, o, a in rows)
 
@@ -42,14 +44,26 @@ def outcomes(truth_map, truth, predicted_map, labels):
         (strip((10, 1)), {1: 0}, strip((8, 7), (2, 0)), {7: 0}, [(0, 0, "MATCHED", 10)]),
         (strip((10, 1)), {1: 0}, strip((8, 7), (2, 0)), {7: 2}, [(0, 2, "CLASS", 10)]),
         (strip((10, 1)), {1: 0}, strip((5, 7), (5, 0)), {7: 0}, [(0, 0, "OUTLINE", 10)]),  # 0.5 is no match
-        (strip((10, 1)), {1: 0}, strip((5, 7), (5, 0)), {7: 1}, [(NONE, 1, "BACKGROUND", 5), (0, NONE, "MISSED", 10)]),
-        (strip((20, 1)), {1: 0}, strip((1, 7), (19, 0)), {7: 0}, [(NONE, 0, "BACKGROUND", 1), (0, NONE, "MISSED", 20)]),
+        (
+            strip((10, 1)),
+            {1: 0},
+            strip((5, 7), (5, 0)),
+            {7: 1},
+            [(NO_SEGMENT, 1, "BACKGROUND", 5), (0, NO_SEGMENT, "MISSED", 10)],
+        ),
+        (
+            strip((20, 1)),
+            {1: 0},
+            strip((1, 7), (19, 0)),
+            {7: 0},
+            [(NO_SEGMENT, 0, "BACKGROUND", 1), (0, NO_SEGMENT, "MISSED", 20)],
+        ),
         (
             strip((20, 1)),
             {1: 0},
             strip((13, 7), (7, 8)),
             {7: 0, 8: 0},
-            [(NONE, 0, "DUPLICATE", 7), (0, 0, "MATCHED", 20)],
+            [(NO_SEGMENT, 0, "DUPLICATE", 7), (0, 0, "MATCHED", 20)],
         ),
         (strip((4, 1), (6, 0)), {1: 0}, strip((4, 7), (6, 8)), {7: 0, 8: 1}, [(0, 0, "MATCHED", 4)]),  # 8 is in void
         (strip((4, 1), (6, 2)), {1: 0, 2: (1, True)}, strip((4, 7), (6, 8)), {7: 0, 8: 1}, [(0, 0, "MATCHED", 4)]),
@@ -58,7 +72,7 @@ def outcomes(truth_map, truth, predicted_map, labels):
             {1: 0, 2: (1, True)},
             strip((4, 7), (6, 8)),
             {7: 0, 8: 2},
-            [(NONE, 2, "BACKGROUND", 6), (0, 0, "MATCHED", 4)],
+            [(NO_SEGMENT, 2, "BACKGROUND", 6), (0, 0, "MATCHED", 4)],
         ),
         (strip((4, 0)), {}, strip((4, 0)), {}, []),
     ],
@@ -75,7 +89,7 @@ def outcomes(truth_map, truth, predicted_map, labels):
         "empty",
     ],
 )
-def test_every_outcome(truth_map, truth, predicted_map, labels, expected):
+def test_every_outcome_is_assigned(truth_map, truth, predicted_map, labels, expected):
     assert outcomes(truth_map, truth, predicted_map, labels) == expected
 
 
@@ -91,11 +105,11 @@ def test_matches_and_errors_are_those_of_panoptic_quality(seed):
     }
     labels = {i: int(draw.integers(CLASSES)) for i in np.unique(predicted_map).tolist() if i}
     truth, prediction = PanopticTruth(truth_map, segments), PanopticPrediction(predicted_map, labels)
-    ours, theirs = judge(panoptic_candidates(truth, prediction)), match_panoptic(truth, prediction)
+    ours, theirs = assign_outcomes(panoptic_candidates(truth, prediction)), match_panoptic(truth, prediction)
     matched = ours.outcome == Outcome.MATCHED
     assert sorted(ours.truth[matched]) == sorted(theirs.matched_label)
-    assert sorted(ours.truth[~matched & (ours.truth != NONE)]) == sorted(theirs.false_negative)
-    wrong = ours.predicted[~matched & (ours.predicted != NONE)]
+    assert sorted(ours.truth[~matched & (ours.truth != NO_SEGMENT)]) == sorted(theirs.false_negative)
+    wrong = ours.predicted[~matched & (ours.predicted != NO_SEGMENT)]
     ignored = len(theirs.false_positive)
     assert ignored <= len(wrong) <= len(labels)  # a pair may hold a prediction that PQ ignores
 
@@ -118,10 +132,10 @@ def test_instances_count_where_they_are_confident():
         np.array([0, 0, 2, 1, 0]),
         np.array([0.9, 0.8, 0.7, 0.4, 0.6]),
     )
-    record = judge(instance_candidates(truth, detections))
+    record = assign_outcomes(instance_candidates(truth, detections))
     rows = zip(record.truth, record.predicted, record.outcome, strict=True)
     assert sorted((int(t), int(p), Outcome(o).name) for t, p, o in rows) == [
-        (NONE, 0, "DUPLICATE"),  # the second on the first box; the one in the crowd does not count
+        (NO_SEGMENT, 0, "DUPLICATE"),  # the second on the first box; the one in the crowd does not count
         (0, 0, "MATCHED"),
         (1, 0, "CLASS"),  # its right class is not confident
     ]
@@ -131,8 +145,8 @@ def test_nothing_predicted_and_nothing_annotated():
     empty = InstanceTruth((), np.zeros(0, int), np.zeros(0), np.zeros(0, bool))
     none = InstanceDetections((), np.zeros(0, int), np.zeros(0, int), np.zeros(0))
     one = InstanceTruth(masks((0, 0, 5, 5)), np.array([0]), np.array([25.0]), np.array([False]))
-    assert len(judge(instance_candidates(empty, none)).truth) == 0
-    assert judge(instance_candidates(one, none)).outcome.tolist() == [Outcome.MISSED]
+    assert len(assign_outcomes(instance_candidates(empty, none)).truth) == 0
+    assert assign_outcomes(instance_candidates(one, none)).outcome.tolist() == [Outcome.MISSED]
     assert SegmentErrorState(CLASSES).compute().confusion.sum() == 0
 
 

@@ -187,7 +187,7 @@ def test_diverged_weights_name_the_image(model):
         evaluate(Diverged(model), MultiScale(shortest_edges=(64,)), PostprocessConfig())
 
 
-def test_settings_that_cannot_work_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ConfigError, match="leave gaps; let stride be at most size"):
         SlidingWindows(size=100, stride=101)
     with pytest.raises(ConfigError, match="name at least one size, each once"):
@@ -198,7 +198,7 @@ def test_settings_that_cannot_work_are_refused():
         EvaluationConfig(sets=(EvaluationSet(dataset="val", tasks=("semantic",), test_time=test_time),))
 
 
-def test_results_say_how_images_went_through_the_model(model):
+def test_results_name_the_test_time_settings(model):
     test_time = MultiScale(shortest_edges=(64, 96))
     states = evaluate(model, test_time, PostprocessConfig())
     subject = EvaluationSubject(dataset="val", name="val_ms", fingerprint="f" * 64, test_time=test_time.describe())
@@ -206,7 +206,7 @@ def test_results_say_how_images_went_through_the_model(model):
 
 
 @pytest.mark.parametrize("test_time", [MultiScale(shortest_edges=(64, 80)), SlidingWindows(size=64, stride=48)])
-def test_labels_do_not_depend_on_what_came_before(model, test_time):
+def test_labels_do_not_depend_on_earlier_images(model, test_time):
     def predict(image, size):
         with torch.inference_mode():
             return model(model.normalise(image, size))
