@@ -16,7 +16,7 @@ from m2f.eval.score.files import read_json as read_scored_json
 MANY = 10**5
 
 
-def test_senselessly_many_categories(tmp_path):
+def test_too_many_categories_are_refused(tmp_path):
     entries = [{"label": i, "id": i, "name": "", "isthing": 1} for i in range(MANY)]
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
@@ -30,7 +30,7 @@ def test_senselessly_many_categories(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000, '{"images": [' + "9" * 10_000 + "]}"])
-def test_json_that_cannot_be_parsed(tmp_path, content):
+def test_json_that_cannot_be_parsed_is_refused(tmp_path, content):
     path = tmp_path / "huge.json"
     path.write_text(content)
     with pytest.raises(DataError, match=r"huge.json is not valid JSON"):
@@ -40,7 +40,7 @@ def test_json_that_cannot_be_parsed(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../secret.jpg", "a/../../b.jpg"])
-def test_file_names_that_lead_out(tmp_path, name):
+def test_file_names_outside_the_folder_are_refused(tmp_path, name):
     document = {
         "images": [{"id": 1, "file_name": name, "height": 4, "width": 4}],
         "annotations": [],

@@ -78,7 +78,7 @@ def test_exif_orientations_equal_opencvs(orientation, order):
     assert np.array_equal(decode_rgb(data), decode_rgb(JPEG))
 
 
-def test_senseless_exif_counts_as_none():
+def test_invalid_exif_is_ignored():
     assert read_header(_with_orientation(99)).orientation == 1
     broken = bytearray(_with_orientation(6))
     broken[12:14] = b"XX"
@@ -103,7 +103,7 @@ def test_files_that_are_cut_off_never_pass(data, share):
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=60), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"]))
-def test_garbage_never_raises_anything_else(garbage, start):
+def test_random_bytes_raise_broken_image_error_only(garbage, start):
     for call in (read_header, decode_rgb):
         with pytest.raises(BrokenImageError):
             call(start + garbage)

@@ -65,7 +65,7 @@ def test_a_new_data_set_may_use_old_ids_for_new_classes():
     assert match_classes(MODEL, (CAR, SKY, Category(3, "cat", True, (0,) * 3)), ids=False).kind == "subset"
 
 
-def test_a_label_space_comes_back():
+def test_a_label_space_survives_json():
     space = LabelSpace("panoptic", MODEL)
     assert LabelSpace.from_json(space.to_json(), "x") == space
     with pytest.raises(DataError, match="weights: a label space"):

@@ -104,7 +104,7 @@ def test_a_step_waits_once_and_copies_without_waiting(monkeypatch):
     assert FakeCopy.waits == 1
 
 
-def test_the_method_notices_a_value_that_is_asked_for_and_a_copy_that_waits():
+def test_the_wait_counter_detects_blocking_reads_and_copies():
     with FakeTensorMode(), BlockingCopies() as blocking:
         torch.ones(3).to("cuda")
         torch.ones(2).to("cuda", non_blocking=True)

@@ -258,7 +258,7 @@ def test_faults_of_segmentations(coco, segmentation, words):
         ({"segmentation": [[0.0, 0.0, 5.0, 0.0, "x", 5.0]]}, "coordinates far outside"),
     ],
 )
-def test_senseless_numbers(coco, change, words):
+def test_invalid_numbers_are_refused(coco, change, words):
     coco.instances[1] |= change
     with pytest.raises(DataError, match=f"images/a.jpg: annotation 2.*{words}"):
         coco.read_instances()

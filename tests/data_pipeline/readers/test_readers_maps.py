@@ -30,7 +30,7 @@ def _touch(folder, *names):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 12), st.sampled_from([np.uint8, np.uint16, np.uint32]))
-def test_a_partition_is_that_of_a_slow_reference(seed, height, width, dtype):
+def test_partition_equals_a_slow_reference(seed, height, width, dtype):
     random = np.random.default_rng(seed)
     names = random.choice(200, size=9, replace=False) * (1 if dtype == np.uint8 else 300)
     values = names[random.integers(0, 9, (height, width))].astype(dtype)
@@ -176,7 +176,7 @@ def test_map_readers_are_picklable_and_subsets_keep_their_ids(channels):
         ({"color": [0, 0, 256]}, "color is .*, not three whole numbers from 0 to 255"),
     ],
 )
-def test_senseless_categories(channels, change, words):
+def test_invalid_categories_are_refused(channels, change, words):
     write, _, folder = channels
     (folder / "classes.json").write_text(json.dumps([CLASSES[1] | change]))
     with pytest.raises(DataError, match=f"classes.json: entry 0: {words}"):

@@ -166,7 +166,7 @@ def test_the_reader_is_picklable_and_cuts_subsets():
     assert reader.size_hint(0) == pytest.approx(np.mean([len(reader.read(i).image) for i in range(5)]), rel=0.5)
 
 
-def test_settings_that_make_no_set():
+def test_invalid_settings_are_refused():
     with pytest.raises(DataError, match="num_images is 0"):
         open_reader(SyntheticSource(num_images=0))
     with pytest.raises(DataError, match="seed is -1"):

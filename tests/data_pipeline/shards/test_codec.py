@@ -73,7 +73,7 @@ def _assert_equal(decoded, sample):
     st.sampled_from([".jpg", ".png"]),
     st.integers(0, 2**32),
 )
-def test_samples_come_back(seg_dtype, inst_dtype, layers, with_seg, ext, seed):
+def test_samples_survive_encoding_and_decoding(seg_dtype, inst_dtype, layers, with_seg, ext, seed):
     random = np.random.default_rng(seed)
     seg = random.integers(0, np.iinfo(seg_dtype).max, (6, 9), dtype=seg_dtype) if with_seg or not layers else None
     inst = random.integers(0, np.iinfo(inst_dtype).max, (layers, 6, 9), dtype=inst_dtype) if layers else None

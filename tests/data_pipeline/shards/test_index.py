@@ -292,7 +292,7 @@ def test_samples_that_cannot_be_indexed_are_named(tmp_path, changes, words):
         (b'{"segments_info": [{"id": 12, "category_id": 0}]}', "are not listed in its json"),
     ],
 )
-def test_panoptic_descriptions_that_do_not_fit(tmp_path, described, words):
+def test_panoptic_descriptions_that_do_not_match_are_faults(tmp_path, described, words):
     samples = {f"{i:04d}": members_of(i, "panoptic") for i in range(3)}
     write_tar(tmp_path / "a.tar", corrupt(samples, json=described))
     (fault,) = index(tmp_path, tmp_path / "set").faults
@@ -304,7 +304,7 @@ def test_panoptic_descriptions_that_do_not_fit(tmp_path, described, words):
     assert "segments without a pixel: 5" in str(fault)
 
 
-def test_files_of_a_sample_that_are_apart(tmp_path):
+def test_files_of_a_sample_must_be_adjacent(tmp_path):
     a, b = members_of(0, "classes"), members_of(1, "classes")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in [
@@ -331,7 +331,7 @@ def test_keys_must_be_unique_over_all_tars(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/etc/x.jpg", "../x.jpg", "a/../../x.jpg"])
-def test_paths_that_lead_out_are_refused_and_nothing_is_written(tmp_path, name):
+def test_paths_outside_the_folder_are_refused_and_nothing_is_written(tmp_path, name):
     inside = tmp_path / "deep" / "set"
     write_tar(tmp_path / "tars" / "a.tar", {"good": members_of(0, "classes")})
     with tarfile.open(tmp_path / "tars" / "a.tar", "a") as tar:

@@ -78,7 +78,7 @@ def test_statistics(written):
     assert sum(s.num_images for s in totals.values()) == len(written.category_ids.values)
 
 
-def test_a_manifest_travels_to_other_processes(written):
+def test_a_manifest_can_be_pickled(written):
     again = pickle.loads(pickle.dumps(written))
     assert again.read_sample(3, STORAGE).key == written.key[3]
 
@@ -118,7 +118,7 @@ def test_damaged_bytes_are_found_and_named(written, copy):
         damaged.read_sample(1, STORAGE)
 
 
-def test_manifests_that_cannot_be_used(copy):
+def test_unusable_manifests_are_refused(copy):
     (copy / "samples.parquet").write_bytes(b"something else")
     with pytest.raises(DataError, match=r"samples.parquet is not the file that dataset.json was written with"):
         Manifest.load(str(copy), STORAGE)
@@ -138,7 +138,7 @@ def test_manifests_that_cannot_be_used(copy):
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t.drop(["category_areas"]), lambda t: t.set_column(0, "key", t["shard"])])
-def test_columns_that_are_wanted_later_are_checked_at_once(copy, spoil):
+def test_lazy_columns_are_checked_when_the_manifest_is_opened(copy, spoil):
     data = manifest_module.write_table(spoil(pq.read_table(copy / "samples.parquet")))
     (copy / "samples.parquet").write_bytes(data)
     document = json.loads((copy / "dataset.json").read_text())

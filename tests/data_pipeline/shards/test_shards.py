@@ -98,7 +98,7 @@ def test_a_source_without_samples_is_refused(reader, tmp_path):
         write_dataset(reader, replace(_config(tmp_path), source=None), STORAGE)
 
 
-def test_every_sample_comes_back(reader, dataset):
+def test_every_sample_is_read_back_unchanged(reader, dataset):
     assert sorted(dataset.key) == sorted(reader.keys)
     positions = {key: i for i, key in enumerate(reader.keys)}
     for index, key in enumerate(dataset.key):

@@ -97,7 +97,7 @@ def put_member(name, row, new):
 
 
 @pytest.mark.parametrize("depth", ["quick", "full"])
-def test_a_sound_set_passes_and_is_counted(sound, depth):
+def test_an_undamaged_set_passes_and_is_counted(sound, depth):
     progress = []
     started = []
     found = verify(sound.url, STORAGE, depth, 2, started.append, lambda n, size: progress.append((n, size)))
@@ -134,7 +134,7 @@ def test_flipped_bits_are_named_to_the_sample(damaged, sound):
     assert f"at byte {sound.offset[1]} (sample '{sound.key[1]}'): its checksum differs" in str(found[0])
 
 
-def test_bytes_of_no_sample_count_too(damaged, sound):
+def test_damage_between_samples_is_found(damaged, sound):
     path = damaged / sound.shards[0].name
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     (fault,) = faults(damaged)
@@ -153,7 +153,7 @@ def test_manifests_that_cannot_be_read_are_a_fault(damaged):
     assert "does not exist" in faults(damaged, "quick")[0].problem
 
 
-def test_a_parquet_file_of_other_columns(damaged):
+def test_a_parquet_file_of_other_columns_is_a_fault(damaged):
     other = manifest_module.write_table(pa.table({"key": ["a"]}))
     (damaged / "samples.parquet").write_bytes(other)
     document = json.loads((damaged / "dataset.json").read_text())
@@ -174,7 +174,7 @@ def test_a_parquet_file_of_other_columns(damaged):
         ("category_ids", [991], "category ids [991] are not in dataset.json"),
     ],
 )
-def test_manifests_that_contradict_themselves(damaged, sound, column, value, words):
+def test_inconsistent_manifests_are_faults(damaged, sound, column, value, words):
     row = next(i for i, key in enumerate(sound.key) if key != "synthetic-4-000003" and i)
 
     def change(rows):
@@ -186,7 +186,7 @@ def test_manifests_that_contradict_themselves(damaged, sound, column, value, wor
     assert any(words in fault.problem for fault in faults(damaged, "quick"))
 
 
-def test_overlapping_samples(damaged, sound):
+def test_overlapping_samples_are_faults(damaged, sound):
     row = next(i for i in range(1, 10) if sound.shard[i] == sound.shard[i - 1])
 
     def change(rows):
@@ -196,7 +196,7 @@ def test_overlapping_samples(damaged, sound):
     assert any("overlap" in fault.problem for fault in faults(damaged, "quick"))
 
 
-def test_labels_that_differ_from_the_statistics(damaged, sound):
+def test_labels_that_differ_from_the_statistics_are_faults(damaged, sound):
     def change(rows):
         rows[2]["category_areas"] = [area + 1 for area in rows[2]["category_areas"]]
         rows[5]["height"] += 1
@@ -231,14 +231,14 @@ def bomb(width, height):
         ("json", lambda old: old.replace(b'"id":1,', b'"id":9,', 1), "segment ids of `seg` repeat"),
     ],
 )
-def test_hostile_members_with_right_checksums(damaged, sound, member, new, words):
+def test_hostile_members_with_right_checksums_are_faults(damaged, sound, member, new, words):
     replace_sample(damaged, 3, put_member(member, 3, new))
     (fault,) = faults(damaged)
     assert fault.key == sound.key[3]
     assert words in fault.problem
 
 
-def test_areas_that_are_no_numbers(damaged, sound):
+def test_areas_that_are_no_numbers_are_faults(damaged, sound):
     replace_sample(
         damaged, 3, put_member("json", 3, lambda old: re.sub(rb'"area":[0-9.]+', b'"area":NaN', old, count=1))
     )
@@ -246,7 +246,7 @@ def test_areas_that_are_no_numbers(damaged, sound):
     assert "area nan or box" in fault.problem
 
 
-def test_tar_headers_that_other_tools_would_read_otherwise(damaged, sound):
+def test_tar_headers_that_other_tools_read_differently_are_faults(damaged, sound):
     def change(sample, manifest):
         other = bytearray(sample[:512])
         other[0:4] = b"/etc"
@@ -290,7 +290,7 @@ def test_the_verb_reports_and_sets_its_status(capsys, damaged, sound, tmp_path):
     assert "m2f shard" in capsys.readouterr().out
 
 
-def test_a_set_in_s3(sound, bucket, capsys):
+def test_a_set_in_s3_is_verified(sound, bucket, capsys):
     url = f"{bucket}/a"
     storage = Storage()
     for path in Path(sound.url).rglob("*"):

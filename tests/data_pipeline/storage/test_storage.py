@@ -33,7 +33,7 @@ def place(request, tmp_path):
     return Storage(StorageConfig(endpoint_url=endpoint)), f"s3://box/{tmp_path.name}"
 
 
-def test_bytes_come_back(place, tmp_path):
+def test_written_bytes_are_read_back(place, tmp_path):
     storage, root = place
     url = join(root, "a", "b.bin")
     assert not storage.exists(url)
@@ -49,7 +49,7 @@ def test_bytes_come_back(place, tmp_path):
     assert storage.counters.retries == 0
 
 
-def test_files_come_back(place, tmp_path, monkeypatch):
+def test_written_files_are_read_back(place, tmp_path, monkeypatch):
     monkeypatch.setattr(s3_store, "_FILE_PART_BYTES", 300)
     storage, root = place
     source, target = tmp_path / "source", tmp_path / "target"
@@ -239,7 +239,7 @@ def _storage_at(server, **settings):
     return Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{server.server_address[1]}", **settings))
 
 
-def test_passing_faults_are_retried(faulty):
+def test_transient_faults_are_retried(faulty):
     faulty.faults = ["503", "500", "cut", "429", "stall", "cut"]
     storage = _storage_at(faulty, read_timeout_s=3.0)
     assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
@@ -247,7 +247,7 @@ def test_passing_faults_are_retried(faulty):
     assert storage.counters.requests == 7
 
 
-def test_lasting_faults_are_not(faulty):
+def test_permanent_faults_are_not_retried(faulty):
     for status, words in (("404", "does not exist"), ("400", "400")):
         faulty.faults, faulty.requests = [status], 0
         with pytest.raises(StorageError, match=f"s3://bucket/key.*{words}"):

@@ -84,13 +84,13 @@ def test_weights_are_the_mean_over_heads():
     torch.testing.assert_close(weights, torch.tensor([[[0.75, 0.25]]]), atol=1e-6, rtol=0)
 
 
-def test_mask_pooling_looks_at_all_pixels_of_its_mask_alike():
+def test_mask_pooling_weighs_all_pixels_of_its_mask_equally():
     mask = torch.tensor([[[[True, False, True, True]]]])
     weights = attention_weights(MaskPooling(4, 0.0), torch.randn(1, 4, 4), mask)
     torch.testing.assert_close(weights, torch.tensor([[[1 / 3, 0, 1 / 3, 1 / 3]]]))
 
 
-def test_a_standard_decoder_looks_at_the_coarsest_level():
+def test_a_standard_decoder_attends_to_the_coarsest_level():
     _, config = small_model()
     decoder = StandardTransformerDecoderConfig(num_queries=5, num_layers=2, hidden_dim=32, num_heads=2)
     model = build_model(replace(config, transformer_decoder=decoder), pretrained_backbone=False).eval()

@@ -66,14 +66,14 @@ def test_r50_costs_what_was_measured_with_the_official_code(size, backbone, pixe
 
 
 @pytest.mark.parametrize("row", paper_models(), ids=lambda row: row.name)
-def test_a_row_of_the_paper_comes_out(row: PaperModel):
+def test_flops_equal_the_row_of_the_paper(row: PaperModel):
     if row.flops is not None:
         counted = mean_flops(row.config) if row.size is None else official_flops(row.config, row.size, semantic=True)
         assert 100 * abs(counted.total / G / row.flops - 1) < EXPLAINED.get(row.name, 3.0)
 
 
 @pytest.mark.parametrize("row", [row for row in paper_models() if row.parameters], ids=lambda row: row.name)
-def test_a_row_of_the_paper_has_its_parameters(row: PaperModel):
+def test_parameters_equal_the_row_of_the_paper(row: PaperModel):
     assert row.parameters is not None
     assert count_parameters(build_shapes(row.config)) / 1e6 == pytest.approx(row.parameters, abs=0.6)
 

@@ -286,6 +286,6 @@ def test_weights_of_another_swin_are_refused_with_the_difference(tmp_path):
         ({"pretrained": "a", "weights": "b"}, "keep one"),
     ],
 )
-def test_settings_that_cannot_work_are_named(change, message):
+def test_invalid_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         replace(TINY, **change)

@@ -134,7 +134,7 @@ def test_operator_on_cpu_is_the_embedding_bag_form():
     assert torch.equal(ms_deform_attn(inputs[0], shapes, *inputs[1:]), expected)
 
 
-def test_pixels_look_around_their_own_centres_in_float32(goldens):
+def test_reference_points_are_pixel_centres_in_float32(goldens):
     expected = torch.from_numpy(np.load(goldens / "b_position_embedding.npz")["ref_points"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         grid = SamplingGrid.of_pixels([(2, 3), (4, 5)])
@@ -168,7 +168,7 @@ def test_coordinates_stay_float32_in_bfloat16(monkeypatch, mode):
 
 
 @pytest.mark.parametrize(("worst", "chosen"), [(0.0, "kernel"), (1.0, "plain")])
-def test_the_trial_of_the_kernel_is_a_constant_of_compiled_graphs(worst, chosen, monkeypatch):
+def test_the_kernel_check_is_a_constant_of_compiled_graphs(worst, chosen, monkeypatch):
     """torch.compile looks through caches into functions; the trial must not become part of a graph."""
     pytest.importorskip("triton")
     torch.compiler.reset()

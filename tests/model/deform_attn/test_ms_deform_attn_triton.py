@@ -34,7 +34,7 @@ def test_half_precision_rounds_values_only(seen, case, tolerance):
     assert max(seen[case]["offsets"], seen[case]["logits"]) < 2e-5  # never half: geometry and softmax
 
 
-def test_every_tuning_gives_the_same_and_trying_them_leaves_no_trace(seen):
+def test_every_launch_config_gives_the_same_result_and_timing_has_no_side_effect(seen):
     assert len(seen["tunings"]) == 4
     for errors in seen["tunings"]:
         assert max(errors.values()) < 2e-6, errors
@@ -81,5 +81,5 @@ def test_the_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_at_once(direction
     assert code.count(wanted) == 48  # 3 levels, 4 points, 4 corners
 
 
-def test_a_location_without_a_number_is_not_hidden(seen):
+def test_a_non_finite_location_gives_a_non_finite_result(seen):
     assert seen["nan"]

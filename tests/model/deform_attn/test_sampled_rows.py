@@ -16,7 +16,7 @@ def values():
     return torch.arange(1.0, count + 1).view(BATCH, -1, HEADS, DIM)
 
 
-def test_values_come_back_from_their_table_and_margins_are_zero():
+def test_values_survive_padding_and_margins_are_zero():
     value = values()
     table = padded_table(value, SHAPES)
     assert torch.equal(unpadded_values(table, value, SHAPES), value)

@@ -94,7 +94,7 @@ def test_the_number_of_operations_does_not_depend_on_the_batch():
     assert counts[0] == counts[1]
 
 
-def test_given_points_come_back_by_row():
+def test_given_points_are_returned_by_row():
     matching, candidates, fresh = torch.rand(2, 3, 5, 2), torch.rand(2, 3, 4, 6, 2), torch.rand(2, 3, 4, 7, 2)
     source = GivenPoints(matching, candidates, fresh)
     rows = RowIndex(torch.tensor([1, 0]), torch.tensor([2, 1]), torch.tensor([3, 0]))

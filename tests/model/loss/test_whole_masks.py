@@ -189,7 +189,7 @@ def test_any_grouping_gives_the_same_step(config):
         assert (actual - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_pieces_of_masks_change_nothing(monkeypatch):
+def test_computing_masks_in_chunks_changes_nothing(monkeypatch):
     predictions, targets = scene((3, 5))
     whole = ours(predictions, targets, MASKFORMER)
     for module in ("m2f.model.loss.matcher", "m2f.model.loss.criterion"):

@@ -189,6 +189,6 @@ def test_multiply_adds_are_those_of_the_paper(config, paper, tolerance):
         (SMALL[1], {"mask_dim": 0}, "model.pixel_decoder.mask_dim is 0; it must be at least 1"),
     ],
 )
-def test_widths_that_cannot_work_are_refused(config, changes, message):
+def test_invalid_widths_are_refused(config, changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         replace(config, **changes)

@@ -186,6 +186,6 @@ def test_parameter_counts_are_those_of_the_paper():
         assert backbone + sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
-def test_settings_that_make_no_decoder_are_refused():
+def test_invalid_decoder_settings_are_refused():
     with pytest.raises(ConfigError, match="hidden_dim is 30"):
         StandardTransformerDecoderConfig(hidden_dim=30, num_heads=2)

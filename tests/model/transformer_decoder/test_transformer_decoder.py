@@ -106,7 +106,7 @@ def test_initialisation_is_the_official_one():
         assert 0.7 < embedding.weight.std() < 1.3
 
 
-def test_settings_that_make_no_decoder_are_refused():
+def test_invalid_decoder_settings_are_refused():
     with pytest.raises(ConfigError, match="num_layers is 0"):
         MaskedTransformerDecoderConfig(num_layers=0)
     with pytest.raises(ConfigError, match="hidden_dim is 30"):

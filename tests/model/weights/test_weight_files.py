@@ -28,26 +28,26 @@ def arrays():
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_torch_files_old_and_new(tmp_path, wrapper, zipped):
+def test_torch_files_old_and_new_are_read(tmp_path, wrapper, zipped):
     content = STATE if wrapper is None else {wrapper: STATE, "iteration": 7, "note": "text"}
     torch.save(content, tmp_path / "any.name", _use_new_zipfile_serialization=zipped)
     assert_is_the_state(read_state(tmp_path / "any.name"))
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_detectron_pickles_of_arrays(tmp_path, protocol):
+def test_detectron_pickles_of_arrays_are_read(tmp_path, protocol):
     content = {"model": arrays(), "__author__": "torchvision", "matching_heuristics": True}
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     assert_is_the_state(read_state(tmp_path / "model.pkl"))
 
 
-def test_pickles_that_older_numpy_wrote(tmp_path):
+def test_pickles_that_older_numpy_wrote_are_read(tmp_path):
     data = pickle.dumps({"model": arrays()}, protocol=2).replace(b"numpy._core.", b"numpy.core.")
     (tmp_path / "model.pkl").write_bytes(data)
     assert_is_the_state(read_state(tmp_path / "model.pkl"))
 
 
-def test_pickles_of_torch_tensors(tmp_path):
+def test_pickles_of_torch_tensors_are_read(tmp_path):
     content = {"model": collections.OrderedDict(STATE), "__author__": "third_party", "matching_heuristics": True}
     (tmp_path / "swin.pkl").write_bytes(pickle.dumps(content))
     assert_is_the_state(read_state(tmp_path / "swin.pkl"))
@@ -60,7 +60,7 @@ def test_what_is_not_a_numeric_array_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "model.safetensors", "pytorch_model.bin"])
-def test_folders(tmp_path, name):
+def test_folders_of_checkpoints_are_read(tmp_path, name):
     if name.endswith(".bin"):
         torch.save(STATE, tmp_path / name)
     else:
@@ -75,13 +75,13 @@ def write_sharded(folder, first="model-1.safetensors"):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_folders_with_several_files(tmp_path):
+def test_folders_with_several_weight_files_are_read(tmp_path):
     write_sharded(tmp_path)
     assert_is_the_state(read_state(tmp_path))
 
 
 @pytest.mark.parametrize("shard", ["../model-1.safetensors", "/etc/passwd"])
-def test_an_index_cannot_lead_out_of_its_folder(tmp_path, shard):
+def test_an_index_cannot_name_files_outside_its_folder(tmp_path, shard):
     write_sharded(tmp_path, first=shard)
     with pytest.raises(WeightsError, match=r"which is not in the same folder"):
         read_state(tmp_path)
@@ -122,7 +122,7 @@ def test_a_pickle_inside_a_storage_is_not_executed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["new.pth", "old.pth", "model.pkl", "model.safetensors"])
 @pytest.mark.parametrize("share", [0.1, 0.6, 0.97])
-def test_files_that_are_cut_off_say_so(tmp_path, kind, share):
+def test_truncated_files_are_named(tmp_path, kind, share):
     path, big = tmp_path / kind, {"w": torch.rand(1000)}
     match kind:
         case "model.safetensors":
@@ -137,7 +137,7 @@ def test_files_that_are_cut_off_say_so(tmp_path, kind, share):
         read_state(path)
 
 
-def test_things_that_are_no_weights(tmp_path):
+def test_files_without_weights_are_refused(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "page.pth").write_text("<html>404</html>")
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")

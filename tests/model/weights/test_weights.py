@@ -94,7 +94,7 @@ def test_official_checkpoints_load_completely(goldens, name, backbone, queries):
 
 
 @pytest.mark.parametrize("backbone", [TINY_RESNET, TINY_SWIN], ids=["resnet", "swin"])
-def test_official_names_and_back_are_the_same_weights(backbone):
+def test_renaming_to_official_names_and_back_changes_nothing(backbone):
     torch.manual_seed(0)
     model = build_model(dataclasses.replace(small_config(num_layers=5), backbone=backbone))
     official = export_official(model)
@@ -189,7 +189,7 @@ def test_a_url_of_a_backbone_is_refused_early():
         ModelConfig(backbone=TimmBackboneConfig(weights="s3://b/r50.pkl"))
 
 
-def test_names_of_old_official_files_are_understood():
+def test_names_of_old_official_files_are_recognised():
     old = {
         "sem_seg_head.predictor.static_query.weight": torch.ones(1),
         "sem_seg_head.mask_features.weight": torch.ones(2),
@@ -236,7 +236,7 @@ def test_another_architecture_is_refused_and_nothing_is_loaded(small):
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
-def test_weights_of_something_else_are_refused(small):
+def test_weights_of_another_model_are_refused(small):
     with pytest.raises(WeightsError, match="no weight of this model; its first names are conv1, fc"):
         load_weights(small, {"conv1": torch.zeros(1), "fc": torch.zeros(1)})
 
