@@ -13,7 +13,7 @@ from m2f.cluster.ray_cluster import connect
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.shard_job import run_shard_job
-from m2f.cluster.terminal import format_duration, say
+from m2f.cluster.terminal import format_duration, print_out
 from m2f.cluster.train.ray_launcher import run_training
 from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -32,9 +32,9 @@ def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
     with connect(config):
         storage = Storage(config.storage)
         for name, dataset in config.datasets.items():
-            say(run_shard_job(name, dataset, config.cluster, storage).summary())
+            print_out(run_shard_job(name, dataset, config.cluster, storage).summary())
         summary = run_training(config, live=sys.stdout.isatty())
-    say(f"\n{describe(summary)}\n\n{format_duration(time.monotonic() - started)} in all")
+    print_out(f"\n{describe(summary)}\n\n{format_duration(time.monotonic() - started)} in all")
     return summary
 
 

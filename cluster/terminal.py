@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 
-def say(text: str = "") -> None:
+def print_out(text: str = "") -> None:
     """One line of a verb's answer, to standard output."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
-def complain(text: str) -> None:
+def print_err(text: str) -> None:
     """One line for the person, to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -21,7 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from m2f.cluster.ray_cluster import knock
 from m2f.cluster.ray_private import quiet_job_client, ray_version_of
-from m2f.cluster.terminal import complain, format_duration, say
+from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.model.errors import UserError
 
 POLL_S = 0.5
@@ -88,7 +88,7 @@ class JobClient:
             self._client = JobSubmissionClient(self.address)
             version = ray_version_of(self._client)
         if version != ray.__version__:
-            complain(f"the cluster has Ray {version}, this machine {ray.__version__}")
+            print_err(f"the cluster has Ray {version}, this machine {ray.__version__}")
 
     def jobs(self) -> list[KnownJob]:
         """All that were submitted through this API."""
@@ -139,11 +139,11 @@ class JobClient:
                     break
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            complain(f"\n{job_id} goes on without you; `m2f submit --stop {job_id}` ends it")
+            print_err(f"\n{job_id} goes on without you; `m2f submit --stop {job_id}` ends it")
             return INTERRUPTED
-        say(job.line())
+        print_out(job.line())
         if job.status == JobStatus.FAILED and job.exit_code is None:  # it never ran
-            complain(job.message)
+            print_err(job.message)
         return job.exit_code or _EXIT[JobStatus(job.status)]
 
     async def _tail(self, job_id: str, printed: int) -> int:
@@ -154,7 +154,7 @@ class JobClient:
                 new = text[max(0, printed - received) :]
                 received += len(text)
                 if new:
-                    say(new.removesuffix("\n"))
+                    print_out(new.removesuffix("\n"))
                 self._last_contact = time.monotonic()
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             logging.getLogger(__name__).debug("the log of %s breaks off: %s", job_id, error)

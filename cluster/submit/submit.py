@@ -21,7 +21,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.submit.ray_jobs import Job, JobClient, KnownJob
 from m2f.cluster.submit.upload import RECIPE, pack
-from m2f.cluster.terminal import complain
+from m2f.cluster.terminal import print_err
 from m2f.model.errors import ConfigError
 
 STOP_WAIT_S = 600
@@ -148,7 +148,7 @@ def for_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
         raise ConfigError("the recipe cannot run on a cluster\n  " + "\n  ".join(problems))
     for setting, url in (("storage.endpoint_url", config.storage.endpoint_url), ("tracking.uri", uri)):
         if url and urlsplit(url).hostname in _LOOPBACK:
-            complain(f"{setting} is {url}: every node looks for it on itself")
+            print_err(f"{setting} is {url}: every node looks for it on itself")
     return replace(config, cluster=replace(config.cluster, address=None))
 
 

@@ -8,7 +8,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.identity import identity_of
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.recipe.stored import store_recipe
-from m2f.cluster.terminal import complain
+from m2f.cluster.terminal import print_err
 from m2f.data_pipeline.loading.loader import mixture_labels
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
@@ -47,7 +47,7 @@ def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) ->
     changed = store_recipe(storage, config, has_progress=bool(list_checkpoints(storage, config.run_folder)))
     if changed:
         lines = "\n  ".join(changed)
-        complain(f"settings differ from those that {config.run_folder} was started with:\n  {lines}")
+        print_err(f"settings differ from those that {config.run_folder} was started with:\n  {lines}")
     return replace(job, lease=lease)
 
 

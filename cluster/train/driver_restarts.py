@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.terminal import complain
+from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
 from m2f.cluster.train.orphans import end_with_parent
 from m2f.cluster.train.signals import handling
@@ -30,7 +30,7 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
     """
     storage = Storage(config.storage)
     with ExitStack() as stack:
-        lease = stack.enter_context(hold_lease(storage, config.run_folder, complain))
+        lease = stack.enter_context(hold_lease(storage, config.run_folder, print_err))
         driver = _Driver(command, lease.environment())
         stack.enter_context(handling(driver.stop))
         history = AttemptHistory(newest_step(storage, config.run_folder))
@@ -43,7 +43,7 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
             failure = Failure(None, "death", f"the driver was killed ({signal.Signals(-status).name})")
             history = history.after(Attempt(failure, newest_step(storage, config.run_folder)))
             decision = decide(history, config.cluster.max_failures)
-            complain(f"{failure.message}: {decision.reason}")
+            print_err(f"{failure.message}: {decision.reason}")
             if isinstance(decision, Stop):
                 return 128 - status
             driver.wait(decision.delay_s)

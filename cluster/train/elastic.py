@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from m2f.cluster.recipe.config import ClusterConfig
-from m2f.cluster.terminal import say
+from m2f.cluster.terminal import print_out
 from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.resources import room
 
@@ -91,7 +91,7 @@ class Sizes:
         elif self._room_since is None:
             self._room_since = now
         elif now - self._room_since >= PATIENCE_S:
-            say(f"room for more than {self._size} workers: starting again after a checkpoint")
+            print_out(f"room for more than {self._size} workers: starting again after a checkpoint")
             self.growing = True
 
     def ended(self, relay: RunRelay) -> None:
@@ -109,4 +109,4 @@ class Sizes:
             return
         redone = max(0, self._ended_step - step)
         self.resizes.append(Resize(self._before, self._size, self._clock() - self._ended_at, redone))
-        say(f"resized {self.resizes[-1]}")
+        print_out(f"resized {self.resizes[-1]}")

@@ -20,7 +20,7 @@ from rich.text import Text
 from m2f.cluster.evaluation.lines import HEADLINE, headline
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
-from m2f.cluster.terminal import complain, format_duration, say
+from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.trainer.reporting import CommitReport, Event, Notice, NoticeKind, StepReport
 from m2f.trainer.telemetry.numbers import StepMetrics, SystemUse
 
@@ -85,7 +85,7 @@ class LiveView:
             case Notice(kind, step, message):
                 if kind in ("drained", "stopped", "finished"):
                     self._stage = "finishing" if kind == "finished" else "stopping"
-                (complain if kind in _ALARMING else say)(f"step {step}: {kind}: {message}")
+                (print_err if kind in _ALARMING else print_out)(f"step {step}: {kind}: {message}")
 
     def evaluating(self, progress: EvaluationProgress | None) -> None:
         """What is being evaluated now."""

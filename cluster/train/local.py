@@ -13,7 +13,7 @@ from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.queue import Entry, read_entries
 from m2f.cluster.evaluation.service import EvaluationService, queue_url
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.terminal import say
+from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError, root_cause
 from m2f.cluster.train.local_rank import train_rank, worker_environment
@@ -112,7 +112,7 @@ class LocalEvaluations:
 
     def training_ended(self) -> None:
         """Begin with the evaluations."""
-        say("all steps are done; evaluating checkpoints in this process")
+        print_out("all steps are done; evaluating checkpoints in this process")
         self._service = EvaluationService(self._config, self._tracked, LocalPool)
 
     def status(self) -> EvaluationStatus | None:

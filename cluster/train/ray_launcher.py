@@ -23,7 +23,7 @@ from m2f.cluster.evaluation.client import EvaluationClient
 from m2f.cluster.ray_cluster import ClusterError, connect, this_node
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
-from m2f.cluster.terminal import complain
+from m2f.cluster.terminal import print_err
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError
 from m2f.cluster.train.mailbox import Mailbox
@@ -172,7 +172,7 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
     )
     if not may_grow:
         raise ClusterError(message)
-    complain(f"waiting for the cluster to grow: {message}")
+    print_err(f"waiting for the cluster to grow: {message}")
 
 
 def controller_failures(cluster: ClusterConfig) -> int:

@@ -7,7 +7,7 @@ import sys
 from m2f.cluster.evaluation.lines import describe, started
 from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.queue import Entry
-from m2f.cluster.terminal import say
+from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, Tracking
 from m2f.cluster.train.live_view import LiveView
@@ -43,7 +43,7 @@ class RunRelay:
         """Workers are being started."""
         self.resumed = None
         if self._view is None:
-            say(f"starting {workers} training workers")
+            print_out(f"starting {workers} training workers")
         else:
             self._view.begin_attempt(workers)
 
@@ -69,11 +69,11 @@ class RunRelay:
             self._view.evaluating(status.current)
         elif status.current is not None and status.current.key != self._evaluated:
             self._evaluated = status.current.key
-            say(started(status.current))
+            print_out(started(status.current))
         for entry in status.entries:
             if entry.settled and entry.key not in self._shown:
                 self._shown.add(entry.key)
-                say(describe(entry))
+                print_out(describe(entry))
                 if self._view is not None:
                     self._view.evaluated(entry)
 

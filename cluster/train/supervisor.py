@@ -14,7 +14,7 @@ from m2f.cluster.evaluation.evaluate import check_sets
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.evaluation.service import look_s
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.terminal import complain, format_duration, say
+from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
 from m2f.cluster.train.continuation import check_continuation
@@ -77,7 +77,7 @@ def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) ->
     job = compose_job(config)
     check_continuation(job, storage)
     check_sets(config)
-    with hold_lease(storage, config.run_folder, complain) as lease, launcher:
+    with hold_lease(storage, config.run_folder, print_err) as lease, launcher:
         job = begin_run(config, job, lease.number, storage)
         view = LiveView(config.name, config.training.max_steps) if live else None
         return _Supervisor(config, job, storage, launcher, view, lease).run()
@@ -133,7 +133,7 @@ class _Supervisor:
             delete_old(self._storage, self._config.run_folder, newest.step, keep, self._lease.number)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
-            say(f"{waiting} evaluations wait; they are done when the run is continued")
+            print_out(f"{waiting} evaluations wait; they are done when the run is continued")
         return RunSummary(
             run_folder=self._config.run_folder,
             status=status,
@@ -197,16 +197,16 @@ class _Supervisor:
     ) -> None:
         """Say what happened in one line; the whole story goes to a file."""
         where = "" if failure.rank is None else f" on rank {failure.rank}"
-        complain(f"attempt {number} ended at checkpoint step {step}{where}: {_first_line(failure.message)}")
+        print_err(f"attempt {number} ended at checkpoint step {step}{where}: {_first_line(failure.message)}")
         if error is not None:
             story = join(self._config.run_folder, "failures", f"{time.strftime('%Y%m%d-%H%M%S')}.txt")
             self._storage.put(story, error.story.encode())
-            complain(f"  details: {story}")
+            print_err(f"  details: {story}")
         match decision:
             case Retry(delay_s, reason):
-                complain(f"  starting again in {delay_s:.0f} s: {reason}")
+                print_err(f"  starting again in {delay_s:.0f} s: {reason}")
             case Stop(reason):
-                complain(f"  giving up: {reason}")
+                print_err(f"  giving up: {reason}")
 
     def _give_up(self, error: AttemptError | None, failure: Failure) -> Status:
         """A failed run; raises the user's own mistake where that is the reason."""
@@ -239,7 +239,7 @@ class _Supervisor:
         self._evaluations.training_ended()
         while not self._interrupts and not self._are_commits_settled(self._evaluations):
             if self._evaluations.lost is not None:
-                complain(f"no evaluation: their service cannot start ({self._evaluations.lost})")
+                print_err(f"no evaluation: their service cannot start ({self._evaluations.lost})")
                 return
             self._pause(look_s(self._config.run_folder))
         self._update(0.0)
@@ -273,7 +273,7 @@ class _Supervisor:
         self._interrupts += 1
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        complain("stopping after a checkpoint; once more to end at once")
+        print_err("stopping after a checkpoint; once more to end at once")
 
 
 class _Silence:
@@ -293,7 +293,7 @@ class _Silence:
             return
         self._said = now
         reason = self._launcher.describe_wait()
-        complain(
+        print_err(
             f"no report from the workers for {format_duration(now - self._since)}"
             f"{f'; {reason}' if reason else ''}{self._hint}"
         )

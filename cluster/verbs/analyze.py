@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace) -> int:
     from m2f.cluster.analyze.model_table import format_model_table, paper_sizes, recipe_size
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import Progress, say
+    from m2f.cluster.terminal import Progress, print_out
     from m2f.model.analysis.paper_models import paper_models
     from m2f.model.errors import ConfigError
 
@@ -66,7 +66,7 @@ def _table(args: argparse.Namespace) -> int:
             for row in paper_sizes(models, size, timed=args.seconds):
                 rows.append(row)
                 progress.advance(1)
-    say(format_model_table(rows, size, markdown=args.markdown))
+    print_out(format_model_table(rows, size, markdown=args.markdown))
     return 0
 
 
@@ -75,12 +75,12 @@ def _layers(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from m2f.cluster.analyze.analyze import analyze_layers
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.eval.inference.layers import layer_table
 
     subject = _subject(args)
     layers = analyze_layers(subject)
-    say(f"{subject.title}\n\n{layer_table(layers)}")
+    print_out(f"{subject.title}\n\n{layer_table(layers)}")
     _write(args.output, {"layers.json": json.dumps([asdict(layer) for layer in layers], indent=1).encode()})
     return 0
 
@@ -89,11 +89,11 @@ def _attention(args: argparse.Namespace) -> int:
     import json
 
     from m2f.cluster.analyze.analyze import analyze_attention
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
 
     subject = _subject(args)
     mass, pictures = analyze_attention(subject, args.pictures if args.output else 0)
-    say(f"{subject.title}\n\n{mass.table()}")
+    print_out(f"{subject.title}\n\n{mass.table()}")
     shares = {"object_share_by_layer": mass.by_layer, "object_share_by_level": mass.by_level}
     files = {"attention.json": json.dumps(shares, indent=1).encode()}
     _write(args.output, files | {f"attention_{image_id}.png": png for image_id, png in pictures.items()})
@@ -130,11 +130,11 @@ def _parse_size(text: str) -> tuple[int, int]:
 def _write(folder: str | None, files: dict[str, bytes]) -> None:
     from pathlib import Path
 
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
 
     if folder is None:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (Path(folder) / name).write_bytes(data)
-    say(f"\n{folder}: {', '.join(files)}")
+    print_out(f"\n{folder}: {', '.join(files)}")

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 where a checkpoint is damaged."""
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.folder import list_checkpoints
     from m2f.trainer.reporting import CommittedCheckpoint
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         return _export(storage, chosen.url, args.output, averaged=not args.no_average)
     if args.step is not None:
         found = (CommittedCheckpoint(args.step, chosen.url),)
-    say(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
+    print_out(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
     states = [_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in found]
     return 0 if all(states) else 1
 
@@ -55,7 +55,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     import tempfile
     from pathlib import Path
 
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.model.errors import ConfigError
     from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS, fetch, read_manifest
 
@@ -68,13 +68,13 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     with tempfile.TemporaryDirectory(prefix=".m2f-export-", dir=target.parent) as folder:
         fetch(storage, url, [name], manifest, Path(folder))
         (Path(folder) / name).rename(target)
-    say(f"{output}: {name} of {url}, {target.stat().st_size / 1e6:,.1f} MB")
+    print_out(f"{output}: {name} of {url}, {target.stat().st_size / 1e6:,.1f} MB")
     return 0
 
 
 def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
     """Print one row; whether the checkpoint is whole."""
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.trainer.checkpoint.folder import pins, read_manifest, verify_sizes
     from m2f.trainer.errors import CheckpointError
 
@@ -87,11 +87,11 @@ def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) 
         if every_byte:
             _verify_bytes(storage, checkpoint.url)
     except CheckpointError as error:
-        say(f"{row}  damaged: {error}")
+        print_out(f"{row}  damaged: {error}")
         return False
     kept_for = pins(storage, checkpoint.url)
     state = "every byte verified" if every_byte else "whole"
-    say(f"{row}  {', kept for '.join([state, *kept_for])}")
+    print_out(f"{row}  {', kept for '.join([state, *kept_for])}")
     return True
 
 

@@ -40,18 +40,18 @@ def run(args: argparse.Namespace) -> int:
 
     from m2f.cluster.compare.compare import compare_runs
     from m2f.cluster.compare.records import read_runs
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
 
     form = args.format or ENDINGS.get(Path(args.output or "").suffix.lower(), "text")
     runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)
     comparison = compare_runs(runs, args.metric, args.step)
     if args.output is None:
-        say(_render(comparison, form, None).rstrip("\n"))
+        print_out(_render(comparison, form, None).rstrip("\n"))
         return 0
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(_render(comparison, form, output))
-    say(f"{output}: {len(runs)} runs")
+    print_out(f"{output}: {len(runs)} runs")
     return 0
 
 

@@ -24,13 +24,13 @@ def run(args: argparse.Namespace) -> int:
     """Print to standard output."""
     from m2f.cluster.recipe.explain import explain
     from m2f.cluster.recipe.load import dump_recipe, load_recipe
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.model.errors import ConfigError
 
     if args.explain is not None:
-        say(explain(args.explain).rstrip())
+        print_out(explain(args.explain).rstrip())
         return 0
     if args.recipe is None:
         raise ConfigError("no recipe given: m2f config RECIPE prints it, m2f config --explain explains all settings")
-    say(dump_recipe(load_recipe(args.recipe, args.overrides)).rstrip())
+    print_out(dump_recipe(load_recipe(args.recipe, args.overrides)).rstrip())
     return 0

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.storage.storage import Storage, join
     from m2f.model.errors import ConfigError
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.source} is a checkpoint without its run; give --output a folder for the results")
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint or copied)
-    say(f"evaluating {weights.url}")
+    print_out(f"evaluating {weights.url}")
     from m2f.cluster.evaluation.evaluate import write_files
     from m2f.cluster.evaluation.offline import evaluate_checkpoint
     from m2f.cluster.tracking.tracking import Tracking, find_run
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
             place = f"evaluations/{weights.name}/{name}"
             url = join(args.output, name) if args.output else join(config.run_folder, place)
             folder = write_files(storage, url, evaluation.files(), local=Path(scratch) / name)
-            say(f"\n{evaluation.results.table()}\n\nresults: {url}")
+            print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
             if dump is not None:
-                say(f"predictions: {join(dump, name)}")
+                print_out(f"predictions: {join(dump, name)}")
             if tracking is not None and weights.step is not None:
                 tracking.log_metrics(weights.step, evaluation.results.headline(name))
                 tracking.log_artifact(folder, place)

@@ -34,11 +34,11 @@ def run(args: argparse.Namespace) -> int:
 
     from m2f.cluster.predict.export import check_output, write_model
     from m2f.cluster.predict.trained_model import open_trained
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
 
     check_output(args.format, args.output, args.size)
     trained = open_trained(args.source, args.overrides, args.checkpoint)
     size = None if args.size is None else (args.size[0], args.size[1])
     written = write_model(trained, args.format, Path(args.output), size)
-    say(f"{args.output}: {written} (weights: {trained.weights})")
+    print_out(f"{args.output}: {written} (weights: {trained.weights})")
     return 0

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from m2f.cluster.terminal import Progress, say
+    from m2f.cluster.terminal import Progress, print_out
     from m2f.data_pipeline.config import DatasetConfig
     from m2f.data_pipeline.readers.category_file import read_category_file
     from m2f.data_pipeline.shards.index import IndexOptions, detect_form, find_tars, index_tars
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             threads=threads,
             on_progress=_megabytes(progress),
         )
-    say(_summary(report, args.output, args.report))
+    print_out(_summary(report, args.output, args.report))
     if args.report:
         storage.put(args.report, json.dumps(asdict(report), indent=1).encode())
     return 0 if report.committed else 1

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.cluster.train.compose import compose_job
     from m2f.data_pipeline.order.order import build_order
     from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     manifests = [Manifest.load(config.datasets[item.dataset].shards, storage) for item in config.data.train]
     order = build_order(manifests, config.seed, config.data)
     ranks = SimulatedRanks(world=world, per_machine=min(args.per_machine, world), batch=batch, images_per_s=args.speed)
-    say(format_read_costs(simulate_reads(manifests, order, config.data, config.seed, ranks), ranks))
+    print_out(format_read_costs(simulate_reads(manifests, order, config.data, config.seed, ranks), ranks))
     model = compose_job(config, storage).model
     targets = max(int(manifest.num_segments.max()) for manifest in manifests)
     plan = plan_memory(model, config.data, config.training, world, targets)
-    say(format_memory(plan, world, config.training.zero.stage, args.gpu_gb))
+    print_out(format_memory(plan, world, config.training.zero.stage, args.gpu_gb))
     return 0

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list
     from m2f.cluster.predict.predict import Predictor, predict_images
     from m2f.cluster.predict.trained_model import open_trained
-    from m2f.cluster.terminal import complain, say
+    from m2f.cluster.terminal import print_err, print_out
     from m2f.data_pipeline.storage.storage import Storage
 
     words, overrides = split_overrides(args.words)
@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
     options = {"pictures": not args.no_pictures, "shown_score": args.min_score}
     with PredictionFolder(output, predictor.classes, **options) as folder:
         problems = predict_images(predictor, images, storage, folder, args.batch)
-    say(f"{len(images) - len(problems)} of {len(images)} images: {args.output} (weights: {trained.weights})")
+    print_out(f"{len(images) - len(problems)} of {len(images)} images: {args.output} (weights: {trained.weights})")
     if args.submission and not problems:
-        say(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
+        print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:
-        complain(f"no submission is written: {len(problems)} images are missing, and the server would refuse it")
+        print_err(f"no submission is written: {len(problems)} images are missing, and the server would refuse it")
     return 1 if problems else 0
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write one sheet."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.preview import spread_indices, write_contact_sheet
     from m2f.data_pipeline.storage.storage import Storage
@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     manifest = Manifest.load(config.datasets[name].shards, storage)
     indices = spread_indices(manifest, args.images)
     write_contact_sheet(manifest, indices, storage, args.output)
-    say(f"{args.output}: {len(indices)} of {manifest.num_samples} images of {name}")
+    print_out(f"{args.output}: {len(indices)} of {manifest.num_samples} images of {name}")
     return 0

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     import os
 
-    from m2f.cluster.terminal import Progress, say
+    from m2f.cluster.terminal import Progress, print_out
     from m2f.eval.errors import EvaluationError
 
     workers = args.workers or len(os.sched_getaffinity(0))
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         report = scoring.run(workers, progress.advance)
     if args.output is not None:
         args.output.write_text(json.dumps(report.content, indent=1, allow_nan=False) + "\n")
-    say(report.table)
+    print_out(report.table)
     return 0
 
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.ray_cluster import local_or_existing
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.shard_job import run_shard_job
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.errors import DataError
     from m2f.data_pipeline.shards.manifest import read_document
     from m2f.data_pipeline.storage.storage import Storage
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         for name in chosen:
             options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going}
             try:
-                say(run_shard_job(name, config.datasets[name], config.cluster, storage, **options).summary())
+                print_out(run_shard_job(name, config.datasets[name], config.cluster, storage, **options).summary())
             except UserError as error:
                 if not args.keep_going:
                     raise

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print one table per data set."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.stats import class_table, format_class_table
     from m2f.data_pipeline.storage.storage import Storage
@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     for name in choose_datasets(names, list(config.datasets)):
         manifest = Manifest.load(config.datasets[name].shards, storage)
         size = sum(shard.size for shard in manifest.shards) / 1e6
-        say(f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {size:,.1f} MB, {manifest.url}")
-        say(format_class_table(class_table(manifest)) + "\n")
+        print_out(
+            f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {size:,.1f} MB, {manifest.url}"
+        )
+        print_out(format_class_table(class_table(manifest)) + "\n")
     return 0

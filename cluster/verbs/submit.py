@@ -57,31 +57,31 @@ def run(args: argparse.Namespace) -> int:
         return _ask(JobClient(args.address), args)
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.submit.submit import Attach, job_environment, submit_training
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
 
     config = load_recipe(args.recipe, args.overrides)
     client = JobClient(args.address)
     env = job_environment(args.env, config)
     choice = submit_training(client, config, env, args.shared, args.installed)
     where = f"{choice.job_id} on {client.address}"
-    say(f"the run has a job already: {where}" if isinstance(choice, Attach) else f"sent: {where}")
+    print_out(f"the run has a job already: {where}" if isinstance(choice, Attach) else f"sent: {where}")
     return 0 if args.detach else client.follow(choice.job_id)
 
 
 def _ask(client: JobClient, args: argparse.Namespace) -> int:
     """--stop and --status."""
-    from m2f.cluster.terminal import complain, say
+    from m2f.cluster.terminal import print_err, print_out
 
     jobs = _named_jobs(client, args)
     if not jobs:
-        complain("the cluster knows no job of this run")
+        print_err("the cluster knows no job of this run")
         return 1
     if args.stop:
         jobs = [job if job.ended else client.stop(job.job_id) for job in jobs[-1:]]
     for job in jobs:
-        say(job.line())
+        print_out(job.line())
         if job.status == "FAILED":
-            complain(f"  {job.message}")
+            print_err(f"  {job.message}")
     return 1 if jobs[-1].status == "FAILED" else 0
 
 
@@ -105,7 +105,7 @@ def _write_ray_job(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.submit.kuberay import apply, ray_job_yaml
     from m2f.cluster.submit.submit import for_cluster, job_environment
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
 
     config = for_cluster(load_recipe(args.recipe, args.overrides), args.shared)
     text = ray_job_yaml(config, Path(args.kuberay), job_environment(args.env, config))
@@ -114,5 +114,5 @@ def _write_ray_job(args: argparse.Namespace) -> int:
     if args.apply:
         apply(text)
     elif args.output is None:
-        say(text)
+        print_out(text)
     return 0

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where the run failed."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import complain, say
+    from m2f.cluster.terminal import print_err, print_out
 
     live = sys.stdout.isatty() and not args.plain
     config = load_recipe(args.recipe, args.overrides)
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
         from m2f.cluster.train.ray_launcher import run_training
 
         summary = run_training(config, live)
-    say(f"run {summary.status}: {summary.run_folder}")
+    print_out(f"run {summary.status}: {summary.run_folder}")
     for entry in summary.evaluations:
         if entry.status == "failed":
-            complain(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")
+            print_err(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")
     return 1 if summary.status == "failed" else 0
 
 

@@ -31,14 +31,14 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from m2f.cluster.terminal import say
+    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
     storage = Storage()
     found = [_verify(url, storage, "full" if args.full else "quick", threads) for url in args.urls]
     for verification in found:
-        say(_summary(verification, args.report))
+        print_out(_summary(verification, args.report))
     if args.report:
         entries = [{**asdict(verification), "passed": verification.passed} for verification in found]
         storage.put(args.report, json.dumps(entries, indent=1).encode())

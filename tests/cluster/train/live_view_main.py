@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from m2f.cluster.terminal import say
+from m2f.cluster.terminal import print_out
 from m2f.cluster.train.live_view import LiveView
 from m2f.trainer.reporting import Notice, StepReport
 from tests.trainer.step_metrics import with_loss
@@ -19,5 +19,5 @@ view.report(Notice("skipped", 30, "the loss of img_7 is not finite"))
 while not stop.exists():
     time.sleep(0.05)
 view.stop("finished")
-say("after the panel")
+print_out("after the panel")
 time.sleep(600)  # the terminal goes with this process
