@@ -13,10 +13,10 @@ from typing import Any, Literal, Self, get_args
 from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.errors import DataError, some
 
-_SHOWN_ROWS = 20
+_MAX_LISTED_PAIRS = 20
 """Differing rows that a message lists, so that it fits on a screen."""
 
-Row = tuple[Category | None, Category | None]
+ClassPair = tuple[Category | None, Category | None]
 """The same class in two tables; None where a table lacks it."""
 
 
@@ -58,7 +58,7 @@ class ClassMatch:
     ids; subset: only some classes are in both; conflict: the tables contradict each other, or share no class."""
     labels: tuple[int | None, ...]
     """For every class of the first table its place in the second; None where that lacks it."""
-    differing: tuple[Row, ...] = ()
+    differing: tuple[ClassPair, ...] = ()
     """subset: classes that only one table has. conflict: rows that contradict each other."""
 
     @property
@@ -74,10 +74,10 @@ class ClassMatch:
     def describe_rows(self, first_name: str, second_name: str) -> str:
         """The differing rows of both tables, one line each."""
         lines = [
-            f"{first_name}: {_row(first)}; {second_name}: {_row(second)}"
-            for first, second in self.differing[:_SHOWN_ROWS]
+            f"{first_name}: {_class_text(first)}; {second_name}: {_class_text(second)}"
+            for first, second in self.differing[:_MAX_LISTED_PAIRS]
         ]
-        more = len(self.differing) - _SHOWN_ROWS
+        more = len(self.differing) - _MAX_LISTED_PAIRS
         return "\n  ".join(lines + [f"and {more} more"] * (more > 0))
 
 
@@ -88,7 +88,7 @@ def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids:
     unless the tables are equal; no class in common; and, with `ids`, an id under which each table has a class that the
     other lacks: most probably the same class under two names.
     """
-    if _rows(first) == _rows(second):
+    if _class_keys(first) == _class_keys(second):
         kind = "equal" if [c.id for c in first] == [c.id for c in second] else "by_name"
         return ClassMatch(kind, tuple(range(len(first))))
     places = {category.name: place for place, category in enumerate(second)}
@@ -96,7 +96,7 @@ def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids:
     labels = tuple(places.get(category.name) for category in first)
     alone = [category for category in first if category.name not in places]
     strangers = [category for category in second if category.name not in names]
-    conflicts: list[Row] = [
+    conflicts: list[ClassPair] = [
         (category, second[label])
         for category, label in zip(first, labels, strict=True)
         if label is not None and category.is_thing != second[label].is_thing
@@ -105,7 +105,7 @@ def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids:
     if ids:
         by_id = {category.id: category for category in strangers}
         conflicts += [(category, by_id[category.id]) for category in alone if category.id in by_id]
-    differing: list[Row] = [(category, None) for category in alone] + [(None, category) for category in strangers]
+    differing: list[ClassPair] = [(category, None) for category in alone] + [(None, category) for category in strangers]
     if conflicts or all(label is None for label in labels):
         return ClassMatch("conflict", labels, tuple(conflicts or differing))
     return ClassMatch("subset" if differing else "by_name", labels, tuple(differing))
@@ -136,7 +136,7 @@ def describe_subset(found: ClassMatch, first_name: str, second_name: str) -> str
     return "; ".join(parts)
 
 
-def _rows(classes: Sequence[Category]) -> list[tuple[str, bool]]:
+def _class_keys(classes: Sequence[Category]) -> list[tuple[str, bool]]:
     return [(category.name, category.is_thing) for category in classes]
 
 
@@ -145,7 +145,7 @@ def _repeated(classes: Sequence[Category]) -> list[Category]:
     return [category for category in classes if counts[category.name] > 1]
 
 
-def _row(category: Category | None) -> str:
+def _class_text(category: Category | None) -> str:
     if category is None:
         return "-"
     return f"id {category.id} {category.name!r} ({'thing' if category.is_thing else 'stuff'})"

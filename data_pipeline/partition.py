@@ -22,7 +22,7 @@ class Region(NamedTuple):
 
 
 def partition(
-    values: np.ndarray, classify: Callable[[int], Region | None], where: object, unknown_are: str
+    values: np.ndarray, classify: Callable[[int], Region | None], where: object, unknown_message: str
 ) -> Annotation:
     """Segments of a map whose pixels name their segment, in the order of their lowest value.
 
@@ -30,7 +30,7 @@ def partition(
         values: [H, W], unsigned, below 2^24.
         classify: the region of a value, None for void; raises KeyError with what the data set does not know.
         where: file or sample of the map, for the message.
-        unknown_are: the message after the list of unknown values: what is wrong with them and the remedy.
+        unknown_message: the message after the list of unknown values: what is wrong with them and the remedy.
 
     Raises:
         DataError: unknown values.
@@ -50,7 +50,7 @@ def partition(
         if region is not None:
             local_ids[number] = regions.setdefault(region, len(regions) + 1)
     if unknown:
-        raise DataError(f"{where}: pixel values {some(unknown, 20)} {unknown_are}")
+        raise DataError(f"{where}: pixel values {some(unknown, 20)} {unknown_message}")
     local_ids = local_ids.astype(id_dtype(len(regions)))
     pixels = np.bincount(local_ids, weights=areas, minlength=len(regions) + 1)
     boxes = _boxes(runs, local_ids[of_run], len(regions))

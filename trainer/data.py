@@ -13,7 +13,7 @@ from m2f.data_pipeline.order.order import OffsetOrder, Order, build_order
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.errors import TrainingError
-from m2f.trainer.job import TrainJob, Window
+from m2f.trainer.job import PositionRange, TrainJob
 from m2f.trainer.state import TrainState
 
 
@@ -108,13 +108,13 @@ def open_batches(
             yield from islice(steps, count)
 
 
-def unskipped(position: int, skipped: Sequence[Window], global_batch: int) -> list[tuple[int, int | None]]:
-    """First step and number of steps of every stretch between the skipped windows; the last one has no end (None)."""
+def unskipped(position: int, skipped: Sequence[PositionRange], global_batch: int) -> list[tuple[int, int | None]]:
+    """First step and number of steps of every stretch between the skipped ranges; the last one has no end (None)."""
     stretches: list[tuple[int, int | None]] = []
-    for window in sorted(skipped, key=lambda window: window.start):
-        if window.stop <= position:
+    for positions in sorted(skipped, key=lambda positions: positions.start):
+        if positions.stop <= position:
             continue
-        if window.start > position:
-            stretches.append((position // global_batch, (window.start - position) // global_batch))
-        position = window.stop
+        if positions.start > position:
+            stretches.append((position // global_batch, (positions.start - position) // global_batch))
+        position = positions.stop
     return [*stretches, (position // global_batch, None)]

@@ -12,7 +12,7 @@ from m2f.trainer.config import TrainingConfig
 
 
 @dataclass(frozen=True)
-class Window:
+class PositionRange:
     """Positions of the data order from `start` up to but not including `stop`, both between two steps."""
 
     start: int
@@ -46,7 +46,7 @@ class TrainJob:
     """Names this start of the ranks in the run folder; empty where nobody supervises them."""
     evaluates: bool = False
     """Whether checkpoints are evaluated, and kept until they are."""
-    skipped: tuple[Window, ...] = ()
+    skipped: tuple[PositionRange, ...] = ()
     """What the run leaves out after loss spikes, as if the order did not have it."""
 
     @property

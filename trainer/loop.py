@@ -14,7 +14,7 @@ from m2f.trainer.data import OpenData
 from m2f.trainer.engine.engine import StepResult
 from m2f.trainer.engine.schedule import lr_factor
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, TrainingError
-from m2f.trainer.job import Control, TrainJob, Window
+from m2f.trainer.job import Control, PositionRange, TrainJob
 from m2f.trainer.observer import Observer
 from m2f.trainer.ranks import StepFacts
 from m2f.trainer.recovery.bad_samples import BadSamples
@@ -146,11 +146,11 @@ class _Loop:
         state = replace(state, losses=before.after(loss, first, config))
         if state.losses.high == config.steps:
             usual, deviation = before.usual()
-            window = Window(state.losses.start, state.position)
-            message = f"the loss is {loss:.4g} where {usual:.4g} +- {deviation:.2g} is usual ({window})"
+            positions = PositionRange(state.losses.start, state.position)
+            message = f"the loss is {loss:.4g} where {usual:.4g} +- {deviation:.2g} is usual ({positions})"
             self._notify("spike", state.step, message)
             if config.action == "roll_back":
-                raise LossSpikeError(f"after step {state.step} {message}", window.start, window.stop)
+                raise LossSpikeError(f"after step {state.step} {message}", positions.start, positions.stop)
         return state
 
     def _report(self, state: TrainState, losses: Sequence[Losses], result: StepResult) -> None:

@@ -87,12 +87,12 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def run_on_rank0(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; where it raises there, all ranks raise."""
-        box = self.together(lambda: [make()] if self.is_first else [])
+        box = self.run_on_all(lambda: [make()] if self.is_first else [])
         return self.broadcast(box)[0]
 
-    def together(self, make: Callable[[], T]) -> T:
+    def run_on_all(self, make: Callable[[], T]) -> T:
         """What `make` returns on this rank; where it raises on any rank, all ranks raise."""
         box: list[T] = []
         error = None

@@ -47,20 +47,20 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
     training = job.training
     storage, ranks = Storage(job.storage), Ranks(training.collective_timeout_s)
-    data = ranks.together(lambda: open_data(job, storage))
-    ranks.from_first(lambda: data.check(storage))
+    data = ranks.run_on_all(lambda: open_data(job, storage))
+    ranks.run_on_rank0(lambda: data.check(storage))
     state, resumed = _fresh_state(job, data, ranks), None
-    candidates = ranks.from_first(lambda: list_checkpoints(storage, job.run_folder))
-    ranks.from_first(lambda: require_own_checkpoint(storage, [c.url for c in candidates], job.identity))
+    candidates = ranks.run_on_rank0(lambda: list_checkpoints(storage, job.run_folder))
+    ranks.run_on_rank0(lambda: require_own_checkpoint(storage, [c.url for c in candidates], job.identity))
     accept = job.data.accept_changes
     with open_restart(candidates, state, storage, ranks, reporter, accept, job.skipped, job.lease) as restart:
-        model, report = ranks.together(lambda: _build_model(job, storage, from_scratch=restart is None))
+        model, report = ranks.run_on_all(lambda: _build_model(job, storage, from_scratch=restart is None))
         if report is not None and ranks.is_first:
             reporter.report(Notice("weights", 0, f"{job.model.weights}: {report}"))
         if restart is not None:
             restart.load_model(model)
         if training.compile:
-            ranks.together(lambda: compile_regions(model))
+            ranks.run_on_all(lambda: compile_regions(model))
         module = TrainingModule(model, job.model, job.seed, training.precision)
         job = probe_memory(module, job, data, this_device(), ranks, reporter)
         engine = Engine(module, job.training, this_device(), universal=restart is not None and restart.reshard)

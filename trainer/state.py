@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 
 from m2f.trainer.errors import CheckpointError
-from m2f.trainer.job import Window
+from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.spikes import LossHistory
 
 
@@ -39,9 +39,9 @@ class TrainState:
             skipped_total=self.skipped_total + (not applied),
         )
 
-    def inside(self, window: Window) -> bool:
-        """Whether the run has trained on samples of a window and is not yet past it: a spike may be in the weights."""
-        return window.start < self.position <= window.stop
+    def inside(self, positions: PositionRange) -> bool:
+        """Whether the run has trained on some of them and is not past them: a spike may be in the weights."""
+        return positions.start < self.position <= positions.stop
 
     def with_order(self, fingerprint: str) -> TrainState:
         """The state with another order of the data that begins here."""

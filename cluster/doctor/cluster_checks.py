@@ -15,7 +15,7 @@ from m2f.cluster.doctor.doctor import machine_checks, run_checks
 from m2f.cluster.doctor.finding import Finding
 from m2f.cluster.doctor.services import skew_finding
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.train.resources import demands, room
+from m2f.cluster.train.resources import count_fitting, resource_requests
 
 PATIENCE_S = 180.0
 CLUSTER = "cluster"
@@ -104,10 +104,10 @@ def _room(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding
     if config is None:
         return []
     findings: list[Finding] = []
-    for demand in demands(config):
-        places = room((node["Resources"] for node in nodes), demand.needs)
-        detail = f"{demand}, and room for {places}"
-        if places < demand.count:
+    for request in resource_requests(config):
+        places = count_fitting((node["Resources"] for node in nodes), request.needs)
+        detail = f"{request}, and room for {places}"
+        if places < request.count:
             remedy = "lower the recipe's numbers, or let the cluster grow"
             findings.append(Finding("room", "warning", detail, remedy, CLUSTER))
         else:

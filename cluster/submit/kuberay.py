@@ -16,7 +16,7 @@ import m2f
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.submit.submit import run_digest
-from m2f.cluster.train.resources import demands, room
+from m2f.cluster.train.resources import count_fitting, resource_requests
 from m2f.model.errors import UserError
 
 SCHEMA = m2f.HOME / "cluster" / "cloud" / "ray_job_schema.yaml"
@@ -102,9 +102,9 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
         problems += _image_problems(group["groupName"], group["template"]["spec"])
         problems += _pod_problems(group["groupName"], group["template"]["spec"])
     nodes = [node for group in groups for node in [_node(group)] * group.get("maxReplicas", 0)]
-    for demand in demands(config):
-        if (places := room(nodes, demand.needs)) < demand.count:
-            problems.append(f"{demand}, and the groups have room for {places}; raise maxReplicas or the resources")
+    for request in resource_requests(config):
+        if (places := count_fitting(nodes, request.needs)) < request.count:
+            problems.append(f"{request}, and the groups have room for {places}; raise maxReplicas or the resources")
     return problems
 
 

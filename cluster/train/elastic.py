@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.terminal import print_out
 from m2f.cluster.train.relay import RunRelay
-from m2f.cluster.train.resources import room
+from m2f.cluster.train.resources import count_fitting
 
 LOOK_S = 2.0
 PATIENCE_S = 10.0
@@ -86,7 +86,7 @@ class Sizes:
         if self._size == self._config.max_workers or not works or self.growing or now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
-        if not room(self._nodes(), self._config.needs):
+        if not count_fitting(self._nodes(), self._config.needs):
             self._room_since = None
         elif self._room_since is None:
             self._room_since = now
@@ -102,7 +102,7 @@ class Sizes:
         now = self._clock()
         if self._waiting_since is None:
             self._waiting_since = now
-        return next_size(room(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
+        return next_size(count_fitting(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
 
     def _note_resize(self, step: int) -> None:
         if self._before is None or self._size is None or self._before == self._size:

@@ -9,8 +9,8 @@ from typing import Literal
 from m2f.data_pipeline.errors import LoaderDiedError, StorageError
 from m2f.model.errors import UserError
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, RankDiedError
-from m2f.trainer.job import Window
-from m2f.trainer.recovery.adjustments import Change, SkipWindow, SmallerMicroBatch
+from m2f.trainer.job import PositionRange
+from m2f.trainer.recovery.adjustments import Change, SkipPositions, SmallerMicroBatch
 from m2f.trainer.recovery.ending import Ending
 
 FailureKind = Literal["mistake", "error", "death", "preemption", "memory", "spike", "collateral"]
@@ -58,7 +58,7 @@ class Failure:
     """Type and text of the error, without a traceback."""
     micro_batch: int = 0
     """memory: images that were too many."""
-    window: Window | None = None
+    positions: PositionRange | None = None
     """spike: its samples."""
 
 
@@ -138,8 +138,8 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     spent = sum(a.failure.kind not in _FREE for a in streak)
     if spent > max_failures:
         return Stop(f"{spent} failures without a new checkpoint; cluster.max_failures allows {max_failures}")
-    if last.window is not None:
-        return Retry(0.0, f"from the checkpoint before, without {last.window}", SkipWindow(last.window))
+    if last.positions is not None:
+        return Retry(0.0, f"from the checkpoint before, without {last.positions}", SkipPositions(last.positions))
     return Retry(min(2.0 ** (spent - 1), MAX_BACKOFF_S), f"failure {spent} of at most {max_failures} without progress")
 
 
@@ -213,6 +213,6 @@ def _failure(rank: int, error: BaseException) -> Failure:
         case OutOfMemoryError(micro_batch=size):
             return Failure(rank, "memory", message, micro_batch=size)
         case LossSpikeError(start=start, stop=stop):
-            return Failure(rank, "spike", message, window=Window(start, stop))
+            return Failure(rank, "spike", message, positions=PositionRange(start, stop))
         case _:
             return Failure(rank, classify(error), message)

@@ -9,7 +9,7 @@ from m2f.cluster.recipe.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Demand:
+class ResourceRequest:
     """Processes that a run cannot start without."""
 
     purpose: str
@@ -23,16 +23,18 @@ class Demand:
         return f"{self.purpose}: {self.count} processes with {each} each"
 
 
-def demands(config: RunConfig) -> list[Demand]:
+def resource_requests(config: RunConfig) -> list[ResourceRequest]:
     """What the run asks for; of a range of workers the least."""
-    found = [Demand("training", config.cluster.min_workers, config.cluster.needs)]
+    found = [ResourceRequest("training", config.cluster.min_workers, config.cluster.needs)]
     settings = config.evaluation
     if settings.sets:
         needs = {"CPU": settings.num_cpus_per_actor, "GPU": settings.num_gpus_per_actor, **settings.resources_per_actor}
-        found.append(Demand("evaluation", settings.actors, {name: amount for name, amount in needs.items() if amount}))
+        found.append(
+            ResourceRequest("evaluation", settings.actors, {name: amount for name, amount in needs.items() if amount})
+        )
     return found
 
 
-def room(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
+def count_fitting(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
     """How many processes the free resources of these nodes hold."""
     return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items()) for node in nodes)

@@ -83,7 +83,7 @@ class ChunkCache:
         self._counters.add(cache_hits=1, bytes_cached=len(data))
         return data
 
-    def forget(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """Delete a chunk, whose content is damaged."""
         (self._chunks / f"{name}{_CHUNK_SUFFIX}").unlink(missing_ok=True)
 
@@ -145,7 +145,7 @@ class ChunkCache:
         held = sum(sizes.values())
         if held > self._limit:
             for name in choose_victims(sizes, self._upcoming(), held - _KEPT_AFTER_EVICTION * self._limit):
-                self.forget(name)
+                self.delete(name)
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of every chunk on the disk, whoever wrote it."""

@@ -90,7 +90,7 @@ class SampleFetcher:
             raise StopIteration
         group = self._future.popleft()
         self._started -= 1
-        samples = tuple(None if ref is None else RawSample(ref, self._take((ref.dataset, ref.index))) for ref in group)
+        samples = tuple(None if ref is None else RawSample(ref, self._pop((ref.dataset, ref.index))) for ref in group)
         if self._kept_bytes > self._limits.kept_bytes:
             self._evict()
         return samples
@@ -119,7 +119,7 @@ class SampleFetcher:
             indices = [int(i) for i in self._chunks[dataset].members(number) if self._uses[dataset, int(i)]]
             self._reads[chunk] = self._pool.submit(self._read, dataset, number, indices)
 
-    def _take(self, sample: _SampleKey) -> Members | DataError:
+    def _pop(self, sample: _SampleKey) -> Members | DataError:
         while sample not in self._kept:
             chunk = self._chunk(sample)
             self._start_read(chunk)
@@ -132,10 +132,10 @@ class SampleFetcher:
         self._uses[sample] -= 1
         if not self._uses[sample]:
             del self._uses[sample]
-            self._forget(sample)
+            self._discard(sample)
         return members
 
-    def _forget(self, sample: _SampleKey) -> None:
+    def _discard(self, sample: _SampleKey) -> None:
         del self._kept[sample]
         self._kept_bytes -= self._size(sample)
 
@@ -152,7 +152,7 @@ class SampleFetcher:
                     budget -= self._size(sample)
                     if budget < 0:
                         for unwanted in self._kept.keys() - keep:
-                            self._forget(unwanted)
+                            self._discard(unwanted)
                         return
                     keep.add(sample)
 
@@ -166,7 +166,7 @@ class SampleFetcher:
             if not indices:
                 break
             if self._cache is not None:
-                self._cache.forget(self._name(dataset, number))
+                self._cache.delete(self._name(dataset, number))
         return found
 
     def _read_span(self, dataset: int, number: int, indices: list[int]) -> tuple[memoryview, int]:

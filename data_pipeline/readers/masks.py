@@ -14,7 +14,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.coco_json import Box, stated_area, stated_box
 from m2f.data_pipeline.sample import Segment, id_dtype
 
-_POLYGON_REACH = 10
+_MAX_POLYGON_EXTENT = 10
 """Coordinates beyond this many image sides are refused."""
 
 
@@ -151,7 +151,7 @@ def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"{name}: a polygon needs an even number of at least 6 coordinates: {str(polygon)[:60]}")
         # It also walks along every edge: senseless coordinates would take all memory, or crash it.
-        reach = _POLYGON_REACH * max(height, width)
+        reach = _MAX_POLYGON_EXTENT * max(height, width)
         if not _are_numbers_within(polygon, reach):
             raise DataError(f"{name}: a polygon has coordinates far outside the {width} x {height} pixels of its image")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))

@@ -160,7 +160,7 @@ class Manifest:
     def category_ids(self) -> Ragged:
         """Categories present (source ids, ascending), without crowds."""
         ids = Ragged(self.columns.items("category_ids"), self.columns.bounds("category_ids"))
-        self.columns.tidy()
+        self.columns.release_memory()
         return ids
 
     @cached_property
@@ -218,7 +218,7 @@ class Manifest:
             member_offsets=Ragged(columns.items("member_offsets"), members),
             member_lengths=Ragged(columns.items("member_lengths"), members),
         )
-        columns.tidy()
+        columns.release_memory()
         return opened
 
     def shard_url(self, shard: int) -> str:
@@ -401,7 +401,7 @@ class Columns:
 
     def items(self, name: str) -> np.ndarray:
         """Values of all rows of lists, in as small integers as hold them."""
-        return np.concatenate([_narrow(np.from_dlpack(part.flatten())) for part in self._parts(name)])
+        return np.concatenate([_narrowest(np.from_dlpack(part.flatten())) for part in self._parts(name)])
 
     def bounds(self, name: str) -> np.ndarray:
         """[N + 1] where the rows of lists begin in `items`."""
@@ -412,9 +412,9 @@ class Columns:
         """All different names, and their numbers in all rows."""
         parts = pa.chunked_array([part.flatten() for part in self._parts("member_names")]).unify_dictionaries()
         names = tuple(parts.chunk(0).dictionary.to_pylist())
-        return names, np.concatenate([_narrow(np.from_dlpack(part.indices)) for part in parts.chunks])
+        return names, np.concatenate([_narrowest(np.from_dlpack(part.indices)) for part in parts.chunks])
 
-    def tidy(self) -> None:
+    def release_memory(self) -> None:
         """Give back what decoding took: as much again as the columns that were read."""
         pa.default_memory_pool().release_unused()
 
@@ -424,7 +424,7 @@ class Columns:
         return (rows.column(0) for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[name], use_threads=False))
 
 
-def _narrow(values: np.ndarray) -> np.ndarray:
+def _narrowest(values: np.ndarray) -> np.ndarray:
     """The same integers in a type as small as holds them."""
     ends = (values.min(), values.max()) if values.size else (0,)
     return values.astype(np.result_type(*map(np.min_scalar_type, ends)))

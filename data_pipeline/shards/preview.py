@@ -19,7 +19,7 @@ _TILE = 320  # longer side of one image in pixels
 _GAP = 8  # pixels between images
 _LINE = 20  # height of a line of text
 _BACKGROUND = (250, 250, 250)
-_INK = (30, 30, 30)
+_TEXT_COLOR = (30, 30, 30)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _OPACITY = 0.55  # of segments over the image, which stays recognisable
 _LABEL_SHARE = 0.01  # segments below this share of the image are coloured but not named
@@ -44,10 +44,12 @@ def contact_sheet(manifest: Manifest, indices: Sequence[int], storage: Storage, 
         _tile(manifest.read_sample(index, storage), int(manifest.num_segments[index]), manifest.categories)
         for index in indices
     ]
-    rows = [_beside([t.picture for t in tiles[k : k + columns]], _GAP) for k in range(0, len(tiles), columns)]
+    rows = [
+        _stack_horizontally([t.picture for t in tiles[k : k + columns]], _GAP) for k in range(0, len(tiles), columns)
+    ]
     shown = frozenset[int]().union(*(tile.category_ids for tile in tiles))
     legend = _legend([c for c in manifest.categories.categories if c.id in shown], max(r.shape[1] for r in rows))
-    return _frame(_above([*rows, legend], 2 * _GAP))
+    return _frame(_stack_vertically([*rows, legend], 2 * _GAP))
 
 
 def write_contact_sheet(
@@ -68,7 +70,7 @@ def draw_annotation(image: np.ndarray, annotation: Annotation, categories: Categ
     drawn = image.copy()
     segments = list(_drawing_order(annotation))
     for segment, mask in segments:
-        tint = np.array(_shade(categories.by_id[segment.category_id], segment), dtype=np.float32)
+        tint = np.array(_segment_color(categories.by_id[segment.category_id], segment), dtype=np.float32)
         drawn[mask] = np.rint(image[mask] * (1 - _OPACITY) + tint * _OPACITY).astype(np.uint8)
         if segment.is_crowd:
             rows, columns = np.nonzero(mask)
@@ -99,7 +101,7 @@ def _drawing_order(annotation: Annotation) -> Iterator[tuple[Segment, np.ndarray
             yield segment, inst[segment.layer] == segment.id
 
 
-def _shade(category: Category, segment: Segment) -> tuple[float, float, float]:
+def _segment_color(category: Category, segment: Segment) -> tuple[float, float, float]:
     """The category's colour; neighbouring instances of it in different brightness."""
     factor = (1.0, 0.7, 1.25, 0.55, 0.85)[segment.id % 5] if category.is_thing else 1.0
     red, green, blue = (min(255.0, channel * factor) for channel in category.color)
@@ -133,10 +135,10 @@ def _tile(sample: DecodedSample, num_segments: int, categories: CategoryTable) -
         else np.stack([_resize_ids(layer, size) for layer in sample.annotation.inst]),
         segments=sample.annotation.segments,
     )
-    pair = _beside([image, draw_annotation(image, annotation, categories)], 2)
+    pair = _stack_horizontally([image, draw_annotation(image, annotation, categories)], 2)
     caption = f"{sample.key}  {width}x{height}  {num_segments} segments"
     return _Tile(
-        picture=_above([_text_line(caption, pair.shape[1]), pair], 0),
+        picture=_stack_vertically([_text_line(caption, pair.shape[1]), pair], 0),
         category_ids=frozenset(s.category_id for s in sample.annotation.segments),
     )
 
@@ -154,13 +156,13 @@ def _legend(categories: Sequence[Category], width: int) -> np.ndarray:
     for k, (category, name) in enumerate(zip(categories, names, strict=True)):
         y, x = k // columns * _LINE, k % columns * (cell + _GAP)
         sheet[y + 3 : y + 3 + _SWATCH, x : x + _SWATCH] = category.color
-        cv2.putText(sheet, name, (x + _SWATCH + 6, y + 15), _FONT, 0.45, _INK, 1, cv2.LINE_AA)
+        cv2.putText(sheet, name, (x + _SWATCH + 6, y + 15), _FONT, 0.45, _TEXT_COLOR, 1, cv2.LINE_AA)
     return sheet
 
 
 def _text_line(text: str, width: int) -> np.ndarray:
     line = np.full((_LINE, width, 3), _BACKGROUND, dtype=np.uint8)
-    cv2.putText(line, _ascii(text), (2, 14), _FONT, 0.42, _INK, 1, cv2.LINE_AA)
+    cv2.putText(line, _ascii(text), (2, 14), _FONT, 0.42, _TEXT_COLOR, 1, cv2.LINE_AA)
     return line
 
 
@@ -168,7 +170,7 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "replace").decode()  # OpenCV's fonts have no other letters
 
 
-def _beside(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+def _stack_horizontally(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
     height = max(p.shape[0] for p in pictures)
     width = sum(p.shape[1] for p in pictures) + gap * (len(pictures) - 1)
     sheet = np.full((height, width, 3), _BACKGROUND, dtype=np.uint8)
@@ -179,8 +181,8 @@ def _beside(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
     return sheet
 
 
-def _above(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
-    turned = _beside([p.transpose(1, 0, 2) for p in pictures], gap)
+def _stack_vertically(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+    turned = _stack_horizontally([p.transpose(1, 0, 2) for p in pictures], gap)
     return np.ascontiguousarray(turned.transpose(1, 0, 2))
 
 

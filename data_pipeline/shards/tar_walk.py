@@ -69,7 +69,7 @@ class _File:
 
 
 def _compression(stream: ObjectStream) -> str | None:
-    start = stream.take(0, 8)
+    start = stream.read_at(0, 8)
     return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
 
 
@@ -127,12 +127,12 @@ def _sample(stream: ObjectStream, key: str, group: list[tuple[str, tarfile.TarIn
     extensions = [extension for extension, _ in group]
     if len(set(extensions)) != len(extensions) or not key:
         return _fault(stream, first, f"members {extensions} cannot be told apart by their extensions", _REPACK, key)
-    stream.forget(first)
+    stream.discard(first)
     end = last.offset_data + -(-last.size // _BLOCK) * _BLOCK
     return TarSample(
         key=key,
         offset=first,
-        data=stream.take(first, end - first),
+        data=stream.read_at(first, end - first),
         members={extension: (info.offset_data - first, info.size) for extension, info in group},
     )
 

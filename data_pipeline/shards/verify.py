@@ -161,8 +161,8 @@ class _ShardCheck:
         rows = np.flatnonzero(manifest.shard == shard)
         for row in rows[np.argsort(manifest.offset[rows])].tolist():
             offset, length = int(manifest.offset[row]), int(manifest.length[row])
-            stream.forget(offset)
-            problem = _sample_problem(manifest, row, stream.take(offset, length))
+            stream.discard(offset)
+            problem = _sample_problem(manifest, row, stream.read_at(offset, length))
             if problem is not None:
                 key = str(manifest.key[row])
                 faults.append(Fault(object=stream.url, key=key, offset=offset, problem=problem, remedy=_REWRITE))

@@ -92,7 +92,7 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
         raise DataError(f"the source of {config.shards} has no sample")
     order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(keys))
     hints = [reader.size_hint(int(i)) for i in order[:_SIZE_SAMPLES]]
-    num_shards = _stable_count(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6))
+    num_shards = _rounded_shard_count(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6))
     shards = np.array_split(order, min(num_shards, len(keys)))
     return ShardPlan(
         target=config.shards,
@@ -177,7 +177,9 @@ def commit_manifest(
     filled = [part for part in ordered if part.info.num_samples]
     if not filled:
         raise DataError(f"{plan.target}: not one sample of the source can be used")
-    samples = manifest.write_table(pa.concat_tables([_numbered(part.samples, i) for i, part in enumerate(filled)]))
+    samples = manifest.write_table(
+        pa.concat_tables([_with_shard_number(part.samples, i) for i, part in enumerate(filled)])
+    )
     document = manifest.make_document(
         plan=plan.hash,
         source_fingerprint=plan.source_fingerprint,
@@ -261,7 +263,7 @@ class _Tar:
         return data, pa.Table.from_pylist(self._rows, schema=SAMPLE_SCHEMA)
 
 
-def _stable_count(wanted: float) -> int:
+def _rounded_shard_count(wanted: float) -> int:
     """The nearest number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
     return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
 
@@ -335,7 +337,7 @@ def _refuse_problems(plan: ShardPlan, problems: Sequence[SampleProblem]) -> None
         )
 
 
-def _numbered(rows: pa.Table, shard: int) -> pa.Table:
+def _with_shard_number(rows: pa.Table, shard: int) -> pa.Table:
     column = SAMPLE_SCHEMA.get_field_index("shard")
     return rows.set_column(column, SAMPLE_SCHEMA.field(column), pa.array([shard] * rows.num_rows, pa.int32()))
 

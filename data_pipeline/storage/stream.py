@@ -25,15 +25,15 @@ class ObjectStream:
         self._position = 0
         self._digest = hashlib.sha256()
 
-    def take(self, offset: int, length: int) -> bytes:
-        """Bytes from an offset that is not forgotten; fewer where the object ends. Raises StorageError."""
-        assert offset >= self._start, "these bytes are forgotten"
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Bytes from an offset that is not discarded; fewer where the object ends. Raises StorageError."""
+        assert offset >= self._start, "these bytes are discarded"
         self._fetch(offset + length)
         first = offset - self._start
         return bytes(memoryview(self._buffer)[first : first + length])
 
-    def forget(self, offset: int) -> None:
-        """Nothing before this offset is wanted again."""
+    def discard(self, offset: int) -> None:
+        """Free the bytes before this offset, which are not read again."""
         offset = min(offset, self._end)  # what is not read yet still counts for the checksum
         if offset - self._start > _BLOCK // 2:  # moving what remains costs time
             del self._buffer[: offset - self._start]
@@ -43,23 +43,23 @@ class ObjectStream:
         """Read what is left; the SHA-256 of the whole object as hex digits."""
         while self._end < self.size:
             self._fetch(self._end + 1)
-            self.forget(self._end)
+            self.discard(self._end)
         return self._digest.hexdigest()
 
     def is_zero_from(self, offset: int) -> bool:
-        """Read what is left; whether it holds nothing but zeros from an offset that is not forgotten."""
+        """Read what is left; whether it holds nothing but zeros from an offset that is not discarded."""
         while True:
-            if any(self.take(offset, self._end - offset)):
+            if any(self.read_at(offset, self._end - offset)):
                 return False
             offset = self._end
-            self.forget(offset)
+            self.discard(offset)
             if offset >= self.size:
                 return True
             self._fetch(offset + 1)
 
     def read(self, count: int) -> bytes:
         """The next bytes; fewer at the end."""
-        data = self.take(self._position, min(count, max(0, self.size - self._position)))
+        data = self.read_at(self._position, min(count, max(0, self.size - self._position)))
         self._position += len(data)
         return data
 

@@ -24,7 +24,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
-from m2f.trainer.checkpoint.folder import FileEntry, Manifest, checkpoint_url, pin
+from m2f.trainer.checkpoint.folder import CheckpointManifest, FileEntry, checkpoint_url, pin
 from tests.waiting import PATIENCE_S
 
 RECIPE = """
@@ -281,7 +281,7 @@ def test_checkpoints_are_listed_and_verified_to_the_byte(capsys, recipe):
         url = checkpoint_url(folder, step)
         storage.put(f"{url}/weights.safetensors", b"weights")
         entry = FileEntry(7, hashlib.sha256(b"weights").hexdigest())
-        manifest = Manifest(step, 2, 1, {"weights.safetensors": entry})
+        manifest = CheckpointManifest(step, 2, 1, {"weights.safetensors": entry})
         storage.put(f"{url}/manifest.json", manifest.to_json())
     pin(storage, checkpoint_url(folder, 5), "evaluation")
     status, out, _ = run(capsys, "checkpoint", "ls", recipe)
@@ -304,7 +304,7 @@ def test_weights_are_taken_out_of_checkpoints(capsys, recipe, tmp_path):
     for name, content in files.items():
         storage.put(f"{url}/{name}", content)
     entries = {name: FileEntry(7, hashlib.sha256(content).hexdigest()) for name, content in files.items()}
-    storage.put(f"{url}/manifest.json", Manifest(5, 2, 1, entries).to_json())
+    storage.put(f"{url}/manifest.json", CheckpointManifest(5, 2, 1, entries).to_json())
     for options, content in (([], b"average"), (["--no-average"], b"weights")):
         target = tmp_path / "out" / f"{content.decode()}.safetensors"
         assert run(capsys, *export, "--output", target, *options)[0] == 0

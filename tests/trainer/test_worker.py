@@ -41,7 +41,7 @@ def test_without_a_launcher_the_process_is_the_only_rank(ranks):
     facts = StepFacts(num_masks=3.0, class_weight_sum=0.1, drain=1.0)
     assert ranks.exchange(facts) == facts
     assert ranks.gather("a") == ["a"]
-    assert ranks.from_first(lambda: 7) == 7
+    assert ranks.run_on_rank0(lambda: 7) == 7
 
 
 def test_a_mistake_of_the_user_keeps_its_type(ranks):
@@ -49,7 +49,7 @@ def test_a_mistake_of_the_user_keeps_its_type(ranks):
         raise ConfigError("data.train is empty")
 
     with pytest.raises(ConfigError, match="is empty"):
-        ranks.together(mistake)
+        ranks.run_on_all(mistake)
 
 
 def test_any_other_error_names_the_rank(ranks):
@@ -57,7 +57,7 @@ def test_any_other_error_names_the_rank(ranks):
         raise KeyError("missing")
 
     with pytest.raises(TrainingError, match="on all ranks: rank 0: KeyError: 'missing'"):
-        ranks.from_first(bug)
+        ranks.run_on_rank0(bug)
 
 
 @pytest.mark.parametrize("setting", ["every_steps", "keep"])

@@ -65,7 +65,7 @@ class Receipt:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """The commit of a checkpoint."""
 
     step: int
@@ -107,14 +107,16 @@ def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
     return Receipt(content["attempt"], _entries(content["files"]))
 
 
-def read_manifest(storage: Storage, url: str) -> Manifest:
+def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
     """The manifest of the checkpoint folder `url`. Raises CheckpointError where it is not one of ours."""
     address = join(url, MANIFEST)
     try:
         content = json.loads(storage.get(address))
         if content.pop("version") != _VERSION:
             raise CheckpointError(f"{address} was written by a newer version of this program; update it")
-        return Manifest(content["step"], content["world_size"], content["zero_stage"], files=_entries(content["files"]))
+        return CheckpointManifest(
+            content["step"], content["world_size"], content["zero_stage"], files=_entries(content["files"])
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError | StorageError):
             raise
@@ -185,7 +187,7 @@ def set_aside(storage: Storage, url: str) -> None:
     storage.delete(join(url, MANIFEST))
 
 
-def verify_sizes(storage: Storage, url: str) -> Manifest:
+def verify_sizes(storage: Storage, url: str) -> CheckpointManifest:
     """The manifest, after checking that every file is there with its size.
 
     Raises CheckpointError naming the file, and StorageError where the storage does not answer: that is no damage.
@@ -202,7 +204,7 @@ def verify_sizes(storage: Storage, url: str) -> Manifest:
     return manifest
 
 
-def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: Manifest, folder: Path) -> None:
+def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: CheckpointManifest, folder: Path) -> None:
     """Download files of a checkpoint and compare their checksums.
 
     Raises CheckpointError for a damaged one, and StorageError where the storage does not answer.

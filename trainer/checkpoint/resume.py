@@ -19,7 +19,7 @@ from m2f.trainer.checkpoint.folder import (
     ENGINE,
     STATE,
     WEIGHTS,
-    Manifest,
+    CheckpointManifest,
     fetch,
     rng_path,
     set_aside,
@@ -30,7 +30,7 @@ from m2f.trainer.checkpoint.random_state import load_random_state
 from m2f.trainer.checkpoint.scratch import ScratchFolder, sweep
 from m2f.trainer.engine.engine import Engine, to_universal
 from m2f.trainer.errors import CheckpointError
-from m2f.trainer.job import Window
+from m2f.trainer.job import PositionRange
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import CommittedCheckpoint, Notice, Reporter
 from m2f.trainer.state import TrainState
@@ -85,13 +85,13 @@ def open_restart(
     ranks: Ranks,
     reporter: Reporter,
     accept_changes: bool,
-    skipped: Sequence[Window] = (),
+    skipped: Sequence[PositionRange] = (),
     lease: int = 0,
 ) -> Iterator[Restart | None]:
     """Bring the first of `candidates` (newest first) that is whole on every rank to disk; None without candidates.
 
     `expected` is the state of a fresh start of this run, which the checkpoint must fit (with `accept_changes`: but for
-    its order of the data). Damaged ones before it are set aside, and so are those within a `skipped` window. Raises
+    its order of the data). Damaged ones before it are set aside, and so are those within a `skipped` range. Raises
     CheckpointError where the checkpoint does not fit or no candidate can be used, StorageError where the storage does
     not answer. A collective.
     """
@@ -127,7 +127,7 @@ def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks
             withdraw_commit(storage, checkpoint.url)
             set_aside(storage, checkpoint.url)
 
-    ranks.from_first(set_all_aside)
+    ranks.run_on_rank0(set_all_aside)
 
 
 def fitted(state: TrainState, expected: TrainState, url: str, accept_changes: bool) -> TrainState:
@@ -154,10 +154,10 @@ def _bring(
     ranks: Ranks,
     folder: Path,
     accept_changes: bool,
-    skipped: Sequence[Window],
+    skipped: Sequence[PositionRange],
 ) -> Restart | str:
     """Download what this rank needs and, for another number of ranks, convert it; or what is damaged on any rank."""
-    inspected = ranks.from_first(lambda: _inspect(storage, checkpoint.url, folder, skipped))
+    inspected = ranks.run_on_rank0(lambda: _inspect(storage, checkpoint.url, folder, skipped))
     if isinstance(inspected, str):
         return inspected
     manifest, state = inspected
@@ -168,14 +168,16 @@ def _bring(
     if restart.reshard:
         restart = replace(restart, folder=_folder_of_machine(ranks, folder))
     paths = _paths(restart, manifest, ranks.rank) if restart.folder == folder else []
-    own = ranks.together(lambda: _fetched(storage, checkpoint.url, paths, manifest, folder))
+    own = ranks.run_on_all(lambda: _fetched(storage, checkpoint.url, paths, manifest, folder))
     problem = next(filter(None, ranks.gather(own)), None)
     if problem is None and restart.reshard:
-        ranks.together(lambda: to_universal(folder / ENGINE, folder / _UNIVERSAL) if paths else None)
+        ranks.run_on_all(lambda: to_universal(folder / ENGINE, folder / _UNIVERSAL) if paths else None)
     return problem or restart
 
 
-def _inspect(storage: Storage, url: str, folder: Path, skipped: Sequence[Window]) -> tuple[Manifest, TrainState] | str:
+def _inspect(
+    storage: Storage, url: str, folder: Path, skipped: Sequence[PositionRange]
+) -> tuple[CheckpointManifest, TrainState] | str:
     try:
         manifest = verify_sizes(storage, url)
         fetch(storage, url, [STATE], manifest, folder)
@@ -192,7 +194,7 @@ def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:
     return next(path for other, path in ranks.gather((host, folder)) if other == host)
 
 
-def _paths(restart: Restart, manifest: Manifest, rank: int) -> list[str]:
+def _paths(restart: Restart, manifest: CheckpointManifest, rank: int) -> list[str]:
     """Files that this rank needs; when resharding, those that its machine needs."""
     average = [AVERAGE] if AVERAGE in manifest.files else []
     if restart.weights_only:
@@ -205,7 +207,7 @@ def _paths(restart: Restart, manifest: Manifest, rank: int) -> list[str]:
     return [*engine, rng_path(rank)] if restart.same_ranks else engine
 
 
-def _fetched(storage: Storage, url: str, paths: list[str], manifest: Manifest, folder: Path) -> str | None:
+def _fetched(storage: Storage, url: str, paths: list[str], manifest: CheckpointManifest, folder: Path) -> str | None:
     try:
         fetch(storage, url, paths, manifest, folder)
     except CheckpointError as error:

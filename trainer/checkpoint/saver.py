@@ -20,7 +20,7 @@ from m2f.trainer.checkpoint.folder import (
     RECIPE,
     STATE,
     WEIGHTS,
-    Manifest,
+    CheckpointManifest,
     Receipt,
     checkpoint_url,
     delete_old,
@@ -86,7 +86,7 @@ class CheckpointSaver:
             return
         assert self._upload is None, "the previous upload is not finished"
         url = checkpoint_url(self._job.run_folder, state.step, self._job.lease)
-        self._ranks.from_first(lambda: self._clear(url))
+        self._ranks.run_on_rank0(lambda: self._clear(url))
         with full_disk_named(f"checkpoint {state.step}"):
             scratch = self._write(engine, state)
         self._upload = self._pool.submit(self._publish, scratch, url, state, dict(metrics))
@@ -149,7 +149,7 @@ class CheckpointSaver:
         files = {}
         for rank in range(self._ranks.world_size):
             files |= self._await_receipt(url, rank).files
-        manifest = Manifest(state.step, state.world_size, state.zero_stage, files).to_json()
+        manifest = CheckpointManifest(state.step, state.world_size, state.zero_stage, files).to_json()
         run_folder, lease = self._job.run_folder, self._job.lease
         check_lease(self._storage, run_folder, lease)
         if self._job.evaluates:

@@ -41,7 +41,7 @@ def probe_memory(
     def fits(size: int) -> bool:
         return _fits(module, worst_batch(job, size, data.most_segments).to(device), share)
 
-    found = min(ranks.gather(ranks.together(lambda: largest_that_fits(fits, wanted))))
+    found = min(ranks.gather(ranks.run_on_all(lambda: largest_that_fits(fits, wanted))))
     if found == wanted:
         return job
     if ranks.is_first:

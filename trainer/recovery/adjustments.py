@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
-from m2f.trainer.job import TrainJob, Window
+from m2f.trainer.job import PositionRange, TrainJob
 
 _NAME = "adjustments.json"
 
@@ -21,13 +21,13 @@ class SmallerMicroBatch:
 
 
 @dataclass(frozen=True)
-class SkipWindow:
+class SkipPositions:
     """A loss spike: go back before it, and leave its samples out."""
 
-    window: Window
+    positions: PositionRange
 
 
-Change = SmallerMicroBatch | SkipWindow
+Change = SmallerMicroBatch | SkipPositions
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Adjustments:
 
     micro_batch: int | None = None
     """Upper bound of `training.micro_batch`; None where memory has always sufficed."""
-    skipped: tuple[Window, ...] = ()
+    skipped: tuple[PositionRange, ...] = ()
     reasons: tuple[str, ...] = ()
     """One sentence per change, oldest first, for people who read the file."""
 
@@ -46,8 +46,8 @@ class Adjustments:
         match change:
             case SmallerMicroBatch(micro_batch):
                 return replace(self, micro_batch=micro_batch, reasons=reasons)
-            case SkipWindow(window):
-                return replace(self, skipped=(*self.skipped, window), reasons=reasons)
+            case SkipPositions(positions):
+                return replace(self, skipped=(*self.skipped, positions), reasons=reasons)
 
     def applied(self, job: TrainJob) -> TrainJob:
         """The job as it runs from now on."""
@@ -63,7 +63,7 @@ def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
         return Adjustments()
     try:
         content = json.loads(storage.get(url))
-        skipped = tuple(Window(**window) for window in content["skipped"])
+        skipped = tuple(PositionRange(**positions) for positions in content["skipped"])
         return Adjustments(content["micro_batch"], skipped, _texts(content["reasons"]))
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(

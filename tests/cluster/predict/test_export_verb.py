@@ -22,7 +22,7 @@ from m2f.model.config import (
 )
 from m2f.model.export.graphs import export_hugging_face, export_official
 from m2f.model.mask2former import build_model
-from m2f.trainer.checkpoint.folder import Manifest, file_entry
+from m2f.trainer.checkpoint.folder import CheckpointManifest, file_entry
 from m2f.trainer.checkpoint.weights import read_identity
 
 RECIPE = """
@@ -137,7 +137,7 @@ def test_a_checkpoint_folder_is_opened_by_itself(tmp_path, model, recipe):
     safetensors.torch.save_file(model.state_dict(), folder / "weights.safetensors")
     (folder / "recipe.yaml").write_text(recipe.read_text())
     files = {"weights.safetensors": file_entry(folder / "weights.safetensors")}
-    (folder / "manifest.json").write_bytes(Manifest(7, 1, 1, files).to_json())
+    (folder / "manifest.json").write_bytes(CheckpointManifest(7, 1, 1, files).to_json())
     trained = open_trained(str(folder), (), None)
     assert trained.weights == str(folder)
     assert trained.config.num_classes == 3

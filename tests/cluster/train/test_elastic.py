@@ -14,7 +14,7 @@ from m2f.cluster.tracking.tracking import create_run
 from m2f.cluster.train.elastic import Sizes, next_size
 from m2f.cluster.train.local import train_locally
 from m2f.cluster.train.ray_launcher import run_training
-from m2f.cluster.train.resources import room
+from m2f.cluster.train.resources import count_fitting
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
@@ -30,10 +30,10 @@ RANGE = ClusterConfig(num_workers=(1, 3), num_cpus_per_worker=2)
 
 def test_room_counts_whole_workers_per_node():
     nodes = [{"CPU": 3.0, "trainer": 1.0}, {"CPU": 4.0}, {"CPU": 0.1 + 0.2}]
-    assert room(nodes, {"CPU": 1.0}) == 7
-    assert room(nodes, {"CPU": 2.0}) == 3
-    assert room(nodes, {"CPU": 1.0, "trainer": 1.0}) == 1
-    assert room([{"CPU": 0.3}], {"CPU": 0.1}) == 3
+    assert count_fitting(nodes, {"CPU": 1.0}) == 7
+    assert count_fitting(nodes, {"CPU": 2.0}) == 3
+    assert count_fitting(nodes, {"CPU": 1.0, "trainer": 1.0}) == 1
+    assert count_fitting([{"CPU": 0.3}], {"CPU": 0.1}) == 3
 
 
 def test_less_than_the_most_needs_patience():

@@ -12,8 +12,8 @@ from m2f.cluster.train.failure_policy import (
 )
 from m2f.data_pipeline.errors import LoaderDiedError, StorageError
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, TrainingError
-from m2f.trainer.job import Window
-from m2f.trainer.recovery.adjustments import SkipWindow, SmallerMicroBatch
+from m2f.trainer.job import PositionRange
+from m2f.trainer.recovery.adjustments import SkipPositions, SmallerMicroBatch
 
 
 def history(*attempts: tuple[str, int], start: int = 0, message: str = "m{}") -> AttemptHistory:
@@ -113,7 +113,7 @@ def test_too_little_memory_halves_the_micro_batch_until_it_is_one_image():
 def test_spikes_leave_their_samples_out_and_count_as_failures():
     failure = root_cause({rank: LossSpikeError("high", 8, 16) for rank in (0, 1)})
     once = AttemptHistory(0, (Attempt(failure, 4),))
-    assert decide(once, max_failures=1).change == SkipWindow(Window(8, 16))
+    assert decide(once, max_failures=1).change == SkipPositions(PositionRange(8, 16))
     assert isinstance(decide(once.after(Attempt(failure, 4)), max_failures=1), Stop)
 
 

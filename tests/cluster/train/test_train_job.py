@@ -35,7 +35,7 @@ from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
-from m2f.trainer.job import Window
+from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import read_adjustments
 from m2f.trainer.recovery.ending import Ending
 from tests.cluster import tiny_run
@@ -278,7 +278,7 @@ def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, cal
     assert "ended at checkpoint step 6 on rank 0: LossSpikeError: after step 9 the loss is" in spiked
     assert "from the checkpoint before, without positions 28 to 35 of the data order" in spiked
     adjustments = read_adjustments(Storage(), troubled.run_folder)
-    assert (adjustments.micro_batch, adjustments.skipped) == (1, (Window(28, 36),))
+    assert (adjustments.micro_batch, adjustments.skipped) == (1, (PositionRange(28, 36),))
     checkpoints = sorted((Path(troubled.run_folder) / "checkpoints").glob("step_*/state.json"))
     positions = [json.loads(state.read_text())["position"] for state in checkpoints]
     assert positions == [12, 24, 44, 56]  # steps 8 and 9 were done with other images

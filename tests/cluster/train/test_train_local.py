@@ -14,7 +14,7 @@ from m2f.cluster.train.local_rank import train_rank
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
-from m2f.trainer.job import Window
+from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import read_adjustments
 from tests.cluster.tiny_run import changed_losses, out_of_memory, small_sets, spike, tiny_config
 
@@ -84,7 +84,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(make_config, calm, with
     with_fault(partial(spike, 20))  # sixth and seventh step
     assert train_locally(config).status == "finished"
     assert "positions 20 to 27 of the data order" in capsys.readouterr().err
-    assert read_adjustments(Storage(), config.run_folder).skipped == (Window(20, 28),)
+    assert read_adjustments(Storage(), config.run_folder).skipped == (PositionRange(20, 28),)
     checkpoints = Path(config.run_folder) / "checkpoints"
     positions = [
         json.loads((checkpoints / f"step_{step:08d}-1/state.json").read_text())["position"] for step in (3, 6, 9)

@@ -44,7 +44,7 @@ def test_a_chunk_is_fetched_once_and_shared(tmp_path):
     assert [cache.read("a", 1000, fetch) for cache in (first, second, first)] == [content("a")] * 3
     assert len(fetched) == 1
     assert (first._counters.cache_hits, second._counters.bytes_cached) == (1, 1000)
-    first.forget("a")
+    first.delete("a")
     second.read("a", 1000, fetch)
     assert len(fetched) == 2
 

@@ -262,10 +262,10 @@ def test_objects_larger_than_a_block_are_streamed(tmp_path, monkeypatch):
     data = np.random.default_rng(0).bytes(10_500)
     (tmp_path / "object").write_bytes(data)
     stream = ObjectStream(str(tmp_path / "object"), STORAGE)
-    assert stream.take(0, 10) == data[:10]
-    stream.forget(4000)
-    assert stream.take(4000, 2500) == data[4000:6500]
-    assert stream.take(10_000, 2000) == data[10_000:]
+    assert stream.read_at(0, 10) == data[:10]
+    stream.discard(4000)
+    assert stream.read_at(4000, 2500) == data[4000:6500]
+    assert stream.read_at(10_000, 2000) == data[10_000:]
     assert not stream.is_zero_from(10_000)
     assert stream.finish() == hashlib.sha256(data).hexdigest()
 

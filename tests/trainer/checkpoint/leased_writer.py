@@ -21,7 +21,7 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.folder import (
     MANIFEST,
-    Manifest,
+    CheckpointManifest,
     checkpoint_url,
     delete_old,
     file_entry,
@@ -59,7 +59,7 @@ def commit(storage: Storage, run_folder: str, step: int, parent: int, lease: int
             storage.put_file(join(url, name), path)
             time.sleep(pause_s)
     check_lease(storage, run_folder, lease)
-    storage.put(join(url, MANIFEST), Manifest(step, 1, 0, files).to_json(), if_absent=True)
+    storage.put(join(url, MANIFEST), CheckpointManifest(step, 1, 0, files).to_json(), if_absent=True)
     delete_old(storage, run_folder, step, 1000, lease)
 
 

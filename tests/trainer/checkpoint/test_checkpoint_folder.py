@@ -6,7 +6,7 @@ from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.folder import (
     MANIFEST,
-    Manifest,
+    CheckpointManifest,
     Receipt,
     checkpoint_url,
     delete_old,
@@ -45,7 +45,7 @@ def make_checkpoint(storage, run_folder, step, tmp_path, committed=True):
         storage.put_file(join(url, name), local)
         files[name] = file_entry(local)
     if committed:
-        storage.put(join(url, MANIFEST), Manifest(step, 1, 1, files).to_json())
+        storage.put(join(url, MANIFEST), CheckpointManifest(step, 1, 1, files).to_json())
     return url
 
 
@@ -110,7 +110,7 @@ def test_a_manifest_that_is_none_is_refused_with_its_name(storage, run_folder, c
 
 def test_a_manifest_of_a_newer_version_is_refused(storage, run_folder):
     url = checkpoint_url(run_folder, 5)
-    newer = json.loads(Manifest(5, 1, 1, {}).to_json()) | {"version": 2}
+    newer = json.loads(CheckpointManifest(5, 1, 1, {}).to_json()) | {"version": 2}
     storage.put(join(url, MANIFEST), json.dumps(newer).encode())
     with pytest.raises(CheckpointError, match="newer version"):
         read_manifest(storage, url)

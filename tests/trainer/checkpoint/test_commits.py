@@ -15,7 +15,7 @@ from m2f.trainer.checkpoint.commits import (
     withdraw_commit,
     write_metrics,
 )
-from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, Manifest, checkpoint_url, pins
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, CheckpointManifest, checkpoint_url, pins
 from m2f.trainer.checkpoint.lease import hold_lease
 from m2f.trainer.reporting import CommittedCheckpoint
 
@@ -28,7 +28,7 @@ def run_folder(request, tmp_path):
 def save(storage, run_folder, step, lease, content=1):
     """A checkpoint that is committed but not listed yet."""
     url = checkpoint_url(run_folder, step, lease)
-    storage.put(join(url, MANIFEST), Manifest(step, content, 1, {}).to_json())
+    storage.put(join(url, MANIFEST), CheckpointManifest(step, content, 1, {}).to_json())
     return CommittedCheckpoint(step, url)
 
 

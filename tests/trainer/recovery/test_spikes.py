@@ -8,8 +8,8 @@ from m2f.model.errors import ConfigError
 from m2f.trainer.config import SpikeConfig
 from m2f.trainer.data import unskipped
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError
-from m2f.trainer.job import Window
-from m2f.trainer.recovery.adjustments import Adjustments, SkipWindow, SmallerMicroBatch, adjust, read_adjustments
+from m2f.trainer.job import PositionRange
+from m2f.trainer.recovery.adjustments import Adjustments, SkipPositions, SmallerMicroBatch, adjust, read_adjustments
 from m2f.trainer.recovery.spikes import LossHistory
 from m2f.trainer.state import TrainState
 
@@ -60,7 +60,7 @@ def test_the_history_is_part_of_the_state():
 @pytest.mark.parametrize(("position", "inside"), [(24, False), (28, True), (32, True), (36, False)])
 def test_a_state_within_a_window_holds_the_spike(position, inside):
     state = TrainState(order_fingerprint="a", seed=0, world_size=1, zero_stage=1, position=position)
-    assert state.inside(Window(24, 32)) == inside
+    assert state.inside(PositionRange(24, 32)) == inside
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def test_a_state_within_a_window_holds_the_spike(position, inside):
     ],
 )
 def test_stretches_between_windows(position, stretches):
-    assert unskipped(position, [Window(40, 48), Window(12, 20)], 4) == stretches
+    assert unskipped(position, [PositionRange(40, 48), PositionRange(12, 20)], 4) == stretches
 
 
 def test_adjustments_are_kept(tmp_path):
     storage, folder = Storage(), str(tmp_path / "run")
     assert read_adjustments(storage, folder) == Adjustments()
     adjust(storage, folder, SmallerMicroBatch(2), "memory")
-    kept = adjust(storage, folder, SkipWindow(Window(8, 16)), "spike")
-    assert kept == read_adjustments(storage, folder) == Adjustments(2, (Window(8, 16),), ("memory", "spike"))
+    kept = adjust(storage, folder, SkipPositions(PositionRange(8, 16)), "spike")
+    assert kept == read_adjustments(storage, folder) == Adjustments(2, (PositionRange(8, 16),), ("memory", "spike"))
     (tmp_path / "run" / "adjustments.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"adjustments\.json cannot be read"):
         read_adjustments(storage, folder)
