@@ -9,6 +9,7 @@ from torch import Tensor
 
 TEMPERATURE = 10_000.0
 EPSILON = 1e-6
+"""Both as in DETR and the official code."""
 
 
 def sine_position_embedding(height: int, width: int, channels: int, device: torch.device | str = "cpu") -> Tensor:

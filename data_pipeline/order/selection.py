@@ -18,6 +18,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 _FRACTION_BITS = 24
 """Rates are whole numbers in units of 2^-24, so that no sum of them is rounded."""
 _ONE = 1 << _FRACTION_BITS
+"""The rate of one use per epoch."""
 _MAX_RATE = 1 << 12
 """Uses per epoch; keeps cumulative counts inside int64 for 2^26 epochs."""
 

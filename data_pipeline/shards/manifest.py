@@ -35,6 +35,7 @@ FORMAT = 1
 """Version of the two files; a manifest with another one is refused."""
 DATASET_FILE = "dataset.json"
 SAMPLES_FILE = "samples.parquet"
+"""Names of the two files below the data set's folder."""
 
 _CHECKS_AT_ONCE = 16
 """Threads that ask for the sizes of shards, to hide the latency of an object store."""

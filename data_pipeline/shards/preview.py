@@ -18,8 +18,8 @@ from m2f.data_pipeline.transforms.augment import resize_image
 _TILE = 320  # longer side of one image in pixels
 _GAP = 8  # pixels between images
 _LINE = 20  # height of a line of text
-_BACKGROUND = (250, 250, 250)
-_TEXT_COLOR = (30, 30, 30)
+_BACKGROUND = (250, 250, 250)  # RGB
+_TEXT_COLOR = (30, 30, 30)  # RGB
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _OPACITY = 0.55  # of segments over the image, which stays recognisable
 _LABEL_SHARE = 0.01  # segments below this share of the image are coloured but not named

@@ -21,6 +21,7 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 _MAX_MEMBER_BYTES = 1 << 30
+"""A header may claim anything; no image or map of labels comes near, and a sample must fit in memory."""
 _REPACK = "pack the tar again with the files of each sample next to each other"
 
 

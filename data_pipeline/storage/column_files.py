@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _KEY = "key"
+"""Column with the integer key."""
 
 
 class ColumnFiles:

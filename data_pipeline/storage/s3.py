@@ -29,6 +29,7 @@ _BACKOFF_BASE_S = 0.1
 _BACKOFF_CAP_S = 20.0
 """Attempt n waits a random time of at most base x 2^n and the cap."""
 _FILE_PART_BYTES = 32 * 1024 * 1024
+"""Files are read in ranges of this size, so that a broken body costs no more."""
 _TRANSIENT_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
 """HTTP statuses, and below error codes of S3, after which the same request may succeed."""
 _TRANSIENT_CODES = frozenset(

@@ -44,6 +44,7 @@ EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
 """Tasks that a model trained for a task can be evaluated on."""
 
 _CITYSCAPES = {(c.id, c.name) for c in CITYSCAPES.categories}
+"""Ids and names that the Cityscapes metrics need."""
 
 _MakeScenes = Callable[[], tuple[Scene, Scene]]
 """Makes truth and prediction of one image ready to be drawn."""

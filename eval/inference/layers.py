@@ -20,6 +20,7 @@ from m2f.model.structures import Predictions
 PROPOSALS = (10, 100)
 """Proposals per image at which recall is measured; the paper has 100."""
 SHOWN_METRICS = ("PQ", "PQ_th", "PQ_st", "AP", "mIoU")
+"""Columns of the table, as far as a task has them."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from m2f.eval.metrics.rle import Rle, mask_areas, mask_ious
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+"""Thresholds of pycocotools, computed as it does."""
 AREA_RANGES: dict[str, tuple[float, float]] = {
     "all": (0.0, 1e10),
     "small": (0.0, 32.0**2),
@@ -29,6 +30,7 @@ AREA_RANGES: dict[str, tuple[float, float]] = {
 """Pixels, closed on both sides: an area of 1024 is small and medium."""
 NUM_AREAS = len(AREA_RANGES)
 _THRESHOLD_BITS = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
+"""A bit per IoU threshold: flags of all thresholds travel as one number."""
 
 
 @dataclass(frozen=True)

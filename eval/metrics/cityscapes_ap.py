@@ -27,6 +27,7 @@ VOID_LABELS = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 """Label ids that are not evaluated."""
 THING_LABELS = tuple(c.id for c in CATEGORIES.for_task("instance"))
 _BITS = 1 << np.arange(len(OVERLAPS), dtype=np.uint16)
+"""A bit per overlap: flags of all overlaps travel as one number."""
 
 
 @dataclass(frozen=True, eq=False)

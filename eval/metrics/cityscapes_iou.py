@@ -42,6 +42,7 @@ GROUPS: dict[str, tuple[int, ...]] = {
 INSTANCE_GROUPS: dict[str, tuple[int, ...]] = {"human": (24, 25), "vehicle": (26, 27, 28, 29, 30, 31, 32, 33)}
 """Categories with an iIoU. Any of these labels is right there, also caravan and trailer, which are not evaluated."""
 _EVALUATED = tuple(c.id for c in CATEGORIES.categories)
+"""Labels with an IoU of their own."""
 
 
 @dataclass(frozen=True, eq=False)

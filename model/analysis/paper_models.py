@@ -26,6 +26,7 @@ SWIN_T = SwinBackboneConfig()
 SWIN_S = SwinBackboneConfig(depths=(2, 2, 18, 2))
 SWIN_B = SwinBackboneConfig(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=12)
 SWIN_L = SwinBackboneConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12)
+"""The paper's six backbones."""
 
 COCO_CLASSES, ADE_CLASSES = 80, 150
 

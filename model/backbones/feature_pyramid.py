@@ -9,6 +9,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 PYRAMID_CHANNELS = 256
+"""Channels of all four maps, as in ViTDet."""
 
 
 class SimpleFeaturePyramid(nn.Module):

@@ -203,6 +203,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 """The library's own defaults, which older files leave out."""
 
+# The same for the two kinds of backbones.
 _SUPPORTED_SWIN = {
     "patch_size": 4,
     "mlp_ratio": 4.0,

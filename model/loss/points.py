@@ -175,6 +175,7 @@ def _signed(value: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = _signed(0x94D049BB133111EB)
+"""The constants of SplitMix64."""
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:

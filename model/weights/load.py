@@ -19,6 +19,7 @@ _TASK_SIZED = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_e
 
 _CLASS_HEAD = re.compile(r"^transformer_decoder\.class_embed\.")
 _RELATIVE_POSITIONS = "relative_position_bias_table"
+"""Ends the name of a table that depends on the window size."""
 _MAX_LISTED = 8
 """Names of each kind that the report shows."""
 

@@ -125,6 +125,7 @@ def _own_to_canonical(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""In the order in which packed projections hold them."""
 
 
 def _attention_packs(names: Iterable[str]) -> PackedNames:

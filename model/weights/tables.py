@@ -54,6 +54,7 @@ _SELF = "sem_seg_head.predictor.transformer_self_attention_layers.#"
 _FFN = "sem_seg_head.predictor.transformer_ffn_layers.#"
 _PIXELS = "sem_seg_head.pixel_decoder"
 
+# Canonical names (left) and ours (right).
 CANONICAL_TO_OWN = NameTable(
     ("backbone.stem.conv1.norm.*", "backbone.body.bn1.*"),
     ("backbone.stem.conv1.*", "backbone.body.conv1.*"),
@@ -116,6 +117,7 @@ def _hugging_face_resnet() -> list[tuple[str, str]]:
     ]
 
 
+# Names of Hugging Face's files (left) and canonical names (right).
 HUGGING_FACE_TO_CANONICAL = NameTable(
     *_hugging_face_resnet(),
     (f"{_HF_ENCODER}.embeddings.patch_embeddings.projection.*", "backbone.patch_embed.proj.*"),

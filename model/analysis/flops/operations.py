@@ -19,6 +19,7 @@ NEAREST = 1
 """Resize that copies, per element that it gives."""
 
 STRIDES = (4, 8, 16, 32)
+"""Of the four maps of every backbone."""
 
 
 @dataclass(frozen=True)
