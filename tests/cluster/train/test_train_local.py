@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import m2f.trainer.checkpoint.saver
 from m2f.cluster.train.local import train_locally
 from m2f.cluster.train.local_rank import train_rank
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
+from m2f.trainer.checkpoint.commits import record_commit
 from m2f.trainer.config import CheckpointConfig, SpikeConfig
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import read_adjustments
@@ -132,4 +134,31 @@ def test_points_that_the_driver_did_not_track_are_tracked_by_the_next_start(make
     assert logged_losses(config) == {}
     monkeypatch.undo()
     assert train_locally(config).status == "finished"
+    assert logged_losses(config) == calm
+
+
+def rank_lost_at_commit(marker, step, job, post):
+    """`train_rank` of which rank 0 is killed once, between the manifest of a step and its entry in the commits."""
+
+    def die(storage, checkpoint, manifest):
+        if checkpoint.step == step and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        record_commit(storage, checkpoint, manifest)
+
+    m2f.trainer.checkpoint.saver.record_commit = die
+    train_rank(job, post)
+
+
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_a_commit_whose_writer_dies_at_once_loses_no_point_and_no_evaluation(
+    make_config, calm, tmp_path, monkeypatch, step
+):
+    lost = partial(rank_lost_at_commit, str(tmp_path / "marker"), step)
+    monkeypatch.setattr("m2f.cluster.train.local.train_rank", lost)
+    config = replace(make_config(f"lost{step}"), evaluation=make_config.evaluation)
+    summary = train_locally(config)
+    assert (tmp_path / "marker").exists()
+    assert summary.status == "finished"
+    assert [(entry.step, entry.status) for entry in summary.evaluations] == [(s, "published") for s in (4, 8, 10)]
     assert logged_losses(config) == calm
