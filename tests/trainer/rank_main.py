@@ -36,12 +36,12 @@ def family(folder: Path) -> dict:
 
 def compiled(folder: Path, backend: str = "aot_eager", steps: int = 8) -> dict:
     """Graphs are captured and differentiated as for kernels, which takes seconds; kernels take minutes."""
-    return stopped_and_resumed(in_folder(folder / "compiled"), train, StopAt, backend, steps)
+    return stopped_and_resumed(in_folder(folder / f"compiled_by_{backend}"), train, StopAt, backend, steps)
 
 
 def compiled_by_inductor(folder: Path) -> dict:
     """The same with kernels, and more of it."""
-    more = whole_and_in_16_bits(in_folder(folder / "compiled"), train, "inductor", steps=20)
+    more = whole_and_in_16_bits(in_folder(folder / "compiled_by_inductor"), train, "inductor", steps=20)
     return compiled(folder, "inductor", steps=20) | more
 
 
