@@ -13,7 +13,7 @@ from m2f.cluster.predict.choose_checkpoint import ChosenWeights
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import Progress
 from m2f.data_pipeline.categories import Category
-from m2f.data_pipeline.loading.loader import eval_batches
+from m2f.data_pipeline.loading.loader import eval_batches, eval_groups
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.preview import spread_indices
 from m2f.data_pipeline.storage.storage import Storage
@@ -125,13 +125,8 @@ def _picture(
 def _batches(subject: AnalysisSubject) -> Iterator[EvalBatch]:
     settings = subject.config.evaluation
     with Progress("analysing", len(subject.indices), "images") as progress:
-        for batch in eval_batches(
-            subject.manifest,
-            subject.indices,
-            subject.storage,
-            batch_size=settings.batch_size,
-            shortest_edge=settings.shortest_edge,
-            max_size=settings.max_size,
-        ):
+        resize = {"shortest_edge": settings.shortest_edge, "max_size": settings.max_size}
+        groups = eval_groups(subject.manifest, subject.indices, batch_size=settings.batch_size, **resize)
+        for batch in eval_batches(subject.manifest, groups, subject.storage, **resize):
             yield subject.classes.restrict(batch)
             progress.advance(len(batch.samples))

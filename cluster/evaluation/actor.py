@@ -16,10 +16,10 @@ import torch
 from m2f.cluster.evaluation.weights import model_with_weights
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.categories import Category
-from m2f.data_pipeline.loading.loader import eval_batches
+from m2f.data_pipeline.loading.loader import eval_batches, eval_groups
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.config import EvaluationSet
+from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.evaluator import Evaluator
 from m2f.eval.report.dump import ResultDump
@@ -51,11 +51,19 @@ def evaluated_rows(manifest: Manifest, evaluated: EvaluationSet) -> np.ndarray:
     return np.arange(manifest.num_samples)[: evaluated.limit]
 
 
-def call_rows(manifest: Manifest, evaluated: EvaluationSet, batch_size: int) -> list[np.ndarray]:
-    """The rows of every call: whole forward batches, fixed by the manifest's order."""
-    rows = evaluated_rows(manifest, evaluated)
-    per_call = batch_size * max(1, IMAGES_PER_CALL // batch_size)
-    return [rows[start : start + per_call] for start in range(0, len(rows), per_call)]
+def call_groups(
+    manifest: Manifest, evaluated: EvaluationSet, settings: EvaluationConfig
+) -> list[list[tuple[int, ...]]]:
+    """The forward batches of every call, as rows of the manifest: fixed by the manifest and the settings."""
+    groups = eval_groups(
+        manifest,
+        evaluated_rows(manifest, evaluated).tolist(),
+        batch_size=settings.batch_size,
+        shortest_edge=settings.shortest_edge,
+        max_size=settings.max_size,
+    )
+    per_call = max(1, IMAGES_PER_CALL // settings.batch_size)
+    return [groups[start : start + per_call] for start in range(0, len(groups), per_call)]
 
 
 class MemoryPeak(NamedTuple):
@@ -90,9 +98,10 @@ class EvaluationActor:
         settings = self._config.evaluation.for_set(task.evaluated)
         manifest = self._manifest(task.evaluated.dataset)
         if task.drawn:
-            rows = drawn = np.array(task.drawn[call : call + 1])
+            drawn = np.array(task.drawn[call : call + 1])
+            groups = [(task.drawn[call],)]
         else:
-            rows = call_rows(manifest, task.evaluated, settings.batch_size)[call]
+            groups = call_groups(manifest, task.evaluated, settings)[call]
             drawn = evaluated_rows(manifest, task.evaluated)[: settings.panels]
         classes = classes_of(task, manifest, self._config)
         dump = None if task.dump is None else ResultDump(classes.categories)
@@ -109,9 +118,8 @@ class EvaluationActor:
         states = EvaluationStates.empty(classes.categories, settings.tasks, settings.extra_metrics)
         batches = eval_batches(
             manifest,
-            rows.tolist(),
+            groups,
             self._storage,
-            batch_size=settings.batch_size,
             shortest_edge=settings.shortest_edge,
             max_size=settings.max_size,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from m2f.cluster.evaluation.actor import EvaluationTask, call_rows, classes_of, evaluated_rows
+from m2f.cluster.evaluation.actor import EvaluationTask, call_groups, classes_of, evaluated_rows
 from m2f.cluster.evaluation.weights import model_classes
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.shards.manifest import Manifest
@@ -149,7 +149,7 @@ def _evaluate(
     evaluated, dump = task.evaluated, task.dump
     manifest = Manifest.load(config.datasets[evaluated.dataset].shards, storage)
     rows = evaluated_rows(manifest, evaluated)
-    calls = len(call_rows(manifest, evaluated, config.evaluation.batch_size))
+    calls = len(call_groups(manifest, evaluated, config.evaluation))
     classes = classes_of(task, manifest, config)
     settings = config.evaluation.for_set(evaluated)
     states = EvaluationStates.empty(classes.categories, settings.tasks, settings.extra_metrics)

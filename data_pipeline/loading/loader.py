@@ -44,7 +44,7 @@ from m2f.data_pipeline.order.order import Order, SampleRef, chunk_bytes, look_ah
 from m2f.data_pipeline.shards.codec import decode
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, EvalBatch, collate_eval
+from m2f.data_pipeline.transforms.collate import FILLER_POSITION, Batch, EvalBatch, collate_eval, padded_eval_size
 from m2f.data_pipeline.transforms.copy_paste import partner_position
 from m2f.data_pipeline.transforms.example import TrainTransform
 from m2f.model.errors import UserError
@@ -155,23 +155,22 @@ def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, 
 
 def eval_batches(
     manifest: Manifest,
-    indices: Sequence[int],
+    groups: Sequence[Sequence[int]],
     storage: Storage,
     *,
-    batch_size: int,
     shortest_edge: int,
     max_size: int,
 ) -> Generator[EvalBatch]:
-    """Batches of these rows of a manifest, in this order, the last one smaller. One batch is prepared ahead.
+    """One batch for every group of rows of a manifest (see `eval_groups`). One batch is prepared ahead.
 
     Raises:
         DataError: a sample that is damaged.
         StorageError: a shard that cannot be read.
     """
-    groups = [tuple(int(i) for i in indices[k : k + batch_size]) for k in range(0, len(indices), batch_size)]
-    refs = (tuple(SampleRef(0, 0, index) for index in group) for group in groups)
+    rows = [tuple(int(i) for i in group) for group in groups]
+    refs = (tuple(SampleRef(0, 0, index) for index in group) for group in rows)
     chunks = group_chunks(manifest.shard, manifest.offset, _EVAL_CHUNK_BYTES)
-    limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_EVAL_HORIZON // batch_size)
+    limits = FetchLimits(groups_ahead=_EVAL_BATCHES_AHEAD, horizon=_EVAL_HORIZON // max(map(len, rows), default=1))
 
     def make(fetched: tuple[tuple[int, ...], tuple[RawSample | None, ...]]) -> EvalBatch:
         group, raw = fetched
@@ -179,7 +178,29 @@ def eval_batches(
         return collate_eval(samples, group, shortest_edge, max_size)
 
     with closing(SampleFetcher([manifest], [chunks], storage, refs, limits)) as fetcher:
-        yield from map_in_thread(make, zip(groups, fetcher, strict=True), ahead=1)
+        yield from map_in_thread(make, zip(rows, fetcher, strict=True), ahead=1)
+
+
+def eval_groups(
+    manifest: Manifest, indices: Sequence[int], *, batch_size: int, shortest_edge: int, max_size: int
+) -> list[tuple[int, ...]]:
+    """Up to `batch_size` rows each whose images have the same size once they are resized and padded.
+
+    So an image is padded by what its own size asks for, whatever the batch size. Rows of one size keep their order, and
+    groups are in the order of their first rows.
+    """
+    open_groups: dict[tuple[int, int], list[int]] = {}
+    groups: list[list[int]] = []
+    for index in map(int, indices):
+        size = int(manifest.height[index]), int(manifest.width[index])
+        padded = padded_eval_size(size, shortest_edge, max_size)
+        group = open_groups.setdefault(padded, [])
+        if not group:
+            groups.append(group)
+        group.append(index)
+        if len(group) == batch_size:
+            del open_groups[padded]
+    return [tuple(group) for group in groups]
 
 
 def _members(sample: RawSample | None) -> Members:

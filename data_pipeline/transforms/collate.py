@@ -111,6 +111,11 @@ def collate_eval(
     )
 
 
+def padded_eval_size(size: tuple[int, int], shortest_edge: int, max_size: int) -> tuple[int, int]:
+    """Height and width of an image of this (height, width), resized and padded by `collate_eval` without others."""
+    return _smallest_canvas([shortest_edge_size(size, shortest_edge, max_size)])
+
+
 def _smallest_canvas(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     """Multiples of SIZE_MULTIPLE that hold all these (height, width)."""
     height, width = (-(-max(sides) // SIZE_MULTIPLE) * SIZE_MULTIPLE for sides in zip((1, 1), *sizes, strict=True))

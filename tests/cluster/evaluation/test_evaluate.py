@@ -107,3 +107,15 @@ def test_no_panels_means_no_pictures(small):
     whole, *_ = evaluate_sets(config, pool, weights, None, lambda *_: None)
     assert not {"panels.png", "worst.png"} & set(whole.files())
     assert [task.drawn for task, _ in pool.calls] == [(), (), ()]
+
+
+def test_the_batch_size_changes_nothing_but_rounding(small):
+    config, weights = small
+    config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:1], panels=0))
+    results = []
+    for batch_size in (1, 4):
+        sized = replace(config, evaluation=replace(config.evaluation, batch_size=batch_size))
+        (evaluated,) = evaluate_sets(sized, PoolHere(sized), weights, 7, lambda *_: None)
+        results.append(evaluated.results.headline())
+    assert len(results[0]) > 20
+    assert results[1] == pytest.approx(results[0], abs=0.05)

@@ -19,12 +19,13 @@ from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError, LoaderDiedError, StorageError
 from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
-from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader, eval_batches, mixture_labels
+from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader, eval_batches, eval_groups, mixture_labels
 from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import SampleRef, build_order
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
 from m2f.data_pipeline.shards.write import commit_manifest, plan_shards, write_shard
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.collate import padded_eval_size
 from tests.waiting import PATIENCE_S, wait_until
 
 TABLE = CategoryTable((Category(1, "ground", False, (0, 90, 0)), Category(4, "box", True, (200, 0, 0))))
@@ -347,10 +348,11 @@ def test_with_a_small_memory_limit_samples_are_read_again_with_the_same_bytes(bo
 
 
 def test_evaluation_batches_are_the_given_images_in_order(boxes):
-    indices = [5, 4, 40, 41, 42, 0, 4]
+    groups = [(5, 4, 40), (41, 42, 0), (4,)]
     storage = Storage(StorageConfig())
-    batches = list(eval_batches(boxes, indices, storage, batch_size=3, shortest_edge=48, max_size=64))
-    assert [b.indices for b in batches] == [(5, 4, 40), (41, 42, 0), (4,)]
+    batches = list(eval_batches(boxes, groups, storage, shortest_edge=48, max_size=64))
+    assert [b.indices for b in batches] == groups
+    assert list(eval_batches(boxes, [], storage, shortest_edge=48, max_size=64)) == []
     for batch in batches:
         for image, (h, w), index, sample in zip(batch.images, batch.sizes, batch.indices, batch.samples, strict=True):
             truth = boxes.read_sample(index, storage)
@@ -359,6 +361,23 @@ def test_evaluation_batches_are_the_given_images_in_order(boxes):
             np.testing.assert_array_equal(sample.annotation.seg, truth.annotation.seg)
             assert image[:, :h, :w].shape[1:] == (h, w)
             assert image.shape[1] % 32 == image.shape[2] % 32 == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_an_image_is_padded_as_if_it_were_alone_in_its_batch(boxes, batch_size):
+    sizes = [(30, 40), (40, 30), (31, 40), (30, 80), (40, 31), (30, 41), (64, 64)]
+    height, width = np.array([sizes[i % len(sizes)] for i in range(boxes.num_samples)]).T
+    manifest = replace(boxes, height=height, width=width)
+    indices = list(range(20, 0, -1))
+    groups = eval_groups(manifest, indices, batch_size=batch_size, shortest_edge=48, max_size=100)
+    assert sorted(index for group in groups for index in group) == sorted(indices)
+    assert [group[0] for group in groups] == sorted((group[0] for group in groups), reverse=True)
+    assert max(map(len, groups)) == batch_size
+    for group in groups:
+        padded = {padded_eval_size((height[i], width[i]), 48, 100) for i in group}
+        assert len(padded) == 1
+    if batch_size == 1:
+        assert groups == [(index,) for index in indices]
 
 
 def test_loading_does_not_advance_the_global_torch_generator(boxes):
