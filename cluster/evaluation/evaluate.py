@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -21,8 +22,9 @@ from m2f.eval.report.dump import join_dump
 from m2f.eval.report.evaluation_page import details_json, evaluation_page
 from m2f.eval.report.panels import contact_sheet
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject
+from m2f.eval.results.settings import EvaluationSettings
 from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
-from m2f.trainer.checkpoint.weights import weights_url
+from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,24 @@ def evaluate_sets(
     )
 
 
+def name_of_results(storage: Storage, place: str, results: EvaluationResults) -> str:
+    """The label of the set, or `LABEL.DIGEST` where `place` holds results of other settings or weights under the label.
+
+    So `m2f eval` with other settings leaves published files and points alone. Results of version 0.1 name no settings:
+    they are the same if their metrics are equal.
+    """
+    label, settings = results.subject.label, results.subject.settings
+    url = join(place, label, "results.json")
+    if settings is None or not storage.exists(url):
+        return label
+    published = json.loads(storage.get(url))
+    if "settings_digest" in published:
+        is_same = published["settings_digest"] == settings.digest
+    else:
+        is_same = published.get("metrics") == results.metrics()
+    return label if is_same else f"{label}.{settings.digest}"
+
+
 def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path:
     """Store files under `url`; returns a local folder with them: `url` itself, or `local` where `url` is remote."""
     for name, data in files.items():
@@ -161,6 +181,7 @@ def _evaluate(
         subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
         test_time=evaluated.test_time.describe(),
         step=step,
+        settings=_settings(config, evaluated, stated_sha256(task.weights, storage)),
     )
     qualities: dict[int, float] = {}
     done: list[int] = []
@@ -181,6 +202,21 @@ def _evaluate(
         join_dump(storage, dump, calls, classes.categories)
     worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, qualities)
     return SetEvaluation(results, states.panels, worst)
+
+
+def _settings(config: RunConfig, evaluated: EvaluationSet, weights: str | None) -> EvaluationSettings:
+    settings = config.evaluation.for_set(evaluated)
+    return EvaluationSettings(
+        tasks=settings.tasks,
+        extra_metrics=settings.extra_metrics,
+        shortest_edge=settings.shortest_edge,
+        max_size=settings.max_size,
+        batch_size=settings.batch_size,
+        limit=evaluated.limit,
+        test_time=asdict(evaluated.test_time),
+        postprocess=asdict(config.model.postprocess),
+        weights=weights,
+    )
 
 
 def _draw_worst(

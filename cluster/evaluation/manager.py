@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from m2f.cluster.evaluation.queue import Entry, EvaluationQueue
 from m2f.data_pipeline.errors import StorageError
-from m2f.trainer.checkpoint.commits import Commit
+from m2f.trainer.checkpoint.commits import CommitList
 from m2f.trainer.errors import LeaseLostError
 
 LOGGER = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class EvaluationManager:
     def __init__(
         self,
         queue: EvaluationQueue,
-        find: Callable[[], Sequence[Commit]],
+        find: Callable[[], CommitList],
         policy: Literal["every", "latest"],
         evaluate: Callable[[Entry, Report], Mapping[str, float]],
         release: Callable[[Entry], None] = lambda entry: None,

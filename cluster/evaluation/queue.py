@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from m2f.cluster.evaluation.choice import choose
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
-from m2f.trainer.checkpoint.commits import Commit
+from m2f.trainer.checkpoint.commits import Commit, CommitList
 
-Status = Literal["waiting", "running", "published", "failed", "dropped"]
+Status = Literal["waiting", "running", "published", "failed", "dropped", "withdrawn"]
+WITHDRAWN = "the run went back behind this checkpoint"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entry:
     @property
     def settled(self) -> bool:
         """Whether nothing more will happen to it."""
-        return self.status in ("published", "failed", "dropped")
+        return self.status not in ("waiting", "running")
 
 
 class EvaluationQueue:
@@ -70,17 +71,27 @@ class EvaluationQueue:
         with self._lock:
             return _ordered(self._entries.values())
 
-    def update(self, commits: Sequence[Commit]) -> tuple[Entry, ...]:
-        """Queue the commits that are new; entries that wait for one which was withdrawn are dropped and returned."""
+    def update(self, found: CommitList) -> tuple[Entry, ...]:
+        """Queue the commits that are new. Entries of commits that were withdrawn are dropped if they wait and marked
+        if they are published; returns them."""
         with self._lock:
-            changed = [entry for commit in commits if (entry := self._entry_of(commit)) != self._entries.get(entry.key)]
-            names = {commit.name for commit in commits}
-            waiting = [e for e in self._entries.values() if e.status == "waiting" and e.commit]
-            reason = "the run went back behind this checkpoint"
-            dropped = [replace(e, status="dropped", detail=reason) for e in waiting if e.commit not in names]
-            if changed or dropped:
-                self._store(*changed, *dropped)
-            return tuple(dropped)
+            changed = [
+                entry for commit in found.commits if (entry := self._entry_of(commit)) != self._entries.get(entry.key)
+            ]
+            names = {commit.name for commit in found.commits}
+            entries = [entry for entry in self._entries.values() if entry.commit]
+            waiting = [e for e in entries if e.status == "waiting" and e.commit not in names]
+            published = [e for e in entries if e.status == "published" and e.commit in found.withdrawn]
+            marked = [replace(entry, status="dropped", detail=WITHDRAWN) for entry in waiting]
+            marked += [replace(entry, status="withdrawn", detail=WITHDRAWN) for entry in published]
+            if changed or marked:
+                self._store(*changed, *marked)
+            return tuple(marked)
+
+    def replaces(self, entry: Entry) -> bool:
+        """Whether results of the same step are published already, of a commit that was withdrawn."""
+        with self._lock:
+            return any(e.step == entry.step and e.status == "withdrawn" for e in self._entries.values())
 
     def take(self, policy: Literal["every", "latest"]) -> tuple[Entry | None, tuple[Entry, ...]]:
         """Mark the next waiting entry as running and return it, with those that the policy drops."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from m2f.cluster.evaluation.choice import best_step
 from m2f.cluster.evaluation.evaluate import Pool, evaluate_sets, write_files
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
-from m2f.cluster.evaluation.queue import Entry, EvaluationQueue
+from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint.commits import list_commits
+from m2f.trainer.checkpoint.commits import read_commits
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, pin, unpin
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.errors import LeaseLostError
@@ -36,7 +36,7 @@ class EvaluationService:
         self._queue = EvaluationQueue(self._storage, queue_url(config), self._check_lease)
         self._manager = EvaluationManager(
             self._queue,
-            lambda: list_commits(self._storage, config.run_folder),
+            lambda: read_commits(self._storage, config.run_folder),
             config.evaluation.policy,
             self._evaluate,
             self._release,
@@ -87,7 +87,8 @@ class EvaluationService:
             )
             self._tracking.log_artifact(folder, place)
             metrics |= evaluation.results.headline(name)
-        self._tracking.log_metrics(entry.step, metrics | self._cost(self._pool, time.monotonic() - began))
+        cost = self._cost(self._pool, time.monotonic() - began)
+        self._tracking.log_metrics(entry.step, metrics | cost, replaces=self._queue.replaces(entry))
         return metrics
 
     @staticmethod
@@ -114,13 +115,14 @@ class EvaluationService:
 
 def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: str | None) -> None:
     """Let a settled checkpoint be deleted; the one with the best value of `metric` stays, in place of earlier ones."""
-    known = {e.step: e for e in entries}  # of a step that was committed again, the later one
+    known = {e.step: e for e in entries if e.status == "published"}
     best = best_step({step: e.metrics for step, e in known.items()}, metric) if metric is not None else None
     if best == entry.step:
         pin(storage, entry.checkpoint, BEST_PIN)
         for step in known.keys() - {best}:
             unpin(storage, known[step].checkpoint, BEST_PIN)
-    unpin(storage, entry.checkpoint, EVALUATION_PIN)
+    if entry.detail != WITHDRAWN:  # whose folder may hold the commit that came after
+        unpin(storage, entry.checkpoint, EVALUATION_PIN)
 
 
 def look_s(run_folder: str) -> float:

@@ -145,10 +145,14 @@ class Tracking:
         self._thread = threading.Thread(target=self._send_all, name=f"tracking-{writer}", daemon=True)
         self._thread.start()
 
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Values at an optimizer step."""
+    def log_metrics(self, step: int, values: Mapping[str, float], replaces: bool = False) -> None:
+        """Values at an optimizer step.
+
+        What the store has of a step stays, unless the values replace it: MLflow then shows these, as they are younger.
+        """
         points = {_key(name): float(value) for name, value in values.items()}
-        self._append({"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": points})
+        entry: Entry = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": points}
+        self._append(entry | {"replaces": True} if replaces else entry)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """A local file, or a folder with all it holds, under `folder` of the run. It is read when it is sent."""
@@ -320,8 +324,11 @@ class _Sender:
         for entry in group:
             step = entry["step"]
             for key, value in entry["metrics"].items():
-                if not self._has(client, key, step):
-                    points.setdefault((key, step), Metric(key, value, entry["time_ms"], step))
+                metric = Metric(key, value, entry["time_ms"], step)
+                if entry.get("replaces"):
+                    points[key, step] = metric
+                elif not self._has(client, key, step):
+                    points.setdefault((key, step), metric)
         return list(points.values())
 
     def _has(self, client: MlflowClient, key: str, step: int) -> bool:

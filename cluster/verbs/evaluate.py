@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, args.checkpoint or copied)
     print_out(f"evaluating {weights.url}")
-    from m2f.cluster.evaluation.evaluate import write_files
+    from m2f.cluster.evaluation.evaluate import name_of_results, write_files
     from m2f.cluster.evaluation.offline import evaluate_checkpoint
     from m2f.cluster.tracking.tracking import Tracking, find_run
 
@@ -47,11 +47,14 @@ def run(args: argparse.Namespace) -> int:
     tracking = Tracking(run, "offline-evaluation") if run is not None else None
     with TemporaryDirectory(prefix="m2f-evaluation-") as scratch:
         for evaluation in evaluations:
-            name = evaluation.results.subject.label
-            place = f"evaluations/{weights.name}/{name}"
-            url = join(args.output, name) if args.output else join(config.run_folder, place)
+            within = f"evaluations/{weights.name}"
+            base = args.output or join(config.run_folder, within)
+            name = name_of_results(storage, base, evaluation.results)
+            place, url = f"{within}/{name}", join(base, name)
             folder = write_files(storage, url, evaluation.files(), local=Path(scratch) / name)
             print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
+            if name != evaluation.results.subject.label:
+                print_out("other settings or weights than those of the results that are there, so under another name")
             if dump is not None:
                 print_out(f"predictions: {join(dump, name)}")
             if tracking is not None and weights.step is not None:

@@ -18,6 +18,7 @@ from m2f.eval.metrics.mean_iou import MeanIoU
 from m2f.eval.metrics.panoptic_quality import PanopticQuality, Quality
 from m2f.eval.metrics.segment_errors import SegmentErrors
 from m2f.eval.results.extra import ExtraResults
+from m2f.eval.results.settings import EvaluationSettings
 
 Number = float | int | None
 
@@ -40,6 +41,8 @@ class EvaluationSubject:
     """How images went through the model, where not in one pass of the whole image."""
     step: int | None = None
     """Optimizer step of the checkpoint; None for weights that are not a checkpoint."""
+    settings: EvaluationSettings | None = None
+    """What else decides the numbers; None where only one way is known."""
 
     @property
     def label(self) -> str:
@@ -108,6 +111,7 @@ class EvaluationResults:
         content = {
             "unit": "per cent",
             **asdict(self.subject),
+            "settings_digest": None if self.subject.settings is None else self.subject.settings.digest,
             "num_images": self.num_images,
             "metrics": self.metrics(),
             "num_classes_averaged": self._classes_averaged(),

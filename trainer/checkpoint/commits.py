@@ -62,8 +62,23 @@ def withdraw_commit(storage: Storage, url: str) -> None:
     storage.put(_commit_url(url, manifest) + ".withdrawn", b"")
 
 
+@dataclass(frozen=True)
+class CommitList:
+    """What `commits/` says at one moment."""
+
+    commits: tuple[Commit, ...]
+    """Those that count, by step: neither withdrawn nor made by a process that had lost the run folder before."""
+    withdrawn: frozenset[str] = frozenset()
+    """Names of those behind which the run went back."""
+
+
 def list_commits(storage: Storage, run_folder: str) -> tuple[Commit, ...]:
-    """Commits that count, by step: neither withdrawn nor made by a process that had lost the run folder before."""
+    """Commits that count, by step."""
+    return read_commits(storage, run_folder).commits
+
+
+def read_commits(storage: Storage, run_folder: str) -> CommitList:
+    """All commits of a run."""
     found, withdrawn = set[tuple[str, int, int]](), set[str]()
     for url in storage.list(join(run_folder, "commits")):
         if match := _COMMIT.search(url):
@@ -76,7 +91,7 @@ def list_commits(storage: Storage, run_folder: str) -> tuple[Commit, ...]:
         checkpoint = CommittedCheckpoint(step, checkpoint_url(run_folder, step, lease))
         if name not in withdrawn and (lease >= newest or checkpoint.name in known):
             commits.append(Commit(name, checkpoint))
-    return tuple(commits)
+    return CommitList(tuple(commits), frozenset(withdrawn))
 
 
 def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:

@@ -26,6 +26,15 @@ def weights_url(checkpoint: str, storage: Storage) -> str:
     return next(found, checkpoint)
 
 
+def stated_sha256(weights: str, storage: Storage) -> str | None:
+    """SHA-256 of a checkpoint's weights as its manifest states it; None for weights that no manifest names."""
+    folder, _, name = weights.rpartition("/")
+    if name not in (AVERAGE, WEIGHTS) or not storage.exists(join(folder, MANIFEST)):
+        return None
+    entry = read_manifest(storage, folder).files.get(name)
+    return None if entry is None else entry.sha256
+
+
 def start_file(weights: str, storage: Storage) -> str:
     """What `model.weights` means: of a checkpoint folder its weights, not their average; else itself."""
     is_file = weights.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES

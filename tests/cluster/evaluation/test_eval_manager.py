@@ -10,7 +10,7 @@ from m2f.cluster.evaluation.service import BEST_PIN, release
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
-from m2f.trainer.checkpoint.commits import Commit
+from m2f.trainer.checkpoint.commits import Commit, CommitList
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, checkpoint_url, pin, pins
 from m2f.trainer.reporting import CommittedCheckpoint
 from tests.waiting import PATIENCE_S, wait_until
@@ -24,8 +24,8 @@ def commit_of(step: int, digest: str = "a", folder: str = "c") -> Commit:
     return Commit(f"{step:08d}-1-{digest}", CommittedCheckpoint(step, f"{folder}/{step}"))
 
 
-def commits_of(*steps: int) -> list[Commit]:
-    return [commit_of(step) for step in steps]
+def commits_of(*steps: int) -> CommitList:
+    return CommitList(tuple(commit_of(step) for step in steps))
 
 
 def statuses(source) -> dict[int, str]:
@@ -46,16 +46,20 @@ def test_a_commit_is_queued_once_and_survives_its_process(tmp_path):
 
 def test_a_step_that_is_committed_again_is_evaluated_again(tmp_path):
     queue = queue_in(tmp_path)
-    queue.update([commit_of(10), commit_of(20), commit_of(30)])
+    queue.update(commits_of(10, 20, 30))
     first, _ = queue.take("every")
     queue.publish(first, {"val/PQ": 1.0})
-    dropped = queue.update([commit_of(10, "b"), commit_of(30)])  # the run went back behind steps 10 and 20
-    assert [entry.step for entry in dropped] == [20]
+    assert not queue.replaces(first)
+    after = CommitList((commit_of(10, "b"), commit_of(30)), frozenset({commit_of(10).name, commit_of(20).name}))
+    marked = queue.update(after)  # the run went back behind steps 10 and 20
+    assert [(entry.step, entry.status) for entry in marked] == [(20, "dropped"), (10, "withdrawn")]
+    assert queue.update(after) == ()
     second, _ = queue.take("every")
     assert (second.step, second.commit) == (10, commit_of(10, "b").name)
+    assert queue.replaces(second)
     queue.publish(second, {"val/PQ": 2.0})
     assert [(e.step, e.status) for e in queue.entries()] == [
-        (10, "published"),
+        (10, "withdrawn"),
         (10, "published"),
         (20, "dropped"),
         (30, "waiting"),
@@ -69,7 +73,7 @@ def test_entries_of_version_0_1_are_known_by_their_checkpoint_also_in_a_moved_ru
     rows[1]["status"] = "waiting"
     (tmp_path / "queue.json").write_text(json.dumps(rows))
     queue = queue_in(tmp_path)
-    queue.update([commit_of(10, folder="/new/c"), commit_of(20, folder="/new/c")])
+    queue.update(CommitList((commit_of(10, folder="/new/c"), commit_of(20, folder="/new/c"))))
     assert statuses(queue.entries()) == {10: "published", 20: "waiting"}
     assert [entry.commit for entry in queue.entries()] == [commit_of(10).name, commit_of(20).name]
     assert queue.take("every")[0].checkpoint == "/new/c/20"
@@ -108,12 +112,17 @@ def test_every_checkpoint_is_evaluated_once_and_a_failure_fails_alone(tmp_path):
             raise EvaluationError("evaluation batch 7 failed 3 times")
         return {"val/PQ": float(entry.step)}
 
-    commits = commits_of(10, 20)
+    steps = [10, 20]
     manager = EvaluationManager(
-        queue_in(tmp_path), lambda: commits, "every", evaluate, lambda entry: released.append(entry.step), look_s=0.01
+        queue_in(tmp_path),
+        lambda: commits_of(*steps),
+        "every",
+        evaluate,
+        lambda entry: released.append(entry.step),
+        look_s=0.01,
     )
     wait_until(lambda: len(released) == 2)
-    commits.append(commit_of(30))
+    steps.append(30)
     wait_until(lambda: len(released) == 3)
     manager.close()
     assert seen == released == [10, 20, 30]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from m2f.cluster.evaluation.actor import EvaluationActor
-from m2f.cluster.evaluation.evaluate import evaluate_sets
+from m2f.cluster.evaluation.evaluate import evaluate_sets, name_of_results, write_files
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
@@ -119,3 +119,31 @@ def test_the_batch_size_changes_nothing_but_rounding(small):
         results.append(evaluated.results.headline())
     assert len(results[0]) > 20
     assert results[1] == pytest.approx(results[0], abs=0.05)
+
+
+def test_results_of_other_settings_or_weights_get_a_name_of_their_own(small, tmp_path):
+    config, weights = small
+    config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:1], panels=0))
+
+    def evaluate(**settings):
+        changed = replace(config, evaluation=replace(config.evaluation, **settings))
+        return evaluate_sets(changed, PoolHere(changed), weights, 7, lambda *_: None)[0]
+
+    storage, place = Storage(), str(tmp_path / "evaluations")
+    published, same, larger = evaluate(), evaluate(actors=3), evaluate(shortest_edge=80)
+    assert name_of_results(storage, place, published.results) == "val"
+    write_files(storage, f"{place}/val", published.files(), local=tmp_path)
+    assert name_of_results(storage, place, same.results) == "val"
+    assert same.files() == published.files()
+    digest = larger.results.subject.settings.digest
+    assert name_of_results(storage, place, larger.results) == f"val.{digest}"
+    stored = json.loads((tmp_path / "evaluations/val/results.json").read_text())
+    assert stored["settings"]["shortest_edge"] == 64
+    other = replace(published.results.subject.settings, weights="0" * 64)
+    subject = replace(published.results.subject, settings=other)
+    assert name_of_results(storage, place, replace(published.results, subject=subject)) == f"val.{other.digest}"
+
+    del stored["settings_digest"]  # as version 0.1 wrote it
+    (tmp_path / "evaluations/val/results.json").write_text(json.dumps(stored))
+    assert name_of_results(storage, place, same.results) == "val"
+    assert name_of_results(storage, place, larger.results) == f"val.{digest}"

@@ -150,6 +150,17 @@ def test_steps_that_are_done_again_are_sent_once(run):
     assert history(run, "loss") == [(step, float(step)) for step in range(1, 9)]
 
 
+def test_results_that_replace_others_of_the_step_are_what_the_store_shows(run):
+    tracking = Tracking(run, "evaluation", interval_s=0.05)
+    tracking.log_metrics(10, {"val/PQ": 40.0})
+    tracking.log_metrics(10, {"val/PQ": 41.0})
+    wait_until(lambda: history(run, "val/PQ") == [(10, 40.0)])
+    tracking.log_metrics(10, {"val/PQ": 30.0}, replaces=True)
+    assert tracking.close(PATIENCE_S)
+    assert sorted(history(run, "val/PQ")) == [(10, 30.0), (10, 40.0)]
+    assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.metrics["val/PQ"] == 30.0
+
+
 def test_points_of_a_killed_process_are_sent_by_the_next_one_exactly_once(run):
     command = [sys.executable, Path(__file__).with_name("killed_writer.py"), run.uri, run.run_id, run.spool, "50"]
     killed = subprocess.run(command, capture_output=True, timeout=PATIENCE_S)
