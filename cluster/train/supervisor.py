@@ -155,13 +155,15 @@ class _Supervisor:
             error, ending = self._attempt(number, workers)
             self._lease.check()
             step = self._newest_step()
-            if error is None and step >= self._config.training.max_steps:
-                break
+            if step >= self._config.training.max_steps:
+                break  # whatever became of ranks after their last commit
             if error is None and self._interrupts:
                 return "stopped"
             if error is None and self._sizes.growing:
                 continue
             failure = failure_of(error, ending)
+            if self._interrupts and failure.kind == "death":  # the signal came before a rank could handle it
+                return "stopped"
             self._failures.append(failure)
             history = history.after(Attempt(failure, step))
             decision = decide(history, self._config.cluster.max_failures)
