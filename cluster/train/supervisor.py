@@ -5,6 +5,7 @@ It forwards what ranks and evaluations report, to the user and to MLflow, and ha
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from m2f.cluster.train.launcher import Evaluations, Launcher
 from m2f.cluster.train.live_view import LiveView
 from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.signals import handling
+from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.commits import list_commits, repair_commits
@@ -44,6 +46,7 @@ from m2f.trainer.recovery.adjustments import adjust, read_adjustments
 from m2f.trainer.recovery.ending import Ending, read_ending
 from m2f.trainer.reporting import CommittedCheckpoint
 
+LOGGER = logging.getLogger(__name__)
 POLL_S = 0.5
 SILENCE_S = 60.0
 Status = Literal["finished", "stopped", "failed", "lost"]
@@ -145,7 +148,7 @@ class _Supervisor:
         )
 
     def _train(self) -> Status:
-        """Attempts until the run is done, stopped or hopeless."""
+        """Attempts until the run finishes, is stopped, or the failure policy gives up."""
         history, number = AttemptHistory(self._newest_step()), 0
         while self._newest_step() < self._config.training.max_steps:
             workers = self._wait_for_room()
@@ -197,7 +200,7 @@ class _Supervisor:
     def _announce(
         self, failure: Failure, step: int, decision: Retry | Stop, error: AttemptError | None, number: int
     ) -> None:
-        """Say what happened in one line; the whole story goes to a file."""
+        """Print what happened in one line; the details go to a file."""
         where = "" if failure.rank is None else f" on rank {failure.rank}"
         print_err(f"attempt {number} ended at checkpoint step {step}{where}: {_first_line(failure.message)}")
         if error is not None:
@@ -218,7 +221,7 @@ class _Supervisor:
         return "failed"
 
     def _wait_for_room(self) -> int | None:
-        """Number of workers of the next attempt; None where the person does not want to wait any more."""
+        """Number of workers of the next attempt; None where the user interrupts."""
         silence = _Silence(self._config, self._launcher)
         while (workers := self._sizes.next()) is None:
             self._pause(POLL_S)
@@ -228,7 +231,7 @@ class _Supervisor:
         return workers
 
     def _pause(self, seconds: float) -> None:
-        """Wait, unless the person does not want to."""
+        """Wait, or return at once where the user interrupts."""
         deadline = time.monotonic() + seconds
         while not self._interrupts and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -247,8 +250,12 @@ class _Supervisor:
         self._update(0.0)
 
     def _are_commits_settled(self, evaluations: Evaluations) -> bool:
-        settled = {entry.commit for entry in evaluations.entries() if entry.settled}
-        return {commit.name for commit in list_commits(self._storage, self._config.run_folder)} <= settled
+        try:
+            settled = {entry.commit for entry in evaluations.entries() if entry.settled}
+            return {commit.name for commit in list_commits(self._storage, self._config.run_folder)} <= settled
+        except StorageError as error:  # training is done, so there is time to wait for the store
+            LOGGER.warning("evaluations wait for the storage: %s", error)
+            return False
 
     def _update(self, wait_s: float) -> bool:
         """Forward what is new after up to `wait_s` seconds; returns whether a rank has reported anything."""
