@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.coco_json import field, read_color, read_flag, whole_number
+from m2f.data_pipeline.readers.coco_json import category_id, field, read_color, read_flag, stated_flag
 from m2f.data_pipeline.readers.files import read_json
 
 
@@ -26,8 +26,8 @@ def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable,
     for number, entry in enumerate(entries):
         where = f"{path}: entry {number}"
         named = "id" if isinstance(entry, dict) and "label" not in entry and "id" in entry else "label"
-        value = whole_number(entry, named, where)
-        if entry.get("ignore"):
+        value = category_id(entry, named, where)
+        if stated_flag(entry, "ignore", where):
             ignored.add(value)
         elif value not in ignored:
             name, is_thing = str(field(entry, "name", where)), read_flag(entry, "isthing", where)

@@ -14,6 +14,10 @@ from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.readers.files import read_json, relative_name
 
 Box = tuple[float, float, float, float]
+MAX_CATEGORY_ID = 2**31 - 1
+"""The manifest stores ids of categories in 32 bits."""
+MAX_AREA = 1e15
+"""Far above any image; the manifest stores sums of areas in 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,8 @@ class CocoImage:
     """An entry of `images`."""
 
     id: int
-    """Its id where all are whole numbers (COCO), else its position in the file (Cityscapes, Mapillary)."""
+    """Its id where all are whole numbers of at most 18 digits (COCO), else its position in the file (Cityscapes,
+    Mapillary)."""
     source_id: str
     """Its id as text, by which annotations refer to it."""
     file_name: str
@@ -54,7 +59,7 @@ def read_images(document: Mapping[str, Any], path: str) -> tuple[CocoImage, ...]
         height, width = (whole_number(entry, side, where) for side in ("height", "width"))
         images.append(CocoImage(number, id_text(entry, "id", where), name, height, width))
     require_unique((image.source_id for image in images), f"{path}: image ids")
-    if all(re.fullmatch(r"-?\d+", image.source_id) for image in images):
+    if all(re.fullmatch(r"-?\d{1,18}", image.source_id) for image in images):  # the manifest holds 64 bits
         images = [replace(image, id=int(image.source_id)) for image in images]
     return tuple(images)
 
@@ -63,7 +68,7 @@ def id_text(entry: Any, name: str, where: str) -> str:
     """An id, whole number or text, in one form: 7, "7" and "007" are the same. Raises DataError naming the entry."""
     value = field(entry, name, where)
     if isinstance(value, str) and value:
-        return str(int(value)) if value.isascii() and value.isdigit() else value
+        return value.lstrip("0") or "0" if value.isascii() and value.isdigit() else value
     return str(whole_number(entry, name, where))
 
 
@@ -74,7 +79,7 @@ def read_categories(document: Mapping[str, Any], path: str, things_only: bool) -
         where = f"{path}: categories[{number}]"
         is_thing = True if things_only else read_flag(entry, "isthing", where)
         name = str(field(entry, "name", where))
-        categories.append(Category(whole_number(entry, "id", where), name, is_thing, read_color(entry, number, where)))
+        categories.append(Category(category_id(entry, "id", where), name, is_thing, read_color(entry, number, where)))
     if not categories:
         raise DataError(f"{path} lists no category")
     return CategoryTable(tuple(categories))
@@ -95,8 +100,13 @@ def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
     """A field that must be 0, 1, true or false; the text "0" would count as true otherwise. Raises DataError."""
     value = field(entry, name, where)
     if value not in (0, 1):
-        raise DataError(f"{where}: {name} is {value!r}; it must be 0 or 1")
+        raise DataError(f"{where}: {name} is {str(value)[:40]!r}; it must be 0, 1, true or false")
     return bool(value)
+
+
+def stated_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
+    """A flag that may be missing or null, which is false. Raises DataError as `read_flag` does."""
+    return entry.get(name) is not None and read_flag(entry, name, where)
 
 
 def group_by_image(
@@ -146,10 +156,18 @@ def whole_number(entry: Any, name: str, where: str) -> int:
     value = field(entry, name, where)
     try:
         number = int(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: {name} is {value!r}, not a whole number") from None
+    except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
+        raise DataError(f"{where}: {name} is {str(value)[:40]!r}, not a whole number") from None
     if isinstance(value, float) and number != value:
         raise DataError(f"{where}: {name} is {value!r}, not a whole number")
+    return number
+
+
+def category_id(entry: Any, name: str, where: str) -> int:
+    """The id of a category in its table: a whole number of 32 bits, as the manifest stores it. Raises DataError."""
+    number = whole_number(entry, name, where)
+    if not -MAX_CATEGORY_ID <= number <= MAX_CATEGORY_ID:
+        raise DataError(f"{where}: {name} is {str(number)[:40]}; ids of categories have 32 bits, number them anew")
     return number
 
 
@@ -166,9 +184,7 @@ def stated_box(entry: Mapping[str, Any], where: str) -> Box | None:
     match entry.get("bbox"):
         case None | []:
             return None
-        case [float() | int(), float() | int(), float() | int(), float() | int()] as box if all(
-            map(math.isfinite, box)
-        ):
+        case [float() | int(), float() | int(), float() | int(), float() | int()] as box if all(map(_is_finite, box)):
             x, y, width, height = (float(value) for value in box)
             return x, y, width, height
         case box:
@@ -180,7 +196,15 @@ def stated_area(entry: Mapping[str, Any], where: str) -> float | None:
     match entry.get("area"):
         case None:
             return None
-        case (int() | float()) as area if 0 <= area < math.inf:
+        case (int() | float()) as area if 0 <= area <= MAX_AREA:
             return float(area)
         case area:
-            raise DataError(f"{where}: area is {str(area)[:40]}; it must be a finite number of at least 0")
+            raise DataError(f"{where}: area is {str(area)[:40]}; it must be a number from 0 to {MAX_AREA:.0e}")
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a number of JSON fits a float: its whole numbers can have thousands of digits."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

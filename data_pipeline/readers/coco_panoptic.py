@@ -18,7 +18,14 @@ from m2f.data_pipeline.label_space import require_match
 from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.readers import coco_json
 from m2f.data_pipeline.readers.coco_instances import check_annotations
-from m2f.data_pipeline.readers.coco_json import CocoImage, field, stated_area, stated_box, whole_number
+from m2f.data_pipeline.readers.coco_json import (
+    CocoImage,
+    field,
+    stated_area,
+    stated_box,
+    stated_flag,
+    whole_number,
+)
 from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
@@ -136,7 +143,7 @@ class CocoPanopticReader:
             id=local_id,
             category_id=category.id,
             is_thing=category.is_thing,
-            is_crowd=bool(entry.get("iscrowd", 0)),
+            is_crowd=stated_flag(entry, "iscrowd", where),
             area=float(np.count_nonzero(seg == local_id)) if area is None else area,
             bbox=stated_box(entry, where) or pixel_box(seg == local_id),
             source_id=int(entry["id"]),
@@ -160,6 +167,7 @@ def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecor
         segments = coco_json.read_segments(entry, where)
         for segment in segments:
             whole_number(segment, "category_id", where)
+            stated_flag(segment, "iscrowd", f"{where}, segment {segment.get('id')}")
         coco_json.require_unique([whole_number(s, "id", where) for s in segments], f"{where}: segment ids")
         mask_name = relative_name(field(entry, "file_name", where), where)
         records.append(PanopticRecord(key, image, mask_name, segments, None))

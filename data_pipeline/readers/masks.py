@@ -11,11 +11,13 @@ from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.coco_json import Box, stated_area, stated_box
+from m2f.data_pipeline.readers.coco_json import Box, stated_area, stated_box, stated_flag
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
 """Coordinates beyond this many image sides are refused."""
+_MAX_RLE_PIXELS = 2**32
+"""pycocotools counts in 32 bits."""
 
 
 def instance_layers(
@@ -37,7 +39,7 @@ def instance_layers(
                 id=local_id,
                 category_id=int(entry["category_id"]),
                 is_thing=categories.by_id[int(entry["category_id"])].is_thing,
-                is_crowd=bool(entry.get("iscrowd", 0)),
+                is_crowd=stated_flag(entry, "iscrowd", name),
                 area=float(pixels) if area is None else area,
                 bbox=stated_box(entry, name) or box,
                 source_id=int(entry["id"]),
@@ -101,6 +103,8 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
 
     Raises DataError beginning with the name for what is neither, or does not fit to the size of its image.
     """
+    if height * width >= _MAX_RLE_PIXELS:
+        raise DataError(f"{name}: its image of {width} x {height} pixels is too large; run lengths have 32 bits")
     match segmentation:
         case {"counts": counts, "size": [int(rle_height), int(rle_width)]}:
             if (rle_height, rle_width) != (height, width):
@@ -118,7 +122,7 @@ def _checked_rle(counts: Any, height: int, width: int, name: str) -> Any:
         runs = np.array(counts, np.int64) if isinstance(counts, list) else _decompress(counts)
     except (AttributeError, ValueError, TypeError, OverflowError):
         raise DataError(f"{name}: its RLE is damaged") from None
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise DataError(f"{name}: the run lengths of its RLE do not add up to {width} x {height} pixels")
     rle: Any = {"counts": counts, "size": [height, width]}
     return coco_mask.frPyObjects(rle, height, width) if isinstance(counts, list) else rle

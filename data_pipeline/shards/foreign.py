@@ -26,6 +26,7 @@ from m2f.data_pipeline.image_file import (
     read_header,
 )
 from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers.coco_json import stated_flag
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 
 FORM = "/form"
@@ -134,8 +135,12 @@ def _panoptic(
     try:
         for entry in json.loads(members[form.json])["segments_info"]:
             category = table.by_id[int(entry["category_id"])]
-            regions[int(entry["id"])] = Region(category, int(entry["id"]), bool(entry.get("iscrowd", 0)))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            regions[int(entry["id"])] = Region(
+                category,
+                int(entry["id"]),
+                stated_flag(entry, "iscrowd", f"{name}: member {form.json}: segment {entry['id']}"),
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DataError(
             f"{name}: member {form.json} has no usable `segments_info` of known categories ({error!r:.100})"
         ) from error

@@ -14,6 +14,7 @@ from m2f.data_pipeline.categories import MAX_CATEGORIES, Category
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
 from m2f.data_pipeline.label_space import describe_subset, require_match
+from m2f.data_pipeline.readers.coco_json import stated_area, stated_flag, whole_number
 from m2f.eval.errors import EvaluationError
 
 CATEGORIES_FILE = "categories.json"
@@ -27,8 +28,8 @@ class ScoredCategory:
 
     id: int
     name: str
-    is_thing: bool
-    """False where the file does not say."""
+    is_thing: bool | None
+    """None where the file does not say."""
 
 
 def read_document(path: Path, *lists: str) -> dict[str, Any]:
@@ -57,10 +58,10 @@ def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCate
     """The categories of a COCO file in its order. Raises EvaluationError for a missing or repeated id."""
     try:
         listed = [
-            ScoredCategory(int(entry["id"]), str(entry.get("name", entry["id"])), bool(entry.get("isthing", 0)))
+            ScoredCategory(int(entry["id"]), str(entry.get("name", entry["id"])), _kind(entry, path))
             for entry in document["categories"]
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EvaluationError(f"{path}: a category has no whole number as `id` ({error!r})") from error
     if len({category.id for category in listed}) < len(listed):
         raise EvaluationError(f"{path}: two categories have the same id")
@@ -105,7 +106,9 @@ def match_predictions(
         path = beside
     else:
         return PredictedClasses(None)
-    own = _plain(read_categories({"categories": listed}, path), kinds)
+    stated = read_categories({"categories": listed}, path)
+    kinds = kinds and all(c.is_thing is not None for c in stated)
+    own = _plain(stated, kinds)
     wanted = _plain(categories, kinds)
     try:
         found = require_match(own, wanted, str(path), str(truth))
@@ -117,7 +120,39 @@ def match_predictions(
 
 
 def _plain(categories: Sequence[ScoredCategory], kinds: bool) -> list[Category]:
-    return [Category(c.id, c.name, c.is_thing or not kinds, (0, 0, 0)) for c in categories]
+    return [Category(c.id, c.name, bool(c.is_thing) or not kinds, (0, 0, 0)) for c in categories]
+
+
+def _kind(entry: Mapping[str, Any], path: Path) -> bool | None:
+    return flag(entry, "isthing", f"{path}: category {entry['id']}") if "isthing" in entry else None
+
+
+def flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
+    """A field that is 0, 1, true or false; false where it is missing. Raises EvaluationError naming entry and value."""
+    try:
+        return stated_flag(entry, name, where)
+    except DataError as error:
+        raise EvaluationError(str(error)) from error
+
+
+def area_of(entry: Any, where: str) -> float:
+    """The stated area, a finite number of at least 0. Raises EvaluationError naming entry and value."""
+    require(entry, "area", where)
+    try:
+        area = stated_area(entry, where)
+    except DataError as error:
+        raise EvaluationError(str(error)) from error
+    if area is None:
+        raise EvaluationError(f"{where}: area is null; it must be a number of at least 0")
+    return area
+
+
+def whole(entry: Any, name: str, where: str) -> int:
+    """A field that is a whole number. Raises EvaluationError naming entry and value."""
+    try:
+        return whole_number(entry, name, where)
+    except DataError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def require(entry: Any, name: str, where: str) -> Any:

@@ -29,7 +29,17 @@ from m2f.eval.metrics.average_precision import (
 )
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.results.results import columns
-from m2f.eval.score.files import ScoredCategory, match_predictions, read_categories, read_document, read_json, require
+from m2f.eval.score.files import (
+    ScoredCategory,
+    area_of,
+    flag,
+    match_predictions,
+    read_categories,
+    read_document,
+    read_json,
+    require,
+    whole,
+)
 from m2f.eval.score.scoring import ScoreReport, Scoring, percent
 
 MAX_DETS = (1, 10, 100)
@@ -86,7 +96,11 @@ def _images(document: Mapping[str, Any], results: Any, truth: Path, predictions:
         raise EvaluationError(f"{truth} has panoptic annotations; give those of instances, as instances_val2017.json")
     try:
         listed = sorted(document["images"], key=lambda image: image["id"])
-        images = {e["id"]: _Image(e["id"], int(e["height"]), int(e["width"]), [], []) for e in listed}
+        where = f"{truth}: image {{}}"
+        images = {
+            e["id"]: _Image(e["id"], *(whole(e, side, where.format(e["id"])) for side in ("height", "width")), [], [])
+            for e in listed
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f"{truth}: an image lacks its id, height or width ({error!r})") from error
     for entry in document["annotations"]:  # of other images none: subsets are made by shortening `images`
@@ -137,8 +151,8 @@ class _ScoreImage:
         return InstanceTruth(
             masks=self._masks(image, entries, where),
             labels=self._labels(entries, where, self.labels),
-            areas=np.array([require(e, "area", where) for e in entries], dtype=np.float64),
-            is_crowd=np.array([bool(e.get("iscrowd", 0)) for e in entries], dtype=bool),
+            areas=np.array([area_of(e, f"{where}: annotation {e.get('id')}") for e in entries], dtype=np.float64),
+            is_crowd=np.array([flag(e, "iscrowd", f"{where}: annotation {e.get('id')}") for e in entries], dtype=bool),
         )
 
     def _detections(self, image: _Image) -> InstanceDetections:

@@ -27,6 +27,8 @@ from m2f.eval.metrics.panoptic_quality import (
 from m2f.eval.results.results import columns
 from m2f.eval.score.files import (
     ScoredCategory,
+    area_of,
+    flag,
     match_predictions,
     read_categories,
     read_document,
@@ -34,6 +36,7 @@ from m2f.eval.score.files import (
     require,
     require_folder,
     some,
+    whole,
 )
 from m2f.eval.score.scoring import ScoreReport, Scoring
 
@@ -58,6 +61,11 @@ def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, 
     """
     document = read_document(files.truth, "annotations", "categories")
     categories = read_categories(document, files.truth)
+    if silent := [c.name for c in categories if c.is_thing is None]:
+        raise EvaluationError(
+            f"{files.truth}: {len(silent)} categories have no `isthing` (0 or 1), so things and stuff cannot "
+            f"be told apart: {some(silent)}"
+        )
     truth = document["annotations"]
     predicted = read_document(files.predictions, "annotations")
     matched = match_predictions(predicted, files.predictions, categories, files.truth, kinds=True)
@@ -78,7 +86,7 @@ def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, 
     return Scoring(
         jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
         work=_ScoreImage(files, labels, matched.labels(labels), matched.dropped, ratio),
-        state=PanopticQualityState([c.is_thing for c in categories], ratio),
+        state=PanopticQualityState([bool(c.is_thing) for c in categories], ratio),
         report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ", matched.note),
     )
 
@@ -111,7 +119,7 @@ class _ScoreImage:
     def _truth(self, annotation: dict[str, Any], where: str) -> PanopticTruth:
         where = f"{self.files.truth}: {where}"
         segments = {
-            segment_id: TruthSegment(label, float(require(entry, "area", where)), bool(entry.get("iscrowd", 0)))
+            segment_id: _truth_segment(entry, label, f"{where}: segment {segment_id}")
             for segment_id, label, entry in self._segments(annotation, where, self.labels)
         }
         return PanopticTruth(read_ids(self.files.truth_masks / require(annotation, "file_name", where)), segments)
@@ -133,12 +141,21 @@ class _ScoreImage:
     ) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Id, class and entry of every segment; of a repeated id the last entry stays, as in panopticapi."""
         for entry in require(annotation, "segments_info", where):
-            segment_id, category = (require(entry, name, where) for name in ("id", "category_id"))
+            require(entry, "id", where)
+            segment_id, category = whole(entry, "id", where), require(entry, "category_id", where)
             if category not in labels:
                 raise EvaluationError(
                     f"{where}: segment {segment_id} has the category {category}, which {self.files.truth} does not list"
                 )
-            yield int(segment_id), labels[category], entry
+            yield segment_id, labels[category], entry
+
+
+def _truth_segment(entry: dict[str, Any], label: int, where: str) -> TruthSegment:
+    """Raises EvaluationError for an area of 0 too: the official code divides by it."""
+    area, is_crowd = area_of(entry, where), flag(entry, "iscrowd", where)
+    if area == 0 and not is_crowd:
+        raise EvaluationError(f"{where}: area is 0; a segment of the map has pixels, state how many")
+    return TruthSegment(label, area, is_crowd)
 
 
 def _report(
