@@ -25,9 +25,10 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.ray_cluster import local_or_existing
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.shard_job import run_shard_job
-    from m2f.cluster.terminal import print_out
+    from m2f.cluster.terminal import print_err, print_out
     from m2f.data_pipeline.errors import DataError
-    from m2f.data_pipeline.shards.manifest import read_document
+    from m2f.data_pipeline.shards.manifest import Manifest, read_document
+    from m2f.data_pipeline.shards.warnings import one_class_warning, query_warning
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import UserError
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     storage = Storage(config.storage)
     chosen = choose_datasets(names, list(config.datasets)) if names else with_source
     unfinished = [name for name in chosen if read_document(config.datasets[name].shards, storage) is None]
+    task, queries = config.data.task, config.model.transformer_decoder.num_queries
     with ExitStack() as stack:
         if len(unfinished) > 1:
             stack.enter_context(local_or_existing(config.cluster, config.cluster.shard_tasks))
@@ -49,6 +51,14 @@ def run(args: argparse.Namespace) -> int:
                 if not args.keep_going:
                     raise
                 failed.append(f"{name}: {error}")
+                continue
+            manifest = Manifest.load(config.datasets[name].shards, storage)
+            for warning in (
+                one_class_warning(name, manifest.categories, task),
+                query_warning(name, manifest, task, queries),
+            ):
+                if warning is not None:
+                    print_err(f"warning: {warning}")
     if failed:
         raise DataError(f"{len(failed)} of {len(chosen)} data sets are not complete\n" + "\n".join(failed))
     return 0

@@ -16,7 +16,7 @@ def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable,
     A COCO file with `categories`, or this list alone, will do as well: its `id` is the label.
 
     Raises:
-        DataError: entries that cannot be understood, or no category at all.
+        DataError: entries that cannot be understood, a category whose label is void, or no category at all.
     """
     document = read_json(path)
     entries = document.get("categories") if isinstance(document, dict) else document
@@ -29,9 +29,14 @@ def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable,
         value = category_id(entry, named, where)
         if stated_flag(entry, "ignore", where):
             ignored.add(value)
-        elif value not in ignored:
-            name, is_thing = str(field(entry, "name", where)), read_flag(entry, "isthing", where)
-            categories.append(Category(value, name, is_thing, read_color(entry, number, where)))
+            continue
+        name, is_thing = str(field(entry, "name", where)), read_flag(entry, "isthing", where)
+        if value in void:
+            raise DataError(
+                f"{where}: {value} is the label of {name!r} and in the list of void labels (source.void, or --void of "
+                f'`m2f index`); take it out of that list, or mark the entry with "ignore": true'
+            )
+        categories.append(Category(value, name, is_thing, read_color(entry, number, where)))
     if not categories:
         raise DataError(f"{path} defines no category beside void")
     return CategoryTable(tuple(categories)), frozenset(ignored)

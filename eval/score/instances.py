@@ -98,7 +98,9 @@ def _images(document: Mapping[str, Any], results: Any, truth: Path, predictions:
         listed = sorted(document["images"], key=lambda image: image["id"])
         where = f"{truth}: image {{}}"
         images = {
-            e["id"]: _Image(e["id"], *(whole(e, side, where.format(e["id"])) for side in ("height", "width")), [], [])
+            e["id"]: _Image(
+                e["id"], whole(e, "height", where.format(e["id"])), whole(e, "width", where.format(e["id"])), [], []
+            )
             for e in listed
         }
     except (KeyError, TypeError, ValueError) as error:

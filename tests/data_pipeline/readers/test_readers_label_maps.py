@@ -107,7 +107,7 @@ def test_colour_label_maps_are_refused(folder):
         ("{", "is not valid JSON"),
         ("{}", "is not a list"),
         ('[{"name": "x", "isthing": 1}]', "entry 0 has no field 'label'"),
-        ('[{"label": 255, "name": "x", "isthing": 1}]', "defines no category beside void"),
+        ('[{"label": 255, "name": "x", "isthing": 1}]', "255 is the label of 'x' and in the list of void labels"),
     ],
 )
 def test_faults_of_the_categories_file(folder, content, words):

@@ -171,7 +171,7 @@ def test_map_readers_are_picklable_and_subsets_keep_their_ids(channels):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"isthing": "0"}, "isthing is '0'; it must be 0 or 1"),
+        ({"isthing": "0"}, "isthing is '0'; it must be 0, 1, true"),
         ({"color": "red"}, "color is red, not three whole numbers"),
         ({"color": [0, 0, 256]}, "color is .*, not three whole numbers from 0 to 255"),
     ],

@@ -1,0 +1,44 @@
+"""What a user should know about a data set and a model that do not suit each other, from the manifest alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from m2f.data_pipeline.categories import CategoryTable, Task
+from m2f.data_pipeline.shards.manifest import Manifest
+
+
+def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str | None:
+    """One line where semantic training has a single class: every pixel gets it, so that mIoU is 100 at once."""
+    classes = categories.for_task(task)
+    if task != "semantic" or len(classes) != 1:
+        return None
+    return (
+        f"{name}: {classes[0].name!r} is the only class, so every labelled pixel is right from the start; add the "
+        "background as a class, or train with data.task=instance"
+    )
+
+
+def query_warning(name: str, manifest: Manifest, task: Task, num_queries: int) -> str | None:
+    """One line where images hold more objects than the model has queries; the rest of them cannot be learned.
+
+    Crowds do not count. Semantic training has at most one segment per class.
+    """
+    objects = objects_per_image(manifest, task)
+    over = objects > num_queries
+    if not over.any():
+        return None
+    lost = int((objects[over] - num_queries).sum())
+    return (
+        f"{name}: {int(over.sum()):,} of {len(objects):,} images have more objects than the model has queries "
+        f"({num_queries}), up to {int(objects.max())}; at least {lost:,} of {int(objects.sum()):,} objects cannot be "
+        "predicted. Raise model.transformer_decoder.num_queries"
+    )
+
+
+def objects_per_image(manifest: Manifest, task: Task) -> np.ndarray:
+    """Targets [N] int64 that every image has for a task, crowds left out."""
+    ids = manifest.category_ids
+    wanted = np.isin(ids.values, list(manifest.categories.labels(task)))
+    counted = wanted if task == "semantic" else np.where(wanted, manifest.category_counts.values, 0)
+    return np.bincount(ids.rows(), counted, minlength=manifest.num_samples).astype(np.int64)
