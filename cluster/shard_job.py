@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -28,6 +29,7 @@ from m2f.data_pipeline.shards.write import (
     ShardPlan,
     commit_manifest,
     complete_parts,
+    count_problems,
     plan_shards,
     write_shard,
 )
@@ -68,7 +70,9 @@ class ShardReport:
     """By this run; the others were there already."""
     elapsed_s: float
     problems: tuple[SampleProblem, ...]
-    """Samples that cannot be used."""
+    """Samples, and annotations of other samples, that cannot be used."""
+    repairs: tuple[tuple[str, int], ...] = ()
+    """What was mended in the samples, and how often."""
     failures: tuple[ShardFailure, ...] = ()
     """Shards that could not be written, where the job was told to go on."""
     committed: bool
@@ -76,7 +80,7 @@ class ShardReport:
 
     def summary(self) -> str:
         """For a person: what is there now, and what is wrong with what is not."""
-        kept = self.num_samples - len(self.problems)
+        kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
         lines = [f"{self.dataset}: {kept} samples in {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB"]
         if not self.written_shards:
             lines[0] += ", all there already"
@@ -85,6 +89,7 @@ class ShardReport:
         lines += [f"  {problem.source}: {problem.message}" for problem in self.problems[:SHOWN_PROBLEMS]]
         if len(self.problems) > SHOWN_PROBLEMS:
             lines.append(f"  and {len(self.problems) - SHOWN_PROBLEMS} more in {join(self.target, REPORT_FILE)}")
+        lines += [f"  {count:,} {what}" for what, count in self.repairs]
         return "\n".join(lines)
 
 
@@ -144,12 +149,19 @@ def run_shard_job(
         written_shards=len(missing) - len(failures),
         elapsed_s=round(time.monotonic() - started, 3),
         problems=problems,
+        repairs=_count_repairs(parts.values()),
         failures=tuple(failures),
         committed=not failures and (skip_bad or not problems),
     )
+    refusal = None
     if report.committed:
-        commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
+        try:
+            commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
+        except DataError as error:  # nothing is left, or another data set came first: the report says why all the same
+            refusal, report = error, replace(report, committed=False)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
+    if refusal is not None:
+        raise DataError(f"{report.summary()}\n{refusal}") from refusal
     if failures:
         listed = "\n".join(f"  {failure.message}" for failure in failures[:SHOWN_PROBLEMS])
         raise ShardJobError(
@@ -158,11 +170,18 @@ def run_shard_job(
         )
     if not report.committed:
         raise DataError(
-            f"{report.summary()}\n{len(problems)} of {plan.num_samples} samples cannot be used, so the data set is not "
-            f"committed. All are listed in {join(plan.target, REPORT_FILE)}. Correct them and run again, or leave them "
+            f"{report.summary()}\n{count_problems(problems)} of {plan.num_samples} samples cannot be used, so the data "
+            f"set is not committed. All are listed in {join(plan.target, REPORT_FILE)}. Correct them and run again, or leave them "
             "out with --skip-bad"
         )
     return report
+
+
+def _count_repairs(parts: Iterable[ShardPart]) -> tuple[tuple[str, int], ...]:
+    counts = Counter[str]()
+    for part in parts:
+        counts.update(dict(part.repairs))
+    return tuple(sorted(counts.items()))
 
 
 def _write_shards(
@@ -227,5 +246,6 @@ def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]],
         written_shards=0,
         elapsed_s=0.0,
         problems=tuple(SampleProblem(**problem) for problem in stored["problems"]),
+        repairs=tuple((what, count) for what, count in stored.get("repairs", ())),
         committed=True,
     )

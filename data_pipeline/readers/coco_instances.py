@@ -42,11 +42,11 @@ class CocoInstancesReader:
         folder = require_folder(source.images)
         path = source.instances_json
         document = coco_json.read_document(path, ("images", "annotations", "categories"))
-        images = coco_json.read_images(document, path)
+        images = coco_json.read_images(document, path, folder)
         unique_keys(image.file_name for image in images)
         categories = coco_json.read_categories(document, path, things_only=True)
         groups = coco_json.group_by_image(document, images, path, strict=True)
-        check_annotations(groups, categories, path)
+        groups = check_annotations(groups, categories, path)
         return cls(folder, categories, tuple((image, groups[image.source_id]) for image in images), max_pixels)
 
     @cached_property
@@ -62,7 +62,7 @@ class CocoInstancesReader:
         """One image with its instances in layers."""
         image, annotations = self.records[index]
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
-        inst, segments = instance_layers(annotations, image.height, image.width, self.categories, self.source(index))
+        found = instance_layers(annotations, image.height, image.width, self.categories, self.source(index))
         return Sample(
             key=self.keys[index],
             image_id=image.id,
@@ -71,7 +71,9 @@ class CocoInstancesReader:
             image_ext=file.ext,
             height=image.height,
             width=image.width,
-            annotation=Annotation(seg=None, inst=inst, segments=segments),
+            annotation=Annotation(seg=None, inst=found.inst, segments=found.segments),
+            left_out=found.left_out,
+            repairs=image.repairs + found.repairs,
         )
 
     def size_hint(self, index: int) -> int:
@@ -83,14 +85,38 @@ class CocoInstancesReader:
         return replace(self, records=tuple(self.records[i] for i in indices))
 
 
-def check_annotations(groups: Mapping[str, Sequence[Mapping[str, Any]]], categories: CategoryTable, path: str) -> None:
-    """Raise DataError where annotations lack fields, repeat ids or use unknown categories."""
+def check_annotations(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]], categories: CategoryTable, path: str
+) -> dict[str, list[Mapping[str, Any]]]:
+    """The annotations, each with an id of its own: nothing depends on ids, so those without a usable one get a number.
+
+    Raises DataError where annotations use unknown categories or none has a segmentation.
+    """
     entries = [entry for group in groups.values() for entry in group]
     for entry in entries:
-        where = f"{path}: annotation {entry.get('id')}"
-        for name in ("id", "category_id"):
-            coco_json.whole_number(entry, name, where)
-        if "segmentation" not in entry:
-            raise DataError(f"{where} has no segmentation; boxes alone cannot be used")
-    coco_json.require_unique((int(entry["id"]) for entry in entries), f"{path}: annotation ids")
+        coco_json.whole_number(entry, "category_id", f"{path}: annotation {entry.get('id')}")
+    if entries and not any("segmentation" in entry for entry in entries):
+        raise DataError(f"{path}: no annotation has a segmentation; boxes alone cannot be used")
     coco_json.require_known_categories(Counter(int(entry["category_id"]) for entry in entries), categories, path)
+    next_id = 1 + max((i for i in map(_usable_id, entries) if i is not None), default=0)
+    taken: set[int] = set()
+    numbered: dict[str, list[Mapping[str, Any]]] = {image: [] for image in groups}
+    for image, group in groups.items():
+        for entry in group:
+            own = _usable_id(entry)
+            if own is None or own in taken:
+                numbered[image].append({**entry, "id": next_id, coco_json.NUMBERED: True})
+                next_id += 1
+            else:
+                taken.add(own)
+                numbered[image].append(entry)
+    return numbered
+
+
+def _usable_id(entry: Mapping[str, Any]) -> int | None:
+    """The id of an annotation; None where it is missing or no whole number of 62 bits."""
+    try:
+        own = coco_json.whole_number(entry, "id", "")
+    except DataError:
+        return None
+    return own if abs(own) < 1 << 62 else None

@@ -7,13 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError, some
-from m2f.data_pipeline.readers.files import read_json, relative_name
+from m2f.data_pipeline.readers.files import read_json, relative_name, shown_size
 
 Box = tuple[float, float, float, float]
+NUMBERED = "/numbered"
+"""Field of annotations whose id is not the file's."""
+READ_SIZES = "images whose size the JSON does not state, read from the files"
 MAX_CATEGORY_ID = 2**31 - 1
 """The manifest stores ids of categories in 32 bits."""
 MAX_AREA = 1e15
@@ -32,6 +36,13 @@ class CocoImage:
     file_name: str
     height: int
     width: int
+    size_is_read: bool = False
+    """Whether the size comes from the image file, because the JSON does not state it."""
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """As in Sample.repairs."""
+        return (READ_SIZES,) if self.size_is_read else ()
 
 
 def read_document(path: str, required: Collection[str]) -> dict[str, Any]:
@@ -48,16 +59,24 @@ def require_lists(document: Any, required: Collection[str], path: str) -> None:
         raise DataError(f"{path} has no list {some(missing)}; it is not a COCO annotation file")
 
 
-def read_images(document: Mapping[str, Any], path: str) -> tuple[CocoImage, ...]:
-    """All images, in the order of the file. Raises DataError for an empty set, missing fields and repeated ids."""
+def read_images(document: Mapping[str, Any], path: str, folder: Path | None = None) -> tuple[CocoImage, ...]:
+    """All images, in the order of the file. Sizes that the file does not state are read from the images in `folder`.
+
+    Raises DataError for an empty set, missing fields and repeated ids.
+    """
     if not document["images"]:
         raise DataError(f"{path} lists no image; the data set is empty")
     images = []
     for number, entry in enumerate(document["images"]):
         where = f"{path}: images[{number}]"
         name = relative_name(field(entry, "file_name", where), where)
-        height, width = (whole_number(entry, side, where) for side in ("height", "width"))
-        images.append(CocoImage(number, id_text(entry, "id", where), name, height, width))
+        identity = id_text(entry, "id", where)
+        if folder is not None and (entry.get("height") is None or entry.get("width") is None):
+            height, width = shown_size(folder / name)
+            images.append(CocoImage(number, identity, name, height, width, size_is_read=True))
+        else:
+            height, width = (whole_number(entry, side, where) for side in ("height", "width"))
+            images.append(CocoImage(number, identity, name, height, width))
     require_unique((image.source_id for image in images), f"{path}: image ids")
     if all(re.fullmatch(r"-?\d{1,18}", image.source_id) for image in images):  # the manifest holds 64 bits
         images = [replace(image, id=int(image.source_id)) for image in images]
@@ -100,7 +119,7 @@ def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
     """A field that must be 0, 1, true or false; the text "0" would count as true otherwise. Raises DataError."""
     value = field(entry, name, where)
     if value not in (0, 1):
-        raise DataError(f"{where}: {name} is {str(value)[:40]!r}; it must be 0, 1, true or false")
+        raise DataError(f"{where}: {name} is {repr(value)[:40]}; it must be 0, 1, true or false")
     return bool(value)
 
 
@@ -157,7 +176,7 @@ def whole_number(entry: Any, name: str, where: str) -> int:
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
-        raise DataError(f"{where}: {name} is {str(value)[:40]!r}, not a whole number") from None
+        raise DataError(f"{where}: {name} is {repr(value)[:40]}, not a whole number") from None
     if isinstance(value, float) and number != value:
         raise DataError(f"{where}: {name} is {value!r}, not a whole number")
     return number

@@ -75,7 +75,7 @@ class CocoPanopticReader:
         path = source.panoptic_json
         coco_json.require_lists(document, ("images", "annotations", "categories"), path)
         categories = coco_json.read_categories(document, path, things_only=False)
-        records = _read_records(document, path)
+        records = _read_records(document, path, images)
         used = Counter(int(s["category_id"]) for record in records for s in record.segments)
         coco_json.require_known_categories(used, categories, path)
         if source.instances_json is not None:
@@ -97,12 +97,10 @@ class CocoPanopticReader:
         image = record.image
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
         seg, segments = self._read_map(record)
-        inst = None
+        found = None
         if record.instances is not None:
-            inst, things = instance_layers(
-                record.instances, image.height, image.width, self.categories, self.source(index)
-            )
-            segments += things
+            found = instance_layers(record.instances, image.height, image.width, self.categories, self.source(index))
+            segments += found.segments
         return Sample(
             key=record.key,
             image_id=image.id,
@@ -111,7 +109,9 @@ class CocoPanopticReader:
             image_ext=file.ext,
             height=image.height,
             width=image.width,
-            annotation=Annotation(seg=seg, inst=inst, segments=segments),
+            annotation=Annotation(seg=seg, inst=None if found is None else found.inst, segments=segments),
+            left_out=() if found is None else found.left_out,
+            repairs=image.repairs + (() if found is None else found.repairs),
         )
 
     def size_hint(self, index: int) -> int:
@@ -151,8 +151,8 @@ class CocoPanopticReader:
         )
 
 
-def _read_records(document: Mapping[str, Any], path: str) -> tuple[PanopticRecord, ...]:
-    images = coco_json.read_images(document, path)
+def _read_records(document: Mapping[str, Any], path: str, folder: Path) -> tuple[PanopticRecord, ...]:
+    images = coco_json.read_images(document, path, folder)
     keys = unique_keys(image.file_name for image in images)
     groups = coco_json.group_by_image(document, images, path, strict=True)
     wrong = [image_id for image_id, group in groups.items() if len(group) != 1]
@@ -182,13 +182,13 @@ def _with_instances(
     Its category ids are its own: classes are found in the panoptic table by name.
     """
     document = coco_json.read_document(path, ("images", "annotations", "categories"))
-    images = coco_json.read_images(document, path)
-    missing = {record.image.source_id for record in records} - {image.source_id for image in images}
+    images = {coco_json.id_text(entry, "id", f"{path}: images[{i}]") for i, entry in enumerate(document["images"])}
+    missing = {record.image.source_id for record in records} - images
     if missing:
         raise DataError(f"{path} lacks {len(missing)} images of the panoptic annotations: {some(sorted(missing))}")
     groups = coco_json.group_by_image(document, [record.image for record in records], path, strict=False)
     own = coco_json.read_categories(document, path, things_only=True)
-    check_annotations(groups, own, path)
+    groups = check_annotations(groups, own, path)
     used = {int(entry["category_id"]) for group in groups.values() for entry in group}
     id_of = _ids_by_name([c for c in own.categories if c.id in used], categories, path, panoptic_path)
     if any(own_id != panoptic_id for own_id, panoptic_id in id_of.items()):

@@ -45,6 +45,15 @@ def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str
     return LoadedImage(data, header.ext)
 
 
+def shown_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image as viewers show it; zeros where it cannot be read: `load_image` reports that."""
+    try:
+        header = read_header(path.read_bytes())
+    except (OSError, BrokenImageError):
+        return 0, 0
+    return (header.height, header.width) if header.orientation < 5 else (header.width, header.height)
+
+
 def require_size(header: ImageHeader, max_pixels: int) -> None:
     """Raise BrokenImageError for an image that is too large to decode."""
     if header.height * header.width > max_pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -11,27 +12,50 @@ from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.coco_json import Box, stated_area, stated_box, stated_flag
+from m2f.data_pipeline.readers.coco_json import NUMBERED, Box, stated_area, stated_box, stated_flag
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
 """Coordinates beyond this many image sides are refused."""
+NUMBERED_IDS = "annotations with a missing, repeated or unusable id, numbered anew"
+SHORT_RINGS = "objects with stray rings of at most two points, which were left out"
 _MAX_RLE_PIXELS = 2**32
 """pycocotools counts in 32 bits."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InstanceLayers:
+    """The instances of one image."""
+
+    inst: np.ndarray
+    """[Y, H, W] uint8 or uint16."""
+    segments: tuple[Segment, ...]
+    left_out: tuple[str, ...]
+    """Annotations that cannot be used: which, and why."""
+    repairs: tuple[str, ...]
+    """As in Sample.repairs."""
+
+
 def instance_layers(
     annotations: Sequence[Mapping[str, Any]], height: int, width: int, categories: CategoryTable, where: str
-) -> tuple[np.ndarray, tuple[Segment, ...]]:
-    """Layers [Y, H, W] and segments of one image's instances, crowds included.
+) -> InstanceLayers:
+    """Layers and segments of one image's instances, crowds included.
 
     An annotation that covers no pixel (a polygon thinner than the grid) keeps its segment: the official evaluation
-    counts it. Raises DataError naming the annotation.
+    counts it. Annotations that cannot be used are left out and named.
     """
-    masks = (_decode(entry, height, width, where) for entry in annotations)
-    inst, layers, measured = stack_layers(masks, len(annotations), height, width)
+    usable: list[Mapping[str, Any]] = []
+    rles, left_out = [], []
+    for entry in annotations:
+        try:
+            rles.append(_checked(entry, height, width, f"{where}: annotation {entry['id']}"))
+            usable.append(entry)
+        except DataError as error:
+            left_out.append(str(error))
+    masks = (np.asarray(coco_mask.decode(rle)) for rle in rles)
+    inst, layers, measured = stack_layers(masks, len(usable), height, width)
     segments = []
-    for local_id, (entry, layer, (pixels, box)) in enumerate(zip(annotations, layers, measured, strict=True), start=1):
+    for local_id, (entry, layer, (pixels, box)) in enumerate(zip(usable, layers, measured, strict=True), start=1):
         name = f"{where}: annotation {entry['id']}"
         area = stated_area(entry, name)
         segments.append(
@@ -48,14 +72,36 @@ def instance_layers(
                 polygons=_rings(entry["segmentation"]),
             )
         )
-    return inst, tuple(segments)
+    repairs = [NUMBERED_IDS for entry in usable if NUMBERED in entry]
+    repairs += [SHORT_RINGS for entry in usable if any(map(_is_short, _ring_list(entry["segmentation"])))]
+    return InstanceLayers(inst=inst, segments=tuple(segments), left_out=tuple(left_out), repairs=tuple(repairs))
+
+
+def _checked(entry: Mapping[str, Any], height: int, width: int, name: str) -> Any:
+    """The RLE of an annotation, at the image's size exactly as pycocotools makes it.
+
+    Raises DataError naming the annotation where a field of it cannot be used.
+    """
+    stated_area(entry, name)
+    stated_box(entry, name)
+    stated_flag(entry, "iscrowd", name)
+    return read_rle(entry.get("segmentation"), height, width, name)
+
+
+def _ring_list(segmentation: Any) -> list[Any]:
+    return segmentation if isinstance(segmentation, list) else []
+
+
+def _is_short(ring: Any) -> bool:
+    """Whether this is a ring of at most two points, which encloses nothing; annotation tools leave some behind."""
+    return isinstance(ring, list) and len(ring) in (0, 2, 4)
 
 
 def _rings(segmentation: Any) -> tuple[tuple[float, ...], ...] | None:
     """Rings of a polygon segmentation that `_decode` has read; None for run lengths."""
     if not isinstance(segmentation, list):
         return None
-    return tuple(tuple(map(float, ring)) for ring in segmentation)
+    return tuple(tuple(map(float, ring)) for ring in segmentation if not _is_short(ring))
 
 
 def stack_layers(
@@ -90,12 +136,6 @@ def pixel_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     else:
         x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
     return x, y, width, height
-
-
-def _decode(entry: Mapping[str, Any], height: int, width: int, where: str) -> np.ndarray:
-    """Mask [H, W] uint8 of an annotation, rasterised at the image's size exactly as pycocotools does."""
-    name = f"{where}: annotation {entry.get('id')}"
-    return np.asarray(coco_mask.decode(read_rle(entry.get("segmentation"), height, width, name)))
 
 
 def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
@@ -150,6 +190,8 @@ def _decompress(text: str) -> np.ndarray:
 
 
 def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:
+    # Rings of two points enclose nothing: the others of the object count, as in pycocotools.
+    polygons = [ring for ring in polygons if not _is_short(ring)] or polygons
     for polygon in polygons:
         # pycocotools would silently take four numbers for a box.
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -64,12 +65,14 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class SampleProblem:
-    """A sample that was left out of its shard, and why."""
+    """A sample, or an annotation of it, that was left out of its shard, and why."""
 
     key: str
     source: str
     """Where the image came from."""
     message: str
+    is_in_shard: bool = False
+    """Whether the sample is there, and only an annotation of it was left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,8 @@ class ShardPart:
     samples: pa.Table
     """Rows of SAMPLE_SCHEMA."""
     problems: tuple[SampleProblem, ...] = ()
+    repairs: tuple[tuple[str, int], ...] = ()
+    """What was mended in the samples, and how often."""
     encoding: int = codec.VERSION
     """`codec.VERSION` of the code that wrote it."""
 
@@ -110,7 +115,8 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
     """
     positions = {key: position for position, key in enumerate(reader.keys)}
     tar = _Tar(shard_index)
-    problems = []
+    problems: list[SampleProblem] = []
+    repairs = Counter[str]()
     for key in plan.shard_keys[shard_index]:
         if key not in positions:
             raise DataError(
@@ -118,19 +124,29 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
             )
         source = reader.source(positions[key])
         try:
-            tar.add(reader.read(positions[key]))
+            sample = reader.read(positions[key])
+            tar.add(sample)
         except DataError as error:
             problems.append(SampleProblem(key, source, str(error)))
         except Exception as error:
             error.add_note(f"while writing sample {key!r} ({source})")
             raise
+        else:
+            problems += [SampleProblem(key, source, message, is_in_shard=True) for message in sample.left_out]
+            repairs.update(sample.repairs)
     data, table = tar.close()
     info = ShardInfo(f"shards/{shard_index:05d}.tar", len(data), hashlib.sha256(data).hexdigest(), table.num_rows)
     url = join(plan.target, info.name)
     storage.put(url, data)
     if storage.get(url) != data:
         raise StorageError(f"{url}: the store returns other bytes than were written; check the store and run again")
-    part = ShardPart(index=shard_index, info=info, samples=table, problems=tuple(problems))
+    part = ShardPart(
+        index=shard_index,
+        info=info,
+        samples=table,
+        problems=tuple(problems),
+        repairs=tuple(sorted(repairs.items())),
+    )
     storage.put(_part_url(plan, shard_index), _encode_part(part, plan))
     return part
 
@@ -279,7 +295,7 @@ def _encode_part(part: ShardPart, plan: ShardPlan) -> bytes:
         "info": asdict(part.info),
         "problems": [asdict(problem) for problem in part.problems],
         "encoding": part.encoding,
-    }
+    } | ({"repairs": part.repairs} if part.repairs else {})
     return manifest.write_table(part.samples.replace_schema_metadata({"receipt": json.dumps(receipt)}))
 
 
@@ -299,6 +315,7 @@ def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
         info=ShardInfo(**receipt["info"]),
         samples=rows,
         problems=problems,
+        repairs=tuple((what, count) for what, count in receipt.get("repairs", ())),
         encoding=receipt.get("encoding", 1),  # before receipts named it
     )
 
@@ -327,12 +344,19 @@ def _has_size(url: str, size: int, storage: Storage) -> bool:
         return False
 
 
+def count_problems(problems: Sequence[SampleProblem]) -> str:
+    """For example `2` or `3 annotations and 2`, to go before ` of 20 samples`."""
+    inside = sum(problem.is_in_shard for problem in problems)
+    samples = str(len(problems) - inside)
+    return f"{inside} annotations and {samples}" if inside else samples
+
+
 def _refuse_problems(plan: ShardPlan, problems: Sequence[SampleProblem]) -> None:
     if problems:
         listed = "\n".join(f"  {problem.message}" for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise DataError(
-            f"{plan.target}: {len(problems)} of {plan.num_samples} samples cannot be used; "
+            f"{plan.target}: {count_problems(problems)} of {plan.num_samples} samples cannot be used; "
             f"correct them, or accept to leave them out:\n{listed}{more}"
         )
 

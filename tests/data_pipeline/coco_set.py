@@ -9,6 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.config import CocoInstancesSource, CocoPanopticSource
+from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader
 
@@ -94,4 +95,7 @@ class CocoSet:
 
     def read_instances(self, **options):
         self.write()
-        return open_reader(self.instances_source, **options).read(0)
+        sample = open_reader(self.instances_source, **options).read(0)
+        if sample.left_out:
+            raise DataError("\n".join(sample.left_out))
+        return sample

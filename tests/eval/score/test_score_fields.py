@@ -51,7 +51,7 @@ def test_plain_files_score(tmp_path):
         ({"segment": {"area": 0}}, "truth.json: image 7: segment 1: area is 0"),
         ({"segment": {"area": float("inf")}}, "truth.json: image 7: segment 1: area is inf"),
         ({"segment": {"id": "five"}}, "truth.json: image 7: id is 'five'"),
-        ({"predicted": {"id": float("inf")}}, "pred.json: image 7: id is 'inf'"),
+        ({"predicted": {"id": float("inf")}}, "pred.json: image 7: id is inf"),
         ({"category": {"isthing": "0"}}, "truth.json: category 3: isthing is '0'"),
         ({"category": {"isthing": None}}, "1 categories have no `isthing`"),
         ({"category": {"id": float("inf")}}, "a category has no whole number"),
@@ -81,7 +81,7 @@ def _instances(folder, annotation=(), image=()):
         ({"annotation": {"iscrowd": "1"}}, "gt.json: image 1: annotation 1: iscrowd is '1'"),
         ({"annotation": {"area": float("nan")}}, "gt.json: image 1: annotation 1: area is nan"),
         ({"annotation": {"area": "12"}}, "gt.json: image 1: annotation 1: area is 12"),
-        ({"image": {"height": float("inf")}}, "gt.json: image 1: height is 'inf'"),
+        ({"image": {"height": float("inf")}}, "gt.json: image 1: height is inf"),
         (
             {
                 "image": {"height": 200_000, "width": 200_000},

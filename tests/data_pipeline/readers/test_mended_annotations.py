@@ -1,0 +1,120 @@
+"""What does not cost an image: a bad annotation, ids that repeat, sizes that are missing, stray rings of two points."""
+
+import json
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+
+from m2f.data_pipeline.config import CocoPanopticSource, DatasetConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.readers.coco_json import READ_SIZES
+from m2f.data_pipeline.readers.masks import NUMBERED_IDS, SHORT_RINGS, read_rle
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.write import commit_manifest, complete_parts, plan_shards, write_dataset, write_shard
+from m2f.data_pipeline.storage.storage import Storage
+from tests.data_pipeline.coco_set import POLYGON, CocoSet, H, W
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return CocoSet(tmp_path)
+
+
+def _read(coco):
+    coco.write()
+    return open_reader(coco.instances_source).read(0)
+
+
+BAD = [{"segmentation": None}, {"segmentation": [[1, 2, 3]]}, {"area": float("nan")}, {"iscrowd": "0"}, {"bbox": "x"}]
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_a_bad_annotation_leaves_the_others(coco, change):
+    coco.instances[1] |= change
+    sample = _read(coco)
+    assert [s.source_id for s in sample.annotation.segments] == [1, 3]
+    assert [s.id for s in sample.annotation.segments] == [1, 2]
+    (message,) = sample.left_out
+    assert message.startswith("images/a.jpg: annotation 2")
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_a_bad_annotation_beside_a_panoptic_map_leaves_the_others(coco, change):
+    coco.instances[0] |= change
+    coco.write()
+    root = coco.root
+    source = CocoPanopticSource(
+        images=f"{root}/images",
+        panoptic_json=f"{root}/panoptic.json",
+        panoptic_masks=f"{root}/masks",
+        instances_json=f"{root}/instances.json",
+    )
+    sample = open_reader(source).read(0)
+    assert [s.source_id for s in sample.annotation.segments if s.map == "inst"] == [2, 3]
+    assert len(sample.left_out) == 1
+
+
+@pytest.mark.parametrize("own_id", [1, "first", None, 1.5, 10**30, float("inf")])
+def test_ids_that_cannot_be_used_are_numbered(coco, own_id):
+    coco.instances[1]["id"] = own_id
+    sample = _read(coco)
+    assert [s.source_id for s in sample.annotation.segments] == [1, 4, 3]
+    assert sample.repairs == (NUMBERED_IDS,)
+    del coco.instances[1]["id"]
+    assert _read(coco).repairs == (NUMBERED_IDS,)
+
+
+@pytest.mark.parametrize("names", [("height",), ("width",), ("height", "width")])
+@pytest.mark.parametrize("kind", ["instances", "panoptic"])
+def test_sizes_are_read_from_the_files(coco, names, kind):
+    for name in names:
+        del coco.images[0][name]
+    coco.write()
+    sample = open_reader(getattr(coco, f"{kind}_source")).read(0)
+    assert (sample.height, sample.width) == (H, W)
+    assert sample.repairs == (READ_SIZES,)
+
+
+def test_a_missing_file_without_a_size_is_named_when_it_is_read(coco):
+    del coco.images[0]["height"]
+    coco.files.clear()
+    with pytest.raises(DataError, match=r"a.jpg does not exist"):
+        _read(coco)
+
+
+@pytest.mark.parametrize("ring", [[], [1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stray_ring_does_not_cost_the_object(coco, ring, first):
+    healthy = _read(coco).annotation
+    coco.instances[0]["segmentation"] = [ring, POLYGON] if first else [POLYGON, ring]
+    sample = _read(coco)
+    np.testing.assert_array_equal(sample.annotation.inst, healthy.inst)
+    assert sample.annotation.segments == healthy.segments
+    assert sample.repairs == (SHORT_RINGS,)
+    assert read_rle([ring, POLYGON], H, W, "x") == read_rle([POLYGON], H, W, "x"), "as `m2f score` reads it"
+
+
+def test_the_shards_count_what_was_left_out_and_mended(coco):
+    coco.files["b.jpg"] = cv2.imencode(".jpg", np.zeros((H, W, 3), np.uint8))[1].tobytes()
+    coco.images.append({"id": 41, "file_name": "b.jpg"})
+    coco.instances[1]["area"] = -1
+    coco.instances[2]["id"] = 1
+    coco.write()
+    dataset = DatasetConfig(shards=str(coco.root / "shards"), source=coco.instances_source)
+    reader, storage = open_reader(coco.instances_source), Storage()
+    with pytest.raises(DataError, match="1 annotations and 0 of 2 samples cannot be used"):
+        write_dataset(reader, dataset, storage)
+    plan = plan_shards(reader, dataset, "x")
+    plan = replace(plan, target=f"{coco.root}/other")
+    assert complete_parts(plan, storage) == ()
+    part = write_shard(reader, plan, 0, storage)
+    (problem,) = part.problems
+    assert problem.is_in_shard
+    assert dict(part.repairs) == {NUMBERED_IDS: 1, READ_SIZES: 1}
+    commit_manifest(plan, [part], storage, skip_bad=True)
+    assert complete_parts(plan, storage) == (part,), "the receipt keeps both"
+    assert Manifest.load(plan.target, storage).num_samples == 2
+    assert json.loads((coco.root / "other" / "dataset.json").read_text())["plan"] == plan.hash
