@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from m2f.cluster.recipe.ablations import TABLE, ablation_rows
 from m2f.cluster.recipe.load import flatten, load_recipe, parse_recipe
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
@@ -28,6 +29,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
 )
+from m2f.model.errors import ConfigError
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.config import MultiStepSchedule, OptimizerConfig, PolySchedule
@@ -36,25 +38,60 @@ from m2f.trainer.engine.schedule import lr_factor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
-RECIPES = {path.stem: path for path in sorted(CONFIGS.rglob("*.yaml"))}
-PAPER = {name: path for name, path in RECIPES.items() if path.parent != CONFIGS}
+RECIPES = {path.stem: path for path in sorted(CONFIGS.rglob("*.yaml")) if path.name != TABLE.name}
+ABLATIONS = {f"{base}_{row.name}": (base, row) for row in ablation_rows().values() for base in row.published}
+"""By the name of the run: base recipe and row of the table."""
+PAPER = [*(name for name, path in RECIPES.items() if path.parent != CONFIGS), *ABLATIONS]
 """The recipes of the paper's tables."""
 
 
 @cache
 def loaded(name):
-    return load_recipe(RECIPES[name])
+    base, row = ABLATIONS.get(name, (name, None))
+    return load_recipe(base if row is None else f"{base}+{row.name}")
 
 
 def is_of(name, *folders):
-    return PAPER[name].relative_to(CONFIGS).parts[0] in folders
+    return (RECIPES[name].relative_to(CONFIGS).parts[0] if name in RECIPES else "ablations") in folders
 
 
 # What each file says
 
 
 def test_no_two_recipes_have_the_same_name():
-    assert len(RECIPES) == len(list(CONFIGS.rglob("*.yaml")))
+    assert len(RECIPES) == len(list(CONFIGS.rglob("*.yaml"))) - 1
+    assert not RECIPES.keys() & ABLATIONS.keys()
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_row_of_the_table_changes_what_its_name_says_and_states_the_result(name):
+    base, row = ABLATIONS[name]
+    changed, before = loaded(name), loaded(base)
+    assert changed.name == name
+    assert changed != replace(before, name=name)
+    assert re.match(r"(PQ|AP|mIoU) ([\d.]+ .*|of Figure IV, .*)\(paper", row.published[base])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("coco_panoptic_r5", "did you mean coco_panoptic_r50"),
+        ("coco_panoptic_r50+cross_atention", "did you mean cross_attention"),
+        ("ade20k_semantic_r50+12ep", "goes with coco_instance_r50, coco_panoptic_r50, not with ade20k_semantic_r50"),
+        ("configs/none.yaml", "cannot read the recipe"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(recipe, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe(recipe)
+
+
+def test_a_name_takes_overrides_and_several_rows():
+    config = load_recipe("coco_panoptic_r50+cross_attention+200q", ["training.max_steps=7", "name=mine"])
+    assert config.model.transformer_decoder.attention == "cross"
+    assert config.model.transformer_decoder.num_queries == 200
+    assert (config.name, config.training.max_steps) == ("mine", 7)
+    assert load_recipe("coco_panoptic_r50+cross_attention+200q").name == "coco_panoptic_r50_cross_attention_200q"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,26 +107,27 @@ def test_recipes_load_and_begin_with_command_and_result(name):
 
 def test_the_document_lists_every_recipe_with_its_figures():
     document = (REPOSITORY / "docs" / "recipes.md").read_text()
-    listed = {name for pattern in re.findall(r"`([\w*]+)`", document) for name in expanded(pattern)}
+    listed = {name for pattern in re.findall(r"`([\w*+]+)`", document) for name in expanded(pattern)}
     assert listed == set(PAPER)
     columns: list[str] = []
     for line in document.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         columns = cells if "mIoU" in cells else columns
-        for name in (name for pattern in re.findall(r"`([\w*]+)`", cells[0]) for name in expanded(pattern)):
+        for name in (name for pattern in re.findall(r"`([\w*+]+)`", cells[0]) for name in expanded(pattern)):
             if line.startswith("|"):
                 assert figures(name).items() <= dict(zip(columns, cells, strict=True)).items(), name
 
 
 def expanded(pattern):
-    """Recipes that a name in the document stands for: `*_r50_smca` for the same ablation on three tasks."""
-    name = pattern.replace("*", r"(coco_panoptic|coco_instance|ade20k_semantic)")
+    """Recipes that a name in the document stands for: `*_r50+smca` for the same ablation on three tasks."""
+    name = pattern.replace("+", "_").replace("*", r"(coco_panoptic|coco_instance|ade20k_semantic)")
     return [recipe for recipe in PAPER if re.fullmatch(name, recipe)]
 
 
 def figures(name):
     """PQ, AP and mIoU as a recipe's second line states them."""
-    expected = PAPER[name].read_text().splitlines()[1]
+    base, row = ABLATIONS.get(name, (name, None))
+    expected = RECIPES[name].read_text().splitlines()[1] if row is None else row.published[base]
     return dict(re.findall(r"(?<!boundary )\b(PQ|AP|mIoU) ([\d.]+)", expected))
 
 
@@ -223,7 +261,7 @@ ABLATED = {
     "loss": r"model\.loss\.(matching|supervision)|training\.micro_batch",
     "epochs": r"training\.(max_steps|schedule\.milestones\.\d)|data\.augment\..*",
 }
-"""Settings that the recipes of a folder may change."""
+"""Settings that a row may change, by what it is about."""
 
 
 def differences(base, name):
@@ -233,13 +271,11 @@ def differences(base, name):
     return {key: ours.get(key, "") for key in keys if ours.get(key) != theirs.get(key)}
 
 
-@pytest.mark.parametrize("name", [name for name in PAPER if is_of(name, "ablations")])
+@pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_one_thing(name):
-    base = re.match(r"\w+?_(panoptic|instance|semantic)_r50", name)[0]
-    changed = differences(base, name)
+    changed = differences(ABLATIONS[name][0], name)
     assert changed
-    pattern = ABLATED[PAPER[name].parent.name]
-    assert [key for key in changed if not re.fullmatch(pattern, key)] == []
+    assert any(all(re.fullmatch(pattern, key) for key in changed) for pattern in ABLATED.values()), changed
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from m2f.cluster.recipe.ablations import find_recipe
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, renamed_path
@@ -35,15 +36,18 @@ _CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides; relative paths count from the current directory.
 
+    `path` is a file, or a name as `find_recipe` knows it: `coco_panoptic_r50`, `coco_panoptic_r50+cross_attention`.
+
     Raises:
         ConfigError: the file cannot be read, or holds problems; the one message lists all of them.
     """
+    file, first = find_recipe(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML file") from error
-    config, hints = _build_recipe(text, overrides, str(path))
+    config, hints = _build_recipe(text, (*first, *overrides), str(path))
     for hint in hints:
         LOGGER.warning("%s: %s", path, hint)
     return with_absolute_paths(config)

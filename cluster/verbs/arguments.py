@@ -14,13 +14,13 @@ OVERRIDE = "section.key=value"
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The recipe and its overrides."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the file")
 
 
 def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
     """The recipe, names or paths, and overrides, in any order after the recipe."""
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
     parser.add_argument("words", nargs="*", metavar=metavar, help=f"{what}; {OVERRIDE} changes a setting")
 
 

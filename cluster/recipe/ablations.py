@@ -1,0 +1,84 @@
+"""Recipes by name: a file of `configs/`, and rows of `configs/ablations.yaml` on top of it, as `NAME+ROW`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import m2f
+from m2f.model.errors import ConfigError
+
+CONFIGS = m2f.HOME / "configs"
+TABLE = CONFIGS / "ablations.yaml"
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One thing that differs from a base recipe."""
+
+    name: str
+    overrides: tuple[str, ...]
+    """`section.key=value`, as on the command line."""
+    published: Mapping[str, str]
+    """The paper's result by base recipe; the row goes with these bases only."""
+    extra: Mapping[str, tuple[str, ...]]
+    """Further overrides by base recipe."""
+
+    def overrides_of(self, base: str) -> tuple[str, ...]:
+        """All overrides on top of one base."""
+        return self.overrides + self.extra.get(base, ())
+
+
+@cache
+def ablation_rows() -> dict[str, AblationRow]:
+    """The table, by name of the row."""
+    return {name: _row(name, content) for name, content in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()}
+
+
+def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
+    """File and overrides of a recipe that is given as a path, as `NAME` of a file in `configs/`, or as `NAME+ROW`.
+
+    An existing path is taken as it is; so is one that looks like a path, for the error of whoever opens it. Raises
+    ConfigError for a name that is not known, with the nearest ones, and for a row that does not go with the recipe.
+    """
+    text = str(recipe)
+    if Path(text).exists() or "/" in text or text.endswith((".yaml", ".yml")):
+        return Path(text), ()
+    base, *rows = text.split("+")
+    files = {path.stem: path for path in CONFIGS.rglob("*.yaml") if path != TABLE}
+    if base not in files:
+        raise ConfigError(f"no recipe is called {base!r}{_nearest(base, files)}; give a path or a name of configs/")
+    overrides: list[str] = []
+    for name in rows:
+        row = ablation_rows().get(name)
+        if row is None:
+            raise ConfigError(f"{text}: no ablation is called {name!r}{_nearest(name, ablation_rows())} (see {TABLE})")
+        if base not in row.published:
+            raise ConfigError(f"{text}: the ablation {name!r} goes with {', '.join(row.published)}, not with {base}")
+        overrides += row.overrides_of(base)
+    if rows:
+        overrides.append(f"name={'_'.join([base, *rows])}")
+    return files[base], tuple(overrides)
+
+
+def _row(name: str, content: Mapping[str, Any]) -> AblationRow:
+    bases: Mapping[str, str | Mapping[str, Any]] = content["bases"]
+    published = {base: each if isinstance(each, str) else str(each["published"]) for base, each in bases.items()}
+    extra = {base: _overrides(each["overrides"]) for base, each in bases.items() if not isinstance(each, str)}
+    return AblationRow(name, _overrides(content["overrides"]), published, extra)
+
+
+def _overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())  # JSON is YAML on one line
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    found = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" (did you mean {', '.join(found)}?)" if found else ""
