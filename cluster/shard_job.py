@@ -171,8 +171,8 @@ def run_shard_job(
     if not report.committed:
         raise DataError(
             f"{report.summary()}\n{count_problems(problems)} of {plan.num_samples} samples cannot be used, so the data "
-            f"set is not committed. All are listed in {join(plan.target, REPORT_FILE)}. Correct them and run again, or leave them "
-            "out with --skip-bad"
+            f"set is not committed. All are listed in {join(plan.target, REPORT_FILE)}. Correct them and run again, or "
+            "leave them out with --skip-bad"
         )
     return report
 

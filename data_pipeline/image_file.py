@@ -1,4 +1,4 @@
-"""JPEG and PNG files: what their headers say, whether they are whole, and their pixels.
+"""Image files (JPEG, PNG, TIFF, BMP, WebP): what their headers say, whether they are whole, and their pixels.
 
 Headers are read without decoding, so that a huge or broken file costs nothing. OpenCV never applies the EXIF
 orientation by itself here: `frame_orientation` decides from the annotation's size whether the image is to be turned.
@@ -6,6 +6,7 @@ orientation by itself here: `frame_orientation` decides from the annotation's si
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,8 +15,12 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+"""How names of images end, in any case."""
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
 _PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}
 _JPEG_MODES = {1: "gray", 3: "rgb", 4: "cmyk"}
 """By the colour type of a PNG, and by the number of components of a JPEG."""
@@ -33,7 +38,7 @@ class BrokenImageError(ValueError):
 class ImageHeader:
     """What an image file says about itself, without decoding its pixels."""
 
-    ext: Literal["jpg", "png"]
+    ext: Literal["jpg", "png", "tif", "bmp", "webp"]
     height: int
     """As stored, before any EXIF rotation."""
     width: int
@@ -45,12 +50,25 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """Header of a whole JPEG or PNG file. Raises BrokenImageError for other formats and for files that are cut off."""
+    """Header of an image file. Raises BrokenImageError for other formats, and for JPEG and PNG files cut off."""
     if data.startswith(b"\xff\xd8\xff"):
         return _read_jpeg_header(data)
     if data.startswith(_PNG_SIGNATURE):
         return _read_png_header(data)
-    raise BrokenImageError("it is neither a JPEG nor a PNG file; convert it")
+    if data[:4] in _TIFF_SIGNATURES or data.startswith(b"BM") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        return _read_other_header(data)
+    raise BrokenImageError("it is neither a JPEG nor a PNG, TIFF, BMP or WebP file; convert it")
+
+
+def is_hidden_copy(name: str) -> bool:
+    """Whether a path is a copy that notebooks (`.ipynb_checkpoints`) or macOS (`._name`) leave beside the files."""
+    parts = name.split("/")
+    return ".ipynb_checkpoints" in parts or parts[-1].startswith("._")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a path or URL is that of an image, by its ending."""
+    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden_copy(name)
 
 
 def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
@@ -71,7 +89,10 @@ def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
 
 
 def decode_rgb(data: bytes, orientation: int = 1) -> np.ndarray:
-    """Pixels [H, W, 3] uint8 RGB of an image file, turned by an EXIF orientation. Raises BrokenImageError."""
+    """Pixels [H, W, 3] uint8 RGB of an image file, turned by an EXIF orientation. Raises BrokenImageError.
+
+    Of 16-bit channels the upper 8 bits are taken: value // 256, whatever range the image uses.
+    """
     image = _decode(data, cv2.IMREAD_COLOR_RGB)
     match orientation:
         case 2:
@@ -141,6 +162,24 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     if image is None:
         raise BrokenImageError("it cannot be decoded; its pixel data is damaged")
     return image
+
+
+def _read_other_header(data: bytes) -> ImageHeader:
+    """Header of a TIFF, BMP or WebP file, as Pillow reads it. Files of several images are refused."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("TIFF", "BMP", "WEBP")) as image:
+            frames, orientation = getattr(image, "n_frames", 1), int(image.getexif().get(0x0112, 1))
+            kind, mode, (width, height) = image.format, image.mode, image.size
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead to
+        raise BrokenImageError(f"its header cannot be read ({error!r:.100})") from error
+    if frames != 1:
+        raise BrokenImageError(f"it holds {frames} images; save the one that is meant")
+    if mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "I;16", "I;16B", "I;16L"):
+        bits = 16 if mode.startswith("I;16") else 8
+        name = {"L": "gray", "1": "gray", "I": "gray", "P": "palette", "C": "cmyk"}.get(mode[0], mode.lower())
+        ext: Literal["tif", "bmp", "webp"] = "tif" if kind == "TIFF" else "bmp" if kind == "BMP" else "webp"
+        return ImageHeader(ext, height, width, name, bits, orientation if 1 <= orientation <= 8 else 1)
+    raise BrokenImageError(f"its pixels are of the kind {mode!r}, which has no stated range; convert it to 8 bits")
 
 
 def _read_jpeg_header(data: bytes) -> ImageHeader:

@@ -17,10 +17,9 @@ import numpy as np
 
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError, StorageError
-from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, read_header
+from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, is_image_name, read_header
 from m2f.data_pipeline.storage.storage import Storage
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 READ_AHEAD = 4
 """Decoded images that wait, and threads that fetch them."""
 
@@ -59,21 +58,25 @@ def find_images(words: Sequence[str], storage: Storage) -> tuple[str, ...]:
     for word in words:
         inside = _in_bucket(word, storage) if "://" in word else _on_disk(word)
         if not inside:
-            raise DataError(f"{word}: no such image, or no JPEG or PNG file there")
+            raise DataError(f"{word}: no such image, or no JPEG, PNG, TIFF, BMP or WebP file there")
         found += inside
     return tuple(dict.fromkeys(found))
 
 
 def number_images(urls: Sequence[str]) -> tuple[ImageInput, ...]:
     """Images with ids from 1 and distinct names."""
-    inputs, taken = [], Counter[str]()
-    for image_id, url in enumerate(urls, start=1):
+    names = _distinct_names(urls)
+    return tuple(ImageInput(url, name, i) for i, (url, name) in enumerate(zip(urls, names, strict=True), start=1))
+
+
+def _distinct_names(urls: Sequence[str]) -> list[str]:
+    """Stems, with a number where several files share one."""
+    names: dict[str, None] = {}
+    for url in urls:
         stem = PurePosixPath(url).stem
-        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        name = next(name for name in names if not taken[name])
-        taken[name] += 1
-        inputs.append(ImageInput(url, name, image_id))
-    return tuple(inputs)
+        wanted = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        names[next(name for name in wanted if name not in names)] = None
+    return list(names)
 
 
 def read_image_list(path: Path) -> ImageList:
@@ -84,7 +87,7 @@ def read_image_list(path: Path) -> ImageList:
         categories = {int(e["id"]): str(e["name"]) for e in document.get("categories", ())}
     except OSError as error:
         raise DataError(f"{path}: the image list cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path}: this is no COCO image list, with `images` of id, file_name, height and width ({error!r})"
         ) from error
@@ -92,17 +95,37 @@ def read_image_list(path: Path) -> ImageList:
 
 
 def listed_images(urls: Sequence[str], listed: ImageList) -> tuple[ImageInput, ...]:
-    """The images of a list, in its order; others are left out. Raises DataError for listed images that are missing."""
-    by_name = {PurePosixPath(url).name: url for url in urls}
-    missing = [name for name in listed.images if PurePosixPath(name).name not in by_name]
+    """The images of a list, in its order; others are left out.
+
+    A base name is enough where it is the only one; else the folders in the list decide. Raises DataError for listed
+    images that are missing, and for those that could be several files.
+    """
+    by_base: dict[str, list[str]] = {}
+    for url in urls:
+        by_base.setdefault(PurePosixPath(url).name, []).append(url)
+    shared = Counter(PurePosixPath(name).name for name in listed.images)
+    found: dict[str, list[str]] = {}
+    for name in listed.images:
+        base = PurePosixPath(name).name
+        files = by_base.get(base, [])
+        found[name] = [url for url in files if f"/{url}".endswith(f"/{name}")] or (files if shared[base] == 1 else [])
+    missing = [name for name, files in found.items() if not files]
     if missing:
         raise DataError(
             f"{listed.path} lists {len(missing)} of {len(listed.images)} images that are not among those given, "
             f"such as {missing[0]}; give the folder that holds them"
         )
+    if several := next((name for name, files in found.items() if len(files) > 1), None):
+        raise DataError(
+            f"{listed.path} lists {several}, which could be {found[several][0]} or {found[several][1]}; write the "
+            "folder into the list, or give only one of them"
+        )
+    chosen = [files[0] for files in found.values()]
     return tuple(
-        ImageInput(by_name[PurePosixPath(name).name], PurePosixPath(name).stem, image_id, (height, width))
-        for name, (image_id, height, width) in listed.images.items()
+        ImageInput(url, name, image_id, (height, width))
+        for url, name, (image_id, height, width) in zip(
+            chosen, _distinct_names(chosen), listed.images.values(), strict=True
+        )
     )
 
 
@@ -144,22 +167,18 @@ def _read_or_tell(image: ImageInput, storage: Storage, max_pixels: int) -> np.nd
 def _on_disk(word: str) -> list[str]:
     path = Path(word)
     if path.is_dir():
-        return [str(inside) for inside in sorted(path.rglob("*")) if _is_image(str(inside))]
+        return [str(inside) for inside in sorted(path.rglob("*")) if is_image_name(str(inside))]
     if path.exists():
         return [word]
-    return [match for match in sorted(glob.glob(word, recursive=True)) if _is_image(match)]
+    return [match for match in sorted(glob.glob(word, recursive=True)) if is_image_name(match)]
 
 
 def _in_bucket(word: str, storage: Storage) -> list[str]:
     """`*` and `?` match within a folder, as on disk; `**` matches through folders."""
     if not glob.has_magic(word):
-        inside = [url for url in storage.list(word) if _is_image(url)]
+        inside = [url for url in storage.list(word) if is_image_name(url)]
         return inside or ([word] if storage.exists(word) else [])
     before = word[: next(i for i, letter in enumerate(word) if letter in "*?[")]
     urls = storage.list(before.rpartition("/")[0])
     deep = "**" in word
-    return [u for u in urls if _is_image(u) and fnmatchcase(u, word) and (deep or u.count("/") == word.count("/"))]
-
-
-def _is_image(url: str) -> bool:
-    return url.lower().endswith(IMAGE_SUFFIXES)
+    return [u for u in urls if is_image_name(u) and fnmatchcase(u, word) and (deep or u.count("/") == word.count("/"))]

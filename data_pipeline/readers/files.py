@@ -11,7 +11,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import BrokenImageError, ImageHeader, check_pixels, frame_orientation, read_header
+from m2f.data_pipeline.image_file import (
+    BrokenImageError,
+    ImageHeader,
+    check_pixels,
+    decode_rgb,
+    encode_png,
+    frame_orientation,
+    read_header,
+)
 
 _MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
 ANNOTATION_BYTES = 12_000
@@ -32,17 +40,23 @@ def load_image(path: Path, height: int, width: int, max_pixels: int) -> LoadedIm
 
 
 def check_image(data: bytes, height: int, width: int, max_pixels: int, name: str) -> LoadedImage:
-    """Prove that the content of an image file decodes to height x width. Raises DataError beginning with the name."""
+    """Prove that the content of an image file decodes to height x width. Raises DataError beginning with the name.
+
+    JPEG and PNG files of 8 bits stay as they are. TIFF, BMP, WebP and 16-bit files become 8-bit RGB PNGs without loss
+    but for the lower 8 of 16 bits, as `decode_rgb` reads them.
+    """
     try:
         header = read_header(data)
         require_size(header, max_pixels)
-        if header.bit_depth > 8:
-            raise BrokenImageError(f"{header.bit_depth}-bit images are not supported; convert it to 8 bits")
-        frame_orientation(header, height, width)
-        check_pixels(data, header)
+        orientation = frame_orientation(header, height, width)
+        if header.ext == "jpg" and header.bit_depth > 8:
+            raise BrokenImageError(f"{header.bit_depth}-bit JPEG files are not supported; convert it to 8 bits")
+        if header.ext in ("jpg", "png") and header.bit_depth <= 8:
+            check_pixels(data, header)
+            return LoadedImage(data, header.ext)
+        return LoadedImage(encode_png(decode_rgb(data, orientation)), "png")
     except BrokenImageError as error:
         raise DataError(f"{name}: {error}") from error
-    return LoadedImage(data, header.ext)
 
 
 def shown_size(path: Path) -> tuple[int, int]:

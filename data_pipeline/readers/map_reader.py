@@ -12,7 +12,14 @@ import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError, some
-from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from m2f.data_pipeline.image_file import (
+    IMAGE_ENDINGS,
+    BrokenImageError,
+    decode_id_png,
+    decode_index_png,
+    is_hidden_copy,
+    read_header,
+)
 from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,
@@ -22,8 +29,6 @@ from m2f.data_pipeline.readers.files import (
     unique_keys,
 )
 from m2f.data_pipeline.sample import Annotation, Sample
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 class MapDecoder(Protocol):
@@ -160,6 +165,8 @@ def _names_by_stem(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         ending = next((ending for ending in endings if name.lower().endswith(ending.lower())), None)
-        if ending is not None and (other := names.setdefault(name[: -len(ending)], name)) is not name:
+        if ending is None or is_hidden_copy(name):
+            continue
+        if (other := names.setdefault(name[: -len(ending)], name)) is not name:
             raise DataError(f"{folder}: {other} and {name} have the same stem; keep one of them")
     return names

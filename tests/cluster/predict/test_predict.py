@@ -169,7 +169,7 @@ def test_files_folders_and_patterns_name_every_image_once(scenes):
     assert len(find_images([f"{scenes}/**/10.png"], storage)) == 3
     with pytest.raises(DataError, match=r"nothing\.jpg: no such image"):
         find_images([folder, "nothing.jpg"], storage)
-    with pytest.raises(DataError, match="no JPEG or PNG file there"):
+    with pytest.raises(DataError, match="no JPEG, PNG, TIFF, BMP or WebP file there"):
         find_images([f"{scenes}/*.json"], storage)
 
 

@@ -119,7 +119,7 @@ def test_faults_of_the_categories_file(folder, content, words):
 def test_empty_and_missing_folders(folder):
     for path in (folder / "images/a.jpg", folder / "images/sub/b.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"images holds no image \(.jpg, .jpeg, .png\); the data set is empty"):
+    with pytest.raises(DataError, match=r"images holds no image \(.jpg, .jpeg, .png, .tif.*\); the data set is empty"):
         open_reader(_source(folder))
     with pytest.raises(DataError, match=r"nowhere/images does not exist or is no folder"):
         open_reader(_source(folder / "nowhere"))

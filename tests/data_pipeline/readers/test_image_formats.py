@@ -1,0 +1,95 @@
+"""TIFF, BMP, WebP and 16-bit images in shards and predictions, and copies of tools that are no images."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f.cluster.predict.inputs import ImageInput, find_images, listed_images, read_image, read_image_list
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, read_header
+from m2f.data_pipeline.readers.files import check_image
+from m2f.data_pipeline.readers.map_reader import pair_files
+from m2f.data_pipeline.storage.storage import Storage
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def _saved(kind, pixels=PIXELS, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("TIFF", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
+def test_other_formats_become_png_without_loss(tmp_path, kind, options):
+    data = _saved(kind, **options)
+    loaded = check_image(data, 20, 30, 10**6, "x")
+    assert loaded.ext == "png"
+    np.testing.assert_array_equal(decode_rgb(loaded.data), PIXELS)
+    path = tmp_path / "x.image"
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read_image(ImageInput(str(path), "x", 1), Storage(), 10**6), PIXELS)
+    with pytest.raises(DataError, match=r"x: 30 x 20 pixels are more than max_pixels"):
+        check_image(data, 20, 30, 599, "x")
+    with pytest.raises(DataError, match="x: "):
+        check_image(data[: len(data) // 2], 20, 30, 10**6, "x")
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_of_16_bits_the_upper_eight_are_taken(ending):
+    grey = np.random.default_rng(1).integers(0, 65536, (20, 30), dtype=np.uint16)
+    data = cv2.imencode(ending, grey)[1].tobytes()
+    assert read_header(data).bit_depth == 16
+    loaded = check_image(data, 20, 30, 10**6, "x")
+    np.testing.assert_array_equal(decode_rgb(loaded.data), np.stack([grey // 256] * 3, axis=-1))
+
+
+def test_jpeg_and_8_bit_png_stay_as_they_are():
+    for kind, ext in (("JPEG", "jpg"), ("PNG", "png")):
+        data = _saved(kind)
+        assert check_image(data, 20, 30, 10**6, "x") == type(check_image(data, 20, 30, 10**6, "x"))(data, ext)
+
+
+def test_pixels_without_a_range_and_several_pages_are_refused():
+    with pytest.raises(BrokenImageError, match="'F', which has no stated range"):
+        read_header(_saved("TIFF", np.zeros((2, 3), np.float32)))
+    pages = {"save_all": True, "append_images": [Image.fromarray(PIXELS)]}
+    with pytest.raises(BrokenImageError, match="it holds 2 images"):
+        read_header(_saved("TIFF", **pages))
+
+
+def test_copies_of_tools_are_no_images(tmp_path):
+    for folder, ending in (("images", ".webp"), ("labels", ".png")):
+        for name in ("a/x", "a/._x", "a/.ipynb_checkpoints/x-checkpoint"):
+            path = tmp_path / folder / f"{name}{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+    assert [r.image for r in pair_files(tmp_path / "images", tmp_path / "labels")] == ["a/x.webp"]
+    assert find_images([str(tmp_path / "images")], Storage()) == (str(tmp_path / "images/a/x.webp"),)
+    assert find_images([f"{tmp_path}/images/a/*"], Storage()) == (str(tmp_path / "images/a/x.webp"),)
+
+
+def _list(tmp_path, *names):
+    entries = [f'{{"id": {i}, "file_name": "{name}", "height": 2, "width": 3}}' for i, name in enumerate(names, 1)]
+    (tmp_path / "list.json").write_text(f'{{"images": [{", ".join(entries)}]}}')
+    return read_image_list(tmp_path / "list.json")
+
+
+def test_equal_base_names_in_two_folders_are_two_images(tmp_path):
+    listed = _list(tmp_path, "b/img.jpg", "a/img.jpg", "other.jpg")
+    images = listed_images(["/x/a/img.jpg", "/x/b/img.jpg", "/x/c/other.jpg"], listed)
+    assert [(i.id, i.url, i.name) for i in images] == [
+        (1, "/x/b/img.jpg", "img"),
+        (2, "/x/a/img.jpg", "img-2"),
+        (3, "/x/c/other.jpg", "other"),
+    ]
+
+
+def test_one_file_is_never_two_listed_images(tmp_path):
+    with pytest.raises(DataError, match=r"1 of 2 images .* such as b/img.jpg"):
+        listed_images(["/x/a/img.jpg"], _list(tmp_path, "a/img.jpg", "b/img.jpg"))
+    with pytest.raises(DataError, match=r"img.jpg, which could be /x/a/img.jpg or /x/b/img.jpg"):
+        listed_images(["/x/a/img.jpg", "/x/b/img.jpg"], _list(tmp_path, "img.jpg"))
