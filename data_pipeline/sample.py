@@ -72,7 +72,7 @@ class Sample:
     left_out: tuple[str, ...] = ()
     """Annotations that cannot be used and are not in `annotation`: which, and why."""
     repairs: tuple[str, ...] = ()
-    """What was mended in the source's words, one entry per case; equal cases are counted in the report."""
+    """What was mended or is doubtful, one entry per case; equal cases are counted in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)

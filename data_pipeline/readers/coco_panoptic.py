@@ -36,7 +36,7 @@ from m2f.data_pipeline.readers.files import (
     unique_keys,
 )
 from m2f.data_pipeline.readers.map_reader import read_color_map
-from m2f.data_pipeline.readers.masks import instance_layers, pixel_box
+from m2f.data_pipeline.readers.masks import disagreements, instance_layers, pixel_box
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
 
 Instances = Sequence[Mapping[str, Any]]
@@ -97,10 +97,13 @@ class CocoPanopticReader:
         image = record.image
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
         seg, segments = self._read_map(record)
+        pixels = np.bincount(seg.ravel(), minlength=len(segments) + 1)[1:].tolist()
+        repairs = [*image.repairs, *disagreements(zip((s.area for s in segments), pixels, strict=True))]
         found = None
         if record.instances is not None:
             found = instance_layers(record.instances, image.height, image.width, self.categories, self.source(index))
             segments += found.segments
+            repairs += found.repairs
         return Sample(
             key=record.key,
             image_id=image.id,
@@ -111,7 +114,7 @@ class CocoPanopticReader:
             width=image.width,
             annotation=Annotation(seg=seg, inst=None if found is None else found.inst, segments=segments),
             left_out=() if found is None else found.left_out,
-            repairs=image.repairs + (() if found is None else found.repairs),
+            repairs=tuple(repairs),
         )
 
     def size_hint(self, index: int) -> int:

@@ -19,6 +19,11 @@ _MAX_POLYGON_EXTENT = 10
 """Coordinates beyond this many image sides are refused."""
 NUMBERED_IDS = "annotations with a missing, repeated or unusable id, numbered anew"
 SHORT_RINGS = "objects with stray rings of at most two points, which were left out"
+NO_PIXELS = "objects whose mask has no pixel in the image (normalised coordinates, or outside the frame?)"
+OTHER_AREA = "segments whose pixels are less than half or more than twice their stated area (rescaled images?)"
+_TELLING_AREA = 100
+"""Pixels; in smaller segments the border is much of the area."""
+_TELLING_SHARE = 0.5
 _MAX_RLE_PIXELS = 2**32
 """pycocotools counts in 32 bits."""
 
@@ -73,8 +78,23 @@ def instance_layers(
             )
         )
     repairs = [NUMBERED_IDS for entry in usable if NUMBERED in entry]
+    repairs += disagreements((segment.area, pixels) for segment, (pixels, _) in zip(segments, measured, strict=True))
     repairs += [SHORT_RINGS for entry in usable if any(map(_is_short, _ring_list(entry["segmentation"])))]
     return InstanceLayers(inst=inst, segments=tuple(segments), left_out=tuple(left_out), repairs=tuple(repairs))
+
+
+def disagreements(areas: Iterable[tuple[float, int]]) -> list[str]:
+    """What is doubtful about segments, given their stated areas and pixels; as in Sample.repairs.
+
+    A polygon's area differs from its pixels along its border, so that small segments and small differences say nothing.
+    """
+    found = []
+    for stated, pixels in areas:
+        if pixels == 0:
+            found.append(NO_PIXELS)
+        elif max(stated, pixels) >= _TELLING_AREA and min(stated, pixels) < _TELLING_SHARE * max(stated, pixels):
+            found.append(OTHER_AREA)
+    return found
 
 
 def _checked(entry: Mapping[str, Any], height: int, width: int, name: str) -> Any:

@@ -11,7 +11,7 @@ from m2f.data_pipeline.config import CocoPanopticSource, DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.coco_json import READ_SIZES
-from m2f.data_pipeline.readers.masks import NUMBERED_IDS, SHORT_RINGS, read_rle
+from m2f.data_pipeline.readers.masks import NO_PIXELS, NUMBERED_IDS, OTHER_AREA, SHORT_RINGS, read_rle
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import commit_manifest, complete_parts, plan_shards, write_dataset, write_shard
 from m2f.data_pipeline.storage.storage import Storage
@@ -118,3 +118,18 @@ def test_the_shards_count_what_was_left_out_and_mended(coco):
     assert complete_parts(plan, storage) == (part,), "the receipt keeps both"
     assert Manifest.load(plan.target, storage).num_samples == 2
     assert json.loads((coco.root / "other" / "dataset.json").read_text())["plan"] == plan.hash
+
+
+def test_masks_without_pixels_and_other_areas_are_counted(coco):
+    coco.instances[0]["segmentation"] = [[x / 1000 for x in POLYGON]]
+    coco.instances[1]["area"] = 60 * 4
+    coco.instances[2]["area"] = 41
+    assert _read(coco).repairs == (NO_PIXELS, OTHER_AREA)
+    coco.instances[0]["segmentation"] = [[x + 100 for x in POLYGON]]
+    assert _read(coco).repairs == (NO_PIXELS, OTHER_AREA)
+
+
+@pytest.mark.parametrize(("area", "expected"), [(541, ()), (None, ()), (1200, (OTHER_AREA,)), (100, (OTHER_AREA,))])
+def test_areas_of_panoptic_segments_are_compared(coco, area, expected):
+    coco.panoptic[0]["segments_info"][0]["area"] = area
+    assert coco.read_panoptic().repairs == expected
