@@ -11,7 +11,7 @@ import torch
 
 from m2f.cluster.recipe.explain import explain
 from m2f.model.config import ModelConfig
-from m2f.model.export.graphs import write_official
+from m2f.model.export.official import write_official
 from m2f.model.mask2former import build_model
 from tests.model.loss_oracle import make_targets
 
@@ -50,7 +50,8 @@ def test_the_floors_of_folders_are_described_as_they_are_checked():
 def test_the_examples_in_python_run(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
-    write_official(build_model(ModelConfig(num_classes=133), pretrained_backbone=False), tmp_path / "model_final.pth")
+    config = ModelConfig(num_classes=133)
+    write_official(build_model(config, pretrained_backbone=False), config, tmp_path / "model_final.pth")
     names = {"targets": make_targets((3, 0), size=(192, 256))}
     examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "models.md").read_text(), re.DOTALL)
     exec(compile("\n".join(examples), "docs/models.md", "exec"), names)

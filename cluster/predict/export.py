@@ -14,10 +14,10 @@ from m2f.model.export.graphs import (
     export_hugging_face,
     export_program,
     require_onnx,
-    write_official,
     write_onnx,
     write_program,
 )
+from m2f.model.export.official import write_official
 from m2f.trainer.checkpoint.identity import METADATA_KEY
 
 Format = Literal["official", "hugging_face", "torch_export", "onnx"]
@@ -47,7 +47,7 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
     notes = {METADATA_KEY: trained.identity.to_json()}
     match format:
         case "official":
-            _whole(output, lambda path: write_official(trained.model, path, notes))
+            _whole(output, lambda path: write_official(trained.model, trained.config, path, notes))
             return "official Detectron2 checkpoint"
         case "hugging_face":
             _whole(output, lambda path: _write_hugging_face(trained, path))

@@ -1,4 +1,4 @@
-"""Write models in the formats of others: official checkpoints, Hugging Face folders, torch.export and ONNX."""
+"""Write models in the formats of others: Hugging Face folders, torch.export and ONNX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.errors import WeightsError
 from m2f.model.export.hugging_face import write_hugging_face_config
 from m2f.model.mask2former import Mask2Former
-from m2f.model.weights.names import to_hugging_face_names, to_official_names
+from m2f.model.weights.names import to_hugging_face_names
 
 _OPSET = 20
 """Operator set of the ONNX files, that of ONNX 1.15."""
@@ -46,16 +46,6 @@ class Inference(nn.Module):
         )
         predictions = self.model(self.model.normalise(images))
         return predictions.class_logits[-1], predictions.mask_logits()
-
-
-def export_official(model: Mask2Former) -> dict[str, Tensor]:
-    """Weights under the official names, on the CPU. Raises WeightsError for a model that the official code lacks."""
-    return _contiguous(to_official_names(model.state_dict()))
-
-
-def write_official(model: Mask2Former, path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it."""
-    torch.save({"model": export_official(model), **(notes or {})}, path)
 
 
 def export_hugging_face(

@@ -13,17 +13,16 @@ import torch
 from m2f.cluster.cli import main
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.load import load_recipe
-from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
-from m2f.model.export.graphs import export_hugging_face, export_official
+from m2f.model.export.graphs import export_hugging_face
+from m2f.model.export.official import export_official
 from m2f.model.mask2former import build_model
 from m2f.trainer.checkpoint.folder import CheckpointManifest, file_entry
-from m2f.trainer.checkpoint.weights import read_identity
 
 RECIPE = """
 name: small
@@ -117,15 +116,12 @@ def test_an_official_checkpoint_with_a_recipe_is_opened_without_the_data(tmp_pat
     assert status == 0, text
     assert [c.name for c in open_trained(str(tmp_path / "hf"), (), None).classes] == ["class 0", "class 1", "class 2"]
     status, text = m2f(capsys, *words, "--format", "official", "--output", tmp_path / "again.pth")
-    assert status == 0, text
-    for source in (tmp_path / "again.pth", tmp_path / "hf"):
-        identity = read_identity(str(source), Storage())
-        assert identity is not None
-        assert [c.name for c in identity.label_spaces[0].classes] == ["class 0", "class 1", "class 2"]
-        assert (identity.num_queries, identity.input.shortest_edge) == (5, 64)
-    assert open_trained(str(tmp_path / "again.pth"), (), None).config.num_classes == 3  # it holds its recipe
-    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
-    assert all(torch.equal(again[key], tensor) for key, tensor in export_official(model).items())
+    assert status == 2  # of fewer blocks than the official code can make
+    assert "model.backbone.options" in text
+    identity = read_identity(str(tmp_path / "hf"), Storage())
+    assert identity is not None
+    assert [c.name for c in identity.label_spaces[0].classes] == ["class 0", "class 1", "class 2"]
+    assert (identity.num_queries, identity.input.shortest_edge) == (5, 64)
     # a Hugging Face folder takes the place of a file of weights
     trained = open_trained(str(recipe), (), str(tmp_path / "hf"))
     assert all(torch.equal(value, trained.model.state_dict()[key]) for key, value in model.state_dict().items())

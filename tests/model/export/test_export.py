@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ from m2f.model.export.graphs import (
     Inference,
     export_hugging_face,
     export_program,
-    write_official,
     write_onnx,
     write_program,
 )
 from m2f.model.export.hugging_face import read_hugging_face_config
+from m2f.model.export.official import write_official
 from m2f.model.mask2former import build_model
 from m2f.model.weights.load import load_weights
 
@@ -136,14 +137,67 @@ def test_models_that_hugging_face_lacks_are_refused(tmp_path, part, value, messa
 
 
 def test_official_checkpoints_are_wrapped_as_detectron_reads_them(tmp_path):
-    config = export_config(RESNET)
+    config = export_config(SWIN)
     model = random_model(config)
-    write_official(model, tmp_path / "model.pth")
+    write_official(model, config, tmp_path / "model.pth", {"m2f.identity": "{}"})
     content = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert set(content) == {"model"}
+    assert (set(content), content["m2f.identity"]) == ({"model", "m2f.identity"}, "{}")  # their loader takes `model`
+    assert content["model"]._metadata["sem_seg_head"] == {"version": 2}
     other = build_model(config)
     assert load_weights(other, tmp_path / "model.pth").complete
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+class OfficialHead(nn.Module):
+    """What the official MaskFormerHead does with names of a state that does not say which version wrote it."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.pixel_decoder = nn.ModuleDict({"mask_features": nn.Linear(2, 2)})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") is None or local_metadata["version"] < 2:
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                state_dict[name.replace(prefix, f"{prefix}pixel_decoder.")] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_the_official_loader_finds_the_pixel_decoder(tmp_path):
+    config = export_config(SWIN)
+    write_official(random_model(config), config, tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    official = nn.ModuleDict({"sem_seg_head": OfficialHead()})
+    name = "sem_seg_head.pixel_decoder.mask_features.weight"
+    small = OrderedDict({key: torch.ones(2, 2) if key == name else torch.ones(2) for key in official.state_dict()})
+    assert name in state
+    assert set(official.load_state_dict(OrderedDict(small), strict=False).missing_keys) == set(small)  # issue 95
+    small._metadata = state._metadata
+    assert official.load_state_dict(small, strict=False).missing_keys == []
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("backbone", TimmBackboneConfig(name="convnext_atto"), "backbone.name is 'convnext_atto'"),
+        ("backbone", TimmBackboneConfig(norm="group"), "backbone.norm is 'group'"),
+        ("backbone", TimmBackboneConfig(options={"layers": [2, 2, 2, 2]}), "backbone.options is {'layers'"),
+        ("pixel_decoder", FPNPixelDecoderConfig(), "pixel_decoder.kind is 'fpn'"),
+        ("pixel_decoder", MSDeformAttnPixelDecoderConfig(num_points=8), "pixel_decoder.num_points is 8"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(attention="cross"), "attention is 'cross'"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(attention="mask_pooling"), "'mask_pooling'"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(attention="smca"), "attention is 'smca'"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(queries="zero"), "queries is 'zero'"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(features="stride_8"), "features is 'stride_8'"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(cross_attention_first=False), "first is False"),
+    ],
+)
+def test_models_that_the_official_code_lacks_are_refused(tmp_path, part, value, message):
+    config = dataclasses.replace(ModelConfig(num_classes=3), **{part: value})
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        write_official(nn.Module(), config, tmp_path / "model.pth")
+    assert not list(tmp_path.iterdir())
 
 
 def assert_graph_equals(run, model, shapes):

@@ -16,7 +16,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.export.graphs import export_official
+from m2f.model.export.official import export_official
 from m2f.model.mask2former import build_model
 from m2f.model.weights.load import load_weights
 from m2f.model.weights.names import to_official_names, to_own_names

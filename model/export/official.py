@@ -1,0 +1,76 @@
+"""Official checkpoints: weights under Detectron2's names, with the metadata that its loader asks for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m2f.model.config import (
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    SwinBackboneConfig,
+)
+from m2f.model.errors import WeightsError
+from m2f.model.mask2former import Mask2Former
+from m2f.model.weights.names import to_official_names
+
+_HEAD_VERSION = 2
+"""Of `MaskFormerHead`: without it the official loader moves the pixel decoder's names to where nothing looks for them,
+and trains or evaluates with random tensors (facebookresearch/Mask2Former, issue 95)."""
+_RESNETS = ("resnet50", "resnet101")
+_RESNET_OPTIONS = {"drop_path_rate"}
+"""Options of a ResNet that change no tensor."""
+
+
+def export_official(model: Mask2Former) -> OrderedDict[str, Tensor]:
+    """Weights under the official names, on the CPU. Raises WeightsError for a model that the official code lacks."""
+    state = OrderedDict(
+        (name, tensor.cpu().contiguous()) for name, tensor in to_official_names(model.state_dict()).items()
+    )
+    state._metadata = {"": {"version": 1}, "sem_seg_head": {"version": _HEAD_VERSION}}  # type: ignore[attr-defined]
+    return state
+
+
+def write_official(model: Mask2Former, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it.
+
+    Raises WeightsError naming the setting where the official code has no such model, though it may have such tensors.
+    """
+    require_official(config)
+    torch.save({"model": export_official(model), **(notes or {})}, path)
+
+
+def require_official(config: ModelConfig) -> None:
+    """Raise WeightsError naming the first setting that the official Mask2Former does not have."""
+    plain, queries, pixels = MaskedTransformerDecoderConfig(), config.transformer_decoder, config.pixel_decoder
+    if not isinstance(queries, MaskedTransformerDecoderConfig):
+        raise _unknown("transformer_decoder.kind", queries.kind, "masked")
+    for name in ("attention", "features", "queries", "cross_attention_first"):
+        if getattr(queries, name) != getattr(plain, name):
+            raise _unknown(f"transformer_decoder.{name}", getattr(queries, name), repr(getattr(plain, name)))
+    if not isinstance(pixels, MSDeformAttnPixelDecoderConfig):
+        raise _unknown("pixel_decoder.kind", pixels.kind, "ms_deform_attn")
+    if pixels.num_points != MSDeformAttnPixelDecoderConfig().num_points:
+        raise _unknown("pixel_decoder.num_points", pixels.num_points, f"{MSDeformAttnPixelDecoderConfig().num_points}")
+    backbone = config.backbone
+    if isinstance(backbone, SwinBackboneConfig):
+        return
+    if backbone.name.partition(".")[0] not in _RESNETS:
+        raise _unknown("backbone.name", backbone.name, "resnet50, resnet101 and kind swin")
+    if backbone.norm not in ("frozen_batch", "sync_batch"):
+        raise _unknown("backbone.norm", backbone.norm, "frozen_batch and sync_batch")
+    others = {name: value for name, value in backbone.options.items() if name not in _RESNET_OPTIONS}
+    if others:
+        raise _unknown("backbone.options", others, "the usual blocks and channels")
+
+
+def _unknown(setting: str, value: object, wanted: str) -> WeightsError:
+    return WeightsError(
+        f"model.{setting} is {value!r}; the official Mask2Former has {wanted} only. Export as torch_export or onnx, or "
+        "use the weights with this program"
+    )
