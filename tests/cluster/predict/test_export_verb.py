@@ -13,6 +13,7 @@ import torch
 from m2f.cluster.cli import main
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.load import load_recipe
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ from m2f.model.export.graphs import export_hugging_face
 from m2f.model.export.official import export_official
 from m2f.model.mask2former import build_model
 from m2f.trainer.checkpoint.folder import CheckpointManifest, file_entry
+from m2f.trainer.checkpoint.weights import read_identity
 
 RECIPE = """
 name: small
