@@ -1,7 +1,8 @@
 """Mask AP of COCO results, with the rules and the numbers of pycocotools and boundary-iou-api.
 
-Two things do not depend on the file here: the size of a detection is that of its mask, also where the results carry
-boxes (pycocotools would take the box's area), and annotations with id 0 can be matched.
+Three things do not depend on the file here: the size of a detection is that of its mask, also where the results carry
+boxes (pycocotools would take the box's area), annotations with id 0 can be matched, and annotations that share an id
+count one by one (pycocotools keeps the last of them).
 """
 
 from __future__ import annotations
