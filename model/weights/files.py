@@ -129,6 +129,22 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 """Everything that a plain pickle may name: what arrays and tensors consist of."""
 
 
+class _Constructor:
+    """Calls a function in place of the function itself, whose defaults and attributes a BUILD opcode could change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        """What BUILD calls."""
+        raise pickle.UnpicklingError("a constructor is given a state")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles dictionaries of arrays; whatever else a file names is refused before it is looked up."""
 
@@ -136,7 +152,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         """The constructor that a pickle asks for by name."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return _ALLOWED[module, name]
+        allowed = _ALLOWED[module, name]
+        return allowed if isinstance(allowed, type) else _Constructor(allowed)  # the types cannot be changed
 
 
 def _is_mapping(content: Any) -> bool:

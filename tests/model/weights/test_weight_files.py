@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from m2f.model.errors import WeightsError
+from m2f.model.weights import files
 from m2f.model.weights.files import read_state
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.5, -2.0]).half()}
@@ -153,3 +154,21 @@ def test_files_without_weights_are_refused(tmp_path):
     ):
         with pytest.raises(WeightsError, match=message):
             read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"(dU\x01xK\x01s",  # {"x": 1}
+        b"N(dU\x0c__defaults__(K\x01ts\x86",  # (None, {"__defaults__": (1,)}): what objects with slots are built from
+    ],
+)
+@pytest.mark.parametrize("name", [b"torch._utils\n_rebuild_tensor_v2", b"_codecs\nencode", b"collections\nOrderedDict"])
+def test_a_pickle_changes_nothing_of_the_process(tmp_path, name, state):
+    rebuild = torch._utils._rebuild_tensor_v2
+    before = dict(vars(rebuild)), rebuild.__defaults__, dict(vars(files._encode)), files._encode.__defaults__
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x02c" + name + b"\n" + state + b"b.")
+    with pytest.raises(WeightsError):
+        read_state(tmp_path / "model.pkl")
+    assert before == (dict(vars(rebuild)), rebuild.__defaults__, dict(vars(files._encode)), files._encode.__defaults__)
+    assert not hasattr(collections.OrderedDict, "x")
