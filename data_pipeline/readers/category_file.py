@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.coco_json import category_id, field, read_color, read_flag, stated_flag
+from m2f.data_pipeline.json_fields import field, read_flag, stated_flag
+from m2f.data_pipeline.readers.coco_json import category_id, read_color
 from m2f.data_pipeline.readers.files import read_json
 
 

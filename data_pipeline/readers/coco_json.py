@@ -12,6 +12,7 @@ from typing import Any
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.json_fields import field, read_flag
 from m2f.data_pipeline.readers.files import read_json, relative_name, shown_size
 
 Box = tuple[float, float, float, float]
@@ -115,19 +116,6 @@ def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, 
             raise DataError(f"{where}: color is {str(color)[:40]}, not three whole numbers from 0 to 255")
 
 
-def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
-    """A field that must be 0, 1, true or false; the text "0" would count as true otherwise. Raises DataError."""
-    value = field(entry, name, where)
-    if value not in (0, 1):
-        raise DataError(f"{where}: {name} is {repr(value)[:40]}; it must be 0, 1, true or false")
-    return bool(value)
-
-
-def stated_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
-    """A flag that may be missing or null, which is false. Raises DataError as `read_flag` does."""
-    return entry.get(name) is not None and read_flag(entry, name, where)
-
-
 def group_by_image(
     document: Mapping[str, Any], images: Collection[CocoImage], path: str, strict: bool
 ) -> dict[str, list[dict[str, Any]]]:
@@ -161,13 +149,6 @@ def require_unique(ids: Any, what: str) -> None:
     repeated = [i for i, count in Counter(ids).items() if count > 1]
     if repeated:
         raise DataError(f"{what} must be unique; these appear more than once: {some(repeated)}")
-
-
-def field(entry: Any, name: str, where: str) -> Any:
-    """A field that must be there. Raises DataError naming the entry."""
-    if not isinstance(entry, dict) or name not in entry:
-        raise DataError(f"{where} has no field {name!r}")
-    return entry[name]
 
 
 def whole_number(entry: Any, name: str, where: str) -> int:

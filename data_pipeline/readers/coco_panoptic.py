@@ -14,18 +14,12 @@ import numpy as np
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import CocoPanopticSource
 from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.json_fields import field, stated_flag
 from m2f.data_pipeline.label_space import require_match
 from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.readers import coco_json
 from m2f.data_pipeline.readers.coco_instances import check_annotations
-from m2f.data_pipeline.readers.coco_json import (
-    CocoImage,
-    field,
-    stated_area,
-    stated_box,
-    stated_flag,
-    whole_number,
-)
+from m2f.data_pipeline.readers.coco_json import CocoImage, stated_area, stated_box, whole_number
 from m2f.data_pipeline.readers.files import (
     ANNOTATION_BYTES,
     load_image,

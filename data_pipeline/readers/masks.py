@@ -12,7 +12,8 @@ from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.coco_json import NUMBERED, Box, stated_area, stated_box, stated_flag
+from m2f.data_pipeline.json_fields import stated_flag
+from m2f.data_pipeline.readers.coco_json import NUMBERED, Box, stated_area, stated_box
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10

@@ -25,8 +25,8 @@ from m2f.data_pipeline.image_file import (
     frame_orientation,
     read_header,
 )
+from m2f.data_pipeline.json_fields import stated_flag
 from m2f.data_pipeline.partition import Region, partition
-from m2f.data_pipeline.readers.coco_json import stated_flag
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 
 FORM = "/form"

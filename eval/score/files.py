@@ -13,8 +13,9 @@ import numpy as np
 from m2f.data_pipeline.categories import MAX_CATEGORIES, Category
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
+from m2f.data_pipeline.json_fields import stated_flag
 from m2f.data_pipeline.label_space import describe_subset, require_match
-from m2f.data_pipeline.readers.coco_json import stated_area, stated_flag, whole_number
+from m2f.data_pipeline.readers.coco_json import stated_area, whole_number
 from m2f.eval.errors import EvaluationError
 
 CATEGORIES_FILE = "categories.json"

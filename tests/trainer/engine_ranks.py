@@ -124,7 +124,7 @@ def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) ->
                 for name, p in engine.module.model.named_parameters()
             )
         result = engine.finish_step(step + 1)
-        seen["losses"].append(summed_losses(losses, ranks)["loss/total"])
+        seen["losses"].append(summed_losses(losses, ranks).total)
         seen["norms"].append(result.grad_norm)
         seen["applied"].append(result.applied)
     weights = engine.weights()

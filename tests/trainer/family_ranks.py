@@ -152,4 +152,4 @@ def sharded_step(job, ranks: Ranks) -> dict[str, float]:
     losses = [engine.accumulate(batch, normalizers) for batch in batches]
     result = engine.finish_step(1)
     assert result.applied
-    return {"loss": summed_losses(losses, ranks)["loss/total"], "norm": result.grad_norm}
+    return {"loss": summed_losses(losses, ranks).total, "norm": result.grad_norm}
