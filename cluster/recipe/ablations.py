@@ -80,5 +80,6 @@ def _overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:
-    found = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    found = [other for other in known if other.startswith(name)][:3]
+    found = found or get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" (did you mean {', '.join(found)}?)" if found else ""

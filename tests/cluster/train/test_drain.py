@@ -8,15 +8,14 @@ import urllib.request
 
 import pytest
 import ray
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.shard_job import run_shard_job
 from m2f.cluster.train.ray_launcher import run_training
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import list_checkpoints
+from tests.ray_private import announce_preemption
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -101,9 +100,7 @@ def test_a_drained_node_costs_at_most_one_step(nodes, tmp_path):
     assert found["m2f_ranks", None] == 2
 
     deadline = time.time() + NOTICE_S
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, _ = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", int(deadline * 1000))
-    assert accepted
+    assert announce_preemption(cluster.address, node.node_id, deadline)
     saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder))
     wait_until(lambda: time.time() > deadline)  # a node that ends before is no preempted one to Ray
     cluster.remove_node(node, allow_graceful=False)

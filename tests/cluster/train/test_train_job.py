@@ -14,7 +14,6 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from m2f.cluster.evaluation.client import EvaluationClient
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
@@ -40,6 +39,7 @@ from m2f.trainer.recovery.adjustments import read_adjustments
 from m2f.trainer.recovery.ending import Ending
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
+from tests.ray_private import WorkerGroupStartupTimeoutError
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
