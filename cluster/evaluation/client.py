@@ -10,8 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
+from m2f.cluster.evaluation.actor import EvaluationActor
 from m2f.cluster.evaluation.manager import EvaluationStatus
-from m2f.cluster.evaluation.pool import make_pool
+from m2f.cluster.evaluation.pool import EvaluationPool
 from m2f.cluster.evaluation.queue import Entry, read_entries
 from m2f.cluster.evaluation.service import EvaluationService, queue_url
 from m2f.cluster.ray_cluster import this_node
@@ -86,6 +87,18 @@ class EvaluationClient:
         self._next_start = time.monotonic() + 2.0**self._deaths
         _end_earlier(self._name)
         self._service = self._start()
+
+
+def make_pool(config: RunConfig) -> EvaluationPool:
+    """The recipe's actors. Ray restarts those that die."""
+    settings = config.evaluation
+    actor = ray.remote(
+        num_cpus=settings.num_cpus_per_actor,
+        num_gpus=settings.num_gpus_per_actor,
+        resources=dict(settings.resources_per_actor),
+        max_restarts=-1,
+    )(EvaluationActor)
+    return EvaluationPool(lambda: actor.remote(config), settings.actors, settings.hang_s)
 
 
 def _end_earlier(name: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from m2f.cluster.evaluation.client import make_pool
 from m2f.cluster.evaluation.evaluate import SetEvaluation, evaluate_sets
-from m2f.cluster.evaluation.pool import make_pool
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import Progress

@@ -18,8 +18,6 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from m2f.cluster.evaluation.actor import EvaluationActor
-from m2f.cluster.recipe.config import RunConfig
 from m2f.eval.errors import EvaluationError
 
 LOGGER = logging.getLogger(__name__)
@@ -30,18 +28,6 @@ PING_PAUSE_S = 0.5
 QUIET_WARNING_S = 120.0
 ASK_S = 30.0
 Take = Callable[[int, bytes], None]
-
-
-def make_pool(config: RunConfig) -> EvaluationPool:
-    """The recipe's actors. Ray restarts those that die."""
-    settings = config.evaluation
-    actor = ray.remote(
-        num_cpus=settings.num_cpus_per_actor,
-        num_gpus=settings.num_gpus_per_actor,
-        resources=dict(settings.resources_per_actor),
-        max_restarts=-1,
-    )(EvaluationActor)
-    return EvaluationPool(lambda: actor.remote(config), settings.actors, settings.hang_s)
 
 
 class BatchLedger:

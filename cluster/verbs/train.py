@@ -60,5 +60,7 @@ def _restarted(args: argparse.Namespace, config: RunConfig) -> int:
     """--restart."""
     from m2f.cluster.train.driver_restarts import run_restarted
 
-    words = [args.recipe, *args.overrides, "--launcher", args.launcher, *(["--plain"] if args.plain else [])]
+    words = [args.recipe, *args.overrides]
+    words += ["--launcher", "local"] if args.launcher == "local" else []
+    words += ["--plain"] if args.plain else []
     return run_restarted([sys.executable, "-m", "m2f.cluster.cli", "train", *words], config)
