@@ -160,6 +160,13 @@ def run_shard_job(
         except DataError as error:  # nothing is left, or another data set came first: the report says why all the same
             refusal, report = error, replace(report, committed=False)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
+    _require_committed(plan, report, refusal)
+    return report
+
+
+def _require_committed(plan: ShardPlan, report: ShardReport, refusal: DataError | None) -> None:
+    """Raise what keeps the data set from being committed: the manifest's refusal, failed tasks or unusable samples."""
+    failures, problems = report.failures, report.problems
     if refusal is not None:
         raise DataError(f"{report.summary()}\n{refusal}") from refusal
     if failures:
@@ -174,7 +181,6 @@ def run_shard_job(
             f"set is not committed. All are listed in {join(plan.target, REPORT_FILE)}. Correct them and run again, or "
             "leave them out with --skip-bad"
         )
-    return report
 
 
 def _count_repairs(parts: Iterable[ShardPart]) -> tuple[tuple[str, int], ...]:

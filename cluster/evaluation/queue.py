@@ -26,7 +26,7 @@ class Entry:
     checkpoint: str
     """Folder or URL of the checkpoint."""
     queued_ms: int
-    """Unix time. Metrics carry it, so that publishing twice leaves one point in MLflow."""
+    """Unix time; orders the entries of a step."""
     status: Status = "waiting"
     detail: str = ""
     """Why it failed or was dropped."""
@@ -125,6 +125,9 @@ class EvaluationQueue:
         """The entry of a commit at the place where it is now: a known one, one of version 0.1, or a new one."""
         step, url = commit.checkpoint.step, commit.checkpoint.url
         known = self._entries.get(commit.name)
+        if known is not None and known.detail == WITHDRAWN:  # the same bytes were committed again, so it counts again
+            status: Status = "published" if known.status == "withdrawn" else "waiting"
+            return replace(known, checkpoint=url, status=status, detail="")
         if known is not None:
             return known if known.settled else replace(known, checkpoint=url)
         old = self._entries.get(f"{step}")

@@ -45,11 +45,11 @@ def ablation_rows() -> dict[str, AblationRow]:
 def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
     """File and overrides of a recipe that is given as a path, as `NAME` of a file in `configs/`, or as `NAME+ROW`.
 
-    An existing path is taken as it is; so is one that looks like a path, for the error of whoever opens it. Raises
+    An existing file is taken as it is; so is a path that does not exist, for the error of whoever opens it. Raises
     ConfigError for a name that is not known, with the nearest ones, and for a row that does not go with the recipe.
     """
     text = str(recipe)
-    if Path(text).exists() or "/" in text or text.endswith((".yaml", ".yml")):
+    if Path(text).is_file() or "/" in text or text.endswith((".yaml", ".yml")):
         return Path(text), ()
     base, *rows = text.split("+")
     files = {path.stem: path for path in CONFIGS.rglob("*.yaml") if path != TABLE}

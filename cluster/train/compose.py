@@ -11,7 +11,7 @@ from m2f.cluster.recipe.stored import store_recipe
 from m2f.cluster.terminal import print_err
 from m2f.data_pipeline.loading.loader import mixture_labels
 from m2f.data_pipeline.shards.manifest import Manifest
-from m2f.data_pipeline.shards.warnings import one_class_warning, query_warning
+from m2f.data_pipeline.shards.warnings import data_warnings
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import list_checkpoints
@@ -49,8 +49,11 @@ def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) ->
     if changed:
         lines = "\n  ".join(changed)
         print_err(f"settings differ from those that {config.run_folder} was started with:\n  {lines}")
-    for text in _warnings(config, storage):
-        print_err(text)
+    queries = config.model.transformer_decoder.num_queries
+    for name in dict.fromkeys(item.dataset for item in config.data.train):
+        manifest = Manifest.load(config.datasets[name].shards, storage)
+        for warning in data_warnings(name, manifest, config.data.task, queries):
+            print_err(warning)
     return replace(job, lease=lease)
 
 
@@ -58,15 +61,6 @@ def adjusted_job(config: RunConfig, job: TrainJob, adjustments: Adjustments) -> 
     """The job as it runs with the run's adjustments, and their effect in the recipe that its checkpoints hold."""
     job = adjustments.applied(job)
     return replace(job, recipe=dump_recipe(replace(config, training=job.training)))
-
-
-def _warnings(config: RunConfig, storage: Storage) -> list[str]:
-    """What is allowed and seldom meant in the training data."""
-    queries, task, found = config.model.transformer_decoder.num_queries, config.data.task, list[str | None]()
-    for name in dict.fromkeys(item.dataset for item in config.data.train):
-        manifest = Manifest.load(config.datasets[name].shards, storage)
-        found += [query_warning(name, manifest, task, queries), one_class_warning(name, manifest.categories, task)]
-    return [text for text in found if text is not None]
 
 
 def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:

@@ -6,7 +6,6 @@ a CUDA context. Each has a pipe to its parent, for messages and for the error th
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -56,16 +55,20 @@ class _Rank:
     pipe: Connection
     error: RankError | None = None
     messages: list[Any] = field(default_factory=list)
+    is_open: bool = True
+    """Whether more can come through the pipe."""
 
     def collect(self) -> None:
         """Read what the process has sent."""
-        with contextlib.suppress(EOFError, OSError):  # it died while it wrote
-            while self.pipe.poll():
+        try:
+            while self.is_open and self.pipe.poll():
                 message = self.pipe.recv()
                 if isinstance(message, RankError):
                     self.error = message
                 else:
                     self.messages.append(message)
+        except (EOFError, OSError):  # it has ended, maybe while it wrote
+            self.is_open = False
 
     def note_end(self) -> None:
         """The process has ended: name the way if it gave no error."""
@@ -136,12 +139,13 @@ class RankProcesses:
         """Messages of all ranks, after up to `wait_s` seconds; sooner where a rank ends."""
         until = min(time.monotonic() + wait_s, self._deadline)
         while self._running:
-            pipes = {rank.pipe: rank for rank in self._running.values()}
+            # Without closed pipes, which are always ready: a rank closes its own some time before it ends.
+            pipes = [rank.pipe for rank in self._running.values() if rank.is_open]
             for ready in wait([*self._running, *pipes], max(0.0, until - time.monotonic())):
                 if isinstance(ready, int):
                     self._note_end(self._running.pop(ready))
-                elif (rank := pipes[ready]).process.is_alive():  # type: ignore[index]
-                    rank.collect()
+            for rank in self._running.values():
+                rank.collect()
             if time.monotonic() >= until or any(rank.messages for rank in self._ranks):
                 break
         if time.monotonic() >= self._deadline:

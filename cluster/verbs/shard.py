@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.terminal import print_err, print_out
     from m2f.data_pipeline.errors import DataError
     from m2f.data_pipeline.shards.manifest import Manifest, read_document
-    from m2f.data_pipeline.shards.warnings import one_class_warning, query_warning
+    from m2f.data_pipeline.shards.warnings import data_warnings
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.model.errors import UserError
 
@@ -53,12 +53,8 @@ def run(args: argparse.Namespace) -> int:
                 failed.append(f"{name}: {error}")
                 continue
             manifest = Manifest.load(config.datasets[name].shards, storage)
-            for warning in (
-                one_class_warning(name, manifest.categories, task),
-                query_warning(name, manifest, task, queries),
-            ):
-                if warning is not None:
-                    print_err(f"warning: {warning}")
+            for warning in data_warnings(name, manifest, task, queries):
+                print_err(warning)
     if failed:
         raise DataError(f"{len(failed)} of {len(chosen)} data sets are not complete\n" + "\n".join(failed))
     return 0

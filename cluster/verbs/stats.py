@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.terminal import print_err, print_out
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.stats import class_table, format_class_table
-    from m2f.data_pipeline.shards.warnings import one_class_warning, query_warning
+    from m2f.data_pipeline.shards.warnings import data_warnings
     from m2f.data_pipeline.storage.storage import Storage
 
     names, overrides = split_overrides(args.words)
@@ -33,11 +33,6 @@ def run(args: argparse.Namespace) -> int:
             f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {size:,.1f} MB, {manifest.url}"
         )
         print_out(format_class_table(class_table(manifest)) + "\n")
-        task, queries = config.data.task, config.model.transformer_decoder.num_queries
-        for warning in (
-            one_class_warning(name, manifest.categories, task),
-            query_warning(name, manifest, task, queries),
-        ):
-            if warning is not None:
-                print_err(f"warning: {warning}")
+        for warning in data_warnings(name, manifest, config.data.task, config.model.transformer_decoder.num_queries):
+            print_err(warning)
     return 0

@@ -8,6 +8,12 @@ from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.shards.manifest import Manifest
 
 
+def data_warnings(name: str, manifest: Manifest, task: Task, num_queries: int) -> list[str]:
+    """All lines for one data set of a recipe."""
+    found = one_class_warning(name, manifest.categories, task), query_warning(name, manifest, task, num_queries)
+    return [f"warning: {text}" for text in found if text is not None]
+
+
 def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str | None:
     """One line where semantic training has a single class: every pixel gets it, so that mIoU is 100 at once."""
     classes = categories.for_task(task)

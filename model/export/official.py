@@ -22,13 +22,18 @@ from m2f.model.weights.names import to_official_names
 _HEAD_VERSION = 2
 """Of `MaskFormerHead`: without it the official loader moves the pixel decoder's names to where nothing looks for them,
 and trains or evaluates with random tensors (facebookresearch/Mask2Former, issue 95)."""
+_PIXEL_FEEDFORWARD = 1024
+"""Width in the encoder layers of the pixel decoder, which the official code does not take from its configuration."""
 _RESNETS = ("resnet50", "resnet101")
 _RESNET_OPTIONS = {"drop_path_rate"}
 """Options of a ResNet that change no tensor."""
 
 
 def export_official(model: Mask2Former) -> OrderedDict[str, Tensor]:
-    """Weights under the official names, on the CPU. Raises WeightsError for a model that the official code lacks."""
+    """Weights under the official names, on the CPU. Raises WeightsError for tensors that have no official name.
+
+    Whether the official code computes the same with them, `require_official` finds out.
+    """
     state = OrderedDict(
         (name, tensor.cpu().contiguous()) for name, tensor in to_official_names(model.state_dict()).items()
     )
@@ -57,6 +62,10 @@ def require_official(config: ModelConfig) -> None:
         raise _unknown("pixel_decoder.kind", pixels.kind, "ms_deform_attn")
     if pixels.num_points != MSDeformAttnPixelDecoderConfig().num_points:
         raise _unknown("pixel_decoder.num_points", pixels.num_points, f"{MSDeformAttnPixelDecoderConfig().num_points}")
+    if pixels.feedforward_dim != _PIXEL_FEEDFORWARD:
+        raise _unknown("pixel_decoder.feedforward_dim", pixels.feedforward_dim, f"{_PIXEL_FEEDFORWARD}")
+    if pixels.num_heads != queries.num_heads:  # the tensors would fit, and compute something else
+        raise _unknown("pixel_decoder.num_heads", pixels.num_heads, "the number of model.transformer_decoder.num_heads")
     backbone = config.backbone
     if isinstance(backbone, SwinBackboneConfig):
         return

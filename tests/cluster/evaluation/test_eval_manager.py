@@ -66,6 +66,18 @@ def test_a_step_that_is_committed_again_is_evaluated_again(tmp_path):
     ]
 
 
+def test_a_commit_of_the_same_bytes_after_a_damaged_checkpoint_counts_again(tmp_path):
+    queue = queue_in(tmp_path)
+    queue.update(commits_of(10, 20))
+    first, _ = queue.take("every")
+    queue.publish(first, {"val/PQ": 1.0})
+    queue.update(CommitList((), frozenset({commit_of(10).name, commit_of(20).name})))
+    assert statuses(queue.entries()) == {10: "withdrawn", 20: "dropped"}
+    queue.update(commits_of(10, 20))
+    assert [(e.status, e.detail) for e in queue.entries()] == [("published", ""), ("waiting", "")]
+    assert queue.entries()[0].metrics == {"val/PQ": 1.0}
+
+
 def test_entries_of_version_0_1_are_known_by_their_checkpoint_also_in_a_moved_run(tmp_path):
     rows = [asdict(Entry(step, f"/old/c/{step}", 5, "published")) for step in (10, 20)]
     for row in rows:

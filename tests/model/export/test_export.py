@@ -50,6 +50,12 @@ def export_config(backbone, num_layers=3):
     )
 
 
+def official_config():
+    """Small, and such as the official code can be configured."""
+    config = export_config(SWIN)
+    return dataclasses.replace(config, pixel_decoder=dataclasses.replace(config.pixel_decoder, feedforward_dim=1024))
+
+
 def random_model(config):
     """A model whose every path counts: deformable sampling and frozen norms start with trivial weights."""
     torch.manual_seed(0)
@@ -137,7 +143,7 @@ def test_models_that_hugging_face_lacks_are_refused(tmp_path, part, value, messa
 
 
 def test_official_checkpoints_are_wrapped_as_detectron_reads_them(tmp_path):
-    config = export_config(SWIN)
+    config = official_config()
     model = random_model(config)
     write_official(model, config, tmp_path / "model.pth", {"m2f.identity": "{}"})
     content = torch.load(tmp_path / "model.pth", weights_only=True)
@@ -165,7 +171,7 @@ class OfficialHead(nn.Module):
 
 
 def test_the_official_loader_finds_the_pixel_decoder(tmp_path):
-    config = export_config(SWIN)
+    config = official_config()
     write_official(random_model(config), config, tmp_path / "model.pth")
     state = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     official = nn.ModuleDict({"sem_seg_head": OfficialHead()})
@@ -185,6 +191,8 @@ def test_the_official_loader_finds_the_pixel_decoder(tmp_path):
         ("backbone", TimmBackboneConfig(options={"layers": [2, 2, 2, 2]}), "backbone.options is {'layers'"),
         ("pixel_decoder", FPNPixelDecoderConfig(), "pixel_decoder.kind is 'fpn'"),
         ("pixel_decoder", MSDeformAttnPixelDecoderConfig(num_points=8), "pixel_decoder.num_points is 8"),
+        ("pixel_decoder", MSDeformAttnPixelDecoderConfig(feedforward_dim=512), "pixel_decoder.feedforward_dim is 512"),
+        ("transformer_decoder", MaskedTransformerDecoderConfig(num_heads=4), "pixel_decoder.num_heads is 8"),
         ("transformer_decoder", MaskedTransformerDecoderConfig(attention="cross"), "attention is 'cross'"),
         ("transformer_decoder", MaskedTransformerDecoderConfig(attention="mask_pooling"), "'mask_pooling'"),
         ("transformer_decoder", MaskedTransformerDecoderConfig(attention="smca"), "attention is 'smca'"),
