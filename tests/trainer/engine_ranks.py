@@ -1,4 +1,4 @@
-"""The scenario of test_engine.py: three steps on four images, once per configuration, and once in plain torch.
+"""The scenarios of test_engine.py: three steps on four images, once per configuration, and once in plain torch.
 
 Not a test module; `rank_main.py` runs it on every rank.
 """
@@ -6,6 +6,8 @@ Not a test module; `rank_main.py` runs it on every rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from unittest.mock import patch
 
 import torch
@@ -26,6 +28,34 @@ from m2f.trainer.ranks import Ranks
 from m2f.trainer.telemetry.metrics import summed_losses
 
 STEPS, GLOBAL_BATCH, EMA_DECAY = 3, 4, 0.2  # the first step has a decay of 2 / 11
+BASE = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "ema_decay": EMA_DECAY}
+_SMALL = {"reduce_bucket_size": 1000, "param_persistence_threshold": 0}
+CASES = {
+    "stage0": {"zero": ZeroConfig(stage=0)},
+    "stage1": {"zero": ZeroConfig(stage=1)},
+    "stage2": {"zero": ZeroConfig(stage=2)},
+    "stage3": {"zero": ZeroConfig(stage=3, param_persistence_threshold=0)},
+    "stage1_small_buckets": {"zero": ZeroConfig(stage=1, overlap_comm=False, **_SMALL)},
+    "stage2_small_buckets": {"zero": ZeroConfig(stage=2, overlap_comm=False, **_SMALL)},
+    "stage3_small_buckets": {"zero": ZeroConfig(stage=3, overlap_comm=False, **_SMALL)},
+    "stage1_accumulated": {"zero": ZeroConfig(stage=1), "micro_batch": 1},
+    "stage2_accumulated": {"zero": ZeroConfig(stage=2), "micro_batch": 1},
+    "stage3_accumulated": {"zero": ZeroConfig(stage=3, param_persistence_threshold=0), "micro_batch": 1},
+    "stage0_accumulated": {"zero": ZeroConfig(stage=0), "micro_batch": 1},
+    **{f"stage{stage}_offload": {"zero": ZeroConfig(stage=stage, offload_optimizer=True)} for stage in (1, 2, 3)},
+    **{f"stage{stage}_pure_bf16": {"precision": "bf16", "zero": ZeroConfig(stage=stage)} for stage in (1, 2, 3)},
+    "stage1_bf16": {"precision": "bf16_autocast"},
+    "stage3_bf16": {"precision": "bf16_autocast", "zero": ZeroConfig(stage=3, **_SMALL)},
+}
+"""Training settings on two ranks, beside `BASE`."""
+CASES_ALONE = {
+    "whole": {},
+    "accumulated": {"micro_batch": 1},
+    "pure_bf16": {"precision": "bf16"},
+    "pure_bf16_accumulated": {"precision": "bf16", "micro_batch": 1},
+    "offload": {"zero": ZeroConfig(offload_optimizer=True)},
+}
+"""Training settings on one rank, beside `BASE` and a micro-batch of all images."""
 
 
 def make_images(model_config, positions) -> Batch:
@@ -148,54 +178,35 @@ def dtypes(engine: Engine) -> dict[str, list[str]]:
     return seen
 
 
-def agreement(make_job) -> dict:
-    """All configurations. `make_job(**training)` gives a job with these training settings."""
-    job = make_job(global_batch=GLOBAL_BATCH)
-    ranks = Ranks(60.0)
-    reference = plain_torch(job)
-    base = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "ema_decay": EMA_DECAY}
-    small = {"reduce_bucket_size": 1000, "param_persistence_threshold": 0}
-    cases = {
-        "stage0": base | {"zero": ZeroConfig(stage=0)},
-        "stage1": base | {"zero": ZeroConfig(stage=1)},
-        "stage2": base | {"zero": ZeroConfig(stage=2)},
-        "stage3": base | {"zero": ZeroConfig(stage=3, param_persistence_threshold=0)},
-        "stage1_small_buckets": base | {"zero": ZeroConfig(stage=1, overlap_comm=False, **small)},
-        "stage2_small_buckets": base | {"zero": ZeroConfig(stage=2, overlap_comm=False, **small)},
-        "stage3_small_buckets": base | {"zero": ZeroConfig(stage=3, overlap_comm=False, **small)},
-        "stage1_accumulated": base | {"zero": ZeroConfig(stage=1), "micro_batch": 1},
-        "stage2_accumulated": base | {"zero": ZeroConfig(stage=2), "micro_batch": 1},
-        "stage3_accumulated": base | {"zero": ZeroConfig(stage=3, param_persistence_threshold=0), "micro_batch": 1},
-        "stage0_accumulated": base | {"zero": ZeroConfig(stage=0), "micro_batch": 1},
-        **{f"stage{s}_offload": base | {"zero": ZeroConfig(stage=s, offload_optimizer=True)} for s in (1, 2, 3)},
-        **{f"stage{s}_pure_bf16": base | {"precision": "bf16", "zero": ZeroConfig(stage=s)} for s in (1, 2, 3)},
-        "stage1_bf16": base | {"precision": "bf16_autocast"},
-        "stage3_bf16": base | {"precision": "bf16_autocast", "zero": ZeroConfig(stage=3, **small)},
-    }
-    seen = {name: with_engine(job, make_job(**case).training, reference, ranks) for name, case in cases.items()}
-    dist.barrier()
+@cache
+def reference_of(make_job: Callable) -> dict:
+    """What plain torch gives; computed once per process."""
+    return plain_torch(make_job(global_batch=GLOBAL_BATCH))
+
+
+def plain(make_job) -> dict:
+    """Losses and norms of plain torch."""
+    reference = reference_of(make_job)
     assert all(math.isfinite(loss) for loss in reference["losses"])
-    return {"plain": {name: reference[name] for name in ("losses", "norms")}, **seen}
+    return {name: reference[name] for name in ("losses", "norms")}
 
 
-def one_rank(make_job) -> dict:
-    """One rank as it is set up alone, and as it would be among others."""
-    job = make_job(global_batch=GLOBAL_BATCH)
-    ranks, reference = Ranks(60.0), plain_torch(job)
-    base = {"global_batch": GLOBAL_BATCH, "micro_batch": 4, "ema_decay": EMA_DECAY}
-    cases = {
-        "whole": base,
-        "accumulated": base | {"micro_batch": 1},
-        "pure_bf16": base | {"precision": "bf16"},
-        "pure_bf16_accumulated": base | {"precision": "bf16", "micro_batch": 1},
-        "offload": base | {"zero": ZeroConfig(offload_optimizer=True)},
-    }
-    jobs = {name: make_job(**case) for name, case in cases.items()}
-    alone = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
+def agreement(make_job, case: str) -> dict:
+    """One of `CASES`. `make_job(**training)` gives a job with these training settings."""
+    job = make_job(**(BASE | CASES[case]))
+    seen = with_engine(job, job.training, reference_of(make_job), Ranks(60.0))
+    dist.barrier()
+    return seen
+
+
+def one_rank(make_job, case: str) -> dict:
+    """One rank as it is set up alone, and as it would be among others; one of `CASES_ALONE`."""
+    job = make_job(**(BASE | {"micro_batch": 4} | CASES_ALONE[case]))
+    ranks, reference = Ranks(60.0), reference_of(make_job)
+    alone = with_engine(job, job.training, reference, ranks)
     with patch("m2f.trainer.engine.engine.deepspeed_config", _among_others):
-        among = {name: with_engine(job, own.training, reference, ranks) for name, own in jobs.items()}
-    plain = {name: reference[name] for name in ("losses", "norms")}
-    return {"plain": plain, "alone": alone, "among": among, "poisoned": _after_a_poisoned_step(job, jobs["whole"])}
+        among = with_engine(job, job.training, reference, ranks)
+    return {"alone": alone, "among": among}
 
 
 def _among_others(training: TrainingConfig, world_size: int, universal: bool = False) -> dict:
@@ -203,9 +214,10 @@ def _among_others(training: TrainingConfig, world_size: int, universal: bool = F
     return settings | {"zero_optimization": deepspeed_config(training, world_size + 1)["zero_optimization"]}
 
 
-def _after_a_poisoned_step(job, whole) -> list:
+def poisoned(make_job) -> list:
     """Whether each of three steps was applied, and the change of the weights by each; the second has a bad gradient."""
-    engine = Engine(fresh_module(job), whole.training, torch.device("cpu"))
+    job = make_job(**(BASE | {"micro_batch": 4}))
+    engine = Engine(fresh_module(job), job.training, torch.device("cpu"))
     seen = []
     for step in range(3):
         batch = make_images(job.model, range(GLOBAL_BATCH))

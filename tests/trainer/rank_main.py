@@ -14,7 +14,7 @@ from pathlib import Path
 import run_ranks
 import torch
 from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
-from engine_ranks import agreement, one_rank
+from engine_ranks import agreement, one_rank, plain, poisoned
 from family_ranks import family_agreement
 from tiny_job import StopAt, make_job, train
 
@@ -22,16 +22,24 @@ from m2f.trainer.worker import process_group
 from tests.waiting import PATIENCE_S
 
 
-def engine_agreement(folder: Path) -> dict:
-    return agreement(lambda **training: make_job(folder / "none", "none", **training))
+def engine_plain(_: Path) -> dict:
+    return plain(without_data)
 
 
-def engine_alone(folder: Path) -> dict:
-    return one_rank(lambda **training: make_job(folder / "none", "none", **training))
+def engine_agreement(_: Path, case: str) -> dict:
+    return agreement(without_data, case)
 
 
-def family(folder: Path) -> dict:
-    return family_agreement(lambda **training: make_job(folder / "none", "none", **training))
+def engine_alone(_: Path, case: str) -> dict:
+    return one_rank(without_data, case)
+
+
+def engine_poisoned(_: Path) -> list:
+    return poisoned(without_data)
+
+
+def family(_: Path) -> dict:
+    return family_agreement(without_data)
 
 
 def compiled(folder: Path, backend: str = "aot_eager", steps: int = 8) -> dict:
@@ -45,11 +53,23 @@ def compiled_by_inductor(folder: Path) -> dict:
     return compiled(folder, "inductor", steps=20) | more
 
 
+def without_data(**training):
+    return make_job(Path("none"), "none", **training)
+
+
 def in_folder(folder: Path):
     return lambda name, **training: make_job(folder / name, str(folder.parent / "shards"), **training)
 
 
-OTHERS = (engine_agreement, engine_alone, family, compiled, compiled_by_inductor)
+OTHERS = (
+    engine_plain,
+    engine_agreement,
+    engine_alone,
+    engine_poisoned,
+    family,
+    compiled,
+    compiled_by_inductor,
+)
 
 
 def main() -> None:

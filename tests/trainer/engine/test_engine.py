@@ -1,5 +1,7 @@
 """DeepSpeed in every stage against plain torch on the same four images, on two ranks."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -7,28 +9,51 @@ from m2f.model.errors import ConfigError
 from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.engine.engine import check_device, check_world_size, deepspeed_config
 from m2f.trainer.errors import TrainingError
+from tests.trainer.conftest import Launcher
+from tests.trainer.engine_ranks import CASES, CASES_ALONE
 
-FULL_PRECISION = [
-    *(f"stage{stage}" for stage in range(4)),
-    *(f"stage{stage}_accumulated" for stage in range(4)),
-    *(f"stage{stage}_small_buckets" for stage in range(1, 4)),
-    *(f"stage{stage}_offload" for stage in range(1, 4)),
-]
+FULL_PRECISION = [case for case in CASES if "bf16" not in case]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What ranks saw in three steps of a case; a case that failed fails the tests that look at it."""
+
+    launcher: Launcher
+    scenario: str
+
+    def __getitem__(self, case):
+        return self.launcher.seen(f"{self.scenario}:{case}")
+
+    def of_rank(self, case, rank):
+        return self.launcher.seen(f"{self.scenario}:{case}", rank)
 
 
 @pytest.fixture(scope="module")
 def steps(launcher):
-    launcher.run_well("engine_agreement")
-    return launcher.seen("engine_agreement")
+    launcher.run_each(["engine_plain", *(f"engine_agreement:{case}" for case in CASES)])
+    return Steps(launcher, "engine_agreement")
+
+
+@pytest.fixture(scope="module")
+def plain(launcher, steps):
+    return launcher.seen("engine_plain")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("one_rank"))
+    launcher.run_each(["engine_plain", "engine_poisoned", *(f"engine_alone:{case}" for case in CASES_ALONE)], ranks=1)
+    return Steps(launcher, "engine_alone")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FULL_PRECISION)
-def test_every_stage_and_grouping_equals_plain_torch(steps, case):
+def test_every_stage_and_grouping_equals_plain_torch(steps, plain, case):
     assert steps[case]["applied"] == [True] * 3
-    assert steps[case]["losses"] == pytest.approx(steps["plain"]["losses"], rel=1e-5)
-    assert steps[case]["losses"][0] == pytest.approx(steps["plain"]["losses"][0], rel=1e-6)
-    assert steps[case]["norms"] == pytest.approx(steps["plain"]["norms"], rel=1e-4)
+    assert steps[case]["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    assert steps[case]["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-6)
+    assert steps[case]["norms"] == pytest.approx(plain["norms"], rel=1e-4)
     assert steps[case]["weight_error"] < 0.02  # as a share of what training changed
     assert steps[case]["average_error"] < 0.02
 
@@ -47,16 +72,16 @@ def test_bucket_size_and_overlap_do_not_change_a_bit(steps, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["stage1_bf16", "stage3_bf16"])
-def test_bf16_autocast_is_close(steps, case):
-    assert steps[case]["losses"] == pytest.approx(steps["plain"]["losses"], rel=0.02)
+def test_bf16_autocast_is_close(steps, plain, case):
+    assert steps[case]["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert steps[case]["losses"] != steps["stage1"]["losses"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_pure_bf16_trains_with_coordinates_in_fp32(steps, stage):
+def test_pure_bf16_trains_with_coordinates_in_fp32(steps, plain, stage):
     seen = steps[f"stage{stage}_pure_bf16"]
-    assert seen["losses"] == pytest.approx(steps["plain"]["losses"], rel=0.02)
+    assert seen["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert seen["applied"] == [True] * 3
     assert seen["dtypes"]["weights"] == ["torch.bfloat16"]
     assert set(seen["dtypes"]["coordinates"]) == {"torch.float32"}
@@ -64,23 +89,30 @@ def test_pure_bf16_trains_with_coordinates_in_fp32(steps, stage):
 
 
 @pytest.mark.slow
-def test_ranks_agree(launcher, steps):
-    other = launcher.seen("engine_agreement", rank=1)
-    assert all(other[case]["losses"] == steps[case]["losses"] for case in FULL_PRECISION)
-    assert all(other[case]["norms"] == steps[case]["norms"] for case in FULL_PRECISION)
+@pytest.mark.parametrize("case", FULL_PRECISION)
+def test_ranks_agree(steps, case):
+    first, second = (steps.of_rank(case, rank) for rank in (0, 1))
+    assert second["losses"] == first["losses"]
+    assert second["norms"] == first["norms"]
 
 
 @pytest.mark.slow
-def test_one_rank_needs_no_buckets_and_loses_no_bit(launcher):
-    launcher.run_well("engine_alone", ranks=1)
-    seen = launcher.seen("engine_alone")
-    for case, alone in seen["alone"].items():
-        assert alone == seen["among"][case], case
-        tolerance = 0.02 if "bf16" in case else 1e-5
-        assert alone["losses"] == pytest.approx(seen["plain"]["losses"], rel=tolerance)
-    (first, moved), (second, stayed), (third, on) = seen["poisoned"]
+@pytest.mark.parametrize("case", CASES_ALONE)
+def test_one_rank_needs_no_buckets_and_loses_no_bit(alone, case):
+    seen = alone[case]
+    assert seen["alone"] == seen["among"]
+    tolerance = 0.02 if "bf16" in case else 1e-5
+    assert seen["alone"]["losses"] == pytest.approx(alone.launcher.seen("engine_plain")["losses"], rel=tolerance)
+
+
+@pytest.mark.slow
+def test_a_step_with_a_bad_gradient_is_not_applied(alone):
+    (first, moved), (second, stayed), (third, on) = alone.launcher.seen("engine_poisoned")
     assert (first, second, third) == (True, False, True)
     assert stayed == 0 < min(moved, on)
+
+
+def test_one_rank_has_no_buckets():
     zero = deepspeed_config(TrainingConfig(max_steps=1), 1)["zero_optimization"]
     assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (1, False, False)
 
