@@ -27,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         choices=("classes", "instances", "panoptic"),
-        help="what the map holds: classes in grey; class in red and instance in green and blue; ids of a COCO panoptic "
-        "PNG beside JSON with segments_info (default: by the first sample)",
+        help="what the map of tars made by others holds: classes in grey; class in red and instance in green and blue; "
+        "ids of a COCO panoptic PNG beside JSON with segments_info. Shards of m2f need no option",
     )
-    parser.add_argument("--image", metavar="EXT", help="extension of the image, such as jpg or input.png")
-    parser.add_argument("--map", metavar="EXT", help="extension of the map of labels, such as png or seg.png")
+    parser.add_argument("--image", default="jpg", metavar="EXT", help="extension of the image (default jpg or jpeg)")
+    parser.add_argument("--map", default="png", metavar="EXT", help="extension of the map of labels (default png)")
+    parser.add_argument("--json", default="json", metavar="EXT", help="panoptic: extension of the JSON (default json)")
     parser.add_argument(
         "--void", metavar="N,N", default="", help="labels that say nothing besides 255 (instances: and 0)"
     )
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.terminal import Progress, print_out
     from m2f.data_pipeline.config import DatasetConfig
     from m2f.data_pipeline.readers.category_file import read_category_file
-    from m2f.data_pipeline.shards.index import IndexOptions, detect_form, find_tars, index_tars
+    from m2f.data_pipeline.shards.index import IndexOptions, choose_form, find_tars, index_tars
     from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
@@ -62,10 +63,11 @@ def run(args: argparse.Namespace) -> int:
         labels=args.labels,
         image=args.image,
         map=args.map,
+        json=args.json,
         max_pixels=args.max_pixels or DatasetConfig.max_pixels,
     )
     tars = find_tars(args.urls, storage)
-    form = detect_form(tars[0], options, storage)
+    form = choose_form(tars[0], options, storage)
     total = sum(storage.size(tar) for tar in tars)
     with Progress("indexing", round(total / 1e6), "MB") as progress:
         report = index_tars(

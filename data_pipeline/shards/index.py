@@ -43,16 +43,19 @@ _PLAN_PREFIX = "adopted-"
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """What the user says about the tars; the first sample decides what is None or empty."""
+    """What the user says about the tars. Shards of m2f need the categories alone."""
 
     categories: CategoryTable
     void: frozenset[int] = frozenset()
     """Labels that say nothing, besides the usual ones (255; of instances also 0) where no category has these."""
     labels: Labels | None = None
-    image: str | None = None
-    """Extension of the image."""
-    map: str | None = None
+    """What the map of foreign tars holds."""
+    image: str = "jpg"
+    """Extension of the image; `jpg` stands for `jpeg`, too."""
+    map: str = "png"
     """Extension of the map of labels."""
+    json: str = "json"
+    """Extension of the JSON with `segments_info`, for `labels` panoptic."""
     max_pixels: int
 
 
@@ -85,32 +88,31 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
     return tuple(found)
 
 
-def detect_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignForm | Literal["m2f"]:
-    """What the members of the first sample are. Raises DataError that says what to give where that cannot be told."""
+def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignForm | Literal["m2f"]:
+    """How to read the tars: as shards of m2f, where the first sample is one of m2f, else as the options say.
+
+    Raises DataError with the members of the first sample where the options do not say it, or name others.
+    """
     first = _first_sample(tar, storage)
     members = first.contents()
-    name = f"{tar}: sample {first.key!r} with members {some(sorted(members), 10)}"
     if "json" in members and _is_ours(members):
         return "m2f"
-    image = options.image or _single_member(
-        members, b"\xff\xd8\xff", f"{name}: which is the image is not clear; give --image"
-    )
-    rest = {extension: data for extension, data in members.items() if extension != image}
-    label_map = options.map or _single_member(
-        rest, b"\x89PNG", f"{name}: which is the map of labels is not clear; give --map"
-    )
-    if image not in members or label_map not in members:
-        raise DataError(f"{name}: there is no member {image if image not in members else label_map}")
-    described = next((e for e in sorted(rest) if e.endswith("json") and b'"segments_info"' in rest[e]), None)
-    labels = options.labels or _labels(rest[label_map], described, name)
-    if labels == "panoptic" and described is None:
-        raise DataError(f"{name}: no member has `segments_info`, which labels: panoptic needs")
+    images = ("jpg", "jpeg") if options.image in ("jpg", "jpeg") else (options.image,)
+    expected = [images, (options.map,), *([(options.json,)] if options.labels == "panoptic" else [])]
+    if options.labels is None or not all(members.keys() & set(extensions) for extensions in expected):
+        raise DataError(
+            f"{tar}: sample {first.key!r} is not of m2f, and has the members {some(sorted(members), 10)}. Give "
+            f"--labels (is {options.labels}), the extensions of image and map with --image (is {options.image}) and --map "
+            f"(is {options.map}), and for --labels panoptic that of the JSON with `segments_info` with --json (is "
+            f"{options.json}). Maps that paint classes in colours, polygons and boxes cannot be indexed: write them as "
+            "shards (m2f shard)"
+        )
     return ForeignForm(
-        labels=labels,
-        images=("jpg", "jpeg") if image in ("jpg", "jpeg") else (image,),
-        map=label_map,
-        json=described if labels == "panoptic" else None,
-        void=tuple(sorted(options.void | (_USUAL_VOID[labels] - options.categories.by_id.keys()))),
+        labels=options.labels,
+        images=images,
+        map=options.map,
+        json=options.json if options.labels == "panoptic" else None,
+        void=tuple(sorted(options.void | (_USUAL_VOID[options.labels] - options.categories.by_id.keys()))),
     )
 
 
@@ -321,27 +323,3 @@ def _is_ours(members: dict[str, bytes]) -> bool:
     except DataError:
         return False
     return True
-
-
-def _single_member(members: dict[str, bytes], mark: bytes, otherwise: str) -> str:
-    """The one member that begins like this."""
-    found = [extension for extension, data in members.items() if data.startswith(mark)]
-    if len(found) != 1:
-        raise DataError(otherwise)
-    return found[0]
-
-
-def _labels(label_map: bytes, described: str | None, name: str) -> Labels:
-    try:
-        header = read_header(label_map)
-    except BrokenImageError as error:
-        raise DataError(f"{name}: the map of labels: {error}") from error
-    if header.ext == "png" and header.mode in ("gray", "palette"):
-        return "classes"
-    if described is not None:
-        return "panoptic"
-    raise DataError(
-        f"{name}: its map is a {header.mode} {header.ext} and no JSON has `segments_info`. With the class in red and "
-        "the instance in green and blue give --labels instances; maps that paint classes in colours, polygons and "
-        "boxes cannot be indexed: write them as shards (m2f shard)"
-    )

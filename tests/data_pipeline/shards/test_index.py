@@ -29,7 +29,7 @@ from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards.index import IndexOptions, detect_form, find_tars, index_tars
+from m2f.data_pipeline.shards.index import IndexOptions, choose_form, find_tars, index_tars
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.preview import write_contact_sheet
 from m2f.data_pipeline.shards.verify import verify
@@ -44,7 +44,8 @@ CLASSES = [
     {"label": 7, "id": 7, "name": "sky", "isthing": 0, "color": [90, 160, 250]},
 ]
 TABLE = CategoryTable(tuple(Category(c["label"], c["name"], bool(c["isthing"]), tuple(c["color"])) for c in CLASSES))
-OPTIONS = IndexOptions(categories=TABLE, max_pixels=10_000)
+OPTIONS = IndexOptions(categories=TABLE, labels="classes", max_pixels=10_000)
+EXTENSIONS = {"instances": {"image": "img.png", "map": "seg.png"}}
 
 
 def image(index, ext="jpg"):
@@ -115,7 +116,7 @@ def write_tars(folder, form, count=12, per_tar=5):
 
 def index(source, target, options=OPTIONS, **settings):
     tars = find_tars([str(source)], STORAGE)
-    return index_tars(tars, str(target), detect_form(tars[0], options, STORAGE), options, STORAGE, **settings)
+    return index_tars(tars, str(target), choose_form(tars[0], options, STORAGE), options, STORAGE, **settings)
 
 
 def raw_source(folder, samples, form):
@@ -155,7 +156,7 @@ def described(annotation):
 def test_indexed_tars_give_what_shards_of_the_same_files_give(tmp_path, form):
     samples = write_tars(tmp_path / "tars", form)
     before = {path: path.read_bytes() for path in (tmp_path / "tars").iterdir()}
-    options = replace(OPTIONS, labels="instances", image="img.png") if form == "instances" else OPTIONS
+    options = replace(OPTIONS, labels=form, **EXTENSIONS.get(form, {}))
     found = index(tmp_path / "tars", tmp_path / "set", options, threads=2)
     assert found.committed
     assert (found.num_samples, found.num_shards) == (12, 3)
@@ -222,7 +223,7 @@ def test_our_own_shards_get_their_manifest_back(tmp_path):
     written = write_dataset(reader, DatasetConfig(shards=str(tmp_path / "set"), source=source, shard_mb=0.06), STORAGE)
     for name in ("dataset.json", "samples.parquet"):
         (tmp_path / "set" / name).unlink()
-    found = index(tmp_path / "set", tmp_path / "set", replace(OPTIONS, categories=reader.categories))
+    found = index(tmp_path / "set", tmp_path / "set", replace(OPTIONS, categories=reader.categories, labels=None))
     assert found.form == "m2f"
     again = Manifest.load(str(tmp_path / "set"), STORAGE)
     assert again.fingerprint == written.fingerprint
@@ -295,12 +296,13 @@ def test_samples_that_cannot_be_indexed_are_named(tmp_path, changes, words):
 def test_panoptic_descriptions_that_do_not_match_are_faults(tmp_path, described, words):
     samples = {f"{i:04d}": members_of(i, "panoptic") for i in range(3)}
     write_tar(tmp_path / "a.tar", corrupt(samples, json=described))
-    (fault,) = index(tmp_path, tmp_path / "set").faults
+    options = replace(OPTIONS, labels="panoptic")
+    (fault,) = index(tmp_path, tmp_path / "set", options).faults
     assert words in str(fault)
     extra = json.loads(samples["0002"]["json"])
     extra["segments_info"].append({"id": 5, "category_id": 0})
     write_tar(tmp_path / "a.tar", corrupt(samples, json=json.dumps(extra).encode()))
-    (fault,) = index(tmp_path, tmp_path / "set").faults
+    (fault,) = index(tmp_path, tmp_path / "set", options).faults
     assert "segments without a pixel: 5" in str(fault)
 
 
@@ -385,22 +387,24 @@ def test_damaged_tars_are_never_taken_for_short_ones(tmp_path):
         assert all(fault.object == str(folder / "b.tar") for fault in found.faults)
 
 
-def test_forms_that_are_ambiguous_or_unsupported_are_refused(tmp_path):
-    cases = [
-        ({"jpg": image(0)}, "which is the map of labels is not clear; give --map"),
-        (
-            {"a.png": image(0, "png"), "b.png": encode_png(class_map(0))},
-            "which is the image is not clear; give --image",
-        ),
-        ({"jpg": image(0), "png": encode_png(color_map(0))}, "give --labels instances; maps that paint classes"),
-        ({"jpg": image(0), "json": b'{"annotations": []}'}, "give --map"),
-    ]
-    for members, words in cases:
-        tar = write_tar(tmp_path / "a.tar", {"x": members})
-        with pytest.raises(DataError, match=words):
-            detect_form(str(tar), OPTIONS, STORAGE)
-    with pytest.raises(DataError, match="there is no member seg"):
-        detect_form(str(tar), replace(OPTIONS, map="seg"), STORAGE)
+@pytest.mark.parametrize(
+    ("members", "options", "words"),
+    [
+        (members_of(0, "classes"), {"labels": None}, r"has the members jpg, png\. Give --labels \(is None\)"),
+        (members_of(0, "instances"), {}, r"members img.png, seg.png\. Give .* with --image \(is jpg\)"),
+        ({"jpg": image(0)}, {}, r"has the members jpg\. Give .* --map \(is png\)"),
+        ({"jpg": image(0), "png": image(0, "png")}, {"map": "seg"}, r"--map \(is seg\)"),
+        (members_of(0, "classes"), {"labels": "panoptic"}, r"with --json \(is json\)"),
+    ],
+)
+def test_a_first_sample_without_the_stated_members_is_refused_with_the_options(tmp_path, members, options, words):
+    tar = write_tar(tmp_path / "a.tar", {"x": members})
+    with pytest.raises(DataError, match=words):
+        choose_form(str(tar), replace(OPTIONS, **options), STORAGE)
+
+
+def test_missing_and_repeated_tars_are_refused(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"x": members_of(0, "classes")})
     with pytest.raises(DataError, match="there is no tar at"):
         find_tars([str(tmp_path / "nowhere")], STORAGE)
     with pytest.raises(DataError, match="named twice"):
@@ -429,7 +433,14 @@ def test_the_verb_from_and_to_s3(tmp_path, bucket, capsys):
     for path in (tmp_path / "tars").iterdir():
         storage.put_file(f"{tars}/{path.name}", path)
     (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
-    words = ["--categories", str(tmp_path / "classes.json"), "--report", str(tmp_path / "report.json")]
+    words = [
+        "--categories",
+        str(tmp_path / "classes.json"),
+        "--labels",
+        "classes",
+        "--report",
+        str(tmp_path / "report.json"),
+    ]
     assert main(["index", tars, "--output", tars, *words]) == 0
     out, err = capsys.readouterr()
     assert "12 samples of 3 tars" in out
