@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.terminal import print_err, print_out
     from m2f.data_pipeline.shards.manifest import Manifest
-    from m2f.data_pipeline.shards.stats import class_table, format_class_table
+    from m2f.data_pipeline.shards.stats import class_table, format_class_table, pixels_note
     from m2f.data_pipeline.shards.warnings import data_warnings
     from m2f.data_pipeline.storage.storage import Storage
 
@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
             f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {size:,.1f} MB, {manifest.url}"
         )
         print_out(format_class_table(class_table(manifest)) + "\n")
+        if note := pixels_note(manifest):
+            print_err(f"{name}: {note}")
         for warning in data_warnings(name, manifest, config.data.task, config.model.transformer_decoder.num_queries):
             print_err(warning)
     return 0

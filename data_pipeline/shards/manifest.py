@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError, MissingObjectError, StorageError
+from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 from m2f.data_pipeline.shards import codec
 from m2f.data_pipeline.shards.foreign import FORM, IDENTITY, ForeignForm, form_from_json, form_member, identity_member
@@ -55,12 +56,16 @@ SAMPLE_SCHEMA = pa.schema(
         "num_segments": pa.int32(),  # crowds left out, as in the three columns below
         "category_ids": pa.list_(pa.int32()),
         "category_counts": pa.list_(pa.int32()),
-        "category_areas": pa.list_(pa.int64()),
+        "category_areas": pa.list_(pa.int64()),  # as the source states them
+        "category_pixels": pa.list_(pa.int64()),  # as counted in the maps
         "member_names": pa.list_(pa.string()),
         "member_offsets": pa.list_(pa.int64()),  # of the member's data, from the sample's offset
         "member_lengths": pa.list_(pa.int64()),
     }
 )
+
+LATER_COLUMNS = ("category_pixels",)
+"""Columns that came after the first version; files without them are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ class CategoryStatistics:
     num_images: int
     num_segments: int
     num_pixels: int
+    """Counted where the manifest has counts, else as the source states areas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +177,15 @@ class Manifest:
 
     @cached_property
     def category_areas(self) -> Ragged:
-        """Pixels of each of `category_ids`, as the source states areas."""
+        """Area of each of `category_ids`, as the source states it."""
         return Ragged(self.columns.items("category_areas"), self.category_ids.offsets)
+
+    @cached_property
+    def category_pixels(self) -> Ragged | None:
+        """Pixels of each of `category_ids`, as counted in the maps; None where the manifest is too old to have them."""
+        if not self.columns.has("category_pixels"):
+            return None
+        return Ragged(self.columns.items("category_pixels"), self.category_ids.offsets)
 
     @classmethod
     def load(cls, url: str, storage: Storage) -> Self:
@@ -290,7 +303,8 @@ class Manifest:
         column = order[np.searchsorted(ids[order], self.category_ids.values)]
         images = np.bincount(column, minlength=len(ids))
         segments = np.bincount(column, self.category_counts.values, minlength=len(ids))
-        pixels = np.bincount(column, self.category_areas.values, minlength=len(ids))
+        counted = self.category_areas if self.category_pixels is None else self.category_pixels
+        pixels = np.bincount(column, counted.values, minlength=len(ids))
         return tuple(
             CategoryStatistics(category, int(images[i]), int(segments[i]), int(pixels[i]))
             for i, category in enumerate(self.categories.categories)
@@ -343,20 +357,32 @@ def make_document(
 
 def category_columns(annotation: Annotation) -> dict[str, Any]:
     """What SAMPLE_SCHEMA says about segments, crowds left out. A thing in both maps counts once, as instance."""
+    pixels_of = {"seg": _count_pixels(annotation.seg), "inst": _count_pixels(annotation.inst)}
     counts: dict[int, int] = defaultdict(int)
     areas: dict[int, float] = defaultdict(float)
+    pixels: dict[int, int] = defaultdict(int)
     for segment in annotation.segments:
         twice = segment.map == "seg" and segment.is_thing and annotation.inst is not None
         if not segment.is_crowd and not twice:
             counts[segment.category_id] += 1
             areas[segment.category_id] += segment.area
+            pixels[segment.category_id] += pixels_of[segment.map].get(segment.id, 0)
     ids = sorted(counts)
     return {
         "num_segments": sum(counts.values()),
         "category_ids": ids,
         "category_counts": [counts[i] for i in ids],
         "category_areas": [round(areas[i]) for i in ids],
+        "category_pixels": [pixels[i] for i in ids],
     }
+
+
+def _count_pixels(ids: np.ndarray | None) -> dict[int, int]:
+    """Pixels of every id in a map [H, W] or in layers [Y, H, W]."""
+    if ids is None or not ids.size:
+        return {}
+    runs = find_runs(ids.reshape(-1, ids.shape[-1]))
+    return dict(enumerate(np.bincount(runs.value, runs.length).astype(np.int64).tolist()))
 
 
 def write_table(table: pa.Table) -> bytes:
@@ -389,8 +415,14 @@ class Columns:
         """Raise TypeError where a column of SAMPLE_SCHEMA is missing or of another type."""
         found = pq.read_schema(pa.BufferReader(self.data))
         for field in SAMPLE_SCHEMA:
+            if field.name in LATER_COLUMNS and field.name not in found.names:
+                continue
             if found.field(field.name).type != field.type:
                 raise TypeError(f"{field.name} is {found.field(field.name).type}, not {field.type}")
+
+    def has(self, name: str) -> bool:
+        """Whether the file has a column."""
+        return name in pq.read_schema(pa.BufferReader(self.data)).names
 
     def numbers(self, name: str, dtype: type[np.number]) -> np.ndarray:
         """[N] values."""

@@ -22,7 +22,17 @@ class ClassRow:
     """Of all images, 0 to 1."""
     num_segments: int
     pixel_share: float
-    """Of all pixels of all images, 0 to 1. Overlapping instances count in full."""
+    """Of all pixels of all images, 0 to 1. Overlapping instances count in full. See `pixels_note`."""
+
+
+def pixels_note(manifest: Manifest) -> str | None:
+    """One line where `class_table` has no counted pixels."""
+    if manifest.category_pixels is not None:
+        return None
+    return (
+        "pixels are the areas that the source states: this manifest is from before pixels were counted; write it again "
+        "to have them counted (m2f shard --redo, or m2f index)"
+    )
 
 
 def class_table(manifest: Manifest) -> tuple[ClassRow, ...]:

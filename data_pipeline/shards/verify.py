@@ -204,6 +204,8 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
         "category_counts": manifest.category_counts[row].tolist(),
         "category_areas": manifest.category_areas[row].tolist(),
     }
+    if manifest.category_pixels is not None:
+        stated["category_pixels"] = manifest.category_pixels[row].tolist()
     differing = [name for name, value in stated.items() if value != found[name]]
     return f"its {differing[0]} is {found[differing[0]]}, by the manifest {stated[differing[0]]}" if differing else None
 

@@ -7,10 +7,20 @@ import numpy as np
 from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.shards.manifest import Manifest
 
+_TELLING_AREA = 100
+"""Pixels per object; in smaller ones the border is much of the area."""
+_TELLING_ROWS = 5
+_USUAL_RATIO = (0.8, 1.25)
+"""Of counted pixels to stated areas: polygons gain and lose pixels along their border."""
+
 
 def data_warnings(name: str, manifest: Manifest, task: Task, num_queries: int) -> list[str]:
     """All lines for one data set of a recipe."""
-    found = one_class_warning(name, manifest.categories, task), query_warning(name, manifest, task, num_queries)
+    found = (
+        one_class_warning(name, manifest.categories, task),
+        query_warning(name, manifest, task, num_queries),
+        area_warning(name, manifest),
+    )
     return [f"warning: {text}" for text in found if text is not None]
 
 
@@ -39,6 +49,26 @@ def query_warning(name: str, manifest: Manifest, task: Task, num_queries: int) -
         f"{name}: {int(over.sum()):,} of {len(objects):,} images have more objects than the model has queries "
         f"({num_queries}), up to {int(objects.max())}; at least {lost:,} of {int(objects.sum()):,} objects cannot be "
         "predicted. Raise model.transformer_decoder.num_queries"
+    )
+
+
+def area_warning(name: str, manifest: Manifest) -> str | None:
+    """One line where stated areas differ from counted pixels in the whole data set, not in single objects.
+
+    Old manifests have no counted pixels and are not judged.
+    """
+    if manifest.category_pixels is None:
+        return None
+    pixels, areas = manifest.category_pixels.values, manifest.category_areas.values
+    telling = np.maximum(pixels, areas) >= _TELLING_AREA * manifest.category_counts.values.astype(np.int64)
+    if np.count_nonzero(telling) < _TELLING_ROWS:
+        return None
+    ratio = float(np.median(pixels[telling] / np.maximum(areas[telling].astype(np.float64), 1.0)))
+    if _USUAL_RATIO[0] <= ratio <= _USUAL_RATIO[1]:
+        return None
+    return (
+        f"{name}: masks have {ratio:.2f} times the pixels that the source states as their areas (median). Look at "
+        "`m2f preview`: images or annotations may have been rescaled, or the areas are those of boxes"
     )
 
 

@@ -159,7 +159,10 @@ def test_a_manifest_of_coco_size_loads_at_once(tmp_path):
     columns = {
         "key": pa.array([f"{i:012d}" for i in range(count)]),
         **dict.fromkeys(("shard", "offset", "length", "crc32", "image_id", "height", "width", "num_segments"), numbers),
-        **dict.fromkeys(("category_ids", "category_counts", "category_areas"), pa.ListArray.from_arrays(starts, ids)),
+        **dict.fromkeys(
+            ("category_ids", "category_counts", "category_areas", "category_pixels"),
+            pa.ListArray.from_arrays(starts, ids),
+        ),
         "member_names": pa.ListArray.from_arrays(fours, pa.array(["img.jpg", "inst.png", "json", "seg.png"] * count)),
         "member_offsets": pa.ListArray.from_arrays(fours, pa.array(random.integers(0, 1 << 18, 4 * count))),
         "member_lengths": pa.ListArray.from_arrays(fours, pa.array(random.integers(0, 1 << 18, 4 * count))),

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.category_file import read_category_file
-from m2f.data_pipeline.shards.warnings import objects_per_image, one_class_warning, query_warning
+from m2f.data_pipeline.shards.warnings import area_warning, objects_per_image, one_class_warning, query_warning
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
+from tests.data_pipeline.coco_set import CocoSet
 
 
 def _table(count):
@@ -44,3 +49,54 @@ def test_a_class_whose_label_is_void_is_refused(tmp_path, void):
     assert [c.name for c in read_category_file(str(path), ())[0].categories] == ["road", "sky"]
     path.write_text(json.dumps([entries[0], entries[1] | {"ignore": True}]))
     assert read_category_file(str(path), void)[1] == frozenset(void)
+
+
+def _six_images(coco, factor):
+    """The same image six times, with stated areas of so many times the pixels."""
+    file, image = coco.files["a.jpg"], coco.images[0]
+    segments, instances = coco.panoptic[0]["segments_info"], coco.instances
+    segments[0]["area"] = factor * 520
+    instances[0]["area"], instances[1]["area"] = factor * 70, factor * 60
+    instances[0]["segmentation"] = instances[1]["segmentation"]
+    coco.files = {f"{i}.jpg": file for i in range(6)}
+    coco.images = [{**image, "id": i, "file_name": f"{i}.jpg"} for i in range(6)]
+    coco.panoptic = [{**coco.panoptic[0], "image_id": i} for i in range(6)]
+    coco.instances = [{**entry, "id": 3 * i + k, "image_id": i} for i in range(6) for k, entry in enumerate(instances)]
+    coco.write()
+    return coco
+
+
+@pytest.mark.parametrize("factor", [1, 1.2, 0.85])
+def test_areas_that_differ_a_little_are_usual(tmp_path, factor):
+    coco = _six_images(CocoSet(tmp_path), factor)
+    source = coco.panoptic_source
+    config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)
+    assert area_warning("train", write_dataset(open_reader(source), config, Storage())) is None
+
+
+@pytest.mark.parametrize(("factor", "ratio"), [(0.7, "1.43"), (4, "0.25"), (0, "520.00")])
+def test_areas_that_differ_everywhere_are_worth_a_word(tmp_path, factor, ratio):
+    coco = _six_images(CocoSet(tmp_path), factor)
+    source = coco.panoptic_source
+    config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)
+    text = area_warning("train", write_dataset(open_reader(source), config, Storage()))
+    assert text.startswith(f"train: masks have {ratio} times the pixels")
+
+
+def test_instances_are_judged_too_and_small_ones_are_not(tmp_path):
+    coco = _six_images(CocoSet(tmp_path), 1)
+    for entry in coco.instances:
+        entry["area"] = 100  # 60 pixels of each
+    coco.write()
+    source = coco.instances_source
+    config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)
+    assert "masks have 0.60 times" in area_warning("t", write_dataset(open_reader(source), config, Storage()))
+    for entry in coco.instances:
+        entry["area"] = 90
+    coco.write()
+    config = DatasetConfig(shards=str(tmp_path / "small"), source=source)
+    assert area_warning("t", write_dataset(open_reader(source), config, Storage())) is None
+
+
+def test_manifests_without_counted_pixels_are_not_judged(make_manifest):
+    assert area_warning("train", make_manifest(50)) is None
