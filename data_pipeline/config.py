@@ -18,8 +18,8 @@ class StorageConfig:
     region: str | None = None
     max_attempts: int = 8
     """Attempts per request, with exponential backoff and jitter; bodies that break midway count as one."""
-    connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
+    """Without an answer or further bytes a request is repeated after so long."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ def check_ray_token() -> Finding:
 
 
 def _impatient(config: RunConfig) -> Storage:
-    return Storage(replace(config.storage, max_attempts=1, connect_timeout_s=TIMEOUT_S, read_timeout_s=2 * TIMEOUT_S))
+    return Storage(replace(config.storage, max_attempts=1, read_timeout_s=TIMEOUT_S))
 
 
 def _storage_remedy(url: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
 from m2f.eval.config import EvaluationConfig
@@ -27,8 +26,6 @@ class ClusterConfig:
     num_gpus_per_worker: float = 0.0
     resources_per_worker: Mapping[str, float] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{trainer: 1}`: it runs only on nodes that offer them."""
-    backend: Literal["gloo", "nccl", "auto"] = "auto"
-    """Collectives: nccl where workers have GPUs, else gloo."""
     max_failures: int = 3
     """Restarts without progress before the run stops; every new checkpoint resets the count."""
     shard_tasks: int = 2

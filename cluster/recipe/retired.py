@@ -31,6 +31,8 @@ class Renamed:
 
 RETIRED: tuple[Retired, ...] = (
     Retired("data.augment_on", "cpu", "leave it out: the loader's processes augment all images"),
+    Retired("cluster.backend", "auto", "leave it out: workers with GPUs use nccl, others gloo"),
+    Retired("storage.connect_timeout_s", 10.0, "leave it out, and set storage.read_timeout_s, which it never exceeds"),
 )
 """One line for each deleted setting."""
 

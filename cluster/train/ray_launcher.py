@@ -141,12 +141,11 @@ class RayLauncher:
 
     def _trainer(self, job: TrainJob, workers: int) -> TorchTrainer:
         cluster = self._cluster
-        automatic = "nccl" if cluster.num_gpus_per_worker else "gloo"
         return TorchTrainer(
             train_loop,
             train_loop_config={"settings": WorkerSettings(job, self._mailbox)},
             torch_config=TorchConfig(
-                backend=automatic if cluster.backend == "auto" else cluster.backend,
+                backend="nccl" if cluster.num_gpus_per_worker else "gloo",
                 timeout_s=round(job.training.collective_timeout_s),
             ),
             scaling_config=scaling_config(workers, cluster.num_gpus_per_worker > 0, cluster.needs),

@@ -102,10 +102,10 @@ def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignFor
     if options.labels is None or not all(members.keys() & set(extensions) for extensions in expected):
         raise DataError(
             f"{tar}: sample {first.key!r} is not of m2f, and has the members {some(sorted(members), 10)}. Give "
-            f"--labels (is {options.labels}), the extensions of image and map with --image (is {options.image}) and --map "
-            f"(is {options.map}), and for --labels panoptic that of the JSON with `segments_info` with --json (is "
-            f"{options.json}). Maps that paint classes in colours, polygons and boxes cannot be indexed: write them as "
-            "shards (m2f shard)"
+            f"--labels (is {options.labels}), and the extensions of its image with --image (is {options.image}), of "
+            f"its map with --map (is {options.map}) and, for --labels panoptic, of the JSON with `segments_info` "
+            f"with --json (is {options.json}). Maps that paint classes in colours, polygons and boxes cannot be "
+            "indexed: write them as shards (m2f shard)"
         )
     return ForeignForm(
         labels=options.labels,

@@ -23,6 +23,8 @@ from m2f.data_pipeline.storage.object_info import ObjectInfo
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_CONNECT_TIMEOUT_S = 10.0
+"""A host that accepts no connection for so long is taken for unreachable; a shorter read timeout counts for both."""
 _POOL_CONNECTIONS = 64
 """Connections that are kept open: above the sum of all thread pools of a process that read or write."""
 _BACKOFF_BASE_S = 0.1
@@ -179,7 +181,7 @@ def _make_client(config: StorageConfig) -> Any:
     from botocore.config import Config
 
     options = Config(
-        connect_timeout=config.connect_timeout_s,
+        connect_timeout=min(_CONNECT_TIMEOUT_S, config.read_timeout_s),
         read_timeout=config.read_timeout_s,
         max_pool_connections=_POOL_CONNECTIONS,
         retries={"total_max_attempts": 1, "mode": "standard"},
