@@ -142,8 +142,14 @@ def spike(start, losses, targets):
 
 
 def slow_loop(arguments):
-    """What a Ray worker runs, with time for the cluster to change under it."""
+    """What a Ray worker runs, with time for the cluster to change under it; `node_of_rank_0` holds a node's id."""
+    import ray
+    import ray.train
+
     from m2f.cluster.train.worker import train_loop
+
+    if ray.train.get_context().get_world_rank() == 0:
+        Path(arguments["settings"].job.run_folder, "node_of_rank_0").write_text(ray.get_runtime_context().get_node_id())
 
     def wait(losses, targets):
         time.sleep(PAUSE_S)

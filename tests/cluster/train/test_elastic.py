@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -18,7 +19,8 @@ from m2f.cluster.train.resources import count_fitting
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
 from m2f.model.errors import ConfigError
-from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.checkpoint.commits import list_commits
+from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.config import CheckpointConfig
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import small_sets, tiny_config
@@ -89,7 +91,12 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other programs of this machine are not our business
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000},
+        head_node_args={
+            "num_cpus": 0,
+            "resources": {"evaluator": 1},
+            "include_dashboard": False,
+            "object_store_memory": 80_000_000,
+        },
     )
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -104,43 +111,41 @@ def add_node(cluster):
     return cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
 
 
-def losses_of(run):
-    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss/total")
+def history(run, metric):
+    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
+    assert len({point.step for point in points}) == len(points)
     return {point.step: point.value for point in points}
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
-    """2 -> 1 -> 2 workers in one supervised run; its losses are those of a run that kept two."""
+    """2 -> 1 -> 2 workers in one supervised run; the raylet below rank 0 is killed right after a commit.
+
+    Losses are those of a run that kept two. No point and no evaluation is missing or doubled.
+    """
     monkeypatch.setattr("m2f.cluster.train.elastic.PATIENCE_S", 2.0)
     monkeypatch.setattr("m2f.cluster.train.elastic.LOOK_S", 0.5)
     monkeypatch.setattr("m2f.cluster.train.supervisor.POLL_S", 0.2)
     monkeypatch.setattr("m2f.cluster.train.ray_launcher.train_loop", tiny_run.slow_loop)
-    config = replace(tiny_config(folder, "elastic", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
-    training = replace(
-        config.training,
-        max_steps=STEPS,
-        checkpoint=CheckpointConfig(every_steps=EVERY, keep=2),
-    )
-    config = replace(config, training=training, cluster=ClusterConfig(num_workers=(1, 2)))
+    config = tiny_config(folder, "elastic", small_sets(str(folder), Storage()))
+    training = replace(config.training, max_steps=STEPS, checkpoint=CheckpointConfig(every_steps=EVERY, keep=2))
+    on_head = replace(config.evaluation, num_cpus_per_actor=0.0, resources_per_actor={"evaluator": 1})
+    config = replace(config, training=training, evaluation=on_head, cluster=ClusterConfig(num_workers=(1, 2)))
     nodes = [add_node(cluster), add_node(cluster)]
     outcome = []
     run = threading.Thread(target=lambda: outcome.append(run_training(config)), daemon=True)
     run.start()
 
-    def newest():
-        found = list_checkpoints(Storage(), config.run_folder)
-        return found[0].step if found else 0
-
     def wait_past(step):
-        while newest() <= step:
+        while newest_step(Storage(), config.run_folder) <= step:
             assert run.is_alive()
             time.sleep(0.05)
 
     wait_past(0)
-    cluster.remove_node(nodes[1], allow_graceful=False)
-    wait_past(newest())
+    first = Path(config.run_folder, "node_of_rank_0").read_text()
+    cluster.remove_node(next(node for node in nodes if node.node_id == first), allow_graceful=False)
+    wait_past(newest_step(Storage(), config.run_folder))
     add_node(cluster)
     run.join(PATIENCE_S)
     (summary,) = outcome
@@ -148,8 +153,12 @@ def test_a_run_shrinks_and_grows_with_its_cluster(cluster, folder, monkeypatch):
     assert [(resize.before, resize.after) for resize in summary.resizes] == [(2, 1), (1, 2)]
     assert summary.resizes[1].steps_redone == 0  # grows after a checkpoint of its own
     assert summary.resizes[0].steps_redone <= EVERY + 2
-    calm = replace(config, name="calm", cluster=ClusterConfig(num_workers=2))
+    calm = replace(config, name="calm", cluster=ClusterConfig(num_workers=2), evaluation=EvaluationConfig())
     train_locally(calm)
-    losses = losses_of(summary.tracked)
+    losses = history(summary.tracked, "train/loss/total")
     assert sorted(losses) == list(range(1, STEPS + 1))
-    assert losses == pytest.approx(losses_of(create_run(calm)), rel=1e-6)
+    assert losses == pytest.approx(history(create_run(calm), "train/loss/total"), rel=1e-6)
+    committed = {commit.checkpoint.step for commit in list_commits(Storage(), config.run_folder)}
+    assert committed >= {*range(EVERY, STEPS, EVERY), STEPS}
+    assert {entry.step for entry in summary.evaluations if entry.status == "published"} == committed
+    assert set(history(summary.tracked, "val/PQ")) == committed
