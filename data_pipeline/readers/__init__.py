@@ -36,6 +36,7 @@ from m2f.data_pipeline.readers.huggingface import open_huggingface
 from m2f.data_pipeline.readers.label_maps import open_label_maps
 from m2f.data_pipeline.readers.mapillary import open_mapillary
 from m2f.data_pipeline.readers.synthetic import SyntheticReader
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_none
 from m2f.data_pipeline.sample import Sample
 
 
@@ -50,6 +51,11 @@ class Reader(Protocol):
     @property
     def keys(self) -> Sequence[str]:
         """Keys of all samples in the source's order; unique."""
+        ...
+
+    @property
+    def unusable(self) -> Sequence[UnusableAnnotation]:
+        """Annotations that are left out because their file alone shows that they cannot be used."""
         ...
 
     def source(self, index: int) -> str:
@@ -69,8 +75,18 @@ class Reader(Protocol):
         ...
 
 
-def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels) -> Reader:
-    """Reader of a raw data set. Raises DataError where files are missing, unreadable or contradict each other."""
+def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels, *, skip_bad: bool = False) -> Reader:
+    """Reader of a raw data set. Raises DataError where files are missing, unreadable or contradict each other.
+
+    Unless `skip_bad`, annotations that their file alone shows to be unusable are refused, too.
+    """
+    reader = _open(source, max_pixels)
+    if not skip_bad:
+        require_none(reader.unusable)
+    return reader
+
+
+def _open(source: SourceConfig, max_pixels: int) -> Reader:
     match source:
         case SyntheticSource():
             return SyntheticReader.open(source)

@@ -102,16 +102,26 @@ def _image_entry(image_id: str, file: Path) -> dict[str, Any]:
 
 
 def _category_entries(annotations: Sequence[Any], path: str) -> list[dict[str, Any]]:
-    """The 19 classes by label id or by train id, whichever the segments use; their own ids are always of labels."""
+    """The 19 classes by label id or by train id, whichever most segments use; their own ids are always of labels."""
     segments = [segment for entry in annotations for segment in coco_json.read_segments(entry, path)]
-    by_label = all(
-        _label(coco_json.whole_number(s, "id", path)) == coco_json.whole_number(s, "category_id", path)
-        for s in segments
+    named = [_label_and_category(segment) for segment in segments]
+    train_ids = {c.id: train_id for train_id, c in enumerate(CATEGORIES.categories)}
+    by_label = sum(label == category for label, category in named) >= sum(
+        train_ids.get(label) == category for label, category in named
     )
     return [
         {"id": c.id if by_label else train_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
         for train_id, c in enumerate(CATEGORIES.categories)
     ]
+
+
+def _label_and_category(segment: Any) -> tuple[int, int]:
+    """Label in the id of a segment, and its category; -1 and -2 for an odd segment, which is left out later."""
+    try:
+        own, category = coco_json.whole_number(segment, "id", ""), coco_json.whole_number(segment, "category_id", "")
+    except DataError:
+        return -1, -2
+    return _label(own), category
 
 
 def _renamed(record: PanopticRecord, name: str) -> PanopticRecord:

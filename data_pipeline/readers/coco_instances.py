@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from m2f.data_pipeline.readers.files import (
     unique_keys,
 )
 from m2f.data_pipeline.readers.masks import instance_layers
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample
 
 
@@ -35,19 +35,21 @@ class CocoInstancesReader:
     records: tuple[tuple[CocoImage, Sequence[Mapping[str, Any]]], ...]
     """Every image with its annotations."""
     max_pixels: int
+    unusable: tuple[UnusableAnnotation, ...] = ()
 
     @classmethod
     def open(cls, source: CocoInstancesSource, max_pixels: int) -> Self:
-        """Read and check the annotation file. Raises DataError."""
+        """Read and check the annotation file. Raises DataError where it cannot be used as a whole."""
         folder = require_folder(source.images)
         path = source.instances_json
         document = coco_json.read_document(path, ("images", "annotations", "categories"))
         images = coco_json.read_images(document, path, folder)
         unique_keys(image.file_name for image in images)
         categories = coco_json.read_categories(document, path, things_only=True)
-        groups = coco_json.group_by_image(document, images, path, strict=True)
-        groups = check_annotations(groups, categories, path)
-        return cls(folder, categories, tuple((image, groups[image.source_id]) for image in images), max_pixels)
+        listed, strangers = coco_json.group_by_image(document, images, path)
+        groups, unusable = check_annotations(listed, categories, path)
+        records = tuple((image, groups[image.source_id]) for image in images)
+        return cls(folder, categories, records, max_pixels, (*strangers, *unusable))
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -82,27 +84,31 @@ class CocoInstancesReader:
 
     def subset(self, indices: Sequence[int]) -> Self:
         """A reader of only these images."""
-        return replace(self, records=tuple(self.records[i] for i in indices))
+        return replace(self, records=tuple(self.records[i] for i in indices), unusable=())
 
 
 def check_annotations(
     groups: Mapping[str, Sequence[Mapping[str, Any]]], categories: CategoryTable, path: str
-) -> dict[str, list[Mapping[str, Any]]]:
-    """The annotations, each with an id of its own: nothing depends on ids, so those without a usable one get a number.
+) -> tuple[dict[str, list[Mapping[str, Any]]], list[UnusableAnnotation]]:
+    """The annotations of known categories, each with an id of its own, and the others.
 
-    Raises DataError where annotations use unknown categories or none has a segmentation.
+    Nothing depends on ids, so that annotations without a usable one get a number. Raises DataError where none has a
+    segmentation.
     """
     entries = [entry for group in groups.values() for entry in group]
-    for entry in entries:
-        coco_json.whole_number(entry, "category_id", f"{path}: annotation {entry.get('id')}")
     if entries and not any("segmentation" in entry for entry in entries):
         raise DataError(f"{path}: no annotation has a segmentation; boxes alone cannot be used")
-    coco_json.require_known_categories(Counter(int(entry["category_id"]) for entry in entries), categories, path)
     next_id = 1 + max((i for i in map(_usable_id, entries) if i is not None), default=0)
     taken: set[int] = set()
+    unusable: list[UnusableAnnotation] = []
     numbered: dict[str, list[Mapping[str, Any]]] = {image: [] for image in groups}
     for image, group in groups.items():
         for entry in group:
+            try:
+                coco_json.known_category(entry, categories, f"annotation {str(entry.get('id'))[:40]}")
+            except DataError as error:
+                unusable.append(UnusableAnnotation(path, str(error)))
+                continue
             own = _usable_id(entry)
             if own is None or own in taken:
                 numbered[image].append({**entry, "id": next_id, coco_json.NUMBERED: True})
@@ -110,7 +116,7 @@ def check_annotations(
             else:
                 taken.add(own)
                 numbered[image].append(entry)
-    return numbered
+    return numbered, unusable
 
 
 def _usable_id(entry: Mapping[str, Any]) -> int | None:

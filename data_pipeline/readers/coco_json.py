@@ -14,6 +14,7 @@ from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.json_fields import field, read_flag
 from m2f.data_pipeline.readers.files import read_json, relative_name, shown_size
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
 Box = tuple[float, float, float, float]
 NUMBERED = "/numbered"
@@ -117,31 +118,32 @@ def read_color(entry: Mapping[str, Any], number: int, where: str) -> tuple[int, 
 
 
 def group_by_image(
-    document: Mapping[str, Any], images: Collection[CocoImage], path: str, strict: bool
-) -> dict[str, list[dict[str, Any]]]:
-    """Annotations by `source_id` of their image. With `strict`, one that belongs to no image is an error, else it is
-    left out.
-    """
+    document: Mapping[str, Any], images: Collection[CocoImage], path: str
+) -> tuple[dict[str, list[dict[str, Any]]], list[UnusableAnnotation]]:
+    """Annotations by `source_id` of their image, and those that belong to none of the images."""
     groups: dict[str, list[dict[str, Any]]] = {image.source_id: [] for image in images}
     strangers = []
     for number, entry in enumerate(document["annotations"]):
-        image_id = id_text(entry, "image_id", f"{path}: annotations[{number}]")
+        where = f"annotations[{number}]"
+        try:
+            image_id = id_text(entry, "image_id", where)
+        except DataError as error:
+            strangers.append(UnusableAnnotation(path, str(error)))
+            continue
         if image_id in groups:
             groups[image_id].append(entry)
         else:
-            strangers.append(image_id)
-    if strict and strangers:
-        raise DataError(
-            f"{path}: {len(strangers)} annotations belong to images that it does not list: {some(strangers)}"
-        )
-    return groups
+            message = f"{where} belongs to image {image_id[:40]}, which `images` does not list"
+            strangers.append(UnusableAnnotation(path, message))
+    return groups, strangers
 
 
-def require_known_categories(used: Counter[int], categories: CategoryTable, path: str) -> None:
-    """Raise DataError that lists category ids without a category."""
-    unknown = [f"{i} ({count} times)" for i, count in sorted(used.items()) if i not in categories.by_id]
-    if unknown:
-        raise DataError(f"{path}: annotations use category ids that `categories` does not define: {some(unknown, 20)}")
+def known_category(entry: Any, categories: CategoryTable, where: str) -> Category:
+    """The category of an annotation. Raises DataError for an id that is odd or not in the table."""
+    number = whole_number(entry, "category_id", where)
+    if number not in categories.by_id:
+        raise DataError(f"{where}: category_id is {str(number)[:40]}, which `categories` does not define")
+    return categories.by_id[number]
 
 
 def require_unique(ids: Any, what: str) -> None:

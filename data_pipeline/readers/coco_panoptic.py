@@ -31,6 +31,7 @@ from m2f.data_pipeline.readers.files import (
 )
 from m2f.data_pipeline.readers.map_reader import read_color_map
 from m2f.data_pipeline.readers.masks import disagreements, instance_layers, pixel_box
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
 
 Instances = Sequence[Mapping[str, Any]]
@@ -45,6 +46,8 @@ class PanopticRecord:
     mask_name: str
     segments: Sequence[Mapping[str, Any]]
     instances: Instances | None
+    unusable_ids: frozenset[int] = frozenset()
+    """Of segments that are left out; their pixels are void."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,25 @@ class CocoPanopticReader:
     categories: CategoryTable
     records: tuple[PanopticRecord, ...]
     max_pixels: int
+    unusable: tuple[UnusableAnnotation, ...] = ()
 
     @classmethod
     def open(cls, source: CocoPanopticSource, max_pixels: int) -> Self:
-        """Read and check the annotation files. Raises DataError."""
+        """Read and check the annotation files. Raises DataError where one cannot be used as a whole."""
         return cls.of(read_json(source.panoptic_json), source, max_pixels)
 
     @classmethod
     def of(cls, document: Any, source: CocoPanopticSource, max_pixels: int) -> Self:
-        """Check the content of `source.panoptic_json`. Raises DataError."""
+        """Check the content of `source.panoptic_json`. Raises DataError as `open` does."""
         images, masks = require_folder(source.images), require_folder(source.panoptic_masks)
         path = source.panoptic_json
         coco_json.require_lists(document, ("images", "annotations", "categories"), path)
         categories = coco_json.read_categories(document, path, things_only=False)
-        records = _read_records(document, path, images)
-        used = Counter(int(s["category_id"]) for record in records for s in record.segments)
-        coco_json.require_known_categories(used, categories, path)
+        records, unusable = _read_records(document, path, images, categories)
         if source.instances_json is not None:
-            records = _with_instances(records, categories, source.instances_json, path)
-        return cls(images, masks, categories, records, max_pixels)
+            records, others = _with_instances(records, categories, source.instances_json, path)
+            unusable += others
+        return cls(images, masks, categories, records, max_pixels, tuple(unusable))
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -90,7 +93,7 @@ class CocoPanopticReader:
         record = self.records[index]
         image = record.image
         file = load_image(self.images / image.file_name, image.height, image.width, self.max_pixels)
-        seg, segments = self._read_map(record)
+        seg, segments, left_out = self._read_map(record)
         pixels = np.bincount(seg.ravel(), minlength=len(segments) + 1)[1:].tolist()
         repairs = [*image.repairs, *disagreements(zip((s.area for s in segments), pixels, strict=True))]
         found = None
@@ -107,7 +110,7 @@ class CocoPanopticReader:
             height=image.height,
             width=image.width,
             annotation=Annotation(seg=seg, inst=None if found is None else found.inst, segments=segments),
-            left_out=() if found is None else found.left_out,
+            left_out=(*left_out, *(() if found is None else found.left_out)),
             repairs=tuple(repairs),
         )
 
@@ -117,9 +120,10 @@ class CocoPanopticReader:
 
     def subset(self, indices: Sequence[int]) -> Self:
         """A reader of only these images."""
-        return replace(self, records=tuple(self.records[i] for i in indices))
+        return replace(self, records=tuple(self.records[i] for i in indices), unusable=())
 
-    def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...]]:
+    def _read_map(self, record: PanopticRecord) -> tuple[np.ndarray, tuple[Segment, ...], list[str]]:
+        """The map, its segments, and what cannot be used: segments whose pixels are void, and why."""
         path = self.masks / record.mask_name
         ids = read_color_map(path, self.max_pixels)
         if ids.shape != (record.image.height, record.image.width):
@@ -127,13 +131,31 @@ class CocoPanopticReader:
                 f"{path}: the mask is {ids.shape[1]} x {ids.shape[0]} pixels, the image "
                 f"{record.image.width} x {record.image.height}; they must belong together"
             )
-        seg = _local_ids(ids, [int(s["id"]) for s in record.segments], path)
-        segments = []
-        for local_id, entry in enumerate(record.segments, start=1):
-            segments.append(self._segment(entry, seg, local_id, f"{path}: segment {entry['id']}"))
-        return seg, tuple(segments)
+        runs = find_runs(ids)
+        values, of_run = np.unique(runs.value, return_inverse=True)
+        present = set(values.tolist())
+        usable, left_out = [], []
+        for entry in record.segments:
+            where = f"{path}: segment {entry['id']}"
+            try:
+                stated_area(entry, where)
+                stated_box(entry, where)
+                if int(entry["id"]) not in present:
+                    raise DataError(f"{where} of its JSON entry has no pixel")
+                usable.append(entry)
+            except DataError as error:
+                left_out.append(str(error))
+        listed = {VOID_ID, *(int(entry["id"]) for entry in record.segments)} | record.unusable_ids
+        if unknown := sorted(present - listed):
+            left_out.append(f"{path}: pixels have ids that its JSON entry does not list: {some(unknown)}")
+        local_ids = {int(entry["id"]): number for number, entry in enumerate(usable, start=1)}
+        of_value = np.array([local_ids.get(i, VOID_ID) for i in values.tolist()], id_dtype(len(usable)))
+        seg = runs.paint(of_value[of_run])
+        segments = (self._segment(entry, seg, number, path) for number, entry in enumerate(usable, start=1))
+        return seg, tuple(segments), left_out
 
-    def _segment(self, entry: Mapping[str, Any], seg: np.ndarray, local_id: int, where: str) -> Segment:
+    def _segment(self, entry: Mapping[str, Any], seg: np.ndarray, local_id: int, path: Path) -> Segment:
+        where = f"{path}: segment {entry['id']}"
         category = self.categories.by_id[int(entry["category_id"])]
         area = stated_area(entry, where)
         return Segment(
@@ -148,10 +170,12 @@ class CocoPanopticReader:
         )
 
 
-def _read_records(document: Mapping[str, Any], path: str, folder: Path) -> tuple[PanopticRecord, ...]:
+def _read_records(
+    document: Mapping[str, Any], path: str, folder: Path, categories: CategoryTable
+) -> tuple[tuple[PanopticRecord, ...], list[UnusableAnnotation]]:
     images = coco_json.read_images(document, path, folder)
     keys = unique_keys(image.file_name for image in images)
-    groups = coco_json.group_by_image(document, images, path, strict=True)
+    groups, unusable = coco_json.group_by_image(document, images, path)
     wrong = [image_id for image_id, group in groups.items() if len(group) != 1]
     if wrong:
         raise DataError(
@@ -161,19 +185,49 @@ def _read_records(document: Mapping[str, Any], path: str, folder: Path) -> tuple
     for key, image in zip(keys, images, strict=True):
         entry = groups[image.source_id][0]
         where = f"{path}: annotation of image {image.source_id}"
-        segments = coco_json.read_segments(entry, where)
-        for segment in segments:
-            whole_number(segment, "category_id", where)
-            stated_flag(segment, "iscrowd", f"{where}, segment {segment.get('id')}")
-        coco_json.require_unique([whole_number(s, "id", where) for s in segments], f"{where}: segment ids")
+        segments, problems, unusable_ids = _usable_segments(coco_json.read_segments(entry, where), categories)
+        name = f"annotation of image {image.source_id}"
+        unusable += [UnusableAnnotation(path, f"{name}, {problem}") for problem in problems]
         mask_name = relative_name(field(entry, "file_name", where), where)
-        records.append(PanopticRecord(key, image, mask_name, segments, None))
-    return tuple(records)
+        records.append(PanopticRecord(key, image, mask_name, segments, None, unusable_ids))
+    return tuple(records), unusable
+
+
+def _usable_segments(
+    entries: Sequence[Any], categories: CategoryTable
+) -> tuple[list[Mapping[str, Any]], list[str], frozenset[int]]:
+    """Segments that can be used; what is wrong with the others; and those ids of them that could be read."""
+    usable, problems, unusable_ids = [], [], set()
+    own_ids = [_colour_id(entry) for entry in entries]
+    count = Counter(own_ids)
+    for number, (entry, own) in enumerate(zip(entries, own_ids, strict=True)):
+        where = f"segments_info[{number}]" if own is None else f"segment {own}"
+        try:
+            coco_json.known_category(entry, categories, where)
+            stated_flag(entry, "iscrowd", where)
+            if own is None:
+                raise DataError(f"{where}: id is {repr(entry.get('id'))[:40]}, not a whole number of 1 to 16777215")
+            if count[own] > 1:
+                raise DataError(f"{where}: {count[own]} segments have this id")
+            usable.append(entry)
+        except DataError as error:
+            problems.append(str(error))
+            unusable_ids |= set() if own is None else {own}
+    return usable, problems, frozenset(unusable_ids)
+
+
+def _colour_id(entry: Any) -> int | None:
+    """The id of a segment; None where it is no number that a colour can hold."""
+    try:
+        own = whole_number(entry, "id", "")
+    except DataError:
+        return None
+    return own if 0 < own < 1 << 24 else None
 
 
 def _with_instances(
     records: tuple[PanopticRecord, ...], categories: CategoryTable, path: str, panoptic_path: str
-) -> tuple[PanopticRecord, ...]:
+) -> tuple[tuple[PanopticRecord, ...], list[UnusableAnnotation]]:
     """The same records with the instances of another file, which may know more images but not fewer.
 
     Its category ids are its own: classes are found in the panoptic table by name.
@@ -183,9 +237,9 @@ def _with_instances(
     missing = {record.image.source_id for record in records} - images
     if missing:
         raise DataError(f"{path} lacks {len(missing)} images of the panoptic annotations: {some(sorted(missing))}")
-    groups = coco_json.group_by_image(document, [record.image for record in records], path, strict=False)
+    listed, _ = coco_json.group_by_image(document, [record.image for record in records], path)
     own = coco_json.read_categories(document, path, things_only=True)
-    groups = check_annotations(groups, own, path)
+    groups, unusable = check_annotations(listed, own, path)
     used = {int(entry["category_id"]) for group in groups.values() for entry in group}
     id_of = _ids_by_name([c for c in own.categories if c.id in used], categories, path, panoptic_path)
     if any(own_id != panoptic_id for own_id, panoptic_id in id_of.items()):
@@ -193,7 +247,8 @@ def _with_instances(
             image: [{**entry, "category_id": id_of[int(entry["category_id"])]} for entry in group]
             for image, group in groups.items()
         }
-    return tuple(replace(record, instances=groups[record.image.source_id]) for record in records)
+    with_instances = (replace(record, instances=groups[record.image.source_id]) for record in records)
+    return tuple(with_instances), unusable
 
 
 def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str, panoptic_path: str) -> dict[int, int]:
@@ -211,19 +266,3 @@ def _ids_by_name(used: Sequence[Category], categories: CategoryTable, path: str,
         )
     places = [label for label in found.labels if label is not None]
     return {c.id: categories.categories[place].id for c, place in zip(used, places, strict=True)}
-
-
-def _local_ids(ids: np.ndarray, source_ids: Sequence[int], path: Path) -> np.ndarray:
-    """Renumber source ids [H, W] to 1.. in the order of the JSON; 0 stays void. Raises DataError where they differ."""
-    outside = [i for i in source_ids if not 0 < i < 1 << 24]
-    if outside:
-        raise DataError(f"{path}: segment ids of its JSON entry do not fit a colour: {some(outside)}")
-    runs = find_runs(ids)
-    values, of_run = np.unique(runs.value, return_inverse=True)
-    present = values.tolist()
-    local_ids = {0: VOID_ID} | {source_id: number for number, source_id in enumerate(source_ids, start=1)}
-    if unknown := [i for i in present if i not in local_ids]:
-        raise DataError(f"{path}: pixels have ids that its JSON entry does not list: {some(unknown)}")
-    if absent := sorted(set(source_ids).difference(present)):
-        raise DataError(f"{path}: its JSON entry lists segments without a pixel: {some(absent)}")
-    return runs.paint(np.array([local_ids[i] for i in present], id_dtype(len(source_ids)))[of_run])

@@ -12,6 +12,7 @@ import numpy as np
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.readers.files import ANNOTATION_BYTES, check_image, make_key, unique_keys
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample
 
 
@@ -46,6 +47,11 @@ class CustomReader:
     def keys(self) -> tuple[str, ...]:
         """Keys in the order of the names."""
         return tuple(make_key(name) for name in self.names)
+
+    @property
+    def unusable(self) -> tuple[UnusableAnnotation, ...]:
+        """None: there is no file that lists annotations."""
+        return ()
 
     def source(self, index: int) -> str:
         """The name."""

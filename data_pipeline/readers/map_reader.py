@@ -28,6 +28,7 @@ from m2f.data_pipeline.readers.files import (
     size_on_disk,
     unique_keys,
 )
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample
 
 
@@ -65,6 +66,11 @@ class MapReader:
     def keys(self) -> tuple[str, ...]:
         """Keys in the order of the file names."""
         return tuple(record.key for record in self.records)
+
+    @property
+    def unusable(self) -> tuple[UnusableAnnotation, ...]:
+        """None: there is no file that lists annotations."""
+        return ()
 
     def source(self, index: int) -> str:
         """Folder and name of the image."""

@@ -20,11 +20,15 @@ _MAX_POLYGON_EXTENT = 10
 """Coordinates beyond this many image sides are refused."""
 NUMBERED_IDS = "annotations with a missing, repeated or unusable id, numbered anew"
 SHORT_RINGS = "objects with stray rings of at most two points, which were left out"
-NO_PIXELS = "objects whose mask has no pixel in the image (normalised coordinates, or outside the frame?)"
+NO_PIXELS = "objects whose mask has no pixel (normalised coordinates?)"
+OUTSIDE = "objects outside the frame of their image (rescaled images, or x and y exchanged?)"
+OVERHANGING = "objects of whose polygons more than a fifth lies outside the frame (rescaled images?)"
 OTHER_AREA = "segments whose pixels are less than half or more than twice their stated area (rescaled images?)"
 _TELLING_AREA = 100
 """Pixels; in smaller segments the border is much of the area."""
 _TELLING_SHARE = 0.5
+_OVERHANG = 0.2
+"""Share of an object's area beyond the frame that is worth a word; annotators cross the border by a pixel or two."""
 _MAX_RLE_PIXELS = 2**32
 """pycocotools counts in 32 bits."""
 
@@ -79,7 +83,13 @@ def instance_layers(
             )
         )
     repairs = [NUMBERED_IDS for entry in usable if NUMBERED in entry]
-    repairs += disagreements((segment.area, pixels) for segment, (pixels, _) in zip(segments, measured, strict=True))
+    outside = [share_outside(segment.polygons or (), height, width) for segment in segments]
+    repairs += [OUTSIDE if share == 1 else OVERHANGING for share in outside if share > _OVERHANG]
+    repairs += disagreements(
+        (segment.area, pixels)
+        for segment, (pixels, _), share in zip(segments, measured, outside, strict=True)
+        if share <= _OVERHANG  # else the reason is known
+    )
     repairs += [SHORT_RINGS for entry in usable if any(map(_is_short, _ring_list(entry["segmentation"])))]
     return InstanceLayers(inst=inst, segments=tuple(segments), left_out=tuple(left_out), repairs=tuple(repairs))
 
@@ -96,6 +106,43 @@ def disagreements(areas: Iterable[tuple[float, int]]) -> list[str]:
         elif max(stated, pixels) >= _TELLING_AREA and min(stated, pixels) < _TELLING_SHARE * max(stated, pixels):
             found.append(OTHER_AREA)
     return found
+
+
+def share_outside(rings: Sequence[Sequence[float]], height: int, width: int) -> float:
+    """Share of the area of polygons (rings x, y, x, y, ...) that lies outside the frame, 0 to 1.
+
+    1 only where nothing of them touches the frame; 0 for polygons without an area, and where it is small.
+    """
+    points = [np.asarray(ring, np.float64).reshape(-1, 2) for ring in rings]
+    if all((ring >= 0).all() and (ring <= (width, height)).all() for ring in points):
+        return 0.0
+    if all((ring.max(0) <= 0).any() or (ring.min(0) >= (width, height)).any() for ring in points):
+        return 1.0
+    whole = sum(_ring_area(ring) for ring in points)
+    if whole < _TELLING_AREA:
+        return 0.0
+    inside = sum(_ring_area(_clipped(ring, height, width)) for ring in points)
+    return min(1 - inside / whole, 1 - 1e-9)
+
+
+def _ring_area(ring: np.ndarray) -> float:
+    x, y = ring[:, 0], ring[:, 1]
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def _clipped(ring: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The ring [P, 2] cut at the four sides of the frame, one after the other (Sutherland and Hodgman)."""
+    for axis, limit, sign in ((0, 0.0, 1), (0, float(width), -1), (1, 0.0, 1), (1, float(height), -1)):
+        depth = sign * (ring[:, axis] - limit)
+        after, next_depth = np.roll(ring, -1, axis=0), np.roll(depth, -1)
+        kept = []
+        for point, following, here, there in zip(ring, after, depth, next_depth, strict=True):
+            if here >= 0:
+                kept.append(point)
+            if (here >= 0) != (there >= 0):
+                kept.append(point + (following - point) * here / (here - there))
+        ring = np.array(kept).reshape(-1, 2)
+    return ring
 
 
 def _checked(entry: Mapping[str, Any], height: int, width: int, name: str) -> Any:

@@ -24,6 +24,7 @@ from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.masks import pixel_box
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
 from m2f.data_pipeline.readers.synthetic_image import SyntheticImage, draw_image
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
 
 CATEGORIES = CategoryTable(
@@ -64,6 +65,11 @@ class SyntheticReader:
     def keys(self) -> tuple[str, ...]:
         """Keys by seed and index."""
         return tuple(self._key(index) for index in self.indices)
+
+    @property
+    def unusable(self) -> tuple[UnusableAnnotation, ...]:
+        """None: there is no file that lists annotations."""
+        return ()
 
     def source(self, index: int) -> str:
         """A file name as if the image had been written to a folder `images`."""

@@ -90,12 +90,14 @@ class CocoSet:
         return CocoInstancesSource(images=f"{self.root}/images", instances_json=f"{self.root}/instances.json")
 
     def read_panoptic(self, **options):
-        self.write()
-        return open_reader(self.panoptic_source, **options).read(0)
+        return self._read(self.panoptic_source, options)
 
     def read_instances(self, **options):
+        return self._read(self.instances_source, options)
+
+    def _read(self, source, options):
         self.write()
-        sample = open_reader(self.instances_source, **options).read(0)
-        if sample.left_out:
+        sample = open_reader(source, **options).read(0)
+        if sample.left_out and not options.get("skip_bad"):
             raise DataError("\n".join(sample.left_out))
         return sample

@@ -11,7 +11,16 @@ from m2f.data_pipeline.config import CocoPanopticSource, DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.coco_json import READ_SIZES
-from m2f.data_pipeline.readers.masks import NO_PIXELS, NUMBERED_IDS, OTHER_AREA, SHORT_RINGS, read_rle
+from m2f.data_pipeline.readers.masks import (
+    NO_PIXELS,
+    NUMBERED_IDS,
+    OTHER_AREA,
+    OUTSIDE,
+    OVERHANGING,
+    SHORT_RINGS,
+    read_rle,
+    share_outside,
+)
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import commit_manifest, complete_parts, plan_shards, write_dataset, write_shard
 from m2f.data_pipeline.storage.storage import Storage
@@ -126,7 +135,39 @@ def test_masks_without_pixels_and_other_areas_are_counted(coco):
     coco.instances[2]["area"] = 41
     assert _read(coco).repairs == (NO_PIXELS, OTHER_AREA)
     coco.instances[0]["segmentation"] = [[x + 100 for x in POLYGON]]
-    assert _read(coco).repairs == (NO_PIXELS, OTHER_AREA)
+    assert _read(coco).repairs == (OUTSIDE, OTHER_AREA)
+
+
+BOX = [0.0, 0.0, 20.0, 0.0, 20.0, 10.0, 0.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("dx", "dy", "share"),
+    [(0, 0, 0), (-3, 0, 0.15), (-10, 0, 0.5), (0, 15, 0.5), (-10, 15, 0.75), (0, -10, 1), (30, 0, 1)],
+)
+def test_the_share_outside_the_frame(dx, dy, share):
+    ring = [x + (dy if i % 2 else dx) for i, x in enumerate(BOX)]
+    assert share_outside([ring], H, W) == pytest.approx(share)
+    assert share_outside([ring[::-1]], W, H) == pytest.approx(share), "x and y exchanged, the other way round"
+    assert share_outside([], H, W) == 0
+
+
+def test_a_concave_polygon_is_cut_rightly():
+    """A U of which the bridge lies below the frame: two legs of 5 x 10 stay, of 20 x 20 - 10 x 10 pixels."""
+    ring = [0, 10, 5, 10, 5, 20, 15, 20, 15, 10, 20, 10, 20, 30, 0, 30]
+    assert share_outside([ring], H, W) == pytest.approx(1 - 100 / 300)
+
+
+@pytest.mark.parametrize(("x", "expected"), [(-3, ()), (-10, (OVERHANGING,)), (-20, (OUTSIDE,))])
+@pytest.mark.parametrize("kind", ["instances", "both"])
+def test_objects_that_leave_the_frame_are_counted(coco, x, expected, kind):
+    ring = [value + (0 if i % 2 else x) for i, value in enumerate(BOX)]
+    coco.instances[0] |= {"segmentation": [ring], "area": 200}
+    coco.write()
+    root = coco.root
+    both = replace(coco.panoptic_source, instances_json=f"{root}/instances.json")
+    source = coco.instances_source if kind == "instances" else both
+    assert open_reader(source).read(0).repairs == expected
 
 
 @pytest.mark.parametrize(("area", "expected"), [(541, ()), (None, ()), (1200, (OTHER_AREA,)), (100, (OTHER_AREA,))])
