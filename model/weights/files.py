@@ -6,21 +6,19 @@ The kind is told by the first bytes, not by the name. Safetensors hold no code; 
 
 from __future__ import annotations
 
-import collections
-import io
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from m2f.model.errors import WeightsError
+from m2f.model.weights.pickles import PickledArray, read_pickle
 
 _FOLDER_FILES = (
     "weights.safetensors",
@@ -32,7 +30,7 @@ _FOLDER_FILES = (
 """What a checkpoint folder of ours or a Hugging Face folder holds; the first that exists is read."""
 
 _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-"""Number with which torch files from before version 1.6 begin."""
+"""Number with which torch files from before version 1.6 begin; pickles hold such files further inside."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -81,13 +79,13 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(64)
-        if head.startswith(b"PK\x03\x04") or _LEGACY_TORCH in head:
+        if head.startswith(b"PK\x03\x04") or _LEGACY_TORCH in head[:32]:
             return torch.load(path, map_location="cpu", weights_only=True)
         if head[8:9] == b"{":
             return safetensors.torch.load_file(path)
         if head.startswith(b"\x80"):
             file.seek(0)
-            return _ArrayUnpickler(file, encoding="latin1").load()  # the encoding of pickles that Python 2 wrote
+            return read_pickle(file)
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"weights {path} are a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     raise WeightsError(
@@ -95,75 +93,14 @@ def _read(path: Path) -> Any:
     )
 
 
-def _load_storage(data: bytes) -> Any:
-    """Safe stand-in for torch.storage._load_from_bytes, which unpickles nested data."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How pickles of protocol 2 write bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _arrays_of(numpy_core: str) -> dict[tuple[str, str], Callable[..., Any]]:
-    """Numpy's own constructors under the package name of one of its versions."""
-    return {
-        (f"{numpy_core}.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-        (f"{numpy_core}.multiarray", "scalar"): np._core.multiarray.scalar,  # type: ignore[attr-defined]
-        (f"{numpy_core}.numeric", "_frombuffer"): np._core.numeric._frombuffer,  # type: ignore[attr-defined]
-    }
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **_arrays_of("numpy.core"),
-    **_arrays_of("numpy._core"),
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch.storage", "_load_from_bytes"): _load_storage,
-}
-"""Everything that a plain pickle may name: what arrays and tensors consist of."""
-
-
-class _Constructor:
-    """Calls a function in place of the function itself, whose defaults and attributes a BUILD opcode could change."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
-
-    def __setstate__(self, state: object) -> None:
-        """What BUILD calls."""
-        raise pickle.UnpicklingError("a constructor is given a state")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries of arrays; whatever else a file names is refused before it is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The constructor that a pickle asks for by name."""
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        allowed = _ALLOWED[module, name]
-        return allowed if isinstance(allowed, type) else _Constructor(allowed)  # the types cannot be changed
-
-
 def _is_mapping(content: Any) -> bool:
     return isinstance(content, Mapping)
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """Tensors as they are and numeric arrays copied; None for anything else."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
+    """Tensors as they are and numeric arrays as tensors; None for anything else."""
+    if isinstance(value, PickledArray):
+        return None if value.values is None else torch.from_numpy(value.values)
     return value if isinstance(value, Tensor) else None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import inspect
+import io
 import json
 import pickle
 
@@ -12,7 +14,7 @@ import safetensors.torch
 import torch
 
 from m2f.model.errors import WeightsError
-from m2f.model.weights import files
+from m2f.model.weights import pickles
 from m2f.model.weights.files import read_state
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.5, -2.0]).half()}
@@ -156,19 +158,106 @@ def test_files_without_weights_are_refused(tmp_path):
             read_state(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        b"(dU\x01xK\x01s",  # {"x": 1}
-        b"N(dU\x0c__defaults__(K\x01ts\x86",  # (None, {"__defaults__": (1,)}): what objects with slots are built from
-    ],
-)
-@pytest.mark.parametrize("name", [b"torch._utils\n_rebuild_tensor_v2", b"_codecs\nencode", b"collections\nOrderedDict"])
-def test_a_pickle_changes_nothing_of_the_process(tmp_path, name, state):
-    rebuild = torch._utils._rebuild_tensor_v2
-    before = dict(vars(rebuild)), rebuild.__defaults__, dict(vars(files._encode)), files._encode.__defaults__
-    (tmp_path / "model.pkl").write_bytes(b"\x80\x02c" + name + b"\n" + state + b"b.")
+NAMES = {
+    "OrderedDict": b"ccollections\nOrderedDict\n",
+    "encode": b"c_codecs\nencode\n",
+    "bytes": b"c__builtin__\nbytes\n",
+    "ndarray": b"cnumpy\nndarray\n",
+    "dtype": b"cnumpy\ndtype\n",
+    "reconstruct": b"cnumpy.core.multiarray\n_reconstruct\n",
+    "scalar": b"cnumpy._core.multiarray\nscalar\n",
+    "frombuffer": b"cnumpy._core.numeric\n_frombuffer\n",
+    "rebuild": b"ctorch._utils\n_rebuild_tensor_v2\n",
+    "load": b"ctorch.storage\n_load_from_bytes\n",
+}
+"""Every name that a pickle may have, as the opcode that looks it up."""
+
+CHANGES = {
+    "BUILD": b"(dU\x01xK\x01sb",  # the attribute x, by the dictionary of attributes
+    "BUILD slots": b"N(dU\x0c__defaults__(K\x01ts\x86b",  # defaults of a function, by setattr
+    "BUILD state": b"(K\x03U\x01>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",  # what a dtype takes: big-endian
+    "SETITEM": b"U\x01xK\x01s",
+    "SETITEMS": b"(U\x01xK\x01u",
+    "APPEND": b"K\x01a",
+    "APPENDS": b"(K\x01e",
+    "ADDITEMS": b"(K\x01\x90",
+}
+
+
+def global_in_torch_file(module, name):
+    """An old torch file whose content is a class or function by name."""
+    plain = io.BytesIO()
+    torch.save({}, plain, _use_new_zipfile_serialization=False)
+    return plain.getvalue().replace(pickle.dumps({}, protocol=2), f"\x80\x02c{module}\n{name}\n.".encode("latin1"), 1)
+
+
+def as_bytes_argument(data):
+    return b"B" + len(data).to_bytes(4, "little") + data + b"\x85R"
+
+
+MADE = {
+    "shared data type": NAMES["dtype"] + b"U\x02f8\x85R",
+    "own data type": NAMES["dtype"] + b"U\x02f8\x89\x88\x87R",
+    "data type of dates": NAMES["dtype"] + b"U\x05M8[s]\x85R",
+    "array": NAMES["reconstruct"] + NAMES["ndarray"] + b"K\x00\x85U\x01b\x87R",
+    "storage": NAMES["load"] + as_bytes_argument(torch.zeros(2)._typed_storage().__reduce__()[1][0]),
+    "function of torch": NAMES["load"] + as_bytes_argument(global_in_torch_file("torch._utils", "_rebuild_parameter")),
+    "class of torch": NAMES["load"] + as_bytes_argument(global_in_torch_file("torch", "FloatStorage")),
+}
+"""What calls of these names give."""
+
+
+def reachable():
+    """State of what a pickle could change: functions, classes and data types of the process."""
+    functions = [value for value in vars(pickles).values() if inspect.isfunction(value)]
+    functions += [torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor, torch._utils._rebuild_parameter]
+    functions += [torch.storage._load_from_bytes, np._core.numeric._frombuffer]
+    classes = [value for value in vars(pickles).values() if inspect.isclass(value)]
+    classes += [collections.OrderedDict, np.ndarray, np.dtype, torch.Tensor]
+    classes += [torch.FloatStorage, torch.TypedStorage, torch.UntypedStorage]
+    types = [np.dtype(code) for code in ("f2", "f4", "f8", "i8", "u1", "b1", "O")]
+    return (
+        [(f.__defaults__, f.__kwdefaults__, f.__code__, dict(vars(f))) for f in functions],
+        [dict(vars(c)) for c in classes],
+        [(t.str, t.itemsize, t.fields, t.byteorder) for t in types],
+        dict(pickles._ALLOWED),
+    )
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("target", [*NAMES.values(), *MADE.values()], ids=[*NAMES, *MADE])
+def test_a_pickle_changes_nothing_of_the_process(tmp_path, target, change):
+    before = reachable()
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x02" + target + change + b".")
     with pytest.raises(WeightsError):
         read_state(tmp_path / "model.pkl")
-    assert before == (dict(vars(rebuild)), rebuild.__defaults__, dict(vars(files._encode)), files._encode.__defaults__)
-    assert not hasattr(collections.OrderedDict, "x")
+    assert reachable() == before
+    assert np.dtype("f8").isnative
+
+
+@pytest.mark.parametrize(("made", "named"), [("function of torch", "function"), ("class of torch", "StorageType")])
+def test_the_memory_of_a_tensor_is_nothing_else(tmp_path, made, named):
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x02" + MADE[made] + b".")
+    with pytest.raises(WeightsError, match=f"the memory of a tensor is a {named}"):
+        read_state(tmp_path / "model.pkl")
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", ">f8", ">i4", "<i8", "u1", "i1", "?"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_arrays_of_every_kind_are_read(tmp_path, dtype, order, protocol):
+    wanted = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    content = {
+        "a": np.asarray(wanted, order=order),
+        "part": wanted[:, 1::2],
+        "one": wanted[1, 2, 3],
+        "none": wanted[:0],
+    }
+    content |= {"scalar array": np.asarray(wanted[1, 0, 3])}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    read = read_state(tmp_path / "model.pkl")
+    assert set(read) == {"a", "part", "none", "scalar array"}
+    for name, tensor in read.items():
+        assert tensor.is_contiguous()
+        assert tensor.numpy().dtype == np.dtype(dtype).newbyteorder("=")
+        np.testing.assert_array_equal(tensor.numpy(), content[name])
