@@ -292,6 +292,11 @@ def _require_supported(queries: MaskedTransformerDecoderConfig, pixels: MSDeform
         raise WeightsError(
             f"model.pixel_decoder.num_points is {pixels.num_points}; Hugging Face's Mask2Former has 4 only"
         )
+    if pixels.conv_dim % 32:
+        raise WeightsError(
+            f"model.pixel_decoder.conv_dim is {pixels.conv_dim}; Hugging Face's Mask2Former has multiples of 32 only, "
+            "because its GroupNorms have 32 groups"
+        )
     if queries.num_heads != pixels.num_heads:
         raise WeightsError(
             f"model.transformer_decoder.num_heads is {queries.num_heads} and model.pixel_decoder.num_heads is "

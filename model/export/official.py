@@ -24,16 +24,19 @@ _HEAD_VERSION = 2
 and trains or evaluates with random tensors (facebookresearch/Mask2Former, issue 95)."""
 _PIXEL_FEEDFORWARD = 1024
 """Width in the encoder layers of the pixel decoder, which the official code does not take from its configuration."""
+_GROUPS = 32
+"""Of its GroupNorms; where they do not divide the channels, ours have fewer."""
 _RESNETS = ("resnet50", "resnet101")
 _RESNET_OPTIONS = {"drop_path_rate"}
 """Options of a ResNet that change no tensor."""
 
 
-def export_official(model: Mask2Former) -> OrderedDict[str, Tensor]:
-    """Weights under the official names, on the CPU. Raises WeightsError for tensors that have no official name.
+def export_official(model: Mask2Former, config: ModelConfig) -> OrderedDict[str, Tensor]:
+    """Weights under the official names, on the CPU. `config` is that of the model.
 
-    Whether the official code computes the same with them, `require_official` finds out.
+    Raises WeightsError naming the setting where the official code has no such model, though it may have such tensors.
     """
+    require_official(config)
     state = OrderedDict(
         (name, tensor.cpu().contiguous()) for name, tensor in to_official_names(model.state_dict()).items()
     )
@@ -42,12 +45,8 @@ def export_official(model: Mask2Former) -> OrderedDict[str, Tensor]:
 
 
 def write_official(model: Mask2Former, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it.
-
-    Raises WeightsError naming the setting where the official code has no such model, though it may have such tensors.
-    """
-    require_official(config)
-    torch.save({"model": export_official(model), **(notes or {})}, path)
+    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it."""
+    torch.save({"model": export_official(model, config), **(notes or {})}, path)
 
 
 def require_official(config: ModelConfig) -> None:
@@ -64,6 +63,8 @@ def require_official(config: ModelConfig) -> None:
         raise _unknown("pixel_decoder.num_points", pixels.num_points, f"{MSDeformAttnPixelDecoderConfig().num_points}")
     if pixels.feedforward_dim != _PIXEL_FEEDFORWARD:
         raise _unknown("pixel_decoder.feedforward_dim", pixels.feedforward_dim, f"{_PIXEL_FEEDFORWARD}")
+    if pixels.conv_dim % _GROUPS:
+        raise _unknown("pixel_decoder.conv_dim", pixels.conv_dim, f"multiples of {_GROUPS}")
     if pixels.num_heads != queries.num_heads:  # the tensors would fit, and compute something else
         raise _unknown("pixel_decoder.num_heads", pixels.num_heads, "the number of model.transformer_decoder.num_heads")
     backbone = config.backbone

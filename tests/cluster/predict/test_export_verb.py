@@ -21,8 +21,8 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.export.graphs import export_hugging_face
-from m2f.model.export.official import export_official
 from m2f.model.mask2former import build_model
+from m2f.model.weights.names import to_official_names
 from m2f.trainer.checkpoint.folder import CheckpointManifest, file_entry
 from m2f.trainer.checkpoint.weights import read_identity
 
@@ -68,7 +68,7 @@ def hugging_face(tmp_path, model):
 def recipe(tmp_path, model):
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(folder=tmp_path))
-    torch.save({"model": export_official(model)}, tmp_path / "official.pth")
+    torch.save({"model": to_official_names(model.state_dict())}, tmp_path / "official.pth")
     return path
 
 

@@ -12,12 +12,17 @@ import torch
 from torch import nn
 
 from m2f.model.config import (
+    BiFPNPixelDecoderConfig,
+    FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    SemanticFPNPixelDecoderConfig,
+    StandardTransformerDecoderConfig,
     SwinBackboneConfig,
     TimmBackboneConfig,
+    TransformerFPNPixelDecoderConfig,
 )
 from m2f.model.errors import WeightsError
 from m2f.model.export.graphs import (
@@ -28,7 +33,7 @@ from m2f.model.export.graphs import (
     write_program,
 )
 from m2f.model.export.hugging_face import read_hugging_face_config
-from m2f.model.export.official import write_official
+from m2f.model.export.official import export_official, require_official, write_official
 from m2f.model.mask2former import build_model
 from m2f.model.weights.load import load_weights
 
@@ -133,6 +138,7 @@ def test_folders_of_other_models_are_refused(tmp_path, changes, message):
         ("backbone", TimmBackboneConfig(name="convnext_atto"), "takes resnet50, resnet101 and kind swin"),
         ("pixel_decoder", FPNPixelDecoderConfig(), "pixel_decoder.kind is fpn"),
         ("transformer_decoder", MaskedTransformerDecoderConfig(attention="cross"), "attention is 'cross'"),
+        ("pixel_decoder", MSDeformAttnPixelDecoderConfig(conv_dim=48), "pixel_decoder.conv_dim is 48"),
         ("transformer_decoder", MaskedTransformerDecoderConfig(num_heads=4), "one number for both"),
     ],
 )
@@ -183,29 +189,68 @@ def test_the_official_loader_finds_the_pixel_decoder(tmp_path):
     assert official.load_state_dict(small, strict=False).missing_keys == []
 
 
+MASKED = "transformer_decoder", MaskedTransformerDecoderConfig
+RESNET50 = "backbone", TimmBackboneConfig
+DEFORMABLE = "pixel_decoder", MSDeformAttnPixelDecoderConfig
+
+
 @pytest.mark.parametrize(
-    ("part", "value", "message"),
+    ("part", "options", "message"),
     [
-        ("backbone", TimmBackboneConfig(name="convnext_atto"), "backbone.name is 'convnext_atto'"),
-        ("backbone", TimmBackboneConfig(norm="group"), "backbone.norm is 'group'"),
-        ("backbone", TimmBackboneConfig(options={"layers": [2, 2, 2, 2]}), "backbone.options is {'layers'"),
-        ("pixel_decoder", FPNPixelDecoderConfig(), "pixel_decoder.kind is 'fpn'"),
-        ("pixel_decoder", MSDeformAttnPixelDecoderConfig(num_points=8), "pixel_decoder.num_points is 8"),
-        ("pixel_decoder", MSDeformAttnPixelDecoderConfig(feedforward_dim=512), "pixel_decoder.feedforward_dim is 512"),
-        ("transformer_decoder", MaskedTransformerDecoderConfig(num_heads=4), "pixel_decoder.num_heads is 8"),
-        ("transformer_decoder", MaskedTransformerDecoderConfig(attention="cross"), "attention is 'cross'"),
-        ("transformer_decoder", MaskedTransformerDecoderConfig(attention="mask_pooling"), "'mask_pooling'"),
-        ("transformer_decoder", MaskedTransformerDecoderConfig(attention="smca"), "attention is 'smca'"),
-        ("transformer_decoder", MaskedTransformerDecoderConfig(queries="zero"), "queries is 'zero'"),
-        ("transformer_decoder", MaskedTransformerDecoderConfig(features="stride_8"), "features is 'stride_8'"),
-        ("transformer_decoder", MaskedTransformerDecoderConfig(cross_attention_first=False), "first is False"),
+        (MASKED, {"attention": "cross"}, "transformer_decoder.attention is 'cross'"),
+        (MASKED, {"attention": "mask_pooling"}, "transformer_decoder.attention is 'mask_pooling'"),
+        (MASKED, {"attention": "smca"}, "transformer_decoder.attention is 'smca'"),
+        (MASKED, {"queries": "zero"}, "transformer_decoder.queries is 'zero'"),
+        (MASKED, {"queries": "learnable"}, "transformer_decoder.queries is 'learnable'"),
+        (MASKED, {"features": "naive_multi_scale"}, "transformer_decoder.features is 'naive_multi_scale'"),
+        (MASKED, {"features": "stride_8"}, "transformer_decoder.features is 'stride_8'"),
+        (MASKED, {"features": "stride_16"}, "transformer_decoder.features is 'stride_16'"),
+        (MASKED, {"features": "stride_32"}, "transformer_decoder.features is 'stride_32'"),
+        (MASKED, {"cross_attention_first": False}, "transformer_decoder.cross_attention_first is False"),
+        (MASKED, {"num_heads": 4}, "pixel_decoder.num_heads is 8"),
+        (("transformer_decoder", StandardTransformerDecoderConfig), {}, "transformer_decoder.kind is 'standard'"),
+        (("pixel_decoder", FPNPixelDecoderConfig), {}, "pixel_decoder.kind is 'fpn'"),
+        (("pixel_decoder", SemanticFPNPixelDecoderConfig), {}, "pixel_decoder.kind is 'semantic_fpn'"),
+        (("pixel_decoder", BiFPNPixelDecoderConfig), {}, "pixel_decoder.kind is 'bifpn'"),
+        (("pixel_decoder", FaPNPixelDecoderConfig), {}, "pixel_decoder.kind is 'fapn'"),
+        (("pixel_decoder", TransformerFPNPixelDecoderConfig), {}, "pixel_decoder.kind is 'transformer_fpn'"),
+        (DEFORMABLE, {"num_points": 8}, "pixel_decoder.num_points is 8"),
+        (DEFORMABLE, {"feedforward_dim": 512}, "pixel_decoder.feedforward_dim is 512"),
+        (DEFORMABLE, {"conv_dim": 48}, "pixel_decoder.conv_dim is 48"),
+        (RESNET50, {"name": "convnext_atto"}, "backbone.name is 'convnext_atto'"),
+        (RESNET50, {"name": "resnet50d"}, "backbone.name is 'resnet50d'"),
+        (RESNET50, {"norm": "group"}, "backbone.norm is 'group'"),
+        (RESNET50, {"norm": "native"}, "backbone.norm is 'native'"),
+        (RESNET50, {"options": {"layers": [2, 2, 2, 2]}}, "backbone.options is {'layers': [2, 2, 2, 2]}"),
+        (RESNET50, {"options": {"channels": [8, 16, 24, 32]}}, "backbone.options is {'channels': [8, 16, 24, 32]}"),
     ],
 )
-def test_models_that_the_official_code_lacks_are_refused(tmp_path, part, value, message):
-    config = dataclasses.replace(ModelConfig(num_classes=3), **{part: value})
-    with pytest.raises(WeightsError, match=re.escape(message)):
-        write_official(nn.Module(), config, tmp_path / "model.pth")
+def test_models_that_the_official_code_lacks_are_refused(tmp_path, part, options, message):
+    name, kind = part
+    config = dataclasses.replace(ModelConfig(num_classes=3), **{name: kind(**options)})
+    for export in (
+        lambda: write_official(nn.Module(), config, tmp_path / "model.pth"),
+        lambda: export_official(nn.Module(), config),
+    ):
+        with pytest.raises(WeightsError, match=re.escape(f"model.{message}; the official Mask2Former has ")):
+            export()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "options"),
+    [
+        (MASKED, {"num_queries": 200, "num_layers": 3}),
+        (MASKED, {"pre_norm": True}),
+        (DEFORMABLE, {"num_layers": 3, "conv_dim": 128, "mask_dim": 64}),
+        (RESNET50, {"name": "resnet101.tv_in1k", "norm": "sync_batch"}),
+        (RESNET50, {"options": {"drop_path_rate": 0.1}}),
+        (("backbone", SwinBackboneConfig), {"window_size": 12, "depths": (2, 2, 18, 2)}),
+    ],
+)
+def test_models_that_the_official_code_has_are_not_refused(part, options):
+    name, kind = part
+    require_official(dataclasses.replace(ModelConfig(num_classes=3), **{name: kind(**options)}))
 
 
 def assert_graph_equals(run, model, shapes):

@@ -16,7 +16,6 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.export.official import export_official
 from m2f.model.mask2former import build_model
 from m2f.model.weights.load import load_weights
 from m2f.model.weights.names import to_official_names, to_own_names
@@ -97,7 +96,7 @@ def test_official_checkpoints_load_completely(goldens, name, backbone, queries):
 def test_renaming_to_official_names_and_back_changes_nothing(backbone):
     torch.manual_seed(0)
     model = build_model(dataclasses.replace(small_config(num_layers=5), backbone=backbone))
-    official = export_official(model)
+    official = to_official_names(model.state_dict())
     decoder, dim = model.transformer_decoder, 32
     packed = official["sem_seg_head.predictor.transformer_cross_attention_layers.4.multihead_attn.in_proj_weight"]
     assert torch.equal(decoder.layers[4].cross_query.weight, packed[:dim])  # layer 4 is the second of level 1
@@ -110,7 +109,7 @@ def test_renaming_to_official_names_and_back_changes_nothing(backbone):
 
 def test_models_without_official_counterpart_are_not_exported(small):
     with pytest.raises(WeightsError, match=r"weights have no counterpart in the official code, for example backbone"):
-        export_official(small)  # its stem has three convolutions
+        to_official_names(small.state_dict())  # its stem has three convolutions
 
 
 @pytest.mark.parametrize(("source", "target"), [(3, 4), (4, 3)])
