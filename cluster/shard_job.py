@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import ClusterConfig
-from m2f.cluster.terminal import Progress, format_duration
+from m2f.cluster.terminal import Progress, first_lines, format_duration
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import Reader, open_reader, source_fingerprint
@@ -86,9 +86,8 @@ class ShardReport:
             lines[0] += ", all there already"
         else:
             lines[0] += f"; wrote {self.written_shards} shards in {format_duration(self.elapsed_s)}"
-        lines += [f"  {problem.source}: {problem.message}" for problem in self.problems[:SHOWN_PROBLEMS]]
-        if len(self.problems) > SHOWN_PROBLEMS:
-            lines.append(f"  and {len(self.problems) - SHOWN_PROBLEMS} more in {join(self.target, REPORT_FILE)}")
+        problems = [f"{problem.source}: {problem.message}" for problem in self.problems]
+        lines += first_lines(problems, SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
         lines += [f"  {count:,} {what}" for what, count in self.repairs]
         return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -24,9 +24,15 @@ def print_err(text: str) -> None:
     sys.stderr.flush()
 
 
-def describe_pace(done: int, total: int, first: int, elapsed_s: float, unit: str, num_bytes: int = 0) -> str:
-    """For example `12.3 images/s, 1.9 MB/s, 4:05 left`; work of an earlier run (`first`) does not count as pace."""
-    rate = (done - first) / max(elapsed_s, 1e-9)
+def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
+    """At most `limit` items, an indented line each, and how many more there are; `rest` says where these are."""
+    more = [f"  and {len(items) - limit} more{rest}"] if len(items) > limit else []
+    return [f"  {item}" for item in items[:limit]] + more
+
+
+def describe_pace(done: int, total: int, done_before: int, elapsed_s: float, unit: str, num_bytes: int = 0) -> str:
+    """For example `12.3 images/s, 1.9 MB/s, 4:05 left`; work of an earlier run (`done_before`) does not count."""
+    rate = (done - done_before) / max(elapsed_s, 1e-9)
     if rate <= 0 or elapsed_s < 0.1:  # too early to tell
         return f"- {unit}/s"
     volume = f"{num_bytes / 1e6 / elapsed_s:.1f} MB/s, " if num_bytes else ""
@@ -54,12 +60,12 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._title, self._total, self._unit = title, total, unit
-        self._first = self._done = done
+        self._done_before = self._done = done
         self._bytes = 0
         self._stream = sys.stderr if stream is None else stream
         self._interval_s, self._clock = interval_s, clock
-        self._started = self._last_line = clock()
-        self._told: int | None = None
+        self._started = self._last_line_at = clock()
+        self._last_printed: int | None = None
         self._bar: RichProgress | None = None
         if self._stream.isatty():
             self._bar = _rich_progress(self._stream)
@@ -75,8 +81,8 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and self._told != self._done:
-            self._line()
+        elif kind is None and self._last_printed != self._done:
+            self._print_line()
 
     def advance(self, count: int, num_bytes: int = 0) -> None:
         """`count` more units are done, which took so many bytes of reading or writing."""
@@ -84,8 +90,8 @@ class Progress:
         self._bytes += num_bytes
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, pace=self._pace())
-        elif self._clock() - self._last_line >= self._interval_s:
-            self._line()
+        elif self._clock() - self._last_line_at >= self._interval_s:
+            self._print_line()
 
     def note(self, text: str) -> None:
         """A line above the progress, for what the person must know now."""
@@ -96,10 +102,10 @@ class Progress:
 
     def _pace(self) -> str:
         elapsed_s = self._clock() - self._started
-        return describe_pace(self._done, self._total, self._first, elapsed_s, self._unit, self._bytes)
+        return describe_pace(self._done, self._total, self._done_before, elapsed_s, self._unit, self._bytes)
 
-    def _line(self) -> None:
-        self._last_line, self._told = self._clock(), self._done
+    def _print_line(self) -> None:
+        self._last_line_at, self._last_printed = self._clock(), self._done
         self._write(f"{self._title}: {self._done}/{self._total} {self._unit}, {self._pace()}")
 
     def _write(self, text: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, count, split_overrides
+from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
     from m2f.cluster.analyze.analyze import AnalysisSubject
@@ -19,7 +21,6 @@ ANALYSES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument("what", choices=ANALYSES, help="; ".join(f"{name}: {text}" for name, text in ANALYSES.items()))
     parser.add_argument(
         "words",
@@ -38,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print tables; files go to --output."""
     match args.what:
         case "table":
             return _table(args)
@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace) -> int:
     from m2f.cluster.analyze.model_table import format_model_table, paper_sizes, recipe_size
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import Progress, print_out
     from m2f.model.analysis.paper_models import paper_models
-    from m2f.model.errors import ConfigError
 
     size = _parse_size(args.size)
     recipes, overrides = split_overrides(args.words)
@@ -75,7 +73,6 @@ def _layers(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from m2f.cluster.analyze.analyze import analyze_layers
-    from m2f.cluster.terminal import print_out
     from m2f.eval.inference.layers import layer_table
 
     subject = _subject(args)
@@ -89,7 +86,6 @@ def _attention(args: argparse.Namespace) -> int:
     import json
 
     from m2f.cluster.analyze.analyze import analyze_attention
-    from m2f.cluster.terminal import print_out
 
     subject = _subject(args)
     mass, pictures = analyze_attention(subject, args.pictures if args.output else 0)
@@ -105,7 +101,6 @@ def _subject(args: argparse.Namespace) -> AnalysisSubject:
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
     from m2f.cluster.recipe.load import load_recipe
     from m2f.data_pipeline.storage.storage import Storage
-    from m2f.model.errors import ConfigError
 
     words, overrides = split_overrides(args.words)
     recipe, names = words[:1], words[1:]
@@ -119,7 +114,6 @@ def _subject(args: argparse.Namespace) -> AnalysisSubject:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    from m2f.model.errors import ConfigError
 
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
@@ -129,8 +123,6 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def _write(folder: str | None, files: dict[str, bytes]) -> None:
     from pathlib import Path
-
-    from m2f.cluster.terminal import print_out
 
     if folder is None:
         return

@@ -7,15 +7,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2f.cluster.terminal import first_lines
 from m2f.model.errors import ConfigError
 
 OVERRIDE = "section.key=value"
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The recipe and its overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the file")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the recipe")
 
 
 def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
@@ -25,7 +29,6 @@ def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: st
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Which weights."""
     parser.add_argument(
         "--checkpoint",
         metavar="STEP|PATH",
@@ -48,6 +51,11 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"is {number}; it must be at least 1")
     return number
+
+
+def list_faults(faults: Sequence[object], report: str | None) -> list[str]:
+    """Lines for the first faults; the others are in the file that `--report` names."""
+    return first_lines(faults, 20, f" in {report}" if report else "; --report FILE")
 
 
 def use_token() -> None:

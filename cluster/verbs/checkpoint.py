@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import add_recipe
+from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
     from m2f.data_pipeline.storage.storage import Storage
+    from m2f.trainer.checkpoint.folder import CheckpointManifest
     from m2f.trainer.reporting import CommittedCheckpoint
 
 SUMMARY = "list the checkpoints of a run, verify every byte of them, or take out the weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument(
         "action",
         choices=("ls", "verify", "export"),
@@ -32,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 where a checkpoint is damaged."""
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.folder import list_checkpoints
     from m2f.trainer.reporting import CommittedCheckpoint
@@ -40,14 +41,15 @@ def run(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)
     chosen = choose_checkpoint(config, storage, None if args.step is None else str(args.step))
-    found = list_checkpoints(storage, config.run_folder)
     if args.action == "export":
         return _export(storage, chosen.url, args.output, averaged=not args.no_average)
-    if args.step is not None:
-        found = (CommittedCheckpoint(args.step, chosen.url),)
+    if args.step is None:
+        checkpoints = list_checkpoints(storage, config.run_folder)
+    else:
+        checkpoints = (CommittedCheckpoint(args.step, chosen.url),)
     print_out(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
-    states = [_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in found]
-    return 0 if all(states) else 1
+    whole = [_print_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in checkpoints]
+    return 0 if all(whole) else 1
 
 
 def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
@@ -55,8 +57,6 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     import tempfile
     from pathlib import Path
 
-    from m2f.cluster.terminal import print_out
-    from m2f.model.errors import ConfigError
     from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS, fetch, read_manifest
 
     if output is None or not output.endswith(".safetensors") or Path(output).exists():
@@ -72,9 +72,8 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     return 0
 
 
-def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
+def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
     """Print one row; whether the checkpoint is whole."""
-    from m2f.cluster.terminal import print_out
     from m2f.trainer.checkpoint.folder import pins, read_manifest, verify_sizes
     from m2f.trainer.errors import CheckpointError
 
@@ -85,7 +84,7 @@ def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) 
         row += f" {size:>9,.1f} {len(manifest.files):>6} {manifest.world_size:>6} {manifest.zero_stage:>5}"
         verify_sizes(storage, checkpoint.url)
         if every_byte:
-            _verify_bytes(storage, checkpoint.url)
+            _verify_bytes(storage, checkpoint.url, manifest)
     except CheckpointError as error:
         print_out(f"{row}  damaged: {error}")
         return False
@@ -95,15 +94,13 @@ def _state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) 
     return True
 
 
-def _verify_bytes(storage: Storage, url: str) -> None:
+def _verify_bytes(storage: Storage, url: str, manifest: CheckpointManifest) -> None:
     """Read all files, one at a time, and compare checksums. Raises CheckpointError for the first that differs."""
     import tempfile
     from pathlib import Path
 
-    from m2f.cluster.terminal import Progress
-    from m2f.trainer.checkpoint.folder import fetch, read_manifest
+    from m2f.trainer.checkpoint.folder import fetch
 
-    manifest = read_manifest(storage, url)
     with Progress(f"verifying step {manifest.step}", len(manifest.files), "files") as progress:
         for path in manifest.files:
             with tempfile.TemporaryDirectory(prefix="m2f-verify-") as folder:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.terminal import print_out
+from m2f.cluster.verbs.arguments import add_overrides
+from m2f.model.errors import ConfigError
+
 SUMMARY = "print the complete recipe with all defaults, or explain its settings"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; not needed with --explain")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    add_overrides(parser)
     parser.add_argument(
         "--explain",
         nargs="?",
@@ -21,11 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print to standard output."""
     from m2f.cluster.recipe.explain import explain
     from m2f.cluster.recipe.load import dump_recipe, load_recipe
-    from m2f.cluster.terminal import print_out
-    from m2f.model.errors import ConfigError
 
     if args.explain is not None:
         print_out(explain(args.explain).rstrip())

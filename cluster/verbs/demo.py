@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from m2f.cluster.verbs.arguments import OVERRIDE
+from m2f.cluster.verbs.arguments import add_overrides
 
 SUMMARY = "make data, shard, train, evaluate and show pictures, in minutes on a laptop"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument("--output", default="runs", metavar="DIR", help="folder for all that is written (default runs)")
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from configs/demo.yaml")
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

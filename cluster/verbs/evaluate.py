@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained
+from m2f.cluster.terminal import print_out
+from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
+from m2f.model.errors import ConfigError
 
 SUMMARY = "evaluate a checkpoint on the recipe's evaluation sets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     add_trained(parser)
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the recipe")
+    add_overrides(parser)
     add_checkpoint(parser)
     parser.add_argument("--output", metavar="DIR", help="folder for results; default: evaluations/ in the run folder")
     parser.add_argument(
@@ -27,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
-    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.storage.storage import Storage, join
-    from m2f.model.errors import ConfigError
 
     config, copied = open_recipe(args.source, args.overrides)
     if copied is not None and args.output is None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained
+from m2f.cluster.terminal import print_out
+from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
 
 SUMMARY = "write a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
 FORMATS = ("official", "hugging_face", "torch_export", "onnx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     add_trained(parser)
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the recipe")
+    add_overrides(parser)
     add_checkpoint(parser)
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument(
@@ -29,12 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0."""
     from pathlib import Path
 
     from m2f.cluster.predict.export import check_output, write_model
     from m2f.cluster.predict.trained_model import open_trained
-    from m2f.cluster.terminal import print_out
 
     check_output(args.format, args.output, args.size)
     trained = open_trained(args.source, args.overrides, args.checkpoint)

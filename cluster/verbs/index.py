@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from m2f.cluster.verbs.arguments import count
+from m2f.cluster.terminal import Progress, print_out
+from m2f.cluster.verbs.arguments import count, list_faults
+from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from m2f.cluster.terminal import Progress
     from m2f.data_pipeline.shards.index import IndexReport
 
 SUMMARY = "write a manifest for WebDataset tars made by others; the tars stay as they are"
-_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument("urls", nargs="+", metavar="URL", help="tars, or folders or s3:// prefixes that hold tars")
     parser.add_argument("--output", required=True, metavar="URL", help="folder or s3:// prefix for the manifest")
     parser.add_argument(
@@ -48,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from m2f.cluster.terminal import Progress, print_out
     from m2f.data_pipeline.config import DatasetConfig
     from m2f.data_pipeline.readers.category_file import read_category_file
     from m2f.data_pipeline.shards.index import IndexOptions, choose_form, find_tars, index_tars
@@ -88,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Numbers between commas. Raises ConfigError."""
-    from m2f.model.errors import ConfigError
 
     try:
         return tuple(int(number) for number in text.split(",") if number)
@@ -117,10 +114,7 @@ def _summary(found: IndexReport, target: str, report: str | None) -> str:
     else:
         form = f"image .{' or .'.join(found.form.images)}, {found.form.labels} in .{found.form.map}"
         form += f" and .{found.form.json}" if found.form.json else ""
-    lines = [f"{target}: {what} ({form})"]
-    lines += [f"  {fault}" for fault in found.faults[:_SHOWN]]
-    if len(found.faults) > _SHOWN:
-        lines.append(f"  and {len(found.faults) - _SHOWN} more" + (f" in {report}" if report else "; --report FILE"))
+    lines = [f"{target}: {what} ({form})", *list_faults(found.faults, report)]
     if not found.committed:
         lines.append(
             f"{len(found.faults)} things cannot be indexed, so no manifest is written; correct them, or leave them out "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_recipe, count
+from m2f.model.errors import ConfigError
 
 SUMMARY = "predict requests, traffic, cache, memory and largest micro-batch of training on so many ranks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     add_recipe(parser)
     parser.add_argument("--world", type=count, metavar="N", help="ranks (default cluster.num_workers)")
     parser.add_argument(
@@ -25,15 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the prediction."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import print_out
     from m2f.cluster.train.compose import compose_job
     from m2f.data_pipeline.order.order import build_order
     from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.storage.storage import Storage
-    from m2f.model.errors import ConfigError
     from m2f.trainer.memory.plan import format_memory, plan_memory
 
     config = load_recipe(args.recipe, args.overrides)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, count, split_overrides
+from m2f.model.errors import ConfigError
 
 SUMMARY = "predict images: pictures to look at, and files in COCO formats or label maps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     add_trained(parser)
     parser.add_argument(
         "words",
@@ -48,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list
     from m2f.cluster.predict.predict import Predictor, predict_images
     from m2f.cluster.predict.trained_model import open_trained
-    from m2f.cluster.terminal import print_err, print_out
     from m2f.data_pipeline.storage.storage import Storage
 
     words, overrides = split_overrides(args.words)
@@ -77,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     from pathlib import Path
-
-    from m2f.model.errors import ConfigError
 
     if "://" in args.output:
         raise ConfigError(f"--output is {args.output}; predictions are written to a local folder, copy them from there")

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, count, split_overrides
+from m2f.model.errors import ConfigError
 
 SUMMARY = "picture of some images with their annotations, as they are in the shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     add_recipe_and_names(parser, "DATASET", "name under `datasets`, default the first")
     parser.add_argument("--output", default="sheet.png", metavar="FILE", help="PNG file or URL (default sheet.png)")
     parser.add_argument("--images", type=count, default=12, metavar="N", help="how many, spread evenly (default 12)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write one sheet."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.preview import spread_indices, write_contact_sheet
     from m2f.data_pipeline.storage.storage import Storage
-    from m2f.model.errors import ConfigError
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)

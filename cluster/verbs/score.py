@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb: one set per kind."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     parsers = {
         name: kinds.add_parser(name, help=text, description=text, allow_abbrev=False) for name, text in KINDS.items()
@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     import json
     import os
 
-    from m2f.cluster.terminal import Progress, print_out
     from m2f.eval.errors import EvaluationError
 
     workers = args.workers or len(os.sched_getaffinity(0))

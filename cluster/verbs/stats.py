@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 
 SUMMARY = "table of classes of sharded data sets: images, segments, pixels"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one table per data set."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import print_err, print_out
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.stats import class_table, format_class_table, pixels_note
     from m2f.data_pipeline.shards.warnings import data_warnings

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ SUMMARY = "train a recipe; started again, it goes on from the last checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     add_recipe(parser)
     parser.add_argument(
         "--launcher",
@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where the run failed."""
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.terminal import print_err, print_out
 
     live = sys.stdout.isatty() and not args.plain
     config = load_recipe(args.recipe, args.overrides)

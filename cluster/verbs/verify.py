@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from m2f.cluster.verbs.arguments import count
+from m2f.cluster.terminal import Progress, print_out
+from m2f.cluster.verbs.arguments import count, list_faults
 
 if TYPE_CHECKING:
     from m2f.data_pipeline.shards.verify import Depth, Verification
     from m2f.data_pipeline.storage.storage import Storage
 
 SUMMARY = "check sharded data sets: sizes, or every byte, sample and label"
-_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument("urls", nargs="+", metavar="URL", help="folder or s3:// prefix with a dataset.json")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--quick", action="store_true", help="manifest, presence and size of all shards (default)")
@@ -31,7 +30,6 @@ def run(args: argparse.Namespace) -> int:
     import os
     from dataclasses import asdict
 
-    from m2f.cluster.terminal import print_out
     from m2f.data_pipeline.storage.storage import Storage
 
     threads = args.threads or os.cpu_count() or 1
@@ -49,7 +47,6 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
     """One data set, with progress."""
     from contextlib import ExitStack
 
-    from m2f.cluster.terminal import Progress
     from m2f.data_pipeline.shards.manifest import Manifest
     from m2f.data_pipeline.shards.verify import verify
 
@@ -69,7 +66,4 @@ def _summary(found: Verification, report: str | None) -> str:
         read = "every byte and sample is right" if found.depth == "full" else "all shards are there with their sizes"
         return f"{found.url}: {what}: {read}"
     lines = [f"{found.url}: {what}: {len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"]
-    lines += [f"  {fault}" for fault in found.faults[:_SHOWN]]
-    if len(found.faults) > _SHOWN:
-        lines.append(f"  and {len(found.faults) - _SHOWN} more" + (f" in {report}" if report else "; --report FILE"))
-    return "\n".join(lines)
+    return "\n".join(lines + list_faults(found.faults, report))

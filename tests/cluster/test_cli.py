@@ -339,9 +339,9 @@ def test_numbers_of_things_are_at_least_one(capsys, words):
 def test_pace_and_durations_read_well():
     assert format_duration(42) == "0:42"
     assert format_duration(3 * 3600 + 7 * 60 + 9) == "3:07:09"
-    assert describe_pace(done=30, total=90, first=10, elapsed_s=10.0, unit="images") == "2.0 images/s, 0:30 left"
-    assert describe_pace(done=30, total=90, first=10, elapsed_s=0.0, unit="images") == "- images/s"
-    assert describe_pace(done=10, total=90, first=10, elapsed_s=10.0, unit="images") == "- images/s"
+    assert describe_pace(done=30, total=90, done_before=10, elapsed_s=10.0, unit="images") == "2.0 images/s, 0:30 left"
+    assert describe_pace(done=30, total=90, done_before=10, elapsed_s=0.0, unit="images") == "- images/s"
+    assert describe_pace(done=10, total=90, done_before=10, elapsed_s=10.0, unit="images") == "- images/s"
 
 
 def test_the_last_line_of_progress_is_said_once(capsys):
