@@ -17,34 +17,33 @@ from m2f.cluster.doctor.services import skew_finding
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.train.resources import count_fitting, resource_requests
 
-PATIENCE_S = 180.0
+NODE_TIMEOUT_S = 180.0
 CLUSTER = "cluster"
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node says of itself."""
+    """Findings of one node, with what is compared between nodes."""
 
     findings: list[Finding]
     versions: tuple[str, str]
     """Python and Ray."""
-    clock: float
 
 
-def examine_cluster(config: RunConfig | None) -> list[Finding]:
+def check_cluster(config: RunConfig | None) -> list[Finding]:
     """Findings of all nodes of the connected cluster, and of the cluster itself."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    examine = ray.remote(num_cpus=0, max_retries=0)(examine_node)
+    check = ray.remote(num_cpus=0, max_retries=0)(check_node)
     calls: dict[Any, Mapping[str, Any]] = {}
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         gpus = int(node["Resources"].get("GPU", 0))
-        calls[examine.options(scheduling_strategy=here).remote(config, gpus, _name(node))] = node
+        calls[check.options(scheduling_strategy=here).remote(config, gpus, _address(node))] = node
     findings: list[Finding] = []
     versions: dict[tuple[str, str], list[str]] = {}
-    done, late = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S)
+    done, late = ray.wait(list(calls), num_returns=len(calls), timeout=NODE_TIMEOUT_S)
     for call in done:
-        name = _name(calls[call])
+        name = _address(calls[call])
         try:
             report = ray.get(call)
         except ray.exceptions.RayError as error:
@@ -54,16 +53,16 @@ def examine_cluster(config: RunConfig | None) -> list[Finding]:
         findings += report.findings
         versions.setdefault(report.versions, []).append(name)
     for call in late:
-        remedy = "the node is overloaded or cut off; see the dashboard"
-        findings.append(Finding("node", "failed", f"no answer in {PATIENCE_S:.0f} s", remedy, _name(calls[call])))
+        detail, remedy = f"no answer in {NODE_TIMEOUT_S:.0f} s", "the node is overloaded or cut off; see the dashboard"
+        findings.append(Finding("node", "failed", detail, remedy, _address(calls[call])))
     findings.sort(key=lambda finding: finding.where)
-    return [*findings, _same_versions(versions), *_clocks(nodes), *_room(config, nodes)]
+    return [*findings, _check_versions(versions), *_check_clocks(nodes), *_capacity(config, nodes)]
 
 
-def examine_node(config: RunConfig | None, gpus: int, name: str) -> NodeReport:
+def check_node(config: RunConfig | None, gpus: int, name: str) -> NodeReport:
     """Body of a task."""
     findings = run_checks(machine_checks(config, gpus), where=name)
-    return NodeReport(findings, (platform.python_version(), ray.__version__), time.time())
+    return NodeReport(findings, (platform.python_version(), ray.__version__))
 
 
 def read_clock() -> float:
@@ -71,26 +70,26 @@ def read_clock() -> float:
     return time.time()
 
 
-def _clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
+def _check_clocks(nodes: list[dict[str, Any]]) -> list[Finding]:
     """Clocks of the nodes against this one; the second call of each, when its process has started."""
     findings: list[Finding] = []
     clock = ray.remote(num_cpus=0)(read_clock)
     for node in nodes:
         here = clock.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
         try:
-            ray.get(here.remote(), timeout=PATIENCE_S)
+            ray.get(here.remote(), timeout=NODE_TIMEOUT_S)
             before = time.time()
-            theirs = ray.get(here.remote(), timeout=PATIENCE_S)
+            theirs = ray.get(here.remote(), timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError:
-            continue  # the node was said to be ill already
+            continue  # the node has a failed finding already
         skew = theirs - (before + time.time()) / 2
         finding = skew_finding(skew, "the driver")
         if finding.state != "ok":
-            findings.append(Finding(finding.check, finding.state, finding.detail, finding.remedy, _name(node)))
+            findings.append(Finding(finding.check, finding.state, finding.detail, finding.remedy, _address(node)))
     return findings or [Finding("clocks", "ok", "all nodes agree", where=CLUSTER)]
 
 
-def _same_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
+def _check_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
     if len(versions) > 1:
         detail = "; ".join(
             f"Python {python}, Ray {version}: {', '.join(names)}" for (python, version), names in versions.items()
@@ -99,21 +98,21 @@ def _same_versions(versions: Mapping[tuple[str, str], list[str]]) -> Finding:
     return Finding("same versions", "ok", "Python and Ray of all nodes", where=CLUSTER)
 
 
-def _room(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
+def _capacity(config: RunConfig | None, nodes: list[dict[str, Any]]) -> list[Finding]:
     """Whether the run fits in the cluster as it is now."""
     if config is None:
         return []
     findings: list[Finding] = []
     for request in resource_requests(config):
-        places = count_fitting((node["Resources"] for node in nodes), request.needs)
-        detail = f"{request}, and room for {places}"
-        if places < request.count:
+        capacity = count_fitting((node["Resources"] for node in nodes), request.needs)
+        detail = f"{request}, and room for {capacity}"
+        if capacity < request.count:
             remedy = "lower the recipe's numbers, or let the cluster grow"
-            findings.append(Finding("room", "warning", detail, remedy, CLUSTER))
+            findings.append(Finding("resources", "warning", detail, remedy, CLUSTER))
         else:
-            findings.append(Finding("room", "ok", detail, where=CLUSTER))
+            findings.append(Finding("resources", "ok", detail, where=CLUSTER))
     return findings
 
 
-def _name(node: Mapping[str, Any]) -> str:
+def _address(node: Mapping[str, Any]) -> str:
     return node["NodeManagerAddress"]

@@ -1,4 +1,4 @@
-"""`m2f doctor`: what a machine or a cluster needs before a run, tried out, with a remedy for each trouble."""
+"""`m2f doctor`: what a machine or a cluster needs before a run, tried out, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
             finding = check()
         except Exception as error:
             name = getattr(check, "__name__", None) or getattr(getattr(check, "func", None), "__name__", "check")
-            story = traceback.format_exception_only(error)[-1].strip()
-            finding = Finding(name.removeprefix("check_"), "failed", story, "this is a defect of the check: report it")
+            detail = traceback.format_exception_only(error)[-1].strip()
+            finding = Finding(name.removeprefix("check_"), "failed", detail, "this is a defect of the check: report it")
         findings.append(replace(finding, where=where))
     return findings
 
@@ -64,16 +64,16 @@ def exit_status(findings: Sequence[Finding]) -> int:
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
     """A table, and the sum in one line."""
     console = console or Console(highlight=False)
-    nodes = {finding.where for finding in findings} != {HERE}
+    of_nodes = {finding.where for finding in findings} != {HERE}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in (*(("node",) if nodes else ()), "check", "state"):
+    for column in (*(("node",) if of_nodes else ()), "check", "state"):
         table.add_column(column, no_wrap=True)
     table.add_column("found, and what to do", overflow="fold")
     for finding in findings:
         style = _STYLES[finding.state]
         text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
         row = (finding.check, f"[{style}]{finding.state}[/]", escape(text))
-        table.add_row(*((finding.where,) if nodes else ()), *row)
+        table.add_row(*((finding.where,) if of_nodes else ()), *row)
     console.print(table)
     count = {state: sum(finding.state == state for finding in findings) for state in _STYLES}
     console.print(", ".join(f"{number} {state}" for state, number in count.items() if number))

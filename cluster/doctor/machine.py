@@ -21,9 +21,9 @@ from m2f.cluster.ray_private import TESTED
 from m2f.cluster.recipe.config import RunConfig
 
 GIB = 2**30
-SHM_NEEDED, SHM_WANTED = GIB // 4, 2 * GIB
+SHM_REQUIRED, SHM_RECOMMENDED = GIB // 4, 2 * GIB
 """Batches of all loader processes of a machine lie in shared memory; containers have 64 MiB unless told otherwise."""
-DISK_NEEDED, DISK_WANTED = 1 * GIB, 10 * GIB
+DISK_REQUIRED, DISK_RECOMMENDED = 1 * GIB, 10 * GIB
 """Where temporary files are: checkpoints wait there for their upload."""
 REDUCE_TIMEOUT_S = 60.0
 
@@ -134,9 +134,9 @@ def check_shared_memory() -> Finding:
     free = shutil.disk_usage(folder).free
     detail = f"{_gib(free)} free in {folder}"
     remedy = "docker run --shm-size=16g; on Kubernetes mount an emptyDir of medium Memory at /dev/shm"
-    if free < SHM_NEEDED:
+    if free < SHM_REQUIRED:
         return Finding("shared memory", "failed", detail + "; loader processes would die", remedy)
-    if free < SHM_WANTED:
+    if free < SHM_RECOMMENDED:
         return Finding("shared memory", "warning", detail + "; enough for small batches only", remedy)
     return Finding("shared memory", "ok", detail)
 
@@ -166,7 +166,7 @@ def check_op_cache() -> Finding:
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR", triton)),
         "TORCHINDUCTOR_CACHE_DIR": Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())),
     }
-    closed = {name: folder for name, folder in folders.items() if not _writable(folder)}
+    closed = {name: folder for name, folder in folders.items() if not _is_writable(folder)}
     if closed:
         detail = f"{' and '.join(map(str, closed.values()))} cannot be written; GPUs and training.compile build there"
         return Finding("op cache", "warning", detail, f"set {' and '.join(closed)} to a folder that can be")
@@ -175,13 +175,13 @@ def check_op_cache() -> Finding:
 
 def check_disk(config: RunConfig | None) -> Finding:
     """Free space of temporary files, of a local run folder and of the cache."""
-    needs = {Path(tempfile.gettempdir()): (DISK_NEEDED, DISK_WANTED)}
+    needs = {Path(tempfile.gettempdir()): (DISK_REQUIRED, DISK_RECOMMENDED)}
     if config is not None:
         if "://" not in config.output:
-            needs[_existing(Path(config.output))] = (DISK_NEEDED, DISK_WANTED)
+            needs[_nearest_folder(Path(config.output))] = (DISK_REQUIRED, DISK_RECOMMENDED)
         if config.data.cache is not None:
-            folder, size = _existing(Path(config.data.cache.folder)), int(config.data.cache.max_gb * 1e9)
-            needs[folder] = (min(size, DISK_NEEDED), size)
+            folder, size = _nearest_folder(Path(config.data.cache.folder)), int(config.data.cache.max_gb * 1e9)
+            needs[folder] = (min(size, DISK_REQUIRED), size)
     free = {folder: shutil.disk_usage(folder).free for folder in needs}
     detail = "; ".join(f"{_gib(free[folder])} free in {folder}" for folder in needs)
     if any(free[folder] < needed for folder, (needed, _) in needs.items()):
@@ -191,12 +191,12 @@ def check_disk(config: RunConfig | None) -> Finding:
     return Finding("disk", "ok", detail)
 
 
-def _existing(path: Path) -> Path:
+def _nearest_folder(path: Path) -> Path:
     """The folder itself, or the closest one above it that exists."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _writable(folder: Path) -> bool:
+def _is_writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

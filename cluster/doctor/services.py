@@ -19,8 +19,8 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
 TIMEOUT_S = 5.0
-SKEW_WANTED_S, SKEW_LIMIT_S = 5.0, 300.0
-"""S3 refuses requests of clocks that are 15 minutes off; metrics of two machines tell a wrong story much earlier."""
+SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 300.0
+"""S3 refuses requests of clocks that are 15 minutes off; metrics of two machines are out of order much earlier."""
 NO_RECIPE = "give a recipe to check it"
 
 
@@ -28,7 +28,7 @@ def check_run_folder(config: RunConfig | None) -> Finding:
     """Write, read and delete a small object where the run keeps its checkpoints."""
     if config is None:
         return Finding("run folder", "skipped", NO_RECIPE)
-    storage = _impatient(config)
+    storage = _storage_without_retries(config)
     url = join(config.run_folder, "doctor", f"{socket.gethostname()}-{secrets.token_hex(4)}")
     content = secrets.token_bytes(1024)
     try:
@@ -48,7 +48,7 @@ def check_shards(config: RunConfig | None) -> Finding:
     """The manifest of every data set that the run uses."""
     if config is None:
         return Finding("shards", "skipped", NO_RECIPE)
-    storage = _impatient(config)
+    storage = _storage_without_retries(config)
     used = {item.dataset for item in config.data.train} | {item.dataset for item in config.evaluation.sets}
     for name in sorted(used):
         shards = config.datasets[name].shards
@@ -97,12 +97,12 @@ def check_clock(config: RunConfig | None) -> Finding:
 
 
 def skew_finding(skew: float, other: str) -> Finding:
-    """Judgement of a clock that is `skew` seconds ahead of another one."""
+    """Finding for a clock that is `skew` seconds ahead of another one."""
     detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {other}"
     remedy = "set the clock: timedatectl set-ntp true"
-    if abs(skew) > SKEW_LIMIT_S:
+    if abs(skew) > SKEW_ERROR_S:
         return Finding("clock", "failed", detail + "; S3 refuses requests of wrong clocks", remedy)
-    if abs(skew) > SKEW_WANTED_S:
+    if abs(skew) > SKEW_WARNING_S:
         return Finding("clock", "warning", detail, remedy)
     return Finding("clock", "ok", f"agrees with {other}")
 
@@ -134,7 +134,7 @@ def check_ray_token() -> Finding:
     return Finding("Ray token", "ok", "given" if given else "m2f makes one for every local cluster")
 
 
-def _impatient(config: RunConfig) -> Storage:
+def _storage_without_retries(config: RunConfig) -> Storage:
     return Storage(replace(config.storage, max_attempts=1, read_timeout_s=TIMEOUT_S))
 
 

@@ -21,8 +21,8 @@ from m2f.model.errors import UserError
 
 SCHEMA = m2f.HOME / "cluster" / "cloud" / "ray_job_schema.yaml"
 RECIPE_FOLDER = "/etc/m2f"
-APPLY_S = 60
-MAX_NAME = 30
+APPLY_TIMEOUT_S = 60
+MAX_NAME_LENGTH = 30
 """Characters of a run's name in the name of its RayJob, which may have 47 in all."""
 
 
@@ -34,14 +34,14 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
     """A ConfigMap with the recipe and the RayJob that trains it, as one YAML text.
 
     Args:
-        config: recipe for the cluster, see `m2f.cluster.submit.submit.for_cluster`.
+        config: recipe for the cluster, see `m2f.cluster.submit.submit.bind_to_cluster`.
         template: YAML of one RayJob without a command.
         env: environment variables of the job, no secrets.
 
     Raises:
         KubeRayError: the template cannot be read, KubeRay would refuse it, or the run does not fit in it.
     """
-    ray_job = _read(template)
+    ray_job = _read_template(template)
     problems = schema_problems(ray_job)
     problems = problems or cluster_problems(config, ray_job["spec"]["rayClusterSpec"])
     if problems:
@@ -60,10 +60,10 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
         "metadata": {key: metadata[key] for key in ("name", "namespace") if key in metadata},
         "data": {"recipe.yaml": dump_recipe(config)},
     }
-    return yaml.dump_all([config_map, ray_job], Dumper=_BlockDumper, sort_keys=False, width=120)
+    return yaml.dump_all([config_map, ray_job], Dumper=_ReadableDumper, sort_keys=False, width=120)
 
 
-class _BlockDumper(yaml.SafeDumper):
+class _ReadableDumper(yaml.SafeDumper):
     """Texts of several lines as blocks, as a person would write them."""
 
 
@@ -71,13 +71,13 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
-_BlockDumper.add_representer(str, _represent_text)
+_ReadableDumper.add_representer(str, _represent_text)
 
 
-def apply(text: str) -> None:
-    """Hand it to kubectl, whose own words are shown. Raises KubeRayError where it is absent or refuses."""
+def kubectl_apply(text: str) -> None:
+    """Hand objects to kubectl, which prints what it does. Raises KubeRayError where it is absent or refuses."""
     try:
-        subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True, timeout=APPLY_S)
+        subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True, timeout=APPLY_TIMEOUT_S)
     except FileNotFoundError as error:
         raise KubeRayError("kubectl is not here; write the RayJob with --output and apply it elsewhere") from error
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
@@ -101,7 +101,7 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
     for group in groups:
         problems += _image_problems(group["groupName"], group["template"]["spec"])
         problems += _pod_problems(group["groupName"], group["template"]["spec"])
-    nodes = [node for group in groups for node in [_node(group)] * group.get("maxReplicas", 0)]
+    nodes = [node for group in groups for node in [_pod_resources(group)] * group.get("maxReplicas", 0)]
     for request in resource_requests(config):
         if (places := count_fitting(nodes, request.needs)) < request.count:
             problems.append(f"{request}, and the groups have room for {places}; raise maxReplicas or the resources")
@@ -125,7 +125,7 @@ def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _node(group: Mapping[str, Any]) -> dict[str, float]:
+def _pod_resources(group: Mapping[str, Any]) -> dict[str, float]:
     """What one pod of a group offers to Ray."""
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
     cores = str(limits.get("cpu", "inf"))  # without a limit, all of the machine; YAML makes 8 a number
@@ -148,11 +148,11 @@ def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
 
 def _object_name(config: RunConfig) -> str:
     """Kubernetes takes lower-case letters, digits and dashes, and KubeRay appends some to what it makes of the name."""
-    readable = re.sub(r"[^a-z0-9]+", "-", config.name.lower())[:MAX_NAME].strip("-")
+    readable = re.sub(r"[^a-z0-9]+", "-", config.name.lower())[:MAX_NAME_LENGTH].strip("-")
     return f"m2f-{readable}-{run_digest(config)}"
 
 
-def _read(template: Path) -> dict[str, Any]:
+def _read_template(template: Path) -> dict[str, Any]:
     try:
         documents = [d for d in yaml.safe_load_all(template.read_text(encoding="utf-8")) if d is not None]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -25,8 +25,8 @@ from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.model.errors import UserError
 
 POLL_S = 0.5
-PATIENCE_S = 300.0
-"""How long a dashboard may be away while a job is followed."""
+DASHBOARD_TIMEOUT_S = 300.0
+"""How long a dashboard may not answer while a job is followed."""
 INTERRUPTED = 130
 _EXIT = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: INTERRUPTED}
 
@@ -36,7 +36,7 @@ class JobError(UserError):
 
 
 @dataclass(frozen=True)
-class Job:
+class JobRequest:
     """A command to run on a cluster."""
 
     job_id: str
@@ -48,8 +48,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class KnownJob:
-    """A job that a cluster remembers."""
+class JobInfo:
+    """What a cluster says of a job."""
 
     job_id: str
     status: str
@@ -62,11 +62,11 @@ class KnownJob:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing follows."""
+        """Whether it finished, failed or was stopped."""
         return JobStatus(self.status).is_terminal()
 
-    def line(self) -> str:
-        """For a person."""
+    def describe(self) -> str:
+        """One line: id, status, duration and run."""
         took = "" if self.seconds is None else f" after {format_duration(self.seconds)}"
         run = self.metadata.get("m2f_run")
         return f"{self.job_id}  {self.status}{took}" + ("" if run is None else f"  {run}")
@@ -83,27 +83,27 @@ class JobClient:
         self.address = _checked_address(address)
         self._last_contact = time.monotonic()
         quiet_job_client()
-        with _explained(self.address):
+        with _job_errors(self.address):
             knock(self.address)
             self._client = JobSubmissionClient(self.address)
             version = ray_version_of(self._client)
         if version != ray.__version__:
             print_err(f"the cluster has Ray {version}, this machine {ray.__version__}")
 
-    def jobs(self) -> list[KnownJob]:
+    def jobs(self) -> list[JobInfo]:
         """All that were submitted through this API."""
-        with _explained(self.address):
+        with _job_errors(self.address):
             jobs: list[Any] = self._client.list_jobs()
-        return [_known(job) for job in jobs if job.submission_id is not None]
+        return [_job_info(job) for job in jobs if job.submission_id is not None]
 
-    def job(self, job_id: str) -> KnownJob:
+    def job(self, job_id: str) -> JobInfo:
         """One of them."""
-        with _explained(self.address):
-            return _known(self._client.get_job_info(job_id))
+        with _job_errors(self.address):
+            return _job_info(self._client.get_job_info(job_id))
 
-    def submit(self, job: Job) -> bool:
+    def submit(self, job: JobRequest) -> bool:
         """Send a job; False where its id is taken, which means that another process was faster."""
-        with _explained(self.address):
+        with _job_errors(self.address):
             try:
                 self._client.submit_job(
                     entrypoint=job.command,
@@ -117,9 +117,9 @@ class JobClient:
                 raise
         return True
 
-    def stop(self, job_id: str) -> KnownJob:
+    def stop(self, job_id: str) -> JobInfo:
         """Ask a job to end, and wait until it has: a training run saves a checkpoint first."""
-        with _explained(self.address):
+        with _job_errors(self.address):
             self._client.stop_job(job_id)
             while not (job := self.job(job_id)).ended:
                 time.sleep(POLL_S)
@@ -134,14 +134,14 @@ class JobClient:
         try:
             while True:
                 printed = asyncio.run(self._tail(job_id, printed))
-                job = self._after_tail(job_id)
+                job = self._poll(job_id)
                 if job is not None and job.ended:
                     break
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            print_err(f"\n{job_id} goes on without you; `m2f submit --stop {job_id}` ends it")
+            print_err(f"\ndetached; {job_id} keeps running, `m2f submit --stop {job_id}` ends it")
             return INTERRUPTED
-        print_out(job.line())
+        print_out(job.describe())
         if job.status == JobStatus.FAILED and job.exit_code is None:  # it never ran
             print_err(job.message)
         return job.exit_code or _EXIT[JobStatus(job.status)]
@@ -160,22 +160,22 @@ class JobClient:
             logging.getLogger(__name__).debug("the log of %s breaks off: %s", job_id, error)
         return max(printed, received)
 
-    def _after_tail(self, job_id: str) -> KnownJob | None:
-        """The job's state; None while the dashboard is away."""
+    def _poll(self, job_id: str) -> JobInfo | None:
+        """The job; None while the dashboard does not answer."""
         try:
             job = self.job(job_id)
         except JobError:
-            if time.monotonic() - self._last_contact > PATIENCE_S:
+            if time.monotonic() - self._last_contact > DASHBOARD_TIMEOUT_S:
                 raise
             return None
         self._last_contact = time.monotonic()
         return job
 
 
-def _known(info: Any) -> KnownJob:
+def _job_info(info: Any) -> JobInfo:
     """From Ray's JobDetails."""
     start, end = info.start_time, info.end_time
-    return KnownJob(
+    return JobInfo(
         job_id=info.submission_id or "",
         status=info.status.value,
         message=info.message or "",
@@ -186,7 +186,7 @@ def _known(info: Any) -> KnownJob:
 
 
 @contextmanager
-def _explained(address: str) -> Iterator[None]:
+def _job_errors(address: str) -> Iterator[None]:
     """What Ray, requests and sockets raise, as JobError."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""A training run as a Ray job: what is sent, under which name, and what comes back.
+"""A training run as a Ray job: its upload, command, environment and id.
 
 The name of a job follows from its run folder, so a second `m2f submit` of the same run finds the first one's job.
 """
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
-from m2f.cluster.submit.ray_jobs import Job, JobClient, KnownJob
+from m2f.cluster.submit.ray_jobs import JobClient, JobInfo, JobRequest
 from m2f.cluster.submit.upload import RECIPE, pack
 from m2f.cluster.terminal import print_err
 from m2f.model.errors import ConfigError
@@ -32,23 +32,18 @@ _DIGEST_LENGTH = 8
 
 
 @dataclass(frozen=True)
-class Attach:
-    """The job of this run is there already."""
+class ChosenJob:
+    """The job that trains a run."""
 
     job_id: str
-
-
-@dataclass(frozen=True)
-class Start:
-    """A new job."""
-
-    job_id: str
+    is_new: bool
+    """False where the cluster has it already."""
 
 
 def submit_training(
     client: JobClient, config: RunConfig, env: Mapping[str, str], shared: Sequence[str] = (), installed: bool = False
-) -> Attach | Start:
-    """Send a run to a cluster, or find its job there.
+) -> ChosenJob:
+    """Send a run to a cluster, or find its active job there.
 
     Args:
         client: the cluster.
@@ -62,22 +57,22 @@ def submit_training(
         UploadError: too much to send.
         JobError: the cluster refuses.
     """
-    config = for_cluster(config, shared)
+    config = bind_to_cluster(config, shared)
     recipe = dump_recipe(config)
     digest = hashlib.sha256(recipe.encode()).hexdigest()
-    choice = choose(config, digest, client.jobs())
-    if isinstance(choice, Attach):
-        return choice
+    chosen = choose_job(config, digest, client.jobs())
+    if not chosen.is_new:
+        return chosen
     command = ["m2f"] if installed else ["python", "-m", "m2f.cluster.cli"]
     with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
-        job = Job(
-            job_id=choice.job_id,
+        request = JobRequest(
+            job_id=chosen.job_id,
             command=shlex.join([*command, "train", RECIPE, "--restart"]),
             archive=pack(Path(folder), recipe, code=not installed),
             env=env,
             metadata={"m2f_run": config.run_folder, "m2f_recipe": digest},
         )
-        return choice if client.submit(job) else Attach(choice.job_id)
+        return ChosenJob(chosen.job_id, is_new=client.submit(request))
 
 
 def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str, str]) -> str:
@@ -87,7 +82,7 @@ def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str,
     job_id = f"m2f-doctor-{secrets.token_hex(4)}"
     env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is read on this terminal
     with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
-        client.submit(Job(job_id, shlex.join(command), pack(Path(folder), recipe), env, metadata={}))
+        client.submit(JobRequest(job_id, shlex.join(command), pack(Path(folder), recipe), env, metadata={}))
     return job_id
 
 
@@ -101,10 +96,10 @@ def run_digest(config: RunConfig) -> str:
     return hashlib.sha256(config.run_folder.encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
-def choose(config: RunConfig, digest: str, jobs: Iterable[KnownJob]) -> Attach | Start:
-    """The living job of this run, else the next free id.
+def choose_job(config: RunConfig, digest: str, jobs: Iterable[JobInfo]) -> ChosenJob:
+    """The active job of this run, else a new one with the next free id.
 
-    Raises ConfigError where the living job has another recipe.
+    Raises ConfigError where the active job has another recipe.
     """
     earlier = jobs_of(config, jobs)
     for job in earlier:
@@ -115,23 +110,23 @@ def choose(config: RunConfig, digest: str, jobs: Iterable[KnownJob]) -> Attach |
                 f"the job {job.job_id} trains in {config.run_folder} with other settings; give `name` another value, "
                 f"or end it with `m2f submit --stop {job.job_id}`"
             )
-        return Attach(job.job_id)
+        return ChosenJob(job.job_id, is_new=False)
     number = max((_number(job) for job in earlier), default=0) + 1
-    return Start(f"{job_name(config)}-{number}")
+    return ChosenJob(f"{job_name(config)}-{number}", is_new=True)
 
 
-def jobs_of(config: RunConfig, jobs: Iterable[KnownJob]) -> list[KnownJob]:
+def jobs_of(config: RunConfig, jobs: Iterable[JobInfo]) -> list[JobInfo]:
     """Jobs of this run, the newest last."""
     pattern = re.compile(re.escape(job_name(config)) + r"-\d+")
     return sorted((job for job in jobs if pattern.fullmatch(job.job_id)), key=_number)
 
 
-def _number(job: KnownJob) -> int:
+def _number(job: JobInfo) -> int:
     return int(job.job_id.rpartition("-")[2])
 
 
-def for_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
-    """The recipe as the job gets it, bound to the cluster that runs it.
+def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
+    """The recipe as its job gets it: without `cluster.address`, as the job runs on the cluster.
 
     Raises ConfigError for every path that exists only here; `shared` names folders that all nodes have.
     """

@@ -21,9 +21,10 @@ RECIPE = "recipe.yaml"
 LIMIT_BYTES = 100 * 2**20
 """Ray's dashboard refuses larger requests with HTTP 413."""
 IGNORE_FILE = ".rayignore"
-_BESIDE = ("pyproject.toml", IGNORE_FILE)
+_PROJECT_FILES = ("pyproject.toml", IGNORE_FILE)
 _NAMED_FOLDERS = 5
-_EPOCH = 946684800
+"""How many folders the error of a large upload names."""
+_RECIPE_TIME = 946684800
 """Date of the recipe in the archive, 2000-01-01: equal content must give an equal archive, which Ray sends once."""
 
 
@@ -50,7 +51,7 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
     if recipe is not None:
         path = staged / RECIPE
         path.write_text(recipe, encoding="utf-8")
-        os.utime(path, (_EPOCH, _EPOCH))
+        os.utime(path, (_RECIPE_TIME, _RECIPE_TIME))
     pack_working_dir(staged, archive)
     _check_size(archive)
     return archive
@@ -64,7 +65,7 @@ def _copy_code(source: Path, staged: Path) -> None:
         if stub.is_file() and stub.suffix != ".py" and (source / stub.name).is_dir():
             stub.unlink()
             shutil.copytree(source / stub.name, stub, ignore=ignore)
-    for name in _BESIDE:
+    for name in _PROJECT_FILES:
         if (source / name).is_file():
             shutil.copy2(source / name, staged / name)
 

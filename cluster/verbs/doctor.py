@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from m2f.cluster.verbs.arguments import OVERRIDE, use_token
+from m2f.cluster.verbs.arguments import add_overrides, use_token
 
 if TYPE_CHECKING:
     from m2f.cluster.doctor.finding import Finding
@@ -15,9 +15,8 @@ SUMMARY = "check this machine or a cluster, for a recipe or in general, with rem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file: check what it needs, too")
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the file")
+    add_overrides(parser)
     parser.add_argument(
         "--address",
         metavar="URL|ADDRESS",
@@ -47,13 +46,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
-    from m2f.cluster.doctor.cluster_checks import CLUSTER, examine_cluster
+    from m2f.cluster.doctor.cluster_checks import CLUSTER, check_cluster
     from m2f.cluster.doctor.doctor import driver_checks, run_checks
     from m2f.cluster.ray_cluster import local_or_existing
     from m2f.cluster.recipe.config import ClusterConfig
 
     with local_or_existing(ClusterConfig(address=address), num_cpus=0):
-        return [*examine_cluster(config), *run_checks(driver_checks(config), where=CLUSTER)]
+        return [*check_cluster(config), *run_checks(driver_checks(config), where=CLUSTER)]
 
 
 def _as_job(config: RunConfig | None, args: argparse.Namespace) -> int:

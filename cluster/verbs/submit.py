@@ -6,19 +6,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2f.cluster.verbs.arguments import OVERRIDE, use_token
+from m2f.cluster.terminal import print_err, print_out
+from m2f.cluster.verbs.arguments import add_overrides, use_token
 from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
-    from m2f.cluster.submit.ray_jobs import JobClient, KnownJob
+    from m2f.cluster.submit.ray_jobs import JobClient, JobInfo
 
 SUMMARY = "train a recipe on a Ray cluster or on Kubernetes; given again, it follows the job that runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
     parser.add_argument("recipe", metavar="RECIPE|ID", help="YAML file; --stop and --status also take the id of a job")
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings that differ from the file")
+    add_overrides(parser)
     parser.add_argument(
         "--address", metavar="URL", help="dashboard of the cluster, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS"
     )
@@ -54,24 +54,20 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.submit.ray_jobs import JobClient
 
     if args.stop or args.status:
-        return _ask(JobClient(args.address), args)
+        return _stop_or_show(JobClient(args.address), args)
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.submit.submit import Attach, job_environment, submit_training
-    from m2f.cluster.terminal import print_out
+    from m2f.cluster.submit.submit import job_environment, submit_training
 
     config = load_recipe(args.recipe, args.overrides)
     client = JobClient(args.address)
     env = job_environment(args.env, config)
-    choice = submit_training(client, config, env, args.shared, args.installed)
-    where = f"{choice.job_id} on {client.address}"
-    print_out(f"the run has a job already: {where}" if isinstance(choice, Attach) else f"sent: {where}")
-    return 0 if args.detach else client.follow(choice.job_id)
+    job = submit_training(client, config, env, args.shared, args.installed)
+    print_out(f"{'sent' if job.is_new else 'the run has a job already'}: {job.job_id} on {client.address}")
+    return 0 if args.detach else client.follow(job.job_id)
 
 
-def _ask(client: JobClient, args: argparse.Namespace) -> int:
+def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
     """--stop and --status."""
-    from m2f.cluster.terminal import print_err, print_out
-
     jobs = _named_jobs(client, args)
     if not jobs:
         print_err("the cluster knows no job of this run")
@@ -79,20 +75,20 @@ def _ask(client: JobClient, args: argparse.Namespace) -> int:
     if args.stop:
         jobs = [job if job.ended else client.stop(job.job_id) for job in jobs[-1:]]
     for job in jobs:
-        print_out(job.line())
+        print_out(job.describe())
         if job.status == "FAILED":
             print_err(f"  {job.message}")
     return 1 if jobs[-1].status == "FAILED" else 0
 
 
-def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[KnownJob]:
+def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
     """The job of an id, or all of a recipe's run."""
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.submit.submit import jobs_of
 
-    if Path(args.recipe).suffix in (".yaml", ".yml"):
-        return jobs_of(load_recipe(args.recipe, args.overrides), client.jobs())
-    return [client.job(args.recipe)]
+    jobs = client.jobs()
+    named = [job for job in jobs if job.job_id == args.recipe]
+    return named or jobs_of(load_recipe(args.recipe, args.overrides), jobs)
 
 
 def _write_ray_job(args: argparse.Namespace) -> int:
@@ -103,16 +99,15 @@ def _write_ray_job(args: argparse.Namespace) -> int:
             "give its path"
         )
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.submit.kuberay import apply, ray_job_yaml
-    from m2f.cluster.submit.submit import for_cluster, job_environment
-    from m2f.cluster.terminal import print_out
+    from m2f.cluster.submit.kuberay import kubectl_apply, ray_job_yaml
+    from m2f.cluster.submit.submit import bind_to_cluster, job_environment
 
-    config = for_cluster(load_recipe(args.recipe, args.overrides), args.shared)
+    config = bind_to_cluster(load_recipe(args.recipe, args.overrides), args.shared)
     text = ray_job_yaml(config, Path(args.kuberay), job_environment(args.env, config))
     if args.output is not None:
         Path(args.output).write_text(text, encoding="utf-8")
     if args.apply:
-        apply(text)
+        kubectl_apply(text)
     elif args.output is None:
         print_out(text)
     return 0

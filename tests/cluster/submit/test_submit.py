@@ -17,8 +17,8 @@ import pytest
 
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
-from m2f.cluster.submit.ray_jobs import JobClient, JobError, KnownJob
-from m2f.cluster.submit.submit import Attach, Start, choose, for_cluster, job_environment, job_name, jobs_of
+from m2f.cluster.submit.ray_jobs import JobClient, JobError, JobInfo
+from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_environment, job_name, jobs_of
 from m2f.cluster.submit.upload import LIMIT_BYTES, UploadError, pack
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
@@ -44,7 +44,7 @@ def sent_recipe(*overrides):
 
 
 def known(job_id, status="RUNNING", digest="same"):
-    return KnownJob(job_id, status, "", None, 1.0, {"m2f_recipe": digest})
+    return JobInfo(job_id, status, "", None, 1.0, {"m2f_recipe": digest})
 
 
 # What is sent
@@ -106,7 +106,7 @@ def test_the_code_of_this_checkout_is_small(tmp_path):
 
 def test_a_recipe_for_a_cluster_is_bound_to_none():
     config = sent_recipe("cluster.address=10.0.0.1:6379")
-    assert for_cluster(config).cluster.address is None
+    assert bind_to_cluster(config).cluster.address is None
 
 
 @pytest.mark.parametrize(
@@ -115,18 +115,18 @@ def test_a_recipe_for_a_cluster_is_bound_to_none():
 )
 def test_what_exists_only_here_is_refused_by_its_setting(override):
     with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
-        for_cluster(sent_recipe(override))
+        bind_to_cluster(sent_recipe(override))
 
 
 def test_shared_folders_are_no_local_paths():
     config = sent_recipe("output=/mnt/fsx/runs")
-    assert for_cluster(config, ["/mnt/fsx"]).output == "/mnt/fsx/runs"
+    assert bind_to_cluster(config, ["/mnt/fsx"]).output == "/mnt/fsx/runs"
     with pytest.raises(ConfigError, match="output"):
-        for_cluster(config, ["/mnt/fs"])
+        bind_to_cluster(config, ["/mnt/fs"])
 
 
 def test_a_loopback_address_is_pointed_out(capsys):
-    for_cluster(sent_recipe("tracking.uri=http://localhost:5000"))
+    bind_to_cluster(sent_recipe("tracking.uri=http://localhost:5000"))
     assert "every node looks for it on itself" in capsys.readouterr().err
 
 
@@ -168,26 +168,28 @@ def test_a_variable_that_is_not_set_is_a_mistake(monkeypatch):
 
 def test_the_first_job_of_a_run():
     config = sent_recipe()
-    assert choose(config, "same", [known("other-1"), known(job_name(config) + "-x")]) == Start(f"{job_name(config)}-1")
+    assert choose_job(config, "same", [known("other-1"), known(job_name(config) + "-x")]) == ChosenJob(
+        f"{job_name(config)}-1", is_new=True
+    )
 
 
 def test_a_living_job_is_joined():
     base = job_name(sent_recipe())
     jobs = [known(f"{base}-1", "FAILED"), known(f"{base}-2", "PENDING")]
-    assert choose(sent_recipe(), "same", jobs) == Attach(f"{base}-2")
+    assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-2", is_new=False)
 
 
 def test_an_ended_job_has_a_successor_with_the_next_number():
     base = job_name(sent_recipe())
     jobs = [known(f"{base}-10", "STOPPED"), known(f"{base}-9", "SUCCEEDED")]
-    assert choose(sent_recipe(), "same", jobs) == Start(f"{base}-11")
+    assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-11", is_new=True)
     assert [job.job_id for job in jobs_of(sent_recipe(), jobs)] == [f"{base}-9", f"{base}-10"]
 
 
 def test_two_recipes_do_not_train_in_one_run_folder():
     base = job_name(sent_recipe())
     with pytest.raises(ConfigError, match=f"m2f submit --stop {base}-1"):
-        choose(sent_recipe(), "other", [known(f"{base}-1")])
+        choose_job(sent_recipe(), "other", [known(f"{base}-1")])
 
 
 def test_runs_in_other_folders_have_other_jobs():
