@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from m2f.cluster.compare.paper import PaperResult, paper_result
 from m2f.cluster.compare.records import CompareError, Curve, RunRecord, SetResult, compared_step, set_and_metric
@@ -39,8 +40,8 @@ class Value:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A metric, a class or a measure of speed, with one value per run."""
+class RunValues:
+    """A metric, a class or a measure of speed: one value per run."""
 
     name: str
     values: tuple[Value, ...]
@@ -54,7 +55,7 @@ class ClassTable:
 
     dataset: str
     metric: str
-    rows: tuple[Row, ...]
+    rows: tuple[RunValues, ...]
     """In the order of the data set's categories."""
 
 
@@ -80,11 +81,11 @@ class Comparison:
     """Everything that the reports show."""
 
     runs: tuple[RunRecord, ...]
-    metrics: tuple[Row, ...]
+    metrics: tuple[RunValues, ...]
     steps: Mapping[str, tuple[int | None, ...]]
     """By set: the evaluated step of every run."""
     paper: PaperResult | None
-    speed: tuple[Row, ...]
+    speed: tuple[RunValues, ...]
     differences: tuple[Difference, ...]
     classes: tuple[ClassTable, ...]
     plots: tuple[Plot, ...]
@@ -118,7 +119,7 @@ def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: i
     for name in names:
         dataset, metric = set_and_metric(name)
         published = paper.metrics.get(metric) if paper is not None and dataset == first_set else None
-        rows.append(_row(name, [values.get(name) for values in by_run], paper=published))
+        rows.append(_run_values(name, [values.get(name) for values in by_run], paper=published))
     sets = list(dict.fromkeys(set_and_metric(name)[0] for name in names if not name.startswith("train/")))
     lacking = _compare_classes(runs, sets)
     return Comparison(
@@ -150,7 +151,7 @@ def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
 
 
 def _chosen_metrics(by_run: Sequence[Mapping[str, float]], wanted: Sequence[str]) -> list[str]:
-    known = sorted({name for values in by_run for name in values}, key=_rank)
+    known = sorted({name for values in by_run for name in values}, key=_order)
     if not wanted:
         return [name for name in known if not name.startswith("train/")]
     chosen: list[str] = []
@@ -162,17 +163,19 @@ def _chosen_metrics(by_run: Sequence[Mapping[str, float]], wanted: Sequence[str]
     return list(dict.fromkeys(chosen))
 
 
-def _rank(name: str) -> tuple[str, int, str]:
+def _order(name: str) -> tuple[str, int, str]:
     dataset, metric = set_and_metric(name)
     return dataset, METRIC_ORDER.index(metric) if metric in METRIC_ORDER else len(METRIC_ORDER), metric
 
 
-def _row(name: str, values: Sequence[float | None], *, higher: bool | None = None, paper: float | None = None) -> Row:
+def _run_values(
+    name: str, values: Sequence[float | None], *, higher: bool | None = None, paper: float | None = None
+) -> RunValues:
     higher = "loss" not in name if higher is None else higher
-    there = [value for value in values if value is not None]
-    best = (max(there) if higher else min(there)) if len(set(there)) > 1 else None
+    known = [value for value in values if value is not None]
+    best = (max(known) if higher else min(known)) if len(set(known)) > 1 else None
     baseline = values[0]
-    return Row(
+    return RunValues(
         name=name,
         values=tuple(
             Value(
@@ -203,44 +206,32 @@ def _listed(values: Mapping[str, float]) -> str:
 # Speed
 
 
-def _speed(runs: Sequence[RunRecord]) -> tuple[Row, ...]:
+def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
     """Throughput, waiting, time and memory, where any run logged them."""
 
-    def measure(name: str, key: str, reduce: Callable[[Curve], float], higher: bool) -> Row:
-        curves = [run.curves.get(key, ()) for run in runs]
-        return _row(name, [reduce(curve) if curve else None for curve in curves], higher=higher)
+    def measure(name: str, key: str, reduce: Callable[[list[float]], float], *, higher: bool = False) -> RunValues:
+        found = [[value for _, value in run.curves.get(key, ())] for run in runs]
+        return _run_values(name, [reduce(values) if values else None for values in found], higher=higher)
 
-    rows = [
-        measure("images/s (median)", "train/images_per_s", _median, True),
-        measure("step time, s (median)", "train/step_time_s", _median, False),
-        measure("data wait, % (mean)", "train/data_wait_share", lambda c: 100 * _mean(c), False),
-        measure("training time, h", "train/step_time_s", lambda c: _integral(c) / 3600, False),
-        measure("MFU, % (median)", "train/mfu", lambda c: 100 * _median(c), True),
-    ]
     memory = sorted({key for run in runs for key in run.curves if key.startswith("train/") and "memory" in key})
-    rows += [measure(f"{key.removeprefix('train/')} (largest)", key, _largest, False) for key in memory]
+    rows = [
+        measure("images/s (median)", "train/images_per_s", statistics.median, higher=True),
+        measure("step time, s (median)", "train/step_time_s", statistics.median),
+        measure("data wait, % (mean)", "train/data_wait_share", lambda shares: 100 * statistics.fmean(shares)),
+        _run_values(
+            "training time, h", [_hours(run.curves.get("train/step_time_s", ())) for run in runs], higher=False
+        ),
+        measure("MFU, % (median)", "train/mfu", lambda shares: 100 * statistics.median(shares), higher=True),
+        *(measure(f"{key.removeprefix('train/')} (largest)", key, max) for key in memory),
+    ]
     return tuple(row for row in rows if any(value.value is not None for value in row.values))
 
 
-def _median(curve: Curve) -> float:
-    return statistics.median(value for _, value in curve)
-
-
-def _mean(curve: Curve) -> float:
-    return statistics.fmean(value for _, value in curve)
-
-
-def _largest(curve: Curve) -> float:
-    return max(value for _, value in curve)
-
-
-def _integral(curve: Curve) -> float:
-    """Seconds in steps: every logged step time stands for the steps since the one before."""
-    total, last = 0.0, 0
-    for step, value in curve:
-        total += value * (step - last)
-        last = step
-    return total
+def _hours(step_times: Curve) -> float | None:
+    """Hours in steps: every logged step time stands for the steps since the one before."""
+    if not step_times:
+        return None
+    return sum(s * (step - before) for (before, _), (step, s) in pairwise([(0, 0.0), *step_times])) / 3600
 
 
 # Recipes, classes, curves
@@ -265,7 +256,7 @@ def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassT
         for metric in CLASS_METRICS:
             by_run = [{row["name"]: row.get(metric) for row in one.per_class} if one else {} for one in found]
             names = dict.fromkeys(name for values in by_run for name in values)
-            rows = [_row(name, [values.get(name) for values in by_run]) for name in names]
+            rows = [_run_values(name, [values.get(name) for values in by_run]) for name in names]
             rows = [row for row in rows if any(value.value is not None for value in row.values)]
             if rows:
                 tables.append(ClassTable(dataset=dataset, metric=metric, rows=tuple(rows)))

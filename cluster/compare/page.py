@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from html import escape
 
-from m2f.cluster.compare.compare import ClassTable, Comparison, Plot, Row, Value
-from m2f.cluster.compare.report import gains_and_losses, number_text, setting_text, title
+from m2f.cluster.compare.compare import ClassTable, Comparison, Plot
+from m2f.cluster.compare.tables import Number, Report, Table, build_report, largest_changes
 from m2f.eval.report.charts import BAD, GOOD, Bar, Series, bar_chart, line_chart
 from m2f.eval.report.page import Cell, Section, folded, grid, page, paragraph, table
 
@@ -16,22 +16,28 @@ SHOWN_CLASSES = 20
 
 def as_page(comparison: Comparison) -> str:
     """The whole page, with everything inside."""
-    sections = [Section("Metrics", _metrics(comparison))]
+    report = build_report(comparison)
+    differences, names = report.differences, [run.name for run in comparison.runs]
+    steps = [
+        [f"step of {name}", *("-" if s is None else f"{s:,}" for s in of)] for name, of in comparison.steps.items()
+    ]
+    paper = "" if report.paper is None else paragraph(f"Paper: {report.paper}.", "faint")
+    sections = [Section("Metrics", _table(report.metrics) + paper + table(["evaluated", *names], steps))]
     if comparison.plots:
         sections.append(Section("Curves", grid([plot_svg(p, comparison) for p in comparison.plots])))
     if comparison.classes:
-        sections.append(Section("Classes", _classes(comparison)))
-    if len(comparison.runs) > 1:
-        sections.append(Section("Recipe differences", _differences(comparison)))
-    if comparison.speed:
-        sections.append(Section("Speed and memory", _value_table("measure", comparison, comparison.speed)))
-    sections.append(Section("Runs", _runs(comparison)))
+        sections.append(Section("Classes", _classes(comparison, report)))
     lead = "".join(paragraph(note, "note") for note in comparison.notes)
-    if len(comparison.runs) > 1:
-        lead = (
-            paragraph(f"Differences are to {comparison.runs[0].name}; the best value of a row is bold.", "faint") + lead
-        )
-    return page(title(comparison), lead, sections)
+    if len(names) > 1:
+        lead = paragraph(f"Differences are to {names[0]}; the best value of a row is bold.", "faint") + lead
+        words = range(1, len(differences.head))
+        body = _table(differences, words) if differences.rows else paragraph("The recipes do not differ.")
+        sections.append(Section(differences.title, body))
+    if report.speed.rows:
+        sections.append(Section(report.speed.title, _table(report.speed)))
+    runs = tuple((run.name, run.source, run.status or "-", run.version or "-") for run in comparison.runs)
+    sections.append(Section("Runs", _table(Table("Runs", ("run", "where", "status", "m2f"), runs), words=[1])))
+    return page(report.title, lead, sections)
 
 
 def plot_svg(plot: Plot, comparison: Comparison) -> str:
@@ -40,68 +46,35 @@ def plot_svg(plot: Plot, comparison: Comparison) -> str:
     return line_chart(plot.metric, series, plot.x_label)
 
 
-def _metrics(comparison: Comparison) -> str:
-    html = _value_table("metric", comparison, comparison.metrics)
-    steps = [
-        [f"step of {dataset}", *("-" if at is None else f"{at:,}" for at in steps)]
-        for dataset, steps in comparison.steps.items()
-    ]
-    if comparison.paper is not None:
-        html += paragraph(f"Paper: {comparison.paper.recipe}, Table {comparison.paper.table}.", "faint")
-    return html + table(["evaluated", *(run.name for run in comparison.runs)], steps)
+def _table(content: Table, words: Collection[int] = ()) -> str:
+    """`words`: positions of the columns that hold text of any length."""
+    return table(
+        content.head,
+        [[_cell(cell, "word" if i in words else "") for i, cell in enumerate(row)] for row in content.rows],
+    )
 
 
-def _value_table(first: str, comparison: Comparison, rows: Sequence[Row]) -> str:
-    with_paper = any(row.paper is not None for row in rows)
-    head = [first, *(run.name for run in comparison.runs), *(["paper"] if with_paper else [])]
-    lines: list[list[str | Cell]] = []
-    for row in rows:
-        line: list[str | Cell] = [row.name, *(_value(value, row.higher_is_better) for value in row.values)]
-        lines.append([*line, number_text(row.paper)] if with_paper else line)
-    return table(head, lines)
+def _cell(cell: str | Number, kind: str) -> Cell:
+    if isinstance(cell, str):
+        return Cell(escape(cell), kind)
+    meaning = "good" if cell.gain > 0 else "bad" if cell.gain < 0 else "faint"
+    delta = f' <span class="{meaning}">{cell.delta}</span>' if cell.delta else ""
+    return Cell(escape(cell.text) + delta, "best" if cell.best else "")
 
 
-def _value(value: Value, higher_is_better: bool) -> Cell:
-    html = escape(number_text(value.value))
-    if value.delta is not None:
-        gain = value.delta if higher_is_better else -value.delta
-        kind = "good" if gain > 0 else "bad" if gain < 0 else "faint"
-        html += f' <span class="{kind}">{value.delta:+.2f}</span>'
-    return Cell(html, "best" if value.best else "")
-
-
-def _classes(comparison: Comparison) -> str:
+def _classes(comparison: Comparison, report: Report) -> str:
     """Gains and losses as charts, and every class in tables that open on a click."""
     others = list(enumerate(comparison.runs))[1:]
     charts = [_change_chart(one, position, run.name) for one in comparison.classes for position, run in others]
     tables = [
-        folded(f"{one.dataset}/{one.metric} of {len(one.rows)} classes", _value_table("class", comparison, one.rows))
-        for one in comparison.classes
+        folded(f"{one.dataset}/{one.metric} of {len(one.rows)} classes", _table(content))
+        for one, content in zip(comparison.classes, report.classes, strict=True)
     ]
     return grid([chart for chart in charts if chart]) + "".join(tables)
 
 
 def _change_chart(one: ClassTable, position: int, name: str) -> str:
     """Gains and losses of one run; "" where no class can be compared."""
-    changes = gains_and_losses(one, position)
-    if len(changes) > 2 * SHOWN_CLASSES:
-        changes = [*changes[:SHOWN_CLASSES], *changes[-SHOWN_CLASSES:]]
-    bars = [Bar(row.name, delta, f"{delta:+.1f}", GOOD if delta >= 0 else BAD) for row, delta in changes]
+    gains, losses, _ = largest_changes(one, position, SHOWN_CLASSES)
+    bars = [Bar(row.name, delta, f"{delta:+.1f}", GOOD if delta >= 0 else BAD) for row, delta in (*gains, *losses)]
     return bar_chart(f"{one.dataset}/{one.metric}: {name}", bars) if bars else ""
-
-
-def _differences(comparison: Comparison) -> str:
-    if not comparison.differences:
-        return paragraph("The recipes do not differ.")
-    head = ["setting", *(run.name for run in comparison.runs)]
-    rows = [
-        [d.setting, *(Cell(escape(setting_text(value)), "word") for value in d.values)] for d in comparison.differences
-    ]
-    return table(head, rows)
-
-
-def _runs(comparison: Comparison) -> str:
-    rows = [
-        [run.name, Cell(escape(run.source), "word"), run.status or "-", run.version or "-"] for run in comparison.runs
-    ]
-    return table(["run", "where", "status", "m2f"], rows)

@@ -6,8 +6,9 @@ import difflib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class _Store:
     def __init__(self, uri: str, experiment: str | None) -> None:
         self.uri = uri
         self._client: MlflowClient = connect(uri)
-        with _Answering(uri):
+        with _answering(uri):
             known = {e.name: e.experiment_id for e in self._client.search_experiments()}
         if experiment is not None and experiment not in known:
             raise CompareError(f"no experiment {experiment!r} at {uri}{_choices(experiment, known)}")
@@ -115,8 +116,9 @@ class _Store:
 
     def find(self, wanted: str) -> Run:
         """The run with this id or, in the experiment, this name."""
-        with _Answering(self.uri):
-            named = self._client.search_runs(self._experiments, f"attributes.run_name = '{_quoted(wanted)}'")
+        quoted = wanted.replace("'", "\\'")
+        with _answering(self.uri):
+            named = self._client.search_runs(self._experiments, f"attributes.run_name = '{quoted}'")
             if not named and len(wanted) == 32:
                 try:
                     return self._client.get_run(wanted)
@@ -135,7 +137,7 @@ class _Store:
     def search(self, query: str | None) -> list[Run]:
         """Runs of the experiments that a filter lets through, newest first."""
         try:
-            with _Answering(self.uri):
+            with _answering(self.uri):
                 runs = self._client.search_runs(self._experiments, query or "", max_results=MAX_RUNS)
         except MlflowException as error:
             raise CompareError(f"--filter is {query!r}: {error.message}") from error
@@ -169,8 +171,8 @@ class _Store:
         )
 
     def curves(self, run: Run) -> dict[str, Curve]:
-        """The history of every metric that is worth it."""
-        with _Answering(self.uri):
+        """The history of every metric that is compared."""
+        with _answering(self.uri):
             keys = [key for key in run.data.metrics if not key.startswith(GROUPS_NOT_COMPARED)]
             wanted = [key for key in keys if key not in NOT_COMPARED]
             return {key: self._curve(run.info.run_id, key) for key in wanted}
@@ -201,23 +203,17 @@ def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
     return _Store(uri, experiment)
 
 
-class _Answering:
-    """Turns what a server that is away makes the client raise into one message."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
+@contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """Turns what the client raises for a server that is away into one message."""
+    try:
+        yield
+    except Exception as error:
         if isinstance(error, MlflowException) and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-            return
+            raise
         raise CompareError(
-            f"{self._uri} does not answer ({_brief(error)}); start the server, correct --tracking or "
-            "MLFLOW_TRACKING_URI, or compare run folders"
+            f"{uri} does not answer ({_brief(error)}); start the server, correct --tracking or MLFLOW_TRACKING_URI, "
+            "or compare run folders"
         ) from error
 
 
@@ -262,8 +258,8 @@ def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
     bare = RunRecord(name=folder, source=folder)
     if known is None:
         return replace(bare, notes=("no tracking.json, so no curves of training",))
-    beside = Path(folder, "mlflow.db")  # the folder may have been moved since
-    uri = f"sqlite:///{beside.resolve()}" if beside.exists() else known["uri"]
+    database = Path(folder, "mlflow.db")  # the folder may have been moved since
+    uri = f"sqlite:///{database.resolve()}" if database.exists() else known["uri"]
     try:
         store = _open_store(uri, known["run_id"], None)
         run = store.find(known["run_id"])
@@ -276,14 +272,7 @@ def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
 def parse_results(text: str) -> SetResult:
     """What results.json holds."""
     content = json.loads(text)
-    return SetResult(
-        step=content["step"] or 0,
-        fingerprint=content["fingerprint"],
-        subset=content["subset"],
-        num_images=content["num_images"],
-        metrics=content["metrics"],
-        per_class=content["per_class"],
-    )
+    return SetResult(**{one.name: content[one.name] for one in fields(SetResult)} | {"step": content["step"] or 0})
 
 
 def set_and_metric(key: str) -> tuple[str, str]:
@@ -319,10 +308,6 @@ def _choices(wanted: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f" (there are: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else " (it is empty)"
-
-
-def _quoted(text: str) -> str:
-    return text.replace("'", "\\'")
 
 
 def _brief(error: Exception) -> str:

@@ -78,7 +78,7 @@ def test_deltas_are_to_the_first_run_and_missing_values_stay_missing(pair):
     assert any("different steps" in note for note in comparison.notes)
 
 
-def test_one_step_can_be_asked_for(pair):
+def test_a_step_selects_the_evaluations_of_that_step(pair):
     comparison = compare_runs(pair, step=10)
     assert values(comparison.metrics, "val/PQ") == [(40.0, None, False), (42.5, 2.5, True)]
     assert not any("different steps" in note for note in comparison.notes)
@@ -102,7 +102,7 @@ def test_differences_are_the_settings_that_differ(pair):
     }
 
 
-def test_classes_speed_and_curves(pair):
+def test_classes_speed_and_curves_have_the_values_of_every_run(pair):
     comparison = compare_runs(pair)
     (table,) = comparison.classes
     assert values(table.rows, "cat") == [(30.0, None, False), (33.0, 3.0, True)]
@@ -127,7 +127,7 @@ def test_runs_without_a_common_metric_are_refused_with_what_they_have(pair):
         compare_runs(pair, ["AP"])
 
 
-def test_other_data_and_subsets_are_said(pair):
+def test_other_data_and_subsets_are_noted(pair):
     other = record(
         "other", pair[1].curves, {"val": set_result(10, {"PQ": 42.5}, fingerprint="0" * 64, subset="first 5 of 10")}
     )
@@ -156,7 +156,7 @@ def test_runs_with_the_same_classes_in_another_order_are_compared_by_name(pair):
     assert [row.name for row in comparison.classes[0].rows] == ["cat", "sky"]
 
 
-def test_classes_that_only_one_run_has_are_said(pair):
+def test_classes_that_only_one_run_has_are_noted(pair):
     notes = compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], TABLE[:1])]).notes
     assert "val: 1 classes are in both; other lacks sky; averages are over other classes" in notes
 
@@ -173,7 +173,7 @@ def test_runs_whose_classes_contradict_each_other_are_refused(pair, row, named):
         compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], (TABLE[0], row))])
 
 
-def test_the_papers_row_is_beside_the_first_set():
+def test_published_figures_stand_beside_the_first_set():
     curves = {"val/PQ": ((10, 50.0),), "val/SQ": ((10, 80.0),), "small/PQ": ((10, 9.0),)}
     run = record("coco_panoptic_r50_official", curves, evaluation__sets__0__dataset="val")
     comparison = compare_runs([run])
@@ -220,7 +220,7 @@ class WellFormed(HTMLParser):
         self.text.append(data)
 
 
-def test_reports_agree_and_stand_alone(pair):
+def test_reports_agree_and_need_no_other_files(pair):
     pair[1] = record("<b>other</b>|", pair[1].curves, pair[1].results, note="a|b")
     comparison = compare_runs(pair)
     text, markdown, html = as_text(comparison), as_markdown(comparison, "c.svg"), as_page(comparison)
@@ -251,8 +251,8 @@ def test_many_runs_are_shown_in_blocks_that_repeat_the_baseline(pair):
 
 
 def write_run(folder, name, pq, *, lr="0.001", step=100):
-    place = folder / "evaluations" / f"step_{step:08d}" / "val"
-    place.mkdir(parents=True, exist_ok=True)
+    results = folder / "evaluations" / f"step_{step:08d}" / "val"
+    results.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(f"name: {name}\ntraining:\n  optimizer: {{lr: {lr}}}\n")
     content = {
         "step": step,
@@ -262,7 +262,7 @@ def write_run(folder, name, pq, *, lr="0.001", step=100):
         "metrics": {"PQ": pq, "APl": None},
         "per_class": per_class(cat=pq),
     }
-    (place / "results.json").write_text(json.dumps(content))
+    (results / "results.json").write_text(json.dumps(content))
     return str(folder)
 
 
@@ -306,7 +306,7 @@ def test_folders_are_read_without_mlflow(tmp_path, monkeypatch):
 
 
 def test_folders_of_one_recipe_are_told_apart_by_their_names(tmp_path):
-    folders = [write_run(tmp_path / place, "same", 50.0) for place in ("first", "second", "deep/first")]
+    folders = [write_run(tmp_path / name, "same", 50.0) for name in ("first", "second", "deep/first")]
     assert [run.name for run in read(*folders[:2])] == ["first", "second"]
     assert [run.name for run in read(folders[0], folders[2])] == ["same (1)", "same (2)"]
 
@@ -361,7 +361,7 @@ def test_runs_that_cannot_be_found_are_refused(store, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_server_that_is_away_is_said(tmp_path):
+def test_a_server_that_does_not_answer_is_named_in_the_message(tmp_path):
     with pytest.raises(CompareError, match=r"does not answer .* start the server"):
         read("alpha", tracking="http://127.0.0.1:9")
     folder = write_run(tmp_path / "a", "a", 50.0)

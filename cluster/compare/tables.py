@@ -1,0 +1,105 @@
+"""The tables of a comparison as text: built once, written as plain text, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from m2f.cluster.compare.compare import ClassTable, Comparison, RunValues, Value
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of one run."""
+
+    text: str
+    delta: str = ""
+    """To the baseline, signed; "" where there is none."""
+    gain: float = 0.0
+    """Above 0 where the run is better than the baseline, below 0 where it is worse."""
+    best: bool = False
+
+    def __str__(self) -> str:
+        """`63.45 +1.20*`, with a space in the place of a missing star."""
+        return f"{self.text}{self.delta and ' ' + self.delta}{'*' if self.best else ' '}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns: a name, the runs in the order of the comparison, and the paper where it has figures."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str | Number, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every form of a report shows; tables may be without rows."""
+
+    title: str
+    """What is compared with what."""
+    paper: str | None
+    """Recipe and table that the paper's column is from."""
+    metrics: Table
+    speed: Table
+    classes: tuple[Table, ...]
+    """In the order of the comparison."""
+    differences: Table
+
+
+def build_report(comparison: Comparison) -> Report:
+    """The tables of all runs."""
+    names = [run.name for run in comparison.runs]
+    paper = comparison.paper
+    settings = (
+        (d.setting, *("(absent)" if value is None else value for value in d.values)) for d in comparison.differences
+    )
+    return Report(
+        title=names[0] if len(names) == 1 else f"{', '.join(names[1:])} against {names[0]}",
+        paper=None if paper is None else f"{paper.recipe}, Table {paper.table}",
+        metrics=_table("Metrics", "metric", names, comparison.metrics),
+        speed=_table("Speed and memory", "measure", names, comparison.speed),
+        classes=tuple(
+            _table(f"{one.dataset}: {one.metric} by class", "class", names, one.rows) for one in comparison.classes
+        ),
+        differences=Table("Recipe differences", ("setting", *names), tuple(settings)),
+    )
+
+
+def _table(title: str, first: str, names: Sequence[str], rows: Sequence[RunValues]) -> Table:
+    published = any(row.paper is not None for row in rows)
+    lines = [
+        (row.name, *(_number(value, row) for value in row.values), *([number_text(row.paper)] if published else []))
+        for row in rows
+    ]
+    return Table(title, (first, *names, *(["paper"] if published else [])), tuple(lines))
+
+
+def _number(value: Value, row: RunValues) -> Number:
+    text = number_text(value.value)
+    if value.delta is None:
+        return Number(text, best=value.best)
+    return Number(text, f"{value.delta:+.2f}", value.delta if row.higher_is_better else -value.delta, value.best)
+
+
+def number_text(value: float | None) -> str:
+    """Two decimals, more for small numbers; `-` for None."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+Change = tuple[RunValues, float]
+"""A class and the delta of one run."""
+
+
+def largest_changes(table: ClassTable, run: int, count: int) -> tuple[list[Change], list[Change], int]:
+    """The `count` largest gains and losses of the run at a position, best first, and how many lie between.
+
+    All changes are in the first list where there are at most twice as many.
+    """
+    deltas = [(row, row.values[run].delta) for row in table.rows]
+    changes = sorted(((row, delta) for row, delta in deltas if delta is not None), key=lambda change: -change[1])
+    left_out = len(changes) - 2 * count
+    return (changes, [], 0) if left_out <= 0 else (changes[:count], changes[-count:], left_out)
