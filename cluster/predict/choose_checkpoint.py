@@ -49,25 +49,25 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
     return replace(config, output=parent, name=name), None
 
 
-def choose_checkpoint(config: RunConfig, storage: Storage, wish: str | None) -> ChosenWeights:
+def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -> ChosenWeights:
     """The newest checkpoint of the run for None, that of a step for a number, else the path or URL itself.
 
     Raises:
         ConfigError: the run has no checkpoint, or none of that step; a local path where nothing is.
     """
-    if wish is not None and not wish.isdecimal():
-        if "://" not in wish and not Path(wish).exists():
-            raise ConfigError(f"--checkpoint {wish}: there is no such file or folder")
-        return ChosenWeights(wish, None)
+    if wanted is not None and not wanted.isdecimal():
+        if "://" not in wanted and not Path(wanted).exists():
+            raise ConfigError(f"--checkpoint {wanted}: there is no such file or folder")
+        return ChosenWeights(wanted, None)
     found = list_checkpoints(storage, config.run_folder)
     if not found:
         raise ConfigError(
             f"{config.run_folder} has no checkpoint; train first, or give --checkpoint the path of a file of weights"
         )
-    if wish is None:
+    if wanted is None:
         return ChosenWeights(found[0].url, found[0].step)
     for checkpoint in found:
-        if checkpoint.step == int(wish):
+        if checkpoint.step == int(wanted):
             return ChosenWeights(checkpoint.url, checkpoint.step)
     steps = ", ".join(str(checkpoint.step) for checkpoint in found)
-    raise ConfigError(f"{config.run_folder} has no checkpoint of step {wish}; there are {steps}")
+    raise ConfigError(f"{config.run_folder} has no checkpoint of step {wanted}; there are {steps}")

@@ -44,19 +44,19 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
 
     `size` (height, width) fixes that of a graph's images.
     """
-    notes = {METADATA_KEY: trained.identity.to_json()}
+    metadata = {METADATA_KEY: trained.identity.to_json()}
     match format:
         case "official":
-            _whole(output, lambda path: write_official(trained.model, trained.config, path, notes))
+            _write_atomically(output, lambda path: write_official(trained.model, trained.config, path, metadata))
             return "official Detectron2 checkpoint"
         case "hugging_face":
-            _whole(output, lambda path: _write_hugging_face(trained, path))
+            _write_atomically(output, lambda path: _write_hugging_face(trained, path))
             return f"Hugging Face Mask2FormerForUniversalSegmentation with {len(trained.classes)} classes"
         case "torch_export" | "onnx":
             model = trained.model.cpu()
             program = export_program(model, size)
             write = write_program if format == "torch_export" else write_onnx
-            _whole(output, lambda path: write(program, path, notes))
+            _write_atomically(output, lambda path: write(program, path, metadata))
             sizes = "sides divisible by 32" if size is None else f"{size[0]} x {size[1]} pixels"
             return f"graph for any number of images with {sizes}"
         case _:
@@ -75,8 +75,8 @@ def _write_hugging_face(trained: TrainedModel, folder: Path) -> None:
     )
 
 
-def _whole(output: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the output and rename, so that an interrupted export leaves nothing under its name."""
+def _write_atomically(output: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the output and rename, so that an interrupted export leaves no file under its name."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{os.getpid()}.partial.{output.name}")
     try:

@@ -136,7 +136,7 @@ def read_images(
     waiting: deque[tuple[ImageInput, Future[np.ndarray | DataError]]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="images") as pool:
         for image in inputs:
-            waiting.append((image, pool.submit(_read_or_tell, image, storage, max_pixels)))
+            waiting.append((image, pool.submit(_read_or_error, image, storage, max_pixels)))
             if len(waiting) > READ_AHEAD:
                 first, pixels = waiting.popleft()
                 yield first, pixels.result()
@@ -157,7 +157,7 @@ def read_image(image: ImageInput, storage: Storage, max_pixels: int) -> np.ndarr
         raise DataError(f"{image.url}: the image cannot be read: {error}") from error
 
 
-def _read_or_tell(image: ImageInput, storage: Storage, max_pixels: int) -> np.ndarray | DataError:
+def _read_or_error(image: ImageInput, storage: Storage, max_pixels: int) -> np.ndarray | DataError:
     try:
         return read_image(image, storage, max_pixels)
     except DataError as error:

@@ -25,7 +25,7 @@ from m2f.model.errors import ConfigError
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.postprocess import panoptic, semantic
 
-WAITING_BATCHES = 4
+MAX_WAITING_BATCHES = 4
 """Images that wait for others of their shape, in batches; then the largest group goes, however small."""
 
 
@@ -75,19 +75,19 @@ class Predictor:
         Raises EvaluationError naming an image whose output is not finite.
         """
         settings, device = self._trained.evaluation, next(self._model.parameters()).device
-        samples = [_unannotated(image) for image in images]
+        samples = [_without_annotation(image) for image in images]
         batch = collate_eval(samples, range(len(samples)), settings.shortest_edge, settings.max_size)
         predictions = self._model(self._model.normalise(batch.images.to(device), batch.sizes.to(device)))
         for output in image_outputs(batch, predictions):
-            yield self._finish(output)
+            yield self._postprocess_output(output)
 
-    def _finish(self, output: ImageOutput) -> Prediction:
+    def _postprocess_output(self, output: ImageOutput) -> Prediction:
         is_thing = [c.is_thing for c in self.classes]
         match self._task:
             case "panoptic":
                 return panoptic(*output, is_thing, self._postprocess)
             case "instance":
-                return _above(detect(output, is_thing, self._postprocess), self._min_score)
+                return _filter_by_score(detect(output, is_thing, self._postprocess), self._min_score)
             case "semantic":
                 return semantic(*output, self._postprocess, self._min_score)
             case _:
@@ -127,18 +127,18 @@ def batches_by_shape(
         group.append(image)
         if len(group) == batch_size:
             yield groups.pop(predictor.input_size(image.pixels))
-        elif sum(map(len, groups.values())) >= WAITING_BATCHES * batch_size:
+        elif sum(map(len, groups.values())) >= MAX_WAITING_BATCHES * batch_size:
             yield groups.pop(max(groups, key=lambda size: len(groups[size])))
     yield from groups.values()
 
 
-def _unannotated(loaded: LoadedImage) -> DecodedSample:
+def _without_annotation(loaded: LoadedImage) -> DecodedSample:
     nothing = Annotation(seg=np.full(loaded.pixels.shape[:2], VOID_ID, dtype=np.uint8), inst=None, segments=())
     image = loaded.image
     return DecodedSample(key="", image_id=image.id, source=image.url, image=loaded.pixels, annotation=nothing)
 
 
-def _above(detections: InstanceDetections, min_score: float | None) -> InstanceDetections:
+def _filter_by_score(detections: InstanceDetections, min_score: float | None) -> InstanceDetections:
     if min_score is None:
         return detections
     kept = detections.scores >= min_score

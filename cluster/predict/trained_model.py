@@ -7,23 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m2f.cluster.evaluation.weights import model_with_weights
+from m2f.cluster.evaluation.weights import model_classes, model_with_weights
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.identity import model_identity
 from m2f.cluster.recipe.load import dump_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
-from m2f.cluster.recipe.same_model import require_same_model
 from m2f.data_pipeline.categories import TASKS, Category, Task, distinct_color
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.label_space import LabelSpace
-from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
+from m2f.eval.report.coco_files import describe_categories
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
 from m2f.model.mask2former import Mask2Former
-from m2f.trainer.checkpoint.identity import METADATA_KEY, InputRules, ModelIdentity
+from m2f.trainer.checkpoint.identity import METADATA_KEY, ModelIdentity
 from m2f.trainer.checkpoint.weights import read_identity, weights_url
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
@@ -50,23 +50,11 @@ class TrainedModel:
     @property
     def identity(self) -> ModelIdentity:
         """What every export says of itself."""
-        return ModelIdentity(
-            label_spaces=(LabelSpace(self.task, self.classes),),
-            input=InputRules(
-                shortest_edge=self.evaluation.shortest_edge,
-                max_size=self.evaluation.max_size,
-                pixel_mean=self.config.pixel_mean,
-                pixel_std=self.config.pixel_std,
-            ),
-            num_queries=self.config.transformer_decoder.num_queries,
-            recipe=self.recipe,
-        )
+        return model_identity(LabelSpace(self.task, self.classes), self.config, self.evaluation, self.recipe)
 
     def notes(self) -> dict[str, Any]:
         """What Hugging Face's files have no place for; `open_trained` reads it back."""
-        categories = [
-            {"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in self.classes
-        ]
+        categories = describe_categories(self.classes)
         return {"task": self.task, "categories": categories, METADATA_KEY: self.identity.to_json()}
 
 
@@ -106,10 +94,7 @@ def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, checkpoint)
     url = weights_url(weights.url, storage)
-    identity = read_identity(url, storage)
-    if identity is not None:
-        require_same_model(identity, config, weights.url)
-    classes = _classes(config, storage) if identity is None else identity.label_spaces[0].classes
+    classes = model_classes(config, url, storage) or _numbered_classes(config)
     model_config = replace(config.model, num_classes=len(classes))
     return TrainedModel(
         model=model_with_weights(model_config, url, storage),
@@ -122,18 +107,14 @@ def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:
     )
 
 
-def _classes(config: RunConfig, storage: Storage) -> tuple[Category, ...]:
-    """Those of the training data; numbers for names where the data are absent and the recipe says how many."""
-    try:
-        manifest = Manifest.load(config.datasets[config.data.train[0].dataset].shards, storage)
-    except DataError as error:
-        if config.model.num_classes is None:
-            raise DataError(
-                f"{error}. The classes of the model are those of its training data; without the data, "
-                "set model.num_classes"
-            ) from error
-        return _unknown_classes([f"class {label}" for label in range(config.model.num_classes)])
-    return manifest.categories.for_task(config.data.task)
+def _numbered_classes(config: RunConfig) -> tuple[Category, ...]:
+    """Numbers for names, where neither weights nor data name the classes and the recipe says how many there are."""
+    if config.model.num_classes is None:
+        raise DataError(
+            f"{config.datasets[config.data.train[0].dataset].shards} has no manifest. The classes of the model are "
+            "those of its training data; without the data, set model.num_classes"
+        )
+    return _classes_of_names([f"class {label}" for label in range(config.model.num_classes)])
 
 
 def _open_hugging_face(folder: Path) -> TrainedModel:
@@ -149,7 +130,7 @@ def _open_hugging_face(folder: Path) -> TrainedModel:
         model=model_with_weights(described.config, str(folder), Storage()),
         config=described.config,
         task=task,
-        classes=known or _unknown_classes(described.labels),
+        classes=known or _classes_of_names(described.labels),
         evaluation=replace(
             usual,
             shortest_edge=described.shortest_edge or usual.shortest_edge,
@@ -165,6 +146,6 @@ def _category(entry: dict[str, Any]) -> Category:
     return Category(entry["id"], entry["name"], bool(entry["isthing"]), (red, green, blue))
 
 
-def _unknown_classes(names: Sequence[str]) -> tuple[Category, ...]:
+def _classes_of_names(names: Sequence[str]) -> tuple[Category, ...]:
     """Classes of which only the names are known: all are things, so that nothing is merged."""
     return tuple(Category(label, name, True, distinct_color(label)) for label, name in enumerate(names))

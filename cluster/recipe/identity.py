@@ -8,14 +8,21 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import LabelSpace
+from m2f.eval.config import EvaluationConfig
+from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint.identity import InputRules, ModelIdentity
 
 
 def identity_of(config: RunConfig, classes: Sequence[Category]) -> ModelIdentity:
     """What a model of this recipe with these classes, by label, is."""
-    evaluation, model = config.evaluation, config.model
+    space = LabelSpace(config.data.task, tuple(classes))
+    return model_identity(space, config.model, config.evaluation, dump_recipe(config))
+
+
+def model_identity(space: LabelSpace, model: ModelConfig, evaluation: EvaluationConfig, recipe: str) -> ModelIdentity:
+    """The same from its parts; `recipe` (YAML) is empty where it is not known."""
     return ModelIdentity(
-        label_spaces=(LabelSpace(config.data.task, tuple(classes)),),
+        label_spaces=(space,),
         input=InputRules(
             shortest_edge=evaluation.shortest_edge,
             max_size=evaluation.max_size,
@@ -23,5 +30,5 @@ def identity_of(config: RunConfig, classes: Sequence[Category]) -> ModelIdentity
             pixel_std=model.pixel_std,
         ),
         num_queries=model.transformer_decoder.num_queries,
-        recipe=dump_recipe(config),
+        recipe=recipe,
     )
