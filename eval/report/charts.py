@@ -1,7 +1,7 @@
 """Charts as SVG text: curves, bars and a matrix, in the colours of the page that holds them.
 
 Text and grid take the page's text colour, so one chart serves light and dark screens and paper. Charts are 420 units
-wide: one fills a telephone, two or three stand side by side on a desk.
+wide: one fills a telephone, two or three stand side by side on a desk. docs/design.md says why matplotlib draws none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SMALL_SIDE = 150
 """Of the square of a small chart."""
 DOTTED_POINTS = 15
 """Curves of so few points show them."""
-ROW = 18
+ROW_HEIGHT = 18
+FONT_SIZE = 11
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 30, 34
 _PLOT_HEIGHT = 190
 _LETTER = 6.1
@@ -53,38 +54,39 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """The axes of a line chart: ticks of both, and where a point lies."""
+class _Axes:
+    """The axes of a line chart: their ticks, and where a point lies."""
 
     xs: Sequence[float]
     ys: Sequence[float]
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
+    def locate(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
         up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), _TOP + (1 - up) * _PLOT_HEIGHT
 
-    def axes(self, x_label: str) -> list[str]:
+    def lines(self, x_label: str) -> list[str]:
         parts = []
         for tick in self.ys:
-            y = self.place(self.xs[0], tick)[1]
-            parts += [_line(_LEFT, y, WIDTH - _RIGHT, y), _text(_LEFT - 5, y + 4, number(tick, self.ys), anchor="end")]
+            y = self.locate(self.xs[0], tick)[1]
+            parts.append(_line(_LEFT, y, WIDTH - _RIGHT, y))
+            parts.append(_text(_LEFT - 5, y + 4, tick_label(tick, self.ys), anchor="end"))
         bottom = _TOP + _PLOT_HEIGHT
         for tick in self.xs:
-            x = self.place(tick, self.ys[0])[0]
-            parts += [_text(x, bottom + 14, number(tick, self.xs), anchor="middle")]
+            x = self.locate(tick, self.ys[0])[0]
+            parts.append(_text(x, bottom + 14, tick_label(tick, self.xs), anchor="middle"))
         return [*parts, _text(WIDTH - _RIGHT, bottom + 28, x_label, anchor="end", faint=True)]
 
     def curve(self, one: Series, position: int) -> list[str]:
         parts = []
         for piece in _pieces(thinned(one.points)):
-            placed = [self.place(x, y) for x, y in piece]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+            located = [self.locate(x, y) for x, y in piece]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in located)
             name = f"<title>{escape(one.name)}</title>"
             parts.append(f'<polyline points="{path}" {_stroke(position)}>{name}</polyline>')
-            if len(placed) <= DOTTED_POINTS:
+            if len(located) <= DOTTED_POINTS:
                 color = series_color(position)
-                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in placed]
+                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in located]
         return parts
 
 
@@ -99,15 +101,15 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
         return _svg(80, title, [heading, _text(_LEFT, 60, "no values")])
     x_values, y_values = zip(*points, strict=True)
     across, up = limits or ((min(x_values), max(x_values)), (min(y_values), max(y_values)))
-    frame = _Frame(ticks(*across), ticks(*up))
-    parts = [heading, *frame.axes(x_label)]
+    axes = _Axes(ticks(*across), ticks(*up))
+    parts = [heading, *axes.lines(x_label)]
     row = _TOP + _PLOT_HEIGHT + _BOTTOM
     for position, one in enumerate(series):
         if one.points:
-            parts += frame.curve(one, position)
+            parts += axes.curve(one, position)
             parts.append(f'<path d="M{_LEFT} {row + 8}h22" {_stroke(position)}/>')
             parts.append(_text(_LEFT + 28, row + 12, shortened(one.name, 52)))
-            row += ROW
+            row += ROW_HEIGHT
     return _svg(row, title, parts)
 
 
@@ -130,20 +132,20 @@ def bar_chart(title: str, bars: Sequence[Bar], *, limits: tuple[float, float] | 
     value_width = max((len(bar.text) for bar in bars), default=0) * _LETTER + 8
     low, high = limits or (min(0.0, *(b.value for b in bars)), max(0.0, *(b.value for b in bars)))
     span = (high - low) or 1.0
-    room = WIDTH - label_width - value_width
-    zero = label_width + room * -low / span
+    available = WIDTH - label_width - value_width
+    zero = label_width + available * -low / span
     parts = [_text(0, 14, title, weight="bold")]
     for position, bar in enumerate(bars):
-        top = 24 + ROW * position
-        length = room * abs(bar.value) / span
+        top = 24 + ROW_HEIGHT * position
+        length = available * abs(bar.value) / span
         left = zero if bar.value >= 0 else zero - length
         parts.append(_text(label_width - 6, top + 13, shortened(bar.name, round(label_width / _LETTER)), anchor="end"))
         parts.append(
-            f'<rect x="{left:.1f}" y="{top + 3}" width="{max(length, 0.5):.1f}" height="{ROW - 6}" rx="2" '
+            f'<rect x="{left:.1f}" y="{top + 3}" width="{max(length, 0.5):.1f}" height="{ROW_HEIGHT - 6}" rx="2" '
             f'fill="{bar.color}"><title>{escape(bar.name)}: {escape(bar.text)}</title></rect>'
         )
         parts.append(_text(WIDTH, top + 13, bar.text, anchor="end"))
-    bottom = 24 + ROW * len(bars)
+    bottom = 24 + ROW_HEIGHT * len(bars)
     parts.append(f'<path d="M{zero:.1f} 22V{bottom}" stroke="currentColor" stroke-opacity="0.5"/>')
     return _svg(bottom + 4, title, parts)
 
@@ -209,7 +211,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
-def number(value: float, among: Sequence[float]) -> str:
+def tick_label(value: float, among: Sequence[float]) -> str:
     """A tick with as many decimals as the distance to its neighbours needs; thousands as k."""
     step = among[1] - among[0]
     if max(map(abs, among)) >= 10_000 and step >= 100:
@@ -275,19 +277,23 @@ def _text(
     *,
     anchor: str = "start",
     weight: str = "normal",
-    size: float = 11,
+    size: float = FONT_SIZE,
     faint: bool = False,
     turn: str = "",
     ink: str = "currentColor",
 ) -> str:
-    style = f'text-anchor="{anchor}" font-weight="{weight}" font-size="{size:g}"'
+    style = f' text-anchor="{anchor}"' if anchor != "start" else ""
+    style += f' font-weight="{weight}"' if weight != "normal" else ""
+    style += f' font-size="{size:g}"' if size != FONT_SIZE else ""
     style += ' fill-opacity="0.65"' if faint else ""
     style += f' transform="{turn}"' if turn else ""
     style += f' fill="{ink}"' if ink != "currentColor" else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(text)}</text>'
 
 
 def _svg(height: float, title: str, parts: Sequence[str], width: int = WIDTH) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" role="img" '
-    head += f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" fill="currentColor">'
+    head += (
+        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="{FONT_SIZE}" fill="currentColor">'
+    )
     return head + "".join(parts) + "</svg>"

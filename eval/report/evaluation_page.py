@@ -183,13 +183,13 @@ def _confusion(results: EvaluationResults) -> str:
     found = [one for one in found if one[2].any()]
     if not found:
         return ""
-    lead = paragraph("Per cent of the row. Segments are paired as under Errors, bad outlines included.", "faint")
+    explained = "Truth by row, prediction by column, per cent of the row. Segments are paired as under Errors."
+    lead = paragraph(f"{explained} Bad outlines are included.", "faint")
     return lead + grid([_matrix(*one) for one in found]) + grid([_top_confusions(*one) for one in found])
 
 
 def _matrix(what: str, names: Sequence[str], counts: np.ndarray) -> str:
     """Shares of every row; of many classes those with the most errors."""
-    title = f"{what}: truth by row, prediction by column"
     wrong = counts - np.diag(counts.diagonal())
     erring = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:MATRIX_CLASSES]
     chosen = np.sort(erring)
@@ -200,8 +200,7 @@ def _matrix(what: str, names: Sequence[str], counts: np.ndarray) -> str:
         [f"{t} as {p}: {n:,} of {total:,}" for p, n in zip(shown, row, strict=True)]
         for t, row, total in zip(shown, part.tolist(), totals.tolist(), strict=True)
     ]
-    if len(chosen) < len(names):
-        title += f" ({len(chosen)} classes with the most errors)"
+    title = what if len(chosen) == len(names) else f"{what}: the {len(chosen)} classes with the most errors"
     return matrix_chart(title, shown, (part / totals[:, None]).tolist(), texts)
 
 

@@ -19,9 +19,9 @@ from m2f.eval.report.charts import (
     bar_chart,
     line_chart,
     matrix_chart,
-    number,
     stacked,
     thinned,
+    tick_label,
     ticks,
 )
 from m2f.eval.report.evaluation_page import details_json, evaluation_page, to_jpeg
@@ -191,7 +191,7 @@ def test_ticks_are_round_and_enclose(low, high, expected):
     assert found[0] <= low <= high <= found[-1]
     if low != high:
         assert found == pytest.approx(expected)
-    assert len({number(tick, found) for tick in found}) == len(found)
+    assert len({tick_label(tick, found) for tick in found}) == len(found)
 
 
 def test_curves_keep_colours_skip_gaps_and_are_thinned():
