@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from m2f.model.errors import WeightsError
 from m2f.model.weights.files import read_state
+from m2f.model.weights.maskformer import is_maskformer, require_maskformer
 from m2f.model.weights.names import Layout, count_levels, detect_layout, is_ignored, to_own_names
 
 _TASK_SIZED = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_embed)\.")
 """Their first axis is the number of classes or queries, which another task may choose differently."""
 
 _CLASS_HEAD = re.compile(r"^transformer_decoder\.class_embed\.")
+_PROJECTION = re.compile(r"^transformer_decoder\.memor(y|ies\.\d+)\.input_proj\.")
+"""Without them the decoder would read other features than it was trained on."""
 _RELATIVE_POSITIONS = "relative_position_bias_table"
 """Ends the name of a table that depends on the window size."""
 _MAX_LISTED = 8
@@ -78,6 +81,8 @@ def load_weights(
     target = model.state_dict()
     layout = detect_layout(state)
     converted = _match_timm_names(target, to_own_names(state, layout, count_levels(target)), layout)
+    if layout == "official" and is_maskformer(state):
+        require_maskformer(converted, target, name)
     if class_rows is not None:
         _select_class_rows(converted, target, class_rows)
     resized = _resize_position_biases(converted, target)
@@ -87,6 +92,13 @@ def load_weights(
     if wrong:
         listed = "; ".join(_both_shapes(key, converted, target) for key in wrong[:4])
         raise WeightsError(f"{name} belongs to another architecture ({len(wrong)} shapes differ): {listed}")
+    if projections := [key for key in converted if key not in target and _PROJECTION.match(key)]:
+        raise WeightsError(
+            f"{name} has 1x1 projections before its transformer decoder although the widths are equal "
+            f"({projections[0]} and {len(projections) - 1} more; MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ in the official "
+            "code); this program has them only where model.pixel_decoder.conv_dim differs from "
+            "model.transformer_decoder.hidden_dim"
+        )
     loaded = tuple(key for key in found if key not in different)
     if not loaded:
         raise WeightsError(f"{name} has no weight of this model; its first names are {', '.join(list(state)[:3])}")

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from m2f.model.backbones.swin_weights import official_swin_names
 from m2f.model.errors import WeightsError
+from m2f.model.weights.maskformer import is_maskformer, maskformer_to_own
+from m2f.model.weights.packing import PackedNames, attention_packs, pack, unpack
 from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
 
 Layout = Literal["own", "official", "hugging_face", "backbone"]
@@ -67,7 +68,10 @@ def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -
         case "own":
             return dict(state)
         case "official":
-            return _canonical_to_own({_substitute(name, _OLD_OFFICIAL): t for name, t in state.items()}, levels)
+            current = {_substitute(name, _OLD_OFFICIAL): tensor for name, tensor in state.items()}
+            if not is_maskformer(current):
+                return _canonical_to_own(current, levels)
+            return maskformer_to_own({name: tensor for name, tensor in current.items() if not is_ignored(name)})
         case "hugging_face":
             files = {_substitute(name, _NEW_HUGGING_FACE): tensor for name, tensor in state.items()}
             return _canonical_to_own(
@@ -80,14 +84,14 @@ def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -
 def to_official_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under the official names. Raises WeightsError for a model that the official code cannot express."""
     canonical = _own_to_canonical(own)
-    return _pack(canonical, _attention_packs(canonical))
+    return pack(canonical, attention_packs(canonical))
 
 
 def to_hugging_face_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under the names of Hugging Face's files. Raises WeightsError for a model that has none."""
     canonical = _own_to_canonical(own)
-    cross = {name: parts for name, parts in _attention_packs(canonical).items() if "cross_attention" in name}
-    return _renamed(_pack(canonical, cross), HUGGING_FACE_TO_CANONICAL, "Hugging Face")
+    cross = {name: parts for name, parts in attention_packs(canonical).items() if "cross_attention" in name}
+    return _renamed(pack(canonical, cross), HUGGING_FACE_TO_CANONICAL, "Hugging Face")
 
 
 def count_levels(own: Iterable[str]) -> int:
@@ -101,20 +105,16 @@ def is_ignored(name: str) -> bool:
     return _IGNORED.search(name) is not None
 
 
-PackedNames = Mapping[str, tuple[str, ...]]
-"""Name of a packed tensor and the names of its parts, joined along the first axis."""
-
-
 def _canonical_to_own(state: Mapping[str, Tensor], levels: int = 3) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in state.items() if not is_ignored(name)}
-    canonical = _unpack(weights, _attention_packs(weights))
+    canonical = unpack(weights, attention_packs(weights))
     own = {CANONICAL_TO_OWN.forward(name) or name: tensor for name, tensor in canonical.items()}
-    return _pack(own, _own_packs(own, levels))
+    return pack(own, _own_packs(own, levels))
 
 
 def _own_to_canonical(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept = {name: tensor for name, tensor in own.items() if not is_ignored(name)}
-    parts = _unpack(kept, _own_packs(kept, count_levels(kept)))
+    parts = unpack(kept, _own_packs(kept, count_levels(kept)))
     canonical: dict[str, Tensor] = {}
     unknown = [name for name in parts if CANONICAL_TO_OWN.inverse(name) is None]
     if unknown:
@@ -124,27 +124,11 @@ def _own_to_canonical(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return canonical
 
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-"""In the order in which packed projections hold them."""
-
-
-def _attention_packs(names: Iterable[str]) -> PackedNames:
-    """How the official layout packs projections, packed or not yet: `qkv` in Swin, else as `nn.MultiheadAttention`."""
-    packs: dict[str, tuple[str, ...]] = {}
-    for name in names:
-        match = re.fullmatch(r"(.+)\.(?:qkv\.|in_proj_|q_proj\.)(weight|bias)", name)
-        if match:
-            attention, kind = match.groups()
-            packed = f"{attention}.qkv.{kind}" if attention.endswith(".attn") else f"{attention}.in_proj_{kind}"
-            packs[packed] = tuple(f"{attention}.{projection}.{kind}" for projection in _PROJECTIONS)
-    return packs
-
-
 def _own_packs(names: Iterable[str], levels: int) -> PackedNames:
     """How our model packs projections: cross-attention per level over its layers, self-attention per layer, Swin."""
     names = tuple(names)
     layers = {int(match[1]) for name in names if (match := re.match(r"transformer_decoder\.layers\.(\d+)\.", name))}
-    packs = dict(_attention_packs(name for name in names if name.startswith("backbone.")))
+    packs = dict(attention_packs(name for name in names if name.startswith("backbone.")))
     for kind in ("weight", "bias"):
         for level in range(levels):
             of_level = sorted(layer for layer in layers if layer % levels == level)
@@ -156,22 +140,6 @@ def _own_packs(names: Iterable[str], levels: int) -> PackedNames:
             own = f"transformer_decoder.layers.{layer}"
             packs[f"{own}.self_query_key.{kind}"] = (f"{own}.self_query.{kind}", f"{own}.self_key.{kind}")
     return packs
-
-
-def _pack(state: Mapping[str, Tensor], packs: PackedNames) -> dict[str, Tensor]:
-    """Join the parts that are all there."""
-    whole = {name: parts for name, parts in packs.items() if parts and all(part in state for part in parts)}
-    packed = {part for parts in whole.values() for part in parts}
-    joined = {name: torch.cat([state[part] for part in parts]) for name, parts in whole.items()}
-    return {name: tensor for name, tensor in state.items() if name not in packed} | joined
-
-
-def _unpack(state: Mapping[str, Tensor], packs: PackedNames) -> dict[str, Tensor]:
-    parts: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        names = packs.get(name, (name,))
-        parts |= zip(names, tensor.chunk(len(names)), strict=True) if len(names) > 1 else {names[0]: tensor}
-    return parts
 
 
 def _renamed(canonical: Mapping[str, Tensor], table: NameTable, target: str) -> dict[str, Tensor]:

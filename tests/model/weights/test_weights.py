@@ -227,6 +227,14 @@ def test_missing_and_unexpected_weights_are_reported(small):
     assert str(report).splitlines()[1:] == ["1 missing: transformer_decoder.norm.bias", "1 unexpected: extra"]
 
 
+def test_enforced_projections_before_the_decoder_are_refused(small):
+    names = [f"sem_seg_head.predictor.input_proj.{level}.{kind}" for level in range(3) for kind in ("weight", "bias")]
+    model = build_model(dataclasses.replace(small_config(), backbone=TINY_SWIN))
+    official = to_official_names(model.state_dict())
+    with pytest.raises(WeightsError, match=r"1x1 projections .*memories\.0\.input_proj\.weight and 5 more; .*ENFORCE"):
+        load_weights(model, official | {name: torch.zeros(32) for name in names})
+
+
 def test_another_architecture_is_refused_and_nothing_is_loaded(small):
     other = build_model(small_config(num_layers=5))
     before = {key: value.clone() for key, value in other.state_dict().items()}
