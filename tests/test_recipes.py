@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2f.cluster.recipe.ablations import TABLE, ablation_rows
+from m2f.cluster.recipe.ablations import TABLE, ablations
 from m2f.cluster.recipe.load import flatten, load_recipe, parse_recipe
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
@@ -39,16 +39,18 @@ from m2f.trainer.engine.schedule import lr_factor
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
 RECIPES = {path.stem: path for path in sorted(CONFIGS.rglob("*.yaml")) if path.name != TABLE.name}
-ABLATIONS = {f"{base}_{row.name}": (base, row) for row in ablation_rows().values() for base in row.published}
-"""By the name of the run: base recipe and row of the table."""
+ABLATIONS = {
+    f"{base}_{ablation.name}": (base, ablation) for ablation in ablations().values() for base in ablation.published
+}
+"""By the name of the run: base recipe and ablation."""
 PAPER = [*(name for name, path in RECIPES.items() if path.parent != CONFIGS), *ABLATIONS]
 """The recipes of the paper's tables."""
 
 
 @cache
 def loaded(name):
-    base, row = ABLATIONS.get(name, (name, None))
-    return load_recipe(base if row is None else f"{base}+{row.name}")
+    base, ablation = ABLATIONS.get(name, (name, None))
+    return load_recipe(base if ablation is None else f"{base}+{ablation.name}")
 
 
 def is_of(name, *folders):
@@ -65,11 +67,11 @@ def test_no_two_recipes_have_the_same_name():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_a_row_of_the_table_changes_what_its_name_says_and_states_the_result(name):
-    base, row = ABLATIONS[name]
+    base, ablation = ABLATIONS[name]
     changed, before = loaded(name), loaded(base)
     assert changed.name == name
     assert changed != replace(before, name=name)
-    assert re.match(r"(PQ|AP|mIoU) ([\d.]+ .*|of Figure IV, .*)\(paper", row.published[base])
+    assert re.match(r"(PQ|AP|mIoU) ([\d.]+ .*|of Figure IV, .*)\(paper", ablation.published[base])
 
 
 @pytest.mark.parametrize(
@@ -126,8 +128,8 @@ def expanded(pattern):
 
 def figures(name):
     """PQ, AP and mIoU as a recipe's second line states them."""
-    base, row = ABLATIONS.get(name, (name, None))
-    expected = RECIPES[name].read_text().splitlines()[1] if row is None else row.published[base]
+    base, ablation = ABLATIONS.get(name, (name, None))
+    expected = RECIPES[name].read_text().splitlines()[1] if ablation is None else ablation.published[base]
     return dict(re.findall(r"(?<!boundary )\b(PQ|AP|mIoU) ([\d.]+)", expected))
 
 

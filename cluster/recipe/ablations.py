@@ -20,14 +20,14 @@ TABLE = CONFIGS / "ablations.yaml"
 
 
 @dataclass(frozen=True)
-class AblationRow:
+class Ablation:
     """One thing that differs from a base recipe."""
 
     name: str
     overrides: tuple[str, ...]
     """`section.key=value`, as on the command line."""
     published: Mapping[str, str]
-    """The paper's result by base recipe; the row goes with these bases only."""
+    """The paper's result by base recipe; the ablation goes with these bases only."""
     extra: Mapping[str, tuple[str, ...]]
     """Further overrides by base recipe."""
 
@@ -37,9 +37,11 @@ class AblationRow:
 
 
 @cache
-def ablation_rows() -> dict[str, AblationRow]:
-    """The table, by name of the row."""
-    return {name: _row(name, content) for name, content in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()}
+def ablations() -> dict[str, Ablation]:
+    """The table, by name."""
+    return {
+        name: _ablation(name, content) for name, content in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()
+    }
 
 
 def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
@@ -51,28 +53,30 @@ def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
     text = str(recipe)
     if Path(text).is_file() or "/" in text or text.endswith((".yaml", ".yml")):
         return Path(text), ()
-    base, *rows = text.split("+")
+    base, *names = text.split("+")
     files = {path.stem: path for path in CONFIGS.rglob("*.yaml") if path != TABLE}
     if base not in files:
         raise ConfigError(f"no recipe is called {base!r}{_nearest(base, files)}; give a path or a name of configs/")
     overrides: list[str] = []
-    for name in rows:
-        row = ablation_rows().get(name)
-        if row is None:
-            raise ConfigError(f"{text}: no ablation is called {name!r}{_nearest(name, ablation_rows())} (see {TABLE})")
-        if base not in row.published:
-            raise ConfigError(f"{text}: the ablation {name!r} goes with {', '.join(row.published)}, not with {base}")
-        overrides += row.overrides_of(base)
-    if rows:
-        overrides.append(f"name={'_'.join([base, *rows])}")
+    for name in names:
+        ablation = ablations().get(name)
+        if ablation is None:
+            raise ConfigError(f"{text}: no ablation is called {name!r}{_nearest(name, ablations())} (see {TABLE})")
+        if base not in ablation.published:
+            raise ConfigError(
+                f"{text}: the ablation {name!r} goes with {', '.join(ablation.published)}, not with {base}"
+            )
+        overrides += ablation.overrides_of(base)
+    if names:
+        overrides.append(f"name={'_'.join([base, *names])}")
     return files[base], tuple(overrides)
 
 
-def _row(name: str, content: Mapping[str, Any]) -> AblationRow:
+def _ablation(name: str, content: Mapping[str, Any]) -> Ablation:
     bases: Mapping[str, str | Mapping[str, Any]] = content["bases"]
     published = {base: each if isinstance(each, str) else str(each["published"]) for base, each in bases.items()}
     extra = {base: _overrides(each["overrides"]) for base, each in bases.items() if not isinstance(each, str)}
-    return AblationRow(name, _overrides(content["overrides"]), published, extra)
+    return Ablation(name, _overrides(content["overrides"]), published, extra)
 
 
 def _overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -24,17 +24,17 @@ def explain(section: str = "") -> str:
         ConfigError: there is no such section.
     """
     classes: tuple[type, ...] = (RunConfig,)
-    walked: list[str] = []
+    known_path: list[str] = []
     for name in section.split(".") if section else []:
-        classes, known = _enter(classes, name)
+        classes, known = _sections_of_field(classes, name)
         if not classes:
-            where = f"`{'.'.join(walked)}`" if walked else "the recipe"
+            where = f"`{'.'.join(known_path)}`" if known_path else "the recipe"
             raise ConfigError(f"--explain {section}: `{name}` is no section of {where}{suggestion(name, known)}")
-        walked.append(name)
+        known_path.append(name)
     return "\n".join(line for cls in classes for line in _describe(cls, section)).rstrip() + "\n"
 
 
-def _enter(classes: tuple[type, ...], name: str) -> tuple[tuple[type, ...], list[str]]:
+def _sections_of_field(classes: tuple[type, ...], name: str) -> tuple[tuple[type, ...], list[str]]:
     """Sections behind the field `name` of any of the classes, and the names that would have led on."""
     inner = {field: sections_in(hint) for cls in classes for field, hint in type_hints(cls).items()}
     known = [field for field, sections in inner.items() if sections]

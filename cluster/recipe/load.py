@@ -85,12 +85,21 @@ def require_no_problems(source: str, problems: Sequence[str]) -> None:
 
 def dump_recipe(config: RunConfig) -> str:
     """The complete recipe with every default written out, as YAML that loads back to an equal RunConfig."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, width=100)
+    return yaml.safe_dump(_to_tree(config), sort_keys=False, width=100)
+
+
+def describe_changes(before: Mapping[str, str], after: Mapping[str, str], keys: Iterable[str]) -> tuple[str, ...]:
+    """Lines `setting: before -> after` for those of the settings that differ."""
+    return tuple(
+        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        for key in sorted(keys)
+        if before.get(key) != after.get(key)
+    )
 
 
 def flatten(config: RunConfig) -> dict[str, str]:
     """Every setting as `{dotted path: text}`, lists by index; what MLflow keeps as parameters."""
-    return flatten_tree(_plain(config))
+    return flatten_tree(_to_tree(config))
 
 
 def flatten_tree(tree: Any) -> dict[str, str]:
@@ -124,7 +133,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML\n  {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: a recipe is a YAML mapping of sections, this is {_kind_of(tree)}")
+        raise ConfigError(f"{source}: a recipe is a YAML mapping of sections, this is {_describe_value(tree)}")
     return tree
 
 
@@ -169,7 +178,7 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
                 return
             key = int(key)
         elif not isinstance(node, dict):
-            problems.append(f"`{override}`: `{here}` is {_kind_of(node)}, not a section")
+            problems.append(f"`{override}`: `{here}` is {_describe_value(node)}, not a section")
             return
         if last:
             node[key] = value
@@ -193,15 +202,16 @@ def _build(hint: Any, value: Any, path: str, problems: list[str], default: Any =
         return _build_section(sections, value, path, problems, default)
     if sections and get_origin(hint) is tuple:
         if not isinstance(value, list):
-            return _note(problems, f"`{path}`: expected a list, got {_kind_of(value)}")
+            return _add_problem(problems, f"`{path}`: expected a list, got {_describe_value(value)}")
         item_hint = get_args(hint)[0]
-        return _whole(tuple(_build(item_hint, item, f"{path}.{i}", problems) for i, item in enumerate(value)))
+        items = tuple(_build(item_hint, item, f"{path}.{i}", problems) for i, item in enumerate(value))
+        return _INVALID if _INVALID in items else items
     if sections and get_origin(hint) is Mapping:
         if not isinstance(value, dict):
-            return _note(problems, f"`{path}`: expected a mapping of names, got {_kind_of(value)}")
+            return _add_problem(problems, f"`{path}`: expected a mapping of names, got {_describe_value(value)}")
         item_hint = get_args(hint)[1]
-        items = {str(name): _build(item_hint, item, f"{path}.{name}", problems) for name, item in value.items()}
-        return _INVALID if _INVALID in items.values() else items
+        named = {str(name): _build(item_hint, item, f"{path}.{name}", problems) for name, item in value.items()}
+        return _INVALID if _INVALID in named.values() else named
     return _build_leaf(hint, value, path, problems)
 
 
@@ -211,13 +221,15 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        return _note(problems, f"{where}: expected a section, got {_kind_of(value)}")
-    section = _choose(sections, value, default)
+        return _add_problem(problems, f"{where}: expected a section, got {_describe_value(value)}")
+    section = _choose_section(sections, value, default)
     if section is None:
         kinds = [str(kind_tag(s)) for s in sections]
         if "kind" not in value:
-            return _note(problems, f"`{path}.kind` is missing; one of {', '.join(kinds)}")
-        return _note(problems, f"`{path}.kind`: no such kind {value['kind']!r}{suggestion(str(value['kind']), kinds)}")
+            return _add_problem(problems, f"`{path}.kind` is missing; one of {', '.join(kinds)}")
+        return _add_problem(
+            problems, f"`{path}.kind`: no such kind {value['kind']!r}{suggestion(str(value['kind']), kinds)}"
+        )
     fields = {f.name: f for f in dataclasses.fields(section)}
     hints = type_hints(section)
     for key in value:
@@ -229,20 +241,24 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
         if name in value:
             arguments[name] = _build(hints[name], value[name], _join(path, name), problems, _default_of(field))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            arguments[name] = _note(problems, f"`{_join(path, name)}` is missing; {_summary(section, name)}")
+            arguments[name] = _add_problem(
+                problems, f"`{_join(path, name)}` is missing; {_required_hint(section, name)}"
+            )
     if _INVALID in arguments.values():
         return _INVALID
     try:
         return section(**arguments)
     except ConfigError as error:  # a check between settings; its message names them
-        return _note(problems, str(error))
+        return _add_problem(problems, str(error))
 
 
 def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if isinstance(value, bool) and hint in (int, float, int | None, float | None, int | tuple[int, int]):
-        return _note(problems, f"`{path}`: expected a number, got {str(value).lower()}")
+        return _add_problem(problems, f"`{path}`: expected a number, got {str(value).lower()}")
     if isinstance(value, str) and _CREDENTIALS.search(value):
-        return _note(problems, f"`{path}`: holds a password, which would be stored with the run; use the environment")
+        return _add_problem(
+            problems, f"`{path}`: holds a password, which would be stored with the run; use the environment"
+        )
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
@@ -273,14 +289,12 @@ def sections_in(hint: Any) -> tuple[type, ...]:
     return tuple(section for part in get_args(hint) for section in sections_in(part))
 
 
-def _choose(sections: tuple[type, ...], value: Mapping[str, Any], default: Any) -> type | None:
-    if len(sections) == 1 and "kind" not in value:
+def _choose_section(sections: tuple[type, ...], value: Mapping[str, Any], default: Any) -> type | None:
+    by_kind = {kind_tag(s): s for s in sections}
+    if len(sections) == 1 and ("kind" not in value or None in by_kind):  # without a tag `kind` is an unknown key
         return sections[0]
     if "kind" not in value:
         return next((s for s in sections if isinstance(default, s)), None)
-    by_kind = {kind_tag(s): s for s in sections}
-    if len(sections) == 1 and None in by_kind:  # no tagged section: `kind` is then an unknown key
-        return sections[0]
     return by_kind.get(value["kind"]) if isinstance(value["kind"], str) else None
 
 
@@ -296,16 +310,12 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-# Words
+# Messages
 
 
-def _note(problems: list[str], problem: str) -> object:
+def _add_problem(problems: list[str], problem: str) -> object:
     problems.append(problem)
     return _INVALID
-
-
-def _whole(items: tuple[Any, ...]) -> Any:
-    return _INVALID if _INVALID in items else items
 
 
 def _join(path: str, key: object) -> str:
@@ -318,7 +328,7 @@ def suggestion(word: str, known: list[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
 
 
-def _kind_of(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, list):
@@ -332,18 +342,18 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _summary(section: type, name: str) -> str:
+def _required_hint(section: type, name: str) -> str:
     return f"{section.__name__} needs it ({getattr(type_hints(section)[name], '__name__', 'see m2f config --explain')})"
 
 
-def _plain(value: Any) -> Any:
+def _to_tree(value: Any) -> Any:
     """Dataclasses, tuples and mappings as the dicts, lists and scalars that YAML knows."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_tree(item) for item in value]
     return value
 
 

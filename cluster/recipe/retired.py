@@ -47,7 +47,7 @@ def apply_renames(tree: Any, problems: list[str], renamed: Sequence[Renamed] = R
     """
     hints: list[str] = []
     for rename in renamed:
-        for path, section, key in _places(tree, rename.path):
+        for path, section, key in _find_settings(tree, rename.path):
             if rename.name in section:
                 problems.append(
                     f"`{path}` is the old name of `{rename.name}`, which is set beside it; keep the new one"
@@ -72,13 +72,13 @@ def renamed_path(path: str, renamed: Sequence[Renamed] = RENAMED) -> str:
 def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RETIRED) -> None:
     """Take deleted settings out of a recipe's tree, in place; those not at their old default go to `problems`."""
     for setting in retired:
-        for path, section, key in _places(tree, setting.path):
+        for path, section, key in _find_settings(tree, setting.path):
             value = section.pop(key)
             if value != setting.default:
                 problems.append(f"`{path}` is {value!r}, but this version does not have the setting; {setting.remedy}")
 
 
-def _places(node: Any, path: str, above: str = "") -> list[tuple[str, dict[str, Any], str]]:
+def _find_settings(node: Any, path: str, above: str = "") -> list[tuple[str, dict[str, Any], str]]:
     """Where a tree has settings of this path: the full path, the section that holds it, the key in the section."""
     key, _, rest = path.partition(".")
     if isinstance(node, dict):
@@ -87,4 +87,4 @@ def _places(node: Any, path: str, above: str = "") -> list[tuple[str, dict[str, 
         names = list(range(len(node))) if isinstance(node, list) and key == "*" else []
     if not rest:
         return [(f"{above}{name}", node, name) for name in names if isinstance(node, dict)]
-    return [place for name in names for place in _places(node[name], rest, f"{above}{name}.")]
+    return [found for name in names for found in _find_settings(node[name], rest, f"{above}{name}.")]

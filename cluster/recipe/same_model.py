@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import yaml
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.load import dump_recipe, flatten_tree, require_no_problems
+from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten_tree, require_no_problems
 from m2f.cluster.recipe.retired import apply_renames, drop_retired
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.identity import ModelIdentity
 
-_FREE = re.compile(
+_CHANGEABLE = re.compile(
     r"model\.(loss\.|postprocess\.|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
     r"|model\..*\.(dropout|checkpointing)$|model\.backbone\.options\.\w*drop\w*$"
 )
@@ -35,11 +35,7 @@ def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, 
     """
     before, after = (_settings(text, optimizer) for text in (stored, now))
     shared = before.keys() & after.keys() | {key for key in before.keys() | after.keys() if key.startswith(_OPTIONS)}
-    return tuple(
-        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
-        for key in sorted(shared)
-        if before.get(key) != after.get(key)
-    )
+    return describe_changes(before, after, shared)
 
 
 def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str) -> None:
@@ -67,6 +63,6 @@ def _settings(recipe: str, optimizer: bool) -> Mapping[str, str]:
     return {
         key: value
         for key, value in flat.items()
-        if (key.startswith("model.") and not _FREE.match(key) and key != _OPTIONS.rstrip("."))
+        if (key.startswith("model.") and not _CHANGEABLE.match(key) and key != _OPTIONS.rstrip("."))
         or (optimizer and key in _OPTIMIZER)
     }

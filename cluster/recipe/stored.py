@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.load import dump_recipe, flatten, parse_recipe
+from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten, parse_recipe
 from m2f.data_pipeline.storage.storage import Storage, join
 
 STORED_RECIPE = "recipe.yaml"
-_ABSENT = "not set"
 
 
 def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tuple[str, ...]:
@@ -21,5 +20,4 @@ def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tup
         return ()
     stored = flatten(parse_recipe(storage.get(url).decode(), source=url))
     now = flatten(config)
-    changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
-    return tuple(f"{key}: {stored.get(key, _ABSENT)} -> {now.get(key, _ABSENT)}" for key in changed)
+    return describe_changes(stored, now, stored.keys() | now.keys())
