@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import m2f.trainer.engine.module
+from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
 from m2f.data_pipeline.errors import StorageError
@@ -24,6 +25,7 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     TimmBackboneConfig,
 )
+from m2f.trainer.checkpoint.commits import list_commits
 from m2f.trainer.checkpoint.folder import newest_whole
 from m2f.trainer.config import CheckpointConfig, OptimizerConfig, TrainingConfig
 
@@ -178,15 +180,36 @@ def refused_upload(marker: Path):
 
 
 def troubled_loop(arguments):
-    """What a Ray worker runs: an upload is refused, memory is short in step 5 (rank 1), steps 8 and 9 spike."""
+    """What a Ray worker runs: its first upload is refused, later memory is short in step 5, steps 8 and 9 spike.
+
+    Step 5 waits for the commit of step 4, and step 9 for the evaluation of step 8.
+    """
     from m2f.cluster.train.worker import train_loop
 
-    marker = Path(arguments["settings"].job.run_folder, "refused")
-    with (
-        refused_upload(marker),
-        changed_losses(lambda losses, targets: spike(28, out_of_memory(17, losses, targets), targets)),
-    ):
+    folder = Path(arguments["settings"].job.run_folder)
+    ledger = str(folder / "evaluations" / "queue.json")
+    first_attempt = not (folder / "refused").exists()
+
+    def trouble(losses, targets):
+        position = int(targets.position.max())
+        if first_attempt:
+            return losses
+        if 16 <= position < 20:
+            _wait_for(lambda: list_commits(Storage(), str(folder)))
+        if 32 <= position < 36:
+            _wait_for(lambda: any(entry.step == 8 and entry.settled for entry in read_entries(Storage(), ledger)))
+        return spike(28, out_of_memory(17, losses, targets), targets)
+
+    with refused_upload(folder / "refused"), changed_losses(trouble):
         train_loop(arguments)
+
+
+def _wait_for(condition) -> None:
+    """Workers cannot import `tests.waiting`."""
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def mistaken_loop(arguments):

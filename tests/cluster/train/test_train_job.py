@@ -260,32 +260,42 @@ def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, con
 
 
 def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, calm_losses, workers_with, capsys):
-    """In one run: the upload of step 3 is refused, rank 1 is out of memory in step 5, steps 8 and 9 spike."""
+    """In one run: the upload of step 4 is refused, rank 1 is out of memory in step 5, steps 8 and 9 spike.
+
+    Step 8 is evaluated before step 9: its commit is withdrawn, and the evaluation of the second one takes its place.
+    """
     workers_with(tiny_run.troubled_loop)
-    training = replace(
-        config.training,
-        checkpoint=CheckpointConfig(every_steps=3, keep=9),
-        spikes=SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2),
-    )
-    troubled = replace(config, name="troubled", training=training, evaluation=EvaluationConfig())
+    spikes = SpikeConfig(action="roll_back", window=4, threshold=20.0, steps=2)
+    training = replace(config.training, checkpoint=CheckpointConfig(every_steps=EVERY, keep=9), spikes=spikes)
+    troubled = replace(config, name="troubled", training=training)
     summary = run_training(troubled)
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["error", "memory", "spike"]
     refused, short, spiked = capsys.readouterr().err.split("attempt ")[1:]
     assert "ended at checkpoint step 0 on rank 1: StorageError: " in refused
     assert "optim_states.pt: the store refuses to write (AccessDenied)" in refused
-    assert "ended at checkpoint step 3 on rank 1: OutOfMemoryError: out of memory in step 5 with 2 images at" in short
+    assert "ended at checkpoint step 4 on rank 1: OutOfMemoryError: out of memory in step 5 with 2 images at" in short
     assert "starting again in 0 s: with 1 images per micro-batch instead of 2" in short
-    assert "ended at checkpoint step 6 on rank 0: LossSpikeError: after step 9 the loss is" in spiked
+    assert "ended at checkpoint step 8 on rank 0: LossSpikeError: after step 9 the loss is" in spiked
     assert "from the checkpoint before, without positions 28 to 35 of the data order" in spiked
     adjustments = read_adjustments(Storage(), troubled.run_folder)
     assert (adjustments.micro_batch, adjustments.skipped) == (1, (PositionRange(28, 36),))
     checkpoints = sorted((Path(troubled.run_folder) / "checkpoints").glob("step_*/state.json"))
     positions = [json.loads(state.read_text())["position"] for state in checkpoints]
-    assert positions == [12, 24, 44, 56]  # steps 8 and 9 were done with other images
+    assert positions == [16, 40, 56]  # steps 8 and 9 were done with other images
     losses = history(troubled, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert dict(losses[:7]) == pytest.approx(dict(calm_losses[:7]), rel=1e-6)
+    assert_step_8_was_evaluated_again(troubled, summary)
+
+
+def assert_step_8_was_evaluated_again(config, summary):
+    seen = {(entry.step, entry.status): entry for entry in summary.evaluations}
+    assert sorted(seen) == [(4, "published"), (8, "published"), (8, "withdrawn"), (12, "published")]
+    first, second = seen[8, "withdrawn"], seen[8, "published"]
+    assert first.commit != second.commit
+    shown = [value for step, value in history(config, "val/mIoU") if step == 8]  # MLflow shows the youngest
+    assert sorted(shown) == sorted(entry.metrics["val/mIoU"] for entry in (first, second))
 
 
 def test_too_few_gpus_are_said_at_once():
