@@ -28,8 +28,8 @@ from m2f.eval.report.coco_files import (
     panoptic_annotation,
     panoptic_png,
 )
-from m2f.eval.report.panels import Scene, render_panel
-from m2f.eval.report.scenes import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.eval.report.overlays import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.eval.report.panels import Overlay, render_panel
 from m2f.model.structures import PanopticResult, SemanticResult
 
 Prediction = PanopticResult | InstanceDetections | SemanticResult
@@ -90,21 +90,21 @@ class PredictionFolder:
         )
         match prediction:
             case PanopticResult():
-                scene = self._add_segments(image, prediction)
+                overlay = self._add_segments(image, prediction)
             case InstanceDetections():
                 self._list("instances").extend(mask_results(image.id, prediction, self._classes))
                 self._list("boxes").extend(box_results(image.id, prediction, self._classes))
-                scene = predicted_instances(prediction, (height, width), self._shown_score)
+                overlay = predicted_instances(prediction, (height, width), self._shown_score)
             case SemanticResult():
                 labels = prediction.label_map.cpu().numpy()
                 self._write(f"labels/{image.name}.png", label_png(labels, self._classes))
-                scene = predicted_labels(labels, len(self._classes))
+                overlay = predicted_labels(labels, len(self._classes))
             case _:
                 assert_never(prediction)
         if self._pictures:
-            self._write(f"overlays/{image.name}.png", render_panel(pixels, image.name, [scene], self._classes))
+            self._write(f"overlays/{image.name}.png", render_panel(pixels, image.name, [overlay], self._classes))
 
-    def _add_segments(self, image: ImageInput, result: PanopticResult) -> Scene:
+    def _add_segments(self, image: ImageInput, result: PanopticResult) -> Overlay:
         name, id_map = f"{image.name}.png", result.segment_map.cpu().numpy()
         self._write(f"panoptic/{name}", panoptic_png(id_map))
         self._annotations.append(panoptic_annotation(image.id, name, result.segments, self._classes))

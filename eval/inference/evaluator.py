@@ -26,8 +26,8 @@ from m2f.eval.metrics.panoptic_quality import PanopticPrediction
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
 from m2f.eval.report.dump import ResultDump
-from m2f.eval.report.panels import Scene, render_panel
-from m2f.eval.report.scenes import instance_scenes, panoptic_scenes, semantic_scenes
+from m2f.eval.report.overlays import instance_overlays, panoptic_overlays, semantic_overlays
+from m2f.eval.report.panels import Overlay, render_panel
 from m2f.eval.results.states import EvaluationStates
 from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
@@ -46,7 +46,7 @@ EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
 _CITYSCAPES = {(c.id, c.name) for c in CITYSCAPES.categories}
 """Ids and names that the Cityscapes metrics need."""
 
-_MakeScenes = Callable[[], tuple[Scene, Scene]]
+_MakeOverlays = Callable[[], tuple[Overlay, Overlay]]
 """Makes truth and prediction of one image ready to be drawn."""
 
 
@@ -134,7 +134,7 @@ class Evaluator:
         self._categories = categories
         self._tasks, self._extra_metrics = config.tasks, config.extra_metrics
         self._postprocess = postprocess
-        self._test_time = test_time
+        self._test_time, self._shrink = test_time, config.shrink
         self._panel_ids = frozenset(panel_ids)
         self._dump = dump
         self._device = next(model.parameters()).device
@@ -150,7 +150,8 @@ class Evaluator:
             return self.score(batch, self.predict(batch))
         states = self._empty_states()
         for sample in batch.samples:
-            labels = label_map(sample.image, self._test_time, partial(self._predict_part, sample), self._postprocess)
+            predict = partial(self._predict_part, sample)
+            labels = label_map(sample.image, self._test_time, predict, self._postprocess, self._shrink)
             self._draw(sample, {"semantic": self._semantic(sample, labels, states)}, states)
         return states
 
@@ -182,7 +183,7 @@ class Evaluator:
         """States of the batch's images as `evaluate_batch` gives them, from one layer of their predictions."""
         states = self._empty_states()
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
-            pictures: dict[Task, _MakeScenes] = {}
+            pictures: dict[Task, _MakeOverlays] = {}
             if states.panoptic is not None:
                 pictures["panoptic"] = self._panoptic(sample, output, states)
             if states.instance is not None:
@@ -196,14 +197,14 @@ class Evaluator:
     def _empty_states(self) -> EvaluationStates:
         return EvaluationStates.empty(self._categories, self._tasks, self._extra_metrics)
 
-    def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _MakeScenes], states: EvaluationStates) -> None:
+    def _draw(self, sample: DecodedSample, pictures: Mapping[Task, _MakeOverlays], states: EvaluationStates) -> None:
         """The panel of a sample, if it is one of those that are drawn."""
         if sample.image_id in self._panel_ids:
             shown = self._tasks[0]
-            classes, scenes = self._categories.for_task(shown), pictures[shown]()
-            states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", scenes, classes)
+            classes, overlays = self._categories.for_task(shown), pictures[shown]()
+            states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", overlays, classes)
 
-    def _panoptic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeScenes:
+    def _panoptic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeOverlays:
         assert states.panoptic is not None
         result = panoptic(*output, self._is_thing, self._postprocess)
         if self._dump is not None:
@@ -217,9 +218,9 @@ class Evaluator:
         if states.segments is not None:
             states.segments.update(sample.image_id, panoptic_candidates(truth, prediction))
         scores = {segment.id: segment.score for segment in result.segments}
-        return partial(panoptic_scenes, truth, prediction, scores, states.panoptic.image_quality(sample.image_id))
+        return partial(panoptic_overlays, truth, prediction, scores, states.panoptic.image_quality(sample.image_id))
 
-    def _instance(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeScenes:
+    def _instance(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeOverlays:
         assert states.instance is not None
         detections = detect(output, self._is_thing, self._postprocess)
         detections = replace(detections, labels=self._thing_labels[detections.labels])
@@ -237,9 +238,9 @@ class Evaluator:
             states.cityscapes_instance.update(sample.image_id, cityscapes_truth(sample), found)
         if states.segments is not None and states.panoptic is None:
             states.segments.update(sample.image_id, instance_candidates(truth, detections))
-        return partial(instance_scenes, truth, detections, sample.size)
+        return partial(instance_overlays, truth, detections, sample.size)
 
-    def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _MakeScenes:
+    def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _MakeOverlays:
         assert states.semantic is not None
         predicted = labels.cpu().numpy()
         if self._dump is not None:
@@ -249,7 +250,7 @@ class Evaluator:
         if states.cityscapes_semantic is not None:
             label_ids = self._category_ids("semantic")[predicted]
             states.cityscapes_semantic.update(sample.image_id, cityscapes_truth(sample), label_ids)
-        return partial(semantic_scenes, truth, predicted, states.semantic.num_classes)
+        return partial(semantic_overlays, truth, predicted, states.semantic.num_classes)
 
     def _category_ids(self, task: Task) -> np.ndarray:
         """Category id of every class of a task."""

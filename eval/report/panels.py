@@ -28,23 +28,23 @@ GOLDEN_RATIO = 0.61803398875
 
 
 @dataclass(frozen=True)
-class SceneSegment:
+class OverlaySegment:
     """How one segment is drawn."""
 
     label: int
-    """Contiguous class; an index into the scene's classes."""
+    """Contiguous class; an index into the overlay's classes."""
     score: float | None = None
     """Written behind the class name; None for truth."""
 
 
 @dataclass(frozen=True)
-class Scene:
+class Overlay:
     """A picture's segments: truth or prediction of any task, flattened to one id map."""
 
     title: str
     id_map: np.ndarray
     """[H, W] integers; VOID_ID and ids without a segment show the dimmed image."""
-    segments: Mapping[int, SceneSegment]
+    segments: Mapping[int, OverlaySegment]
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class HeatMap:
     """[h, w] floats of at least 0, at any resolution."""
 
 
-def render_panel(image: np.ndarray, name: str, scenes: Sequence[Scene], classes: Sequence[Category]) -> bytes:
-    """PNG of the image [H, W, 3] uint8 RGB followed by the scenes, left to right."""
+def render_panel(image: np.ndarray, name: str, overlays: Sequence[Overlay], classes: Sequence[Category]) -> bytes:
+    """PNG of the image [H, W, 3] uint8 RGB followed by the overlays, left to right."""
     scale = _scale(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     columns = [_titled(shown, name)]
-    columns += [_titled(_draw_scene(shown, scene, classes), scene.title) for scene in scenes]
+    columns += [_titled(_draw_overlay(shown, overlay, classes), overlay.title) for overlay in overlays]
     return encode_png(_beside(columns))
 
 
@@ -169,32 +169,34 @@ def _titled(column: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([np.asarray(header), column])
 
 
-def _draw_scene(image: np.ndarray, scene: Scene, classes: Sequence[Category]) -> np.ndarray:
+def _draw_overlay(image: np.ndarray, overlay: Overlay, classes: Sequence[Category]) -> np.ndarray:
     """The scaled image [H, W, 3] with tinted segments, thin contours and names."""
     height, width = image.shape[:2]
-    present, positions = np.unique(scene.id_map, return_inverse=True)
-    positions = positions.reshape(scene.id_map.shape).astype(np.float32)
+    present, positions = np.unique(overlay.id_map, return_inverse=True)
+    positions = positions.reshape(overlay.id_map.shape).astype(np.float32)
     positions = cv2.resize(positions, (width, height), interpolation=cv2.INTER_NEAREST).astype(np.int64)
-    drawn = [int(i) if i in scene.segments and i != VOID_ID else None for i in present]
+    drawn = [int(i) if i in overlay.segments and i != VOID_ID else None for i in present]
 
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
     backdrop = 0.5 * image + 0.5 * grey
-    colors, opacity = _palette(drawn, scene, classes)
+    colors, opacity = _palette(drawn, overlay, classes)
     picture = backdrop * (1 - opacity[positions]) + colors[positions] * opacity[positions]
     picture[_contours(positions)] = (250, 250, 250)
     canvas = Image.fromarray(picture.round().astype(np.uint8))
-    _write_names(canvas, positions, drawn, scene, classes)
+    _write_names(canvas, positions, drawn, overlay, classes)
     return np.asarray(canvas)
 
 
-def _palette(drawn: Sequence[int | None], scene: Scene, classes: Sequence[Category]) -> tuple[np.ndarray, np.ndarray]:
+def _palette(
+    drawn: Sequence[int | None], overlay: Overlay, classes: Sequence[Category]
+) -> tuple[np.ndarray, np.ndarray]:
     """Colour [N, 3] and opacity [N, 1] of every id that is present; what is not drawn is darkened."""
     colors = np.zeros((len(drawn), 3), dtype=np.float32)
     opacity = np.full((len(drawn), 1), VOID_OPACITY, dtype=np.float32)
     seen: dict[int, int] = {}
     for position, segment_id in enumerate(drawn):
         if segment_id is not None:
-            label = scene.segments[segment_id].label
+            label = overlay.segments[segment_id].label
             colors[position] = segment_color(classes[label], label, seen.get(label, 0))
             opacity[position] = FILL_OPACITY
             seen[label] = seen.get(label, 0) + 1
@@ -210,7 +212,11 @@ def _contours(positions: np.ndarray) -> np.ndarray:
 
 
 def _write_names(
-    canvas: Image.Image, positions: np.ndarray, drawn: Sequence[int | None], scene: Scene, classes: Sequence[Category]
+    canvas: Image.Image,
+    positions: np.ndarray,
+    drawn: Sequence[int | None],
+    overlay: Overlay,
+    classes: Sequence[Category],
 ) -> None:
     """Class names and scores inside the segments, or above those that are too narrow, never over one another.
 
@@ -224,13 +230,13 @@ def _write_names(
         segment_id = drawn[position]
         if segment_id is None:
             continue
-        segment = scene.segments[segment_id]
+        segment = overlay.segments[segment_id]
         score = "" if segment.score is None else f" {100 * segment.score:.0f}"
         text = classes[segment.label].name + score
         mask = positions == position
-        x, y, room = _roomiest_point(mask)
+        x, y, margin = _innermost_point(mask)
         left, top, right, bottom = draw.textbbox((x, y), text, font, anchor="mm")
-        if 4 * room < bottom - top or right - left + 6 > 8 * room:
+        if 4 * margin < bottom - top or right - left + 6 > 8 * margin:
             if areas[position] < NAMED_PIXELS:
                 continue
             y -= round(bottom) + 2 - _top(mask[: y + 1, x])
@@ -243,7 +249,7 @@ def _write_names(
         draw.text((box[0] - left + 3 + x, box[1] - top + 2 + y), text, INK, font, anchor="mm")
 
 
-def _roomiest_point(mask: np.ndarray) -> tuple[int, int, float]:
+def _innermost_point(mask: np.ndarray) -> tuple[int, int, float]:
     """The pixel of a mask that is farthest from its border, and that distance."""
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, 3)

@@ -1,4 +1,4 @@
-"""Pictures: shapes, determinism, colours, and scenes of every task."""
+"""Pictures: shapes, determinism, colours, and overlays of every task."""
 
 import numpy as np
 import pytest
@@ -7,47 +7,47 @@ from m2f.data_pipeline.categories import Category
 from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import encode_masks
+from m2f.eval.report.overlays import instance_overlays, panoptic_overlays, semantic_overlays
 from m2f.eval.report.panels import (
     COLUMN_PIXELS,
-    Scene,
-    SceneSegment,
+    Overlay,
+    OverlaySegment,
     contact_sheet,
     decode_png,
     encode_png,
     render_panel,
     segment_color,
 )
-from m2f.eval.report.scenes import instance_scenes, panoptic_scenes, semantic_scenes
 
 CLASSES = (Category(1, "cat", True, (220, 20, 60)), Category(2, "sky", False, (0, 0, 0)))
 
 
-def scene(size):
+def overlay(size):
     id_map = np.zeros(size, np.int32)
     id_map[: size[0] // 2] = 4
-    return Scene("truth", id_map, {4: SceneSegment(0, 0.75)})
+    return Overlay("truth", id_map, {4: OverlaySegment(0, 0.75)})
 
 
 @pytest.mark.parametrize(("size", "longer"), [((24, 32), COLUMN_PIXELS[0]), ((600, 640), 640), ((1500, 3000), 960)])
 def test_columns_are_scaled_to_a_readable_size(size, longer):
     image = np.full((*size, 3), 90, np.uint8)
-    picture = decode_png(render_panel(image, "image 1", [scene(size), scene(size)], CLASSES))
+    picture = decode_png(render_panel(image, "image 1", [overlay(size), overlay(size)], CLASSES))
     assert picture.shape[1] == 3 * longer + 2 * 8
     assert picture.shape[0] == round(longer * size[0] / size[1]) + 30 or size == (600, 640)
 
 
 def test_equal_input_gives_equal_bytes_and_segments_are_tinted():
     image = np.full((60, 60, 3), 128, np.uint8)
-    panel = render_panel(image, "a", [scene((60, 60))], CLASSES)
-    assert panel == render_panel(image, "a", [scene((60, 60))], CLASSES)
+    panel = render_panel(image, "a", [overlay((60, 60))], CLASSES)
+    assert panel == render_panel(image, "a", [overlay((60, 60))], CLASSES)
     tinted = decode_png(panel)[60, -40].astype(int)
     assert tinted[0] > tinted[1] + 40
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
-def test_tiny_images_and_empty_scenes_are_drawn(size):
-    empty = Scene("prediction", np.zeros(size, np.int32), {})
-    assert decode_png(render_panel(np.zeros((*size, 3), np.uint8), "x", [scene(size), empty], CLASSES)).size
+def test_tiny_images_and_empty_overlays_are_drawn(size):
+    empty = Overlay("prediction", np.zeros(size, np.int32), {})
+    assert decode_png(render_panel(np.zeros((*size, 3), np.uint8), "x", [overlay(size), empty], CLASSES)).size
 
 
 def test_colours_are_stable_per_class_and_vary_per_instance():
@@ -65,28 +65,28 @@ def test_contact_sheet_holds_all_panels():
     assert sheet[50, 0, 0] == 200
 
 
-def test_panoptic_scenes_carry_scores_of_predictions_only():
+def test_panoptic_overlays_carry_scores_of_predictions_only():
     truth = PanopticTruth(np.array([[1, 0]]), {1: TruthSegment(0, 1, True)})
-    left, right = panoptic_scenes(truth, PanopticPrediction(np.array([[3, 3]]), {3: 1}), {3: 0.9}, 0.4567)
-    assert left.segments == {1: SceneSegment(0)}
+    left, right = panoptic_overlays(truth, PanopticPrediction(np.array([[3, 3]]), {3: 1}), {3: 0.9}, 0.4567)
+    assert left.segments == {1: OverlaySegment(0)}
     assert right.title == "prediction, PQ 45.7"
-    assert right.segments == {3: SceneSegment(1, 0.9)}
+    assert right.segments == {3: OverlaySegment(1, 0.9)}
 
 
-def test_instance_scenes_put_small_truth_and_good_detections_on_top():
+def test_instance_overlays_put_small_truth_and_good_detections_on_top():
     masks = np.zeros((2, 4, 4), bool)
     masks[0, :2], masks[1, 0, 0] = True, True
     rles = encode_masks(masks)
     truth = InstanceTruth(rles[::-1], np.array([1, 0]), np.array([1.0, 8.0]), np.zeros(2, bool))
     found = InstanceDetections(rles, np.array([0, 1, 1]), np.array([0, 1, 0]), np.array([0.9, 0.6, 0.1]))
-    left, right = instance_scenes(truth, found, (4, 4))
-    assert left.segments[left.id_map[0, 0]] == SceneSegment(1)
-    assert left.segments[left.id_map[1, 1]] == SceneSegment(0)
-    assert right.segments[right.id_map[0, 0]] == SceneSegment(0, 0.9)
+    left, right = instance_overlays(truth, found, (4, 4))
+    assert left.segments[left.id_map[0, 0]] == OverlaySegment(1)
+    assert left.segments[left.id_map[1, 1]] == OverlaySegment(0)
+    assert right.segments[right.id_map[0, 0]] == OverlaySegment(0, 0.9)
     assert len(right.segments) == 2
 
 
-def test_semantic_scenes_leave_void_undrawn():
-    left, right = semantic_scenes(np.array([[0, 255]], np.uint8), np.array([[1, 0]]), 2)
+def test_semantic_overlays_leave_void_undrawn():
+    left, right = semantic_overlays(np.array([[0, 255]], np.uint8), np.array([[1, 0]]), 2)
     assert left.id_map.tolist() == [[1, 0]]
     assert right.id_map.tolist() == [[2, 1]]

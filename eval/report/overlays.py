@@ -1,4 +1,4 @@
-"""From the truths and predictions of every task to what a panel draws."""
+"""Overlays of the truths and predictions of every task, for panels."""
 
 from __future__ import annotations
 
@@ -11,69 +11,73 @@ from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import ignore_label
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth
 from m2f.eval.metrics.rle import Rle, decode_mask
-from m2f.eval.report.panels import Scene, SceneSegment
+from m2f.eval.report.panels import Overlay, OverlaySegment
 from m2f.model.structures import UNLABELLED
 
 SHOWN_SCORE = 0.5
 """Detections below this are left out of pictures; metrics count them all."""
 
 
-def panoptic_scenes(
+def panoptic_overlays(
     truth: PanopticTruth, prediction: PanopticPrediction, scores: dict[int, float], quality: float | None
-) -> tuple[Scene, Scene]:
+) -> tuple[Overlay, Overlay]:
     """Truth and prediction; crowds are drawn like other segments. `scores` by segment id, `quality` of the image."""
     title = "prediction" if quality is None else f"prediction, PQ {100 * quality:.1f}"
-    annotated = {i: SceneSegment(segment.label) for i, segment in truth.segments.items()}
+    annotated = {i: OverlaySegment(segment.label) for i, segment in truth.segments.items()}
     predicted = predicted_segments(title, prediction.id_map, prediction.labels, scores)
-    return Scene("truth", truth.id_map, annotated), predicted
+    return Overlay("truth", truth.id_map, annotated), predicted
 
 
-def instance_scenes(truth: InstanceTruth, detections: InstanceDetections, size: tuple[int, int]) -> tuple[Scene, Scene]:
+def instance_overlays(
+    truth: InstanceTruth, detections: InstanceDetections, size: tuple[int, int]
+) -> tuple[Overlay, Overlay]:
     """Truth with small instances over large ones, prediction with good detections over worse ones."""
     by_area = np.argsort(-truth.areas, kind="stable")
     annotated = _flatten(
-        "truth", [truth.masks[i] for i in by_area], [SceneSegment(int(truth.labels[i])) for i in by_area], size
+        "truth", [truth.masks[i] for i in by_area], [OverlaySegment(int(truth.labels[i])) for i in by_area], size
     )
     return annotated, predicted_instances(detections, size)
 
 
-def semantic_scenes(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[Scene, Scene]:
+def semantic_overlays(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> tuple[Overlay, Overlay]:
     """Truth and prediction; one segment per class."""
     labelled = truth != ignore_label(num_classes)
     annotated = np.where(labelled, truth.astype(np.int32), UNLABELLED)
     return _labels("truth", annotated, num_classes), predicted_labels(predicted, num_classes)
 
 
-def predicted_segments(title: str, id_map: np.ndarray, labels: Mapping[int, int], scores: Mapping[int, float]) -> Scene:
+def predicted_segments(
+    title: str, id_map: np.ndarray, labels: Mapping[int, int], scores: Mapping[int, float]
+) -> Overlay:
     """A panoptic map [H, W] with labels and scores by segment id."""
-    return Scene(title, id_map, {i: SceneSegment(label, scores[i]) for i, label in labels.items()})
+    return Overlay(title, id_map, {i: OverlaySegment(label, scores[i]) for i, label in labels.items()})
 
 
 def predicted_instances(
     detections: InstanceDetections, size: tuple[int, int], shown_score: float = SHOWN_SCORE
-) -> Scene:
+) -> Overlay:
     """Good detections over worse ones; those below `shown_score` are left out."""
     shown = np.flatnonzero(detections.scores >= shown_score)[::-1]
     return _flatten(
         "prediction",
         [detections.masks[detections.mask_index[i]] for i in shown],
-        [SceneSegment(int(detections.labels[i]), float(detections.scores[i])) for i in shown],
+        [OverlaySegment(int(detections.labels[i]), float(detections.scores[i])) for i in shown],
         size,
     )
 
 
-def predicted_labels(label_map: np.ndarray, num_classes: int) -> Scene:
+def predicted_labels(label_map: np.ndarray, num_classes: int) -> Overlay:
     """A label map [H, W]; one segment per class, nothing where it is UNLABELLED."""
     return _labels("prediction", label_map, num_classes)
 
 
-def _labels(title: str, label_map: np.ndarray, num_classes: int) -> Scene:
-    segments = {label + 1: SceneSegment(label) for label in range(num_classes)}
-    return Scene(title, np.where(label_map == UNLABELLED, VOID_ID, label_map + 1).astype(np.int32), segments)
+def _labels(title: str, label_map: np.ndarray, num_classes: int) -> Overlay:
+    segments = {label + 1: OverlaySegment(label) for label in range(num_classes)}
+    return Overlay(title, np.where(label_map == UNLABELLED, VOID_ID, label_map + 1).astype(np.int32), segments)
 
 
-def _flatten(title: str, masks: Sequence[Rle], segments: Sequence[SceneSegment], size: tuple[int, int]) -> Scene:
+def _flatten(title: str, masks: Sequence[Rle], segments: Sequence[OverlaySegment], size: tuple[int, int]) -> Overlay:
     id_map = np.zeros(size, dtype=np.int32)
     for position, mask in enumerate(masks, start=1):
         id_map[decode_mask(mask)] = position
-    return Scene(title, id_map, dict(enumerate(segments, start=1)))
+    return Overlay(title, id_map, dict(enumerate(segments, start=1)))
