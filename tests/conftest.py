@@ -29,6 +29,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("M2F_SHARED", REPOSITORY.parent / "shared"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Waits of tests, and of the processes that they start, end before pytest's own limit of a test does."""
+    limit = config.getoption("timeout") or config.getini("timeout")
+    os.environ["M2F_TEST_PATIENCE_S"] = f"{0.8 * float(limit)}"  # tests.waiting reads it; tests are imported later
+
+
 def _present(folder: Path) -> Path:
     if not folder.exists():
         pytest.skip(f"{folder.name} is not here (looked in {folder}); set M2F_SHARED to its parent folder")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("pyproject.toml", "hatch_build.py", "constraints.txt", "README.md", "LICENSE", ".gitignore", ".rayignore")
 ROOMS = sorted(path.name for path in (ROOT / "m2f").iterdir() if path.is_symlink())
@@ -20,7 +22,9 @@ PACKAGED = Path(__file__).with_name("packaged.py")
 def python(folder: Path, *words: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A process of Python in `folder` that finds packages in `path` before all others."""
     env = os.environ | ({} if path is None else {"PYTHONPATH": str(path)})
-    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
 
 def build(tree: Path, kind: str, target: Path) -> Path:

@@ -191,7 +191,7 @@ def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_r
         "model.loss.num_points=64",
     ]
     command = [sys.executable, "-m", "m2f.cluster.cli", "train", str(recipe), "--launcher", "local", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"run finished: {tmp_path}/small\n")
     config = load_recipe(recipe, overrides)

@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 LIGHT = ("ray", "mlflow", "torch")
 MODULES = {
     "m2f.cluster.recipe.config": LIGHT,
@@ -18,5 +20,5 @@ MODULES = {
 @pytest.mark.parametrize("module", MODULES)
 def test_what_the_local_launcher_needs_loads_few_packages(module):
     code = f"import {module}, sys; print(sorted(set({MODULES[module]}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]"

@@ -25,6 +25,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import write_dataset, write_shard
 from m2f.data_pipeline.storage.storage import Storage
+from tests.waiting import PATIENCE_S
 
 CLUSTER = ClusterConfig(shard_tasks=2)
 
@@ -62,7 +63,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path):
     driver.wait()
     left = len(list(folder.glob("parts/*.parquet")))
     assert not (folder / "dataset.json").exists()
-    output, log = start_driver(folder, num_images).communicate(timeout=120)
+    output, log = start_driver(folder, num_images).communicate(timeout=PATIENCE_S)
     num_shards, written = json.loads(output.splitlines()[-1])
     assert 0 < written <= num_shards - left, log
     assert digests(folder) == expected

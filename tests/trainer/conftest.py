@@ -17,6 +17,7 @@ from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
+from tests.waiting import PATIENCE_S
 
 REPOSITORY = Path(m2f.__file__).parents[1]
 
@@ -27,7 +28,7 @@ class Launcher:
 
     folder: Path
 
-    def run(self, scenarios, ranks=2, timeout_s=280):
+    def run(self, scenarios, ranks=2, timeout_s=PATIENCE_S):
         """Exit codes and outputs of the ranks; the code of a rank that took longer than `timeout_s` is -9."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -56,7 +57,7 @@ class Launcher:
                 process.kill()
         return [process.wait() for process in processes], [log.read_text() for log in logs]
 
-    def run_well(self, scenarios, ranks=2, timeout_s=280):
+    def run_well(self, scenarios, ranks=2, timeout_s=PATIENCE_S):
         """No rank may end with an error."""
         codes, outputs = self.run(scenarios, ranks, timeout_s)
         assert not any(codes), "\n".join(outputs)
@@ -68,7 +69,7 @@ class Launcher:
         """
         left = list(scenarios)
         while left:
-            codes, outputs = self.run(",".join(left), ranks, timeout_s=900)
+            codes, outputs = self.run(",".join(left), ranks, timeout_s=4 * PATIENCE_S)
             if not any(codes):
                 return
             done = [all(self._record(name, rank).exists() for rank in range(ranks)) for name in left]

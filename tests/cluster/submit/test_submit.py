@@ -26,7 +26,7 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import list_checkpoints
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 
 RECIPE = """
 name: sent
@@ -316,7 +316,7 @@ def m2f(*words, token=TOKEN) -> subprocess.CompletedProcess:
     """In a process of its own, as Ray reads the token when it is imported."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_TOKEN": token}
     command = [sys.executable, "-m", "m2f.cluster.cli", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.fixture

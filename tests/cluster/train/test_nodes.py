@@ -32,7 +32,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import list_checkpoints, read_manifest
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(2400)]
 
@@ -46,7 +46,7 @@ DASHBOARD = f"http://{NET}.2:8265"
 
 
 def sh(*words: str, check: bool = True) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
     assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
     return done.stdout
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import m2f
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d
+from tests.waiting import PATIENCE_S
 
 REPOSITORY = Path(m2f.__file__).parents[1]
 
@@ -55,7 +56,7 @@ def test_sync_batch_norm_on_two_ranks_equals_a_batch_norm_of_all_images(tmp_path
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     ranks = [subprocess.Popen([sys.executable, script, rank, str(tmp_path)], env=environment) for rank in "01"]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=PATIENCE_S) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

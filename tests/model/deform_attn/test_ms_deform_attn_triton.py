@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import m2f
+from tests.waiting import PATIENCE_S
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -17,7 +18,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 def seen():
     script = Path(__file__).with_name("fused_kernel_oracle.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(m2f.__file__).parents[1])}
-    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
