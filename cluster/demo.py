@@ -48,7 +48,7 @@ def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def describe(summary: RunSummary) -> str:
     """Table of the evaluated checkpoints, where the pictures are, and how to look at the curves."""
-    lines = [f"run {summary.status}: {summary.run_folder}", "", table(summary.evaluations)]
+    lines = [f"run {summary.status}: {summary.run_folder}", "", metrics_table(summary.evaluations)]
     published = [entry for entry in summary.evaluations if entry.status == "published"]
     if published:
         last = join(summary.run_folder, "evaluations", f"step_{published[-1].step:08d}")
@@ -59,7 +59,7 @@ def describe(summary: RunSummary) -> str:
     return "\n".join(lines)
 
 
-def table(entries: Sequence[Entry]) -> str:
+def metrics_table(entries: Sequence[Entry]) -> str:
     """One line per evaluated checkpoint: the headline numbers of `val`, in per cent."""
     rows = [["step", *HEADLINE]]
     for entry in entries:

@@ -30,7 +30,9 @@ def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
     return [f"  {item}" for item in items[:limit]] + more
 
 
-def describe_pace(done: int, total: int, done_before: int, elapsed_s: float, unit: str, num_bytes: int = 0) -> str:
+def describe_pace(
+    done: float, total: float, done_before: float, elapsed_s: float, unit: str, num_bytes: int = 0
+) -> str:
     """For example `12.3 images/s, 1.9 MB/s, 4:05 left`; work of an earlier run (`done_before`) does not count."""
     rate = (done - done_before) / max(elapsed_s, 1e-9)
     if rate <= 0 or elapsed_s < 0.1:  # too early to tell
@@ -52,9 +54,9 @@ class Progress:
     def __init__(
         self,
         title: str,
-        total: int,
+        total: float,
         unit: str,
-        done: int = 0,
+        done: float = 0,
         stream: TextIO | None = None,
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -65,7 +67,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._interval_s, self._clock = interval_s, clock
         self._started = self._last_line_at = clock()
-        self._last_printed: int | None = None
+        self._last_printed: float | None = None
         self._bar: RichProgress | None = None
         if self._stream.isatty():
             self._bar = _rich_progress(self._stream)
@@ -84,7 +86,7 @@ class Progress:
         elif kind is None and self._last_printed != self._done:
             self._print_line()
 
-    def advance(self, count: int, num_bytes: int = 0) -> None:
+    def advance(self, count: float, num_bytes: int = 0) -> None:
         """`count` more units are done, which took so many bytes of reading or writing."""
         self._done += count
         self._bytes += num_bytes
@@ -106,7 +108,7 @@ class Progress:
 
     def _print_line(self) -> None:
         self._last_line_at, self._last_printed = self._clock(), self._done
-        self._write(f"{self._title}: {self._done}/{self._total} {self._unit}, {self._pace()}")
+        self._write(f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit}, {self._pace()}")
 
     def _write(self, text: str) -> None:
         self._stream.write(text + "\n")

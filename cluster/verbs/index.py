@@ -10,8 +10,6 @@ from m2f.cluster.verbs.arguments import count, list_faults
 from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from m2f.data_pipeline.shards.index import IndexReport
 
 SUMMARY = "write a manifest for WebDataset tars made by others; the tars stay as they are"
@@ -67,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     tars = find_tars(args.urls, storage)
     form = choose_form(tars[0], options, storage)
     total = sum(storage.size(tar) for tar in tars)
-    with Progress("indexing", round(total / 1e6), "MB") as progress:
+    with Progress("indexing", total / 1e6, "MB") as progress:
         report = index_tars(
             tars,
             args.output,
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             storage,
             skip_bad=args.skip_bad,
             threads=threads,
-            on_progress=_megabytes(progress),
+            on_progress=lambda _, num_bytes: progress.advance(num_bytes / 1e6),
         )
     print_out(_summary(report, args.output, args.report))
     if args.report:
@@ -86,24 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Numbers between commas. Raises ConfigError."""
-
     try:
         return tuple(int(number) for number in text.split(",") if number)
     except ValueError:
         raise ConfigError(f"--void is {text!r}; give whole numbers between commas, for example 0,255") from None
-
-
-def _megabytes(progress: Progress) -> Callable[[int, int], None]:
-    """A callback for samples and bytes that advances the bar by whole megabytes."""
-    reported = read = 0
-
-    def on_progress(_: int, num_bytes: int) -> None:
-        nonlocal reported, read
-        read += num_bytes
-        progress.advance(round(read / 1e6) - reported)
-        reported = round(read / 1e6)
-
-    return on_progress
 
 
 def _summary(found: IndexReport, target: str, report: str | None) -> str:

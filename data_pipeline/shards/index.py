@@ -81,9 +81,9 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
             found.append(absolute)
         else:
             found += [name for name in storage.list(absolute) if name.endswith(".tar")]
-    twice = [url for url, count in Counter(found).items() if count > 1]
-    if twice or not found:
-        problem = f"tars are named twice: {some(twice)}" if twice else f"there is no tar at {some(urls)}"
+    repeated = [url for url, count in Counter(found).items() if count > 1]
+    if repeated or not found:
+        problem = f"tars are named twice: {some(repeated)}" if repeated else f"there is no tar at {some(urls)}"
         raise DataError(f"{problem}; give tars, or folders or s3:// prefixes that hold some")
     return tuple(found)
 
@@ -95,7 +95,7 @@ def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignFor
     """
     first = _first_sample(tar, storage)
     members = first.contents()
-    if "json" in members and _is_ours(members):
+    if "json" in members and _is_m2f_sample(members):
         return "m2f"
     images = ("jpg", "jpeg") if options.image in ("jpg", "jpeg") else (options.image,)
     expected = [images, (options.map,), *([(options.json,)] if options.labels == "panoptic" else [])]
@@ -133,12 +133,12 @@ def index_tars(
         DataError: the target holds another data set, or no sample can be used.
         StorageError: the manifest cannot be written. A tar that cannot be read is a fault.
     """
-    read = _TarIndexer(target, form, options, storage)
+    indexer = _TarIndexer(target, form, options, storage)
     existing = manifest.read_document(target, storage)
     if existing is not None and not existing["plan"].startswith(_PLAN_PREFIX):
-        _refuse(target)
-    found, repeated = _without_repeats(_index_in_threads(read, tars, threads, on_progress))
-    faults = [fault for tar in found for fault in tar.faults] + repeated
+        _refuse_target(target)
+    found, repeats = _without_repeats(_index_in_threads(indexer, tars, threads, on_progress))
+    faults = [fault for tar in found for fault in tar.faults] + repeats
     filled = [tar for tar in found if tar.rows]
     if not filled:
         listed = "\n".join(f"  {fault}" for fault in faults[:10])
@@ -174,7 +174,7 @@ class _TarIndexer:
         self._target, self._form, self._options, self._storage = target, form, options, storage
         self.counts: list[tuple[int, int]] = []
 
-    def __call__(self, url: str) -> _IndexedTar:
+    def read_tar(self, url: str) -> _IndexedTar:
         rows, faults = [], []
         name = url.removeprefix(join(self._target, "")) if url.startswith(join(self._target, "")) else url
         try:
@@ -185,7 +185,7 @@ class _TarIndexer:
                     continue
                 self.counts.append((1, len(found.data)))
                 try:
-                    rows.append(self._row(found, name))
+                    rows.append(self._manifest_row(found, name))
                 except DataError as error:
                     fault = fault_of_message(url, str(error))
                     faults.append(Fault(**{**asdict(fault), "key": found.key, "offset": found.offset}))
@@ -194,7 +194,7 @@ class _TarIndexer:
             return _IndexedTar(ShardInfo(name, 0, "", 0), [], [fault_of_message(url, str(error))])
         return _IndexedTar(ShardInfo(name, stream.size, sha256, len(rows)), rows, faults)
 
-    def _row(self, sample: TarSample, tar: str) -> dict[str, Any]:
+    def _manifest_row(self, sample: TarSample, tar: str) -> dict[str, Any]:
         """The manifest's row of a sample whose image and labels were decoded."""
         members, where = sample.contents(), f"sample {sample.key!r} ({tar})"
         key, image_id = sample.key, None
@@ -203,7 +203,7 @@ class _TarIndexer:
             key, image_id, annotation, size = decoded.key, decoded.image_id, decoded.annotation, decoded.size
             check_annotation(annotation, self._options.categories, where)
         else:
-            size = self._size(members, self._form, where)
+            size = self._label_size(members, self._form, where)
             annotation = decode_labels(members, self._form, self._options.categories, size, where)
             image = members[image_extension(members, self._form, where)]
             check_image(image, *size, self._options.max_pixels, where)
@@ -221,7 +221,7 @@ class _TarIndexer:
             **category_columns(annotation),
         }
 
-    def _size(self, members: dict[str, bytes], form: ForeignForm, where: str) -> tuple[int, int]:
+    def _label_size(self, members: dict[str, bytes], form: ForeignForm, where: str) -> tuple[int, int]:
         """Height and width of the labels, after both headers were looked at."""
         try:
             if form.map not in members:
@@ -236,15 +236,15 @@ class _TarIndexer:
 
 
 def _index_in_threads(
-    read: _TarIndexer, tars: Sequence[str], threads: int, on_progress: OnProgress | None
+    indexer: _TarIndexer, tars: Sequence[str], threads: int, on_progress: OnProgress | None
 ) -> list[_IndexedTar]:
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(read, tar) for tar in tars]
+        futures = [pool.submit(indexer.read_tar, tar) for tar in tars]
         running: set[Future[_IndexedTar]] = set(futures)
         while running:
             _, running = wait(running, _PROGRESS_INTERVAL_S, FIRST_COMPLETED)
-            while read.counts:
-                count = read.counts.pop()
+            while indexer.counts:
+                count = indexer.counts.pop()
                 if on_progress is not None:
                     on_progress(*count)
         return [future.result() for future in futures]
@@ -301,10 +301,10 @@ def _commit(
         except ObjectExistsError:
             existing = manifest.read_document(target, storage)
     if existing is not None and existing["fingerprint"] != document["fingerprint"]:
-        _refuse(target)
+        _refuse_target(target)
 
 
-def _refuse(target: str) -> NoReturn:
+def _refuse_target(target: str) -> NoReturn:
     raise DataError(f"{target} holds another data set already; choose another folder, or delete it first")
 
 
@@ -317,7 +317,7 @@ def _first_sample(tar: str, storage: Storage) -> TarSample:
     raise DataError(str(faults[0]) if faults else f"{tar} has no sample; leave it out")
 
 
-def _is_ours(members: dict[str, bytes]) -> bool:
+def _is_m2f_sample(members: dict[str, bytes]) -> bool:
     try:
         codec.decode(members)
     except DataError:

@@ -1,6 +1,6 @@
 import pytest
 
-from m2f.cluster.demo import demo_config, table
+from m2f.cluster.demo import demo_config, metrics_table
 from m2f.cluster.evaluation.lines import describe, headline
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.tracking.reporter import TrackingReporter
@@ -53,7 +53,7 @@ def test_one_line_per_settled_evaluation(entry, line):
 
 def test_the_demo_lists_every_checkpoint():
     entries = [Entry(10, "c", 0, "published", metrics=HEADLINES), Entry(20, "c", 0, "failed", "no")]
-    assert table(entries).splitlines() == [
+    assert metrics_table(entries).splitlines() == [
         "    step      PQ      AP    mIoU",
         "      10    51.2    30.0       -",
         "      20  failed",
