@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import yaml
+
 from m2f.data_pipeline.config import DataConfig, StorageConfig
 from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint.identity import ModelIdentity
@@ -53,6 +55,15 @@ class TrainJob:
     def effective_identity(self) -> ModelIdentity | None:
         """The identity with the recipe as the run has it now."""
         return None if self.identity is None else replace(self.identity, recipe=self.recipe)
+
+    def with_micro_batch(self, size: int) -> TrainJob:
+        """The job with another `training.micro_batch`, which its recipe names, too."""
+        job = replace(self, training=replace(self.training, micro_batch=size))
+        if not self.recipe:
+            return job
+        recipe = yaml.safe_load(self.recipe)
+        recipe["training"]["micro_batch"] = size
+        return replace(job, recipe=yaml.safe_dump(recipe, sort_keys=False, width=100))
 
 
 class Control(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import assert_never
 
 import torch
@@ -49,7 +48,7 @@ def probe_memory(
             f"{wanted} images at once (training.micro_batch) do not fit; going on with {found} and more micro-batches"
         )
         reporter.report(Notice("memory", 0, message))
-    return replace(job, training=replace(training, micro_batch=found))
+    return job.with_micro_batch(found)
 
 
 def largest_that_fits(fits: Callable[[int], bool], micro_batch: int) -> int:

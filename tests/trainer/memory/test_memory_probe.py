@@ -94,3 +94,10 @@ def test_many_segments_need_more_than_a_byte():
 
 def test_on_cpu_nothing_is_probed():
     assert probe_memory(None, JOB, None, torch.device("cpu"), None, None) is JOB
+
+
+def test_the_recipe_of_checkpoints_names_the_smaller_micro_batch():
+    job = replace(JOB, recipe="name: run\ntraining:\n  max_steps: 1\n  micro_batch: 8\n").with_micro_batch(2)
+    assert job.training.micro_batch == 2
+    assert job.recipe == "name: run\ntraining:\n  max_steps: 1\n  micro_batch: 2\n"
+    assert JOB.with_micro_batch(2).recipe == ""
