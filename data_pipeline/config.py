@@ -183,6 +183,9 @@ class DatasetConfig:
         require_positive(datasets__shard_mb=self.shard_mb, datasets__max_pixels=self.max_pixels)
 
 
+Shrink = Literal["area", "bilinear"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LargeScaleJitter:
     """Flip, resize by a random scale, crop or pad to a square (COCO recipe)."""
@@ -230,6 +233,9 @@ class ScaleJitter:
 
 
 AugmentConfig = LargeScaleJitter | ShortestEdgeCrop | ScaleJitter
+
+CropPadding = Literal["mean", "grey"]
+Rasterise = Literal["source", "crop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +304,13 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=LargeScaleJitter)
     copy_paste: CopyPasteConfig | None = None
     """Paste objects of other images; needs an `augment` with a fixed size (`lsj` or `shortest_edge`)."""
+    crop_padding: Literal["mean", "grey"] = "mean"
+    """What the network sees where a crop is larger than its image: `mean`, 0 after normalisation; `grey`, 128 before
+    it, as in the official code."""
+    rasterise: Literal["source", "crop"] = "source"
+    """Where the polygons of instances become pixels: at the size of the source, once, to be resized like the image; or
+    at the size of the crop, as in the official code: smooth borders where small objects are enlarged, more time per
+    image. For task instance."""
     drop_empty_targets: bool = True
     """Drop targets that the crop left without a pixel (the official panoptic mapper keeps them)."""
     skip_images_without_targets: bool = True

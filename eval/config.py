@@ -131,6 +131,8 @@ class EvaluationConfig:
     shortest_edge: int = 800
     max_size: int = 1333
     """Test-time resize: shorter side to `shortest_edge`, longer side at most `max_size`."""
+    shrink: Literal["area", "bilinear"] = "area"
+    """How test images are resized: as `data.augment.shrink` says; `bilinear` is that of the official code."""
     batch_size: int = 1
     """Images per forward; fixed by the manifest's order, so results do not depend on the actors."""
     actors: int = 1

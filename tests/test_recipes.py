@@ -242,12 +242,18 @@ def test_swin_starts_from_weights_of_its_own_shape(name):
     assert (backbone.window_size, backbone.drop_path) == (window, 0.3)
 
 
-OFFICIAL = {"model.loss.class_norm": "per_rank", "data.augment.shrink": "bilinear"}
+OFFICIAL = {
+    "model.loss.class_norm": "per_rank",
+    "data.augment.shrink": "bilinear",
+    "data.crop_padding": "grey",
+    "evaluation.shrink": "bilinear",
+}
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.endswith("_official")])
 def test_official_recipes_change_the_documented_switches_alone(name):
     changed = OFFICIAL | ({"data.drop_empty_targets": "False"} if "panoptic" in name else {})
+    changed |= {"data.rasterise": "crop"} if "instance" in name else {}
     assert differences(name.removesuffix("_official"), name) == changed
 
 

@@ -127,6 +127,6 @@ def _batches(subject: AnalysisSubject) -> Iterator[EvalBatch]:
     with Progress("analysing", len(subject.indices), "images") as progress:
         resize = {"shortest_edge": settings.shortest_edge, "max_size": settings.max_size}
         groups = eval_groups(subject.manifest, subject.indices, batch_size=settings.batch_size, **resize)
-        for batch in eval_batches(subject.manifest, groups, subject.storage, **resize):
+        for batch in eval_batches(subject.manifest, groups, subject.storage, shrink=settings.shrink, **resize):
             yield subject.classes.restrict(batch)
             progress.advance(len(batch.samples))

@@ -122,6 +122,7 @@ class EvaluationActor:
             self._storage,
             shortest_edge=settings.shortest_edge,
             max_size=settings.max_size,
+            shrink=settings.shrink,
         )
         for batch in batches:
             states.merge(evaluator.evaluate_batch(classes.restrict(batch)))

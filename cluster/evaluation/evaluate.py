@@ -211,6 +211,7 @@ def _settings(config: RunConfig, evaluated: EvaluationSet, weights: str | None) 
         extra_metrics=settings.extra_metrics,
         shortest_edge=settings.shortest_edge,
         max_size=settings.max_size,
+        shrink=settings.shrink,
         batch_size=settings.batch_size,
         limit=evaluated.limit,
         test_time=asdict(evaluated.test_time),

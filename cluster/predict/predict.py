@@ -76,7 +76,7 @@ class Predictor:
         """
         settings, device = self._trained.evaluation, next(self._model.parameters()).device
         samples = [_without_annotation(image) for image in images]
-        batch = collate_eval(samples, range(len(samples)), settings.shortest_edge, settings.max_size)
+        batch = collate_eval(samples, range(len(samples)), settings.shortest_edge, settings.max_size, settings.shrink)
         predictions = self._model(self._model.normalise(batch.images.to(device), batch.sizes.to(device)))
         for output in image_outputs(batch, predictions):
             yield self._postprocess_output(output)

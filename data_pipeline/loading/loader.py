@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from m2f.data_pipeline.categories import Task
-from m2f.data_pipeline.config import DataConfig
+from m2f.data_pipeline.config import DataConfig, Shrink
 from m2f.data_pipeline.errors import DataError, LoaderDiedError
 from m2f.data_pipeline.loading.chunk_cache import ChunkCache, UpcomingChunks
 from m2f.data_pipeline.loading.decode import (
@@ -119,6 +119,8 @@ def build_loader(
             drop_empty_targets=data.drop_empty_targets,
             seed=spec.seed,
             things=things,
+            rasterise=data.rasterise,
+            crop_padding=data.crop_padding,
         )
         for labels in mixture_labels(manifests, data.task)
     ]
@@ -160,6 +162,7 @@ def eval_batches(
     *,
     shortest_edge: int,
     max_size: int,
+    shrink: Shrink = "area",
 ) -> Generator[EvalBatch]:
     """One batch for every group of rows of a manifest (see `eval_groups`). One batch is prepared ahead.
 
@@ -175,7 +178,7 @@ def eval_batches(
     def make(fetched: tuple[tuple[int, ...], tuple[RawSample | None, ...]]) -> EvalBatch:
         group, raw = fetched
         samples = [decode(_members(sample)) for sample in raw]
-        return collate_eval(samples, group, shortest_edge, max_size)
+        return collate_eval(samples, group, shortest_edge, max_size, shrink)
 
     with closing(SampleFetcher([manifest], [chunks], storage, refs, limits)) as fetcher:
         yield from map_in_thread(make, zip(rows, fetcher, strict=True), ahead=1)

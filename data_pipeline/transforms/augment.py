@@ -9,13 +9,13 @@ first, by Pillow, and everything is where the official code has it, pixel for pi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop, Shrink
 
 PADDING_GREY = 128
 """Grey level of image pixels outside the image (official mappers)."""
@@ -53,7 +53,7 @@ class AugmentParams:
     canvas: tuple[int, int]
     """Height and width of the result; the crop is as large as fits, the rest is padding on the right and below."""
     flip: bool = False
-    shrink: Literal["area", "bilinear"] = "area"
+    shrink: Shrink = "area"
     color: ColorJitter | None = None
 
 
@@ -236,7 +236,7 @@ def _resize_id_maps(id_maps: np.ndarray, rows: AxisCrop, columns: AxisCrop, para
     return np.take(np.take(source, column_index, axis=2), row_index - rows.start, axis=1)
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Literal["area", "bilinear"] = "area") -> np.ndarray:
+def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Shrink = "area") -> np.ndarray:
     """The whole image [H, W, 3] at another height and width."""
     rows, columns = (_whole_axis(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
     return _resize_crop(image, rows, columns, shrink)
@@ -304,9 +304,7 @@ def _cropped_axis(source: int, scaled: int, offset: int, canvas_length: int) -> 
     return AxisCrop(start, stop, source, scale, skip, length)
 
 
-def _resize_crop(
-    image: np.ndarray, rows: AxisCrop, columns: AxisCrop, shrink: Literal["area", "bilinear"]
-) -> np.ndarray:
+def _resize_crop(image: np.ndarray, rows: AxisCrop, columns: AxisCrop, shrink: Shrink) -> np.ndarray:
     part = image[rows.start : rows.stop, columns.start : columns.stop]
     if shrink == "bilinear":
         width, height = (round((axis.stop - axis.start) * axis.scale) for axis in (columns, rows))

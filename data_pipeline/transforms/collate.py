@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2f.data_pipeline.config import Shrink
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.augment import PADDING_GREY, resize_image, shortest_edge_size
 from m2f.data_pipeline.transforms.example import Example
@@ -94,7 +95,11 @@ def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) 
 
 
 def collate_eval(
-    samples: Sequence[DecodedSample], indices: Sequence[int], shortest_edge: int, max_size: int
+    samples: Sequence[DecodedSample],
+    indices: Sequence[int],
+    shortest_edge: int,
+    max_size: int,
+    shrink: Shrink = "area",
 ) -> EvalBatch:
     """Resize every image by Detectron2's shortest-edge rule and pad all to one size, a multiple of SIZE_MULTIPLE."""
     sizes = [shortest_edge_size(sample.size, shortest_edge, max_size) for sample in samples]
@@ -102,7 +107,7 @@ def collate_eval(
     images = np.empty((len(samples), height, width, 3), dtype=np.uint8)
     images[:] = EVAL_PADDING
     for image, sample, (h, w) in zip(images, samples, sizes, strict=True):
-        image[:h, :w] = resize_image(sample.image, (h, w))
+        image[:h, :w] = resize_image(sample.image, (h, w), shrink)
     return EvalBatch(
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
         sizes=torch.tensor(sizes, dtype=torch.int64),

@@ -10,12 +10,20 @@ import cv2
 import numpy as np
 
 from m2f.data_pipeline.categories import Task
-from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.config import (
+    AugmentConfig,
+    CropPadding,
+    LargeScaleJitter,
+    Rasterise,
+    ScaleJitter,
+    ShortestEdgeCrop,
+)
 from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.transforms.augment import augment, draw_params
 from m2f.data_pipeline.transforms.copy_paste import draw_objects, paste
-from m2f.data_pipeline.transforms.targets import ImageTargets, drop_empty_targets, image_targets
+from m2f.data_pipeline.transforms.polygons import redraw_polygons
+from m2f.data_pipeline.transforms.targets import ImageTargets, drop_empty_targets, image_targets, target_polygons
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class TrainTransform:
     seed: int
     things: frozenset[int] = frozenset()
     """Classes whose targets copy-paste moves to other images."""
+    rasterise: Rasterise = "source"
+    crop_padding: CropPadding = "mean"
 
     @property
     def canvas(self) -> tuple[int, int] | None:
@@ -73,7 +83,11 @@ def augment_sample(
     params = draw_params(sample_rng(transform.seed, position, stream), sample.size, transform.augment)
     augmented = augment(sample.image, targets.id_maps, params, targets.ignore)
     targets = replace(targets, id_maps=augmented.id_maps)
-    return Example(sample.key, dataset, position, augmented.image, targets, augmented.size, dropped=0)
+    if transform.rasterise == "crop" and (polygons := target_polygons(sample, transform.task)) is not None:
+        targets = redraw_polygons(targets, polygons, sample.size, params, augmented.size)
+    # What lies beyond this size is 0 after normalisation.
+    size = augmented.size if transform.crop_padding == "mean" else params.canvas
+    return Example(sample.key, dataset, position, augmented.image, targets, size, dropped=0)
 
 
 def paste_objects(example: Example, partner: Example, transform: TrainTransform) -> Example:

@@ -81,6 +81,14 @@ def image_targets(sample: DecodedSample, task: Task, labels: Mapping[int, int]) 
     )
 
 
+def target_polygons(sample: DecodedSample, task: Task) -> list[tuple[tuple[float, ...], ...] | None] | None:
+    """Polygons of every target of `image_targets`; None for a task or sample whose masks never were polygons."""
+    if task != "instance" or sample.annotation.inst is None:
+        return None
+    segments = (s for s in sample.annotation.segments if s.map == "inst" and s.is_thing)
+    return [segment.polygons for segment in segments if not segment.is_crowd]
+
+
 def drop_empty_targets(targets: ImageTargets, size: tuple[int, int]) -> tuple[ImageTargets, int]:
     """Leave out targets without a pixel in the first `size` rows and columns. Also returns how many those were."""
     present = np.stack([present_ids(layer[: size[0], : size[1]]) for layer in targets.id_maps])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2f.data_pipeline.config import Shrink
 from m2f.data_pipeline.transforms.augment import resize_image, shortest_edge_size
 from m2f.data_pipeline.transforms.collate import EVAL_PADDING, SIZE_MULTIPLE
 from m2f.eval.config import MultiScale, SlidingWindows
@@ -26,16 +27,21 @@ Predict = Callable[[Tensor, Tensor], Predictions]
 
 
 def label_map(
-    image: np.ndarray, test_time: MultiScale | SlidingWindows, predict: Predict, config: PostprocessConfig
+    image: np.ndarray,
+    test_time: MultiScale | SlidingWindows,
+    predict: Predict,
+    config: PostprocessConfig,
+    shrink: Shrink = "area",
 ) -> Tensor:
     """Labels [H, W] int64 of an image [H, W, 3] uint8. Masks at stride 4 are all that is kept of a forward pass."""
     height, width = image.shape[:2]
     match test_time:
         case MultiScale():
-            return semantic_of_views(list(_views(image, test_time, predict, config)), (height, width)).label_map
+            views = list(_views(image, test_time, predict, config, shrink))
+            return semantic_of_views(views, (height, width)).label_map
         case SlidingWindows(shortest_edge=edge):
             size = (height, width) if edge is None else shortest_edge_size((height, width), edge)
-            resized = image if edge is None else resize_image(image, size)
+            resized = image if edge is None else resize_image(image, size, shrink)
             windows = _windows(resized, test_time, predict)
             return semantic_of_windows(windows, size, (height, width)).label_map
         case _:
@@ -48,11 +54,13 @@ def window_starts(length: int, size: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def _views(image: np.ndarray, test_time: MultiScale, predict: Predict, config: PostprocessConfig) -> Iterator[View]:
+def _views(
+    image: np.ndarray, test_time: MultiScale, predict: Predict, config: PostprocessConfig, shrink: Shrink
+) -> Iterator[View]:
     height, width = image.shape[:2]
     for shortest_edge in test_time.shortest_edges:
         size = shortest_edge_size((height, width), shortest_edge, test_time.max_size)
-        resized = resize_image(image, size)
+        resized = resize_image(image, size, shrink)
         for mirrored in (False, True) if test_time.flip else (False,):
             view = resized[:, ::-1] if mirrored else resized
             yield View(_scores(view, (height, width), predict, config), mirrored)

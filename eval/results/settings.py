@@ -17,6 +17,7 @@ class EvaluationSettings:
     extra_metrics: tuple[str, ...]
     shortest_edge: int
     max_size: int
+    shrink: str = "area"
     batch_size: int
     limit: int | None
     test_time: Mapping[str, Any]
@@ -29,5 +30,8 @@ class EvaluationSettings:
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that name these settings, equal for equal settings."""
-        content = json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if values["shrink"] == "area":  # the only one when the first results were named
+            del values["shrink"]
+        content = json.dumps(values, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
@@ -236,6 +237,17 @@ def test_images_of_several_sizes_fill_up_to_the_largest(panoptic):
     assert (batch.images[0, :, 40:] == 128).all()
     assert (batch.targets.id_maps[0, 0, :, 60:] == 255).all()
     assert collate([None], None).images.shape == (1, 3, 32, 32)
+
+
+def test_evaluation_images_are_resized_by_pillow_where_asked(panoptic):
+    size = (8, 12)
+    area, bilinear = (
+        collate_eval([panoptic], [3], shortest_edge=8, max_size=100, shrink=shrink).images[0, :, :8, :12]
+        for shrink in ("area", "bilinear")
+    )
+    pillow = np.asarray(Image.fromarray(panoptic.image).resize(size[::-1], Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(bilinear.permute(1, 2, 0), pillow)
+    assert not torch.equal(area, bilinear)
 
 
 def test_an_evaluation_batch_is_resized_and_padded_and_keeps_the_truth(panoptic):

@@ -82,14 +82,14 @@ def slow_forward(model, picture):
     return found.class_logits[-1, 0].softmax(-1)[:, :-1], logits
 
 
-def slow_multi_scale(model, image, edges, max_size, flip, resize):
+def slow_multi_scale(model, image, edges, max_size, flip, resize, shrink="area"):
     """[H, W] labels: sizes by Detectron2's rule, mirrored after resizing, class scores at the original size added."""
     size, total = image.shape[:2], 0.0
     for edge in edges:
         factor = edge / min(size)
         if max(size) * factor > max_size:
             factor = max_size / max(size)
-        resized = resize_image(image, (int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)))
+        resized = resize_image(image, (int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)), shrink)
         for mirrored in (False, True)[: 1 + flip]:
             probabilities, logits = slow_forward(model, resized[:, ::-1] if mirrored else resized)
             if resize == "masks":
@@ -115,9 +115,9 @@ def slow_windows(model, image, side, stride):
     return (total / count).argmax(0)
 
 
-def evaluate(model, test_time, postprocess, image_id=3, **options):
+def evaluate(model, test_time, postprocess, image_id=3, shrink="area", **options):
     sets = (EvaluationSet(dataset="val", test_time=test_time),)
-    config = EvaluationConfig(tasks=("semantic",), sets=sets)
+    config = EvaluationConfig(tasks=("semantic",), sets=sets, shrink=shrink)
     evaluator = Evaluator(
         model, TABLE, config, model_task="semantic", postprocess=postprocess, test_time=test_time, **options
     )
@@ -131,11 +131,11 @@ def states_of(labels, image_id=3):
 
 
 @pytest.mark.parametrize("resize", ["masks", "class_scores"])
-@pytest.mark.parametrize("flip", [True, False])
-def test_multi_scale_equals_the_procedure_written_out(model, resize, flip):
+@pytest.mark.parametrize(("flip", "shrink"), [(True, "area"), (False, "area"), (True, "bilinear")])
+def test_multi_scale_equals_the_procedure_written_out(model, resize, flip, shrink):
     test_time = MultiScale(shortest_edges=(38, 75, 131), max_size=160, flip=flip)
-    states = evaluate(model, test_time, PostprocessConfig(semantic_resize=resize), panel_ids=[3])
-    expected = slow_multi_scale(model, sample_of(3).image, (38, 75, 131), 160, flip, resize)
+    states = evaluate(model, test_time, PostprocessConfig(semantic_resize=resize), shrink=shrink, panel_ids=[3])
+    expected = slow_multi_scale(model, sample_of(3).image, (38, 75, 131), 160, flip, resize, shrink)
     assert states.semantic is not None
     assert states.semantic.to_bytes() == states_of(expected).to_bytes()
     assert list(states.panels) == [3]

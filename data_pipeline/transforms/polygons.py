@@ -1,0 +1,114 @@
+"""Instance masks from polygons at the size of a crop, where the official code makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from m2f.data_pipeline.transforms.augment import AugmentParams
+from m2f.data_pipeline.transforms.targets import ImageTargets
+from m2f.model.structures import BACKGROUND_ID
+
+Rings = Sequence[Sequence[float]]
+"""Polygons x, y, x, y, ... in pixels of the source image, of which a mask is the union."""
+
+_MIN_POINTS = 3
+"""Of a ring that encloses something."""
+
+
+def redraw_polygons(
+    targets: ImageTargets,
+    polygons: Sequence[Rings | None],
+    source_size: tuple[int, int],
+    params: AugmentParams,
+    size: tuple[int, int],
+) -> ImageTargets:
+    """Targets of an augmented image whose polygons are drawn anew instead of resized with the pixels.
+
+    What has no polygons keeps its resized pixels. Masks that newly overlap get layers of their own; pixels that were
+    ignored stay so where no mask is.
+
+    Args:
+        targets: after the augmentation.
+        polygons: of every target, None where the source has none.
+        source_size: height and width of the image before the augmentation.
+        params: the augmentation.
+        size: height and width of the part of the crop that shows the image.
+    """
+    if all(rings is None for rings in polygons):
+        return targets
+    maps = targets.id_maps
+    ground = np.where((maps == targets.ignore).any(axis=0), targets.ignore, BACKGROUND_ID).astype(maps.dtype)
+    height, width = size
+    layers: list[np.ndarray] = []
+    layer_of = np.zeros_like(targets.layer)
+    for row, rings in enumerate(polygons):
+        local_id, layer = targets.local_id[row], targets.layer[row]
+        if rings is None:
+            window = slice(0, height), slice(0, width)
+            mask = maps[layer][window] == local_id
+        else:
+            window, mask = rasterise([augment_ring(ring, source_size, params, size) for ring in rings], height, width)
+        free = (i for i, ids in enumerate(layers) if not (_is_object(ids[window], targets.ignore) & mask).any())
+        index = next(free, len(layers))
+        if index == len(layers):
+            layers.append(ground.copy())
+        layers[index][window][mask] = local_id
+        layer_of[row] = index
+    return replace(targets, id_maps=np.stack(layers), layer=layer_of)
+
+
+def _is_object(ids: np.ndarray, ignore: int) -> np.ndarray:
+    return (ids != BACKGROUND_ID) & (ids != ignore)
+
+
+def augment_ring(
+    ring: Sequence[float], source_size: tuple[int, int], params: AugmentParams, size: tuple[int, int]
+) -> np.ndarray:
+    """Points [n, 2] (x, y) of a ring in the crop, cut at the borders of its part that shows the image."""
+    height, width = size
+    (source_height, source_width), (scaled_height, scaled_width) = source_size, params.scaled
+    points = np.asarray(ring, np.float64).reshape(-1, 2) * (scaled_width / source_width, scaled_height / source_height)
+    points -= (params.offset[1], params.offset[0])
+    if params.flip:
+        points[:, 0] = width - points[:, 0]
+    for axis, limit in ((0, width), (1, height)):
+        points = _above(points, axis, 0.0)
+        points[:, axis] *= -1
+        points = _above(points, axis, -float(limit))
+        points[:, axis] *= -1
+    return points
+
+
+def _above(points: np.ndarray, axis: int, limit: float) -> np.ndarray:
+    """The part of a ring [n, 2] whose coordinate is at least `limit` (Sutherland and Hodgman, 1974)."""
+    here, there = points, np.roll(points, -1, axis=0)
+    is_in, goes_in = here[:, axis] >= limit, there[:, axis] >= limit
+    if is_in.all():
+        return points
+    crosses = is_in != goes_in
+    span = np.where(crosses, there[:, axis] - here[:, axis], 1.0)
+    crossing = here + (there - here) * ((limit - here[:, axis]) / span)[:, None]
+    crossing[:, axis] = limit
+    # Of every edge: where it crosses the limit, then its end.
+    return np.stack([crossing, there], axis=1)[np.stack([crosses, goes_in], axis=1)]
+
+
+def rasterise(rings: Sequence[np.ndarray], height: int, width: int) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Union of rings [n, 2] inside the frame, by the rule of COCO's own code: a window of it, its mask [h, w]."""
+    rings = [ring for ring in rings if len(ring) >= _MIN_POINTS]
+    if not rings:
+        return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), bool)
+    # Whole pixels, so that coordinates are rounded as in the whole frame.
+    left, top = np.floor(np.min([ring.min(axis=0) for ring in rings], axis=0)).astype(int).tolist()
+    right, bottom = np.ceil(np.max([ring.max(axis=0) for ring in rings], axis=0)).astype(int).tolist()
+    rows, columns = slice(top, min(bottom + 1, height)), slice(left, min(right + 1, width))
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    if 0 in shape:
+        return (rows, columns), np.zeros(shape, bool)
+    flat = [(ring - (left, top)).ravel().tolist() for ring in rings]
+    mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, *shape)))
+    return (rows, columns), np.asarray(mask).view(bool)

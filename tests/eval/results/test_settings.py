@@ -1,0 +1,26 @@
+"""The settings of an evaluation name its results, and go on to name them when settings are added."""
+
+import dataclasses
+
+from m2f.eval.results.settings import EvaluationSettings
+
+SETTINGS = EvaluationSettings(
+    tasks=("panoptic",),
+    extra_metrics=(),
+    shortest_edge=800,
+    max_size=1333,
+    batch_size=1,
+    limit=None,
+    test_time={"kind": "whole"},
+    postprocess={"object_threshold": 0.8},
+    weights="ab",
+)
+
+
+def test_settings_of_earlier_results_keep_their_digest():
+    assert SETTINGS.digest == "9e07053b"  # before there was `shrink`
+
+
+def test_other_settings_have_other_digests():
+    changes = ({"shrink": "bilinear"}, {"max_size": 1000}, {"limit": 5}, {"weights": None}, {"batch_size": 2})
+    assert len({dataclasses.replace(SETTINGS, **change).digest for change in ({}, *changes)}) == 1 + len(changes)
