@@ -18,19 +18,19 @@ from ray.exceptions import RayError, RayTaskError
 
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import ClusterConfig
-from m2f.cluster.terminal import Progress, first_lines, format_duration
+from m2f.cluster.terminal import Progress, first_lines, format_duration, print_err
 from m2f.data_pipeline.config import DatasetConfig
-from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.readers import Reader, open_reader, source_fingerprint
-from m2f.data_pipeline.shards.manifest import read_document
+from m2f.data_pipeline.readers.unusable import require_none
+from m2f.data_pipeline.shards.plan import ShardPlan, clear_target, committed_document, plan_shards, withdraw
+from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
 from m2f.data_pipeline.shards.write import (
     SampleProblem,
     ShardPart,
-    ShardPlan,
     commit_manifest,
     complete_parts,
     count_problems,
-    plan_shards,
     write_shard,
 )
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -73,6 +73,8 @@ class ShardReport:
     """Samples, and annotations of other samples, that cannot be used."""
     repairs: tuple[tuple[str, int], ...] = ()
     """What was mended in the samples, and how often."""
+    notes: tuple[str, ...] = ()
+    """What became of the source files since shards were made of them."""
     failures: tuple[ShardFailure, ...] = ()
     """Shards that could not be written, where the job was told to go on."""
     committed: bool
@@ -86,6 +88,7 @@ class ShardReport:
             lines[0] += ", all there already"
         else:
             lines[0] += f"; wrote {self.written_shards} shards in {format_duration(self.elapsed_s)}"
+        lines += [f"  {note}" for note in self.notes]
         problems = [f"{problem.source}: {problem.message}" for problem in self.problems]
         lines += first_lines(problems, SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
         lines += [f"  {count:,} {what}" for what, count in self.repairs]
@@ -100,11 +103,12 @@ def run_shard_job(
     *,
     skip_bad: bool = False,
     keep_going: bool = False,
+    redo: bool = False,
 ) -> ShardReport:
     """Write what is missing of one data set, then its manifest. The report is stored in any case.
 
-    Samples that cannot be used never end the job early. With `keep_going` neither do shards that cannot be written: all
-    others are written first.
+    Shards of source files that have changed since are written again, with `redo` all. Samples that cannot be used never
+    end the job early. With `keep_going` neither do shards that cannot be written: all others are written first.
 
     Raises:
         DataError: no source, a source that cannot be used, a target that holds another data set, or samples that
@@ -115,12 +119,20 @@ def run_shard_job(
     started = time.monotonic()
     if dataset.source is None:
         raise DataError(f"datasets.{name} has no source to make shards from; set datasets.{name}.source")
-    reader = open_reader(dataset.source, dataset.max_pixels)
+    reader = open_reader(dataset.source, dataset.max_pixels, skip_bad=True)
     plan = plan_shards(reader, dataset, source_fingerprint(dataset.source))
-    existing = read_document(plan.target, storage)
-    if existing is not None and existing["plan"] == plan.hash:
-        return _stored_report(name, plan, existing["shards"], storage)
-    parts = {part.index: part for part in complete_parts(plan, storage)}
+    existing = None if redo else committed_document(plan, storage)
+    changes = SourceChanges() if redo else _compare_sources(name, reader, plan, storage)
+    if existing is not None and not changes.shards:
+        notes = _source_notes(changes, bool(reader.files(0)))
+        return _stored_report(name, plan, existing["shards"], notes, storage)
+    if not skip_bad:
+        require_none(reader.unusable)
+    if redo:
+        clear_target(plan.target, storage)
+    elif existing is not None:
+        withdraw(plan, storage)
+    parts = {part.index: part for part in complete_parts(plan, storage, changes)}
     missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
     failures: list[ShardFailure] = []
     if missing:
@@ -138,7 +150,8 @@ def run_shard_job(
                 progress.advance(len(plan.shard_keys[part.index]), part.info.size)
                 for problem in part.problems:
                     progress.note(f"{problem.source}: {problem.message}")
-    problems = tuple(problem for index in sorted(parts) for problem in parts[index].problems)
+    problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in reader.unusable)
+    problems += tuple(problem for index in sorted(parts) for problem in parts[index].problems)
     report = ShardReport(
         dataset=name,
         target=plan.target,
@@ -149,6 +162,7 @@ def run_shard_job(
         elapsed_s=round(time.monotonic() - started, 3),
         problems=problems,
         repairs=_count_repairs(parts.values()),
+        notes=_source_notes(changes, has_files=False),
         failures=tuple(failures),
         committed=not failures and (skip_bad or not problems),
     )
@@ -161,6 +175,33 @@ def run_shard_job(
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
     _require_committed(plan, report, refusal)
     return report
+
+
+def _compare_sources(name: str, reader: Reader, plan: ShardPlan, storage: Storage) -> SourceChanges:
+    """The changes, with one line to the person where contents have to be compared, which takes a while."""
+
+    def announce() -> None:
+        print_err(f"{name}: times of source files differ from those of the shards; comparing their contents")
+
+    return compare_sources(reader, plan.target, len(plan.shard_keys), storage, announce)
+
+
+def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
+    """Lines of a report about changed source files; `has_files` where a committed source should have known ones."""
+    notes = []
+    if changes.changed:
+        notes.append(
+            f"{len(changes.changed):,} source files have changed; the {len(changes.shards):,} shards made of them are "
+            f"written again: {some(changes.changed, 3)}"
+        )
+    if changes.num_missing:
+        notes.append(f"{changes.num_missing:,} source files are no longer there; the shards made of them stay")
+    if has_files and not changes.digests:
+        notes.append(
+            "these shards are from before m2f kept track of source files: changed files are not noticed; --redo writes "
+            "the data set again"
+        )
+    return tuple(notes)
 
 
 def _require_committed(plan: ShardPlan, report: ShardReport, refusal: DataError | None) -> None:
@@ -238,7 +279,9 @@ def _result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
         ) from error
 
 
-def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]], storage: Storage) -> ShardReport:
+def _stored_report(
+    name: str, plan: ShardPlan, shards: Sequence[dict[str, int]], notes: tuple[str, ...], storage: Storage
+) -> ShardReport:
     """The report of a data set that is committed already."""
     url = join(plan.target, REPORT_FILE)
     stored = json.loads(storage.get(url)) if storage.exists(url) else {"problems": []}
@@ -252,5 +295,6 @@ def _stored_report(name: str, plan: ShardPlan, shards: Sequence[dict[str, int]],
         elapsed_s=0.0,
         problems=tuple(SampleProblem(**problem) for problem in stored["problems"]),
         repairs=tuple((what, count) for what, count in stored.get("repairs", ())),
+        notes=notes,
         committed=True,
     )

@@ -6,13 +6,14 @@ import argparse
 
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 
-SUMMARY = "write raw data sets as shards; an interrupted job goes on where it was"
+SUMMARY = "write raw data sets as shards; goes on where it was, and writes shards of changed files again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all that have a source")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be used")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out annotations and samples that cannot be used")
+    parser.add_argument("--redo", action="store_true", help="delete the shards and write all of them again")
     parser.add_argument(
         "--keep-going", action="store_true", help="after a shard or data set that fails write the others, then list all"
     )
@@ -37,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     with_source = [name for name, dataset in config.datasets.items() if dataset.source is not None]
     storage = Storage(config.storage)
     chosen = choose_datasets(names, list(config.datasets)) if names else with_source
-    unfinished = [name for name in chosen if read_document(config.datasets[name].shards, storage) is None]
+    unfinished = [n for n in chosen if args.redo or read_document(config.datasets[n].shards, storage) is None]
     task, queries = config.data.task, config.model.transformer_decoder.num_queries
     with ExitStack() as stack:
         if len(unfinished) > 1:
             stack.enter_context(local_or_existing(config.cluster, config.cluster.shard_tasks))
         failed = []
         for name in chosen:
-            options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going}
+            options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going, "redo": args.redo}
             try:
                 print_out(run_shard_job(name, config.datasets[name], config.cluster, storage, **options).summary())
             except UserError as error:

@@ -62,6 +62,10 @@ class Reader(Protocol):
         """Where a sample comes from, as in Sample.source."""
         ...
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The image and map files that a sample is made of, always in the same order; none where there are no files."""
+        ...
+
     def read(self, index: int) -> Sample:
         """One sample, fully checked. Raises DataError naming the file and the problem."""
         ...

@@ -60,6 +60,10 @@ class CocoInstancesReader:
         """Folder and name of the image."""
         return f"{self.images.name}/{self.records[index][0].file_name}"
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The image; annotations are in the JSON."""
+        return (self.images / self.records[index][0].file_name,)
+
     def read(self, index: int) -> Sample:
         """One image with its instances in layers."""
         image, annotations = self.records[index]

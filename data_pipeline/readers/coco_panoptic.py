@@ -88,6 +88,11 @@ class CocoPanopticReader:
         """Folder and name of the image."""
         return f"{self.images.name}/{self.records[index].image.file_name}"
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The image and its panoptic map."""
+        record = self.records[index]
+        return self.images / record.image.file_name, self.masks / record.mask_name
+
     def read(self, index: int) -> Sample:
         """One image with its panoptic map and, where the source has them, its instances in layers."""
         record = self.records[index]

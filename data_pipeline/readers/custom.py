@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -56,6 +57,10 @@ class CustomReader:
     def source(self, index: int) -> str:
         """The name."""
         return self.names[index]
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """None that are known: count `version` of the source up where they change."""
+        return ()
 
     def read(self, index: int) -> Sample:
         """One sample. Raises DataError where image, maps and segments do not fit each other."""

@@ -20,6 +20,7 @@ from m2f.data_pipeline.image_file import (
     frame_orientation,
     read_header,
 )
+from m2f.data_pipeline.readers.source_files import read_file
 
 _MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
 ANNOTATION_BYTES = 12_000
@@ -80,7 +81,7 @@ def require_size(header: ImageHeader, max_pixels: int) -> None:
 def read_bytes(path: Path) -> bytes:
     """Content of a file. Raises DataError naming it."""
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; the annotations refer to it") from None
     except OSError as error:

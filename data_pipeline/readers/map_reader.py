@@ -76,6 +76,11 @@ class MapReader:
         """Folder and name of the image."""
         return f"{self.images.name}/{self.records[index].image}"
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The image and its maps."""
+        record = self.records[index]
+        return self.images / record.image, *record.maps
+
     def read(self, index: int) -> Sample:
         """One image with its segments."""
         record = self.records[index]

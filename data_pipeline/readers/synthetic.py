@@ -75,6 +75,10 @@ class SyntheticReader:
         """A file name as if the image had been written to a folder `images`."""
         return f"images/{self._key(self.indices[index])}.jpg"
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        """None: images are made in memory."""
+        return ()
+
     def read(self, index: int) -> Sample:
         """Make one image. Its instances are the visible parts of the things, in one layer."""
         number = self.indices[index]

@@ -266,7 +266,8 @@ class Manifest:
         """Members by extension from a sample's bytes. Raises DataError where the checksum differs."""
         if len(data) != self.length[index] or zlib.crc32(data) != self.crc32[index]:
             raise DataError(
-                f"{self.describe(index)} is damaged: its checksum differs from the manifest's; write it again"
+                f"{self.describe(index)} is damaged: its checksum differs from the manifest's; write it again, or "
+                "start again if the data set was written again in the meantime"
             )
         names = (self.member_names[code] for code in self.member_codes[index])
         starts, lengths = self.member_offsets[index].tolist(), self.member_lengths[index].tolist()

@@ -13,54 +13,35 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset import TarWriter
 
-from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError, StorageError
 from m2f.data_pipeline.readers import Reader, source_fingerprint
+from m2f.data_pipeline.readers.source_files import file_state, recorded_reads
 from m2f.data_pipeline.sample import Sample
 from m2f.data_pipeline.shards import codec, manifest
 from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo, category_columns
+from m2f.data_pipeline.shards.plan import (
+    ShardPlan,
+    claim_target,
+    clear_target,
+    committed_document,
+    plan_shards,
+    withdraw,
+)
+from m2f.data_pipeline.shards.sources import SourceChanges, SourceFile, compare_sources, write_record
 from m2f.data_pipeline.storage.storage import Storage, join
 
 _BLOCK = 512  # bytes of a tar's header and unit of its padding
-_PLAN_FILE = "plan.json"
-_SIZE_SAMPLES = 512  # samples whose sizes are looked up to estimate the mean
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardPlan:
-    """Which samples go into which shard. Depends on the source, the seed and the shard size; never on who writes."""
-
-    target: str
-    """Folder or `s3://` prefix of the data set."""
-    shard_keys: tuple[tuple[str, ...], ...]
-    """Keys of every shard in their order."""
-    categories: CategoryTable
-    source_fingerprint: str
-    seed: int
-
-    @property
-    def hash(self) -> str:
-        """Hex digest of everything that decides the shards' content."""
-        content = [manifest.FORMAT, self.shard_keys, asdict(self.categories), self.source_fingerprint, self.seed]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def num_samples(self) -> int:
-        """Samples over all shards."""
-        return sum(map(len, self.shard_keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +71,6 @@ class ShardPart:
     """`codec.VERSION` of the code that wrote it."""
 
 
-def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> ShardPlan:
-    """Permute all samples with the seed and cut them into shards of about `shard_mb`. Raises DataError for none."""
-    keys = reader.keys
-    if not keys:
-        raise DataError(f"the source of {config.shards} has no sample")
-    order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(keys))
-    hints = [reader.size_hint(int(i)) for i in order[:_SIZE_SAMPLES]]
-    num_shards = _rounded_shard_count(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6))
-    shards = np.array_split(order, min(num_shards, len(keys)))
-    return ShardPlan(
-        target=config.shards,
-        shard_keys=tuple(tuple(keys[i] for i in shard) for shard in shards),
-        categories=reader.categories,
-        source_fingerprint=fingerprint,
-        seed=config.seed,
-    )
-
-
 def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Storage) -> ShardPart:
     """Read, check and write one shard, verify what the store holds, then leave its receipt there.
 
@@ -117,23 +80,27 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
     tar = _Tar(shard_index)
     problems: list[SampleProblem] = []
     repairs = Counter[str]()
+    files: list[SourceFile] = []
     for key in plan.shard_keys[shard_index]:
         if key not in positions:
             raise DataError(
                 f"the source has no sample {key!r} of the shard plan; it changed while it was being written"
             )
         source = reader.source(positions[key])
-        try:
-            sample = reader.read(positions[key])
-            tar.add(sample)
-        except DataError as error:
-            problems.append(SampleProblem(key, source, str(error)))
-        except Exception as error:
-            error.add_note(f"while writing sample {key!r} ({source})")
-            raise
-        else:
-            problems += [SampleProblem(key, source, message, is_in_shard=True) for message in sample.left_out]
-            repairs.update(sample.repairs)
+        with recorded_reads() as reads:
+            try:
+                sample = reader.read(positions[key])
+                tar.add(sample)
+            except DataError as error:
+                problems.append(SampleProblem(key, source, str(error)))
+            except Exception as error:
+                error.add_note(f"while writing sample {key!r} ({source})")
+                raise
+            else:
+                problems += [SampleProblem(key, source, message, is_in_shard=True) for message in sample.left_out]
+                repairs.update(sample.repairs)
+        for number, path in enumerate(reader.files(positions[key])):
+            files.append(SourceFile(key, number, reads[path] if path in reads else file_state(path)))
     data, table = tar.close()
     info = ShardInfo(f"shards/{shard_index:05d}.tar", len(data), hashlib.sha256(data).hexdigest(), table.num_rows)
     url = join(plan.target, info.name)
@@ -147,28 +114,28 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
         problems=tuple(problems),
         repairs=tuple(sorted(repairs.items())),
     )
+    write_record(plan.target, shard_index, info.sha256, files, storage)
     storage.put(_part_url(plan, shard_index), _encode_part(part, plan))
     return part
 
 
-def complete_parts(plan: ShardPlan, storage: Storage) -> tuple[ShardPart, ...]:
-    """Parts that need not be written again: receipt and shard are there, in the encoding of this version, and no
-    sample was left out.
+def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | None = None) -> tuple[ShardPart, ...]:
+    """Parts that need not be written again: receipt and shard are there, in the encoding of this version, no sample was
+    left out, and no source file has changed as far as `changes` tells.
 
-    Once the manifest is committed, all parts count: a data set that exists never changes.
+    Once the manifest is committed, all parts count: see `withdraw`.
     Claims the target for this plan. Raises DataError where it belongs to another one.
     """
-    committed = manifest.read_document(plan.target, storage)
-    if committed is not None and committed["plan"] != plan.hash:
-        _refuse_target(plan)
-    _claim_target(plan, storage)
+    committed = committed_document(plan, storage)
+    claim_target(plan, storage)
+    changes = changes or SourceChanges()
     present = set(storage.list(plan.target))
     parts = []
     for index in range(len(plan.shard_keys)):
         if _part_url(plan, index) not in present:
             continue
         part = _decode_part(storage.get(_part_url(plan, index)), plan)
-        if part is None or (committed is None and (part.problems or part.encoding != codec.VERSION)):
+        if part is None or (committed is None and not _is_current(part, changes)):
             continue
         if _has_size(join(plan.target, part.info.name), part.info.size, storage):
             parts.append(part)
@@ -216,13 +183,23 @@ def write_dataset(
     storage: Storage,
     *,
     skip_bad: bool = False,
+    redo: bool = False,
     progress: Callable[[ShardPart], None] | None = None,
 ) -> Manifest:
-    """Plan, write what is missing and commit, in this process. `progress` hears of every part, also of old ones."""
+    """Plan, write what is missing or of changed files and commit, in this process. `redo` writes everything again.
+
+    `progress` hears of every part, also of old ones.
+    """
     if config.source is None:
         raise DataError(f"the data set at {config.shards} has no source to shard; set datasets.<name>.source")
     plan = plan_shards(reader, config, source_fingerprint(config.source))
-    parts = {part.index: part for part in complete_parts(plan, storage)}
+    if redo:
+        clear_target(plan.target, storage)
+    committed_document(plan, storage)
+    changes = compare_sources(reader, plan.target, len(plan.shard_keys), storage)
+    if changes.shards:
+        withdraw(plan, storage)
+    parts = {part.index: part for part in complete_parts(plan, storage, changes)}
     for index in range(len(plan.shard_keys)):
         if index not in parts:
             parts[index] = write_shard(reader, plan, index, storage)
@@ -279,11 +256,6 @@ class _Tar:
         return data, pa.Table.from_pylist(self._rows, schema=SAMPLE_SCHEMA)
 
 
-def _rounded_shard_count(wanted: float) -> int:
-    """The nearest number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
-    return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
-
-
 def _part_url(plan: ShardPlan, index: int) -> str:
     return join(plan.target, f"parts/{index:05d}.parquet")
 
@@ -309,7 +281,14 @@ def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
     if receipt["plan"] != plan.hash:
         return None
     problems = tuple(SampleProblem(**problem) for problem in receipt["problems"])
-    rows = table.replace_schema_metadata(None).cast(SAMPLE_SCHEMA)
+    rows = table.replace_schema_metadata(None)
+    for name in set(manifest.LATER_COLUMNS) - set(rows.column_names):
+        rows = rows.add_column(
+            SAMPLE_SCHEMA.get_field_index(name),
+            SAMPLE_SCHEMA.field(name),
+            pa.nulls(len(rows), SAMPLE_SCHEMA.field(name).type),
+        )
+    rows = rows.cast(SAMPLE_SCHEMA)
     return ShardPart(
         index=receipt["index"],
         info=ShardInfo(**receipt["info"]),
@@ -320,20 +299,14 @@ def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
     )
 
 
-def _claim_target(plan: ShardPlan, storage: Storage) -> None:
-    url = join(plan.target, _PLAN_FILE)
-    claim = {"plan": plan.hash, "num_shards": len(plan.shard_keys), "num_samples": plan.num_samples, "seed": plan.seed}
-    try:
-        storage.put(url, json.dumps(claim, indent=1).encode(), if_absent=True)
-    except ObjectExistsError:
-        if json.loads(storage.get(url))["plan"] != plan.hash:
-            _refuse_target(plan)
-
-
-def _refuse_target(plan: ShardPlan) -> NoReturn:
-    raise DataError(
-        f"{plan.target} belongs to another shard plan (source, seed, shard size or version differ); "
-        "choose another folder, or delete it to write the data set again"
+def _is_current(part: ShardPart, changes: SourceChanges) -> bool:
+    """Whether a shard is what writing it now would give, as far as that is known without reading its samples."""
+    return (
+        not part.problems
+        and part.encoding == codec.VERSION
+        and not part.samples.column("category_pixels").null_count
+        and part.index not in changes.shards
+        and changes.digests.get(part.index, part.info.sha256) == part.info.sha256  # else its receipt is an older one
     )
 
 

@@ -1,6 +1,8 @@
 """The report of a sharding job, without Ray: what it counts, and that it is there when every sample is bad."""
 
 import json
+import os
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -24,10 +26,10 @@ def job(tmp_path, monkeypatch):
         lambda reader, plan, missing, storage, *_: (write_shard(reader, plan, i, storage) for i in missing),
     )
 
-    def run(coco):
+    def run(coco, kind="instances", **options):
         coco.write()
-        dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=coco.instances_source)
-        return shard_job.run_shard_job("train", dataset, ClusterConfig(), Storage(), skip_bad=True)
+        dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=getattr(coco, f"{kind}_source"))
+        return shard_job.run_shard_job("train", dataset, ClusterConfig(), Storage(), **({"skip_bad": True} | options))
 
     return run
 
@@ -52,3 +54,72 @@ def test_a_bad_annotation_and_a_numbered_one_are_counted_and_remembered(tmp_path
     assert "1 annotations with a missing" in report.summary()
     again = job(coco)
     assert (again.problems, again.repairs) == (report.problems, report.repairs)
+
+
+@pytest.mark.parametrize("kind", ["instances", "panoptic"])
+def test_an_odd_category_is_refused_at_once_and_counted_when_it_is_left_out(tmp_path, job, kind):
+    coco = CocoSet(tmp_path)
+    entry = coco.instances[1] if kind == "instances" else coco.panoptic[0]["segments_info"][1]
+    entry["category_id"] = "kitten"
+    name = "annotation 2" if kind == "instances" else "annotation of image 40, segment 70000"
+    with pytest.raises(DataError, match=f"leave them out with --skip-bad:\n.*{kind}.json: {name}: category_id"):
+        job(coco, kind, skip_bad=False)
+    assert not (tmp_path / "shards").exists(), "before anything is written"
+    report = job(coco, kind)
+    assert report.committed
+    assert f"{kind}.json: {name}: category_id is 'kitten', not a whole number" in report.summary()
+    assert "1 samples in 1 shards" in report.summary()
+    again = job(coco, kind, skip_bad=False)
+    assert again.problems == report.problems, "what is committed is there"
+
+
+def test_a_bad_panoptic_segment_is_counted(tmp_path, job):
+    coco = CocoSet(tmp_path)
+    coco.panoptic[0]["segments_info"][0]["area"] = -1
+    with pytest.raises(DataError, match=r"1 annotations and 0 of 1 samples cannot be used.*--skip-bad"):
+        job(coco, "panoptic", skip_bad=False)
+    report = job(coco, "panoptic")
+    (problem,) = report.problems
+    assert problem.is_in_shard
+    assert "segment 5: area is -1" in report.summary()
+
+
+def test_a_changed_image_is_noticed_and_said(tmp_path, job):
+    coco = CocoSet(tmp_path)
+    first = job(coco)
+    assert (first.written_shards, first.notes) == (1, ())
+    assert "all there already" in job(coco).summary()
+    path = tmp_path / "images" / "a.jpg"
+    coco.files["a.jpg"] += b"\0"
+    report = job(coco)
+    assert report.written_shards == 1
+    assert f"1 source files have changed; the 1 shards made of them are written again: {path}" in report.summary()
+    assert job(coco).written_shards == 0
+    assert job(coco, redo=True).written_shards == 1
+
+
+def test_a_data_set_with_a_file_that_became_bad_is_withdrawn_until_it_is_mended(tmp_path, job):
+    coco = CocoSet(tmp_path)
+    job(coco)
+    good, coco.files["a.jpg"] = coco.files["a.jpg"], b"no image"
+    with pytest.raises(DataError, match=r"1 source files have changed(.|\n)*a.jpg: it is neither a JPEG"):
+        job(coco, skip_bad=False)
+    assert not (tmp_path / "shards" / "dataset.json").exists()
+    coco.files["a.jpg"] = good
+    assert job(coco, skip_bad=False).committed
+
+
+def test_missing_files_and_old_shards_are_said(tmp_path, job, capsys):
+    coco = CocoSet(tmp_path)
+    job(coco)
+    later = (tmp_path / "images" / "a.jpg").stat().st_mtime + 100
+    os.utime(tmp_path / "images" / "a.jpg", (later, later))
+    coco.files.clear()
+    assert job(coco).notes == ()
+    assert capsys.readouterr().err.count("comparing their contents") == 1
+    (tmp_path / "images" / "a.jpg").unlink()
+    report = job(coco)
+    assert report.written_shards == 0
+    assert report.notes == ("1 source files are no longer there; the shards made of them stay",)
+    shutil.rmtree(tmp_path / "shards" / "sources")
+    assert "--redo writes the data set again" in job(coco).summary()

@@ -38,6 +38,9 @@ class BoxReader:
         self.categories = categories
         self.keys = [f"{prefix}_{i:04d}" for i in range(count)]
 
+    def files(self, index):
+        return ()
+
     def source(self, index):
         return f"{self.keys[index]}.jpg"
 

@@ -1,0 +1,148 @@
+"""Which samples go into which shard, and whose a folder of shards is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError
+from m2f.data_pipeline.readers import Reader
+from m2f.data_pipeline.shards import manifest
+from m2f.data_pipeline.storage.storage import Storage, join
+
+_PLAN_FILE = "plan.json"
+_WRITTEN = re.compile(r"(samples|(parts|sources)/\d{5,})\.parquet|plan\.json|shards/\d{5,}\.tar")
+"""Names in the folder of a data set that sharding gives, beside that of the manifest."""
+_SIZE_SAMPLES = 512  # samples whose sizes are looked up to estimate the mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """Which samples go into which shard. Depends on the source, the seed and the shard size; never on who writes."""
+
+    target: str
+    """Folder or `s3://` prefix of the data set."""
+    shard_keys: tuple[tuple[str, ...], ...]
+    """Keys of every shard in their order."""
+    categories: CategoryTable
+    source_fingerprint: str
+    seed: int
+
+    @property
+    def hash(self) -> str:
+        """Hex digest of everything that decides the shards' content."""
+        content = [manifest.FORMAT, self.shard_keys, asdict(self.categories), self.source_fingerprint, self.seed]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return sum(map(len, self.shard_keys))
+
+
+def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> ShardPlan:
+    """Permute all samples with the seed and cut them into shards of about `shard_mb`. Raises DataError for none."""
+    keys = reader.keys
+    if not keys:
+        raise DataError(f"the source of {config.shards} has no sample")
+    order = np.random.Generator(np.random.Philox(config.seed)).permutation(len(keys))
+    hints = [reader.size_hint(int(i)) for i in order[:_SIZE_SAMPLES]]
+    num_shards = _rounded_shard_count(sum(hints) / len(hints) * len(keys) / (config.shard_mb * 1e6))
+    shards = np.array_split(order, min(num_shards, len(keys)))
+    return ShardPlan(
+        target=config.shards,
+        shard_keys=tuple(tuple(keys[i] for i in shard) for shard in shards),
+        categories=reader.categories,
+        source_fingerprint=fingerprint,
+        seed=config.seed,
+    )
+
+
+def claim_target(plan: ShardPlan, storage: Storage) -> None:
+    """Reserve the folder for this plan. Raises DataError where it is another one's."""
+    try:
+        storage.put(join(plan.target, _PLAN_FILE), json.dumps(_claim(plan), indent=1).encode(), if_absent=True)
+    except ObjectExistsError:
+        claim = _read_claim(plan, storage)
+        if claim is not None and claim["plan"] != plan.hash:
+            _refuse_target(plan, claim)
+
+
+def committed_document(plan: ShardPlan, storage: Storage) -> dict[str, Any] | None:
+    """`dataset.json` of this plan; None where it is not committed. Raises DataError for the folder of another plan."""
+    committed = manifest.read_document(plan.target, storage)
+    if committed is not None and committed["plan"] != plan.hash:
+        _refuse_target(plan, _read_claim(plan, storage) or {"source": committed.get("source_fingerprint")})
+    claim = _read_claim(plan, storage)
+    if claim is not None and claim["plan"] != plan.hash:
+        _refuse_target(plan, claim)
+    return committed
+
+
+def withdraw(plan: ShardPlan, storage: Storage) -> None:
+    """Take back a committed manifest before shards of it are written again: until then there is no data set."""
+    storage.delete(join(plan.target, manifest.DATASET_FILE))
+
+
+def clear_target(target: str, storage: Storage) -> None:
+    """Delete what sharding wrote into a folder, and nothing else in it; the manifest first.
+
+    Raises DataError for the manifest of tars that `m2f index` found, which are not ours.
+    """
+    try:
+        document = manifest.read_document(target, storage)
+    except DataError:  # unreadable, which is a reason to write it again
+        document = None
+    if document is not None and document.get("foreign") is not None:
+        raise DataError(f"{target} is a manifest of `m2f index` for tars of others; choose another folder for shards")
+    storage.delete(join(target, manifest.DATASET_FILE))
+    root = f"{target.rstrip('/')}/"
+    for url in storage.list(target):
+        if _WRITTEN.fullmatch(url.removeprefix(root)):
+            storage.delete(url)
+
+
+def _rounded_shard_count(wanted: float) -> int:
+    """The nearest number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
+    return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
+
+
+def _claim(plan: ShardPlan) -> dict[str, Any]:
+    return {
+        "plan": plan.hash,
+        "num_shards": len(plan.shard_keys),
+        "num_samples": plan.num_samples,
+        "seed": plan.seed,
+        "source": plan.source_fingerprint,
+    }
+
+
+def _read_claim(plan: ShardPlan, storage: Storage) -> dict[str, Any] | None:
+    try:
+        return json.loads(storage.get(join(plan.target, _PLAN_FILE)))
+    except MissingObjectError:
+        return None
+
+
+def _refuse_target(plan: ShardPlan, claim: dict[str, Any]) -> NoReturn:
+    """Refuse a folder whose plan has this claim."""
+    own = _claim(plan)
+    names = {"num_samples": "samples", "source": "settings or annotation files of the source", "seed": "seed"}
+    names["num_shards"] = "number of shards"
+    differing = [
+        name if field == "source" else f"{name}: {claim[field]} there, {own[field]} here"
+        for field, name in names.items()
+        if claim.get(field) is not None and claim[field] != own[field]
+    ]
+    raise DataError(
+        f"{plan.target} belongs to another shard plan (different: {'; '.join(differing) or 'samples or version'}); "
+        "choose another folder, or write it again with `m2f shard --redo`"
+    )

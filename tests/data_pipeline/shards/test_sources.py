@@ -1,0 +1,325 @@
+"""Source files that change after their shards were written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, LabelMapSource, MixtureItem
+from m2f.data_pipeline.errors import DataError, StorageError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.order.order import build_order
+from m2f.data_pipeline.readers import open_reader, source_fingerprint
+from m2f.data_pipeline.readers.source_files import file_state
+from m2f.data_pipeline.shards.plan import clear_target, plan_shards
+from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources, write_record
+from m2f.data_pipeline.shards.write import complete_parts, write_dataset, write_shard
+from m2f.data_pipeline.storage.storage import Storage
+from tests.data_pipeline.coco_set import CocoSet
+
+STORAGE = Storage()
+CLASSES = [{"label": i, "name": name, "isthing": 0} for i, name in enumerate(("sky", "road", "tree"))]
+
+
+def uncompressed(value):
+    """A label map whose size in bytes does not depend on its values."""
+    return cv2.imencode(".png", np.full((24, 32), value, np.uint8), [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
+
+
+class Maps:
+    """Nine images with label maps in about four shards."""
+
+    def __init__(self, root):
+        self.root = root
+        for name in ("images", "labels"):
+            (root / name).mkdir(parents=True)
+        random = np.random.default_rng(0)
+        for i in range(9):
+            image = random.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+            (root / "images" / f"{i}.png").write_bytes(encode_png(image))
+            (root / "labels" / f"{i}.png").write_bytes(uncompressed(i % 2))
+        (root / "classes.json").write_text(json.dumps(CLASSES))
+        self.at(root)
+
+    def at(self, root):
+        self.source = LabelMapSource(
+            images=f"{root}/images", labels=f"{root}/labels", categories=f"{root}/classes.json"
+        )
+        return self
+
+    @property
+    def config(self):
+        return DatasetConfig(shards=str(self.root / "shards"), source=self.source, shard_mb=0.03)
+
+    def reader(self):
+        return open_reader(self.source)
+
+    def plan(self):
+        return plan_shards(self.reader(), self.config, source_fingerprint(self.source))
+
+    def write(self, **options):
+        return write_dataset(self.reader(), self.config, STORAGE, **options)
+
+    def compare(self, **options):
+        return compare_sources(self.reader(), self.config.shards, len(self.plan().shard_keys), STORAGE, **options)
+
+    def relabel(self, name, value):
+        """Other labels of the same number of bytes, at another time."""
+        path = self.root / "labels" / f"{name}.png"
+        size = path.stat().st_size
+        path.write_bytes(uncompressed(value))
+        assert path.stat().st_size == size
+        later(path)
+
+
+@pytest.fixture
+def maps(tmp_path):
+    return Maps(tmp_path)
+
+
+def later(path, seconds=100):
+    found = os.stat(path)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + seconds * 10**9))
+
+
+def labels_of(manifest, key):
+    sample = manifest.read_sample(manifest.key.tolist().index(key), STORAGE)
+    return [s.category_id for s in sample.annotation.segments]
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in Path(folder).glob("shards/*.tar")}
+
+
+def shard_of(maps, key):
+    return next(i for i, keys in enumerate(maps.plan().shard_keys) if key in keys)
+
+
+def test_a_changed_label_map_is_noticed_and_only_its_shard_is_written_again(maps):
+    before = maps.write()
+    assert len(before.shards) > 2
+    assert labels_of(before, "3") == [1]
+    written = times(maps.config.shards)
+    maps.relabel("3", 2)
+    changes = maps.compare()
+    assert changes.changed == (f"{maps.root}/labels/3.png",)
+    assert changes.shards == {shard_of(maps, "3")}
+    after = maps.write()
+    assert labels_of(after, "3") == [2]
+    assert after.fingerprint != before.fingerprint
+    assert {n for n, t in times(maps.config.shards).items() if t != written[n]} == {f"{shard_of(maps, '3'):05d}.tar"}
+    assert maps.compare().changed == (), "known from now on"
+    fresh = write_dataset(maps.reader(), replace(maps.config, shards=f"{maps.root}/fresh"), STORAGE)
+    assert fresh.fingerprint == after.fingerprint, "as if it had been written at once"
+
+
+def test_a_run_that_reads_the_old_shards_is_told(maps):
+    before = maps.write()
+    maps.relabel("3", 2)
+    after = maps.write()
+    with pytest.raises(DataError, match="start again if the data set was written again"):
+        before.read_sample(before.key.tolist().index("3"), STORAGE)
+    data = DataConfig(train=(MixtureItem(dataset="train"),), task="semantic")
+    orders = [build_order([manifest], 0, data) for manifest in (before, after)]
+    assert orders[0].fingerprint != orders[1].fingerprint, "so that a resume is refused"
+
+
+@pytest.mark.parametrize("kind", ["instances", "panoptic"])
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_changed_images_and_panoptic_maps_are_noticed(tmp_path, kind, folder):
+    coco = CocoSet(tmp_path)
+    coco.write()
+    source = getattr(coco, f"{kind}_source")
+    config = DatasetConfig(shards=str(tmp_path / "shards"), source=source)
+    first = write_dataset(open_reader(source), config, STORAGE)
+    if folder == "images":
+        coco.files["a.jpg"] = cv2.imencode(".jpg", np.zeros((20, 30, 3), np.uint8))[1].tobytes()
+    else:
+        coco.ids[0] = coco.ids[19]
+    documents = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    coco.write()
+    assert documents == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    later(next((tmp_path / folder).iterdir()))
+    again = write_dataset(open_reader(source), config, STORAGE)
+    is_read = folder == "images" or kind == "panoptic"
+    assert (again.fingerprint != first.fingerprint) == is_read
+
+
+def test_other_times_of_the_same_content_change_nothing(maps):
+    first = maps.write()
+    written = times(maps.config.shards)
+    for path in maps.root.rglob("*.png"):
+        later(path)
+    said = []
+    assert maps.compare(on_content=lambda: said.append(1)).changed == ()
+    assert said == [1], "once"
+    assert maps.compare(on_content=lambda: said.append(2)).changed == ()
+    assert said == [1], "the new times are known"
+    assert maps.write().fingerprint == first.fingerprint
+    assert times(maps.config.shards) == written
+
+
+def test_a_copy_of_the_source_keeps_the_shards(maps):
+    first = maps.write()
+    copy = maps.root / "elsewhere"
+    for name in ("images", "labels"):
+        shutil.copytree(maps.root / name, copy / name, copy_function=shutil.copyfile)
+    shutil.copyfile(maps.root / "classes.json", copy / "classes.json")
+    for path in copy.rglob("*.png"):
+        later(path, -500)
+    written = times(maps.config.shards)
+    maps.at(copy)
+    assert maps.write().fingerprint == first.fingerprint
+    assert times(maps.config.shards) == written
+
+
+def test_a_store_that_can_only_be_read_compares_contents_each_time(maps, monkeypatch):
+    maps.write()
+    later(maps.root / "labels" / "4.png")
+
+    def refuse(*_, **__):
+        raise StorageError("read-only")
+
+    monkeypatch.setattr(Storage, "put", refuse)
+    for _ in range(2):
+        said = []
+        assert maps.compare(on_content=lambda said=said: said.append(1)).changed == ()
+        assert said == [1]
+
+
+def test_files_that_are_gone_do_not_cost_their_shards(tmp_path):
+    coco = CocoSet(tmp_path)
+    coco.write()
+    config = DatasetConfig(shards=str(tmp_path / "shards"), source=coco.instances_source)
+    first = write_dataset(open_reader(config.source), config, STORAGE)
+    (tmp_path / "images" / "a.jpg").unlink()
+    changes = compare_sources(open_reader(config.source), config.shards, 1, STORAGE)
+    assert (changes.num_missing, changes.changed) == (1, ())
+    assert write_dataset(open_reader(config.source), config, STORAGE).fingerprint == first.fingerprint
+
+
+def test_a_file_that_was_bad_or_missing_comes_in_when_it_is_mended(tmp_path):
+    coco = CocoSet(tmp_path)
+    good = coco.files["a.jpg"]
+    for number, name in enumerate(("b.jpg", "c.jpg"), 41):
+        coco.images.append({**coco.images[0], "id": number, "file_name": name})
+    coco.files["b.jpg"] = b"no image"
+    coco.write()
+    config = DatasetConfig(shards=str(tmp_path / "shards"), source=coco.instances_source, shard_mb=1e6)
+    assert write_dataset(open_reader(config.source), config, STORAGE, skip_bad=True).key.tolist() == ["a"]
+    assert compare_sources(open_reader(config.source), config.shards, 1, STORAGE).changed == ()
+    for name in ("b.jpg", "c.jpg"):
+        (tmp_path / "images" / name).write_bytes(good)
+        now = write_dataset(open_reader(config.source), config, STORAGE, skip_bad=True)
+        assert name[0] in now.key.tolist()
+    assert sorted(now.key.tolist()) == ["a", "b", "c"]
+
+
+def test_shards_without_a_record_are_taken_as_they_are(maps):
+    first = maps.write()
+    shutil.rmtree(maps.root / "shards" / "sources")
+    maps.relabel("3", 2)
+    assert maps.compare() == SourceChanges()
+    assert maps.write().fingerprint == first.fingerprint
+
+
+def test_a_damaged_record_says_nothing(maps):
+    maps.write()
+    for path in (maps.root / "shards" / "sources").iterdir():
+        path.write_bytes(b"no parquet")
+    maps.relabel("3", 2)
+    assert maps.compare() == SourceChanges()
+
+
+def test_an_interrupted_job_notices_changes_too(maps):
+    plan = maps.plan()
+    for index in range(len(plan.shard_keys)):
+        write_shard(maps.reader(), plan, index, STORAGE)
+    maps.relabel("3", 2)
+    changes = maps.compare()
+    parts = complete_parts(plan, STORAGE, changes)
+    assert {part.index for part in parts} == set(range(len(plan.shard_keys))) - changes.shards
+    assert labels_of(maps.write(), "3") == [2]
+
+
+def test_a_receipt_of_before_a_killed_task_does_not_count(maps):
+    """The task put the new shard and its record, and died before the receipt: sizes may well be equal."""
+    plan = maps.plan()
+    part = write_shard(maps.reader(), plan, 0, STORAGE)
+    reader = maps.reader()
+    key = plan.shard_keys[0][0]
+    assert [p.index for p in complete_parts(plan, STORAGE, maps.compare())] == [0]
+    receipt = (maps.root / "shards" / "parts" / "00000.parquet").read_bytes()
+    maps.relabel(key, 2)
+    write_shard(reader, plan, 0, STORAGE)
+    (maps.root / "shards" / "parts" / "00000.parquet").write_bytes(receipt)
+    changes = maps.compare()
+    assert changes.changed == ()
+    assert changes.digests[0] != part.info.sha256
+    assert complete_parts(plan, STORAGE, changes) == ()
+    assert labels_of(maps.write(), key) == [2]
+
+
+def test_redo_writes_everything_and_deletes_nothing_else(maps):
+    first = maps.write()
+    target = Path(maps.config.shards)
+    written = times(target)
+    (target / "notes.txt").write_text("mine")
+    (target / "shards" / "00099.tar").write_bytes(b"of a longer plan")
+    (target / "shards" / "other.tar").write_bytes(b"mine")
+    again = maps.write(redo=True)
+    assert again.fingerprint == first.fingerprint
+    assert all(time != written[name] for name, time in times(target).items() if name in written)
+    assert not (target / "shards" / "00099.tar").exists()
+    assert (target / "notes.txt").exists()
+    assert (target / "shards" / "other.tar").exists()
+
+
+def test_other_annotations_are_named_and_redo_takes_them(maps):
+    maps.write()
+    (maps.root / "classes.json").write_text(json.dumps([CLASSES[2], *CLASSES[:2]]))
+    words = r"different: settings or annotation files of the source\); .*`m2f shard --redo`"
+    with pytest.raises(DataError, match=words):
+        maps.write()
+    assert [c.name for c in maps.write(redo=True).categories.categories] == ["tree", "sky", "road"]
+    (maps.root / "images" / "10.png").write_bytes((maps.root / "images" / "1.png").read_bytes())
+    (maps.root / "labels" / "10.png").write_bytes((maps.root / "labels" / "1.png").read_bytes())
+    with pytest.raises(DataError, match=r"different: samples: 9 there, 10 here"):
+        maps.write()
+    assert maps.write(redo=True).num_samples == 10
+
+
+def test_redo_spares_what_is_not_ours(maps):
+    maps.write()
+    path = Path(maps.config.shards, "dataset.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "foreign": {"labels": "classes"}}))
+    with pytest.raises(DataError, match="manifest of `m2f index`"):
+        clear_target(maps.config.shards, STORAGE)
+    assert list(Path(maps.config.shards).glob("shards/*.tar"))
+
+
+def test_files_are_read_once(maps, monkeypatch):
+    reads = []
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: (reads.append(self), opened(self, *a, **k))[1])
+    maps.write()
+    source = [path for path in reads if path.suffix == ".png"]
+    assert len(source) == len({*source}) == 18
+
+
+def test_states_are_of_the_file_that_is_there(tmp_path):
+    path = tmp_path / "x"
+    assert file_state(path) is None
+    path.write_bytes(b"abc")
+    state = file_state(path)
+    assert (state.size, state.mtime_ns) == (3, path.stat().st_mtime_ns)
+    assert state.digest.hex().startswith("ba7816bf")
+    write_record(str(tmp_path), 0, "x", (), STORAGE)
+    assert not (tmp_path / "sources").exists(), "nothing is written where there are no files"
