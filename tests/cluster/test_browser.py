@@ -176,7 +176,7 @@ def comparison_report():
     return as_page(compare_runs([record("first_run_with_a_long_name", 50.0), record("second", 51.5)]))
 
 
-def test_the_mlflow_ui_shows_what_a_person_looks_for(tmp_path, migrated_database, monkeypatch):
+def test_the_mlflow_ui_shows_metrics_and_artifacts(tmp_path, migrated_database, monkeypatch):
     (tmp_path / "report.html").write_text(evaluation_report())
     (tmp_path / "panels.png").write_bytes(encode_png(np.full((60, 400, 3), (10, 200, 30), np.uint8)))
     with mlflow_server(tmp_path, migrated_database) as url:
@@ -210,7 +210,7 @@ async def look_at_mlflow(folder, experiment, run_id):
 
 
 @pytest.mark.parametrize("report", [evaluation_report, comparison_report])
-def test_reports_open_on_a_desk_on_a_telephone_and_on_paper(tmp_path, report):
+def test_reports_are_readable_on_desktop_phone_and_paper(tmp_path, report):
     (tmp_path / "report.html").write_text(report())
     asyncio.run(look_at_report(tmp_path, (tmp_path / "report.html").as_uri()))
 

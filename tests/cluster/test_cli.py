@@ -65,7 +65,7 @@ def run(capsys, *words):
 
 
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
-def test_help_needs_none_of_the_heavy_packages(words):
+def test_help_imports_no_heavy_package(words):
     command = [sys.executable, Path(__file__).with_name("help_main.py"), ",".join(HEAVY), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,7 @@ def test_help_needs_none_of_the_heavy_packages(words):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["config", "--explain"]])
-def test_a_reader_that_has_seen_enough_is_no_failure(words):
+def test_a_closed_pipe_ends_without_a_traceback(words):
     command = [sys.executable, "-m", "m2f.cluster.cli", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()  # as `| head -0` may do it before the first line
@@ -81,7 +81,7 @@ def test_a_reader_that_has_seen_enough_is_no_failure(words):
     process.stderr.close()
 
 
-def test_help_takes_less_than_a_second_of_work():
+def test_help_takes_less_than_a_second_of_cpu_time():
     """Of the processor: how long that takes depends on what else runs."""
     times = []
     for _ in range(3):
@@ -122,7 +122,7 @@ def test_an_unknown_verb_suggests_one(capsys):
         (["predict", "RECIPE", "nowhere.jpg", "--output", "out"], "nowhere.jpg: no such image"),
     ],
 )
-def test_a_mistake_is_one_message_and_status_2(capsys, recipe, tmp_path, words, expected):
+def test_a_user_error_is_one_message_and_status_2(capsys, recipe, tmp_path, words, expected):
     words = [recipe if word == "RECIPE" else word.format(folder=tmp_path) for word in words]
     status, _, err = run(capsys, *words)
     assert status == 2
@@ -157,7 +157,7 @@ def test_stats_prints_the_classes(capsys, recipe):
     assert "% pixels" in out
 
 
-def test_shard_of_a_finished_data_set_says_so(capsys, recipe):
+def test_shard_reports_a_finished_data_set(capsys, recipe):
     status, out, _ = run(capsys, "shard", recipe)
     assert status == 0
     assert out.startswith("train: 6 samples in 1 shards")
@@ -253,7 +253,7 @@ def test_predict_writes_pictures_and_files(capsys, recipe, weights, images, tmp_
         assert set(np.unique(labels)) <= {c["id"] for c in categories}
 
 
-def test_predict_goes_on_after_a_broken_image_and_says_so(capsys, recipe, weights, images, tmp_path):
+def test_predict_continues_after_a_broken_image_and_reports_it(capsys, recipe, weights, images, tmp_path):
     (images / "broken.jpg").write_bytes((images / "0.jpg").read_bytes()[:300])
     out = tmp_path / "out"
     status, text, err = run(capsys, "predict", recipe, images, "--checkpoint", weights, "--output", out)
@@ -269,7 +269,7 @@ def test_a_file_with_an_equals_sign_is_no_override(tmp_path, monkeypatch):
     assert split_overrides(words) == (["id=7.jpg", "other.jpg"], ["seed=3"])
 
 
-def test_predictions_are_written_locally(capsys, recipe, images):
+def test_predictions_to_a_url_are_refused(capsys, recipe, images):
     status, _, err = run(capsys, "predict", recipe, images, "--output", "s3://box/out")
     assert status == 2
     assert "--output is s3://box/out" in err
@@ -297,7 +297,7 @@ def test_checkpoints_are_listed_and_verified_to_the_byte(capsys, recipe):
     assert run(capsys, "checkpoint", "verify", recipe, "--step", "5")[0] == 0
 
 
-def test_weights_are_taken_out_of_checkpoints(capsys, recipe, tmp_path):
+def test_weights_are_exported_from_checkpoints(capsys, recipe, tmp_path):
     export = ("checkpoint", "export", recipe, "--step", "5")
     storage, folder = Storage(), load_recipe(recipe).run_folder
     url, files = checkpoint_url(folder, 5), {"weights.safetensors": b"weights", "ema.safetensors": b"average"}
@@ -329,14 +329,14 @@ def test_weights_are_taken_out_of_checkpoints(capsys, recipe, tmp_path):
         ["index", "tars", "--output", "here", "--categories", "classes.json", "--threads"],
     ],
 )
-def test_numbers_of_things_are_at_least_one(capsys, words):
+def test_counts_below_1_are_refused(capsys, words):
     for value, problem in (("0", "is 0; it must be at least 1"), ("-1", "is -1; it"), ("x", "invalid count value")):
         with pytest.raises(SystemExit, match="2"):
             main([*words, value])
         assert f"argument {words[-1]}: {problem}" in capsys.readouterr().err
 
 
-def test_pace_and_durations_read_well():
+def test_rates_and_durations_are_formatted():
     assert format_duration(42) == "0:42"
     assert format_duration(3 * 3600 + 7 * 60 + 9) == "3:07:09"
     assert describe_pace(done=30, total=90, done_before=10, elapsed_s=10.0, unit="images") == "2.0 images/s, 0:30 left"
@@ -344,7 +344,7 @@ def test_pace_and_durations_read_well():
     assert describe_pace(done=10, total=90, done_before=10, elapsed_s=10.0, unit="images") == "- images/s"
 
 
-def test_the_last_line_of_progress_is_said_once(capsys):
+def test_the_last_line_of_progress_is_printed_once(capsys):
     now = [0.0]
     with Progress("sharding", 2, "images", interval_s=10, clock=lambda: now[0]) as progress:
         now[0] = 20.0
@@ -352,7 +352,7 @@ def test_the_last_line_of_progress_is_said_once(capsys):
     assert capsys.readouterr().err == "sharding: 2/2 images, 0.1 images/s, 0:00 left\n"
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+def test_progress_without_a_terminal_prints_a_line_per_interval(capsys):
     now = [0.0]
     with Progress("sharding", 100, "images", interval_s=10, clock=lambda: now[0]) as progress:
         for second in range(1, 26):

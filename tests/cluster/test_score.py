@@ -51,7 +51,7 @@ def test_instances(tmp_path, capsys):
     assert "Boundary mask AP, 1 images" in capsys.readouterr().out
 
 
-def test_mistakes_are_one_message(label_folders, tmp_path, capsys):
+def test_errors_are_one_message(label_folders, tmp_path, capsys):
     assert main(["score", "semantic", *label_folders, "--num-classes", "2"]) == 2
     assert "m2f score: x.png: the prediction has labels from 0 to 2" in capsys.readouterr().err
     nowhere = str(tmp_path / "none" / "out.json")

@@ -47,7 +47,7 @@ def start_driver(folder, num_images):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_job_continues_and_gives_the_same_bytes(tmp_path):
     num_images = 60
     dataset = DatasetConfig(
         shards=str(tmp_path / "undisturbed"), source=SyntheticSource(num_images=num_images), shard_mb=0.05
@@ -96,7 +96,7 @@ def test_another_data_set_in_the_same_place_is_refused(tmp_path, no_ray):
         run_shard_job("train", other, CLUSTER, Storage())
 
 
-def test_a_data_set_without_a_source_is_a_message(tmp_path):
+def test_a_data_set_without_a_source_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"set datasets\.train\.source"):
         run_shard_job("train", DatasetConfig(shards=str(tmp_path)), CLUSTER, Storage())
 

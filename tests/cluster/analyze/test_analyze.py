@@ -73,7 +73,7 @@ def run(capsys, *words):
     return status, out, err
 
 
-def test_layers_are_compared(capsys, analysed, tmp_path):
+def test_every_decoder_layer_is_evaluated(capsys, analysed, tmp_path):
     words = ("layers", analysed / "recipe.yaml", "train", "--checkpoint", analysed / "weights.safetensors")
     status, out, err = run(capsys, "analyze", *words, "--images", "2", "--output", tmp_path / "out")
     assert status == 0, err
@@ -83,7 +83,7 @@ def test_layers_are_compared(capsys, analysed, tmp_path):
     assert {"PQ", "AP", "mIoU", "AR10", "AR100"} <= set(layers[0]["metrics"])
 
 
-def test_attention_is_weighed_and_drawn(capsys, analysed, tmp_path):
+def test_attention_shares_and_pictures_are_written(capsys, analysed, tmp_path):
     words = ("attention", analysed / "recipe.yaml", "--checkpoint", analysed / "weights.safetensors")
     options = ("--images", "3", "--pictures", "2", "--output", tmp_path / "out")
     status, out, err = run(capsys, "analyze", *words, *options)
@@ -132,7 +132,7 @@ def test_the_documented_table_is_that_of_the_formulas():
         assert paper == ("-" if row.flops is None else f"{row.flops:.0f}")
 
 
-def test_time_is_taken():
+def test_cpu_time_is_measured():
     config = ModelConfig(**{**vars(SMALL), "num_classes": 3})
     assert 0 < cpu_seconds_per_image(config, (64, 64)) < 10
 
@@ -149,7 +149,7 @@ def test_time_is_taken():
         (["attention", "RECIPE"], "has no checkpoint; train first"),
     ],
 )
-def test_a_mistake_is_one_message(capsys, analysed, words, expected):
+def test_an_error_is_one_message(capsys, analysed, words, expected):
     status, _, err = run(capsys, "analyze", *[analysed / "recipe.yaml" if word == "RECIPE" else word for word in words])
     assert status == 2
     assert expected in err

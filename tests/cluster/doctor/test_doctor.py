@@ -74,7 +74,7 @@ def doctor(capsys, *words):
 
 
 @pytest.mark.slow
-def test_a_healthy_machine_with_a_good_recipe(capsys, recipe, quiet):
+def test_a_healthy_machine_passes_every_check(capsys, recipe, quiet):
     """The real checks, the all-reduce of two processes among them."""
     status, out = doctor(capsys, recipe)
     assert status == 0, out
@@ -83,7 +83,7 @@ def test_a_healthy_machine_with_a_good_recipe(capsys, recipe, quiet):
     assert not list((recipe.parent / "runs").rglob("*-*")), "the probe of the run folder is deleted"
 
 
-def test_a_store_that_cannot_be_reached(recipe, quiet):
+def test_an_unreachable_run_folder_fails_quickly_with_a_remedy(recipe, quiet):
     config = load_recipe(recipe, ["output=s3://bucket/runs", f"storage.endpoint_url={NOWHERE}"])
     started = time.monotonic()
     finding = check_run_folder(config)
@@ -92,25 +92,25 @@ def test_a_store_that_cannot_be_reached(recipe, quiet):
     assert "storage.endpoint_url" in finding.remedy
 
 
-def test_shards_in_a_store_that_cannot_be_reached(recipe, quiet):
+def test_unreachable_shards_fail(recipe, quiet):
     finding = check_shards(
         load_recipe(recipe, ["datasets.train.shards=s3://bucket/train", f"storage.endpoint_url={NOWHERE}"])
     )
     assert (finding.state, NOWHERE in finding.detail, "JSON" in finding.detail) == ("failed", True, False)
 
 
-def test_a_run_folder_that_cannot_be_written(recipe, tmp_path, quiet):
+def test_an_unwritable_run_folder_fails(recipe, tmp_path, quiet):
     (tmp_path / "file").write_text("in the way")
     assert check_run_folder(load_recipe(recipe, [f"output={tmp_path}/file"])).state == "failed"
 
 
-def test_shards_that_are_not_there_name_the_command(recipe, tmp_path):
+def test_missing_shards_fail_with_the_command_that_writes_them(recipe, tmp_path):
     assert check_shards(load_recipe(recipe)).state == "ok"
     finding = check_shards(load_recipe(recipe, [f"datasets.train.shards={tmp_path}"]))
     assert (finding.state, finding.remedy) == ("failed", "m2f shard RECIPE train")
 
 
-def test_mlflow_that_is_down(recipe, quiet):
+def test_an_mlflow_server_that_is_down_fails_quickly(recipe, quiet):
     started = time.monotonic()
     finding = check_tracking(load_recipe(recipe, [f"tracking.uri={NOWHERE}"]))
     assert time.monotonic() - started < 120  # the defaults of its clients would try for longer
@@ -118,12 +118,12 @@ def test_mlflow_that_is_down(recipe, quiet):
     assert "start the server" in finding.remedy
 
 
-def test_no_store_for_mlflow_beside_a_bucket(recipe, quiet):
+def test_a_run_in_s3_without_a_tracking_server_fails(recipe, quiet):
     finding = check_tracking(load_recipe(recipe, ["output=s3://bucket/runs"]))
     assert (finding.state, "MLFLOW_TRACKING_URI" in finding.detail) == ("failed", True)
 
 
-def test_tiny_shared_memory_as_a_container_has_it(quiet):
+def test_64_mib_of_shared_memory_fail(quiet):
     """A real one, in a mount namespace."""
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     check = [sys.executable, str(Path(__file__).with_name("shared_memory_main.py"))]
@@ -134,11 +134,11 @@ def test_tiny_shared_memory_as_a_container_has_it(quiet):
     assert done.stdout.startswith("failed 0.1 GiB free in /dev/shm"), done.stderr
 
 
-def test_shared_memory_here():
+def test_shared_memory_of_this_machine_is_found():
     assert check_shared_memory().state in ("ok", "warning")
 
 
-def test_a_machine_without_a_compiler(recipe, monkeypatch):
+def test_a_missing_compiler_fails_only_where_it_is_needed(recipe, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert check_compiler(None).state == "ok"
     monkeypatch.setenv("PATH", "/nowhere")
@@ -153,14 +153,14 @@ def test_a_machine_without_a_compiler(recipe, monkeypatch):
     assert (finding.state, "kernels for GPUs need a C compiler" in finding.detail) == ("failed", True)
 
 
-def test_gpus_that_torch_does_not_see(recipe, monkeypatch):
+def test_fewer_gpus_than_needed_fail(recipe, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert check_gpus(load_recipe(recipe), None).state == "ok"
     assert check_gpus(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]), None).state == "failed"
     assert check_gpus(load_recipe(recipe, ["cluster.num_gpus_per_worker=1"]), 0).state == "ok", "a node without GPUs"
 
 
-def test_built_kernels_need_a_place(monkeypatch, tmp_path):
+def test_an_unwritable_kernel_cache_is_a_warning(monkeypatch, tmp_path):
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     assert check_op_cache().state == "ok"
@@ -170,7 +170,7 @@ def test_built_kernels_need_a_place(monkeypatch, tmp_path):
     assert (finding.state, finding.remedy) == ("warning", "set TRITON_CACHE_DIR to a folder that can be")
 
 
-def test_a_full_disk(recipe, monkeypatch):
+def test_a_nearly_full_disk_warns_and_a_full_one_fails(recipe, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 2**30))
     assert check_disk(None).state == "warning"
@@ -178,20 +178,20 @@ def test_a_full_disk(recipe, monkeypatch):
     assert check_disk(load_recipe(recipe)).state == "failed"
 
 
-def test_libraries_of_another_version(monkeypatch):
+def test_libraries_of_unsupported_versions_fail(monkeypatch):
     assert check_versions().state == "ok"
     monkeypatch.setattr("m2f.cluster.doctor.machine.metadata.version", lambda name: "0.1")
     finding = check_versions()
     assert (finding.state, "torch 0.1 (needs >=2.11)" in finding.detail) == ("failed", True)
 
 
-def test_a_ray_that_nobody_tested(monkeypatch):
+def test_an_untested_version_of_ray_is_a_warning(monkeypatch):
     monkeypatch.setattr("m2f.cluster.doctor.machine.metadata.version", lambda name: "99.0")
     finding = check_versions()
     assert (finding.state, "ray 99.0" in finding.detail, ">=2.60" in finding.remedy) == ("warning", True, True)
 
 
-def test_a_token_that_is_missing(monkeypatch, quiet, tmp_path):
+def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, quiet, tmp_path):
     assert check_ray_token().state == "ok"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -203,7 +203,7 @@ def test_a_token_that_is_missing(monkeypatch, quiet, tmp_path):
 
 
 @pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (60, "warning"), (-3600, "failed")])
-def test_a_clock_that_differs_from_the_servers(recipe, ahead, state):
+def test_clock_skew_warns_and_then_fails(recipe, ahead, state):
     class Server(BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_response_only(404)
@@ -222,12 +222,12 @@ def test_a_clock_that_differs_from_the_servers(recipe, ahead, state):
     assert ("ahead of" in finding.detail) == (ahead > 0)
 
 
-def test_no_server_to_compare_the_clock_with(recipe):
+def test_the_clock_check_is_skipped_without_a_server(recipe):
     assert check_clock(load_recipe(recipe, [f"tracking.uri={NOWHERE}"])).state == "skipped"
     assert skew_finding(-6, "x").detail == "6 s behind x"
 
 
-def test_a_check_that_breaks_is_a_finding():
+def test_a_check_that_raises_is_a_failed_finding():
     def check_nothing():
         raise KeyError("oops")
 
@@ -236,7 +236,7 @@ def test_a_check_that_breaks_is_a_finding():
     assert "KeyError: 'oops'" in finding.detail
 
 
-def test_the_table_and_the_exit_status():
+def test_findings_are_printed_as_a_table_and_set_the_exit_status():
     findings = [Finding("a", "ok", "fine [really]"), Finding("b", "failed", "broken", "mend it", where="10.0.0.1")]
     console = Console(width=80, record=True, file=StringIO())
     print_findings(findings, console)

@@ -78,7 +78,7 @@ def m2f(capsys, *words):
     return status, captured.out + captured.err
 
 
-def test_a_hugging_face_folder_is_predicted_with_and_written_again(tmp_path, capsys, model, hugging_face):
+def test_a_hugging_face_folder_predicts_and_is_exported_again(tmp_path, capsys, model, hugging_face):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "image.png"), pixels)
     status, text = m2f(capsys, "predict", hugging_face, tmp_path / "image.png", "--output", tmp_path / "seen")
@@ -98,7 +98,7 @@ def test_a_hugging_face_folder_is_predicted_with_and_written_again(tmp_path, cap
     assert all(torch.equal(value, second.model.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_a_folder_of_transformers_goes_through_and_comes_out_equal(tmp_path, capsys, hugging_face):
+def test_a_folder_of_transformers_is_exported_unchanged(tmp_path, capsys, hugging_face):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(hugging_face).eval()
     theirs.save_pretrained(tmp_path / "saved")
@@ -142,7 +142,7 @@ def test_a_checkpoint_folder_is_opened_by_itself(tmp_path, model, recipe):
     assert load_recipe(recipe).evaluation == trained.evaluation
 
 
-def test_mistakes_get_one_clear_message(tmp_path, capsys, recipe, hugging_face):
+def test_export_errors_are_one_message(tmp_path, capsys, recipe, hugging_face):
     weights, cut = tmp_path / "official.pth", tmp_path / "cut.pth"
     cut.write_bytes(weights.read_bytes()[:5000])
     (tmp_path / "there.pth").write_bytes(b"")

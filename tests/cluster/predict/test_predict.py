@@ -65,7 +65,7 @@ def load(path):
 # Scores
 
 
-def test_a_lowest_score_leaves_out_segments_of_lower_ones(painted, scenes, tmp_path):
+def test_min_score_drops_segments_of_lower_scores(painted, scenes, tmp_path):
     assert predict(scenes, tmp_path / "all") == 0
     assert predict(scenes, tmp_path / "few", "--min-score", 0.75) == 0
     scores = [
@@ -80,7 +80,7 @@ def test_a_lowest_score_leaves_out_segments_of_lower_ones(painted, scenes, tmp_p
     assert pictures[0] != pictures[1]
 
 
-def test_a_lowest_score_leaves_out_detections_of_lower_ones(painted, scenes, tmp_path):
+def test_min_score_drops_detections_of_lower_scores(painted, scenes, tmp_path):
     assert predict(scenes, tmp_path / "all", "--task", "instance") == 0
     assert predict(scenes, tmp_path / "few", "--task", "instance", "--min-score", 0.6) == 0
     everything, few = (load(tmp_path / name / "instances.json") for name in ("all", "few"))
@@ -93,7 +93,7 @@ def test_a_lowest_score_leaves_out_detections_of_lower_ones(painted, scenes, tmp
     assert all("bbox" not in entry for entry in few)
 
 
-def test_a_lowest_score_leaves_out_pixels_of_lower_ones(painted, scenes, tmp_path):
+def test_min_score_unlabels_pixels_of_lower_scores(painted, scenes, tmp_path):
     assert predict(scenes, tmp_path / "all", "--task", "semantic") == 0
     assert predict(scenes, tmp_path / "few", "--task", "semantic", "--min-score", 0.75) == 0
     everything, few = (decode_index_png((tmp_path / n / "labels/12.png").read_bytes()) for n in ("all", "few"))
@@ -106,7 +106,7 @@ def test_a_lowest_score_leaves_out_pixels_of_lower_ones(painted, scenes, tmp_pat
 # Batches
 
 
-def test_batches_hold_images_of_one_shape_and_change_nothing_but_noise():
+def test_batches_hold_one_shape_and_change_results_by_rounding_only():
     recipe = RECIPE.replace("{folder}", "nowhere").replace("{classes}", "4").replace("{{", "{").replace("}}", "}")
     config = parse_recipe(recipe).model
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def test_batches_hold_images_of_one_shape_and_change_nothing_but_noise():
         assert alone.scores == pytest.approx(together[one.image.id].scores, abs=1e-4)
 
 
-def test_no_image_waits_for_ever_for_others_of_its_shape():
+def test_incomplete_batches_are_run_when_too_many_images_wait():
     (image,) = number_images(["a.png"])
     waiting = most = 0
 
@@ -162,7 +162,7 @@ def names(urls):
     return [url.rpartition("/")[2] for url in urls]
 
 
-def test_files_folders_and_patterns_name_every_image_once(scenes):
+def test_files_folders_and_patterns_give_each_image_once(scenes):
     folder, storage = str(scenes / "images"), Storage()
     assert names(find_images([folder, f"{folder}/10.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
     assert names(find_images([f"{folder}/1[13].*"], storage)) == ["11.png", "13.png"]
@@ -173,7 +173,7 @@ def test_files_folders_and_patterns_name_every_image_once(scenes):
         find_images([f"{scenes}/*.json"], storage)
 
 
-def test_buckets_are_searched_like_disks(photos):
+def test_patterns_match_in_s3_as_on_disk(photos):
     storage = Storage()
     assert names(find_images([photos], storage)) == ["10.png", "11.png", "12.png", "13.png", "14.png", "10.PNG"]
     assert names(find_images([f"{photos}/1?.png"], storage)) == [f"{i}.png" for i in range(10, 15)]
@@ -186,13 +186,13 @@ def test_buckets_are_searched_like_disks(photos):
     assert [pixels.shape for _, pixels in read_images(images, storage)] == [(64, 96, 3)] * 6
 
 
-def test_images_in_a_bucket_are_predicted(painted, photos, tmp_path):
+def test_images_in_s3_are_predicted(painted, photos, tmp_path):
     assert main(["predict", "model", photos, "--output", str(tmp_path), "--batch", "4", "--no-pictures"]) == 0
     assert len(load(tmp_path / "panoptic.json")["annotations"]) == 6
     assert not (tmp_path / "overlays").exists()
 
 
-def test_a_run_in_a_bucket_is_opened(bucket, monkeypatch):
+def test_a_run_in_s3_is_opened(bucket, monkeypatch):
     opened = []
     monkeypatch.setattr(trained_model, "_open_run", lambda config, checkpoint: opened.append((config, checkpoint)))
     Storage().put("s3://box/runs/moved/recipe.yaml", RECIPE.format(folder="/elsewhere", classes=4).encode())
@@ -234,7 +234,7 @@ def test_an_image_list_gives_ids_and_leaves_out_others(scenes, tmp_path):
         (["--submission", "coco", "--algorithm", "a/b"], "--algorithm is 'a/b'"),
     ],
 )
-def test_mistakes_are_one_message(painted, scenes, tmp_path, capsys, options, expected):
+def test_errors_are_one_message(painted, scenes, tmp_path, capsys, options, expected):
     assert predict(scenes, tmp_path / "out", *options) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -279,14 +279,14 @@ def test_submission_to_ade20k_is_one_label_map_per_image(scenes, tmp_path, monke
     assert set(np.unique(labels)) <= {1, 2, 3, 4}
 
 
-def test_foreign_categories_are_refused(tmp_path):
+def test_submissions_with_other_categories_are_refused(tmp_path):
     info = tmp_path / "image_info_test-dev2017.json"
     info.write_text(json.dumps({"images": [], "categories": [{"id": 11, "name": "boat"}]}))
     with pytest.raises(ConfigError, match=r"category 3 \(sea\) and 2 others are not those of .*panoptic_image_info"):
         check_submission("coco", "panoptic", CLASSES, read_image_list(info), "m2f")
 
 
-def test_nothing_is_submitted_while_images_are_missing(painted, scenes, tmp_path, capsys):
+def test_no_submission_is_written_with_missing_images(painted, scenes, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/1.jpg").write_bytes(b"broken")
     cv2.imwrite(str(tmp_path / "in/2.png"), np.zeros((64, 96, 3), np.uint8))

@@ -149,11 +149,11 @@ def test_a_key_written_twice_is_refused_with_both_lines():
 @pytest.mark.parametrize(
     ("text", "expected"), [("- a\n", "this is a list"), ("", "this is nothing"), ("a: [", "not valid YAML")]
 )
-def test_what_is_no_recipe_at_all_is_said_so(text, expected):
+def test_text_that_is_no_recipe_is_refused(text, expected):
     assert expected in problems_of(text)
 
 
-def test_a_missing_file_names_itself(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the recipe \(No such file"):
         load_recipe(tmp_path / "none.yaml")
 
@@ -166,7 +166,7 @@ def test_the_dumped_recipe_loads_back_equal_and_complete():
 
 
 @given(lr=st.floats(1e-12, 1e3), steps=st.integers(1, 10**9), text=st.from_regex(r"[ -#%-~]{1,20}", fullmatch=True))
-def test_any_values_survive_the_round_trip(lr, steps, text):
+def test_dumping_and_loading_keeps_any_values(lr, steps, text):
     config = parse_recipe(RECIPE)
     training = dataclasses.replace(
         config.training, max_steps=steps, optimizer=dataclasses.replace(config.training.optimizer, lr=lr)
@@ -250,5 +250,5 @@ def test_a_recipe_from_a_file_has_absolute_paths(tmp_path, monkeypatch):
         ("name=../../elsewhere", "name is '../../elsewhere'"),
     ],
 )
-def test_values_that_cannot_work_are_refused(override, expected):
+def test_invalid_values_are_refused(override, expected):
     assert expected in problems_of(RECIPE, override)

@@ -46,7 +46,7 @@ def read(path: Path):
 
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
-def test_ray_up_takes_the_example(path):
+def test_ray_up_accepts_the_examples(path):
     validate_config(prepare_config(read(path)))
 
 
@@ -63,7 +63,7 @@ def test_a_mistake_in_an_example_would_be_found(path):
 
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
-def test_the_head_does_no_work_and_each_group_has_its_own(path):
+def test_the_head_offers_no_cpus_and_groups_offer_their_resources(path):
     example = read(path)
     types = example["available_node_types"]
     assert types[example["head_node_type"]]["resources"] == {"CPU": 0}
@@ -76,7 +76,7 @@ def test_the_head_does_no_work_and_each_group_has_its_own(path):
 
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])
-def test_amazon_knows_every_field_of_its_machines(group):
+def test_every_field_of_the_aws_example_is_known_to_ec2(group):
     """Ray hands `node_config` over unread; botocore knows what RunInstances takes."""
     operation = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances")
     node = read(CLOUD / "aws.yaml")["available_node_types"][group]["node_config"]
@@ -86,7 +86,7 @@ def test_amazon_knows_every_field_of_its_machines(group):
 
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])
-def test_the_machines_of_google(group):
+def test_the_gcp_example_has_valid_machines(group):
     node = read(CLOUD / "gcp.yaml")["available_node_types"][group]["node_config"]
     assert set(node) <= GCP_INSTANCE
     assert (node.get("scheduling", {}).get("provisioningModel") == "SPOT") == (group == "train")
@@ -94,7 +94,7 @@ def test_the_machines_of_google(group):
 
 
 @pytest.mark.parametrize("path", sorted(CLOUD.glob("*.yaml")), ids=lambda path: path.stem)
-def test_no_example_holds_a_secret(path):
+def test_examples_hold_no_secrets(path):
     text = path.read_text().lower()
     assert not any(word in text for word in ("aws_secret", "access_key", "password:", "auth_token"))
 
@@ -142,7 +142,7 @@ def test_what_is_written_has_only_fields_that_kuberay_knows(template):
     assert schema_problems(written(template)[1]) == []
 
 
-def test_the_example_drains_before_it_ends():
+def test_the_kuberay_example_drains_before_pods_end():
     groups = {group["groupName"]: group for group in read(KUBERAY)["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
     pod = groups["train"]["template"]["spec"]
     (_, _, script) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
@@ -175,7 +175,7 @@ def change(tree, path: str, value):
         ("apiVersion", "ray.io/v1alpha1", "'ray.io/v1' was expected"),
     ],
 )
-def test_what_kubernetes_would_refuse_or_drop_is_found(path, value, found):
+def test_fields_that_kubernetes_refuses_or_drops_are_found(path, value, found):
     document = read(KUBERAY)
     change(document, path, value)
     (problem,) = schema_problems(document)
@@ -201,7 +201,7 @@ def test_what_kubernetes_would_refuse_or_drop_is_found(path, value, found):
         ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 processes with 1 CPU, 1 evaluator each, and the gro"),
     ],
 )
-def test_what_would_never_start_is_found(path, value, found):
+def test_clusters_that_could_not_start_the_run_are_found(path, value, found):
     spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     assert cluster_problems(parse_recipe(RECIPE), deepcopy(spec)) == []
     change(spec, path, value)
@@ -218,14 +218,14 @@ def test_what_would_never_start_is_found(path, value, found):
         ("num_gpus_per_worker: 1, num_workers: [2, 64]", True),
     ],
 )
-def test_cpus_and_gpus_count(workers, fits):
+def test_resources_of_pods_are_compared_with_the_run(workers, fits):
     spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     config = parse_recipe(RECIPE.replace("num_workers: 16", workers))
     assert (cluster_problems(config, spec) == []) == fits
 
 
 @pytest.mark.parametrize(("cpu", "fits"), [("900m", False), ("6000m", True), (6, True), ("6", True), ("0.5", False)])
-def test_quantities_of_cores(cpu, fits):
+def test_cpu_quantities_are_parsed(cpu, fits):
     spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     limits = spec["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]["limits"]
     limits["cpu"] = cpu
@@ -233,13 +233,13 @@ def test_quantities_of_cores(cpu, fits):
     assert [problem.startswith("evaluation: 1 processes with 1 CPU") for problem in problems] == [True] * (not fits)
 
 
-def test_resources_of_a_group_in_their_own_field():
+def test_resources_of_a_group_are_read_from_their_own_field():
     spec = with_image(read(KUBERAY))["spec"]["rayClusterSpec"]
     spec["workerGroupSpecs"][0] |= {"resources": {"trainer": "4"}, "rayStartParams": {}}
     assert cluster_problems(parse_recipe(RECIPE), spec) == []
 
 
-def test_resources_that_are_no_json_are_said_so(tmp_path):
+def test_ray_start_resources_that_are_not_json_are_refused(tmp_path):
     document = with_image(read(KUBERAY))
     change(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", "{trainer: 4}")
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(document))
@@ -248,13 +248,13 @@ def test_resources_that_are_no_json_are_said_so(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [", "kind: RayCluster", "kind: RayJob\n---\nkind: RayJob"])
-def test_another_file_is_no_template(tmp_path, text):
+def test_templates_that_are_not_one_ray_job_are_refused(tmp_path, text):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(KubeRayError, match="template"):
         written(tmp_path / "t.yaml")
 
 
-def test_the_verb_says_what_goes_together(tmp_path, capsys):
+def test_options_of_kuberay_without_a_template_are_refused(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     assert main(["submit", str(tmp_path / "r.yaml"), "--kuberay"]) == 2
     assert "copy cluster/cloud/kuberay.yaml" in capsys.readouterr().err
@@ -333,7 +333,7 @@ def metadata_server():
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_the_notice_of_a_spot_machine_drains_its_node(metadata_server, cloud):
+def test_a_spot_notice_drains_the_node(metadata_server, cloud):
     address, notice = metadata_server
     assert not is_taken_back(cloud, address)
     drained: list[int] = []
@@ -346,12 +346,12 @@ def test_the_notice_of_a_spot_machine_drains_its_node(metadata_server, cloud):
     assert drained == [NOTICE_S[cloud]]
 
 
-def test_a_metadata_server_that_is_away_says_nothing(caplog):
+def test_an_unreachable_metadata_server_is_no_notice(caplog):
     assert not is_taken_back("aws", "http://127.0.0.1:9")
     assert "127.0.0.1:9" in caplog.text
 
 
-def test_ray_knows_the_command_that_drains():
+def test_ray_has_the_drain_node_command():
     """It is hidden from the overview, so a new version may drop it."""
     options = {option for parameter in drain_node.params for option in parameter.opts}
     assert {"--reason", "--reason-message", "--deadline-remaining-seconds"} <= options

@@ -67,7 +67,7 @@ def members(archive: Path) -> set[str]:
         return {name for name in content.namelist() if not name.endswith("/")}
 
 
-def test_code_and_recipe_are_packed_and_caches_are_not(tmp_path):
+def test_the_archive_holds_code_and_recipe_without_caches(tmp_path):
     code = code_folder(tmp_path / "code")
     (tmp_path / "out").mkdir()
     archive = pack(tmp_path / "out", "name: x\n", source=code)
@@ -83,11 +83,11 @@ def test_equal_content_gives_an_equal_archive(tmp_path):
     assert first == second
 
 
-def test_nothing_but_the_recipe_is_sent_where_m2f_is_installed(tmp_path):
+def test_the_archive_holds_the_recipe_alone_where_m2f_is_installed(tmp_path):
     assert members(pack(tmp_path, "name: x\n", code=False)) == {"recipe.yaml"}
 
 
-def test_too_much_to_send_is_refused_before_it_is_sent(tmp_path):
+def test_a_too_large_archive_is_refused_and_rayignore_is_respected(tmp_path):
     code = code_folder(tmp_path / "code", extra=LIMIT_BYTES + 1)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -97,14 +97,14 @@ def test_too_much_to_send_is_refused_before_it_is_sent(tmp_path):
     assert "m2f/model/zoo/weights.bin" not in members(pack(tmp_path / "two", None, source=code))
 
 
-def test_the_code_of_this_checkout_is_small(tmp_path):
+def test_the_archive_of_this_checkout_is_below_2_mib(tmp_path):
     assert pack(tmp_path, None).stat().st_size < 2 * 2**20
 
 
 # Which recipe
 
 
-def test_a_recipe_for_a_cluster_is_bound_to_none():
+def test_the_recipe_of_a_job_has_no_cluster_address():
     config = sent_recipe("cluster.address=10.0.0.1:6379")
     assert bind_to_cluster(config).cluster.address is None
 
@@ -113,19 +113,19 @@ def test_a_recipe_for_a_cluster_is_bound_to_none():
     "override",
     ["output=/runs", "datasets.train.shards=/data/train", "model.weights=/w.pkl", "tracking.uri=sqlite:///m.db"],
 )
-def test_what_exists_only_here_is_refused_by_its_setting(override):
+def test_local_paths_are_refused_with_their_setting(override):
     with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
         bind_to_cluster(sent_recipe(override))
 
 
-def test_shared_folders_are_no_local_paths():
+def test_paths_in_shared_folders_are_accepted():
     config = sent_recipe("output=/mnt/fsx/runs")
     assert bind_to_cluster(config, ["/mnt/fsx"]).output == "/mnt/fsx/runs"
     with pytest.raises(ConfigError, match="output"):
         bind_to_cluster(config, ["/mnt/fs"])
 
 
-def test_a_loopback_address_is_pointed_out(capsys):
+def test_a_loopback_address_is_warned_of(capsys):
     bind_to_cluster(sent_recipe("tracking.uri=http://localhost:5000"))
     assert "every node looks for it on itself" in capsys.readouterr().err
 
@@ -133,7 +133,7 @@ def test_a_loopback_address_is_pointed_out(capsys):
 # The environment
 
 
-def test_the_environment_of_a_job(monkeypatch):
+def test_a_job_gets_given_variables_and_the_tracking_server(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     monkeypatch.setenv("M2F_DATA", "/data")
     env = job_environment(["M2F_DATA", "NCCL_DEBUG=INFO"], sent_recipe("tracking.uri=null"))
@@ -143,7 +143,7 @@ def test_the_environment_of_a_job(monkeypatch):
     assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
 
 
-def test_a_tracking_store_of_this_machine_stays_here(monkeypatch):
+def test_a_local_tracking_store_is_not_passed_on(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////home/me/mlflow.db")
     assert "MLFLOW_TRACKING_URI" not in job_environment([], sent_recipe("tracking.uri=null"))
 
@@ -151,13 +151,13 @@ def test_a_tracking_store_of_this_machine_stays_here(monkeypatch):
 @pytest.mark.parametrize(
     "word", ["AWS_SECRET_ACCESS_KEY=x", "HF_TOKEN=x", "PGPASSWORD=x", "DB=postgres://me:pw@host/x"]
 )
-def test_secrets_do_not_travel_in_the_environment(word):
+def test_secrets_in_the_environment_are_refused(word):
     with pytest.raises(ConfigError, match="is a secret") as caught:
         job_environment([word])
     assert "pw@" not in str(caught.value)
 
 
-def test_a_variable_that_is_not_set_is_a_mistake(monkeypatch):
+def test_an_unset_variable_is_refused(monkeypatch):
     monkeypatch.delenv("M2F_NOWHERE", raising=False)
     with pytest.raises(ConfigError, match="not set here"):
         job_environment(["M2F_NOWHERE"])
@@ -166,40 +166,40 @@ def test_a_variable_that_is_not_set_is_a_mistake(monkeypatch):
 # Which job
 
 
-def test_the_first_job_of_a_run():
+def test_the_first_job_of_a_run_has_number_1():
     config = sent_recipe()
     assert choose_job(config, "same", [known("other-1"), known(job_name(config) + "-x")]) == ChosenJob(
         f"{job_name(config)}-1", is_new=True
     )
 
 
-def test_a_living_job_is_joined():
+def test_an_active_job_is_attached_to():
     base = job_name(sent_recipe())
     jobs = [known(f"{base}-1", "FAILED"), known(f"{base}-2", "PENDING")]
     assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-2", is_new=False)
 
 
-def test_an_ended_job_has_a_successor_with_the_next_number():
+def test_after_ended_jobs_the_next_number_is_taken():
     base = job_name(sent_recipe())
     jobs = [known(f"{base}-10", "STOPPED"), known(f"{base}-9", "SUCCEEDED")]
     assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-11", is_new=True)
     assert [job.job_id for job in jobs_of(sent_recipe(), jobs)] == [f"{base}-9", f"{base}-10"]
 
 
-def test_two_recipes_do_not_train_in_one_run_folder():
+def test_an_active_job_with_another_recipe_is_refused():
     base = job_name(sent_recipe())
     with pytest.raises(ConfigError, match=f"m2f submit --stop {base}-1"):
         choose_job(sent_recipe(), "other", [known(f"{base}-1")])
 
 
-def test_runs_in_other_folders_have_other_jobs():
+def test_job_names_differ_between_run_folders():
     assert job_name(sent_recipe()) != job_name(sent_recipe("output=s3://other/runs"))
 
 
 # The way there
 
 
-def test_without_an_address_nothing_is_tried(monkeypatch):
+def test_a_missing_or_wrong_address_is_refused(monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(JobError, match="which cluster"):
@@ -208,7 +208,7 @@ def test_without_an_address_nothing_is_tried(monkeypatch):
         JobClient("10.0.0.1:6379")
 
 
-def test_a_dashboard_that_is_not_there(tmp_path, capsys):
+def test_an_unreachable_dashboard_is_reported(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     started = time.monotonic()
     assert main(["submit", str(tmp_path / "r.yaml"), "--address", "http://127.0.0.1:9"]) == 2
@@ -327,7 +327,7 @@ def submit(shared, dashboard):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_wrong_token_is_said_so(dashboard):
+def test_a_wrong_token_is_reported_with_the_remedy(dashboard):
     done = m2f("submit", "--status", "some-job", "--address", dashboard, token="f" * 64)
     assert done.returncode == 2
     assert "wants another token" in done.stderr
@@ -336,7 +336,7 @@ def test_a_wrong_token_is_said_so(dashboard):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_run_is_sent_joined_and_stopped(submit, shared):
+def test_a_run_is_submitted_attached_to_and_stopped(submit, shared):
     """The job would train for hours. Its driver is killed and comes back; --stop ends it with a checkpoint."""
     config = load_recipe(shared / "recipe.yaml")
     sent = submit("--detach")
@@ -364,7 +364,7 @@ def test_a_run_is_sent_joined_and_stopped(submit, shared):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_mistake_in_the_job_is_the_exit_status_here(submit, shared):
+def test_a_failed_job_gives_its_exit_status(submit, shared):
     done = submit("name=broken", f"datasets.train.shards={shared}/absent")
     assert done.returncode == 2
     assert f"{shared}/absent" in done.stdout
@@ -372,7 +372,7 @@ def test_a_mistake_in_the_job_is_the_exit_status_here(submit, shared):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_the_doctor_visits_the_nodes(dashboard):
+def test_the_doctor_checks_every_node(dashboard):
     """A job of its own, with a task on every node; what it finds is the exit status here."""
     done = m2f("doctor", "--address", dashboard)
     assert done.returncode == 0, done.stdout + done.stderr
