@@ -25,11 +25,11 @@ from benchmarks import (
     bench_zero,
     ceilings,
 )
-from benchmarks.measure import Row
+from benchmarks.measure import Measurement
 from benchmarks.tables import Setting, json_lines, markdown, save
 
-ON_CPU: dict[str, Callable[[bool], list[Row]]] = {"data": bench_data.run, "eval": bench_eval.run}
-ON_ANY_DEVICE: dict[str, Callable[[bool, torch.device], list[Row]]] = {
+ON_CPU: dict[str, Callable[[bool], list[Measurement]]] = {"data": bench_data.run, "eval": bench_eval.run}
+ON_ANY_DEVICE: dict[str, Callable[[bool, torch.device], list[Measurement]]] = {
     "msda": bench_msda.run,
     "attention": bench_attention.run,
     "matcher": bench_matcher.run,
@@ -57,16 +57,16 @@ def main() -> None:
     benchmarks = dict(ON_CPU) if arguments.device.type == "cpu" else {}
     benchmarks |= {name: partial(run, device=arguments.device) for name, run in ON_ANY_DEVICE.items()}
     wanted = [name for name in benchmarks if not arguments.names or name in arguments.names]
-    rows: list[Row] = []
+    results: list[Measurement] = []
     try:
         for number, name in enumerate(wanted, start=1):
             began = time.monotonic()
-            rows += benchmarks[name](arguments.tiny)
+            results += benchmarks[name](arguments.tiny)
             print(f"{number}/{len(wanted)} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     finally:  # what was measured before a failure stays
-        print(f"{markdown(rows, setting)}\n\n{json_lines(rows, setting)}")
+        print(f"{markdown(results, setting)}\n\n{json_lines(results, setting)}")
         if arguments.save is not None:
-            print(f"\nwritten: {save(rows, setting, arguments.save)}")
+            print(f"\nwritten: {save(results, setting, arguments.save)}")
 
 
 if __name__ == "__main__":

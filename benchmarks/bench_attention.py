@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from m2f.model.attention import ProjectedAttention
 
 DIM, HEADS, QUERIES = 256, 8, 100
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
-    """One row per feature level of a 1024 x 1024 image (tiny: 256 x 256)."""
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
+    """One measurement per feature level of a 1024 x 1024 image (tiny: 256 x 256)."""
     side = 256 if tiny and device.type == "cpu" else 1024
     repeats = 5 if device.type == "cpu" else 20
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float32)
     return [_case(2, side // stride, dtype, device, repeats) for stride in (32, 16, 8) for dtype in dtypes]
 
 
-def _case(images: int, side: int, dtype: torch.dtype, device: torch.device, repeats: int) -> Row:
+def _case(images: int, side: int, dtype: torch.dtype, device: torch.device, repeats: int) -> Measurement:
     torch.manual_seed(0)
     peer = nn.MultiheadAttention(DIM, HEADS, batch_first=True).to(device, dtype)
     attend = ProjectedAttention(DIM, HEADS, dropout=0.0).to(device, dtype)

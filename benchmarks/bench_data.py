@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from benchmarks import data_peers as peer
-from benchmarks.data_scenes import SIZE, TABLE, Scene, make_scene, write_long_manifest, write_scenes
-from benchmarks.measure import Row, interleaved
+from benchmarks.measure import Measurement, interleaved
+from benchmarks.synthetic_images import SIZE, TABLE, SyntheticImage, make_image, write_images, write_long_manifest
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.fetch import FetchLimits, Members, SampleFetcher
@@ -53,47 +53,47 @@ BATCH = 2
 EPOCHS = 4
 AREA = LargeScaleJitter(size=1024)
 EXACT = LargeScaleJitter(size=1024, shrink="bilinear")
-DATA = DataConfig(train=(MixtureItem(dataset="scenes"),), augment=AREA, workers=0, lanes=12, window=32)
+DATA = DataConfig(train=(MixtureItem(dataset="images"),), augment=AREA, workers=0, lanes=12, window=32)
 MAPPER = "Detectron2 style"
 SHAPE = "640x480 to 1024x1024"
 _SERVER_START_S = 30.0
 
 
-def run(tiny: bool) -> list[Row]:
+def run(tiny: bool) -> list[Measurement]:
     """Stages, reading, start-up; milliseconds per image, except for the start-up."""
     count, repeats = (12, 3) if tiny else (96, 7)
-    scenes = [make_scene(index) for index in range(count)]
+    images = [make_image(index) for index in range(count)]
     with tempfile.TemporaryDirectory() as folder, _s3_server() as s3:
-        manifest = write_scenes(scenes, f"{folder}/scenes", Storage())
-        rows = [*_stages(_inputs(scenes, manifest), repeats), _reading(manifest, repeats)]
-        rows += _streaming(write_scenes(scenes, "s3://bench/scenes", s3), s3, repeats)
-        return [*rows, _start_up(manifest, Path(folder), 10_000 if tiny else 118_000, repeats)]
+        manifest = write_images(images, f"{folder}/images", Storage())
+        results = [*_stages(_inputs(images, manifest), repeats), _reading(manifest, repeats)]
+        results += _streaming(write_images(images, "s3://bench/images", s3), s3, repeats)
+        return [*results, _start_up(manifest, Path(folder), 10_000 if tiny else 118_000, repeats)]
 
 
 @dataclass(frozen=True)
 class _Inputs:
     """Everything that a stage takes, in the order of the manifest."""
 
-    scenes: list[Scene]
+    images: list[SyntheticImage]
     members: list[Members]
     samples: list[DecodedSample]
     params: list[AugmentParams]
 
 
-def _inputs(scenes: list[Scene], manifest: Manifest) -> _Inputs:
-    by_name = {scene.name: scene for scene in scenes}
+def _inputs(images: list[SyntheticImage], manifest: Manifest) -> _Inputs:
+    by_name = {image.name: image for image in images}
     members = [manifest.read_members(row, Storage()) for row in range(manifest.num_samples)]
-    rngs = [sample_rng(SEED, position, Stream.AUGMENT) for position in range(len(scenes))]
+    rngs = [sample_rng(SEED, position, Stream.AUGMENT) for position in range(len(images))]
     return _Inputs(
-        scenes=[by_name[key] for key in manifest.key],
+        images=[by_name[key] for key in manifest.key],
         members=members,
         samples=[decode(one) for one in members],
         params=[draw_params(rng, SIZE, AREA) for rng in rngs],
     )
 
 
-def _stages(inputs: _Inputs, repeats: int) -> list[Row]:
-    pixels = [peer.decode(scene) for scene in inputs.scenes]
+def _stages(inputs: _Inputs, repeats: int) -> list[Measurement]:
+    pixels = [peer.decode(image) for image in inputs.images]
     examples, mapped = _augment(inputs.samples, AREA), _map(inputs, pixels)
     decoders = _decoding_error(inputs, pixels)
     area = max(_area_error(*pair) for pair in zip(examples, mapped, strict=True))
@@ -102,26 +102,26 @@ def _stages(inputs: _Inputs, repeats: int) -> list[Row]:
     assert exact <= decoders, "the exact mode differs from the peer by more than the decoded images do"
     assert area < 0.01, f"a segment differs by {area:.1%} of its image"
 
-    def row(case: str, error: float, ours: Callable[[], object], theirs: Callable[[], object]) -> Row:
-        return _row(case, SHAPE, error, ours, MAPPER, theirs, len(inputs.scenes), repeats)
+    def measure(case: str, error: float, ours: Callable[[], object], theirs: Callable[[], object]) -> Measurement:
+        return _measure(case, SHAPE, error, ours, MAPPER, theirs, len(inputs.images), repeats)
 
     def whole(config: LargeScaleJitter) -> list[Batch]:
         return _collate(_augment(map(decode, inputs.members), config))
 
     def whole_peer() -> object:
-        return _collate_peer(_map(inputs, map(peer.decode, inputs.scenes)))
+        return _collate_peer(_map(inputs, map(peer.decode, inputs.images)))
 
     return [
-        row("decode", decoders, lambda: list(map(decode, inputs.members)), lambda: _decode_peer(inputs)),
-        row("augment", area, lambda: _augment(inputs.samples, AREA), lambda: _map(inputs, pixels)),
-        row("augment, exact", exact, lambda: _augment(inputs.samples, EXACT), lambda: _map(inputs, pixels)),
-        row("collate", area, lambda: _collate(examples), lambda: _collate_peer(mapped)),
-        row("file to batch", area, lambda: whole(AREA), whole_peer),
-        row("file to batch, exact", exact, lambda: whole(EXACT), whole_peer),
+        measure("decode", decoders, lambda: list(map(decode, inputs.members)), lambda: _decode_peer(inputs)),
+        measure("augment", area, lambda: _augment(inputs.samples, AREA), lambda: _map(inputs, pixels)),
+        measure("augment, exact", exact, lambda: _augment(inputs.samples, EXACT), lambda: _map(inputs, pixels)),
+        measure("collate", area, lambda: _collate(examples), lambda: _collate_peer(mapped)),
+        measure("file to batch", area, lambda: whole(AREA), whole_peer),
+        measure("file to batch, exact", exact, lambda: whole(EXACT), whole_peer),
     ]
 
 
-def _reading(manifest: Manifest, repeats: int) -> Row:
+def _reading(manifest: Manifest, repeats: int) -> Measurement:
     """Local tars: every sample at a random place and with its checksum, against front to back."""
     urls = [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
     order = build_order([manifest], SEED, DATA)
@@ -138,10 +138,10 @@ def _reading(manifest: Manifest, repeats: int) -> Row:
         return [sample["img.jpg"] for sample in peer.stream(urls)]
 
     assert sorted(ours()) == sorted(theirs()), "not the same images"
-    return _row("fetch, local", "shuffled globally", 0.0, ours, "webdataset", theirs, manifest.num_samples, repeats)
+    return _measure("fetch, local", "shuffled globally", 0.0, ours, "webdataset", theirs, manifest.num_samples, repeats)
 
 
-def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Row]:
+def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measurement]:
     """The whole chain from S3, decoding included; the same work on both sides once the bytes are there.
 
     Several epochs, so that the batches that our loader has begun when it is closed are few among them.
@@ -164,12 +164,12 @@ def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Row]:
 
     assert sorted(ours()) == sorted(theirs()), "not the same images"
     return [
-        _row(f"S3 to batch, {name}", "shuffled globally", 0.0, ours, "webdataset", theirs, count, repeats, clock)
+        _measure(f"S3 to batch, {name}", "shuffled globally", 0.0, ours, "webdataset", theirs, count, repeats, clock)
         for name, clock in (("CPU time", time.process_time), ("elapsed", time.perf_counter))
     ]
 
 
-def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Row:
+def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Measurement:
     """A rank until it knows its first images, in all, against parsing the panoptic JSON of the same images."""
     write_long_manifest(small, folder / "long", count, Storage())
     parsed = folder / "panoptic.json"
@@ -184,7 +184,7 @@ def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Row:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         grown = pool.submit(_grown_memory, str(folder / "long")).result()
     shape = f"{count:,} images, {grown / 1e6:.0f} MB"
-    return _row("start-up of a rank", shape, 0.0, ours, "JSON per rank", theirs, 1, repeats)
+    return _measure("start-up of a rank", shape, 0.0, ours, "JSON per rank", theirs, 1, repeats)
 
 
 def _first_images(url: str) -> object:
@@ -203,7 +203,7 @@ def _grown_memory(url: str) -> int:
 
 
 def _small_sibling(url: str) -> str:
-    return str(Path(url).parent / "scenes")
+    return str(Path(url).parent / "images")
 
 
 def _status(field: str) -> int:
@@ -241,13 +241,13 @@ def _pairs(values: Iterable[T]) -> Iterator[list[T]]:
 
 
 def _decode_peer(inputs: _Inputs) -> list[peer.Pixels]:
-    return [peer.decode(scene) for scene in inputs.scenes]
+    return [peer.decode(image) for image in inputs.images]
 
 
 def _map(inputs: _Inputs, pixels: Iterable[peer.Pixels]) -> list[peer.Mapped]:
     return [
-        peer.map_image(scene, *one, params)
-        for scene, one, params in zip(inputs.scenes, pixels, inputs.params, strict=True)
+        peer.map_image(image, *one, params)
+        for image, one, params in zip(inputs.images, pixels, inputs.params, strict=True)
     ]
 
 
@@ -258,10 +258,10 @@ def _collate_peer(mapped: Sequence[peer.Mapped]) -> list[object]:
 def _decoding_error(inputs: _Inputs, pixels: Sequence[peer.Pixels]) -> float:
     """Largest difference of the decoded images, of 1; the segments must be equal."""
     worst = 0.0
-    for sample, scene, (image, colors) in zip(inputs.samples, inputs.scenes, pixels, strict=True):
+    for sample, encoded, (image, colors) in zip(inputs.samples, inputs.images, pixels, strict=True):
         ids = peer.segment_ids(colors)
         assert sample.annotation.seg is not None
-        for segment in scene.annotation.segments:
+        for segment in encoded.annotation.segments:
             assert np.array_equal(sample.annotation.seg == segment.id, ids == segment.source_id)
         worst = max(worst, np.abs(sample.image.astype(int) - image).max() / 255)
     return worst
@@ -281,7 +281,7 @@ def _area_error(ours: Example, theirs: peer.Mapped) -> float:
     return max(abs(areas.get(n, 0) - int(mask.sum())) / mask.numel() for n, mask in enumerate(theirs.masks, start=1))
 
 
-def _row(
+def _measure(
     case: str,
     shape: str,
     error: float,
@@ -291,9 +291,9 @@ def _row(
     count: int,
     repeats: int,
     clock: Callable[[], float] = time.process_time,
-) -> Row:
+) -> Measurement:
     our_times, their_times = interleaved(ours, theirs, repeats, clock)
-    return Row(case, shape, our_times.per(count), name, their_times.per(count), error)
+    return Measurement(case, shape, our_times.per(count), name, their_times.per(count), error)
 
 
 @contextlib.contextmanager

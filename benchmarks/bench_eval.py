@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
@@ -31,16 +31,16 @@ SIZE = (480, 640)
 CLASSES = 20
 
 
-def run(tiny: bool) -> list[Row]:
+def run(tiny: bool) -> list[Measurement]:
     """PQ, mIoU and AP on generated images; times are per image."""
     count = 10 if tiny else 50
-    scenes = [_scene(seed) for seed in range(count)]
-    found = [_detections(scene, seed) for seed, scene in enumerate(scenes)]
-    return [_panoptic_quality(scenes), _mean_iou(scenes), _average_precision(scenes, found)]
+    images = [_id_maps(seed) for seed in range(count)]
+    found = [_detections(one, seed) for seed, one in enumerate(images)]
+    return [_panoptic_quality(images), _mean_iou(images), _average_precision(images, found)]
 
 
 @dataclass(frozen=True)
-class _Scene:
+class _IdMaps:
     truth: np.ndarray
     """[H, W] uint8 ids: things on stuff on a little void."""
     predicted: np.ndarray
@@ -48,7 +48,7 @@ class _Scene:
     """Class of every id of both maps."""
 
 
-def _scene(seed: int) -> _Scene:
+def _id_maps(seed: int) -> _IdMaps:
     """About 12 segments, drawn as ellipses; the prediction is moved by some pixels and has other errors."""
     rng = np.random.default_rng(seed)
     truth = np.ones(SIZE, np.uint8)
@@ -60,21 +60,21 @@ def _scene(seed: int) -> _Scene:
     truth[:, :8] = 0
     predicted = np.roll(truth, rng.integers(-6, 7, 2), axis=(0, 1))
     label_of = {i: i % 2 if i < 3 else int(rng.integers(2, CLASSES)) for i in range(1, 14)}
-    return _Scene(truth, predicted, label_of)
+    return _IdMaps(truth, predicted, label_of)
 
 
-def _present(id_map: np.ndarray, scene: _Scene) -> dict[int, int]:
-    return {i: scene.label_of[i] for i in np.unique(id_map).tolist() if i}
+def _present(id_map: np.ndarray, one: _IdMaps) -> dict[int, int]:
+    return {i: one.label_of[i] for i in np.unique(id_map).tolist() if i}
 
 
-def _panoptic_quality(scenes: Sequence[_Scene]) -> Row:
+def _panoptic_quality(images: Sequence[_IdMaps]) -> Measurement:
     pairs = []
-    for scene in scenes:
-        areas = np.bincount(scene.truth.ravel())
-        segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present(scene.truth, scene).items()}
-        prediction = PanopticPrediction(scene.predicted, _present(scene.predicted, scene))
-        pairs.append((PanopticTruth(scene.truth, segments), prediction))
-    files = [tuple(_as_png(id_map) for id_map in (s.truth, s.predicted)) for s in scenes]
+    for one in images:
+        areas = np.bincount(one.truth.ravel())
+        segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present(one.truth, one).items()}
+        prediction = PanopticPrediction(one.predicted, _present(one.predicted, one))
+        pairs.append((PanopticTruth(one.truth, segments), prediction))
+    files = [tuple(_as_png(id_map) for id_map in (s.truth, s.predicted)) for s in images]
 
     def ours() -> Sequence[Tensor]:
         state = PanopticQualityState([k > 1 for k in range(CLASSES)])
@@ -90,7 +90,7 @@ def _panoptic_quality(scenes: Sequence[_Scene]) -> Row:
             _count_from_png(table, png, truth, prediction)
         return [torch.from_numpy(table)]
 
-    return _per_image(compare("PQ", _shape(scenes), ours, "PNG route", peer, tolerance=1e-12, repeats=3), len(scenes))
+    return _per_image(compare("PQ", _shape(images), ours, "PNG route", peer, tolerance=1e-12, repeats=3), len(images))
 
 
 def _as_png(id_map: np.ndarray) -> bytes:
@@ -127,11 +127,11 @@ def _count_from_png(
         table[label, 2] += p not in matched_p and shared.get((0, p), 0) / area[p] <= 0.5
 
 
-def _mean_iou(scenes: Sequence[_Scene]) -> Row:
-    def labels(id_map: np.ndarray, scene: _Scene, void: int) -> np.ndarray:
-        return np.array([void, *(scene.label_of[i] for i in range(1, 14))], np.uint8)[id_map]
+def _mean_iou(images: Sequence[_IdMaps]) -> Measurement:
+    def labels(id_map: np.ndarray, one: _IdMaps, void: int) -> np.ndarray:
+        return np.array([void, *(one.label_of[i] for i in range(1, 14))], np.uint8)[id_map]
 
-    maps = [(labels(s.truth, s, 255), labels(s.predicted, s, 0)) for s in scenes]
+    maps = [(labels(s.truth, s, 255), labels(s.predicted, s, 0)) for s in images]
 
     def ours() -> Sequence[Tensor]:
         state = MeanIoUState(CLASSES)
@@ -147,27 +147,27 @@ def _mean_iou(scenes: Sequence[_Scene]) -> Row:
             confusion += np.bincount(index, minlength=confusion.size)
         return [torch.from_numpy(confusion.reshape(CLASSES + 1, -1)[:CLASSES, :CLASSES]).double()]
 
-    row = compare("mIoU", _shape(scenes), ours, "dense int64 matrix", peer, tolerance=0.0, repeats=5)
-    return _per_image(row, len(scenes))
+    measurement = compare("mIoU", _shape(images), ours, "dense int64 matrix", peer, tolerance=0.0, repeats=5)
+    return _per_image(measurement, len(images))
 
 
-def _detections(scene: _Scene, seed: int) -> InstanceDetections:
+def _detections(one: _IdMaps, seed: int) -> InstanceDetections:
     """100 detections that share 40 masks: moved things and junk."""
     rng = np.random.default_rng(seed)
-    ids = [i for i in _present(scene.truth, scene) if i > 2]
+    ids = [i for i in _present(one.truth, one) if i > 2]
     chosen = rng.choice(ids, 40)
-    masks = np.stack([np.roll(scene.truth == i, rng.integers(-12, 13, 2), axis=(0, 1)) for i in chosen])
+    masks = np.stack([np.roll(one.truth == i, rng.integers(-12, 13, 2), axis=(0, 1)) for i in chosen])
     index = rng.integers(0, 40, 100)
-    labels = np.array([scene.label_of[int(chosen[m])] for m in index])
+    labels = np.array([one.label_of[int(chosen[m])] for m in index])
     labels = np.where(rng.random(100) < 0.5, labels, rng.integers(2, CLASSES, 100))
     return InstanceDetections(encode_masks(masks), index, labels, rng.random(100))
 
 
-def _average_precision(scenes: Sequence[_Scene], found: Sequence[InstanceDetections]) -> Row:
+def _average_precision(images: Sequence[_IdMaps], found: Sequence[InstanceDetections]) -> Measurement:
     truths = []
-    for scene in scenes:
-        things = {i: k for i, k in _present(scene.truth, scene).items() if i > 2}
-        masks = encode_masks(np.stack([scene.truth == i for i in things]))
+    for one in images:
+        things = {i: k for i, k in _present(one.truth, one).items() if i > 2}
+        masks = encode_masks(np.stack([one.truth == i for i in things]))
         crowd = np.zeros(len(things), dtype=bool)
         truths.append(InstanceTruth(masks, np.array(list(things.values())), mask_areas(masks), crowd))
     coco, results = _as_coco(truths, found)
@@ -185,8 +185,8 @@ def _average_precision(scenes: Sequence[_Scene], found: Sequence[InstanceDetecti
             evaluation.accumulate()
         return [torch.from_numpy(evaluation.eval["precision"])]
 
-    row = compare("mask AP", _shape(scenes), ours, "pycocotools", peer, tolerance=0.0, repeats=3)
-    return _per_image(row, len(scenes))
+    measurement = compare("mask AP", _shape(images), ours, "pycocotools", peer, tolerance=0.0, repeats=3)
+    return _per_image(measurement, len(images))
 
 
 def _as_coco(truths: Sequence[InstanceTruth], found: Sequence[InstanceDetections]) -> tuple[COCO, list[dict[str, Any]]]:
@@ -209,9 +209,9 @@ def _as_coco(truths: Sequence[InstanceTruth], found: Sequence[InstanceDetections
     return coco, results
 
 
-def _shape(scenes: Sequence[_Scene]) -> str:
-    return f"{len(scenes)} images, {SIZE[0]} x {SIZE[1]}"
+def _shape(images: Sequence[_IdMaps]) -> str:
+    return f"{len(images)} images, {SIZE[0]} x {SIZE[1]}"
 
 
-def _per_image(row: Row, count: int) -> Row:
-    return replace(row, ours=row.ours.per(count), theirs=row.theirs.per(count))
+def _per_image(measurement: Measurement, count: int) -> Measurement:
+    return replace(measurement, ours=measurement.ours.per(count), theirs=measurement.theirs.per(count))

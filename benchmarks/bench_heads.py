@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import dense_attention_masks, official_loss
-from benchmarks.scenes import CLASSES, LAYERS, QUERIES, dense_masks, make_batch, random_predictions
+from benchmarks.synthetic_batches import CLASSES, LAYERS, QUERIES, dense_masks, make_batch, random_predictions
 from benchmarks.transformers_peer import their_criterion
 from m2f.model.attention import attention_mask, resize_for_attention
 from m2f.model.config import LossConfig
@@ -24,18 +24,18 @@ from m2f.model.structures import Predictions
 HEADS = 8
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
-    """One row per number of objects (and, on a GPU, of images)."""
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
+    """One measurement per number of objects (and, on a GPU, of images)."""
     if device.type == "cpu":
         size, objects = (256, (5, 25)) if tiny else (1024, (5, 11, 25, 60, 100))
-        rows = [_case(1, size, count, device, repeats=3) for count in objects]
-        return [*rows, _criteria(1, size, 11, device, repeats=3)]
+        measurements = [_case(1, size, count, device, repeats=3) for count in objects]
+        return [*measurements, _criteria(1, size, 11, device, repeats=3)]
     cases = ((2, 11),) if tiny else ((1, 11), (2, 5), (2, 11), (2, 25), (2, 60), (2, 100), (8, 11))
-    rows = [_case(images, 1024, count, device, repeats=20) for images, count in cases]
-    return [*rows, _criteria(2 if tiny else 8, 1024, 11, device, repeats=20)]
+    measurements = [_case(images, 1024, count, device, repeats=20) for images, count in cases]
+    return [*measurements, _criteria(2 if tiny else 8, 1024, 11, device, repeats=20)]
 
 
-def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
+def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Measurement:
     predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)))
     targets = make_batch(images, size, objects).targets.to(device)
     config, sizes = LossConfig(), [(size // stride, size // stride) for stride in (32, 16, 8)]
@@ -64,7 +64,7 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
     )
 
 
-def _criteria(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
+def _criteria(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Measurement:
     """Mask logits of all queries, matching and losses of `transformers`, which draws other points; ours as above."""
     predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)))
     targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import plain_panoptic
-from benchmarks.scenes import CLASSES, sure_predictions
+from benchmarks.synthetic_batches import CLASSES, sure_predictions
 from benchmarks.transformers_peer import CONFIG, twins
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.mask_resize import ImageGeometry
@@ -24,7 +24,7 @@ from m2f.model.structures import Predictions
 IS_THING = [k < 80 for k in range(CLASSES)]
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
     """Batch 1 (on a GPU also 8) of 800 x 1344 pixels."""
     if device.type == "cpu":
         return [_case(1, (256, 384) if tiny else (800, 1344), device, repeats=3)]
@@ -32,7 +32,7 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
 
 
 @torch.inference_mode()
-def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int) -> Row:
+def _case(images: int, size: tuple[int, int], device: torch.device, repeats: int) -> Measurement:
     ours, theirs = (model.eval().to(device) for model in twins())
     pixels = torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     _check_agreement(ours(pixels), theirs(pixel_values=pixels))

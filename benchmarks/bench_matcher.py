@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import official_assignment
-from benchmarks.scenes import LAYERS, dense_masks, make_batch, random_predictions
+from benchmarks.synthetic_batches import LAYERS, dense_masks, make_batch, random_predictions
 from m2f.model.config import LossConfig
 from m2f.model.loss.criterion import point_counts
 from m2f.model.loss.matcher import match
@@ -20,15 +20,15 @@ from m2f.model.loss.point_sampling import LabelMaps
 from m2f.model.loss.points import CounterPoints
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
-    """One row per number of objects (and, on a GPU, of images)."""
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
+    """One measurement per number of objects (and, on a GPU, of images)."""
     if device.type == "cpu":
         return [_case(1, 256 if tiny else 1024, count, device, repeats=3) for count in ((11,) if tiny else (11, 25))]
     return [_case(images, 1024, 11, device, repeats=20) for images in ((2,) if tiny else (1, 2, 8))]
 
 
 @torch.no_grad()
-def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Row:
+def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Measurement:
     predictions = random_predictions(images, size, device)
     targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()
     drawn = CounterPoints(seed=0).draw(targets.position, LAYERS, point_counts(config))

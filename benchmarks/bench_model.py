@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from benchmarks.transformers_peer import twins
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
-    """One row per image size, in fp32."""
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
+    """One measurement per image size, in fp32."""
     ours, theirs = (model.eval().to(device) for model in twins())
     return [_case(ours, theirs, size, device) for size in ((256,) if tiny else (512, 1024))]
 
 
 @torch.inference_mode()
-def _case(ours: nn.Module, theirs: nn.Module, size: int, device: torch.device) -> Row:
+def _case(ours: nn.Module, theirs: nn.Module, size: int, device: torch.device) -> Measurement:
     images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def run_ours() -> Sequence[Tensor]:

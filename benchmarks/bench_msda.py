@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, compare, relative_error
+from benchmarks.measure import Measurement, compare, relative_error
 from m2f.model.deform_attn.module import (
     SamplingGrid,
     ms_deform_attn_embedding_bag,
@@ -23,16 +23,16 @@ PEER = "grid_sample"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
-    """On a CPU one row per image size in fp32; on a GPU 21,504 and 22,050 tokens in several batches and both dtypes."""
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
+    """On a CPU each image size in fp32; on a GPU 21,504 and 22,050 tokens in several batches and both dtypes."""
     if device.type == "cpu":
         sides = (256,) if tiny else (256, 512, 1024)
         cases = [_Case(1, (side, side), torch.float32, device, 3 if tiny else 10) for side in sides]
-        return [row for case in cases for row in case.rows("embedding_bag")]
+        return [result for case in cases for result in case.results("embedding_bag")]
     sizes = [(1, (1024, 1024))] if tiny else [(n, size) for size in ((1024, 1024), (800, 1344)) for n in (1, 4, 8)]
     dtypes = torch.bfloat16, torch.float32
     cases = [_Case(*size, dtype, device, 20) for size in sizes for dtype in dtypes]
-    return [row for case in cases for row in case.rows("fused")]
+    return [result for case in cases for result in case.results("fused")]
 
 
 class _Case:
@@ -57,13 +57,13 @@ class _Case:
         self.logits = random(*samples).requires_grad_()
         self.cotangent = random(images, self.pixels, HEADS * DIM).to(dtype)
 
-    def rows(self, ours: str) -> list[Row]:
+    def results(self, ours: str) -> list[Measurement]:
         """Forward alone and with the backward pass."""
         if self.images == 1:
             self._check_against_float64((ours, PEER))
-        return [self._row(backward, ours) for backward in (False, True)]
+        return [self._measure(backward, ours) for backward in (False, True)]
 
-    def _row(self, backward: bool, ours: str) -> Row:
+    def _measure(self, backward: bool, ours: str) -> Measurement:
         return compare(
             f"msda forward{' + backward' if backward else ''} {str(self.dtype).removeprefix('torch.')}",
             f"{self.images} x {self.pixels} tokens",

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import plain_instance, plain_panoptic, plain_semantic
-from benchmarks.scenes import sure_predictions
+from benchmarks.synthetic_batches import sure_predictions
 from m2f.model.config import PostprocessConfig
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import instance, panoptic, semantic
@@ -24,8 +24,8 @@ CONFIG = PostprocessConfig()
 IS_THING = [k > 1 for k in range(CLASSES)]
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
-    """The scene of `sure_predictions` at the size of a Cityscapes image; tiny: panoptic alone."""
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
+    """The image of `sure_predictions` at the size of a Cityscapes image; tiny: panoptic alone."""
     class_logits, embeddings, features = (tensor.to(device) for tensor in sure_predictions(SIZE, CLASSES))
     torch.manual_seed(0)
     class_logits = class_logits + 0.1 * torch.randn(class_logits.shape).to(device)  # no two instances score the same
@@ -38,7 +38,7 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
 
     def our_panoptic() -> Sequence[Tensor]:
         result = panoptic(*where, IS_THING, CONFIG)
-        assert len(result.segments) >= 8, "a scene without segments says nothing"
+        assert len(result.segments) >= 8, "without segments the times say nothing"
         return [result.segment_map.double()]
 
     def our_instance() -> Sequence[Tensor]:
@@ -49,7 +49,7 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
         masks, labels, scores = plain_instance(class_logits, dense(), geometry, CONFIG)
         return _in_order(masks.sum((1, 2)), labels, scores)
 
-    row = partial(
+    measure = partial(
         compare,
         shape=f"100 queries, {SIZE[0]} x {SIZE[1]}",
         peer_name="plain procedure",
@@ -57,7 +57,7 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
         device=device,
         memory=True,
     )
-    of_panoptic = row(
+    of_panoptic = measure(
         "panoptic post-processing",
         ours=our_panoptic,
         peer=lambda: [plain_panoptic(class_logits, dense(), geometry, IS_THING, CONFIG).double()],
@@ -65,13 +65,13 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
     )
     if tiny:
         return [of_panoptic]
-    of_semantic = row(
+    of_semantic = measure(
         "semantic post-processing",
         ours=lambda: [semantic(*where, CONFIG).label_map.double()],
         peer=lambda: [plain_semantic(class_logits, dense(), geometry).double()],
         tolerance=0.0,
     )
-    of_instance = row("instance post-processing", ours=our_instance, peer=plain_instances, tolerance=1e-5)
+    of_instance = measure("instance post-processing", ours=our_instance, peer=plain_instances, tolerance=1e-5)
     return [of_panoptic, of_semantic, of_instance]
 
 

@@ -23,9 +23,9 @@ from torch._ops import OpOverload
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Measurement, compare
 from benchmarks.official_order import official_loss, official_pixel_decoder
-from benchmarks.scenes import LAYERS, dense_masks, make_batch
+from benchmarks.synthetic_batches import LAYERS, dense_masks, make_batch
 from benchmarks.transformers_peer import CONFIG, compile_parts, twins
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss import criterion
@@ -50,7 +50,7 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "_scaled_
 Step = Callable[[], Sequence[Tensor]]
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
     """Batch 2 at 512 pixels on a CPU in fp32; on a GPU several batches at 1024 pixels under bf16 autocast."""
     if device.type == "cpu":
         case = _Case(2, 256 if tiny else 512, device, repeats=2 if tiny else 5)
@@ -60,8 +60,8 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
             *([] if tiny else [case.against_official_order()]),
         ]
     cases = [_Case(images, 1024, device, repeats=20) for images in ((2,) if tiny else (1, 2, 4, 8))]
-    rows = [case.against_transformers() for case in cases]
-    return [*rows, cases[-1].without_matching(), cases[-1].against_official_order(), cases[-1].at_their_best()]
+    results = [case.against_transformers() for case in cases]
+    return [*results, cases[-1].without_matching(), cases[-1].against_official_order(), cases[-1].at_their_best()]
 
 
 @dataclass(frozen=True)
@@ -75,30 +75,34 @@ class _Case:
     def precision(self) -> str:
         return "fp32" if self.device.type == "cpu" else "bf16"
 
-    def against_transformers(self) -> Row:
+    def against_transformers(self) -> Measurement:
         """Both as they come."""
-        scene = _scene(self)
-        row = self._row("R50 training step", "transformers", scene.our_step(), scene.their_step(), LOSS_TOLERANCE)
-        return replace(row, floor_ms=_time_of_products(scene.our_step(), self.device))
+        workload = _workload(self)
+        result = self._measure(
+            "R50 training step", "transformers", workload.our_step(), workload.their_step(), LOSS_TOLERANCE
+        )
+        return replace(result, floor_ms=_time_of_products(workload.our_step(), self.device))
 
-    def at_their_best(self) -> Row:
+    def at_their_best(self) -> Measurement:
         """Both compiled; theirs with channels-last weights too, where ours follows from its images."""
-        scene = _scene(self)
-        compile_regions(scene.ours)
-        compile_parts(scene.theirs.to(memory_format=torch.channels_last))
-        steps = scene.our_step(), scene.their_step(torch.channels_last)
-        return self._row("R50 training step, compiled", "transformers, compiled", *steps, LOSS_TOLERANCE)
+        workload = _workload(self)
+        compile_regions(workload.ours)
+        compile_parts(workload.theirs.to(memory_format=torch.channels_last))
+        steps = workload.our_step(), workload.their_step(torch.channels_last)
+        return self._measure("R50 training step, compiled", "transformers, compiled", *steps, LOSS_TOLERANCE)
 
-    def against_official_order(self) -> Row:
+    def against_official_order(self) -> Measurement:
         """The same points, so that losses must agree."""
-        scene = _scene(self)
+        workload = _workload(self)
         tolerance = SAME_POINTS_TOLERANCE[self.precision]
-        return self._row("R50 training step", "official order", scene.our_step(), scene.official_step(), tolerance)
+        return self._measure(
+            "R50 training step", "official order", workload.our_step(), workload.official_step(), tolerance
+        )
 
-    def without_matching(self) -> Row:
+    def without_matching(self) -> Measurement:
         """A ratio of 0.97 says that matching takes 3 % of the step."""
-        scene = _scene(self)
-        step = scene.our_step()
+        workload = _workload(self)
+        step = workload.our_step()
 
         def known() -> Sequence[Tensor]:
             with _known_matching(matching):
@@ -107,18 +111,18 @@ class _Case:
         with _recorded_matching() as found:
             step()
         matching = found[-1]
-        return self._row(
+        return self._measure(
             "R50 training step", "itself, matches known", step, known, SAME_POINTS_TOLERANCE[self.precision]
         )
 
-    def _row(self, case: str, peer_name: str, ours: Step, peer: Step, tolerance: float) -> Row:
+    def _measure(self, case: str, peer_name: str, ours: Step, peer: Step, tolerance: float) -> Measurement:
         ours(), peer()  # optimizer states are allocated once and not part of a step's memory
         shape = f"{self.images} x {self.size} x {self.size}, {OBJECTS} masks"
         name = f"{case} {self.precision}"
         return compare(name, shape, ours, peer_name, peer, tolerance, self.repeats, self.device, memory=True)
 
 
-class _Scene(NamedTuple):
+class _Workload(NamedTuple):
     """Both models with the same weights, and what they are trained on."""
 
     case: _Case
@@ -161,7 +165,7 @@ class _Scene(NamedTuple):
         return torch.autocast(self.case.device.type, torch.bfloat16, enabled=self.case.precision != "fp32")
 
 
-def _scene(case: _Case) -> _Scene:
+def _workload(case: _Case) -> _Workload:
     """Their logits must agree, in fp32 whatever the precision of the measured steps."""
     ours, theirs = (model.to(case.device) for model in twins())
     batch = make_batch(case.images, case.size, OBJECTS).to(case.device)
@@ -171,7 +175,7 @@ def _scene(case: _Case) -> _Scene:
     torch.testing.assert_close(mine.class_logits[-1], other.class_queries_logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(mine.mask_logits(), other.masks_queries_logits, rtol=1e-3, atol=1e-3)
     normalizers = count_normalizers(batch.targets, CONFIG.transformer_decoder.num_queries, CONFIG.loss)
-    return _Scene(case, ours, theirs, batch, normalizers)
+    return _Workload(case, ours, theirs, batch, normalizers)
 
 
 def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:

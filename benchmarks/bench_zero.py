@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import CPU, Row, Times, compare
-from benchmarks.scenes import make_batch
+from benchmarks.measure import CPU, Measurement, Times, compare
+from benchmarks.synthetic_batches import make_batch
 from benchmarks.transformers_peer import CONFIG
 from m2f.cluster.train.launch import launch
 from m2f.model.loss.criterion import count_normalizers
@@ -30,7 +30,7 @@ CLIP_NORM = 0.01
 IMAGES = 2  # of a rank
 
 
-def run(tiny: bool, device: torch.device) -> list[Row]:
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
     """The R50 model with a batch of 2 per rank."""
     for variable, text in (("DS_ACCELERATOR", device.type), ("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(variable, text)
@@ -38,30 +38,30 @@ def run(tiny: bool, device: torch.device) -> list[Row]:
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
     try:
         size = 1024 if device.type != "cpu" else 128 if tiny else 512
-        row = _case(size, device, repeats=3 if device.type == "cpu" else 20)
+        result = _case(size, device, repeats=3 if device.type == "cpu" else 20)
     finally:
         dist.destroy_process_group()
-    return [row] if tiny or device.type != "cpu" else [row, _two_ranks(256)]
+    return [result] if tiny or device.type != "cpu" else [result, _two_ranks(256)]
 
 
-def _two_ranks(size: int) -> Row:
+def _two_ranks(size: int) -> Measurement:
     """CPU time of rank 0 of two on this machine."""
     with TemporaryDirectory() as folder:
-        found = Path(folder) / "row.json"
+        found = Path(folder) / "result.json"
         launch(_rank, (size, str(found)), 2, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
-        row = json.loads(found.read_text())
-    return Row(**row | {"ours": Times(*row["ours"]), "theirs": Times(*row["theirs"])})
+        result = json.loads(found.read_text())
+    return Measurement(**result | {"ours": Times(*result["ours"]), "theirs": Times(*result["theirs"])})
 
 
 def _rank(size: int, found: str) -> None:
     torch.set_num_threads(1)
     with process_group(CPU, 120.0):
-        row = _case(size, CPU, repeats=3)
+        result = _case(size, CPU, repeats=3)
         if dist.get_rank() == 0:
-            Path(found).write_text(json.dumps(vars(row)))
+            Path(found).write_text(json.dumps(vars(result)))
 
 
-def _case(size: int, device: torch.device, repeats: int) -> Row:
+def _case(size: int, device: torch.device, repeats: int) -> Measurement:
     world = dist.get_world_size()
     precision = "fp32" if device.type == "cpu" else "bf16_autocast"
     torch.manual_seed(0)

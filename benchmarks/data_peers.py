@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.data_scenes import Scene
+from benchmarks.synthetic_images import SyntheticImage
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.augment import AugmentParams
 
@@ -32,18 +32,18 @@ Pixels = tuple[np.ndarray, np.ndarray]
 """Image and colour-coded ids, [H, W, 3] uint8 each."""
 
 
-def decode(scene: Scene) -> Pixels:
+def decode(encoded: SyntheticImage) -> Pixels:
     """Image and colour-coded ids by Pillow."""
-    with Image.open(io.BytesIO(scene.jpeg)) as image, Image.open(io.BytesIO(scene.id_png)) as ids:
+    with Image.open(io.BytesIO(encoded.jpeg)) as image, Image.open(io.BytesIO(encoded.id_png)) as ids:
         return np.asarray(image.convert("RGB")), np.asarray(ids.convert("RGB"))
 
 
-def map_image(scene: Scene, image: np.ndarray, colors: np.ndarray, params: AugmentParams) -> Mapped:
+def map_image(encoded: SyntheticImage, image: np.ndarray, colors: np.ndarray, params: AugmentParams) -> Mapped:
     """Flip, resize and pad or crop everything whole, then ids, then one mask per segment."""
     image = _transform(image, params, Image.Resampling.BILINEAR, padding=128)
     colors = _transform(colors, params, Image.Resampling.NEAREST, padding=0)
     ids = segment_ids(colors)
-    segments = scene.annotation.segments
+    segments = encoded.annotation.segments
     masks = [torch.from_numpy(np.ascontiguousarray(ids == segment.source_id)) for segment in segments]
     return Mapped(
         image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),

@@ -41,7 +41,7 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One line of the table."""
 
     case: str
@@ -82,7 +82,7 @@ def compare(
     repeats: int,
     device: torch.device = CPU,
     memory: bool = False,
-) -> Row:
+) -> Measurement:
     """Check agreement, then time both in turn. Raises AssertionError where they disagree: no ratio without equality.
 
     `memory`: measure what each adds at its peak as well.
@@ -90,10 +90,10 @@ def compare(
     error = max(relative_error(a, b) for a, b in zip(ours(), peer(), strict=True))
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
     our_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
-    row = Row(case, shape, our_times, peer_name, peer_times, error)
+    result = Measurement(case, shape, our_times, peer_name, peer_times, error)
     if memory:
-        row = replace(row, ours_gb=peak_growth(ours, device), peer_gb=peak_growth(peer, device))
-    return replace(row, ours_waits=count_waits(ours, device), peer_waits=count_waits(peer, device))
+        result = replace(result, ours_gb=peak_growth(ours, device), peer_gb=peak_growth(peer, device))
+    return replace(result, ours_waits=count_waits(ours, device), peer_waits=count_waits(peer, device))
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 
-from benchmarks.measure import Row
+from benchmarks.measure import Measurement
 
 _HEAD = "| case | shape | ours ms | peer | peer ms | ratio | ours GB | peer GB | share | floor | waits | rel. error |"
 _RULE = "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
@@ -65,35 +65,35 @@ class Setting:
         return f"{self.day}_{re.sub('[^a-z0-9]+', '_', self.hardware.lower()).strip('_')}"
 
 
-def markdown(rows: Sequence[Row], setting: Setting) -> str:
+def markdown(results: Sequence[Measurement], setting: Setting) -> str:
     """The table under its setting."""
-    return "\n".join([str(setting), "", _HEAD, _RULE, *map(_line, rows)])
+    return "\n".join([str(setting), "", _HEAD, _RULE, *map(_line, results)])
 
 
-def json_lines(rows: Sequence[Row], setting: Setting) -> str:
-    """The setting, then one object per row."""
-    found = (asdict(row) | {"ratio": row.ratio, "floor_share": row.floor_share} for row in rows)
-    plain = ({**row, "ours": row["ours"]._asdict(), "theirs": row["theirs"]._asdict()} for row in found)
+def json_lines(results: Sequence[Measurement], setting: Setting) -> str:
+    """The setting, then one object per measurement."""
+    found = (asdict(result) | {"ratio": result.ratio, "floor_share": result.floor_share} for result in results)
+    plain = ({**result, "ours": result["ours"]._asdict(), "theirs": result["theirs"]._asdict()} for result in found)
     return "\n".join(json.dumps(content) for content in (asdict(setting), *plain))
 
 
-def save(rows: Sequence[Row], setting: Setting, folder: Path) -> Path:
+def save(results: Sequence[Measurement], setting: Setting, folder: Path) -> Path:
     """Write both forms to files that are named after day and hardware; returns the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{setting.file_name}.md"
-    path.write_text(markdown(rows, setting) + "\n")
-    path.with_suffix(".jsonl").write_text(json_lines(rows, setting) + "\n")
+    path.write_text(markdown(results, setting) + "\n")
+    path.with_suffix(".jsonl").write_text(json_lines(results, setting) + "\n")
     return path
 
 
-def _line(row: Row) -> str:
+def _line(result: Measurement) -> str:
     memory = ["", "", ""]
-    if row.ours_gb is not None and row.peer_gb is not None:
-        memory = [f"{row.ours_gb:.2f}", f"{row.peer_gb:.2f}", f"{row.ours_gb / row.peer_gb:.2f}"]
-    floor = "" if row.floor_share is None else f"{row.floor_share:.0%}"
-    waits = "" if row.ours_waits is None else f"{row.ours_waits} / {row.peer_waits}"
-    times = [f"{row.ours.median:.1f}", row.peer, f"{row.theirs.median:.1f}", f"{row.ratio:.2f}"]
-    return f"| {' | '.join([row.case, row.shape, *times, *memory, floor, waits, f'{row.error:.0e}'])} |"
+    if result.ours_gb is not None and result.peer_gb is not None:
+        memory = [f"{result.ours_gb:.2f}", f"{result.peer_gb:.2f}", f"{result.ours_gb / result.peer_gb:.2f}"]
+    floor = "" if result.floor_share is None else f"{result.floor_share:.0%}"
+    waits = "" if result.ours_waits is None else f"{result.ours_waits} / {result.peer_waits}"
+    times = [f"{result.ours.median:.1f}", result.peer, f"{result.theirs.median:.1f}", f"{result.ratio:.2f}"]
+    return f"| {' | '.join([result.case, result.shape, *times, *memory, floor, waits, f'{result.error:.0e}'])} |"
 
 
 def _hardware(device: torch.device) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
-from benchmarks.scenes import CLASSES
+from benchmarks.synthetic_batches import CLASSES
 from m2f.model.config import ModelConfig
 from m2f.model.mask2former import Mask2Former, build_model
 from m2f.model.weights.load import load_weights
@@ -54,7 +54,7 @@ class Criterion(nn.Module):
 
 
 def their_criterion() -> Criterion:
-    """For 100 queries and the classes of the scenes."""
+    """For 100 queries and the classes of synthetic batches."""
     return Criterion(Mask2FormerConfig(num_labels=CLASSES))
 
 

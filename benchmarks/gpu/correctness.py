@@ -14,7 +14,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.stage import Scene, Stage, described, make_scene, milliseconds, small_model
+from benchmarks.gpu.stage import Stage, Workload, described, make_workload, milliseconds, small_model
 from benchmarks.measure import count_waits
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.mask2former import build_model
@@ -68,23 +68,23 @@ def parity(stage: Stage) -> dict[str, object]:
     torch.backends.cudnn.allow_tf32 = False
     size = stage.pick(256, 64)
 
-    def run(precision: str, device: torch.device) -> tuple[Scene, Tensor, dict[str, Tensor]]:
-        scene = make_scene(stage.config, 2, size, precision, device, objects=6)  # type: ignore[arg-type]
-        losses = scene.module(scene.batch, scene.normalizers)
+    def run(precision: str, device: torch.device) -> tuple[Workload, Tensor, dict[str, Tensor]]:
+        workload = make_workload(stage.config, 2, size, precision, device, objects=6)  # type: ignore[arg-type]
+        losses = workload.module(workload.batch, workload.normalizers)
         losses.total.backward()
-        gradients = {n: p.grad.float().cpu() for n, p in scene.module.named_parameters() if p.grad is not None}
-        return scene, losses.terms.float().cpu(), gradients
+        gradients = {n: p.grad.float().cpu() for n, p in workload.module.named_parameters() if p.grad is not None}
+        return workload, losses.terms.float().cpu(), gradients
 
     _, exact, expected = run("fp32", torch.device("cpu"))
     whole = torch.cat([gradient.flatten() for gradient in expected.values()])
     facts: dict[str, object] = {}
     for precision in ("fp32", "bf16_autocast"):
-        scene, terms, found = run(precision, stage.device)
+        workload, terms, found = run(precision, stage.device)
         together = torch.cat([found[name].flatten() for name in expected])
         facts[precision] = {
             "loss": f"{float((terms - exact).abs().max() / exact.abs().max()):.1e}",
             "gradient": f"{float((together - whole).norm() / whole.norm()):.1e}",
-            "waits": count_waits(scene.backward, stage.device),
+            "waits": count_waits(workload.backward, stage.device),
         }
     return facts
 
@@ -117,11 +117,11 @@ def graphs(stage: Stage) -> dict[str, object]:
 def probe(stage: Stage) -> dict[str, object]:
     """The memory probe says what does not fit, and leaves weights, statistics and random numbers as they were."""
     native = TimmBackboneConfig(name="resnet10t", norm="native", options={"channels": (16, 32, 48, 64)})
-    scene = make_scene(replace(small_model(), backbone=native), 2, 64, "fp32", stage.device, objects=5)
-    before = {name: tensor.clone() for name, tensor in scene.module.state_dict().items()}
+    workload = make_workload(replace(small_model(), backbone=native), 2, 64, "fp32", stage.device, objects=5)
+    before = {name: tensor.clone() for name, tensor in workload.module.state_dict().items()}
     numbers = _random_state(stage)
-    fits = memory_probe._fits(scene.module, scene.batch, 1)
-    changed = [name for name, tensor in scene.module.state_dict().items() if not torch.equal(tensor, before[name])]
+    fits = memory_probe._fits(workload.module, workload.batch, 1)
+    changed = [name for name, tensor in workload.module.state_dict().items() if not torch.equal(tensor, before[name])]
     facts: dict[str, object] = {
         "fits": fits,
         "changed by the probe": changed[:5],
@@ -129,7 +129,7 @@ def probe(stage: Stage) -> dict[str, object]:
     }
     if not stage.dry:
         torch.cuda.set_per_process_memory_fraction(0.05)
-        large = make_scene(stage.config, 8, 1024, "bf16_autocast", stage.device)
+        large = make_workload(stage.config, 8, 1024, "bf16_autocast", stage.device)
         facts["8 images of 1024 in 5 % of the GPU"] = memory_probe._fits(large.module, large.batch, 1)
         torch.cuda.set_per_process_memory_fraction(1.0)
     return facts
@@ -143,9 +143,9 @@ def determinism(stage: Stage) -> dict[str, object]:
     """The same step twice with deterministic algorithms."""
 
     def gradients() -> Tensor:
-        scene = make_scene(stage.config, 2, stage.pick(256, 64), "bf16_autocast", stage.device, objects=6)
-        scene.backward()
-        return torch.cat([p.grad.flatten() for p in scene.module.parameters() if p.grad is not None])
+        workload = make_workload(stage.config, 2, stage.pick(256, 64), "bf16_autocast", stage.device, objects=6)
+        workload.backward()
+        return torch.cat([p.grad.flatten() for p in workload.module.parameters() if p.grad is not None])
 
     with _deterministic():
         equal = torch.equal(gradients(), gradients())

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.gpu.stage import Scene, Stage, described, make_scene, small_model
+from benchmarks.gpu.stage import Stage, Workload, described, make_workload, small_model
 from m2f.trainer.config import OptimizerConfig, Precision, TrainingConfig, ZeroConfig
 from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.engine import Engine
@@ -70,18 +70,18 @@ def engine(stage: Stage) -> dict[str, object]:
     return rows
 
 
-def _scene(stage: Stage, precision: Precision) -> Scene:
-    return make_scene(small_model(), 2, stage.pick(128, 64), precision, stage.device, objects=5)
+def _workload(stage: Stage, precision: Precision) -> Workload:
+    return make_workload(small_model(), 2, stage.pick(128, 64), precision, stage.device, objects=5)
 
 
 def _plain_losses(stage: Stage) -> list[float]:
     """Of some steps in fp32 without DeepSpeed."""
-    scene = _scene(stage, "fp32")
-    adamw = torch.optim.AdamW(build_param_groups(scene.module, OptimizerConfig()), fused=True)
+    workload = _workload(stage, "fp32")
+    adamw = torch.optim.AdamW(build_param_groups(workload.module, OptimizerConfig()), fused=True)
     losses: list[float] = []
     for _ in range(STEPS):
-        losses.append(float(scene.backward()))
-        nn.utils.clip_grad_norm_(scene.module.parameters(), OptimizerConfig().clip_norm or float("inf"))
+        losses.append(float(workload.backward()))
+        nn.utils.clip_grad_norm_(workload.module.parameters(), OptimizerConfig().clip_norm or float("inf"))
         adamw.step()
         adamw.zero_grad()
     return losses
@@ -89,18 +89,18 @@ def _plain_losses(stage: Stage) -> list[float]:
 
 def _row(mode: Mode, stage: Stage, expected: list[float]) -> dict[str, object]:
     began = time.monotonic()
-    engine, scene = _engine(mode, stage)
+    engine, workload = _engine(mode, stage)
     losses: list[float] = []
     applied = 0
     with tempfile.TemporaryDirectory() as folder:
         for number in range(STEPS):
             if number == SAVED:
                 engine.save(Path(folder), "saved")
-            losses.append(float(engine.accumulate(scene.batch, scene.normalizers).total))
+            losses.append(float(engine.accumulate(workload.batch, workload.normalizers).total))
             applied += engine.finish_step(number + 1).applied
-        again, scene = _engine(mode, stage)
+        again, workload = _engine(mode, stage)
         again.load(Path(folder), "saved")
-        resumed = float(again.accumulate(scene.batch, scene.normalizers).total)
+        resumed = float(again.accumulate(workload.batch, workload.normalizers).total)
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     return {
         "from plain fp32": f"{worst:.0e}",
@@ -110,10 +110,10 @@ def _row(mode: Mode, stage: Stage, expected: list[float]) -> dict[str, object]:
     }
 
 
-def _engine(mode: Mode, stage: Stage) -> tuple[Engine, Scene]:
-    scene = _scene(stage, mode.precision)
+def _engine(mode: Mode, stage: Stage) -> tuple[Engine, Workload]:
+    workload = _workload(stage, mode.precision)
     if mode.compiled:
-        compile_regions(scene.module.model)
+        compile_regions(workload.module.model)
     training = TrainingConfig(
         max_steps=STEPS,
         global_batch=2,
@@ -121,5 +121,5 @@ def _engine(mode: Mode, stage: Stage) -> tuple[Engine, Scene]:
         precision=mode.precision,
         zero=ZeroConfig(stage=mode.stage, offload_optimizer=mode.offload),
     )
-    normalizers = type(scene.normalizers)(*(value.cpu() for value in scene.normalizers))
-    return Engine(scene.module, training, stage.device), scene._replace(normalizers=normalizers)
+    normalizers = type(workload.normalizers)(*(value.cpu() for value in workload.normalizers))
+    return Engine(workload.module, training, stage.device), workload._replace(normalizers=normalizers)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.kernels import only_config
-from benchmarks.gpu.stage import Stage, described, make_scene, milliseconds, training_step
+from benchmarks.gpu.stage import Stage, described, make_workload, milliseconds, training_step
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
 from m2f.model.deform_attn.tuning import LaunchConfig
 
@@ -27,16 +27,16 @@ def rewrites(stage: Stage) -> dict[str, object]:
 
     facts: dict[str, object] = {}
     for images in (2, 8):
-        scene = make_scene(stage.config, images, 1024, "bf16_autocast", stage.device)
-        step = training_step(scene)
+        workload = make_workload(stage.config, images, 1024, "bf16_autocast", stage.device)
+        step = training_step(workload)
         facts[f"{images} images as it is"] = milliseconds(step, stage.device, REPEATS)
         for name, change in _changes().items():
             facts[f"{images} images {name}"] = _tried(change, step, stage)
             print(images, name, facts[f"{images} images {name}"], flush=True)
         if images == 2:
-            compile_regions(scene.module.model)
+            compile_regions(workload.module.model)
             facts["2 images compiled"] = milliseconds(step, stage.device, REPEATS)
-        del scene, step
+        del workload, step
         torch.cuda.empty_cache()
     return facts
 

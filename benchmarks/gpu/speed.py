@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from benchmarks import ceilings as device_ceilings
-from benchmarks.gpu.stage import Stage, described, make_scene, milliseconds, training_step
-from benchmarks.measure import Row
+from benchmarks.gpu.stage import Stage, described, make_workload, milliseconds, training_step
+from benchmarks.measure import Measurement
 from benchmarks.tables import Setting, json_lines
 
 IN_TRAIN = (
@@ -41,19 +41,19 @@ def bench_train(stage: Stage) -> list[str]:
     from benchmarks.bench_train_step import _Case
 
     torch.backends.cudnn.allow_tf32 = False  # logits of both sides must agree to 1e-3
-    rows: list[Row] = []
+    results: list[Measurement] = []
     lines: list[str] = []
     for images, comparison in IN_TRAIN:
         torch.cuda.empty_cache()
         torch._dynamo.reset()
         try:
-            rows.append(getattr(_Case(images, 1024, stage.device, repeats=10), comparison)())
-            lines.append(_line(rows[-1]))
+            results.append(getattr(_Case(images, 1024, stage.device, repeats=10), comparison)())
+            lines.append(_line(results[-1]))
         except Exception as error:
             traceback.print_exc()
             lines.append(f"{images} images {comparison}: {described(error)}")
         print(lines[-1], flush=True)
-    _keep(stage, rows)
+    _keep(stage, results)
     return lines
 
 
@@ -77,7 +77,7 @@ def bench_rest(stage: Stage) -> list[str]:
 def step_b2(stage: Stage) -> dict[str, object]:
     """The step of the flagship recipe, 2 images a GPU: by events, as the host queues it, and its memory."""
     step = training_step(
-        make_scene(stage.config, 2, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device)
+        make_workload(stage.config, 2, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device)
     )
     facts: dict[str, object] = {"step ms": milliseconds(step, stage.device)}
     if stage.dry:
@@ -97,10 +97,10 @@ def profile(stage: Stage) -> dict[str, object]:
     activities = [ProfilerActivity.CPU, *stage.pick([ProfilerActivity.CUDA], [])]
     facts: dict[str, object] = {}
     for images in stage.pick((2, 8), (1,)):
-        scene = make_scene(
+        workload = make_workload(
             stage.config, images, stage.pick(1024, 64), stage.pick("bf16_autocast", "fp32"), stage.device
         )
-        step = training_step(scene)
+        step = training_step(workload)
         step()
         step()
         with profiler(activities=activities) as profiled:
@@ -129,30 +129,32 @@ def _rows(stage: Stage, names: Sequence[str], tiny: bool = False) -> list[str]:
     """Some benchmarks of the project; raises the first error after all have had their turn."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
-    rows: list[Row] = []
+    results: list[Measurement] = []
     errors: list[Exception] = []
     for name in names:
         try:
-            rows += importlib.import_module(f"benchmarks.bench_{name}").run(tiny or stage.dry, stage.device)
+            results += importlib.import_module(f"benchmarks.bench_{name}").run(tiny or stage.dry, stage.device)
         except Exception as error:
             traceback.print_exc()
             errors.append(error)
-    _keep(stage, rows)
-    print("\n".join(map(_line, rows)), flush=True)
+    _keep(stage, results)
+    print("\n".join(map(_line, results)), flush=True)
     if errors:
         raise errors[0]
-    return [_line(row) for row in rows]
+    return [_line(result) for result in results]
 
 
-def _keep(stage: Stage, rows: Sequence[Row]) -> None:
-    """Add to the rows of this call."""
+def _keep(stage: Stage, results: Sequence[Measurement]) -> None:
+    """Add to the results of this call."""
     with (stage.out / "rows.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json_lines(rows, Setting.now(stage.device, "")) + "\n")
+        file.write(json_lines(results, Setting.now(stage.device, "")) + "\n")
 
 
-def _line(row: Row) -> str:
-    memory = "" if row.ours_gb is None or row.peer_gb is None else f", {row.ours_gb:.2f} of {row.peer_gb:.2f} GB"
-    floor = "" if row.floor_share is None else f", {row.floor_share:.0%} floor"
-    waits = "" if row.ours_waits is None else f", {row.ours_waits} of {row.peer_waits} waits"
-    times = f"{row.ours.median:.2f} ms, {row.ratio:.2f} x {row.peer}"
-    return f"{row.case} {row.shape}: {times}{memory}{floor}{waits}"
+def _line(result: Measurement) -> str:
+    memory = (
+        "" if result.ours_gb is None or result.peer_gb is None else f", {result.ours_gb:.2f} of {result.peer_gb:.2f} GB"
+    )
+    floor = "" if result.floor_share is None else f", {result.floor_share:.0%} floor"
+    waits = "" if result.ours_waits is None else f", {result.ours_waits} of {result.peer_waits} waits"
+    times = f"{result.ours.median:.2f} ms, {result.ratio:.2f} x {result.peer}"
+    return f"{result.case} {result.shape}: {times}{memory}{floor}{waits}"

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from benchmarks.scenes import make_batch
+from benchmarks.synthetic_batches import make_batch
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.config import (
     LossConfig,
@@ -65,7 +65,7 @@ class Stage:
         return self.pick(ModelConfig(num_classes=COCO_CLASSES), small_model())
 
 
-class Scene(NamedTuple):
+class Workload(NamedTuple):
     """A model on a device and what it is trained on."""
 
     module: TrainingModule
@@ -94,9 +94,9 @@ def small_model() -> ModelConfig:
     )
 
 
-def make_scene(
+def make_workload(
     config: ModelConfig, images: int, size: int, precision: Precision, device: torch.device, objects: int = 10
-) -> Scene:
+) -> Workload:
     """The same weights and images at every call, whatever the device."""
     assert config.num_classes is not None
     torch.manual_seed(0)
@@ -106,16 +106,16 @@ def make_scene(
     targets = replace(batch.targets, labels=batch.targets.labels % config.num_classes)
     batch = replace(batch, targets=targets).to(device)
     normalizers = count_normalizers(batch.targets, config.transformer_decoder.num_queries, config.loss)
-    return Scene(module, batch, normalizers)
+    return Workload(module, batch, normalizers)
 
 
-def training_step(scene: Scene) -> Callable[[], None]:
+def training_step(workload: Workload) -> Callable[[], None]:
     """A whole step of the optimizer, with so small a rate that every repetition sees the same losses."""
-    optimizer = torch.optim.AdamW(build_param_groups(scene.module, OptimizerConfig(lr=1e-12)), fused=True)
+    optimizer = torch.optim.AdamW(build_param_groups(workload.module, OptimizerConfig(lr=1e-12)), fused=True)
 
     def step() -> None:
-        scene.backward()
-        nn.utils.clip_grad_norm_(scene.module.parameters(), 0.01, foreach=True)
+        workload.backward()
+        nn.utils.clip_grad_norm_(workload.module.parameters(), 0.01, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks.bench_train_step import _time_of_products
-from benchmarks.measure import CPU, Row, Times, compare, interleaved
+from benchmarks.measure import CPU, Measurement, Times, compare, interleaved
 from benchmarks.tables import Setting, json_lines, markdown, save
 
-ROW = Row("step", "2 x 64", Times(10.0, (9.0, 11.0), 12.0), "peer", Times(25.0, (24.0, 26.0), 27.0), 1e-6)
+RESULT = Measurement("step", "2 x 64", Times(10.0, (9.0, 11.0), 12.0), "peer", Times(25.0, (24.0, 26.0), 27.0), 1e-6)
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def test_no_ratio_without_agreement():
     one, other = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
     with pytest.raises(AssertionError, match=r"case shape: ours and peer differ by 9.1e-02, more than 1.0e-02"):
         compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.01, repeats=1)
-    row = compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.1, repeats=1, memory=True)
-    assert row.error == pytest.approx(0.1 / 1.1)
-    assert row.ours_waits is None
+    result = compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.1, repeats=1, memory=True)
+    assert result.error == pytest.approx(0.1 / 1.1)
+    assert result.ours_waits is None
 
 
 def test_both_sides_run_in_turn():
@@ -53,7 +53,7 @@ def test_the_floor_is_products_and_convolutions():
 
 
 def test_the_table_names_machine_and_software(setting):
-    text = markdown([replace(ROW, ours_gb=0.5, peer_gb=2.0, floor_ms=4.0, ours_waits=1, peer_waits=80)], setting)
+    text = markdown([replace(RESULT, ours_gb=0.5, peer_gb=2.0, floor_ms=4.0, ours_waits=1, peer_waits=80)], setting)
     assert "2026-11-23, Some (R) CPU @ 2.0 GHz" in text
     assert torch.__version__ in text
     assert "TF32 o" in text
@@ -61,10 +61,10 @@ def test_the_table_names_machine_and_software(setting):
 
 
 def test_results_are_saved_under_day_and_hardware(setting, tmp_path):
-    path = save([ROW], setting, tmp_path / "results")
+    path = save([RESULT], setting, tmp_path / "results")
     assert path.name == "2026-11-23_some_r_cpu_2_0_ghz.md"
-    assert path.read_text() == markdown([ROW], setting) + "\n"
-    first, row = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
+    assert path.read_text() == markdown([RESULT], setting) + "\n"
+    first, result = map(json.loads, path.with_suffix(".jsonl").read_text().splitlines())
     assert first["commit"]
-    assert (row["ours"]["median"], row["ratio"], row["floor_share"]) == (10.0, 2.5, None)
-    assert json_lines([ROW], setting) == path.with_suffix(".jsonl").read_text().strip()
+    assert (result["ours"]["median"], result["ratio"], result["floor_share"]) == (10.0, 2.5, None)
+    assert json_lines([RESULT], setting) == path.with_suffix(".jsonl").read_text().strip()

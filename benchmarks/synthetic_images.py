@@ -34,7 +34,7 @@ TABLE = CategoryTable(tuple(Category(n, f"class {n}", n % 3 > 0, distinct_color(
 
 
 @dataclass(frozen=True)
-class Scene:
+class SyntheticImage:
     """One image as files: for our shards, and in COCO panoptic form."""
 
     name: str
@@ -44,7 +44,7 @@ class Scene:
     """Colour PNG whose colours are `source_id`s: R + 256 G + 65536 B."""
 
 
-def make_scene(index: int) -> Scene:
+def make_image(index: int) -> SyntheticImage:
     """Noise of all scales (a JPEG of about 110 KB) and 18 segments with ragged borders."""
     rng = np.random.default_rng(index)
     height, width = SIZE
@@ -78,12 +78,12 @@ def make_scene(index: int) -> Scene:
         table[segment.id] = [segment.source_id >> shift & 255 for shift in (0, 8, 16)]
     jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
     annotation = Annotation(seg=seg, inst=None, segments=tuple(segments))
-    return Scene(f"image_{index:06d}", jpeg, annotation, encode_png(table[seg]))
+    return SyntheticImage(f"image_{index:06d}", jpeg, annotation, encode_png(table[seg]))
 
 
-def write_scenes(scenes: list[Scene], url: str, storage: Storage) -> Manifest:
-    """The scenes as shards of about 4 MB."""
-    by_name = {scene.name: scene for scene in scenes}
+def write_images(images: list[SyntheticImage], url: str, storage: Storage) -> Manifest:
+    """The images as shards of about 4 MB."""
+    by_name = {image.name: image for image in images}
 
     def load(name: str) -> tuple[bytes, Annotation]:
         return by_name[name].jpeg, by_name[name].annotation

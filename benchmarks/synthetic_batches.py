@@ -16,12 +16,12 @@ def make_batch(images: int, size: int, objects: int, seed: int = 0) -> Batch:
     """Random images that are cut into `objects` regions around random centres."""
     generator = torch.Generator().manual_seed(seed)
     axis = torch.linspace(0, 1, size)
-    place = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
+    coordinates = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
     id_maps = torch.empty(images, 1, size, size, dtype=torch.uint8)
     for id_map in id_maps:
         nearest, distance = torch.zeros(size, size), torch.full((size, size), torch.inf)
         for number, centre in enumerate(torch.rand(objects, 2, generator=generator), start=1):
-            own = (place - centre[:, None, None]).square().sum(0)
+            own = (coordinates - centre[:, None, None]).square().sum(0)
             nearest[own < distance] = number
             distance = torch.minimum(distance, own)
         id_map[0] = nearest
