@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.transforms.augment import AugmentParams
 from m2f.data_pipeline.transforms.targets import ImageTargets
@@ -109,6 +108,8 @@ def rasterise(rings: Sequence[np.ndarray], height: int, width: int) -> tuple[tup
     shape = rows.stop - rows.start, columns.stop - columns.start
     if 0 in shape:
         return (rows, columns), np.zeros(shape, bool)
+    from pycocotools import mask as coco_mask  # here: recorded batches train where pycocotools is not installed
+
     flat = [(ring - (left, top)).ravel().tolist() for ring in rings]
     mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, *shape)))
     return (rows, columns), np.asarray(mask).view(bool)
