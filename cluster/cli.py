@@ -1,6 +1,6 @@
 """The console script `m2f`: one verb per module of `m2f.cluster.verbs`, imported only when it is called.
 
-Exit status: 0 done, 1 the job ran and failed, 2 a mistake that the user can correct (one message, no traceback),
+Exit status: 0 done, 1 the job ran and failed, 2 an error that the user can correct (one message, no traceback),
 130 interrupted.
 """
 
@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             status = _run_verb(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit:  # argparse has shown a help page, or a mistake
+        except SystemExit:  # argparse has printed a help page or an error
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # here, as a reader that has gone away would be a traceback at the end of Python
+        sys.stdout.flush()  # here, as a closed pipe would give a traceback at the end of Python
         return status
-    except BrokenPipeError:  # `m2f stats | head`: the reader has seen enough
+    except BrokenPipeError:  # `m2f stats | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -84,14 +84,14 @@ def _run_verb(words: list[str]) -> int:
         print(f"m2f {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        mistake = _user_error(error)
-        if mistake is None:
+        user_error = _user_error(error)
+        if user_error is None:
             raise
-        return _fail(f"m2f {verb}: {mistake}")
+        return _fail(f"m2f {verb}: {user_error}")
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """The mistake to show, also where it comes out of a Ray task, whose own text is a remote traceback."""
+    """The error to show: the cause where a Ray task raised it, as the text of Ray's error is a remote traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
         return cause

@@ -1,4 +1,4 @@
-"""The whole chain on data that the project makes itself: shards, training on two ZeRO workers, evaluation beside it."""
+"""The whole chain on synthetic data: shards, training on two ZeRO workers, evaluation beside it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
 def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The demo's recipe with everything it writes under `output`/demo."""
     if not RECIPE.is_file():
-        raise ConfigError(f"{RECIPE} is not there: this installation of m2f is not whole; install it again")
+        raise ConfigError(f"{RECIPE} is missing: this installation of m2f is incomplete; install it again")
     shards = [f"datasets.{name}.shards={join(output, 'demo', 'shards', name)}" for name in ("train", "val")]
     return load_recipe(RECIPE, [f"output={output}", *shards, *overrides])
 

@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: one live line on a terminal, a plain line now and then elsewhere."""
+"""Output of the command line: lines, and progress as one live line on a terminal or plain lines at intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def print_out(text: str = "") -> None:
 
 
 def print_err(text: str) -> None:
-    """One line for the person, to standard error."""
+    """One line to standard error: progress, warnings, errors."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
@@ -96,7 +96,7 @@ class Progress:
             self._print_line()
 
     def note(self, text: str) -> None:
-        """A line above the progress, for what the person must know now."""
+        """Print a line above the progress."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

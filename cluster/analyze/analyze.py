@@ -55,7 +55,7 @@ def open_subject(
 ) -> AnalysisSubject:
     """Load the model and choose images, spread evenly over the data set.
 
-    Raises DataError if the data set is not there or its classes contradict those of the model.
+    Raises DataError if the data set does not exist or its classes contradict those of the model.
     """
     torch.set_num_threads(config.evaluation.threads)
     manifest, url = Manifest.load(config.datasets[dataset].shards, storage), weights_url(weights.url, storage)

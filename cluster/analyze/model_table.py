@@ -38,7 +38,7 @@ class ModelSize:
     """Millions."""
     paper_parameters: float | None
     flops: float | None
-    """Milliards of multiply-adds of the official code at the paper's input; None for recipes."""
+    """Billions (10^9) of multiply-adds of the official code at the paper's input; None for recipes."""
     paper_flops: float | None
     flops_at_size: float
     """The same at the table's own input, without the inference after the model."""
@@ -58,7 +58,7 @@ def paper_sizes(models: Sequence[PaperModel], size: Size, *, timed: bool) -> Ite
 def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
     """Measure a recipe's model; its classes are those of the training data, or `model.num_classes`.
 
-    Raises ConfigError where neither is there.
+    Raises ConfigError where both are missing.
     """
     model = config.model
     if model.num_classes is None:
@@ -74,7 +74,7 @@ def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
 def cpu_seconds_per_image(config: ModelConfig, size: Size) -> float:
     """Median CPU time, of all threads, of a forward pass with one image and random weights.
 
-    Unlike wall time it says the same on a machine that others use too, but for the caches that they share.
+    Unlike wall time it hardly depends on other processes of the machine, which share only caches.
     """
     model = build_model(config, pretrained_backbone=False).eval()
     images = torch.zeros(1, 3, *size)

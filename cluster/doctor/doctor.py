@@ -1,4 +1,4 @@
-"""`m2f doctor`: what a machine or a cluster needs before a run, tried out, with a remedy for each problem."""
+"""`m2f doctor`: tries what a run needs on a machine or a cluster, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_checks(checks: Iterable[Check], where: str = HERE) -> list[Finding]:
 
 
 def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Check]:
-    """What every machine is asked; `gpus` is what Ray counts on this node, None off a cluster."""
+    """Checks of every machine; `gpus` is the number that Ray counts on this node, None off a cluster."""
     checks: list[Check] = [
         machine.check_versions,
         partial(machine.check_gpus, config, gpus),
@@ -52,7 +52,7 @@ def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Ch
 
 
 def driver_checks(config: RunConfig | None) -> list[Check]:
-    """What only the machine of the driver is asked."""
+    """Checks of the driver's machine alone."""
     return [partial(services.check_tracking, config), services.check_ray_token]
 
 

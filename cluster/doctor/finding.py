@@ -1,4 +1,4 @@
-"""What a check of `m2f doctor` says."""
+"""The result of a check of `m2f doctor`."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def check_versions() -> Finding:
 
 
 def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
-    """Of the code that runs: its pyproject.toml, else what the installed package says."""
+    """Of the running code: from its pyproject.toml, else from the installed package."""
     project = Path(m2f.__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]

@@ -1,4 +1,4 @@
-"""Checks of what a run talks to: the store of shards and checkpoints, MLflow, clocks."""
+"""Checks of the services that a run uses: the store of shards and checkpoints, MLflow, clocks."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_tracking(config: RunConfig | None) -> Finding:
 
 
 def check_clock(config: RunConfig | None) -> Finding:
-    """This machine's clock against the first server that tells the time."""
+    """This machine's clock against that of the first server that sends a date."""
     urls = [] if config is None else [config.storage.endpoint_url, config.tracking.uri]
     if config is not None and config.output.startswith("s3://"):
         urls.append(os.environ.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com"))

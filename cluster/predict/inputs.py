@@ -1,4 +1,4 @@
-"""Images that a person names on a command line: files, folders, patterns and `s3://` URLs, read ahead in threads."""
+"""Images named on the command line: files, folders, patterns and `s3://` URLs, read ahead in threads."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ImageInput:
     name: str
     """Of files that are made of it: the stem, with a number where several images share it."""
     id: int
-    """From 1 in their order, or as an image list says."""
+    """From 1 in their order, or from an image list."""
     size: tuple[int, int] | None = None
-    """Height and width that an image list says."""
+    """Height and width, from an image list."""
 
 
 @dataclass(frozen=True)

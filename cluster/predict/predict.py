@@ -1,4 +1,4 @@
-"""A trained model at work on images without annotations."""
+"""Prediction with a trained model on images without annotations."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Predictor:
 def predict_images(
     predictor: Predictor, images: Sequence[ImageInput], storage: Storage, folder: PredictionFolder, batch_size: int
 ) -> tuple[str, ...]:
-    """Predict every image into a folder; returns what is wrong with images that cannot be used."""
+    """Predict every image into a folder; returns an error message for each image that cannot be used."""
     problems: list[str] = []
     with Progress("predicting", len(images), "images") as progress:
 

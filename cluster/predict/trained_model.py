@@ -49,7 +49,7 @@ class TrainedModel:
 
     @property
     def identity(self) -> ModelIdentity:
-        """What every export says of itself."""
+        """Stored in every export."""
         return model_identity(LabelSpace(self.task, self.classes), self.config, self.evaluation, self.recipe)
 
     def notes(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class TrainedModel:
 def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
     """Open the model that a word on the command line means.
 
-    `source` is a recipe, a folder or URL of a run or of one of its checkpoints, a file of weights that says what it is,
+    `source` is a recipe, a folder or URL of a run or of one of its checkpoints, a file of weights with its identity,
     or a Hugging Face folder; `checkpoint` as in `choose_checkpoint`.
 
     Raises:
@@ -108,7 +108,7 @@ def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:
 
 
 def _numbered_classes(config: RunConfig) -> tuple[Category, ...]:
-    """Numbers for names, where neither weights nor data name the classes and the recipe says how many there are."""
+    """Classes named by number, where neither weights nor data have names and the recipe has `model.num_classes`."""
     if config.model.num_classes is None:
         raise DataError(
             f"{config.datasets[config.data.train[0].dataset].shards} has no manifest. The classes of the model are "

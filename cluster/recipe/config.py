@@ -41,7 +41,7 @@ class ClusterConfig:
 
     @property
     def min_workers(self) -> int:
-        """The run waits for room for so many."""
+        """The run starts as soon as the cluster has resources for so many."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
@@ -67,7 +67,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: everything that a recipe says."""
+    """One run: all settings of a recipe."""
 
     name: str
     """Name of the run; with `output` it gives the run folder."""

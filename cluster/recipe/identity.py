@@ -1,4 +1,4 @@
-"""From a recipe and the classes of its data to what weights know about themselves."""
+"""The identity that is stored with weights, from a recipe and the classes of its data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m2f.trainer.checkpoint.identity import InputRules, ModelIdentity
 
 
 def identity_of(config: RunConfig, classes: Sequence[Category]) -> ModelIdentity:
-    """What a model of this recipe with these classes, by label, is."""
+    """Identity of a model of this recipe with these classes, by label."""
     space = LabelSpace(config.data.task, tuple(classes))
     return model_identity(space, config.model, config.evaluation, dump_recipe(config))
 

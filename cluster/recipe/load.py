@@ -25,7 +25,7 @@ from m2f.model.errors import ConfigError
 LOGGER = logging.getLogger(__name__)
 
 _INVALID = object()
-"""Stands for a value whose problem has been noted, so that one mistake gives one message."""
+"""Replaces a value whose problem is recorded, so that one mistake gives one message."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 """`${NAME}` or `${NAME:-default}`, so that one recipe finds its data on every machine."""
@@ -36,7 +36,7 @@ _CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe and apply `section.key=value` overrides; relative paths count from the current directory.
 
-    `path` is a file, or a name as `find_recipe` knows it: `coco_panoptic_r50`, `coco_panoptic_r50+cross_attention`.
+    `path` is a file, or a name for `find_recipe`: `coco_panoptic_r50`, `coco_panoptic_r50+cross_attention`.
 
     Raises:
         ConfigError: the file cannot be read, or holds problems; the one message lists all of them.
@@ -191,7 +191,7 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
 
 
 def _build(hint: Any, value: Any, path: str, problems: list[str], default: Any = None) -> Any:
-    """The value as `hint` wants it, or _INVALID with the reasons in `problems`.
+    """The value converted to the type `hint`, or _INVALID with the reasons in `problems`.
 
     `default` is the field's default: where a union's `kind` is not written, the default's kind is meant.
     """
@@ -270,7 +270,7 @@ def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 @lru_cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    # Lax on purpose: PyYAML reads `1e-4` as a string, which pydantic takes where a float is wanted.
+    # Lax on purpose: PyYAML reads `1e-4` as a string, which pydantic converts to a float.
     return TypeAdapter(hint)
 
 
@@ -347,7 +347,7 @@ def _required_hint(section: type, name: str) -> str:
 
 
 def _to_tree(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as the dicts, lists and scalars that YAML knows."""
+    """Dataclasses, tuples and mappings as the dicts, lists and scalars of YAML."""
     if dataclasses.is_dataclass(value):
         return {f.name: _to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ STORED_RECIPE = "recipe.yaml"
 
 
 def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tuple[str, ...]:
-    """Write the resolved recipe into the run folder, once; lines that say what differs from the one that is there.
+    """Write the resolved recipe into the run folder, once; returns a line for each setting that differs from it.
 
     `has_progress` says whether the run has a checkpoint: a run without one may still change its recipe.
     """

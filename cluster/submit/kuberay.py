@@ -64,7 +64,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
 
 
 class _ReadableDumper(yaml.SafeDumper):
-    """Texts of several lines as blocks, as a person would write them."""
+    """Writes texts of several lines as blocks."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

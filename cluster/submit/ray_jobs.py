@@ -49,7 +49,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class JobInfo:
-    """What a cluster says of a job."""
+    """State of a job on a cluster."""
 
     job_id: str
     status: str
@@ -76,7 +76,7 @@ class JobClient:
     """The jobs of one cluster, through its dashboard (`http://HEAD:8265`).
 
     Raises:
-        JobError: nobody answers there, or the token is missing or wrong; also from all methods.
+        JobError: no dashboard answers there, or the token is missing or wrong; also from all methods.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -192,7 +192,7 @@ def _job_errors(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise JobError(
-            f"the cluster at {address} wants another token ({_first_line(error.message)}); set "
+            f"the cluster at {address} requires another token ({_first_line(error.message)}); set "
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
         ) from error
     except (OSError, requests.RequestException) as error:

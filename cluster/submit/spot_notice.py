@@ -1,4 +1,4 @@
-"""Runs on a spot machine: asks the cloud whether the machine is taken back, and tells Ray, which tells the run.
+"""Runs on a spot machine: polls the cloud for the preemption notice and drains the Ray node, so that the run saves.
 
 `python -m m2f.cluster.submit.spot_notice aws` (or gcp); on Kubernetes a preStop hook does the same. Standard library
 only.
@@ -26,13 +26,13 @@ NOTICE_S: dict[Cloud, int] = {"aws": 110, "gcp": 25}
 
 def watch(cloud: Cloud, drain: Callable[[int], None], metadata: str | None = None, poll_s: float = POLL_S) -> None:
     """Wait for the notice, then call `drain(seconds left)` once. `metadata` is the address of another server."""
-    while not is_taken_back(cloud, metadata or METADATA[cloud]):
+    while not is_preempted(cloud, metadata or METADATA[cloud]):
         time.sleep(poll_s)
     drain(NOTICE_S[cloud])
 
 
-def is_taken_back(cloud: Cloud, metadata: str) -> bool:
-    """Whether the cloud has announced the end of this machine; a metadata server that does not answer says nothing."""
+def is_preempted(cloud: Cloud, metadata: str) -> bool:
+    """Whether the cloud has announced the end of this machine; False where the metadata server does not answer."""
     try:
         match cloud:
             case "aws":
@@ -45,7 +45,7 @@ def is_taken_back(cloud: Cloud, metadata: str) -> bool:
                 url = f"{metadata}/computeMetadata/v1/instance/preempted"
                 return _ask(url, {"Metadata-Flavor": "Google"}).strip() == "TRUE"
     except HTTPError as error:
-        if error.code != 404:  # AWS's way to say no
+        if error.code != 404:  # AWS: no notice
             LOGGER.warning("%s: %s", metadata, error)
     except (URLError, OSError) as error:
         LOGGER.warning("%s: %s", metadata, error)

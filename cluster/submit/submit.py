@@ -92,7 +92,7 @@ def job_name(config: RunConfig) -> str:
 
 
 def run_digest(config: RunConfig) -> str:
-    """What tells the run folder from others, in eight characters."""
+    """Digest of the run folder, eight characters."""
     return hashlib.sha256(config.run_folder.encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
@@ -161,7 +161,7 @@ def _is_local_tracking(uri: str) -> bool:
     return urlsplit(uri).scheme in ("", "file", "sqlite")
 
 
-def job_environment(wanted: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
+def job_environment(variables: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
     """Variables for a job from `NAME=VALUE` and `NAME` (its value here), with what m2f itself sets.
 
     Raises ConfigError for secrets: Ray shows a job's environment to everybody who can open its dashboard.
@@ -170,8 +170,8 @@ def job_environment(wanted: Sequence[str], config: RunConfig | None = None) -> d
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
     if config is not None and config.tracking.uri is None and tracking and not _is_local_tracking(tracking):
         env["MLFLOW_TRACKING_URI"] = tracking
-    for word in wanted:
-        name, equals, value = word.partition("=")
+    for variable in variables:
+        name, equals, value = variable.partition("=")
         if not equals and name not in os.environ:
             raise ConfigError(f"--env {name}: the variable is not set here; write --env {name}=VALUE")
         env[name] = value if equals else os.environ[name]

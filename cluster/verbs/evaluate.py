@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             folder = write_files(storage, url, evaluation.files(), local=Path(scratch) / name)
             print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
             if name != evaluation.results.subject.label:
-                print_out("other settings or weights than those of the results that are there, so under another name")
+                print_out("settings or weights differ from those of the stored results, so these have another name")
             if dump is not None:
                 print_out(f"predictions: {join(dump, name)}")
             if tracking is not None and weights.step is not None:

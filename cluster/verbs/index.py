@@ -1,4 +1,4 @@
-"""`m2f index`: a manifest for WebDataset tars that are there already."""
+"""`m2f index`: a manifest for existing WebDataset tars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`m2f train`: train a recipe; started again, it goes on from the last checkpoint."""
+"""`m2f train`: train a recipe; started again, it resumes from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m2f.cluster.verbs.arguments import add_recipe
 if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
 
-SUMMARY = "train a recipe; started again, it goes on from the last checkpoint"
+SUMMARY = "train a recipe; started again, it resumes from the last checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -60,7 +60,7 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
 
 
 def _summary(found: Verification, report: str | None) -> str:
-    """For a person: whole, or what is not."""
+    """As text: that the data set is complete, or its faults."""
     what = f"{found.num_samples:,} samples in {found.num_shards:,} shards, {found.num_bytes / 1e6:,.1f} MB"
     if found.passed:
         read = "every byte and sample is right" if found.depth == "full" else "all shards are there with their sizes"

@@ -1,4 +1,4 @@
-"""A manifest for WebDataset tars that are there already, ours or others': each is read once, none is written.
+"""A manifest for existing WebDataset tars, ours or others': each is read once, none is written.
 
 The manifest may lie anywhere; it names tars below its own folder by their place in it, others by URL.
 """

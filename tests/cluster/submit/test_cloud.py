@@ -18,7 +18,7 @@ import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
-from m2f.cluster.submit.spot_notice import NOTICE_S, is_taken_back, watch
+from m2f.cluster.submit.spot_notice import NOTICE_S, is_preempted, watch
 from tests.waiting import PATIENCE_S
 
 CLOUD = Path(m2f.__file__).parent / "cluster" / "cloud"
@@ -335,7 +335,7 @@ def metadata_server():
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
 def test_a_spot_notice_drains_the_node(metadata_server, cloud):
     address, notice = metadata_server
-    assert not is_taken_back(cloud, address)
+    assert not is_preempted(cloud, address)
     drained: list[int] = []
     watcher = threading.Thread(target=lambda: watch(cloud, drained.append, address, poll_s=0.02))
     watcher.start()
@@ -347,7 +347,7 @@ def test_a_spot_notice_drains_the_node(metadata_server, cloud):
 
 
 def test_an_unreachable_metadata_server_is_no_notice(caplog):
-    assert not is_taken_back("aws", "http://127.0.0.1:9")
+    assert not is_preempted("aws", "http://127.0.0.1:9")
     assert "127.0.0.1:9" in caplog.text
 
 

@@ -330,7 +330,7 @@ def submit(shared, dashboard):
 def test_a_wrong_token_is_reported_with_the_remedy(dashboard):
     done = m2f("submit", "--status", "some-job", "--address", dashboard, token="f" * 64)
     assert done.returncode == 2
-    assert "wants another token" in done.stderr
+    assert "requires another token" in done.stderr
     assert "ray get-auth-token" in done.stderr
 
 
