@@ -30,13 +30,13 @@ def as_page(comparison: Comparison) -> str:
     lead = "".join(paragraph(note, "note") for note in comparison.notes)
     if len(names) > 1:
         lead = paragraph(f"Differences are to {names[0]}; the best value of a row is bold.", "faint") + lead
-        words = range(1, len(differences.head))
-        body = _table(differences, words) if differences.rows else paragraph("The recipes do not differ.")
+        texts = range(1, len(differences.head))
+        body = _table(differences, texts) if differences.rows else paragraph("The recipes do not differ.")
         sections.append(Section(differences.title, body))
     if report.speed.rows:
         sections.append(Section(report.speed.title, _table(report.speed)))
     runs = tuple((run.name, run.source, run.status or "-", run.version or "-") for run in comparison.runs)
-    sections.append(Section("Runs", _table(Table("Runs", ("run", "where", "status", "m2f"), runs), words=[1])))
+    sections.append(Section("Runs", _table(Table("Runs", ("run", "where", "status", "m2f"), runs), texts=[1])))
     return page(report.title, lead, sections)
 
 
@@ -46,11 +46,11 @@ def plot_svg(plot: Plot, comparison: Comparison) -> str:
     return line_chart(plot.metric, series, plot.x_label)
 
 
-def _table(content: Table, words: Collection[int] = ()) -> str:
-    """`words`: positions of the columns that hold text of any length."""
+def _table(content: Table, texts: Collection[int] = ()) -> str:
+    """`texts`: positions of the columns that hold text of any length."""
     return table(
         content.head,
-        [[_cell(cell, "word" if i in words else "") for i, cell in enumerate(row)] for row in content.rows],
+        [[_cell(cell, "text" if i in texts else "") for i, cell in enumerate(row)] for row in content.rows],
     )
 
 
@@ -75,6 +75,6 @@ def _classes(comparison: Comparison, report: Report) -> str:
 
 def _change_chart(one: ClassTable, position: int, name: str) -> str:
     """Gains and losses of one run; "" where no class can be compared."""
-    gains, losses, _ = largest_changes(one, position, SHOWN_CLASSES)
-    bars = [Bar(row.name, delta, f"{delta:+.1f}", GOOD if delta >= 0 else BAD) for row, delta in (*gains, *losses)]
+    changes, _ = largest_changes(one, position, SHOWN_CLASSES)
+    bars = [Bar(row.name, delta, f"{delta:+.1f}", GOOD if delta >= 0 else BAD) for row, delta in changes]
     return bar_chart(f"{one.dataset}/{one.metric}: {name}", bars) if bars else ""

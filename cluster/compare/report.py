@@ -94,13 +94,13 @@ def _class_blocks(table: Table, of_class: ClassTable) -> list[str]:
     """The largest gains and losses of every run but the baseline."""
     blocks = []
     for run in range(1, len(table.head) - 1):
-        gains, losses, left_out = largest_changes(of_class, run, SHOWN_CLASSES)
+        changes, left_out = largest_changes(of_class, run, SHOWN_CLASSES)
         rows = [
             [row.name, number_text(row.values[0].value), number_text(row.values[run].value), f"{delta:+.2f}"]
-            for row, delta in (*gains, *losses)
+            for row, delta in changes
         ]
         if left_out:
-            rows.insert(len(gains), [f"({left_out} between)", "", "", ""])
+            rows.insert(SHOWN_CLASSES, [f"({left_out} between)", "", "", ""])
         if rows:
             blocks.append(aligned([table.title, table.head[1], table.head[1 + run], "delta"], *rows))
     return blocks

@@ -90,16 +90,9 @@ def number_text(value: float | None) -> str:
     return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-Change = tuple[RunValues, float]
-"""A class and the delta of one run."""
-
-
-def largest_changes(table: ClassTable, run: int, count: int) -> tuple[list[Change], list[Change], int]:
-    """The `count` largest gains and losses of the run at a position, best first, and how many lie between.
-
-    All changes are in the first list where there are at most twice as many.
-    """
+def largest_changes(table: ClassTable, run: int, count: int) -> tuple[list[tuple[RunValues, float]], int]:
+    """The `count` largest gains and losses of the run at a position, best first; how many between are left out."""
     deltas = [(row, row.values[run].delta) for row in table.rows]
     changes = sorted(((row, delta) for row, delta in deltas if delta is not None), key=lambda change: -change[1])
-    left_out = len(changes) - 2 * count
-    return (changes, [], 0) if left_out <= 0 else (changes[:count], changes[-count:], left_out)
+    left_out = max(0, len(changes) - 2 * count)
+    return [*changes[:count], *changes[count + left_out :]], left_out

@@ -152,7 +152,7 @@ def _errors(results: EvaluationResults, errors: SegmentErrors) -> str:
         )
         for o in Outcome
     ]
-    meanings = table(["outcome", "meaning"], [[name, Cell(escape(text), "word")] for name, text in EXPLAINED.values()])
+    meanings = table(["outcome", "meaning"], [[name, Cell(escape(text), "text")] for name, text in EXPLAINED.values()])
     names = _segment_names(results)
     order = np.argsort(-errors.by_class[:, 1:].sum(axis=1), kind="stable")
     by_class = _outcome_table("class", [names[k] for k in order], errors.by_class[order])

@@ -23,7 +23,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 8
 th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid #8883; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 thead th { border-bottom: 2px solid #8886; vertical-align: bottom; }
-td.word, th.word { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6em; }
+td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6em; }
 @media (max-width: 600px) { th, td { padding: 3px 6px; } th { white-space: normal; }
   th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6.5em; max-width: 40vw; } }
 .best { font-weight: bold; }
@@ -78,7 +78,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
     """A table that scrolls sideways where it is too wide; plain strings are escaped."""
-    kinds = [cell.kind if isinstance(cell, Cell) and cell.kind == "word" else "" for cell in rows[0]] if rows else []
+    kinds = [cell.kind if isinstance(cell, Cell) and cell.kind == "text" else "" for cell in rows[0]] if rows else []
     top = "".join(f'<th class="{k}">{escape(text)}</th>' for text, k in zip_longest(head, kinds, fillvalue=""))
     lines = ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
     body = "\n".join(lines)
