@@ -21,6 +21,9 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 """How names of images end, in any case."""
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
+_EXACT_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
+"""Compressions of TIFF without loss, as Pillow names them."""
 _PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}
 _JPEG_MODES = {1: "gray", 3: "rgb", 4: "cmyk"}
 """By the colour type of a PNG, and by the number of components of a JPEG."""
@@ -137,9 +140,30 @@ def decode_index_png(data: bytes) -> np.ndarray:
 def decode_id_png(data: bytes) -> np.ndarray:
     """Segment ids [H, W] uint32 of a COCO panoptic PNG: R + 256 G + 65536 B."""
     if read_header(data).ext != "png":
-        raise BrokenImageError("panoptic ids must be a PNG; JPEG changes the colours")
+        raise BrokenImageError("panoptic ids must be a PNG; JPEG and WebP change colours")
     padded = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR_RGB), cv2.COLOR_RGB2RGBA)  # to four bytes, one number
     return padded.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
+
+
+def decode_index_map(data: bytes) -> np.ndarray:
+    """Values [H, W] uint8 or uint16 of a grey or palette map in a format without loss: PNG, TIFF or BMP."""
+    if read_header(data).ext == "png":
+        return decode_index_png(data)
+    values = _exact_pixels(data)
+    if values.ndim != 2:
+        raise BrokenImageError("a label map must be grey or have a palette, and this file has colours")
+    return values
+
+
+def decode_id_map(data: bytes) -> np.ndarray:
+    """Segment ids [H, W] uint32, R + 256 G + 65536 B, of a map in a format without loss: PNG, TIFF or BMP."""
+    if read_header(data).ext == "png":
+        return decode_id_png(data)
+    colors = _exact_pixels(data)
+    if colors.ndim != 3:
+        raise BrokenImageError("this map holds its ids in three 8-bit channels, and the file has one")
+    red, green, blue = np.moveaxis(colors.astype(np.uint32), -1, 0)
+    return red | green << 8 | blue << 16
 
 
 def encode_png(values: np.ndarray) -> bytes:
@@ -162,6 +186,40 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
     if image is None:
         raise BrokenImageError("it cannot be decoded; its pixel data is damaged")
     return image
+
+
+def _exact_pixels(data: bytes) -> np.ndarray:
+    """Pixels of a TIFF or BMP file as they are stored: [H, W] uint8 or uint16 of grey values and palette indices, or
+    [H, W, 3] uint8. Raises BrokenImageError where what is stored is not what was labelled.
+    """
+    header = read_header(data)
+    if header.ext not in ("tif", "bmp"):
+        raise BrokenImageError(
+            "maps of labels must be a PNG, TIFF or BMP; JPEG and WebP change values, so export the map again as PNG"
+        )
+    if header.orientation != 1:
+        raise BrokenImageError(f"the map has EXIF orientation {header.orientation}; save it upright")
+    try:
+        with Image.open(io.BytesIO(data), formats=("TIFF", "BMP")) as image:
+            tags = getattr(image, "tag_v2", {})
+            compression, mode = image.info.get("compression"), image.mode
+            bits = {*tags.get(_TIFF_BITS, (8,))}
+            values = np.asarray(image)
+    except Exception as error:  # as in `_read_other_header`
+        raise BrokenImageError(f"it cannot be decoded ({error!r:.100})") from error
+    if header.ext == "tif" and compression not in _EXACT_TIFF:
+        raise BrokenImageError(f"a map in a TIFF with {compression} compression has other values; save it with LZW")
+    if mode in ("1", "L") and tags.get(_TIFF_PHOTOMETRIC) == 0:
+        raise BrokenImageError("the map is a TIFF that counts white as 0; save it with black as 0")
+    if mode == "1" and header.ext == "bmp" and data[28:30] != b"\1\0":  # Pillow tells both values by a threshold
+        raise BrokenImageError("the map is a BMP with more than 1 bit and two greys in its palette; save it as PNG")
+    if mode == "RGB" and bits == {8}:
+        return values
+    if mode == "L" and len(bits) == 1 and max(bits) <= 8:  # Pillow stretches small depths over 0..255
+        return values // (255 // (2 ** max(bits) - 1))
+    if mode in ("1", "P") or mode.startswith("I;16"):
+        return values.astype(np.uint16 if mode.startswith("I") else np.uint8)
+    raise BrokenImageError(f"a map must have 8 or 16 bits of grey, a palette or 8 bits per colour, and this is {mode}")
 
 
 def _read_other_header(data: bytes) -> ImageHeader:

@@ -11,7 +11,7 @@ from m2f.data_pipeline.config import HuggingFaceSource
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.files import require_folder
-from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_color_map
+from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_color_map
 from m2f.data_pipeline.sample import Annotation
 
 
@@ -20,7 +20,9 @@ def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
     images, annotations = require_folder(source.images), require_folder(source.annotations)
     categories, void = read_category_file(source.categories, source.void)
     decoder = ClassAndInstanceMaps(categories.by_id | dict.fromkeys(void))
-    return MapReader(images, categories, decoder, pair_files(images, annotations), max_pixels)
+    return MapReader(
+        images, categories, decoder, pair_files(images, annotations, other_map_endings=OTHER_MAP_ENDINGS), max_pixels
+    )
 
 
 @dataclass(frozen=True)

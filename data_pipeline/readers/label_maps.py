@@ -10,7 +10,7 @@ from m2f.data_pipeline.config import LabelMapSource
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.files import require_folder
-from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
+from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_index_map
 from m2f.data_pipeline.sample import Annotation
 
 
@@ -20,7 +20,9 @@ def open_label_maps(source: LabelMapSource, max_pixels: int) -> MapReader:
     categories, void = read_category_file(source.categories, source.void)
     regions: dict[int, Region | None] = {c.id: Region(c, c.id) for c in categories.categories}
     decoder = LabelMaps(regions | dict.fromkeys(void))
-    return MapReader(images, categories, decoder, pair_files(images, labels), max_pixels)
+    return MapReader(
+        images, categories, decoder, pair_files(images, labels, other_map_endings=OTHER_MAP_ENDINGS), max_pixels
+    )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.image_file import (
     IMAGE_ENDINGS,
     BrokenImageError,
-    decode_id_png,
-    decode_index_png,
+    decode_id_map,
+    decode_index_map,
     is_hidden_copy,
     read_header,
 )
@@ -30,6 +30,10 @@ from m2f.data_pipeline.readers.files import (
 )
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample
+
+OTHER_MAP_ENDINGS = (".tif", ".tiff", ".bmp")
+"""How names of maps without loss may end beside `.png`, in any case."""
+_LOSSY_ENDINGS = (".jpg", ".jpeg", ".webp")
 
 
 class MapDecoder(Protocol):
@@ -109,17 +113,17 @@ class MapReader:
 
 
 def read_index_map(path: Path, max_pixels: int) -> np.ndarray:
-    """Values [H, W] uint8 or uint16 of a grey or palette PNG. Raises DataError naming the file."""
+    """Values [H, W] uint8 or uint16 of a grey or palette map. Raises DataError naming the file."""
     data = read_bytes(path)
     try:
         require_size(read_header(data), max_pixels)
-        return decode_index_png(data)
+        return decode_index_map(data)
     except BrokenImageError as error:
         raise DataError(f"{path}: {error}") from error
 
 
 def read_color_map(path: Path, max_pixels: int) -> np.ndarray:
-    """R + 256 G + 65536 B [H, W] uint32 of a colour PNG. Raises DataError naming the file."""
+    """R + 256 G + 65536 B [H, W] uint32 of a colour map. Raises DataError naming the file."""
     data = read_bytes(path)
     try:
         header = read_header(data)
@@ -128,7 +132,7 @@ def read_color_map(path: Path, max_pixels: int) -> np.ndarray:
             raise BrokenImageError(
                 f"this map holds its ids in three 8-bit channels, and the file is {header.bit_depth}-bit {header.mode}"
             )
-        return decode_id_png(data)
+        return decode_id_map(data)
     except BrokenImageError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -138,6 +142,7 @@ def pair_files(
     *maps: Path,
     image_endings: tuple[str, ...] = IMAGE_ENDINGS,
     map_endings: tuple[str, ...] = (".png",),
+    other_map_endings: tuple[str, ...] = (),
     base_names: bool = False,
 ) -> tuple[MapRecord, ...]:
     """Records of all images with their file of the same stem in every folder of maps, in the order of stems.
@@ -149,25 +154,43 @@ def pair_files(
         maps: folders of the maps, in the order in which the decoder takes them.
         image_endings: how names of images end, in any case.
         map_endings: how names of maps end, in any case.
+        other_map_endings: the same for images that have no map of `map_endings`.
         base_names: keys are stems without folders, for data sets that keep these unique.
     """
     image_names = _names_by_stem(images, image_endings)
     if not image_names:
         raise DataError(f"{images} holds no image ({', '.join(image_endings)}); the data set is empty")
-    map_names = [_names_by_stem(folder, map_endings) for folder in maps]
-    for folder, names in zip(maps, map_names, strict=True):
+    map_names = []
+    for folder in maps:
+        names = _names_by_stem(folder, map_endings)
+        if image_names.keys() - names.keys():
+            names = _names_by_stem(folder, other_map_endings) | names
         alone = sorted(image_names.keys() ^ names.keys())
+        if alone and folder != images:
+            _refuse_lossy(folder, set(alone))
         if alone:
+            endings = ", ".join((*map_endings, *other_map_endings))
             raise DataError(
                 f"{len(alone)} files have no partner of the same stem between {images} ({', '.join(image_endings)}) "
-                f"and {folder} ({', '.join(map_endings)}): {some(alone)}"
+                f"and {folder} ({endings}): {some(alone)}"
             )
+        map_names.append(names)
     stems = sorted(image_names)
     keys = unique_keys(f"{PurePosixPath(stem).name}.png" if base_names else image_names[stem] for stem in stems)
     return tuple(
         MapRecord(i, key, image_names[stem], tuple(f / names[stem] for f, names in zip(maps, map_names, strict=True)))
         for i, (stem, key) in enumerate(zip(stems, keys, strict=True))
     )
+
+
+def _refuse_lossy(folder: Path, stems: set[str]) -> None:
+    """Raise DataError where maps of these stems are there, in formats that change values."""
+    lossy = _names_by_stem(folder, _LOSSY_ENDINGS)
+    if found := sorted(lossy[stem] for stem in stems & lossy.keys()):
+        raise DataError(
+            f"{folder}: {len(found)} maps are JPEG or WebP files, which change values along the borders of segments: "
+            f"{some(found)}; export them again as PNG, TIFF or BMP (a conversion keeps the wrong values)"
+        )
 
 
 def _names_by_stem(folder: Path, endings: tuple[str, ...]) -> dict[str, str]:

@@ -204,7 +204,7 @@ def test_faults_of_panoptic_masks(coco):
     coco.panoptic[0]["segments_info"].pop()
     coco.write()
     (coco.root / "masks" / "a.png").write_bytes(coco.files["a.jpg"])
-    with pytest.raises(DataError, match=r"masks/a.png: panoptic ids must be a PNG"):
+    with pytest.raises(DataError, match=r"masks/a.png: maps of labels must be a PNG, TIFF or BMP"):
         open_reader(coco.panoptic_source).read(0)
 
 

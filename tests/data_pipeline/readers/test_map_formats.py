@@ -1,0 +1,166 @@
+"""Maps of labels in other formats than PNG: those without loss are read exactly, the others are refused."""
+
+import io
+import json
+import struct
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2f.data_pipeline.config import HuggingFaceSource, LabelMapSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import BrokenImageError, decode_id_map, decode_index_map, encode_png
+from m2f.data_pipeline.readers import open_reader
+from tests.data_pipeline.coco_set import IDS, CocoSet
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (7, 9), dtype=np.uint8)
+DEEP = RANDOM.integers(0, 65536, (7, 9), dtype=np.uint16)
+COLORS = RANDOM.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+
+
+def saved(values, kind, palette=None, **options):
+    image = Image.fromarray(values)
+    if palette is not None:
+        image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tiff(values, bits, photometric=1):
+    """A TIFF of grey values with few bits, each row a whole number of bytes."""
+    rows = np.unpackbits(values[..., None], axis=-1)[..., -bits:].reshape(len(values), -1)
+    data = np.packbits(rows, axis=1).tobytes()
+    height, width = values.shape
+    fields = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
+    fields += [(278, height), (279, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(fields)) + entries + b"\0" * 4
+
+
+def bmp(values, palette):
+    """A BMP of 8 bits with a palette of few greys."""
+    data = b"".join(row.tobytes() + b"\0" * (-len(row) % 4) for row in values[::-1])
+    colors = b"".join(bytes((grey, grey, grey, 0)) for grey in palette)
+    header = struct.pack("<IiiHHIIiiII", 40, values.shape[1], len(values), 1, 8, 0, 0, 0, 0, len(palette), 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(colors) + len(data), 0, 0, 54 + len(colors)) + header + colors + data
+
+
+SHUFFLED = RANDOM.permutation(768).astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd"])
+@pytest.mark.parametrize("values", [GREY, DEEP], ids=["8 bits", "16 bits"])
+def test_tiff_without_loss_is_read_exactly(values, compression):
+    found = decode_index_map(saved(values, "TIFF", compression=compression))
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (saved(GREY, "TIFF", SHUFFLED), GREY),
+        (saved(GREY, "BMP", SHUFFLED), GREY),
+        (saved(GREY, "BMP"), GREY),
+        (saved(GREY > 127, "BMP"), GREY > 127),
+        (bmp(GREY % 3, [0, 1, 2]), GREY % 3),
+        (bmp(GREY, range(255, -1, -1)), GREY),
+        *((tiff(GREY & 2**bits - 1, bits), GREY & 2**bits - 1) for bits in (1, 2, 4, 8)),
+        (cv2.imencode(".tif", DEEP)[1].tobytes(), DEEP),
+        (encode_png(DEEP), DEEP),
+    ],
+)
+def test_indices_are_read_and_not_colours(data, values):
+    np.testing.assert_array_equal(decode_index_map(data), values)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "PNG"])
+def test_colours_are_ids(kind):
+    red, green, blue = np.moveaxis(COLORS.astype(np.uint32), -1, 0)
+    np.testing.assert_array_equal(decode_id_map(saved(COLORS, kind)), red + 256 * green + 65536 * blue)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (saved(GREY, "JPEG"), "must be a PNG, TIFF or BMP; JPEG and WebP change values"),
+        (saved(COLORS, "WEBP", lossless=True), "must be a PNG, TIFF or BMP"),
+        (saved(GREY, "TIFF", compression="jpeg"), "jpeg compression has other values"),
+        (tiff(GREY, 8, photometric=0), "counts white as 0"),
+        (bmp(GREY % 2, [0, 255]), "two greys in its palette"),
+        (saved(COLORS, "TIFF"), "must be grey or have a palette"),
+        (saved(np.dstack([COLORS, GREY]), "TIFF"), "this is RGBA"),
+        (cv2.imencode(".tif", np.dstack([DEEP] * 3))[1].tobytes(), "a map must have 8 or 16 bits"),
+        (saved(GREY.astype(np.int32), "TIFF"), "no stated range"),
+        (saved(GREY, "TIFF", tiffinfo={274: 6}), "EXIF orientation 6"),
+        (saved(GREY, "TIFF")[:-20], "cannot be"),
+        (saved(GREY, "BMP")[:-20], "cannot be decoded"),
+    ],
+)
+def test_what_is_not_exact_is_refused(data, words):
+    with pytest.raises(BrokenImageError, match=words):
+        decode_index_map(data)
+
+
+def test_a_grey_file_is_no_map_of_colours():
+    with pytest.raises(BrokenImageError, match="three 8-bit channels"):
+        decode_id_map(saved(GREY, "TIFF"))
+
+
+def _folders(root, kind, labels):
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+    for stem in ("a", "b"):
+        (root / "images" / f"{stem}.jpg").write_bytes(cv2.imencode(".jpg", np.zeros((7, 9, 3), np.uint8))[1].tobytes())
+    (root / "classes.json").write_text(json.dumps([{"label": i, "name": f"c{i}", "isthing": 1} for i in (1, 2)]))
+    for name, data in labels.items():
+        (root / "labels" / name).write_bytes(data)
+    if kind == "labels":
+        return LabelMapSource(images=f"{root}/images", labels=f"{root}/labels", categories=f"{root}/classes.json")
+    return HuggingFaceSource(images=f"{root}/images", annotations=f"{root}/labels", categories=f"{root}/classes.json")
+
+
+def _map(kind, value):
+    values = np.full((7, 9), value, np.uint8)
+    return values if kind == "labels" else np.dstack([values, np.ones_like(values), np.zeros_like(values)])
+
+
+@pytest.mark.parametrize("kind", ["labels", "huggingface"])
+@pytest.mark.parametrize(("ending", "form"), [("tif", "TIFF"), ("TIFF", "TIFF"), ("bmp", "BMP")])
+def test_readers_take_them(tmp_path, kind, ending, form):
+    labels = {f"a.{ending}": saved(_map(kind, 1), form), f"b.{ending}": saved(_map(kind, 2), form)}
+    reader = open_reader(_folders(tmp_path, kind, labels))
+    assert [[s.category_id for s in reader.read(i).annotation.segments] for i in (0, 1)] == [[1], [2]]
+
+
+@pytest.mark.parametrize("kind", ["labels", "huggingface"])
+def test_png_comes_first_where_there_are_both(tmp_path, kind):
+    labels = {f"{stem}.png": encode_png(_map(kind, 1)) for stem in "ab"}
+    labels |= {"a.tif": b"a preview", "a.bmp": b"another one", "a.jpg": b"and a third"}
+    assert len(open_reader(_folders(tmp_path, kind, labels)).read(0).annotation.segments) == 1
+
+
+@pytest.mark.parametrize("kind", ["labels", "huggingface"])
+@pytest.mark.parametrize(("ending", "form"), [("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP")])
+def test_maps_as_jpeg_are_refused_by_name(tmp_path, kind, ending, form):
+    labels = {f"{stem}.{ending}": saved(_map(kind, 1), form) for stem in "ab"}
+    with pytest.raises(DataError, match=rf"labels: 2 maps are JPEG or WebP files.*a.{ending}, b.{ending}; export"):
+        open_reader(_folders(tmp_path, kind, labels))
+
+
+@pytest.mark.parametrize(("form", "is_exact"), [("TIFF", True), ("BMP", True), ("JPEG", False)])
+def test_panoptic_files_may_name_them(tmp_path, form, is_exact):
+    coco = CocoSet(tmp_path)
+    coco.write()
+    colors = np.dstack([coco.ids & 255, coco.ids >> 8 & 255, coco.ids >> 16]).astype(np.uint8)
+    (tmp_path / "masks" / "a.png").write_bytes(saved(colors, form))
+    reader = open_reader(coco.panoptic_source)
+    if not is_exact:
+        with pytest.raises(DataError, match=r"masks/a.png: maps of labels must be a PNG, TIFF or BMP"):
+            reader.read(0)
+        return
+    assert [s.source_id for s in reader.read(0).annotation.segments] == list(IDS)
