@@ -53,7 +53,11 @@ def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Ch
 
 def driver_checks(config: RunConfig | None) -> list[Check]:
     """Checks of the driver's machine alone."""
-    return [partial(services.check_tracking, config), services.check_ray_token]
+    return [
+        partial(services.check_data, config),
+        partial(services.check_tracking, config),
+        services.check_ray_token,
+    ]
 
 
 def exit_status(findings: Sequence[Finding]) -> int:

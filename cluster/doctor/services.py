@@ -14,7 +14,8 @@ from urllib.request import Request, urlopen
 
 from m2f.cluster.doctor.finding import Finding
 from m2f.cluster.recipe.config import RunConfig
-from m2f.data_pipeline.shards.manifest import read_document
+from m2f.data_pipeline.shards.manifest import Manifest, read_document
+from m2f.data_pipeline.shards.warnings import data_warnings
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
@@ -49,8 +50,8 @@ def check_shards(config: RunConfig | None) -> Finding:
     if config is None:
         return Finding("shards", "skipped", NO_RECIPE)
     storage = _storage_without_retries(config)
-    used = {item.dataset for item in config.data.train} | {item.dataset for item in config.evaluation.sets}
-    for name in sorted(used):
+    used = _used_datasets(config)
+    for name in used:
         shards = config.datasets[name].shards
         try:
             document = read_document(shards, storage)
@@ -58,7 +59,29 @@ def check_shards(config: RunConfig | None) -> Finding:
             return Finding("shards", "failed", f"{name}: {error}", _storage_remedy(shards))
         if document is None:
             return Finding("shards", "failed", f"{name}: no manifest in {shards}", f"m2f shard RECIPE {name}")
-    return Finding("shards", "ok", f"manifests of {', '.join(sorted(used))} read")
+    return Finding("shards", "ok", f"manifests of {', '.join(used)} read")
+
+
+def check_data(config: RunConfig | None) -> Finding:
+    """Whether the data suit the model and the task: the warnings that `m2f shard`, `stats` and `train` give, too."""
+    if config is None:
+        return Finding("data", "skipped", NO_RECIPE)
+    storage, queries = _storage_without_retries(config), config.model.transformer_decoder.num_queries
+    used, found = _used_datasets(config), []
+    for name in used:
+        try:
+            manifest = Manifest.load(config.datasets[name].shards, storage)
+        except UserError:
+            return Finding("data", "skipped", f"the shards of {name} cannot be read")
+        found += data_warnings(name, manifest, config.data.task, queries)
+    if found:
+        return Finding("data", "warning", "\n".join(text.removeprefix("warning: ") for text in found))
+    return Finding("data", "ok", f"{', '.join(used)} suit the model and the task")
+
+
+def _used_datasets(config: RunConfig) -> list[str]:
+    """Names of all data sets of training and evaluation."""
+    return sorted({item.dataset for item in config.data.train} | {item.dataset for item in config.evaluation.sets})
 
 
 def check_tracking(config: RunConfig | None) -> Finding:

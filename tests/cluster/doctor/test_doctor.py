@@ -26,6 +26,7 @@ from m2f.cluster.doctor.machine import (
 )
 from m2f.cluster.doctor.services import (
     check_clock,
+    check_data,
     check_ray_token,
     check_run_folder,
     check_shards,
@@ -108,6 +109,15 @@ def test_missing_shards_fail_with_the_command_that_writes_them(recipe, tmp_path)
     assert check_shards(load_recipe(recipe)).state == "ok"
     finding = check_shards(load_recipe(recipe, [f"datasets.train.shards={tmp_path}"]))
     assert (finding.state, finding.remedy) == ("failed", "m2f shard RECIPE train")
+
+
+def test_data_that_do_not_suit_the_model_are_a_warning(recipe, tmp_path):
+    assert check_data(load_recipe(recipe)).state == "ok"
+    finding = check_data(load_recipe(recipe, ["model.transformer_decoder.num_queries=1"]))
+    assert (finding.state, finding.detail.startswith("train: 2 of 2 images have more objects")) == ("warning", True)
+    finding = check_data(load_recipe(recipe, [f"datasets.train.shards={tmp_path}"]))
+    assert (finding.state, finding.detail) == ("skipped", "the shards of train cannot be read")
+    assert check_data(None).state == "skipped"
 
 
 def test_an_mlflow_server_that_is_down_fails_quickly(recipe, quiet):
