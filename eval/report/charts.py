@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 WIDTH = 420
 SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
@@ -103,14 +104,14 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, limits: Limit
     across, up = limits or ((min(x_values), max(x_values)), (min(y_values), max(y_values)))
     axes = _Axes(ticks(*across), ticks(*up))
     parts = [heading, *axes.lines(x_label)]
-    row = _TOP + _PLOT_HEIGHT + _BOTTOM
+    bottom = _TOP + _PLOT_HEIGHT + _BOTTOM
     for position, one in enumerate(series):
         if one.points:
             parts += axes.curve(one, position)
-            parts.append(f'<path d="M{_LEFT} {row + 8}h22" {_stroke(position)}/>')
-            parts.append(_text(_LEFT + 28, row + 12, shortened(one.name, 52)))
-            row += ROW_HEIGHT
-    return _svg(row, title, parts)
+            parts.append(f'<path d="M{_LEFT} {bottom + 8}h22" {_stroke(position)}/>')
+            parts.append(_text(_LEFT + 28, bottom + 12, shortened(one.name, 52)))
+            bottom += ROW_HEIGHT
+    return _svg(bottom, title, parts)
 
 
 def small_chart(title: str, note: str, series: Sequence[Series]) -> str:
@@ -240,14 +241,8 @@ def shortened(text: str, letters: int) -> str:
 
 
 def _pieces(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Runs of points with finite values."""
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for x, y in points:
-        if math.isfinite(y):
-            pieces[-1].append((x, y))
-        elif pieces[-1]:
-            pieces.append([])
-    return [piece for piece in pieces if piece]
+    """Stretches of points with finite values."""
+    return [list(piece) for finite, piece in groupby(points, lambda point: math.isfinite(point[1])) if finite]
 
 
 def _stroke(position: int) -> str:

@@ -37,7 +37,7 @@ def as_before(monkeypatch):
 
 
 @pytest.mark.parametrize("name", IN_SECONDS)
-def test_a_dry_run_of_a_cheap_step(name, tmp_path):
+def test_cheap_steps_run_dry(name, tmp_path):
     assert main(["step", name, "--dry-run", "--out", str(tmp_path)]) == 0
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == name
@@ -53,8 +53,8 @@ def test_each_step_is_a_process_and_the_table_comes_last(tmp_path, monkeypatch, 
     assert "==== graphs" in (tmp_path / "log_1.txt").read_text()
 
 
-def test_a_step_that_hangs_or_dies_costs_its_box_only(tmp_path, monkeypatch, capsys):
-    """In place of the steps: a program that sleeps, and one that ends without a word."""
+def test_a_step_that_hangs_or_dies_costs_only_its_time_box(tmp_path, monkeypatch, capsys):
+    """In place of the steps: a program that sleeps, and one that ends without a result."""
     for name, text in (("hangs", "import time; time.sleep(600)"), ("dies", "raise SystemExit(7)")):
         (tmp_path / name).write_text(text)
     monkeypatch.setitem(CALLS, "1", Call(300, (Step("hangs", "none", 0.5), Step("dies", "none", 100))))
@@ -65,25 +65,25 @@ def test_a_step_that_hangs_or_dies_costs_its_box_only(tmp_path, monkeypatch, cap
     assert [json.loads(line)["step"] for line in (tmp_path / "results.jsonl").open()] == ["hangs", "dies"]
 
 
-def test_no_step_starts_without_time(tmp_path, monkeypatch):
+def test_a_step_does_not_start_without_time_left(tmp_path, monkeypatch):
     monkeypatch.setitem(CALLS, "1", Call(1, (STEPS["msda"],)))
     assert [result.state for result in run_call("1", [], tmp_path)] == ["no time"]
 
 
-def test_a_step_that_fails_is_told_with_its_error(tmp_path, monkeypatch):
+def test_a_step_that_fails_is_recorded_with_its_error(tmp_path, monkeypatch):
     monkeypatch.setitem(STEPS, "probe", Step("probe", "no_such_module", 1))
     assert main(["step", "probe", "--dry-run", "--out", str(tmp_path)]) == 1
     assert "no_such_module" in json.loads((tmp_path / "results.jsonl").read_text())["found"]
 
 
 @pytest.mark.parametrize("words", [("call", "msda"), ("step", "1")])
-def test_a_call_is_no_step(words, capsys):
+def test_a_step_is_not_taken_as_a_call_nor_a_call_as_a_step(words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--dry-run"])
     assert "there is no" in capsys.readouterr().err
 
 
-def test_clock_and_distance(tmp_path):
+def test_milliseconds_warms_up_and_distance_is_relative(tmp_path):
     calls = []
     assert milliseconds(lambda: calls.append(0), Stage(torch.device("cpu"), tmp_path).device) < 100
     assert len(calls) == 4

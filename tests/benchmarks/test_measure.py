@@ -19,7 +19,7 @@ def setting():
     return replace(Setting.now(CPU, "copy 10 GB/s"), day="2026-11-23", hardware="Some (R) CPU @ 2.0 GHz")
 
 
-def test_no_ratio_without_agreement():
+def test_a_ratio_needs_agreement():
     one, other = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
     with pytest.raises(AssertionError, match=r"case shape: ours and peer differ by 9.1e-02, more than 1.0e-02"):
         compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.01, repeats=1)
@@ -35,7 +35,7 @@ def test_both_sides_run_in_turn():
     assert ours == peer == Times(1000.0, (1000.0, 1000.0), 1000.0)
 
 
-def test_times_and_their_spread():
+def test_times_have_median_quartiles_and_95th_percentile():
     seconds = [n / 1000 for n in range(1, 102)]
     times = Times.of(seconds)
     assert times.median == pytest.approx(1000 * statistics.median(seconds))

@@ -102,7 +102,7 @@ def test_a_longer_run_begins_again_with_other_positions(config, lossless):
     assert [batch.keys for batch in again.micro_batches] == [batch.keys for batch in first.micro_batches]
 
 
-def test_as_many_steps_as_fit(config, lossless, tmp_path):
+def test_a_recording_holds_as_many_steps_as_fit(config, lossless, tmp_path):
     limit = 0.6 * lossless.stat().st_size / 1e6
     with pytest.raises(ConfigError, match=r"1 of 3 steps of 4 images fit into .* MB; lower --steps or --quality"):
         record(config, tmp_path / "r.zip", STEPS, max_mb=limit, quality=None)

@@ -112,7 +112,7 @@ def test_pages_of_every_task_stand_alone(tasks):
     json.loads(details_json(results))
 
 
-def test_details_hold_what_the_page_draws():
+def test_details_json_holds_what_the_page_draws():
     content = json.loads(details_json(evaluated(TASKS).compute(TABLE, SUBJECT)))
     assert content["segments"]["outcomes"] == {
         "found": 5,
@@ -159,7 +159,7 @@ def test_many_classes_get_a_small_chart_each_and_are_folded_away():
     PageReader(html)
 
 
-def test_a_subset_is_said_and_an_empty_evaluation_has_a_page():
+def test_a_subset_is_noted_and_an_empty_evaluation_has_a_page():
     subject = EvaluationSubject(dataset="toy", fingerprint="ff", subset="first 3 of 9")
     assert "first 3 of 9" in evaluation_page(evaluated(TASKS).compute(TABLE, subject), {}, {})
     PageReader(evaluation_page(EvaluationStates.empty(TABLE, TASKS).compute(TABLE, SUBJECT), {}, {}))
