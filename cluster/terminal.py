@@ -56,13 +56,14 @@ class Progress:
         title: str,
         total: float,
         unit: str,
-        done: float = 0,
+        done: int = 0,
         stream: TextIO | None = None,
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._title, self._total, self._unit = title, total, unit
-        self._done_before = self._done = done
+        self._done_before = done
+        self._done: float = done
         self._bytes = 0
         self._stream = sys.stderr if stream is None else stream
         self._interval_s, self._clock = interval_s, clock

@@ -94,18 +94,18 @@ def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[Atte
         with torch.inference_mode(), recorded_attention(subject.model) as maps:
             predictions = subject.model(subject.model.normalise(batch.images.to(device), batch.sizes.to(device)))
         predictions = subject.classes.select(predictions)
-        for row, sample in enumerate(batch.samples):
-            objects = matched_objects(batch, row, predictions, config.data.task, labels, config.model.loss)
-            mass.update(maps, row, objects)
+        for index, sample in enumerate(batch.samples):
+            objects = matched_objects(batch, index, predictions, config.data.task, labels, config.model.loss)
+            mass.update(maps, index, objects)
             if len(objects.queries) and len(pictures) < num_pictures:
-                scores = predictions.class_logits[-1, row].softmax(-1).cpu()[objects.queries, objects.labels]
-                pictures[sample.image_id] = _picture(batch, row, maps, objects, scores, classes)
+                scores = predictions.class_logits[-1, index].softmax(-1).cpu()[objects.queries, objects.labels]
+                pictures[sample.image_id] = _picture(batch, index, maps, objects, scores, classes)
     return mass, pictures
 
 
 def _picture(
     batch: EvalBatch,
-    row: int,
+    index: int,
     maps: Sequence[AttentionMap],
     objects: MatchedObjects,
     scores: torch.Tensor,
@@ -114,11 +114,11 @@ def _picture(
     """The image with the outline of the object, a thing if there is one, that is predicted best, and its attention."""
     things = torch.tensor([classes[label].is_thing for label in objects.labels.tolist()])
     best = int((scores + things).argmax())
-    height, width = batch.sizes[row].tolist()
-    image = np.ascontiguousarray(batch.images[row, :, :height, :width].permute(1, 2, 0).numpy())
+    height, width = batch.sizes[index].tolist()
+    image = np.ascontiguousarray(batch.images[index, :, :height, :width].permute(1, 2, 0).numpy())
     name = classes[int(objects.labels[best])].name
-    title = f"image {batch.samples[row].image_id}: {name} {100 * scores[best]:.0f}"
-    heats = attention_pictures(maps, row, int(objects.queries[best]), (height, width))
+    title = f"image {batch.samples[index].image_id}: {name} {100 * scores[best]:.0f}"
+    heats = attention_pictures(maps, index, int(objects.queries[best]), (height, width))
     return render_heat(image, objects.masks[best, :height, :width].numpy(), title, heats)
 
 

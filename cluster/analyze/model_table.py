@@ -50,9 +50,10 @@ class ModelSize:
 
 def paper_sizes(models: Sequence[PaperModel], size: Size, *, timed: bool) -> Iterator[ModelSize]:
     """Measure models of the paper, one by one, at an input of this height and width."""
-    for row in models:
-        flops = mean_flops(row.config) if row.size is None else official_flops(row.config, row.size, semantic=True)
-        yield _measure(row.name, row.config, size, timed, paper=row, flops=flops.total / 1e9)
+    for paper in models:
+        config = paper.config
+        flops = mean_flops(config) if paper.size is None else official_flops(config, paper.size, semantic=True)
+        yield _measure(paper.name, config, size, timed, paper=paper, flops=flops.total / 1e9)
 
 
 def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
