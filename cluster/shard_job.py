@@ -81,7 +81,7 @@ class ShardReport:
     """Whether the manifest is written: the data set exists."""
 
     def summary(self) -> str:
-        """For a person: what is there now, and what is wrong with what is not."""
+        """As text: what is written, and why the rest is not."""
         kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
         lines = [f"{self.dataset}: {kept} samples in {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB"]
         if not self.written_shards:
@@ -133,23 +133,8 @@ def run_shard_job(
     elif existing is not None:
         withdraw(plan, storage)
     parts = {part.index: part for part in complete_parts(plan, storage, changes)}
-    missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
-    failures: list[ShardFailure] = []
-    if missing:
-        done = sum(len(plan.shard_keys[index]) for index in parts)
-        with (
-            local_or_existing(cluster, cluster.shard_tasks),
-            Progress(f"sharding {name}", plan.num_samples, "images", done) as progress,
-        ):
-            for part in _write_shards(reader, plan, missing, storage, cluster.shard_tasks, keep_going):
-                if isinstance(part, ShardFailure):
-                    failures.append(part)
-                    progress.note(part.message)
-                    continue
-                parts[part.index] = part
-                progress.advance(len(plan.shard_keys[part.index]), part.info.size)
-                for problem in part.problems:
-                    progress.note(f"{problem.source}: {problem.message}")
+    num_missing = len(plan.shard_keys) - len(parts)
+    failures = _write_missing(name, reader, plan, parts, storage, cluster, keep_going) if num_missing else []
     problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in reader.unusable)
     problems += tuple(problem for index in sorted(parts) for problem in parts[index].problems)
     report = ShardReport(
@@ -158,7 +143,7 @@ def run_shard_job(
         num_samples=plan.num_samples,
         num_shards=len(plan.shard_keys),
         num_bytes=sum(part.info.size for part in parts.values()),
-        written_shards=len(missing) - len(failures),
+        written_shards=num_missing - len(failures),
         elapsed_s=round(time.monotonic() - started, 3),
         problems=problems,
         repairs=_count_repairs(parts.values()),
@@ -177,8 +162,37 @@ def run_shard_job(
     return report
 
 
+def _write_missing(
+    name: str,
+    reader: Reader,
+    plan: ShardPlan,
+    parts: dict[int, ShardPart],
+    storage: Storage,
+    cluster: ClusterConfig,
+    keep_going: bool,
+) -> list[ShardFailure]:
+    """Write the shards that `parts` lacks and add them to it, with progress; returns those that failed."""
+    failures: list[ShardFailure] = []
+    missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
+    done = sum(len(plan.shard_keys[index]) for index in parts)
+    with (
+        local_or_existing(cluster, cluster.shard_tasks),
+        Progress(f"sharding {name}", plan.num_samples, "images", done) as progress,
+    ):
+        for part in _run_tasks(reader, plan, missing, storage, cluster.shard_tasks, keep_going):
+            if isinstance(part, ShardFailure):
+                failures.append(part)
+                progress.note(part.message)
+                continue
+            parts[part.index] = part
+            progress.advance(len(plan.shard_keys[part.index]), part.info.size)
+            for problem in part.problems:
+                progress.note(f"{problem.source}: {problem.message}")
+    return failures
+
+
 def _compare_sources(name: str, reader: Reader, plan: ShardPlan, storage: Storage) -> SourceChanges:
-    """The changes, with one line to the person where contents have to be compared, which takes a while."""
+    """The changes, announced in a line where contents have to be compared, which takes a while."""
 
     def announce() -> None:
         print_err(f"{name}: times of source files differ from those of the shards; comparing their contents")
@@ -230,25 +244,23 @@ def _count_repairs(parts: Iterable[ShardPart]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(counts.items()))
 
 
-def _write_shards(
-    reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, window: int, keep_going: bool
+def _run_tasks(
+    reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, max_running: int, keep_going: bool
 ) -> Iterator[ShardPart | ShardFailure]:
-    """Parts in the order in which they are done, with at most `window` tasks in flight."""
+    """Parts in the order in which their tasks end, with at most `max_running` at once."""
     position = {key: index for index, key in enumerate(reader.keys)}
     plan_ref = ray.put(plan)
     waiting = list(reversed(missing))
     running: dict[ray.ObjectRef, int] = {}
     while waiting or running:
-        while waiting and len(running) < window:
+        while waiting and len(running) < max_running:
             index = waiting.pop()
-            samples = reader.subset(
-                [position[key] for key in plan.shard_keys[index]]
-            )  # not the whole source in each task
+            samples = reader.subset([position[key] for key in plan.shard_keys[index]])  # small arguments of tasks
             running[_write_shard_task.remote(samples, plan_ref, index, storage)] = index
         done, _ = ray.wait(list(running), num_returns=1)
         index = running.pop(done[0])
         try:
-            part: ShardPart | ShardFailure = _result(done[0], index, plan)
+            part: ShardPart | ShardFailure = _task_result(done[0], index, plan)
         except UserError as error:
             if not keep_going:
                 raise
@@ -261,7 +273,7 @@ def _write_shard_task(samples: Reader, plan: ShardPlan, index: int, storage: Sto
     return write_shard(samples, plan, index, storage)
 
 
-def _result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
+def _task_result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
     """The part, or the task's failure as one message."""
     try:
         return ray.get(ref)

@@ -104,13 +104,13 @@ def test_a_data_set_without_a_source_is_refused(tmp_path):
 def test_with_keep_going_all_other_shards_are_written_first(tmp_path, monkeypatch):
     """Without Ray: shards are written in this process, and the second one cannot be."""
 
-    def write(reader, plan, missing, storage, window, keep_going):
+    def write(reader, plan, missing, storage, max_running, keep_going):
         assert keep_going
         for index in missing:
             yield ShardFailure(index, "no space") if index == 1 else write_shard(reader, plan, index, storage)
 
     monkeypatch.setattr("m2f.cluster.shard_job.local_or_existing", lambda *_: nullcontext())
-    monkeypatch.setattr("m2f.cluster.shard_job._write_shards", write)
+    monkeypatch.setattr("m2f.cluster.shard_job._run_tasks", write)
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=12), shard_mb=0.05)
     with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n  no space\nAll are listed"):
         run_shard_job("train", dataset, CLUSTER, Storage(), keep_going=True)

@@ -11,7 +11,7 @@ from m2f.cluster import shard_job
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.shards.write import write_shard
+from m2f.data_pipeline.shards.write import SampleProblem, count_problems, write_shard
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.coco_set import CocoSet
 
@@ -22,7 +22,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_job, "local_or_existing", lambda *_: nullcontext())
     monkeypatch.setattr(
         shard_job,
-        "_write_shards",
+        "_run_tasks",
         lambda reader, plan, missing, storage, *_: (write_shard(reader, plan, i, storage) for i in missing),
     )
 
@@ -76,7 +76,7 @@ def test_an_odd_category_is_refused_at_once_and_counted_when_it_is_left_out(tmp_
 def test_a_bad_panoptic_segment_is_counted(tmp_path, job):
     coco = CocoSet(tmp_path)
     coco.panoptic[0]["segments_info"][0]["area"] = -1
-    with pytest.raises(DataError, match=r"1 annotations and 0 of 1 samples cannot be used.*--skip-bad"):
+    with pytest.raises(DataError, match=r"1 annotations cannot be used.*--skip-bad"):
         job(coco, "panoptic", skip_bad=False)
     report = job(coco, "panoptic")
     (problem,) = report.problems
@@ -123,3 +123,17 @@ def test_missing_files_and_old_shards_are_said(tmp_path, job, capsys):
     assert report.notes == ("1 source files are no longer there; the shards made of them stay",)
     shutil.rmtree(tmp_path / "shards" / "sources")
     assert "--redo writes the data set again" in job(coco).summary()
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "words"),
+    [(0, 2, "2 of 9 samples"), (3, 0, "3 annotations"), (3, 2, "3 annotations and 2 of 9 samples")],
+)
+def test_problems_are_counted_in_words(inside, outside, words):
+    problems = [SampleProblem("a", "images/a.jpg", "images/a.jpg: annotation 2 ...", is_in_shard=True)] * inside
+    problems += [SampleProblem("b", "images/b.jpg", "/x/images/b.jpg: ...")] * outside
+    assert count_problems(problems, 9) == words
+    assert {problem.line for problem in problems} <= {
+        "images/a.jpg: annotation 2 ...",
+        "images/b.jpg: /x/images/b.jpg: ...",
+    }
