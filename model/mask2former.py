@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
@@ -24,6 +25,9 @@ from m2f.model.transformer_decoder.standard import StandardTransformerDecoder
 class Mask2Former(nn.Module):
     """Masked-attention mask transformer (Cheng et al., CVPR 2022), or MaskFormer with the decoder `standard`."""
 
+    pixel_decoder_fp32: bool
+    """Whether autocast stops at the pixel decoder, whose weights are then in fp32."""
+
     def __init__(self, config: ModelConfig, backbone: nn.Module, channels: tuple[int, ...], num_classes: int) -> None:
         """`channels` of the backbone's maps at strides 4, 8, 16, 32; `num_classes` without "no object"."""
         super().__init__()
@@ -42,14 +46,21 @@ class Mask2Former(nn.Module):
                 self.transformer_decoder = StandardTransformerDecoder(decoder, source_dim, *dims)
             case _:
                 assert_never(decoder)
+        self.pixel_decoder_fp32 = False
         # Numbers and not buffers: a model cast to bfloat16 must not round them.
         self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
 
     def forward(self, images: Tensor) -> Predictions:
         """`images` [B, 3, H, W] as `normalise` returns them."""
         maps = self.backbone(images)
-        mask_features, features = self.pixel_decoder(maps)
+        mask_features, features = self._decode_pixels(maps)
         return self.transformer_decoder(maps[-1:] if self.decodes_backbone else features, mask_features)
+
+    def _decode_pixels(self, maps: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self.pixel_decoder_fp32:
+            return self.pixel_decoder(maps)
+        with torch.autocast(maps[0].device.type, enabled=False):
+            return self.pixel_decoder([feature.float() for feature in maps])
 
     @torch.no_grad()
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:

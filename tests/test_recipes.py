@@ -247,6 +247,7 @@ OFFICIAL = {
     "data.augment.shrink": "bilinear",
     "data.crop_padding": "grey",
     "evaluation.shrink": "bilinear",
+    "training.precision": "fp16_autocast",
 }
 
 

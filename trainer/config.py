@@ -55,7 +55,7 @@ class MultiStepSchedule:
 
 ScheduleConfig = PolySchedule | MultiStepSchedule
 
-Precision = Literal["fp32", "bf16_autocast", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,11 @@ class TrainingConfig:
     micro_batch: int = 2
     """Images per forward on one rank; accumulation follows from global_batch, world size and this."""
     precision: Precision = "fp32"
-    """bf16_autocast: weights in fp32, matrix products in bf16. bf16, fp16: weights and gradients in 16 bits too, with
-    fp32 copies in the optimizer; fp16 scales the loss by what fits. Coordinates and losses stay in fp32."""
+    """bf16_autocast, fp16_autocast: weights in fp32, matrix products in 16 bits. bf16, fp16: weights and gradients in
+    16 bits too, with fp32 copies in the optimizer. fp16 and fp16_autocast scale the loss by what fits; fp16_autocast
+    computes the pixel decoder in fp32, as the official code. Coordinates and losses stay in fp32."""
+    pixel_decoder_fp32: bool = False
+    """Compute the pixel decoder in fp32 under bf16_autocast too; slower."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=PolySchedule)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -168,6 +171,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"training.precision {self.precision} needs training.zero.stage 1, 2 or 3, which keep fp32 copies of "
                 "the weights; raise the stage, or set the precision to bf16_autocast"
+            )
+        if self.pixel_decoder_fp32 and self.precision in ("bf16", "fp16"):
+            raise ConfigError(
+                f"training.pixel_decoder_fp32 needs weights in fp32, and training.precision {self.precision} has them "
+                f"in 16 bits; set the precision to {self.precision}_autocast"
             )
         if self.compile and self.zero.stage == 3:
             raise ConfigError(

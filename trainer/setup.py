@@ -61,7 +61,9 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
             restart.load_model(model)
         if training.compile:
             ranks.run_on_all(lambda: compile_regions(model))
-        module = TrainingModule(model, job.model, job.seed, training.precision)
+        module = TrainingModule(
+            model, job.model, job.seed, training.precision, pixel_decoder_fp32=training.pixel_decoder_fp32
+        )
         job = probe_memory(module, job, data, this_device(), ranks, reporter)
         engine = Engine(module, job.training, this_device(), universal=restart is not None and restart.reshard)
         if restart is not None:

@@ -31,13 +31,22 @@ class Activations(NamedTuple):
 
 
 def count_activations(
-    config: ModelConfig, images: int, size: tuple[int, int], targets: int, autocast: bool, weights: torch.dtype
+    config: ModelConfig,
+    images: int,
+    size: tuple[int, int],
+    targets: int,
+    autocast: bool,
+    weights: torch.dtype,
+    *,
+    pixel_decoder_fp32: bool = False,
 ) -> Activations:
     """Forward, loss and backward of `images` of height and width `size` with `targets` segments each.
 
+    `autocast` to 16 bits, which with `pixel_decoder_fp32` stops at the pixel decoder.
     Counts what tensors take: workspaces of libraries and the allocator's unused rest come on top.
     """
     model = build_shapes(config, weights).train()
+    model.pixel_decoder_fp32 = pixel_decoder_fp32
     _use_kernel_shapes(model)
     with SHAPES_ONLY:
         for parameter in model.parameters():

@@ -108,20 +108,20 @@ def in_stage_again(folder: Path, stage: str, max_steps: str) -> dict:
     return train(in_stage(folder, "parts", stage, int(max_steps)))
 
 
-def resumed_in_bf16(folder: Path) -> dict:
-    """The same with weights of 16 bits."""
-    whole, parts = in_bf16(folder, "whole", max_steps=4), in_bf16(folder, "parts", max_steps=3)
+def resumed_in_precision(folder: Path, precision: str) -> dict:
+    """The same with weights or products of 16 bits."""
+    whole, parts = (in_precision(folder, name, precision, steps) for name, steps in (("whole", 4), ("parts", 3)))
     return {"whole": train(whole), "stopped": train(parts, control=StopAt(polls=2)), "resumed": train(parts)}
 
 
-def in_bf16_again(folder: Path) -> dict:
-    """A further step of the run of `resumed_in_bf16`."""
-    return train(in_bf16(folder, "parts", max_steps=4))
+def in_precision_again(folder: Path, precision: str) -> dict:
+    """A further step of the run of `resumed_in_precision`."""
+    return train(in_precision(folder, "parts", precision, max_steps=4))
 
 
-def in_bf16(folder: Path, name: str, max_steps: int) -> TrainJob:
-    job = in_stage(folder, f"{name}_bf16_", stage="2", max_steps=max_steps)
-    return replace(job, training=replace(job.training, precision="bf16"))
+def in_precision(folder: Path, name: str, precision: str, max_steps: int) -> TrainJob:
+    job = in_stage(folder, f"{name}_{precision}_", stage="2", max_steps=max_steps)
+    return replace(job, training=replace(job.training, precision=precision))
 
 
 def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:

@@ -15,6 +15,7 @@ from m2f.data_pipeline.storage.storage import Storage
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test waits for all runs
 
 STAGES = ("0", "1", "2", "3")
+PRECISIONS = ("bf16", "fp16_autocast")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def whole_runs(with_data):
             "given_up",
             *(f"resumed_in_stage:{stage}" for stage in STAGES),
             *("unreadable", "misfits", "bad_samples", "changed_data", "other_stages"),
-            "resumed_in_bf16",
+            *(f"resumed_in_precision:{precision}" for precision in PRECISIONS),
         )
     )
     return with_data
@@ -50,7 +51,8 @@ def whole_runs(with_data):
 @pytest.fixture(scope="module")
 def other_ranks(whole_runs):
     """Some of these runs go on with one rank, and some of them with two again."""
-    whole_runs.run_each(("in_bf16_again", *(f"in_stage_again:{stage}:5" for stage in STAGES)), ranks=1)
+    again = [f"in_precision_again:{precision}" for precision in PRECISIONS]
+    whole_runs.run_each((*again, *(f"in_stage_again:{stage}:5" for stage in STAGES)), ranks=1)
     whole_runs.run_each([f"in_stage_again:{stage}:6" for stage in STAGES])
     return whole_runs
 
@@ -160,11 +162,14 @@ def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(other_ran
         torch.testing.assert_close(parts[name], average, rtol=1e-3, atol=1e-4)
 
 
-def test_weights_of_16_bits_resume_to_the_bit_and_with_other_ranks(other_ranks):
-    runs = other_ranks.seen("resumed_in_bf16")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_16_bits_resume_to_the_bit_and_with_other_ranks(other_ranks, precision):
+    runs = other_ranks.seen(f"resumed_in_precision:{precision}")
     expected = runs["whole"]["losses"]
     assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == {step: expected[step] for step in "123"}
-    assert other_ranks.seen("in_bf16_again")["losses"]["4"] == pytest.approx(expected["4"], rel=1e-5)
+    rounding = 1e-3 if precision == "fp16_autocast" else 1e-5  # products of fp16 depend on the images beside each other
+    again = other_ranks.seen(f"in_precision_again:{precision}")["losses"]
+    assert again["4"] == pytest.approx(expected["4"], rel=rounding)
 
 
 def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):

@@ -26,6 +26,8 @@ from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.errors import TrainingError
 
+_LOSS_SCALE = "loss_scale"
+"""Key of our part of DeepSpeed's files."""
 _GATHERED_AT_ONCE = 50_000_000  # elements; 200 MB of fp32 while ZeRO-3 weights are consolidated
 
 
@@ -85,6 +87,8 @@ class Engine:
         result = self._finish_sharded_step() if self.stage else self._finish_plain_step()
         if result.applied and self._average is not None:
             self._average.update(number)
+        if self.module.loss_scale is not None:
+            self.module.loss_scale.update(result.applied)
         return result
 
     def _finish_sharded_step(self) -> StepResult:
@@ -98,11 +102,15 @@ class Engine:
     def save(self, folder: Path, tag: str) -> None:
         """Write this rank's files to `folder/tag`. A collective: every rank calls it, each with a folder of its own."""
         (folder / tag).mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        scale = self.module.loss_scale
+        ours = {} if scale is None else {_LOSS_SCALE: scale.state()}
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=ours, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore what `save` wrote. Executes pickles, so only for files whose checksum this run vouches for."""
-        self._engine.load_checkpoint(str(folder), tag=tag)
+        _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
+        if self.module.loss_scale is not None:
+            self.module.loss_scale.load(ours[_LOSS_SCALE])
         # Loading the universal format under ZeRO-3 leaves all groups with the settings of the first and with one step
         # counter between them, which would then count every group's update.
         for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
@@ -157,7 +165,9 @@ def check_world_size(training: TrainingConfig, world_size: int) -> None:
 def check_device(training: TrainingConfig, device: torch.device) -> None:
     """Raise TrainingError where the device cannot compute in the precision."""
     if training.precision == "fp16" and device.type == "cpu":
-        raise TrainingError("training.precision is fp16, which needs a GPU; set it to bf16_autocast, bf16 or fp32")
+        raise TrainingError(
+            "training.precision is fp16, which needs a GPU; set it to bf16_autocast, fp16_autocast, bf16 or fp32"
+        )
 
 
 def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool = False) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from m2f.model.loss.criterion import Losses, Normalizers, compute_losses
 from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import Mask2Former
 from m2f.trainer.config import Precision
+from m2f.trainer.engine.loss_scale import LossScale
 
 
 class TrainingModule(nn.Module):
@@ -20,7 +21,15 @@ class TrainingModule(nn.Module):
     `total` alone carries gradients.
     """
 
-    def __init__(self, model: Mask2Former, config: ModelConfig, seed: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: Mask2Former,
+        config: ModelConfig,
+        seed: int,
+        precision: Precision,
+        *,
+        pixel_decoder_fp32: bool = False,
+    ) -> None:
         super().__init__()
         assert config.num_classes is not None
         self.model = model
@@ -28,13 +37,16 @@ class TrainingModule(nn.Module):
         self.num_classes = config.num_classes
         self.points = CounterPoints(seed)
         self.precision = precision
+        model.pixel_decoder_fp32 = pixel_decoder_fp32 or precision == "fp16_autocast"
+        self.loss_scale = LossScale(model.parameters()) if precision == "fp16_autocast" else None
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> Losses:
         """Losses of a micro-batch, in fp32 whatever the precision of the forward."""
         images = self.model.normalise(batch.images, batch.sizes)
         # Where weights have 16 bits themselves, autocast is what brings them together with what stays in fp32.
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        dtype = torch.float16 if self.precision in ("fp16", "fp16_autocast") else torch.bfloat16
         with torch.autocast(images.device.type, dtype, enabled=self.precision != "fp32"):
             predictions = self.model(images)
         losses = compute_losses(predictions, batch.targets, self.points, normalizers, self.loss, self.num_classes)
-        return Losses(losses.total, losses.terms.detach(), losses.per_image.detach())
+        total = losses.total if self.loss_scale is None else self.loss_scale.enlarge(losses.total)
+        return Losses(total, losses.terms.detach(), losses.per_image.detach())

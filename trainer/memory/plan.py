@@ -48,8 +48,12 @@ def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, 
     """Count one micro-batch of one image and one of two, with `targets` segments in each. Takes seconds."""
     size = largest_shape(data.augment)
     dtype = _16_BIT.get(training.precision, torch.float32)
+    fp32 = training.pixel_decoder_fp32 or training.precision == "fp16_autocast"
     one, two = (
-        count_activations(model, images, size, targets, training.precision != "fp32", dtype).peak for images in (1, 2)
+        count_activations(
+            model, images, size, targets, training.precision != "fp32", dtype, pixel_decoder_fp32=fp32
+        ).peak
+        for images in (1, 2)
     )
     return MemoryPlan(
         size=size,

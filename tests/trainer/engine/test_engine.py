@@ -12,7 +12,7 @@ from m2f.trainer.errors import TrainingError
 from tests.trainer.conftest import Launcher
 from tests.trainer.engine_ranks import CASES, CASES_ALONE
 
-FULL_PRECISION = [case for case in CASES if "bf16" not in case]
+FULL_PRECISION = [case for case in CASES if "16" not in case]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,23 @@ def test_bucket_size_and_overlap_do_not_change_a_bit(steps, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["stage1_bf16", "stage3_bf16"])
+@pytest.mark.parametrize("case", ["stage1_bf16", "stage3_bf16", "stage1_bf16_fp32_pixels"])
 def test_bf16_autocast_is_close(steps, plain, case):
     assert steps[case]["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert steps[case]["losses"] != steps["stage1"]["losses"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if "fp16" in case])
+def test_fp16_autocast_has_the_gradients_of_fp32(steps, plain, case):
+    """The scale of the loss, 65536, is in no gradient that an engine sees."""
+    seen = steps[case]
+    assert seen["applied"] == [True] * 3
+    assert seen["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-3)
+    assert seen["losses"] == pytest.approx(plain["losses"], rel=0.02)
+    assert seen["norms"][0] == pytest.approx(plain["norms"][0], rel=0.01)
+    assert seen["dtypes"]["weights"] == ["torch.float32"]
+    assert seen["losses"] != steps["stage1"]["losses"]
 
 
 @pytest.mark.slow
@@ -142,6 +155,12 @@ def test_16_bits_and_offload_in_deepspeeds_words():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_pixel_decoder_in_fp32_needs_weights_in_fp32(precision):
+    with pytest.raises(ConfigError, match=rf"pixel_decoder_fp32 .* set the precision to {precision}_autocast"):
+        TrainingConfig(max_steps=1, precision=precision, pixel_decoder_fp32=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bits_need_fp32_copies(precision):
     with pytest.raises(ConfigError, match=rf"precision {precision} needs training\.zero\.stage 1, 2 or 3"):
         TrainingConfig(max_steps=1, precision=precision, zero=ZeroConfig(stage=0))
@@ -150,7 +169,7 @@ def test_16_bits_need_fp32_copies(precision):
 def test_what_cannot_work_names_the_setting():
     with pytest.raises(ConfigError, match=r"offload_optimizer needs training\.zero\.stage 1, 2 or 3"):
         ZeroConfig(stage=0, offload_optimizer=True)
-    with pytest.raises(TrainingError, match="fp16, which needs a GPU; set it to bf16_autocast"):
+    with pytest.raises(TrainingError, match="fp16, which needs a GPU; set it to bf16_autocast, fp16_autocast"):
         check_device(TrainingConfig(max_steps=1, precision="fp16"), torch.device("cpu"))
 
 
