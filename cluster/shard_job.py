@@ -89,7 +89,7 @@ class ShardReport:
         else:
             lines[0] += f"; wrote {self.written_shards} shards in {format_duration(self.elapsed_s)}"
         lines += [f"  {note}" for note in self.notes]
-        problems = [f"{problem.source}: {problem.message}" for problem in self.problems]
+        problems = [problem.line for problem in self.problems]
         lines += first_lines(problems, SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
         lines += [f"  {count:,} {what}" for what, count in self.repairs]
         return "\n".join(lines)
@@ -187,7 +187,7 @@ def _write_missing(
             parts[part.index] = part
             progress.advance(len(plan.shard_keys[part.index]), part.info.size)
             for problem in part.problems:
-                progress.note(f"{problem.source}: {problem.message}")
+                progress.note(problem.line)
     return failures
 
 
@@ -231,7 +231,7 @@ def _require_committed(plan: ShardPlan, report: ShardReport, refusal: DataError 
         )
     if not report.committed:
         raise DataError(
-            f"{report.summary()}\n{count_problems(problems)} of {plan.num_samples} samples cannot be used, so the data "
+            f"{report.summary()}\n{count_problems(problems, plan.num_samples)} cannot be used, so the data "
             f"set is not committed. All are listed in {join(plan.target, REPORT_FILE)}. Correct them and run again, or "
             "leave them out with --skip-bad"
         )

@@ -55,6 +55,11 @@ class SampleProblem:
     is_in_shard: bool = False
     """Whether the sample is there, and only an annotation of it was left out."""
 
+    @property
+    def line(self) -> str:
+        """Source and message, the source once."""
+        return self.message if self.message.startswith(self.source) else f"{self.source}: {self.message}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPart:
@@ -317,11 +322,11 @@ def _has_size(url: str, size: int, storage: Storage) -> bool:
         return False
 
 
-def count_problems(problems: Sequence[SampleProblem]) -> str:
-    """For example `2` or `3 annotations and 2`, to go before ` of 20 samples`."""
+def count_problems(problems: Sequence[SampleProblem], num_samples: int) -> str:
+    """For example `2 of 20 samples`, `3 annotations` or `3 annotations and 2 of 20 samples`."""
     inside = sum(problem.is_in_shard for problem in problems)
-    samples = str(len(problems) - inside)
-    return f"{inside} annotations and {samples}" if inside else samples
+    annotations, samples = f"{inside} annotations", f"{len(problems) - inside} of {num_samples} samples"
+    return " and ".join([annotations] * (inside > 0) + [samples] * (inside < len(problems)))
 
 
 def _refuse_problems(plan: ShardPlan, problems: Sequence[SampleProblem]) -> None:
@@ -329,7 +334,7 @@ def _refuse_problems(plan: ShardPlan, problems: Sequence[SampleProblem]) -> None
         listed = "\n".join(f"  {problem.message}" for problem in problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise DataError(
-            f"{plan.target}: {count_problems(problems)} of {plan.num_samples} samples cannot be used; "
+            f"{plan.target}: {count_problems(problems, plan.num_samples)} cannot be used; "
             f"correct them, or accept to leave them out:\n{listed}{more}"
         )
 
