@@ -87,8 +87,13 @@ def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
     from m2f.cluster.submit.submit import jobs_of
 
     jobs = client.jobs()
-    named = [job for job in jobs if job.job_id == args.recipe]
-    return named or jobs_of(load_recipe(args.recipe, args.overrides), jobs)
+    if named := [job for job in jobs if job.job_id == args.recipe]:
+        return named
+    try:
+        config = load_recipe(args.recipe, args.overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{client.address} has no job {args.recipe}, and it is no recipe: {error}") from error
+    return jobs_of(config, jobs)
 
 
 def _write_ray_job(args: argparse.Namespace) -> int:

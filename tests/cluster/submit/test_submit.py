@@ -43,7 +43,7 @@ def sent_recipe(*overrides):
     return parse_recipe(RECIPE, overrides)
 
 
-def known(job_id, status="RUNNING", digest="same"):
+def job_info(job_id, status="RUNNING", digest="same"):
     return JobInfo(job_id, status, "", None, 1.0, {"m2f_recipe": digest})
 
 
@@ -168,20 +168,20 @@ def test_an_unset_variable_is_refused(monkeypatch):
 
 def test_the_first_job_of_a_run_has_number_1():
     config = sent_recipe()
-    assert choose_job(config, "same", [known("other-1"), known(job_name(config) + "-x")]) == ChosenJob(
+    assert choose_job(config, "same", [job_info("other-1"), job_info(job_name(config) + "-x")]) == ChosenJob(
         f"{job_name(config)}-1", is_new=True
     )
 
 
 def test_an_active_job_is_attached_to():
     base = job_name(sent_recipe())
-    jobs = [known(f"{base}-1", "FAILED"), known(f"{base}-2", "PENDING")]
+    jobs = [job_info(f"{base}-1", "FAILED"), job_info(f"{base}-2", "PENDING")]
     assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-2", is_new=False)
 
 
 def test_after_ended_jobs_the_next_number_is_taken():
     base = job_name(sent_recipe())
-    jobs = [known(f"{base}-10", "STOPPED"), known(f"{base}-9", "SUCCEEDED")]
+    jobs = [job_info(f"{base}-10", "STOPPED"), job_info(f"{base}-9", "SUCCEEDED")]
     assert choose_job(sent_recipe(), "same", jobs) == ChosenJob(f"{base}-11", is_new=True)
     assert [job.job_id for job in jobs_of(sent_recipe(), jobs)] == [f"{base}-9", f"{base}-10"]
 
@@ -189,7 +189,27 @@ def test_after_ended_jobs_the_next_number_is_taken():
 def test_an_active_job_with_another_recipe_is_refused():
     base = job_name(sent_recipe())
     with pytest.raises(ConfigError, match=f"m2f submit --stop {base}-1"):
-        choose_job(sent_recipe(), "other", [known(f"{base}-1")])
+        choose_job(sent_recipe(), "other", [job_info(f"{base}-1")])
+
+
+def test_status_takes_a_recipe_by_name_or_the_id_of_a_job(monkeypatch, capsys):
+    job = job_info(f"{job_name(load_recipe('camvid_panoptic'))}-1")
+
+    class Client:
+        address = "http://head:8265"
+
+        def __init__(self, address):
+            pass
+
+        def jobs(self):
+            return [job_info("other-1"), job]
+
+    monkeypatch.setattr("m2f.cluster.submit.ray_jobs.JobClient", Client)
+    for word in ("camvid_panoptic", job.job_id):
+        assert main(["submit", "--status", word]) == 0
+        assert capsys.readouterr().out.startswith(job.job_id)
+    assert main(["submit", "--status", "other-2"]) == 2
+    assert "http://head:8265 has no job other-2, and it is no recipe: no recipe is called" in capsys.readouterr().err
 
 
 def test_job_names_differ_between_run_folders():
