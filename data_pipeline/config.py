@@ -339,6 +339,11 @@ class DataConfig:
         require_positive(data__chunk_mb=self.chunk_mb)
         if not self.train:
             raise ConfigError("data.train is empty: name at least one data set, for example [{dataset: train}]")
+        if self.rasterise == "crop" and self.task != "instance":
+            raise ConfigError(
+                f"data.rasterise is crop, which draws the polygons of instances, but data.task is {self.task}; set "
+                "data.rasterise to source"
+            )
         if self.copy_paste is not None and isinstance(self.augment, ScaleJitter):
             raise ConfigError(
                 "data.copy_paste needs two images of one size, and data.augment.kind scale keeps their shapes; choose "

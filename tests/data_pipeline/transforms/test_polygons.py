@@ -9,13 +9,14 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, ScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.randomness import Stream, sample_rng
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.augment import AugmentParams, draw_params
 from m2f.data_pipeline.transforms.example import TrainTransform, make_example
 from m2f.data_pipeline.transforms.polygons import augment_ring, rasterise
 from m2f.data_pipeline.transforms.targets import present_ids
+from m2f.model.errors import ConfigError
 
 HEIGHT, WIDTH = 60, 80
 TABLE = CategoryTable((Category(1, "cell", True, (200, 0, 0)), Category(2, "dog", True, (0, 200, 0))))
@@ -181,6 +182,12 @@ def test_a_ring_that_is_cut_to_nothing_has_no_pixel():
     ring = augment_ring((20, 20, 30, 20, 30, 30), (HEIGHT, WIDTH), params, (10, 10))
     _, mask = rasterise([ring], 10, 10)
     assert not mask.any()
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic"])
+def test_polygons_are_drawn_for_instances_only(task):
+    with pytest.raises(ConfigError, match=rf"data\.rasterise is crop, .* but data\.task is {task}; set"):
+        DataConfig(task=task, train=(MixtureItem(dataset="train"),), rasterise="crop")
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
