@@ -17,6 +17,7 @@ from m2f.cluster.terminal import format_duration, print_out
 from m2f.cluster.train.ray_launcher import run_training
 from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.eval.results.results import columns
 from m2f.model.errors import ConfigError
 
 RECIPE = m2f.HOME / "configs" / "demo.yaml"
@@ -61,9 +62,5 @@ def describe(summary: RunSummary) -> str:
 
 def metrics_table(entries: Sequence[Entry]) -> str:
     """One line per evaluated checkpoint: the headline numbers of `val`, in per cent."""
-    rows = [["step", *HEADLINE]]
-    for entry in entries:
-        numbers = [entry.metrics.get(f"val/{name}") for name in HEADLINE]
-        cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
-        rows.append([str(entry.step), *(cells if entry.status == "published" else [entry.status])])
-    return "\n".join("".join(cell.rjust(8) for cell in row) for row in rows)
+    rows = [[entry.step, entry.status, *(entry.metrics.get(f"val/{name}") for name in HEADLINE)] for entry in entries]
+    return columns(["step", "evaluation", *HEADLINE], rows)

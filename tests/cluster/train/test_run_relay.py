@@ -54,9 +54,10 @@ def test_one_line_per_settled_evaluation(entry, line):
 def test_the_demo_lists_every_checkpoint():
     entries = [Entry(10, "c", 0, "published", metrics=HEADLINES), Entry(20, "c", 0, "failed", "no")]
     assert metrics_table(entries).splitlines() == [
-        "    step      PQ      AP    mIoU",
-        "      10    51.2    30.0       -",
-        "      20  failed",
+        "step  evaluation     PQ     AP  mIoU",
+        "----  ----------  -----  -----  ----",
+        "  10  published   51.23  30.00     -",
+        "  20  failed          -      -     -",
     ]
 
 
