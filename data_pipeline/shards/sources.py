@@ -115,7 +115,9 @@ def compare_sources(
 
     def compare(shard: int) -> tuple[_Record, _Comparison] | None:
         record = _read_record(target, shard, storage)
-        return None if record is None else (record, _compare(record, reader, position, target, storage, announce))
+        if record is None or not all(file.key in position for file in record.files):  # damaged, or of another plan
+            return None
+        return record, _compare(record, reader, position, target, storage, announce)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         found = [pair for pair in pool.map(compare, numbers) if pair is not None]

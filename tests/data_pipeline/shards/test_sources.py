@@ -238,6 +238,16 @@ def test_a_damaged_record_says_nothing(maps):
     assert maps.compare() == SourceChanges()
 
 
+def test_a_record_of_another_plan_says_nothing(maps):
+    maps.write()
+    for name in ("dataset.json", "plan.json"):
+        (maps.root / "shards" / name).unlink()
+    for folder in ("images", "labels"):
+        (maps.root / folder / "3.png").rename(maps.root / folder / "new.png")
+    assert shard_of(maps, "new") not in maps.compare().digests
+    assert "new" in maps.write().key.tolist()
+
+
 def test_an_interrupted_job_notices_changes_too(maps):
     plan = maps.plan()
     for index in range(len(plan.shard_keys)):
