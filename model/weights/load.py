@@ -80,7 +80,11 @@ def load_weights(
     name = "the given state dict" if isinstance(source, Mapping) else str(source)
     target = model.state_dict()
     layout = detect_layout(state)
-    converted = _match_timm_names(target, to_own_names(state, layout, count_levels(target)), layout)
+    try:
+        own = to_own_names(state, layout, count_levels(target))
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error}") from error
+    converted = _match_timm_names(target, own, layout)
     if layout == "official" and is_maskformer(state):
         require_maskformer(converted, target, name)
     if class_rows is not None:

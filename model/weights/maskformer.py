@@ -83,15 +83,13 @@ def require_maskformer(own: Mapping[str, Tensor], target: Collection[str], sourc
     file, model = ({name for name in names if name.startswith(_HEADS)} for names in (own, target))
     if file == model:
         return
-    kind, layers = (
-        ("fpn", "") if "pixel_decoder.input_proj.weight" not in file else ("transformer_fpn", ", num_layers: ")
-    )
-    layers += f"{_count_layers(own, 'pixel_decoder')}" if layers else ""
+    pixels = "kind: fpn"
+    if encoder_layers := _count_layers(own, "pixel_decoder"):
+        pixels = f"kind: transformer_fpn, num_layers: {encoder_layers}"
     raise WeightsError(
         f"{source} holds a MaskFormer, whose heads have {len(file - model)} weights that this model lacks and lack "
-        f"{len(model - file)} that it has, for example {min(file ^ model)}; set model.pixel_decoder to {{kind: {kind}"
-        f"{layers}}} and model.transformer_decoder to {{kind: standard, num_layers: "
-        f"{_count_layers(own, 'transformer_decoder')}}}"
+        f"{len(model - file)} that it has, for example {min(file ^ model)}; set model.pixel_decoder to {{{pixels}}} "
+        f"and model.transformer_decoder to {{kind: standard, num_layers: {_count_layers(own, 'transformer_decoder')}}}"
     )
 
 
