@@ -11,6 +11,7 @@ from typing import Any, Self
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.config import CocoInstancesSource
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.json_fields import stated_flag
 from m2f.data_pipeline.readers import coco_json
 from m2f.data_pipeline.readers.coco_json import CocoImage
 from m2f.data_pipeline.readers.files import (
@@ -94,7 +95,7 @@ class CocoInstancesReader:
 def check_annotations(
     groups: Mapping[str, Sequence[Mapping[str, Any]]], categories: CategoryTable, path: str
 ) -> tuple[dict[str, list[Mapping[str, Any]]], list[UnusableAnnotation]]:
-    """The annotations of known categories, each with an id of its own, and the others.
+    """The annotations of known categories and with a flag for crowds, each with an id of its own, and the others.
 
     Nothing depends on ids, so that annotations without a usable one get a number. Raises DataError where none has a
     segmentation.
@@ -109,7 +110,9 @@ def check_annotations(
     for image, group in groups.items():
         for entry in group:
             try:
-                coco_json.known_category(entry, categories, f"annotation {str(entry.get('id'))[:40]}")
+                where = f"annotation {str(entry.get('id'))[:40]}"
+                coco_json.known_category(entry, categories, where)
+                stated_flag(entry, "iscrowd", where)  # often odd in all of a file, which is to be said at once
             except DataError as error:
                 unusable.append(UnusableAnnotation(path, str(error)))
                 continue

@@ -152,7 +152,6 @@ def _checked(entry: Mapping[str, Any], height: int, width: int, name: str) -> An
     """
     stated_area(entry, name)
     stated_box(entry, name)
-    stated_flag(entry, "iscrowd", name)
     return read_rle(entry.get("segmentation"), height, width, name)
 
 

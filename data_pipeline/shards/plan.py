@@ -144,5 +144,5 @@ def _refuse_target(plan: ShardPlan, claim: dict[str, Any]) -> NoReturn:
     ]
     raise DataError(
         f"{plan.target} belongs to another shard plan (different: {'; '.join(differing) or 'samples or version'}); "
-        "choose another folder, or write it again with `m2f shard --redo`"
+        "choose another folder, or write it again with `m2f shard --redo` (write_dataset: redo=True)"
     )

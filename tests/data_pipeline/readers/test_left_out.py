@@ -39,6 +39,20 @@ def test_an_odd_category_costs_the_instance(coco, category):
     assert unusable.message.startswith("annotation 2: category_id is")
 
 
+@pytest.mark.parametrize("flag", ["0", "true", 2, -1, 0.5, [0]])
+@pytest.mark.parametrize("kind", ["instances", "panoptic"])
+def test_an_odd_flag_is_refused_at_once_and_costs_itself(coco, kind, flag):
+    entry = coco.instances[1] if kind == "instances" else coco.panoptic[0]["segments_info"][1]
+    entry["iscrowd"] = flag
+    source = getattr(coco, f"{kind}_source")
+    named = "annotation 2" if kind == "instances" else "annotation of image 40, segment 70000"
+    assert f"{named}: iscrowd is {flag!r}; it must be 0, 1, true or false" in _strictly(coco, source)
+    reader = open_reader(source, skip_bad=True)
+    assert len(reader.unusable) == 1
+    left = [s.source_id for s in reader.read(0).annotation.segments]
+    assert left == ([1, 3] if kind == "instances" else [IDS[0]])
+
+
 @pytest.mark.parametrize("category", ODD_CATEGORIES)
 def test_an_odd_category_costs_the_panoptic_segment(coco, category):
     coco.panoptic[0]["segments_info"][0]["category_id"] = category
