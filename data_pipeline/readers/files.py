@@ -20,6 +20,7 @@ from m2f.data_pipeline.image_file import (
     frame_orientation,
     read_header,
 )
+from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.source_files import read_file
 
 _MAX_KEY = 80  # with the longest member suffix a tar name stays below 100 characters
@@ -120,9 +121,8 @@ def _require_local(path: str) -> None:
 
 
 def relative_name(name: Any, where: str) -> str:
-    """A file name from an annotation file, which must stay inside its folder."""
-    if not isinstance(name, str) or not name or name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise DataError(f"{where}: file_name {name!r} is not a relative path inside the data set")
+    """A file name from an annotation file, which must stay inside its folder; `./` before it is allowed."""
+    check_key(str(PurePosixPath(name)) if isinstance(name, str) and name else name, f"{where}: file_name")
     return name
 
 

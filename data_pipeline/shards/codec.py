@@ -29,6 +29,7 @@ from m2f.data_pipeline.image_file import (
     frame_orientation,
     read_header,
 )
+from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
 from m2f.data_pipeline.shards.foreign import FORM, decode_foreign
 
@@ -113,6 +114,7 @@ def _decode_description(members: Mapping[str, bytes]) -> dict[str, Any]:
         raise DataError(
             f"the json member of a sample cannot be read ({error!r}); the shard is not one of ours"
         ) from error
+    check_key(description["key"], "the json member of a sample")
     return description
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError, ObjectExistsError, StorageError, some
 from m2f.data_pipeline.image_file import BrokenImageError, frame_orientation, read_header
+from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.custom import check_annotation
 from m2f.data_pipeline.readers.files import check_image, require_size
 from m2f.data_pipeline.shards import codec, manifest
@@ -208,7 +209,7 @@ class _TarIndexer:
             image = members[image_extension(members, self._form, where)]
             check_image(image, *size, self._options.max_pixels, where)
         return {
-            "key": key,
+            "key": check_key(key, where),
             "offset": sample.offset,
             "length": len(sample.data),
             "crc32": zlib.crc32(sample.data),

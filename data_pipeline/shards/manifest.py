@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.errors import DataError, MissingObjectError, StorageError
+from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 from m2f.data_pipeline.shards import codec
@@ -160,8 +161,11 @@ class Manifest:
 
     @cached_property
     def key(self) -> np.ndarray:
-        """[N] str objects"""
-        return self.columns.texts("key")
+        """[N] str objects. Raises DataError where one may not be used."""
+        keys, where = self.columns.texts("key"), join(self.url, SAMPLES_FILE)
+        for key in keys:
+            check_key(key, where)
+        return keys
 
     @cached_property
     def category_ids(self) -> Ragged:
@@ -199,12 +203,16 @@ class Manifest:
                 f"{join(url, SAMPLES_FILE)} is not the file that {DATASET_FILE} was written with; restore it"
             )
         try:
-            return cls._of(url, document, Columns(data))
+            opened = cls._of(url, document, Columns(data))
         except (LookupError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 f"{url}: {DATASET_FILE} and {SAMPLES_FILE} do not say what they must ({error!r:.200}); restore them or "
                 "write the data set again"
             ) from error
+        for shard in opened.shards:
+            if not _is_elsewhere(shard.name):
+                check_key(shard.name, join(url, DATASET_FILE))
+        return opened
 
     @classmethod
     def _of(cls, url: str, document: dict[str, Any], columns: Columns) -> Self:
@@ -217,7 +225,7 @@ class Manifest:
             plan=document["plan"],
             categories=_categories_from_json(document["categories"]),
             foreign=None if document.get("foreign") is None else form_from_json(document["foreign"]),
-            shards=tuple(ShardInfo(**entry) for entry in document["shards"]),
+            shards=tuple(_shard_from_json(entry) for entry in document["shards"]),
             columns=columns,
             shard=columns.numbers("shard", np.int32),
             offset=columns.numbers("offset", np.int64),
@@ -238,7 +246,7 @@ class Manifest:
     def shard_url(self, shard: int) -> str:
         """Full URL of a shard."""
         name = self.shards[shard].name
-        return name if name.startswith("/") or "://" in name else join(self.url, name)
+        return name if _is_elsewhere(name) else join(self.url, name)
 
     def check_shard(self, shard: int, storage: Storage) -> ObjectInfo:
         """What the store says about a shard. Raises StorageError where it is missing or has another size than here."""
@@ -391,6 +399,16 @@ def write_table(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def _shard_from_json(entry: dict[str, Any]) -> ShardInfo:
+    shard = ShardInfo(**entry)
+    int(shard.sha256, 16)  # it names files of the local cache
+    return shard
+
+
+def _is_elsewhere(name: str) -> bool:
+    return name.startswith("/") or "://" in name
 
 
 def _categories_from_json(entries: list[dict[str, Any]]) -> CategoryTable:

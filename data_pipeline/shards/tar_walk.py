@@ -5,9 +5,9 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, cast
 
+from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.shards.faults import Fault
 from m2f.data_pipeline.storage.stream import ObjectStream
 
@@ -105,8 +105,8 @@ def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Iterator[TarSample |
 
 def _problem(info: tarfile.TarInfo, size: int) -> str | None:
     """What forbids to use a member."""
-    if info.name.startswith("/") or ".." in PurePosixPath(info.name).parts:
-        return "has a path that leads out of its folder"
+    if (problem := key_problem(info.name.removeprefix("./"))) is not None:
+        return problem
     if not info.isreg() or info.issparse():
         return "is no plain file"
     if info.offset_data + info.size > size:

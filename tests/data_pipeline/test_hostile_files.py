@@ -47,5 +47,5 @@ def test_file_names_outside_the_folder_are_refused(tmp_path, name):
         "categories": [{"id": 1, "name": "a"}],
     }
     (tmp_path / "a.json").write_text(json.dumps(document))
-    with pytest.raises(DataError, match="is not a relative path inside the data set"):
+    with pytest.raises(DataError, match="is not a path inside its folder"):
         open_reader(CocoInstancesSource(images=str(tmp_path), instances_json=str(tmp_path / "a.json")))

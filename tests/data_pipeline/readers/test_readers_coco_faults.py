@@ -59,7 +59,7 @@ def _senseless_size(coco):
 
 def _path_outside(coco):
     coco.images[0]["file_name"] = "../../secret.jpg"
-    return r"file_name '../../secret.jpg' is not a relative path"
+    return r"file_name: the name '../../secret.jpg' is not a path inside its folder"
 
 
 def _senseless_id(coco):

@@ -1,0 +1,99 @@
+"""Names in shards and manifests that would lead out of a folder: refused wherever they come in."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.index import IndexOptions, index_tars
+from m2f.data_pipeline.shards.manifest import Manifest, write_table
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
+
+STORAGE = Storage()
+SOURCE = SyntheticSource(num_images=3)
+OUTSIDE = ("../../x", "/x", "a/../../x", "..", "a\\x", "a\x1b[2Jx", "a\x00", "")
+
+
+@pytest.fixture
+def written(tmp_path):
+    return write_dataset(open_reader(SOURCE), DatasetConfig(shards=str(tmp_path / "set"), source=SOURCE), STORAGE)
+
+
+def with_key(members, key):
+    """The same sample with another key in its JSON."""
+    return members | {"json": json.dumps(json.loads(members["json"]) | {"key": key}).encode()}
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_index_refuses_a_key_inside_json(tmp_path, written, key):
+    tar = tmp_path / "foreign.tar"
+    with tarfile.open(tar, "w") as archive:
+        for index, name in enumerate(written.key):
+            members = written.read_members(index, STORAGE)
+            for extension, data in (with_key(members, key) if index == 1 else members).items():
+                info = tarfile.TarInfo(f"{name}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    options = IndexOptions(categories=written.categories, labels=None, max_pixels=10_000_000)
+    report = index_tars([str(tar)], str(tmp_path / "indexed"), "m2f", options, STORAGE, skip_bad=True)
+    (fault,) = report.faults
+    assert "the name" in fault.problem
+    assert Manifest.load(str(tmp_path / "indexed"), STORAGE).key.tolist() == [written.key[0], written.key[2]]
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_sample_with_such_a_key_is_not_decoded(written, key):
+    members = written.read_members(0, STORAGE)
+    assert codec.decode(members).key == written.key[0]
+    with pytest.raises(DataError, match=r"^the json member of a sample: the name"):
+        codec.decode(with_key(members, key))
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_manifest_with_such_a_key_is_refused(tmp_path, written, key):
+    table = pq.read_table(tmp_path / "set/samples.parquet")
+    keys = pa.array([key, *written.key[1:]])
+    exchange(tmp_path / "set", table.set_column(0, "key", keys))
+    with pytest.raises(DataError, match=r"samples.parquet: the name .* rename it there"):
+        Manifest.load(str(tmp_path / "set"), STORAGE).key  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["../../secret.tar", "shards/../../x.tar", "shards\\x.tar"])
+def test_a_manifest_names_no_shard_above_its_folder(tmp_path, written, name):
+    exchange(tmp_path / "set", shard={"name": name})
+    with pytest.raises(DataError, match=r"^[^ ]*dataset.json: the name .* rename it there"):
+        Manifest.load(str(tmp_path / "set"), STORAGE)
+
+
+def test_a_checksum_that_is_a_path_does_not_name_a_file_of_the_cache(tmp_path, written):
+    exchange(tmp_path / "set", shard={"sha256": "../../../x"})
+    with pytest.raises(DataError, match="do not say what they must"):
+        Manifest.load(str(tmp_path / "set"), STORAGE)
+
+
+def test_shards_elsewhere_are_named_whole(tmp_path, written):
+    (shard,) = written.shards
+    exchange(tmp_path / "set", shard=dataclasses.asdict(shard) | {"name": "s3://bucket/00000.tar"})
+    assert Manifest.load(str(tmp_path / "set"), STORAGE).shard_url(0) == "s3://bucket/00000.tar"
+
+
+def exchange(folder, table=None, shard=None):
+    """Other samples, or other fields of the first shard, with checksums that fit."""
+    document = json.loads((folder / "dataset.json").read_bytes())
+    if table is not None:
+        data = write_table(table)
+        (folder / "samples.parquet").write_bytes(data)
+        document["samples"] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if shard is not None:
+        document["shards"][0] |= shard
+    (folder / "dataset.json").write_text(json.dumps(document))
