@@ -15,6 +15,10 @@ class CheckpointError(TrainingError):
     """A checkpoint that is incomplete, damaged or belongs to another run. Names the file and the remedy."""
 
 
+class NewerFormatError(TrainingError):
+    """A file of the run was written by a newer version of this program: it is no damage, and nothing may replace it."""
+
+
 class LeaseHeldError(TrainingError):
     """Another process trains in the run folder. Names it and the remedy."""
 

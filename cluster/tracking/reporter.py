@@ -26,16 +26,18 @@ class TrackingReporter:
             case Notice(kind, step, message):
                 self._tracking.set_tag(f"event.{kind}", f"step {step}: {message}")
 
-    def track(self, step: int, values: Mapping[str, float]) -> None:
+    def track(self, step: int, values: Mapping[str, float]) -> bool:
         """Values by name, under `train/`, and under `system/` what MLflow shows as such.
 
         Steps that a restart does again are left out: they have the same values, or are those of a loss spike that was
-        rolled back, which the curve keeps.
+        rolled back, which the curve keeps. Returns False where the disk refuses the step: it may be tracked again.
         """
         if step in self._steps:
-            return
-        self._steps.add(step)
-        self._tracking.log_metrics(step, {_tracked_name(name): value for name, value in values.items()})
+            return True
+        taken = self._tracking.log_metrics(step, {_tracked_name(name): value for name, value in values.items()})
+        if taken:
+            self._steps.add(step)
+        return taken
 
 
 def _tracked_name(name: str) -> str:

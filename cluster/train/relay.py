@@ -59,9 +59,9 @@ class RunRelay:
     def track_stored(self, storage: Storage, run_folder: str) -> None:
         """Track the points in `metrics/` of the run folder that no process has tracked before it died."""
         for url, points in read_metrics(storage, run_folder, self._read):
-            self._read.add(url)
-            for step, values in points.items():
-                self._tracking_reporter.track(step, values)
+            taken = [self._tracking_reporter.track(step, values) for step, values in points.items()]
+            if all(taken):  # else the disk is full, and they are read again at the end
+                self._read.add(url)
 
     def show_evaluations(self, status: EvaluationStatus) -> None:
         """Show the running evaluation, and every settled one once."""

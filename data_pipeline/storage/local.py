@@ -15,6 +15,9 @@ from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, Stor
 from m2f.data_pipeline.storage.object_info import ObjectInfo
 
 _TEMPORARY = ".partial-"  # files of writes that are under way or were killed; never listed
+_REFUSED_WRITES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""What `link` says on a file system that has none."""
 
 
 class LocalStore:
@@ -111,8 +114,11 @@ class LocalStore:
 @contextmanager
 def replacing(path: Path, if_absent: bool = False) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    except OSError as error:
+        _fail(str(path), error)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), 0o644)  # mkstemp makes files that only their owner can read
@@ -120,14 +126,33 @@ def replacing(path: Path, if_absent: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         if if_absent:
-            os.link(temporary, path)  # unlike rename, fails where the target exists
-            os.unlink(temporary)
+            rename_new(Path(temporary), path)
         else:
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _REFUSED_WRITES:
+            _fail(str(path), error)  # whatever else the block reads
         raise
     _sync_folder(path.parent)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file. Raises FileExistsError, unlike `os.rename`, where the target exists.
+
+    On a file system without hard links (exFAT, some network mounts) readers see an empty file for an instant.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # of several writers, one may
+        os.replace(source, target)
+    else:
+        os.unlink(source)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -152,6 +177,8 @@ def _fail(url: str, error: OSError) -> NoReturn:
         errno.EACCES: "check its owner and mode",
         errno.EISDIR: "it is a folder, not a file; check the path",
         errno.ENOSPC: "free some space or choose another disk",
+        errno.EDQUOT: "free some space or choose another disk",
+        errno.EROFS: "mount it for writing, or choose another folder",
     }
     remedy = remedies.get(error.errno or 0, "check the path and the disk")
     raise StorageError(f"{url}: {error.strerror or error}; {remedy}") from error

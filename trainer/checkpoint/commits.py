@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from m2f.trainer.checkpoint.folder import (
     metrics_of_old_checkpoint,
     parse_folder,
     pin,
+    points_by_step,
     unpin,
 )
 from m2f.trainer.checkpoint.lease_record import newest_number, read_record
 from m2f.trainer.reporting import CommittedCheckpoint
 
+LOGGER = logging.getLogger(__name__)
 _COMMIT = re.compile(r"/commits/((\d{8,})-(\d+)-[0-9a-f]{16})(\.withdrawn)?$")
 _METRICS = re.compile(r"/metrics/(\d{8,})-(\d+)\.json$")
 
@@ -129,7 +132,8 @@ def read_metrics(
 ) -> Iterator[tuple[str, dict[int, dict[str, float]]]]:
     """URL and content of every file of metrics that is not in `known`, by step of its commit.
 
-    Files of a process that had lost the run folder before are left out: the run went on from an earlier step.
+    Files of a process that had lost the run folder before are left out: the run went on from an earlier step. So are
+    damaged ones, with a warning: training does not need them.
     """
     files = [(match, url) for url in storage.list(join(run_folder, "metrics")) if (match := _METRICS.search(url))]
     newest = newest_number(storage, run_folder) if files else 0
@@ -137,7 +141,14 @@ def read_metrics(
     for match, url in sorted(files, key=lambda file: (int(file[0][1]), int(file[0][2]))):
         limit = limits[int(match[2])]
         if url not in known and (limit is None or int(match[1]) <= limit):
-            yield url, {int(step): values for step, values in json.loads(storage.get(url)).items()}
+            try:
+                points = points_by_step(storage.get(url))
+            except ValueError as error:
+                LOGGER.warning(
+                    f"{url} cannot be read ({error}); points of its steps that MLflow does not have yet are lost"
+                )
+                points = {}
+            yield url, points
 
 
 def _last_step(storage: Storage, run_folder: str, lease: int, newest: int) -> int | None:

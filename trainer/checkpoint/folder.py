@@ -27,7 +27,7 @@ from pathlib import Path
 from m2f.data_pipeline.errors import MissingObjectError, StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.lease_record import accepted_names, check_lease, newest_number
-from m2f.trainer.errors import CheckpointError
+from m2f.trainer.errors import CheckpointError, NewerFormatError, TrainingError
 from m2f.trainer.reporting import CommittedCheckpoint
 
 MANIFEST = "manifest.json"
@@ -103,22 +103,38 @@ def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
     address = receipt_url(url, rank)
     if not storage.exists(address):
         return None
-    content = json.loads(storage.get(address))
-    return Receipt(content["attempt"], _entries(content["files"]))
+    try:
+        content = json.loads(storage.get(address))
+        return Receipt(content["attempt"], _entries(content["files"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{address} cannot be read ({error}); start again, the checkpoint is saved anew"
+        ) from error
 
 
 def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
-    """The manifest of the checkpoint folder `url`. Raises CheckpointError where it is not one of ours."""
+    """The manifest of the checkpoint folder `url`.
+
+    Raises:
+        CheckpointError: it is damaged, or not one of ours.
+        NewerFormatError: this program is too old for it.
+    """
     address = join(url, MANIFEST)
     try:
         content = json.loads(storage.get(address))
-        if content.pop("version") != _VERSION:
-            raise CheckpointError(f"{address} was written by a newer version of this program; update it")
+        version = int(content["version"])
+        if version > _VERSION:
+            raise NewerFormatError(
+                f"{address} has format {version}, and this version of m2f reads up to {_VERSION}; use the m2f that "
+                f"wrote it, or train under another name. To go on from an older checkpoint, delete {url}"
+            )
+        if version != _VERSION:
+            raise ValueError(f"there is no format {version}")
         return CheckpointManifest(
             content["step"], content["world_size"], content["zero_stage"], files=_entries(content["files"])
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError | StorageError):
+        if isinstance(error, TrainingError | StorageError):
             raise
         raise CheckpointError(f"{address} cannot be read ({error}); resume from an older checkpoint") from error
 
@@ -177,8 +193,18 @@ def metrics_of_old_checkpoint(storage: Storage, url: str) -> dict[int, dict[str,
             fetch(storage, url, [_OLD_METRICS], read_manifest(storage, url), Path(folder))
         except CheckpointError:
             return {}
-        content = json.loads(Path(folder, _OLD_METRICS).read_bytes())
-    return {int(step): values for step, values in content.items()}
+        return points_by_step(Path(folder, _OLD_METRICS).read_bytes())
+
+
+def points_by_step(data: bytes) -> dict[int, dict[str, float]]:
+    """Metrics by step as they are stored. Raises ValueError where the content is something else."""
+    content = json.loads(data)
+    try:
+        return {
+            int(step): {str(name): float(value) for name, value in values.items()} for step, values in content.items()
+        }
+    except (TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def set_aside(storage: Storage, url: str) -> None:
@@ -190,7 +216,8 @@ def set_aside(storage: Storage, url: str) -> None:
 def verify_sizes(storage: Storage, url: str) -> CheckpointManifest:
     """The manifest, after checking that every file is there with its size.
 
-    Raises CheckpointError naming the file, and StorageError where the storage does not answer: that is no damage.
+    Raises CheckpointError naming the file. No damage: StorageError where the storage does not answer, NewerFormatError
+    where this program is too old.
     """
     manifest = read_manifest(storage, url)
     for path, entry in manifest.files.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -63,8 +62,10 @@ def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
         return Adjustments()
     try:
         content = json.loads(storage.get(url))
-        skipped = tuple(PositionRange(**positions) for positions in content["skipped"])
-        return Adjustments(content["micro_batch"], skipped, _texts(content["reasons"]))
+        micro_batch, found = content["micro_batch"], content["skipped"]
+        skipped = tuple(PositionRange(_count(p["start"], 0), _count(p["stop"], 1)) for p in found)
+        reasons = tuple(str(reason) for reason in content["reasons"])
+        return Adjustments(None if micro_batch is None else _count(micro_batch, 1), skipped, reasons)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{url} cannot be read ({error}); repair it, or delete it to start without its changes"
@@ -78,5 +79,7 @@ def adjust(storage: Storage, run_folder: str, change: Change, reason: str) -> Ad
     return adjustments
 
 
-def _texts(values: Sequence[object]) -> tuple[str, ...]:
-    return tuple(str(value) for value in values)
+def _count(value: object, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{value!r} where a whole number of at least {least} belongs")
+    return value

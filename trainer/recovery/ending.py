@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from m2f.data_pipeline.errors import MissingObjectError
 from m2f.data_pipeline.storage.storage import Storage, join
+
+Kind = Literal["stalled", "drained"]
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Ending:
     """Written by the rank that knows, read by the supervisor once no rank runs any more."""
 
-    kind: Literal["stalled", "drained"]
+    kind: Kind
     """stalled: the watchdog ended the ranks; drained: a machine is about to go away."""
     message: str
 
@@ -26,11 +30,18 @@ def write_ending(storage: Storage, run_folder: str, attempt: str, ending: Ending
 
 
 def read_ending(storage: Storage, run_folder: str, attempt: str) -> Ending | None:
-    """What a rank of the attempt wrote; None where none did."""
+    """What a rank of the attempt wrote; None where none did, or where it is damaged: exit codes must do then."""
+    url = _url(run_folder, attempt)
     try:
-        return Ending(**json.loads(storage.get(_url(run_folder, attempt))))
+        content = json.loads(storage.get(url))
+        if content["kind"] in get_args(Kind):
+            return Ending(content["kind"], str(content["message"]))
+        LOGGER.warning(f"{url}: an attempt cannot end as {content['kind']!r}; the exit of its processes is judged")
     except MissingObjectError:
         return None
+    except (ValueError, TypeError, KeyError) as error:
+        LOGGER.warning(f"{url} cannot be read ({error}); the exit of the processes is judged")
+    return None
 
 
 def _url(run_folder: str, attempt: str) -> str:

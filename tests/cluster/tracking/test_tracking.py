@@ -177,6 +177,7 @@ def test_what_the_store_refuses_does_not_hold_up_the_rest(run, caplog):
     assert tracking.close(PATIENCE_S)
     assert history(run, "loss") == [(2, 1.0)]
     assert "refuses 1 entries" in caplog.text
+    assert "x" * 300 in run.journal("rank0").with_suffix(".jsonl.refused").read_text()
 
 
 def test_default_store_is_sqlite_in_the_run_folder_and_a_bucket_needs_a_server(config, monkeypatch):
@@ -192,7 +193,7 @@ def test_default_store_is_sqlite_in_the_run_folder_and_a_bucket_needs_a_server(c
 def test_an_unreachable_server_at_the_first_start_is_a_message(config, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(TrackingError, match=r"cannot create an MLflow run at http://127\.0\.0\.1"):
+    with pytest.raises(TrackingError, match=r"cannot create or find an MLflow run at http://127\.0\.0\.1"):
         create_run(config)
 
 

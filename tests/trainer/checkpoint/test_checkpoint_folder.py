@@ -23,7 +23,7 @@ from m2f.trainer.checkpoint.folder import (
     verify_sizes,
     write_receipt,
 )
-from m2f.trainer.errors import CheckpointError
+from m2f.trainer.errors import CheckpointError, NewerFormatError
 
 
 @pytest.fixture
@@ -108,12 +108,22 @@ def test_a_manifest_that_is_none_is_refused_with_its_name(storage, run_folder, c
         read_manifest(storage, url)
 
 
-def test_a_manifest_of_a_newer_version_is_refused(storage, run_folder):
-    url = checkpoint_url(run_folder, 5)
-    newer = json.loads(CheckpointManifest(5, 1, 1, {}).to_json()) | {"version": 2}
+def test_a_checkpoint_of_a_newer_format_is_no_damage_and_stops_the_run(storage, run_folder, tmp_path):
+    make_checkpoint(storage, run_folder, 3, tmp_path)
+    url = make_checkpoint(storage, run_folder, 5, tmp_path)
+    newer = json.loads(storage.get(join(url, MANIFEST))) | {"version": 2}
     storage.put(join(url, MANIFEST), json.dumps(newer).encode())
-    with pytest.raises(CheckpointError, match="newer version"):
-        read_manifest(storage, url)
+    for look in (lambda: read_manifest(storage, url), lambda: newest_whole(storage, run_folder)):
+        with pytest.raises(NewerFormatError, match=r"step_00000005/manifest\.json has format 2, and .* reads up to 1"):
+            look()
+
+
+@pytest.mark.parametrize("content", ["", '{"attempt": "a", "fi', "[]", '{"attempt": "a", "files": {"x": 1}}'])
+def test_a_damaged_receipt_is_a_message(storage, run_folder, content):
+    url = checkpoint_url(run_folder, 5)
+    storage.put(join(url, "receipts/rank_00000.json"), content.encode())
+    with pytest.raises(CheckpointError, match=r"rank_00000\.json cannot be read .*; start again"):
+        read_receipt(storage, url, 0)
 
 
 def test_receipts(storage, run_folder, tmp_path):

@@ -1,0 +1,167 @@
+"""Sends the entries of a journal to a tracking store."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import assert_never
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+from m2f.cluster.tracking.journal import Entry, Journal, Kind, kind_of
+from m2f.cluster.tracking.store import brief, connect, is_refusal
+from m2f.cluster.tracking.tracked_run import TrackedRun
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.lease_record import check_lease
+from m2f.trainer.errors import LeaseLostError
+
+LOGGER = logging.getLogger(__name__)
+METRICS_PER_CALL = 1000
+ENTRIES_PER_READ = 200
+
+
+class Sender:
+    """Sends journal entries to the store, in order, each point once."""
+
+    def __init__(self, run: TrackedRun, journal: Journal) -> None:
+        self._run, self._journal = run, journal
+        self._client: MlflowClient | None = None
+        self._latest: dict[str, int] | None = None
+        """Last step per key that the store has; None = to be asked (at the start and after every failure)."""
+        self._steps: dict[str, set[int]] = {}
+        """All steps of the keys that were behind `_latest`."""
+        self.trouble = ""
+        """Why the last attempt failed; "" when it did not."""
+        self._storage = Storage(run.lease.storage) if run.lease is not None else None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._stopped = True
+
+    def send_some(self) -> bool:
+        """Send a batch of waiting entries and commit them; False when none waits or the store does not answer."""
+        try:
+            if not self._may_send():
+                return False
+            entries = self._journal.read(ENTRIES_PER_READ)
+            while entries:
+                entries = self._send_group(entries)
+                self._note_recovery()
+                if not entries:
+                    return True
+        except Exception as error:  # whatever a store, a driver or a proxy may raise: training goes on
+            self._latest = None
+            if not self.trouble:
+                LOGGER.warning(f"tracking: {self._run.uri} does not answer ({brief(error)}); points wait on disk")
+            self.trouble = brief(error)
+        return False
+
+    def _may_send(self) -> bool:
+        """Whether the run is still this process's to write."""
+        lease = self._run.lease
+        if lease is not None and self._storage is not None and not self._stopped:
+            try:
+                check_lease(self._storage, lease.run_folder, lease.number)
+            except LeaseLostError:
+                self._stopped = True
+        return not self._stopped
+
+    def _send_group(self, entries: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
+        """Send the first entry, or all metrics up to the next entry of another kind; returns the rest."""
+        kinds = [kind_of(entry) for entry, _ in entries]
+        count = 1
+        if kinds[0] == "metrics":
+            count = next((i for i, kind in enumerate(kinds) if kind != "metrics"), len(entries))
+        group, rest = entries[:count], entries[count:]
+        sent = [entry for entry, _ in group]
+        try:
+            self._send(kinds[0], sent)
+        except MlflowException as error:
+            if not is_refusal(error, self._run.uri):
+                raise
+            self._latest = None
+            self._leave(sent, f"{self._run.uri} refuses {len(group)} entries ({brief(error)}); they are kept")
+        self._journal.commit(group[-1][1])
+        return rest
+
+    def _leave(self, group: list[Entry], reason: str) -> None:
+        """Go on behind entries that can never be sent."""
+        self._journal.set_aside(group)
+        LOGGER.warning(f"tracking: {reason} in {self._journal.refused}")
+
+    def _send(self, kind: Kind | None, group: list[Entry]) -> None:
+        client, run_id, first = self._connect(), self._run.run_id, group[0]
+        match kind:
+            case "metrics":
+                points = self._new_points(client, group)
+                for start in range(0, len(points), METRICS_PER_CALL):
+                    client.log_batch(run_id, points[start : start + METRICS_PER_CALL])
+                self._note_sent(points)
+            case "artifact":
+                _send_artifact(client, run_id, first["artifact"], first["folder"] or None)
+            case "tag":
+                client.set_tag(run_id, first["tag"], first["value"])
+            case "status" if first["status"] == "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            case "status":
+                client.set_terminated(run_id, first["status"])
+            case None:
+                self._leave(
+                    group, f"an entry is damaged, or of a kind that only another version knows; {first} is kept"
+                )
+            case _:
+                assert_never(kind)
+
+    def _new_points(self, client: MlflowClient, group: list[Entry]) -> list[Metric]:
+        """The points of these entries whose step the store does not have for that key, each once."""
+        if self._latest is None:
+            self._steps.clear()
+            metrics = client.get_run(self._run.run_id).data.to_proto().metrics
+            self._latest = {metric.key: metric.step for metric in metrics}
+        points: dict[tuple[str, int], Metric] = {}
+        for entry in group:
+            step = entry["step"]
+            for key, value in entry["metrics"].items():
+                metric = Metric(key, value, entry["time_ms"], step)
+                if entry.get("replaces"):
+                    points[key, step] = metric
+                elif not self._has(client, key, step):
+                    points.setdefault((key, step), metric)
+        return list(points.values())
+
+    def _has(self, client: MlflowClient, key: str, step: int) -> bool:
+        assert self._latest is not None
+        if step > self._latest.get(key, -1):
+            return False
+        if key not in self._steps:
+            self._steps[key] = {metric.step for metric in client.get_metric_history(self._run.run_id, key)}
+        return step in self._steps[key]
+
+    def _note_sent(self, points: list[Metric]) -> None:
+        assert self._latest is not None
+        for point in points:
+            self._latest[point.key] = max(point.step, self._latest.get(point.key, -1))
+            if point.key in self._steps:
+                self._steps[point.key].add(point.step)
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            self._client = connect(self._run.uri)
+        return self._client
+
+    def _note_recovery(self) -> None:
+        if self.trouble:
+            LOGGER.warning(f"tracking: {self._run.uri} answers again; the waiting points are being sent")
+        self.trouble = ""
+
+
+def _send_artifact(client: MlflowClient, run_id: str, path: str, folder: str | None) -> None:
+    if os.path.isdir(path):
+        client.log_artifacts(run_id, path, folder)
+    elif os.path.exists(path):
+        client.log_artifact(run_id, path, folder)
+    else:
+        LOGGER.warning(f"tracking: {path} is gone, so it is not stored with the run")

@@ -1,0 +1,74 @@
+"""A tracking store: its client, its limits, and its errors in our words."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException, RestException
+
+from m2f.model.errors import UserError
+
+MAX_PARAM_CHARS = 6000
+_NOT_ALLOWED = re.compile(r"[^\w\-. /:]", re.ASCII)
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+
+
+class TrackingError(UserError):
+    """The tracking store cannot be used. Names its URI, the cause and the remedy."""
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of a tracking store that is quiet and gives up soon."""
+    # By default MLflow retries a request for minutes; our journal waits better than a blocked thread does.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # prints every error that it also raises
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def named_store(uri: str) -> Iterator[None]:
+    """Raise TrackingError for whatever a store, a driver or a proxy may raise."""
+    try:
+        yield
+    except Exception as error:
+        cause = brief(error)
+        remedy = (
+            "Start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or leave both unset for a sqlite file in "
+            "the run folder"
+        )
+        if uri.startswith("sqlite") and any(words in cause for words in ("disk is full", "No space left")):
+            remedy = "Free some space, or put tracking.uri on another disk"
+        elif uri.startswith("sqlite") and any(words in cause for words in ("already exists", "not a database")):
+            remedy = "The file is damaged, or was left half made by a process that was killed: move it away"
+        raise TrackingError(f"cannot create or find an MLflow run at {uri}: {cause}. {remedy}") from error
+
+
+def is_refusal(error: MlflowException, uri: str) -> bool:
+    """Whether the store itself says no for good; the 404 page of a proxy whose server restarts does not count."""
+    return error.error_code in _REFUSALS and (isinstance(error, RestException) or not uri.startswith("http"))
+
+
+def shortened(value: str) -> str:
+    """MLflow keeps 6000 characters of a parameter; the whole text is in the recipe artifact."""
+    return value if len(value) <= MAX_PARAM_CHARS else value[: MAX_PARAM_CHARS - 3] + "..."
+
+
+def store_key(name: str) -> str:
+    """A name of a metric, tag or parameter as MLflow allows it."""
+    return _NOT_ALLOWED.sub("_", name)
+
+
+def brief(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).partition("[SQL:")[0].split()) or type(error).__name__  # SQLAlchemy adds the statement
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,178 @@
+"""A tracking record, journals and databases that somebody cut off, and disks that are full."""
+
+import dataclasses
+import json
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.tracking.journal import Journal
+from m2f.cluster.tracking.reporter import TrackingReporter
+from m2f.cluster.tracking.tracking import Tracking, TrackingError, create_run, find_run
+from tests.mounts import fill, read_only, small_disk
+from tests.waiting import PATIENCE_S, wait_until
+
+RECIPE = """
+name: tracked
+datasets: {train: {shards: shards/train}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 10}
+"""
+KILLED = Path(__file__).with_name("killed_making_database.py")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return dataclasses.replace(parse_recipe(RECIPE), output=str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def run(config, migrated_database):
+    folder = Path(config.run_folder)
+    folder.mkdir(parents=True)
+    (folder / "mlflow.db").write_bytes(migrated_database)
+    return create_run(config)
+
+
+@contextmanager
+def full_disk(folder):
+    with small_disk(folder, "16k"):
+        fill(folder)
+        yield
+
+
+def history(run, key="train/loss"):
+    return [(m.step, m.value) for m in MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, key)]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"uri": "sqlite:///x", "run_id": 7, "parameters": {}}', None])
+def test_a_damaged_record_is_rebuilt_from_the_tags_of_the_store(config, run, content, caplog):
+    record = Path(config.run_folder, "tracking.json")
+    record.write_text(record.read_text()[:200] if content is None else content)
+    assert find_run(config) == run
+    assert create_run(config) == run
+    assert "tracking.json cannot be read" in caplog.text
+    assert f"found run {run.run_id} there" in caplog.text
+    assert json.loads(record.read_text())["run_id"] == run.run_id
+    caplog.clear()
+    assert create_run(config) == run
+    assert not caplog.text
+
+
+def test_a_damaged_record_of_a_shared_store_finds_the_run_of_its_own_folder(
+    config, migrated_database, tmp_path, caplog
+):
+    (tmp_path / "shared.db").write_bytes(migrated_database)
+    uri = f"sqlite:///{tmp_path}/shared.db"
+    ours, other, none = (
+        dataclasses.replace(
+            config, output=f"{tmp_path}/it's", name=name, tracking=dataclasses.replace(config.tracking, uri=uri)
+        )
+        for name in ("ours", "other", "none")
+    )
+    run, *_ = create_run(ours), create_run(other)
+    for each in (ours, none):
+        Path(each.run_folder).mkdir(exist_ok=True, parents=True)
+        Path(each.run_folder, "tracking.json").write_text('{"uri"')
+    assert create_run(ours).run_id == run.run_id
+    assert find_run(none) is None
+    assert create_run(none).run_id != run.run_id
+    assert "MLflow has no run of this folder, so a new one begins" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line", ['{"strange": 1}', '{"status": 7}', '{"step": "x", "time_ms": 1, "metrics": {"a": 1}}', "[1]", '{"ta']
+)
+def test_a_line_of_unknown_kind_holds_up_nothing(run, line, caplog):
+    path = run.journal("rank0")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{line}\n")
+    tracking = Tracking(run, "rank0", interval_s=0.05)
+    TrackingReporter(tracking).track(1, {"loss": 1.0})
+    assert tracking.finish("FINISHED", PATIENCE_S)
+    assert history(run) == [(1, 1.0)]
+    refused = path.with_name("rank0.jsonl.refused")
+    kept = [refused] if line.startswith("{") and line.endswith("}") else []
+    assert list(path.parent.iterdir()) == kept
+    assert [json.loads(file.read_text()) for file in kept] == [json.loads(line) for _ in kept]
+
+
+def test_a_full_disk_loses_no_point_that_is_reported_again(run, config, tmp_path, caplog):
+    with small_disk(tmp_path / "small", "64k") as disk:
+        full = dataclasses.replace(run, spool=str(disk))
+        tracking = Tracking(full, "driver", interval_s=3600.0)
+        reporter = TrackingReporter(tracking)
+        assert reporter.track(1, {"loss": 1.0})
+        filler = fill(disk)
+        accepted = [reporter.track(step, {"loss": float(step)}) for step in range(2, 200)]
+        assert not all(accepted), "the disk is larger than it should be"
+        assert "cannot write" in caplog.text
+        filler.unlink()
+        assert all(reporter.track(step, {"loss": float(step)}) for step in range(2, 201))
+        assert tracking.close(PATIENCE_S)
+    assert sorted(history(run)) == [(step, float(step)) for step in range(1, 201)]
+
+
+def test_what_a_full_disk_refuses_leaves_no_half_line(tmp_path):
+    with small_disk(tmp_path / "small", "64k") as disk:
+        journal = Journal(disk / "a.jsonl")
+        filler = fill(disk, leave=4096)
+        with pytest.raises(OSError, match="No space"):
+            journal.append({"long": "x" * 9000})  # a part of it finds room
+        journal.append({"short": 1})
+        filler.unlink()
+        journal.append({"short": 2})
+        assert (disk / "a.jsonl").read_text() == '{"short": 1}\n{"short": 2}\n'
+
+
+@pytest.mark.parametrize("disk", [full_disk, read_only])
+def test_a_disk_that_takes_no_points_is_one_message(config, run, disk):
+    Path(run.spool).mkdir(exist_ok=True)
+    with disk(Path(run.spool)), pytest.raises(TrackingError, match=r"tracking: points for MLflow cannot be written"):
+        create_run(config)
+
+
+def test_a_full_disk_at_the_first_start_is_one_message_without_a_statement(config, tmp_path, capfd):
+    with small_disk(tmp_path / "runs", "200k"):
+        with pytest.raises(TrackingError, match=r"database or disk is full\)?\. Free some space") as caught:
+            create_run(config)
+        assert list(Path(config.run_folder).iterdir()) == []  # nothing half made
+    assert "\n" not in str(caught.value)
+    assert "UPDATE" not in str(caught.value) + capfd.readouterr().err
+
+
+def test_a_start_that_is_killed_while_the_tables_are_made_leaves_no_half_database(config):
+    process = subprocess.Popen([sys.executable, KILLED, config.output], stdout=subprocess.PIPE, text=True)
+    folder = Path(config.run_folder)
+    wait_until(lambda: any(path.stat().st_size for path in folder.glob(".partial-*-mlflow.db")), "a partial database")
+    process.kill()
+    process.wait()
+    assert not (folder / "mlflow.db").exists()
+    run = create_run(config)
+    assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).info.run_name == "tracked"
+
+
+def test_a_half_made_database_of_the_past_is_made_anew(config, migrated_database):
+    folder = Path(config.run_folder)
+    folder.mkdir(parents=True)
+    (folder / "mlflow.db").write_bytes(migrated_database)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")  # an early one: the rest follows
+    run = create_run(config)
+    assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).info.run_name == "tracked"
+
+
+def test_a_damaged_database_is_one_message_and_stays(config):
+    folder = Path(config.run_folder)
+    folder.mkdir(parents=True)
+    (folder / "mlflow.db").write_bytes(b"half a database" * 100)
+    with pytest.raises(TrackingError, match=r"not a database.* move it away"):
+        create_run(config)
+    assert (folder / "mlflow.db").read_bytes() == b"half a database" * 100

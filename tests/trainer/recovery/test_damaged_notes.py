@@ -1,0 +1,49 @@
+"""Small files of a run that somebody cut off or edited."""
+
+import pytest
+
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.errors import ConfigError
+from m2f.trainer.checkpoint.commits import read_metrics, write_metrics
+from m2f.trainer.recovery.adjustments import read_adjustments
+from m2f.trainer.recovery.ending import Ending, read_ending, write_ending
+
+SPAN = '{"micro_batch": 1, "skipped": [{"start": %s, "stop": 8}], "reasons": []}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"micro_batch": "x", "skipped": [], "reasons": []}',
+        '{"micro_batch": 0, "skipped": [], "reasons": []}',
+        '{"micro_batch": true, "skipped": [], "reasons": []}',
+        '{"micro_batch": 1, "skipped": [7], "reasons": []}',
+        SPAN % '"4"',
+        SPAN % "-1",
+        '{"micro_batch": 1, "skip',
+        "",
+    ],
+)
+def test_damaged_adjustments_are_one_message_with_its_remedy(tmp_path, content):
+    (tmp_path / "adjustments.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"adjustments\.json cannot be read .*; repair it, or delete it"):
+        read_adjustments(Storage(), str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"kind": "stalled", "mess', '{"kind": "eaten", "message": ""}', "[]", ""])
+def test_a_damaged_note_of_an_ending_is_as_good_as_none(tmp_path, content, caplog):
+    storage, folder = Storage(), str(tmp_path)
+    write_ending(storage, folder, "whole", Ending("drained", "a machine goes"))
+    storage.put(join(folder, "attempts/cut.json"), content.encode())
+    assert read_ending(storage, folder, "whole") == Ending("drained", "a machine goes")
+    assert read_ending(storage, folder, "cut") is None
+    assert "attempts/cut.json" in caplog.text
+
+
+@pytest.mark.parametrize("content", ['{"4": {"loss": 1.0}, "5', "[]", '{"4": 7}', '{"four": {"loss": 1.0}}'])
+def test_damaged_metrics_are_left_out_with_a_warning(tmp_path, content, caplog):
+    storage, folder = Storage(), str(tmp_path)
+    write_metrics(storage, folder, 2, 1, {2: {"loss": 2.0}})
+    storage.put(join(folder, "metrics/00000004-1.json"), content.encode())
+    assert [points for _, points in read_metrics(storage, folder)] == [{2: {"loss": 2.0}}, {}]
+    assert "00000004-1.json cannot be read" in caplog.text
