@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import DataConfig, DatasetConfig, LabelMapSource, MixtureItem
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, LabelMapSource, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.order.order import build_order
@@ -304,6 +304,19 @@ def test_other_annotations_are_named_and_redo_takes_them(maps):
     with pytest.raises(DataError, match=r"different: samples: 9 there, 10 here"):
         maps.write()
     assert maps.write(redo=True).num_samples == 10
+
+
+def test_shards_in_s3_follow_their_source_too(maps, s3_endpoint):
+    storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
+    config = replace(maps.config, shards="s3://box/follow/train")
+    first = write_dataset(maps.reader(), config, storage)
+    maps.relabel("3", 2)
+    second = write_dataset(maps.reader(), config, storage)
+    assert second.fingerprint != first.fingerprint
+    assert second.fingerprint == maps.write().fingerprint
+    storage.put("s3://box/follow/train/notes.txt", b"mine")
+    assert write_dataset(maps.reader(), config, storage, redo=True).fingerprint == second.fingerprint
+    assert storage.get("s3://box/follow/train/notes.txt") == b"mine"
 
 
 def test_redo_spares_what_is_not_ours(maps):
