@@ -16,6 +16,7 @@ import torch
 from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
 from engine_ranks import agreement, one_rank, plain, poisoned
 from family_ranks import family_agreement
+from restore_ranks import attacked, restored, saved
 from tiny_job import StopAt, make_job, train
 
 from m2f.trainer.worker import process_group
@@ -67,6 +68,9 @@ OTHERS = (
     engine_alone,
     engine_poisoned,
     family,
+    restored,
+    saved,
+    attacked,
     compiled,
     compiled_by_inductor,
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from m2f.trainer.engine.safe_load import safe_loads
+
 
 def save_random_state(path: Path) -> None:
     """Write all states as plain tensors and numbers, so that reading them executes nothing."""
@@ -24,8 +26,9 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
-    """Restore what `save_random_state` wrote."""
-    state = torch.load(path, weights_only=True)
+    """Restore what `save_random_state` wrote. Raises CheckpointError for a file that asks for code."""
+    with safe_loads():
+        state = torch.load(path, weights_only=True)
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -68,12 +68,13 @@ class Restart:
 
     def load_engine(self, engine: Engine, ranks: Ranks) -> None:
         """Weights and optimizer state. With the same ranks the random states too: then every bit is as at the save."""
-        if not self.weights_only:
-            engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
-        average = self.folder / AVERAGE
-        engine.load_average(safetensors.torch.load_file(average) if average.is_file() else None)
-        if self.same_ranks:
-            load_random_state(self.folder / rng_path(ranks.rank))
+        with _named(self.checkpoint.url):
+            if not self.weights_only:
+                engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
+            average = self.folder / AVERAGE
+            engine.load_average(safetensors.torch.load_file(average) if average.is_file() else None)
+            if self.same_ranks:
+                load_random_state(self.folder / rng_path(ranks.rank))
         ranks.check()  # ranks of one machine may share the folder, which goes when its owner leaves
 
 
@@ -171,8 +172,22 @@ def _bring(
     own = ranks.run_on_all(lambda: _fetched(storage, checkpoint.url, paths, manifest, folder))
     problem = next(filter(None, ranks.gather(own)), None)
     if problem is None and restart.reshard:
-        ranks.run_on_all(lambda: to_universal(folder / ENGINE, folder / _UNIVERSAL) if paths else None)
+        ranks.run_on_all(lambda: _convert(checkpoint.url, folder) if paths else None)
     return problem or restart
+
+
+def _convert(url: str, folder: Path) -> None:
+    with _named(url):
+        to_universal(folder / ENGINE, folder / _UNIVERSAL)
+
+
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Errors about a file within name its checkpoint, too."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {url} is refused: {error}") from error
 
 
 def _inspect(

@@ -24,6 +24,7 @@ from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.ema import WeightAverage
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.param_groups import build_param_groups
+from m2f.trainer.engine.safe_load import safe_loads
 from m2f.trainer.errors import TrainingError
 
 _LOSS_SCALE = "loss_scale"
@@ -107,8 +108,9 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=ours, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote. Executes pickles, so only for files whose checksum this run vouches for."""
-        _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
+        """Restore what `save` wrote. Executes nothing: raises CheckpointError for a file that asks for code."""
+        with safe_loads():
+            _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
         if self.module.loss_scale is not None:
             self.module.loss_scale.load(ours[_LOSS_SCALE])
         # Loading the universal format under ZeRO-3 leaves all groups with the settings of the first and with one step
@@ -200,7 +202,10 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
 
 
 def to_universal(source: Path, target: Path) -> None:
-    """Convert the files of all ranks that `Engine.save` wrote, for a number of ranks that is not theirs."""
+    """Convert the files of all ranks that `Engine.save` wrote, for a number of ranks that is not theirs.
+
+    Executes nothing: raises CheckpointError for a file that asks for code.
+    """
     _import_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
 
@@ -213,7 +218,7 @@ def to_universal(source: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress bars
+    with safe_loads(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress bars
         ds_to_universal.main(arguments)
 
 

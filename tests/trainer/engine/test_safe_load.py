@@ -1,0 +1,146 @@
+"""Resuming executes nothing that a run folder holds, and what DeepSpeed writes is loaded to the bit."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2f.trainer.checkpoint.random_state import load_random_state, save_random_state
+from m2f.trainer.engine.safe_load import safe_loads
+from m2f.trainer.errors import CheckpointError
+from tests.trainer.restore_ranks import Command
+
+SHORT = (
+    *(f"fp32:{stage}:device" for stage in (0, 1, 2, 3)),
+    "bf16:1:device",
+    "fp16:1:device",
+    "fp16:3:device",
+    "fp32:1:offload",
+)
+"""Precision, stage and place of the optimizer state; the rest is a long proof."""
+ALL = tuple(
+    f"{precision}:{stage}:{place}"
+    for precision in ("fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16")
+    for stage in (0, 1, 2, 3)
+    for place in ("device", "offload")
+    if stage or (place == "device" and precision not in ("bf16", "fp16"))
+)
+FILES = {
+    "engine.mp_rank_00_model": "mp_rank_00_model_states.pt",
+    "engine.zero_pp": "optim_states.pt",
+    "rng.rank": "rank_0000",
+}
+CLASSES = {"DynamicLossScaler", "LossScaler", "ZeroStageEnum", "fragment_address"}
+
+
+def check_restored(seen):
+    assert seen["equal"]
+    assert all(seen["equal"])
+    assert set(seen["loads"]) == {"True"}  # of `weights_only`
+    assert {name.rpartition(".")[2] for name in seen["globals"]} <= CLASSES
+
+
+@pytest.fixture(scope="module")
+def restored(launcher):
+    launcher.run_each([f"restored:{case}" for case in SHORT])
+    return launcher
+
+
+@pytest.fixture(scope="module")
+def attacked(launcher, training_shards):
+    launcher.run_each(["saved"])
+    launcher.run_each([*(f"attacked:{file}:command" for file in FILES), "attacked:engine.mp_rank_00_model:none"])
+    across = [f"attacked:{file}:command" for file in FILES if file != "rng.rank"]
+    launcher.run_each([f"{name}:one" for name in [*across, "attacked:engine.zero_pp:name"]], ranks=1)
+    return launcher
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHORT)
+def test_what_deepspeed_wrote_is_loaded_to_the_bit_without_code(restored, case):
+    check_restored(restored.seen(f"restored:{case}"))
+
+
+@pytest.mark.soak
+def test_every_stage_in_every_precision_is_loaded_to_the_bit_without_code(launcher):
+    launcher.run_each([f"restored:{case}" for case in ALL if case not in SHORT])
+    for case in ALL:
+        if case not in SHORT:
+            check_restored(launcher.seen(f"restored:{case}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_runs_a_command_is_refused_though_its_checksum_fits(attacked, file):
+    for rank in (0, 1):
+        seen = attacked.seen(f"attacked:{file}:command", rank)
+        check_refused(attacked, seen, FILES[file], "posix.system")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [file for file in FILES if file != "rng.rank"])
+def test_a_command_is_refused_by_the_conversion_for_other_ranks(attacked, file):
+    check_refused(attacked, attacked.seen(f"attacked:{file}:command:one"), FILES[file], "posix.system")
+
+
+@pytest.mark.slow
+def test_the_conversion_makes_no_folder_of_a_name_that_leads_out(attacked):
+    seen = attacked.seen("attacked:engine.zero_pp:name:one")
+    check_refused(attacked, seen, "optim_states.pt", "'../../../EXECUTED'")
+
+
+def check_refused(launcher, seen, file, asked):
+    assert "CheckpointError: " in seen["error"]
+    assert file in seen["error"]
+    assert asked in seen["error"]
+    assert "/checkpoints/step_00000003" in seen["error"]
+    assert "\n" not in seen["error"]
+    assert set(seen["loads"]) <= {"True"}
+    assert not list(launcher.folder.parent.rglob("EXECUTED"))
+
+
+@pytest.mark.slow
+def test_the_same_without_an_attack_goes_on(attacked):
+    seen = attacked.seen("attacked:engine.mp_rank_00_model:none")
+    assert list(seen["losses"]) == ["4"]
+    assert seen["loads"]
+    assert set(seen["loads"]) == {"True"}
+
+
+def test_random_states_execute_nothing(tmp_path):
+    path = tmp_path / "rank_00000.pt"
+    save_random_state(path)
+    load_random_state(path)
+    torch.save({"python": Command(f"touch {tmp_path}/EXECUTED")}, path)
+    with pytest.raises(CheckpointError, match=r"^rank_00000.pt asks for posix.system"):
+        load_random_state(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["rank_00000.pt"]
+
+
+@pytest.mark.parametrize("attack", ["plain pickle", "file of old torch", "loop", "empty"])
+def test_other_files_are_one_error(tmp_path, attack):
+    path = tmp_path / "states.pt"
+    loop: list = []
+    loop.append(loop)
+    match attack:
+        case "plain pickle":
+            path.write_bytes(pickle.dumps(Command(f"touch {tmp_path}/EXECUTED"), protocol=2))
+        case "file of old torch":
+            torch.save(Command(f"touch {tmp_path}/EXECUTED"), path, _use_new_zipfile_serialization=False)
+        case "loop":
+            torch.save(loop, path)
+        case "empty":
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"^states.pt "), safe_loads():
+        torch.load(path, weights_only=False)
+    assert not Path(tmp_path, "EXECUTED").exists()
+
+
+def test_loads_outside_are_as_before():
+    load = torch.load
+    allowed = set(torch.serialization.get_safe_globals())
+    with safe_loads():
+        assert torch.load is not load
+    assert torch.load is load
+    assert set(torch.serialization.get_safe_globals()) == allowed
