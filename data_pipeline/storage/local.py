@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
-from m2f.data_pipeline.storage.object_info import ObjectInfo
+from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 
 _TEMPORARY = ".partial-"  # files of writes that are under way or were killed; never listed
 _REFUSED_WRITES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
@@ -90,6 +90,15 @@ class LocalStore:
         for folder, _, names in os.walk(root):
             found += [f"{folder}/{name}" for name in names if not name.startswith(_TEMPORARY)]
         return tuple(sorted(found))
+
+    def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
+        """Temporary files below a folder, of writes that are under way or were killed."""
+        names = sorted(Path(prefix).rglob(f"{_TEMPORARY}*"))
+        return tuple(UnfinishedWrite(str(path)) for path in names if path.is_file())
+
+    def delete_unfinished(self, write: UnfinishedWrite) -> None:
+        """Delete a temporary file where it exists."""
+        self.delete(write.url)
 
     def delete(self, url: str) -> None:
         """Delete a file where it exists."""

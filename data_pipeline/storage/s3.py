@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
 from m2f.data_pipeline.storage.local import replacing
-from m2f.data_pipeline.storage.object_info import ObjectInfo
+from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -137,6 +137,27 @@ class S3Store:
             raise StorageError(f"{prefix}: refusing to delete a whole bucket; name a folder in it")
         for url in self.list(prefix):
             self.delete(url)
+
+    def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
+        """Multipart uploads below a folder that nobody completed. They cost money and no listing shows them."""
+        bucket, folder = _split_folder(prefix)
+
+        def request(client: Any) -> tuple[UnfinishedWrite, ...]:
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=folder)
+            found = [upload for page in pages for upload in page.get("Uploads", ())]
+            return tuple(UnfinishedWrite(f"s3://{bucket}/{upload['Key']}", upload["UploadId"]) for upload in found)
+
+        return self._retrying(prefix, request)
+
+    def delete_unfinished(self, write: UnfinishedWrite) -> None:
+        """Abort a multipart upload; nothing happens where it has ended."""
+        address = _address(write.url)
+        try:
+            self._retrying(
+                write.url, lambda client: client.abort_multipart_upload(**address, UploadId=write.upload)
+            )
+        except MissingObjectError:
+            return
 
     def _retrying(self, url: str, request: Callable[[Any], T]) -> T:
         """Run a request until it succeeds, cannot succeed, or `max_attempts` is used up."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from m2f.data_pipeline.config import StorageConfig
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.local import LocalStore
-from m2f.data_pipeline.storage.object_info import ObjectInfo
+from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 from m2f.data_pipeline.storage.s3 import S3Store
 
 
@@ -65,6 +65,8 @@ class _Store(Protocol):
     def list(self, prefix: str) -> tuple[str, ...]: ...
     def delete(self, url: str) -> None: ...
     def delete_prefix(self, prefix: str) -> None: ...
+    def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]: ...
+    def delete_unfinished(self, write: UnfinishedWrite) -> None: ...
 
 
 class Storage:
@@ -145,6 +147,16 @@ class Storage:
         """Delete a folder and everything in it. Refuses a whole bucket and the root of the file system."""
         self.counters.add(requests=1)
         self._store(prefix).delete_prefix(prefix)
+
+    def list_unfinished(self, prefix: str) -> tuple[UnfinishedWrite, ...]:
+        """Writes below a folder that are under way or were never completed: temporary files, multipart uploads."""
+        self.counters.add(requests=1)
+        return self._store(prefix).list_unfinished(prefix)
+
+    def delete_unfinished(self, write: UnfinishedWrite) -> None:
+        """Free what such a write takes up."""
+        self.counters.add(requests=1)
+        self._store(write.url).delete_unfinished(write)
 
     def _store(self, url: str) -> _Store:
         scheme, separator, _ = url.partition("://")
