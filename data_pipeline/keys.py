@@ -38,6 +38,6 @@ def key_problem(key: object) -> str | None:
 def check_key(key: object, where: str) -> str:
     """`key`, as a str. Raises DataError beginning with `where` for one that may not be used."""
     if (problem := key_problem(key)) is not None:
-        raise DataError(f"{where}: the name {f'{key!a:.100}'} {problem}; rename it there")
+        raise DataError(f"{where}: the name {key!a:.100} {problem}; rename it there")
     assert isinstance(key, str)
     return key

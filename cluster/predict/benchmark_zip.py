@@ -15,6 +15,7 @@ from typing import Literal
 
 from m2f.cluster.predict.inputs import ImageList
 from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from m2f.model.errors import ConfigError
 
@@ -80,4 +81,4 @@ def _zip(path: Path, members: dict[str, Path]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in members.items():
             stored = zipfile.ZIP_STORED if name.endswith(".png") else None  # a PNG is compressed already
-            archive.write(file, name, compress_type=stored)
+            archive.write(file, check_key(name, str(path)), compress_type=stored)

@@ -18,6 +18,7 @@ import numpy as np
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, is_image_name, read_header
+from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.storage.storage import Storage
 
 READ_AHEAD = 4
@@ -70,10 +71,10 @@ def number_images(urls: Sequence[str]) -> tuple[ImageInput, ...]:
 
 
 def _distinct_names(urls: Sequence[str]) -> list[str]:
-    """Stems, with a number where several files share one."""
+    """Stems, with a number where several files share one. Raises DataError for one that may not name a file."""
     names: dict[str, None] = {}
     for url in urls:
-        stem = PurePosixPath(url).stem
+        stem = check_key(PurePosixPath(url).stem, f"{url!a}")
         wanted = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         names[next(name for name in wanted if name not in names)] = None
     return list(names)

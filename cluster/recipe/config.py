@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
+from m2f.data_pipeline.keys import key_problem
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError, require_at_least
@@ -86,6 +87,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ConfigError(f"name is {self.name!r}; use letters, digits, '_', '-' and '.', as it names a folder")
+        for dataset in self.datasets:
+            if (problem := key_problem(dataset)) is not None:
+                raise ConfigError(f"datasets: the name {dataset!a} {problem}; choose another, as it names a folder")
         known = ", ".join(sorted(self.datasets)) or "none"
         named = [("data.train", m.dataset) for m in self.data.train]
         named += [("evaluation.sets", s.dataset) for s in self.evaluation.sets]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.metrics.average_precision import InstanceDetections
@@ -38,7 +39,7 @@ class ResultDump:
 
     def add_panoptic(self, sample: DecodedSample, result: PanopticResult) -> None:
         """Take the panoptic result of one image."""
-        name = f"{sample.key}.png"
+        name = _png(sample)
         self._files[f"panoptic/{name}"] = panoptic_png(result.segment_map.cpu().numpy())
         annotation = panoptic_annotation(sample.image_id, name, result.segments, self._categories.for_task("panoptic"))
         self._entries.setdefault("panoptic", []).append(annotation)
@@ -50,7 +51,7 @@ class ResultDump:
 
     def add_labels(self, sample: DecodedSample, label_map: np.ndarray) -> None:
         """Take the labels [H, W] of one image."""
-        self._files[f"labels/{sample.key}.png"] = label_png(label_map, self._categories.for_task("semantic"))
+        self._files[f"labels/{_png(sample)}"] = label_png(label_map, self._categories.for_task("semantic"))
 
     def store(self, storage: Storage, url: str, call: int) -> None:
         """Write everything under the folder `url`; again for the same call replaces it by the same."""
@@ -58,6 +59,11 @@ class ResultDump:
             storage.put(join(url, name), data)
         for kind, entries in self._entries.items():
             storage.put(_part(url, kind, call), ",\n".join(map(json.dumps, entries)).encode())
+
+
+def _png(sample: DecodedSample) -> str:
+    """Name of an image's file. Raises DataError for a key that may not be part of a path."""
+    return f"{check_key(sample.key, sample.source)}.png"
 
 
 def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable) -> None:

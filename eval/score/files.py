@@ -14,6 +14,7 @@ from m2f.data_pipeline.categories import MAX_CATEGORIES, Category
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_id_png, decode_index_png, read_header
 from m2f.data_pipeline.json_fields import stated_flag
+from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.label_space import describe_subset, require_match
 from m2f.data_pipeline.readers.coco_json import stated_area, whole_number
 from m2f.eval.errors import EvaluationError
@@ -161,6 +162,14 @@ def require(entry: Any, name: str, where: str) -> Any:
     if not isinstance(entry, dict) or name not in entry:
         raise EvaluationError(f"{where} has no `{name}`: {str(entry)[:80]}")
     return entry[name]
+
+
+def mask_file(folder: Path, entry: Any, where: str) -> Path:
+    """The file in `folder` that an annotation names. Raises EvaluationError beginning with `where`."""
+    name = require(entry, "file_name", where)
+    if (problem := key_problem(name)) is not None:
+        raise EvaluationError(f"{where}: file_name {name!a:.100} {problem}; it must name a file in {folder}")
+    return folder / name
 
 
 def read_ids(path: Path) -> np.ndarray:

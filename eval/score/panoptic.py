@@ -29,6 +29,7 @@ from m2f.eval.score.files import (
     ScoredCategory,
     area_of,
     flag,
+    mask_file,
     match_predictions,
     read_categories,
     read_document,
@@ -122,7 +123,7 @@ class _ScoreImage:
             segment_id: _truth_segment(entry, label, f"{where}: segment {segment_id}")
             for segment_id, label, entry in self._segments(annotation, where, self.labels)
         }
-        return PanopticTruth(read_ids(self.files.truth_masks / require(annotation, "file_name", where)), segments)
+        return PanopticTruth(read_ids(mask_file(self.files.truth_masks, annotation, where)), segments)
 
     def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
         where = f"{self.files.predictions}: {where}"
@@ -133,7 +134,7 @@ class _ScoreImage:
         labels = {
             segment_id: label for segment_id, label, _ in self._segments(annotation, where, self.predicted_labels)
         }
-        id_map = read_ids(self.files.prediction_masks / require(annotation, "file_name", where))
+        id_map = read_ids(mask_file(self.files.prediction_masks, annotation, where))
         return PanopticPrediction(np.where(np.isin(id_map, gone), 0, id_map) if gone else id_map, labels)
 
     def _segments(

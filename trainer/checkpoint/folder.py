@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from m2f.data_pipeline.errors import MissingObjectError, StorageError
+from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.lease_record import accepted_names, check_lease, newest_number
 from m2f.trainer.errors import CheckpointError, NewerFormatError, TrainingError
@@ -333,4 +334,7 @@ def _matches(urls: Sequence[str]) -> list[_File]:
 
 
 def _entries(files: Mapping[str, Mapping[str, int | str]]) -> dict[str, FileEntry]:
+    for path in files:
+        if (problem := key_problem(path)) is not None:
+            raise ValueError(f"the file name {path!a:.100} {problem}")
     return {path: FileEntry(int(entry["size"]), str(entry["sha256"])) for path, entry in files.items()}

@@ -1,0 +1,80 @@
+"""Names from files that would lead out of a folder, at the doors where predictions are written and scored."""
+
+import zipfile
+
+import numpy as np
+import pytest
+
+from m2f.cluster.predict.benchmark_zip import write_submission
+from m2f.cluster.predict.inputs import number_images
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.sample import Annotation, DecodedSample
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.errors import EvaluationError
+from m2f.eval.report.dump import ResultDump
+from m2f.eval.score.files import mask_file
+from m2f.model.errors import ConfigError
+from m2f.model.structures import PanopticResult
+
+OUTSIDE = ("../../x", "/x", "a/../../x", "..", "a\x1b[2Jx", "a\\..\\x")
+
+
+def sample_of(key):
+    nothing = Annotation(seg=None, inst=None, segments=())
+    return DecodedSample(
+        key=key, image_id=1, source="foreign.tar", image=np.zeros((4, 5, 3), np.uint8), annotation=nothing
+    )
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_dump_writes_nothing_for_such_a_key(tmp_path, key):
+    import torch
+
+    dump = ResultDump(CategoryTable((Category(3, "boat", True, (1, 2, 3)),)))
+    dump.add_labels(sample_of("folder/inside"), np.zeros((4, 5), int))
+    with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it there"):
+        dump.add_labels(sample_of(key), np.zeros((4, 5), int))
+    with pytest.raises(DataError, match=r"^foreign.tar: the name .* rename it there"):
+        dump.add_panoptic(sample_of(key), PanopticResult(torch.zeros(4, 5, dtype=torch.int32), ()))
+    dump.store(Storage(), str(tmp_path / "a" / "b"), 0)
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert [str(path) for path in files] == ["a/b/labels/folder/inside.png"]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a\\x.png", "images/a\x1b[2Jx.png", "images/a\udcffx.png"])
+def test_predictions_are_not_named_after_such_an_image(url):
+    assert [image.name for image in number_images(["../a/b.png", "s3://c/b.png"])] == ["b", "b-2"]
+    with pytest.raises(DataError, match=r"the name .* holds the character"):
+        number_images([url])
+
+
+def test_a_submission_has_no_such_member(tmp_path):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.png").write_bytes(b"png")
+    with zipfile.ZipFile(write_submission(tmp_path, "ade20k", "semantic", None, "m2f")) as archive:
+        assert archive.namelist() == ["a.png"]
+    (tmp_path / "labels/a\\..\\b.png").write_bytes(b"png")
+    with pytest.raises(DataError, match="holds the character"):
+        write_submission(tmp_path, "ade20k", "semantic", None, "m2f")
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, 3, None])
+def test_a_scored_file_reads_no_map_elsewhere(tmp_path, name):
+    assert mask_file(tmp_path, {"file_name": "a/b.png"}, "here") == tmp_path / "a/b.png"
+    with pytest.raises(EvaluationError, match=r"^here: file_name .* it must name a file in "):
+        mask_file(tmp_path, {"file_name": name}, "here")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", "a\\x"])
+def test_a_data_set_is_not_named_like_a_path_out(name):
+    recipe = """
+name: a
+datasets: {NAME: {shards: s}}
+data: {train: [{dataset: NAME}]}
+training: {max_steps: 1}
+"""
+    assert parse_recipe(recipe.replace("NAME", "city/val")).datasets
+    with pytest.raises(ConfigError, match=r"datasets: the name .* choose another, as it names a folder"):
+        parse_recipe(recipe.replace("NAME", f"'{name}'"))
