@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
@@ -17,6 +15,7 @@ import ray
 
 from m2f.cluster.ray_private import quiet_tokens
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
@@ -167,15 +166,16 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _short_folder() -> Iterator[str]:
     """A session folder of its own, short because the paths of Unix sockets in it may have 107 characters."""
-    folder = tempfile.mkdtemp(prefix="m2f-", dir="/tmp")
+    folder = ScratchFolder("ray", place="/tmp")
     try:
-        yield folder
+        yield str(folder.root)
     except ClusterError:  # names the logs in the folder
+        folder.keep()
         raise
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.remove()
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from m2f.cluster.recipe.load import flatten_tree
 from m2f.cluster.tracking.tracking import connect
 from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 
@@ -183,8 +183,8 @@ class _Store:
 
     def _artifact(self, run: Run, path: str, notes: list[str]) -> str | None:
         try:
-            with tempfile.TemporaryDirectory(prefix="m2f-compare-") as folder:
-                local = self._client.download_artifacts(run.info.run_id, path, folder)
+            with ScratchFolder("compare") as folder:
+                local = self._client.download_artifacts(run.info.run_id, path, str(folder))
                 return Path(local).read_text()
         except Exception as error:  # whatever the artifact store behind it raises; the rest is still worth showing
             notes.append(f"{path} cannot be read ({_brief(error)})")

@@ -19,6 +19,7 @@ import m2f
 from m2f.cluster.doctor.finding import Finding
 from m2f.cluster.ray_private import TESTED
 from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 
 GIB = 2**30
 SHM_REQUIRED, SHM_RECOMMENDED = GIB // 4, 2 * GIB
@@ -91,8 +92,8 @@ def check_collectives() -> Finding:
     name, ranks = ("NCCL", gpus) if gpus else ("gloo", 2)
     started = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix="m2f-doctor-") as folder:
-            launch(all_reduce_once, (folder, bool(gpus)), ranks)
+        with ScratchFolder("doctor") as folder:
+            launch(all_reduce_once, (str(folder), bool(gpus)), ranks)
     except LaunchError as error:
         remedy = (
             "run again with NCCL_DEBUG=INFO; in a container try --shm-size=16g and --ipc=host"

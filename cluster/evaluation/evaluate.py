@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from m2f.cluster.evaluation.actor import EvaluationTask, call_groups, classes_of, evaluated_rows
 from m2f.cluster.evaluation.weights import model_classes
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.config import EvaluationSet
 from m2f.eval.inference.classes import evaluated_classes
@@ -185,13 +185,13 @@ def _evaluate(
     )
     qualities: dict[int, float] = {}
     done: list[int] = []
-    with TemporaryDirectory(prefix="m2f-states-") as spilled:
+    with ScratchFolder("states") as spilled:
 
         def take(call: int, payload: bytes) -> None:
             part = EvaluationStates.from_bytes(payload)
             qualities.update(image_qualities(part))
             states.merge(part)
-            states.spill(Path(spilled), SPILL_BYTES)
+            states.spill(spilled, SPILL_BYTES)
             done.append(call)
             on_progress(evaluated, len(done), calls)
 

@@ -11,7 +11,6 @@ import re
 import secrets
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.submit.ray_jobs import JobClient, JobInfo, JobRequest
 from m2f.cluster.submit.upload import RECIPE, pack
 from m2f.cluster.terminal import print_err
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import ConfigError
 
 STOP_WAIT_S = 600
@@ -64,11 +64,11 @@ def submit_training(
     if not chosen.is_new:
         return chosen
     command = ["m2f"] if installed else ["python", "-m", "m2f.cluster.cli"]
-    with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
+    with ScratchFolder("submit") as folder:
         request = JobRequest(
             job_id=chosen.job_id,
             command=shlex.join([*command, "train", RECIPE, "--restart"]),
-            archive=pack(Path(folder), recipe, code=not installed),
+            archive=pack(folder, recipe, code=not installed),
             env=env,
             metadata={"m2f_run": config.run_folder, "m2f_recipe": digest},
         )
@@ -81,8 +81,8 @@ def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str,
     command = ["python", "-m", "m2f.cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
     job_id = f"m2f-doctor-{secrets.token_hex(4)}"
     env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is read on this terminal
-    with tempfile.TemporaryDirectory(prefix="m2f-submit-") as folder:
-        client.submit(JobRequest(job_id, shlex.join(command), pack(Path(folder), recipe), env, metadata={}))
+    with ScratchFolder("submit") as folder:
+        client.submit(JobRequest(job_id, shlex.join(command), pack(folder, recipe), env, metadata={}))
     return job_id
 
 

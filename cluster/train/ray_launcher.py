@@ -6,7 +6,6 @@ An attempt is one `TorchTrainer.fit()` with `max_failures=0`, in a thread of its
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from m2f.cluster.train.failure_policy import AttemptError
 from m2f.cluster.train.mailbox import Mailbox
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
 from m2f.cluster.train.worker import WorkerSettings, train_loop
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
@@ -67,7 +67,7 @@ class RayLauncher:
         may_grow = self._cluster.address is not None or "RAY_ADDRESS" in os.environ
         with ExitStack() as stack:
             stack.enter_context(connect(self._config))
-            self._scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="m2f-ray-train-"))
+            self._scratch = str(stack.enter_context(ScratchFolder("ray-train")))
             check_gpus(self._config, ray.cluster_resources().get("GPU", 0), may_grow)
             # On the driver's node, so that it survives the loss of a node of workers.
             mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(Mailbox)

@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
     """Write one file of a checkpoint under another name, after comparing its checksum."""
-    import tempfile
     from pathlib import Path
 
+    from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.trainer.checkpoint.folder import AVERAGE, WEIGHTS, fetch, read_manifest
 
     if output is None or not output.endswith(".safetensors") or Path(output).exists():
@@ -65,9 +65,9 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
     name = AVERAGE if averaged and AVERAGE in manifest.files else WEIGHTS
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".m2f-export-", dir=target.parent) as folder:
-        fetch(storage, url, [name], manifest, Path(folder))
-        (Path(folder) / name).rename(target)
+    with ScratchFolder("export", place=str(target.parent)) as folder:
+        fetch(storage, url, [name], manifest, folder)
+        (folder / name).rename(target)
     print_out(f"{output}: {name} of {url}, {target.stat().st_size / 1e6:,.1f} MB")
     return 0
 
@@ -96,13 +96,11 @@ def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: 
 
 def _verify_bytes(storage: Storage, url: str, manifest: CheckpointManifest) -> None:
     """Read all files, one at a time, and compare checksums. Raises CheckpointError for the first that differs."""
-    import tempfile
-    from pathlib import Path
-
+    from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.trainer.checkpoint.folder import fetch
 
     with Progress(f"verifying step {manifest.step}", len(manifest.files), "files") as progress:
         for path in manifest.files:
-            with tempfile.TemporaryDirectory(prefix="m2f-verify-") as folder:
-                fetch(storage, url, [path], manifest, Path(folder))
+            with ScratchFolder("verify") as folder:
+                fetch(storage, url, [path], manifest, folder)
             progress.advance(1)

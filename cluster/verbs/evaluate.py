@@ -24,10 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the tables; results of the run's own checkpoints also go to its MLflow run."""
     from os.path import abspath
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
 
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
+    from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.data_pipeline.storage.storage import Storage, join
 
     config, copied = open_recipe(args.source, args.overrides)
@@ -44,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     evaluations = evaluate_checkpoint(config, weights.url, step=weights.step, dump=dump)
     run = find_run(config) if weights.step is not None else None
     tracking = Tracking(run, "offline-evaluation") if run is not None else None
-    with TemporaryDirectory(prefix="m2f-evaluation-") as scratch:
+    with ScratchFolder("evaluation") as scratch:
         for evaluation in evaluations:
             within = f"evaluations/{weights.name}"
             base = args.output or join(config.run_folder, within)
             name = name_of_results(storage, base, evaluation.results)
             place, url = f"{within}/{name}", join(base, name)
-            folder = write_files(storage, url, evaluation.files(), local=Path(scratch) / name)
+            folder = write_files(storage, url, evaluation.files(), local=scratch / name)
             print_out(f"\n{evaluation.results.table()}\n\nresults: {url}")
             if name != evaluation.results.subject.label:
                 print_out("settings or weights differ from those of the stored results, so these have another name")

@@ -11,9 +11,7 @@ categories.json                   the categories
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ import numpy as np
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.sample import DecodedSample
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.report.coco_files import describe_categories, label_png, mask_results, panoptic_annotation, panoptic_png
@@ -80,8 +79,8 @@ def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable)
 
 def _join(storage: Storage, parts: Sequence[str], url: str, opening: str, closing: str) -> None:
     """Through a local file: the detections of a large set do not fit into memory twice."""
-    with tempfile.TemporaryDirectory(prefix="m2f-dump-") as folder:
-        path = Path(folder) / "joined.json"
+    with ScratchFolder("dump") as folder:
+        path = folder / "joined.json"
         with path.open("wb") as file:
             file.write(opening.encode())
             separator = b""

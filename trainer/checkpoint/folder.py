@@ -19,13 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from m2f.data_pipeline.errors import MissingObjectError, StorageError
 from m2f.data_pipeline.keys import key_problem
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.lease_record import accepted_names, check_lease, newest_number
 from m2f.trainer.errors import CheckpointError, NewerFormatError, TrainingError
@@ -189,12 +189,12 @@ def metrics_of_old_checkpoint(storage: Storage, url: str) -> dict[int, dict[str,
     """Metrics by step that checkpoints of version 0.1 hold, since the driver may not have had them; {} if damaged."""
     if not storage.exists(join(url, _OLD_METRICS)):
         return {}
-    with tempfile.TemporaryDirectory(prefix="m2f-metrics-") as folder:
+    with ScratchFolder("metrics") as folder:
         try:
-            fetch(storage, url, [_OLD_METRICS], read_manifest(storage, url), Path(folder))
+            fetch(storage, url, [_OLD_METRICS], read_manifest(storage, url), folder)
         except CheckpointError:
             return {}
-        return points_by_step(Path(folder, _OLD_METRICS).read_bytes())
+        return points_by_step((folder / _OLD_METRICS).read_bytes())
 
 
 def points_by_step(data: bytes) -> dict[int, dict[str, float]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former
 from m2f.model.weights.load import load_weights
@@ -27,7 +28,6 @@ from m2f.trainer.checkpoint.folder import (
 )
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.checkpoint.random_state import load_random_state
-from m2f.trainer.checkpoint.scratch import ScratchFolder, sweep
 from m2f.trainer.engine.engine import Engine, to_universal
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import PositionRange
@@ -36,7 +36,6 @@ from m2f.trainer.reporting import CommittedCheckpoint, Notice, Reporter
 from m2f.trainer.state import TrainState
 
 _UNIVERSAL = f"{ENGINE}_universal"
-_PREFIX = "m2f-resume-"
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,9 @@ def open_restart(
     CheckpointError where the checkpoint does not fit or no candidate can be used, StorageError where the storage does
     not answer. A collective.
     """
-    sweep(_PREFIX)
     problems = []
     for checkpoint in candidates:
-        with ScratchFolder(_PREFIX) as folder:
+        with ScratchFolder("resume") as folder:
             found = _bring(checkpoint, expected, storage, ranks, folder, accept_changes, skipped)
             if isinstance(found, Restart):
                 _set_aside(candidates[: len(problems)], storage, ranks, lease)

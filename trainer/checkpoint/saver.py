@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import safetensors.torch
 import torch
 
+from m2f.data_pipeline.storage.scratch import ScratchFolder, full_disk_named, require_room
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import record_commit, withdraw_commit, write_metrics
 from m2f.trainer.checkpoint.folder import (
@@ -33,7 +35,7 @@ from m2f.trainer.checkpoint.folder import (
 from m2f.trainer.checkpoint.identity import store_identity
 from m2f.trainer.checkpoint.lease_record import check_lease
 from m2f.trainer.checkpoint.random_state import save_random_state
-from m2f.trainer.checkpoint.scratch import ScratchFolder, full_disk_named, sweep
+from m2f.trainer.checkpoint.size import checkpoint_bytes
 from m2f.trainer.engine.engine import Engine
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
@@ -42,7 +44,6 @@ from m2f.trainer.reporting import CommittedCheckpoint
 from m2f.trainer.state import TrainState
 from m2f.trainer.telemetry.numbers import StepMetrics
 
-_PREFIX = "m2f-checkpoint-"
 _POLL_S = (0.05, 2.0)  # first and longest pause between looks for the other ranks' receipts
 
 
@@ -63,12 +64,21 @@ class CheckpointSaver:
         self._committed = resumed
         self._saved_step = None if resumed is None else resumed.step
         self._closing = threading.Event()
-        sweep(_PREFIX)
 
     def close(self) -> None:
         """End the thread without waiting for other ranks. What they have all uploaded by now is still committed."""
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def check_room(self, engine: Engine) -> None:
+        """Find out before the first step whether this machine's disk holds the files of its ranks. A collective.
+
+        Raises StorageError, on all ranks, where it does not.
+        """
+        ranks, host = self._ranks, socket.gethostname()
+        own = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)
+        here = sum(size for other, size in ranks.gather((host, own)) if other == host)
+        ranks.run_on_all(lambda: require_room(here, "a checkpoint of the ranks of this machine"))
 
     def newest_commit(self) -> CommittedCheckpoint | None:
         """The newest commit that this rank knows of (rank 0: as soon as it is made). Raises what an upload raised."""
@@ -102,7 +112,7 @@ class CheckpointSaver:
 
     def _write(self, engine: Engine, state: TrainState) -> ScratchFolder:
         """This rank's files in a folder on the local disk."""
-        scratch = ScratchFolder(_PREFIX)
+        scratch = ScratchFolder("checkpoint")
         folder = scratch.path
         try:
             engine.save(folder, ENGINE)

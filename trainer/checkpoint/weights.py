@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from m2f.data_pipeline.label_space import match_classes, require_match
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
 from m2f.trainer.checkpoint.folder import AVERAGE, MANIFEST, WEIGHTS, file_entry, read_manifest
@@ -49,10 +49,10 @@ def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
     Those of a checkpoint are compared with its manifest: raises CheckpointError naming file and checkpoint where a bit
     differs.
     """
-    with tempfile.TemporaryDirectory(prefix="m2f-weights-") as folder:
+    with ScratchFolder("weights") as folder:
         path = Path(weights)
         if "://" in weights:
-            path = Path(folder) / weights.rpartition("/")[2]
+            path = folder / weights.rpartition("/")[2]
             storage.get_file(weights, path)
         _check(weights, path, storage)
         yield path

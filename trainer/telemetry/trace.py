@@ -11,8 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 
 LOGGER = logging.getLogger(__name__)
@@ -35,7 +34,8 @@ class Trace:
         self._storage, self._max_bytes = storage, max_bytes
         self._url = join(run_folder, "traces", attempt, f"rank_{rank:04d}.jsonl")
         self._is_remote = "://" in self._url
-        folder = Path(tempfile.mkdtemp(prefix="m2f-trace-")) if self._is_remote else Path(self._url).parent
+        self._scratch = ScratchFolder("trace") if self._is_remote else None
+        folder = Path(self._url).parent if self._scratch is None else self._scratch.path
         self._path = folder / Path(self._url).name
         self._closing = threading.Event()
         self._broken = False
@@ -67,8 +67,8 @@ class Trace:
             self._uploader.join()
         with contextlib.suppress(OSError):
             self._close_file()
-        if self._is_remote:
-            shutil.rmtree(self._path.parent, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
 
     def _close_file(self) -> None:
         if self._file is not None:

@@ -12,12 +12,12 @@ import torch
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage.scratch import full_disk_named
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, list_checkpoints, pins
 from m2f.trainer.checkpoint.saver import CheckpointSaver
-from m2f.trainer.checkpoint.scratch import full_disk_named
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks

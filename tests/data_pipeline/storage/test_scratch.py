@@ -1,0 +1,78 @@
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage import scratch
+from m2f.data_pipeline.storage.scratch import ScratchFolder, full_disk_named, require_room, sweep
+from tests.mounts import fill, read_only, small_disk
+
+KILLED = Path(__file__).with_name("killed_with_scratch.py")
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch, "_swept", set())
+    return tmp_path
+
+
+def be_killed(temporary):
+    assert subprocess.run([sys.executable, KILLED, temporary], check=False).returncode == -signal.SIGKILL
+    return temporary.glob("m2f-test-*/files/big.bin")
+
+
+def test_leftovers_of_a_killed_process_are_swept_and_nothing_else(temporary):
+    (left,) = be_killed(temporary)
+    (temporary / "m2f-test-of-a-person").mkdir()
+    with ScratchFolder("other") as used:  # the first one of a process sweeps
+        assert not left.exists()
+        (used / "file").write_text("kept")
+        assert len(list(be_killed(temporary))) == 1
+        assert sweep(str(temporary)) == 1
+        assert sweep(str(temporary)) == 0
+        assert (used / "file").read_text() == "kept"
+    assert [path.name for path in temporary.iterdir()] == ["m2f-test-of-a-person"]
+
+
+def test_a_folder_holds_only_what_is_put_there(temporary):
+    folder = ScratchFolder("test")
+    assert list(folder.path.iterdir()) == []
+    folder.remove()
+    folder.remove()
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_folder_that_is_kept_is_not_swept(temporary):
+    folder = ScratchFolder("test")
+    (folder.path / "log").touch()
+    folder.keep()
+    assert sweep(str(temporary)) == 0
+    assert (folder.path / "log").exists()
+
+
+def test_a_full_disk_of_temporary_files_is_one_message(temporary):
+    with small_disk(temporary / "small", "64k") as disk:
+        tempfile.tempdir = str(disk)
+        require_room(60_000, "a checkpoint")
+        with pytest.raises(StorageError, match=r"small: 0\.00 GB are free .* a checkpoint takes 2\.00 GB; .* TMPDIR"):
+            require_room(2_000_000_000, "a checkpoint")
+        folder = ScratchFolder("test")
+        with pytest.raises(StorageError, match=r"no space left on the disk for x .* TMPDIR"), full_disk_named("x"):
+            (folder.path / "big").write_bytes(b"x" * 100_000)
+        folder.remove()
+        with read_only(disk), pytest.raises(StorageError, match=r"no folder can be made there .* set TMPDIR"):
+            ScratchFolder("test")
+
+
+def test_without_any_place_for_temporary_files_there_is_one_message(temporary, monkeypatch):
+    with small_disk(temporary / "small", "64k") as disk:
+        fill(disk)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(disk)])  # what TMPDIR, /tmp, ... can be
+        with pytest.raises(StorageError, match=r"No usable temporary directory .* set TMPDIR"):
+            ScratchFolder("test")

@@ -1,0 +1,38 @@
+"""How large the files of a rank become, before there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from m2f.trainer.config import TrainingConfig
+
+_ADAM_BYTES = 8
+"""Of fp32 first and second moments, for every trained parameter."""
+_FP32_BYTES = 4
+_SMALL_FILES = 1_000_000
+"""Random states, recipe, identity and file headers."""
+
+
+def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int, is_first: bool) -> int:
+    """Bytes of one rank's files of a checkpoint, to within a few per cent."""
+    parameters = list(model.parameters())
+    total, trained = _count(parameters), _count(p for p in parameters if p.requires_grad)
+    stage = training.zero.stage
+    trained_bytes = 2 if training.precision in ("bf16", "fp16") else _FP32_BYTES
+    size = _SMALL_FILES
+    if stage:  # the fp32 copies, too, each rank its share
+        size += (_ADAM_BYTES + _FP32_BYTES) * trained // world_size
+    elif is_first:
+        size += _ADAM_BYTES * trained
+    if is_first and stage < 3:
+        size += trained_bytes * total
+    if is_first:
+        size += _FP32_BYTES * total * (2 if training.ema_decay else 1)
+    return size
+
+
+def _count(parameters: Iterable[Any]) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # under ZeRO-3 a rank has only its share
