@@ -66,6 +66,15 @@ def test_a_run_of_the_past_goes_on_from_its_checkpoint(past, capfd):
 
 
 @pytest.mark.slow
+def test_it_goes_on_with_another_number_of_ranks(past, capfd):
+    words = [f"training.max_steps={STEP + 2}", "training.log_every_steps=1", "cluster.num_workers=1"]
+    assert main(["train", "recipe.yaml", "--launcher", "local", *words]) == 0
+    assert f"from {past}/runs/past/checkpoints/step_{STEP:08d}" in capfd.readouterr().out
+    losses = points(past, "train/loss/total")
+    assert [losses[STEP + 1], losses[STEP + 2]] == pytest.approx([LOSSES[STEP + 1], LOSSES[STEP + 2]], rel=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_checkpoint_of_the_past_gives_the_results_that_it_gave(past):
     then = json.loads((PAST / "runs/past" / RESULTS).read_text())
