@@ -181,11 +181,13 @@ def _convert(url: str, folder: Path) -> None:
 
 @contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Errors about a file within name its checkpoint, too."""
+    """Errors about a file within name its checkpoint and the remedy, too."""
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"checkpoint {url} is refused: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {url} is refused: {error}; find out who wrote it, and delete it to go on from the one before"
+        ) from error
 
 
 def _inspect(

@@ -48,7 +48,7 @@ def _safe(load: Callable[..., Any]) -> Callable[..., Any]:
             content = load(file, map_location=map_location, **options | {"weights_only": True})
             _check_names(content, name)
         except _MALFORMED as error:
-            raise CheckpointError(f"{name} {_reason(error)}; find out who wrote it") from error
+            raise CheckpointError(f"{name} {_reason(error)}") from error
         return content
 
     return safe_load
