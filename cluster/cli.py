@@ -1,7 +1,6 @@
 """The console script `m2f`: one verb per module of `m2f.cluster.verbs`, imported only when it is called.
 
-Exit status: 0 done, 1 the job ran and failed, 2 an error that the user can correct (one message, no traceback),
-130 interrupted.
+Exit statuses: `m2f.cluster.exit_status`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from m2f.cluster.exit_status import ExitStatus
+from m2f.data_pipeline.errors import OutageError
 from m2f.model.errors import UserError
 
 VERBS = {
@@ -82,12 +83,13 @@ def _run_verb(words: list[str]) -> int:
         return module.run(args)
     except KeyboardInterrupt:
         print(f"m2f {verb}: interrupted", file=sys.stderr)
-        return 130
+        return ExitStatus.INTERRUPTED
     except Exception as error:
         user_error = _user_error(error)
         if user_error is None:
             raise
-        return _fail(f"m2f {verb}: {user_error}")
+        status = ExitStatus.OUTAGE if isinstance(user_error, OutageError) else ExitStatus.MISTAKE
+        return _fail(f"m2f {verb}: {user_error}", status)
 
 
 def _user_error(error: BaseException) -> UserError | None:
@@ -98,9 +100,9 @@ def _user_error(error: BaseException) -> UserError | None:
     return error if isinstance(error, UserError) else None
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: ExitStatus = ExitStatus.MISTAKE) -> int:
     print(message, file=sys.stderr)
-    return 2
+    return status
 
 
 def _overview() -> str:

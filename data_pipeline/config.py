@@ -16,8 +16,9 @@ class StorageConfig:
     endpoint_url: str | None = None
     """S3-compatible endpoint; None takes AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
-    max_attempts: int = 8
-    """Attempts per request, with exponential backoff and jitter; bodies that break midway count as one."""
+    patience_s: float = 600.0
+    """Seconds. A request that fails for a passing reason is repeated for so long, once the store has answered this run;
+    before that for 20 s, as a wrong endpoint is a mistake."""
     read_timeout_s: float = 60.0
     """Without an answer or further bytes a request is repeated after so long."""
 

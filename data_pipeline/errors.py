@@ -19,6 +19,14 @@ class StorageError(UserError):
     """A store or object that cannot be read or written. Names the URL, the cause and the remedy."""
 
 
+class OutageError(StorageError):
+    """A store that answered this run before gave no answer for `storage.patience_s`."""
+
+
+class AccessDeniedError(StorageError):
+    """The store refuses the request to these credentials."""
+
+
 class MissingObjectError(StorageError):
     """The object, its bucket or its folder does not exist."""
 

@@ -149,8 +149,9 @@ class TrainingConfig:
     C++ compiler (g++), on GPUs a C compiler."""
     threads: int = 1
     """Torch threads per rank on CPU."""
-    collective_timeout_s: float = 600.0
-    """How long a rank waits for the others before the attempt ends."""
+    collective_timeout_s: float = 1200.0
+    """Seconds that a rank waits for the others before the attempt ends. With data or the run folder in S3 more than
+    `storage.patience_s` and `stall_timeout_s` together, as one rank may wait so long for the storage."""
     stall_timeout_s: float = 300.0
     """A rank that spends this long in one phase of a step (data, forward pass, update, ...) stalls the run: the stacks
     of all ranks are written and the attempt ends. Less than collective_timeout_s, or that ends it first and says less;

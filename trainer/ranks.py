@@ -43,6 +43,7 @@ class Ranks:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._store: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -75,6 +76,12 @@ class Ranks:
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]
+
+    def count(self, name: str, more: int = 0) -> int:
+        """A counter that all ranks share, after adding `more`. No collective; one thread may call it at any time."""
+        if self._store is None:  # a connection of its own: nothing that waits in the other one holds it up
+            self._store = dist.distributed_c10d._get_default_store().clone()
+        return self._store.add(f"m2f/{name}", more)
 
     def neighbors(self) -> tuple[int, ...]:
         """The ranks on this machine, this one among them. A collective."""

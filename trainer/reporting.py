@@ -19,6 +19,7 @@ NoticeKind = Literal[
     "spike",
     "memory",
     "slow",
+    "storage",
     "stalled",
     "drained",
     "stopped",
@@ -69,7 +70,7 @@ class CommitReport:
 
 @dataclass(frozen=True)
 class Notice:
-    """By rank 0 (`stalled`: any): something worth a line in the log."""
+    """By rank 0 (`stalled`, `storage`: any): something worth a line in the log."""
 
     kind: NoticeKind
     step: int

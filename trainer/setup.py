@@ -46,7 +46,8 @@ class Run:
 def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator[Run]:
     """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
     training = job.training
-    storage, ranks = Storage(job.storage), Ranks(training.collective_timeout_s)
+    ranks = Ranks(training.collective_timeout_s)
+    storage = Storage(job.storage, answered=True, on_wait=lambda line: _report_wait(reporter, ranks.rank, line))
     data = ranks.run_on_all(lambda: open_data(job, storage))
     ranks.run_on_rank0(lambda: data.check(storage))
     state, resumed = _fresh_state(job, data, ranks), None
@@ -79,6 +80,10 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         batches = open_batches(job, data, storage, state, ranks.rank, ranks.neighbors())
         stack.enter_context(closing(batches))
         yield Run(job, ranks, storage, engine, saver, batches, state, resumed)
+
+
+def _report_wait(reporter: Reporter, rank: int, line: str) -> None:
+    reporter.report(Notice("storage", 0, f"rank {rank} is {line}"))
 
 
 def this_device() -> torch.device:

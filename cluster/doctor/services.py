@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.error import HTTPError
@@ -158,7 +157,7 @@ def check_ray_token() -> Finding:
 
 
 def _storage_without_retries(config: RunConfig) -> Storage:
-    return Storage(replace(config.storage, max_attempts=1, read_timeout_s=TIMEOUT_S))
+    return Storage(config.storage).impatient(TIMEOUT_S)
 
 
 def _storage_remedy(url: str) -> str:

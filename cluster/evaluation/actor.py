@@ -81,7 +81,7 @@ class EvaluationActor:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the machine's GPUs are not ours
         torch.set_num_threads(config.evaluation.threads)
         self._config = config
-        self._storage = Storage(config.storage)
+        self._storage = Storage(config.storage, answered=True)
         self._manifests: dict[str, Manifest] = {}
         self._loaded: tuple[tuple[str, int], Mask2Former] | None = None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m2f.cluster.evaluation.queue import Entry, EvaluationQueue
-from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.errors import OutageError, StorageError
 from m2f.trainer.checkpoint.commits import CommitList
 from m2f.trainer.errors import LeaseLostError
 
@@ -49,9 +49,9 @@ class EvaluationManager:
     """Finds commits, and evaluates them one after the other in a thread of its own.
 
     `find()` lists the commits of the run; it is called every `look_s` seconds. `evaluate(entry, report)` computes and
-    publishes one entry and returns its headline numbers; what it raises fails that entry alone. Publishing twice must
-    be harmless, since a process that dies between publication and ledger does it again. `release(entry)` is called at
-    least once for every settled entry.
+    publishes one entry and returns its headline numbers. After an OutageError the entry is done again; everything else
+    that it raises fails that entry alone. Publishing twice must be harmless, since a process that dies between
+    publication and ledger does it again. `release(entry)` is called at least once for every settled entry.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class EvaluationManager:
     def _settle(self, entry: Entry) -> None:
         try:
             metrics = self._evaluate(entry, self._note)
-        except LeaseLostError:
+        except (LeaseLostError, OutageError):
             raise
         except Exception as error:
             LOGGER.exception("the evaluation of step %d failed", entry.step)

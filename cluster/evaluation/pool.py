@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
+from m2f.data_pipeline.errors import OutageError
 from m2f.eval.errors import EvaluationError
 
 LOGGER = logging.getLogger(__name__)
@@ -112,8 +113,8 @@ class EvaluationPool:
     def run(self, task: Any, batches: Iterable[int], take: Take) -> None:
         """Evaluate all batches; `take(batch, result)` gets every result once, as it comes.
 
-        Raises EvaluationError when a batch fails or hangs
-        MAX_ATTEMPTS times or an actor cannot be made.
+        Raises EvaluationError when a batch fails or hangs MAX_ATTEMPTS times or an actor cannot be made, OutageError
+        when the storage did not answer an actor for longer than its patience.
         """
         ledger = BatchLedger(batches)
         for slot in self._slots:
@@ -182,6 +183,8 @@ class EvaluationPool:
             slot.benched = True
             ledger.fail(batch, f"its actor died ({type(error).__name__})")
         except RayTaskError as error:
+            if isinstance(error.cause, OutageError):  # no batch is to blame
+                raise error.cause from None
             ledger.fail(batch, f"{type(error.cause).__name__}: {error.cause}")
         else:
             if ledger.finish(batch):

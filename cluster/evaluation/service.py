@@ -13,6 +13,7 @@ from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress
 from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
+from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import read_commits
 from m2f.trainer.checkpoint.folder import EVALUATION_PIN, pin, unpin
@@ -30,7 +31,7 @@ class EvaluationService:
         self._config = config
         self._make_pool = make_pool
         self._tracked = tracked
-        self._storage = Storage(config.storage)
+        self._storage = Storage(config.storage, answered=True)
         self._tracking = Tracking(tracked, "evaluation")
         self._pool: Pool | None = None
         self._queue = EvaluationQueue(self._storage, queue_url(config), self._check_lease)
@@ -56,7 +57,7 @@ class EvaluationService:
         """Evaluate and publish; returns the headline numbers of all sets. The story of a failure goes to a file."""
         try:
             return self._evaluate_sets(entry, report)
-        except LeaseLostError:
+        except (LeaseLostError, OutageError):
             raise
         except Exception:
             story = traceback.format_exc().encode()

@@ -96,10 +96,22 @@ class RunConfig:
         for where, dataset in named:
             if dataset not in self.datasets:
                 raise ConfigError(f"{where}: no data set {dataset!r} under `datasets` (known: {known})")
+        self._check_timeouts()
         if self.training.compile and isinstance(self.data.augment, ScaleJitter):
             raise ConfigError(
                 "training.compile is true, but data.augment makes images of many sizes, each compiled anew; "
                 "set data.augment.kind to lsj or shortest_edge, or training.compile to false"
+            )
+
+    def _check_timeouts(self) -> None:
+        """One rank may wait for an S3 store as long as patience allows, while the others wait for it."""
+        urls = [self.output, *(dataset.shards for dataset in self.datasets.values())]
+        longest = self.storage.patience_s + self.training.stall_timeout_s
+        if any("://" in url for url in urls) and self.training.collective_timeout_s <= longest:
+            raise ConfigError(
+                f"training.collective_timeout_s is {self.training.collective_timeout_s:g}, but one rank may wait "
+                f"{longest:g} s for S3 (storage.patience_s + training.stall_timeout_s); set it above {longest:g}, or "
+                "lower storage.patience_s"
             )
 
     @property

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from m2f.cluster.recipe.ablations import find_recipe
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.paths import with_absolute_paths
-from m2f.cluster.recipe.retired import apply_renames, drop_retired, renamed_path
+from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
 from m2f.model.errors import ConfigError
 
 LOGGER = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def _build_recipe(text: str, overrides: Iterable[str], source: str) -> tuple[Run
     problems: list[str] = []
     tree = _parse_yaml(text, source)
     hints = apply_renames(tree, problems)
+    if raised := raise_collective_timeout(tree):
+        hints.append(raised)
     for override in overrides:
         _apply_override(tree, override, problems)
     drop_retired(tree, problems)

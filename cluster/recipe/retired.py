@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from m2f.data_pipeline.config import StorageConfig
+from m2f.trainer.config import TrainingConfig
+
 
 @dataclass(frozen=True)
 class Retired:
@@ -32,6 +35,7 @@ class Renamed:
 RETIRED: tuple[Retired, ...] = (
     Retired("data.augment_on", "cpu", "leave it out: the loader's processes augment all images"),
     Retired("cluster.backend", "auto", "leave it out: workers with GPUs use nccl, others gloo"),
+    Retired("storage.max_attempts", 8, "leave it out, and set storage.patience_s: requests are repeated for so long"),
     Retired("storage.connect_timeout_s", 10.0, "leave it out, and set storage.read_timeout_s, which it never exceeds"),
 )
 """One line for each deleted setting."""
@@ -76,6 +80,28 @@ def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RE
             value = section.pop(key)
             if value != setting.default:
                 problems.append(f"`{path}` is {value!r}, but this version does not have the setting; {setting.remedy}")
+
+
+def raise_collective_timeout(tree: Any) -> str | None:
+    """In a whole recipe that a version without `storage.patience_s` stored: a `training.collective_timeout_s` that is
+    long enough beside the default patience; the line that says so. To be called before `drop_retired`."""
+    stored = [
+        section
+        for path in ("storage.max_attempts", "training.collective_timeout_s")
+        for _, section, _ in _find_settings(tree, path)
+    ]
+    if len(stored) < 2:
+        return None
+    training, default = stored[1], TrainingConfig(max_steps=1)
+    value = training["collective_timeout_s"]
+    longest = StorageConfig().patience_s + float(training.get("stall_timeout_s", default.stall_timeout_s))
+    if not isinstance(value, int | float) or value > longest:
+        return None
+    training["collective_timeout_s"] = max(default.collective_timeout_s, longest + 300.0)
+    return (
+        f"`training.collective_timeout_s` is raised from {value:g} to {training['collective_timeout_s']:g}, above "
+        "storage.patience_s + training.stall_timeout_s"
+    )
 
 
 def _find_settings(node: Any, path: str, above: str = "") -> list[tuple[str, dict[str, Any], str]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+from m2f.cluster.exit_status import RESTARTABLE, ExitStatus
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
@@ -24,8 +25,9 @@ _LOOK_S = 0.2
 def run_restarted(command: Sequence[str], config: RunConfig) -> int:
     """Run the driver of a run, and run it again after every death by a signal; the exit status of the last one.
 
-    A new driver goes on from the newest checkpoint. Deaths count against `cluster.max_failures`, which every new
-    checkpoint resets. A driver that ends by itself, whatever its status, has decided: it is not run again. SIGINT and
+    So is a driver that ended for an outage or because its machine goes away, see `ExitStatus`. Every other driver that
+    ends by itself has decided: it is not run again. A new driver goes on from the newest checkpoint. Deaths and outages
+    count against `cluster.max_failures`, which every new checkpoint resets. SIGINT and
     SIGTERM are passed on, and where this process dies its driver gets a SIGTERM (on Linux).
     """
     storage = Storage(config.storage)
@@ -36,18 +38,26 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
         history = AttemptHistory(newest_step(storage, config.run_folder))
         while True:
             status = driver.run()
-            if status >= 0:
-                return status
-            if driver.is_stopping:
-                return 128 - status
-            failure = Failure(None, "death", f"the driver was killed ({signal.Signals(-status).name})")
+            last = status if status >= 0 else 128 - status
+            if driver.is_stopping or (status >= 0 and status not in RESTARTABLE):
+                return last
+            failure = _failure(status)
             history = history.after(Attempt(failure, newest_step(storage, config.run_folder)))
             decision = decide(history, config.cluster.max_failures)
             print_err(f"{failure.message}: {decision.reason}")
             if isinstance(decision, Stop):
-                return 128 - status
+                return last
             driver.wait(decision.delay_s)
             lease.check()
+
+
+def _failure(status: int) -> Failure:
+    """Why a driver that shall be run again ended."""
+    if status == ExitStatus.DRAINED:
+        return Failure(None, "preemption", "the machine of the driver is about to be taken away")
+    if status == ExitStatus.OUTAGE:
+        return Failure(None, "death", "the driver ended because the storage did not answer")
+    return Failure(None, "death", f"the driver was killed ({signal.Signals(-status).name})")
 
 
 class _Driver:

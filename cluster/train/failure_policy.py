@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from m2f.data_pipeline.errors import LoaderDiedError, StorageError
+from m2f.data_pipeline.errors import LoaderDiedError, OutageError, StorageError
 from m2f.model.errors import UserError
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, RankDiedError
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import Change, SkipPositions, SmallerMicroBatch
 from m2f.trainer.recovery.ending import Ending
 
-FailureKind = Literal["mistake", "error", "death", "preemption", "memory", "spike", "collateral"]
+FailureKind = Literal["mistake", "error", "outage", "death", "preemption", "memory", "spike", "collateral"]
 """mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;
-death: a process, node or health check; preemption: a node that was taken back; memory: that of the device is too small
-for a micro-batch; spike: the loss left its usual range; collateral: echo of a peer's failure."""
+outage: the storage did not answer for longer than its patience; death: a process, node or health check; preemption: a
+node that was taken back; memory: that of the device is too small for a micro-batch; spike: the loss left its usual
+range; collateral: echo of a peer's failure."""
 
 _MISTAKES = (
     UserError,
@@ -121,9 +122,10 @@ class Stop:
 def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
     """What to do after the last attempt of `history`.
 
-    Mistakes stop at once; so does an error that comes back word for word without a new checkpoint in between. Deaths
-    are retried with exponential backoff up to `max_failures` times without progress. Preemptions cost nothing, nor does
-    a lack of memory while the micro-batch can be halved. After a loss spike its samples are left out.
+    Mistakes stop at once, and so do outages, for which the ranks have waited, and an error that comes back word for
+    word without a new checkpoint in between. Deaths are retried with exponential backoff up to `max_failures` times
+    without progress. Preemptions cost nothing, nor does a lack of memory while the micro-batch can be halved. After a
+    loss spike its samples are left out.
     """
     streak = history.without_progress()
     last = streak[-1].failure
@@ -131,6 +133,8 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
         return _halve(last.micro_batch)
     if last.kind == "mistake":
         return Stop("the same would happen again")
+    if last.kind == "outage":
+        return Stop("the run goes on from its last checkpoint when it is started again")
     if last.kind == "preemption":
         return Retry(0.0, "the node was taken back")
     if last.kind == "error" and any(a.failure.message == last.message for a in streak[:-1]):
@@ -164,7 +168,7 @@ def classify(error: BaseException) -> FailureKind:
     if isinstance(error, LoaderDiedError | RankDiedError):
         return "death"
     if isinstance(error, StorageError):
-        return "error"
+        return "outage" if isinstance(error, OutageError) else "error"
     if isinstance(error, PeersError):
         return "collateral"
     if isinstance(error, OutOfMemoryError):

@@ -70,6 +70,11 @@ class Launcher(Protocol):
         """How the attempt failed, once nothing runs; None where all ranks returned."""
         ...
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the machine of this process is about to be taken away."""
+        ...
+
     def describe_wait(self) -> str:
         """What ranks that have not reported yet may wait for; "" where that is not known."""
         ...

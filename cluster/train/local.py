@@ -96,6 +96,11 @@ class LocalLauncher:
         story = f"rank {rank}: {errors[rank]}\n(exit codes: {self._ranks.exits})\n{found[rank].trace}"
         return AttemptError(errors, f"{story.rstrip()}\n")
 
+    @property
+    def leaving(self) -> bool:
+        """Nobody tells this process."""
+        return False
+
     def describe_wait(self) -> str:
         """Nothing to wait for: processes start at once."""
         return ""

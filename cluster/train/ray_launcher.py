@@ -130,6 +130,11 @@ class RayLauncher:
             return AttemptError(error.worker_failures, story)
         return AttemptError({}, story, other=getattr(error, "controller_failure", error))
 
+    @property
+    def leaving(self) -> bool:
+        """Whether Ray was told to drain the driver's node."""
+        return ray.get_runtime_context().get_node_id() in draining_nodes()
+
     def describe_wait(self) -> str:
         """What a worker needs and what the cluster has."""
         free, cluster = ray.available_resources(), self._cluster

@@ -6,6 +6,7 @@ It forwards what ranks and evaluations report, to the user and to MLflow, and ha
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.commits import list_commits, repair_commits
 from m2f.trainer.checkpoint.folder import delete_old, newest_step, newest_whole
-from m2f.trainer.checkpoint.lease import Lease, hold_lease
+from m2f.trainer.checkpoint.lease import INHERITED, Lease, hold_lease
 from m2f.trainer.errors import LeaseLostError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.adjustments import adjust, read_adjustments
@@ -49,10 +50,11 @@ from m2f.trainer.reporting import CommittedCheckpoint
 LOGGER = logging.getLogger(__name__)
 POLL_S = 0.5
 SILENCE_S = 60.0
-Status = Literal["finished", "stopped", "failed", "lost"]
+Status = Literal["finished", "stopped", "drained", "failed", "lost"]
 _TRACKED_STATUS: dict[Status, RunStatus | None] = {
     "finished": "FINISHED",
     "stopped": "KILLED",
+    "drained": "KILLED",
     "failed": "FAILED",
     "lost": None,  # the status is for whoever has the lease now
 }
@@ -76,8 +78,9 @@ class RunSummary:
 
 def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) -> RunSummary:
     """Train to `training.max_steps` with restarts after failures; see `run_training` and `train_locally`."""
-    storage = Storage(config.storage)
-    job = compose_job(config)
+    # A restarted driver works under the lease of its parent, which the store has answered.
+    storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
+    job = compose_job(config, storage)
     check_continuation(job, storage)
     check_sets(config)
     with hold_lease(storage, config.run_folder, print_err) as lease, launcher:
@@ -173,6 +176,8 @@ class _Supervisor:
             self._announce(failure, step, decision, error, number)
             if isinstance(decision, Stop):
                 return self._give_up(error, failure)
+            if failure.kind == "preemption" and self._launcher.leaving:
+                return "drained"
             if decision.change is not None:
                 self._lease.check()
                 reason = f"{_first_line(failure.message)}: {decision.reason}"

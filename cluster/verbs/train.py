@@ -6,11 +6,19 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe
 
 if TYPE_CHECKING:
     from m2f.cluster.recipe.config import RunConfig
+
+_STATUS = {
+    "finished": ExitStatus.DONE,
+    "failed": ExitStatus.GAVE_UP,
+    "stopped": ExitStatus.STOPPED,
+    "drained": ExitStatus.DRAINED,
+}
 
 SUMMARY = "train a recipe; started again, it resumes from the last checkpoint"
 
@@ -33,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where the run failed."""
+    """Exit status by the run's end, see `ExitStatus`."""
     from m2f.cluster.recipe.load import load_recipe
 
     live = sys.stdout.isatty() and not args.plain
@@ -52,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     for entry in summary.evaluations:
         if entry.status == "failed":
             print_err(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")
-    return 1 if summary.status == "failed" else 0
+    return _STATUS[summary.status]
 
 
 def _restarted(args: argparse.Namespace, config: RunConfig) -> int:

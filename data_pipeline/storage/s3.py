@@ -5,6 +5,7 @@ botocore's own retries are off: they do not cover a body that breaks midway. One
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -16,15 +17,28 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from m2f.data_pipeline.config import StorageConfig
-from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from m2f.data_pipeline.errors import (
+    AccessDeniedError,
+    MissingObjectError,
+    ObjectExistsError,
+    OutageError,
+    StorageError,
+)
 from m2f.data_pipeline.storage.local import replacing
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+FIRST_CONTACT_S = 20.0
+"""How long a store that has not answered yet is asked: a wrong endpoint is a mistake, no outage."""
 _CONNECT_TIMEOUT_S = 10.0
-"""A host that accepts no connection for so long is taken for unreachable; a shorter read timeout counts for both."""
+"""A host that accepts no connection for so long is taken for unreachable; a shorter read timeout counts for both. The
+first answer may take no longer either."""
+_SAY_S = 60.0
+"""Seconds between two lines about requests that wait."""
+_ANSWERED: set[str | None] = set()
+"""Endpoints that have answered this process: from then on their silence is an outage."""
 _POOL_CONNECTIONS = 64
 """Connections that are kept open: above the sum of all thread pools of a process that read or write."""
 _BACKOFF_BASE_S = 0.1
@@ -48,12 +62,22 @@ class _BrokenBodyError(Exception):
 class S3Store:
     """One S3 endpoint. Clients are made on first use, one per process, and shared by its threads."""
 
-    def __init__(self, config: StorageConfig, on_retry: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: StorageConfig,
+        answered: bool,
+        on_retry: Callable[[], None],
+        on_wait: Callable[[str], None],
+    ) -> None:
+        """`on_retry` is called for every repeated request, `on_wait` once a minute with a line while requests wait."""
         self._config = config
-        self._on_retry = on_retry
+        if answered:
+            _ANSWERED.add(config.endpoint_url)
+        self._on_retry, self._on_wait = on_retry, on_wait
+        self._said = 0.0
         self._lock = threading.Lock()
         self._client: Any = None
-        self._client_pid = -1
+        self._client_key: tuple[int, bool] = (-1, False)
 
     def get(self, url: str) -> bytes:
         """The whole object."""
@@ -128,8 +152,11 @@ class S3Store:
         return self._retrying(prefix, request)
 
     def delete(self, url: str) -> None:
-        """Delete an object where it exists."""
-        self._retrying(url, lambda client: client.delete_object(**_address(url)))
+        """Delete an object where it exists. A store that allows no deletion keeps it, which is said."""
+        try:
+            self._retrying(url, lambda client: client.delete_object(**_address(url)))
+        except AccessDeniedError as error:
+            log.warning("not deleted: %s", error)
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete a folder where it exists."""
@@ -153,42 +180,83 @@ class S3Store:
         """Abort a multipart upload; nothing happens where it has ended."""
         address = _address(write.url)
         try:
-            self._retrying(
-                write.url, lambda client: client.abort_multipart_upload(**address, UploadId=write.upload)
-            )
+            self._retrying(write.url, lambda client: client.abort_multipart_upload(**address, UploadId=write.upload))
         except MissingObjectError:
             return
 
     def _retrying(self, url: str, request: Callable[[Any], T]) -> T:
-        """Run a request until it succeeds, cannot succeed, or `max_attempts` is used up."""
-        attempts, renewed = max(1, self._config.max_attempts), False
-        for attempt in range(attempts):
+        """Run a request until it succeeds, cannot succeed, or patience ends. Raises OutageError for the last."""
+        began, renewed = time.monotonic(), False
+        for attempt in itertools.count():
             try:
-                return request(self._connect())
+                client = self._connect()
+                if attempt == 0:  # making a client takes a second, for which the store is not to blame
+                    began = time.monotonic()
+                result = request(client)
+                _ANSWERED.add(self._config.endpoint_url)
+                return result
             except StorageError:
                 raise
             except Exception as raised:
                 error = _root(raised)
-                if _is_denied(error) and not renewed and attempt + 1 < attempts:
+                if _is_denied(error) and not renewed:
                     self._forget_credentials()
                     renewed = True
                 elif not _is_passing(error):
+                    if _response_error(error)[0]:
+                        _ANSWERED.add(self._config.endpoint_url)
                     _fail(url, error)
-                if attempt + 1 == attempts:
-                    raise StorageError(
-                        f"{url}: gave up after {attempts} attempts; the last one failed with {_describe(error)}. "
-                        "Check the endpoint and the network, or raise storage.max_attempts"
-                    ) from error
-                log.debug("retry %d of %s after %s", attempt + 1, url, _describe(error))
+            pause = random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2 ** min(attempt, 10)))
+            longest = 0.0 if self.answered else self._connect_timeout_s  # of one more attempt
+            if time.monotonic() + pause + longest > began + self._patience_s:
+                self._give_up(url, error, attempt + 1, time.monotonic() - began)
+            self._say_wait(url, error, time.monotonic() - began)
             self._on_retry()
-            time.sleep(random.uniform(0, min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2**attempt)))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+            time.sleep(pause)
+        raise AssertionError("unreachable: the loop has no end")
+
+    @property
+    def answered(self) -> bool:
+        """Whether the store has answered this process, or answered the one that started it."""
+        return self._config.endpoint_url in _ANSWERED
+
+    @property
+    def _patience_s(self) -> float:
+        return self._config.patience_s if self.answered else min(FIRST_CONTACT_S, self._config.patience_s)
+
+    @property
+    def _connect_timeout_s(self) -> float:
+        return min(_CONNECT_TIMEOUT_S, self._config.read_timeout_s)
+
+    def _give_up(self, url: str, error: Exception, attempts: int, seconds: float) -> NoReturn:
+        tries = f"{attempts} attempts in {seconds:.0f} s, the last one failed with {_describe(error)}"
+        if not self.answered:
+            raise StorageError(
+                f"{url}: the store does not answer ({tries}); check storage.endpoint_url and the network"
+            ) from error
+        raise OutageError(
+            f"{url}: the store has not answered for longer than storage.patience_s ({self._config.patience_s:g} s; "
+            f"{tries}). Start the run again when the store is back"
+        ) from error
+
+    def _say_wait(self, url: str, error: Exception, seconds: float) -> None:
+        """One line a minute, whichever thread waits."""
+        now = time.monotonic()
+        if seconds >= _SAY_S and now - self._said >= _SAY_S:
+            self._said = now
+            self._on_wait(
+                f"waiting for the storage: {url} has failed for {seconds:.0f} s ({_describe(error)}); "
+                f"storage.patience_s is {self._config.patience_s:g} s"
+            )
 
     def _connect(self) -> Any:
         """This process's client; one that came through a fork is not used."""
+        key = (os.getpid(), self.answered)
         with self._lock:
-            if self._client is None or self._client_pid != os.getpid():
-                self._client, self._client_pid = _make_client(self._config), os.getpid()
+            if self._client is None or self._client_key != key:
+                read_timeout_s = self._config.read_timeout_s if self.answered else self._connect_timeout_s
+                self._client = _make_client(self._config, self._connect_timeout_s, read_timeout_s)
+                self._client_key = key
             return self._client
 
     def _forget_credentials(self) -> None:
@@ -197,13 +265,13 @@ class S3Store:
             self._client = None
 
 
-def _make_client(config: StorageConfig) -> Any:
+def _make_client(config: StorageConfig, connect_timeout_s: float, read_timeout_s: float) -> Any:
     import boto3
     from botocore.config import Config
 
     options = Config(
-        connect_timeout=min(_CONNECT_TIMEOUT_S, config.read_timeout_s),
-        read_timeout=config.read_timeout_s,
+        connect_timeout=connect_timeout_s,
+        read_timeout=read_timeout_s,
         max_pool_connections=_POOL_CONNECTIONS,
         retries={"total_max_attempts": 1, "mode": "standard"},
         s3={"addressing_style": "path" if _endpoint(config) else "auto"},
@@ -272,20 +340,28 @@ def _root(error: Exception) -> Exception:
 
 def _is_passing(error: Exception) -> bool:
     """Whether the same request may succeed a moment later."""
-    from botocore.exceptions import ClientError, HTTPClientError, ResponseStreamingError
+    from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, ResponseStreamingError
     from urllib3.exceptions import HTTPError
 
     if isinstance(error, ClientError):
         status, code = _response_error(error)
         return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
-    passing = (HTTPClientError, ResponseStreamingError, HTTPError, ConnectionError, TimeoutError)
+    passing = (
+        FlexibleChecksumError,
+        HTTPClientError,
+        ResponseStreamingError,
+        HTTPError,
+        ConnectionError,
+        TimeoutError,
+    )
     return isinstance(error, (*passing, _BrokenBodyError))
 
 
 def _is_denied(error: Exception) -> bool:
-    """Whether the store does not accept the credentials."""
+    """Whether the store does not accept the credentials. Of a HEAD request it says only 400 if they have expired."""
     status, code = _response_error(error)
-    return status in (401, 403) or code in _EXPIRED_CODES
+    unexplained = status == 400 and getattr(error, "operation_name", "") == "HeadObject"
+    return status in (401, 403) or code in _EXPIRED_CODES or unexplained
 
 
 def _fail(url: str, error: Exception) -> NoReturn:
@@ -303,7 +379,7 @@ def _fail(url: str, error: Exception) -> NoReturn:
     if status == 412:
         raise ObjectExistsError(f"{url} exists already and is not overwritten") from error
     if _is_denied(error):
-        raise StorageError(
+        raise AccessDeniedError(
             f"{url}: access is denied ({status} {code}); check the AWS credentials of this machine "
             "(AWS_ACCESS_KEY_ID, AWS_PROFILE or the instance role) and the bucket's policy"
         ) from error

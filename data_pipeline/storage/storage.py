@@ -6,9 +6,11 @@ passing reason are retried with exponential backoff and full jitter; those that 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,8 @@ from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.local import LocalStore
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 from m2f.data_pipeline.storage.s3 import S3Store
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,21 +76,35 @@ class _Store(Protocol):
 class Storage:
     """Reads and writes whole objects and byte ranges. Safe in threads; picklable (clients are made per process)."""
 
-    def __init__(self, config: StorageConfig | None = None) -> None:
-        self.config = config or StorageConfig()
-        self._make_stores()
+    def __init__(
+        self,
+        config: StorageConfig | None = None,
+        answered: bool = False,
+        on_wait: Callable[[str], None] = LOGGER.warning,
+    ) -> None:
+        """With `answered` the store is known to work, so that its silence is an outage; see `StorageConfig.patience_s`.
 
-    def _make_stores(self) -> None:
+        `on_wait` gets one line a minute while requests wait; a copy in another process logs it.
+        """
+        self.config = config or StorageConfig()
+        self._make_stores(answered, on_wait)
+
+    def _make_stores(self, answered: bool, on_wait: Callable[[str], None]) -> None:
         self.counters = StorageCounters()
         self._local = LocalStore()
-        self._s3 = S3Store(self.config, on_retry=lambda: self.counters.add(requests=1, retries=1))
+        self._s3 = S3Store(self.config, answered, lambda: self.counters.add(requests=1, retries=1), on_wait)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}
+        return {"config": self.config, "answered": self._s3.answered}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.config = state["config"]
-        self._make_stores()
+        self._make_stores(state["answered"], LOGGER.warning)
+
+    def impatient(self, limit_s: float) -> Storage:
+        """The same stores, asked once and for at most `limit_s` seconds: for what is repeated anyway."""
+        config = replace(self.config, patience_s=0.0, read_timeout_s=min(limit_s, self.config.read_timeout_s))
+        return type(self)(config, answered=True)
 
     def get(self, url: str) -> bytes:
         """The whole object. Raises StorageError where it cannot be read."""

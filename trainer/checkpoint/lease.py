@@ -30,6 +30,8 @@ from m2f.trainer.errors import LeaseHeldError, LeaseLostError
 
 INHERITED = "M2F_LEASE"
 """Environment variable by which a driver works under the lease of its parent: NUMBER:NONCE."""
+_THREAD_LIMIT_S = 10.0
+"""Of one request of the thread, which repeats it anyway."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ class Lease:
 
     def __init__(self, storage: Storage, run_folder: str, record: LeaseRecord, timing: Timing, renews: bool) -> None:
         self._storage, self._run_folder, self._record, self._timing = storage, run_folder, record, timing
+        self._impatient = storage.impatient(_THREAD_LIMIT_S)
         self._renews = renews
         self._lost: LeaseLostError | None = None
         self._closing = threading.Event()
         self._beats = 0
         if renews:
-            self._beat()
+            self._beat(storage)
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
@@ -86,18 +89,18 @@ class Lease:
     def _keep(self) -> None:
         while not self._closing.wait(self._timing.renew_s):
             try:
-                check_lease(self._storage, self._run_folder, self.number)
+                check_lease(self._impatient, self._run_folder, self.number)
                 if self._renews:
-                    self._beat()
+                    self._beat(self._impatient)
             except LeaseLostError as error:
                 self._lost = error
                 return
             except StorageError:  # an outage counts against nobody: go on trying
                 continue
 
-    def _beat(self) -> None:
+    def _beat(self, storage: Storage) -> None:
         self._beats += 1
-        self._storage.put(f"{record_url(self._run_folder, self.number)}.beat", f"{self._beats}".encode())
+        storage.put(f"{record_url(self._run_folder, self.number)}.beat", f"{self._beats}".encode())
 
 
 @contextmanager

@@ -28,10 +28,13 @@ from m2f.trainer.ranks import Ranks
 from m2f.trainer.recovery.ending import Ending, write_ending
 from m2f.trainer.reporting import STALL_EXIT, Notice, Reporter
 from m2f.trainer.telemetry.phases import Phase, PhaseClock
+from m2f.trainer.telemetry.storage_waits import REQUEST_S, StorageWaits
 
 GATHER_S = 15.0
 """How long the ranks wait for each other's stacks."""
 STACKS = "stacks.txt"
+LOOK_AT_STORAGE_S = 60.0
+"""From when on a phase may take so long because the storage does not answer."""
 LEAVE_S = 2.0
 """How long a report may take on its way out of the process."""
 COMPILE_S = 1800.0
@@ -65,7 +68,8 @@ class Watchdog:
     Where no new phase begins for `training.stall_timeout_s` (plus the upload's own limit while saving, and COMPILE_S in
     the first step of a compiled model), every rank leaves its stacks in `failures/stall-ATTEMPT/` of the run folder.
     The lowest rank that answers joins them, reports the notice `stalled`, and all end with STALL_EXIT. Where the
-    interpreter itself is held up, faulthandler's own thread ends the process.
+    interpreter itself is held up, faulthandler's own thread ends the process. Waiting for a
+    storage that does not answer is no stall, see `StorageWaits`.
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class Watchdog:
     ) -> None:
         training = job.training
         self._job = job
-        self._clock, self._ranks, self._storage, self._reporter = clock, ranks, storage, reporter
+        self._clock, self._ranks, self._reporter = clock, ranks, reporter
+        self._storage = storage.impatient(REQUEST_S)
+        self._waits = StorageWaits(job, storage, ranks, reporter)
         self._folder = join(job.run_folder, "failures", f"stall-{attempt}")
         self._limit_s = training.stall_timeout_s
         self._save_limit_s = training.stall_timeout_s + training.checkpoint.upload_timeout_s
@@ -108,7 +114,9 @@ class Watchdog:
                 limit_s = self._limit_of(mark.phase)
                 # Fires only when this thread does not get to run, or hangs itself further down.
                 faulthandler.dump_traceback_later(limit_s + 2 * GATHER_S, exit=True, file=sys.__stderr__ or last_words)
-                if time.monotonic() - mark.since > limit_s:
+                seconds = time.monotonic() - mark.since
+                waits = seconds > min(limit_s, LOOK_AT_STORAGE_S) and self._waits.look(self._in_collective(), seconds)
+                if seconds > limit_s and not waits:
                     self._end()
             faulthandler.cancel_dump_traceback_later()
 
@@ -133,6 +141,11 @@ class Watchdog:
         finally:
             os._exit(STALL_EXIT)
 
+    def _in_collective(self) -> bool:
+        """Whether the training thread waits for other ranks."""
+        training = sys._current_frames()[self._training_thread]
+        return any(place in frame.f_code.co_filename for frame in _chain(training) for place in WAITING_PLACES)
+
     def _look(self) -> RankStacks:
         mark = self._clock.mark
         frames = sys._current_frames()
@@ -149,7 +162,7 @@ class Watchdog:
             count=mark.count,
             phase=mark.phase,
             seconds=time.monotonic() - mark.since,
-            in_collective=any(p in frame.f_code.co_filename for frame in _chain(training) for p in WAITING_PLACES),
+            in_collective=self._in_collective(),
             place=_describe(training),
             stacks="\n".join(threads),
         )

@@ -7,7 +7,7 @@ import pytest
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry, EvaluationQueue, read_entries
 from m2f.cluster.evaluation.service import BEST_PIN, release
-from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.errors import OutageError, StorageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, CommitList
@@ -244,3 +244,18 @@ def test_the_best_checkpoint_so_far_is_kept(tmp_path):
         }
     release(storage, entries[0], entries, "val/PQ")  # a manager that starts again releases all of them
     assert pins(storage, entries[3].checkpoint) == (BEST_PIN,)
+
+
+def test_an_evaluation_that_ends_for_an_outage_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("m2f.cluster.evaluation.manager.RETRY_S", 0.01)
+    outages = [OutageError("s3://b/k: no answer")] * 2
+
+    def evaluate(entry, report):
+        if outages:
+            raise outages.pop()
+        return {"val/PQ": 1.0}
+
+    manager = EvaluationManager(queue_in(tmp_path), lambda: commits_of(10), "every", evaluate, look_s=0.01)
+    wait_until(lambda: manager.status().idle and manager.status().entries)
+    manager.close()
+    assert statuses(manager.status().entries) == {10: "published"}

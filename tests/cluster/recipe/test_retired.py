@@ -111,3 +111,33 @@ def test_weights_with_a_retired_setting_are_compared_or_refused():
     assert model_changes(recipe.replace("data:\n", "data:\n  augment_on: cpu\n"), recipe) == ()
     with pytest.raises(ConfigError, match=r"data\.augment_on"):
         model_changes(recipe.replace("data:\n", "data:\n  augment_on: device\n"), recipe)
+
+
+OLDER = """
+name: first
+storage: {max_attempts: 8}
+datasets:
+  train: {shards: "s3://box/train"}
+data:
+  train: [{dataset: train}]
+training: {max_steps: 10, collective_timeout_s: 600.0, stall_timeout_s: 300.0}
+"""
+"""Of a version whose requests had no patience."""
+
+
+def test_a_stored_recipe_gets_a_collective_timeout_above_the_patience_with_one_line(tmp_path, caplog):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(OLDER)
+    with caplog.at_level(logging.WARNING):
+        assert load_recipe(path).training.collective_timeout_s == 1200
+    (line,) = caplog.messages
+    assert "`training.collective_timeout_s` is raised from 600 to 1200, above storage.patience_s" in line
+    assert parse_recipe(OLDER.replace("600.0", "5000")).training.collective_timeout_s == 5000
+
+
+def test_a_collective_timeout_below_the_patience_is_refused_for_s3_alone():
+    today = OLDER.replace("storage: {max_attempts: 8}", "")
+    with pytest.raises(ConfigError, match=r"collective_timeout_s is 600, but one rank may wait 900 s for S3"):
+        parse_recipe(today)
+    assert parse_recipe(today, ["training.collective_timeout_s=901"]).storage.patience_s == 600
+    assert parse_recipe(today, ["datasets.train.shards=shards"]).training.collective_timeout_s == 600

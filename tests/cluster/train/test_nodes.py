@@ -170,7 +170,7 @@ def can_connect(host: str, port: int) -> bool:
 RECIPE = """
 name: nodes
 output: s3://bucket/runs
-storage: {{endpoint_url: "{s3}"}}
+storage: {{endpoint_url: "{s3}", patience_s: 20}}
 datasets:
   train: {{shards: "s3://bucket/train", shard_mb: 0.04, source: {{kind: synthetic, num_images: 24}}}}
   val: {{shards: "s3://bucket/val", source: {{kind: synthetic, num_images: 16, seed: 1, image_id_start: 1001}}}}
@@ -187,6 +187,7 @@ training:
   checkpoint: {{every_steps: 10}}
   log_every_steps: 1
   collective_timeout_s: 60
+  stall_timeout_s: 30
 evaluation:
   sets: [{{dataset: val}}]
   policy: latest

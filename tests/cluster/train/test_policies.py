@@ -10,7 +10,7 @@ from m2f.cluster.train.failure_policy import (
     decide,
     root_cause,
 )
-from m2f.data_pipeline.errors import LoaderDiedError, StorageError
+from m2f.data_pipeline.errors import LoaderDiedError, OutageError, StorageError
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, TrainingError
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import SkipPositions, SmallerMicroBatch
@@ -45,6 +45,7 @@ class HealthCheckFailed(Exception):
         ({1: TrainingError("step 3"), 0: TypeError("x")}, 0, "mistake"),
         ({0: PeersError("rank 1: StorageError: x"), 1: StorageError("x")}, 1, "error"),
         ({0: StorageError("s3://b/k: timed out")}, 0, "error"),
+        ({0: PeersError("rank 1: OutageError: x"), 1: OutageError("s3://b/k: no answer")}, 1, "outage"),
         ({0: LoaderDiedError("killed")}, 0, "death"),
         ({0: RuntimeError("CUDA error: unspecified launch failure")}, 0, "error"),
         ({0: RuntimeError("Connection reset by peer"), 1: RuntimeError("Connection closed by peer")}, None, "death"),
@@ -63,6 +64,10 @@ def test_a_preempted_node_explains_everything_else():
 
 def test_mistakes_stop_at_once():
     assert isinstance(decide(history(("mistake", 10)), max_failures=3), Stop)
+
+
+def test_an_outage_for_which_ranks_have_waited_stops_the_run():
+    assert isinstance(decide(history(("outage", 10)), max_failures=3), Stop)
 
 
 def test_deaths_are_retried_with_backoff_until_the_budget_is_spent():

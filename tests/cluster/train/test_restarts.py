@@ -60,10 +60,22 @@ def test_deaths_without_a_new_checkpoint_are_counted(tmp_path, waits, capsys):
     assert "cluster.max_failures allows 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("status", [0, 1, 2])
+@pytest.mark.parametrize("status", [0, 1, 2, 3])
 def test_a_driver_that_ends_by_itself_has_decided(tmp_path, waits, status):
     assert run_restarted(driver(tmp_path, [status, 7]), watched(tmp_path)) == status
     assert runs(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("status", "why"), [(69, "the storage did not answer"), (75, "is about to be taken away")])
+def test_outages_and_machines_that_go_away_are_worth_another_start(tmp_path, waits, capsys, status, why):
+    assert run_restarted(driver(tmp_path, [status, 3]), watched(tmp_path)) == 3
+    assert runs(tmp_path) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_outages_without_a_new_checkpoint_are_counted(tmp_path, waits):
+    assert run_restarted(driver(tmp_path, [69] * 9), watched(tmp_path, "cluster.max_failures=2")) == 69
+    assert runs(tmp_path) == 3
 
 
 @pytest.fixture

@@ -239,12 +239,13 @@ def test_all_faults_together_many_times(served, truth, tmp_path, seed):
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("403", r"access is denied \(403"), ("404", "does not exist"), ("503", "gave up after")],
+    [("403", r"access is denied \(403"), ("404", "does not exist"), ("503", r"longer than storage\.patience_s")],
 )
 def test_permanent_faults_stop_the_run_with_the_reason(served, fault, words):
     served.fault = lambda number, again: fault if number > 3 else ""
+    storage = Storage(replace(served.storage.config, patience_s=0.5))
     with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{words}"):
-        deliver(served.storage)
+        deliver(storage)
 
 
 def test_a_cut_object_is_named_with_both_sizes(served):

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
-import os
+import itertools
 import pickle
 import socketserver
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 
 import pytest
 
 from m2f.data_pipeline.config import StorageConfig
-from m2f.data_pipeline.errors import MissingObjectError, ObjectExistsError, StorageError
+from m2f.data_pipeline.errors import (
+    AccessDeniedError,
+    MissingObjectError,
+    ObjectExistsError,
+    OutageError,
+    StorageError,
+)
 from m2f.data_pipeline.storage import s3 as s3_store
 from m2f.data_pipeline.storage.storage import Storage, join
 
@@ -198,15 +206,31 @@ class _FaultyHandler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_GET(self):
+    def do_HEAD(self):
+        if (fault := self._fault()).isdigit():
+            self._refuse(fault)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+
+    def do_DELETE(self):
+        fault = self._fault()
+        self._refuse(fault if fault.isdigit() else "204")
+
+    def _fault(self):
         self.server.requests += 1
         fault = self.server.faults.pop(0) if self.server.faults else "none"
-        if f"Credential={self.server.access_key}/" not in self.headers["Authorization"]:
-            fault = "403"
-        if fault.isdigit():
-            self.send_response(int(fault))
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+        return fault if f"Credential={self.server.access_key}/" in self.headers["Authorization"] else "403"
+
+    def _refuse(self, status):
+        self.send_response(int(status))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self):
+        if (fault := self._fault()).isdigit():
+            self._refuse(fault)
             return
         first, last = (int(v) for v in self.headers["Range"].removeprefix("bytes=").split("-"))
         body = BODY[first : last + 1]
@@ -235,8 +259,12 @@ def faulty():
         server.shutdown()
 
 
+def _config_of(server, **settings):
+    return StorageConfig(endpoint_url=f"http://127.0.0.1:{server.server_address[1]}", **settings)
+
+
 def _storage_at(server, **settings):
-    return Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{server.server_address[1]}", **settings))
+    return Storage(_config_of(server, **settings))
 
 
 def test_transient_faults_are_retried(faulty):
@@ -256,30 +284,85 @@ def test_permanent_faults_are_not_retried(faulty):
 
 
 def test_credentials_that_have_expired_are_looked_up_again_once(faulty, monkeypatch):
-    storage = _storage_at(faulty)
-    assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
+    storage = _storage_at(faulty, patience_s=0.5)
+    for _ in range(2):  # after its first answer the store has another client
+        assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
     faulty.access_key = "newer"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "newer")
     assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
-    assert (storage.counters.retries, faulty.requests) == (1, 3)
+    assert (storage.counters.retries, faulty.requests) == (1, 4)
     faulty.access_key = "newest"
-    with pytest.raises(StorageError, match=r"s3://bucket/key.*access is denied \(403.*credentials"):
+    with pytest.raises(AccessDeniedError, match=r"s3://bucket/key.*access is denied \(403.*credentials"):
         storage.get_range("s3://bucket/key", 0, 10)
-    assert faulty.requests == 5
+    assert faulty.requests == 6
 
 
-def test_attempts_are_bounded(faulty):
+def test_credentials_that_have_expired_are_looked_up_again_where_head_says_only_400(faulty):
+    storage = _storage_at(faulty, patience_s=0.5)
+    storage.get_range("s3://bucket/key", 0, 10)
+    faulty.faults = ["400"]
+    assert storage.stat("s3://bucket/key").size == len(BODY)
+    assert storage.counters.retries == 1
+
+
+def test_an_outage_is_waited_for_and_said_once_a_minute(faulty, monkeypatch):
+    lines, now = [], itertools.count(step=10)
+    storage = Storage(_config_of(faulty), answered=True, on_wait=lines.append)
+    monkeypatch.setattr("m2f.data_pipeline.storage.s3.time", SimpleNamespace(monotonic=now.__next__, sleep=id))
     faulty.faults = ["503"] * 10
-    storage = _storage_at(faulty, max_attempts=3)
-    with pytest.raises(StorageError, match=r"gave up after 3 attempts.*503.*storage\.max_attempts"):
-        storage.get_range("s3://bucket/key", 0, 10)
-    assert faulty.requests == 3
+    assert storage.get_range("s3://bucket/key", 0, 10) == BODY[:10]
+    assert storage.counters.retries == 10
+    assert 2 <= len(lines) <= 5
+    assert lines[0].startswith("waiting for the storage: s3://bucket/key has failed for ")
+    assert "(503 503); storage.patience_s is 600 s" in lines[0]
 
 
-def test_an_endpoint_that_is_not_there_is_named():
-    storage = Storage(StorageConfig(endpoint_url="http://127.0.0.1:9", max_attempts=2))
+def test_patience_ends(faulty):
+    faulty.faults = ["503"] * 1000
+    with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts .*503"):
+        Storage(_config_of(faulty, patience_s=0.5), answered=True).get_range("s3://bucket/key", 0, 10)
+    assert faulty.requests >= 2
+
+
+def test_a_store_that_never_answered_is_a_mistake_and_no_outage(faulty, monkeypatch):
+    monkeypatch.setattr("m2f.data_pipeline.storage.s3.FIRST_CONTACT_S", 3.0)
+    faulty.faults = ["503"] * 1000
+    with pytest.raises(StorageError, match=r"the store does not answer .*503.*check storage\.endpoint_url") as caught:
+        _storage_at(faulty, read_timeout_s=2.5).get_range("s3://bucket/key", 0, 10)
+    assert not isinstance(caught.value, OutageError)
+
+
+@pytest.mark.parametrize("fault", ["404", "none"])
+def test_any_answer_of_the_store_begins_its_patience(faulty, fault):
+    faulty.faults = [fault]
+    with suppress(StorageError):
+        _storage_at(faulty).get_range("s3://bucket/key", 0, 10)
+    faulty.faults = ["503"] * 1000
+    with pytest.raises(OutageError):
+        _storage_at(faulty, patience_s=0.2).get_range("s3://bucket/other", 0, 10)
+
+
+def test_a_copy_in_another_process_knows_that_the_store_has_answered(faulty, monkeypatch):
+    storage = _storage_at(faulty, patience_s=0.2)
+    storage.get_range("s3://bucket/key", 0, 10)
+    data = pickle.dumps(storage)
+    monkeypatch.setattr("m2f.data_pipeline.storage.s3._ANSWERED", set())  # as in the other process
+    faulty.faults = ["503"] * 1000
+    with pytest.raises(OutageError):
+        pickle.loads(data).get_range("s3://bucket/key", 0, 10)
+
+
+def test_an_endpoint_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("m2f.data_pipeline.storage.s3.FIRST_CONTACT_S", 1.0)
+    storage = Storage(StorageConfig(endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
         storage.get("s3://bucket/key")
+
+
+def test_an_object_that_may_not_be_deleted_stays_with_a_warning(faulty, caplog):
+    faulty.faults = ["403", "403"]
+    _storage_at(faulty).delete("s3://bucket/key")
+    assert "not deleted: s3://bucket/key: access is denied (403" in caplog.text
 
 
 class _LosesFirstAnswer:
@@ -301,7 +384,8 @@ class _LosesFirstAnswer:
 def test_a_repeated_conditional_write_recognises_its_own_bytes(s3_endpoint, tmp_path):
     storage = Storage(StorageConfig(endpoint_url=s3_endpoint))
     url = f"s3://box/{tmp_path.name}/lost-answer"
-    storage._s3._client, storage._s3._client_pid = _LosesFirstAnswer(storage._s3._connect()), os.getpid()
+    storage.exists(url)  # after its first answer the store has another client
+    storage._s3._client = _LosesFirstAnswer(storage._s3._connect())
     storage.put(url, b"same", if_absent=True)
     assert storage.counters.retries == 1
     with pytest.raises(ObjectExistsError):

@@ -72,7 +72,7 @@ def main() -> None:
     run_folder, last, pause_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     endpoint = sys.argv[5] if len(sys.argv) > 5 else None
     StorageWithOutages.outage = Path(sys.argv[4])
-    storage = StorageWithOutages(StorageConfig(endpoint_url=endpoint, region="us-east-1", max_attempts=2))
+    storage = StorageWithOutages(StorageConfig(endpoint_url=endpoint, region="us-east-1", patience_s=1.0))
     try:
         with hold_lease(storage, run_folder, timing=QUICK) as lease:
             step = newest_step(storage, run_folder)

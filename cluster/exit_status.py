@@ -1,0 +1,26 @@
+"""What the exit status of `m2f` says; `m2f train --restart`, jobs of `m2f submit` and KubeRay go by it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """The only statuses that a verb ends with. Only OUTAGE, DRAINED and deaths by a signal are worth another start."""
+
+    DONE = 0
+    GAVE_UP = 1
+    """The job ran and failed."""
+    MISTAKE = 2
+    """One that the user can correct: one message, no traceback."""
+    STOPPED = 3
+    """A training run that its user stopped after a checkpoint."""
+    OUTAGE = 69
+    """The storage did not answer for longer than `storage.patience_s`."""
+    DRAINED = 75
+    """The machine is about to be taken away; a checkpoint is saved."""
+    INTERRUPTED = 130
+    """Ctrl-C, in a verb other than `train`."""
+
+
+RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)

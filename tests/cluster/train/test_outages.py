@@ -1,0 +1,139 @@
+"""Trainings whose S3 store does not answer for a while."""
+
+import http.client
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from mlflow import MlflowClient
+
+from m2f.cluster.recipe.config import TrackingConfig
+from m2f.cluster.train.local import train_locally
+from m2f.data_pipeline.config import StorageConfig
+from m2f.data_pipeline.errors import OutageError
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.commits import list_commits
+from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
+from tests.waiting import PATIENCE_S, wait_until
+
+pytestmark = pytest.mark.slow
+
+OUTAGE_S = 12.0
+"""Longer than the eight attempts of earlier versions took."""
+
+
+class Gateway(ThreadingHTTPServer):
+    """Passes requests on to a store; while `closed` it answers 503, and counts these answers."""
+
+    daemon_threads = True
+
+    def __init__(self, store: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.store = store.removeprefix("http://")
+        self.closed = threading.Event()
+        self.refused = 0
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address):
+        """Clients that hang up are no defect."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Gateway
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.closed.is_set():
+            self.server.refused += 1
+            self.answer(503, {}, b"")
+            return
+        store = http.client.HTTPConnection(self.server.store, timeout=PATIENCE_S)
+        store.request(self.command, self.path, body, dict(self.headers))
+        found = store.getresponse()
+        self.answer(found.status, dict(found.getheaders()), found.read())
+        store.close()
+
+    def answer(self, status, headers, body):
+        self.send_response(status)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
+
+
+@pytest.fixture
+def gateway(s3_endpoint):
+    with Gateway(s3_endpoint) as gateway:
+        yield gateway
+        gateway.shutdown()
+
+
+@pytest.fixture
+def config(gateway, tmp_path):
+    bucket = StorageConfig(endpoint_url=gateway.url, region="us-east-1")
+    place = f"s3://box/{tmp_path.name}"
+    made = tiny_config(tmp_path, "run", small_sets(f"{place}/shards", Storage(bucket)))
+    return replace(
+        made,
+        output=f"{place}/runs",
+        storage=bucket,
+        tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
+    )
+
+
+def losses(summary):
+    run = summary.tracked
+    points = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, "train/loss/total")
+    return sorted((point.step, point.value) for point in points)
+
+
+def close_at_first_commit(gateway, config):
+    """Close the gateway once the first commit is listed; open it again after OUTAGE_S and at least one refusal."""
+    wait_until(lambda: list_commits(Storage(config.storage), config.run_folder))
+    gateway.closed.set()
+    began = time.monotonic()
+    wait_until(lambda: gateway.refused and time.monotonic() - began > OUTAGE_S)
+    gateway.closed.clear()
+
+
+def test_an_outage_shorter_than_the_patience_changes_nothing(gateway, config):
+    calm = train_locally(replace(config, name="calm"))
+    outage = threading.Thread(target=close_at_first_commit, args=(gateway, config), daemon=True)
+    outage.start()
+    summary = train_locally(config)
+    outage.join()
+    assert summary.status == "finished"
+    assert summary.failures == ()
+    assert losses(summary) == losses(calm)
+    assert [step for step, _ in losses(summary)] == list(range(1, STEPS + 1))
+    assert {entry.step: entry.status for entry in summary.evaluations} == dict.fromkeys(
+        range(EVERY, STEPS + 1, EVERY), "published"
+    )
+
+
+def test_an_outage_longer_than_the_patience_ends_the_run_which_then_goes_on(gateway, config):
+    hasty = replace(config, storage=replace(config.storage, patience_s=3.0))
+    outage = threading.Thread(target=close_at_first_commit, args=(gateway, config), daemon=True)
+    outage.start()
+    with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(3 s"):
+        train_locally(hasty)
+    outage.join()
+    summary = train_locally(config)
+    assert summary.status == "finished"
+    assert [step for step, _ in losses(summary)] == list(range(1, STEPS + 1))

@@ -1,0 +1,72 @@
+"""A rank that waits for the storage does not stall the run: how the watchdogs of the ranks find out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.job import TrainJob
+from m2f.trainer.ranks import Ranks
+from m2f.trainer.reporting import Notice, Reporter
+
+T = TypeVar("T")
+REQUEST_S = 5.0
+"""Longest wait for one answer of the storage or of the counter."""
+FRESH_S = 60.0
+"""How long a rank that waits for others believes that one of them waits for the storage."""
+SAY_S = 60.0
+_COUNTER = "storage_waits"
+
+
+class StorageWaits:
+    """One rank's view; `look` is called by its watchdog.
+
+    A rank that does not wait for others asks the storage. Where that does not answer, the rank says so once a minute
+    and adds to a counter that all ranks share. A rank that waits for others looks whether the counter moves.
+    """
+
+    def __init__(self, job: TrainJob, storage: Storage, ranks: Ranks, reporter: Reporter) -> None:
+        urls = [url for url in (job.run_folder, *job.shards) if "://" in url]
+        self._objects = [join(url, "manifest.json") for url in dict.fromkeys(urls)]  # whether they exist is irrelevant
+        self._storage = storage.impatient(REQUEST_S)
+        self._ranks, self._reporter = ranks, reporter
+        self._seen, self._moved = 0, float("-inf")
+        self._said = float("-inf")
+
+    def look(self, waits_for_others: bool, seconds: float) -> bool:
+        """Whether the storage is why this rank, or one that it waits for, has been in its phase for `seconds`."""
+        if not self._objects:  # local files
+            return False
+        return self._others_wait() if waits_for_others else self._storage_is_away(seconds)
+
+    def _others_wait(self) -> bool:
+        seen = _answer(lambda: self._ranks.count(_COUNTER), self._seen)
+        if seen != self._seen:
+            self._seen, self._moved = seen, time.monotonic()
+        return time.monotonic() - self._moved < FRESH_S
+
+    def _storage_is_away(self, seconds: float) -> bool:
+        try:
+            for url in self._objects:
+                self._storage.exists(url)
+        except StorageError as error:
+            _answer(lambda: self._ranks.count(_COUNTER, 1), 0)
+            if time.monotonic() - self._said >= SAY_S:
+                self._said = time.monotonic()
+                line = f"rank {self._ranks.rank} has been waiting for the storage for {seconds:.0f} s ({error})"
+                self._reporter.report(Notice("storage", 0, line))
+            return True
+        return False
+
+
+def _answer(ask: Callable[[], T], otherwise: T) -> T:
+    """What `ask` returns within REQUEST_S: the process that keeps the counter may be frozen."""
+    answers: list[T] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    thread.start()
+    thread.join(REQUEST_S)
+    return answers[0] if answers else otherwise
