@@ -50,17 +50,19 @@ class StorageWaits:
         return time.monotonic() - self._moved < FRESH_S
 
     def _storage_is_away(self, seconds: float) -> bool:
-        try:
-            for url in self._objects:
+        for url in self._objects:
+            try:
                 self._storage.exists(url)
-        except StorageError as error:
-            _answer(lambda: self._ranks.count(_COUNTER, 1), 0)
-            if time.monotonic() - self._said >= SAY_S:
-                self._said = time.monotonic()
-                line = f"rank {self._ranks.rank} has been waiting for the storage for {seconds:.0f} s ({error})"
-                self._reporter.report(Notice("storage", 0, line))
-            return True
+            except StorageError:
+                _answer(lambda: self._ranks.count(_COUNTER, 1), 0)
+                self._say(f"rank {self._ranks.rank} has been waiting for {seconds:.0f} s; {url} does not answer")
+                return True
         return False
+
+    def _say(self, line: str) -> None:
+        if time.monotonic() - self._said >= SAY_S:
+            self._said = time.monotonic()
+            self._reporter.report(Notice("storage", 0, line))
 
 
 def _answer(ask: Callable[[], T], otherwise: T) -> T:

@@ -1,0 +1,97 @@
+from collections import Counter
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from m2f.data_pipeline.errors import OutageError
+from m2f.trainer.telemetry import storage_waits
+from m2f.trainer.telemetry.storage_waits import StorageWaits
+
+REMOTE = SimpleNamespace(run_folder="s3://bucket/run", shards=("s3://bucket/train",))
+
+
+class Store:
+    """Answers or not, as told."""
+
+    away = False
+
+    def impatient(self, limit_s):
+        return self
+
+    def exists(self, url):
+        if self.away:
+            raise OutageError(f"{url}: no answer")
+        return False
+
+
+@dataclass
+class RankOf:
+    """A rank whose counters are those of its peers, too."""
+
+    rank: int
+    counters: Counter
+
+    def count(self, name, more=0):
+        self.counters[name] += more
+        return self.counters[name]
+
+
+@dataclass
+class Events:
+    lines: list = field(default_factory=list)
+
+    def report(self, event):
+        self.lines.append(event.message)
+
+
+@pytest.fixture
+def now(monkeypatch):
+    clock = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(storage_waits, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    return clock
+
+
+@pytest.fixture
+def pair():
+    """A rank whose store goes away, the one that waits for it, the store and the events."""
+    store, events, counters = Store(), Events(), Counter()
+    waits = [StorageWaits(REMOTE, store, RankOf(rank, counters), events) for rank in (0, 1)]
+    return (*waits, store, events)
+
+
+def test_a_rank_whose_store_is_away_is_no_stall_and_says_so_once_a_minute(pair, now):
+    cut_off, _, store, events = pair
+    assert not cut_off.look(False, 70.0)
+    store.away = True
+    for _ in range(13):
+        assert cut_off.look(False, 70.0)
+        now.seconds += 5.0
+    assert events.lines == ["rank 0 has been waiting for 70 s; s3://bucket/run/manifest.json does not answer"] * 2
+
+
+def test_ranks_that_wait_for_it_know_as_long_as_it_waits(pair, now):
+    cut_off, waiting, store, _ = pair
+    assert not waiting.look(True, 70.0)
+    store.away = True
+    cut_off.look(False, 70.0)
+    assert waiting.look(True, 70.0)
+    now.seconds += 40.0
+    assert waiting.look(True, 110.0)
+    now.seconds += 40.0
+    assert not waiting.look(True, 150.0)  # nobody has said so for a minute
+    cut_off.look(False, 150.0)
+    assert waiting.look(True, 150.0)
+
+
+def test_a_counter_that_does_not_answer_excuses_nothing(pair, now, monkeypatch):
+    _, waiting, _, _ = pair
+    monkeypatch.setattr(storage_waits, "_answer", lambda ask, otherwise: otherwise)
+    assert not waiting.look(True, 70.0)
+
+
+def test_local_files_are_no_storage_to_wait_for(now):
+    store = Store()
+    store.away = True
+    local = SimpleNamespace(run_folder="runs/run", shards=("shards",))
+    assert not StorageWaits(local, store, RankOf(0, Counter()), Events()).look(False, 70.0)
