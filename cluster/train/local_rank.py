@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.train.processes import Post
 from m2f.cluster.train.signals import handling
+from m2f.trainer.errors import PeersError
 from m2f.trainer.job import ManualControl, TrainJob
 from m2f.trainer.reporting import Event, RankReport, Reporters
 
@@ -19,7 +20,10 @@ def train_rank(job: TrainJob, post: Post) -> None:
     with stopped_by_signals() as control:
         from m2f.trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
 
-        run_worker(job, PostReporter(post) if os.environ["RANK"] == "0" else Reporters(), control)
+        try:
+            run_worker(job, PostReporter(post) if os.environ["RANK"] == "0" else Reporters(), control)
+        except PeersError as error:  # the driver judges what this rank itself met
+            raise (error.__cause__ or error) from None
 
 
 class PostReporter:

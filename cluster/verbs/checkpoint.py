@@ -1,4 +1,4 @@
-"""`m2f checkpoint`: what checkpoints a run has, whether every byte of them is right, and their weights as one file."""
+"""`m2f checkpoint`: which checkpoints a run has, whether they are whole, weights as one file, what is left over."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ if TYPE_CHECKING:
     from m2f.trainer.checkpoint.folder import CheckpointManifest
     from m2f.trainer.reporting import CommittedCheckpoint
 
-SUMMARY = "list the checkpoints of a run, verify every byte of them, or take out the weights"
+SUMMARY = "list the checkpoints of a run, verify every byte, take out the weights, or delete what is left over"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
-        choices=("ls", "verify", "export"),
+        choices=("ls", "verify", "export", "gc"),
         help="ls: a table, with files and sizes compared; verify: read all files and compare checksums; export: write "
-        "the weights to --output (their moving average where the run keeps one), for every verb that takes weights",
+        "the weights to --output (their moving average where the run keeps one), for every verb that takes weights; "
+        "gc: delete checkpoints that were never committed, set aside as damaged or committed too late, and files and "
+        "uploads that were never completed; refused while the run trains",
     )
     add_recipe(parser)
     parser.add_argument("--step", type=int, help="this checkpoint only; default: all (export: the newest)")
     parser.add_argument("--output", metavar="PATH", help="export: a new file, NAME.safetensors")
+    parser.add_argument("--dry-run", action="store_true", help="gc: list what would be deleted")
     parser.add_argument("--no-average", action="store_true", help="export: the weights themselves, not their average")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where a checkpoint is damaged."""
-    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
-    from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.folder import list_checkpoints
     from m2f.trainer.reporting import CommittedCheckpoint
 
-    config = load_recipe(args.recipe, args.overrides)
+    config, _ = open_recipe(args.recipe, args.overrides)
     storage = Storage(config.storage)
+    if args.action == "gc":
+        return _collect(storage, config.run_folder, args.dry_run)
     chosen = choose_checkpoint(config, storage, None if args.step is None else str(args.step))
     if args.action == "export":
         return _export(storage, chosen.url, args.output, averaged=not args.no_average)
@@ -50,6 +54,31 @@ def run(args: argparse.Namespace) -> int:
     print_out(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
     whole = [_print_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in checkpoints]
     return 0 if all(whole) else 1
+
+
+def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
+    """Print what no run needs any more, and delete it under the lease of the run folder."""
+    from m2f.cluster.terminal import print_err
+    from m2f.trainer.checkpoint.lease import hold_lease
+    from m2f.trainer.checkpoint.lease_record import newest_number
+    from m2f.trainer.checkpoint.leftovers import find_leftovers, lease_in_use
+
+    if not storage.list(run_folder):
+        raise ConfigError(f"{run_folder} is empty or does not exist; name a run by its recipe or its folder")
+    if dry_run:
+        in_use = lease_in_use(storage, run_folder)
+        if in_use <= newest_number(storage, run_folder):
+            print_err(f"{run_folder}: a process may be training here, so what it writes now is left out")
+        leftovers = find_leftovers(storage, run_folder, in_use, alone=in_use > newest_number(storage, run_folder))
+        print_out("\n".join([*leftovers.describe(), f"{len(leftovers)} to delete; nothing was changed"]))
+        return 0
+    with hold_lease(storage, run_folder, print_err) as lease:
+        leftovers = find_leftovers(storage, run_folder, lease.number, alone=True)
+        for line in leftovers.describe():
+            print_out(line)
+        leftovers.delete(storage, lease.check)
+    print_out(f"{len(leftovers)} deleted")
+    return 0
 
 
 def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
@@ -75,7 +104,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
 def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
     """Print one row; whether the checkpoint is whole."""
     from m2f.trainer.checkpoint.folder import pins, read_manifest, verify_sizes
-    from m2f.trainer.errors import CheckpointError
+    from m2f.trainer.errors import CheckpointError, NewerFormatError
 
     row = f"{checkpoint.step:>8}"
     try:
@@ -85,6 +114,9 @@ def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: 
         verify_sizes(storage, checkpoint.url)
         if every_byte:
             _verify_bytes(storage, checkpoint.url, manifest)
+    except NewerFormatError as error:
+        print_out(f"{row}  of a newer version: {error}")
+        return False
     except CheckpointError as error:
         print_out(f"{row}  damaged: {error}")
         return False

@@ -80,11 +80,11 @@ def full_disk_named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, StorageError) or not any(words in str(error).lower() for words in _FULL):
+        if "TMPDIR" in str(error) or not any(words in str(error).lower() for words in _FULL):
             raise
         raise StorageError(
-            f"{tempfile.gettempdir()}: no space left on the disk for {what} ({error}); free some space, or set TMPDIR "
-            "to a folder on a larger disk"
+            f"{tempfile.gettempdir()}: no space left on the disk for {what} ({error.__cause__ or error}); free some "
+            "space, or set TMPDIR to a folder on a larger disk"
         ) from error
 
 
@@ -94,7 +94,7 @@ def require_room(size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise StorageError(
-            f"{folder}: {free / 1e9:,.2f} GB are free on the disk, and {what} takes {size / 1e9:,.2f} GB; free some "
+            f"{folder}: {free / 1e6:,.1f} MB are free on the disk, and {what} takes {size / 1e6:,.1f} MB; free some "
             "space, or set TMPDIR to a folder on a larger disk"
         )
 

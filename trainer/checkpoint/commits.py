@@ -30,6 +30,7 @@ from m2f.trainer.checkpoint.folder import (
     unpin,
 )
 from m2f.trainer.checkpoint.lease_record import newest_number, read_record
+from m2f.trainer.checkpoint.leftovers import end_outdated_writes
 from m2f.trainer.reporting import CommittedCheckpoint
 
 LOGGER = logging.getLogger(__name__)
@@ -101,8 +102,9 @@ def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
     """Called by the holder of the lease while no rank runs: complete what a rank that died had no time to write.
 
     Every committed checkpoint gets its pin and its entry in `commits/`; those of version 0.1 also their metrics. Where
-    the run no longer `evaluates`, pins for an evaluation are removed.
+    the run no longer `evaluates`, pins for an evaluation are removed. Writes that were never completed are ended.
     """
+    end_outdated_writes(storage, run_folder)
     listed = {match[1] for url in storage.list(join(run_folder, "commits")) if (match := _COMMIT.search(url))}
     for checkpoint in list_checkpoints(storage, run_folder):
         if not evaluates:

@@ -308,6 +308,35 @@ def folders_to_delete(
     return tuple(sorted(folder.name for folder in old - pinned))
 
 
+def orphan_folders(storage: Storage, run_folder: str, in_use: int) -> tuple[tuple[str, str], ...]:
+    """Checkpoint folders that no run goes on from, with the reason; those of leases from `in_use` on are left out.
+
+    A folder with a pin other than that of its evaluation is kept, whoever has set it.
+    """
+    paths: dict[_Folder, set[str]] = {}
+    for file in _matches(storage.list(join(run_folder, "checkpoints"))):
+        paths.setdefault(file.folder, set()).add(file.path)
+    counted = _counted(storage, run_folder, [folder for folder, found in paths.items() if MANIFEST in found])
+    orphans = []
+    for folder, found in sorted(paths.items(), key=lambda item: item[0].name):
+        pinned = any(path.startswith("pins/") and path != f"pins/{EVALUATION_PIN}" for path in found)
+        if folder not in counted and folder.lease < in_use and not pinned:
+            orphans.append((folder.url(run_folder), _why_orphan(found)))
+    return tuple(orphans)
+
+
+def _why_orphan(paths: set[str]) -> str:
+    if MANIFEST in paths:
+        return "committed after another process had taken the run over"
+    return "set aside as damaged" if DAMAGED in paths else "never committed"
+
+
+def lease_within(url: str) -> int | None:
+    """Lease of the checkpoint folder that an object is in; None for an object elsewhere."""
+    match = _FOLDER.search(url)
+    return None if match is None else int(match[3] or 0)
+
+
 @dataclass(frozen=True)
 class _Folder:
     """A checkpoint folder, by its name."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from m2f.data_pipeline.storage.scratch import ScratchFolder
+from m2f.data_pipeline.storage.scratch import ScratchFolder, full_disk_named
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import Mask2Former
 from m2f.model.weights.load import load_weights
@@ -195,7 +195,8 @@ def _inspect(
 ) -> tuple[CheckpointManifest, TrainState] | str:
     try:
         manifest = verify_sizes(storage, url)
-        fetch(storage, url, [STATE], manifest, folder)
+        with full_disk_named("files of a checkpoint"):
+            fetch(storage, url, [STATE], manifest, folder)
         state = TrainState.from_json((folder / STATE).read_bytes(), f"{url}/{STATE}")
     except CheckpointError as error:
         return str(error)
@@ -224,7 +225,8 @@ def _paths(restart: Restart, manifest: CheckpointManifest, rank: int) -> list[st
 
 def _fetched(storage: Storage, url: str, paths: list[str], manifest: CheckpointManifest, folder: Path) -> str | None:
     try:
-        fetch(storage, url, paths, manifest, folder)
+        with full_disk_named("files of a checkpoint"):
+            fetch(storage, url, paths, manifest, folder)
     except CheckpointError as error:
         return str(error)
     return None

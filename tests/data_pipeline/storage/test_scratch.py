@@ -59,7 +59,7 @@ def test_a_full_disk_of_temporary_files_is_one_message(temporary):
     with small_disk(temporary / "small", "64k") as disk:
         tempfile.tempdir = str(disk)
         require_room(60_000, "a checkpoint")
-        with pytest.raises(StorageError, match=r"small: 0\.00 GB are free .* a checkpoint takes 2\.00 GB; .* TMPDIR"):
+        with pytest.raises(StorageError, match=r"small: 0\.1 MB are free .* a checkpoint takes 2,000\.0 MB; .* TMPDIR"):
             require_room(2_000_000_000, "a checkpoint")
         folder = ScratchFolder("test")
         with pytest.raises(StorageError, match=r"no space left on the disk for x .* TMPDIR"), full_disk_named("x"):

@@ -1,0 +1,139 @@
+"""Checkpoints that nobody committed and writes that nobody completed: ended by the next start, deleted by `gc`."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import boto3
+import pytest
+
+from m2f.cluster.cli import main
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.commits import repair_commits
+from m2f.trainer.checkpoint.folder import DAMAGED, MANIFEST, CheckpointManifest, checkpoint_url, pin
+from m2f.trainer.checkpoint.lease import hold_lease
+
+RECIPE = """
+name: run
+output: {output}
+datasets: {{train: {{shards: shards/train}}}}
+data: {{train: [{{dataset: train}}]}}
+training: {{max_steps: 10}}
+"""
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from m2f.data_pipeline.storage.local import replacing
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(params=["disk", "s3"])
+def output(request, tmp_path):
+    return str(tmp_path / "runs") if request.param == "disk" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+@pytest.fixture
+def run_folder(output):
+    return join(output, "run")
+
+
+@pytest.fixture
+def recipe(output, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(output=output))
+    return str(path)
+
+
+def begin_write(url):
+    """A write that is never completed, really: a killed process, or an upload of which a part is there."""
+    if "://" not in url:
+        done = subprocess.run([sys.executable, "-c", KILLED_WRITER, url], check=False)
+        assert done.returncode == -signal.SIGKILL
+        return
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    client = boto3.session.Session().client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
+
+
+def save(storage, run_folder, step, lease, name=MANIFEST):
+    url = checkpoint_url(run_folder, step, lease)
+    storage.put(join(url, "weights.safetensors"), b"weights")
+    if name:
+        storage.put(join(url, name), CheckpointManifest(step, 1, 1, {}).to_json())
+    return url
+
+
+def test_a_start_ends_what_earlier_leases_were_writing_and_nothing_else(run_folder):
+    storage = Storage()
+    with hold_lease(storage, run_folder):
+        pass
+    begin_write(join(checkpoint_url(run_folder, 4, 1), "engine/states.pt"))
+    begin_write(join(run_folder, "evaluations/step_00000004/report.html"))
+    with hold_lease(storage, run_folder) as lease:
+        begin_write(join(checkpoint_url(run_folder, 6, lease.number), "engine/states.pt"))
+        begin_write(join(f"{run_folder}-2", "checkpoints/step_00000004-1/engine/states.pt"))  # another run's
+        assert len(storage.list_unfinished(run_folder)) == 3
+        repair_commits(storage, run_folder, evaluates=False)
+    left = [write.url.removeprefix(run_folder) for write in storage.list_unfinished(run_folder)]
+    assert len(left) == 2
+    assert [url for url in left if url.startswith("/checkpoints/step_00000006-2/engine/")]
+    assert len(storage.list_unfinished(f"{run_folder}-2")) == 1
+
+
+def test_gc_lists_and_then_deletes_what_no_run_needs(run_folder, recipe, capsys):
+    storage = Storage()
+    with hold_lease(storage, run_folder):
+        kept = [save(storage, run_folder, 2, 1)]
+    with hold_lease(storage, run_folder):  # it finds the commit of step 2
+        kept.append(save(storage, run_folder, 4, 2))
+        late = save(storage, run_folder, 4, 1)
+        never, damaged = save(storage, run_folder, 6, 2, name=""), save(storage, run_folder, 3, 1, name=DAMAGED)
+        kept.append(save(storage, run_folder, 8, 1, name=""))
+        pin(storage, kept[-1], "mine")
+    begin_write(join(never, "engine/states.pt"))
+    begin_write(join(run_folder, "recipe.yaml"))
+    before = storage.list(run_folder)
+    assert main(["checkpoint", "gc", recipe, "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    for line in (
+        f"folder  {late}: committed after another process had taken the run over",
+        f"folder  {never}: never committed",
+        f"folder  {damaged}: set aside as damaged",
+        "5 to delete; nothing was changed",
+    ):
+        assert line in listed
+    assert storage.list(run_folder) == before
+    assert len(storage.list_unfinished(run_folder)) == 2
+    assert main(["checkpoint", "gc", recipe]) == 0
+    assert "5 deleted" in capsys.readouterr().out
+    assert storage.list_unfinished(run_folder) == ()
+    folders = {url.rpartition("/weights")[0] for url in storage.list(run_folder) if url.endswith("weights.safetensors")}
+    assert folders == set(kept)
+    assert main(["checkpoint", "gc", recipe]) == 0
+    assert "0 deleted" in capsys.readouterr().out
+
+
+def test_gc_leaves_a_run_alone_that_trains(run_folder, recipe, capsys):
+    storage = Storage()
+    with hold_lease(storage, run_folder) as lease:
+        url = save(storage, run_folder, 4, lease.number, name="")
+        begin_write(join(run_folder, "recipe.yaml"))
+        assert main(["checkpoint", "gc", recipe, "--dry-run"]) == 0
+        said = capsys.readouterr()
+        assert "0 to delete" in said.out
+        assert "a process may be training here" in said.err
+        assert main(["checkpoint", "gc", recipe]) == 2
+        assert "is training in this folder" in capsys.readouterr().err
+        assert storage.list(url)
+
+
+def test_gc_of_a_run_that_is_not_there_is_a_message(run_folder, recipe, capsys):
+    assert main(["checkpoint", "gc", recipe]) == 2
+    assert f"{run_folder} is empty or does not exist" in capsys.readouterr().err
+    assert not Storage().list(run_folder)

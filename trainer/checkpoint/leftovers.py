@@ -1,0 +1,77 @@
+"""What a run folder holds that no run needs any more: checkpoints without a commit, and writes without an end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.storage.object_info import UnfinishedWrite
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.folder import lease_within, orphan_folders
+from m2f.trainer.checkpoint.lease_record import newest_number, read_record, record_url
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What may be deleted."""
+
+    folders: tuple[tuple[str, str], ...]
+    """Checkpoint folders, each with the reason."""
+    writes: tuple[UnfinishedWrite, ...]
+    """Temporary files and multipart uploads, also those in `folders`."""
+
+    def __len__(self) -> int:
+        return len(self.folders) + len(self.writes)
+
+    def describe(self) -> list[str]:
+        """One line for each."""
+        lines = [f"folder  {url}: {reason}" for url, reason in self.folders]
+        kinds = [("upload" if write.upload else "part", write.url) for write in self.writes]
+        return lines + [f"{kind:<6}  {url}: never completed" for kind, url in kinds]
+
+    def delete(self, storage: Storage, check: Callable[[], None]) -> None:
+        """Delete all; `check` is called before each, and what it raises is raised."""
+        for write in self.writes:
+            check()
+            storage.delete_unfinished(write)
+        for url, _ in self.folders:
+            check()
+            storage.delete_prefix(url)
+
+
+def find_leftovers(storage: Storage, run_folder: str, in_use: int, alone: bool) -> Leftovers:
+    """What processes have left under leases before `in_use`; writes outside of checkpoints, which carry no lease, where
+    the caller is `alone`: nobody else writes to the run folder."""
+    leases = [(write, lease_within(write.url)) for write in storage.list_unfinished(run_folder)]
+    left = [write for write, lease in leases if (alone if lease is None else lease < in_use)]
+    return Leftovers(orphan_folders(storage, run_folder, in_use), tuple(left))
+
+
+def lease_in_use(storage: Storage, run_folder: str) -> int:
+    """The first lease under which a process may be writing now, for somebody who has none."""
+    newest = newest_number(storage, run_folder)
+    if not newest or storage.exists(f"{record_url(run_folder, newest)}.released"):
+        return newest + 1
+    return newest + read_record(storage, run_folder, newest).holder.is_dead()
+
+
+def end_outdated_writes(storage: Storage, run_folder: str) -> int:
+    """End what processes were writing to checkpoints under leases before the newest; how many writes there were.
+
+    Uploads in parts that are never completed cost money, and no listing shows them. A store that refuses to
+    list or end them is warned of.
+    """
+    newest, ended = newest_number(storage, run_folder), 0
+    try:
+        for write in storage.list_unfinished(join(run_folder, "checkpoints")):
+            lease = lease_within(write.url)
+            if lease is not None and lease < newest:
+                storage.delete_unfinished(write)
+                ended += 1
+    except StorageError as error:
+        LOGGER.warning(f"uploads that were never completed stay in the store: {error}")
+    return ended
