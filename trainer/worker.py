@@ -77,6 +77,15 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     try:
         yield
     finally:
+        _destroy_group()
+
+
+def _destroy_group() -> None:
+    """End the process group; through DeepSpeed where it has adopted it, which would keep it for the next run."""
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
         dist.destroy_process_group()
 
 

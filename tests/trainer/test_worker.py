@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -69,3 +72,28 @@ def test_checkpoints_need_a_positive_number(setting):
 def test_on_one_machine_nothing_listens_beyond_loopback(ranks):
     listening = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from m2f.trainer.worker import run_worker
+from tests.trainer.tiny_job import make_job
+for name in ("first", "second"):
+    assert run_worker(make_job(Path(sys.argv[1]) / name, sys.argv[2], max_steps=2)).step == 2
+"""
+
+
+@pytest.mark.slow
+def test_a_process_may_train_twice(no_launcher, training_shards, tmp_path):
+    repository = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", TWICE, str(tmp_path), str(training_shards)]
+    done = subprocess.run(
+        command,
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": repository},
+        check=False,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
