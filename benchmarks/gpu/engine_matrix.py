@@ -45,6 +45,7 @@ MODES = (
     Mode(1, "bf16_autocast"),
     Mode(1, "bf16"),
     Mode(1, "fp16"),
+    Mode(1, "fp16_autocast"),
     Mode(2, "bf16_autocast"),
     Mode(3, "bf16_autocast"),
     Mode(1, "bf16_autocast", offload=True),
