@@ -1,0 +1,49 @@
+"""Local files where the file system has no hard links, is full or cannot be written to."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from m2f.data_pipeline.errors import ObjectExistsError, StorageError
+from m2f.data_pipeline.storage.storage import Storage
+from tests.mounts import fill, read_only, small_disk
+
+
+def test_of_many_writers_one_makes_a_new_file_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # what exFAT says
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage, url = Storage(), str(tmp_path / "lease")
+
+    def write(number):
+        try:
+            storage.put(url, f"{number}".encode(), if_absent=True)
+        except ObjectExistsError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [number for number in pool.map(write, range(40)) if number is not None]
+    assert [storage.get(url)] == [f"{number}".encode() for number in won]
+    assert storage.list_unfinished(str(tmp_path)) == ()
+
+
+def test_a_copy_to_a_full_disk_blames_the_disk_and_not_the_source(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 100_000)
+    with small_disk(tmp_path / "small", "64k") as disk:
+        fill(disk)
+        with pytest.raises(StorageError, match=r"small/copy: No space left on device; free some space"):
+            Storage().get_file(str(source), disk / "copy")
+
+
+def test_a_read_only_disk_is_a_message(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with (
+        read_only(tmp_path / "folder") as folder,
+        pytest.raises(StorageError, match=r"Read-only.*; mount it for writing"),
+    ):
+        Storage().put(str(folder / "new"), b"x")
