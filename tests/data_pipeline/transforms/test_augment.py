@@ -148,14 +148,14 @@ def test_cropping_before_resizing_moves_content_by_less_than_a_pixel(size, posit
     result = augment(image, ids, params, IGNORE)
     _, labels = whole_then_crop(image, ids, params)
     assert result.image.shape == (*params.canvas, 3)
-    # Every label is found in the reference within one pixel.
+    # Every label is found in the reference within one pixel; of the border's neighbours some are outside the crop.
     around = np.pad(labels, 1, mode="edge")
     h, w = params.canvas
     near = np.zeros_like(labels, dtype=bool)
     for dy in range(3):
         for dx in range(3):
             near |= result.id_maps[0] == around[dy : dy + h, dx : dx + w]
-    assert near.all()
+    assert near[1:-1, 1:-1].all()
     np.testing.assert_array_equal(result.id_maps[0] == IGNORE, labels == IGNORE)
 
 

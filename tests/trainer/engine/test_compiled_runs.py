@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 
 from m2f.data_pipeline.config import DataConfig, MixtureItem
+from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.compile import REGIONS, compile_regions
@@ -83,5 +84,5 @@ def test_compiling_is_no_stall(compiled, step, phase, seconds):
         shards=(),
         training=training,
     )
-    watchdog = Watchdog(clock, None, None, job, "attempt", None)
+    watchdog = Watchdog(clock, None, Storage(), job, "attempt", None)
     assert watchdog._limit_of(phase) == seconds
