@@ -20,7 +20,8 @@ from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.slow
 
-OUTAGE_S = 12.0
+LONGER = [pytest.mark.soak, pytest.mark.timeout(1800)]
+SHORT_S = 12.0
 """Longer than the eight attempts of earlier versions took."""
 
 
@@ -103,18 +104,27 @@ def losses(summary):
     return sorted((point.step, point.value) for point in points)
 
 
-def close_at_first_commit(gateway, config):
-    """Close the gateway once the first commit is listed; open it again after OUTAGE_S and at least one refusal."""
+def close_at_first_commit(gateway, config, seconds=SHORT_S):
+    """Close the gateway once the first commit is listed; open it again after `seconds` and at least one refusal."""
     wait_until(lambda: list_commits(Storage(config.storage), config.run_folder))
     gateway.closed.set()
     began = time.monotonic()
-    wait_until(lambda: gateway.refused and time.monotonic() - began > OUTAGE_S)
+    wait_until(lambda: gateway.refused and time.monotonic() - began > seconds, patience_s=seconds + PATIENCE_S)
     gateway.closed.clear()
 
 
-def test_an_outage_shorter_than_the_patience_changes_nothing(gateway, config):
+@pytest.mark.parametrize(
+    ("seconds", "stall_timeout_s"),
+    [
+        pytest.param(SHORT_S, 300.0),
+        pytest.param(45.0, 8.0, marks=LONGER),
+        pytest.param(300.0, 8.0, marks=LONGER),
+    ],
+)
+def test_an_outage_shorter_than_the_patience_is_no_failure_and_no_stall(gateway, config, seconds, stall_timeout_s):
+    config = replace(config, training=replace(config.training, stall_timeout_s=stall_timeout_s))
     calm = train_locally(replace(config, name="calm"))
-    outage = threading.Thread(target=close_at_first_commit, args=(gateway, config), daemon=True)
+    outage = threading.Thread(target=close_at_first_commit, args=(gateway, config, seconds), daemon=True)
     outage.start()
     summary = train_locally(config)
     outage.join()
