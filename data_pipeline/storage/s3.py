@@ -202,7 +202,9 @@ class S3Store:
                 if _is_denied(error) and not renewed:
                     self._forget_credentials()
                     renewed = True
-                elif not _is_passing(error):
+                    self._on_retry()
+                    continue  # at once: a refusal is no outage
+                if not _is_passing(error):
                     if _response_error(error)[0]:
                         _ANSWERED.add(self._config.endpoint_url)
                     _fail(url, error)
