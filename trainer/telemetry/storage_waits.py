@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.errors import OutageError, StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
@@ -53,10 +53,12 @@ class StorageWaits:
         for url in self._objects:
             try:
                 self._storage.exists(url)
-            except StorageError:
+            except OutageError:
                 _answer(lambda: self._ranks.count(_COUNTER, 1), 0)
                 self._say(f"rank {self._ranks.rank} has been waiting for {seconds:.0f} s; {url} does not answer")
                 return True
+            except StorageError:  # a refusal is an answer
+                continue
         return False
 
     def _say(self, line: str) -> None:

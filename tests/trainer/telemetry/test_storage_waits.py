@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from m2f.data_pipeline.errors import OutageError
+from m2f.data_pipeline.errors import AccessDeniedError, OutageError
 from m2f.trainer.telemetry import storage_waits
 from m2f.trainer.telemetry.storage_waits import StorageWaits
 
@@ -15,13 +15,14 @@ class Store:
     """Answers or not, as told."""
 
     away = False
+    error = OutageError
 
     def impatient(self, limit_s):
         return self
 
     def exists(self, url):
         if self.away:
-            raise OutageError(f"{url}: no answer")
+            raise self.error(f"{url}: no answer")
         return False
 
 
@@ -95,3 +96,10 @@ def test_local_files_are_no_storage_to_wait_for(now):
     store.away = True
     local = SimpleNamespace(run_folder="runs/run", shards=("shards",))
     assert not StorageWaits(local, store, RankOf(0, Counter()), Events()).look(False, 70.0)
+
+
+def test_a_store_that_refuses_has_answered(pair, now):
+    cut_off, _, store, events = pair
+    store.away, store.error = True, AccessDeniedError
+    assert not cut_off.look(False, 70.0)
+    assert events.lines == []
