@@ -1,0 +1,38 @@
+"""Confidence intervals over runs that differ in their seed: the one place that needs scipy.stats."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+
+class SeedInterval(NamedTuple):
+    """A mean, or a difference of means, and its bounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> SeedInterval:
+    """Student's t interval of the mean of at least two runs."""
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return _interval(mean, error, len(values) - 1, confidence)
+
+
+def difference_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> SeedInterval:
+    """Welch's t interval of the mean of `second` less that of `first`, at least two runs each."""
+    errors = [statistics.variance(side) / len(side) for side in (first, second)]
+    total = sum(errors)
+    spread = sum(error**2 / (len(side) - 1) for error, side in zip(errors, (first, second), strict=True))
+    freedom = total**2 / spread if spread else len(first) + len(second) - 2
+    return _interval(statistics.fmean(second) - statistics.fmean(first), math.sqrt(total), freedom, confidence)
+
+
+def _interval(value: float, error: float, freedom: float, confidence: float) -> SeedInterval:
+    reach = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * error
+    return SeedInterval(value, value - reach, value + reach)

@@ -1,0 +1,149 @@
+"""What every image contributed to PQ, AP and mIoU, as one parquet file beside the results.
+
+Its first columns are for people: the id of the image and its own PQ, AP and mIoU in per cent, None where nothing in it
+counts. The lists behind them are its match records, from which `m2f compare` draws image sets for intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.storage.ragged_table import Ragged, read_table_bytes, table_bytes
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.average_precision import AveragePrecisionState
+from m2f.eval.metrics.base import MetricState
+from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.metrics.panoptic_quality import PanopticQualityState
+from m2f.eval.metrics.resampled import (
+    InstanceImages,
+    PanopticImages,
+    SemanticImages,
+    average_precisions,
+    image_precisions,
+    mean_ious,
+    panoptic_qualities,
+)
+
+IMAGES_FILE = "images.parquet"
+_AT_ONCE = 256
+"""Images whose own figures are computed at once."""
+_ImagesT = TypeVar("_ImagesT", PanopticImages, InstanceImages, SemanticImages)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageRecords:
+    """Records of all images of one evaluated set; None for a task that was not evaluated."""
+
+    image_ids: np.ndarray
+    """[I] int64, ascending."""
+    panoptic: PanopticImages | None = None
+    instance: InstanceImages | None = None
+    semantic: SemanticImages | None = None
+
+    def resampled(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """PQ, AP and mIoU [draws] in per cent of draws with these weights [images, draws]; NaN where undefined."""
+        values: dict[str, np.ndarray] = {}
+        if self.panoptic is not None:
+            values["PQ"] = 100 * panoptic_qualities(self.panoptic, weights)
+        if self.instance is not None:
+            values["AP"] = 100 * average_precisions(self.instance, weights)
+        if self.semantic is not None:
+            values["mIoU"] = 100 * mean_ious(self.semantic, weights)
+        return values
+
+    def own_values(self) -> dict[str, np.ndarray]:
+        """PQ, AP and mIoU [I] in per cent of every image by itself; NaN where nothing in it counts."""
+        values: dict[str, np.ndarray] = {}
+        if self.panoptic is not None:
+            values["PQ"] = 100 * _one_by_one(self.panoptic, panoptic_qualities)
+        if self.instance is not None:
+            values["AP"] = 100 * image_precisions(self.instance)
+        if self.semantic is not None:
+            values["mIoU"] = 100 * _one_by_one(self.semantic, mean_ious)
+        return values
+
+
+def image_records(
+    panoptic: PanopticQualityState | None, instance: AveragePrecisionState | None, semantic: MeanIoUState | None
+) -> ImageRecords:
+    """The records of complete states, which hold the same images."""
+    held = [state for state in (panoptic, instance, semantic) if state is not None]
+    return ImageRecords(
+        image_ids=np.array(held[0].image_ids if held else [], dtype=np.int64),
+        panoptic=None if panoptic is None else _of(PanopticImages, panoptic),
+        instance=None if instance is None else _of(InstanceImages, instance),
+        semantic=None if semantic is None else _semantic_images(semantic),
+    )
+
+
+def image_table(records: ImageRecords, names: Mapping[int, str] | None = None) -> bytes:
+    """The parquet file; `names` adds what every image is called, by its id."""
+    columns: dict[str, np.ndarray | Ragged] = {"image_id": records.image_ids}
+    if names is not None:
+        columns["name"] = np.array([names[i] for i in records.image_ids.tolist()], dtype=object)
+    columns |= records.own_values()
+    for task in ("panoptic", "instance", "semantic"):
+        if (images := getattr(records, task)) is not None:
+            columns |= {f"{task}_{one.name}": getattr(images, one.name) for one in fields(images)}
+    return table_bytes(columns)
+
+
+def read_image_records(payload: bytes) -> ImageRecords:
+    """What `image_table` wrote. Raises EvaluationError for anything else."""
+    try:
+        columns = read_table_bytes(payload)
+        return ImageRecords(
+            image_ids=columns["image_id"],  # type: ignore[arg-type]
+            panoptic=_from_columns(PanopticImages, "panoptic", columns),
+            instance=_from_columns(InstanceImages, "instance", columns),
+            semantic=_from_columns(SemanticImages, "semantic", columns),
+        )
+    except (DataError, KeyError) as error:
+        raise EvaluationError(f"not a file of image records: {error}") from error
+
+
+def _from_columns(kind: type[_ImagesT], task: str, columns: Mapping[str, np.ndarray | Ragged]) -> _ImagesT | None:
+    names = [one.name for one in fields(kind)]
+    if f"{task}_{names[0]}" not in columns:
+        return None
+    found = {name: columns[f"{task}_{name}"] for name in names}
+    if not all(isinstance(column, Ragged) for column in found.values()):
+        raise DataError(f"the columns of {task} are no lists")
+    return kind(**found)  # type: ignore[arg-type]
+
+
+def _of(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
+    """Columns of a state's records; of those by area the first, which is that of all areas."""
+    columns = {}
+    for one in fields(kind):
+        values = state.rows(one.name)
+        columns[one.name] = Ragged(values if values.ndim == 1 else values[:, 0], state.row_counts(one.name))
+    return kind(**columns)
+
+
+def _semantic_images(state: MeanIoUState) -> SemanticImages:
+    truth, predicted = np.divmod(state.rows("cell"), state.num_classes)
+    counts = state.row_counts("cell")
+    return SemanticImages(*(Ragged(values, counts) for values in (truth, predicted, state.rows("pixels"))))
+
+
+def _one_by_one(images: _ImagesT, metric: Callable[[_ImagesT, np.ndarray], np.ndarray]) -> np.ndarray:
+    """A metric of every image by itself [I]."""
+    columns = {one.name: getattr(images, one.name) for one in fields(images)}
+    count = len(next(iter(columns.values())).counts)
+    found = []
+    for first in range(0, count, _AT_ONCE):
+        some = {name: _rows(column, first, first + _AT_ONCE) for name, column in columns.items()}
+        found.append(metric(type(images)(**some), np.eye(min(_AT_ONCE, count - first))))
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def _rows(column: Ragged, first: int, end: int) -> Ragged:
+    start = int(column.counts[:first].sum())
+    counts = column.counts[first:end]
+    return Ragged(column.values[start : start + int(counts.sum())], counts)
