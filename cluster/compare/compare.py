@@ -5,12 +5,14 @@ The first run is the baseline; deltas are differences to it. A value that a run 
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from m2f.cluster.compare.intervals import DRAWS, Interval, image_intervals, interval_notes, seed_intervals
 from m2f.cluster.compare.paper import PaperResult, paper_result
 from m2f.cluster.compare.records import CompareError, Curve, RunRecord, SetResult, compared_step, set_and_metric
 from m2f.data_pipeline.categories import Category
@@ -26,6 +28,8 @@ CLASS_METRICS = ("PQ", "AP", "IoU")
 HEADLINES = ("PQ", "AP", "mIoU")
 IDENTITY = ("name", "output")
 """Settings that differ between runs by nature."""
+OF_THE_MODEL = ("weights",)
+"""Settings of an evaluation that differ between checkpoints by nature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +93,22 @@ class Comparison:
     differences: tuple[Difference, ...]
     classes: tuple[ClassTable, ...]
     plots: tuple[Plot, ...]
+    intervals: tuple[Interval, ...]
+    """95 % intervals of differences to the baseline."""
     notes: tuple[str, ...]
     """What makes numbers hard to compare, or is missing."""
 
 
-def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: int | None = None) -> Comparison:
+def compare_runs(
+    runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: int | None = None, draws: int = DRAWS
+) -> Comparison:
     """Compare runs with the first of them.
 
     Args:
         runs: at least one.
         metrics: as `PQ` (of every set) or `val/PQ` or `train/loss/total`; none: all evaluated ones.
         step: of the evaluations; None takes the newest of each run and set.
+        draws: image sets drawn for intervals over images; 0 leaves these out.
 
     Raises:
         CompareError: an unknown metric, several runs without a metric in common, or with classes that contradict each
@@ -122,6 +131,9 @@ def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: i
         rows.append(_run_values(name, [values.get(name) for values in by_run], paper=published))
     sets = list(dict.fromkeys(set_and_metric(name)[0] for name in names if not name.startswith("train/")))
     lacking = _compare_classes(runs, sets)
+    judged = [name for name in names if not name.startswith("train/")]
+    judged = [name for name in judged if metrics or set_and_metric(name)[1] in HEADLINES]
+    intervals = [*image_intervals(runs, judged, draws), *seed_intervals(runs, by_run, judged)]
     return Comparison(
         runs=tuple(runs),
         metrics=tuple(rows),
@@ -131,7 +143,8 @@ def compare_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: i
         differences=_differences(runs),
         classes=tuple(_class_tables(runs, sets)),
         plots=tuple(_plots(runs, names)),
-        notes=(*lacking, *_notes(runs, sets, step)),
+        intervals=tuple(intervals),
+        notes=(*lacking, *_notes(runs, sets, step), *(interval_notes(runs, intervals, sets) if draws else ())),
     )
 
 
@@ -316,6 +329,7 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
         if len({(one.subset, one.num_images) for _, one in found}) > 1:
             images = ", ".join(f"{name} {one.subset or f'all {one.num_images}'}" for name, one in found)
             notes.append(f"{dataset}: the runs were evaluated on different images ({images})")
+        notes += _settings_notes(dataset, found)
         steps = {at for run in runs if (at := compared_step(dataset, run.curves, step)) is not None}
         if len(steps) > 1 and step is None:
             notes.append(f"{dataset}: the newest evaluations are of different steps; --step N compares at one")
@@ -325,4 +339,18 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
             notes.append(f"{dataset}: not evaluated{at}: {', '.join(missing)}")
     notes += [f"{run.name} is still running" for run in runs if run.status == "RUNNING"]
     notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return notes
+
+
+def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> list[str]:
+    """A line for every setting of the evaluation that is not the same in all results that say it."""
+    known = [(name, dict(one.settings)) for name, one in found if one.settings is not None]
+    names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in OF_THE_MODEL)
+    notes = []
+    for setting in names:
+        if len({json.dumps(settings.get(setting), sort_keys=True) for _, settings in known}) > 1:
+            values = ", ".join(f"{name} {json.dumps(settings.get(setting))}" for name, settings in known)
+            notes.append(
+                f"{dataset}: evaluated with different `{setting}` ({values}); this alone may change the numbers"
+            )
     return notes

@@ -23,6 +23,8 @@ def as_page(comparison: Comparison) -> str:
     ]
     paper = "" if report.paper is None else paragraph(f"Paper: {report.paper}.", "faint")
     sections = [Section("Metrics", _table(report.metrics) + paper + table(["evaluated", *names], steps))]
+    if report.intervals.rows:
+        sections.append(Section("Intervals", _table(report.intervals, texts=[1])))
     if comparison.plots:
         sections.append(Section("Curves", grid([plot_svg(p, comparison) for p in comparison.plots])))
     if comparison.classes:

@@ -21,6 +21,8 @@ from m2f.cluster.tracking.tracking import connect
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.eval.errors import EvaluationError
+from m2f.eval.results.images import IMAGES_FILE, ImageRecords, read_image_records
 from m2f.model.errors import UserError
 
 Curve = tuple[tuple[int, float], ...]
@@ -46,6 +48,8 @@ class SetResult:
     num_images: int
     metrics: Mapping[str, float | None]
     per_class: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any] | None = None
+    """What else decided the numbers; None where the file does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class RunRecord:
     """`train/...` and `<set>/<metric>`."""
     results: Mapping[str, SetResult] = field(default_factory=dict)
     """By set, of the compared step; a set without results.json is missing."""
+    images: Mapping[str, ImageRecords] = field(default_factory=dict)
+    """By set, of the compared step; results of earlier versions have none."""
     notes: tuple[str, ...] = ()
     """What could not be read, and why."""
 
@@ -152,13 +158,16 @@ class _Store:
         notes: list[str] = []
         recipe = self._artifact(run, "recipe.yaml", notes)
         results: dict[str, SetResult] = {}
+        images: dict[str, ImageRecords] = {}
         for name in dict.fromkeys(set_and_metric(key)[0] for key in curves if not key.startswith("train/")):
             at = compared_step(name, curves, step)
-            text = None
-            if at is not None:
-                text = self._artifact(run, f"evaluations/step_{at:08d}/{name}/results.json", notes)
-            if text is not None:
-                results[name] = parse_results(text)
+            if at is None:
+                continue
+            place = f"evaluations/step_{at:08d}/{name}"
+            if (text := self._artifact(run, f"{place}/results.json", notes)) is not None:
+                results[name] = parse_results(text.decode())
+                if (records := self._images(run, place, notes)) is not None:
+                    images[name] = records
         return RunRecord(
             name=run.info.run_name or run_id,
             source=f"run {run_id} at {self.uri}",
@@ -167,6 +176,7 @@ class _Store:
             recipe=flatten_tree(yaml.safe_load(recipe)) if recipe is not None else dict(run.data.params),
             curves=curves,
             results=results,
+            images=images,
             notes=tuple(notes),
         )
 
@@ -181,11 +191,22 @@ class _Store:
         by_step = {point.step: point.value for point in self._client.get_metric_history(run_id, key)}
         return tuple(sorted(by_step.items()))
 
-    def _artifact(self, run: Run, path: str, notes: list[str]) -> str | None:
+    def _images(self, run: Run, place: str, notes: list[str]) -> ImageRecords | None:
+        """The image records beside results; None where an earlier version wrote none."""
+        try:
+            listed = {file.path for file in self._client.list_artifacts(run.info.run_id, place)}
+        except Exception as error:
+            notes.append(f"{place} cannot be listed ({_brief(error)})")
+            return None
+        path = f"{place}/{IMAGES_FILE}"
+        payload = self._artifact(run, path, notes) if path in listed else None
+        return None if payload is None else _parse_images(payload, path, notes)
+
+    def _artifact(self, run: Run, path: str, notes: list[str]) -> bytes | None:
         try:
             with ScratchFolder("compare") as folder:
                 local = self._client.download_artifacts(run.info.run_id, path, str(folder))
-                return Path(local).read_text()
+                return Path(local).read_bytes()
         except Exception as error:  # whatever the artifact store behind it raises; the rest is still worth showing
             notes.append(f"{path} cannot be read ({_brief(error)})")
             return None
@@ -244,13 +265,40 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
                 points.setdefault(f"{name}/{metric}", {})[result.step] = value
     curves = dict(record.curves) | {key: tuple(sorted(values.items())) for key, values in points.items()}
     at = {name: compared_step(name, curves, step) for name, _ in found}
+    compared = {name: (url, result) for url, (name, result) in zip(urls, found, strict=True) if result.step == at[name]}
+    notes = list(record.notes)
     return replace(
         record,
         name=recipe.get("name", folder),
         recipe=recipe,
         curves=curves,
-        results={name: result for name, result in found if result.step == at[name]},
+        results={name: result for name, (_, result) in compared.items()},
+        images=_folder_images(storage, {name: url for name, (url, _) in compared.items()}, notes),
+        notes=tuple(notes),
     )
+
+
+def _folder_images(storage: Storage, results: Mapping[str, str], notes: list[str]) -> dict[str, ImageRecords]:
+    """By set: the image records beside each results.json; what an earlier version wrote has none."""
+    images = {}
+    for name, url in results.items():
+        beside = join(url.rpartition("/")[0], IMAGES_FILE)
+        try:
+            payload = storage.get(beside) if storage.exists(beside) else None
+        except StorageError as error:
+            notes.append(f"{beside} cannot be read ({_brief(error)})")
+            continue
+        if payload is not None and (records := _parse_images(payload, beside, notes)) is not None:
+            images[name] = records
+    return images
+
+
+def _parse_images(payload: bytes, where: str, notes: list[str]) -> ImageRecords | None:
+    try:
+        return read_image_records(payload)
+    except EvaluationError as error:
+        notes.append(f"{where} cannot be read ({_brief(error)})")
+        return None
 
 
 def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
@@ -272,7 +320,8 @@ def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
 def parse_results(text: str) -> SetResult:
     """What results.json holds."""
     content = json.loads(text)
-    return SetResult(**{one.name: content[one.name] for one in fields(SetResult)} | {"step": content["step"] or 0})
+    values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
+    return SetResult(**values | {"step": content["step"] or 0, "settings": content.get("settings")})
 
 
 def set_and_metric(key: str) -> tuple[str, str]:

@@ -23,6 +23,8 @@ def as_text(comparison: Comparison) -> str:
     if comparison.notes:
         blocks.append("\n".join(f"! {note}" for note in comparison.notes))
     blocks += _blocks(report.metrics, "metric", len(comparison.runs))
+    if report.intervals.rows:
+        blocks.append(aligned(report.intervals.head, *report.intervals.rows))
     blocks += _blocks(report.speed, "speed", len(comparison.runs))
     for table, of_class in zip(report.classes, comparison.classes, strict=True):
         blocks += _class_blocks(table, of_class)
@@ -42,7 +44,7 @@ def as_markdown(comparison: Comparison, curves: str | None = None) -> str:
     blocks += _markdown(report.metrics)
     if curves is not None:
         blocks += ["## Curves", f"![Curves of training]({curves})"]
-    for table in (report.speed, *report.classes, report.differences):
+    for table in (report.intervals, report.speed, *report.classes, report.differences):
         blocks += _markdown(table) if table.rows else []
     return "\n\n".join(blocks) + "\n"
 
@@ -51,7 +53,7 @@ def as_json(comparison: Comparison) -> str:
     """Everything, with full precision; null where a run has no value."""
     content = asdict(comparison)
     for run in content["runs"]:  # the plots have the curves that were compared, the tables the classes
-        for name in ("curves", "results", "recipe"):
+        for name in ("curves", "results", "recipe", "images"):
             del run[name]
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 

@@ -42,6 +42,7 @@ class Report:
     paper: str | None
     """Recipe and table that the paper's column is from."""
     metrics: Table
+    intervals: Table
     speed: Table
     classes: tuple[Table, ...]
     """In the order of the comparison."""
@@ -59,12 +60,24 @@ def build_report(comparison: Comparison) -> Report:
         title=names[0] if len(names) == 1 else f"{', '.join(names[1:])} against {names[0]}",
         paper=None if paper is None else f"{paper.recipe}, Table {paper.table}",
         metrics=_table("Metrics", "metric", names, comparison.metrics),
+        intervals=_interval_table(comparison),
         speed=_table("Speed and memory", "measure", names, comparison.speed),
         classes=tuple(
             _table(f"{one.dataset}: {one.metric} by class", "class", names, one.rows) for one in comparison.classes
         ),
         differences=Table("Recipe differences", ("setting", *names), tuple(settings)),
     )
+
+
+def _interval_table(comparison: Comparison) -> Table:
+    head = ("metric", "of", "value", "95 %", "over")
+    rows = []
+    for one in comparison.intervals:
+        value = f"{one.value:.2f}" if one.baseline is None else f"{one.value:+.2f}"
+        of = f"{one.run}, mean" if one.baseline is None else f"{one.run} - {one.baseline}"
+        over = f"{one.images:,} images" if one.kind == "images" else f"{' and '.join(map(str, one.runs))} seeds"
+        rows.append((one.metric, of, value, f"{one.low:.2f} to {one.high:.2f}", over))
+    return Table("Intervals", head, tuple(rows))
 
 
 def _table(title: str, first: str, names: Sequence[str], rows: Sequence[RunValues]) -> Table:

@@ -21,6 +21,7 @@ from m2f.eval.inference.evaluator import check_extra_metrics, check_tasks
 from m2f.eval.report.dump import join_dump
 from m2f.eval.report.evaluation_page import details_json, evaluation_page
 from m2f.eval.report.panels import contact_sheet
+from m2f.eval.results.images import IMAGES_FILE, image_records, image_table
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject
 from m2f.eval.results.settings import EvaluationSettings
 from m2f.eval.results.states import EvaluationStates, check_complete, image_qualities
@@ -36,6 +37,8 @@ class SetEvaluation:
     """PNG of the fixed images, by image id."""
     worst: dict[int, bytes]
     """PNG of the images with the lowest quality, the worst first."""
+    images: bytes
+    """Figures and match records of every image, see `m2f.eval.results.images`."""
 
     def files(self) -> dict[str, bytes]:
         """What is stored, by file name."""
@@ -44,6 +47,7 @@ class SetEvaluation:
             "results.txt": self.results.table().encode(),
             "details.json": details_json(self.results).encode(),
             "report.html": evaluation_page(self.results, self.panels, self.worst).encode(),
+            IMAGES_FILE: self.images,
         }
         if self.panels:
             files["panels.png"] = contact_sheet([self.panels[i] for i in sorted(self.panels)])
@@ -198,10 +202,12 @@ def _evaluate(
         pool.run(task, range(calls), take)
         check_complete(states, manifest.image_id[rows].tolist())
         results = states.compute(classes.categories, subject)
+        names = dict(zip(manifest.image_id[rows].tolist(), manifest.key[rows].tolist(), strict=True))
+        images = image_table(image_records(states.panoptic, states.instance, states.semantic), names)
     if dump is not None:
         join_dump(storage, dump, calls, classes.categories)
     worst = _draw_worst(config.evaluation.panels // 2, manifest, pool, task, qualities)
-    return SetEvaluation(results, states.panels, worst)
+    return SetEvaluation(results, states.panels, worst, images)
 
 
 def _settings(config: RunConfig, evaluated: EvaluationSet, weights: str | None) -> EvaluationSettings:

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--step", type=int, metavar="N", help="of the evaluations; default: the newest of each run")
     parser.add_argument(
+        "--draws", type=int, default=1000, metavar="N", help="image sets drawn for intervals; 0: none (default 1000)"
+    )
+    parser.add_argument(
         "--format", choices=("text", "markdown", "html", "json"), help="default: by --output, else text"
     )
     parser.add_argument("--output", metavar="FILE", help="write to a file; Markdown's curves go beside it as .svg")
@@ -39,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from m2f.cluster.compare.compare import compare_runs
-    from m2f.cluster.compare.records import read_runs
+    from m2f.cluster.compare.records import CompareError, read_runs
     from m2f.cluster.terminal import print_out
 
     form = args.format or ENDINGS.get(Path(args.output or "").suffix.lower(), "text")
     runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)
-    comparison = compare_runs(runs, args.metric, args.step)
+    if args.draws < 0:
+        raise CompareError(f"--draws is {args.draws}; it must be at least 0")
+    comparison = compare_runs(runs, args.metric, args.step, args.draws)
     if args.output is None:
         print_out(_render(comparison, form, None).rstrip("\n"))
         return 0

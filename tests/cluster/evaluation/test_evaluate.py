@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.report.panels import decode_png
+from m2f.eval.results.images import read_image_records
 from m2f.model.mask2former import build_model
 
 RECIPE = """
@@ -80,7 +82,8 @@ def test_fixed_and_worst_images_tables_and_the_page(small):
     pool = PoolHere(config)
     whole, subset, scaled = evaluate_sets(config, pool, weights, 7, lambda *_: None)
     files = whole.files()
-    assert set(files) == {"results.json", "results.txt", "details.json", "report.html", "panels.png", "worst.png"}
+    written = {"results.json", "results.txt", "details.json", "report.html", "panels.png", "worst.png"}
+    assert set(files) == written | {"images.parquet"}
     assert len(whole.panels) == 4
     assert len(whole.worst) == 2
     assert decode_png(files["worst.png"]).shape[1] > 1000
@@ -96,6 +99,12 @@ def test_fixed_and_worst_images_tables_and_the_page(small):
     again = evaluate_sets(config, PoolHere(config), weights, 7, lambda *_: None)[0]
     assert again.files() == files
     errors = json.loads(files["details.json"])["segments"]
+    images = read_image_records(files["images.parquet"])
+    of_the_set = images.resampled(np.ones((10, 1), dtype=np.int32))
+    metrics = whole.results.metrics()
+    assert {name: float(value[0]) for name, value in of_the_set.items()} == pytest.approx(
+        {name: metrics[name] for name in ("PQ", "AP", "mIoU")}, abs=1e-10
+    )
     found = sum(row["found"] for row in errors["by_class"].values())
     assert found == errors["outcomes"]["found"] == sum(r["TP"] for r in json.loads(files["results.json"])["per_class"])
 

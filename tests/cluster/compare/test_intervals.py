@@ -1,0 +1,136 @@
+"""Intervals of differences between runs, over images and over seeds, and what the reports say about them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from m2f.cluster.cli import main
+from m2f.cluster.compare.compare import compare_runs
+from m2f.cluster.compare.intervals import seed_sides
+from m2f.cluster.compare.page import as_page
+from m2f.cluster.compare.records import RunRecord, SetResult, read_runs
+from m2f.cluster.compare.report import as_json, as_markdown, as_text
+from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
+from m2f.eval.results.images import image_records, image_table, read_image_records
+
+
+def records_of(right, num_images=400, first_id=0, seed=0):
+    """Two classes; of the hundred pixels of an image about `right` per cent are right."""
+    random = np.random.default_rng(seed)
+    state = MeanIoUState(2)
+    for image_id in range(first_id, first_id + num_images):
+        hits = random.binomial(100, right / 100, size=2)
+        cells = [hits[0], 100 - hits[0], 100 - hits[1], hits[1]]
+        state.add(image_id, ConfusionRecord(np.flatnonzero(cells), [n for n in cells if n]))
+    return image_records(None, None, state)
+
+
+def result(**settings):
+    return SetResult(
+        step=5, fingerprint="f" * 64, subset=None, num_images=400, metrics={}, per_class=[], settings=settings or None
+    )
+
+
+def run_of(name, images=None, value=50.0, results=None, **recipe):
+    return RunRecord(
+        name=name,
+        source=f"runs/{name}",
+        recipe={"name": name, "seed": "0"} | {key.replace("__", "."): text for key, text in recipe.items()},
+        curves={"val/mIoU": ((5, value),)},
+        results={"val": results or result()},
+        images={} if images is None else {"val": images},
+    )
+
+
+def test_an_interval_over_images_holds_the_difference_and_says_what_it_leaves_out():
+    base, better = records_of(70), records_of(75, seed=1)
+    comparison = compare_runs([run_of("base", base), run_of("better", better, lr="2")])
+    (interval,) = comparison.intervals
+    once = np.ones((400, 1), dtype=np.int32)
+    value = better.resampled(once)["mIoU"][0] - base.resampled(once)["mIoU"][0]
+    assert (interval.kind, interval.metric, interval.images) == ("images", "val/mIoU", 400)
+    assert interval.value == pytest.approx(value)
+    assert 0 < interval.low < value < interval.high < 2 * value
+    assert any("do not include the noise of training" in note for note in comparison.notes)
+    line = f"{value:+.2f}"
+    for text in (as_text(comparison), as_markdown(comparison), as_page(comparison)):
+        assert line in text
+        assert f"{interval.low:.2f} to {interval.high:.2f}" in text
+        assert "400 images" in text
+    assert json.loads(as_json(comparison))["intervals"][0]["low"] == interval.low
+    assert compare_runs(comparison.runs).intervals == comparison.intervals  # drawn alike every time
+    assert compare_runs(comparison.runs, draws=0).intervals == ()
+
+
+def test_paired_draws_see_small_differences():
+    base = records_of(70)
+    same = compare_runs([run_of("base", base), run_of("twin", base, lr="2")]).intervals[0]
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_runs_without_records_or_with_other_images_are_named():
+    base = run_of("base", records_of(70))
+    notes = " ".join(
+        compare_runs([base, run_of("old", lr="2"), run_of("moved", records_of(70, first_id=9), lr="3")]).notes
+    )
+    assert "no intervals over images for old, whose results have no images.parquet" in notes
+    assert "no intervals over images for moved: other images were evaluated" in notes
+
+
+def test_runs_that_differ_in_their_seed_are_one_side():
+    runs = [
+        run_of("a0"),
+        run_of("b0", lr="2", value=52.0),
+        run_of("a1", seed="1", value=50.5),
+        run_of("b1", lr="2", seed="1", value=53.0),
+        run_of("a1_again", seed="1"),
+        run_of("lone", lr="3"),
+    ]
+    assert seed_sides(runs) == [[0, 2], [1, 3], [5]]
+    assert seed_sides([RunRecord(name=n, source=n) for n in "xy"]) == [[0], [1]]
+    comparison = compare_runs(runs)
+    (interval,) = comparison.intervals
+    assert (interval.kind, interval.run, interval.baseline, interval.runs) == ("seeds", "b0", "a0", (2, 2))
+    assert interval.value == pytest.approx(2.25)
+    assert interval.low < 2.25 < interval.high
+    assert "2 and 2 seeds" in as_text(comparison)
+    assert not any("noise of training" in note for note in comparison.notes)
+
+
+def test_one_side_of_several_seeds_has_an_interval_of_its_mean():
+    comparison = compare_runs([run_of("a0"), run_of("a1", seed="1", value=51.0), run_of("a2", seed="2", value=52.0)])
+    (interval,) = comparison.intervals
+    assert (interval.value, interval.baseline, interval.runs) == (51.0, None, (3,))
+    assert "3 seeds" in as_text(comparison)
+
+
+def test_other_settings_of_an_evaluation_are_named():
+    first = run_of("first", results=result(shrink="area", batch_size=1, weights="1"))
+    second = run_of("second", results=result(shrink="bilinear", batch_size=1, weights="2"))
+    notes = compare_runs([first, second]).notes
+    assert 'val: evaluated with different `shrink` (first "area", second "bilinear"); this alone' in " ".join(notes)
+    assert not any("batch_size" in note or "weights" in note for note in notes)
+
+
+def test_records_beside_results_are_read_from_run_folders(tmp_path, capsys):
+    for name, right in (("base", 70), ("better", 75)):
+        place = tmp_path / name / "evaluations/step_00000005/val"
+        place.mkdir(parents=True)
+        records = records_of(right)
+        (tmp_path / name / "recipe.yaml").write_text(f"name: {name}\nseed: 0\nlr: {right}\n")
+        content = {"step": 5, "fingerprint": "f" * 64, "subset": None, "num_images": 400, "per_class": []}
+        metrics = {"mIoU": float(records.resampled(np.ones((400, 1)))["mIoU"][0])}
+        (place / "results.json").write_text(json.dumps(content | {"metrics": metrics}))
+        (place / "images.parquet").write_bytes(image_table(records))
+    folders = [str(tmp_path / name) for name in ("base", "better")]
+    (base, _) = read_runs(folders, tracking=None, experiment=None, query=None, step=None)
+    assert image_table(base.images["val"]) == image_table(read_image_records(image_table(records_of(70))))
+    assert main(["compare", *folders, "--draws", "50"]) == 0
+    assert "400 images" in capsys.readouterr().out
+    (tmp_path / "better/evaluations/step_00000005/val/images.parquet").write_bytes(b"broken")
+    assert main(["compare", *folders]) == 0
+    assert "images.parquet cannot be read" in capsys.readouterr().out
+    assert main(["compare", *folders, "--draws", "-1"]) == 2
