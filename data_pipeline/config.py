@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from m2f.data_pipeline.categories import Task
-from m2f.model.errors import ConfigError, require_at_least, require_positive
+from m2f.model.errors import ConfigError
+from m2f.model.limits import ABOVE_0, FROM_0, FROM_1, MEGABYTES, PART, PIXELS, SECONDS, STEPS, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class StorageConfig:
+class StorageConfig(Section):
     """How `s3://` URLs are reached. Credentials come from the usual AWS chain and are never written in a recipe."""
 
     endpoint_url: str | None = None
     """S3-compatible endpoint; None takes AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
-    patience_s: float = 600.0
+    patience_s: Annotated[float, SECONDS] = 600.0
     """Seconds. A request that fails for a passing reason is repeated for so long, once the store has answered this run;
     before that for 20 s, as a wrong endpoint is a mistake."""
-    read_timeout_s: float = 60.0
+    read_timeout_s: Annotated[float, SECONDS] = 60.0
     """Without an answer or further bytes a request is repeated after so long."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticSource:
+class SyntheticSource(Section):
     """Textured shapes made by the project itself, in COCO panoptic and instances form."""
 
     kind: Literal["synthetic"] = "synthetic"
-    num_images: int = 1000
+    num_images: Annotated[int, FROM_1] = 1000
     seed: int = 0
     """Sets with different seeds share no image."""
-    image_id_start: int = 1
+    image_id_start: Annotated[int, FROM_0] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class CocoPanopticSource:
+class CocoPanopticSource(Section):
     """COCO panoptic format: images, a JSON and a folder of id PNGs."""
 
     kind: Literal["coco_panoptic"] = "coco_panoptic"
@@ -49,7 +50,7 @@ class CocoPanopticSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CocoInstancesSource:
+class CocoInstancesSource(Section):
     """COCO instances format: polygons, compressed or uncompressed RLE; overlaps are kept in layers."""
 
     kind: Literal["coco_instances"] = "coco_instances"
@@ -58,7 +59,7 @@ class CocoInstancesSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelMapSource:
+class LabelMapSource(Section):
     """A folder of images and a folder of class maps with the same stems (CamVid, Pascal VOC, own data)."""
 
     kind: Literal["label_maps"] = "label_maps"
@@ -71,7 +72,7 @@ class LabelMapSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFaceSource:
+class HuggingFaceSource(Section):
     """A folder of images and a folder of colour PNGs with the same stems: red is the class, green the instance."""
 
     kind: Literal["huggingface"] = "huggingface"
@@ -84,7 +85,7 @@ class HuggingFaceSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ade20kSource:
+class Ade20kSource(Section):
     """ADE20K in the layout of the 2016 challenge (150 classes, 100 things); folders of one split."""
 
     kind: Literal["ade20k"] = "ade20k"
@@ -96,7 +97,7 @@ class Ade20kSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ade20kFullSource:
+class Ade20kFullSource(Section):
     """The full release of ADE20K (2021): images beside their `_seg.png`."""
 
     kind: Literal["ade20k_full"] = "ade20k_full"
@@ -108,7 +109,7 @@ class Ade20kFullSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CityscapesSource:
+class CityscapesSource(Section):
     """Cityscapes from `*_instanceIds.png`: 19 classes, 8 things, group regions as crowds."""
 
     kind: Literal["cityscapes"] = "cityscapes"
@@ -119,7 +120,7 @@ class CityscapesSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CityscapesPanopticSource:
+class CityscapesPanopticSource(Section):
     """Cityscapes from the COCO panoptic form that its scripts make."""
 
     kind: Literal["cityscapes_panoptic"] = "cityscapes_panoptic"
@@ -130,7 +131,7 @@ class CityscapesPanopticSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapillarySource:
+class MapillarySource(Section):
     """Mapillary Vistas 1.2 or 2.0 from its instance maps."""
 
     kind: Literal["mapillary"] = "mapillary"
@@ -142,7 +143,7 @@ class MapillarySource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomSource:
+class CustomSource(Section):
     """Samples that your own code writes with `m2f.data_pipeline.shards.write.write_dataset`; not for `m2f shard`."""
 
     kind: Literal["custom"] = "custom"
@@ -166,71 +167,90 @@ SourceConfig = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
+class DatasetConfig(Section):
     """One data set: where its shards live and, to make them, where it comes from."""
 
     shards: str
     """Folder or `s3://` prefix of the shards and their manifest."""
     source: SourceConfig | None = None
     """Raw data that `m2f shard` reads; None where the shards already exist."""
-    shard_mb: float = 128.0
+    shard_mb: Annotated[float, MEGABYTES] = 128.0
     """Target size of one shard in MB (10^6 bytes)."""
     seed: int = 0
     """Seed of the global permutation at shard time."""
-    max_pixels: int = 178_956_970
+    max_pixels: Annotated[int, PIXELS] = 178_956_970
     """Larger images are refused from their header, before decoding."""
-
-    def __post_init__(self) -> None:
-        require_positive(datasets__shard_mb=self.shard_mb, datasets__max_pixels=self.max_pixels)
 
 
 Shrink = Literal["area", "bilinear"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LargeScaleJitter:
+class LargeScaleJitter(Section):
     """Flip, resize by a random scale, crop or pad to a square (COCO recipe)."""
 
     kind: Literal["lsj"] = "lsj"
-    size: int = 1024
-    min_scale: float = 0.1
-    max_scale: float = 2.0
+    size: Annotated[int, PIXELS] = 1024
+    min_scale: Annotated[float, ABOVE_0] = 0.1
+    max_scale: Annotated[float, ABOVE_0] = 2.0
     shrink: Literal["area", "bilinear"] = "area"
     """`area`: bilinear, but averaging areas where an image shrinks. `bilinear`: Pillow's antialiased interpolation, the
     pixels of the official code; resizes the whole image before it is cropped, which takes longer."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_scale > self.max_scale:
+            raise ConfigError(
+                f"data.augment.min_scale is {self.min_scale:g}, above max_scale, which is {self.max_scale:g}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
-class ShortestEdgeCrop:
+class ShortestEdgeCrop(Section):
     """Random shortest edge, random crop, colour jitter, flip, pad (ADE20K, Cityscapes, Mapillary recipe)."""
 
     kind: Literal["shortest_edge"] = "shortest_edge"
-    shortest_edges: tuple[int, ...]
-    max_size: int
-    crop: tuple[int, int]
+    shortest_edges: Annotated[tuple[int, ...], PIXELS]
+    max_size: Annotated[int, PIXELS]
+    crop: Annotated[tuple[int, int], PIXELS]
     """Height and width of the crop; smaller images are padded to it."""
     color: bool = True
     shrink: Literal["area", "bilinear"] = "area"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_edges(self.shortest_edges, self.max_size)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleJitter:
+class ScaleJitter(Section):
     """Flip and random shortest edge, without colours. Images keep their shape, and batches are padded to their largest.
 
     The defaults are Detectron2's standard augmentation for COCO, which large-scale jitter replaced.
     """
 
     kind: Literal["scale"] = "scale"
-    shortest_edges: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
-    max_size: int = 1333
-    crop_first: tuple[int, int] | None = None
+    shortest_edges: Annotated[tuple[int, ...], PIXELS] = (640, 672, 704, 736, 768, 800)
+    max_size: Annotated[int, PIXELS] = 1333
+    crop_first: Annotated[tuple[int, int] | None, PIXELS] = None
     """Of half of the images only a part is taken: resized to a shortest edge of 400, 500 or 600, the part's sides are
     drawn between these two. DETR and MaskFormer have [384, 600]."""
     shrink: Literal["area", "bilinear"] = "area"
 
     def __post_init__(self) -> None:
-        if self.crop_first is not None and not 1 <= self.crop_first[0] <= self.crop_first[1]:
+        super().__post_init__()
+        _check_edges(self.shortest_edges, self.max_size)
+        if self.crop_first is not None and self.crop_first[0] > self.crop_first[1]:
             raise ConfigError(f"data.augment.crop_first is {list(self.crop_first)}; give [smallest, largest] side")
+
+
+def _check_edges(shortest_edges: tuple[int, ...], max_size: int) -> None:
+    if not shortest_edges:
+        raise ConfigError("data.augment.shortest_edges is empty; name at least one size")
+    if max_size < min(shortest_edges):
+        raise ConfigError(
+            f"data.augment.max_size is {max_size}, below the smallest of shortest_edges, which is {min(shortest_edges)}"
+        )
 
 
 AugmentConfig = LargeScaleJitter | ShortestEdgeCrop | ScaleJitter
@@ -240,64 +260,46 @@ Rasterise = Literal["source", "crop"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyPasteConfig:
+class CopyPasteConfig(Section):
     """Simple Copy-Paste: things of another image, augmented like this one, on top of it (CVPR 2021)."""
 
-    probability: float = 1.0
+    probability: Annotated[float, PART] = 1.0
     """Share of the images that receive objects; each thing of the partner is pasted with probability 1/2."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.probability <= 1:
-            raise ConfigError(f"data.copy_paste.probability is {self.probability}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureItem:
+class MixtureItem(Section):
     """One data set of a training mixture."""
 
     dataset: str
     """Name under `datasets`."""
-    weight: float = 1.0
+    weight: Annotated[float, ABOVE_0] = 1.0
     """Relative share of samples."""
     include: tuple[str, ...] = ()
     """Only images that show one of these classes (names; a crowd does not count); empty takes all."""
     exclude: tuple[str, ...] = ()
     """No image that shows one of these classes."""
-    fraction: float = 1.0
+    fraction: Annotated[float, PART] = 1.0
     """Share of the remaining images to use: the same ones in every run, and a smaller share lies within a larger."""
-    limit: int | None = None
+    limit: Annotated[int | None, FROM_1] = None
     """At most so many images, chosen in the same way."""
-    repeat_threshold: float | None = None
+    repeat_threshold: Annotated[float | None, PART] = None
     """Show images of rare classes more often: a class in a share f of the images is repeated sqrt(repeat_threshold / f)
     times where that is above 1 (LVIS: 0.001)."""
 
-    def __post_init__(self) -> None:
-        where = f"of {self.dataset!r} in data.train"
-        if not self.weight > 0:
-            raise ConfigError(f"weight {where} is {self.weight}; it must be above 0")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction {where} is {self.fraction}; it must be above 0 and at most 1")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit {where} is {self.limit}; it must be at least 1")
-        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
-            raise ConfigError(f"repeat_threshold {where} is {self.repeat_threshold}; it must be above 0 and at most 1")
-
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(Section):
     """Copies of what was read from the object store, on a disk of each machine and shared by its ranks."""
 
     folder: str
     """Folder on a local disk; may be shared by runs."""
-    max_gb: float
+    max_gb: Annotated[float, ABOVE_0]
     """Limit of its size (10^9 bytes). What is wanted last is given up first; a full disk only makes it smaller."""
-
-    def __post_init__(self) -> None:
-        require_positive(data__cache__max_gb=self.max_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """What training reads."""
 
     task: Task = "panoptic"
@@ -316,18 +318,18 @@ class DataConfig:
     """Drop targets that the crop left without a pixel (the official panoptic mapper keeps them)."""
     skip_images_without_targets: bool = True
     """Leave images without any annotated segment out of the order."""
-    workers: int = 2
+    workers: Annotated[int, FROM_0] = 2
     """Loader processes per rank; 0 = one thread in the training process."""
-    prefetch_steps: int = 2
-    chunk_mb: float = 4.0
+    prefetch_steps: Annotated[int, STEPS] = 2
+    chunk_mb: Annotated[float, MEGABYTES] = 4.0
     """Size of one ranged read in MB."""
-    lanes: int = 192
+    lanes: Annotated[int, FROM_1] = 192
     """Independent chunk streams of the order. Ranks whose number divides it read nearly every chunk once, others
     several times: 192 suits 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192; `m2f plan` says what others cost."""
-    window: int = 32
+    window: Annotated[int, FROM_1] = 32
     """Shuffle window of a lane in samples. All ranks together hold the files of about lanes x window samples."""
     cache: CacheConfig | None = None
-    max_bad_samples: int = 0
+    max_bad_samples: Annotated[int, FROM_0] = 0
     """How many samples may stay damaged or unreadable before training stops. Each is reported, and the next good one of
     the order is shown at its position; 0 stops at the first."""
     accept_changes: bool = False
@@ -335,9 +337,7 @@ class DataConfig:
     order then begins at its start. Otherwise the run is refused."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, data__workers=self.workers, data__max_bad_samples=self.max_bad_samples)
-        require_at_least(1, data__prefetch_steps=self.prefetch_steps, data__lanes=self.lanes, data__window=self.window)
-        require_positive(data__chunk_mb=self.chunk_mb)
+        super().__post_init__()
         if not self.train:
             raise ConfigError("data.train is empty: name at least one data set, for example [{dataset: train}]")
         if self.rasterise == "crop" and self.task != "instance":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from m2f.data_pipeline.categories import Task
-from m2f.model.errors import ConfigError, require_at_least, require_positive
+from m2f.model.errors import ConfigError
+from m2f.model.limits import FROM_0, FROM_1, PIXELS, SECONDS, Section
 
 ExtraMetric = Literal["boundary", "class_agnostic", "cityscapes"]
 EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {
@@ -20,7 +21,7 @@ EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeImage:
+class WholeImage(Section):
     """One forward pass per image, resized by `shortest_edge` and `max_size` of the evaluation."""
 
     kind: Literal["whole"] = "whole"
@@ -31,25 +32,24 @@ class WholeImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiScale:
+class MultiScale(Section):
     """Class scores averaged over several sizes of the image: the papers' m.s. columns. Semantic task only."""
 
     kind: Literal["multi_scale"] = "multi_scale"
-    shortest_edges: tuple[int, ...] = (256, 384, 512, 640, 768, 896)
+    shortest_edges: Annotated[tuple[int, ...], PIXELS] = (256, 384, 512, 640, 768, 896)
     """The shorter side at every size; officially 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times that of one scale."""
-    max_size: int = 3584
+    max_size: Annotated[int, PIXELS] = 3584
     """Longer side at most."""
     flip: bool = True
     """Every size also mirrored."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = self.shortest_edges
         if not sizes or len(set(sizes)) < len(sizes):
             raise ConfigError(
                 f"evaluation.sets.test_time.shortest_edges is {list(sizes)}; name at least one size, each once"
             )
-        require_at_least(1, evaluation__sets__test_time__shortest_edges=min(sizes))
-        require_at_least(1, evaluation__sets__test_time__max_size=self.max_size)
 
     def describe(self) -> str | None:
         """For titles of results."""
@@ -57,26 +57,24 @@ class MultiScale:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlidingWindows:
+class SlidingWindows(Section):
     """Class scores averaged over overlapping windows, for images too large for one pass. Semantic task only."""
 
     kind: Literal["windows"] = "windows"
-    size: int = 1024
+    size: Annotated[int, PIXELS] = 1024
     """Side of a window in pixels."""
-    stride: int = 768
+    stride: Annotated[int, PIXELS] = 768
     """Pixels from one window to the next; the last of a row or column is moved back to end with the image."""
-    shortest_edge: int | None = None
+    shortest_edge: Annotated[int | None, PIXELS] = None
     """The image is brought to this shorter side before it is cut; None keeps its size."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, evaluation__sets__test_time__stride=self.stride)
+        super().__post_init__()
         if self.size < self.stride:
             raise ConfigError(
                 f"evaluation.sets.test_time: windows of {self.size} pixels every {self.stride} leave gaps; "
                 "let stride be at most size"
             )
-        if self.shortest_edge is not None:
-            require_at_least(1, evaluation__sets__test_time__shortest_edge=self.shortest_edge)
 
     def describe(self) -> str | None:
         """For titles of results."""
@@ -88,14 +86,14 @@ WHOLE_IMAGE = WholeImage()
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSet:
+class EvaluationSet(Section):
     """One named set that checkpoints are evaluated on."""
 
     dataset: str
     """Name under `datasets`."""
     name: str | None = None
     """What its results are called, in folders and in front of metrics; None takes the data set's name."""
-    limit: int | None = None
+    limit: Annotated[int | None, FROM_1] = None
     """Only the first images; the results are labelled as a subset."""
     tasks: tuple[Task, ...] | None = None
     """Tasks of this set; None takes `evaluation.tasks`."""
@@ -103,8 +101,7 @@ class EvaluationSet:
     """How an image goes through the model."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None:
-            require_at_least(1, evaluation__sets__limit=self.limit)
+        super().__post_init__()
         if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ConfigError(
                 f"evaluation.sets.name is {self.name!r}; use letters, digits, '_', '-' and '.', as it names a folder"
@@ -117,7 +114,7 @@ class EvaluationSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Section):
     """What is computed for every evaluated checkpoint, and by whom."""
 
     sets: tuple[EvaluationSet, ...] = ()
@@ -128,33 +125,34 @@ class EvaluationConfig:
     and iIoU of that benchmark. Each for those of the tasks that it judges."""
     policy: Literal["every", "latest"] = "every"
     """Evaluate every committed checkpoint, or drop stale ones that still wait."""
-    shortest_edge: int = 800
-    max_size: int = 1333
+    shortest_edge: Annotated[int, PIXELS] = 800
+    max_size: Annotated[int, PIXELS] = 1333
     """Test-time resize: shorter side to `shortest_edge`, longer side at most `max_size`."""
     shrink: Literal["area", "bilinear"] = "area"
     """How test images are resized: as `data.augment.shrink` says; `bilinear` is that of the official code."""
-    batch_size: int = 1
+    batch_size: Annotated[int, FROM_1] = 1
     """Images per forward; fixed by the manifest's order, so results do not depend on the actors."""
-    actors: int = 1
-    num_cpus_per_actor: float = 1.0
-    num_gpus_per_actor: float = 0.0
-    resources_per_actor: Mapping[str, float] = field(default_factory=dict)
+    actors: Annotated[int, FROM_1] = 1
+    num_cpus_per_actor: Annotated[float, FROM_0] = 1.0
+    num_gpus_per_actor: Annotated[float, FROM_0] = 0.0
+    resources_per_actor: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
-    threads: int = 1
+    threads: Annotated[int, FROM_1] = 1
     """Torch threads per actor on CPU."""
     cuda_graphs: bool = False
     """Replay the model on GPUs as one CUDA graph per size of image, from the third image of a size on: the same
     results, without the cost of launching a thousand kernels. Worth it for small images of few sizes."""
-    hang_s: float = 1800.0
+    hang_s: Annotated[float, SECONDS] = 1800.0
     """Seconds without an answer to a call of eight images, after which an actor is replaced."""
-    panels: int = 8
+    panels: Annotated[int, FROM_0] = 8
     """Fixed images drawn per evaluation (image, truth, prediction), and half as many of the worst."""
 
     def __post_init__(self) -> None:
-        names = ("shortest_edge", "max_size", "batch_size", "actors", "threads")
-        require_at_least(1, **{f"evaluation__{name}": getattr(self, name) for name in names})
-        require_at_least(0, evaluation__panels=self.panels)
-        require_positive(evaluation__hang_s=self.hang_s)
+        super().__post_init__()
+        if self.max_size < self.shortest_edge:
+            raise ConfigError(
+                f"evaluation.max_size is {self.max_size}, below evaluation.shortest_edge, which is {self.shortest_edge}"
+            )
         self._check_sets()
         self._check_extra_metrics()
 

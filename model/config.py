@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from m2f.model.errors import ConfigError, require_at_least
+from m2f.model.errors import ConfigError
+from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, SHARE, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimmBackboneConfig:
+class TimmBackboneConfig(Section):
     """A model of timm: convolutional, hierarchical (Swin V2, Hiera) or a plain vision transformer (DINOv2, EVA-02)."""
 
     kind: Literal["timm"] = "timm"
@@ -30,7 +31,7 @@ class TimmBackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwinBackboneConfig:
+class SwinBackboneConfig(Section):
     """Swin Transformer as in the paper. The defaults are Swin-T.
 
     Swin-S has depths (2, 2, 18, 2); Swin-B also embed_dim 128 and num_heads (4, 8, 16, 32); Swin-L also embed_dim 192
@@ -38,12 +39,12 @@ class SwinBackboneConfig:
     """
 
     kind: Literal["swin"] = "swin"
-    embed_dim: int = 96
+    embed_dim: Annotated[int, FROM_1] = 96
     """Channels at stride 4; they double with every stage."""
-    depths: tuple[int, int, int, int] = (2, 2, 6, 2)
-    num_heads: tuple[int, int, int, int] = (3, 6, 12, 24)
-    window_size: int = 7
-    drop_path: float = 0.3
+    depths: Annotated[tuple[int, int, int, int], FROM_1] = (2, 2, 6, 2)
+    num_heads: Annotated[tuple[int, int, int, int], FROM_1] = (3, 6, 12, 24)
+    window_size: Annotated[int, FROM_1] = 7
+    drop_path: Annotated[float, BELOW_1] = 0.3
     """Probability that a sample skips a residual branch of the last block; it grows linearly from 0 with the depth."""
     pretrained: str | None = None
     """Name in timm of published weights to start from, for example `swin_tiny_patch4_window7_224`. Needs a network."""
@@ -54,15 +55,11 @@ class SwinBackboneConfig:
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = "model.backbone"
-        require_at_least(1, model__backbone__window_size=self.window_size)
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"{where}.drop_path is {self.drop_path}; it must be at least 0 and below 1")
-        if min(self.depths) < 1:
-            raise ConfigError(f"{where}.depths is {self.depths}; every stage needs a block")
         for stage, heads in enumerate(self.num_heads):
             channels = self.embed_dim * 2**stage
-            if heads < 1 or channels < 1 or channels % heads:
+            if channels % heads:
                 raise ConfigError(
                     f"{where}.num_heads is {self.num_heads}, but stage {stage} has {channels} channels "
                     f"(embed_dim {self.embed_dim} doubles with every stage), which {heads} heads do not divide"
@@ -75,106 +72,112 @@ BackboneConfig = TimmBackboneConfig | SwinBackboneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSDeformAttnPixelDecoderConfig:
+class MSDeformAttnPixelDecoderConfig(Section):
     """Multi-scale deformable attention encoder with one FPN step to stride 4 (paper section 3.2.1)."""
 
     kind: Literal["ms_deform_attn"] = "ms_deform_attn"
-    conv_dim: int = 256
+    conv_dim: Annotated[int, FROM_1] = 256
     """Channels of the encoder and of the multi-scale features."""
-    mask_dim: int = 256
+    mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
-    num_layers: int = 6
-    num_heads: int = 8
-    num_points: int = 4
+    num_layers: Annotated[int, FROM_1] = 6
+    num_heads: Annotated[int, FROM_1] = 8
+    num_points: Annotated[int, FROM_1] = 4
     """Sampling points per head and level."""
-    feedforward_dim: int = 1024
+    feedforward_dim: Annotated[int, FROM_1] = 1024
     """The official code has 1024 although its recipes say 2048."""
-    dropout: float = 0.0
+    dropout: Annotated[float, BELOW_1] = 0.0
     checkpointing: bool = False
     """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass: with an R50 a
     little more than half the memory per image, for about an eighth more multiply-adds."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pixel_decoder(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FPNPixelDecoderConfig:
+class FPNPixelDecoderConfig(Section):
     """Feature pyramid network, MaskFormer's default (paper Tables 4e and XIb)."""
 
     kind: Literal["fpn"] = "fpn"
-    conv_dim: int = 256
+    conv_dim: Annotated[int, FROM_1] = 256
     """Channels of the multi-scale features."""
-    mask_dim: int = 256
+    mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pixel_decoder(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticFPNPixelDecoderConfig:
+class SemanticFPNPixelDecoderConfig(Section):
     """Feature pyramid network with the semantic branch of Panoptic FPN (paper Table 4e)."""
 
     kind: Literal["semantic_fpn"] = "semantic_fpn"
-    conv_dim: int = 256
+    conv_dim: Annotated[int, FROM_1] = 256
     """Channels of the multi-scale features and of the semantic branch."""
-    mask_dim: int = 256
+    mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pixel_decoder(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiFPNPixelDecoderConfig:
+class BiFPNPixelDecoderConfig(Section):
     """Bidirectional feature pyramid with weighted fusion of EfficientDet (paper Table 4e)."""
 
     kind: Literal["bifpn"] = "bifpn"
-    conv_dim: int = 256
+    conv_dim: Annotated[int, FROM_1] = 256
     """Channels of the multi-scale features."""
-    mask_dim: int = 256
+    mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
-    num_layers: int = 3
+    num_layers: Annotated[int, FROM_1] = 3
     """Ways down and up the pyramid, as in the smallest EfficientDet."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pixel_decoder(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaPNPixelDecoderConfig:
+class FaPNPixelDecoderConfig(Section):
     """Feature-aligned pyramid network with deformable convolutions (paper Tables 4e and V)."""
 
     kind: Literal["fapn"] = "fapn"
-    conv_dim: int = 256
+    conv_dim: Annotated[int, FROM_1] = 256
     """Channels of the multi-scale features."""
-    mask_dim: int = 256
+    mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
-    offset_groups: int = 8
+    offset_groups: Annotated[int, FROM_1] = 8
     """Groups of channels that are sampled at offsets of their own."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pixel_decoder(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerFPNPixelDecoderConfig:
+class TransformerFPNPixelDecoderConfig(Section):
     """Transformer encoder over the 1/32 map, then a feature pyramid network: MaskFormer's larger pixel decoder."""
 
     kind: Literal["transformer_fpn"] = "transformer_fpn"
-    conv_dim: int = 256
+    conv_dim: Annotated[int, FROM_1] = 256
     """Channels of the encoder and of the multi-scale features."""
-    mask_dim: int = 256
+    mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
-    num_layers: int = 6
-    num_heads: int = 8
-    feedforward_dim: int = 2048
-    dropout: float = 0.1
+    num_layers: Annotated[int, FROM_1] = 6
+    num_heads: Annotated[int, FROM_1] = 8
+    feedforward_dim: Annotated[int, FROM_1] = 2048
+    dropout: Annotated[float, BELOW_1] = 0.1
     checkpointing: bool = False
     """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pixel_decoder(self)
 
 
@@ -189,8 +192,6 @@ PixelDecoderConfig = (
 
 
 def _check_pixel_decoder(config: PixelDecoderConfig) -> None:
-    sizes = {name: value for name, value in vars(config).items() if type(value) is int}
-    require_at_least(1, **{f"model__pixel_decoder__{name}": value for name, value in sizes.items()})
     match config:
         case MSDeformAttnPixelDecoderConfig() | TransformerFPNPixelDecoderConfig():
             divisors, names = (4, config.num_heads), f"4 and num_heads ({config.num_heads})"
@@ -203,17 +204,17 @@ def _check_pixel_decoder(config: PixelDecoderConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTransformerDecoderConfig:
+class MaskedTransformerDecoderConfig(Section):
     """Mask2Former's transformer decoder (paper section 3.2), with every variant that the paper measures."""
 
     kind: Literal["masked"] = "masked"
-    num_queries: int = 100
-    num_layers: int = 9
+    num_queries: Annotated[int, FROM_1] = 100
+    num_layers: Annotated[int, FROM_1] = 9
     """Layers after the learnable queries; the official recipes write 10 for these 9."""
-    hidden_dim: int = 256
-    num_heads: int = 8
-    feedforward_dim: int = 2048
-    dropout: float = 0.0
+    hidden_dim: Annotated[int, FROM_1] = 256
+    num_heads: Annotated[int, FROM_1] = 8
+    feedforward_dim: Annotated[int, FROM_1] = 2048
+    dropout: Annotated[float, BELOW_1] = 0.0
     attention: Literal["masked", "cross", "smca", "mask_pooling"] = "masked"
     """How queries look at the image (Table 4c): inside their predicted masks; everywhere; everywhere with a Gaussian
     prior (SMCA); as the mean over their predicted masks, without attention (K-Net's pooling)."""
@@ -228,6 +229,7 @@ class MaskedTransformerDecoderConfig:
     """LayerNorm before each block instead of after its residual."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_decoder(self)
         if self.attention == "mask_pooling" and self.pre_norm:
             raise ConfigError(
@@ -237,21 +239,22 @@ class MaskedTransformerDecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandardTransformerDecoderConfig:
+class StandardTransformerDecoderConfig(Section):
     """MaskFormer's transformer decoder, that of DETR (Cheng et al., NeurIPS 2021; Table XIb of the Mask2Former paper).
 
     It looks at one map of stride 32: the encoder's with the pixel decoder `transformer_fpn`, else the backbone's.
     """
 
     kind: Literal["standard"] = "standard"
-    num_queries: int = 100
-    num_layers: int = 6
-    hidden_dim: int = 256
-    num_heads: int = 8
-    feedforward_dim: int = 2048
-    dropout: float = 0.1
+    num_queries: Annotated[int, FROM_1] = 100
+    num_layers: Annotated[int, FROM_1] = 6
+    hidden_dim: Annotated[int, FROM_1] = 256
+    num_heads: Annotated[int, FROM_1] = 8
+    feedforward_dim: Annotated[int, FROM_1] = 2048
+    dropout: Annotated[float, BELOW_1] = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_decoder(self)
 
 
@@ -259,8 +262,6 @@ TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerD
 
 
 def _check_decoder(config: TransformerDecoderConfig) -> None:
-    where = "model__transformer_decoder__"
-    require_at_least(1, **{where + name: getattr(config, name) for name in ("num_queries", "num_layers", "num_heads")})
     if config.hidden_dim % config.num_heads or config.hidden_dim % 4:
         raise ConfigError(
             f"model.transformer_decoder.hidden_dim is {config.hidden_dim}; "
@@ -269,7 +270,7 @@ def _check_decoder(config: TransformerDecoderConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Section):
     """Losses and matching costs, their weights (the paper uses equal numbers for both) and point sampling."""
 
     mask_loss: Literal["bce", "focal"] = "bce"
@@ -279,28 +280,28 @@ class LossConfig:
     supervision: Literal["points", "masks"] = "points"
     """Where the loss is computed (Table 5): at importance-sampled points, or on every pixel of the input, to which
     the predicted masks are resized as in MaskFormer."""
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    no_object_weight: float = 0.1
+    class_weight: Annotated[float, FROM_0] = 2.0
+    mask_weight: Annotated[float, FROM_0] = 5.0
+    dice_weight: Annotated[float, FROM_0] = 5.0
+    no_object_weight: Annotated[float, FROM_0] = 0.1
     """Class weight of "no object" in the cross-entropy."""
-    num_points: int = 12544
+    num_points: Annotated[int, FROM_1] = 12544
     """Points per mask in the matcher and in the losses (112 x 112)."""
-    oversample_ratio: float = 3.0
-    importance_sample_ratio: float = 0.75
+    oversample_ratio: Annotated[float, FROM_1] = 3.0
+    importance_sample_ratio: Annotated[float, SHARE] = 0.75
     class_norm: Literal["global", "per_rank"] = "global"
     """Denominator of the class loss: over the whole global batch, or per rank and micro-batch as the official code."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PostprocessConfig:
+class PostprocessConfig(Section):
     """Thresholds of the official inference procedure."""
 
-    object_threshold: float = 0.8
+    object_threshold: Annotated[float, SHARE] = 0.8
     """Panoptic: queries whose best class scores at most this are dropped."""
-    overlap_threshold: float = 0.8
+    overlap_threshold: Annotated[float, SHARE] = 0.8
     """Panoptic: a segment that keeps less than this share of its mask is dropped."""
-    max_instances: int = 100
+    max_instances: Annotated[int, FROM_1] = 100
     """Instance: number of (query, class) pairs kept per image."""
     semantic_resize: Literal["masks", "class_scores"] = "masks"
     """Semantic: what is resized to the original image, the masks before their sum over queries, or the sum. The
@@ -308,7 +309,7 @@ class PostprocessConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The whole model. `num_classes` comes from the category table of the data and is not written in recipes."""
 
     backbone: BackboneConfig = field(default_factory=TimmBackboneConfig)
@@ -316,15 +317,16 @@ class ModelConfig:
     transformer_decoder: TransformerDecoderConfig = field(default_factory=MaskedTransformerDecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
-    num_classes: int | None = None
+    num_classes: Annotated[int | None, FROM_1] = None
     """Number of classes without "no object"; None until the category table is known."""
     weights: str | None = None
     """Path or URL of weights to start from: a file of ours, an official checkpoint, a Hugging Face folder, or published
     weights of the backbone alone. None starts from the initialisation."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    pixel_std: Annotated[tuple[float, float, float], ABOVE_0] = (58.395, 57.12, 57.375)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "://" in (self.backbone.weights or ""):
             raise ConfigError(
                 f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights may be; "

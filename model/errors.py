@@ -18,17 +18,3 @@ class ConfigError(UserError):
 
 class WeightsError(UserError):
     """A file of weights that cannot be read, does not belong to a model, or cannot be written in some format."""
-
-
-def require_at_least(minimum: float, **settings: float) -> None:
-    """Raise ConfigError for the first setting below `minimum`; keywords are dotted paths with `__` for the dot."""
-    for name, value in settings.items():
-        if not value >= minimum:
-            raise ConfigError(f"{name.replace('__', '.')} is {value}; it must be at least {minimum:g}")
-
-
-def require_positive(**settings: float) -> None:
-    """Raise ConfigError for the first setting that is not above 0; names as in `require_at_least`."""
-    for name, value in settings.items():
-        if not value > 0:
-            raise ConfigError(f"{name.replace('__', '.')} is {value}; it must be above 0")

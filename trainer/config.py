@@ -3,54 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from m2f.model.errors import ConfigError, require_at_least, require_positive
+from m2f.model.errors import ConfigError
+from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, PART, SECONDS, STEPS, Range, Section
+
+TWO_STEPS = Range(2, unit="steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW with the official parameter groups: no decay on norms and embeddings, a lower rate on the backbone."""
 
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    backbone_lr_multiplier: float = 0.1
-    layer_decay: float = 1.0
+    lr: Annotated[float, ABOVE_0] = 1e-4
+    weight_decay: Annotated[float, FROM_0] = 0.05
+    backbone_lr_multiplier: Annotated[float, FROM_0] = 0.1
+    layer_decay: Annotated[float, PART] = 1.0
     """Learning rates of the backbone shrink by this factor per block, counted from its top; 1 treats all alike."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip_norm: float = 0.01
+    betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
+    eps: Annotated[float, ABOVE_0] = 1e-8
+    clip_norm: Annotated[float, FROM_0] = 0.01
     """Global L2 norm of all gradients over all groups and ranks; 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        require_positive(training__optimizer__lr=self.lr, training__optimizer__eps=self.eps)
-        require_positive(training__optimizer__layer_decay=self.layer_decay)
-        require_at_least(
-            0,
-            training__optimizer__weight_decay=self.weight_decay,
-            training__optimizer__backbone_lr_multiplier=self.backbone_lr_multiplier,
-            training__optimizer__clip_norm=self.clip_norm,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolySchedule:
+class PolySchedule(Section):
     """lr * (1 - step / max_steps) ** power (ADE20K, Cityscapes, Mapillary recipes)."""
 
     kind: Literal["poly"] = "poly"
-    power: float = 0.9
-    warmup_steps: int = 0
+    power: Annotated[float, FROM_0] = 0.9
+    warmup_steps: Annotated[int, FROM_0] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiStepSchedule:
+class MultiStepSchedule(Section):
     """lr multiplied by gamma at every milestone (COCO recipes)."""
 
     kind: Literal["multi_step"] = "multi_step"
-    milestones: tuple[int, ...]
+    milestones: Annotated[tuple[int, ...], STEPS]
     """Steps at which the rate drops."""
-    gamma: float = 0.1
-    warmup_steps: int = 0
+    gamma: Annotated[float, ABOVE_0] = 0.1
+    warmup_steps: Annotated[int, FROM_0] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ConfigError(
+                f"training.schedule.milestones is {list(self.milestones)}; each must be above the one before it"
+            )
 
 
 ScheduleConfig = PolySchedule | MultiStepSchedule
@@ -59,71 +59,61 @@ Precision = Literal["fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroConfig:
+class ZeroConfig(Section):
     """DeepSpeed ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    reduce_bucket_size: int = 12_500_000
+    reduce_bucket_size: Annotated[int, FROM_1] = 12_500_000
     """Elements per gradient bucket; DeepSpeed's 5e8 is more than the whole model and prevents overlap."""
     overlap_comm: bool = True
-    param_persistence_threshold: int = 100_000
+    param_persistence_threshold: Annotated[int, FROM_0] = 100_000
     """Stage 3: parameters with fewer elements stay whole on every rank."""
     offload_optimizer: bool = False
     """Keep the optimizer state in the host's memory and update there: slower, and 8 bytes per weight less on GPUs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.offload_optimizer and self.stage == 0:
             raise ConfigError("training.zero.offload_optimizer needs training.zero.stage 1, 2 or 3; it is 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When checkpoints are taken and how many are kept."""
 
-    every_steps: int = 5000
-    keep: int = 3
+    every_steps: Annotated[int, STEPS] = 5000
+    keep: Annotated[int, FROM_1] = 3
     """Newest checkpoints kept; pinned ones (being evaluated) stay besides."""
     best_metric: str | None = None
     """Number of the evaluations, such as `val/PQ`, whose best checkpoint is kept as well."""
-    upload_timeout_s: float = 3600.0
+    upload_timeout_s: Annotated[float, SECONDS] = 3600.0
     """How long rank 0 waits for the files of all ranks before it gives a checkpoint and the attempt up."""
-
-    def __post_init__(self) -> None:
-        for name in ("every_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.checkpoint.{name} is {getattr(self, name)}; it must be at least 1")
-        require_positive(training__checkpoint__upload_timeout_s=self.upload_timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpikeConfig:
+class SpikeConfig(Section):
     """What is done when the loss leaves its usual range."""
 
     action: Literal["off", "report", "roll_back"] = "report"
     """report: an event; roll_back: go on from the last checkpoint before the spike, and leave its samples out."""
-    window: int = 200
+    window: Annotated[int, TWO_STEPS] = 200
     """Losses of so many steps are the usual range; no spike is seen before there are that many."""
-    threshold: float = 10.0
+    threshold: Annotated[float, ABOVE_0] = 10.0
     """A loss is too high when it exceeds the window's median by this many standard deviations, which are estimated
     from the median absolute deviation."""
-    steps: int = 3
+    steps: Annotated[int, STEPS] = 3
     """So many steps in a row with too high a loss are a spike."""
-
-    def __post_init__(self) -> None:
-        require_positive(training__spikes__threshold=self.threshold)
-        require_at_least(2, training__spikes__window=self.window)
-        require_at_least(1, training__spikes__steps=self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Section):
     """One training run."""
 
-    max_steps: int
+    max_steps: Annotated[int, STEPS]
     """Optimizer steps."""
-    global_batch: int = 16
+    global_batch: Annotated[int, FROM_1] = 16
     """Images per optimizer step, over all ranks and micro-batches."""
-    micro_batch: int = 2
+    micro_batch: Annotated[int, FROM_1] = 2
     """Images per forward on one rank; accumulation follows from global_batch, world size and this."""
     precision: Precision = "fp32"
     """bf16_autocast, fp16_autocast: weights in fp32, matrix products in 16 bits. bf16, fp16: weights and gradients in
@@ -135,11 +125,11 @@ class TrainingConfig:
     schedule: ScheduleConfig = field(default_factory=PolySchedule)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, BELOW_1] = 0.0
     """Decay of the moving average of the weights, which is then what evaluations use; 0 keeps no average."""
-    log_every_steps: int = 20
+    log_every_steps: Annotated[int, STEPS] = 20
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    max_skipped_steps: int = 20
+    max_skipped_steps: Annotated[int, FROM_0] = 20
     """Steps in a row with non-finite gradients after which the run stops."""
     deterministic: bool = False
     """Deterministic kernels on GPU (slower); CPU runs are deterministic in any case."""
@@ -147,27 +137,18 @@ class TrainingConfig:
     """Compile backbone, pixel decoder and transformer decoder with torch.compile, each into one graph: fewer kernels.
     The first step takes minutes longer, which is no stall. Images must have one size; not with ZeRO stage 3. Needs a
     C++ compiler (g++), on GPUs a C compiler."""
-    threads: int = 1
+    threads: Annotated[int, FROM_1] = 1
     """Torch threads per rank on CPU."""
-    collective_timeout_s: float = 1200.0
+    collective_timeout_s: Annotated[float, SECONDS] = 1200.0
     """Seconds that a rank waits for the others before the attempt ends. With data or the run folder in S3 more than
     `storage.patience_s` and `stall_timeout_s` together, as one rank may wait so long for the storage."""
-    stall_timeout_s: float = 300.0
+    stall_timeout_s: Annotated[float, FROM_0] = 300.0
     """A rank that spends this long in one phase of a step (data, forward pass, update, ...) stalls the run: the stacks
     of all ranks are written and the attempt ends. Less than collective_timeout_s, or that ends it first and says less;
     0 switches it off."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch", "micro_batch", "log_every_steps", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        require_positive(training__collective_timeout_s=self.collective_timeout_s)
-        require_at_least(
-            0,
-            training__stall_timeout_s=self.stall_timeout_s,
-            training__max_skipped_steps=self.max_skipped_steps,
-            training__schedule__warmup_steps=self.schedule.warmup_steps,
-        )
+        super().__post_init__()
         if self.precision in ("bf16", "fp16") and self.zero.stage == 0:
             raise ConfigError(
                 f"training.precision {self.precision} needs training.zero.stage 1, 2 or 3, which keep fp32 copies of "
@@ -183,5 +164,3 @@ class TrainingConfig:
                 "training.compile needs training.zero.stage 0, 1 or 2; it is 3, which gathers weights in hooks that a "
                 "graph does not run. Lower the stage, or set training.compile to false"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")

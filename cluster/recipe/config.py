@@ -5,36 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
 from m2f.data_pipeline.keys import key_problem
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig
-from m2f.model.errors import ConfigError, require_at_least
+from m2f.model.errors import ConfigError
+from m2f.model.limits import FROM_0, FROM_1, Section
 from m2f.trainer.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(Section):
     """How many processes do the work, and where."""
 
     address: str | None = None
     """Address of a running Ray cluster; None starts a local one for the run."""
-    num_workers: int | tuple[int, int] = 1
+    num_workers: Annotated[int | tuple[int, int], FROM_1] = 1
     """Training workers (one per GPU). `[min, max]`: as many as the cluster has room for; the run shrinks when nodes are
     lost and grows when they come back, with the global batch, the data order and the optimizer state kept."""
-    num_cpus_per_worker: float = 1.0
-    num_gpus_per_worker: float = 0.0
-    resources_per_worker: Mapping[str, float] = field(default_factory=dict)
+    num_cpus_per_worker: Annotated[float, FROM_0] = 1.0
+    num_gpus_per_worker: Annotated[float, FROM_0] = 0.0
+    resources_per_worker: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{trainer: 1}`: it runs only on nodes that offer them."""
-    max_failures: int = 3
+    max_failures: Annotated[int, FROM_0] = 3
     """Restarts without progress before the run stops; every new checkpoint resets the count."""
-    shard_tasks: int = 2
+    shard_tasks: Annotated[int, FROM_1] = 2
     """Sharding tasks that run at once."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, cluster__num_workers=self.min_workers, cluster__shard_tasks=self.shard_tasks)
-        require_at_least(0, cluster__max_failures=self.max_failures)
+        super().__post_init__()
         if self.max_workers < self.min_workers:
             raise ConfigError(
                 f"cluster.num_workers is [{self.min_workers}, {self.max_workers}]; give the smaller first"
@@ -58,7 +59,7 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
+class TrackingConfig(Section):
     """MLflow."""
 
     uri: str | None = None
@@ -67,7 +68,7 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """One run: all settings of a recipe."""
 
     name: str
@@ -85,6 +86,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ConfigError(f"name is {self.name!r}; use letters, digits, '_', '-' and '.', as it names a folder")
         for dataset in self.datasets:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import sys
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import kind_tag, sections_in, suggestion, type_hints
 from m2f.model.errors import ConfigError
+from m2f.model.limits import Range, ranges_of
 
 
 def explain(section: str = "") -> str:
@@ -51,10 +53,22 @@ def _describe(cls: type, path: str) -> list[str]:
         if field.name == "kind":
             continue
         doc = f": {docs[field.name]}" if field.name in docs else ""
-        lines.append(f"- `{field.name}` ({field.type}{_default(field)}){doc}")
+        text = f"{_type(field)}{_default(field)}{_range(ranges_of(cls).get(field.name))}"
+        lines.append(f"- `{field.name}` ({text}){doc}")
         for section in sections_in(hints[field.name]):
             inner += _describe(section, f"{path}.{field.name}".lstrip("."))
     return [*lines, "", *inner]
+
+
+def _type(field: dataclasses.Field[Any]) -> str:
+    """The annotation without its range."""
+    return re.sub(r"^Annotated\[(.*), [^,]+\]$", r"\1", str(field.type))
+
+
+def _range(allowed: Range | None) -> str:
+    if allowed is None:
+        return ""
+    return f", {allowed}" + (f", in {allowed.unit}" if allowed.unit else "")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -21,6 +21,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
 from m2f.model.errors import ConfigError
+from m2f.model.limits import range_problems, ranges_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -242,6 +243,9 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
     for name, field in fields.items():
         if name in value:
             arguments[name] = _build(hints[name], value[name], _join(path, name), problems, _default_of(field))
+            if wrong := range_problems(_join(path, name), arguments[name], ranges_of(section).get(name)):
+                arguments[name] = _INVALID
+                problems += wrong
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             arguments[name] = _add_problem(
                 problems, f"`{_join(path, name)}` is missing; {_required_hint(section, name)}"

@@ -65,7 +65,7 @@ def test_any_other_error_names_the_rank(ranks):
 
 @pytest.mark.parametrize("setting", ["every_steps", "keep"])
 def test_checkpoints_need_a_positive_number(setting):
-    with pytest.raises(ConfigError, match=rf"training\.checkpoint\.{setting} is 0"):
+    with pytest.raises(ConfigError, match=rf"CheckpointConfig: {setting} is 0"):
         CheckpointConfig(**{setting: 0})
 
 

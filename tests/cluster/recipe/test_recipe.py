@@ -187,8 +187,8 @@ def test_flatten_has_one_entry_per_setting():
 def test_explain_shows_types_defaults_and_docstrings():
     text = explain("training.schedule")
     assert "## training.schedule (kind: poly)" in text
-    assert "- `milestones` (tuple[int, ...], required): Steps at which the rate drops." in text
-    assert "- `every_steps` (int, default 5000)" in explain("training")
+    assert "- `milestones` (tuple[int, ...], required, at least 1, in steps): Steps at which the rate drops." in text
+    assert "- `every_steps` (int, default 5000, at least 1, in steps)" in explain("training")
 
 
 def test_explain_covers_every_section_of_the_whole_recipe():
@@ -240,7 +240,7 @@ def test_a_recipe_from_a_file_has_absolute_paths(tmp_path, monkeypatch):
     [
         ("evaluation.actors=0", "evaluation.actors is 0; it must be at least 1"),
         ("data.lanes=0", "data.lanes is 0; it must be at least 1"),
-        ("datasets.train.shard_mb=0", "datasets.shard_mb is 0.0; it must be above 0"),
+        ("datasets.train.shard_mb=0", "datasets.train.shard_mb is 0.0; it must be above 0"),
         ("training.optimizer.lr=-1", "training.optimizer.lr is -1.0; it must be above 0"),
         ("training.collective_timeout_s=0", "training.collective_timeout_s is 0.0; it must be above 0"),
         ("training.stall_timeout_s=-1", "training.stall_timeout_s is -1.0; it must be at least 0"),
@@ -252,3 +252,46 @@ def test_a_recipe_from_a_file_has_absolute_paths(tmp_path, monkeypatch):
 )
 def test_invalid_values_are_refused(override, expected):
     assert expected in problems_of(RECIPE, override)
+
+
+WRONG_NUMBERS = [
+    ("data.augment.size=-5", "data.augment.size is -5; it must be at least 1"),
+    ("training.optimizer.lr=.inf", "training.optimizer.lr is inf; it must be finite, above 0"),
+    ("training.optimizer.weight_decay=.nan", "training.optimizer.weight_decay is nan; it must be finite, at least 0"),
+    (
+        "training.optimizer.betas=[1.5, 0.9]",
+        "training.optimizer.betas is [1.5, 0.9]; each must be at least 0 and below 1",
+    ),
+    ("model.pixel_std=[1, 0, 1]", "model.pixel_std is [1.0, 0.0, 1.0]; each must be above 0"),
+    ("model.pixel_mean=[1, .nan, 1]", "model.pixel_mean is [1.0, nan, 1.0]; each must be finite"),
+    ("model.postprocess.object_threshold=1.5", "object_threshold is 1.5; it must be at least 0 and at most 1"),
+    ("training.zero.reduce_bucket_size=0", "training.zero.reduce_bucket_size is 0; it must be at least 1"),
+    ("cluster.num_workers=[0, 2]", "cluster.num_workers is [0, 2]; each must be at least 1"),
+    ("cluster.resources_per_worker={trainer: -1}", "cluster.resources_per_worker is {'trainer': -1.0}; each must be"),
+    ("evaluation.max_size=0", "evaluation.max_size is 0; it must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG_NUMBERS)
+def test_a_number_out_of_its_range_is_named_with_the_range(override, message):
+    assert message in problems_of(RECIPE, override)
+
+
+def test_all_numbers_out_of_range_are_listed_at_once():
+    problems = problems_of(RECIPE, *(override for override, _ in WRONG_NUMBERS))
+    assert f"{len(WRONG_NUMBERS)} problems" in problems
+    assert all(message in problems for _, message in WRONG_NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.augment={kind: lsj, min_scale: 2, max_scale: 1}", "data.augment.min_scale is 2, above max_scale"),
+        ("data.augment={kind: scale, max_size: 100}", "data.augment.max_size is 100, below the smallest"),
+        ("data.augment={kind: scale, shortest_edges: []}", "data.augment.shortest_edges is empty"),
+        ("training.schedule={kind: multi_step, milestones: [5, 3]}", "each must be above the one before it"),
+        ("evaluation.max_size=10", "evaluation.max_size is 10, below evaluation.shortest_edge"),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_refused(override, message):
+    assert message in problems_of(RECIPE, override)

@@ -64,11 +64,11 @@ def test_unknown_classes_and_empty_selections_are_named(manifest):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"weight": 0}, "weight of 'train' in data.train is 0"),
-        ({"fraction": 0}, "fraction of 'train'"),
-        ({"fraction": 1.5}, "fraction of 'train'"),
-        ({"limit": 0}, "limit of 'train'"),
-        ({"repeat_threshold": 0.0}, "repeat_threshold of 'train'"),
+        ({"weight": 0}, "MixtureItem: weight is 0; it must be above 0"),
+        ({"fraction": 0}, "fraction is 0; it must be above 0 and at most 1"),
+        ({"fraction": 1.5}, "fraction is 1.5; it must be"),
+        ({"limit": 0}, "limit is 0; it must be at least 1"),
+        ({"repeat_threshold": 0.0}, "repeat_threshold is 0.0; it must be above 0"),
     ],
 )
 def test_invalid_settings_are_refused(setting, words):

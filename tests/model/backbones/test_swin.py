@@ -282,7 +282,7 @@ def test_weights_of_another_swin_are_refused_with_the_difference(tmp_path):
         ({"num_heads": (3, 2, 4, 8)}, "stage 0 has 16 channels .* 3 heads"),
         ({"drop_path": 1.0}, "drop_path is 1.0"),
         ({"window_size": 0}, "window_size is 0"),
-        ({"depths": (2, 0, 2, 2)}, "every stage needs a block"),
+        ({"depths": (2, 0, 2, 2)}, r"depths is \[2, 0, 2, 2\]; each must be at least 1"),
         ({"pretrained": "a", "weights": "b"}, "keep one"),
     ],
 )

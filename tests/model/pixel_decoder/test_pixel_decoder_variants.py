@@ -185,8 +185,8 @@ def test_multiply_adds_are_those_of_the_paper(config, paper, tolerance):
         (SMALL[0], {"conv_dim": 60, "num_heads": 8}, "model.pixel_decoder.conv_dim is 60; 4 and num_heads (8)"),
         (SMALL[5], {"conv_dim": 30, "num_heads": 3}, "model.pixel_decoder.conv_dim is 30; 4 and num_heads (3)"),
         (SMALL[4], {"conv_dim": 36, "offset_groups": 8}, "conv_dim is 36; offset_groups (8) must divide it"),
-        (SMALL[3], {"num_layers": 0}, "model.pixel_decoder.num_layers is 0; it must be at least 1"),
-        (SMALL[1], {"mask_dim": 0}, "model.pixel_decoder.mask_dim is 0; it must be at least 1"),
+        (SMALL[3], {"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        (SMALL[1], {"mask_dim": 0}, "mask_dim is 0; it must be at least 1"),
     ],
 )
 def test_invalid_widths_are_refused(config, changes, message):

@@ -97,5 +97,5 @@ def test_errors_travel_between_processes(error):
 
 @pytest.mark.parametrize(("setting", "value"), [("window", 1), ("threshold", 0.0), ("steps", 0)])
 def test_settings_are_checked(setting, value):
-    with pytest.raises(ConfigError, match=rf"training\.spikes\.{setting} is {value}"):
+    with pytest.raises(ConfigError, match=f"SpikeConfig: {setting} is {value}; it must be"):
         SpikeConfig(**{setting: value})

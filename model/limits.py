@@ -1,0 +1,99 @@
+"""Ranges of settings, written in their annotations: `lr: Annotated[float, ABOVE_0] = 1e-4` (standard library only)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from m2f.model.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values that a number may have, and its unit. In a list or a mapping it holds for every number."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    """`low` itself is not allowed."""
+    below: bool = False
+    """`high` itself is not allowed."""
+    unit: str = ""
+
+    def __contains__(self, number: float) -> bool:
+        """Whether the number is finite and within the range."""
+        high_enough = number > self.low if self.above else number >= self.low
+        low_enough = number < self.high if self.below else number <= self.high
+        return math.isfinite(number) and high_enough and low_enough
+
+    def __str__(self) -> str:
+        """`above 0`, `at least 0 and below 1`; "finite" without limits."""
+        parts = []
+        if self.low > -math.inf:
+            parts.append(f"{'above' if self.above else 'at least'} {self.low:g}")
+        if self.high < math.inf:
+            parts.append(f"{'below' if self.below else 'at most'} {self.high:g}")
+        return " and ".join(parts) or "finite"
+
+
+FINITE = Range()
+ABOVE_0 = Range(0, above=True)
+FROM_0 = Range(0)
+FROM_1 = Range(1)
+SHARE = Range(0, 1)
+PART = Range(0, 1, above=True)
+BELOW_1 = Range(0, 1, below=True)
+PIXELS = Range(1, unit="pixels")
+STEPS = Range(1, unit="steps")
+SECONDS = Range(0, above=True, unit="seconds")
+MEGABYTES = Range(0, above=True, unit="MB")
+
+
+class Section:
+    """Base of all sections of a recipe: what is built in Python is checked as what is read from a file."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where a number is not within the range of its setting."""
+        ranges = ranges_of(type(self))
+        problems = [p for name, value in vars(self).items() for p in range_problems(name, value, ranges.get(name))]
+        if problems:
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(problems)}")
+
+
+@lru_cache
+def ranges_of(section: type) -> dict[str, Range]:
+    """The ranges in the annotations of a section, by setting."""
+    hints = get_type_hints(section, include_extras=True)
+    return {name: found for name, hint in hints.items() if (found := _range_in(hint)) is not None}
+
+
+def range_problems(name: str, value: Any, allowed: Range | None) -> list[str]:
+    """One sentence if a number in the value is not allowed. Without a range every number must be finite."""
+    allowed = allowed or FINITE
+    wrong = [number for number in _numbers(value) if number not in allowed]
+    if not wrong:
+        return []
+    shown = list(value) if isinstance(value, tuple) else value
+    which = "each" if isinstance(value, tuple | Mapping) else "it"
+    finite = "" if allowed == FINITE or all(map(math.isfinite, wrong)) else "finite, "
+    return [f"{name} is {shown}; {which} must be {finite}{allowed}"]
+
+
+def _range_in(hint: Any) -> Range | None:
+    if get_origin(hint) is not Annotated:
+        return None
+    return next((extra for extra in get_args(hint)[1:] if isinstance(extra, Range)), None)
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    """The numbers of a setting; those inside other sections are theirs."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, Mapping):
+        yield from _numbers(list(value.values()))
