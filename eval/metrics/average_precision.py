@@ -29,6 +29,8 @@ AREA_RANGES: dict[str, tuple[float, float]] = {
 }
 """Pixels, closed on both sides: an area of 1024 is small and medium."""
 NUM_AREAS = len(AREA_RANGES)
+AREA_BOUNDS = (32.0**2, 96.0**2)
+"""Pixels from which on COCO calls an instance medium, and large."""
 _THRESHOLD_BITS = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
 """A bit per IoU threshold: flags of all thresholds travel as one number."""
 
@@ -101,6 +103,11 @@ class AveragePrecision:
         values |= {f"AR{count}": _mean(self.recall[..., 0, m]) for m, count in enumerate(self.max_dets)}
         return values | {f"AR{size}": _mean(self.recall[..., a, last]) for size, a in areas.items() if size}
 
+    def class_stats(self, label: int) -> dict[str, float]:
+        """The numbers of `stats` for one class; -1 where undefined."""
+        at = slice(label, label + 1)
+        return AveragePrecision(self.max_dets, self.precision[:, :, at], self.recall[:, at]).stats
+
     @property
     def per_class(self) -> tuple[float, ...]:
         """AP of every class over all areas; -1 where it has no annotation."""
@@ -110,19 +117,27 @@ class AveragePrecision:
 class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
     """Matched detections per image. `max_dets` limits detections per image and class, as in COCO.
 
-    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary AP.
+    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary AP. `area_bounds`: pixels from which on an
+    instance is medium, and large.
     """
 
     name = "average precision"
 
     def __init__(
-        self, num_classes: int, max_dets: Sequence[int] = (1, 10, 100), boundary_ratio: float | None = None
+        self,
+        num_classes: int,
+        max_dets: Sequence[int] = (1, 10, 100),
+        boundary_ratio: float | None = None,
+        area_bounds: Sequence[float] = AREA_BOUNDS,
     ) -> None:
         settings = {"num_classes": num_classes, "max_dets": sorted(max_dets), "boundary_ratio": boundary_ratio}
+        if tuple(area_bounds) != AREA_BOUNDS:  # states of before know no other ones
+            settings["area_bounds"] = list(area_bounds)
         super().__init__(DetectionRecord, settings)
         self.num_classes = num_classes
         self.max_dets = tuple(sorted(max_dets))
         self.boundary_ratio = boundary_ratio
+        self.area_bounds = tuple(area_bounds)
 
     def update(self, image_id: int, truth: InstanceTruth, detections: InstanceDetections) -> None:
         """Match the detections of one image. Raises EvaluationError naming it for scores, sizes or classes amiss."""
@@ -140,7 +155,8 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
                     f"image {image_id}: the {side} has classes from {labels.min()} to {labels.max()}, "
                     f"outside 0..{self.num_classes - 1}"
                 )
-        self.add(image_id, match_instances(truth, detections, self.max_dets[-1], self.boundary_ratio))
+        limit, ranges = self.max_dets[-1], area_ranges(self.area_bounds)
+        self.add(image_id, match_instances(truth, detections, limit, self.boundary_ratio, ranges))
 
     def compute(self) -> AveragePrecision:
         """Precision at all recalls and final recall, for all thresholds, classes, areas and detection limits."""
@@ -168,35 +184,75 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         return AveragePrecision(self.max_dets, precision, recall)
 
 
+def area_ranges(bounds: Sequence[float] = AREA_BOUNDS) -> np.ndarray:
+    """[NUM_AREAS, 2] pixels, closed on both sides: all, small, medium, large; `bounds`: where the last two begin."""
+    medium, large = bounds
+    most = AREA_RANGES["all"][1]
+    return np.array([(0.0, most), (0.0, medium), (medium, large), (large, most)])
+
+
 def match_instances(
-    truth: InstanceTruth, detections: InstanceDetections, limit: int, boundary_ratio: float | None = None
+    truth: InstanceTruth,
+    detections: InstanceDetections,
+    limit: int,
+    boundary_ratio: float | None = None,
+    ranges: np.ndarray | None = None,
+) -> DetectionRecord:
+    """Greedy matching of one image by the IoU of masks, at most `limit` detections per class; see `match_by_iou`.
+
+    With a `boundary_ratio` the IoU is the smaller one of masks and of boundaries, except for crowds.
+    """
+    ious = mask_ious(detections.masks, truth.masks, truth.is_crowd)
+    if boundary_ratio is not None:
+        ious = _with_boundaries(ious, truth, detections, boundary_ratio)
+    index = detections.mask_index
+    found = Scored(detections.labels, detections.scores, mask_areas(detections.masks)[index], ious[index])
+    return match_by_iou(truth.labels, truth.areas, truth.is_crowd, found, limit, ranges)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Detections of one image with what matching needs of them, in canonical order (ties of scores keep it)."""
+
+    labels: np.ndarray
+    """[D] int64 contiguous classes."""
+    scores: np.ndarray
+    """[D] float64"""
+    areas: np.ndarray
+    """[D] float64 pixels."""
+    ious: np.ndarray
+    """[D, G] float64; for crowds the intersection over the detection."""
+
+
+def match_by_iou(
+    truth_label: np.ndarray,
+    truth_area: np.ndarray,
+    is_crowd: np.ndarray,
+    detections: Scored,
+    limit: int,
+    ranges: np.ndarray | None = None,
 ) -> DetectionRecord:
     """Greedy matching of one image, best score first, at most `limit` detections per class.
 
     A detection takes the free annotation with the highest IoU (the later one of equals); annotations that count go
-    before ignored ones; a crowd can be taken any number of times, its IoU being intersection over detection. With a
-    `boundary_ratio` the IoU is the smaller one of masks and of boundaries, except for crowds.
+    before ignored ones; a crowd can be taken any number of times. Annotations [G]; `ranges` as `area_ranges` gives.
     """
+    bounds = area_ranges() if ranges is None else ranges
     order = np.lexsort((-detections.scores, detections.labels))
     labels = detections.labels[order]
     order = order[_rank_in_image_and_class(labels, np.array([len(labels)])) < limit]
-    labels, masks = detections.labels[order], detections.mask_index[order]
+    labels, ious = detections.labels[order], detections.ious[order]
 
-    bounds = np.array(list(AREA_RANGES.values()))
-    truth_ignored = truth.is_crowd | _outside(truth.areas, bounds)
+    truth_ignored = is_crowd | _outside(truth_area, bounds)
     matched = np.zeros((NUM_AREAS, len(IOU_THRESHOLDS), len(order)), dtype=bool)
     ignored = np.zeros_like(matched)
-    ious = mask_ious(detections.masks, truth.masks, truth.is_crowd)
-    if boundary_ratio is not None:
-        ious = _with_boundaries(ious, truth, detections, boundary_ratio)
-    ious = ious[masks]
-    for label in np.intersect1d(labels, truth.labels):
-        d, g = np.flatnonzero(labels == label), np.flatnonzero(truth.labels == label)
-        matched[..., d], ignored[..., d] = _match_class(ious[np.ix_(d, g)], truth.is_crowd[g], truth_ignored[:, g])
-    ignored |= ~matched & _outside(mask_areas(detections.masks)[masks], bounds)[:, None]
+    for label in np.intersect1d(labels, truth_label):
+        d, g = np.flatnonzero(labels == label), np.flatnonzero(truth_label == label)
+        matched[..., d], ignored[..., d] = _match_class(ious[np.ix_(d, g)], is_crowd[g], truth_ignored[:, g])
+    ignored |= ~matched & _outside(detections.areas[order], bounds)[:, None]
 
-    truth_labels = np.unique(truth.labels)
-    counted = [(~truth_ignored[:, truth.labels == label]).sum(axis=1) for label in truth_labels]
+    truth_labels = np.unique(truth_label)
+    counted = [(~truth_ignored[:, truth_label == label]).sum(axis=1) for label in truth_labels]
     return DetectionRecord(
         label=labels,
         score=detections.scores[order],
