@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 import m2f
-from m2f.cluster.evaluation.lines import HEADLINE
+from m2f.cluster.evaluation.choice import HEADLINE
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.ray_cluster import connect
 from m2f.cluster.recipe.config import RunConfig

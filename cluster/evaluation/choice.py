@@ -6,6 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
+HEADLINE = ("PQ", "AP", "mIoU")
+"""The main number of each task."""
+
+
+def first_headline(metrics: Mapping[str, float]) -> str | None:
+    """Name of the main number by which checkpoints are judged if the recipe names none; None where there is none."""
+    names = (name for title in HEADLINE for name in sorted(metrics) if name.rpartition("/")[2] == title)
+    return next(names, None)
+
 
 def best_step(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:
     """The step with the highest value of a metric, the earliest of several; None where no step has the metric."""

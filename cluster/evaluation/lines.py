@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from m2f.cluster.evaluation.choice import HEADLINE
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
-
-HEADLINE = ("PQ", "AP", "mIoU")
-"""The main number of each task."""
 
 
 def describe(entry: Entry) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from m2f.cluster.evaluation.choice import best_step, first_headline
+from m2f.cluster.evaluation.queue import read_entries
+from m2f.cluster.evaluation.service import queue_url
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
@@ -50,12 +53,15 @@ def open_recipe(source: str, overrides: Sequence[str]) -> tuple[RunConfig, str |
 
 
 def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -> ChosenWeights:
-    """The newest checkpoint of the run for None, that of a step for a number, else the path or URL itself.
+    """The newest checkpoint of the run for None or `last`, the best for `best`, that of a step for a number.
+
+    Everything else is a path or URL itself.
 
     Raises:
-        ConfigError: the run has no checkpoint, or none of that step; a local path where nothing is.
+        ConfigError: the run has no checkpoint, none of that step, or none that was evaluated; a local path where
+            nothing is.
     """
-    if wanted is not None and not wanted.isdecimal():
+    if wanted is not None and not wanted.isdecimal() and wanted not in ("best", "last"):
         if "://" not in wanted and not Path(wanted).exists():
             raise ConfigError(f"--checkpoint {wanted}: there is no such file or folder")
         return ChosenWeights(wanted, None)
@@ -64,10 +70,22 @@ def choose_checkpoint(config: RunConfig, storage: Storage, wanted: str | None) -
         raise ConfigError(
             f"{config.run_folder} has no checkpoint; train first, or give --checkpoint the path of a file of weights"
         )
-    if wanted is None:
+    if wanted in (None, "last"):
         return ChosenWeights(found[0].url, found[0].step)
+    step = _best_step(config, storage) if wanted == "best" else int(wanted)
     for checkpoint in found:
-        if checkpoint.step == int(wanted):
+        if checkpoint.step == step:
             return ChosenWeights(checkpoint.url, checkpoint.step)
     steps = ", ".join(str(checkpoint.step) for checkpoint in found)
-    raise ConfigError(f"{config.run_folder} has no checkpoint of step {wanted}; there are {steps}")
+    raise ConfigError(f"{config.run_folder} has no checkpoint of step {step}; there are {steps}")
+
+
+def _best_step(config: RunConfig, storage: Storage) -> int:
+    """By `training.checkpoint.best_metric`, else by the first headline number of the first set."""
+    entries = [entry for entry in read_entries(storage, queue_url(config)) if entry.status == "published"]
+    metric = config.training.checkpoint.best_metric or (first_headline(entries[-1].metrics) if entries else None)
+    best = None if metric is None else best_step({entry.step: entry.metrics for entry in entries}, metric)
+    if best is None:
+        what = "no evaluation is published" if not entries else f"no published evaluation has {metric}"
+        raise ConfigError(f"--checkpoint best: {what} in {config.run_folder}; give `last` or a step")
+    return best

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten, parse_recipe
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -21,3 +24,10 @@ def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tup
     stored = flatten(parse_recipe(storage.get(url).decode(), source=url))
     now = flatten(config)
     return describe_changes(stored, now, stored.keys() | now.keys())
+
+
+def fresh_name(config: RunConfig) -> str:
+    """The run's name if its folder does not exist, else the first free one of NAME-2, NAME-3, ..."""
+    storage = Storage(config.storage)
+    names = itertools.chain([config.name], (f"{config.name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not storage.list(replace(config, name=name).run_folder))

@@ -17,7 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from m2f.cluster.evaluation.lines import HEADLINE, headline
+from m2f.cluster.evaluation.choice import first_headline
+from m2f.cluster.evaluation.lines import headline
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.terminal import format_duration, print_err, print_out
@@ -210,9 +211,9 @@ def _evaluated(published: Sequence[Entry]) -> str:
     """The last result, and the best step by the first headline number of its first set where that is another."""
     last = published[-1]
     text = f"step {last.step:,}: {headline(last.metrics)}"
-    names = [name for title in HEADLINE for name in sorted(last.metrics) if name.rpartition("/")[2] == title]
-    if names:
-        best = max(published, key=lambda entry: entry.metrics.get(names[0], float("-inf")))
+    name = first_headline(last.metrics)
+    if name is not None:
+        best = max(published, key=lambda entry: entry.metrics.get(name, float("-inf")))
         if best is not last:
-            text += f"   (best {names[0].rpartition('/')[2]} {best.metrics[names[0]]:.2f} at {best.step:,})"
+            text += f"   (best {name.rpartition('/')[2]} {best.metrics[name]:.2f} at {best.step:,})"
     return text

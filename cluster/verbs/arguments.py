@@ -31,8 +31,9 @@ def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: st
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
-        metavar="STEP|PATH",
-        help="step of a checkpoint of the run, or a checkpoint folder or file of weights; default: the newest one",
+        metavar="STEP|best|last|PATH",
+        help="step of a checkpoint of the run, its best or last one, or a checkpoint folder or file of weights; "
+        "default: the last one",
     )
 
 

@@ -37,15 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start again where something kills this process, within cluster.max_failures; jobs of `m2f submit` do",
     )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start a new run: if the run folder exists, in NAME-2 (or -3, ...) beside it",
+    )
     parser.add_argument("--plain", action="store_true", help="lines of a log also on a terminal, no live view")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status by the run's end, see `ExitStatus`."""
     from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.recipe.stored import fresh_name
 
     live = sys.stdout.isatty() and not args.plain
     config = load_recipe(args.recipe, args.overrides)
+    if args.fresh:
+        args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts take the same folder
+        config = load_recipe(args.recipe, args.overrides)
     if args.restart:
         return _restarted(args, config)
     if args.launcher == "local":

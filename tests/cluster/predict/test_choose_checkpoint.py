@@ -1,0 +1,70 @@
+"""Which checkpoint `--checkpoint` means, and which folder `m2f train --fresh` takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.predict import choose_checkpoint as module
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.recipe.stored import fresh_name
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.errors import ConfigError
+from m2f.trainer.reporting import CommittedCheckpoint
+
+RECIPE = """
+name: run
+datasets: {train: {shards: shards}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 3}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A run with checkpoints of steps 1 to 3; evaluations of the first two are published."""
+    config = parse_recipe(RECIPE, [f"output={tmp_path}"])
+    found = tuple(CommittedCheckpoint(step, f"{config.run_folder}/step_{step}") for step in (3, 2, 1))
+    monkeypatch.setattr(module, "list_checkpoints", lambda storage, folder: found)
+    return config
+
+
+def publish(config: RunConfig, *metrics: dict[str, float], status: str = "published") -> None:
+    entries = [Entry(step, "", 0, status, metrics=m) for step, m in enumerate(metrics, 1)]  # type: ignore[arg-type]
+    Storage().put(queue_url(config), json.dumps([asdict(entry) for entry in entries]).encode())
+
+
+@pytest.mark.parametrize(("wanted", "step"), [(None, 3), ("last", 3), ("2", 2), ("best", 1)])
+def test_a_checkpoint_is_chosen_by_step_or_word(config, wanted, step):
+    publish(config, {"val/PQ": 51.0, "val/AP": 20.0}, {"val/PQ": 50.0, "val/AP": 30.0})
+    assert choose_checkpoint(config, Storage(), wanted).step == step
+
+
+def test_the_best_one_is_that_of_the_metric_in_the_recipe(config):
+    publish(config, {"val/PQ": 51.0, "val/AP": 20.0}, {"val/PQ": 50.0, "val/AP": 30.0})
+    config = parse_recipe(RECIPE, [f"output={config.output}", "training.checkpoint.best_metric=val/AP"])
+    assert choose_checkpoint(config, Storage(), "best").step == 2
+
+
+def test_without_evaluations_the_best_one_is_an_error_that_names_the_remedy(config):
+    with pytest.raises(ConfigError, match=r"--checkpoint best: no evaluation is published in .*; give `last` or"):
+        choose_checkpoint(config, Storage(), "best")
+    publish(config, {"val/PQ": 51.0}, status="withdrawn")
+    with pytest.raises(ConfigError, match="no evaluation is published"):
+        choose_checkpoint(config, Storage(), "best")
+
+
+def test_a_fresh_run_takes_the_first_folder_that_does_not_exist(tmp_path):
+    config = parse_recipe(RECIPE, [f"output={tmp_path}"])
+    assert fresh_name(config) == "run"
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(RECIPE)
+    assert fresh_name(config) == "run-3"
