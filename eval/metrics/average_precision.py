@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,11 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
         boundary_ratio: float | None = None,
         area_bounds: Sequence[float] = AREA_BOUNDS,
     ) -> None:
-        settings = {"num_classes": num_classes, "max_dets": sorted(max_dets), "boundary_ratio": boundary_ratio}
+        settings: dict[str, Any] = {
+            "num_classes": num_classes,
+            "max_dets": sorted(max_dets),
+            "boundary_ratio": boundary_ratio,
+        }
         if tuple(area_bounds) != AREA_BOUNDS:  # states of before know no other ones
             settings["area_bounds"] = list(area_bounds)
         super().__init__(DetectionRecord, settings)

@@ -21,9 +21,12 @@ from m2f.data_pipeline.storage.column_files import ColumnFiles
 from m2f.eval.errors import EvaluationError
 
 
-def column(dtype: str, *row: int) -> dict[str, Any]:
-    """Metadata of a record's field: an array [rows, *row] of this dtype, with any number of rows per image."""
-    return {"dtype": np.dtype(dtype), "row": row}
+def column(dtype: str, *row: int, beside: str | None = None) -> dict[str, Any]:
+    """Metadata of a record's field: an array [rows, *row] of this dtype, with any number of rows per image.
+
+    `beside`: of a float column that records of before lack, the column that has as many rows; NaN stands in for them.
+    """
+    return {"dtype": np.dtype(dtype), "row": row, "beside": beside}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,9 @@ class Record:
     def __post_init__(self) -> None:
         for spec in fields(self):
             array = np.asarray(getattr(self, spec.name), dtype=spec.metadata["dtype"])
+            beside = spec.metadata["beside"]
+            if beside is not None and not len(array):
+                array = np.full(len(getattr(self, beside)), np.nan)
             object.__setattr__(self, spec.name, array.reshape(-1, *spec.metadata["row"]))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -164,10 +170,11 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
         try:
             with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
                 state = cls(**json.loads(arrays["settings"].tobytes()))
-                names = [f.name for f in fields(state._record_type)]
+                specs = fields(state._record_type)
+                names = [f.name for f in specs if f"rows.{f.name}" in arrays or f.metadata["beside"] is None]
                 parts = [np.split(arrays[f"rows.{n}"], np.cumsum(arrays[f"counts.{n}"]))[:-1] for n in names]
                 for image_id, *columns in zip(arrays["image_ids"].tolist(), *parts, strict=True):
-                    state.add(image_id, state._record_type(*columns))
+                    state.add(image_id, state._record_type(**dict(zip(names, columns, strict=True))))
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise EvaluationError(
                 f"{cls.name}: {len(payload)} bytes are not a stored state ({error}); evaluate again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,10 @@ MATCH_IOU = 0.5
 """A match needs a larger IoU than this, which makes matches unique."""
 MAX_IGNORED = 0.5
 """An unmatched prediction with a larger share of void and crowd than this is not counted."""
+AREA_BOUNDS = (32.0**2, 96.0**2)
+"""Pixels from which on a segment is medium, and large."""
+SIZES = ("small", "medium", "large")
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,10 @@ class PanopticPrediction:
     """Segment id -> contiguous class."""
 
 
+def _unknown() -> np.ndarray:
+    return np.zeros(0)
+
+
 @dataclass(frozen=True, eq=False)
 class PanopticRecord(Record):
     """Matches and errors of one image, by class."""
@@ -64,6 +73,16 @@ class PanopticRecord(Record):
     """Class of every unmatched prediction that counts."""
     false_negative: np.ndarray = field(metadata=column("int32"))
     """Class of every unmatched annotated segment that counts."""
+    matched_area: np.ndarray = field(default_factory=_unknown, metadata=column("float64", beside="matched_label"))
+    """As the annotation states it; NaN in all three columns of areas where they were not recorded."""
+    false_positive_area: np.ndarray = field(
+        default_factory=_unknown, metadata=column("float64", beside="false_positive")
+    )
+    """Pixels of the prediction."""
+    false_negative_area: np.ndarray = field(
+        default_factory=_unknown, metadata=column("float64", beside="false_negative")
+    )
+    """As the annotation states it."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +123,33 @@ class PanopticQuality:
     things: Quality | None
     stuff: Quality | None
     per_class: tuple[ClassQuality, ...]
+    by_size: Mapping[str, Quality | None] = field(default_factory=dict)
+    """Over all classes, of the annotated segments of one size, and of the false predictions of that size; empty where
+    records have no areas."""
 
 
 class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
     """Matches and errors per image. `is_thing[label]` tells things from stuff.
 
-    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary PQ.
+    With a `boundary_ratio` (see `m2f.eval.metrics.boundary`) it is Boundary PQ. `area_bounds`: pixels from which on a
+    segment is medium, and large.
     """
 
     name = "panoptic quality"
 
-    def __init__(self, is_thing: Sequence[bool], boundary_ratio: float | None = None) -> None:
-        super().__init__(PanopticRecord, {"is_thing": list(is_thing), "boundary_ratio": boundary_ratio})
+    def __init__(
+        self,
+        is_thing: Sequence[bool],
+        boundary_ratio: float | None = None,
+        area_bounds: Sequence[float] = AREA_BOUNDS,
+    ) -> None:
+        settings: dict[str, Any] = {"is_thing": list(is_thing), "boundary_ratio": boundary_ratio}
+        if tuple(area_bounds) != AREA_BOUNDS:  # states of before know no other ones
+            settings["area_bounds"] = list(area_bounds)
+        super().__init__(PanopticRecord, settings)
         self.is_thing = tuple(is_thing)
         self.boundary_ratio = boundary_ratio
+        self.area_bounds = tuple(area_bounds)
 
     def update(self, image_id: int, truth: PanopticTruth, prediction: PanopticPrediction) -> None:
         """Match one image. Raises EvaluationError where the two maps or the prediction's own tables disagree."""
@@ -128,24 +160,47 @@ class PanopticQualityState(MetricState[PanopticRecord, PanopticQuality]):
 
     def compute(self) -> PanopticQuality:
         """Averages over all classes, things and stuff, and every class by itself."""
-        num_classes = len(self.is_thing)
-        matched = self.rows("matched_label")
-        # bincount adds in the order of the rows: image by image, so the sums have the same bits for every sharding.
-        iou = np.bincount(matched, weights=self.rows("matched_iou"), minlength=num_classes)
-        true_positives = np.bincount(matched, minlength=num_classes)
-        false_positives = np.bincount(self.rows("false_positive"), minlength=num_classes)
-        false_negatives = np.bincount(self.rows("false_negative"), minlength=num_classes)
-        counts = zip(
-            iou.tolist(), true_positives.tolist(), false_positives.tolist(), false_negatives.tolist(), strict=True
-        )
-        per_class = tuple(_class_quality(*row) for row in counts)
+        per_class = self._per_class()
         pairs = list(zip(per_class, self.is_thing, strict=True))
         return PanopticQuality(
             all=_average(per_class),
             things=_average([quality for quality, is_thing in pairs if is_thing]),
             stuff=_average([quality for quality, is_thing in pairs if not is_thing]),
             per_class=per_class,
+            by_size=self._by_size(),
         )
+
+    def _by_size(self) -> dict[str, Quality | None]:
+        """Averages over the classes that occur in each size."""
+        sides = ("matched_area", "false_positive_area", "false_negative_area")
+        areas = [self.rows(side) for side in sides]
+        if any(np.isnan(side).any() for side in areas):
+            return {}
+        # On a bound a segment is of the larger size.
+        sizes = [np.searchsorted(self.area_bounds, side, side="right") for side in areas]
+        return {
+            name: _average(self._per_class(*(side == position for side in sizes)))
+            for position, name in enumerate(SIZES)
+        }
+
+    def _per_class(
+        self,
+        matches: np.ndarray | slice = _ALL,
+        wrong: np.ndarray | slice = _ALL,
+        missed: np.ndarray | slice = _ALL,
+    ) -> tuple[ClassQuality, ...]:
+        """Every class from the chosen rows of matches, false positives and false negatives."""
+        num_classes = len(self.is_thing)
+        matched = self.rows("matched_label")[matches]
+        # bincount adds in the order of the rows: image by image, so the sums have the same bits for every sharding.
+        iou = np.bincount(matched, weights=self.rows("matched_iou")[matches], minlength=num_classes)
+        true_positives = np.bincount(matched, minlength=num_classes)
+        false_positives = np.bincount(self.rows("false_positive")[wrong], minlength=num_classes)
+        false_negatives = np.bincount(self.rows("false_negative")[missed], minlength=num_classes)
+        counts = zip(
+            iou.tolist(), true_positives.tolist(), false_positives.tolist(), false_negatives.tolist(), strict=True
+        )
+        return tuple(_class_quality(*row) for row in counts)
 
     def image_quality(self, image_id: int) -> float | None:
         """PQ of one image, all its segments taken as one class; None if nothing counts in it.
@@ -169,7 +224,7 @@ def match_panoptic(
     _check_tables_agree(prediction, overlaps.predicted_area)
     outlines = None if boundary_ratio is None else _count_outlines(truth.id_map, prediction.id_map, boundary_ratio)
 
-    matches: list[tuple[int, float]] = []
+    matches: list[tuple[int, float, float]] = []
     matched_truth, matched_prediction = set(), set()
     for truth_id, predicted_id in overlaps.pixels:
         segment = truth.segments.get(truth_id)
@@ -179,20 +234,27 @@ def match_panoptic(
         if outlines is not None:
             iou = min(iou, outlines.iou(truth_id, predicted_id, outlines.truth_area[truth_id]))
         if iou > MATCH_IOU:
-            matches.append((segment.label, iou))
+            matches.append((segment.label, iou, segment.area))
             matched_truth.add(truth_id)
             matched_prediction.add(predicted_id)
 
     unmatched = {i: label for i, label in prediction.labels.items() if i not in matched_prediction}
-    false_positive = [
-        label for i, label in unmatched.items() if _ignored_share(i, label, truth, overlaps) <= MAX_IGNORED
-    ]
-    false_negative = [s.label for i, s in truth.segments.items() if i not in matched_truth and not s.is_crowd]
+    false_positive = sorted(
+        (label, overlaps.predicted_area[i])
+        for i, label in unmatched.items()
+        if _ignored_share(i, label, truth, overlaps) <= MAX_IGNORED
+    )
+    false_negative = sorted(
+        (s.label, s.area) for i, s in truth.segments.items() if i not in matched_truth and not s.is_crowd
+    )
     return PanopticRecord(
-        matched_label=np.array([label for label, _ in matches]),
-        matched_iou=np.array([iou for _, iou in matches]),
-        false_positive=np.array(sorted(false_positive)),
-        false_negative=np.array(sorted(false_negative)),
+        matched_label=np.array([label for label, _, _ in matches]),
+        matched_iou=np.array([iou for _, iou, _ in matches]),
+        false_positive=np.array([label for label, _ in false_positive]),
+        false_negative=np.array([label for label, _ in false_negative]),
+        matched_area=np.array([area for _, _, area in matches]),
+        false_positive_area=np.array([area for _, area in false_positive]),
+        false_negative_area=np.array([area for _, area in false_negative]),
     )
 
 
