@@ -17,7 +17,7 @@ class StorageConfig(Section):
     endpoint_url: str | None = None
     """S3-compatible endpoint; None takes AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
-    patience_s: Annotated[float, SECONDS] = 600.0
+    patience_s: Annotated[float, FROM_0] = 600.0
     """Seconds. A request that fails for a passing reason is repeated for so long, once the store has answered this run;
     before that for 20 s, as a wrong endpoint is a mistake."""
     read_timeout_s: Annotated[float, SECONDS] = 60.0

@@ -11,9 +11,10 @@ from m2f.data_pipeline.categories import Task
 from m2f.model.errors import ConfigError
 from m2f.model.limits import FROM_0, FROM_1, PIXELS, SECONDS, Section
 
-ExtraMetric = Literal["boundary", "class_agnostic", "cityscapes"]
+ExtraMetric = Literal["boundary", "box", "class_agnostic", "cityscapes"]
 EXTRA_METRIC_TASKS: dict[ExtraMetric, tuple[Task, ...]] = {
     "boundary": ("panoptic", "instance"),
+    "box": ("instance",),
     "class_agnostic": ("instance",),
     "cityscapes": ("instance", "semantic"),
 }
@@ -118,11 +119,13 @@ class EvaluationConfig(Section):
     """What is computed for every evaluated checkpoint, and by whom."""
 
     sets: tuple[EvaluationSet, ...] = ()
+    """If a recipe does not name them: its data set `val`, `valid` or `validation`, if it has one. `[]`: none."""
     tasks: tuple[Task, ...] = ("panoptic",)
-    """panoptic: PQ; instance: mask AP; semantic: mIoU. All from one forward pass."""
+    """panoptic: PQ; instance: mask AP; semantic: mIoU. All from one forward pass. If a recipe does not name them: the
+    task of the training, `data.task`."""
     extra_metrics: tuple[ExtraMetric, ...] = ()
-    """boundary: Boundary PQ and AP; class_agnostic: recall of instances whatever their class; cityscapes: the AP, IoU
-    and iIoU of that benchmark. Each for those of the tasks that it judges."""
+    """boundary: Boundary PQ and AP; box: AP of the boxes of instances; class_agnostic: recall of instances whatever
+    their class; cityscapes: the AP, IoU and iIoU of that benchmark. Each for those of the tasks that it judges."""
     policy: Literal["every", "latest"] = "every"
     """Evaluate every committed checkpoint, or drop stale ones that still wait."""
     shortest_edge: Annotated[int, PIXELS] = 800

@@ -18,8 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from m2f.cluster.recipe.ablations import find_recipe
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.defaults import fill_defaults
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
+from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.model.errors import ConfigError
 from m2f.model.limits import range_problems, ranges_of
 
@@ -73,6 +75,7 @@ def _build_recipe(text: str, overrides: Iterable[str], source: str) -> tuple[Run
         _apply_override(tree, override, problems)
     drop_retired(tree, problems)
     tree = _expand(tree, "", problems)
+    fill_defaults(tree)
     config = _build(RunConfig, tree, "", problems)
     require_no_problems(source, problems)
     assert isinstance(config, RunConfig)
@@ -113,28 +116,11 @@ def flatten_tree(tree: Any) -> dict[str, str]:
 # Reading YAML
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice in one mapping; PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is written twice (lines {seen[key]} and {line}); keep one of them"
-                )
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML\n  {' '.join(str(error).split())}") from error
+        tree = parse_yaml(text)
+    except DocumentError as error:
+        raise ConfigError(f"{source}: not valid YAML\n  {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: a recipe is a YAML mapping of sections, this is {_describe_value(tree)}")
     return tree
@@ -167,8 +153,8 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         problems.append(f"`{override}`: an override is written section.key=value, for example training.max_steps=100")
         return
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except DocumentError:
         problems.append(f"`{override}`: the value is not valid YAML; quote it for the shell, for example 'a.b=[1, 2]'")
         return
     node: Any = tree

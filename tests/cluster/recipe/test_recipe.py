@@ -295,3 +295,19 @@ def test_all_numbers_out_of_range_are_listed_at_once():
 )
 def test_numbers_that_contradict_each_other_are_refused(override, message):
     assert message in problems_of(RECIPE, override)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_validation_set_is_evaluated_for_the_task_of_the_training_if_the_recipe_says_nothing(name):
+    text = RECIPE.partition("evaluation:")[0].replace("val:", f"{name}:")
+    config = parse_recipe(text, ["data.task=instance"])
+    assert [s.dataset for s in config.evaluation.sets] == [name]
+    assert config.evaluation.tasks == ("instance",)
+    assert parse_recipe(dump_recipe(config)) == config
+
+
+def test_what_the_recipe_says_of_evaluation_stands():
+    text = RECIPE.partition("evaluation:")[0]
+    assert parse_recipe(text, ["evaluation.sets=[]"]).evaluation.sets == ()
+    assert parse_recipe(text, ["evaluation.tasks=[semantic]"]).evaluation.tasks == ("semantic",)
+    assert parse_recipe(text.replace("val:", "other:")).evaluation.sets == ()
