@@ -20,6 +20,7 @@ from m2f.data_pipeline.label_space import describe_subset, match_classes
 
 METRIC_ORDER = (
     *("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"),
+    *("PQ_small", "PQ_medium", "PQ_large"),
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
     *("mIoU", "fwIoU", "mACC", "pACC", "mIoU_occurring", "mIoU_all"),
 )

@@ -21,6 +21,7 @@ from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.test_time_augmentation import label_map
 from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
 from m2f.eval.metrics.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
+from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
 from m2f.eval.metrics.cityscapes_ap import CityscapesDetection
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks
@@ -230,6 +231,11 @@ class Evaluator:
         states.instance.update(sample.image_id, truth, detections)
         if states.boundary_instance is not None:
             states.boundary_instance.update(sample.image_id, truth, detections)
+        if states.box_instance is not None:
+            record = match_boxes(
+                boxes_of_truth(truth), boxes_of_detections(detections), states.box_instance.max_dets[-1]
+            )
+            states.box_instance.add(sample.image_id, record)
         if states.class_agnostic is not None:
             one_class = class_agnostic_truth(truth), class_agnostic_detections(detections)
             states.class_agnostic.update(sample.image_id, *one_class)

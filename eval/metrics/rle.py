@@ -44,6 +44,14 @@ def mask_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: np.nd
     return np.asarray(ious)
 
 
+def box_ious(detected: np.ndarray, annotated: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
+    """IoU [D, G] float64 of boxes [D, 4] and [G, 4] as x, y, width, height; crowds as in `mask_ious`."""
+    if not len(detected) or not len(annotated):
+        return np.zeros((len(detected), len(annotated)))
+    first, second = (np.ascontiguousarray(boxes, dtype=np.float64) for boxes in (detected, annotated))
+    return np.asarray(coco_masks.iou(cast("Any", first), cast("Any", second), is_crowd.tolist()))
+
+
 def decode_mask(mask: Rle) -> np.ndarray:
     """The pixels [H, W] bool of one mask."""
     return np.asarray(cast("Any", coco_masks).decode(mask), dtype=bool)

@@ -108,6 +108,8 @@ def _metrics(results: EvaluationResults) -> str:
         splits = (("all", ""), ("things", "_th"), ("stuff", "_st"))
         rows = [[split, *(_number(metrics[name + suffix]) for name in ("PQ", "SQ", "RQ"))] for split, suffix in splits]
         blocks.append(table(["panoptic", "PQ", "SQ", "RQ"], rows))
+        if sizes := [f"PQ_{size}" for size in results.panoptic.by_size]:
+            blocks.append(_one_row(metrics, sizes))
     if results.instance is not None:
         blocks.append(_one_row(metrics, list(results.instance.stats)))
     if results.semantic is not None:

@@ -1,7 +1,7 @@
 """Metrics that are computed only where `evaluation.extra_metrics` asks for them, under names of their own, in per cent.
 
-boundary_*: Boundary PQ and Boundary AP. class_agnostic_*: recall of instances as if there were one class.
-cityscapes_*: AP, IoU and iIoU as that benchmark defines them.
+boundary_*: Boundary PQ and Boundary AP. box_*: AP of boxes. class_agnostic_*: recall of instances as if there were
+one class. cityscapes_*: AP, IoU and iIoU as that benchmark defines them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class ExtraResults:
 
     boundary_panoptic: PanopticQuality | None = None
     boundary_instance: AveragePrecision | None = None
+    box_instance: AveragePrecision | None = None
     class_agnostic: AveragePrecision | None = None
     cityscapes_instance: CityscapesAP | None = None
     cityscapes_semantic: CityscapesIoU | None = None
@@ -46,6 +47,9 @@ class ExtraResults:
         if self.boundary_instance is not None:
             stats = {name: _defined(value) for name, value in self.boundary_instance.stats.items()}
             groups.append(Group("boundary mask", "boundary_", stats))
+        if self.box_instance is not None:
+            stats = {name: _defined(value) for name, value in self.box_instance.stats.items()}
+            groups.append(Group("box", "box_", stats))
         if self.class_agnostic is not None:
             recalls = {n: _defined(value) for n, value in self.class_agnostic.stats.items() if n.startswith("AR")}
             groups.append(Group("class-agnostic", "class_agnostic_", recalls))
@@ -78,6 +82,9 @@ class ExtraResults:
         if self.boundary_instance is not None:
             value = -1.0 if thing_label is None else self.boundary_instance.per_class[thing_label]
             row["boundary_AP"] = _defined(value)
+        if self.box_instance is not None:
+            value = -1.0 if thing_label is None else self.box_instance.per_class[thing_label]
+            row["box_AP"] = _defined(value)
         if self.cityscapes_instance is not None:
             known = self.cityscapes_instance.per_class.get(category.id)
             row["cityscapes_AP"] = None if known is None else 100 * known[0]

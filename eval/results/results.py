@@ -19,8 +19,11 @@ from m2f.eval.metrics.panoptic_quality import PanopticQuality, Quality
 from m2f.eval.metrics.segment_errors import SegmentErrors
 from m2f.eval.results.extra import ExtraResults
 from m2f.eval.results.settings import EvaluationSettings
+from m2f.model.counted import counted
 
 Number = float | int | None
+CLASS_DETAILS = ("AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""Numbers by class that the JSON file and the page have, for which a terminal is too narrow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,9 @@ class EvaluationResults:
             splits = (("", self.panoptic.all), ("_th", self.panoptic.things), ("_st", self.panoptic.stuff))
             for suffix, quality in splits:
                 values |= {f"{name}{suffix}": value for name, value in _quality(quality).items()}
+            values |= {f"PQ_{size}": _quality(quality)["PQ"] for size, quality in self.panoptic.by_size.items()}
         if self.instance is not None:
-            values |= {name: None if value < 0 else 100 * value for name, value in self.instance.stats.items()}
+            values |= {name: _defined(value) for name, value in self.instance.stats.items()}
         if self.semantic is not None:
             values |= _semantic(self.semantic)
         return values | self.extra.metrics()
@@ -87,7 +91,6 @@ class EvaluationResults:
         only_things = self.panoptic is None and self.semantic is None
         labels = self.categories.labels("panoptic")
         thing_labels = self.categories.labels("instance")
-        average_precisions = self.instance.per_class if self.instance is not None else ()
         rows = []
         for category in self.categories.for_task("instance" if only_things else "panoptic"):
             label = labels[category.id]
@@ -98,8 +101,8 @@ class EvaluationResults:
                 row |= {name: 100 * value if q.occurs else None for name, value in shares.items()}
                 row |= {"TP": q.true_positives, "FP": q.false_positives, "FN": q.false_negatives}
             if self.instance is not None:
-                value = average_precisions[thing_labels[category.id]] if category.is_thing else -1.0
-                row["AP"] = None if value < 0 else 100 * value
+                stats = self.instance.class_stats(thing_labels[category.id]) if category.is_thing else {}
+                row |= {name: _defined(stats.get(name, -1.0)) for name in ("AP", *CLASS_DETAILS)}
             if self.semantic is not None:
                 row["IoU"] = _percent(self.semantic.per_class[label])
                 row["pixels"] = self.semantic.truth_pixels[label]
@@ -141,6 +144,8 @@ class EvaluationResults:
                 for split, suffix in (("all", ""), ("things", "_th"), ("stuff", "_st"))
             ]
             blocks.append(columns(["panoptic", "PQ", "SQ", "RQ", "classes"], rows))
+            if sizes := {f"PQ_{size}": metrics[f"PQ_{size}"] for size in self.panoptic.by_size}:
+                blocks.append(columns(["by size", *sizes], [["", *sizes.values()]]))
         if self.instance is not None:
             names = list(self.instance.stats)
             blocks.append(columns(["mask AP", *names], [["", *(metrics[name] for name in names)]]))
@@ -150,7 +155,7 @@ class EvaluationResults:
         blocks += [columns([g.title, *g.numbers], [["", *g.numbers.values()]]) for g in self.extra.groups()]
         if per_class:
             classes = self.per_class()
-            names = [name for name in classes[0] if name not in ("id", "name", "is_thing")]
+            names = [name for name in classes[0] if name not in ("id", "name", "is_thing", *CLASS_DETAILS)]
             rows = [
                 [row["name"], "thing" if row["is_thing"] else "stuff", *(row[name] for name in names)]
                 for row in classes
@@ -160,7 +165,7 @@ class EvaluationResults:
 
     def _title(self) -> str:
         subject = self.subject
-        parts = [f"{subject.label}: {self.num_images} images"]
+        parts = [f"{subject.label}: {counted(self.num_images, 'image')}"]
         if subject.subset is not None:
             parts.append(f"SUBSET ({subject.subset})")
         if subject.test_time is not None:
@@ -186,6 +191,11 @@ def _semantic(result: MeanIoU) -> dict[str, float | None]:
         "mIoU_occurring": _percent(result.miou_occurring),
         "mIoU_all": _percent(result.miou_all),
     }
+
+
+def _defined(value: float) -> float | None:
+    """Per cent of one of COCO's numbers, which are -1 where nothing is annotated."""
+    return None if value < 0 else 100 * value
 
 
 def _percent(share: float | None) -> float | None:

@@ -32,6 +32,7 @@ _STATE_TYPES = {
     "segments": SegmentErrorState,
     "boundary_panoptic": PanopticQualityState,
     "boundary_instance": AveragePrecisionState,
+    "box_instance": AveragePrecisionState,
     "class_agnostic": AveragePrecisionState,
     "cityscapes_instance": CityscapesAPState,
     "cityscapes_semantic": CityscapesIoUState,
@@ -49,6 +50,7 @@ class EvaluationStates:
     """Of the panoptic task, else of the instance task; None where neither is requested."""
     boundary_panoptic: PanopticQualityState | None = None
     boundary_instance: AveragePrecisionState | None = None
+    box_instance: AveragePrecisionState | None = None
     class_agnostic: AveragePrecisionState | None = None
     cityscapes_instance: CityscapesAPState | None = None
     cityscapes_semantic: CityscapesIoUState | None = None
@@ -70,6 +72,8 @@ class EvaluationStates:
             states.boundary_panoptic = PanopticQualityState(is_thing, BOUNDARY_RATIO)
         if "boundary" in extra and "instance" in tasks:
             states.boundary_instance = AveragePrecisionState(len(things), boundary_ratio=BOUNDARY_RATIO)
+        if "box" in extra and "instance" in tasks:
+            states.box_instance = AveragePrecisionState(len(things))
         if "class_agnostic" in extra and "instance" in tasks:
             states.class_agnostic = AveragePrecisionState(1)
         if "cityscapes" in extra and "instance" in tasks:

@@ -44,7 +44,7 @@ evaluation:
       limit: 2
       tasks: [semantic]
       test_time: {{kind: multi_scale, shortest_edges: [48, 64], max_size: 128}}
-  extra_metrics: [boundary, class_agnostic]
+  extra_metrics: [boundary, box, class_agnostic]
   tasks: [panoptic, instance, semantic]
   shortest_edge: 64
   max_size: 96
@@ -89,7 +89,7 @@ def test_fixed_and_worst_images_tables_and_the_page(small):
     assert decode_png(files["worst.png"]).shape[1] > 1000
     assert b"A subset: first 3 of 10" in subset.files()["report.html"]
     assert files["report.html"].count(b"<img") == 6
-    assert whole.results.headline("val").keys() >= {"val/boundary_PQ", "val/boundary_AP", "val/class_agnostic_AR100"}
+    assert whole.results.headline("val").keys() >= {"val/boundary_PQ", "val/box_AP", "val/class_agnostic_AR100"}
     assert scaled.results.table().startswith("val_ms: 2 images, SUBSET (first 2 of 10), 2 scales, flipped too")
     assert set(scaled.results.metrics()) == {name for name in whole.results.metrics() if "IoU" in name or "ACC" in name}
 

@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
+from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
 from m2f.eval.metrics.panoptic_quality import (
     PanopticPrediction,
     PanopticQualityState,
@@ -49,7 +50,7 @@ def some_images(seed, count=12):
     return images
 
 
-def pycocotools_run(images, classes, *, max_dets=(1, 10, 100), bounds=None):
+def pycocotools_run(images, classes, *, kind="segm", max_dets=(1, 10, 100), bounds=None):
     annotations, results = [], []
     for image_id, (truth, found) in images.items():
         for mask, label, area, crowd in zip(truth.masks, truth.labels, truth.areas, truth.is_crowd, strict=True):
@@ -67,7 +68,7 @@ def pycocotools_run(images, classes, *, max_dets=(1, 10, 100), bounds=None):
             "annotations": annotations,
         }
         coco.createIndex()
-        run = COCOeval(coco, coco.loadRes(results), "segm")
+        run = COCOeval(coco, coco.loadRes(results), kind)
         run.params.maxDets = list(max_dets)
         run.params.catIds = [k + 1 for k in classes]
         if bounds is not None:
@@ -103,6 +104,18 @@ def test_other_sizes_and_limits_are_pycocotools():
     usual, other = AveragePrecisionState(3), AveragePrecisionState(3, area_bounds=(500, 4000))
     with pytest.raises(EvaluationError, match="different settings"):
         usual.merge(other)
+
+
+def test_boxes_of_masks_are_pycocotools():
+    images = some_images(2)
+    state = AveragePrecisionState(NUM_CLASSES)
+    for image_id, (truth, found) in images.items():
+        state.add(image_id, match_boxes(boxes_of_truth(truth), boxes_of_detections(found), 100))
+    result, oracle = state.compute(), pycocotools_run(images, range(NUM_CLASSES), kind="bbox")
+    np.testing.assert_array_equal(result.precision, oracle.eval["precision"])
+    np.testing.assert_array_equal(result.recall, oracle.eval["recall"])
+    assert list(result.stats.values()) == oracle.stats.tolist()
+    assert 0.1 < result.stats["AP"] < 0.9
 
 
 def random_panoptic(random):
