@@ -8,6 +8,7 @@ from typing import Protocol
 import yaml
 
 from m2f.data_pipeline.config import DataConfig, StorageConfig
+from m2f.data_pipeline.documents import parse_yaml
 from m2f.model.config import ModelConfig
 from m2f.trainer.checkpoint.identity import ModelIdentity
 from m2f.trainer.config import TrainingConfig
@@ -61,7 +62,7 @@ class TrainJob:
         job = replace(self, training=replace(self.training, micro_batch=size))
         if not self.recipe:
             return job
-        recipe = yaml.safe_load(self.recipe)
+        recipe = parse_yaml(self.recipe)
         recipe["training"]["micro_batch"] = size
         return replace(job, recipe=yaml.safe_dump(recipe, sort_keys=False, width=100))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.spikes import LossHistory
@@ -55,7 +56,7 @@ class TrainState:
     def from_json(data: bytes, source: str) -> TrainState:
         """Read back. Raises CheckpointError naming `source`."""
         try:
-            content = json.loads(data)
+            content = parse_json(data)
             losses = content.pop("losses", {"recent": ()})  # states of version 0.1.0 have none
             return TrainState(**content, losses=LossHistory(**losses | {"recent": tuple(losses["recent"])}))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from m2f.cluster.evaluation.choice import choose
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, CommitList
@@ -160,6 +161,6 @@ def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
     if not storage.exists(url):
         return ()
     try:
-        return tuple(Entry(**row) for row in json.loads(storage.get(url)))
+        return tuple(Entry(**row) for row in parse_json(storage.get(url)))
     except (ValueError, TypeError) as error:
         raise EvaluationError(f"{url}: not a queue of evaluations ({error}); delete it to evaluate again") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, frame_orientation, is_image_name, read_header
 from m2f.data_pipeline.keys import check_key
@@ -83,7 +83,7 @@ def _distinct_names(urls: Sequence[str]) -> list[str]:
 def read_image_list(path: Path) -> ImageList:
     """Read a COCO file with `images`. Raises DataError naming it."""
     try:
-        document: dict[str, Any] = json.loads(path.read_bytes())
+        document: dict[str, Any] = parse_json(path.read_bytes())
         images = {e["file_name"]: (int(e["id"]), int(e["height"]), int(e["width"])) for e in document["images"]}
         categories = {int(e["id"]): str(e["name"]) for e in document.get("categories", ())}
     except OSError as error:

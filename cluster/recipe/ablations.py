@@ -10,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import m2f
+from m2f.data_pipeline.documents import parse_yaml
 from m2f.model.errors import ConfigError
 
 CONFIGS = m2f.HOME / "configs"
@@ -39,9 +38,7 @@ class Ablation:
 @cache
 def ablations() -> dict[str, Ablation]:
     """The table, by name."""
-    return {
-        name: _ablation(name, content) for name, content in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items()
-    }
+    return {name: _ablation(name, content) for name, content in parse_yaml(TABLE.read_bytes()).items()}
 
 
 def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:

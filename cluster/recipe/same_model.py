@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import yaml
-
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten_tree, require_no_problems
 from m2f.cluster.recipe.retired import apply_renames, drop_retired
+from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.identity import ModelIdentity
 
@@ -54,7 +53,10 @@ def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str)
 
 
 def _settings(recipe: str, optimizer: bool) -> Mapping[str, str]:
-    tree = yaml.safe_load(recipe) or {}
+    try:
+        tree = parse_yaml(recipe) or {}
+    except DocumentError as error:
+        raise ConfigError(f"the recipe of the weights is not valid YAML ({error}); give other weights") from error
     problems: list[str] = []
     apply_renames(tree, problems)
     drop_retired(tree, problems)

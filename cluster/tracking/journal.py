@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from m2f.data_pipeline.documents import parse_json
+
 Entry = dict[str, Any]
 """One JSON object."""
 Kind = Literal["metrics", "artifact", "tag", "status"]
@@ -112,7 +114,7 @@ def _write_whole(file: BinaryIO, data: bytes) -> None:
 def _parse(line: bytes) -> Entry | None:
     """The entry, or None for the half line that a killed writer left."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

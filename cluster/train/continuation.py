@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
-
 from m2f.cluster.recipe.same_model import model_changes
 from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -66,10 +65,10 @@ def _read(storage: Storage, url: str) -> _Stored | None:
         return None
     recipe = storage.get(join(url, RECIPE)).decode()
     try:
-        content = yaml.safe_load(recipe)
+        content = parse_yaml(recipe)
         task, first = content["data"].get("task", "panoptic"), content["data"]["train"][0]["dataset"]
         shards = content["datasets"][first]["shards"]
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (DocumentError, LookupError, TypeError, AttributeError):
         return None
     try:
         classes = Manifest.load(shards, storage).categories.for_task(task)

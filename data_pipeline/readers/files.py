@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import (
     BrokenImageError,
@@ -93,8 +93,8 @@ def read_json(path: str) -> Any:
     """Content of a JSON file. Raises DataError naming it."""
     require_file(path)
     try:
-        return json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:  # brackets nested thousands deep are no JSON of ours
+        return parse_json(Path(path).read_bytes())
+    except DocumentError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 

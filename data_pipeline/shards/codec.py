@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import (
     BrokenImageError,
@@ -107,7 +108,7 @@ def _decode_description(members: Mapping[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         raise DataError(f"a sample without its json member: it has {sorted(members)}; the shard is not one of ours")
     try:
-        description = json.loads(members["json"])
+        description = parse_json(members["json"])
         for field in ("key", "image_id", "source", "height", "width", "exif", "inst_layers", "segments"):
             description[field]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

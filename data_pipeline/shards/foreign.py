@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.image_file import (
     BrokenImageError,
@@ -73,7 +74,7 @@ def form_from_json(fields: dict[str, Any]) -> ForeignForm:
 def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
     """The sample of foreign members with their form and identity. Raises DataError naming the sample."""
     form, table = _read_form(members[FORM])
-    identity = json.loads(members[IDENTITY])
+    identity = parse_json(members[IDENTITY])
     name = f"sample {identity['key']!r} ({identity['source']})"
     height, width = identity["size"]
     annotation = decode_labels(members, form, table, (height, width), name)
@@ -133,7 +134,7 @@ def _panoptic(
     assert form.json is not None
     regions: dict[int, Region | None] = {0: None}
     try:
-        for entry in json.loads(members[form.json])["segments_info"]:
+        for entry in parse_json(members[form.json])["segments_info"]:
             category = table.by_id[int(entry["category_id"])]
             regions[int(entry["id"])] = Region(
                 category,
@@ -166,6 +167,6 @@ def _require_size(header: ImageHeader, size: tuple[int, int], what: str) -> None
 @lru_cache(maxsize=16)
 def _read_form(data: bytes) -> tuple[ForeignForm, CategoryTable]:
     """Names and colours of categories are not needed here and stay behind."""
-    content = json.loads(data)
+    content = parse_json(data)
     table = CategoryTable(tuple(Category(i, "", is_thing, (0, 0, 0)) for i, is_thing in content["categories"]))
     return form_from_json(content["form"]), table

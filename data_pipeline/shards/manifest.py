@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import DataError, MissingObjectError, StorageError
 from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.partition import find_runs
@@ -328,7 +329,7 @@ def read_document(url: str, storage: Storage) -> dict[str, Any] | None:
     except MissingObjectError:
         return None
     try:
-        document = json.loads(content)
+        document = parse_json(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); restore it or write the data set again") from error
     found = document.get("format") if isinstance(document, dict) else None

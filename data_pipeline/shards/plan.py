@@ -13,6 +13,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError
 from m2f.data_pipeline.readers import Reader
 from m2f.data_pipeline.shards import manifest
@@ -126,10 +127,15 @@ def _claim(plan: ShardPlan) -> dict[str, Any]:
 
 
 def _read_claim(plan: ShardPlan, storage: Storage) -> dict[str, Any] | None:
+    url = join(plan.target, _PLAN_FILE)
     try:
-        return json.loads(storage.get(join(plan.target, _PLAN_FILE)))
+        return parse_json(storage.get(url))
     except MissingObjectError:
         return None
+    except DocumentError as error:
+        raise DataError(
+            f"{url} is not valid JSON ({error}); delete it, and the unfinished job goes on from its parts"
+        ) from error
 
 
 def _refuse_target(plan: ShardPlan, claim: dict[str, Any]) -> NoReturn:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.readers import Reader
 from m2f.data_pipeline.readers.source_files import FileState, file_state
@@ -187,7 +188,7 @@ def _read_record(target: str, shard: int, storage: Storage) -> _Record | None:
     """The record of a shard; None where it is damaged, so that nothing is known of its files."""
     try:
         table = pq.read_table(io.BytesIO(storage.get(_url(target, shard))))
-        digest = json.loads((table.schema.metadata or {})[b"shard"])["sha256"]
+        digest = parse_json((table.schema.metadata or {})[b"shard"])["sha256"]
         rows = table.replace_schema_metadata(None).cast(_SCHEMA).to_pylist()
     except (pa.ArrowInvalid, KeyError, ValueError):
         return None

@@ -313,7 +313,7 @@ def _require(path: Path, values: Mapping[str, Any], wanted: Mapping[str, Any], p
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: a JSON object is expected")

@@ -66,7 +66,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         return read_state(found)
     try:
         shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"weights {found}: not an index of weights ({_first_sentence(error)})") from error
     state: dict[str, Tensor] = {}
     for shard in shards:

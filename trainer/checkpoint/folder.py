@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import MissingObjectError, StorageError
 from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.storage.scratch import ScratchFolder
@@ -105,7 +106,7 @@ def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
     if not storage.exists(address):
         return None
     try:
-        content = json.loads(storage.get(address))
+        content = parse_json(storage.get(address))
         return Receipt(content["attempt"], _entries(content["files"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -122,7 +123,7 @@ def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
     """
     address = join(url, MANIFEST)
     try:
-        content = json.loads(storage.get(address))
+        content = parse_json(storage.get(address))
         version = int(content["version"])
         if version > _VERSION:
             raise NewerFormatError(
@@ -199,7 +200,7 @@ def metrics_of_old_checkpoint(storage: Storage, url: str) -> dict[int, dict[str,
 
 def points_by_step(data: bytes) -> dict[int, dict[str, float]]:
     """Metrics by step as they are stored. Raises ValueError where the content is something else."""
-    content = json.loads(data)
+    content = parse_json(data)
     try:
         return {
             int(step): {str(name): float(value) for name, value in values.items()} for step, values in content.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.label_space import ClassMatch, LabelSpace
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -78,7 +79,7 @@ class ModelIdentity:
     def from_json(cls, text: str | bytes, source: str) -> Self:
         """Read back. Raises CheckpointError naming `source`."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             if content["version"] != _VERSION:
                 raise CheckpointError(f"{source} was written by a newer version of this program; update it")
             return cls(
@@ -117,7 +118,7 @@ def read_metadata(path: str | Path) -> ModelIdentity | None:
         if size > path.stat().st_size:
             return None  # whoever loads the tensors says that the file is cut off
         try:
-            text = json.loads(file.read(size)).get("__metadata__", {}).get(METADATA_KEY)
+            text = parse_json(file.read(size)).get("__metadata__", {}).get(METADATA_KEY)
         except (ValueError, AttributeError):
             return None
     return None if text is None else ModelIdentity.from_json(text, str(path))

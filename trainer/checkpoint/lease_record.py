@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.errors import CheckpointError, LeaseLostError
 
@@ -97,7 +98,7 @@ def read_record(storage: Storage, run_folder: str, number: int) -> LeaseRecord:
     url = record_url(run_folder, number)
     data = storage.get(url)
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         holder = Holder(**content["holder"])
         return LeaseRecord(content["number"], content["nonce"], holder, tuple(content["found"]))
     except (ValueError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.errors import ConfigError
 from m2f.trainer.job import PositionRange, TrainJob
@@ -61,7 +62,7 @@ def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
     if not storage.exists(url):
         return Adjustments()
     try:
-        content = json.loads(storage.get(url))
+        content = parse_json(storage.get(url))
         micro_batch, found = content["micro_batch"], content["skipped"]
         skipped = tuple(PositionRange(_count(p["start"], 0), _count(p["stop"], 1)) for p in found)
         reasons = tuple(str(reason) for reason in content["reasons"])

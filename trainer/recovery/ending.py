@@ -7,6 +7,7 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import MissingObjectError
 from m2f.data_pipeline.storage.storage import Storage, join
 
@@ -33,7 +34,7 @@ def read_ending(storage: Storage, run_folder: str, attempt: str) -> Ending | Non
     """What a rank of the attempt wrote; None where none did, or where it is damaged: exit codes must do then."""
     url = _url(run_folder, attempt)
     try:
-        content = json.loads(storage.get(url))
+        content = parse_json(storage.get(url))
         if content["kind"] in get_args(Kind):
             return Ending(content["kind"], str(content["message"]))
         LOGGER.warning(f"{url}: an attempt cannot end as {content['kind']!r}; the exit of its processes is judged")

@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.job import TrainJob
 from m2f.trainer.ranks import Ranks
@@ -173,7 +174,7 @@ class Watchdog:
         urls = {self._url(rank) for rank in range(self._ranks.world_size)}
         while (there := urls & set(self._storage.list(self._folder))) != urls and time.monotonic() < deadline:
             time.sleep(0.2)
-        found = [RankStacks(**json.loads(self._storage.get(url))) for url in there]
+        found = [RankStacks(**parse_json(self._storage.get(url))) for url in there]
         return sorted(found, key=lambda stacks: stacks.rank)
 
     def _tell(self, found: Sequence[RankStacks]) -> None:

@@ -1,0 +1,127 @@
+"""JSON and YAML from files that anybody may have written: values or one error, at bounded cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from m2f.data_pipeline.errors import DataError
+
+MAX_YAML_BYTES = 2_000_000
+"""A complete recipe has 10 KB; PyYAML takes a second per 100 KB."""
+MAX_YAML_DEPTH = 64
+MAX_YAML_NODES = 100_000
+"""With every alias counted as what it stands for: nine lines of aliases of aliases are 10^9 values."""
+
+_LONG_INTEGER = re.compile(rb"(?:^|[\s,:\[])-?\d{19}")
+_INTEGERS = range(-(2**63), 2**64)
+
+
+class DocumentError(DataError):
+    """A document that cannot be read. The message says why; whoever knows its name puts that before it."""
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Values of a JSON document.
+
+    Raises:
+        DocumentError: it is not valid, is nested too deeply, or holds an integer of more than 64 bits.
+    """
+    content = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+    # A function per integer would take several seconds for the annotations of COCO.
+    check = _integer_of_64_bits if _LONG_INTEGER.search(content) else None
+    try:
+        return json.loads(content, parse_int=check)
+    except RecursionError:
+        raise DocumentError("its brackets are nested too deeply") from None
+    except ValueError as error:
+        raise DocumentError(str(error)) from error
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Values of the one YAML document in a text; no key may be written twice in a mapping.
+
+    Raises:
+        DocumentError: it is not valid, is too long or nested too deeply, or its aliases stand for too much.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise DocumentError(f"it has {len(text)} bytes; more than {MAX_YAML_BYTES} are refused")
+    try:
+        return yaml.load(text, Loader=_BoundedLoader)
+    except DocumentError:
+        raise
+    # PyYAML lets through what Python says of `!!int x`, `!!bool x`, 2001-99-99 or a number of 5000 digits.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise DocumentError(" ".join(str(error).split())) from error
+
+
+def _integer_of_64_bits(digits: str) -> int:
+    return _require_64_bits(int(digits), digits)
+
+
+def _require_64_bits(value: int, digits: str) -> int:
+    if value not in _INTEGERS:
+        raise DocumentError(f"the integer {digits[:24]} has more than 64 bits")
+    return value
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """SafeLoader that bounds depth and size, and refuses keys written twice, where PyYAML would keep the last."""
+
+    def __init__(self, stream: str | bytes) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._extents: dict[int, tuple[int, int]] = {}  # by id: values and depth below and with a node that is complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self._depth >= MAX_YAML_DEPTH:
+            raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH}")
+        is_alias = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None:
+            if id(node) not in self._extents:
+                if is_alias:
+                    raise self._too_much("an alias within what it stands for")
+                self._extents[id(node)] = self._extent(node)
+            values, depth = self._extents[id(node)]
+            if values > MAX_YAML_NODES:
+                raise self._too_much(f"more than {MAX_YAML_NODES} values, with all that its aliases stand for")
+            if self._depth + depth > MAX_YAML_DEPTH:
+                raise self._too_much(f"nested deeper than {MAX_YAML_DEPTH}")
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in seen:
+                raise DocumentError(
+                    f"the key `{key}` is written twice (lines {seen[key]} and {line}); keep one of them"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return _require_64_bits(super().construct_yaml_int(node), node.value)
+
+    def _extent(self, node: yaml.Node) -> tuple[int, int]:
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        extents = [self._extents[id(child)] for child in children]
+        return 1 + sum(values for values, _ in extents), 1 + max((depth for _, depth in extents), default=0)
+
+    def _too_much(self, what: str) -> DocumentError:
+        return DocumentError(f"line {self.line + 1}: {what}")
+
+
+_BoundedLoader.add_constructor("tag:yaml.org,2002:int", _BoundedLoader.construct_yaml_int)
