@@ -37,9 +37,21 @@ class ColumnFiles:
     def column(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Every key with its array of one column, file by file."""
         for path in self._paths:
-            table = pq.read_table(path, columns=[_KEY, name]).combine_chunks()
-            for keys, lists in zip(table[_KEY].chunks, table[name].chunks, strict=True):
-                offsets = lists.offsets.to_numpy()
-                values = lists.values.to_numpy(zero_copy_only=False)
-                bounds = pairwise(offsets.tolist())
-                yield from ((key, values[a:b]) for key, (a, b) in zip(keys.to_pylist(), bounds, strict=True))
+            yield from _lists(pq.read_table(path, columns=[_KEY, name]))
+
+    def rows(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Every key with its arrays of all columns, file by file."""
+        for path in self._paths:
+            table = pq.read_table(path)
+            keys, names = table[_KEY].to_pylist(), [name for name in table.column_names if name != _KEY]
+            columns = [[values for _, values in _lists(table.select([_KEY, name]))] for name in names]
+            yield from ((key, dict(zip(names, row, strict=True))) for key, *row in zip(keys, *columns, strict=True))
+
+
+def _lists(table: pa.Table) -> Iterator[tuple[int, np.ndarray]]:
+    """Keys and arrays of a table with the key and one column."""
+    for keys, lists in zip(*(column.chunks for column in table.combine_chunks().columns), strict=True):
+        offsets = lists.offsets.to_numpy()
+        values = lists.values.to_numpy(zero_copy_only=False)
+        bounds = pairwise(offsets.tolist())
+        yield from ((key, values[a:b]) for key, (a, b) in zip(keys.to_pylist(), bounds, strict=True))

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -19,6 +22,21 @@ import numpy as np
 
 from m2f.data_pipeline.storage.column_files import ColumnFiles
 from m2f.eval.errors import EvaluationError
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    MemoryError,  # a damaged header can state any shape
+    RuntimeError,  # a flag says that a member is encrypted, or compressed in an unknown way
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What numpy and zipfile raise for bytes that are no npz file, or a damaged one."""
 
 
 def column(dtype: str, *row: int, beside: str | None = None) -> dict[str, Any]:
@@ -98,16 +116,15 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
                 f"{self.name}: cannot merge states with different settings: {self._settings} and {other._settings}; "
                 "evaluate both with the same recipe"
             )
-        for image_id, record in other._records.items():
+        for image_id, record in other._all_records():
             self._check_agrees(image_id, record)
-        for image_id, record in other._records.items():
+        for image_id, record in other._all_records():
             self.add(image_id, record)
 
     def spill(self, folder: Path, above: int) -> None:
         """Move the records to a parquet file under `folder` if they hold more than so many bytes.
 
-        Metrics have the same bits afterwards. `record` knows only what is in memory; a state that has spilled cannot be
-        merged into another.
+        Metrics have the same bits afterwards. `record` knows only what is in memory.
         """
         if self._held_bytes <= above:
             return
@@ -125,6 +142,13 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
                 f"{self.name}: image {image_id} was evaluated twice with different outcomes; two images share the id, "
                 "or the checkpoint or the data changed in between: evaluate again from the start"
             )
+
+    def _all_records(self) -> Iterator[tuple[int, RecordT]]:
+        """Every record, those in files too: one spilled part after the other, then what is in memory."""
+        if self._files is not None:
+            for image_id, columns in self._files.rows():
+                yield image_id, self._record_type(**columns)
+        yield from self._records.items()
 
     def record(self, image_id: int) -> RecordT:
         """The record of an image in this state."""
@@ -175,7 +199,7 @@ class MetricState(ABC, Generic[RecordT, ResultT]):
                 parts = [np.split(arrays[f"rows.{n}"], np.cumsum(arrays[f"counts.{n}"]))[:-1] for n in names]
                 for image_id, *columns in zip(arrays["image_ids"].tolist(), *parts, strict=True):
                     state.add(image_id, state._record_type(**dict(zip(names, columns, strict=True))))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise EvaluationError(
                 f"{cls.name}: {len(payload)} bytes are not a stored state ({error}); evaluate again"
             ) from error

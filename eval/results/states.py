@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState
-from m2f.eval.metrics.base import MetricState
+from m2f.eval.metrics.base import UNREADABLE, MetricState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
 from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
@@ -147,7 +146,7 @@ class EvaluationStates:
                         states.panels[int(key)] = part
                     else:
                         setattr(states, key, _STATE_TYPES[key].from_bytes(part))
-        except (OSError, EOFError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise EvaluationError(
                 f"{len(payload)} bytes are not stored evaluation states ({error}); evaluate again"
             ) from error

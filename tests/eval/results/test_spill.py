@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,7 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState, DetectionRecord
 from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState, PanopticRecord
+from m2f.eval.results.states import EvaluationStates
 
 
 def detections(seed, count):
@@ -82,3 +85,43 @@ def test_other_metrics_have_the_same_bits_from_files(tmp_path):
     assert semantic.compute() == whole_semantic.compute()
     assert panoptic.compute() == whole_panoptic.compute()
     assert panoptic.to_bytes() == whole_panoptic.to_bytes()
+
+
+def test_a_state_in_files_merges_into_another_with_all_its_images(tmp_path):
+    whole, parts = ap_state(range(20)), [ap_state(range(9)), ap_state(range(7, 20))]
+    for n, part in enumerate(parts):
+        part.spill(tmp_path / f"part{n}", 0)
+        part.add(30 + n, detections(30 + n, 2))  # in memory
+        whole.add(30 + n, detections(30 + n, 2))
+    merged = AveragePrecisionState(3)
+    for part in (parts[1], parts[0], parts[1]):
+        merged.merge(part)
+    assert merged.to_bytes() == whole.to_bytes()
+    parts[0].merge(parts[1])  # both in files
+    assert parts[0].to_bytes() == whole.to_bytes()
+
+
+def test_a_state_in_files_with_another_outcome_is_refused_before_anything_is_taken(tmp_path):
+    other, mine = ap_state(range(3)), ap_state(range(2))
+    other.add(9, detections(8, 2))
+    mine.add(9, detections(9, 2))
+    other.spill(tmp_path / "other", 0)
+    with pytest.raises(EvaluationError, match="image 9 was evaluated twice with different outcomes"):
+        mine.merge(other)
+    assert mine.image_ids == (0, 1, 9)
+
+
+@pytest.mark.parametrize(
+    "state", [ap_state(range(4)), EvaluationStates(instance=ap_state(range(4)))], ids=["one", "all"]
+)
+def test_damaged_bytes_are_refused_in_one_message(state):
+    whole = state.to_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[int(rng.integers(len(whole)))] ^= int(rng.integers(1, 256))
+        for payload in (bytes(damaged), whole[: int(rng.integers(len(whole)))]):
+            with contextlib.suppress(EvaluationError):  # some bytes of a zip file mean nothing
+                type(state).from_bytes(payload)
+    with pytest.raises(EvaluationError, match=r"bytes are not .*stored .*state.*; evaluate again"):
+        type(state).from_bytes(whole[: len(whole) // 2])
