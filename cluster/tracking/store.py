@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 
+from m2f.data_pipeline.urls import REMEDY, url_problem
 from m2f.model.errors import UserError
 
 MAX_PARAM_CHARS = 6000
@@ -22,8 +23,15 @@ class TrackingError(UserError):
     """The tracking store cannot be used. Names its URI, the cause and the remedy."""
 
 
+def checked_uri(uri: str) -> str:
+    """The URI of a tracking store. Raises TrackingError for one that may hold a secret: it is stored and printed."""
+    if (problem := url_problem(uri)) is not None:
+        raise TrackingError(f"the tracking URI {problem}, and would be stored with the run. {REMEDY}")
+    return uri
+
+
 def connect(uri: str) -> MlflowClient:
-    """A client of a tracking store that is quiet and gives up soon."""
+    """A client of a tracking store that is quiet and gives up soon. Raises TrackingError as `checked_uri` does."""
     # By default MLflow retries a request for minutes; our journal waits better than a blocked thread does.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -32,7 +40,7 @@ def connect(uri: str) -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # prints every error that it also raises
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=checked_uri(uri))
 
 
 @contextmanager
@@ -40,6 +48,8 @@ def named_store(uri: str) -> Iterator[None]:
     """Raise TrackingError for whatever a store, a driver or a proxy may raise."""
     try:
         yield
+    except TrackingError:
+        raise
     except Exception as error:
         cause = brief(error)
         remedy = (

@@ -28,12 +28,14 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe, flatten
 from m2f.cluster.tracking.database import make_database
 from m2f.cluster.tracking.journal import Entry, Journal
+from m2f.cluster.tracking.patience import Patience
 from m2f.cluster.tracking.provenance import DataInput, code_facts, data_facts, data_inputs
 from m2f.cluster.tracking.record import RunRecord, read_record, record_url, write_record
 from m2f.cluster.tracking.sender import ENTRIES_PER_READ, Sender
 from m2f.cluster.tracking.store import (
     MAX_PARAM_CHARS,
     TrackingError,
+    checked_uri,
     connect,
     named_store,
     shortened,
@@ -60,6 +62,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
 
     Raises:
         TrackingError: the store cannot be reached or refuses the run. Only at the first start: later outages wait.
+        TrackingAwayError: a server that had answered was away for longer than `storage.patience_s`; also only then.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
     storage = Storage(config.storage)
@@ -91,13 +94,7 @@ def tracking_uri(config: RunConfig) -> str:
         raise TrackingError(
             f"output is {config.output}, where no sqlite file can be: set tracking.uri or MLFLOW_TRACKING_URI"
         )
-    if uri is not None and re.search(r"://[^/@\s]+:[^/@\s]+@", uri):
-        raise TrackingError(
-            "the tracking URI holds a password, which would be stored with the run: "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, or what the database's own client "
-            "reads (PGPASSWORD or ~/.pgpass, ~/.my.cnf)"
-        )
-    return uri or f"sqlite:///{default_database(config)}"
+    return f"sqlite:///{default_database(config)}" if not uri else checked_uri(uri)
 
 
 def default_database(config: RunConfig) -> Path:
@@ -222,14 +219,16 @@ def _tagged_run(config: RunConfig, uri: str) -> str | None:
     """Id of the newest run with the tag of this run folder."""
     with named_store(uri):
         client = connect(uri)
-        experiment = client.get_experiment_by_name(config.tracking.experiment)
+        patience = Patience(uri, config.storage.patience_s)
+        experiment = patience.ask(lambda: client.get_experiment_by_name(config.tracking.experiment))
         if experiment is None:
             return None
         # In a database of its own every run is one of this folder, which may have been moved.
         quote = '"' if "'" in config.run_folder else "'"
         wanted = f"tags.`{_FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
         wanted = "" if uri == f"sqlite:///{default_database(config)}" else wanted
-        found = client.search_runs([experiment.experiment_id], wanted, max_results=1)  # the newest comes first
+        runs = [experiment.experiment_id]
+        found = patience.ask(lambda: client.search_runs(runs, wanted, max_results=1))  # the newest comes first
         return found[0].info.run_id if found else None
 
 
@@ -241,17 +240,38 @@ def _start_run(
         if uri.startswith("sqlite:///"):
             path = Path(uri.removeprefix("sqlite:///"))
             make_database(path, connect, may_replace=path == default_database(config))
-        client = connect(uri)
-        tags = {_FOLDER_TAG: config.run_folder, "m2f.version": version("m2f"), **facts}
-        if "code.commit" in facts:
-            tags["mlflow.source.git.commit"] = facts["code.commit"]  # shown as the version of the run
-        run_id = client.create_run(_experiment(client, config, uri), run_name=config.name, tags=tags).info.run_id
+        client, patience = connect(uri), Patience(uri, config.storage.patience_s)
+        experiment = patience.ask(lambda: _experiment(client, config, uri))
+        run_id = patience.ask(_Creation(client, config, experiment, facts))
         params = [Param(store_key(key)[:250], shortened(value)) for key, value in parameters.items()]
         for start in range(0, len(params), PARAMS_PER_CALL):
-            client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
-        client.log_inputs(run_id, [_dataset_input(entry) for entry in inputs])
-        client.log_text(run_id, dump_recipe(config), "recipe.yaml")
+            group = params[start : start + PARAMS_PER_CALL]
+            patience.ask(lambda group=group: client.log_batch(run_id, params=group))
+        patience.ask(lambda: client.log_inputs(run_id, [_dataset_input(entry) for entry in inputs]))
+        patience.ask(lambda: client.log_text(run_id, dump_recipe(config), "recipe.yaml"))
     return run_id
+
+
+class _Creation:
+    """Makes the run, and finds it when it is called again since only the answer was lost."""
+
+    def __init__(self, client: MlflowClient, config: RunConfig, experiment: str, facts: Mapping[str, str]) -> None:
+        self._client, self._config, self._experiment = client, config, experiment
+        self._tags = {_FOLDER_TAG: config.run_folder, "m2f.version": version("m2f"), **facts}
+        if "code.commit" in facts:
+            self._tags["mlflow.source.git.commit"] = facts["code.commit"]  # shown as the version of the run
+        self._start_ms = time.time_ns() // 1_000_000
+        self._called = False
+
+    def __call__(self) -> str:
+        called, self._called = self._called, True
+        if called:
+            wanted = f"attributes.start_time = {self._start_ms}"
+            for run in self._client.search_runs([self._experiment], wanted):
+                if run.data.tags.get(_FOLDER_TAG) == self._config.run_folder:
+                    return run.info.run_id
+        made = self._client.create_run(self._experiment, self._start_ms, self._tags, self._config.name)
+        return made.info.run_id
 
 
 def _dataset_input(entry: DataInput) -> DatasetInput:

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import http.client
 import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +16,7 @@ from mlflow import MlflowClient
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.journal import Journal
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking, TrackingError, create_run, tracking_uri
+from tests.mlflow_server import free_port, start_server
 from tests.waiting import PATIENCE_S, wait_until
 
 RECIPE = """
@@ -195,29 +193,6 @@ def test_an_unreachable_server_at_the_first_start_is_a_message(config, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(TrackingError, match=r"cannot create or find an MLflow run at http://127\.0\.0\.1"):
         create_run(config)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start_server(folder, port):
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/server"]
-    with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-
-    def is_up():
-        assert process.poll() is None, (folder / "server.log").read_text()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        with contextlib.suppress(OSError):
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-
-    wait_until(is_up, "the MLflow server", pause_s=0.2)
-    return process
 
 
 @pytest.fixture

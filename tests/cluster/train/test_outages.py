@@ -1,10 +1,8 @@
 """Trainings whose S3 store does not answer for a while."""
 
-import http.client
 import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from mlflow import MlflowClient
@@ -16,6 +14,7 @@ from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.commits import list_commits
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
+from tests.gateway import Gateway
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.slow
@@ -23,59 +22,6 @@ pytestmark = pytest.mark.slow
 LONGER = [pytest.mark.soak, pytest.mark.timeout(1800)]
 SHORT_S = 12.0
 """Longer than the eight attempts of earlier versions took."""
-
-
-class Gateway(ThreadingHTTPServer):
-    """Passes requests on to a store; while `closed` it answers 503, and counts these answers."""
-
-    daemon_threads = True
-
-    def __init__(self, store: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.store = store.removeprefix("http://")
-        self.closed = threading.Event()
-        self.refused = 0
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, request, client_address):
-        """Clients that hang up are no defect."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Gateway
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def pass_on(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.server.closed.is_set():
-            self.server.refused += 1
-            self.answer(503, {}, b"")
-            return
-        store = http.client.HTTPConnection(self.server.store, timeout=PATIENCE_S)
-        store.request(self.command, self.path, body, dict(self.headers))
-        found = store.getresponse()
-        self.answer(found.status, dict(found.getheaders()), found.read())
-        store.close()
-
-    def answer(self, status, headers, body):
-        self.send_response(status)
-        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
-        for name, value in headers.items():
-            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
-                self.send_header(name, value)
-        self.send_header("Content-Length", length)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
 
 
 @pytest.fixture

@@ -1,0 +1,99 @@
+"""Calls of a tracking server that wait for it: briefly for its first answer, for `storage.patience_s` from then on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+from mlflow.exceptions import MlflowException
+
+from m2f.cluster.tracking.store import TrackingError, brief
+from m2f.data_pipeline.errors import OutageError
+
+T = TypeVar("T")
+LOGGER = logging.getLogger(__name__)
+FIRST_CONTACT_S = 20.0
+"""How long a server that has not answered yet is asked: a wrong address is a mistake, no outage."""
+_FIRST_REQUEST_S = 10.0
+_HASTE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_FIRST_REQUEST_S:.0f}"}
+"""MLflow's own settings for the first contact, which it reads with every request."""
+_SAY_S = 60.0
+_MAX_PAUSE_S = 20.0
+_TOO_MANY = 429
+
+
+class TrackingAwayError(TrackingError, OutageError):
+    """A server that answered this run before gave no answer for `storage.patience_s`."""
+
+
+class Patience:
+    """Makes the calls of one process to one store. Only servers are waited for: a file is there, or it is not."""
+
+    def __init__(self, uri: str, patience_s: float) -> None:
+        self._uri, self._patience_s = uri, patience_s
+        self._answered = False
+        self._said = float("-inf")
+
+    def ask(self, call: Callable[[], T]) -> T:
+        """What a call returns, which is repeated where the server does not answer; it must be harmless to do it twice.
+
+        Raises:
+            TrackingAwayError: the server answered an earlier call, and patience is over.
+            Exception: what the call raises, where it is the first one, or no outage.
+        """
+        began = time.monotonic()
+        for attempt in itertools.count():
+            try:
+                with _environment({} if self._answered else _HASTE):
+                    found = call()
+            except Exception as error:
+                if not self._uri.startswith("http") or not _is_outage(error):
+                    raise
+                pause = min(_MAX_PAUSE_S, 0.5 * 2.0**attempt)
+                self._wait(error, pause, time.monotonic() - began)
+            else:
+                self._answered = True
+                return found
+        raise AssertionError("unreachable: the loop has no end")
+
+    def _wait(self, error: Exception, pause: float, waited: float) -> None:
+        """Before the next call. Raises where there is none."""
+        if not self._answered and waited + pause + _FIRST_REQUEST_S > min(FIRST_CONTACT_S, self._patience_s):
+            raise error
+        if self._answered and waited + pause > self._patience_s:
+            raise TrackingAwayError(
+                f"{self._uri} has not answered for longer than storage.patience_s ({self._patience_s:g} s; the last "
+                f"time {brief(error)}). Start the run again when the server is back"
+            ) from error
+        if time.monotonic() - self._said > _SAY_S:
+            self._said = time.monotonic()
+            LOGGER.warning(f"tracking: waiting for {self._uri} ({brief(error)})")
+        time.sleep(pause)
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether a server or the way to it is out of order; MLflow counts a connection that fails as status 500."""
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    else:
+        status = getattr(getattr(error, "response", None), "status_code", 500 if isinstance(error, OSError) else 0)
+    return status >= 500 or status == _TOO_MANY
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
