@@ -237,6 +237,8 @@ class _FaultyHandler(BaseHTTPRequestHandler):
         self.send_response(206)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(BODY)}")
+        if fault == "flipped":  # the bytes are not those that this sum was made of
+            self.send_header("x-amz-checksum-crc32", "AAAAAA==")
         self.end_headers()
         if fault == "cut":
             self.wfile.write(body[: len(body) // 2])
@@ -273,6 +275,13 @@ def test_transient_faults_are_retried(faulty):
     assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
     assert storage.counters.retries == 6
     assert storage.counters.requests == 7
+
+
+def test_bytes_that_their_checksum_denies_are_read_again(faulty):
+    faulty.faults = ["flipped", "flipped"]
+    storage = _storage_at(faulty)
+    assert storage.get_range("s3://bucket/key", 100, 700) == BODY[100:800]
+    assert storage.counters.retries == 2
 
 
 def test_permanent_faults_are_not_retried(faulty):
