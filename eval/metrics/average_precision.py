@@ -184,7 +184,7 @@ class AveragePrecisionState(MetricState[DetectionRecord, AveragePrecision]):
             for m, limit in enumerate(self.max_dets):
                 kept = rank[rows] < limit
                 for a in np.flatnonzero(truth_count[k]):
-                    curve = _precision_at_recalls(correct[a][:, kept], wrong[a][:, kept], int(truth_count[k, a]))
+                    curve = precision_at_recalls(correct[a][:, kept], wrong[a][:, kept], int(truth_count[k, a]))
                     precision[:, :, k, a, m], recall[:, k, a, m] = curve
         return AveragePrecision(self.max_dets, precision, recall)
 
@@ -345,7 +345,7 @@ def _unpack(bits: np.ndarray) -> np.ndarray:
     return (bits.T[:, None] & _THRESHOLD_BITS[:, None]) != 0
 
 
-def _precision_at_recalls(correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> tuple[np.ndarray, np.ndarray]:
+def precision_at_recalls(correct: np.ndarray, wrong: np.ndarray, num_truth: int) -> tuple[np.ndarray, np.ndarray]:
     """Interpolated precision [T, R] and final recall [T] from flags [T, D] of detections in descending score."""
     num_thresholds, num_detections = correct.shape
     sampled = np.zeros((num_thresholds, len(RECALL_THRESHOLDS)))
