@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from m2f.eval.metrics.base import MetricState, Record
+from m2f.eval.results.results import EvaluationResults
 from m2f.eval.score.parallel import CHUNK, map_jobs
 
 Job = TypeVar("Job")
@@ -26,15 +27,29 @@ class ScoreReport:
 
 
 @dataclass(frozen=True)
+class Judged(Generic[R]):
+    """Records of one image where more than one metric is computed."""
+
+    record: R
+    """For `Scoring.state`."""
+    more: Mapping[str, Record]
+    """For `Scoring.more`, by name."""
+
+
+@dataclass(frozen=True)
 class Scoring(Generic[Job, R, Result]):
     """What is to be done; nothing but JSON and file names has been read so far."""
 
     jobs: Sequence[Job]
     """One per image."""
-    work: Callable[[Job], R]
+    work: Callable[[Job], R | Judged[R]]
     """Reads the files of one image and compares them. Pickled for worker processes."""
     state: MetricState[R, Result]
     report: Callable[[Result], ScoreReport]
+    results: Callable[[Result], EvaluationResults] | None = None
+    """The same for an HTML page and for Python; None for the metrics of Cityscapes."""
+    more: Mapping[str, MetricState] = field(default_factory=dict)
+    """Of further metrics; `work` gives a record for each, and `results` looks at them."""
 
     def run(self, workers: int, advance: Callable[[int], None]) -> ScoreReport:
         """Score all images in at most so many processes, one image at a time in each; `advance` hears of every image.
@@ -42,11 +57,18 @@ class Scoring(Generic[Job, R, Result]):
         Images are keyed by position: ids may be words, and sums are made in the order of the jobs. Raises UserError
         naming the image or file for everything that does not fit together.
         """
+        return self.report(self.evaluate(workers, advance))
+
+    def evaluate(self, workers: int, advance: Callable[[int], None]) -> Result:
+        """As `run`, without the report."""
         workers = max(1, min(workers, math.ceil(len(self.jobs) / CHUNK)))
-        for position, record in enumerate(map_jobs(self.work, self.jobs, workers)):
-            self.state.add(position, record)
+        for position, found in enumerate(map_jobs(self.work, self.jobs, workers)):
+            self.state.add(position, found.record if isinstance(found, Judged) else found)
+            if isinstance(found, Judged):
+                for name, record in found.more.items():
+                    self.more[name].add(position, record)
             advance(1)
-        return self.report(self.state.compute())
+        return self.state.compute()
 
 
 def percent(share: float | None) -> float | None:
