@@ -16,9 +16,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from m2f.data_pipeline.documents import parse_json, parse_yaml
 from m2f.cluster.recipe.load import flatten_tree
 from m2f.cluster.tracking.tracking import connect
 from m2f.data_pipeline.errors import StorageError
+from m2f.data_pipeline.urls import without_secrets
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
@@ -173,7 +175,7 @@ class _Store:
             source=f"run {run_id} at {self.uri}",
             status=run.info.status,
             version=run.data.tags.get("m2f.version"),
-            recipe=flatten_tree(yaml.safe_load(recipe)) if recipe is not None else dict(run.data.params),
+            recipe=flatten_tree(parse_yaml(recipe)) if recipe is not None else flatten_tree(run.data.params),
             curves=curves,
             results=results,
             images=images,
@@ -250,12 +252,12 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
     storage = Storage()
     folder = folder.rstrip("/")
     try:
-        recipe = flatten_tree(yaml.safe_load(storage.get(join(folder, "recipe.yaml"))))
+        recipe = flatten_tree(parse_yaml(storage.get(join(folder, "recipe.yaml"))))
         urls = [url for url in storage.list(join(folder, "evaluations")) if url.endswith("/results.json")]
         found = [(url.split("/")[-2], parse_results(storage.get(url).decode())) for url in urls]
         record_url = join(folder, "tracking.json")
-        known = json.loads(storage.get(record_url)) if storage.exists(record_url) else None
-    except StorageError as error:
+        known = parse_json(storage.get(record_url)) if storage.exists(record_url) else None
+    except UserError as error:
         raise CompareError(f"{folder} cannot be read as a run folder: {error}") from error
     record = _tracked_record(folder, known)
     points: dict[str, dict[int, float]] = {}
@@ -307,7 +309,7 @@ def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
     if known is None:
         return replace(bare, notes=("no tracking.json, so no curves of training",))
     database = Path(folder, "mlflow.db")  # the folder may have been moved since
-    uri = f"sqlite:///{database.resolve()}" if database.exists() else known["uri"]
+    uri = f"sqlite:///{database.resolve()}" if database.exists() else without_secrets(known["uri"])
     try:
         store = _open_store(uri, known["run_id"], None)
         run = store.find(known["run_id"])
@@ -318,10 +320,13 @@ def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
 
 
 def parse_results(text: str) -> SetResult:
-    """What results.json holds."""
-    content = json.loads(text)
-    values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
-    return SetResult(**values | {"step": content["step"] or 0, "settings": content.get("settings")})
+    """What results.json holds. Raises CompareError where it is damaged."""
+    try:
+        content = parse_json(text)
+        values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
+        return SetResult(**values | {"step": content["step"] or 0, "settings": content.get("settings")})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CompareError(f"a results.json is damaged ({error}); delete it, and evaluate again") from error
 
 
 def set_and_metric(key: str) -> tuple[str, str]:

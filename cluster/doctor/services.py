@@ -85,13 +85,15 @@ def _used_datasets(config: RunConfig) -> list[str]:
 
 def check_tracking(config: RunConfig | None) -> Finding:
     """MLflow answers; a local database is only looked for, as it is made by the run."""
-    from m2f.cluster.tracking.tracking import connect, tracking_uri
+    from m2f.cluster.tracking.store import checked_uri, connect
+    from m2f.cluster.tracking.tracking import tracking_uri
 
     try:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") if config is None else tracking_uri(config)
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = tracking_uri(config) if config is not None else given and checked_uri(given)
     except UserError as error:
         return Finding("MLflow", "failed", str(error), "name a tracking server")
-    if uri is None:
+    if not uri:
         return Finding("MLflow", "skipped", NO_RECIPE + ", or set MLFLOW_TRACKING_URI")
     if uri.startswith("sqlite:///"):
         return Finding("MLflow", "ok", f"{uri}, on this machine")

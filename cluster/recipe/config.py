@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated
 
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
 from m2f.data_pipeline.keys import key_problem
+from m2f.data_pipeline.urls import REMEDY, url_problem
 from m2f.eval.config import EvaluationConfig
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError
@@ -98,6 +99,8 @@ class RunConfig(Section):
         for where, dataset in named:
             if dataset not in self.datasets:
                 raise ConfigError(f"{where}: no data set {dataset!r} under `datasets` (known: {known})")
+        if unfit := url_problems(self, ""):
+            raise ConfigError("\n  ".join(unfit))
         self._check_timeouts()
         if self.training.compile and isinstance(self.data.augment, ScaleJitter):
             raise ConfigError(
@@ -120,3 +123,17 @@ class RunConfig(Section):
     def run_folder(self) -> str:
         """Folder or URL that holds everything the run writes."""
         return f"{self.output.rstrip('/')}/{self.name}"
+
+
+def url_problems(value: object, path: str) -> list[str]:
+    """A line for each URL in a setting or section that must not be stored with the run; `path` is its dotted path."""
+    if isinstance(value, str):
+        problem = url_problem(value)
+        return [] if problem is None else [f"`{path}`: the URL {problem}, and is stored with the run. {REMEDY}"]
+    if is_dataclass(value):
+        inner: list[tuple[object, object]] = [(f.name, getattr(value, f.name)) for f in fields(value)]
+    elif isinstance(value, Mapping):
+        inner = list(value.items())
+    else:
+        inner = list(enumerate(value)) if isinstance(value, list | tuple) else []
+    return [line for name, item in inner for line in url_problems(item, f"{path}.{name}".strip("."))]

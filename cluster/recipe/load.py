@@ -17,11 +17,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from m2f.cluster.recipe.ablations import find_recipe
-from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.config import RunConfig, url_problems
 from m2f.cluster.recipe.defaults import fill_defaults
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
+from m2f.data_pipeline.urls import without_secrets
 from m2f.model.errors import ConfigError
 from m2f.model.limits import range_problems, ranges_of
 
@@ -32,8 +33,6 @@ _INVALID = object()
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 """`${NAME}` or `${NAME:-default}`, so that one recipe finds its data on every machine."""
-
-_CREDENTIALS = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -59,15 +58,20 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:
     """`load_recipe` for the text of a stored recipe: paths as written, old names without a hint.
 
-    `source` is named in the error.
+    Earlier versions stored URLs with credentials: what may be a secret is left out, with a warning. `source` is named
+    in the error.
     """
-    return _build_recipe(text, overrides, source)[0]
+    return _build_recipe(text, overrides, source, is_stored=True)[0]
 
 
-def _build_recipe(text: str, overrides: Iterable[str], source: str) -> tuple[RunConfig, list[str]]:
+def _build_recipe(
+    text: str, overrides: Iterable[str], source: str, is_stored: bool = False
+) -> tuple[RunConfig, list[str]]:
     """The recipe, and a hint for each setting that the text has under an old name."""
     problems: list[str] = []
     tree = _parse_yaml(text, source)
+    if is_stored:
+        tree = _without_secrets(tree, source)
     hints = apply_renames(tree, problems)
     if raised := raise_collective_timeout(tree):
         hints.append(raised)
@@ -109,7 +113,10 @@ def flatten(config: RunConfig) -> dict[str, str]:
 
 
 def flatten_tree(tree: Any) -> dict[str, str]:
-    """The same of a tree as YAML gives it, whatever its keys: recipes of other versions can be compared."""
+    """The same of a tree as YAML gives it, whatever its keys: recipes of other versions can be compared.
+
+    What may be a secret in a URL is left out.
+    """
     return dict(_leaves(tree, ""))
 
 
@@ -143,6 +150,18 @@ def _expand(node: Any, path: str, problems: list[str]) -> Any:
     if isinstance(node, list):
         return [_expand(child, f"{path}.{index}", problems) for index, child in enumerate(node)]
     return _VARIABLE.sub(value, node) if isinstance(node, str) else node
+
+
+def _without_secrets(node: Any, source: str, path: str = "") -> Any:
+    """The tree of a stored recipe with what may be a secret cut out of its URLs; a warning names each of them."""
+    if isinstance(node, dict):
+        return {key: _without_secrets(child, source, _join(path, key)) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_without_secrets(child, source, _join(path, index)) for index, child in enumerate(node)]
+    if not isinstance(node, str) or (kept := without_secrets(node)) == node:
+        return node
+    LOGGER.warning(f"{source}: the URL in `{path}` may hold a secret and is read as {kept}; change that secret")
+    return kept
 
 
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
@@ -247,10 +266,9 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
 def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if isinstance(value, bool) and hint in (int, float, int | None, float | None, int | tuple[int, int]):
         return _add_problem(problems, f"`{path}`: expected a number, got {str(value).lower()}")
-    if isinstance(value, str) and _CREDENTIALS.search(value):
-        return _add_problem(
-            problems, f"`{path}`: holds a password, which would be stored with the run; use the environment"
-        )
+    if unfit := url_problems(value, path):
+        problems += unfit
+        return _INVALID
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
@@ -354,4 +372,4 @@ def _leaves(value: Any, path: str) -> Iterable[tuple[str, str]]:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(item, _join(path, key))
     else:
-        yield path, str(value)
+        yield path, without_secrets(str(value))

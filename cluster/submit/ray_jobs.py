@@ -23,6 +23,7 @@ from m2f.cluster.ray_cluster import knock
 from m2f.cluster.ray_private import quiet_job_client, ray_version_of
 from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.model.errors import UserError
+from m2f.data_pipeline.urls import url_problem
 
 POLL_S = 0.5
 DASHBOARD_TIMEOUT_S = 300.0
@@ -215,3 +216,5 @@ def _checked_address(address: str | None) -> str:
     if urlsplit(address).scheme not in ("http", "https"):
         raise JobError(f"the address {address} is not one of a dashboard; jobs are sent to http://HEAD:8265")
     return address.rstrip("/")
+    if (problem := url_problem(address)) is not None:
+        raise JobError(f"the address of the dashboard {problem}. Leave it out: a cluster's secret is RAY_AUTH_TOKEN")

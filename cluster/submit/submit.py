@@ -6,7 +6,6 @@ The name of a job follows from its run folder, so a second `m2f submit` of the s
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 import shlex
@@ -18,15 +17,13 @@ from urllib.parse import urlsplit
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
+from m2f.cluster.submit.environment import is_local_tracking
 from m2f.cluster.submit.ray_jobs import JobClient, JobInfo, JobRequest
 from m2f.cluster.submit.upload import RECIPE, pack
 from m2f.cluster.terminal import print_err
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import ConfigError
 
-STOP_WAIT_S = 600
-"""Between SIGTERM and SIGKILL of a job that is stopped, for its last checkpoint; Ray's own default is 3 s."""
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DIGEST_LENGTH = 8
 
@@ -48,7 +45,7 @@ def submit_training(
     Args:
         client: the cluster.
         config: recipe with absolute paths.
-        env: environment variables of the job; see `job_environment`.
+        env: environment variables of the job; see `environment.job_environment`.
         shared: folders that all nodes mount at the same place.
         installed: the cluster has m2f; only the recipe is sent.
 
@@ -137,7 +134,7 @@ def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
         if "://" not in path and not any(Path(path).is_relative_to(folder) for folder in shared)
     ]
     uri = config.tracking.uri or ""
-    if uri and _is_local_tracking(uri):
+    if uri and is_local_tracking(uri):
         problems.append(f"tracking.uri is {uri}, which only one machine can open; name a tracking server, http://...")
     if problems:
         raise ConfigError("the recipe cannot run on a cluster\n  " + "\n  ".join(problems))
@@ -154,31 +151,3 @@ def _paths(config: RunConfig) -> dict[str, str]:
     paths |= {f"datasets.{name}.shards": config.datasets[name].shards for name in used}
     weights = {"model.weights": config.model.weights, "model.backbone.weights": config.model.backbone.weights}
     return paths | {setting: path for setting, path in weights.items() if path is not None}
-
-
-def _is_local_tracking(uri: str) -> bool:
-    """Files and databases in files; such a URI has no host."""
-    return urlsplit(uri).scheme in ("", "file", "sqlite")
-
-
-def job_environment(variables: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
-    """Variables for a job from `NAME=VALUE` and `NAME` (its value here), with what m2f itself sets.
-
-    Raises ConfigError for secrets: Ray shows a job's environment to everybody who can open its dashboard.
-    """
-    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
-    tracking = os.environ.get("MLFLOW_TRACKING_URI")
-    if config is not None and config.tracking.uri is None and tracking and not _is_local_tracking(tracking):
-        env["MLFLOW_TRACKING_URI"] = tracking
-    for variable in variables:
-        name, equals, value = variable.partition("=")
-        if not equals and name not in os.environ:
-            raise ConfigError(f"--env {name}: the variable is not set here; write --env {name}=VALUE")
-        env[name] = value if equals else os.environ[name]
-    for name, value in env.items():
-        if _SECRET.search(name) or re.search(r"://[^/@\s]+:[^/@\s]+@", value):
-            raise ConfigError(
-                f"the variable {name} is a secret, and Ray shows the environment of jobs in its dashboard; give the "
-                "nodes a role, or set it where the nodes start Ray (docs/cloud.md)"
-            )
-    return env

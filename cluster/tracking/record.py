@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.urls import without_secrets
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,23 @@ def write_record(storage: Storage, run_folder: str, record: RunRecord) -> None:
 
 
 def read_record(storage: Storage, run_folder: str) -> RunRecord | None:
-    """The record; None where there is none. Raises ValueError for one that is damaged."""
+    """The record; None where there is none. Raises ValueError for one that is damaged.
+
+    Earlier versions stored URLs with credentials, which are left out.
+    """
     url = record_url(run_folder)
     if not storage.exists(url):
         return None
-    content = json.loads(storage.get(url))
+    content = parse_json(storage.get(url))
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     match content:
         case {"uri": str(uri), "run_id": str(run_id), "parameters": dict(parameters)}:
             facts = content.get("facts")
-            return RunRecord(uri, run_id, _texts(parameters), _texts(facts) if isinstance(facts, dict) else None)
+            known_facts = _texts(facts) if isinstance(facts, dict) else None
+            return RunRecord(without_secrets(uri), run_id, _texts(parameters), known_facts)
     raise ValueError("uri, run_id or parameters is missing")
 
 
 def _texts(values: Mapping[object, object]) -> dict[str, str]:
-    return {str(name): str(value) for name, value in values.items()}
+    return {str(name): without_secrets(str(value)) for name, value in values.items()}

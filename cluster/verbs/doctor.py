@@ -57,8 +57,9 @@ def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
 
 def _as_job(config: RunConfig | None, args: argparse.Namespace) -> int:
     """The same on the cluster, with the code of this machine."""
+    from m2f.cluster.submit.environment import job_environment
     from m2f.cluster.submit.ray_jobs import JobClient
-    from m2f.cluster.submit.submit import job_environment, submit_doctor
+    from m2f.cluster.submit.submit import submit_doctor
 
     client = JobClient(args.address)
     return client.follow(submit_doctor(client, config, job_environment(args.env, config)))

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.stop or args.status:
         return _stop_or_show(JobClient(args.address), args)
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.submit.submit import job_environment, submit_training
+    from m2f.cluster.submit.environment import job_environment
+    from m2f.cluster.submit.submit import submit_training
 
     config = load_recipe(args.recipe, args.overrides)
     client = JobClient(args.address)
@@ -104,8 +105,9 @@ def _write_ray_job(args: argparse.Namespace) -> int:
             "give its path"
         )
     from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.submit.environment import job_environment
     from m2f.cluster.submit.kuberay import kubectl_apply, ray_job_yaml
-    from m2f.cluster.submit.submit import bind_to_cluster, job_environment
+    from m2f.cluster.submit.submit import bind_to_cluster
 
     config = bind_to_cluster(load_recipe(args.recipe, args.overrides), args.shared)
     text = ray_job_yaml(config, Path(args.kuberay), job_environment(args.env, config))

@@ -26,6 +26,7 @@ from m2f.data_pipeline.errors import (
 )
 from m2f.data_pipeline.storage.local import replacing
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
+from m2f.data_pipeline.urls import REMEDY, url_problem
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -271,6 +272,8 @@ def _make_client(config: StorageConfig, connect_timeout_s: float, read_timeout_s
     import boto3
     from botocore.config import Config
 
+    if (problem := url_problem(_endpoint(config) or "")) is not None:
+        raise StorageError(f"the endpoint of S3 in AWS_ENDPOINT_URL {problem}, and would be printed. {REMEDY}")
     options = Config(
         connect_timeout=connect_timeout_s,
         read_timeout=read_timeout_s,

@@ -18,7 +18,8 @@ import pytest
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
 from m2f.cluster.submit.ray_jobs import JobClient, JobError, JobInfo
-from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_environment, job_name, jobs_of
+from m2f.cluster.submit.environment import FAMILIES, NAMES, job_environment
+from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_name, jobs_of
 from m2f.cluster.submit.upload import LIMIT_BYTES, UploadError, pack
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
@@ -38,6 +39,7 @@ tracking: {uri: "http://mlflow:5000"}
 """
 TOKEN = "0123456789abcdef" * 4
 
+REPOSITORY = Path(__file__).parents[3]
 
 def sent_recipe(*overrides):
     return parse_recipe(RECIPE, overrides)
@@ -148,19 +150,48 @@ def test_a_local_tracking_store_is_not_passed_on(monkeypatch):
     assert "MLFLOW_TRACKING_URI" not in job_environment([], sent_recipe("tracking.uri=null"))
 
 
-@pytest.mark.parametrize(
-    "word", ["AWS_SECRET_ACCESS_KEY=x", "HF_TOKEN=x", "PGPASSWORD=x", "DB=postgres://me:pw@host/x"]
+SECRETS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "BASIC_AUTH", "DATABASE_URL", "DB_PASS"),
+    *("GITHUB_PAT", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "HTTPS_PROXY", "HUGGING_FACE_HUB_TOKEN", "M2F_PASS"),
+    *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MYSQL_PWD", "MY_OWN", "NETRC"),
+    *("OMP", "PGPASSFILE", "PGPASSWORD", "RAY_AUTH_TOKEN", "SENTRY_DSN", "SLACK_WEBHOOK", "WANDB_API_KEY", "nccl_x"),
 )
-def test_secrets_in_the_environment_are_refused(word):
-    with pytest.raises(ConfigError, match="is a secret") as caught:
-        job_environment([word])
-    assert "pw@" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_variables_that_are_not_on_the_list_are_refused(name, monkeypatch):
+    monkeypatch.setenv(name, "hush")
+    for word in (name, f"{name}=hush"):
+        with pytest.raises(ConfigError, match=f"--env {name}: the variable may be a secret.*where the nodes") as caught:
+            job_environment([word])
+        assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "M2F_DATA", "NCCL_X"])
+@pytest.mark.parametrize("value", ["https://hush@host", "https://me:hu/sh@host", "https://h?token=hush", "me:hush@h"])
+def test_urls_with_a_secret_are_refused_whatever_the_variable(name, value):
+    with pytest.raises(ConfigError, match=f"the variable {name} has ") as caught:
+        job_environment([f"{name}={value}"])
+    assert "sh@" not in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_tracking_server_of_the_environment_with_a_secret_does_not_travel(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://hush@host")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_TOKEN"):
+        job_environment([], sent_recipe("tracking.uri=null"))
+
+
+def test_every_name_that_travels_is_documented():
+    text = (REPOSITORY / "docs" / "cloud.md").read_text()
+    documented = text.partition("`--env` takes")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+?)\*?`", documented)) == NAMES | set(FAMILIES)
 
 
 def test_an_unset_variable_is_refused(monkeypatch):
-    monkeypatch.delenv("M2F_NOWHERE", raising=False)
+    monkeypatch.delenv("NCCL_NOWHERE", raising=False)
     with pytest.raises(ConfigError, match="not set here"):
-        job_environment(["M2F_NOWHERE"])
+        job_environment(["NCCL_NOWHERE"])
 
 
 # Which job
@@ -303,6 +334,7 @@ output: {folder}/runs
 datasets: {{train: {{shards: {folder}/shards}}}}
 data: {{train: [{{dataset: train}}], augment: {{kind: lsj, size: 64, min_scale: 0.8, max_scale: 1.2}}, workers: 0}}
 model:
+        "OWN_SECRET": "hush",
   backbone: {{name: resnet10t, norm: group, options: {{channels: [8, 16, 16, 32]}}}}
   pixel_decoder: {{conv_dim: 16, mask_dim: 16, num_layers: 1, num_heads: 2, feedforward_dim: 32}}
   transformer_decoder: {{num_queries: 8, num_layers: 2, hidden_dim: 16, num_heads: 2, feedforward_dim: 32}}
@@ -323,7 +355,7 @@ def wait_for_steps(config, attempts: int) -> None:
 
 
 def kill_driver() -> None:
-    """That of the job: the child of the process that Ray has started for it."""
+    """That of the job: the child of the process that Ray has started for it. It has the variables of its node."""
     (driver,) = [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -348,6 +380,7 @@ def submit(shared, dashboard):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_wrong_token_is_reported_with_the_remedy(dashboard):
+    assert driver.environ()["OWN_SECRET"] == "hush"
     done = m2f("submit", "--status", "some-job", "--address", dashboard, token="f" * 64)
     assert done.returncode == 2
     assert "requires another token" in done.stderr

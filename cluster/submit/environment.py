@@ -1,0 +1,69 @@
+"""Which environment variables travel with a job: those that hold no secrets, by a list of names.
+
+Ray keeps the environment of a job with its description, and shows both in the dashboard. What is not on the list is
+set where the nodes start Ray: all processes of a job have the environment of their node.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.urls import REMEDY, url_problem
+from m2f.model.errors import ConfigError
+
+STOP_WAIT_S = 600
+"""Between SIGTERM and SIGKILL of a job that is stopped, for its last checkpoint; Ray's own default is 3 s."""
+FAMILIES = (
+    *("CUBLAS_", "CUDA_", "CUDNN_", "FI_", "GLOO_", "GOMP_", "KMP_", "MKL_", "NCCL_", "NVIDIA_", "NVTE_", "OMP_"),
+    *("OPENBLAS_", "PYTORCH_", "RAY_TRAIN_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRITON_", "UCX_"),
+)
+"""Beginnings of names: settings of libraries that compute and exchange, and have no passwords."""
+NAMES = frozenset(
+    [
+        *("AWS_CA_BUNDLE", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"),
+        *("AWS_REGION", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+        *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"),
+        *("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_TRACKING_INSECURE_TLS"),
+        *("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_URI"),
+        *("PYTHONFAULTHANDLER", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONWARNINGS"),
+        *("REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE", "NO_PROXY", "no_proxy"),
+        *("CC", "CXX", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "NO_COLOR", "TMPDIR", "TZ", "XDG_CACHE_HOME"),
+        *("DS_ACCELERATOR", "M2F_DATA", "RAY_JOB_STOP_WAIT_TIME_S"),
+    ]
+)
+"""Further names."""
+
+
+def job_environment(variables: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
+    """Variables for a job from `NAME=VALUE` and `NAME` (its value here), with what m2f itself sets.
+
+    Raises:
+        ConfigError: a name is not on the list, a value is a URL that may hold a secret, or a variable is not set.
+    """
+    env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
+    tracking = os.environ.get("MLFLOW_TRACKING_URI")
+    if config is not None and config.tracking.uri is None and tracking and not is_local_tracking(tracking):
+        env["MLFLOW_TRACKING_URI"] = tracking
+    for variable in variables:
+        name, equals, value = variable.partition("=")
+        if name not in NAMES and not name.startswith(FAMILIES):
+            raise ConfigError(
+                f"--env {name}: the variable may be a secret, and Ray stores and shows the environment of jobs. Leave "
+                "it out, and set it where the nodes start Ray, for Kubernetes in the template: every process of a job "
+                "has the variables of its node. docs/cloud.md lists the names that --env takes"
+            )
+        if not equals and name not in os.environ:
+            raise ConfigError(f"--env {name}: the variable is not set here; write --env {name}=VALUE")
+        env[name] = value if equals else os.environ[name]
+    for name, value in env.items():
+        if (problem := url_problem(value)) is not None:
+            raise ConfigError(f"the variable {name} {problem}, and Ray shows the environment of jobs. {REMEDY}")
+    return env
+
+
+def is_local_tracking(uri: str) -> bool:
+    """Whether it names files or a database in a file; such a URI has no host."""
+    return urlsplit(uri).scheme in ("", "file", "sqlite")

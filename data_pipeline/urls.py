@@ -1,0 +1,87 @@
+"""Which URLs may be stored: with a recipe, a checkpoint, a job, in MLflow or in a log. None that has room for a secret.
+
+A URL is taken apart and refused where it has more than scheme, host, port and path, whatever the rest looks like:
+nothing in a text tells a token from a name.
+"""
+
+from __future__ import annotations
+
+import re
+
+REMEDY = (
+    "Leave it out, and set in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN, for an MLflow server; PGUSER and PGPASSWORD for a PostgreSQL database; AWS_ACCESS_KEY_ID "
+    "and AWS_SECRET_ACCESS_KEY for a store"
+)
+"""The end of messages about `url_problem`."""
+
+REMOVED = "(removed: it may have held a secret)"
+
+_PASSED_OVER = re.compile(r"^[\x00-\x20]+|[\t\r\n]")  # what the clients of URLs pass over
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{0,5})?")
+_BUCKET = re.compile(r"[A-Za-z0-9._-]*")
+_USER = re.compile(r"[^/@]*:.*@", re.DOTALL)
+_PATH_SCHEMES = ("file", "s3", "sqlite")
+"""A path of theirs may hold an `@`: they know no user, or `file://` has no host."""
+_NAME_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
+"""What timm writes before the name of a model, which may end with `@revision`."""
+
+
+def url_problem(text: str) -> str | None:
+    """What of a URL may not be stored, as the end of a sentence; None for other URLs and for texts that are none.
+
+    The sentence does not repeat the text.
+    """
+    text = _PASSED_OVER.sub("", text)
+    scheme, authority, path, extra = _split(text)
+    holds_paths = _kind(scheme) in _PATH_SCHEMES
+    if authority is None:
+        is_name = holds_paths or scheme in _NAME_SCHEMES
+        return "has a user or password before an @" if not is_name and _USER.match(text) else None
+    if scheme and not _SCHEME.fullmatch(scheme):
+        return "is not one URL from its first character on"
+    if "@" in authority or ("@" in path + extra and not holds_paths):
+        return "has a user, token or password before an @ (write %40 for an @ in a path)"
+    if extra or (";" in path and not holds_paths):
+        return "has parameters, after one of ? # ;"
+    if not (_BUCKET if _kind(scheme) == "s3" else _HOST).fullmatch(authority):
+        return "has something else than host and port, or the name of a bucket, after ://"
+    return "holds a second URL" if "://" in path else None
+
+
+def without_secrets(text: str) -> str:
+    """A text with what `url_problem` refuses cut out; REMOVED where scheme, host and path cannot be told apart."""
+    if url_problem(text) is None:
+        return text
+    scheme, authority, path, extra = _split(_PASSED_OVER.sub("", text))
+    if not scheme or authority is None:
+        return REMOVED
+    shorter = f"{scheme}://{authority.rpartition('@')[2]}{path}"
+    if url_problem(shorter) is not None:
+        rest = f"{authority}{path}{extra}".rpartition("@")[2]
+        shorter = f"{scheme}://{re.split('[?#;]', rest)[0]}"
+    return REMOVED if url_problem(shorter) is not None else shorter
+
+
+def _kind(scheme: str) -> str:
+    """`mysql` of `mysql+pymysql`."""
+    return scheme.partition("+")[0].lower()
+
+
+def _split(text: str) -> tuple[str, str | None, str, str]:
+    """Scheme, authority, path with its first slash, and the rest from ? or # on. No authority: the text is no URL."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        if not text.startswith("//"):
+            return text.partition(":")[0], None, "", ""
+        scheme, rest = "", text[2:]
+    address, mark, extra = _cut(rest, "?#")
+    authority, slash, path = _cut(address, "/\\")
+    return scheme, authority, slash + path, mark + extra
+
+
+def _cut(text: str, marks: str) -> tuple[str, str, str]:
+    """Before, at and after the first of the marks."""
+    at = next((index for index, character in enumerate(text) if character in marks), len(text))
+    return text[:at], text[at : at + 1], text[at + 1 :]
