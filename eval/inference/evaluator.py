@@ -23,6 +23,7 @@ from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_
 from m2f.eval.metrics.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
 from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
 from m2f.eval.metrics.cityscapes_ap import CityscapesDetection
+from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
@@ -216,8 +217,11 @@ class Evaluator:
         states.panoptic.update(sample.image_id, truth, prediction)
         if states.boundary_panoptic is not None:
             states.boundary_panoptic.update(sample.image_id, truth, prediction)
+        candidates = panoptic_candidates(truth, prediction)
         if states.segments is not None:
-            states.segments.update(sample.image_id, panoptic_candidates(truth, prediction))
+            states.segments.update(sample.image_id, candidates)
+        if states.errors is not None:
+            states.errors.add(sample.image_id, panoptic_errors(candidates))
         scores = {segment.id: segment.score for segment in result.segments}
         return partial(panoptic_overlays, truth, prediction, scores, states.panoptic.image_quality(sample.image_id))
 
@@ -244,6 +248,8 @@ class Evaluator:
             states.cityscapes_instance.update(sample.image_id, cityscapes_truth(sample), found)
         if states.segments is not None and states.panoptic is None:
             states.segments.update(sample.image_id, instance_candidates(truth, detections))
+        if states.errors is not None and states.panoptic is None:
+            states.errors.add(sample.image_id, instance_errors(truth, detections))
         return partial(instance_overlays, truth, detections, sample.size)
 
     def _semantic(self, sample: DecodedSample, labels: Tensor, states: EvaluationStates) -> _MakeOverlays:

@@ -12,6 +12,7 @@ import numpy as np
 
 from m2f.eval.metrics.segment_errors import SIZES, Outcome, SegmentErrors
 from m2f.eval.report.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
+from m2f.eval.report.error_costs import error_costs
 from m2f.eval.report.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
 from m2f.eval.report.panels import decode_png
 from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
@@ -40,7 +41,8 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
     """The page, with everything inside. Panels are PNG by image id; those of the worst images in their order."""
     sections = [Section("Metrics", _metrics(results)), Section("Classes", _classes(results))]
     if results.segments is not None:
-        sections.append(Section("Errors", _errors(results, results.segments)))
+        costs = "" if results.errors is None else error_costs(results.errors)
+        sections.append(Section("Errors", costs + _errors(results, results.segments)))
     confusion = _confusion(results)
     if confusion:
         sections.append(Section("Confusion", confusion))
@@ -55,9 +57,8 @@ def evaluation_page(results: EvaluationResults, panels: Mapping[int, bytes], wor
         sections.append(Section("Images", lead + _pictures({i: panels[i] for i in sorted(panels)})))
     subject = results.subject
     step = "" if subject.step is None else f" at step {subject.step:,}"
-    lead = paragraph(
-        f"{results.num_images:,} images, data {subject.fingerprint[:12]}; all figures in per cent.", "faint"
-    )
+    data = f", data {subject.fingerprint[:12]}" if subject.fingerprint else ""
+    lead = paragraph(f"{results.num_images:,} images{data}; all figures in per cent.", "faint")
     if subject.subset is not None:
         lead = paragraph(f"A subset: {subject.subset}. Not comparable with figures of the whole set.", "note") + lead
     if subject.test_time is not None:
@@ -83,6 +84,13 @@ def details_json(results: EvaluationResults) -> str:
             "by_size": _labelled(list(SIZES), outcomes, results.segments.by_size),
             "by_class": _labelled(names[:-1], outcomes, results.segments.by_class),
             "confusion": [[names[t], names[p], n] for t, p, n in _cells(results.segments.confusion)],
+        }
+    if results.errors is not None:
+        content["error_types"] = {
+            "metric": results.errors.metric,
+            "value": results.errors.value,
+            "gains": dict(results.errors.gains),
+            "counts": dict(results.errors.counts),
         }
     if results.pixels is not None:
         names = [c.name for c in results.categories.for_task("semantic")]

@@ -14,6 +14,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.metrics.average_precision import AveragePrecision
+from m2f.eval.metrics.error_types import ErrorCosts
 from m2f.eval.metrics.mean_iou import MeanIoU
 from m2f.eval.metrics.panoptic_quality import PanopticQuality, Quality
 from m2f.eval.metrics.segment_errors import SegmentErrors
@@ -64,6 +65,7 @@ class EvaluationResults:
     instance: AveragePrecision | None
     semantic: MeanIoU | None
     segments: SegmentErrors | None = None
+    errors: ErrorCosts | None = None
     pixels: np.ndarray | None = None
     """[K truth, K predicted] int64 of the semantic task."""
     extra: ExtraResults = field(default_factory=ExtraResults)

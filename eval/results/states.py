@@ -18,6 +18,7 @@ from m2f.eval.metrics.base import UNREADABLE, MetricState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
 from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
+from m2f.eval.metrics.error_types import ErrorState
 from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState
 from m2f.eval.metrics.segment_errors import SegmentErrorState
@@ -29,6 +30,7 @@ _STATE_TYPES = {
     "instance": AveragePrecisionState,
     "semantic": MeanIoUState,
     "segments": SegmentErrorState,
+    "errors": ErrorState,
     "boundary_panoptic": PanopticQualityState,
     "boundary_instance": AveragePrecisionState,
     "box_instance": AveragePrecisionState,
@@ -47,6 +49,8 @@ class EvaluationStates:
     semantic: MeanIoUState | None = None
     segments: SegmentErrorState | None = None
     """Of the panoptic task, else of the instance task; None where neither is requested."""
+    errors: ErrorState | None = None
+    """Of the same task."""
     boundary_panoptic: PanopticQualityState | None = None
     boundary_instance: AveragePrecisionState | None = None
     box_instance: AveragePrecisionState | None = None
@@ -65,8 +69,11 @@ class EvaluationStates:
             panoptic=PanopticQualityState(is_thing) if "panoptic" in tasks else None,
             instance=AveragePrecisionState(len(things)) if "instance" in tasks else None,
             semantic=MeanIoUState(len(classes)) if "semantic" in tasks else None,
-            segments=SegmentErrorState(len(categories.for_task(of_segments))) if of_segments is not None else None,
         )
+        if of_segments is not None:
+            num_classes = len(categories.for_task(of_segments))
+            states.segments = SegmentErrorState(num_classes)
+            states.errors = ErrorState(num_classes, "PQ" if of_segments == "panoptic" else "AP50")
         if "boundary" in extra and "panoptic" in tasks:
             states.boundary_panoptic = PanopticQualityState(is_thing, BOUNDARY_RATIO)
         if "boundary" in extra and "instance" in tasks:
@@ -116,6 +123,7 @@ class EvaluationStates:
             instance=self.instance.compute() if self.instance is not None else None,
             semantic=self.semantic.compute() if self.semantic is not None else None,
             segments=self.segments.compute() if self.segments is not None else None,
+            errors=self.errors.compute() if self.errors is not None else None,
             pixels=self.semantic.confusion() if self.semantic is not None else None,
             extra=self._extra_results(),
         )

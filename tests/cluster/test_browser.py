@@ -25,6 +25,7 @@ from m2f.cluster.compare.records import RunRecord, SetResult
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.tracking import Tracking, create_run
 from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.eval.metrics.error_types import panoptic_errors
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.segment_errors import panoptic_candidates
 from m2f.eval.report.evaluation_page import evaluation_page
@@ -160,6 +161,7 @@ def evaluation_report():
     prediction = PanopticPrediction(np.where(id_map == 2, 2, 0), {2: 1})
     states.panoptic.update(1, truth, prediction)
     states.segments.update(1, panoptic_candidates(truth, prediction))
+    states.errors.add(1, panoptic_errors(panoptic_candidates(truth, prediction)))
     results = states.compute(classes, EvaluationSubject(dataset="val", fingerprint="ab" * 32, step=1000))
     return evaluation_page(results, {1: encode_png(np.full((60, 900, 3), 99, np.uint8))}, {})
 

@@ -9,6 +9,7 @@ import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import encode_masks
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
@@ -53,6 +54,7 @@ def evaluated(tasks, num_images=3):
         if states.panoptic is not None:
             states.panoptic.update(image_id, truth, prediction)
             states.segments.update(image_id, panoptic_candidates(truth, prediction))
+            states.errors.add(image_id, panoptic_errors(panoptic_candidates(truth, prediction)))
         if states.instance is not None:
             boxes = InstanceTruth(
                 encode_masks(truth_map[None] == 1), np.array([0]), np.array([32.0]), np.array([False])
@@ -63,6 +65,7 @@ def evaluated(tasks, num_images=3):
             states.instance.update(image_id, boxes, found)
             if states.panoptic is None:
                 states.segments.update(image_id, instance_candidates(boxes, found))
+                states.errors.add(image_id, instance_errors(boxes, found))
         if states.semantic is not None:
             states.semantic.update(
                 image_id, (truth_map - 1).astype(np.uint8), np.where(predicted > 0, predicted - 1, 2)
@@ -108,6 +111,8 @@ def test_pages_of_every_task_stand_alone(tasks):
     assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in read.links)
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", html)
     assert ("missed" in read.text) == (tasks != ("semantic",))
+    assert ("gain in PQ by type of error" in read.text) == ("panoptic" in tasks)
+    assert ("gain in AP50 by type of error" in read.text) == (tasks == ("instance",))
     assert ("precision at recall, mean over classes" in read.text) == ("instance" in tasks)
     json.loads(details_json(results))
 
@@ -152,7 +157,9 @@ def test_many_classes_get_a_small_chart_each_and_are_folded_away():
     for i in range(30):
         truth = InstanceTruth(masks, np.array([i]), np.array([64.0]), np.array([False]))
         states.instance.update(i, truth, InstanceDetections(masks, np.array([0]), np.array([i]), np.array([0.5])))
-        states.segments.update(i, instance_candidates(truth, InstanceDetections((), *np.zeros((3, 0), int))))
+        nothing = InstanceDetections((), *np.zeros((3, 0), int))
+        states.segments.update(i, instance_candidates(truth, nothing))
+        states.errors.add(i, instance_errors(truth, nothing))
     html = evaluation_page(states.compute(table, SUBJECT), {}, {})
     assert html.count("AP 100.0") == 30
     assert "all 30 classes" in html

@@ -9,6 +9,7 @@ import pytest
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import encode_masks
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
@@ -38,6 +39,7 @@ def states_of(image_ids, tasks=TASKS):
             prediction = PanopticPrediction(predicted, {1: 0, 2: 1})
             states.panoptic.update(image_id, truth, prediction)
             states.segments.update(image_id, panoptic_candidates(truth, prediction))
+            states.errors.add(image_id, panoptic_errors(panoptic_candidates(truth, prediction)))
         if states.instance is not None:
             one = np.array([0])
             truth = InstanceTruth(cat, one, np.array([16.0]), np.array([False]))
@@ -45,6 +47,7 @@ def states_of(image_ids, tasks=TASKS):
             states.instance.update(image_id, truth, detections)
             if states.panoptic is None:
                 states.segments.update(image_id, instance_candidates(truth, detections))
+                states.errors.add(image_id, instance_errors(truth, detections))
         if states.semantic is not None:
             states.semantic.update(image_id, (id_map - 1).astype(np.uint8), np.where(predicted > 0, id_map - 1, 0))
         states.panels[image_id] = b"png of " + str(image_id).encode()
@@ -113,7 +116,7 @@ def test_json_has_everything_and_null_for_the_undefined():
 def test_table_is_aligned_and_labels_a_subset():
     results = states_of([1]).compute(TABLE, EvaluationSubject(dataset="v", fingerprint="ff", subset="first 1 of 9"))
     text = results.table()
-    assert text.startswith("v: 1 images, SUBSET (first 1 of 9)")
+    assert text.startswith("v: 1 image, SUBSET (first 1 of 9)")
     assert "tiny dog  thing" in text
     assert all(len(line) < 110 for line in text.splitlines())
     assert "tiny dog" not in results.table(per_class=False)

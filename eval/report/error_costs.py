@@ -1,0 +1,35 @@
+"""What each type of error costs, for the page of an evaluation."""
+
+from __future__ import annotations
+
+from html import escape
+
+from m2f.eval.metrics.error_types import ErrorCosts
+from m2f.eval.report.charts import BAD, Bar, bar_chart
+from m2f.eval.report.page import Cell, grid, paragraph, table
+
+MEANINGS = {
+    "classification": "fits something of another class",
+    "localisation": "right class, IoU from 0.1 to 0.5",
+    "both": "another class, IoU from 0.1 to 0.5",
+    "duplicate": "its object has a better prediction",
+    "background": "IoU of at most 0.1 with everything",
+    "missed": "annotated, and no prediction could be repaired to fit it",
+}
+
+
+def error_costs(costs: ErrorCosts) -> str:
+    """A chart of the gains and a table; "" where nothing counts."""
+    if costs.value is None:
+        return ""
+    bars = [
+        Bar(name, 100 * gain, f"{100 * gain:+.1f} ({costs.counts[name]:,})", BAD) for name, gain in costs.gains.items()
+    ]
+    meanings = [[name, Cell(escape(MEANINGS[name]), "text")] for name in costs.gains]
+    lead = (
+        f"How much {costs.metric} ({100 * costs.value:.1f}) would rise if all errors of one type were repaired, and in "
+        "brackets how many there are. The gains do not add up."
+    )
+    return paragraph(lead, "faint") + grid(
+        [bar_chart(f"gain in {costs.metric} by type of error", bars), table(["type", "meaning"], meanings)]
+    )
