@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.json_fields import stated_flag
 from m2f.data_pipeline.readers.coco_json import NUMBERED, Box, stated_area, stated_box
+from m2f.data_pipeline.readers.run_lengths import check_counts, check_texts
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
@@ -223,37 +224,27 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
             raise DataError(f"{name} has no usable `segmentation`: {str(segmentation)[:60]}")
 
 
+def read_rles(segmentations: Sequence[Any], height: int, width: int, name: Callable[[int], str]) -> tuple[Any, ...]:
+    """`read_rle` of all masks of one image; the texts of compressed RLEs are checked at once.
+
+    Raises DataError beginning with `name(position)` of the first mask that cannot be used.
+    """
+    size = [height, width]
+    texts = [s["counts"] for s in segmentations if type(s) is dict and s.get("size") == size and _is_text(s)]
+    if len(texts) == len(segmentations) and height * width < _MAX_RLE_PIXELS and check_texts(texts, height, width):
+        return tuple({"size": size, "counts": text} for text in texts)
+    return tuple(read_rle(s, height, width, name(i)) for i, s in enumerate(segmentations))
+
+
+def _is_text(segmentation: dict[str, Any]) -> bool:
+    return type(segmentation.get("counts")) is str and all(type(side) is int for side in segmentation["size"])
+
+
 def _checked_rle(counts: Any, height: int, width: int, name: str) -> Any:
     """An RLE for pycocotools, which itself trusts its input."""
-    try:
-        runs = np.array(counts, np.int64) if isinstance(counts, list) else _decompress(counts)
-    except (AttributeError, ValueError, TypeError, OverflowError):
-        raise DataError(f"{name}: its RLE is damaged") from None
-    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
-        raise DataError(f"{name}: the run lengths of its RLE do not add up to {width} x {height} pixels")
+    check_counts(counts, height, width, name)
     rle: Any = {"counts": counts, "size": [height, width]}
     return coco_mask.frPyObjects(rle, height, width) if isinstance(counts, list) else rle
-
-
-def _decompress(text: str) -> np.ndarray:
-    """Run lengths of a compressed RLE: 5 bits per character, later runs as differences to the run before last.
-
-    Raises ValueError where the text is not of this form.
-    """
-    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(codes & 32 == 0)
-    if not codes.size or codes.min() < 0 or codes.max() > 63 or not ends.size or ends[-1] != codes.size - 1:
-        raise ValueError("not a compressed RLE")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 7:  # more than 35 bits
-        raise ValueError("a run is too long")
-    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((codes & 31) << shifts, starts)
-    runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)  # sign bit of the last character
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
 
 
 def _polygons(polygons: list[Any], height: int, width: int, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Fields of score files: flags, areas and ids are right or one message that names file, entry and value."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,36 +63,125 @@ def test_panoptic_faults_are_one_message(tmp_path, changes, message):
         _panoptic(tmp_path, **changes)
 
 
-def _instances(folder, annotation=(), image=()):
-    square = {"segmentation": [[2, 2, 40, 2, 40, 40, 2, 40]], "category_id": 5, "image_id": 1}
+SQUARE = [[2, 2, 40, 2, 40, 40, 2, 40]]
+
+
+def _instances(folder, annotation=(), image=(), result=(), images=()):
+    square = {"segmentation": SQUARE, "category_id": 5, "image_id": 1}
     truth = {
-        "images": [{"id": 1, "height": 60, "width": 60} | dict(image)],
+        "images": [{"id": 1, "height": 60, "width": 60} | dict(image), *images],
         "categories": [{"id": 5, "name": "box"}],
-        "annotations": [square | {"id": 1, "area": 1444, "iscrowd": 0} | dict(annotation)],
+        "annotations": [square | {"id": 31, "area": 1444, "iscrowd": 0} | dict(annotation)],
     }
     (folder / "gt.json").write_text(json.dumps(truth))
-    (folder / "found.json").write_text(json.dumps([square | {"score": 0.5}]))
+    (folder / "found.json").write_text(json.dumps([square | {"score": 0.9}, square | {"score": 0.5} | dict(result)]))
     scoring = instance_scoring(folder / "gt.json", folder / "found.json", boundary=False, class_agnostic=False)
-    return _run(scoring)
+    return scoring.run(1, lambda count: None)
+
+
+def rle(counts, size=(60, 60)):
+    return {"segmentation": {"size": list(size), "counts": counts}}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"annotation": {"iscrowd": "1"}}, "gt.json: image 1: annotation 1: iscrowd is '1'"),
-        ({"annotation": {"area": float("nan")}}, "gt.json: image 1: annotation 1: area is nan"),
-        ({"annotation": {"area": "12"}}, "gt.json: image 1: annotation 1: area is 12"),
+        ({"annotation": {"iscrowd": "1"}}, "gt.json: image 1: annotation 31: iscrowd is '1'"),
+        ({"annotation": {"iscrowd": 2}}, "gt.json: image 1: annotation 31: iscrowd is 2"),
+        ({"annotation": {"area": float("nan")}}, "gt.json: image 1: annotation 31: area is nan"),
+        ({"annotation": {"area": "12"}}, "gt.json: image 1: annotation 31: area is 12"),
+        ({"annotation": {"area": -1}}, "gt.json: image 1: annotation 31: area is -1"),
         ({"image": {"height": float("inf")}}, "gt.json: image 1: height is inf"),
+        ({"image": {"height": -5}}, "gt.json: image 1 has 60 x -5 pixels; sizes are from 1 pixel"),
+        ({"image": {"height": 70_000, "width": 70_000}}, "gt.json: image 1 has 70000 x 70000 pixels"),
+        ({"image": {"height": 10**400}}, "gt.json: image 1 has 60 x more than 1e12 pixels"),
+        ({"annotation": {"image_id": [1]}}, r"gt.json: image_id of annotation number 0 is \[1\], no id"),
+        ({"result": {"image_id": {}}}, "found.json: result 1 is of image {}, which .*gt.json does not list"),
+        ({"images": [{"id": 1, "height": 6, "width": 6}]}, "gt.json: image 1 is listed twice"),
+        ({"images": [{"id": "a", "height": 6, "width": 6}]}, "gt.json: some ids of images are numbers and some are"),
+        ({"images": [{"id": None, "height": 6, "width": 6}]}, r"gt.json: images\[1\] has the id None; ids are"),
+        ({"result": {"score": "five"}}, "found.json: image 1: result 1 has the score 'five', which is no number"),
+        ({"result": {"score": 10**400}}, "found.json: image 1: result 1 has the score 10000"),
+        ({"result": {"score": float("inf")}}, "found.json: image 1: result 1 has the score inf"),
+        ({"result": {"category_id": [5]}}, r"found.json: image 1: result 1 has the category \[5\], which .*gt.json"),
+        ({"annotation": {"category_id": None}}, "gt.json: image 1: annotation 31 has the category None, which"),
         (
-            {
-                "image": {"height": 200_000, "width": 200_000},
-                "annotation": {"segmentation": {"size": [200_000, 200_000], "counts": [40_000_000_000]}},
-            },
-            "too large; run lengths have 32 bits",
+            {"annotation": {"segmentation": [[1, 2, 3, 4, 5]]}},
+            "gt.json: image 1: annotation 31: a polygon needs an even",
         ),
+        ({"result": {"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}}, "found.json: image 1: result 1: a polygon has"),
+        ({"result": rle([3, 4])}, "found.json: image 1: result 1: the run lengths of its RLE do not add up to 60 x 60"),
+        ({"annotation": rle([4_000, -400])}, "gt.json: image 1: annotation 31: the run lengths of its RLE do not add"),
+        ({"result": rle([3599.5, 0.5])}, "found.json: image 1: result 1: its RLE is damaged; runs are whole numbers"),
+        ({"result": rle([40_000_000_000])}, "found.json: image 1: result 1: the run lengths of its RLE do not add up"),
+        ({"result": rle("zzzz")}, "found.json: image 1: result 1: its RLE is damaged"),
+        ({"result": rle([3600], (60, 61))}, "found.json: image 1: result 1: its RLE is 61 x 60, the image 60 x 60"),
+        ({"result": rle([3600], ("60", 60))}, "found.json: image 1: result 1 has no usable `segmentation`"),
+        ({"annotation": {"segmentation": None}}, "gt.json: image 1: annotation 31 has no usable `segmentation`"),
     ],
 )
 def test_instance_faults_are_one_message(tmp_path, changes, message):
-    assert _instances(tmp_path)["AP"] == pytest.approx(1)
+    assert _instances(tmp_path).content["AP"] == pytest.approx(1)
     with pytest.raises(UserError, match=message):
         _instances(tmp_path, **changes)
+
+
+def test_an_annotation_of_area_0_counts_as_pycocotools_counts_it(tmp_path):
+    """Small by its stated area, and in the AP over all sizes."""
+    content = _instances(tmp_path, annotation={"area": 0}).content
+    assert (content["AP"], content["APs"], content["APm"]) == (pytest.approx(1), pytest.approx(1), -1)
+
+
+def test_images_without_a_result_are_counted_and_named(tmp_path):
+    assert "no result" not in _instances(tmp_path).table
+    more = [{"id": i, "height": 9, "width": 9} for i in (7, 8)]
+    assert "2 of 3 images have no result in" in _instances(tmp_path, images=more).table
+    assert "and count as such: 7, 8" in _instances(tmp_path, images=more).table
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/x.png", "a/../../x.png", "a\\..\\x.png", "", 5, "x.png\0", "./x.png"])
+def test_maps_outside_their_folder_are_refused(tmp_path, name):
+    files = PanopticFiles(
+        truth=tmp_path / "truth.json",
+        truth_masks=tmp_path,
+        predictions=tmp_path / "pred.json",
+        prediction_masks=tmp_path,
+    )
+    for side in (files.truth, files.predictions):
+        _panoptic(tmp_path)
+        document = json.loads(side.read_text())
+        document["annotations"][0]["file_name"] = name
+        side.write_text(json.dumps(document))
+        with pytest.raises(EvaluationError, match=rf"{side.name}: image 7: file_name .* must name a file in"):
+            _run(panoptic_scoring(files, boundary=False))
+
+
+CASES = Path(__file__).resolve().parents[4] / "shared" / "cases" / "score"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="no shared/cases/score")
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("pq_area_zero", "image 1: segment 5: area is 0"),
+        ("pq_word_id", "image 1: id is 'five', not a whole number"),
+        ("pq_no_isthing", "2 categories have no `isthing`"),
+        ("ap_rle_over_32_bit", "image 1 has 200000 x 200000 pixels"),
+        ("ap_duplicate_annotation_id", None),
+    ],
+)
+def test_cases_of_public_bug_reports(case, message):
+    folder = CASES / case
+    truth, predictions = folder / "truth.json", folder / "pred.json"
+
+    def score():
+        if case.startswith("ap"):
+            return _run(instance_scoring(truth, predictions, boundary=False, class_agnostic=False))["AP"]
+        files = PanopticFiles(truth=truth, truth_masks=folder, predictions=predictions, prediction_masks=folder)
+        return _run(panoptic_scoring(files, boundary=False))
+
+    if message is None:
+        assert score() == 1
+        return
+    with pytest.raises(UserError, match=message):
+        score()
