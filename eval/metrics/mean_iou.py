@@ -6,6 +6,7 @@ pixels counts: `miou` follows detectron2's SemSegEvaluator (the Mask2Former pape
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,21 +89,31 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
 
     def compute(self) -> MeanIoU:
         """All conventions at once, from one confusion matrix."""
-        confusion = self.confusion()
-        correct = confusion.diagonal().astype(float)
-        truth = confusion.sum(axis=1).astype(float)
-        union = truth + confusion.sum(axis=0) - correct
-        labelled, occurring = truth > 0, union > 0
-        iou = np.divide(correct, union, out=np.zeros_like(correct), where=occurring)
-        if not labelled.any():
-            return MeanIoU(None, None, None, None, None, None, (None,) * self.num_classes, (0,) * self.num_classes)
-        return MeanIoU(
-            miou=float(iou[labelled].sum() / labelled.sum()),
-            miou_occurring=float(iou[occurring].sum() / occurring.sum()),
-            miou_all=float(iou.sum() / self.num_classes),
-            fwiou=float((iou[labelled] * (truth[labelled] / truth.sum())).sum()),
-            macc=float((correct[labelled] / truth[labelled]).sum() / labelled.sum()),
-            pacc=float(correct.sum() / truth.sum()),
-            per_class=tuple(float(v) if seen else None for v, seen in zip(iou, occurring, strict=True)),
-            truth_pixels=tuple(int(pixels) for pixels in truth),
-        )
+        return mean_iou_of(self.confusion())
+
+
+def mean_iou_of(confusion: np.ndarray, chosen: Collection[int] | None = None) -> MeanIoU:
+    """All conventions at once, from pixels [K truth, K predicted].
+
+    `chosen`: averages over these classes, pixels of whose truth count; None: over all.
+    """
+    num_classes = len(confusion)
+    counted = np.isin(np.arange(num_classes), range(num_classes) if chosen is None else list(chosen))
+    correct = confusion.diagonal().astype(float)
+    truth = confusion.sum(axis=1).astype(float)
+    union = truth + confusion.sum(axis=0) - correct
+    labelled, occurring = counted & (truth > 0), counted & (union > 0)
+    iou = np.divide(correct, union, out=np.zeros_like(correct), where=occurring)
+    if not labelled.any():
+        return MeanIoU(None, None, None, None, None, None, (None,) * num_classes, (0,) * num_classes)
+    total = truth[counted].sum()
+    return MeanIoU(
+        miou=float(iou[labelled].sum() / labelled.sum()),
+        miou_occurring=float(iou[occurring].sum() / occurring.sum()),
+        miou_all=float(iou[counted].sum() / counted.sum()),
+        fwiou=float((iou[labelled] * (truth[labelled] / total)).sum()),
+        macc=float((correct[labelled] / truth[labelled]).sum() / labelled.sum()),
+        pacc=float(correct[counted].sum() / total),
+        per_class=tuple(float(v) if seen else None for v, seen in zip(iou, occurring, strict=True)),
+        truth_pixels=tuple(int(pixels) for pixels in truth),
+    )

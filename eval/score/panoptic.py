@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.base import MetricState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
+from m2f.eval.metrics.error_types import ErrorState, panoptic_errors
 from m2f.eval.metrics.overlaps import InconsistentMapError
 from m2f.eval.metrics.panoptic_quality import (
     ClassQuality,
@@ -24,7 +27,8 @@ from m2f.eval.metrics.panoptic_quality import (
     TruthSegment,
     match_panoptic,
 )
-from m2f.eval.results.results import columns
+from m2f.eval.metrics.segment_errors import SegmentErrorState, assign_outcomes, panoptic_candidates
+from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
 from m2f.eval.score.files import (
     ScoredCategory,
     area_of,
@@ -39,7 +43,17 @@ from m2f.eval.score.files import (
     some,
     whole,
 )
-from m2f.eval.score.scoring import ScoreReport, Scoring
+from m2f.eval.score.options import (
+    EVERYTHING,
+    OnlyClasses,
+    ScoreOptions,
+    chosen_images,
+    chosen_labels,
+    notes_of,
+    subject_of,
+    table_of,
+)
+from m2f.eval.score.scoring import Judged, ScoreReport, Scoring
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
 """Annotation and prediction of one image."""
@@ -55,8 +69,12 @@ class PanopticFiles:
     prediction_masks: Path
 
 
-def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
+def panoptic_scoring(
+    files: PanopticFiles, *, boundary: bool, detailed: bool = False, options: ScoreOptions = EVERYTHING
+) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
     """PQ, or Boundary PQ, over the annotations of the truth. Predictions of other images are not looked at.
+
+    `detailed`: also PQ by size and, of all classes, errors and confusion.
 
     Raises EvaluationError for JSON files that are unusable and for images without a prediction.
     """
@@ -67,13 +85,17 @@ def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, 
             f"{files.truth}: {len(silent)} categories have no `isthing` (0 or 1), so things and stuff cannot "
             f"be told apart: {some(silent)}"
         )
+    chosen = chosen_labels(categories, options, str(files.truth))
     truth = document["annotations"]
+    listed = [str(require(a, "image_id", f"{files.truth}: an annotation")) for a in truth]
+    wanted = chosen_images(listed, options, str(files.truth))
+    truth = [a for i, a in zip(listed, truth, strict=True) if wanted is None or i in wanted]
     predicted = read_document(files.predictions, "annotations")
     matched = match_predictions(predicted, files.predictions, categories, files.truth, kinds=True)
     predictions = {
         str(require(a, "image_id", f"{files.predictions}: an annotation")): a for a in predicted["annotations"]
     }
-    ids = [str(require(a, "image_id", f"{files.truth}: an annotation")) for a in truth]
+    ids = [i for i in listed if wanted is None or i in wanted]
     if missing := [i for i in ids if i not in predictions]:
         raise EvaluationError(
             f"{files.predictions} has no prediction for {len(missing)} of {len(ids)} images: {some(missing)}; "
@@ -84,11 +106,52 @@ def panoptic_scoring(files: PanopticFiles, *, boundary: bool) -> Scoring[_Pair, 
 
     ratio = BOUNDARY_RATIO if boundary else None
     labels = {c.id: label for label, c in enumerate(categories)}
+    predicted_labels = matched.labels(labels)
+    unknown = _unknown(predictions, ids, predicted_labels, matched.dropped) if options.ignore_unknown else frozenset()
+    work = _ScoreImage(files, labels, predicted_labels, matched.dropped | unknown, ratio)
+    state = PanopticQualityState([bool(c.is_thing) for c in categories], ratio, options.area_bounds)
+    more: dict[str, MetricState] = {}
+    if detailed and chosen is None and not boundary:
+        more = {"segments": SegmentErrorState(len(categories)), "errors": ErrorState(len(categories), "PQ")}
+    notes = [*([matched.note] if matched.note else []), *notes_of(options, len(ids), unknown)]
     return Scoring(
         jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
-        work=_ScoreImage(files, labels, matched.labels(labels), matched.dropped, ratio),
-        state=PanopticQualityState([bool(c.is_thing) for c in categories], ratio),
-        report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ", matched.note),
+        work=_ScoreDetails(work) if more else work if chosen is None else OnlyClasses(work, chosen),
+        state=state,
+        report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ", notes),
+        results=partial(
+            _results, table_of(categories), subject_of(files.predictions, options, len(ids)), more, len(ids)
+        ),
+        more=more,
+    )
+
+
+def _unknown(
+    predictions: Mapping[str, Any], ids: Sequence[str], known: Mapping[int, int], dropped: Collection[int]
+) -> frozenset[int]:
+    """Category ids of the predictions that mean nothing."""
+    entries = (entry for i in ids for entry in predictions[i].get("segments_info", ()) if isinstance(entry, dict))
+    found = {entry.get("category_id") for entry in entries}
+    return frozenset(one for one in found if isinstance(one, int) and one not in known and one not in dropped)
+
+
+def _results(
+    table: CategoryTable,
+    subject: EvaluationSubject,
+    more: Mapping[str, MetricState],
+    num_images: int,
+    quality: PanopticQuality,
+) -> EvaluationResults:
+    """The same for a page and for Python."""
+    details = {name: state.compute() for name, state in more.items()}
+    return EvaluationResults(
+        subject=subject,
+        categories=table,
+        num_images=num_images,
+        panoptic=quality,
+        instance=None,
+        semantic=None,
+        **details,
     )
 
 
@@ -151,6 +214,21 @@ class _ScoreImage:
             yield segment_id, labels[category], entry
 
 
+@dataclass(frozen=True)
+class _ScoreDetails:
+    """As `_ScoreImage`, with errors and confusion."""
+
+    image: _ScoreImage
+
+    def __call__(self, job: _Pair) -> Judged[PanopticRecord]:
+        record = self.image(job)
+        annotation, predicted = job
+        where = f"image {annotation['image_id']}"
+        candidates = panoptic_candidates(self.image._truth(annotation, where), self.image._prediction(predicted, where))
+        outcomes, errors = assign_outcomes(candidates), panoptic_errors(candidates)
+        return Judged(record, {"segments": outcomes, "errors": errors})
+
+
 def _truth_segment(entry: dict[str, Any], label: int, where: str) -> TruthSegment:
     """Raises EvaluationError for an area of 0 too: the official code divides by it."""
     area, is_crowd = area_of(entry, where), flag(entry, "iscrowd", where)
@@ -160,7 +238,7 @@ def _truth_segment(entry: dict[str, Any], label: int, where: str) -> TruthSegmen
 
 
 def _report(
-    categories: tuple[ScoredCategory, ...], num_images: int, name: str, note: str | None, quality: PanopticQuality
+    categories: tuple[ScoredCategory, ...], num_images: int, name: str, notes: Sequence[str], quality: PanopticQuality
 ) -> ScoreReport:
     splits: dict[str, Quality | None] = {"all": quality.all, "things": quality.things, "stuff": quality.stuff}
     per_class = dict(zip(categories, quality.per_class, strict=True))
@@ -173,7 +251,14 @@ def _report(
         | {"tp": q.true_positives, "fp": q.false_positives, "fn": q.false_negatives}
         for category, q in per_class.items()
     }
-    rows = [[split, *_percents(q), q.num_classes if q is not None else 0] for split, q in splits.items()]
+    content["by_size"] = {
+        size: {"pq": q.pq, "sq": q.sq, "rq": q.rq, "n": q.num_classes} if q is not None else None
+        for size, q in quality.by_size.items()
+    }
+    rows = [
+        [split, *_percents(q), q.num_classes if q is not None else 0]
+        for split, q in {**splits, **quality.by_size}.items()
+    ]
     class_rows = [
         [category.name, "thing" if category.is_thing else "stuff", *_percents(q), *counts]
         for category, q in per_class.items()
@@ -181,7 +266,7 @@ def _report(
     ]
     names = [name, "SQ", "RQ"]
     tables = [
-        f"{num_images} images, in per cent" + (f"\n{note}" if note else ""),
+        "\n".join([f"{num_images} images, in per cent", *notes]),
         columns(["", *names, "classes"], rows),
         columns(["class", "kind", *names, "TP", "FP", "FN"], class_rows),
     ]

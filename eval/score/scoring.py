@@ -59,6 +59,11 @@ class Scoring(Generic[Job, R, Result]):
         """
         return self.report(self.evaluate(workers, advance))
 
+    def evaluated(self, workers: int = 1) -> EvaluationResults:
+        """The results for a page and for Python. Raises as `run` does."""
+        assert self.results is not None
+        return self.results(self.evaluate(workers, lambda _: None))
+
     def evaluate(self, workers: int, advance: Callable[[int], None]) -> Result:
         """As `run`, without the report."""
         workers = max(1, min(workers, math.ceil(len(self.jobs) / CHUNK)))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState
-from m2f.eval.results.results import columns
-from m2f.eval.score.files import read_labels, require_folder, some
+from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState, mean_iou_of
+from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
+from m2f.eval.score.files import ScoredCategory, read_labels, require_folder, some
+from m2f.eval.score.options import (
+    EVERYTHING,
+    ScoreOptions,
+    chosen_images,
+    chosen_labels,
+    notes_of,
+    subject_of,
+    table_of,
+)
 from m2f.eval.score.scoring import ScoreReport, Scoring, percent
 
 MAX_CLASSES = 10_000
@@ -17,20 +28,57 @@ MAX_CLASSES = 10_000
 
 
 def semantic_scoring(
-    truth: Path, predictions: Path, *, num_classes: int, ignore: int
+    truth: Path,
+    predictions: Path,
+    *,
+    num_classes: int,
+    ignore: int,
+    class_names: tuple[str, ...] | None = None,
+    options: ScoreOptions = EVERYTHING,
 ) -> Scoring[str, ConfusionRecord, MeanIoU]:
     """mIoU over all PNG files under `truth`; predictions have the same relative names.
 
-    Raises EvaluationError for folders without maps and for missing predictions.
+    `class_names`: of every class; None calls them by number. Raises EvaluationError for folders without maps and for
+    missing predictions.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
         raise EvaluationError(f"{num_classes} classes; from 1 to {MAX_CLASSES} can be scored")
+    if class_names is not None and len(class_names) != num_classes:
+        raise EvaluationError(f"there are {len(class_names)} names for {num_classes} classes; give one for each")
+    shown = tuple(map(str, range(num_classes))) if class_names is None else class_names
+    categories = tuple(ScoredCategory(label, name, False) for label, name in enumerate(shown))
+    chosen = chosen_labels(categories, options, "the table of classes")
     names = label_maps(truth, predictions)
+    wanted = chosen_images((n for name in names for n in (name, name.removesuffix(".png"))), options, str(truth))
+    names = [name for name in names if wanted is None or name in wanted or name.removesuffix(".png") in wanted]
+    state = MeanIoUState(num_classes, ignore)
+    subject = subject_of(predictions, options, len(names))
     return Scoring(
         jobs=names,
         work=_ScoreImage(truth, predictions, num_classes, ignore),
-        state=MeanIoUState(num_classes, ignore),
-        report=partial(_report, len(names)),
+        state=state,
+        report=partial(_report, shown, chosen, notes_of(options, len(names)), state, len(names)),
+        results=partial(_results, table_of(categories), subject, chosen, state, len(names)),
+    )
+
+
+def _results(
+    table: CategoryTable,
+    subject: EvaluationSubject,
+    chosen: Collection[int] | None,
+    state: MeanIoUState,
+    num_images: int,
+    result: MeanIoU,
+) -> EvaluationResults:
+    """The same for a page and for Python."""
+    return EvaluationResults(
+        subject=subject,
+        categories=table,
+        num_images=num_images,
+        panoptic=None,
+        instance=None,
+        semantic=result if chosen is None else mean_iou_of(state.confusion(), chosen),
+        pixels=state.confusion(),
     )
 
 
@@ -68,7 +116,16 @@ class _ScoreImage:
         return state.record(0)
 
 
-def _report(num_images: int, result: MeanIoU) -> ScoreReport:
+def _report(
+    names: Sequence[str],
+    chosen: Collection[int] | None,
+    notes: Sequence[str],
+    state: MeanIoUState,
+    num_images: int,
+    result: MeanIoU,
+) -> ScoreReport:
+    if chosen is not None:
+        result = mean_iou_of(state.confusion(), chosen)
     numbers = {
         "mIoU": result.miou,
         "mIoU_union": result.miou_occurring,
@@ -77,12 +134,14 @@ def _report(num_images: int, result: MeanIoU) -> ScoreReport:
         "mACC": result.macc,
         "pACC": result.pacc,
     }
+    rows = zip(names, result.per_class, result.truth_pixels, strict=True)
     per_class = [
-        [str(label), percent(iou), pixels]
-        for label, (iou, pixels) in enumerate(zip(result.per_class, result.truth_pixels, strict=True))
+        [name, percent(iou), pixels]
+        for label, (name, iou, pixels) in enumerate(rows)
+        if chosen is None or label in chosen
     ]
     tables = [
-        f"{num_images} label maps, in per cent",
+        "\n".join([f"{num_images} label maps, in per cent", *notes]),
         columns(list(numbers), [[percent(value) for value in numbers.values()]]),
         columns(["class", "IoU", "pixels"], per_class),
     ]

@@ -1,0 +1,139 @@
+"""Which images and classes are scored, and how: what `m2f score` takes beside the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.average_precision import AREA_BOUNDS, DetectionRecord
+from m2f.eval.metrics.panoptic_quality import PanopticRecord
+from m2f.eval.results.results import EvaluationSubject
+from m2f.eval.score.files import ScoredCategory, some
+
+Job = TypeVar("Job")
+RecordT = TypeVar("RecordT", PanopticRecord, DetectionRecord)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Every default scores everything, as the official code does."""
+
+    images: tuple[str, ...] | None = None
+    """Ids of images, or names of label maps; None: all."""
+    classes: tuple[str, ...] | None = None
+    """Names or ids of classes; None: all."""
+    ignore_unknown: bool = False
+    """Leave out predictions of categories that the truth does not list."""
+    area_bounds: tuple[float, float] = AREA_BOUNDS
+    """Pixels from which on a segment is medium, and large."""
+    max_dets: tuple[int, ...] | None = None
+    """Detections per image and class, ascending; None: as the official code."""
+
+    def __post_init__(self) -> None:
+        medium, large = self.area_bounds
+        if not 0 < medium < large < float("inf"):
+            raise EvaluationError(
+                f"area bounds are {medium:g} and {large:g} pixels; both must be above 0, the second larger"
+            )
+        if self.max_dets is not None and (not self.max_dets or min(self.max_dets) < 1):
+            raise EvaluationError(f"limits of detections are {list(self.max_dets)}; each must be at least 1")
+
+
+EVERYTHING = ScoreOptions()
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """One name or id per line; empty lines do not count. Raises EvaluationError naming the file."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read as lines of text: {error}") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise EvaluationError(f"{path} has no line")
+    return names
+
+
+def chosen_images(listed: Iterable[object], options: ScoreOptions, where: str) -> Collection[str] | None:
+    """The wanted ids, as text; None: all. Raises EvaluationError for some that the truth does not list."""
+    if options.images is None:
+        return None
+    known = {str(one) for one in listed}
+    if missing := [one for one in options.images if one not in known]:
+        raise EvaluationError(f"{where} does not list {len(missing)} of the images to score: {some(missing)}")
+    return frozenset(options.images)
+
+
+def chosen_labels(categories: Sequence[ScoredCategory], options: ScoreOptions, where: str) -> frozenset[int] | None:
+    """Positions of the wanted classes; None: all. Raises EvaluationError for some that the truth does not list."""
+    if options.classes is None:
+        return None
+    by_name = {c.name: label for label, c in enumerate(categories)}
+    by_name |= {str(c.id): label for label, c in enumerate(categories) if str(c.id) not in by_name}
+    if missing := [name for name in options.classes if name not in by_name]:
+        raise EvaluationError(
+            f"{where} does not list {len(missing)} of the classes to score: {some(missing)}; "
+            f"there are {some([c.name for c in categories], 20)}"
+        )
+    return frozenset(by_name[name] for name in options.classes)
+
+
+@dataclass(frozen=True)
+class OnlyClasses(Generic[Job, RecordT]):
+    """Work of which only rows of some classes are kept: matching never crosses classes."""
+
+    work: Callable[[Job], RecordT]
+    labels: frozenset[int]
+
+    def __call__(self, job: Job) -> RecordT:
+        """The record of a job, without rows of other classes."""
+        record = self.work(job)
+        columns = {
+            "label": ("label", "score", "matched", "ignored"),
+            "truth_label": ("truth_label", "truth_count"),
+            "matched_label": ("matched_label", "matched_iou", "matched_area"),
+            "false_positive": ("false_positive", "false_positive_area"),
+            "false_negative": ("false_negative", "false_negative_area"),
+        }
+        arrays = record.arrays()
+        kept: dict[str, np.ndarray] = {}
+        for labels, names in columns.items():
+            if labels in arrays:
+                rows = np.isin(arrays[labels], list(self.labels))
+                kept |= {name: arrays[name][rows] for name in names}
+        return replace(record, **kept)
+
+
+def notes_of(options: ScoreOptions, num_images: int, unknown: Collection[object] = ()) -> list[str]:
+    """Lines for the title of a table: what was not scored."""
+    notes = []
+    if options.images is not None:
+        notes.append(f"SUBSET: {num_images} images that were named")
+    if options.classes is not None:
+        notes.append(f"SOME CLASSES: {some(options.classes, 10)}")
+    if unknown:
+        notes.append(
+            f"left out: predictions of categories that the truth does not list ({some(sorted(map(str, unknown)))})"
+        )
+    return notes
+
+
+def table_of(categories: Sequence[ScoredCategory], *, things: bool = False) -> CategoryTable:
+    """The classes for a page; `things`: all are things, whatever the file says."""
+    return CategoryTable(tuple(Category(c.id, c.name, things or bool(c.is_thing), (0, 0, 0)) for c in categories))
+
+
+def subject_of(predictions: Path, options: ScoreOptions, num_images: int) -> EvaluationSubject:
+    """What was scored, for a page."""
+    return EvaluationSubject(
+        dataset=predictions.name,
+        fingerprint="",
+        subset=None if options.images is None else f"{num_images} images that were named",
+        classes=None if options.classes is None else f"only {some(options.classes, 10)}",
+    )
