@@ -16,7 +16,7 @@ class ExitStatus(IntEnum):
     STOPPED = 3
     """A training run that its user stopped after a checkpoint."""
     OUTAGE = 69
-    """The storage did not answer for longer than `storage.patience_s`."""
+    """The storage did not answer for longer than `storage.patience_s`, or Ray's head or this node's raylet died."""
     DRAINED = 75
     """The machine is about to be taken away; a checkpoint is saved."""
     INTERRUPTED = 130
@@ -24,3 +24,6 @@ class ExitStatus(IntEnum):
 
 
 RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)
+
+RESTARTED = "M2F_RESTARTED"
+"""Environment variable of a driver that `m2f train --restart` has started again."""

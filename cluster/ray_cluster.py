@@ -7,26 +7,38 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
 
 import ray
 
+from m2f.cluster.exit_status import RESTARTED
 from m2f.cluster.ray_private import quiet_tokens
+from m2f.cluster.ray_watch import watching
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.cluster.terminal import print_err
+from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
 """Of a local cluster: Ray's default of 30 % of the memory is taken from the training."""
 CONNECT_S = 10.0
+RECONNECT_S = 120.0
+"""How long a driver that was started again waits for its cluster."""
+_LOOK_S = 2.0
 PLENTY = 10_000.0
 """Of every custom resource, on the only node of a local cluster."""
 
 
 class ClusterError(UserError):
     """A Ray cluster that cannot be reached or started. Names the address and the remedy."""
+
+
+class ClusterAwayError(ClusterError, OutageError):
+    """A cluster that has not come back for a driver that was started again."""
 
 
 @contextmanager
@@ -54,7 +66,8 @@ def local_or_existing(
 
     It also has plenty of the custom `resources`, by which recipes for large clusters choose their nodes.
 
-    A process that is connected already stays so. RAY_ADDRESS counts where the recipe names no address, as it is set for
+    A process that is connected already stays so; another one ends with status OUTAGE where a process of Ray dies that
+    it cannot do without. RAY_ADDRESS counts where the recipe names no address, as it is set for
     drivers that run as Ray jobs.
 
     Raises:
@@ -65,16 +78,10 @@ def local_or_existing(
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is not None:
+        _reach(address, cluster)
         try:
-            knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except Exception as error:
-            raise ClusterError(
-                f"cannot reach the Ray cluster at {address}: {_first_line(error)}. Correct cluster.address (now "
-                f"{cluster.address!r}; RAY_ADDRESS counts where it is null), or start the cluster"
-            ) from error
-        try:
-            yield
+            with watching(is_ours=False):
+                yield
         finally:
             ray.shutdown()
         return
@@ -83,10 +90,34 @@ def local_or_existing(
         _start(folder, num_cpus, dashboard, resources)
         try:
             # Ray's own look-up of "the cluster of this machine" may find a neighbour's, and clean up its actors.
-            with _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}):
+            with _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}), watching(is_ours=True):
                 yield
         finally:
             ray.shutdown()
+
+
+def _reach(address: str, cluster: ClusterConfig) -> None:
+    """Connect. A driver that was started again waits for the cluster, whose loss may have ended the one before."""
+    is_new = RESTARTED not in os.environ
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            return
+        except Exception as error:
+            reason = f"cannot reach the Ray cluster at {address}: {_first_line(error)}"
+            if is_new:
+                raise ClusterError(
+                    f"{reason}. Correct cluster.address (now {cluster.address!r}; RAY_ADDRESS counts where it is "
+                    "null), or start the cluster"
+                ) from error
+            if time.monotonic() - began > RECONNECT_S:
+                raise ClusterAwayError(f"{reason}. Start the run again when the cluster is back") from error
+            if not told:
+                print_err(f"{reason}; waiting for it up to {RECONNECT_S:.0f} s")
+            told = True
+        time.sleep(_LOOK_S)
 
 
 def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""A driver that starts again where the system kills it: a small process stays behind and watches it."""
+"""A driver that starts again where something ends it: a small process stays behind and watches it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
-from m2f.cluster.exit_status import RESTARTABLE, ExitStatus
+from m2f.cluster.exit_status import RESTARTABLE, RESTARTED, ExitStatus
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err
 from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Failure, Stop, decide
@@ -19,11 +19,20 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.checkpoint.lease import hold_lease
 
+END_PIPE = "M2F_END_PIPE"
+"""Environment variable with the number of the pipe in which a driver says that it ends of its own accord."""
 _LOOK_S = 0.2
 
 
+def note_end() -> None:
+    """A driver has decided to end. Without this, status 1 is an end from outside: Ray's core calls `exit(1)`."""
+    if number := os.environ.get(END_PIPE):
+        with suppress(OSError):  # nobody watches any more
+            os.write(int(number), b".")
+
+
 def run_restarted(command: Sequence[str], config: RunConfig) -> int:
-    """Run the driver of a run, and run it again after every death by a signal; the exit status of the last one.
+    """Run the driver of a run, and run it again after every death; the exit status of the last one.
 
     So is a driver that ended for an outage or because its machine goes away, see `ExitStatus`. Every other driver that
     ends by itself has decided: it is not run again. A new driver goes on from the newest checkpoint. Deaths and outages
@@ -56,7 +65,7 @@ def _failure(status: int) -> Failure:
     if status == ExitStatus.DRAINED:
         return Failure(None, "preemption", "the machine of the driver is about to be taken away")
     if status == ExitStatus.OUTAGE:
-        return Failure(None, "death", "the driver ended because the storage did not answer")
+        return Failure(None, "death", "the driver ended because the storage or Ray did not answer")
     return Failure(None, "death", f"the driver was killed ({signal.Signals(-status).name})")
 
 
@@ -69,13 +78,25 @@ class _Driver:
         self.is_stopping = False
 
     def run(self) -> int:
-        """Exit status of one more process; negative for the signal that ended it."""
+        """Exit status of one more process; negative for the signal that ended it, OUTAGE where Ray ended it."""
         if self.is_stopping:
             return -signal.SIGTERM
-        self._process = subprocess.Popen(self._command, env=self._environment, preexec_fn=_end_with_parent)
-        if self.is_stopping:  # the signal came while the process started
-            self._process.send_signal(signal.SIGTERM)
-        return self._process.wait()
+        reader, writer = os.pipe()
+        try:
+            environment = self._environment | {END_PIPE: f"{writer}"}
+            self._process = subprocess.Popen(
+                self._command, env=environment, preexec_fn=_end_with_parent, pass_fds=(writer,)
+            )
+            self._environment |= {RESTARTED: "1"}  # the next one
+            if self.is_stopping:  # the signal came while the process started
+                self._process.send_signal(signal.SIGTERM)
+            status = self._process.wait()
+            os.write(writer, b"#")  # what the driver has left behind may hold that end open
+            decided = os.read(reader, 1) == b"."
+        finally:
+            os.close(reader)
+            os.close(writer)
+        return ExitStatus.OUTAGE if status == ExitStatus.GAVE_UP and not decided else status
 
     def wait(self, seconds: float) -> None:
         """Before the next one, unless there shall be none."""

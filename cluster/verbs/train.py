@@ -50,13 +50,23 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.recipe.stored import fresh_name
 
-    live = sys.stdout.isatty() and not args.plain
     config = load_recipe(args.recipe, args.overrides)
     if args.fresh:
         args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts take the same folder
         config = load_recipe(args.recipe, args.overrides)
     if args.restart:
         return _restarted(args, config)
+    from m2f.cluster.train.driver_restarts import note_end
+
+    try:
+        return _train(args, config)
+    finally:
+        note_end()
+
+
+def _train(args: argparse.Namespace, config: RunConfig) -> int:
+    """In this process."""
+    live = sys.stdout.isatty() and not args.plain
     if args.launcher == "local":
         from m2f.cluster.train.local import train_locally
 

@@ -29,8 +29,8 @@ def watched(folder, *overrides):
     return parse_recipe(RECIPE, [f"output={folder}", *overrides])
 
 
-def driver(folder: Path, ends: list[int]) -> list[str]:
-    """A command whose runs end one after the other with these statuses, negative for a signal to itself."""
+def driver(folder: Path, ends: list[int | str]) -> list[str]:
+    """A command whose runs end one after the other as `ending_driver.py` explains."""
     return [sys.executable, "-S", str(HERE / "ending_driver.py"), str(folder / "runs.txt"), *map(str, ends)]
 
 
@@ -66,11 +66,19 @@ def test_a_driver_that_ends_by_itself_has_decided(tmp_path, waits, status):
     assert runs(tmp_path) == 1
 
 
-@pytest.mark.parametrize(("status", "why"), [(69, "the storage did not answer"), (75, "is about to be taken away")])
+@pytest.mark.parametrize(
+    ("status", "why"), [(69, "the storage or Ray did not answer"), (75, "is about to be taken away")]
+)
 def test_outages_and_machines_that_go_away_are_worth_another_start(tmp_path, waits, capsys, status, why):
     assert run_restarted(driver(tmp_path, [status, 3]), watched(tmp_path)) == 3
     assert runs(tmp_path) == 2
     assert why in capsys.readouterr().err
+
+
+def test_a_driver_that_ray_ends_is_no_driver_that_gave_up(tmp_path, waits, capsys):
+    assert run_restarted(driver(tmp_path, ["ray", 1, 0]), watched(tmp_path)) == 1
+    assert runs(tmp_path) == 2
+    assert "the storage or Ray did not answer" in capsys.readouterr().err
 
 
 def test_outages_without_a_new_checkpoint_are_counted(tmp_path, waits):
@@ -120,3 +128,13 @@ def test_the_local_launcher_has_a_driver_too_and_its_mistakes_are_said_once(tmp_
     words = ["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path}", "--launcher", "local", "--restart"]
     assert main(words) == 2
     assert capfd.readouterr().err.count("make the shards first") == 1
+
+
+def test_a_training_says_that_it_ends_of_its_own_accord(tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    reader, writer = os.pipe()
+    monkeypatch.setenv(restarts.END_PIPE, str(writer))
+    assert main(["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path}", "--launcher", "local"]) == 2
+    os.close(writer)
+    with open(reader) as end:
+        assert end.read() == "."
