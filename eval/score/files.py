@@ -20,6 +20,8 @@ from m2f.data_pipeline.readers.coco_json import stated_area, whole_number
 from m2f.eval.errors import EvaluationError
 
 CATEGORIES_FILE = "categories.json"
+_PLAIN_RGB = bytes([8, 2, 0, 0, 0])
+"""Of a PNG's header: bits, colour type, compression, filter, interlace."""
 MAX_PIXELS = 2**28
 """Larger maps are refused before they are decoded."""
 
@@ -175,6 +177,17 @@ def mask_file(folder: Path, entry: Any, where: str) -> Path:
 def read_ids(path: Path) -> np.ndarray:
     """Segment ids [H, W] of a COCO panoptic PNG. Raises EvaluationError naming the file."""
     return _read_map(path, decode_id_png, ("rgb", "rgba"), "a panoptic map is an RGB PNG, id = R + 256 G + 65536 B")
+
+
+def is_plain_id_map(path: Path) -> bool:
+    """Whether a file is a whole PNG of 8-bit RGB, not interlaced, without transparency, and within the pixel limit."""
+    data = _read(path)
+    try:
+        header = read_header(data)
+    except BrokenImageError:
+        return False
+    plain = data[24:29] == _PLAIN_RGB and b"tRNS" not in data[: data.find(b"IDAT")]
+    return header.ext == "png" and plain and header.height * header.width <= MAX_PIXELS
 
 
 def read_labels(path: Path) -> np.ndarray:

@@ -14,6 +14,7 @@ from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.base import MetricState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
+from m2f.eval.metrics.engine import EngineRefusedError, PanopticPair, match_panoptic_files
 from m2f.eval.metrics.error_types import ErrorState, panoptic_errors
 from m2f.eval.metrics.overlaps import InconsistentMapError
 from m2f.eval.metrics.panoptic_quality import (
@@ -33,6 +34,7 @@ from m2f.eval.score.files import (
     ScoredCategory,
     area_of,
     flag,
+    is_plain_id_map,
     mask_file,
     match_predictions,
     read_categories,
@@ -108,7 +110,8 @@ def panoptic_scoring(
     labels = {c.id: label for label, c in enumerate(categories)}
     predicted_labels = matched.labels(labels)
     unknown = _unknown(predictions, ids, predicted_labels, matched.dropped) if options.ignore_unknown else frozenset()
-    work = _ScoreImage(files, labels, predicted_labels, matched.dropped | unknown, ratio)
+    needs_maps = detailed or boundary
+    work = _ScoreImage(files, labels, predicted_labels, matched.dropped | unknown, ratio, needs_maps)
     state = PanopticQualityState([bool(c.is_thing) for c in categories], ratio, options.area_bounds)
     more: dict[str, MetricState] = {}
     if detailed and chosen is None and not boundary:
@@ -123,6 +126,7 @@ def panoptic_scoring(
             _results, table_of(categories), subject_of(files.predictions, options, len(ids)), more, len(ids)
         ),
         more=more,
+        names=ids,
     )
 
 
@@ -165,11 +169,15 @@ class _ScoreImage:
     dropped: frozenset[int]
     """Category ids of the predictions that are not scored."""
     boundary_ratio: float | None
+    detailed: bool = True
+    """Whether records need the size of every segment; else the engine's sums are enough."""
 
     def __call__(self, job: _Pair) -> PanopticRecord:
         truth, prediction = job
         where = f"image {truth['image_id']}"
         try:
+            if not self.detailed and (record := self._record_of_engine(truth, prediction, where)) is not None:
+                return record
             return match_panoptic(self._truth(truth, where), self._prediction(prediction, where), self.boundary_ratio)
         except InconsistentMapError as error:
             path = self.files.prediction_masks / prediction["file_name"]
@@ -180,13 +188,35 @@ class _ScoreImage:
                 f"({error})"
             ) from error
 
+    def _record_of_engine(self, truth: dict[str, Any], prediction: dict[str, Any], where: str) -> PanopticRecord | None:
+        """The record from the engine; None where it does not take the files, so that ours judges or names the fault."""
+        predicted_where = f"{self.files.predictions}: {where}"
+        listed = require(prediction, "segments_info", predicted_where)
+        if self.dropped and any(require(s, "category_id", predicted_where) in self.dropped for s in listed):
+            return None  # their pixels have to go, too
+        pair = PanopticPair(
+            truth_map=mask_file(self.files.truth_masks, truth, f"{self.files.truth}: {where}"),
+            segments=self._truth_segments(truth, f"{self.files.truth}: {where}"),
+            predicted_map=mask_file(self.files.prediction_masks, prediction, predicted_where),
+            labels={i: label for i, label, _ in self._segments(prediction, predicted_where, self.predicted_labels)},
+        )
+        if not (is_plain_id_map(pair.truth_map) and is_plain_id_map(pair.predicted_map)):
+            return None
+        try:
+            return match_panoptic_files(pair)
+        except EngineRefusedError:
+            return None
+
     def _truth(self, annotation: dict[str, Any], where: str) -> PanopticTruth:
         where = f"{self.files.truth}: {where}"
-        segments = {
+        segments = self._truth_segments(annotation, where)
+        return PanopticTruth(read_ids(mask_file(self.files.truth_masks, annotation, where)), segments)
+
+    def _truth_segments(self, annotation: dict[str, Any], where: str) -> dict[int, TruthSegment]:
+        return {
             segment_id: _truth_segment(entry, label, f"{where}: segment {segment_id}")
             for segment_id, label, entry in self._segments(annotation, where, self.labels)
         }
-        return PanopticTruth(read_ids(mask_file(self.files.truth_masks, annotation, where)), segments)
 
     def _prediction(self, annotation: dict[str, Any], where: str) -> PanopticPrediction:
         where = f"{self.files.predictions}: {where}"

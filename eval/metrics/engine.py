@@ -1,0 +1,84 @@
+"""hotcoco, behind one door: what of it gives the reference's numbers, on input that was checked before.
+
+It believes what it reads: it would follow a path out of its folder, divide by areas of 0 and take a flag of 2. So
+callers check paths, flags, numbers and areas, and segments come as our own types. Ids of images never reach it, and
+classes do as 0, 1, 2, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hotcoco.panoptic import PanopticEval
+
+from m2f.eval.metrics.panoptic_quality import PanopticRecord, TruthSegment
+
+_IMAGE = 1
+"""Every image is evaluated alone, under this id."""
+
+
+class EngineRefusedError(ValueError):
+    """Files or tables that the engine does not take; it does not say which in terms of ours."""
+
+
+@dataclass(frozen=True)
+class PanopticPair:
+    """Two RGB maps of segment ids, and what the ids mean."""
+
+    truth_map: Path
+    segments: Mapping[int, TruthSegment]
+    """In the order of the annotation."""
+    predicted_map: Path
+    labels: Mapping[int, int]
+    """Segment id -> contiguous class."""
+
+
+def match_panoptic_files(pair: PanopticPair) -> PanopticRecord:
+    """Matches and errors of one image, straight from its files, which must be PNGs of 8-bit RGB.
+
+    The engine tells sums of every class: where a class has several matches, each row has their mean IoU, and no row has
+    an area. Raises EngineRefusedError for files and tables that do not fit together.
+    """
+    truth = [
+        {"id": i, "category_id": s.label, "area": int(s.area), "iscrowd": int(s.is_crowd)}
+        for i, s in pair.segments.items()
+    ]
+    if any(s.area != entry["area"] for s, entry in zip(pair.segments.values(), truth, strict=True)):
+        raise EngineRefusedError("an area is no whole number")
+    predicted = [{"id": i, "category_id": label, "area": 0, "iscrowd": 0} for i, label in pair.labels.items()]
+    categories = sorted({s.label for s in pair.segments.values()}.union(pair.labels.values()))
+    names = {"truth": pair.truth_map.name, "predicted": pair.predicted_map.name}
+    try:
+        evaluation = PanopticEval(
+            {
+                "images": [{"id": _IMAGE, "file_name": names["truth"], "height": 1, "width": 1}],
+                "annotations": [{"image_id": _IMAGE, "file_name": names["truth"], "segments_info": truth}],
+                "categories": [{"id": label, "name": str(label), "isthing": 1} for label in categories],
+            },
+            {"annotations": [{"image_id": _IMAGE, "file_name": names["predicted"], "segments_info": predicted}]},
+            gt_folder=pair.truth_map.parent,
+            pred_folder=pair.predicted_map.parent,
+        )
+        evaluation.evaluate()
+    except (ValueError, OSError) as error:
+        raise EngineRefusedError(str(error)) from error
+    per_class = evaluation.results()["per_class"]
+    return _record({label: per_class[label] for label in categories})
+
+
+def _record(per_class: Mapping[int, Mapping[str, Any]]) -> PanopticRecord:
+    """The record of one image from its sums by class, ascending."""
+    labels = list(per_class)
+    sums = per_class.values()
+    matches = [one["tp"] for one in sums]
+    means = [one["iou"] / one["tp"] if one["tp"] else 0.0 for one in sums]
+    return PanopticRecord(
+        matched_label=np.repeat(labels, matches),
+        matched_iou=np.repeat(means, matches),
+        false_positive=np.repeat(labels, [one["fp"] for one in sums]),
+        false_negative=np.repeat(labels, [one["fn"] for one in sums]),
+    )
