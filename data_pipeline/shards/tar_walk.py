@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from m2f.data_pipeline.keys import key_problem
 from m2f.data_pipeline.shards.faults import Fault
+from m2f.data_pipeline.shards.tar_headers import BoundedTarInfo
 from m2f.data_pipeline.storage.stream import ObjectStream
+from m2f.model.errors import UserError
 
 _BLOCK = 512  # bytes of a tar's header and unit of its padding
 # First bytes of compressed files, which are no tars.
@@ -20,7 +22,7 @@ _COMPRESSED = {
     b"\xfd7zXZ": "xz",
     b"\x04\x22\x4d\x18": "lz4",
 }
-_MAX_MEMBER_BYTES = 1 << 30
+_MAX_SAMPLE_BYTES = 1 << 30
 """A header may claim anything; no image or map of labels comes near, and a sample must fit in memory."""
 _REPACK = "pack the tar again with the files of each sample next to each other"
 
@@ -48,10 +50,12 @@ def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
         yield _fault(stream, 0, f"it is compressed ({compression}), so parts of it cannot be read", "unpack it to .tar")
         return
     try:
-        with tarfile.open(fileobj=cast("Any", _File(stream)), mode="r:") as tar:
-            yield from _samples(stream, tar)
-            end = tar.offset
-    except tarfile.TarError as error:
+        with tarfile.open(fileobj=cast("Any", _File(stream)), mode="r:", tarinfo=BoundedTarInfo) as tar:
+            end = yield from _samples(stream, tar)
+    except UserError:
+        raise
+    # tarfile lets through what Python says of a number or name that is none.
+    except (tarfile.TarError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         yield _fault(stream, stream.tell(), f"it is no tar, or cut off or damaged here ({error})", "fetch it again")
         return
     # tarfile takes any header that it cannot read for the end of the archive.
@@ -74,24 +78,32 @@ def _compression(stream: ObjectStream) -> str | None:
     return next((name for mark, name in _COMPRESSED.items() if start.startswith(mark)), None)
 
 
-def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Iterator[TarSample | Fault]:
-    """Group neighbours by base name."""
+def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample | Fault, None, int]:
+    """Group neighbours by base name; returns the byte after the last header that was read, and its member."""
     group: list[tuple[str, tarfile.TarInfo]] = []
     key, done = "", set[str]()
     while (info := tar.next()) is not None:
         cast("Any", tar).members.clear()  # it would keep every header that it has seen
-        if info.isdir():
-            continue
-        if (problem := _problem(info, stream.size)) is not None:
-            yield _fault(stream, info.offset, f"member {info.name[:100]!r} {problem}", "leave it out of the tar")
-            if info.offset_data + info.size > stream.size:
-                return
-            continue
+        if info.size < 0 or tar.offset < info.offset_data:  # reading might never end
+            raise tarfile.ReadError("a size is negative")
+        if not group:
+            stream.discard(info.offset)
         member_key, extension = _split(info.name)
-        if member_key != key and group:
+        problem = None if info.isdir() else _problem(info, stream.size)
+        if problem is not None:
+            yield _fault(stream, info.offset, f"member {info.name[:100]!r} {problem}", "leave it out of the tar")
+            if tar.offset > stream.size:
+                return stream.size
+        is_usable = problem is None and not info.isdir()
+        is_far = tar.offset - (group[0][1].offset if group else info.offset) > _MAX_SAMPLE_BYTES
+        if group and (member_key != key if is_usable else is_far):
             yield _sample(stream, key, group)
             done.add(key)
             group = []
+        if not is_usable:
+            if is_far:
+                stream.skip(tar.offset)
+            continue
         if member_key in done:
             yield _fault(
                 stream, info.offset, "its files are not next to each other, or it is there twice", _REPACK, member_key
@@ -99,8 +111,15 @@ def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Iterator[TarSample |
             continue
         key = member_key
         group.append((extension, info))
+        if tar.offset - group[0][1].offset > _MAX_SAMPLE_BYTES:
+            problem = f"its files have more than {_MAX_SAMPLE_BYTES} bytes"
+            yield _fault(stream, group[0][1].offset, problem, "leave it out of the tar", key)
+            done.add(key)
+            group = []
+            stream.skip(tar.offset)
     if group:
         yield _sample(stream, key, group)
+    return tar.offset
 
 
 def _problem(info: tarfile.TarInfo, size: int) -> str | None:
@@ -110,9 +129,9 @@ def _problem(info: tarfile.TarInfo, size: int) -> str | None:
     if not info.isreg() or info.issparse():
         return "is no plain file"
     if info.offset_data + info.size > size:
-        return f"has {info.size} bytes by its header, and the tar ends before them: it is cut off"
-    if info.size > _MAX_MEMBER_BYTES:
-        return f"has {info.size} bytes; more than {_MAX_MEMBER_BYTES} are refused"
+        return "has more bytes by its header than the tar has after it: it is cut off"
+    if info.size > _MAX_SAMPLE_BYTES:
+        return f"has {info.size} bytes; more than {_MAX_SAMPLE_BYTES} are refused"
     return None
 
 

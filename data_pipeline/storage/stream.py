@@ -39,6 +39,14 @@ class ObjectStream:
             del self._buffer[: offset - self._start]
             self._start = offset
 
+    def skip(self, offset: int) -> None:
+        """Read up to the byte before this offset and forget what is before that; it still counts for the checksum."""
+        last = min(offset, self.size) - 1
+        while self._end <= last:
+            self.discard(self._end)
+            self._fetch(self._end + 1)
+        self.discard(last)
+
     def finish(self) -> str:
         """Read what is left; the SHA-256 of the whole object as hex digits."""
         while self._end < self.size:

@@ -1,0 +1,35 @@
+"""Indexes one tar and prints what came of it, with the megabytes that this took.
+
+Usage: hostile_tar_main.py TAR CATEGORIES
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.category_file import read_category_file
+from m2f.data_pipeline.shards import tar_walk
+from m2f.data_pipeline.shards.index import IndexOptions, choose_form, index_tars
+from m2f.data_pipeline.storage.storage import Storage
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+
+
+if __name__ == "__main__":
+    tar, categories = sys.argv[1:]
+    tar_walk._MAX_SAMPLE_BYTES = 60_000_000  # instead of a gigabyte, which takes long to read
+    table, void = read_category_file(categories, ())
+    options = IndexOptions(categories=table, void=void, labels="classes", max_pixels=10_000)
+    before = peak_mb()
+    try:
+        form = choose_form(tar, options, Storage())
+        report = index_tars([tar], f"{tar}.set", form, options, Storage(), skip_bad=True)
+        found = {"keys": report.num_samples, "faults": [fault.problem for fault in report.faults]}
+    except DataError as error:
+        found = {"error": str(error)}
+    sys.stdout.write(json.dumps(found | {"mb": peak_mb() - before}))

@@ -1,0 +1,163 @@
+"""Tars that are meant to hurt `m2f index`: one message each, in bounded memory."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+MAIN = Path(__file__).with_name("hostile_tar_main.py")
+BOUND_MB = 150
+"""Far below what the files would take; a usual tar takes some MB."""
+
+
+def good(name):
+    """Headers and content of one sample."""
+    image = cv2.imencode(".jpg", np.full((8, 9, 3), 90, np.uint8))[1].tobytes()
+    labels = cv2.imencode(".png", np.ones((8, 9), np.uint8))[1].tobytes()
+    return member(f"{name}.jpg", image) + member(f"{name}.png", labels)
+
+
+def member(name, content=b"", *, kind=tarfile.REGTYPE, size=None):
+    """One header with its content; `size` is what the header claims."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(content) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def pax(records, kind=tarfile.XHDTYPE):
+    """An extended header of (keyword, value) bytes, whatever they are."""
+    content = b""
+    for keyword, value in records:
+        length = len(keyword) + len(value) + 3
+        length += len(str(length + len(str(length))))
+        content += b"%d %s=%s\n" % (length, keyword, value)
+    return member("pax", content, kind=kind)
+
+
+def sparse_old():
+    """A header of GNU's older sparse files whose map never ends."""
+    header = bytearray(member("s.jpg", kind=tarfile.GNUTYPE_SPARSE))
+    header[482] = 1
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + (b"7" * 504 + b"\1" + bytes(7)) * 100
+
+
+END = bytes(1024)
+MB = 1_000_000
+# name: parts of the file, a number being so many bytes that are zero; what is said; samples that are found
+HOSTILE = {
+    "sparse map": (
+        [good("a"), good("b"), pax([(b"GNU.sparse.map", b"x,y")]), member("s.jpg"), good("c"), END],
+        "no plain file",
+        3,
+    ),
+    "sparse 1.0": (
+        [
+            good("a"),
+            good("b"),
+            pax([(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")]),
+            member("s.jpg"),
+            good("c"),
+            END,
+        ],
+        "no plain file",
+        3,
+    ),
+    "sparse size": ([good("a"), good("b"), pax([(b"GNU.sparse.size", b"x")]), member("s.jpg"), END], "damaged here", 1),
+    "sparse old": ([good("a"), good("b"), sparse_old(), good("c"), END], "no plain file", 2),
+    "name not UTF-8": (
+        [good("a"), good("b"), pax([(b"path", b"\xff\xfe.jpg")]), member("x.jpg"), good("c"), END],
+        "character",
+        3,
+    ),
+    "binary names": (
+        [
+            good("a"),
+            good("b"),
+            pax([(b"hdrcharset", b"BINARY"), (b"path", b"\xe4.jpg")]),
+            member("x.jpg"),
+            good("c"),
+            END,
+        ],
+        "character",
+        3,
+    ),
+    "charset": ([good("a"), good("b"), pax([(b"hdrcharset", b"\xff")]), member("x.jpg"), END], "damaged here", 1),
+    "keyword not UTF-8": ([good("a"), good("b"), pax([(b"\xff\xfe", b"v")]), good("c"), END], None, 3),
+    "huge header": (
+        [good("a"), good("b"), member("p", kind=tarfile.XHDTYPE, size=300 * MB), 300 * MB],
+        "300000000 bytes",
+        1,
+    ),
+    "huge global": (
+        [good("a"), good("b"), member("p", kind=tarfile.XGLTYPE, size=300 * MB), 300 * MB],
+        "300000000 bytes",
+        1,
+    ),
+    "huge name": (
+        [good("a"), good("b"), member("p", kind=tarfile.GNUTYPE_LONGNAME, size=300 * MB), 300 * MB],
+        "300000000",
+        1,
+    ),
+    "huge first": ([member("p", kind=tarfile.XHDTYPE, size=300 * MB), 300 * MB], "300000000 bytes", None),
+    "many names": (
+        [good("a"), good("b"), member("n", b"x" * 9, kind=tarfile.GNUTYPE_LONGNAME) * 5000, END],
+        "follow each",
+        1,
+    ),
+    "many headers": ([good("a"), good("b"), pax([(b"a", b"b")]) * 5000, member("x.jpg"), END], "follow each other", 1),
+    "many globals": (
+        [
+            good("a"),
+            good("b"),
+            *(pax([(b"%d" % i, b"v" * 5000)], tarfile.XGLTYPE) + member(f"{i}", b"") for i in range(99)),
+            END,
+        ],
+        "global headers have more than",
+        2,
+    ),
+    "digits": ([good("a"), good("b"), pax([(b"a", b"9" * 60_000)]), member("x.jpg"), END], "more than 30 digits", 1),
+    "negative": ([good("a"), good("b"), pax([(b"size", b"-9999999")]), member("x.jpg"), END], "negative", 1),
+    "a little negative": ([good("a"), good("b"), pax([(b"size", b"-600")]), member("x.jpg"), END], "negative", 1),
+    "size of no end": ([good("a"), good("b"), pax([(b"size", b"9" * 29)]), member("x.jpg"), END], "it is cut off", 1),
+    "large member": (
+        [good("a"), good("b"), member("x.jpg", size=300 * MB), 300_000_256, good("c"), END],
+        "are refused",
+        3,
+    ),
+    "large sample": (
+        [
+            good("a"),
+            *(part for i in range(6) for part in (member(f"x.{i}", size=51_200_000), 51_200_000)),
+            good("c"),
+            END,
+        ],
+        "its files have more than",
+        2,
+    ),
+    "many folders": ([good("a"), good("b"), member("f/", kind=tarfile.DIRTYPE) * 400_000, good("c"), END], None, 3),
+}
+
+
+@pytest.mark.parametrize(("parts", "problem", "count"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_tar_is_one_message_at_bounded_cost(tmp_path, parts, problem, count):
+    (tmp_path / "classes.json").write_text('[{"label": 1, "id": 1, "name": "a", "isthing": 0}]')
+    with (tmp_path / "hostile.tar").open("wb") as file:
+        for part in parts:
+            file.seek(part, io.SEEK_CUR) if isinstance(part, int) else file.write(part)
+        file.truncate()
+    command = [sys.executable, MAIN, tmp_path / "hostile.tar", tmp_path / "classes.json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(ended.stdout)
+    assert found["mb"] < BOUND_MB
+    assert found.get("keys") == count
+    said = found["error"] if count is None else " ".join(found["faults"])
+    assert problem is None or problem in said
+    assert bool(said) == (problem is not None), said
