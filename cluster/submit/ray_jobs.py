@@ -19,17 +19,18 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.ray_cluster import knock
 from m2f.cluster.ray_private import quiet_job_client, ray_version_of
 from m2f.cluster.terminal import format_duration, print_err, print_out
-from m2f.model.errors import UserError
 from m2f.data_pipeline.urls import url_problem
+from m2f.model.errors import UserError
 
 POLL_S = 0.5
 DASHBOARD_TIMEOUT_S = 300.0
 """How long a dashboard may not answer while a job is followed."""
-INTERRUPTED = 130
-_EXIT = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: INTERRUPTED}
+_BEFORE_THE_DRIVER = ("RUNTIME_ENV_SETUP_FAILURE", "START", "UNSCHEDULABLE")
+"""Parts of Ray's types of errors of jobs that never ran."""
 
 
 class JobError(UserError):
@@ -60,11 +61,29 @@ class JobInfo:
     seconds: float | None
     """How long it runs or ran; None before its start."""
     metadata: Mapping[str, str]
+    error: str = ""
+    """Ray's type of the error of a failed job."""
 
     @property
     def ended(self) -> bool:
         """Whether it finished, failed or was stopped."""
         return JobStatus(self.status).is_terminal()
+
+    @property
+    def exit_status(self) -> int:
+        """Of the command; where it has left none, what became of the job as an ExitStatus.
+
+        A job whose process died together with a node, or with Ray there, is worth another one: OUTAGE.
+        """
+        if self.exit_code:
+            return self.exit_code if self.exit_code > 0 else 128 - self.exit_code
+        match JobStatus(self.status):
+            case JobStatus.STOPPED:
+                return ExitStatus.STOPPED
+            case JobStatus.FAILED:
+                was_lost = self.error and not any(words in self.error for words in _BEFORE_THE_DRIVER)
+                return ExitStatus.OUTAGE if was_lost else ExitStatus.GAVE_UP
+        return ExitStatus.DONE
 
     def describe(self) -> str:
         """One line: id, status, duration and run."""
@@ -127,7 +146,7 @@ class JobClient:
         return job
 
     def follow(self, job_id: str) -> int:
-        """Repeat what a job prints until it ends; its exit status, and 130 for one that was stopped.
+        """Repeat what a job prints until it ends; its exit status, and 130 where Ctrl-C ends only this.
 
         A dashboard that does not answer for a while is waited for. Ctrl-C leaves the job alone.
         """
@@ -141,11 +160,11 @@ class JobClient:
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             print_err(f"\ndetached; {job_id} keeps running, `m2f submit --stop {job_id}` ends it")
-            return INTERRUPTED
+            return ExitStatus.INTERRUPTED
         print_out(job.describe())
-        if job.status == JobStatus.FAILED and job.exit_code is None:  # it never ran
+        if job.status == JobStatus.FAILED and job.exit_code is None:  # it never ran, or was lost with its node
             print_err(job.message)
-        return job.exit_code or _EXIT[JobStatus(job.status)]
+        return job.exit_status
 
     async def _tail(self, job_id: str, printed: int) -> int:
         """Print what comes after the first `printed` characters, as long as the connection holds."""
@@ -183,6 +202,7 @@ def _job_info(info: Any) -> JobInfo:
         exit_code=info.driver_exit_code,
         seconds=None if start is None else (end or time.time() * 1000) / 1000 - start / 1000,
         metadata=info.metadata or {},
+        error=info.error_type or "",
     )
 
 
@@ -213,8 +233,8 @@ def _checked_address(address: str | None) -> str:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if address is None:
         raise JobError("which cluster? Give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+    if (problem := url_problem(address)) is not None:
+        raise JobError(f"the address of the dashboard {problem}. Leave it out: a cluster's secret is RAY_AUTH_TOKEN")
     if urlsplit(address).scheme not in ("http", "https"):
         raise JobError(f"the address {address} is not one of a dashboard; jobs are sent to http://HEAD:8265")
     return address.rstrip("/")
-    if (problem := url_problem(address)) is not None:
-        raise JobError(f"the address of the dashboard {problem}. Leave it out: a cluster's secret is RAY_AUTH_TOKEN")

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status of the job; 130 for one that was stopped or left alone with Ctrl-C."""
+    """Exit status of the job; 130 for one that was left alone with Ctrl-C."""
     if args.kuberay is not None:
         return _write_ray_job(args)
     if args.output is not None or args.apply:

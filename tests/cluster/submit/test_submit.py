@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from m2f.cluster.cli import main
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
-from m2f.cluster.submit.ray_jobs import JobClient, JobError, JobInfo
 from m2f.cluster.submit.environment import FAMILIES, NAMES, job_environment
+from m2f.cluster.submit.ray_jobs import JobClient, JobError, JobInfo
 from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_name, jobs_of
 from m2f.cluster.submit.upload import LIMIT_BYTES, UploadError, pack
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
@@ -38,8 +39,8 @@ training: {max_steps: 10}
 tracking: {uri: "http://mlflow:5000"}
 """
 TOKEN = "0123456789abcdef" * 4
-
 REPOSITORY = Path(__file__).parents[3]
+
 
 def sent_recipe(*overrides):
     return parse_recipe(RECIPE, overrides)
@@ -223,6 +224,24 @@ def test_an_active_job_with_another_recipe_is_refused():
         choose_job(sent_recipe(), "other", [job_info(f"{base}-1")])
 
 
+@pytest.mark.parametrize(
+    ("state", "code", "error", "status"),
+    [
+        ("SUCCEEDED", 0, "", 0),
+        ("FAILED", 2, "JOB_ENTRYPOINT_COMMAND_ERROR", 2),
+        ("FAILED", 69, "JOB_ENTRYPOINT_COMMAND_ERROR", 69),
+        ("FAILED", -9, "JOB_ENTRYPOINT_COMMAND_ERROR", 128 + 9),
+        ("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED", 69),
+        ("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", 1),
+        ("FAILED", None, "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", 1),
+        ("FAILED", None, "", 1),
+        ("STOPPED", None, "", 3),
+    ],
+)
+def test_the_status_of_a_job_says_whether_another_one_is_worth_it(state, code, error, status):
+    assert JobInfo("job", state, "", code, 1.0, {}, error).exit_status == status
+
+
 def test_status_takes_a_recipe_by_name_or_the_id_of_a_job(monkeypatch, capsys):
     job = job_info(f"{job_name(load_recipe('camvid_panoptic'))}-1")
 
@@ -315,6 +334,7 @@ def dashboard():
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "GLOO_SOCKET_IFNAME": "lo",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "OWN_SECRET": "hush",
     }
     with ray_head(folder, env) as address:
         yield address
@@ -334,7 +354,6 @@ output: {folder}/runs
 datasets: {{train: {{shards: {folder}/shards}}}}
 data: {{train: [{{dataset: train}}], augment: {{kind: lsj, size: 64, min_scale: 0.8, max_scale: 1.2}}, workers: 0}}
 model:
-        "OWN_SECRET": "hush",
   backbone: {{name: resnet10t, norm: group, options: {{channels: [8, 16, 16, 32]}}}}
   pixel_decoder: {{conv_dim: 16, mask_dim: 16, num_layers: 1, num_heads: 2, feedforward_dim: 32}}
   transformer_decoder: {{num_queries: 8, num_layers: 2, hidden_dim: 16, num_heads: 2, feedforward_dim: 32}}
@@ -361,6 +380,7 @@ def kill_driver() -> None:
         for process in psutil.process_iter(["cmdline"])
         if (words := process.info["cmdline"] or []) and words[-2:] == ["train", "recipe.yaml"]
     ]
+    assert driver.environ()["OWN_SECRET"] == "hush"
     driver.kill()
 
 
@@ -380,7 +400,6 @@ def submit(shared, dashboard):
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_wrong_token_is_reported_with_the_remedy(dashboard):
-    assert driver.environ()["OWN_SECRET"] == "hush"
     done = m2f("submit", "--status", "some-job", "--address", dashboard, token="f" * 64)
     assert done.returncode == 2
     assert "requires another token" in done.stderr
@@ -406,7 +425,7 @@ def test_a_run_is_submitted_attached_to_and_stopped(submit, shared):
     assert "STOPPED" in stopped.stdout
     assert f"the run has a job already: {job_name(config)}-1" in joined[0].stdout
     assert re.search(r"step +3/", joined[0].stdout), joined[0].stdout
-    assert joined[0].returncode == 130
+    assert joined[0].returncode == ExitStatus.STOPPED
     assert "the driver was killed (SIGKILL)" in joined[0].stdout
     assert joined[0].stdout.count("stopping after a checkpoint") == 1
     (checkpoint,) = list_checkpoints(Storage(), config.run_folder)
