@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
+    from m2f.eval.score.options import ScoreOptions
     from m2f.eval.score.scoring import Scoring
 
 SUMMARY = "score result files: panoptic, instances, semantic or Cityscapes"
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--predictions", required=True, type=Path, metavar=metavar, help="results")
         kind.add_argument("--output", type=Path, metavar="FILE", help="JSON file for all numbers, shares from 0 to 1")
         kind.add_argument("--workers", type=count, metavar="N", help="processes (default: one per processor)")
+    _add_options(parsers)
     panoptic, instances, semantic = (parsers[name] for name in ("panoptic", "instances", "semantic"))
     panoptic.add_argument("--truth-masks", required=True, type=Path, metavar="DIR", help="its maps")
     panoptic.add_argument("--prediction-masks", required=True, type=Path, metavar="DIR", help="their maps")
@@ -45,6 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     semantic.add_argument("--ignore", type=int, default=255, metavar="V", help="value without label (default 255)")
 
 
+def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
+    """Which images and classes are scored, and what is written beside the table."""
+    for name in ("panoptic", "instances", "semantic"):
+        kind = parsers[name]
+        kind.add_argument("--report", type=Path, metavar="FILE", help="HTML page with charts, errors and confusion")
+        kind.add_argument("--per-image", type=Path, metavar="FILE", help="parquet file with the figures of every image")
+        kind.add_argument("--images", type=Path, metavar="FILE", help="score only these: one id or name a line")
+        kind.add_argument("--classes", nargs="+", metavar="C", help="score only these: names or ids")
+    for name in ("panoptic", "instances"):
+        kind = parsers[name]
+        kind.add_argument(
+            "--ignore-unknown", action="store_true", help="leave out predictions of categories that the truth lacks"
+        )
+        kind.add_argument(
+            "--area-bounds",
+            nargs=2,
+            type=float,
+            metavar="A",
+            help="pixels from which on a segment is medium, and large (default 1024 9216)",
+        )
+    instances = parsers["instances"]
+    instances.add_argument("--boxes", action="store_true", help="also the AP of boxes: stated ones, else of masks")
+    instances.add_argument(
+        "--max-dets", nargs="+", type=int, metavar="N", help="detections per image and class (default 1 10 100)"
+    )
+    parsers["semantic"].add_argument("--class-names", type=Path, metavar="FILE", help="names of classes, one a line")
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the table; the numbers go to --output."""
     import json
@@ -53,15 +84,45 @@ def run(args: argparse.Namespace) -> int:
     from m2f.eval.errors import EvaluationError
 
     workers = args.workers or len(os.sched_getaffinity(0))
-    if args.output is not None and not args.output.resolve().parent.is_dir():
-        raise EvaluationError(f"--output {args.output}: the folder does not exist; make it first")
+    for option in ("output", "report", "per_image"):
+        path = getattr(args, option, None)
+        if path is not None and not path.resolve().parent.is_dir():
+            flag = option.replace("_", "-")
+            raise EvaluationError(f"--{flag} {path}: the folder does not exist; make it first")
     scoring = _open(args)
     with Progress("scoring", len(scoring.jobs), "images") as progress:
-        report = scoring.run(workers, progress.advance)
+        found = scoring.evaluate(workers, progress.advance)
+    report = scoring.report(found)
+    _write_beside(args, scoring, found)
     if args.output is not None:
         args.output.write_text(json.dumps(report.content, indent=1, allow_nan=False) + "\n")
     print_out(report.table)
     return 0
+
+
+def _write_beside(args: argparse.Namespace, scoring: Scoring, found: Any) -> None:
+    """The page and the file of images, where they are asked for."""
+    from m2f.eval.report.evaluation_page import evaluation_page
+
+    if getattr(args, "report", None) is not None:
+        assert scoring.results is not None  # only without --class-agnostic
+        args.report.write_text(evaluation_page(scoring.results(found), {}, {}))
+    if getattr(args, "per_image", None) is not None:
+        args.per_image.write_bytes(scoring.image_table())
+
+
+def _options(args: argparse.Namespace) -> ScoreOptions:
+    from m2f.eval.score.options import EVERYTHING, ScoreOptions, read_names
+
+    bounds = getattr(args, "area_bounds", None)
+    max_dets = getattr(args, "max_dets", None)
+    return ScoreOptions(
+        images=None if args.images is None else read_names(args.images),
+        classes=None if args.classes is None else tuple(args.classes),
+        ignore_unknown=getattr(args, "ignore_unknown", False),
+        area_bounds=EVERYTHING.area_bounds if bounds is None else tuple(bounds),
+        max_dets=None if max_dets is None else tuple(max_dets),
+    )
 
 
 def _open(args: argparse.Namespace) -> Scoring:
@@ -75,17 +136,37 @@ def _open(args: argparse.Namespace) -> Scoring:
                 predictions=args.predictions,
                 prediction_masks=args.prediction_masks,
             )
-            return panoptic_scoring(files, boundary=args.boundary)
+            detailed = args.report is not None
+            return panoptic_scoring(files, boundary=args.boundary, detailed=detailed, options=_options(args))
         case "instances":
+            from m2f.eval.errors import EvaluationError
             from m2f.eval.score.instances import instance_scoring
 
+            if args.class_agnostic and (args.boxes or args.classes or args.report):
+                raise EvaluationError(
+                    "--class-agnostic does not go with --boxes, --classes and --report; leave one out"
+                )
             return instance_scoring(
-                args.truth, args.predictions, boundary=args.boundary, class_agnostic=args.class_agnostic
+                args.truth,
+                args.predictions,
+                boundary=args.boundary,
+                class_agnostic=args.class_agnostic,
+                boxes=args.boxes,
+                detailed=args.report is not None,
+                options=_options(args),
             )
         case "semantic":
+            from m2f.eval.score.options import read_names
             from m2f.eval.score.semantic import semantic_scoring
 
-            return semantic_scoring(args.truth, args.predictions, num_classes=args.num_classes, ignore=args.ignore)
+            return semantic_scoring(
+                args.truth,
+                args.predictions,
+                num_classes=args.num_classes,
+                ignore=args.ignore,
+                class_names=None if args.class_names is None else read_names(args.class_names),
+                options=_options(args),
+            )
         case "cityscapes-instances":
             from m2f.eval.score.cityscapes import cityscapes_instance_scoring
 

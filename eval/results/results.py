@@ -174,7 +174,7 @@ class EvaluationResults:
             parts.append(subject.test_time)
         if subject.step is not None:
             parts.append(f"checkpoint of step {subject.step}")
-        title = ", ".join(parts) + f"  [data {subject.fingerprint[:12]}]"
+        title = ", ".join(parts) + (f"  [data {subject.fingerprint[:12]}]" if subject.fingerprint else "")
         return title if subject.classes is None else f"{title}\nSOME CLASSES: {subject.classes}"
 
 

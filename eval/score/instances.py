@@ -7,21 +7,33 @@ count one by one (pycocotools keeps the last of them).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.metrics.average_precision import (
     AveragePrecision,
     AveragePrecisionState,
     DetectionRecord,
+    InstanceDetections,
+    InstanceTruth,
+    area_ranges,
     class_agnostic_detections,
     class_agnostic_truth,
     match_instances,
 )
+from m2f.eval.metrics.base import MetricState, Record
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
-from m2f.eval.results.results import columns
+from m2f.eval.metrics.box_average_precision import match_boxes
+from m2f.eval.metrics.error_types import ErrorState, instance_errors
+from m2f.eval.metrics.segment_errors import SegmentErrorState, assign_outcomes, instance_candidates
+from m2f.eval.results.extra import ExtraResults
+from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
 from m2f.eval.score.files import (
     ScoredCategory,
     match_predictions,
@@ -29,6 +41,7 @@ from m2f.eval.score.files import (
     read_document,
     read_json,
 )
+from m2f.eval.score.instance_boxes import box_detections, box_truth
 from m2f.eval.score.instance_files import (
     ImageEntries,
     InstanceFiles,
@@ -37,18 +50,36 @@ from m2f.eval.score.instance_files import (
     truth_of,
     without_results,
 )
-from m2f.eval.score.scoring import ScoreReport, Scoring, percent
+from m2f.eval.score.options import (
+    EVERYTHING,
+    ScoreOptions,
+    chosen_images,
+    chosen_labels,
+    notes_of,
+    only_classes,
+    subject_of,
+    table_of,
+)
+from m2f.eval.score.scoring import Judged, ScoreReport, Scoring, percent
 
 MAX_DETS = (1, 10, 100)
 CLASS_AGNOSTIC_MAX_DETS = (1, 10, 100, 1000)
 
 
 def instance_scoring(
-    truth: Path, predictions: Path, *, boundary: bool, class_agnostic: bool
+    truth: Path,
+    predictions: Path,
+    *,
+    boundary: bool,
+    class_agnostic: bool,
+    boxes: bool = False,
+    detailed: bool = False,
+    options: ScoreOptions = EVERYTHING,
 ) -> Scoring[ImageEntries, DetectionRecord, AveragePrecision]:
     """The 12 numbers of COCO over the images of the truth; `class_agnostic`: as if there were one class, and AR1000.
 
-    Raises EvaluationError for JSON files that are unusable and for results of unknown images.
+    `boxes`: also those of boxes; `detailed`: also, of all classes, errors and confusion. Raises EvaluationError for
+    JSON files that are unusable and for results of unknown images.
     """
     document = read_document(truth, "images", "annotations", "categories")
     categories = tuple(sorted(read_categories(document, truth), key=lambda c: c.id))
@@ -56,17 +87,68 @@ def instance_scoring(
     results = read_json(predictions)
     matched = match_predictions(results, predictions, categories, truth, kinds=False)
     files = InstanceFiles(truth, predictions)
+    chosen = chosen_labels(categories, options, str(truth))
     images = read_entries(document, results, files)
+    wanted = chosen_images((image.id for image in images), options, str(truth))
+    images = [image for image in images if wanted is None or str(image.id) in wanted]
+    predicted_labels = matched.labels(labels)
+    unknown = _unknown(images, predicted_labels, matched.dropped) if options.ignore_unknown else frozenset()
     limits = CLASS_AGNOSTIC_MAX_DETS if class_agnostic else MAX_DETS
+    limits = tuple(sorted(options.max_dets or limits))
     ratio = BOUNDARY_RATIO if boundary else None
     names = ["Boundary" * boundary, "class-agnostic" * class_agnostic, "mask AP"]
     title = f"{' '.join(filter(None, names))}, {len(images)} images, in per cent"
-    title = "\n".join(filter(None, [title, matched.note, without_results(images, predictions)]))
+    notes = [matched.note, without_results(images, predictions), *notes_of(options, len(images), unknown)]
+    title = "\n".join([title, *(note for note in notes if note)])
+    ranges = area_ranges(options.area_bounds)
+    work = _ScoreImage(
+        files, labels, predicted_labels, matched.dropped | unknown, class_agnostic, limits[-1], ratio, ranges
+    )
+    more: dict[str, MetricState] = {}
+    if boxes:
+        more["box"] = AveragePrecisionState(len(categories), limits, area_bounds=options.area_bounds)
+    if detailed and chosen is None and not (boundary or class_agnostic):
+        more["segments"] = SegmentErrorState(len(categories))
+        more["errors"] = ErrorState(len(categories), "AP50")
+    num_classes = 1 if class_agnostic else len(categories)
+    shown = tuple(c for label, c in enumerate(categories) if chosen is None or label in chosen)
+    table, subject = table_of(categories, things=True), subject_of(predictions, options, len(images))
+    shown_limit = limits[-1] if options.max_dets else MAX_DETS[-1]
     return Scoring(
         jobs=images,
-        work=_ScoreImage(files, labels, matched.labels(labels), matched.dropped, class_agnostic, limits[-1], ratio),
-        state=AveragePrecisionState(1 if class_agnostic else len(categories), limits, ratio),
-        report=partial(_report, () if class_agnostic else categories, title),
+        work=_ScoreMore(work, frozenset(more), chosen) if more or chosen is not None else work,
+        state=AveragePrecisionState(num_classes, limits, ratio, options.area_bounds),
+        report=partial(_report, () if class_agnostic else categories, shown, title, shown_limit, more),
+        results=None if class_agnostic else partial(_results, table, subject, more, len(images)),
+        more=more,
+        names=[str(image.id) for image in images],
+    )
+
+
+def _unknown(images: Sequence[ImageEntries], known: Mapping[int, int], dropped: Collection[int]) -> frozenset[int]:
+    """Category ids of the results that mean nothing."""
+    found = {entry.get("category_id") for image in images for entry in image.results}
+    return frozenset(one for one in found if isinstance(one, int) and one not in known and one not in dropped)
+
+
+def _results(
+    table: CategoryTable,
+    subject: EvaluationSubject,
+    more: Mapping[str, MetricState],
+    num_images: int,
+    result: AveragePrecision,
+) -> EvaluationResults:
+    """The same for a page and for Python."""
+    details = {name: more[name].compute() for name in ("segments", "errors") if name in more}
+    return EvaluationResults(
+        subject=subject,
+        categories=table,
+        num_images=num_images,
+        panoptic=None,
+        instance=result,
+        semantic=None,
+        extra=ExtraResults(box_instance=more["box"].compute() if "box" in more else None),
+        **details,
     )
 
 
@@ -82,20 +164,83 @@ class _ScoreImage:
     class_agnostic: bool
     limit: int
     boundary_ratio: float | None
+    ranges: np.ndarray
+    """Of areas, see `area_ranges`."""
 
     def __call__(self, image: ImageEntries) -> DetectionRecord:
+        return self.match(*self.read(image))
+
+    def read(self, image: ImageEntries) -> tuple[InstanceTruth, InstanceDetections]:
+        """Both sides of one image."""
         truth = truth_of(image, self.labels, self.files)
-        detections = detections_of(image, self.predicted_labels, self.dropped, self.files)
+        return truth, detections_of(image, self.predicted_labels, self.dropped, self.files)
+
+    def match(self, truth: InstanceTruth, detections: InstanceDetections) -> DetectionRecord:
+        """The record for AP of masks."""
         if self.class_agnostic:
             truth, detections = class_agnostic_truth(truth), class_agnostic_detections(detections)
-        return match_instances(truth, detections, self.limit, self.boundary_ratio)
+        return match_instances(truth, detections, self.limit, self.boundary_ratio, self.ranges)
 
 
-def _report(categories: tuple[ScoredCategory, ...], title: str, result: AveragePrecision) -> ScoreReport:
-    numbers = result.stats_at(MAX_DETS[-1])
-    per_class = dict(zip(categories, result.per_class, strict=True)) if categories else {}
-    content = {**numbers, "per_class": {str(c.id): ap for c, ap in per_class.items()}}
+@dataclass(frozen=True)
+class _ScoreMore:
+    """As `_ScoreImage`, of some classes or with further metrics."""
+
+    image: _ScoreImage
+    metrics: frozenset[str]
+    """Of box, segments and errors."""
+    chosen: frozenset[int] | None
+    """Classes; None: all."""
+
+    def __call__(self, image: ImageEntries) -> Judged[DetectionRecord]:
+        score = self.image
+        truth, detections = score.read(image)
+        more: dict[str, Record] = {}
+        if "box" in self.metrics:
+            annotated = box_truth(image, truth, score.files)
+            detected = box_detections(image, detections, score.dropped, score.files)
+            more["box"] = self._kept(match_boxes(annotated, detected, score.limit, score.ranges))
+        if "segments" in self.metrics:
+            more["segments"] = assign_outcomes(instance_candidates(truth, detections))
+        if "errors" in self.metrics:
+            more["errors"] = instance_errors(truth, detections, score.limit)
+        return Judged(self._kept(score.match(truth, detections)), more)
+
+    def _kept(self, record: DetectionRecord) -> DetectionRecord:
+        return record if self.chosen is None else only_classes(record, self.chosen)
+
+
+def _report(
+    categories: tuple[ScoredCategory, ...],
+    shown: tuple[ScoredCategory, ...],
+    title: str,
+    limit: int,
+    more: Mapping[str, MetricState],
+    result: AveragePrecision,
+) -> ScoreReport:
+    numbers = result.stats_at(limit)
+    content: dict[str, Any] = {**numbers, **_by_class(categories, result)}
     tables = [title, columns(list(numbers), [[percent(value) for value in numbers.values()]])]
-    if per_class:
-        tables.append(columns(["class", "AP"], [[c.name, percent(ap)] for c, ap in per_class.items() if ap >= 0]))
+    if "box" in more:
+        boxes: AveragePrecision = more["box"].compute()
+        content["box"] = {**boxes.stats, **_by_class(categories, boxes)}
+        tables.append(columns(["box", *boxes.stats], [["", *map(percent, boxes.stats.values())]]))
+    if categories:
+        rows = []
+        for label, category in enumerate(categories):
+            stats = result.class_stats(label)
+            if category in shown and stats["AP"] >= 0:
+                rows.append([category.name, *map(percent, stats.values())])
+        tables.append(columns(["class", *result.stats], rows))
     return ScoreReport(content, "\n\n".join(tables))
+
+
+def _by_class(categories: Sequence[ScoredCategory], result: AveragePrecision) -> dict[str, Any]:
+    """AP and every number of each category, by id, and their names."""
+    if not categories:
+        return {"per_class": {}}
+    return {
+        "per_class": {str(c.id): ap for c, ap in zip(categories, result.per_class, strict=True)},
+        "per_class_stats": {str(c.id): result.class_stats(label) for label, c in enumerate(categories)},
+        "names": {str(c.id): c.name for c in categories},
+    }

@@ -93,21 +93,25 @@ class OnlyClasses(Generic[Job, RecordT]):
 
     def __call__(self, job: Job) -> RecordT:
         """The record of a job, without rows of other classes."""
-        record = self.work(job)
-        columns = {
-            "label": ("label", "score", "matched", "ignored"),
-            "truth_label": ("truth_label", "truth_count"),
-            "matched_label": ("matched_label", "matched_iou", "matched_area"),
-            "false_positive": ("false_positive", "false_positive_area"),
-            "false_negative": ("false_negative", "false_negative_area"),
-        }
-        arrays = record.arrays()
-        kept: dict[str, np.ndarray] = {}
-        for labels, names in columns.items():
-            if labels in arrays:
-                rows = np.isin(arrays[labels], list(self.labels))
-                kept |= {name: arrays[name][rows] for name in names}
-        return replace(record, **kept)
+        return only_classes(self.work(job), self.labels)
+
+
+def only_classes(record: RecordT, labels: Collection[int]) -> RecordT:
+    """The rows of some classes of a record of one image."""
+    columns = {
+        "label": ("label", "score", "matched", "ignored"),
+        "truth_label": ("truth_label", "truth_count"),
+        "matched_label": ("matched_label", "matched_iou", "matched_area"),
+        "false_positive": ("false_positive", "false_positive_area"),
+        "false_negative": ("false_negative", "false_negative_area"),
+    }
+    arrays = record.arrays()
+    kept: dict[str, np.ndarray] = {}
+    for of_rows, names in columns.items():
+        if of_rows in arrays:
+            rows = np.isin(arrays[of_rows], list(labels))
+            kept |= {name: arrays[name][rows] for name in names}
+    return replace(record, **kept)
 
 
 def notes_of(options: ScoreOptions, num_images: int, unknown: Collection[object] = ()) -> list[str]:

@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.base import MetricState, Record
+from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.metrics.panoptic_quality import PanopticQualityState
+from m2f.eval.results.images import image_records, image_table
 from m2f.eval.results.results import EvaluationResults
 from m2f.eval.score.parallel import CHUNK, map_jobs
 
@@ -50,6 +54,8 @@ class Scoring(Generic[Job, R, Result]):
     """The same for an HTML page and for Python; None for the metrics of Cityscapes."""
     more: Mapping[str, MetricState] = field(default_factory=dict)
     """Of further metrics; `work` gives a record for each, and `results` looks at them."""
+    names: Sequence[str] = ()
+    """What the image of every job is called."""
 
     def run(self, workers: int, advance: Callable[[int], None]) -> ScoreReport:
         """Score all images in at most so many processes, one image at a time in each; `advance` hears of every image.
@@ -58,6 +64,16 @@ class Scoring(Generic[Job, R, Result]):
         naming the image or file for everything that does not fit together.
         """
         return self.report(self.evaluate(workers, advance))
+
+    def image_table(self) -> bytes:
+        """Figures and records of every image as parquet, after a run; see `m2f.eval.results.images`."""
+        state = self.state
+        records = image_records(
+            state if isinstance(state, PanopticQualityState) else None,
+            state if isinstance(state, AveragePrecisionState) else None,
+            state if isinstance(state, MeanIoUState) else None,
+        )
+        return image_table(records, dict(enumerate(self.names)))
 
     def evaluated(self, workers: int = 1) -> EvaluationResults:
         """The results for a page and for Python. Raises as `run` does."""

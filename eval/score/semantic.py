@@ -59,6 +59,7 @@ def semantic_scoring(
         state=state,
         report=partial(_report, shown, chosen, notes_of(options, len(names)), state, len(names)),
         results=partial(_results, table_of(categories), subject, chosen, state, len(names)),
+        names=names,
     )
 
 

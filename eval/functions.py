@@ -1,0 +1,276 @@
+"""Metrics for Python programs: `evaluate_panoptic`, `evaluate_instances` and `evaluate_semantic`.
+
+Each takes arrays, image by image, or the paths of files as `m2f score` does. `EvaluationResults` has `metrics()`
+and `per_class()` in per cent, `table()` as text, and the exact shares in `panoptic`, `instance` and `semantic`.
+
+    from m2f.eval.functions import PanopticImage, evaluate_panoptic
+
+    truth = [PanopticImage(id_map, {1: 0, 2: 1})]          # [H, W] int, 0 is void; segment id -> class
+    found = [PanopticImage(predicted_map, {7: 0, 9: 1})]
+    results = evaluate_panoptic(truth, found, class_names=["cat", "sky"], is_thing=[True, False])
+    results.metrics()["PQ"]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from m2f.data_pipeline.categories import Category, CategoryTable, Task
+from m2f.data_pipeline.sample import VOID_ID
+from m2f.eval.config import ExtraMetric
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
+from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
+from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
+from m2f.eval.metrics.rle import Rle, encode_masks, mask_areas
+from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
+from m2f.eval.results.results import EvaluationResults, EvaluationSubject
+from m2f.eval.results.states import EvaluationStates
+from m2f.eval.score.instances import instance_scoring
+from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
+from m2f.eval.score.semantic import semantic_scoring
+
+PathLike = str | os.PathLike[str]
+_ImageT = TypeVar("_ImageT")
+
+
+@dataclass(frozen=True, eq=False)
+class PanopticImage:
+    """Segments of one image, annotated or predicted."""
+
+    id_map: np.ndarray
+    """[H, W] integers, 0 for void."""
+    labels: Mapping[int, int]
+    """Segment id -> class, from 0."""
+    crowds: Collection[int] = ()
+    """Ids of annotated segments that are crowds."""
+    areas: Mapping[int, float] = field(default_factory=dict)
+    """Areas that the annotation states, by segment id; pixels are counted where there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """Instances of one image, annotated or detected."""
+
+    masks: np.ndarray | Sequence[Rle]
+    """[N, H, W] bool, or COCO's run-length encodings."""
+    labels: np.ndarray | Sequence[int]
+    """[N] classes, from 0."""
+    scores: np.ndarray | Sequence[float] | None = None
+    """[N] of detections; None of annotations."""
+    is_crowd: np.ndarray | Sequence[bool] | None = None
+    """[N] of annotations; None: no instance is a crowd."""
+    areas: np.ndarray | Sequence[float] | None = None
+    """[N] pixels that the annotation states; None counts those of the masks."""
+
+
+def evaluate_panoptic(
+    truth: Iterable[PanopticImage] | PathLike,
+    predictions: Iterable[PanopticImage] | PathLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    is_thing: Sequence[bool] | None = None,
+    truth_masks: PathLike | None = None,
+    prediction_masks: PathLike | None = None,
+) -> EvaluationResults:
+    """PQ of a set of images, equal to panopticapi's.
+
+    Args:
+        truth: annotated images; or the path of a COCO panoptic JSON file.
+        predictions: predicted images in the same order; or the path of a JSON file.
+        class_names: of images, the name of every class.
+        is_thing: of images, whether each class is a thing.
+        truth_masks: of paths, the folder of the annotated maps.
+        prediction_masks: of paths, the folder of the predicted maps.
+
+    Raises:
+        EvaluationError: inputs that do not belong together, named by image or file.
+    """
+    if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
+        if truth_masks is None or prediction_masks is None:
+            raise EvaluationError("evaluate_panoptic: files need truth_masks and prediction_masks, the folders of maps")
+        files = PanopticFiles(
+            truth=_path("truth", truth),
+            truth_masks=Path(truth_masks),
+            predictions=_path("predictions", predictions),
+            prediction_masks=Path(prediction_masks),
+        )
+        return panoptic_scoring(files, boundary=False, detailed=True).evaluated()
+    if class_names is None or is_thing is None or len(class_names) != len(is_thing):
+        raise EvaluationError("evaluate_panoptic: images need class_names and is_thing, one of each for every class")
+    states, table = _states(class_names, is_thing, "panoptic")
+    assert states.panoptic is not None
+    assert states.segments is not None
+    assert states.errors is not None
+    for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
+        _check_labels(number, (*annotated.labels.values(), *predicted.labels.values()), len(class_names))
+        of_truth = _panoptic_truth(annotated)
+        of_prediction = PanopticPrediction(predicted.id_map, predicted.labels)
+        states.panoptic.update(number, of_truth, of_prediction)
+        candidates = panoptic_candidates(of_truth, of_prediction)
+        states.segments.update(number, candidates)
+        states.errors.add(number, panoptic_errors(candidates))
+    return states.compute(table, SUBJECT)
+
+
+def evaluate_instances(
+    truth: Iterable[Instances] | PathLike,
+    predictions: Iterable[Instances] | PathLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    boxes: bool = False,
+) -> EvaluationResults:
+    """Mask AP of a set of images, equal to pycocotools'.
+
+    Args:
+        truth: annotated images; or the path of a COCO instances JSON file.
+        predictions: detections in the same order; or the path of a JSON file of COCO results.
+        class_names: of images, the name of every class.
+        boxes: also the AP of boxes, as `box_AP`.
+
+    Raises:
+        EvaluationError: inputs that do not belong together, named by image or file.
+    """
+    if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
+        paths = _path("truth", truth), _path("predictions", predictions)
+        return instance_scoring(*paths, boundary=False, class_agnostic=False, boxes=boxes, detailed=True).evaluated()
+    if class_names is None:
+        raise EvaluationError("evaluate_instances: images need class_names, one for every class")
+    states, table = _states(class_names, [True] * len(class_names), "instance", ["box"] if boxes else [])
+    assert states.instance is not None
+    assert states.segments is not None
+    assert states.errors is not None
+    for number, (annotated, detected) in enumerate(_pairs(truth, predictions)):
+        of_truth, found = _instance_truth(number, annotated), _detections(number, detected)
+        states.instance.update(number, of_truth, found)
+        states.segments.update(number, instance_candidates(of_truth, found))
+        states.errors.add(number, instance_errors(of_truth, found))
+        if states.box_instance is not None:
+            limit = states.box_instance.max_dets[-1]
+            states.box_instance.add(number, match_boxes(boxes_of_truth(of_truth), boxes_of_detections(found), limit))
+    return states.compute(table, SUBJECT)
+
+
+def evaluate_semantic(
+    truth: Iterable[np.ndarray] | PathLike,
+    predictions: Iterable[np.ndarray] | PathLike,
+    *,
+    class_names: Sequence[str],
+    ignore: int = 255,
+) -> EvaluationResults:
+    """mIoU and accuracies of a set of images, equal to detectron2's.
+
+    Args:
+        truth: annotated label maps [H, W] of integers; or the path of a folder of PNG files.
+        predictions: predicted label maps in the same order; or the path of a folder of files of the same names.
+        class_names: the name of every class; labels are their positions.
+        ignore: label of pixels of the truth that do not count.
+
+    Raises:
+        EvaluationError: inputs that do not belong together, named by image or file.
+    """
+    if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
+        paths = _path("truth", truth), _path("predictions", predictions)
+        return semantic_scoring(
+            *paths, num_classes=len(class_names), ignore=ignore, class_names=tuple(class_names)
+        ).evaluated()
+    table = _table(class_names, [False] * len(class_names))
+    states = EvaluationStates(semantic=MeanIoUState(len(class_names), ignore))
+    assert states.semantic is not None
+    for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
+        states.semantic.update(number, annotated, predicted)
+    return states.compute(table, SUBJECT)
+
+
+SUBJECT = EvaluationSubject(dataset="images", fingerprint="")
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise EvaluationError(f"{name} is {type(value).__name__}, but the other side is a path; give paths or images")
+    return Path(value)
+
+
+def _pairs(truth: Iterable[_ImageT], predictions: Iterable[_ImageT]) -> Iterable[tuple[_ImageT, _ImageT]]:
+    """Images of both sides, one by one."""
+    nothing = object()
+    for number, (annotated, predicted) in enumerate(zip_longest(truth, predictions, fillvalue=nothing)):
+        if annotated is nothing or predicted is nothing:
+            shorter = "truth" if annotated is nothing else "predictions"
+            raise EvaluationError(
+                f"{shorter} has {number} images, the other side more; give one for each, in one order"
+            )
+        yield annotated, predicted  # type: ignore[misc]
+
+
+def _table(class_names: Sequence[str], is_thing: Sequence[bool]) -> CategoryTable:
+    pairs = zip(class_names, is_thing, strict=True)
+    return CategoryTable(tuple(Category(i, name, thing, (0, 0, 0)) for i, (name, thing) in enumerate(pairs)))
+
+
+def _states(
+    class_names: Sequence[str], is_thing: Sequence[bool], task: Task, extra: Sequence[ExtraMetric] = ()
+) -> tuple[EvaluationStates, CategoryTable]:
+    table = _table(class_names, is_thing)
+    return EvaluationStates.empty(table, [task], extra), table
+
+
+def _check_labels(number: int, labels: Iterable[int], num_classes: int) -> None:
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        raise EvaluationError(f"image {number}: a segment has the class {wrong[0]}, outside 0..{num_classes - 1}")
+
+
+def _panoptic_truth(image: PanopticImage) -> PanopticTruth:
+    ids, pixels = np.unique(image.id_map, return_counts=True)
+    counted = dict(zip(ids.tolist(), pixels.tolist(), strict=True))
+    segments = {
+        i: TruthSegment(label, float(image.areas.get(i, counted.get(i, 0))), i in image.crowds)
+        for i, label in image.labels.items()
+        if i != VOID_ID
+    }
+    return PanopticTruth(image.id_map, segments)
+
+
+def _instance_truth(number: int, image: Instances) -> InstanceTruth:
+    masks = _masks(number, image)
+    areas = mask_areas(masks) if image.areas is None else np.asarray(image.areas, dtype=np.float64)
+    crowd = np.zeros(len(masks), bool) if image.is_crowd is None else np.asarray(image.is_crowd, dtype=bool)
+    for name, values in (("areas", areas), ("is_crowd", crowd)):
+        _check_length(number, name, len(values), len(masks))
+    return InstanceTruth(masks, np.asarray(image.labels, dtype=np.int64), areas, crowd)
+
+
+def _detections(number: int, image: Instances) -> InstanceDetections:
+    masks = _masks(number, image)
+    if image.scores is None:
+        raise EvaluationError(f"image {number}: the detections have no scores")
+    _check_length(number, "scores", len(image.scores), len(masks))
+    labels, scores = np.asarray(image.labels, dtype=np.int64), np.asarray(image.scores, dtype=np.float64)
+    return InstanceDetections(masks, np.arange(len(masks)), labels, scores)
+
+
+def _masks(number: int, image: Instances) -> tuple[Rle, ...]:
+    masks = image.masks
+    if isinstance(masks, np.ndarray):
+        if masks.ndim != 3 or masks.dtype != bool:
+            raise EvaluationError(
+                f"image {number}: masks are {masks.dtype} of the shape {masks.shape}; they must be bool [N, H, W]"
+            )
+        masks = encode_masks(masks)
+    _check_length(number, "labels", len(image.labels), len(masks))
+    return tuple(masks)
+
+
+def _check_length(number: int, name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise EvaluationError(f"image {number}: {name} has {found} entries for {expected} masks")

@@ -1,0 +1,63 @@
+"""Boxes of COCO's instance files: those that the files state, else those of the masks.
+
+As in pycocotools, annotations have the size that they state. Detections have that of their stated box, else of their
+mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from m2f.eval.errors import EvaluationError
+from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.box_average_precision import (
+    BoxDetections,
+    BoxTruth,
+    boxes_of_detections,
+    boxes_of_truth,
+)
+from m2f.eval.score.instance_files import Entry, ImageEntries, InstanceFiles
+
+
+def box_truth(image: ImageEntries, truth: InstanceTruth, files: InstanceFiles) -> BoxTruth:
+    """The boxes of the annotations of one image. Raises EvaluationError naming an annotation whose box is none."""
+    found = boxes_of_truth(truth)
+    names = [files.annotation(image, i) for i in range(len(image.annotations))]
+    stated = _stated(image.annotations, names)
+    boxes = np.where(np.isnan(stated), found.boxes, stated)
+    return BoxTruth(boxes, found.labels, found.areas, found.is_crowd)
+
+
+def box_detections(
+    image: ImageEntries, detections: InstanceDetections, dropped: frozenset[int], files: InstanceFiles
+) -> BoxDetections:
+    """The boxes of the results of one image but for those of the `dropped` categories; else as `box_truth`."""
+    kept = [i for i, entry in enumerate(image.results) if entry.get("category_id") not in dropped]
+    found = boxes_of_detections(detections)
+    stated = _stated([image.results[i] for i in kept], [files.result(image, i) for i in kept])
+    boxes = np.where(np.isnan(stated), found.boxes, stated)
+    areas = np.where(np.isnan(stated[:, 0]), found.areas, boxes[:, 2] * boxes[:, 3])
+    return BoxDetections(boxes, found.labels, found.scores, areas)
+
+
+def _stated(entries: Sequence[Entry], names: Sequence[str]) -> np.ndarray:
+    """[N, 4] left, top, width, height; NaN where an entry states no box."""
+    boxes = np.full((len(entries), 4), np.nan)
+    for position, entry in enumerate(entries):
+        box = entry.get("bbox")
+        if box is None or box == []:
+            continue
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_number(side) for side in box) or min(box[2:]) < 0:
+            raise EvaluationError(
+                f"{names[position]} has the bbox {str(box)[:80]}; it must be left, top, width and height in pixels"
+            )
+        if any(box):  # boxes of zeros, as the official code writes them, say nothing
+            boxes[position] = box
+    return boxes
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12 and math.isfinite(value)

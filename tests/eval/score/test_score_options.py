@@ -1,0 +1,320 @@
+"""What `m2f score` takes beside the files: boxes, limits, sizes, subsets, unknown categories, names, page, images."""
+
+import contextlib
+import io
+import json
+import re
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from m2f.cluster.cli import main
+from m2f.eval.errors import EvaluationError
+from m2f.eval.functions import (
+    Instances,
+    PanopticImage,
+    evaluate_instances,
+    evaluate_panoptic,
+    evaluate_semantic,
+)
+from m2f.eval.results.images import read_image_records
+
+SIDE = 120
+NAMES = ("cat", "dog", "bus")
+IDS = (5, 1, 9)
+
+
+def rle(mask):
+    found = coco_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": found["size"], "counts": found["counts"].decode()}
+
+
+def random_masks(random, count):
+    masks = np.zeros((count, SIDE, SIDE), dtype=bool)
+    for mask in masks:
+        y, x, h, w = random.integers(0, SIDE - 6), random.integers(0, SIDE - 6), *random.integers(3, SIDE, 2)
+        mask[y : y + h, x : x + w] = True
+    return masks
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Files of instances; boxes that do not quite fit, crowds, ties of scores."""
+    random = np.random.default_rng(0)
+    annotations, results, arrays = [], [], []
+    for image_id in range(1, 13):
+        masks = random_masks(random, random.integers(0, 6))
+        labels = random.integers(0, 3, len(masks))
+        crowd = random.random(len(masks)) < 0.15
+        for mask, label, is_crowd in zip(masks, labels, crowd, strict=True):
+            box = (coco_masks.toBbox(rle(mask)) + random.normal(0, 0.4, 4)).tolist()
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": IDS[label]})
+            annotations[-1] |= {
+                "area": float(mask.sum()),
+                "iscrowd": int(is_crowd),
+                "bbox": box,
+                "segmentation": rle(mask),
+            }
+        shifted = [np.roll(m, random.integers(-6, 7, 2), axis=(0, 1)) for m in masks for _ in range(2)]
+        found = np.concatenate([np.array(shifted).reshape(-1, SIDE, SIDE), random_masks(random, 3)]).astype(bool)
+        guessed = np.concatenate([np.repeat(labels, 2), random.integers(0, 3, 3)])
+        scores = np.round(random.random(len(found)), 1)
+        for mask, label, score in zip(found, guessed, scores, strict=True):
+            results.append({"image_id": image_id, "category_id": IDS[label], "segmentation": rle(mask)})
+            results[-1] |= {"score": float(score)}
+        arrays.append((Instances(masks, labels, is_crowd=crowd), Instances(found, guessed, scores)))
+    truth = {
+        "images": [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, 13)],
+        "categories": [{"id": i, "name": name} for i, name in zip(IDS, NAMES, strict=True)],
+        "annotations": annotations,
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    return tmp_path, truth, results, arrays
+
+
+def with_boxes(results):
+    return [one | {"bbox": coco_masks.toBbox(one["segmentation"]).tolist()} for one in results]
+
+
+def oracle(truth, results, kind, **params):
+    with contextlib.redirect_stdout(io.StringIO()):
+        api = COCO()
+        api.dataset = json.loads(json.dumps(truth))
+        api.createIndex()
+        run = COCOeval(api, api.loadRes(json.loads(json.dumps(results))), kind)
+        for name, value in params.items():
+            setattr(run.params, name, value)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return run
+
+
+def scored(folder, *options, kind="instances"):
+    words = [kind, "--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json")]
+    assert main(["score", *words, "--output", str(folder / "out.json"), "--workers", "1", *options]) == 0
+    return json.loads((folder / "out.json").read_text())
+
+
+STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["of masks", "stated"])
+def test_boxes_beside_masks_are_pycocotools(coco, stated):
+    folder, truth, results, _ = coco
+    if stated:
+        results = with_boxes(results)
+        (folder / "results.json").write_text(json.dumps(results))
+    found = scored(folder, "--boxes")
+    boxes, masks = oracle(truth, results, "bbox"), oracle(truth, results, "segm")
+    assert [found["box"][name] for name in STATS] == boxes.stats.tolist()
+    if not stated:
+        assert [found[name] for name in STATS] == masks.stats.tolist()
+    for category in IDS:
+        of_class = oracle(truth, results, "bbox", catIds=[category]).stats.tolist()
+        assert list(found["box"]["per_class_stats"][str(category)].values()) == of_class
+
+
+def test_boxes_of_zeros_are_those_of_the_masks_and_others_are_refused(coco, capsys):
+    folder, _, results, _ = coco
+    before = scored(folder, "--boxes")
+    (folder / "results.json").write_text(json.dumps([one | {"bbox": [0, 0, 0, 0]} for one in results]))
+    assert scored(folder, "--boxes") == before
+    words = ["--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json"), "--boxes"]
+    for box in ([0, 0, -1, 2], [1, 2, 3], ["a", 0, 0, 0], [float("nan"), 1, 1, 1], 7):
+        (folder / "results.json").write_text(json.dumps([results[0] | {"bbox": box}]))
+        assert main(["score", "instances", *words]) == 2
+        assert "result 0 has the bbox" in capsys.readouterr().err
+
+
+def test_every_number_of_a_class_other_limits_and_sizes_are_pycocotools(coco, capsys):
+    folder, truth, results, _ = coco
+    found = scored(folder, "--max-dets", "3", "1", "2", "--area-bounds", "500", "4000")
+    assert re.search(r"class +AP +AP50 +AP75 +APs +APm +APl +AR1 +AR2 +AR3", capsys.readouterr().out)
+    ranges = [[0, 1e10], [0, 500], [500, 4000], [4000, 1e10]]
+    run = oracle(truth, results, "segm", maxDets=[1, 2, 3], areaRng=ranges)
+    precision, recall = run.eval["precision"], run.eval["recall"]  # [T, R, K, A, M], classes by ascending id
+    for k, category in enumerate(sorted(IDS)):
+        expected = {"AP": precision[:, :, k, 0, 2], "AP50": precision[0, :, k, 0, 2], "APl": precision[:, :, k, 3, 2]}
+        expected |= {"AR1": recall[:, k, 0, 0], "AR3": recall[:, k, 0, 2], "ARs": recall[:, k, 1, 2]}
+        row = found["per_class_stats"][str(category)]
+        for name, values in expected.items():
+            assert row[name] == (values.mean() if (values > -1).all() else -1), (category, name)
+
+
+def test_chosen_images_and_classes_are_scored_as_if_there_were_no_others(coco, capsys):
+    folder, truth, results, _ = coco
+    (folder / "chosen.txt").write_text("3\n4\n7\n\n8\n")
+    found = scored(folder, "--images", str(folder / "chosen.txt"), "--classes", "dog", "9", "--boxes")
+    assert "SOME CLASSES: dog, 9" in capsys.readouterr().out
+    for kind, numbers in (("segm", found), ("bbox", found["box"])):
+        run = oracle(truth, results, kind, imgIds=[3, 4, 7, 8], catIds=[1, 9])
+        assert [numbers[name] for name in STATS] == run.stats.tolist()
+    words = ["--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json")]
+    assert main(["score", "instances", *words, "--classes", "cow"]) == 2
+    assert "does not list 1 of the classes to score: cow; there are dog, cat, bus" in capsys.readouterr().err
+    (folder / "chosen.txt").write_text("99\n")
+    assert main(["score", "instances", *words, "--images", str(folder / "chosen.txt")]) == 2
+    assert main(["score", "instances", *words, "--area-bounds", "9", "3"]) == 2
+
+
+def test_unknown_categories_are_refused_or_left_out(coco, capsys):
+    folder, _, results, _ = coco
+    before = scored(folder)
+    other = [{**results[0], "category_id": 77, "score": 1.0}]
+    (folder / "results.json").write_text(json.dumps(other + results))
+    words = ["--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json")]
+    assert main(["score", "instances", *words]) == 2
+    assert scored(folder, "--ignore-unknown") == before
+    assert "the truth does not list (77)" in capsys.readouterr().out
+
+
+def test_a_page_and_a_file_of_images(coco):
+    folder, *_ = coco
+    found = scored(
+        folder, "--report", str(folder / "page.html"), "--per-image", str(folder / "images.parquet"), "--boxes"
+    )
+    page = (folder / "page.html").read_text()
+    for text in ("gain in AP50 by type of error", "Confusion", "Precision and recall", "results.json", "AP75"):
+        assert text in page
+    records = read_image_records((folder / "images.parquet").read_bytes())
+    assert records.resampled(np.ones((12, 1), np.int32))["AP"][0] == pytest.approx(100 * found["AP"])
+
+
+def test_functions_on_arrays_and_files_give_the_figures_of_the_verb(coco):
+    folder, _, _, arrays = coco
+    found = scored(folder, "--boxes")
+    of_files = evaluate_instances(folder / "truth.json", str(folder / "results.json"), boxes=True)
+    assert of_files.metrics()["AP"] == 100 * found["AP"]
+    truth, predictions = zip(*arrays, strict=True)
+    of_arrays = evaluate_instances(truth, predictions, class_names=NAMES)
+    assert of_arrays.metrics()["AP"] == pytest.approx(100 * found["AP"], abs=1e-10)
+    assert of_arrays.per_class()[0]["name"] == "cat"
+    assert of_arrays.errors.counts == of_files.errors.counts
+    masks = random_masks(np.random.default_rng(0), 2)
+    with pytest.raises(EvaluationError, match="image 0: scores has 1 entries for 2 masks"):
+        evaluate_instances([Instances(masks, [0, 0])], [Instances(masks, [0, 0], [0.5])], class_names=["a"])
+    with pytest.raises(EvaluationError, match="predictions has 0 images"):
+        evaluate_instances([Instances(masks, [0, 0])], [], class_names=["a"])
+    with pytest.raises(EvaluationError, match="truth is list, but the other side is a path"):
+        evaluate_instances([], "results.json")
+
+
+@pytest.fixture
+def panoptic(tmp_path):
+    """Truth and predictions of four images as COCO's files, and as arrays."""
+    random = np.random.default_rng(1)
+    categories = [{"id": i, "name": n, "isthing": int(n != "bus")} for i, n in zip(IDS, NAMES, strict=True)]
+    documents = {"truth": [], "results": []}
+    arrays = []
+    for image_id in range(4):
+        base = 1 + (np.arange(SIDE) // 17)[None, :] + 8 * (np.arange(SIDE) // 50)[:, None]
+        truth_labels = {i: int(random.integers(0, 3)) for i in np.unique(base).tolist()}
+        predicted = np.roll(base, random.integers(0, 7), axis=1)
+        labels = {i: k if random.random() < 0.7 else int(random.integers(0, 3)) for i, k in truth_labels.items()}
+        for side, id_map, of_side in (("truth", base, truth_labels), ("results", predicted, labels)):
+            folder = tmp_path / f"{side}_masks"
+            folder.mkdir(exist_ok=True)
+            bgr = np.stack([id_map * 0, id_map // 256, id_map % 256], axis=-1).astype(np.uint8)
+            cv2.imwrite(str(folder / f"{image_id}.png"), bgr)
+            segments = [
+                {"id": i, "category_id": IDS[k], "area": int((id_map == i).sum()), "iscrowd": 0}
+                for i, k in of_side.items()
+            ]
+            documents[side].append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": segments})
+        arrays.append((PanopticImage(base, truth_labels), PanopticImage(predicted, labels)))
+    for side, annotations in documents.items():
+        content = {"annotations": annotations} | ({"categories": categories} if side == "truth" else {})
+        (tmp_path / f"{side}.json").write_text(json.dumps(content))
+    return tmp_path, arrays
+
+
+def panoptic_words(folder):
+    return ["--truth-masks", str(folder / "truth_masks"), "--prediction-masks", str(folder / "results_masks")]
+
+
+def test_panoptic_files_have_sizes_pages_subsets_and_functions(panoptic, capsys):
+    folder, arrays = panoptic
+    words = panoptic_words(folder)
+    found = scored(folder, *words, "--report", str(folder / "page.html"), kind="panoptic")
+    page = (folder / "page.html").read_text()
+    assert "gain in PQ by type of error" in page
+    assert "Confusion" in page
+    truth, predictions = zip(*arrays, strict=True)
+    of_arrays = evaluate_panoptic(truth, predictions, class_names=NAMES, is_thing=[True, True, False])
+    assert of_arrays.panoptic.all.pq == pytest.approx(found["all"]["pq"], abs=1e-12)
+    assert of_arrays.panoptic.by_size["small"].pq == pytest.approx(found["by_size"]["small"]["pq"], abs=1e-12)
+    of_files = evaluate_panoptic(
+        folder / "truth.json",
+        folder / "results.json",
+        truth_masks=folder / "truth_masks",
+        prediction_masks=folder / "results_masks",
+    )
+    assert of_files.errors.gains == pytest.approx(of_arrays.errors.gains)
+    assert of_files.table().startswith("results.json: 4 images\n")
+
+    some = scored(folder, *words, "--classes", "dog", kind="panoptic")
+    assert some["all"]["pq"] == found["per_class"]["1"]["pq"]
+    assert some["all"]["n"] == 1
+    (folder / "one.txt").write_text("2\n")
+    one = scored(folder, *words, "--images", str(folder / "one.txt"), kind="panoptic")
+    alone = evaluate_panoptic(truth[2:3], predictions[2:3], class_names=NAMES, is_thing=[True, True, False])
+    assert one["all"]["pq"] == pytest.approx(alone.panoptic.all.pq, abs=1e-12)
+    with pytest.raises(EvaluationError, match="image 0: a segment has the class 3"):
+        evaluate_panoptic(
+            [PanopticImage(truth[0].id_map, {1: 3})], predictions[:1], class_names=NAMES, is_thing=[True] * 3
+        )
+    with pytest.raises(EvaluationError, match="class_names and is_thing"):
+        evaluate_panoptic(truth, predictions)
+
+
+def test_unknown_categories_of_segments_are_left_out(panoptic, capsys):
+    folder, _ = panoptic
+    document = json.loads((folder / "results.json").read_text())
+    document["annotations"][1]["segments_info"][0]["category_id"] = 77
+    (folder / "results.json").write_text(json.dumps(document))
+    words = ["--truth", str(folder / "truth.json"), "--predictions", str(folder / "results.json")]
+    assert main(["score", "panoptic", *words, *panoptic_words(folder)]) == 2
+    scored(folder, *panoptic_words(folder), "--ignore-unknown", kind="panoptic")
+    assert "(77)" in capsys.readouterr().out
+
+
+def test_label_maps_have_names_subsets_pages_and_a_function(tmp_path, capsys):
+    random = np.random.default_rng(2)
+    maps = []
+    for name in ("a", "b/c"):
+        truth = random.integers(0, 3, (20, 30)).astype(np.uint8)
+        predicted = np.where(random.random(truth.shape) < 0.6, truth, random.integers(0, 3, truth.shape)).astype(
+            np.uint8
+        )
+        truth[0, :5] = 255
+        for side, labels in (("truth", truth), ("found", predicted)):
+            path = tmp_path / side / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), labels)
+        maps.append((truth, predicted))
+    (tmp_path / "names.txt").write_text("cat\ndog\nbus\n")
+    words = ["--truth", str(tmp_path / "truth"), "--predictions", str(tmp_path / "found"), "--num-classes", "3"]
+    words += ["--class-names", str(tmp_path / "names.txt"), "--workers", "1", "--output", str(tmp_path / "out.json")]
+    assert main(["score", "semantic", *words, "--report", str(tmp_path / "page.html")]) == 0
+    assert "dog" in capsys.readouterr().out
+    assert "pixels" in (tmp_path / "page.html").read_text()
+    whole = json.loads((tmp_path / "out.json").read_text())
+    of_arrays = evaluate_semantic(*zip(*maps, strict=True), class_names=NAMES)
+    of_files = evaluate_semantic(tmp_path / "truth", tmp_path / "found", class_names=NAMES)
+    assert of_arrays.semantic == of_files.semantic
+    assert of_arrays.semantic.miou == whole["mIoU"]
+
+    (tmp_path / "some.txt").write_text("b/c\n")
+    assert main(["score", "semantic", *words, "--classes", "dog", "2", "--images", str(tmp_path / "some.txt")]) == 0
+    part = json.loads((tmp_path / "out.json").read_text())
+    alone = evaluate_semantic([maps[1][0]], [maps[1][1]], class_names=NAMES).semantic
+    assert part["mIoU"] == pytest.approx(np.mean(alone.per_class[1:]))
+    truth, predicted = maps[1]
+    chosen = (truth == 1) | (truth == 2)
+    assert part["pACC"] == pytest.approx((truth == predicted)[chosen].mean())
