@@ -232,7 +232,7 @@ def read_rles(segmentations: Sequence[Any], height: int, width: int, name: Calla
     size = [height, width]
     texts = [s["counts"] for s in segmentations if type(s) is dict and s.get("size") == size and _is_text(s)]
     if len(texts) == len(segmentations) and height * width < _MAX_RLE_PIXELS and check_texts(texts, height, width):
-        return tuple({"size": size, "counts": text} for text in texts)
+        return tuple(segmentations)
     return tuple(read_rle(s, height, width, name(i)) for i, s in enumerate(segmentations))
 
 

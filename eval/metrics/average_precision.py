@@ -34,6 +34,11 @@ AREA_BOUNDS = (32.0**2, 96.0**2)
 """Pixels from which on COCO calls an instance medium, and large."""
 _THRESHOLD_BITS = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
 """A bit per IoU threshold: flags of all thresholds travel as one number."""
+_ALL_THRESHOLDS = np.uint16(_THRESHOLD_BITS.sum())
+_EVERY_RANGE = 1 << np.arange(NUM_AREAS, dtype=np.int64) * len(IOU_THRESHOLDS)
+"""The lowest bit of every area range in a set of (area range, threshold)."""
+_FIRST_THRESHOLDS = _EVERY_RANGE.sum() * ((1 << np.arange(len(IOU_THRESHOLDS) + 1, dtype=np.int64)) - 1)
+"""By number of thresholds: that many, the lowest, of every range."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def match_instances(
 
     With a `boundary_ratio` the IoU is the smaller one of masks and of boundaries, except for crowds.
     """
-    ious = mask_ious(detections.masks, truth.masks, truth.is_crowd)
+    ious = _ious_of_classes(truth, detections)
     if boundary_ratio is not None:
         ious = _with_boundaries(ious, truth, detections, boundary_ratio)
     index = detections.mask_index
@@ -249,23 +254,32 @@ def match_by_iou(
     labels, ious = detections.labels[order], detections.ious[order]
 
     truth_ignored = is_crowd | _outside(truth_area, bounds)
-    matched = np.zeros((NUM_AREAS, len(IOU_THRESHOLDS), len(order)), dtype=bool)
-    ignored = np.zeros_like(matched)
-    for label in np.intersect1d(labels, truth_label):
-        d, g = np.flatnonzero(labels == label), np.flatnonzero(truth_label == label)
-        matched[..., d], ignored[..., d] = _match_class(ious[np.ix_(d, g)], is_crowd[g], truth_ignored[:, g])
-    ignored |= ~matched & _outside(detections.areas[order], bounds)[:, None]
+    matched, ignored = _match(np.where(labels[:, None] == truth_label, ious, 0.0), is_crowd, truth_ignored)
+    ignored |= np.where(_outside(detections.areas[order], bounds).T, ~matched & _ALL_THRESHOLDS, np.uint16(0))
 
-    truth_labels = np.unique(truth_label)
-    counted = [(~truth_ignored[:, truth_label == label]).sum(axis=1) for label in truth_labels]
+    truth_labels, position = np.unique(truth_label, return_inverse=True)
+    counted = np.zeros((len(truth_labels), NUM_AREAS), dtype=np.int32)
+    np.add.at(counted, position, (~truth_ignored).T)
     return DetectionRecord(
         label=labels,
         score=detections.scores[order],
-        matched=_pack(matched),
-        ignored=_pack(ignored),
+        matched=matched,
+        ignored=ignored,
         truth_label=truth_labels,
-        truth_count=np.array(counted),
+        truth_count=counted,
     )
+
+
+def _ious_of_classes(truth: InstanceTruth, detections: InstanceDetections) -> np.ndarray:
+    """IoU [masks, G] of masks and annotations that have a class in common, 0 for the others."""
+    ious = np.zeros((len(detections.masks), len(truth.masks)))
+    for label in np.intersect1d(truth.labels, detections.labels).tolist():
+        rows = np.unique(detections.mask_index[detections.labels == label])
+        columns = np.flatnonzero(truth.labels == label)
+        masks = [detections.masks[i] for i in rows.tolist()]
+        annotated = [truth.masks[i] for i in columns.tolist()]
+        ious[np.ix_(rows, columns)] = mask_ious(masks, annotated, truth.is_crowd[columns])
+    return ious
 
 
 def _with_boundaries(
@@ -299,25 +313,43 @@ def class_agnostic_detections(detections: InstanceDetections) -> InstanceDetecti
     return InstanceDetections(detections.masks, detections.mask_index[order], labels, detections.scores[order])
 
 
-def _match_class(ious: np.ndarray, is_crowd: np.ndarray, truth_ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matched and ignored flags [A, T, D] of one class from IoU [D, G], crowd flags [G] and ignored flags [A, G]."""
-    num_detections, num_truth = ious.shape
-    matched = np.zeros((NUM_AREAS, len(IOU_THRESHOLDS), num_detections), dtype=bool)
-    ignored = np.zeros_like(matched)
-    free = np.ones((NUM_AREAS, len(IOU_THRESHOLDS), num_truth), dtype=bool)
-    counted_first = np.where(truth_ignored, 0, num_truth)[:, None]
-    rank = np.empty(num_truth, dtype=np.int64)
-    for d in np.flatnonzero((ious >= IOU_THRESHOLDS[0]).any(axis=1)):
-        rank[ious[d].argsort(kind="stable")] = np.arange(num_truth)  # a stable sort ranks the later of equals higher
-        candidates = (free | is_crowd) & (ious[d] >= IOU_THRESHOLDS[:, None])
-        preference = np.where(candidates, rank + counted_first, -1)
-        best = preference.argmax(axis=-1)
-        found = np.take_along_axis(preference, best[..., None], axis=-1)[..., 0] >= 0
-        a, t = found.nonzero()
-        free[a, t, best[a, t]] = False
-        matched[..., d] = found
-        ignored[a, t, d] = truth_ignored[a, best[a, t]]
-    return matched, ignored
+def _match(ious: np.ndarray, is_crowd: np.ndarray, truth_ignored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Matched and ignored bits [D, A] uint16 from IoU [D, G], crowd flags [G] and ignored flags [A, G].
+
+    Sets of (area range, threshold) are bits of one whole number, 10 for every range, so that a detection costs a few
+    operations for each annotation that it overlaps enough.
+    """
+    bits = len(IOU_THRESHOLDS)
+    d, g = np.nonzero(ious >= IOU_THRESHOLDS[0])
+    order = np.lexsort((-g, -ious[d, g], d))  # of a detection the highest IoU first, the later one of equals
+    d, g = d[order], g[order]
+    reached = _FIRST_THRESHOLDS[np.searchsorted(IOU_THRESHOLDS, ious[d, g], side="right")].tolist()
+    counts = (_EVERY_RANGE @ ~truth_ignored * ((1 << bits) - 1)).tolist()
+    everything = (1 << bits * NUM_AREAS) - 1
+    free, crowds = [everything] * len(is_crowd), is_crowd.tolist()
+    found: dict[int, list[tuple[int, int]]] = {}
+    for detection, truth, passed in zip(d.tolist(), g.tolist(), reached, strict=True):
+        found.setdefault(detection, []).append((truth, passed))
+
+    matched, ignored = [0] * len(ious), [0] * len(ious)
+    for detection, candidates in found.items():
+        open_bits = everything
+        for counting in (True, False):  # those that count go before ignored ones
+            for truth, passed in candidates:
+                allowed = counts[truth] if counting else everything ^ counts[truth]
+                taken = open_bits & passed & allowed & (everything if crowds[truth] else free[truth])
+                free[truth] &= ~taken
+                open_bits ^= taken
+                if not counting:
+                    ignored[detection] |= taken
+        matched[detection] = everything ^ open_bits
+    return _by_range(matched), _by_range(ignored)
+
+
+def _by_range(sets: list[int]) -> np.ndarray:
+    """Sets of (area range, threshold) as bits of thresholds [D, A] uint16."""
+    shifts = np.arange(NUM_AREAS) * len(IOU_THRESHOLDS)
+    return (np.array(sets, dtype=np.int64)[:, None] >> shifts & int(_ALL_THRESHOLDS)).astype(np.uint16)
 
 
 def _outside(areas: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -333,11 +365,6 @@ def _rank_in_image_and_class(label: np.ndarray, per_image: np.ndarray) -> np.nda
     new = np.concatenate([[True], (label[1:] != label[:-1]) | (image[1:] != image[:-1])])
     rows = np.arange(len(label))
     return rows - np.maximum.accumulate(np.where(new, rows, 0))
-
-
-def _pack(flags: np.ndarray) -> np.ndarray:
-    """Flags [A, T, D] as bit masks [D, A] uint16."""
-    return np.einsum("atd,t->da", flags, _THRESHOLD_BITS)
 
 
 def _unpack(bits: np.ndarray) -> np.ndarray:
