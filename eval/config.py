@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -48,9 +48,7 @@ class MultiScale(Section):
         super().__post_init__()
         sizes = self.shortest_edges
         if not sizes or len(set(sizes)) < len(sizes):
-            raise ConfigError(
-                f"evaluation.sets.test_time.shortest_edges is {list(sizes)}; name at least one size, each once"
-            )
+            raise ConfigError(f"test_time.shortest_edges is {list(sizes)}; name at least one size, each once")
 
     def describe(self) -> str | None:
         """For titles of results."""
@@ -59,7 +57,8 @@ class MultiScale(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindows(Section):
-    """Class scores averaged over overlapping windows, for images too large for one pass. Semantic task only."""
+    """Overlapping windows, for images too large for one pass: class scores are averaged, segments joined across windows
+    where they agree (docs/evaluation.md has the rule)."""
 
     kind: Literal["windows"] = "windows"
     size: Annotated[int, PIXELS] = 1024
@@ -73,8 +72,7 @@ class SlidingWindows(Section):
         super().__post_init__()
         if self.size < self.stride:
             raise ConfigError(
-                f"evaluation.sets.test_time: windows of {self.size} pixels every {self.stride} leave gaps; "
-                "let stride be at most size"
+                f"test_time: windows of {self.size} pixels every {self.stride} leave gaps; let stride be at most size"
             )
 
     def describe(self) -> str | None:
@@ -84,6 +82,22 @@ class SlidingWindows(Section):
 
 TestTime = WholeImage | MultiScale | SlidingWindows
 WHOLE_IMAGE = WholeImage()
+
+
+def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) -> None:
+    """Raises ConfigError, which begins with `place`, for a test time that one of the tasks cannot have."""
+    if set(tasks) <= {"semantic"}:
+        return
+    if isinstance(test_time, MultiScale):
+        raise ConfigError(
+            f"{place} has test_time.kind=multi_scale, which averages class scores of pixels, but the tasks "
+            f"{list(tasks)}; give it `tasks: [semantic]`"
+        )
+    if isinstance(test_time, SlidingWindows) and test_time.size == test_time.stride:
+        raise ConfigError(
+            f"{place} has windows of test_time.size={test_time.size} every {test_time.stride} pixels, which do not "
+            f"overlap, and the tasks {list(tasks)}: objects would be cut where windows meet; let stride be below size"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +112,8 @@ class EvaluationSet(Section):
     """Only the first images; the results are labelled as a subset."""
     tasks: tuple[Task, ...] | None = None
     """Tasks of this set; None takes `evaluation.tasks`."""
-    test_time: TestTime = WHOLE_IMAGE
-    """How an image goes through the model."""
+    test_time: TestTime | None = None
+    """How its images go through the model; None takes `evaluation.test_time`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +137,8 @@ class EvaluationConfig(Section):
     tasks: tuple[Task, ...] = ("panoptic",)
     """panoptic: PQ; instance: mask AP; semantic: mIoU. All from one forward pass. If a recipe does not name them: the
     task of the training, `data.task`."""
+    test_time: TestTime = WHOLE_IMAGE
+    """How an image goes through the model: in `m2f predict`, and in sets that do not say it themselves."""
     extra_metrics: tuple[ExtraMetric, ...] = ()
     """boundary: Boundary PQ and AP; box: AP of the boxes of instances; class_agnostic: recall of instances whatever
     their class; cityscapes: the AP, IoU and iIoU of that benchmark. Each for those of the tasks that it judges."""
@@ -160,10 +176,11 @@ class EvaluationConfig(Section):
         self._check_extra_metrics()
 
     def for_set(self, evaluated: EvaluationSet) -> EvaluationConfig:
-        """These settings with the set's own tasks, and the extra metrics that judge them."""
+        """These settings with the set's own tasks and test time, and the extra metrics that judge them."""
         tasks = self.tasks if evaluated.tasks is None else evaluated.tasks
         judged = (metric for metric in self.extra_metrics if not set(tasks).isdisjoint(EXTRA_METRIC_TASKS[metric]))
-        return replace(self, sets=(evaluated,), tasks=tasks, extra_metrics=tuple(judged))
+        test_time = self.test_time if evaluated.test_time is None else evaluated.test_time
+        return replace(self, sets=(evaluated,), tasks=tasks, test_time=test_time, extra_metrics=tuple(judged))
 
     def _check_sets(self) -> None:
         labels = [s.label for s in self.sets]
@@ -171,11 +188,8 @@ class EvaluationConfig(Section):
             if labels.count(evaluated.label) > 1:
                 raise ConfigError(f"evaluation.sets: two are called {evaluated.label!r}; give each a `name` of its own")
             tasks = evaluated.tasks if evaluated.tasks is not None else self.tasks
-            if not isinstance(evaluated.test_time, WholeImage) and tasks != ("semantic",):
-                raise ConfigError(
-                    f"evaluation.sets: {evaluated.label!r} has test_time.kind={evaluated.test_time.kind}, which "
-                    f"averages class scores of pixels, but the tasks {list(tasks)}; give it `tasks: [semantic]`"
-                )
+            test_time = self.test_time if evaluated.test_time is None else evaluated.test_time
+            check_test_time(test_time, tasks, f"evaluation.sets: {evaluated.label!r}")
 
     def _check_extra_metrics(self) -> None:
         requested = {*self.tasks, *(task for s in self.sets for task in s.tasks or ())}

@@ -111,7 +111,7 @@ class EvaluationActor:
             settings,
             model_task=self._config.data.task,
             postprocess=self._config.model.postprocess,
-            test_time=task.evaluated.test_time,
+            test_time=settings.test_time,
             panel_ids=manifest.image_id[drawn].tolist(),
             dump=dump,
         )

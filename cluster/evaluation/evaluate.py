@@ -183,7 +183,7 @@ def _evaluate(
         fingerprint=manifest.fingerprint,
         classes=classes.note,
         subset=None if len(rows) == manifest.num_samples else f"first {len(rows)} of {manifest.num_samples}",
-        test_time=evaluated.test_time.describe(),
+        test_time=settings.test_time.describe(),
         step=step,
         settings=_settings(config, evaluated, stated_sha256(task.weights, storage)),
     )
@@ -220,7 +220,7 @@ def _settings(config: RunConfig, evaluated: EvaluationSet, weights: str | None) 
         shrink=settings.shrink,
         batch_size=settings.batch_size,
         limit=evaluated.limit,
-        test_time=asdict(evaluated.test_time),
+        test_time=asdict(settings.test_time),
         postprocess=asdict(config.model.postprocess),
         weights=weights,
     )

@@ -8,6 +8,7 @@ from typing import assert_never
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from m2f.cluster.predict.files import Prediction, PredictionFolder
 from m2f.cluster.predict.inputs import ImageInput, read_images
@@ -19,11 +20,15 @@ from m2f.data_pipeline.sample import VOID_ID, Annotation, DecodedSample
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.augment import shortest_edge_size
 from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE, collate_eval
-from m2f.eval.inference.evaluator import ImageOutput, check_tasks, detect, image_outputs
+from m2f.eval.config import MultiScale, SlidingWindows, WholeImage, check_test_time
+from m2f.eval.inference.evaluator import check_finite, check_tasks, detect, image_outputs
+from m2f.eval.inference.image_output import ImageOutput
+from m2f.eval.inference.test_time_augmentation import predict_in_passes
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.model.errors import ConfigError
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.postprocess import panoptic, semantic
+from m2f.model.structures import Predictions, SemanticResult
 
 MAX_WAITING_BATCHES = 4
 """Images that wait for others of their shape, in batches; then the largest group goes, however small."""
@@ -47,8 +52,15 @@ class Predictor:
 
     def __init__(self, trained: TrainedModel, task: Task, min_score: float | None = None) -> None:
         check_tasks(trained.task, [task])
+        test_time = trained.evaluation.test_time
+        check_test_time(test_time, [task], "evaluation")
         if min_score is not None and not 0 <= min_score <= 1:
             raise ConfigError(f"--min-score is {min_score}; it must be from 0 to 1")
+        if min_score is not None and task == "semantic" and not isinstance(test_time, WholeImage):
+            raise ConfigError(
+                f"--min-score is {min_score}, which evaluation.test_time.kind={test_time.kind} does not take for "
+                "--task semantic; leave it out, or set evaluation.test_time.kind=whole"
+            )
         torch.set_num_threads(trained.evaluation.threads)
         if trained.evaluation.cuda_graphs:
             replay_forward(trained.model)
@@ -74,12 +86,34 @@ class Predictor:
 
         Raises EvaluationError naming an image whose output is not finite.
         """
-        settings, device = self._trained.evaluation, next(self._model.parameters()).device
+        settings = self._trained.evaluation
         samples = [_without_annotation(image) for image in images]
+        if not isinstance(settings.test_time, WholeImage):
+            for sample in samples:
+                yield self._predict_in_passes(sample, settings.test_time)
+            return
         batch = collate_eval(samples, range(len(samples)), settings.shortest_edge, settings.max_size, settings.shrink)
-        predictions = self._model(self._model.normalise(batch.images.to(device), batch.sizes.to(device)))
-        for output in image_outputs(batch, predictions):
+        for output in image_outputs(batch, self._forward(batch.images, batch.sizes)):
             yield self._postprocess_output(output)
+
+    def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
+        device = next(self._model.parameters()).device
+        return self._model(self._model.normalise(images.to(device), sizes.to(device)))
+
+    def _predict_in_passes(self, sample: DecodedSample, test_time: MultiScale | SlidingWindows) -> Prediction:
+        def predict(images: Tensor, sizes: Tensor) -> Predictions:
+            predictions = self._forward(images, sizes)
+            check_finite(sample, predictions[:3])
+            return predictions
+
+        is_thing, shrink = [c.is_thing for c in self.classes], self._trained.evaluation.shrink
+        found = predict_in_passes(sample.image, test_time, predict, [self._task], is_thing, self._postprocess, shrink)
+        if found.panoptic is not None:
+            return found.panoptic
+        if found.instance is not None:
+            return _filter_by_score(found.instance, self._min_score)
+        assert found.label_map is not None
+        return SemanticResult(found.label_map)
 
     def _postprocess_output(self, output: ImageOutput) -> Prediction:
         is_thing = [c.is_thing for c in self.classes]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from m2f.data_pipeline.transforms.collate import EvalBatch
 from m2f.eval.config import WHOLE_IMAGE, EvaluationConfig, ExtraMetric, TestTime, WholeImage
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
-from m2f.eval.inference.test_time_augmentation import label_map
+from m2f.eval.inference.image_output import ImageOutput
+from m2f.eval.inference.test_time_augmentation import predict_in_passes
 from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
 from m2f.eval.metrics.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
 from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
@@ -36,7 +36,7 @@ from m2f.model.errors import ConfigError
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import panoptic, semantic, stream_instances
 from m2f.model.mask2former import Mask2Former
-from m2f.model.structures import Predictions
+from m2f.model.structures import PanopticResult, Predictions
 
 EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
     "panoptic": TASKS,
@@ -52,18 +52,6 @@ _MakeOverlays = Callable[[], tuple[Overlay, Overlay]]
 """Makes truth and prediction of one image ready to be drawn."""
 
 
-class ImageOutput(NamedTuple):
-    """What one layer of the model predicts for one image: the first arguments of the post-processing."""
-
-    class_logits: Tensor
-    """[Q, K + 1]"""
-    mask_embeddings: Tensor
-    """[Q, C]"""
-    mask_features: Tensor
-    """[C, h, w]"""
-    geometry: ImageGeometry
-
-
 def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -> Iterator[ImageOutput]:
     """One layer's predictions, image by image. Raises EvaluationError naming an image whose output is not finite."""
     height, width = batch.images.shape[-2:]
@@ -75,11 +63,12 @@ def image_outputs(batch: EvalBatch, predictions: Predictions, layer: int = -1) -
             predictions.mask_embeddings[layer, row],
             predictions.mask_features[row],
         )
-        _check_finite(sample, tensors)
+        check_finite(sample, tensors)
         yield ImageOutput(*tensors, geometry)
 
 
-def _check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
+def check_finite(sample: DecodedSample, tensors: Iterable[Tensor]) -> None:
+    """Raises EvaluationError naming the image if what the model gave for it is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise EvaluationError(
             f"image {sample.image_id} ({sample.source}): the model's output is not finite; "
@@ -153,8 +142,18 @@ class Evaluator:
         states = self._empty_states()
         for sample in batch.samples:
             predict = partial(self._predict_part, sample)
-            labels = label_map(sample.image, self._test_time, predict, self._postprocess, self._shrink)
-            self._draw(sample, {"semantic": self._semantic(sample, labels, states)}, states)
+            tasks = self._tasks
+            found = predict_in_passes(
+                sample.image, self._test_time, predict, tasks, self._is_thing, self._postprocess, self._shrink
+            )
+            pictures: dict[Task, _MakeOverlays] = {}
+            if found.panoptic is not None:
+                pictures["panoptic"] = self._panoptic(sample, found.panoptic, states)
+            if found.instance is not None:
+                pictures["instance"] = self._instance(sample, found.instance, states)
+            if found.label_map is not None:
+                pictures["semantic"] = self._semantic(sample, found.label_map, states)
+            self._draw(sample, pictures, states)
         return states
 
     @torch.inference_mode()
@@ -165,7 +164,7 @@ class Evaluator:
     def _predict_part(self, sample: DecodedSample, image: Tensor, size: Tensor) -> Predictions:
         """Predictions from a picture made of a sample's image."""
         predictions = self._forward(image, size)
-        _check_finite(sample, predictions[:3])
+        check_finite(sample, predictions[:3])
         return predictions
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
@@ -187,9 +186,11 @@ class Evaluator:
         for sample, output in zip(batch.samples, image_outputs(batch, predictions, layer), strict=True):
             pictures: dict[Task, _MakeOverlays] = {}
             if states.panoptic is not None:
-                pictures["panoptic"] = self._panoptic(sample, output, states)
+                result = panoptic(*output, self._is_thing, self._postprocess)
+                pictures["panoptic"] = self._panoptic(sample, result, states)
             if states.instance is not None:
-                pictures["instance"] = self._instance(sample, output, states)
+                detections = detect(output, self._is_thing, self._postprocess)
+                pictures["instance"] = self._instance(sample, detections, states)
             if states.semantic is not None:
                 labels = semantic(*output, self._postprocess).label_map
                 pictures["semantic"] = self._semantic(sample, labels, states)
@@ -206,9 +207,8 @@ class Evaluator:
             classes, overlays = self._categories.for_task(shown), pictures[shown]()
             states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", overlays, classes)
 
-    def _panoptic(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeOverlays:
+    def _panoptic(self, sample: DecodedSample, result: PanopticResult, states: EvaluationStates) -> _MakeOverlays:
         assert states.panoptic is not None
-        result = panoptic(*output, self._is_thing, self._postprocess)
         if self._dump is not None:
             self._dump.add_panoptic(sample, result)
         truth = panoptic_truth(sample, self._categories.labels("panoptic"))
@@ -225,9 +225,10 @@ class Evaluator:
         scores = {segment.id: segment.score for segment in result.segments}
         return partial(panoptic_overlays, truth, prediction, scores, states.panoptic.image_quality(sample.image_id))
 
-    def _instance(self, sample: DecodedSample, output: ImageOutput, states: EvaluationStates) -> _MakeOverlays:
+    def _instance(
+        self, sample: DecodedSample, detections: InstanceDetections, states: EvaluationStates
+    ) -> _MakeOverlays:
         assert states.instance is not None
-        detections = detect(output, self._is_thing, self._postprocess)
         detections = replace(detections, labels=self._thing_labels[detections.labels])
         if self._dump is not None:
             self._dump.add_instances(sample, detections)

@@ -24,6 +24,17 @@ def _encode(mask: np.ndarray) -> Rle:
     return cast("list[Rle]", coco_masks.encode(cast("Any", columns.T[..., None])))[0]
 
 
+def encode_columns(columns: np.ndarray, left: int, size: tuple[int, int]) -> Rle:
+    """Encoding of a mask of `size` (height, width) of which only the columns [H, w] bool from `left` on have pixels."""
+    height, width = size
+    flat = np.concatenate([[False], columns.T.ravel(), [False]])
+    changes = (flat[1:] != flat[:-1]).nonzero()[0] + left * height
+    counts = np.diff(changes, prepend=0, append=height * width)
+    if len(changes) and changes[-1] == height * width:
+        counts = counts[:-1]  # COCO's own encoder ends with the last run of pixels
+    return cast("Any", coco_masks).frPyObjects({"size": list(size), "counts": counts.tolist()}, height, width)
+
+
 def mask_areas(masks: Sequence[Rle]) -> np.ndarray:
     """Pixels of every mask [N] float64."""
     areas = coco_masks.area(cast("Any", list(masks))) if masks else []

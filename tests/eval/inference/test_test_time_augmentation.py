@@ -14,7 +14,8 @@ from m2f.data_pipeline.transforms.collate import EVAL_PADDING, collate_eval
 from m2f.eval.config import EvaluationConfig, EvaluationSet, MultiScale, SlidingWindows
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference.evaluator import Evaluator
-from m2f.eval.inference.test_time_augmentation import label_map, window_starts
+from m2f.eval.inference.test_time_augmentation import predict_in_passes
+from m2f.eval.inference.windows import window_starts
 from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.results.results import EvaluationSubject
 from m2f.model.config import (
@@ -202,7 +203,7 @@ def test_results_name_the_test_time_settings(model):
     test_time = MultiScale(shortest_edges=(64, 96))
     states = evaluate(model, test_time, PostprocessConfig())
     subject = EvaluationSubject(dataset="val", name="val_ms", fingerprint="f" * 64, test_time=test_time.describe())
-    assert states.compute(TABLE, subject).table().startswith("val_ms: 1 images, 2 scales, flipped too")
+    assert states.compute(TABLE, subject).table().startswith("val_ms: 1 image, 2 scales, flipped too")
 
 
 @pytest.mark.parametrize("test_time", [MultiScale(shortest_edges=(64, 80)), SlidingWindows(size=64, stride=48)])
@@ -212,6 +213,9 @@ def test_labels_do_not_depend_on_earlier_images(model, test_time):
             return model(model.normalise(image, size))
 
     image, config = sample_of(5).image, PostprocessConfig()
-    first, again = (label_map(image, test_time, predict, config) for _ in range(2))
+    passes = (predict_in_passes(image, test_time, predict, ["semantic"], [False] * 5, config) for _ in range(2))
+    first, again = (found.label_map for found in passes)
+    assert first is not None
+    assert again is not None
     assert torch.equal(first, again)
     assert first.shape == SIZE

@@ -1,0 +1,206 @@
+"""Panoptic and instance predictions of windows that overlap, merged as they come: no mask of the whole image is held.
+
+Of a window stays what its neighbours need (`windows` has the rule), and what it says about the pixels that it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from m2f.eval.inference.image_output import ImageOutput
+from m2f.eval.inference.windows import Area, Found, Objects, WindowPlace, nearest_pixels, same_objects
+from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.metrics.overlaps import count_overlaps
+from m2f.eval.metrics.rle import Rle, decode_mask, encode_columns, encode_masks, mask_areas, mask_ious
+from m2f.model.config import PostprocessConfig
+from m2f.model.inference.postprocess import panoptic, stream_instances
+from m2f.model.structures import PanopticResult, PanopticSegment
+
+
+@dataclass(frozen=True)
+class _Map:
+    """The segments of a window that others still overlap."""
+
+    area: Area
+    ids: np.ndarray
+    """[h, w] int32: 0, or 1 + the place of a segment in `found`."""
+    first: int
+    """Number of the first segment among those of all windows."""
+    found: Found
+
+
+class PanopticMerge:
+    """Takes the outputs of windows in their order; then `result`. Stuff of one class is one segment of the image."""
+
+    def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
+        self._is_thing, self._config = is_thing, config
+        self._numbers = np.zeros(size, dtype=np.int32)
+        """1 + number of the segment of every pixel; 0 without one."""
+        self._open: list[_Map] = []
+        self._segments: list[PanopticSegment] = []
+        self._objects = Objects()
+        self._stuff: dict[int, int] = {}
+
+    def add(self, place: WindowPlace, output: ImageOutput) -> None:
+        """Post-process one window and join its segments to those before it."""
+        result = panoptic(*output, self._is_thing, self._config)
+        segments = result.segments
+        first = self._objects.add(len(segments))
+        self._segments.extend(segments)
+        found = Found(np.array([s.label for s in segments]), np.array([s.score for s in segments]))
+        window = _Map(place.area, _consecutive(result), first, found)
+        self._open = [other for other in self._open if other.area.bottom > place.area.top]
+        for other in self._open:
+            self._join(other, window)
+        for number, segment in enumerate(segments, first):
+            if not segment.is_thing:
+                self._objects.join(self._stuff.setdefault(segment.label, number), number)
+        core = window.ids[place.core.slices(place.area)]
+        self._numbers[place.core.slices(Area(0, 0, 0, 0))] = np.where(core > 0, core + first, 0)
+        self._open.append(window)
+
+    def _join(self, other: _Map, window: _Map) -> None:
+        common = other.area.common(window.area)
+        if common is None:
+            return
+        overlaps = count_overlaps(other.ids[common.slices(other.area)], window.ids[common.slices(window.area)])
+        ious = np.zeros((len(other.found.labels), len(window.found.labels)))
+        for (one, two), shared in overlaps.pixels.items():
+            if one and two and self._is_thing[other.found.labels[one - 1]]:
+                union = overlaps.truth_area[one] + overlaps.predicted_area[two] - shared
+                ious[one - 1, two - 1] = shared / union
+        for one, two in same_objects(other.found, window.found, ious):
+            self._objects.join(other.first + one, window.first + two)
+
+    def result(self, original_size: tuple[int, int]) -> PanopticResult:
+        """The segments of the image; one has the best score of its parts, and those without a pixel are left out."""
+        roots = [self._objects.of(number) for number in range(len(self._segments))]
+        scores: dict[int, float] = {}
+        for root, segment in zip(roots, self._segments, strict=True):
+            scores[root] = max(scores.get(root, 0.0), segment.score)
+        numbers = _nearest(self._numbers, original_size)
+        areas = np.bincount(np.array([0, *(root + 1 for root in roots)])[numbers.ravel()], minlength=len(roots) + 1)
+        present = [root for root in sorted(scores) if areas[root + 1]]
+        ids = {root: position for position, root in enumerate(present, 1)}
+        table = np.array([0, *(ids.get(root, 0) for root in roots)], dtype=np.int32)
+        segments = (
+            PanopticSegment(i, (s := self._segments[root]).label, s.is_thing, scores[root], int(areas[root + 1]))
+            for root, i in ids.items()
+        )
+        return PanopticResult(torch.from_numpy(table[numbers]), tuple(segments))
+
+
+def _consecutive(result: PanopticResult) -> np.ndarray:
+    """[H, W] int32 map of 1 + the place of every segment in the list."""
+    table = np.zeros(max((s.id for s in result.segments), default=0) + 1, dtype=np.int32)
+    table[[s.id for s in result.segments]] = np.arange(1, len(result.segments) + 1)
+    return table[result.segment_map.cpu().numpy()]
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The detections of a window that others still overlap."""
+
+    area: Area
+    strips: dict[Area, list[Rle]]
+    """The masks inside the overlap with other windows."""
+    mask_index: np.ndarray
+    first: int
+    found: Found
+
+
+class InstanceMerge:
+    """Takes the outputs of windows in their order; then `result`."""
+
+    def __init__(self, size: tuple[int, int], is_thing: Sequence[bool], config: PostprocessConfig) -> None:
+        self._size, self._is_thing, self._config = size, is_thing, config
+        self._open: list[_Masks] = []
+        self._objects = Objects()
+        self._labels: list[int] = []
+        self._scores: list[float] = []
+        self._parts: list[int] = []
+        """Mask of every detection among `_cores`."""
+        self._cores: list[tuple[Area, Rle]] = []
+
+    def add(self, place: WindowPlace, output: ImageOutput) -> None:
+        """Post-process one window and join its detections to those before it."""
+        strips: dict[Area, list[Rle]] = {area: [] for area in place.overlaps}
+        cores: list[Rle] = []
+
+        def take(group: torch.Tensor) -> None:
+            masks = group.cpu().numpy()
+            cores.extend(encode_masks(masks[:, *place.core.slices(place.area)]))
+            for area, found in strips.items():
+                found.extend(encode_masks(masks[:, *area.slices(place.area)]))
+
+        ranking = stream_instances(*output, self._is_thing, self._config, take)
+        found = Found(ranking.labels.cpu().numpy(), ranking.scores.cpu().numpy().astype(np.float64))
+        first = self._objects.add(len(found.labels))
+        window = _Masks(place.area, strips, ranking.mask_index.cpu().numpy(), first, found)
+        self._open = [other for other in self._open if other.area.bottom > place.area.top]
+        for other in self._open:
+            self._join(other, window)
+        self._open.append(window)
+        self._parts.extend((window.mask_index + len(self._cores)).tolist())
+        self._cores.extend((place.core, mask) for mask in cores)
+        self._labels.extend(found.labels.tolist())
+        self._scores.extend(found.scores.tolist())
+
+    def _join(self, other: _Masks, window: _Masks) -> None:
+        common = other.area.common(window.area)
+        if common is None or not len(other.mask_index) or not len(window.mask_index):
+            return
+        one, two = other.strips[common], window.strips[common]
+        ious = mask_ious(one, two, np.zeros(len(two), dtype=bool))
+        # Two empty masks agree on nothing: pycocotools gives them no number.
+        ious = np.where((mask_areas(one)[:, None] > 0) & (mask_areas(two)[None] > 0), ious, 0.0)
+        of_detections = ious[np.ix_(other.mask_index, window.mask_index)]
+        for first, second in same_objects(other.found, window.found, of_detections):
+            self._objects.join(other.first + first, window.first + second)
+
+    def result(self, original_size: tuple[int, int]) -> InstanceDetections:
+        """The `max_instances` best objects of the image, with the best score of their parts.
+
+        An object has a pixel if a part of it has it in the window that decides the pixel; without one it is left out.
+        """
+        areas = mask_areas([mask for _, mask in self._cores])
+        parts: dict[int, list[int]] = {}
+        scores: dict[int, float] = {}
+        for detection, part in enumerate(self._parts):
+            root = self._objects.of(detection)
+            scores[root] = max(scores.get(root, 0.0), self._scores[detection])
+            if areas[part]:
+                parts.setdefault(root, []).append(part)
+        best = sorted(parts, key=lambda root: (-scores[root], root))[: self._config.max_instances]
+        places: dict[tuple[int, ...], int] = {}
+        index = [places.setdefault(tuple(sorted(set(parts[root]))), len(places)) for root in best]
+        return InstanceDetections(
+            masks=tuple(self._mask(key, original_size) for key in places),
+            mask_index=np.array(index, dtype=np.int64),
+            labels=np.array([self._labels[root] for root in best], dtype=np.int64),
+            scores=np.array([scores[root] for root in best], dtype=np.float64),
+        )
+
+    def _mask(self, parts: Sequence[int], original_size: tuple[int, int]) -> Rle:
+        """The union of the parts, in as many columns as they span: most objects are far smaller than the image."""
+        pieces = [self._cores[part] for part in parts]
+        left, right = min(core.left for core, _ in pieces), max(core.right for core, _ in pieces)
+        canvas = np.zeros((self._size[0], right - left), dtype=bool)
+        for core, mask in pieces:
+            canvas[core.slices(Area(0, left, 0, right))] |= decode_mask(mask)
+        if original_size != self._size:
+            whole = np.zeros(self._size, dtype=bool)
+            whole[:, left:right] = canvas
+            return encode_masks([_nearest(whole, original_size)])[0]
+        return encode_columns(canvas, left, original_size)
+
+
+def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[H, W] of the nearest pixels of a map of another size."""
+    if values.shape == size:
+        return values
+    return values[np.ix_(*(nearest_pixels(n, source) for n, source in zip(size, values.shape, strict=True)))]
