@@ -9,8 +9,10 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.data_pipeline.errors import OutageError
@@ -63,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Suggests the closest option for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else ()
+        super().error(f"{message}; did you mean {close[0]}?" if close else message)
+
+
 def _run_verb(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -74,7 +86,7 @@ def _run_verb(words: list[str]) -> int:
         return _fail(f"m2f: no such verb `{verb}`; {hint}")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads it when it is imported
     module = importlib.import_module(VERBS[verb])
-    parser = argparse.ArgumentParser(prog=f"m2f {verb}", description=module.SUMMARY, allow_abbrev=False)
+    parser = _Parser(prog=f"m2f {verb}", description=module.SUMMARY, allow_abbrev=False)
     module.add_arguments(parser)
     # Words and options mix freely, except in a verb with kinds of its own, which argparse cannot do for both.
     parse = parser.parse_args if hasattr(module, "KINDS") else parser.parse_intermixed_args

@@ -20,8 +20,9 @@ from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.terminal import Progress, first_lines, format_duration, print_err
 from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, some
-from m2f.data_pipeline.readers import Reader, open_reader, source_fingerprint
+from m2f.data_pipeline.readers import Reader, dataset_fingerprint, open_dataset
 from m2f.data_pipeline.readers.unusable import require_none
 from m2f.data_pipeline.shards.plan import ShardPlan, clear_target, committed_document, plan_shards, withdraw
 from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources
@@ -34,6 +35,7 @@ from m2f.data_pipeline.shards.write import (
     write_shard,
 )
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.counted import counted
 from m2f.model.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -83,11 +85,14 @@ class ShardReport:
     def summary(self) -> str:
         """As text: what is written, and why the rest is not."""
         kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
-        lines = [f"{self.dataset}: {kept} samples in {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB"]
+        lines = [
+            f"{self.dataset}: {counted(kept, 'sample')} in {counted(self.num_shards, 'shard')}, "
+            f"{self.num_bytes / 1e6:.1f} MB"
+        ]
         if not self.written_shards:
             lines[0] += ", all there already"
         else:
-            lines[0] += f"; wrote {self.written_shards} shards in {format_duration(self.elapsed_s)}"
+            lines[0] += f"; wrote {counted(self.written_shards, 'shard')} in {format_duration(self.elapsed_s)}"
         lines += [f"  {note}" for note in self.notes]
         problems = [problem.line for problem in self.problems]
         lines += first_lines(problems, SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
@@ -119,15 +124,15 @@ def run_shard_job(
     started = time.monotonic()
     if dataset.source is None:
         raise DataError(f"datasets.{name} has no source to make shards from; set datasets.{name}.source")
-    reader = open_reader(dataset.source, dataset.max_pixels, skip_bad=True)
-    plan = plan_shards(reader, dataset, source_fingerprint(dataset.source))
+    reader, unusable = open_dataset(dataset)
+    plan = plan_shards(reader, dataset, dataset_fingerprint(dataset))
     existing = None if redo else committed_document(plan, storage)
     changes = SourceChanges() if redo else _compare_sources(name, reader, plan, storage)
     if existing is not None and not changes.shards:
         notes = _source_notes(changes, bool(reader.files(0)))
         return _stored_report(name, plan, existing["shards"], notes, storage)
     if not skip_bad:
-        require_none(reader.unusable)
+        require_none(unusable)
     if redo:
         clear_target(plan.target, storage)
     elif existing is not None:
@@ -135,7 +140,7 @@ def run_shard_job(
     parts = {part.index: part for part in complete_parts(plan, storage, changes)}
     num_missing = len(plan.shard_keys) - len(parts)
     failures = _write_missing(name, reader, plan, parts, storage, cluster, keep_going) if num_missing else []
-    problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in reader.unusable)
+    problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in unusable)
     problems += tuple(problem for index in sorted(parts) for problem in parts[index].problems)
     report = ShardReport(
         dataset=name,
@@ -296,7 +301,10 @@ def _stored_report(
 ) -> ShardReport:
     """The report of a data set that is committed already."""
     url = join(plan.target, REPORT_FILE)
-    stored = json.loads(storage.get(url)) if storage.exists(url) else {"problems": []}
+    try:
+        stored = parse_json(storage.get(url)) if storage.exists(url) else {"problems": []}
+    except DocumentError as error:
+        raise ShardJobError(f"{url} is not valid JSON ({error}); delete it, the shards need it not") from error
     return ShardReport(
         dataset=name,
         target=plan.target,

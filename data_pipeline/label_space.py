@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from m2f.data_pipeline.categories import Category, Task
 from m2f.data_pipeline.errors import DataError, some
+from m2f.model.counted import counted
 
 _MAX_LISTED_PAIRS = 20
 """Differing rows that a message lists, so that it fits on a screen."""
@@ -129,7 +130,7 @@ def describe_subset(found: ClassMatch, first_name: str, second_name: str) -> str
     if found.kind != "subset":
         return None
     common = sum(label is not None for label in found.labels)
-    parts = [f"{common} classes are in both"]
+    parts = [f"{counted(common, 'class', 'classes')} in both"]
     for names, lacking in ((found.only_first, second_name), (found.only_second, first_name)):
         if names:
             parts.append(f"{lacking} lacks {some(names, 8)}")

@@ -25,6 +25,7 @@ from m2f.eval.inference.layers import LayerAnalysis, LayerQuality
 from m2f.eval.report.panels import render_heat
 from m2f.eval.results.results import EvaluationSubject
 from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
+from m2f.model.counted import counted
 from m2f.model.mask2former import Mask2Former
 from m2f.trainer.checkpoint.weights import weights_url
 
@@ -46,7 +47,7 @@ class AnalysisSubject:
     def title(self) -> str:
         """Which images of what."""
         what = "weights" if self.step is None else f"checkpoint of step {self.step}"
-        title = f"{self.dataset}: {len(self.indices)} of {self.manifest.num_samples} images, {what}"
+        title = f"{self.dataset}: {len(self.indices)} of {counted(self.manifest.num_samples, 'image')}, {what}"
         return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"
 
 

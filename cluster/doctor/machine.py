@@ -20,6 +20,7 @@ from m2f.cluster.doctor.finding import Finding
 from m2f.cluster.ray_private import TESTED
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.storage.scratch import ScratchFolder
+from m2f.model.counted import counted
 
 GIB = 2**30
 SHM_REQUIRED, SHM_RECOMMENDED = GIB // 4, 2 * GIB
@@ -102,7 +103,11 @@ def check_collectives() -> Finding:
         )
         return Finding("collectives", "failed", f"{name}: {str(error).splitlines()[0]}", remedy)
     took = time.monotonic() - started
-    return Finding("collectives", "ok", f"{name} all-reduce over {ranks} processes, {took:.0f} s with their start")
+    return Finding(
+        "collectives",
+        "ok",
+        f"{name} all-reduce over {counted(ranks, 'process', 'processes')}, {took:.0f} s with their start",
+    )
 
 
 def all_reduce_once(folder: str, cuda: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from m2f.cluster.evaluation.choice import HEADLINE
 from m2f.cluster.evaluation.manager import EvaluationProgress
 from m2f.cluster.evaluation.queue import Entry
+from m2f.model.counted import counted
 
 
 def describe(entry: Entry) -> str:
@@ -25,4 +26,4 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 def started(progress: EvaluationProgress) -> str:
     """One line on an evaluation that begins."""
-    return f"step {progress.step}: evaluating on {progress.dataset}, {progress.total} batches"
+    return f"step {progress.step}: evaluating on {progress.dataset}, {counted(progress.total, 'batch', 'batches')}"

@@ -15,6 +15,7 @@ from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.terminal import print_out
 from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.resources import count_fitting
+from m2f.model.counted import counted
 
 LOOK_S = 2.0
 PATIENCE_S = 10.0
@@ -34,7 +35,8 @@ class Resize:
     """Reported steps that no checkpoint held."""
 
     def __str__(self) -> str:
-        return f"from {self.before} to {self.after} workers in {self.seconds:.1f} s, {self.steps_redone} steps redone"
+        size = f"from {self.before} to {counted(self.after, 'worker')}"
+        return f"{size} in {self.seconds:.1f} s, {counted(self.steps_redone, 'step')} redone"
 
 
 def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
@@ -91,7 +93,7 @@ class Sizes:
         elif self._room_since is None:
             self._room_since = now
         elif now - self._room_since >= PATIENCE_S:
-            print_out(f"room for more than {self._size} workers: starting again after a checkpoint")
+            print_out(f"room for more than {counted(self._size, 'worker')}: starting again after a checkpoint")
             self.growing = True
 
     def ended(self, relay: RunRelay) -> None:

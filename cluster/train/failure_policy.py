@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m2f.data_pipeline.errors import LoaderDiedError, OutageError, StorageError
+from m2f.model.counted import counted
 from m2f.model.errors import UserError
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, PeersError, RankDiedError
 from m2f.trainer.job import PositionRange
@@ -141,7 +142,7 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
         return Stop("the same error came back without a new checkpoint in between")
     spent = sum(a.failure.kind not in _FREE for a in streak)
     if spent > max_failures:
-        return Stop(f"{spent} failures without a new checkpoint; cluster.max_failures allows {max_failures}")
+        return Stop(f"{counted(spent, 'failure')} without a new checkpoint; cluster.max_failures allows {max_failures}")
     if last.positions is not None:
         return Retry(0.0, f"from the checkpoint before, without {last.positions}", SkipPositions(last.positions))
     return Retry(min(2.0 ** (spent - 1), MAX_BACKOFF_S), f"failure {spent} of at most {max_failures} without progress")
@@ -154,7 +155,8 @@ def _halve(micro_batch: int) -> Retry | Stop:
             "training.zero.stage, or set training.zero.offload_optimizer"
         )
     half = micro_batch // 2
-    reason = f"with {half} images per micro-batch instead of {micro_batch} and more of them, the same global batch"
+    size = f"{counted(half, 'image')} per micro-batch"
+    reason = f"with {size} instead of {micro_batch} and more of them, the same global batch"
     return Retry(0.0, reason, SmallerMicroBatch(half))
 
 

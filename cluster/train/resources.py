@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from m2f.cluster.recipe.config import RunConfig
+from m2f.model.counted import counted
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class ResourceRequest:
 
     def __str__(self) -> str:
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.needs.items())
-        return f"{self.purpose}: {self.count} processes with {each} each"
+        return f"{self.purpose}: {counted(self.count, 'process', 'processes')} with {each} each"
 
 
 def resource_requests(config: RunConfig) -> list[ResourceRequest]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.model.counted import counted
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(_render(comparison, form, output))
-    print_out(f"{output}: {len(runs)} runs")
+    print_out(f"{output}: {counted(len(runs), 'run')}")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count, list_faults
+from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
     """As text: what was indexed, and what could not be."""
-    what = f"{found.num_samples:,} samples of {found.num_shards:,} tars, {found.num_bytes / 1e6:,.1f} MB"
+    what = (
+        f"{counted(found.num_samples, 'sample')} of {counted(found.num_shards, 'tar')}, {found.num_bytes / 1e6:,.1f} MB"
+    )
     if isinstance(found.form, str):
         form = "shards of m2f"
     else:

@@ -6,6 +6,7 @@ import argparse
 
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, count, split_overrides
+from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
 SUMMARY = "predict images: pictures to look at, and files in COCO formats or label maps"
@@ -67,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     options = {"pictures": not args.no_pictures, "shown_score": args.min_score}
     with PredictionFolder(output, predictor.classes, **options) as folder:
         problems = predict_images(predictor, images, storage, folder, args.batch)
-    print_out(f"{len(images) - len(problems)} of {len(images)} images: {args.output} (weights: {trained.weights})")
+    print_out(
+        f"{len(images) - len(problems)} of {counted(len(images), 'image')}: {args.output} (weights: {trained.weights})"
+    )
     if args.submission and not problems:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:

@@ -6,6 +6,7 @@ import argparse
 
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, count, split_overrides
+from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
 SUMMARY = "picture of some images with their annotations, as they are in the shards"
@@ -32,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     manifest = Manifest.load(config.datasets[name].shards, storage)
     indices = spread_indices(manifest, args.images)
     write_contact_sheet(manifest, indices, storage, args.output)
-    print_out(f"{args.output}: {len(indices)} of {manifest.num_samples} images of {name}")
+    print_out(f"{args.output}: {len(indices)} of {counted(manifest.num_samples, 'image')} of {name}")
     return 0

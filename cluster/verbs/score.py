@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2f.cluster.terminal import Progress, print_out
-from m2f.cluster.verbs.arguments import count
+from m2f.cluster.verbs.arguments import count, usable_cores
 
 if TYPE_CHECKING:
     from m2f.eval.score.options import ScoreOptions
@@ -79,11 +79,10 @@ def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; the numbers go to --output."""
     import json
-    import os
 
     from m2f.eval.errors import EvaluationError
 
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = args.workers or usable_cores()
     for option in ("output", "report", "per_image"):
         path = getattr(args, option, None)
         if path is not None and not path.resolve().parent.is_dir():

@@ -6,6 +6,7 @@ import argparse
 
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+from m2f.model.counted import counted
 
 SUMMARY = "table of classes of sharded data sets: images, segments, pixels"
 
@@ -28,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
         manifest = Manifest.load(config.datasets[name].shards, storage)
         size = sum(shard.size for shard in manifest.shards) / 1e6
         print_out(
-            f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {size:,.1f} MB, {manifest.url}"
+            f"{name}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}, "
+            f"{size:,.1f} MB, {manifest.url}"
         )
         print_out(format_class_table(class_table(manifest)) + "\n")
         if note := pixels_note(manifest):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count, list_faults
+from m2f.model.counted import counted
 
 if TYPE_CHECKING:
     from m2f.data_pipeline.shards.verify import Depth, Verification
@@ -61,7 +62,8 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
 
 def _summary(found: Verification, report: str | None) -> str:
     """As text: that the data set is complete, or its faults."""
-    what = f"{found.num_samples:,} samples in {found.num_shards:,} shards, {found.num_bytes / 1e6:,.1f} MB"
+    what = f"{counted(found.num_samples, 'sample')} in {counted(found.num_shards, 'shard')}"
+    what += f", {found.num_bytes / 1e6:,.1f} MB"
     if found.passed:
         read = "every byte and sample is right" if found.depth == "full" else "all shards are there with their sizes"
         return f"{found.url}: {what}: {read}"

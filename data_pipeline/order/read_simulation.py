@@ -13,6 +13,7 @@ from m2f.data_pipeline.order.order import Order, chunk_bytes, look_ahead
 from m2f.data_pipeline.order.selection import select
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.transforms.copy_paste import partner_position
+from m2f.model.counted import counted
 
 _BYTES_PER_PIXEL = 4  # three colours and one layer of ids
 
@@ -89,8 +90,10 @@ def format_read_costs(found: ReadCosts, ranks: SimulatedRanks) -> str:
     rate = found.read_bytes / found.images * speed / 1e6
     memory = found.fetched_peak + found.batch_bytes
     lines = [
-        f"{ranks.world} ranks with {ranks.batch} images each on {machines} machines, {speed:,.0f} images/s in all",
-        f"an epoch      {found.images:,} images in {found.chunks:,} chunks, {found.chunk_bytes / 1e9:,.2f} GB, "
+        f"{counted(ranks.world, 'rank')} with {counted(ranks.batch, 'image')} each on "
+        f"{counted(machines, 'machine')}, {speed:,.0f} images/s in all",
+        f"an epoch      {counted(found.images, 'image')} in {counted(found.chunks, 'chunk')}, "
+        f"{found.chunk_bytes / 1e9:,.2f} GB, "
         f"{found.images / speed / 60:,.1f} minutes",
         f"reads         {found.reads / found.chunks:.2f} per chunk, {per_image * speed:,.1f} requests/s, "
         f"{rate:,.1f} MB/s ({rate / machines:,.1f} MB/s per machine)",

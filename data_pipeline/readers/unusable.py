@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m2f.data_pipeline.errors import DataError
+from m2f.model.counted import counted
 
 _SHOWN = 10
 
@@ -28,6 +29,6 @@ def require_none(found: Sequence[UnusableAnnotation]) -> None:
     if len(found) > _SHOWN:
         listed.append(f"  and {len(found) - _SHOWN} more")
     raise DataError(
-        f"{len(found)} annotations cannot be used. Correct them, or leave them out with --skip-bad:\n"
+        f"{counted(len(found), 'annotation')} cannot be used. Correct them, or leave them out with --skip-bad:\n"
         + "\n".join(listed)
     )

@@ -16,10 +16,12 @@ import numpy as np
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.readers.custom import check_annotation
 from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.columns import SAMPLES_FILE
 from m2f.data_pipeline.shards.faults import Fault, fault_of_message
-from m2f.data_pipeline.shards.manifest import DATASET_FILE, SAMPLES_FILE, Manifest, category_columns
+from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest, category_columns
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
+from m2f.model.counted import counted
 
 Depth = Literal["quick", "full"]
 OnProgress = Callable[[int, int], None]
@@ -76,7 +78,10 @@ def verify(
         return Verification(url=url, depth=depth, num_samples=0, num_shards=0, num_bytes=0, faults=(fault,))
     if on_start is not None:
         on_start(manifest)
-    faults = list(_check_rows(manifest))
+    try:
+        faults = list(_check_rows(manifest))
+    except DataError as error:  # a column that is decoded only when it is wanted
+        faults = [fault_of_message(join(url, SAMPLES_FILE), str(error))]
     if not faults:  # rows that contradict each other say nothing about shards
         shards = range(len(manifest.shards))
         with ThreadPoolExecutor(threads) as pool:
@@ -128,7 +133,11 @@ def _check_rows(manifest: Manifest) -> Iterator[Fault]:
     held = np.bincount(manifest.shard, minlength=len(manifest.shards))
     for shard, count in zip(manifest.shards, held, strict=True):
         if shard.num_samples != count:
-            yield fault(None, f"{shard.name} has {count} samples here and {shard.num_samples} in {DATASET_FILE}")
+            yield fault(
+                None, f"{shard.name} has {counted(count, 'sample')} here and {shard.num_samples} in {DATASET_FILE}"
+            )
+    for name in ("category_counts", "category_areas", "category_pixels"):
+        getattr(manifest, name)  # raises where its lists are no match for the others
     unknown = sorted(set(manifest.category_ids.values.tolist()) - set(manifest.categories.by_id))
     if unknown:
         yield fault(None, f"category ids {unknown[:10]} are not in {DATASET_FILE}")

@@ -24,12 +24,14 @@ import pyarrow.parquet as pq
 from webdataset import TarWriter
 
 from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.errors import DataError, MissingObjectError, ObjectExistsError, StorageError
 from m2f.data_pipeline.readers import Reader, source_fingerprint
 from m2f.data_pipeline.readers.source_files import file_state, recorded_reads
 from m2f.data_pipeline.sample import Sample
 from m2f.data_pipeline.shards import codec, manifest
-from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Manifest, ShardInfo, category_columns
+from m2f.data_pipeline.shards.columns import LATER_COLUMNS, SAMPLE_SCHEMA, SAMPLES_FILE
+from m2f.data_pipeline.shards.manifest import Manifest, ShardInfo, category_columns
 from m2f.data_pipeline.shards.plan import (
     ShardPlan,
     claim_target,
@@ -40,6 +42,7 @@ from m2f.data_pipeline.shards.plan import (
 )
 from m2f.data_pipeline.shards.sources import SourceChanges, SourceFile, compare_sources, write_record
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.counted import counted
 
 _BLOCK = 512  # bytes of a tar's header and unit of its padding
 
@@ -280,14 +283,14 @@ def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
     """The part of a receipt; None where it is damaged or of another plan, so that the shard is written again."""
     try:
         table = pq.read_table(io.BytesIO(data))
-        receipt = json.loads((table.schema.metadata or {})[b"receipt"])
+        receipt = parse_json((table.schema.metadata or {})[b"receipt"])
     except (pa.ArrowInvalid, KeyError, ValueError):
         return None
     if receipt["plan"] != plan.hash:
         return None
     problems = tuple(SampleProblem(**problem) for problem in receipt["problems"])
     rows = table.replace_schema_metadata(None)
-    for name in set(manifest.LATER_COLUMNS) - set(rows.column_names):
+    for name in set(LATER_COLUMNS) - set(rows.column_names):
         rows = rows.add_column(
             SAMPLE_SCHEMA.get_field_index(name),
             SAMPLE_SCHEMA.field(name),
@@ -325,7 +328,10 @@ def _has_size(url: str, size: int, storage: Storage) -> bool:
 def count_problems(problems: Sequence[SampleProblem], num_samples: int) -> str:
     """For example `2 of 20 samples`, `3 annotations` or `3 annotations and 2 of 20 samples`."""
     inside = sum(problem.is_in_shard for problem in problems)
-    annotations, samples = f"{inside} annotations", f"{len(problems) - inside} of {num_samples} samples"
+    annotations, samples = (
+        f"{counted(inside, 'annotation')}",
+        f"{len(problems) - inside} of {counted(num_samples, 'sample')}",
+    )
     return " and ".join([annotations] * (inside > 0) + [samples] * (inside < len(problems)))
 
 
@@ -356,7 +362,7 @@ def _is_published(plan: ShardPlan, document: dict[str, Any], storage: Storage) -
 
 
 def _publish(plan: ShardPlan, document: dict[str, Any], samples: bytes, storage: Storage) -> None:
-    storage.put(join(plan.target, manifest.SAMPLES_FILE), samples)
+    storage.put(join(plan.target, SAMPLES_FILE), samples)
     try:
         storage.put(join(plan.target, manifest.DATASET_FILE), json.dumps(document, indent=1).encode(), if_absent=True)
     except ObjectExistsError:  # another driver of the same plan was quicker

@@ -23,6 +23,7 @@ from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import CheckpointManifest, FileEntry, checkpoint_url, pin
 from tests.waiting import PATIENCE_S
@@ -153,14 +154,14 @@ def test_options_and_overrides_may_come_in_any_order(capsys, recipe, tmp_path):
 def test_stats_prints_the_classes(capsys, recipe):
     status, out, _ = run(capsys, "stats", recipe, "train")
     assert status == 0
-    assert out.startswith("train: 6 images in 1 shards")
+    assert out.startswith("train: 6 images in 1 shard")
     assert "% pixels" in out
 
 
 def test_shard_reports_a_finished_data_set(capsys, recipe):
     status, out, _ = run(capsys, "shard", recipe)
     assert status == 0
-    assert out.startswith("train: 6 samples in 1 shards")
+    assert out.startswith("train: 6 samples in 1 shard")
     assert "all there already" in out
 
 
@@ -369,10 +370,25 @@ def test_progress_without_a_terminal_prints_a_line_per_interval(capsys):
 def test_plan_predicts_and_names_wrong_options(recipe, capsys):
     status, out, _ = run(capsys, "plan", recipe, "--world", 4, "--batch", 2)
     assert status == 0
-    assert out.startswith("4 ranks with 2 images each on 1 machines, 160 images/s in all")
+    assert out.startswith("4 ranks with 2 images each on 1 machine, 160 images/s in all")
     assert "an epoch      6 images in" in out
     assert re.search(r"GPU memory +\d+\.\d\d GB with \d+ images of \d+ x \d+ at once.*ZeRO 1 on 4 ranks", out)
     assert re.search(r"up to \d+ images at once fit into a GPU of 80 GB", out)
     status, _, err = run(capsys, "plan", recipe, "--gpu-gb", 0)
     assert status == 2
     assert "--gpu-gb is 0.0" in err
+
+
+def test_a_misspelt_option_is_answered_with_the_closest_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "recipe.yaml", "--laucher", "local"])
+    assert "unrecognized arguments: --laucher local; did you mean --launcher?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 shards"), (1, "1 shard"), (1200, "1,200 shards")])
+def test_nouns_follow_their_numbers(number, text):
+    assert counted(number, "shard") == text
+
+
+def test_irregular_plurals_are_given():
+    assert (counted(1, "batch", "batches"), counted(2, "batch", "batches")) == ("1 batch", "2 batches")

@@ -49,7 +49,7 @@ def test_a_bad_annotation_and_a_numbered_one_are_counted_and_remembered(tmp_path
     coco.instances[0]["segmentation"] = None
     coco.instances[1]["id"] = "two"
     report = job(coco)
-    assert "train: 1 samples in 1 shards" in report.summary()
+    assert "train: 1 sample in 1 shard" in report.summary()
     assert "annotation 1 has no usable" in report.summary()
     assert "1 annotations with a missing" in report.summary()
     again = job(coco)
@@ -68,7 +68,7 @@ def test_an_odd_category_is_refused_at_once_and_counted_when_it_is_left_out(tmp_
     report = job(coco, kind)
     assert report.committed
     assert f"{kind}.json: {name}: category_id is 'kitten', not a whole number" in report.summary()
-    assert "1 samples in 1 shards" in report.summary()
+    assert "1 sample in 1 shard" in report.summary()
     again = job(coco, kind, skip_bad=False)
     assert again.problems == report.problems, "what is committed is there"
 
@@ -76,7 +76,7 @@ def test_an_odd_category_is_refused_at_once_and_counted_when_it_is_left_out(tmp_
 def test_a_bad_panoptic_segment_is_counted(tmp_path, job):
     coco = CocoSet(tmp_path)
     coco.panoptic[0]["segments_info"][0]["area"] = -1
-    with pytest.raises(DataError, match=r"1 annotations cannot be used.*--skip-bad"):
+    with pytest.raises(DataError, match=r"1 annotation cannot be used.*--skip-bad"):
         job(coco, "panoptic", skip_bad=False)
     report = job(coco, "panoptic")
     (problem,) = report.problems

@@ -40,7 +40,7 @@ def test_a_subset_keeps_the_common_ones_and_is_said():
     assert (found.kind, found.labels) == ("subset", (None, None, 0))
     assert (found.only_first, found.only_second) == (("car", "sky"), ("cat",))
     assert (
-        describe_subset(found, "the model", "val") == "1 classes are in both; val lacks car, sky; the model lacks cat"
+        describe_subset(found, "the model", "val") == "1 class in both; val lacks car, sky; the model lacks cat"
     )
     assert describe_subset(match_classes(MODEL, MODEL), "the model", "val") is None
 

@@ -158,7 +158,7 @@ def test_runs_with_the_same_classes_in_another_order_are_compared_by_name(pair):
 
 def test_classes_that_only_one_run_has_are_noted(pair):
     notes = compare_runs([with_classes(pair[0], TABLE), with_classes(pair[1], TABLE[:1])]).notes
-    assert "val: 1 classes are in both; other lacks sky; averages are over other classes" in notes
+    assert "val: 1 class in both; other lacks sky; averages are over other classes" in notes
 
 
 @pytest.mark.parametrize(

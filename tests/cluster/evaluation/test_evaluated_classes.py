@@ -152,8 +152,8 @@ def test_a_model_with_more_classes_is_evaluated_on_the_common_ones(world, expect
     for each in found:
         assert found[each]["TP"] >= whole[each]["TP"]  # pixels of buoys have no label, so they count in no union
         assert found[each]["FP"] <= whole[each]["FP"]
-    assert results.subject.classes == "3 classes are in both; less lacks buoy"
-    assert "SOME CLASSES: 3 classes are in both; less lacks buoy" in results.table()
+    assert results.subject.classes == "3 classes in both; less lacks buoy"
+    assert "SOME CLASSES: 3 classes in both; less lacks buoy" in results.table()
     assert json.loads(results.to_json())["classes"] == results.subject.classes
     world.check("less")
 
@@ -173,7 +173,7 @@ def test_a_model_without_a_class_of_the_set_is_evaluated_on_the_others(world, ex
     finally:
         world.write_weights(CLASSES)
     assert set(by_name(results)) == {"sea", "boat", "sky"}
-    assert results.subject.classes == "3 classes are in both; the model lacks buoy"
+    assert results.subject.classes == "3 classes in both; the model lacks buoy"
     assert by_name(results)["boat"]["TP"] == by_name(expected)["boat"]["TP"]
 
 

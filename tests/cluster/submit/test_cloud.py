@@ -198,7 +198,7 @@ def test_fields_that_kubernetes_refuses_or_drops_are_found(path, value, found):
             3,
             "training: 16 processes with 1 CPU, 1 trainer each, and the groups have room for 12",
         ),
-        ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 processes with 1 CPU, 1 evaluator each, and the gro"),
+        ("workerGroupSpecs.1.rayStartParams", {}, "evaluation: 1 process with 1 CPU, 1 evaluator each, and the gro"),
     ],
 )
 def test_clusters_that_could_not_start_the_run_are_found(path, value, found):
@@ -230,7 +230,7 @@ def test_cpu_quantities_are_parsed(cpu, fits):
     limits = spec["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]["limits"]
     limits["cpu"] = cpu
     problems = cluster_problems(parse_recipe(RECIPE), spec)
-    assert [problem.startswith("evaluation: 1 processes with 1 CPU") for problem in problems] == [True] * (not fits)
+    assert [problem.startswith("evaluation: 1 process with 1 CPU") for problem in problems] == [True] * (not fits)
 
 
 def test_resources_of_a_group_are_read_from_their_own_field():

@@ -324,7 +324,7 @@ def test_a_node_is_cut_off_and_comes_back(recipe, requests):
     say("stopped")
     log = on_cluster("ray.scripts.scripts", "job", "logs", stopped.stdout.split()[0]).stdout
     say("\n".join(line for line in log.splitlines() if not re.match(r"step +\d+/", line)))
-    assert re.search(r"resized from 2 to 1 workers in .*resized from 1 to 2 workers in ", log, re.DOTALL)
+    assert re.search(r"resized from 2 to 1 worker in .*resized from 1 to 2 workers in ", log, re.DOTALL)
     assert "(raylet)" not in log
     last = list_checkpoints(storage, config.run_folder)[0].step + 5
     done = m2f("submit", str(recipe), f"training.max_steps={last}", timeout=600)

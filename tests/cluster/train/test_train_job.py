@@ -275,7 +275,7 @@ def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, cal
     assert "ended at checkpoint step 0 on rank 1: StorageError: " in refused
     assert "optim_states.pt: the store refuses to write (AccessDenied)" in refused
     assert "ended at checkpoint step 4 on rank 1: OutOfMemoryError: out of memory in step 5 with 2 images at" in short
-    assert "starting again in 0 s: with 1 images per micro-batch instead of 2" in short
+    assert "starting again in 0 s: with 1 image per micro-batch instead of 2" in short
     assert "ended at checkpoint step 8 on rank 0: LossSpikeError: after step 9 the loss is" in spiked
     assert "from the checkpoint before, without positions 28 to 35 of the data order" in spiked
     adjustments = read_adjustments(Storage(), troubled.run_folder)

@@ -73,10 +73,10 @@ def test_too_little_memory_halves_the_micro_batch_and_the_losses_go_on(make_conf
     assert train_locally(config).status == "finished"
     said = capsys.readouterr().err
     assert "out of memory in step 6 with 2 images at once (training.micro_batch): CUDA out of memory" in said
-    assert "starting again in 0 s: with 1 images per micro-batch instead of 2" in said
+    assert "starting again in 0 s: with 1 image per micro-batch instead of 2" in said
     assert logged_losses(config) == pytest.approx(calm, rel=1e-6)
     (reason,) = json.loads((Path(config.run_folder) / "adjustments.json").read_text())["reasons"]
-    assert "with 1 images per micro-batch instead of 2" in reason
+    assert "with 1 image per micro-batch instead of 2" in reason
     assert read_adjustments(Storage(), config.run_folder).micro_batch == 1
 
 

@@ -114,7 +114,7 @@ def test_the_shards_count_what_was_left_out_and_mended(coco):
     coco.write()
     dataset = DatasetConfig(shards=str(coco.root / "shards"), source=coco.instances_source)
     reader, storage = open_reader(coco.instances_source), Storage()
-    with pytest.raises(DataError, match="1 annotations cannot be used"):
+    with pytest.raises(DataError, match="1 annotation cannot be used"):
         write_dataset(reader, dataset, storage)
     plan = plan_shards(reader, dataset, "x")
     plan = replace(plan, target=f"{coco.root}/other")

@@ -33,7 +33,7 @@ def _no_images(coco):
 def _unknown_category(coco):
     coco.panoptic[0]["segments_info"][0]["category_id"] = 17
     coco.instances[0]["category_id"] = 17
-    return r"1 annotations cannot be used. Correct .* --skip-bad:\n.*category_id is 17, which `categories` does not"
+    return r"1 annotation cannot be used. Correct .* --skip-bad:\n.*category_id is 17, which `categories` does not"
 
 
 def _repeated_image_id(coco):
@@ -49,7 +49,7 @@ def _same_key(coco):
 def _stray_annotation(coco):
     coco.panoptic.append(coco.panoptic[0] | {"image_id": 99})
     coco.instances.append(coco.instances[0] | {"image_id": 99, "id": 9})
-    return r"1 annotations cannot be used.*\n.*annotations\[\d\] belongs to image 99, which `images` does not list"
+    return r"1 annotation cannot be used.*\n.*annotations\[\d\] belongs to image 99, which `images` does not list"
 
 
 def _senseless_size(coco):
