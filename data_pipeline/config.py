@@ -69,6 +69,8 @@ class LabelMapSource(Section):
     """JSON list of `{label, name, color, isthing}`; `label` is the pixel value."""
     void: tuple[int, ...] = (255,)
     """Pixel values that carry no label."""
+    suffix: str = ""
+    """What follows the image's name in that of its map, for example `_mask`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,81 @@ class HuggingFaceSource(Section):
     """JSON list of `{label, name, color, isthing}`; `label` is the value of the red channel."""
     void: tuple[int, ...] = (0, 255)
     """Values of the red channel that carry no label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class YoloSegSource(Section):
+    """YOLO segmentation: a text file per image, a line per object. All classes are things."""
+
+    kind: Literal["yolo_seg"] = "yolo_seg"
+    images: str
+    labels: str
+    """Folder of the text files, which have the names of the images."""
+    data_yaml: str
+    """The export's data.yaml; only its `names` are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelmeSource(Section):
+    """labelme: a JSON file per image. Shapes of one label and `group_id` are one object; all classes are things."""
+
+    kind: Literal["labelme"] = "labelme"
+    images: str
+    annotations: str
+    """Folder of the JSON files; may be that of the images."""
+    classes: tuple[str, ...] = ()
+    """Labels in class order; empty takes those that appear, sorted. Name them where several sets must agree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CvatSource(Section):
+    """`CVAT for images 1.1`: one XML file. Shapes of one label and group are one object; all classes are things."""
+
+    kind: Literal["cvat"] = "cvat"
+    images: str
+    annotations: str
+    """The file annotations.xml."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocSource(Section):
+    """Pascal VOC segmentation. Class 0 is the background, all others are things; 255 is void."""
+
+    kind: Literal["voc"] = "voc"
+    images: str
+    """Folder `JPEGImages`."""
+    class_maps: str
+    """Folder `SegmentationClass`."""
+    object_maps: str
+    """Folder `SegmentationObject`. For sets without it use `label_maps`."""
+    image_set: str | None = None
+    """File with a name per line, for example `ImageSets/Segmentation/train.txt`; None takes all class maps."""
+    legend: str | None = None
+    """`labelmap.txt` with the classes in order; None takes the 20 of VOC."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorMapSource(Section):
+    """A folder of images and a folder of RGB maps whose colours are classes. All classes are stuff."""
+
+    kind: Literal["color_maps"] = "color_maps"
+    images: str
+    labels: str
+    legend: str
+    """`labelmap.txt` (`name:r,g,b::`), `class_dict.csv` (`name,r,g,b`) or `label_colors.txt` (`r g b name`)."""
+    suffix: str = ""
+    """What follows the image's name in that of its map, for example `_L`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoStuffSource(Section):
+    """Pixel maps of COCO-Stuff (`stuffthingmaps`): semantic, 182 ids."""
+
+    kind: Literal["coco_stuff"] = "coco_stuff"
+    images: str
+    labels: str
+    label_names: str
+    """The release's `labels.txt`: `id: name` per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +234,12 @@ SourceConfig = (
     | CocoInstancesSource
     | LabelMapSource
     | HuggingFaceSource
+    | YoloSegSource
+    | LabelmeSource
+    | CvatSource
+    | VocSource
+    | ColorMapSource
+    | CocoStuffSource
     | Ade20kSource
     | Ade20kFullSource
     | CityscapesSource
@@ -164,6 +247,28 @@ SourceConfig = (
     | MapillarySource
     | CustomSource
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig(Section):
+    """A part of a source that has no split of its own; the same images in every run."""
+
+    take: Literal["train", "val"]
+    val_share: Annotated[float, PART] = 0.2
+    """Share of the groups that are for validation; at least one group."""
+    group: str | None = None
+    """Regular expression: images with the same match (its first group, if it has one) at the start of their keys stay
+    together, for example `[^_]+`. None: every image is a group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig(Section):
+    """Large images are cut into tiles when shards are written; objects are cut at the borders of tiles."""
+
+    above_megapixels: Annotated[float, FROM_0] = 20.0
+    """Images with more than so many 10^6 pixels are cut."""
+    side: Annotated[int, PIXELS] = 2048
+    """Longest side of a tile. Tiles of an image are nearly equal and do not overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +283,13 @@ class DatasetConfig(Section):
     """Target size of one shard in MB (10^6 bytes)."""
     seed: int = 0
     """Seed of the global permutation at shard time."""
+    part: PartConfig | None = None
+    """Take only the training or only the validation part of the source; None takes all images."""
+    background: str | None = None
+    """Name of a stuff class for all pixels without an object; makes a source of instances fit for semantic and panoptic
+    training too."""
+    tiles: TileConfig | None = None
+    """Cut large images into tiles, each a sample of its own; None keeps images whole."""
     max_pixels: Annotated[int, PIXELS] = 178_956_970
     """Larger images are refused from their header, before decoding."""
 

@@ -17,25 +17,40 @@ from m2f.data_pipeline.config import (
     CityscapesSource,
     CocoInstancesSource,
     CocoPanopticSource,
+    CocoStuffSource,
+    ColorMapSource,
     CustomSource,
+    CvatSource,
     DatasetConfig,
     HuggingFaceSource,
     LabelMapSource,
+    LabelmeSource,
     MapillarySource,
     SourceConfig,
     SyntheticSource,
+    VocSource,
+    YoloSegSource,
 )
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.ade20k import open_ade20k
 from m2f.data_pipeline.readers.ade20k_full import open_ade20k_full
+from m2f.data_pipeline.readers.background import BackgroundReader
 from m2f.data_pipeline.readers.cityscapes import open_cityscapes, open_cityscapes_panoptic
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_panoptic import CocoPanopticReader
-from m2f.data_pipeline.readers.files import require_file
+from m2f.data_pipeline.readers.exports.coco_stuff import open_coco_stuff
+from m2f.data_pipeline.readers.exports.color_maps import open_color_maps
+from m2f.data_pipeline.readers.exports.cvat import open_cvat
+from m2f.data_pipeline.readers.exports.labelme import open_labelme
+from m2f.data_pipeline.readers.exports.voc import open_voc
+from m2f.data_pipeline.readers.exports.yolo_seg import open_yolo_seg
+from m2f.data_pipeline.readers.files import require_file, require_folder
 from m2f.data_pipeline.readers.huggingface import open_huggingface
 from m2f.data_pipeline.readers.label_maps import open_label_maps
 from m2f.data_pipeline.readers.mapillary import open_mapillary
+from m2f.data_pipeline.readers.part import part_indices
 from m2f.data_pipeline.readers.synthetic import SyntheticReader
+from m2f.data_pipeline.readers.tiles import TileReader
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_none
 from m2f.data_pipeline.sample import Sample
 
@@ -90,6 +105,32 @@ def open_reader(source: SourceConfig, max_pixels: int = DatasetConfig.max_pixels
     return reader
 
 
+def open_dataset(dataset: DatasetConfig) -> tuple[Reader, tuple[UnusableAnnotation, ...]]:
+    """Reader of a data set's source, or a part of it, with what its settings add; and all its unusable annotations.
+
+    Raises DataError as `open_reader` does, and where there is no source.
+    """
+    if dataset.source is None:
+        raise DataError("there is no source to read; set datasets.<name>.source")
+    reader = open_reader(dataset.source, dataset.max_pixels, skip_bad=True)
+    unusable = tuple(reader.unusable)
+    if dataset.background is not None:
+        reader = BackgroundReader.open(reader, dataset.background)
+    if dataset.part is not None:
+        reader = reader.subset(part_indices(reader.keys, dataset.part))
+    return (reader if dataset.tiles is None else TileReader.open(reader, dataset.tiles)), unusable
+
+
+def dataset_fingerprint(dataset: DatasetConfig) -> str:
+    """As `source_fingerprint`, with the settings that change what is made of the source."""
+    assert dataset.source is not None
+    own = source_fingerprint(dataset.source)
+    settings = {name: getattr(dataset, name) for name in ("part", "background", "tiles")}
+    if all(value is None for value in settings.values()):
+        return own
+    return hashlib.sha256(f"{own} {settings}".encode()).hexdigest()
+
+
 def _open(source: SourceConfig, max_pixels: int) -> Reader:
     match source:
         case SyntheticSource():
@@ -112,6 +153,18 @@ def _open(source: SourceConfig, max_pixels: int) -> Reader:
             return open_cityscapes_panoptic(source, max_pixels)
         case MapillarySource():
             return open_mapillary(source, max_pixels)
+        case YoloSegSource():
+            return open_yolo_seg(source, max_pixels)
+        case LabelmeSource():
+            return open_labelme(source, max_pixels)
+        case CvatSource():
+            return open_cvat(source, max_pixels)
+        case VocSource():
+            return open_voc(source, max_pixels)
+        case ColorMapSource():
+            return open_color_maps(source, max_pixels)
+        case CocoStuffSource():
+            return open_coco_stuff(source, max_pixels)
         case CustomSource():
             raise DataError(
                 "datasets.<name>.source.kind is custom: its shards come from your own Python code, which calls "
@@ -139,6 +192,19 @@ def source_fingerprint(source: SourceConfig) -> str:
         case LabelMapSource() | HuggingFaceSource():
             digest.update(repr(source.void).encode())
             files = (source.categories,)
+        case YoloSegSource():
+            files = (source.data_yaml, *_files_below(source.labels, ".txt"))
+        case LabelmeSource():
+            digest.update(repr(source.classes).encode())
+            files = _files_below(source.annotations, ".json")
+        case CvatSource():
+            files = (source.annotations,)
+        case VocSource():
+            files = (source.image_set, source.legend)
+        case ColorMapSource():
+            files = (source.legend,)
+        case CocoStuffSource():
+            files = (source.label_names,)
         case Ade20kSource():
             digest.update(b"semantic" if source.instances is None else b"panoptic")
         case Ade20kFullSource():
@@ -157,3 +223,7 @@ def source_fingerprint(source: SourceConfig) -> str:
             with Path(file).open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _files_below(folder: str, ending: str) -> tuple[str, ...]:
+    return tuple(str(path) for path in sorted(require_folder(folder).rglob(f"*{ending}")))

@@ -11,10 +11,13 @@ from m2f.data_pipeline.readers.coco_json import category_id, read_color
 from m2f.data_pipeline.readers.files import read_json
 
 
-def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable, frozenset[int]]:
+def read_category_file(
+    path: str, void: Collection[int], *, things: bool | None = None
+) -> tuple[CategoryTable, frozenset[int]]:
     """Categories in the order of the file, and the values of void: those given and entries with `"ignore": true`.
 
-    A COCO file with `categories`, or this list alone, will do as well: its `id` is the label.
+    A COCO file with `categories`, or this list alone, will do as well: its `id` is the label. Entries without `isthing`
+    are what `things` says; None refuses them.
 
     Raises:
         DataError: entries that cannot be understood, a category whose label is void, or no category at all.
@@ -31,7 +34,8 @@ def read_category_file(path: str, void: Collection[int]) -> tuple[CategoryTable,
         if stated_flag(entry, "ignore", where):
             ignored.add(value)
             continue
-        name, is_thing = str(field(entry, "name", where)), read_flag(entry, "isthing", where)
+        name = str(field(entry, "name", where))
+        is_thing = things if things is not None and "isthing" not in entry else read_flag(entry, "isthing", where)
         if value in void:
             raise DataError(
                 f"{where}: {value} is the label of {name!r} and in the list of void labels (source.void, or --void of "

@@ -18,7 +18,7 @@ from m2f.data_pipeline.sample import Annotation
 def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:
     """Reader of the set. Raises DataError for files without a partner and faults of the categories file."""
     images, annotations = require_folder(source.images), require_folder(source.annotations)
-    categories, void = read_category_file(source.categories, source.void)
+    categories, void = read_category_file(source.categories, source.void, things=True)
     decoder = ClassAndInstanceMaps(categories.by_id | dict.fromkeys(void))
     return MapReader(
         images, categories, decoder, pair_files(images, annotations, other_map_endings=OTHER_MAP_ENDINGS), max_pixels

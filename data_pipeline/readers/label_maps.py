@@ -17,12 +17,12 @@ from m2f.data_pipeline.sample import Annotation
 def open_label_maps(source: LabelMapSource, max_pixels: int) -> MapReader:
     """Reader of the set. Raises DataError for files without a partner and faults of the categories file."""
     images, labels = require_folder(source.images), require_folder(source.labels)
-    categories, void = read_category_file(source.categories, source.void)
+    categories, void = read_category_file(source.categories, source.void, things=False)
     regions: dict[int, Region | None] = {c.id: Region(c, c.id) for c in categories.categories}
     decoder = LabelMaps(regions | dict.fromkeys(void))
-    return MapReader(
-        images, categories, decoder, pair_files(images, labels, other_map_endings=OTHER_MAP_ENDINGS), max_pixels
-    )
+    endings = tuple(source.suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
+    records = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
+    return MapReader(images, categories, decoder, records, max_pixels)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Instance data with a class for everything else: a panoptic map beside the layers, for semantic training too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.masks import pixel_box
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+from m2f.data_pipeline.sample import Annotation, Sample, Segment, id_dtype
+
+if TYPE_CHECKING:
+    from m2f.data_pipeline.readers import Reader
+
+
+@dataclass(frozen=True)
+class BackgroundReader:
+    """Samples of another reader, with a map in which later objects lie on earlier ones, above a background."""
+
+    reader: Any
+    """A Reader whose samples have layers of instances only."""
+    categories: CategoryTable
+
+    @classmethod
+    def open(cls, reader: Reader, name: str) -> Self:
+        """Add a stuff class of this name. Raises DataError where there is one already."""
+        listed = reader.categories.categories
+        if name in {category.name for category in listed}:
+            raise DataError(f"datasets.<name>.background is {name}, which is a class already; choose another name")
+        ground = Category(1 + max(category.id for category in listed), name, False, (0, 0, 0))
+        return cls(reader, CategoryTable((*listed, ground)))
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """As in the reader below."""
+        return self.reader.keys
+
+    @property
+    def unusable(self) -> Sequence[UnusableAnnotation]:
+        """As in the reader below."""
+        return self.reader.unusable
+
+    def source(self, index: int) -> str:
+        """As in the reader below."""
+        return self.reader.source(index)
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """As in the reader below."""
+        return self.reader.files(index)
+
+    def size_hint(self, index: int) -> int:
+        """As in the reader below."""
+        return self.reader.size_hint(index)
+
+    def read(self, index: int) -> Sample:
+        """One image with its map. Raises DataError where the source has a map of its own."""
+        sample = self.reader.read(index)
+        return replace(sample, annotation=with_background(sample.annotation, self.categories.categories[-1]))
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """A reader of only these images."""
+        return replace(self, reader=self.reader.subset(indices))
+
+
+def with_background(annotation: Annotation, ground: Category) -> Annotation:
+    """The same layers and a panoptic map: objects in their order, later ones on top, the rest of the image `ground`."""
+    if annotation.seg is not None or annotation.inst is None:
+        raise DataError("datasets.<name>.background is for sources of instances; this one labels every pixel already")
+    instances = [segment for segment in annotation.segments if segment.map == "inst"]
+    seg = np.zeros(annotation.inst.shape[1:], id_dtype(len(instances) + 1))
+    for number, segment in enumerate(instances, start=1):
+        seg[annotation.inst[segment.layer] == segment.id] = number
+    seg[seg == 0] = len(instances) + 1
+    pixels = np.bincount(seg.ravel(), minlength=len(instances) + 2)
+    painted = []
+    for number, segment in enumerate(instances, start=1):
+        if pixels[number]:
+            box = _box(seg == number)
+            painted.append(
+                replace(segment, id=number, map="seg", layer=0, area=float(pixels[number]), bbox=box, polygons=None)
+            )
+    if pixels[-1]:
+        painted.append(
+            Segment(
+                id=len(instances) + 1,
+                category_id=ground.id,
+                is_thing=False,
+                is_crowd=False,
+                area=float(pixels[-1]),
+                bbox=_box(seg == len(instances) + 1),
+                source_id=1 + max((segment.source_id for segment in instances), default=0),
+                map="seg",
+            )
+        )
+    return Annotation(seg=seg, inst=annotation.inst, segments=(*painted, *annotation.segments))
+
+
+def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    x, y, width, height = pixel_box(mask)
+    return float(x), float(y), float(width), float(height)

@@ -1,0 +1,24 @@
+"""COCO-Stuff pixel maps: 182 classes, things and stuff alike, without objects."""
+
+from __future__ import annotations
+
+from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.config import CocoStuffSource
+from m2f.data_pipeline.partition import Region
+from m2f.data_pipeline.readers.exports.legend import read_legend
+from m2f.data_pipeline.readers.files import require_folder
+from m2f.data_pipeline.readers.label_maps import LabelMaps
+from m2f.data_pipeline.readers.map_reader import MapReader, pair_files
+
+_LAST_THING = 91
+_VOID = 255
+
+
+def open_coco_stuff(source: CocoStuffSource, max_pixels: int) -> MapReader:
+    """Reader of `stuffthingmaps`: a pixel is the class id minus 1. Id 0 of labels.txt is `unlabeled`, void here."""
+    images, labels = require_folder(source.images), require_folder(source.labels)
+    rows = [row for row in read_legend(source.label_names).categories if row.id > 0]
+    categories = CategoryTable(tuple(Category(row.id, row.name, row.id <= _LAST_THING, row.color) for row in rows))
+    regions: dict[int, Region | None] = {c.id - 1: Region(c, c.id) for c in categories.categories}
+    decoder = LabelMaps(regions | {_VOID: None})
+    return MapReader(images, categories, decoder, pair_files(images, labels), max_pixels)

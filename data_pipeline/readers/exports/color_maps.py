@@ -1,0 +1,51 @@
+"""Folders of images and RGB maps whose colours are classes, with a legend (CamVid, CVAT, own data)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m2f.data_pipeline.config import ColorMapSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers.exports.legend import read_legend
+from m2f.data_pipeline.readers.files import require_folder
+from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_color_map
+from m2f.data_pipeline.sample import Annotation
+
+
+def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
+    """Reader of the set. Raises DataError for files without a partner, and two classes of one colour."""
+    images, labels = require_folder(source.images), require_folder(source.labels)
+    categories = read_legend(source.legend)
+    regions: dict[int, Region | None] = {}
+    for category in categories.categories:
+        red, green, blue = category.color
+        if regions.setdefault(red + 256 * green + 65536 * blue, Region(category, category.id)) != Region(
+            category, category.id
+        ):
+            raise DataError(f"{source.legend}: two classes have the colour of {category.name!r}, {category.color}")
+    decoder = ColorMaps(regions)
+    endings = tuple(source.suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
+    records = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])
+    return MapReader(images, categories, decoder, records, max_pixels)
+
+
+@dataclass(frozen=True)
+class ColorMaps:
+    """Every class that is present in an image becomes one segment."""
+
+    regions: Mapping[int, Region | None]
+    """By R + 256 G + 65536 B."""
+
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
+        """A segment per class present."""
+        return partition(
+            read_color_map(maps[0], max_pixels), self._classify, maps[0], "(R, G, B) are not in the legend; add them"
+        )
+
+    def _classify(self, value: int) -> Region | None:
+        if value not in self.regions:
+            raise KeyError((value & 255, value >> 8 & 255, value >> 16))
+        return self.regions[value]

@@ -1,0 +1,98 @@
+"""CVAT for images 1.1: an XML file with the shapes of all images."""
+
+from __future__ import annotations
+
+from xml.etree.ElementTree import Element
+
+import numpy as np
+
+from m2f.data_pipeline.config import CvatSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
+from m2f.data_pipeline.readers.coco_json import whole_number
+from m2f.data_pipeline.readers.exports.object_parts import (
+    DrawnImage,
+    ObjectPart,
+    drawn_reader,
+    encode_window,
+    named_categories,
+)
+from m2f.data_pipeline.readers.exports.xml_file import read_xml
+from m2f.data_pipeline.readers.files import relative_name, require_folder
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+
+
+def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:
+    """Reader of the set. Shapes of one label and group are one object; shapes lie in the order of `z_order`."""
+    images = require_folder(source.images)
+    root = read_xml(source.annotations)
+    if root.find("track") is not None:
+        raise DataError(f"{source.annotations} is in the form for videos; export `CVAT for images 1.1`")
+    categories = named_categories(list(dict.fromkeys(e.text or "" for e in root.iterfind("meta//labels/label/name"))))
+    label_ids = {category.name: category.id for category in categories.categories}
+    unusable: list[UnusableAnnotation] = []
+    drawn = []
+    for element in root.iterfind("image"):
+        name = relative_name(element.get("name"), f"{source.annotations}: image {element.get('id')}")
+        height, width = (whole_number(element.attrib, side, f"image {name}") for side in ("height", "width"))
+        parts = []
+        for number, shape in enumerate(element):
+            if shape.tag == "tag":
+                continue
+            try:
+                part = _part(shape, label_ids, height, width)
+                parts.append((whole_number({"z_order": "0", **shape.attrib}, "z_order", "it"), part))
+            except DataError as error:
+                message = f"image {name}, shape {number} ({shape.tag}) {error}"
+                unusable.append(UnusableAnnotation(source.annotations, message))
+        parts.sort(key=lambda pair: pair[0])  # stable: shapes of one level keep the order of the file
+        drawn.append(DrawnImage(name, height, width, tuple(part for _, part in parts)))
+    return drawn_reader(images, categories, drawn, max_pixels, unusable)
+
+
+def _part(shape: Element, label_ids: dict[str, int], height: int, width: int) -> ObjectPart:
+    label, group = shape.get("label", ""), shape.get("group_id")
+    if label not in label_ids:
+        raise DataError(f"has the label {label[:40]!r}, which the file does not define")
+    ids = label_ids[label], None if group in (None, "", "0") else group
+    match shape.tag:
+        case "polygon":
+            ring = _numbers(shape.get("points", "").replace(";", ","))
+            if len(ring) < 6 or len(ring) % 2:
+                raise DataError(f"has {len(ring)} coordinates; a polygon has x and y of at least 3 corners")
+        case "box":
+            x0, y0, x1, y1 = (_number(shape, name) for name in ("xtl", "ytl", "xbr", "ybr"))
+            ring = [x0, y0, x1, y0, x1, y1, x0, y1]
+        case "ellipse":
+            x, y, rx, ry = (_number(shape, name) for name in ("cx", "cy", "rx", "ry"))
+            angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+            ring = np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1).reshape(-1).tolist()
+        case "mask":
+            return ObjectPart(ids[0], _mask(shape, height, width), ids[1])
+        case _:
+            raise DataError("has no area; draw a polygon or a mask")
+    return ObjectPart(ids[0], ring, ids[1])
+
+
+def _mask(shape: Element, height: int, width: int) -> dict[str, object]:
+    """Runs row by row within the mask's own window, beginning with background."""
+    x, y, w, h = (whole_number(shape.attrib, name, "it") for name in ("left", "top", "width", "height"))
+    runs = _numbers(shape.get("rle", ""))
+    if not (0 < w <= 2 * width and 0 < h <= 2 * height) or min(runs) < 0 or sum(runs) != w * h:
+        raise DataError(f"has run lengths that do not fill its window of {w} x {h} pixels")
+    values = np.repeat(np.arange(len(runs)) % 2, np.array(runs, np.int64)).reshape(h, w)
+    return encode_window(values.astype(bool), x, y, height, width)
+
+
+def _number(shape: Element, name: str) -> float:
+    return _numbers(shape.get(name, ""))[0]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise DataError("holds coordinates that are no numbers") from None
+    if not np.isfinite(values).all():
+        raise DataError("holds infinite coordinates")
+    return values

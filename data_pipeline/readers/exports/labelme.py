@@ -1,0 +1,107 @@
+"""labelme: a JSON file per image with its shapes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from m2f.data_pipeline.config import LabelmeSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png, is_hidden_copy
+from m2f.data_pipeline.json_fields import field
+from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
+from m2f.data_pipeline.readers.coco_json import whole_number
+from m2f.data_pipeline.readers.exports.object_parts import (
+    DrawnImage,
+    ObjectPart,
+    drawn_reader,
+    encode_window,
+    named_categories,
+)
+from m2f.data_pipeline.readers.files import read_json, relative_name, require_folder
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+
+_NO_CLASS = ("__ignore__", "_background_")
+"""Labels by which labelme's own examples mark what is no object."""
+
+
+def open_labelme(source: LabelmeSource, max_pixels: int) -> CocoInstancesReader:
+    """Reader of all JSON files below the folder. Shapes of one label and `group_id` are one object."""
+    folder, images = require_folder(source.annotations), require_folder(source.images)
+    files = [path for path in sorted(folder.rglob("*.json")) if not is_hidden_copy(path.name)]
+    documents = [(path, document) for path in files if is_labelme(document := read_json(str(path)))]
+    names = source.classes or sorted({str(shape.get("label")) for _, d in documents for shape in _shapes(d)})
+    names = [name for name in names if name not in _NO_CLASS]
+    categories = named_categories(names)
+    label_ids = {category.name: category.id for category in categories.categories}
+    unusable: list[UnusableAnnotation] = []
+    drawn = []
+    for path, document in documents:
+        height, width = (whole_number(document, side, str(path)) for side in ("imageHeight", "imageWidth"))
+        parts = []
+        for number, shape in enumerate(_shapes(document)):
+            if shape.get("label") in _NO_CLASS:
+                continue
+            try:
+                parts.append(_part(shape, label_ids, height, width))
+            except DataError as error:
+                unusable.append(UnusableAnnotation(str(path), f"shapes[{number}] {error}"))
+        drawn.append(DrawnImage(_image_name(path, document, images), height, width, tuple(parts)))
+    return drawn_reader(images, categories, drawn, max_pixels, unusable)
+
+
+def is_labelme(document: Any) -> bool:
+    """Whether a JSON document is one of labelme's."""
+    return isinstance(document, dict) and isinstance(document.get("shapes"), list) and "imagePath" in document
+
+
+def _shapes(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shape if isinstance(shape, dict) else {} for shape in document["shapes"]]
+
+
+def _image_name(path: Path, document: dict[str, Any], images: Path) -> str:
+    """Name relative to the images: where `imagePath` points to, or the file of that name in the folder of images."""
+    stated = PureWindowsPath(str(document["imagePath"])).as_posix()  # labelme on Windows writes backslashes
+    target, root = (path.parent / stated).resolve(), images.resolve()
+    name = target.relative_to(root).as_posix() if target.is_relative_to(root) else target.name
+    return relative_name(name, str(path))
+
+
+def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: int) -> ObjectPart:
+    label, kind = str(field(shape, "label", "it")), shape.get("shape_type") or "polygon"
+    if label not in label_ids:
+        raise DataError(f"has the label {label[:40]!r}, which source.classes does not list")
+    try:
+        points = np.array(field(shape, "points", "it"), np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError("has points that are no pairs of numbers") from None
+    group = None if shape.get("group_id") is None else str(shape["group_id"])
+    if not np.isfinite(points).all() or len(points) < (3 if kind == "polygon" else 2):
+        raise DataError(f"is a {kind} of {len(points)} points, or has infinite ones")
+    match kind:
+        case "polygon":
+            ring = points
+        case "rectangle":
+            (x0, y0), (x1, y1) = points[:2]
+            ring = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+        case "circle":
+            angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+            radius = np.hypot(*(points[1] - points[0]))
+            ring = points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        case "mask":
+            x, y = np.rint(points[0]).astype(int).tolist()
+            return ObjectPart(label_ids[label], encode_window(_mask(shape), x, y, height, width), group)
+        case _:
+            raise DataError(f"is a {str(kind)[:20]}, which has no area; draw a polygon")
+    return ObjectPart(label_ids[label], ring.reshape(-1).tolist(), group)
+
+
+def _mask(shape: dict[str, Any]) -> np.ndarray:
+    try:
+        return decode_index_png(base64.b64decode(str(shape.get("mask")), validate=True)) > 0
+    except (BrokenImageError, binascii.Error) as error:
+        raise DataError(f"has a mask that is no grey PNG: {error}") from error

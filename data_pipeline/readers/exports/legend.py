@@ -1,0 +1,42 @@
+"""Legends that tools write beside colour maps: a line per class with its name and colour, or its name alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.files import read_bytes, require_file
+
+_FORMS = (
+    r"(?P<name>[^:#]+):(?P<r>\d+),(?P<g>\d+),(?P<b>\d+):.*",  # labelmap.txt of CVAT and datumaro
+    r"(?P<name>[^,]+),\s*(?P<r>\d+),\s*(?P<g>\d+),\s*(?P<b>\d+)",  # class_dict.csv
+    r"(?P<r>\d+)\s+(?P<g>\d+)\s+(?P<b>\d+)\s+(?P<name>.+)",  # label_colors.txt of CamVid
+    r"(?P<id>\d+)\s*:\s*(?P<name>.+)",  # labels.txt of COCO-Stuff
+)
+
+
+def read_legend(path: str) -> CategoryTable:
+    """Stuff classes in the order of the lines, numbered from 0 where the lines do not say. Raises DataError."""
+    require_file(path)
+    lines = [line.strip() for line in read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()]
+    rows = [line for line in lines if line and not line.startswith("#")]
+    categories: list[Category] = []
+    for row in rows:
+        match = next((found for form in _FORMS if (found := re.fullmatch(form, row))), None)
+        if match is None:
+            if row is rows[0]:
+                continue  # the heading of a CSV
+            raise DataError(f"{path}: {row[:60]!r} is no class; a line is `name:r,g,b::`, `name,r,g,b` or `r g b name`")
+        parts = match.groupdict()
+        number = int(parts["id"]) if parts.get("id") else len(categories)
+        color = distinct_color(number)
+        if parts.get("r"):
+            color = (int(parts["r"]), int(parts["g"]), int(parts["b"]))
+        if max(color) > 255:
+            raise DataError(f"{path}: {row[:60]!r} has a colour above 255")
+        categories.append(Category(number, parts["name"].strip(), False, color))
+    if not categories:
+        raise DataError(f"{path} names no class")
+    return CategoryTable(tuple(categories))

@@ -1,0 +1,105 @@
+"""Objects of labelling tools, drawn in one or several parts, as records of the reader of COCO instances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
+from m2f.data_pipeline.readers.coco_json import CocoImage, require_unique
+from m2f.data_pipeline.readers.files import unique_keys
+from m2f.data_pipeline.readers.masks import read_rle
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPart:
+    """A shape that an annotator drew."""
+
+    category_id: int
+    shape: list[float] | dict[str, Any]
+    """A ring x, y, x, y, ... in pixels, or compressed run lengths of COCO."""
+    group: str | None = None
+    """Parts of one image with the same group and category are one object."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnImage:
+    """An image and its shapes, the lowest first."""
+
+    file_name: str
+    """Relative to the folder of the images."""
+    height: int
+    width: int
+    parts: tuple[ObjectPart, ...]
+
+
+def named_categories(names: Sequence[str]) -> CategoryTable:
+    """Things with these names, numbered from 0. Raises DataError for none, or a name given twice."""
+    if not names:
+        raise DataError("the annotations name no class; label at least one object, or list the classes")
+    require_unique(names, "names of classes")
+    return CategoryTable(tuple(Category(i, name, True, distinct_color(i)) for i, name in enumerate(names)))
+
+
+def drawn_reader(
+    images: Path,
+    categories: CategoryTable,
+    drawn: Sequence[DrawnImage],
+    max_pixels: int,
+    unusable: Sequence[UnusableAnnotation],
+) -> CocoInstancesReader:
+    """Reader of images with drawn objects. Raises DataError for no image, or file names that clash."""
+    if not drawn:
+        raise DataError(f"{images} holds no annotated image; the data set is empty")
+    unique_keys(image.file_name for image in drawn)
+    records, count = [], 0
+    for index, image in enumerate(drawn):
+        entries = _join(image)
+        numbered = [{**entry, "id": count + i} for i, entry in enumerate(entries, start=1)]
+        count += len(entries)
+        records.append((CocoImage(index, str(index), image.file_name, image.height, image.width), numbered))
+    return CocoInstancesReader(images, categories, tuple(records), max_pixels, tuple(unusable))
+
+
+def _join(image: DrawnImage) -> list[Mapping[str, Any]]:
+    """One COCO annotation per object, at the place of its first part."""
+    objects: dict[tuple[int, str], list[ObjectPart]] = {}
+    for number, part in enumerate(image.parts):
+        name = f"alone {number}" if part.group is None else f"group {part.group}"
+        objects.setdefault((part.category_id, name), []).append(part)
+    return [
+        {"category_id": category, "segmentation": _union([part.shape for part in parts], image.height, image.width)}
+        for (category, _), parts in objects.items()
+    ]
+
+
+def _union(shapes: list[Any], height: int, width: int) -> Any:
+    """Rings stay rings; where one part is a mask, the union of all as run lengths."""
+    if all(isinstance(shape, list) for shape in shapes):
+        return shapes
+    if len(shapes) == 1:
+        return shapes[0]
+    rles = [read_rle([s] if isinstance(s, list) else s, height, width, "a part of an object") for s in shapes]
+    merged = coco_mask.merge(rles)
+    return {"size": [height, width], "counts": _text(merged)}
+
+
+def encode_window(mask: np.ndarray, x: int, y: int, height: int, width: int) -> dict[str, Any]:
+    """Run lengths of a mask [h, w] bool whose upper left corner lies at x, y of an image; cut at its frame."""
+    whole = np.zeros((height, width), np.uint8, order="F")
+    top, left = max(y, 0), max(x, 0)
+    inside = mask[top - y : height - y, left - x : width - x]
+    whole[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return {"size": [height, width], "counts": _text(coco_mask.encode(whole))}
+
+
+def _text(rle: Any) -> str:
+    return rle["counts"].decode()

@@ -1,0 +1,74 @@
+"""Pascal VOC segmentation: class maps and object maps, with palettes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
+from m2f.data_pipeline.config import VocSource
+from m2f.data_pipeline.errors import DataError, some
+from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers.exports.legend import read_legend
+from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, unique_keys
+from m2f.data_pipeline.readers.map_reader import MapReader, MapRecord, read_index_map
+from m2f.data_pipeline.sample import Annotation
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+_VOID = 255
+"""Borders and difficult regions."""
+
+
+def open_voc(source: VocSource, max_pixels: int) -> MapReader:
+    """Reader of the images that have a class map (of `image_set`, if given). Class 0 is background."""
+    images, classes = require_folder(source.images), require_folder(source.class_maps)
+    objects = require_folder(source.object_maps)
+    names = [category.name for category in read_legend(source.legend).categories] if source.legend else VOC_CLASSES
+    table = CategoryTable(tuple(Category(i, name, i > 0, distinct_color(i)) for i, name in enumerate(names)))
+    if source.image_set is None:
+        stems = sorted(path.stem for path in classes.glob("*.png"))
+    else:
+        require_file(source.image_set)
+        stems = [line.split()[0] for line in read_bytes(Path(source.image_set)).decode().splitlines() if line.strip()]
+    files = {path.stem: path.name for path in images.iterdir()}
+    alone = [s for s in stems if s not in files or not all((f / f"{s}.png").is_file() for f in (classes, objects))]
+    if alone or not stems:
+        raise DataError(
+            f"{len(alone)} of {len(stems)} names lack an image in {images}, or a map in {classes} or {objects}: "
+            f"{some(alone)}"
+        )
+    keys = unique_keys(files[stem] for stem in stems)
+    records = tuple(
+        MapRecord(i, key, files[stem], (classes / f"{stem}.png", objects / f"{stem}.png"))
+        for i, (stem, key) in enumerate(zip(stems, keys, strict=True))
+    )
+    return MapReader(images, table, VocMaps(table.by_id), records, max_pixels)
+
+
+@dataclass(frozen=True)
+class VocMaps:
+    """A segment per object; the class map tells its class."""
+
+    categories: Mapping[int, Category]
+
+    def decode(self, maps: Sequence[Path], max_pixels: int) -> Annotation:
+        """A segment per pair of class and object; pixels of a thing without an object are a crowd."""
+        classes, objects = (read_index_map(path, max_pixels).astype(np.uint32) for path in maps)
+        if classes.shape != objects.shape:
+            raise DataError(f"{maps[1]} is of another size than {maps[0]}")
+        return partition(
+            classes + 256 * objects, self._classify, maps[0], "are classes that the data set does not define"
+        )
+
+    def _classify(self, value: int) -> Region | None:
+        label, number = value & 255, value >> 8
+        if label == _VOID or number == _VOID:
+            return None
+        category = self.categories[label]
+        return Region(category, value if category.is_thing else label, category.is_thing and number == 0)

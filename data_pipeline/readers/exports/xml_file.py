@@ -1,0 +1,50 @@
+"""XML from files that anybody may have written: a tree or one error, at bounded cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.files import read_bytes, require_file
+
+MAX_XML_BYTES = 1_000_000_000
+MAX_XML_DEPTH = 32
+
+
+def read_xml(path: str) -> Element:
+    """Root of an XML file. Raises DataError for one that is broken, too large, too deep or declares a document type.
+
+    Entities that stand for others, which could grow without bound or read other files, need such a declaration.
+    """
+    require_file(path)
+    if (size := Path(path).stat().st_size) > MAX_XML_BYTES:
+        raise DataError(f"{path} has {size} bytes; more than {MAX_XML_BYTES} are refused, export it in parts")
+    builder = TreeBuilder()
+    depth = 0
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > MAX_XML_DEPTH:
+            raise DataError(f"{path}: elements are nested deeper than {MAX_XML_DEPTH}")
+        builder.start(tag, attributes)
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+        builder.end(tag)
+
+    def refuse(*_: object) -> NoReturn:
+        raise DataError(f"{path} declares a document type (DOCTYPE), which annotation tools do not write; remove it")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
+    try:
+        parser.Parse(read_bytes(Path(path)), True)
+    except (expat.ExpatError, LookupError, ValueError) as error:
+        raise DataError(f"{path} is not valid XML: {error}") from error
+    return builder.close()

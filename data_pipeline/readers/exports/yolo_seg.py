@@ -1,0 +1,85 @@
+"""YOLO segmentation: a text file per image, a line per object, coordinates as shares of the image's sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.config import YoloSegSource
+from m2f.data_pipeline.documents import DocumentError, parse_yaml
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import is_hidden_copy, is_image_name
+from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
+from m2f.data_pipeline.readers.exports.object_parts import DrawnImage, ObjectPart, drawn_reader, named_categories
+from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, shown_size
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+
+
+def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader:
+    """Reader of the set. An image without a text file shows no object, as the format says.
+
+    A line is an object. Exports join the rings of an object by lines there and back, which have no area.
+    """
+    images, labels = require_folder(source.images), require_folder(source.labels)
+    categories = read_yolo_classes(source.data_yaml)
+    names = sorted(p.relative_to(images).as_posix() for p in images.rglob("*") if is_image_name(p.name))
+    names = [name for name in names if not is_hidden_copy(name)]
+    unusable: list[UnusableAnnotation] = []
+    drawn = []
+    for name in names:
+        height, width = shown_size(images / name)
+        file = labels / Path(name).with_suffix(".txt")
+        parts = _read_lines(file, height, width, categories, unusable) if file.is_file() else ()
+        drawn.append(DrawnImage(name, height, width, tuple(parts)))
+    stems = {str(Path(name).with_suffix("")) for name in names}
+    for file in sorted(labels.rglob("*.txt")):
+        stem = str(file.relative_to(labels).with_suffix(""))
+        if stem not in stems and file.name != "classes.txt" and not is_hidden_copy(file.name):
+            unusable.append(UnusableAnnotation(str(file), f"its image {stem}.* is not in {images}"))
+    return drawn_reader(images, categories, drawn, max_pixels, unusable)
+
+
+def read_yolo_classes(path: str) -> CategoryTable:
+    """The classes of a data.yaml: `names` as a list, or a mapping from 0 on. Raises DataError naming the file."""
+    require_file(path)
+    try:
+        document = parse_yaml(Path(path).read_bytes())
+    except DocumentError as error:
+        raise DataError(f"{path} is not valid YAML: {error}") from error
+    names = document.get("names") if isinstance(document, dict) else None
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{path} has no `names`: a list of classes, or a mapping with the keys 0, 1, 2, ...")
+    return named_categories([str(name) for name in names])
+
+
+def _read_lines(
+    file: Path, height: int, width: int, categories: CategoryTable, unusable: list[UnusableAnnotation]
+) -> list[ObjectPart]:
+    parts = []
+    for number, line in enumerate(read_bytes(file).decode(errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            parts.append(_read_line(line.split(), height, width, categories))
+        except DataError as error:
+            unusable.append(UnusableAnnotation(str(file), f"line {number} {error}"))
+    return parts
+
+
+def _read_line(words: list[str], height: int, width: int, categories: CategoryTable) -> ObjectPart:
+    try:
+        label, values = float(words[0]), [float(word) for word in words[1:]]  # some tools write 0.0
+    except ValueError:
+        raise DataError("holds something that is no number") from None
+    if label not in categories.by_id:
+        raise DataError(f"has class {words[0][:20]}, which the data.yaml does not name")
+    if len(values) == 4:
+        raise DataError("is a box; boxes alone cannot be used, export polygons")
+    if len(values) < 6 or len(values) % 2:
+        raise DataError(f"has {len(values)} numbers after the class; a polygon has x and y of at least 3 corners")
+    if not all(-0.5 <= value <= 1.5 for value in values):
+        raise DataError("has coordinates far outside 0..1; they are shares of the image's sides")
+    sides = (width, height) * (len(values) // 2)
+    return ObjectPart(int(label), [value * side for value, side in zip(values, sides, strict=True)])

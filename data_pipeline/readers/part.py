@@ -1,0 +1,38 @@
+"""The training and the validation part of a source that has no split of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from m2f.data_pipeline.config import PartConfig
+from m2f.data_pipeline.errors import DataError
+
+
+def part_indices(keys: Sequence[str], part: PartConfig) -> tuple[int, ...]:
+    """Positions of the keys that belong to this part, in order. The parts share no group and together hold all keys.
+
+    Raises DataError for a bad expression, and where there are fewer than two groups.
+    """
+    groups = [_group(key, part.group) for key in keys]
+    ranked = sorted(set(groups), key=lambda group: hashlib.sha256(group.encode()).digest())
+    if len(ranked) < 2:
+        raise DataError(
+            f"datasets.<name>.part needs at least 2 groups of images, and there are {len(ranked)}; correct part.group"
+        )
+    count = min(max(1, round(part.val_share * len(ranked))), len(ranked) - 1)
+    chosen = set(ranked[:count])
+    return tuple(i for i, group in enumerate(groups) if (group in chosen) == (part.take == "val"))
+
+
+def _group(key: str, expression: str | None) -> str:
+    if expression is None:
+        return key
+    try:
+        match = re.match(expression, key)
+    except re.error as error:
+        raise DataError(f"datasets.<name>.part.group is {expression!r}, no regular expression: {error}") from error
+    if match is None:
+        return key
+    return (match[1] if match.re.groups else match[0]) or key

@@ -1,0 +1,166 @@
+"""Large images cut into tiles, each a sample of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+
+from m2f.data_pipeline.categories import CategoryTable
+from m2f.data_pipeline.config import TileConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import decode_rgb, encode_png, frame_orientation, read_header
+from m2f.data_pipeline.readers.files import make_key, shown_size
+from m2f.data_pipeline.readers.masks import pixel_box
+from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+from m2f.data_pipeline.sample import Annotation, Sample, Segment, id_dtype
+
+if TYPE_CHECKING:
+    from m2f.data_pipeline.readers import Reader
+
+
+class Tile(NamedTuple):
+    """A part of an image, or all of it."""
+
+    index: int
+    """Position in the whole data set; the image id."""
+    key: str
+    image: int
+    """Position of its image in the reader."""
+    window: tuple[int, int, int, int] | None
+    """Top, left, bottom, right in pixels; None for all of the image."""
+
+
+@dataclass(frozen=True)
+class TileReader:
+    """Samples of another reader, of which those above a size come in tiles. Every tile decodes its image anew."""
+
+    reader: Any
+    tiles: tuple[Tile, ...]
+
+    @classmethod
+    def open(cls, reader: Reader, config: TileConfig) -> Self:
+        """Look at the size of every image. Raises DataError where keys of tiles clash with others."""
+        tiles: list[Tile] = []
+        for image, key in enumerate(reader.keys):
+            files = reader.files(image)
+            height, width = shown_size(files[0]) if files else (0, 0)
+            if height * width <= config.above_megapixels * 1e6:
+                tiles.append(Tile(len(tiles), key, image, None))
+                continue
+            for top, bottom in _cuts(height, config.side):
+                for left, right in _cuts(width, config.side):
+                    name = make_key(f"{key}_y{top}_x{left}")
+                    tiles.append(Tile(len(tiles), name, image, (top, left, bottom, right)))
+        if len({tile.key for tile in tiles}) < len(tiles):
+            raise DataError("keys of tiles (NAME_yTOP_xLEFT) are names of other images; rename these images")
+        return cls(reader, tuple(tiles))
+
+    @property
+    def categories(self) -> CategoryTable:
+        """As in the reader below."""
+        return self.reader.categories
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of tiles are NAME_yTOP_xLEFT, from the top left row by row."""
+        return tuple(tile.key for tile in self.tiles)
+
+    @property
+    def unusable(self) -> Sequence[UnusableAnnotation]:
+        """As in the reader below."""
+        return self.reader.unusable
+
+    def source(self, index: int) -> str:
+        """The image and where the tile lies."""
+        tile = self.tiles[index]
+        place = "" if tile.window is None else f" (tile at x {tile.window[1]}, y {tile.window[0]})"
+        return f"{self.reader.source(tile.image)}{place}"
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The files of the whole image."""
+        return self.reader.files(self.tiles[index].image)
+
+    def size_hint(self, index: int) -> int:
+        """Bytes of a tile as PNG, roughly."""
+        window = self.tiles[index].window
+        if window is None:
+            return self.reader.size_hint(self.tiles[index].image)
+        return (window[2] - window[0]) * (window[3] - window[1]) * 2
+
+    def read(self, index: int) -> Sample:
+        """One tile, as PNG, with its objects cut at its border."""
+        tile = self.tiles[index]
+        sample = self.reader.read(tile.image)
+        common = {"key": tile.key, "image_id": tile.index, "source": self.source(index)}
+        if tile.window is None:
+            return replace(sample, **common)
+        top, left, bottom, right = tile.window
+        orientation = frame_orientation(read_header(sample.image), sample.height, sample.width)
+        pixels = decode_rgb(sample.image, orientation)[top:bottom, left:right]
+        is_first = top == left == 0  # what was left out or mended is counted once per image
+        return replace(
+            sample,
+            **common,
+            image=encode_png(pixels),
+            image_ext="png",
+            height=bottom - top,
+            width=right - left,
+            annotation=crop_annotation(sample.annotation, tile.window),
+            left_out=sample.left_out if is_first else (),
+            repairs=sample.repairs if is_first else (),
+        )
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """A reader of only these tiles."""
+        chosen = [self.tiles[i] for i in indices]
+        images = sorted({tile.image for tile in chosen})
+        place = {image: i for i, image in enumerate(images)}
+        tiles = tuple(tile._replace(image=place[tile.image]) for tile in chosen)
+        return replace(self, reader=self.reader.subset(images), tiles=tiles)
+
+
+def _cuts(length: int, side: int) -> list[tuple[int, int]]:
+    """Nearly equal intervals of at most `side` pixels."""
+    count = math.ceil(length / side)
+    ends = [length * i // count for i in range(count + 1)]
+    return list(pairwise(ends))
+
+
+def crop_annotation(annotation: Annotation, window: tuple[int, int, int, int]) -> Annotation:
+    """The segments within a window, numbered anew; areas and boxes are those of the remaining pixels."""
+    top, left, bottom, right = window
+    segments: list[Segment] = []
+    seg = inst = None
+    if annotation.seg is not None:
+        seg, kept = _crop_layers(annotation.seg[None, top:bottom, left:right], annotation.segments, "seg")
+        seg = seg[0]
+        segments += kept
+    if annotation.inst is not None:
+        inst, kept = _crop_layers(annotation.inst[:, top:bottom, left:right], annotation.segments, "inst")
+        segments += kept
+    return Annotation(seg=seg, inst=inst, segments=tuple(segments))
+
+
+def _crop_layers(layers: np.ndarray, segments: Sequence[Segment], name: str) -> tuple[np.ndarray, list[Segment]]:
+    """Layers [Y, h, w] with new ids, and the segments that still have a pixel."""
+    kept: list[Segment] = []
+    own = [segment for segment in segments if segment.map == name]
+    pixels = np.bincount(layers.ravel(), minlength=1 + max((segment.id for segment in own), default=0))
+    new_ids = np.zeros(len(pixels), np.uint32)
+    used = sorted({segment.layer for segment in own if pixels[segment.id]}) or [0]
+    for segment in own:
+        if not pixels[segment.id]:
+            continue
+        new_ids[segment.id] = len(kept) + 1
+        x, y, w, h = pixel_box(layers[segment.layer] == segment.id)
+        box = (float(x), float(y), float(w), float(h))
+        area, layer = float(pixels[segment.id]), used.index(segment.layer)
+        kept.append(replace(segment, id=len(kept) + 1, area=area, bbox=box, layer=layer, polygons=None))
+    return new_ids.astype(id_dtype(len(kept)))[layers[used]], kept

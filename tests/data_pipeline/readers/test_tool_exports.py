@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from m2f.data_pipeline.config import (
+    CocoInstancesSource,
+    CocoStuffSource,
+    ColorMapSource,
+    CvatSource,
+    DatasetConfig,
+    LabelMapSource,
+    LabelmeSource,
+    PartConfig,
+    TileConfig,
+    VocSource,
+    YoloSegSource,
+)
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.readers import dataset_fingerprint, open_dataset, open_reader, source_fingerprint
+from tests import tool_exports
+
+
+def _source(kind, folder):
+    match kind:
+        case "yolo_seg":
+            return YoloSegSource(
+                images=f"{folder}/images/train", labels=f"{folder}/labels/train", data_yaml=f"{folder}/data.yaml"
+            )
+        case "labelme":
+            return LabelmeSource(images=str(folder), annotations=str(folder))
+        case "cvat":
+            return CvatSource(images=f"{folder}/images", annotations=f"{folder}/annotations.xml")
+        case "voc":
+            return VocSource(
+                images=f"{folder}/JPEGImages",
+                class_maps=f"{folder}/SegmentationClass",
+                object_maps=f"{folder}/SegmentationObject",
+                image_set=f"{folder}/ImageSets/Segmentation/train.txt",
+                legend=f"{folder}/labelmap.txt",
+            )
+        case _:
+            return ColorMapSource(
+                images=f"{folder}/701_StillsRaw_full",
+                labels=f"{folder}/LabeledApproved_full",
+                legend=f"{folder}/label_colors.txt",
+                suffix="_L",
+            )
+
+
+def _class_map(sample, categories):
+    """Names of classes by pixel, from the map or the layers."""
+    names = np.full((sample.height, sample.width), "", object)
+    for segment in sample.annotation.segments:
+        ids = sample.annotation.seg if segment.map == "seg" else sample.annotation.inst[segment.layer]
+        names[ids == segment.id] = categories.by_id[segment.category_id].name
+    return names
+
+
+@pytest.mark.parametrize("kind", ["yolo_seg", "labelme", "cvat", "voc", "color_maps"])
+def test_every_form_gives_the_pixels_that_were_drawn(kind, tmp_path):
+    tool_exports.EXPORTS[kind](tmp_path)
+    reader = open_reader(_source(kind, tmp_path))
+    assert len(reader.keys) == (4 if kind in ("yolo_seg", "voc") else 6)
+    for index in range(len(reader.keys)):
+        found = _class_map(reader.read(index), reader.categories)
+        truth = tool_exports.class_map(index)
+        assert np.array_equal(found == "cell", truth == 1)
+        assert np.array_equal(found == "dirt", truth == 2)
+    assert len(source_fingerprint(_source(kind, tmp_path))) == 64
+
+
+def test_yolo_names_every_bad_line_at_once(tmp_path):
+    tool_exports.yolo_seg(tmp_path)
+    (tmp_path / "labels/train/im0.txt").write_text(
+        "0 0.5 0.5 0.2 0.2\n9 0 0 1 0 1 1\n0 0 0 1 0 1\n0 a b\n0 0 0 70 0 70 70\n"
+    )
+    (tmp_path / "labels/train/gone.txt").write_text("0 0 0 1 0 1 1\n")
+    with pytest.raises(DataError) as error:
+        open_reader(_source("yolo_seg", tmp_path))
+    for text in ("6 annotations", "line 1 is a box", "line 2 has class 9", "line 3 has 5", "line 4", "line 5", "gone"):
+        assert text in str(error.value)
+
+
+def test_labelme_parts_of_a_group_are_one_object(tmp_path):
+    tool_exports.labelme(tmp_path)
+    path = tmp_path / "im0.json"
+    document = json.loads(path.read_text())
+    extra = {"label": "cell", "points": [[40, 2], [60, 8]], "shape_type": "rectangle", "group_id": 3}
+    document["shapes"][0]["group_id"] = 3
+    document["shapes"] += [extra, {"label": "cell", "points": [[1, 1]], "shape_type": "point"}]
+    path.write_text(json.dumps(document))
+    reader = open_reader(_source("labelme", tmp_path), skip_bad=True)
+    assert [entry.message[:9] for entry in reader.unusable] == ["shapes[3]"]
+    cell, dirt = reader.read(0).annotation.segments
+    assert (cell.area, len(cell.polygons), dirt.area) == (22 * 22 + 20 * 6, 2, 100)
+
+
+def test_cvat_groups_join_polygons_and_masks(tmp_path):
+    tool_exports.cvat(tmp_path)
+    path = tmp_path / "annotations.xml"
+    path.write_text(
+        path.read_text()
+        .replace('label="dirt"', 'label="cell" group_id="1"')
+        .replace('label="cell" source="manual" occluded="0" points', 'label="cell" group_id="1" points')
+    )
+    (cell,) = open_reader(_source("cvat", tmp_path)).read(0).annotation.segments
+    assert (cell.area, cell.polygons) == (22 * 22 + 100, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('<!DOCTYPE a [<!ENTITY x "y">]><annotations>&x;</annotations>', "DOCTYPE"),
+        ("<a>" * 99 + "</a>" * 99, "deeper than"),
+        ("<annotations>", "not valid XML"),
+        ("<annotations><track/></annotations>", "form for videos"),
+    ],
+)
+def test_hostile_or_foreign_xml_is_refused(tmp_path, text, message):
+    tool_exports.cvat(tmp_path)
+    (tmp_path / "annotations.xml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_reader(_source("cvat", tmp_path))
+
+
+@pytest.mark.parametrize("runs", ["0, 99", "-1, 101", "1, x", "", "nan, 100"])
+def test_a_damaged_cvat_mask_is_named(tmp_path, runs):
+    tool_exports.cvat(tmp_path)
+    path = tmp_path / "annotations.xml"
+    path.write_text(path.read_text().replace("0, 100", runs))
+    with pytest.raises(DataError, match=r"6 annotations cannot be used"):
+        open_reader(_source("cvat", tmp_path))
+
+
+def test_unknown_colours_are_named(tmp_path):
+    tool_exports.camvid(tmp_path)
+    (tmp_path / "label_colors.txt").write_text("0 0 0\tVoid\n64 0 192\tdirt\n")
+    with pytest.raises(DataError, match=r"\(128, 64, 128\)"):
+        open_reader(_source("color_maps", tmp_path)).read(0)
+
+
+def test_maps_may_have_a_suffix_and_classes_a_default(tmp_path):
+    tool_exports.mask_pngs(tmp_path)
+    (tmp_path / "c.json").write_text(json.dumps([{"label": k, "name": str(k)} for k in range(3)]))
+    source = LabelMapSource(
+        images=f"{tmp_path}/images", labels=f"{tmp_path}/masks", categories=f"{tmp_path}/c.json", suffix="_mask"
+    )
+    reader = open_reader(source)
+    assert [c.is_thing for c in reader.categories.categories] == [False] * 3
+    assert len(reader.read(0).annotation.segments) == 3
+
+
+def test_coco_stuff_pixels_are_ids_minus_one(tmp_path):
+    tool_exports.write_image(tmp_path / "images/a.png", 0)
+    (tmp_path / "maps").mkdir()
+    values = np.full((64, 64), 255, np.uint8)
+    values[:4] = 0
+    values[4:8] = 91
+    (tmp_path / "maps/a.png").write_bytes(encode_png(values))
+    (tmp_path / "labels.txt").write_text("0: unlabeled\n1: person\n92: banner\n")
+    source = CocoStuffSource(
+        images=f"{tmp_path}/images", labels=f"{tmp_path}/maps", label_names=f"{tmp_path}/labels.txt"
+    )
+    person, banner = open_reader(source).read(0).annotation.segments
+    assert (person.category_id, person.is_thing, banner.category_id, banner.is_thing) == (1, True, 92, False)
+
+
+def _coco(tmp_path, **settings):
+    tool_exports.label_studio(tmp_path)
+    source = CocoInstancesSource(images=str(tmp_path), instances_json=f"{tmp_path}/result.json")
+    return DatasetConfig(shards="unused", source=source, **settings)
+
+
+def test_parts_share_no_group_and_hold_all_images(tmp_path):
+    parts = [_coco(tmp_path, part=PartConfig(take=take, val_share=0.3)) for take in ("train", "val")]
+    train, val = (set(open_dataset(part)[0].keys) for part in parts)
+    assert (len(train), len(val), len(train | val)) == (4, 2, 6)
+    assert len({dataset_fingerprint(part) for part in parts}) == 2
+    with pytest.raises(DataError, match="at least 2 groups"):
+        open_dataset(_coco(tmp_path, part=PartConfig(take="val", group="images")))
+
+
+def test_a_background_makes_instances_panoptic(tmp_path):
+    reader, _ = open_dataset(_coco(tmp_path, background="ground"))
+    sample = reader.read(0)
+    seg = [(s.area, s.is_thing) for s in sample.annotation.segments if s.map == "seg"]
+    assert seg == [(484, True), (100, True), (64 * 64 - 584, False)]
+    assert sum(s.map == "inst" for s in sample.annotation.segments) == 2
+
+
+def test_large_images_are_cut_into_tiles(tmp_path):
+    reader, _ = open_dataset(_coco(tmp_path, background="ground", tiles=TileConfig(above_megapixels=0.001, side=32)))
+    assert len(reader.keys) == 24
+    few = reader.subset([3, 4, 5, 6, 7])
+    samples = [few.read(i) for i in range(1, 5)]
+    assert "_y0_x0" in samples[0].key
+    assert {(sample.height, sample.width) for sample in samples} == {(32, 32)}
+    whole = reader.reader.read(1)
+    cells = [s.area for sample in samples for s in sample.annotation.segments if s.map == "inst"]
+    assert sum(cells) == sum(s.area for s in whole.annotation.segments if s.map == "inst")
+    rows = [np.concatenate([_names(s) for s in samples[i : i + 2]], axis=1) for i in (0, 2)]
+    assert np.array_equal(np.concatenate(rows), _names(whole))
+
+
+def _names(sample):
+    ids = {s.id: s.category_id for s in sample.annotation.segments if s.map == "seg"}
+    return np.vectorize(ids.__getitem__)(sample.annotation.seg)
