@@ -1,0 +1,78 @@
+"""A run whose own Ray cluster loses its raylet, and whose next one loses its GCS."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from m2f.cluster.evaluation.queue import read_entries
+from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.recipe.load import dump_recipe
+from m2f.cluster.tracking.tracking import find_run
+from m2f.cluster.train.local import train_locally
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.trainer.checkpoint.folder import newest_step
+from tests.cluster.tiny_run import EVERY, STEPS, assert_equal_weights, small_sets, tiny_config
+from tests.waiting import PATIENCE_S, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny_config(tmp_path, "struck", small_sets(str(tmp_path), Storage()))
+
+
+@pytest.fixture
+def parent(config, tmp_path):
+    """The process that the user started; it is writing `driver.log`."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(config))
+    driver = [sys.executable, HERE / "soak_driver.py", recipe, "0.5"]
+    command = [sys.executable, HERE / "restarting_parent.py", recipe, *driver]
+    with (tmp_path / "driver.log").open("w") as log:
+        process = psutil.Popen([str(word) for word in command], stdout=log, stderr=subprocess.STDOUT)
+    yield process
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def strike(parent, config, step, name):
+    """Kill this process of the driver's own cluster once a checkpoint of `step` is there."""
+    wait_until(lambda: newest_step(Storage(), config.run_folder) >= step or parent.poll() is not None)
+    (driver,) = parent.children()
+    family = driver.children(recursive=True)
+    (victim,) = [process for process in driver.children() if process.name() == name]
+    victim.kill()
+    _, left = psutil.wait_procs([driver, *family], timeout=PATIENCE_S)
+    assert left == [], "a process of the old cluster lives on"
+
+
+def points(config, metric):
+    run = find_run(config)
+    history = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
+    return sorted((point.step, point.value) for point in history)
+
+
+def test_a_run_outlives_the_raylet_and_the_head_of_its_cluster(config, parent, tmp_path):
+    calm = replace(config, name="calm", evaluation=EvaluationConfig())
+    strike(parent, config, EVERY, "raylet")
+    strike(parent, config, 2 * EVERY, "gcs_server")
+    train_locally(calm)
+    status, said = parent.wait(PATIENCE_S), (tmp_path / "driver.log").read_text()
+    assert status == 0, said
+    assert said.count("m2f: Ray's raylet on this machine has died") == 1, said
+    assert said.count("m2f: the head of the Ray cluster has died") == 1, said
+    assert said.count("the driver ended because the storage or Ray did not answer") == 2, said
+    assert points(config, "train/loss/total") == points(calm, "train/loss/total")
+    assert_equal_weights(config.run_folder, calm.run_folder)
+    steps = list(range(EVERY, STEPS + 1, EVERY))
+    assert [(e.step, e.status) for e in read_entries(Storage(), queue_url(config))] == [(s, "published") for s in steps]
+    assert [step for step, _ in points(config, "val/PQ")] == steps
