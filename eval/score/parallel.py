@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -17,18 +18,30 @@ from m2f.eval.errors import EvaluationError
 
 CHUNK = 16
 """Jobs per message to a worker."""
+START_SECONDS = 4.0
+"""What starting processes costs, most of it imports, with room for slow disks: less saved time is not worth it."""
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def map_jobs(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+def map_jobs(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     """`work(job)` of every job, in order. Work and jobs are pickled, jobs are taken only as workers become free.
 
-    One worker means this process. Raises what the work raises, and EvaluationError where a worker dies.
+    The first jobs are done in this process, and all are where processes would cost more time than they save. Raises
+    what the work raises, and EvaluationError where a worker dies.
     """
-    if workers == 1:
-        yield from map(work, jobs)
-        return
+    tried = len(jobs) if workers == 1 else CHUNK
+    start = time.perf_counter()
+    yield from map(work, jobs[:tried])
+    rest = jobs[tried:]
+    seconds = (time.perf_counter() - start) / max(1, tried) * len(rest)
+    if seconds * (1 - 1 / workers) < START_SECONDS:
+        yield from map(work, rest)
+    else:
+        yield from _map_in_processes(work, rest, workers)
+
+
+def _map_in_processes(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])  # imported once, not once per worker
     pool = ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,))

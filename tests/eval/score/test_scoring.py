@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from m2f.eval.errors import EvaluationError
+from m2f.eval.score import parallel
 from m2f.eval.score.cityscapes import cityscapes_instance_scoring, cityscapes_semantic_scoring
 from m2f.eval.score.instances import instance_scoring
 from m2f.eval.score.panoptic import PanopticFiles, panoptic_scoring
@@ -148,7 +150,8 @@ def test_panoptic_files_score_as_panopticapi_rules(seed, tmp_path):
     assert content["per_class"]["9"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "iou": 0.0, "tp": 0, "fp": 0, "fn": 0}
 
 
-def test_workers_change_no_bit(tmp_path):
+def test_workers_change_no_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
     files = panoptic_set(tmp_path, num_images=40)
     assert run(panoptic_scoring(files, boundary=True), workers=2) == run(panoptic_scoring(files, boundary=True))
 
@@ -441,13 +444,27 @@ def test_faults_of_cityscapes_files_are_named(tmp_path):
         cityscapes_instance_scoring(truth, truth)
 
 
-def fail_on_three(job):
-    if job == 3:
-        raise EvaluationError("image 3 is amiss")
+def fail_late(job):
+    if job == 23:  # after those that the first process does itself
+        raise EvaluationError("image 23 is amiss")
     return job * job
 
 
-def test_errors_of_workers_arrive_and_results_keep_their_order():
-    assert list(map_jobs(fail_on_three, range(4, 60), workers=2)) == [n * n for n in range(4, 60)]
-    with pytest.raises(EvaluationError, match="image 3 is amiss"):
-        list(map_jobs(fail_on_three, range(60), workers=2))
+def test_errors_of_workers_arrive_and_results_keep_their_order(monkeypatch):
+    monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
+    assert list(map_jobs(fail_late, range(30, 90), workers=2)) == [n * n for n in range(30, 90)]
+    with pytest.raises(EvaluationError, match="image 23 is amiss"):
+        list(map_jobs(fail_late, range(60), workers=2))
+
+
+def process_of(job):
+    return os.getpid()
+
+
+def test_processes_start_only_where_they_save_time(monkeypatch):
+    """300 fast images are done before two processes have started."""
+    assert set(map_jobs(process_of, range(300), workers=2)) == {os.getpid()}
+    monkeypatch.setattr(parallel, "START_SECONDS", 0.0)
+    processes = list(map_jobs(process_of, range(60), workers=2))
+    assert set(processes[:16]) == {os.getpid()}
+    assert os.getpid() not in processes[16:]
