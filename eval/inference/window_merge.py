@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from m2f.eval.inference.image_output import ImageOutput
-from m2f.eval.inference.windows import Area, Found, Objects, WindowPlace, nearest_pixels, same_objects
+from m2f.eval.inference.windows import KEPT_SHARE, Area, Found, Objects, WindowPlace, nearest_pixels, same_objects
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.metrics.overlaps import count_overlaps
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_columns, encode_masks, mask_areas, mask_ious
@@ -77,21 +77,32 @@ class PanopticMerge:
             self._objects.join(other.first + one, window.first + two)
 
     def result(self, original_size: tuple[int, int]) -> PanopticResult:
-        """The segments of the image; one has the best score of its parts, and those without a pixel are left out."""
+        """The segments of the image, each with the best score of its parts."""
         roots = [self._objects.of(number) for number in range(len(self._segments))]
         scores: dict[int, float] = {}
+        largest: dict[int, int] = {}
         for root, segment in zip(roots, self._segments, strict=True):
             scores[root] = max(scores.get(root, 0.0), segment.score)
+            largest[root] = max(largest.get(root, 0), segment.area if segment.is_thing else 0)
+        kept = self._areas(self._numbers, roots)
         numbers = _nearest(self._numbers, original_size)
-        areas = np.bincount(np.array([0, *(root + 1 for root in roots)])[numbers.ravel()], minlength=len(roots) + 1)
-        present = [root for root in sorted(scores) if areas[root + 1]]
+        areas = self._areas(numbers, roots)
+        present = [root for root in sorted(scores) if areas[root] and kept[root] >= KEPT_SHARE * largest[root]]
         ids = {root: position for position, root in enumerate(present, 1)}
         table = np.array([0, *(ids.get(root, 0) for root in roots)], dtype=np.int32)
         segments = (
-            PanopticSegment(i, (s := self._segments[root]).label, s.is_thing, scores[root], int(areas[root + 1]))
+            PanopticSegment(i, (s := self._segments[root]).label, s.is_thing, scores[root], int(areas[root]))
             for root, i in ids.items()
         )
         return PanopticResult(torch.from_numpy(table[numbers]), tuple(segments))
+
+    @staticmethod
+    def _areas(numbers: np.ndarray, roots: Sequence[int]) -> np.ndarray:
+        """Pixels of every object, by its lowest number."""
+        of_numbers = np.bincount(numbers.ravel(), minlength=len(roots) + 1)[1:]
+        areas = np.zeros(len(roots), dtype=np.int64)
+        np.add.at(areas, np.array(roots, dtype=np.int64), of_numbers)
+        return areas
 
 
 def _consecutive(result: PanopticResult) -> np.ndarray:
@@ -125,6 +136,8 @@ class InstanceMerge:
         self._parts: list[int] = []
         """Mask of every detection among `_cores`."""
         self._cores: list[tuple[Area, Rle]] = []
+        self._seen: list[float] = []
+        """Pixels of every mask in its window."""
 
     def add(self, place: WindowPlace, output: ImageOutput) -> None:
         """Post-process one window and join its detections to those before it."""
@@ -134,6 +147,7 @@ class InstanceMerge:
         def take(group: torch.Tensor) -> None:
             masks = group.cpu().numpy()
             cores.extend(encode_masks(masks[:, *place.core.slices(place.area)]))
+            self._seen.extend(np.count_nonzero(mask) for mask in masks)
             for area, found in strips.items():
                 found.extend(encode_masks(masks[:, *area.slices(place.area)]))
 
@@ -165,17 +179,17 @@ class InstanceMerge:
     def result(self, original_size: tuple[int, int]) -> InstanceDetections:
         """The `max_instances` best objects of the image, with the best score of their parts.
 
-        An object has a pixel if a part of it has it in the window that decides the pixel; without one it is left out.
+        An object has a pixel if a part of it has it in the window that decides the pixel.
         """
-        areas = mask_areas([mask for _, mask in self._cores])
         parts: dict[int, list[int]] = {}
         scores: dict[int, float] = {}
         for detection, part in enumerate(self._parts):
             root = self._objects.of(detection)
             scores[root] = max(scores.get(root, 0.0), self._scores[detection])
-            if areas[part]:
-                parts.setdefault(root, []).append(part)
-        best = sorted(parts, key=lambda root: (-scores[root], root))[: self._config.max_instances]
+            parts.setdefault(root, []).append(part)
+        areas = mask_areas([mask for _, mask in self._cores])
+        present = [root for root, masks in parts.items() if self._is_kept(masks, areas)]
+        best = sorted(present, key=lambda root: (-scores[root], root))[: self._config.max_instances]
         places: dict[tuple[int, ...], int] = {}
         index = [places.setdefault(tuple(sorted(set(parts[root]))), len(places)) for root in best]
         return InstanceDetections(
@@ -184,6 +198,13 @@ class InstanceMerge:
             labels=np.array([self._labels[root] for root in best], dtype=np.int64),
             scores=np.array([scores[root] for root in best], dtype=np.float64),
         )
+
+    def _is_kept(self, parts: Sequence[int], areas: np.ndarray) -> bool:
+        distinct = sorted(set(parts))
+        kept = sum(areas[distinct])
+        if len({self._cores[part][0] for part in distinct}) < len(distinct):  # two of one window may share pixels
+            kept = mask_areas([self._mask(distinct, self._size)])[0]
+        return bool(kept > 0 and kept >= KEPT_SHARE * max(self._seen[part] for part in distinct))
 
     def _mask(self, parts: Sequence[int], original_size: tuple[int, int]) -> Rle:
         """The union of the parts, in as many columns as they span: most objects are far smaller than the image."""

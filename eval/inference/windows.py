@@ -3,6 +3,7 @@
 The rule, stated for users in docs/evaluation.md: a pixel is decided by the window whose border is farthest from it.
 Two segments of one class from two windows are one object if they agree where both windows see: by an IoU of at
 least 0.5 inside the overlap of the windows, each with at most one segment of the other window, best scores first.
+An object that keeps less than half of its largest part is left out: the windows that decide the rest disagree.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import numpy as np
 
 SAME_OBJECT_IOU = 0.5
 """Agreement inside the overlap of two windows from which two segments are one object, as PQ matches segments."""
+
+
+KEPT_SHARE = 0.5
+"""Share of the pixels of its largest part that an object must keep."""
 
 
 class Area(NamedTuple):

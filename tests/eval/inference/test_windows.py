@@ -165,7 +165,8 @@ def slow_merge(task, image, side, stride, predict):
         for i, j, _, _, whole, _ in members:
             decided = np.array([r == i for r in row_owner])[:, None] & np.array([c == j for c in column_owner])[None]
             mask |= whole & decided
-        if mask.any():
+        largest = max(whole.sum() for _, _, _, _, whole, _ in members)
+        if mask.any() and (members[0][5] or mask.sum() >= 0.5 * largest):
             found.append((segments[g][2], max(s[3] for s in members), mask))
     if task == "instance":
         found = sorted(found, key=lambda entry: -entry[1])[: CONFIG.max_instances]
