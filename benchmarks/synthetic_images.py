@@ -16,14 +16,8 @@ from m2f.data_pipeline.config import CustomSource, DatasetConfig
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.custom import CustomReader
 from m2f.data_pipeline.sample import Annotation, Segment
-from m2f.data_pipeline.shards.manifest import (
-    DATASET_FILE,
-    SAMPLES_FILE,
-    Manifest,
-    ShardInfo,
-    make_document,
-    write_table,
-)
+from m2f.data_pipeline.shards.columns import SAMPLES_FILE
+from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest, ShardInfo, make_document, write_table
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage, join
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,18 +10,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from m2f.data_pipeline.documents import parse_json, parse_yaml
 from m2f.cluster.recipe.load import flatten_tree
 from m2f.cluster.tracking.tracking import connect
+from m2f.data_pipeline.documents import parse_json, parse_yaml
 from m2f.data_pipeline.errors import StorageError
-from m2f.data_pipeline.urls import without_secrets
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.data_pipeline.urls import without_secrets
 from m2f.eval.errors import EvaluationError
 from m2f.eval.results.images import IMAGES_FILE, ImageRecords, read_image_records
 from m2f.model.errors import UserError

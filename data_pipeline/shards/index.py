@@ -24,9 +24,10 @@ from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.readers.custom import check_annotation
 from m2f.data_pipeline.readers.files import check_image, require_size
 from m2f.data_pipeline.shards import codec, manifest
+from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, SAMPLES_FILE
 from m2f.data_pipeline.shards.faults import Fault, fault_of_message
 from m2f.data_pipeline.shards.foreign import ForeignForm, Labels, decode_labels, image_extension
-from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, ShardInfo, category_columns
+from m2f.data_pipeline.shards.manifest import ShardInfo, category_columns
 from m2f.data_pipeline.shards.tar_walk import TarSample, walk_tar
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
@@ -296,7 +297,7 @@ def _commit(
     )
     existing = manifest.read_document(target, storage)
     if existing is None:
-        storage.put(join(target, manifest.SAMPLES_FILE), samples)
+        storage.put(join(target, SAMPLES_FILE), samples)
         try:
             storage.put(join(target, manifest.DATASET_FILE), json.dumps(document, indent=1).encode(), if_absent=True)
         except ObjectExistsError:

@@ -13,7 +13,7 @@ import io
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,6 +30,7 @@ from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.partition import find_runs
 from m2f.data_pipeline.sample import Annotation, DecodedSample
 from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.columns import SAMPLES_FILE, Columns
 from m2f.data_pipeline.shards.foreign import FORM, IDENTITY, ForeignForm, form_from_json, form_member, identity_member
 from m2f.data_pipeline.storage.object_info import ObjectInfo
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -37,37 +38,10 @@ from m2f.data_pipeline.storage.storage import Storage, join
 FORMAT = 1
 """Version of the two files; a manifest with another one is refused."""
 DATASET_FILE = "dataset.json"
-SAMPLES_FILE = "samples.parquet"
-"""Names of the two files below the data set's folder."""
+"""Name of the file below the data set's folder; the other one is SAMPLES_FILE."""
 
 _CHECKS_AT_ONCE = 16
 """Threads that ask for the sizes of shards, to hide the latency of an object store."""
-_ROWS_AT_ONCE = 4096
-"""Rows that are decoded at a time, so that memory stays small beside the arrays that are made."""
-
-SAMPLE_SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "shard": pa.int32(),
-        "offset": pa.int64(),  # of the sample's first tar header in its shard
-        "length": pa.int64(),  # headers, members and padding
-        "crc32": pa.uint32(),  # of these `length` bytes
-        "image_id": pa.int64(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "num_segments": pa.int32(),  # crowds left out, as in the three columns below
-        "category_ids": pa.list_(pa.int32()),
-        "category_counts": pa.list_(pa.int32()),
-        "category_areas": pa.list_(pa.int64()),  # as the source states them
-        "category_pixels": pa.list_(pa.int64()),  # as counted in the maps
-        "member_names": pa.list_(pa.string()),
-        "member_offsets": pa.list_(pa.int64()),  # of the member's data, from the sample's offset
-        "member_lengths": pa.list_(pa.int64()),
-    }
-)
-
-LATER_COLUMNS = ("category_pixels",)
-"""Columns that came after the first version; files without them are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,26 +145,30 @@ class Manifest:
     @cached_property
     def category_ids(self) -> Ragged:
         """Categories present (source ids, ascending), without crowds."""
-        ids = Ragged(self.columns.items("category_ids"), self.columns.bounds("category_ids"))
+        bounds = self.columns.bounds("category_ids")
+        ids = Ragged(self.columns.items("category_ids", bounds), bounds)
         self.columns.release_memory()
         return ids
 
     @cached_property
     def category_counts(self) -> Ragged:
         """Segments of each of `category_ids`."""
-        return Ragged(self.columns.items("category_counts"), self.category_ids.offsets)
+        return self._by_category("category_counts")
 
     @cached_property
     def category_areas(self) -> Ragged:
         """Area of each of `category_ids`, as the source states it."""
-        return Ragged(self.columns.items("category_areas"), self.category_ids.offsets)
+        return self._by_category("category_areas")
 
     @cached_property
     def category_pixels(self) -> Ragged | None:
         """Pixels of each of `category_ids`, as counted in the maps; None where the manifest is too old to have them."""
         if not self.columns.has("category_pixels"):
             return None
-        return Ragged(self.columns.items("category_pixels"), self.category_ids.offsets)
+        return self._by_category("category_pixels")
+
+    def _by_category(self, name: str) -> Ragged:
+        return Ragged(self.columns.items(name, self.category_ids.offsets), self.category_ids.offsets)
 
     @classmethod
     def load(cls, url: str, storage: Storage) -> Self:
@@ -205,7 +183,7 @@ class Manifest:
             )
         try:
             opened = cls._of(url, document, Columns(data))
-        except (LookupError, TypeError, ValueError, pa.ArrowException) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{url}: {DATASET_FILE} and {SAMPLES_FILE} do not say what they must ({error!r:.200}); restore them or "
                 "write the data set again"
@@ -238,8 +216,8 @@ class Manifest:
             num_segments=columns.numbers("num_segments", np.int32),
             member_names=names,
             member_codes=Ragged(codes, members),
-            member_offsets=Ragged(columns.items("member_offsets"), members),
-            member_lengths=Ragged(columns.items("member_lengths"), members),
+            member_offsets=Ragged(columns.items("member_offsets", members), members),
+            member_lengths=Ragged(columns.items("member_lengths", members), members),
         )
         columns.release_memory()
         return opened
@@ -418,66 +396,3 @@ def _categories_from_json(entries: list[dict[str, Any]]) -> CategoryTable:
             Category(e["id"], e["name"], e["is_thing"], (e["color"][0], e["color"][1], e["color"][2])) for e in entries
         )
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Columns of samples.parquet, one at a time, as arrays of their own, no wider than they must be.
-
-    Every rank holds a manifest: pyarrow's `read_table` and `to_numpy` would import pyarrow.dataset and pandas, and take
-    twice the time and memory. Few rows at a time cost less of both than whole columns.
-    """
-
-    data: bytes
-    """Content of the file."""
-
-    def check(self) -> None:
-        """Raise TypeError where a column of SAMPLE_SCHEMA is missing or of another type."""
-        found = pq.read_schema(pa.BufferReader(self.data))
-        for field in SAMPLE_SCHEMA:
-            if field.name in LATER_COLUMNS and field.name not in found.names:
-                continue
-            if found.field(field.name).type != field.type:
-                raise TypeError(f"{field.name} is {found.field(field.name).type}, not {field.type}")
-
-    def has(self, name: str) -> bool:
-        """Whether the file has a column."""
-        return name in pq.read_schema(pa.BufferReader(self.data)).names
-
-    def numbers(self, name: str, dtype: type[np.number]) -> np.ndarray:
-        """[N] values."""
-        return np.concatenate([np.from_dlpack(part).astype(dtype) for part in self._parts(name)])
-
-    def texts(self, name: str) -> np.ndarray:
-        """[N] str objects."""
-        return np.array([text for part in self._parts(name) for text in part.to_pylist()], dtype=object)
-
-    def items(self, name: str) -> np.ndarray:
-        """Values of all rows of lists, in as small integers as hold them."""
-        return np.concatenate([_narrowest(np.from_dlpack(part.flatten())) for part in self._parts(name)])
-
-    def bounds(self, name: str) -> np.ndarray:
-        """[N + 1] where the rows of lists begin in `items`."""
-        lengths = [np.diff(np.from_dlpack(part.offsets)) for part in self._parts(name)]
-        return np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
-
-    def member_names(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """All different names, and their numbers in all rows."""
-        parts = pa.chunked_array([part.flatten() for part in self._parts("member_names")]).unify_dictionaries()
-        names = tuple(parts.chunk(0).dictionary.to_pylist())
-        return names, np.concatenate([_narrowest(np.from_dlpack(part.indices)) for part in parts.chunks])
-
-    def release_memory(self) -> None:
-        """Give back what decoding took: as much again as the columns that were read."""
-        pa.default_memory_pool().release_unused()
-
-    def _parts(self, name: str) -> Iterator[pa.Array]:
-        coded = ["member_names.list.element"] if name == "member_names" else None
-        file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=coded)
-        return (rows.column(0) for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[name], use_threads=False))
-
-
-def _narrowest(values: np.ndarray) -> np.ndarray:
-    """The same integers in a type as small as holds them."""
-    ends = (values.min(), values.max()) if values.size else (0,)
-    return values.astype(np.result_type(*map(np.min_scalar_type, ends)))

@@ -136,11 +136,12 @@ def _check_rows(manifest: Manifest) -> Iterator[Fault]:
             yield fault(
                 None, f"{shard.name} has {counted(count, 'sample')} here and {shard.num_samples} in {DATASET_FILE}"
             )
-    for name in ("category_counts", "category_areas", "category_pixels"):
-        getattr(manifest, name)  # raises where its lists are no match for the others
     unknown = sorted(set(manifest.category_ids.values.tolist()) - set(manifest.categories.by_id))
     if unknown:
         yield fault(None, f"category ids {unknown[:10]} are not in {DATASET_FILE}")
+        return
+    for name in ("category_counts", "category_areas", "category_pixels"):
+        getattr(manifest, name)  # raises where its lists are no match for the others
 
 
 @dataclass(frozen=True)

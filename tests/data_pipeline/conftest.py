@@ -3,7 +3,8 @@ import pyarrow as pa
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo, write_table
+from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, Columns
+from m2f.data_pipeline.shards.manifest import Manifest, Ragged, ShardInfo, write_table
 
 CLASSES = 20
 

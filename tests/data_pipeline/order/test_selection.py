@@ -14,7 +14,8 @@ from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.order.selection import SamplingRates, repeat_factors, select, uniform_rates
-from m2f.data_pipeline.shards.manifest import Columns, Manifest, write_table
+from m2f.data_pipeline.shards.columns import Columns
+from m2f.data_pipeline.shards.manifest import Manifest, write_table
 from m2f.data_pipeline.shards.stats import class_table
 from m2f.model.errors import ConfigError
 

@@ -19,7 +19,8 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards import manifest as manifest_module
-from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Columns, Manifest, Ragged, ShardInfo
+from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, Columns
+from m2f.data_pipeline.shards.manifest import Manifest, Ragged, ShardInfo
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 
@@ -100,11 +101,13 @@ def test_lists_are_as_narrow_as_their_values_allow():
     empty = {name: pa.nulls(len(rows), SAMPLE_SCHEMA.field(name).type) for name in SAMPLE_SCHEMA.names}
     table = pa.table(empty | {"category_ids": pa.array(rows, SAMPLE_SCHEMA.field("category_ids").type)})
     columns = Columns(manifest_module.write_table(table))
-    assert columns.items("category_ids").tolist() == [number for row in rows for number in row]
+    assert columns.items("category_ids", columns.bounds("category_ids")).tolist() == [
+        number for row in rows for number in row
+    ]
     assert np.diff(columns.bounds("category_ids")).tolist() == [len(row) for row in rows]
-    assert columns.items("category_ids").dtype == np.int32
+    assert columns.items("category_ids", columns.bounds("category_ids")).dtype == np.int32
     columns = Columns(manifest_module.write_table(table.slice(0, 9000)))
-    assert columns.items("category_ids").dtype == np.uint8
+    assert columns.items("category_ids", columns.bounds("category_ids")).dtype == np.uint8
 
 
 def test_damaged_bytes_are_found_and_named(written, copy):

@@ -10,7 +10,8 @@ import pytest
 
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards.manifest import SAMPLE_SCHEMA, Columns, write_table
+from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, Columns
+from m2f.data_pipeline.shards.manifest import write_table
 from m2f.data_pipeline.shards.stats import class_table, format_class_table, pixels_note
 from m2f.data_pipeline.shards.verify import verify
 from m2f.data_pipeline.shards.write import write_dataset

@@ -18,6 +18,7 @@ from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards import manifest as manifest_module
+from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.verify import verify
 from m2f.data_pipeline.shards.write import write_dataset
@@ -52,7 +53,7 @@ def rewrite(folder, change_rows=None, change_document=None):
     rows = table.to_pylist()
     if change_rows:
         change_rows(rows)
-    data = manifest_module.write_table(pa.Table.from_pylist(rows, schema=manifest_module.SAMPLE_SCHEMA))
+    data = manifest_module.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
     (folder / "samples.parquet").write_bytes(data)
     document = json.loads((folder / "dataset.json").read_text())
     document["samples"]["sha256"] = hashlib.sha256(data).hexdigest()

@@ -1,0 +1,169 @@
+"""Columns of a manifest's samples.parquet, decoded one at a time and within bounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.keys import MAX_KEY
+
+SAMPLES_FILE = "samples.parquet"
+"""Name of the file below the data set's folder."""
+_ROWS_AT_ONCE = 4096
+"""Rows that are decoded at a time, so that memory stays small beside the arrays that are made."""
+
+_VALUES_PER_BYTE = 2
+"""Most values of a column per byte of the file. A row has a CRC-32 and lengths, which hardly compress: six bytes."""
+_MOST_COMPRESSED = 100
+"""Most bytes that a byte of the file stands for; real manifests stay below 10."""
+_MOST_VALUES = 1_000_000
+"""Allowed besides, for small files."""
+_TEXT_BYTES = 4 * MAX_KEY
+
+SAMPLE_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "shard": pa.int32(),
+        "offset": pa.int64(),  # of the sample's first tar header in its shard
+        "length": pa.int64(),  # headers, members and padding
+        "crc32": pa.uint32(),  # of these `length` bytes
+        "image_id": pa.int64(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "num_segments": pa.int32(),  # crowds left out, as in the three columns below
+        "category_ids": pa.list_(pa.int32()),
+        "category_counts": pa.list_(pa.int32()),
+        "category_areas": pa.list_(pa.int64()),  # as the source states them
+        "category_pixels": pa.list_(pa.int64()),  # as counted in the maps
+        "member_names": pa.list_(pa.string()),
+        "member_offsets": pa.list_(pa.int64()),  # of the member's data, from the sample's offset
+        "member_lengths": pa.list_(pa.int64()),
+    }
+)
+
+LATER_COLUMNS = ("category_pixels",)
+"""Columns that came after the first version; files without them are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns of samples.parquet, one at a time, as arrays of their own, no wider than they must be.
+
+    Every rank holds a manifest: pyarrow's `read_table` and `to_numpy` would import pyarrow.dataset and pandas, and take
+    twice the time and memory. Few rows at a time cost less of both than whole columns.
+    """
+
+    data: bytes
+    """Content of the file."""
+
+    def check(self) -> None:
+        """Raise TypeError where a column of SAMPLE_SCHEMA is missing or of another type, ValueError where the file
+        says that it holds much more than its bytes can."""
+        self._check_sizes()
+        found = pq.read_schema(pa.BufferReader(self.data))
+        for field in SAMPLE_SCHEMA:
+            if field.name in LATER_COLUMNS and field.name not in found.names:
+                continue
+            if found.field(field.name).type != field.type:
+                raise TypeError(f"{field.name} is {found.field(field.name).type}, not {field.type}")
+
+    def _check_sizes(self) -> None:
+        """Before anything is decoded: a megabyte of runs may stand for 10^9 values."""
+        most = _MOST_VALUES + _VALUES_PER_BYTE * len(self.data)
+        metadata = pq.read_metadata(pa.BufferReader(self.data))
+        values, sizes = Counter[str](), 0
+        for group in range(metadata.num_row_groups):
+            for column in range(metadata.num_columns):
+                chunk = metadata.row_group(group).column(column)
+                values[chunk.path_in_schema] += chunk.num_values
+                sizes += chunk.total_uncompressed_size
+        if max([metadata.num_rows, *values.values()]) > most:
+            raise ValueError(f"{len(self.data)} bytes stand for {metadata.num_rows} rows, of up to {most} values")
+        if sizes > _MOST_VALUES + _MOST_COMPRESSED * len(self.data):
+            raise ValueError(f"{len(self.data)} bytes stand for {sizes}, more than {_MOST_COMPRESSED} times as many")
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return pq.read_metadata(pa.BufferReader(self.data)).num_rows
+
+    def has(self, name: str) -> bool:
+        """Whether the file has a column."""
+        return name in pq.read_schema(pa.BufferReader(self.data)).names
+
+    def numbers(self, name: str, dtype: type[np.number]) -> np.ndarray:
+        """[N] values."""
+        values = np.concatenate([np.from_dlpack(part).astype(dtype) for part in self._parts(name)])
+        if len(values) != self.num_rows:
+            raise DataError(
+                f"{SAMPLES_FILE}: {name} has {len(values)} values in {self.num_rows} rows; restore the file"
+            )
+        return values
+
+    def texts(self, name: str) -> np.ndarray:
+        """[N] str objects. Raises DataError for texts that are too long, before a short code becomes many of them."""
+        texts: list[str | None] = []
+        for part in self._parts(name):
+            if part.dictionary.nbytes > _ROWS_AT_ONCE * _TEXT_BYTES:
+                raise DataError(
+                    f"{SAMPLES_FILE}: {name} holds texts of more than {_TEXT_BYTES} bytes; restore the file"
+                )
+            known = part.dictionary.to_pylist()
+            if any(text is not None and len(text) > _TEXT_BYTES for text in known):
+                raise DataError(
+                    f"{SAMPLES_FILE}: {name} holds texts of more than {_TEXT_BYTES} bytes; restore the file"
+                )
+            texts += [None if code is None else known[code] for code in part.indices.to_pylist()]
+        return np.array(texts, dtype=object)
+
+    def items(self, name: str, bounds: np.ndarray) -> np.ndarray:
+        """Values of all rows of lists, in as small integers as hold them.
+
+        Raises DataError where the rows do not have the lengths of `bounds`.
+        """
+        values, lengths = [], []
+        for part in self._parts(name):
+            values.append(_narrowest(np.from_dlpack(part.flatten())))
+            lengths.append(np.diff(np.from_dlpack(part.offsets)))
+        if not np.array_equal(np.concatenate(lengths), np.diff(bounds)):
+            raise DataError(
+                f"{SAMPLES_FILE}: the lists of {name} have other lengths than those beside them; restore it"
+            )
+        return np.concatenate(values)
+
+    def bounds(self, name: str) -> np.ndarray:
+        """[N + 1] where the rows of lists begin in `items`."""
+        lengths = [np.diff(np.from_dlpack(part.offsets)) for part in self._parts(name)]
+        return np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
+
+    def member_names(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """All different names, and their numbers in all rows."""
+        parts = pa.chunked_array([part.flatten() for part in self._parts("member_names")]).unify_dictionaries()
+        names = tuple(parts.chunk(0).dictionary.to_pylist())
+        return names, np.concatenate([_narrowest(np.from_dlpack(part.indices)) for part in parts.chunks])
+
+    def release_memory(self) -> None:
+        """Give back what decoding took: as much again as the columns that were read."""
+        pa.default_memory_pool().release_unused()
+
+    def _parts(self, name: str) -> Iterator[pa.Array]:
+        """The column, some rows at a time; texts as codes with their dictionary."""
+        coded = {"member_names": ["member_names.list.element"], "key": ["key"]}.get(name)
+        try:
+            file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=coded)
+            for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[name], use_threads=False):
+                yield rows.column(0)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{SAMPLES_FILE}: {name} cannot be decoded ({error}); restore the file") from error
+
+
+def _narrowest(values: np.ndarray) -> np.ndarray:
+    """The same integers in a type as small as holds them."""
+    ends = (values.min(), values.max()) if values.size else (0,)
+    return values.astype(np.result_type(*map(np.min_scalar_type, ends)))

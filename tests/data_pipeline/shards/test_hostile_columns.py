@@ -1,0 +1,136 @@
+"""Manifests whose samples.parquet is meant to hurt: `m2f verify` says so in bounded memory."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
+
+MAIN = Path(__file__).with_name("hostile_manifest_main.py")
+SOURCE = SyntheticSource(num_images=3)
+BOUND_MB = 150
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("set")
+    write_dataset(open_reader(SOURCE), DatasetConfig(shards=str(folder), source=SOURCE), Storage())
+    return folder
+
+
+def forge(written, target, table):
+    """A data set with this table of samples, whose checksum is right."""
+    target.mkdir()
+    pq.write_table(table, target / "samples.parquet", compression="zstd")
+    return seal(written, target)
+
+
+def seal(written, target):
+    document = json.loads((written / "dataset.json").read_text())
+    document["samples"]["sha256"] = hashlib.sha256((target / "samples.parquet").read_bytes()).hexdigest()
+    (target / "dataset.json").write_text(json.dumps(document))
+    (target / "shards").symlink_to(written / "shards")
+    return target
+
+
+def verify(folder):
+    """What `m2f verify` says and takes, in a process of its own."""
+    ended = subprocess.run([sys.executable, MAIN, folder], capture_output=True, text=True, check=True)
+    found = json.loads(ended.stdout)
+    assert found["status"] == 1
+    assert found["mb"] < BOUND_MB
+    return found["said"]
+
+
+def column_of(table, name, values):
+    index = SAMPLE_SCHEMA.get_field_index(name)
+    return table.set_column(index, SAMPLE_SCHEMA.field(name), pa.array(values, SAMPLE_SCHEMA.field(name).type))
+
+
+@pytest.mark.parametrize("name", ["member_offsets", "member_lengths", "category_counts", "category_pixels"])
+def test_lists_of_unequal_lengths_are_named(written, tmp_path, name):
+    table = pq.read_table(written / "samples.parquet")
+    lists = table.column(name).to_pylist()
+    said = verify(forge(written, tmp_path / "a", column_of(table, name, [lists[0][:-1], *lists[1:]])))
+    assert f"the lists of {name} have other lengths" in said
+
+
+def test_a_row_of_lists_that_is_null_is_named(written, tmp_path):
+    table = pq.read_table(written / "samples.parquet")
+    lists = table.column("member_lengths").to_pylist()
+    said = verify(forge(written, tmp_path / "a", column_of(table, "member_lengths", [None, *lists[1:]])))
+    assert "other lengths" in said
+
+
+def test_many_rows_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    rows = pq.read_table(written / "samples.parquet").slice(0, 1)
+    many = pa.Table.from_batches(rows.take(pa.array(np.zeros(1_000_000, np.int64))).to_batches(), rows.schema)
+    with pq.ParquetWriter(folder / "samples.parquet", rows.schema, compression="zstd") as writer:
+        for _ in range(8):
+            writer.write_table(many)
+    size = (folder / "samples.parquet").stat().st_size
+    assert size < 2_000_000
+    assert "bytes stand for 8000000 rows" in verify(seal(written, folder))
+
+
+def test_long_lists_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path):
+    table = pq.read_table(written / "samples.parquet")
+    many = pa.ListArray.from_arrays(
+        pa.array([0, 0, 0, 20_000_000], pa.int32()), pa.array(np.ones(20_000_000, np.int32))
+    )
+    index = SAMPLE_SCHEMA.get_field_index("category_ids")
+    said = verify(forge(written, tmp_path / "a", table.set_column(index, SAMPLE_SCHEMA.field(index), many)))
+    assert "bytes stand for 3 rows, of up to" in said
+
+
+@pytest.mark.parametrize("name", ["key", "member_names"])
+def test_long_texts_in_few_bytes_are_refused_before_they_are_decoded(written, tmp_path, name):
+    table = pq.read_table(written / "samples.parquet")
+    text = "x" * 100_000_000
+    values = [text] * 3 if name == "key" else [[text] * len(each) for each in table.column(name).to_pylist()]
+    assert "more than 100 times as many" in verify(forge(written, tmp_path / "a", column_of(table, name, values)))
+
+
+def test_a_long_key_behind_short_codes_is_refused(written, tmp_path):
+    rows = pq.read_table(written / "samples.parquet").take(pa.array(np.zeros(4000, np.int64)))
+    said = verify(forge(written, tmp_path / "a", column_of(rows, "key", ["x" * 500_000] * 4000)))
+    assert "key holds texts of more than 4000 bytes" in said
+
+
+@pytest.mark.parametrize("cut", [slice(0, 100), slice(200, None), slice(0, -1)])
+def test_damaged_files_are_one_message(written, tmp_path, cut):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "samples.parquet").write_bytes((written / "samples.parquet").read_bytes()[cut])
+    with pytest.raises(DataError, match="do not say what they must"):
+        Manifest.load(str(seal(written, folder)), Storage())
+
+
+def test_damaged_pages_are_one_message(written, tmp_path):
+    data = (written / "samples.parquet").read_bytes()
+    for number, start in enumerate(range(4, len(data) - 3000, 400)):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        (folder / "samples.parquet").write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
+        seal(written, folder)
+        try:
+            opened = Manifest.load(str(folder), Storage())
+            assert len(opened.key) == len(opened.category_ids.offsets) - 1 == 3
+            opened.statistics()
+        except DataError:
+            continue
