@@ -68,6 +68,9 @@ def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
             metavar="A",
             help="pixels from which on a segment is medium, and large (default 1024 9216)",
         )
+    parsers["panoptic"].add_argument(
+        "--by-size", action="store_true", help="also PQ of small, medium and large segments; takes longer"
+    )
     instances = parsers["instances"]
     instances.add_argument("--boxes", action="store_true", help="also the AP of boxes: stated ones, else of masks")
     instances.add_argument(
@@ -120,6 +123,7 @@ def _options(args: argparse.Namespace) -> ScoreOptions:
         classes=None if args.classes is None else tuple(args.classes),
         ignore_unknown=getattr(args, "ignore_unknown", False),
         area_bounds=EVERYTHING.area_bounds if bounds is None else tuple(bounds),
+        by_size=getattr(args, "by_size", False) or bounds is not None,
         max_dets=None if max_dets is None else tuple(max_dets),
     )
 

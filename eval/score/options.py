@@ -32,6 +32,8 @@ class ScoreOptions:
     """Leave out predictions of categories that the truth does not list."""
     area_bounds: tuple[float, float] = AREA_BOUNDS
     """Pixels from which on a segment is medium, and large."""
+    by_size: bool = False
+    """Also PQ by size, which takes longer."""
     max_dets: tuple[int, ...] | None = None
     """Detections per image and class, ascending; None: as the official code."""
 

@@ -76,7 +76,7 @@ def panoptic_scoring(
 ) -> Scoring[_Pair, PanopticRecord, PanopticQuality]:
     """PQ, or Boundary PQ, over the annotations of the truth. Predictions of other images are not looked at.
 
-    `detailed`: also PQ by size and, of all classes, errors and confusion.
+    `detailed`: also PQ by size, as `by_size` of the options, and, of all classes, errors and confusion.
 
     Raises EvaluationError for JSON files that are unusable and for images without a prediction.
     """
@@ -110,7 +110,7 @@ def panoptic_scoring(
     labels = {c.id: label for label, c in enumerate(categories)}
     predicted_labels = matched.labels(labels)
     unknown = _unknown(predictions, ids, predicted_labels, matched.dropped) if options.ignore_unknown else frozenset()
-    needs_maps = detailed or boundary
+    needs_maps = detailed or boundary or options.by_size
     work = _ScoreImage(files, labels, predicted_labels, matched.dropped | unknown, ratio, needs_maps)
     state = PanopticQualityState([bool(c.is_thing) for c in categories], ratio, options.area_bounds)
     more: dict[str, MetricState] = {}

@@ -258,6 +258,12 @@ def test_panoptic_files_have_sizes_pages_subsets_and_functions(panoptic, capsys)
     assert of_files.errors.gains == pytest.approx(of_arrays.errors.gains)
     assert of_files.table().startswith("results.json: 4 images\n")
 
+    assert scored(folder, *words, "--by-size", kind="panoptic") == found
+    bounds = scored(folder, *words, "--area-bounds", "10", "900", kind="panoptic")["by_size"]
+    assert bounds["small"] is None
+    assert bounds["large"] is None
+    assert bounds["medium"]["n"] == 3
+
     some = scored(folder, *words, "--classes", "dog", kind="panoptic")
     assert some["all"]["pq"] == found["per_class"]["1"]["pq"]
     assert some["all"]["n"] == 1
