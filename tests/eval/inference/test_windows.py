@@ -15,7 +15,7 @@ from m2f.eval.inference.evaluator import Evaluator, detect
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.test_time_augmentation import predict_in_passes
 from m2f.eval.inference.windows import window_places
-from m2f.eval.metrics.rle import decode_mask, encode_columns, encode_masks
+from m2f.eval.metrics.rle import decode_mask, encode_columns, encode_masks, mask_areas
 from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.inference.mask_resize import ImageGeometry
@@ -249,6 +249,11 @@ def test_columns_are_encoded_as_the_whole_mask():
             whole = np.zeros((6, 5), bool)
             whole[:, left : left + width] = columns
             assert encode_columns(columns, left, (6, 5)) == encode_masks([whole])[0]
+
+
+def test_masks_of_more_than_255_detections_have_areas():
+    masks = encode_masks(np.arange(16).reshape(4, 4)[None] < np.arange(600)[:, None, None])
+    assert mask_areas(masks).tolist() == [min(i, 16) for i in range(600)]
 
 
 class Drawn(nn.Module):
