@@ -20,6 +20,7 @@ from m2f.cluster.train.resources import count_fitting, resource_requests
 from m2f.model.errors import UserError
 
 SCHEMA = m2f.HOME / "cluster" / "cloud" / "ray_job_schema.yaml"
+_BY_DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 RECIPE_FOLDER = "/etc/m2f"
 APPLY_TIMEOUT_S = 60
 MAX_NAME_LENGTH = 30
@@ -109,8 +110,13 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
 
 
 def _image_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
+    """A tag may be given to another image at any time; a digest names one for good."""
     images = [container.get("image", "") for container in pod["containers"]]
-    return [f"{group}: image is {image}; put your registry in" for image in images if "REGISTRY" in image]
+    return [
+        f"{group}: image is {image}; name it by the digest that `docker push` prints, as registry/m2f@sha256:..."
+        for image in images
+        if not _BY_DIGEST.fullmatch(image) or "REGISTRY" in image
+    ]
 
 
 def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:

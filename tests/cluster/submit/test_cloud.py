@@ -1,7 +1,11 @@
 """The examples of `cluster/cloud` against Ray's, Amazon's and our own schemas, and the notices of spot machines."""
 
+import base64
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,6 +21,7 @@ from ray.scripts.scripts import drain_node
 import m2f
 from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.submit.google_secret import read_secret
 from m2f.cluster.submit.kuberay import KubeRayError, cluster_problems, ray_job_yaml, schema_problems
 from m2f.cluster.submit.spot_notice import NOTICE_S, is_preempted, watch
 from tests.waiting import PATIENCE_S
@@ -34,6 +39,7 @@ evaluation: {sets: [{dataset: val}], resources_per_actor: {evaluator: 1}}
 cluster: {num_workers: 16, resources_per_worker: {trainer: 1}}
 tracking: {uri: "http://mlflow:5000"}
 """
+DIGEST = "0123456789abcdef" * 4
 GCP_INSTANCE = {"machineType", "disks", "scheduling", "serviceAccounts"}
 """Fields of an instance that the example uses, as Google's API writes them."""
 
@@ -70,9 +76,39 @@ def test_the_head_offers_no_cpus_and_groups_offer_their_resources(path):
     assert types["train"]["resources"]["trainer"] == types["train"]["resources"]["GPU"]
     assert "evaluator" in types["evaluate"]["resources"]
     assert any("shm-size" in option for option in example["docker"]["run_options"])
-    assert "--num-cpus=0" in example["head_start_ray_commands"][1]
-    assert "--dashboard-host=127.0.0.1" in example["head_start_ray_commands"][1]
-    assert any("m2f.cluster.submit.spot_notice" in command for command in example["worker_start_ray_commands"])
+    assert "--num-cpus=0" in example["head_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in example["head_start_ray_commands"][-1]
+    assert "m2f.cluster.submit.spot_notice" in example["worker_start_ray_commands"][-1]
+    assert "/tmp" not in path.read_text(), "other users of a machine may write there"
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_every_node_has_the_token_of_a_secret_before_ray_starts(path):
+    example = read(path)
+    assert "--env RAY_AUTH_MODE=token" in example["docker"]["run_options"]
+    assert "@sha256:" in example["docker"]["image"]
+    for which in ("head", "worker"):
+        stop, token, start = example[f"{which}_start_ray_commands"][:3]
+        assert (stop, start.startswith("ray start")) == ("ray stop", True)
+        assert token.startswith("umask 077 && mkdir -p ~/.ray && python -")
+        assert token.endswith("> ~/.ray/auth_token")
+        assert "m2f-ray-token" in token
+
+
+def test_the_commands_write_the_token_for_their_user_alone(tmp_path):
+    """Amazon's, with a client of its own in place of boto3."""
+    (tmp_path / "boto3.py").write_text(
+        "class client:\n"
+        "    def __init__(self, service, region_name): assert service == 'secretsmanager'\n"
+        "    def get_secret_value(self, SecretId): return {'SecretString': SecretId + '-value'}\n"
+    )
+    command = read(CLOUD / "aws.yaml")["head_start_ray_commands"][1]
+    env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    subprocess.run(["bash", "-c", command], env=env, check=True, timeout=PATIENCE_S)
+    written = tmp_path / ".ray" / "auth_token"
+    assert written.read_text() == "m2f-ray-token-value\n"
+    assert (written.stat().st_mode & 0o777, written.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
 @pytest.mark.parametrize("group", ["head", "train", "evaluate"])
@@ -96,7 +132,7 @@ def test_the_gcp_example_has_valid_machines(group):
 @pytest.mark.parametrize("path", sorted(CLOUD.glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_hold_no_secrets(path):
     text = path.read_text().lower()
-    assert not any(word in text for word in ("aws_secret", "access_key", "password:", "auth_token"))
+    assert not any(word in text for word in ("aws_secret", "access_key", "password:", "auth_token="))
 
 
 # KubeRay
@@ -106,7 +142,7 @@ def test_examples_hold_no_secrets(path):
 def template(tmp_path):
     """The example with an image."""
     path = tmp_path / "kuberay.yaml"
-    path.write_text(KUBERAY.read_text().replace("REGISTRY", "registry.example.com"))
+    path.write_text(KUBERAY.read_text().replace("REGISTRY", "registry.example.com").replace("DIGEST", DIGEST))
     return path
 
 
@@ -115,7 +151,9 @@ def written(template: Path, *overrides):
 
 
 def with_image(document):
-    return yaml.safe_load(yaml.safe_dump(document).replace("REGISTRY", "registry.example.com"))
+    return yaml.safe_load(
+        yaml.safe_dump(document).replace("REGISTRY", "registry.example.com").replace("DIGEST", DIGEST)
+    )
 
 
 def test_the_ray_job_runs_the_recipe_from_a_config_map(template):
@@ -140,6 +178,24 @@ def test_a_long_name_is_cut_to_what_kuberay_takes(template):
 
 def test_what_is_written_has_only_fields_that_kuberay_knows(template):
     assert schema_problems(written(template)[1]) == []
+
+
+def test_pods_of_the_kuberay_example_have_no_rights_that_they_do_not_need():
+    spec = read(KUBERAY)["spec"]["rayClusterSpec"]
+    assert spec["authOptions"]["mode"] == "token"
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        context = pod["securityContext"]
+        assert (context["runAsNonRoot"], context["runAsUser"] > 0) == (True, True)
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+    assert spec["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
+    mounted = [group["template"]["spec"].get("automountServiceAccountToken", True) for group in groups]
+    assert mounted == [True, False, False], "the autoscaler on the head asks Kubernetes for pods"
 
 
 def test_the_kuberay_example_drains_before_pods_end():
@@ -192,7 +248,13 @@ def test_fields_that_kubernetes_refuses_or_drops_are_found(path, value, found):
             {"cpu": "4"},
             "train: limits.nvidia.com/gpu is 4; requests.nvidia.com/gpu must be the same",
         ),
-        ("headGroupSpec.template.spec.containers.0.image", "REGISTRY/m2f:0.1.0", "head: image is REGISTRY/m2f:0.1.0"),
+        (
+            "headGroupSpec.template.spec.containers.0.image",
+            "REGISTRY/m2f@sha256:DIGEST",
+            "head: image is REGISTRY/m2f@",
+        ),
+        ("headGroupSpec.template.spec.containers.0.image", "r.example.com/m2f:0.1.0", "name it by the digest"),
+        ("workerGroupSpecs.0.template.spec.containers.0.image", "m2f@sha256:0123", "train: image is m2f@sha256:0123"),
         (
             "workerGroupSpecs.0.maxReplicas",
             3,
@@ -320,6 +382,11 @@ def metadata_server():
                     self.answer(404)
             elif self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
                 self.answer(200, "TRUE" if notice.is_set() else "FALSE")
+            elif self.path == "/computeMetadata/v1/instance/service-accounts/default/token":
+                self.answer(200 if self.headers["Metadata-Flavor"] else 403, json.dumps({"access_token": "pass"}))
+            elif self.path == "/v1/projects/p/secrets/s/versions/latest:access":
+                payload = {"payload": {"data": base64.b64encode(b"hush\n").decode()}}
+                self.answer(200 if self.headers["Authorization"] == "Bearer pass" else 401, json.dumps(payload))
             else:
                 self.answer(403)
 
@@ -344,6 +411,13 @@ def test_a_spot_notice_drains_the_node(metadata_server, cloud):
     notice.set()
     watcher.join(PATIENCE_S)
     assert drained == [NOTICE_S[cloud]]
+
+
+def test_a_secret_of_google_is_read_with_the_rights_of_the_machine(metadata_server):
+    address, _ = metadata_server
+    assert read_secret("p", "s", address, address) == "hush"
+    with pytest.raises(OSError, match="403"):
+        read_secret("p", "other", address, address)
 
 
 def test_an_unreachable_metadata_server_is_no_notice(caplog):
