@@ -1,7 +1,8 @@
 """Metrics per image against the reference tools' ways.
 
-PQ: id maps in memory against two PNG files per image and one sort of 64-bit pairs, as panopticapi does it (written here
-for the comparison). AP: against pycocotools on the same run lengths.
+PQ: id maps in memory against one sort of 64-bit pairs on the same maps, as panopticapi does it (written here for the
+comparison), and against that with two PNG files per image. AP: against pycocotools on the same run lengths. Then both
+from files, with all checks of `m2f score`, against the tools that read such files.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Sequence
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,22 +26,26 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from benchmarks import score_files
 from benchmarks.measure import Measurement, compare
 from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualityState, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import encode_masks, mask_areas
+from m2f.eval.score.panoptic import PanopticFiles
 
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # hotcoco's threads; it asks when the first work comes
 SIZE = (480, 640)
 CLASSES = 20
 
 
 def run(tiny: bool) -> list[Measurement]:
     """PQ, mIoU and AP on generated images; times are per image."""
-    count = 10 if tiny else 50
+    count = 10 if tiny else 300
     images = [_id_maps(seed) for seed in range(count)]
     found = [_detections(one, seed) for seed, one in enumerate(images)]
-    return [_panoptic_quality(images), _mean_iou(images), _average_precision(images, found)]
+    rows = [*_panoptic_quality(images), _mean_iou(images), _average_precision(images, found)]
+    return [*rows, *_from_files(images, found, 1 if tiny else 3)]
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,18 @@ def _present(id_map: np.ndarray, one: _IdMaps) -> dict[int, int]:
     return {i: one.label_of[i] for i in np.unique(id_map).tolist() if i}
 
 
-def _panoptic_quality(images: Sequence[_IdMaps]) -> Measurement:
+def _pairs(images: Sequence[_IdMaps]) -> list[tuple[PanopticTruth, PanopticPrediction]]:
     pairs = []
     for one in images:
         areas = np.bincount(one.truth.ravel())
         segments = {i: TruthSegment(k, float(areas[i]), False) for i, k in _present(one.truth, one).items()}
         prediction = PanopticPrediction(one.predicted, _present(one.predicted, one))
         pairs.append((PanopticTruth(one.truth, segments), prediction))
+    return pairs
+
+
+def _panoptic_quality(images: Sequence[_IdMaps]) -> list[Measurement]:
+    pairs = _pairs(images)
     files = [tuple(_as_png(id_map) for id_map in (s.truth, s.predicted)) for s in images]
 
     def ours() -> Sequence[Tensor]:
@@ -84,32 +98,57 @@ def _panoptic_quality(images: Sequence[_IdMaps]) -> Measurement:
         counts = [[c.iou, c.true_positives, c.false_positives, c.false_negatives] for c in per_class]
         return [torch.tensor(counts, dtype=torch.float64)]
 
-    def peer() -> Sequence[Tensor]:
+    def from_png() -> Sequence[Tensor]:
+        return _slow_quality(pairs, files)
+
+    def from_maps() -> Sequence[Tensor]:
         table = np.zeros((CLASSES, 4))
-        for (truth, prediction), png in zip(pairs, files, strict=True):
-            _count_from_png(table, png, truth, prediction)
+        for truth, prediction in pairs:
+            _count(table, truth.id_map.astype(np.uint32), prediction.id_map.astype(np.uint32), truth, prediction, int)
         return [torch.from_numpy(table)]
 
-    return _per_image(compare("PQ", _shape(images), ours, "PNG route", peer, tolerance=1e-12, repeats=3), len(images))
+    peers = {"panopticapi's algorithm, same maps": from_maps, "the same, from PNG": from_png}
+    return [
+        _per_image(compare("PQ", _shape(images), ours, name, peer, tolerance=1e-12, repeats=3), len(images))
+        for name, peer in peers.items()
+    ]
+
+
+def _slow_quality(
+    pairs: Sequence[tuple[PanopticTruth, PanopticPrediction]], files: Sequence[tuple[bytes, ...]]
+) -> Sequence[Tensor]:
+    """Sums and counts by class from two PNG files per image."""
+    table = np.zeros((CLASSES, 4))
+    for (truth, prediction), png in zip(pairs, files, strict=True):
+        maps = [np.array(Image.open(io.BytesIO(data)), dtype=np.uint32) for data in png]
+        t_map, p_map = (m[..., 0] + 256 * m[..., 1] + 65536 * m[..., 2] for m in maps)
+        _count(table, t_map, p_map, truth, prediction, _wide)
+    return [torch.from_numpy(table)]
+
+
+def _wide(i: Any) -> Any:
+    """Ids spread over all three channels, as in COCO."""
+    return i * 1_000_003 % 2**24
 
 
 def _as_png(id_map: np.ndarray) -> bytes:
-    """RGB map with ids spread over all three channels, as in COCO."""
-    wide = id_map.astype(np.uint32) * 1_000_003 % 2**24
+    wide = _wide(id_map.astype(np.int64))
     buffer = io.BytesIO()
     Image.fromarray(np.stack([wide & 255, wide >> 8 & 255, wide >> 16], -1).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _count_from_png(
-    table: np.ndarray, files: tuple[bytes, ...], truth: PanopticTruth, prediction: PanopticPrediction
+def _count(
+    table: np.ndarray,
+    t_map: np.ndarray,
+    p_map: np.ndarray,
+    truth: PanopticTruth,
+    prediction: PanopticPrediction,
+    of_map: Callable[[int], int],
 ) -> None:
-    """The same rules from PNG files: two decodes, a sort of all pairs of pixels, dictionaries. Adds to `table`."""
-    maps = [np.array(Image.open(io.BytesIO(data)), dtype=np.uint32) for data in files]
-    t_map, p_map = (m[..., 0] + 256 * m[..., 1] + 65536 * m[..., 2] for m in maps)
-    wide = {i: i * 1_000_003 % 2**24 for i in range(14)}
-    segments = {wide[i]: s for i, s in truth.segments.items()}
-    labels = {wide[i]: k for i, k in prediction.labels.items()}
+    """The same rules by a sort of all pairs of pixels, and dictionaries; `of_map`: an id as the maps have it."""
+    segments = {of_map(i): s for i, s in truth.segments.items()}
+    labels = {of_map(i): k for i, k in prediction.labels.items()}
     area = dict(zip(*(a.tolist() for a in np.unique(p_map, return_counts=True)), strict=True))
     keys, counts = np.unique(t_map.astype(np.uint64) * 2**24 + p_map.astype(np.uint64), return_counts=True)
     shared = {divmod(int(key), 2**24): int(n) for key, n in zip(keys, counts, strict=True)}
@@ -125,6 +164,40 @@ def _count_from_png(
         table[segment.label, 3] += t not in matched_t
     for p, label in labels.items():
         table[label, 2] += p not in matched_p and shared.get((0, p), 0) / area[p] <= 0.5
+
+
+def _from_files(images: Sequence[_IdMaps], found: Sequence[InstanceDetections], repeats: int) -> list[Measurement]:
+    """The same images as files."""
+    coco, results = _as_coco(_truths(images), found)
+    pairs = _pairs(images)
+    pngs = [tuple(_as_png(id_map) for id_map in (one.truth, one.predicted)) for one in images]
+    categories = [{"id": k, "name": str(k), "isthing": int(k > 1)} for k in range(CLASSES)]
+    sides: dict[str, list[dict[str, Any]]] = {"truth": [], "found": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for n, ((truth, prediction), data) in enumerate(zip(pairs, pngs, strict=True)):
+            listed = [
+                [{"id": _wide(i), "category_id": s.label, "area": int(s.area)} for i, s in truth.segments.items()],
+                [{"id": _wide(i), "category_id": k} for i, k in prediction.labels.items()],
+            ]
+            for (side, annotations), segments, png in zip(sides.items(), listed, data, strict=True):
+                (folder / side).mkdir(exist_ok=True)
+                (folder / side / f"{n}.png").write_bytes(png)
+                entries = [segment | {"iscrowd": 0} for segment in segments]
+                annotations.append({"image_id": n, "file_name": f"{n}.png", "segments_info": entries})
+        shown = [{"id": n, "height": SIZE[0], "width": SIZE[1]} for n in range(len(images))]
+        for side, annotations in sides.items():
+            document = {"images": shown, "annotations": annotations, "categories": categories}
+            (folder / f"{side}.json").write_text(json.dumps(document))
+        panoptic = PanopticFiles(
+            truth=folder / "truth.json",
+            truth_masks=folder / "truth",
+            predictions=folder / "found.json",
+            prediction_masks=folder / "found",
+        )
+        files = score_files.ScoreFiles(*score_files.write_instances(folder, coco.dataset, results), panoptic)
+        rows = score_files.run(files, _shape(images), lambda: _slow_quality(pairs, pngs), repeats)
+    return [_per_image(row, len(images)) for row in rows]
 
 
 def _mean_iou(images: Sequence[_IdMaps]) -> Measurement:
@@ -163,13 +236,18 @@ def _detections(one: _IdMaps, seed: int) -> InstanceDetections:
     return InstanceDetections(encode_masks(masks), index, labels, rng.random(100))
 
 
-def _average_precision(images: Sequence[_IdMaps], found: Sequence[InstanceDetections]) -> Measurement:
+def _truths(images: Sequence[_IdMaps]) -> list[InstanceTruth]:
     truths = []
     for one in images:
         things = {i: k for i, k in _present(one.truth, one).items() if i > 2}
         masks = encode_masks(np.stack([one.truth == i for i in things]))
         crowd = np.zeros(len(things), dtype=bool)
         truths.append(InstanceTruth(masks, np.array(list(things.values())), mask_areas(masks), crowd))
+    return truths
+
+
+def _average_precision(images: Sequence[_IdMaps], found: Sequence[InstanceDetections]) -> Measurement:
+    truths = _truths(images)
     coco, results = _as_coco(truths, found)
 
     def ours() -> Sequence[Tensor]:
