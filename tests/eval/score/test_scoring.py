@@ -284,6 +284,33 @@ def test_annotation_with_id_zero_can_be_matched_and_no_result_is_ap_zero(tmp_pat
     assert {content[name] for name in STATS} == {-1.0}
 
 
+def renumber(path, images, annotations):
+    """The same truth with other ids of images and annotations."""
+
+    def change(content):
+        for image in content["images"]:
+            image["id"] = images(image["id"])
+        for annotation in content["annotations"]:
+            annotation.update(id=annotations(annotation["id"]), image_id=images(annotation["image_id"]))
+
+    edit(path, change)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "annotation_id", [lambda i: i - 1, lambda i: 7, lambda i: 2**31 + i, lambda i: -i, lambda i: f"box {i}"]
+)
+def test_ids_of_any_kind_score_as_pycocotools_on_the_renumbered_file(seed, annotation_id, tmp_path):
+    """pycocotools itself loses a match of id 0 and keeps one annotation per id; areas of 0 are small instances."""
+    truth, found = instance_set(tmp_path, seed)
+    edit(truth, lambda c: [a.update(area=0) for a in c["annotations"][::5]])
+    expected = coco_stats(truth, found).stats.tolist()
+    renumber(truth, lambda i: 2**33 + i, annotation_id)
+    edit(found, lambda results: [r.update(image_id=2**33 + r["image_id"]) for r in results])
+    content = run(instance_scoring(truth, found, boundary=False, class_agnostic=False)).content
+    assert [content[name] for name in STATS] == expected
+
+
 def test_faults_of_instance_files_are_named(tmp_path):
     def check(message, fault):
         truth, found = instance_set(tmp_path)
