@@ -150,8 +150,9 @@ def slow_loop(arguments):
 
     from m2f.cluster.train.worker import train_loop
 
-    if ray.train.get_context().get_world_rank() == 0:
-        Path(arguments["settings"].job.run_folder, "node_of_rank_0").write_text(ray.get_runtime_context().get_node_id())
+    folder = arguments["settings"].job.run_folder
+    if ray.train.get_context().get_world_rank() == 0 and "://" not in folder:
+        Path(folder, "node_of_rank_0").write_text(ray.get_runtime_context().get_node_id())
 
     def wait(losses, targets):
         time.sleep(PAUSE_S)

@@ -1,5 +1,7 @@
-"""Trainings whose S3 store does not answer for a while."""
+"""Trainings whose S3 store or MLflow server does not answer for a while."""
 
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +17,7 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.commits import list_commits
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
 from tests.gateway import Gateway
+from tests.mlflow_server import free_port, start_server
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.slow
@@ -93,3 +96,31 @@ def test_an_outage_longer_than_the_patience_ends_the_run_which_then_goes_on(gate
     summary = train_locally(config)
     assert summary.status == "finished"
     assert [step for step, _ in losses(summary)] == list(range(1, STEPS + 1))
+
+
+@pytest.fixture
+def mlflow(migrated_database, tmp_path):
+    """A gateway to a server that runs."""
+    (tmp_path / "server.db").write_bytes(migrated_database)
+    port = free_port()
+    server = start_server(tmp_path, port)
+    with Gateway(f"http://127.0.0.1:{port}") as gateway:
+        yield gateway
+        gateway.shutdown()
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def test_mlflow_may_go_away_while_a_run_trains(mlflow, tmp_path):
+    """Training does not wait for it; at the end it is waited for, and it has every point once."""
+    made = tiny_config(tmp_path, "run", small_sets(str(tmp_path), Storage()))
+    calm = train_locally(replace(made, name="calm"))
+    config = replace(made, tracking=TrackingConfig(uri=mlflow.url))
+    outage = threading.Thread(target=close_at_first_commit, args=(mlflow, config), daemon=True)
+    outage.start()
+    summary = train_locally(config)
+    outage.join()
+    assert summary.status == "finished"
+    assert summary.failures == ()
+    assert losses(summary) == losses(calm)
+    assert all(entry.status == "published" for entry in summary.evaluations)

@@ -1,0 +1,132 @@
+"""A run on Ray whose S3 store goes away at five moments, one after the other."""
+
+import os
+import signal
+import threading
+from dataclasses import replace
+from urllib.parse import unquote
+
+import psutil
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load
+
+from m2f.cluster.recipe.config import TrackingConfig
+from m2f.cluster.train.local import train_locally
+from m2f.cluster.train.ray_launcher import run_training
+from m2f.data_pipeline.config import StorageConfig
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.trainer.checkpoint.commits import list_commits
+from tests.cluster import tiny_run
+from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
+from tests.gateway import Gateway, Outage
+from tests.waiting import PATIENCE_S, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+MOMENTS = {
+    "read": lambda method, path: method == "GET" and "/shards/train/" in path and ".tar" in path,
+    "upload": lambda method, path: method in ("PUT", "POST") and "/disturbed/checkpoints/" in path,
+    "commit": lambda method, path: method == "PUT" and "/disturbed/commits/" in path,
+    # Begun by the death of a worker: what the supervisor then asks for is the newest checkpoint.
+    "look-up": lambda method, path: method == "GET" and "prefix=" in path and "/disturbed/" in unquote(path),
+    "evaluation": lambda method, path: method == "GET" and "/shards/val/" in path and ".tar" in path,
+}
+
+
+@pytest.fixture
+def gateway(s3_endpoint):
+    with Gateway(s3_endpoint) as gateway:
+        yield gateway
+        gateway.shutdown()
+
+
+@pytest.fixture
+def slow_workers(monkeypatch):
+    """A worker still lives when the first checkpoint is committed."""
+    monkeypatch.setattr(tiny_run, "PAUSE_S", 1.0)
+    monkeypatch.setattr("m2f.cluster.train.ray_launcher.train_loop", tiny_run.slow_loop)
+    ray.cloudpickle.register_pickle_by_value(tiny_run)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(tiny_run)
+
+
+@pytest.fixture
+def config(gateway, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    bucket = StorageConfig(endpoint_url=gateway.url, region="us-east-1")
+    place = f"s3://box/{tmp_path.name}"
+    made = tiny_config(tmp_path, "disturbed", small_sets(f"{place}/shards", Storage(bucket)))
+    return replace(
+        made,
+        output=f"{place}/runs",
+        storage=bucket,
+        training=replace(made.training, stall_timeout_s=40.0),  # an outage is no stall, however long
+        tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"),
+    )
+
+
+def points(summary, metric):
+    run = summary.tracked
+    history = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
+    return sorted((point.step, point.value) for point in history)
+
+
+def weights(config, summary):
+    assert summary.checkpoint is not None
+    return load(Storage(config.storage).get(f"{summary.checkpoint.url}/weights.safetensors"))
+
+
+def kill_a_worker():
+    """One of Ray Train's, of the cluster of this process."""
+    for process in psutil.Process().children(recursive=True):
+        words = process.cmdline()
+        if words and "RayTrainWorker" in words[0]:
+            os.kill(process.pid, signal.SIGKILL)
+            return
+    raise AssertionError("no worker lives")
+
+
+def disturb(gateway, config, moments, seconds, seen):
+    """Plan the outages one after the other, and note how many requests each refused."""
+    for moment in moments:
+        if moment == "look-up":
+            wait_until(lambda: list_commits(Storage(config.storage), config.run_folder))
+        outage = gateway.plan(Outage(moment, MOMENTS[moment], seconds))
+        if moment == "look-up":
+            kill_a_worker()
+        wait_until(outage.over.is_set, f"the end of the outage at {moment}", patience_s=seconds + PATIENCE_S)
+        seen[moment] = outage.refused
+
+
+LONG = [pytest.mark.soak, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize(
+    ("moments", "seconds"),
+    [
+        pytest.param(tuple(MOMENTS), 8.0, id="8s"),
+        pytest.param(tuple(MOMENTS), 45.0, marks=LONG, id="45s"),
+        *(pytest.param((moment,), 300.0, marks=LONG, id=f"300s-{moment}") for moment in MOMENTS),
+    ],
+)
+def test_outages_leave_the_run_as_it_would_have_been(gateway, config, slow_workers, moments, seconds):
+    calm = train_locally(replace(config, name="calm", evaluation=EvaluationConfig()))
+    seen: dict[str, int] = {}
+    disturbance = threading.Thread(target=disturb, args=(gateway, config, moments, seconds, seen), daemon=True)
+    disturbance.start()
+    summary = run_training(config)
+    disturbance.join(PATIENCE_S)
+    assert list(seen) == list(moments)
+    assert all(seen.values()), seen
+    assert summary.status == "finished"
+    assert len(summary.failures) == ("look-up" in moments)
+    assert points(summary, "train/loss/total") == points(calm, "train/loss/total")
+    steps = list(range(EVERY, STEPS + 1, EVERY))
+    assert [(entry.step, entry.status) for entry in summary.evaluations] == [(step, "published") for step in steps]
+    assert [step for step, _ in points(summary, "val/PQ")] == steps
+    mine, theirs = weights(config, summary), weights(config, calm)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
