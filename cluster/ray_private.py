@@ -46,6 +46,15 @@ def free_resources() -> Mapping[str, Mapping[str, float]]:
     return available_resources_per_node()
 
 
+def dashboard_url() -> str | None:
+    """URL of the dashboard of the connected cluster; None where it has none."""
+    with _expected():
+        from ray._private.worker import get_dashboard_url
+
+        address = get_dashboard_url()
+    return f"http://{address}" if address else None
+
+
 def draining_nodes() -> frozenset[str]:
     """Ids of the nodes that are about to leave the cluster."""
     with _expected():

@@ -51,12 +51,12 @@ def machine_checks(config: RunConfig | None, gpus: int | None = None) -> list[Ch
     return checks
 
 
-def driver_checks(config: RunConfig | None) -> list[Check]:
-    """Checks of the driver's machine alone."""
+def driver_checks(config: RunConfig | None, dashboard: str | None = None) -> list[Check]:
+    """Checks of the driver's machine alone; `dashboard` is the URL of the cluster that it is connected to."""
     return [
         partial(services.check_data, config),
         partial(services.check_tracking, config),
-        services.check_ray_token,
+        partial(services.check_ray_token, dashboard),
     ]
 
 

@@ -21,6 +21,7 @@ from m2f.model.errors import UserError
 TIMEOUT_S = 5.0
 SKEW_WARNING_S, SKEW_ERROR_S = 5.0, 300.0
 """S3 refuses requests of clocks that are 15 minutes off; metrics of two machines are out of order much earlier."""
+_TOKEN_REMEDY = "start all nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (docs/cloud.md)"
 NO_RECIPE = "give a recipe to check it"
 
 
@@ -145,17 +146,37 @@ def clock_skew(url: str) -> float | None:
     return None if date is None else middle - parsedate_to_datetime(date).timestamp() - 0.5
 
 
-def check_ray_token() -> Finding:
-    """Whether whoever reaches Ray's ports may run code there."""
+def check_ray_token(dashboard: str | None = None) -> Finding:
+    """Whether whoever reaches Ray's ports may run code there; `dashboard` is the URL of a cluster that is there.
+
+    A cluster is asked, without a token: what is set here says nothing about the mode that it was started in.
+    """
+    if dashboard is not None:
+        return _ask_without_token(dashboard)
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode == "disabled":
         detail = "RAY_AUTH_MODE=disabled: whoever reaches a port of Ray runs code on its nodes"
-        return Finding("Ray token", "warning", detail, "set RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN on all nodes")
+        return Finding("Ray token", "warning", detail, _TOKEN_REMEDY)
     given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     if mode == "token" and not given and not (Path.home() / ".ray" / "auth_token").is_file():
         remedy = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head"
         return Finding("Ray token", "failed", "RAY_AUTH_MODE=token, and there is no token", remedy)
     return Finding("Ray token", "ok", "given" if given else "m2f makes one for every local cluster")
+
+
+def _ask_without_token(dashboard: str) -> Finding:
+    """What the dashboard says to a list of jobs that nobody vouches for; who may list them may send one."""
+    try:
+        urlopen(f"{dashboard.rstrip('/')}/api/jobs/", timeout=TIMEOUT_S).close()
+    except HTTPError as error:
+        if error.code in (401, 403):
+            return Finding("Ray token", "ok", f"{dashboard} refuses whoever has no token")
+        detail = f"{dashboard} answers {error.code} without a token, which says nothing"
+        return Finding("Ray token", "warning", detail, _TOKEN_REMEDY)
+    except (OSError, ValueError) as error:
+        return Finding("Ray token", "warning", f"{dashboard} could not be asked ({error})", "start its dashboard")
+    detail = f"{dashboard} takes jobs without a token: whoever reaches it runs code on the nodes"
+    return Finding("Ray token", "failed", detail, _TOKEN_REMEDY)
 
 
 def _storage_without_retries(config: RunConfig) -> Storage:

@@ -49,10 +49,12 @@ def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
     from m2f.cluster.doctor.cluster_checks import CLUSTER, check_cluster
     from m2f.cluster.doctor.doctor import driver_checks, run_checks
     from m2f.cluster.ray_cluster import local_or_existing
+    from m2f.cluster.ray_private import dashboard_url
     from m2f.cluster.recipe.config import ClusterConfig
 
     with local_or_existing(ClusterConfig(address=address), num_cpus=0):
-        return [*check_cluster(config), *run_checks(driver_checks(config), where=CLUSTER)]
+        checks = driver_checks(config, dashboard_url())
+        return [*check_cluster(config), *run_checks(checks, where=CLUSTER)]
 
 
 def _as_job(config: RunConfig | None, args: argparse.Namespace) -> int:

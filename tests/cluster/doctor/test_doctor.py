@@ -212,6 +212,40 @@ def test_a_missing_token_fails_and_disabled_tokens_warn(monkeypatch, quiet, tmp_
     assert check_ray_token().state == "warning"
 
 
+@pytest.mark.parametrize(
+    ("answer", "state", "words"),
+    [
+        (200, "failed", "takes jobs without a token"),
+        (401, "ok", "refuses whoever has no token"),
+        (403, "ok", "refuses whoever has no token"),
+        (500, "warning", "answers 500 without a token"),
+    ],
+)
+def test_a_cluster_is_asked_whether_it_is_open(answer, state, words, monkeypatch):
+    """Whatever is set here: the settings of this process are not those that the cluster was started with."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.headers["Authorization"] is None
+            self.send_response_only(answer if self.path == "/api/jobs/" else 404)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        finding = check_ray_token(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert (finding.state, words in finding.detail) == (state, True)
+
+
+def test_a_cluster_that_cannot_be_asked_is_a_warning():
+    assert check_ray_token(NOWHERE).state == "warning"
+
+
 @pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (60, "warning"), (-3600, "failed")])
 def test_clock_skew_warns_and_then_fails(recipe, ahead, state):
     class Server(BaseHTTPRequestHandler):

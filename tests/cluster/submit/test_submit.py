@@ -448,5 +448,6 @@ def test_the_doctor_checks_every_node(dashboard):
     """A job of its own, with a task on every node; what it finds is the exit status here."""
     done = m2f("doctor", "--address", dashboard)
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("gloo all-reduce over 2 processes", "all nodes agree", "Python and Ray of all nodes"):
+    expected = ("gloo all-reduce over 2 processes", "all nodes agree", "Python and Ray of all nodes")
+    for words in (*expected, "refuses whoever has no token"):
         assert words in done.stdout
