@@ -8,18 +8,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from m2f.cluster.exit_status import ExitStatus
+from m2f.cluster.exit_status import MEANINGS, ExitStatus
 from m2f.data_pipeline.errors import OutageError
+from m2f.data_pipeline.printable import printable
 from m2f.model.errors import UserError
 
 VERBS = {
     "demo": "m2f.cluster.verbs.demo",
+    "init": "m2f.cluster.verbs.init",
     "shard": "m2f.cluster.verbs.shard",
     "index": "m2f.cluster.verbs.index",
     "verify": "m2f.cluster.verbs.verify",
@@ -65,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+class _PrintableFormatter(logging.Formatter):
+    """The message without what would command a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _Parser(argparse.ArgumentParser):
     """Suggests the closest option for one that does not exist."""
 
@@ -72,19 +82,21 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         known = [option for option in self._option_string_actions if option.startswith("--")]
         close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else ()
-        super().error(f"{message}; did you mean {close[0]}?" if close else message)
+        super().error(printable(f"{message}; did you mean {close[0]}?" if close else message))
 
 
 def _run_verb(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if words else 2
+        return ExitStatus.DONE if words else ExitStatus.MISTAKE
     verb = words[0]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean `m2f {close[0]}`?" if close else f"verbs: {', '.join(VERBS)}"
         return _fail(f"m2f: no such verb `{verb}`; {hint}")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads it when it is imported
+    if logging.lastResort is not None:  # prints the warnings of all modules
+        logging.lastResort.setFormatter(_PrintableFormatter())
     module = importlib.import_module(VERBS[verb])
     parser = _Parser(prog=f"m2f {verb}", description=module.SUMMARY, allow_abbrev=False)
     module.add_arguments(parser)
@@ -113,13 +125,14 @@ def _user_error(error: BaseException) -> UserError | None:
 
 
 def _fail(message: str, status: ExitStatus = ExitStatus.MISTAKE) -> int:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     return status
 
 
 def _overview() -> str:
     lines = ["usage: m2f VERB ...", "", "Train Mask2Former-class segmentation models at scale.", "", "verbs:"]
     lines += [f"  {verb:<11}{importlib.import_module(module).SUMMARY}" for verb, module in VERBS.items()]
+    lines += ["", "exit statuses:", *(f"  {status:<11d}{MEANINGS[status]}" for status in ExitStatus)]
     return "\n".join([*lines, "", "m2f VERB --help explains a verb; m2f config --explain all settings of a recipe."])
 
 

@@ -10,7 +10,7 @@ class ExitStatus(IntEnum):
 
     DONE = 0
     GAVE_UP = 1
-    """The job ran and failed."""
+    """The job ran and failed, or a check found faults."""
     MISTAKE = 2
     """One that the user can correct: one message, no traceback."""
     STOPPED = 3
@@ -22,6 +22,17 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130
     """Ctrl-C, in a verb other than `train`."""
 
+
+MEANINGS = {
+    ExitStatus.DONE: "done",
+    ExitStatus.GAVE_UP: "the job ran and failed, or found faults",
+    ExitStatus.MISTAKE: "a mistake that one message explains",
+    ExitStatus.STOPPED: "train: stopped by its user after a checkpoint",
+    ExitStatus.OUTAGE: "storage or cluster away for too long; worth another start",
+    ExitStatus.DRAINED: "train: the machine goes away, a checkpoint is saved; worth another start",
+    ExitStatus.INTERRUPTED: "Ctrl-C",
+}
+"""What `m2f --help` says."""
 
 RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)
 

@@ -8,19 +8,21 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from m2f.data_pipeline.printable import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 
-def print_out(text: str = "") -> None:
-    """One line of a verb's answer, to standard output."""
-    sys.stdout.write(text + "\n")
+def print_out(text: str = "", colors: bool = False) -> None:
+    """One line of a verb's answer, to standard output; `colors` keeps the colours of a text that has some."""
+    sys.stdout.write(printable(text, colors) + "\n")
     sys.stdout.flush()
 
 
 def print_err(text: str) -> None:
     """One line to standard error: progress, warnings, errors."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(printable(text) + "\n")
     sys.stderr.flush()
 
 
@@ -61,7 +63,7 @@ class Progress:
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._title, self._total, self._unit = title, total, unit
+        self._title, self._total, self._unit = printable(title), total, unit
         self._done_before = done
         self._done: float = done
         self._bytes = 0
@@ -72,7 +74,7 @@ class Progress:
         self._bar: RichProgress | None = None
         if self._stream.isatty():
             self._bar = _rich_progress(self._stream)
-            self._task = self._bar.add_task(title, total=total, completed=done, pace="")
+            self._task = self._bar.add_task(self._title, total=total, completed=done, pace="")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -99,7 +101,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line above the progress."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(printable(text), markup=False, highlight=False)
         else:
             self._write(text)
 
@@ -112,7 +114,7 @@ class Progress:
         self._write(f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit}, {self._pace()}")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text + "\n")
+        self._stream.write(printable(text) + "\n")
         self._stream.flush()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, TextIO, assert_never
 
+from m2f.data_pipeline.printable import printable
 from m2f.trainer.telemetry.numbers import RankNumbers, StepMetrics, StorageTraffic, SystemUse
 
 NoticeKind = Literal[
@@ -122,7 +123,7 @@ class LogReporter:
                 assert_never(event)
 
     def _line(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
 
 def _describe(metrics: StepMetrics) -> str:

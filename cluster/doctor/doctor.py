@@ -14,7 +14,9 @@ from rich.table import Table
 
 from m2f.cluster.doctor import machine, services
 from m2f.cluster.doctor.finding import HERE, Finding, State
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.printable import printable
 
 Check = Callable[[], Finding]
 _STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
@@ -61,8 +63,8 @@ def driver_checks(config: RunConfig | None, dashboard: str | None = None) -> lis
 
 
 def exit_status(findings: Sequence[Finding]) -> int:
-    """1 where a check failed."""
-    return 1 if any(finding.state == "failed" for finding in findings) else 0
+    """GAVE_UP where a check failed."""
+    return ExitStatus.GAVE_UP if any(finding.state == "failed" for finding in findings) else ExitStatus.DONE
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
@@ -76,7 +78,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     for finding in findings:
         style = _STYLES[finding.state]
         text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
-        row = (finding.check, f"[{style}]{finding.state}[/]", escape(text))
+        row = (finding.check, f"[{style}]{finding.state}[/]", escape(printable(text)))
         table.add_row(*((finding.where,) if of_nodes else ()), *row)
     console.print(table)
     count = {state: sum(finding.state == state for finding in findings) for state in _STYLES}

@@ -174,7 +174,7 @@ class JobClient:
                 new = text[max(0, printed - received) :]
                 received += len(text)
                 if new:
-                    print_out(new.removesuffix("\n"))
+                    print_out(new.removesuffix("\n"), colors=True)
                 self._last_contact = time.monotonic()
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             logging.getLogger(__name__).debug("the log of %s breaks off: %s", job_id, error)

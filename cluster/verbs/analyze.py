@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, count, split_overrides
 from m2f.model.errors import ConfigError
@@ -65,7 +66,7 @@ def _table(args: argparse.Namespace) -> int:
                 rows.append(row)
                 progress.advance(1)
     print_out(format_model_table(rows, size, markdown=args.markdown))
-    return 0
+    return ExitStatus.DONE
 
 
 def _layers(args: argparse.Namespace) -> int:
@@ -79,7 +80,7 @@ def _layers(args: argparse.Namespace) -> int:
     layers = analyze_layers(subject)
     print_out(f"{subject.title}\n\n{layer_table(layers)}")
     _write(args.output, {"layers.json": json.dumps([asdict(layer) for layer in layers], indent=1).encode()})
-    return 0
+    return ExitStatus.DONE
 
 
 def _attention(args: argparse.Namespace) -> int:
@@ -93,7 +94,7 @@ def _attention(args: argparse.Namespace) -> int:
     shares = {"object_share_by_layer": mass.by_layer, "object_share_by_level": mass.by_level}
     files = {"attention.json": json.dumps(shares, indent=1).encode()}
     _write(args.output, files | {f"attention_{image_id}.png": png for image_id, png in pictures.items()})
-    return 0
+    return ExitStatus.DONE
 
 
 def _subject(args: argparse.Namespace) -> AnalysisSubject:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import add_recipe
 from m2f.model.errors import ConfigError
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoints = (CommittedCheckpoint(args.step, chosen.url),)
     print_out(f"{'step':>8} {'MB':>9} {'files':>6} {'ranks':>6} {'ZeRO':>5}  state")
     whole = [_print_state(storage, checkpoint, every_byte=args.action == "verify") for checkpoint in checkpoints]
-    return 0 if all(whole) else 1
+    return ExitStatus.DONE if all(whole) else ExitStatus.GAVE_UP
 
 
 def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
@@ -71,14 +72,14 @@ def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
             print_err(f"{run_folder}: a process may be training here, so what it writes now is left out")
         leftovers = find_leftovers(storage, run_folder, in_use, alone=in_use > newest_number(storage, run_folder))
         print_out("\n".join([*leftovers.describe(), f"{len(leftovers)} to delete; nothing was changed"]))
-        return 0
+        return ExitStatus.DONE
     with hold_lease(storage, run_folder, print_err) as lease:
         leftovers = find_leftovers(storage, run_folder, lease.number, alone=True)
         for line in leftovers.describe():
             print_out(line)
         leftovers.delete(storage, lease.check)
     print_out(f"{len(leftovers)} deleted")
-    return 0
+    return ExitStatus.DONE
 
 
 def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
@@ -98,7 +99,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
         fetch(storage, url, [name], manifest, folder)
         (folder / name).rename(target)
     print_out(f"{output}: {name} of {url}, {target.stat().st_size / 1e6:,.1f} MB")
-    return 0
+    return ExitStatus.DONE
 
 
 def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.model.counted import counted
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ def run(args: argparse.Namespace) -> int:
     comparison = compare_runs(runs, args.metric, args.step, args.draws)
     if args.output is None:
         print_out(_render(comparison, form, None).rstrip("\n"))
-        return 0
+        return ExitStatus.DONE
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(_render(comparison, form, output))
     print_out(f"{output}: {counted(len(runs), 'run')}")
-    return 0
+    return ExitStatus.DONE
 
 
 def _render(comparison: Comparison, form: str, output: Path | None) -> str:

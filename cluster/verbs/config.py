@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_overrides
 from m2f.model.errors import ConfigError
@@ -29,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.explain is not None:
         print_out(explain(args.explain).rstrip())
-        return 0
+        return ExitStatus.DONE
     if args.recipe is None:
         raise ConfigError("no recipe given: m2f config RECIPE prints it, m2f config --explain explains all settings")
     print_out(dump_recipe(load_recipe(args.recipe, args.overrides)).rstrip())
-    return 0
+    return ExitStatus.DONE

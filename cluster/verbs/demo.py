@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.verbs.arguments import add_overrides
 
 SUMMARY = "make data, shard, train, evaluate and show pictures, in minutes on a laptop"
@@ -18,4 +19,4 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 where the run failed."""
     from m2f.cluster.demo import run_demo
 
-    return 1 if run_demo(args.output, args.overrides).status == "failed" else 0
+    return ExitStatus.GAVE_UP if run_demo(args.output, args.overrides).status == "failed" else ExitStatus.DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
 from m2f.model.errors import ConfigError
@@ -60,4 +61,4 @@ def run(args: argparse.Namespace) -> int:
                 tracking.log_artifact(folder, place)
         if tracking is not None:
             tracking.close()
-    return 0
+    return ExitStatus.DONE

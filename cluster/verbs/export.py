@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
 
@@ -39,4 +40,4 @@ def run(args: argparse.Namespace) -> int:
     size = None if args.size is None else (args.size[0], args.size[1])
     written = write_model(trained, args.format, Path(args.output), size)
     print_out(f"{args.output}: {written} (weights: {trained.weights})")
-    return 0
+    return ExitStatus.DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count, list_faults
 from m2f.model.counted import counted
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     print_out(_summary(report, args.output, args.report))
     if args.report:
         storage.put(args.report, json.dumps(asdict(report), indent=1).encode())
-    return 0 if report.committed else 1
+    return ExitStatus.DONE if report.committed else ExitStatus.GAVE_UP
 
 
 def _numbers(text: str) -> tuple[int, ...]:

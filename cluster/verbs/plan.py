@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_recipe, count
 from m2f.model.errors import ConfigError
@@ -49,4 +50,4 @@ def run(args: argparse.Namespace) -> int:
     targets = max(int(manifest.num_segments.max()) for manifest in manifests)
     plan = plan_memory(model, config.data, config.training, world, targets)
     print_out(format_memory(plan, world, config.training.zero.stage, args.gpu_gb))
-    return 0
+    return ExitStatus.DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, add_trained, count, split_overrides
 from m2f.model.counted import counted
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:
         print_err(f"no submission is written: {len(problems)} images are missing, and the server would refuse it")
-    return 1 if problems else 0
+    return ExitStatus.GAVE_UP if problems else ExitStatus.DONE
 
 
 def _check(args: argparse.Namespace) -> None:

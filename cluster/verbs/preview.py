@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, count, split_overrides
 from m2f.model.counted import counted
@@ -34,4 +35,4 @@ def run(args: argparse.Namespace) -> int:
     indices = spread_indices(manifest, args.images)
     write_contact_sheet(manifest, indices, storage, args.output)
     print_out(f"{args.output}: {len(indices)} of {counted(manifest.num_samples, 'image')} of {name}")
-    return 0
+    return ExitStatus.DONE

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count, usable_cores
 
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         args.output.write_text(json.dumps(report.content, indent=1, allow_nan=False) + "\n")
     print_out(report.table)
-    return 0
+    return ExitStatus.DONE
 
 
 def _write_beside(args: argparse.Namespace, scoring: Scoring, found: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 
 SUMMARY = "write raw data sets as shards; goes on where it was, and writes shards of changed files again"
@@ -58,4 +59,4 @@ def run(args: argparse.Namespace) -> int:
                 print_err(warning)
     if failed:
         raise DataError(f"{len(failed)} of {len(chosen)} data sets are not complete\n" + "\n".join(failed))
-    return 0
+    return ExitStatus.DONE

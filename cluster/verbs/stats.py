@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
 from m2f.model.counted import counted
@@ -37,4 +38,4 @@ def run(args: argparse.Namespace) -> int:
             print_err(f"{name}: {note}")
         for warning in data_warnings(name, manifest, config.data.task, config.model.transformer_decoder.num_queries):
             print_err(warning)
-    return 0
+    return ExitStatus.DONE

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_overrides, use_token
 from m2f.model.errors import ConfigError
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     env = job_environment(args.env, config)
     job = submit_training(client, config, env, args.shared, args.installed)
     print_out(f"{'sent' if job.is_new else 'the run has a job already'}: {job.job_id} on {client.address}")
-    return 0 if args.detach else client.follow(job.job_id)
+    return ExitStatus.DONE if args.detach else client.follow(job.job_id)
 
 
 def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
@@ -72,14 +73,14 @@ def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
     jobs = _named_jobs(client, args)
     if not jobs:
         print_err("the cluster knows no job of this run")
-        return 1
+        return ExitStatus.GAVE_UP
     if args.stop:
         jobs = [job if job.ended else client.stop(job.job_id) for job in jobs[-1:]]
     for job in jobs:
         print_out(job.describe())
         if job.status == "FAILED":
             print_err(f"  {job.message}")
-    return 1 if jobs[-1].status == "FAILED" else 0
+    return ExitStatus.GAVE_UP if jobs[-1].status == "FAILED" else ExitStatus.DONE
 
 
 def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
@@ -117,4 +118,4 @@ def _write_ray_job(args: argparse.Namespace) -> int:
         kubectl_apply(text)
     elif args.output is None:
         print_out(text)
-    return 0
+    return ExitStatus.DONE

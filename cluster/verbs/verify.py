@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_out
 from m2f.cluster.verbs.arguments import count, list_faults
 from m2f.model.counted import counted
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         entries = [{**asdict(verification), "passed": verification.passed} for verification in found]
         storage.put(args.report, json.dumps(entries, indent=1).encode())
-    return 0 if all(verification.passed for verification in found) else 1
+    return ExitStatus.DONE if all(verification.passed for verification in found) else ExitStatus.GAVE_UP
 
 
 def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verification:

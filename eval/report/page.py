@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
 
+from m2f.data_pipeline.printable import printable
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1320px; padding: 16px; }
@@ -68,7 +70,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The whole document; `lead` is HTML under the title."""
     links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
     bodies = "".join(f'<h2 id="{s.anchor}">{escape(s.title)}</h2>\n{s.body}\n' for s in sections)
-    return (
+    return printable(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"

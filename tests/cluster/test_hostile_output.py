@@ -1,0 +1,78 @@
+"""Names with control sequences, as they reach terminals, logs and pages: none of them commands a terminal."""
+
+import io
+import logging
+
+import pytest
+
+from m2f.cluster.cli import main
+from m2f.cluster.doctor.doctor import print_findings
+from m2f.cluster.doctor.finding import Finding
+from m2f.cluster.exit_status import MEANINGS, ExitStatus
+from m2f.cluster.terminal import Progress, print_err, print_out
+from m2f.data_pipeline.printable import printable
+from m2f.eval.report.page import Section, page
+from m2f.trainer.reporting import LogReporter, Notice
+
+CLEAR = "\x1b[2J\x1b]0;owned\x07"
+HOSTILE = f"a{CLEAR}\x9b31m\u202eb\udcff\r"
+SHOWN = "a\\x1b[2J\\x1b]0;owned\\x07\\x9b31m\\u202eb\\udcff\\r"
+
+
+def test_what_commands_a_terminal_is_written_as_an_escape():
+    assert printable(HOSTILE) == SHOWN
+    assert printable("usual\ttext\nof lines, äöü 漢字 ┃ 1 ≤ 2") == "usual\ttext\nof lines, äöü 漢字 ┃ 1 ≤ 2"
+    assert printable("\x1b[36mred\x1b[0m\x1b[2J", colors=True) == "\x1b[36mred\x1b[0m\\x1b[2J"
+
+
+def test_lines_progress_and_events_are_printable(capsys):
+    print_out(HOSTILE)
+    print_err(HOSTILE)
+    LogReporter(9, stream := io.StringIO()).report(Notice("spike", 1, HOSTILE))
+    with Progress(HOSTILE, 3, "images", stream=stream) as progress:
+        progress.note(HOSTILE)
+        progress.advance(3)
+    said = capsys.readouterr()
+    assert said.out == said.err == f"{SHOWN}\n"
+    assert stream.getvalue().count(SHOWN) == 3
+    assert printable(stream.getvalue()) == stream.getvalue()
+
+
+def test_findings_of_doctor_are_printable(capsys):
+    print_findings([Finding("check", "failed", HOSTILE, HOSTILE)])
+    said = capsys.readouterr().out
+    assert printable(said) == said
+    assert "owned" in said
+
+
+@pytest.mark.parametrize(
+    "words", [["stats", f"/nowhere/{HOSTILE}"], ["verify", HOSTILE], ["train", HOSTILE], [HOSTILE]]
+)
+def test_verbs_print_hostile_arguments_as_escapes(capsys, words):
+    main(words)
+    said = capsys.readouterr()
+    assert printable(said.out + said.err) == said.out + said.err
+    assert "\\x1b[2J" in said.out + said.err
+
+
+def test_options_and_warnings_are_printable(capsys):
+    with pytest.raises(SystemExit):
+        main(["stats", f"--{HOSTILE}"])
+    assert main(["stats", "/nowhere"]) == ExitStatus.MISTAKE
+    assert logging.lastResort is not None
+    record = logging.LogRecord("m2f", logging.WARNING, "", 0, "%s", (HOSTILE,), None)
+    assert logging.lastResort.format(record) == SHOWN
+    said = capsys.readouterr()
+    assert printable(said.out + said.err) == said.out + said.err
+
+
+def test_pages_are_printable():
+    html = page(HOSTILE, HOSTILE, [Section(HOSTILE, HOSTILE)])
+    assert printable(html) == html
+
+
+def test_every_status_has_a_meaning_that_help_shows(capsys):
+    assert main(["--help"]) == ExitStatus.DONE
+    said = capsys.readouterr().out
+    assert set(MEANINGS) == set(ExitStatus)
+    assert all(f"  {status.value:<11}{meaning}" in said for status, meaning in MEANINGS.items())
