@@ -55,6 +55,9 @@ class Entry:
 class EvaluationQueue:
     """Entries of commits in one JSON object, written after every change.
 
+    A damaged one is not rebuilt: `commits/` says what there was to evaluate, and results do not say which commit they
+    are of, or what failed, was dropped or withdrawn.
+
     One process writes it; its threads may share it. An entry that was running when its process died waits again.
     """
 

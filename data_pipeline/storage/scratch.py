@@ -88,19 +88,32 @@ def full_disk_named(what: str) -> Iterator[None]:
         ) from error
 
 
-def require_room(size: int, what: str) -> None:
-    """Raise StorageError where the disk of temporary files has less than `size` bytes left for `what`."""
-    folder = tempfile.gettempdir()
+def require_room(
+    size: int,
+    what: str,
+    place: str | None = None,
+    remedy: str = "free some space, or set TMPDIR to a folder on a larger disk",
+) -> None:
+    """Raise StorageError where the disk of `place` has less than `size` bytes left for `what`.
+
+    `place` is a folder that may not exist yet, by default that of temporary files.
+    """
+    folder = Path(place or tempfile.gettempdir()).absolute()
+    while not folder.exists():
+        folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size:
         raise StorageError(
-            f"{folder}: {free / 1e6:,.1f} MB are free on the disk, and {what} takes {size / 1e6:,.1f} MB; free some "
-            "space, or set TMPDIR to a folder on a larger disk"
+            f"{folder}: {free / 1e6:,.1f} MB are free on the disk, and {what} takes {size / 1e6:,.1f} MB; {remedy}"
         )
 
 
 def sweep(place: str) -> int:
-    """Delete the scratch folders in `place` of processes that do not live any more; how many there were."""
+    """Delete the scratch folders in `place` of processes that do not live any more; how many there were.
+
+    Folders without a lock stay, whatever their age: somebody has kept them to look at, or an earlier version left
+    them, and no sign tells these apart.
+    """
     removed = 0
     for lock in Path(place).glob(f"{_PREFIX}*/{_LOCK}"):
         try:

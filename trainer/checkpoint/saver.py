@@ -71,14 +71,21 @@ class CheckpointSaver:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def check_room(self, engine: Engine) -> None:
-        """Find out before the first step whether this machine's disk holds the files of its ranks. A collective.
+        """Find out before the first step whether disks hold a checkpoint: this machine's, for the files of its ranks,
+        and that of a local run folder, for all of them. A collective.
 
         Raises StorageError, on all ranks, where it does not.
         """
         ranks, host = self._ranks, socket.gethostname()
         own = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)
-        here = sum(size for other, size in ranks.gather((host, own)) if other == host)
+        sizes = ranks.gather((host, own))
+        here = sum(size for other, size in sizes if other == host)
         ranks.run_on_all(lambda: require_room(here, "a checkpoint of the ranks of this machine"))
+        run_folder = self._job.run_folder
+        if "://" not in run_folder:
+            total = sum(size for _, size in sizes)
+            remedy = "free some space, or choose an `output` on a larger disk"
+            ranks.run_on_rank0(lambda: require_room(total, "a checkpoint", run_folder, remedy))
 
     def newest_commit(self) -> CommittedCheckpoint | None:
         """The newest commit that this rank knows of (rank 0: as soon as it is made). Raises what an upload raised."""
