@@ -45,6 +45,8 @@ class MaskResize:
 
     def original(self, rows: slice) -> Tensor:
         """Mask logits [Q, rows, W] at rows of the original. Rows are interpolated first, from few source rows."""
+        if self.geometry.resized_size == self.geometry.original_size:
+            return self.input(rows)  # windows: the second resize would change nothing
         source, taps = self._to_original.for_rows(rows)
         at_rows = taps.apply(self._to_input.of(source).apply(self._logits))
         return self.original_columns(self._input_columns(at_rows))
