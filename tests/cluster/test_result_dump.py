@@ -97,7 +97,7 @@ def test_panoptic(dumped):
     metrics = results.metrics()
     for split, suffix in (("all", ""), ("things", "_th"), ("stuff", "_st")):
         for name in ("pq", "sq", "rq"):
-            assert 100 * scored[split][name] == metrics[name.upper() + suffix]
+            assert 100 * scored[split][name] == pytest.approx(metrics[name.upper() + suffix], rel=1e-12)
     assert 5 < metrics["PQ"] < 95
     rows = {str(row["id"]): row for row in results.per_class()}
     counts = {i: tuple(rows[i][n] for n in ("TP", "FP", "FN")) for i in rows}
