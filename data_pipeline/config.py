@@ -146,6 +146,8 @@ class ColorMapSource(Section):
     labels: str
     legend: str
     """`labelmap.txt` (`name:r,g,b::`), `class_dict.csv` (`name,r,g,b`) or `label_colors.txt` (`r g b name`)."""
+    void: tuple[str, ...] = ("void", "unlabeled", "unlabelled")
+    """Names, in any case, of what is no class; their pixels are ignored."""
     suffix: str = ""
     """What follows the image's name in that of its map, for example `_L`."""
 

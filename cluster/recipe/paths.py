@@ -32,11 +32,11 @@ def _dataset(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def _source(source: SourceConfig) -> SourceConfig:
-    """Every text of a source but its kind is a path."""
+    """Every text of a source but its kind and the suffix of maps is a path."""
     paths: dict[str, Any] = {}
     for field in fields(source):
         value = getattr(source, field.name)
-        if isinstance(value, str) and field.name != "kind":
+        if isinstance(value, str) and field.name not in ("kind", "suffix"):
             paths[field.name] = _absolute(value)
     return replace(source, **paths)
 

@@ -202,6 +202,7 @@ def source_fingerprint(source: SourceConfig) -> str:
         case VocSource():
             files = (source.image_set, source.legend)
         case ColorMapSource():
+            digest.update(repr(source.void).encode())
             files = (source.legend,)
         case CocoStuffSource():
             files = (source.label_names,)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.config import ColorMapSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.partition import Region, partition
@@ -18,14 +19,16 @@ from m2f.data_pipeline.sample import Annotation
 def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:
     """Reader of the set. Raises DataError for files without a partner, and two classes of one colour."""
     images, labels = require_folder(source.images), require_folder(source.labels)
-    categories = read_legend(source.legend)
+    listed = read_legend(source.legend).categories
+    void = {name.lower() for name in source.void}
     regions: dict[int, Region | None] = {}
-    for category in categories.categories:
+    for category in listed:
         red, green, blue = category.color
-        if regions.setdefault(red + 256 * green + 65536 * blue, Region(category, category.id)) != Region(
-            category, category.id
-        ):
+        color = red + 256 * green + 65536 * blue
+        if color in regions:
             raise DataError(f"{source.legend}: two classes have the colour of {category.name!r}, {category.color}")
+        regions[color] = None if category.name.lower() in void else Region(category, category.id)
+    categories = CategoryTable(tuple(category for category in listed if category.name.lower() not in void))
     decoder = ColorMaps(regions)
     endings = tuple(source.suffix + ending for ending in (".png", *OTHER_MAP_ENDINGS))
     records = pair_files(images, labels, map_endings=endings[:1], other_map_endings=endings[1:])

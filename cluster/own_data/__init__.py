@@ -1,0 +1,1 @@
+"""From a folder of images and annotations to a recipe."""

@@ -1,0 +1,78 @@
+"""Crop, queries, points, batch and steps for a data set and a machine, each with its reason."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from m2f.cluster.own_data.survey import Survey
+
+_GB_OF_A_CROP = 9.0
+"""GPU memory of one image of 1024 x 1024 in training with ResNet-50 under bf16_autocast, roughly."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trains."""
+
+    num_gpus: int
+    gpu_gb: float
+    """Memory of the smallest GPU, 10^9 bytes."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value and why."""
+
+    value: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """For the recipe."""
+
+    crop: Choice
+    queries: Choice
+    points: Choice
+    micro_batch: Choice
+    global_batch: int
+    steps: Choice
+
+
+def this_machine() -> Machine:
+    """GPUs as nvidia-smi lists them; importing torch to ask would take seconds."""
+    if shutil.which("nvidia-smi") is None:
+        return Machine(0, 0.0)
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        sizes = [float(line) * 1.048576e-3 for line in done.stdout.splitlines() if line.strip()]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return Machine(0, 0.0)
+    return Machine(len(sizes), min(sizes, default=0.0))
+
+
+def choose(found: Survey, num_train: int, machine: Machine) -> Choices:
+    """Values that fit the data and the memory. `num_train` counts the images of training."""
+    limit = 256 if not machine.num_gpus else 1024 if machine.gpu_gb >= 20 else 640
+    side = max(64, min(limit, math.ceil(found.long_side / 32) * 32))
+    device = f"{machine.num_gpus} GPU of {machine.gpu_gb:.0f} GB" if machine.num_gpus else "no GPU"
+    queries = min(max(100, math.ceil(found.most_objects * 1.5 / 50) * 50), 1000)
+    points = max(1024, min(12544, side * side // 16 // 64 * 64))
+    if found.object_share < 0.001:
+        points = min(points * 2, side * side, 25088)
+    fits = int(machine.gpu_gb * 0.9 / (_GB_OF_A_CROP * (side / 1024) ** 2)) if machine.num_gpus else 2
+    micro = max(1, min(8, fits))
+    batch = micro * max(1, machine.num_gpus)
+    steps = max(500, min(20000, math.ceil(num_train * 60 / batch)))
+    return Choices(
+        crop=Choice(side, f"the median longer side is {found.long_side}; {device} takes up to {limit}"),
+        queries=Choice(queries, f"an image has up to {found.most_objects} segments"),
+        points=Choice(points, f"the median segment covers {found.object_share:.2%} of its image"),
+        micro_batch=Choice(micro, f"images at once on each worker: {device}"),
+        global_batch=batch,
+        steps=Choice(steps, f"about {steps * batch / max(1, num_train):.0f} times through {num_train} images"),
+    )

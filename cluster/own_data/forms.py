@@ -1,0 +1,206 @@
+"""Which form a folder of own data has, with what shows it. Looks at names and a few files; writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from m2f.cluster.own_data.map_pairs import find_maps
+from m2f.cluster.own_data.sets import Form, SourceSet, split_of
+from m2f.data_pipeline.config import (
+    CocoInstancesSource,
+    CocoPanopticSource,
+    CvatSource,
+    LabelmeSource,
+    VocSource,
+    YoloSegSource,
+)
+from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
+from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, read_header
+from m2f.data_pipeline.readers.exports.labelme import is_labelme
+from m2f.model.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Json:
+    path: Path
+    content: Any
+
+
+def find_forms(folder: Path) -> list[Form]:
+    """All forms that fit, the most certain first."""
+    found = [_yolo(folder), *_documents(folder), _cvat(folder), _voc(folder)]
+    forms = [form for form in found if form is not None]
+    return forms or find_maps(folder)
+
+
+def choose_form(folder: Path, wanted: str | None) -> Form:
+    """The only form that fits, or the wanted one. Raises ConfigError that lists what fits and the flag to decide."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; give the folder of the export, unpacked")
+    forms = find_forms(folder)
+    listed = "\n".join(f"  --form {form.kind}: {form.evidence}" for form in forms)
+    chosen = [form for form in forms if wanted in (None, form.kind)]
+    if not forms:
+        raise ConfigError(
+            f"{folder} has no form that m2f knows: no data.yaml with labels/, COCO or labelme JSON, CVAT XML, "
+            "SegmentationClass/, or folders of images and of PNG maps with the same names. docs/own_data.md lists them"
+        )
+    if not chosen:
+        raise ConfigError(f"--form {wanted} does not fit {folder}; what fits:\n{listed}")
+    if len(chosen) > 1:
+        raise ConfigError(f"{folder} fits more than one form; choose one:\n{listed}")
+    return chosen[0]
+
+
+def _yolo(folder: Path) -> Form | None:
+    for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
+        try:
+            document = parse_yaml(path.read_bytes())
+        except DocumentError:
+            continue
+        if not isinstance(document, dict) or "names" not in document:
+            continue
+        sets = []
+        for name, split in (("train", "train"), ("val", "val"), ("valid", "val")):
+            images = _yolo_images(folder, document, str(document.get(name) or ""))
+            if images is not None:
+                labels = Path(re.sub(r"images(?=(/[^/]*)?$)", "labels", str(images)))
+                sets.append(
+                    SourceSet(split, YoloSegSource(images=str(images), labels=str(labels), data_yaml=str(path)))
+                )
+        if not sets and (folder / "images").is_dir() and (folder / "labels").is_dir():
+            source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(path))
+            sets = [SourceSet(None, source)]
+        if sets:
+            return Form("yolo_seg", f"{path.name} names classes and folders of images", tuple(sets))
+    return None
+
+
+def _yolo_images(folder: Path, document: dict[str, Any], value: str) -> Path | None:
+    """The folder of a split. Roboflow writes `../train/images` for a folder beside the file."""
+    if not value:
+        return None
+    bare = re.sub(r"^(\.\./)+", "", value)
+    tries = (folder / str(document.get("path") or "") / value, folder / value, folder / bare)
+    return next((path for path in tries if path.is_dir()), None)
+
+
+def _documents(folder: Path) -> list[Form]:
+    """COCO and labelme. The first JSON of every folder tells what the others are."""
+    coco: list[_Json] = []
+    labelme: list[Path] = []
+    by_folder: dict[Path, list[Path]] = {}
+    for path in sorted(folder.rglob("*.json")):
+        if not is_hidden_copy(path.relative_to(folder).as_posix()):
+            by_folder.setdefault(path.parent, []).append(path)
+    for parent, paths in by_folder.items():
+        for path in paths:
+            try:
+                content = parse_json(path.read_bytes())
+            except DocumentError:
+                continue
+            if is_labelme(content):
+                labelme.append(parent)
+                break
+            if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys():
+                coco.append(_Json(path, content))
+    forms = []
+    if coco:
+        forms += _coco_forms(folder, coco)
+    if labelme:
+        forms.append(_labelme(folder, labelme))
+    return forms
+
+
+def _coco_forms(folder: Path, files: Sequence[_Json]) -> list[Form]:
+    sets: dict[str, list[SourceSet]] = {"coco_instances": [], "coco_panoptic": []}
+    for file in files:
+        split = split_of(str(file.path.relative_to(folder)))
+        first = next((e for e in file.content["annotations"] if isinstance(e, dict)), {})
+        images = _image_folder(folder, file)
+        if "segments_info" in first:
+            masks = next(
+                (p for p in (file.path.with_suffix(""), folder / file.path.stem) if p.is_dir()), file.path.parent
+            )
+            source = CocoPanopticSource(images=str(images), panoptic_json=str(file.path), panoptic_masks=str(masks))
+            sets["coco_panoptic"].append(SourceSet(split, source))
+        else:
+            source = CocoInstancesSource(images=str(images), instances_json=str(file.path))
+            sets["coco_instances"].append(SourceSet(split, source))
+    names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
+    return [Form(kind, f"COCO lists in {names}", tuple(found)) for kind, found in sets.items() if found]
+
+
+def _image_folder(folder: Path, file: _Json) -> Path:
+    """Where the first image that the file lists lies."""
+    name = next((str(e.get("file_name")) for e in file.content["images"] if isinstance(e, dict)), "")
+    near = (file.path.parent, file.path.parent / "images", folder, folder / "images")
+    for tried in (*near, *sorted(path for path in folder.rglob("*") if path.is_dir())):
+        if name and (tried / name).is_file():
+            return tried
+    return file.path.parent
+
+
+def _labelme(folder: Path, parents: Sequence[Path]) -> Form:
+    classes: set[str] = set()
+    for parent in parents:
+        for path in parent.glob("*.json"):
+            content = parse_json(path.read_bytes())
+            if is_labelme(content):
+                classes |= {str(shape.get("label")) for shape in content["shapes"] if isinstance(shape, dict)}
+    names = tuple(sorted(name for name in classes if not name.startswith("_")))
+    roots = parents if len(parents) > 1 and all(split_of(p.name) for p in parents) else [folder]
+    sets = [
+        SourceSet(
+            split_of(root.name) if root != folder else None,
+            LabelmeSource(images=str(folder), annotations=str(root), classes=names),
+        )
+        for root in roots
+    ]
+    return Form("labelme", f"JSON files with `shapes` in {parents[0].name}/", tuple(sets))
+
+
+def _cvat(folder: Path) -> Form | None:
+    sets = []
+    for path in sorted(folder.rglob("*.xml")):
+        with path.open("rb") as stream:
+            head = stream.read(1_000_000).decode(errors="replace")
+        if "<annotations" not in head:
+            continue
+        match = re.search(r'<image [^>]*?name="([^"]+)"', head)
+        tries = (path.parent / "images", path.parent, folder / "images", folder)
+        images = next((tried for tried in tries if match and (tried / match[1]).is_file()), tries[0])
+        split = split_of(str(path.relative_to(folder)))
+        sets.append(SourceSet(split, CvatSource(images=str(images), annotations=str(path))))
+    return Form("cvat", "an XML file with `<annotations>`", tuple(sets)) if sets else None
+
+
+def _voc(folder: Path) -> Form | None:
+    """Only with maps that hold numbers: colour maps with a legend are another form."""
+    root = next(
+        (p.parent for p in (folder / "SegmentationObject", *folder.rglob("SegmentationObject")) if p.is_dir()), None
+    )
+    maps = sorted((root / "SegmentationClass").glob("*.png")) if root else []
+    if root is None or not maps:
+        return None
+    try:
+        mode = read_header(maps[0].read_bytes()).mode
+    except BrokenImageError:
+        return None
+    if mode not in ("gray", "palette"):
+        return None
+    legend = str(root / "labelmap.txt") if (root / "labelmap.txt").is_file() else None
+    whole = VocSource(
+        images=f"{root}/JPEGImages",
+        class_maps=f"{root}/SegmentationClass",
+        object_maps=f"{root}/SegmentationObject",
+        legend=legend,
+    )
+    lists = {split_of(path.stem): path for path in sorted((root / "ImageSets/Segmentation").glob("*.txt"))}
+    splits = [(split, str(lists[split])) for split in ("train", "val") if split in lists] or [(None, None)]
+    sets = tuple(SourceSet(split, replace(whole, image_set=path)) for split, path in splits)
+    return Form("voc", "folders SegmentationClass and SegmentationObject", sets)

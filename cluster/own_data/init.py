@@ -1,0 +1,61 @@
+"""The steps of `m2f init`: find the form, count, choose, write, and prove that the recipe loads."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from m2f.cluster.own_data.choices import choose, this_machine
+from m2f.cluster.own_data.forms import choose_form
+from m2f.cluster.own_data.survey import survey
+from m2f.cluster.own_data.write_recipe import (
+    Wishes,
+    category_file,
+    category_text,
+    datasets_of,
+    recipe_text,
+    task_of,
+)
+from m2f.cluster.recipe.load import load_recipe
+from m2f.cluster.terminal import print_out
+from m2f.data_pipeline.readers import open_dataset
+from m2f.model.errors import ConfigError
+
+
+def init(folder: Path, output: Path, args: Namespace) -> None:
+    """Write the recipe (and a list of classes, where there is none) and say what comes next.
+
+    Raises UserError where no form or several fit, or nothing can be read.
+    """
+    wishes = Wishes(
+        name=re.sub(r"[^\w-]", "-", output.stem),
+        output=output.absolute() if output.parent != Path() else output,
+        task=args.task,
+        group=args.group,
+        val_share=args.val_share,
+        tiles=args.tiles,
+        weights=args.weights,
+    )
+    form = choose_form(folder, args.form)
+    print_out(f"{form.kind}: {form.evidence}")
+    if form.classes:
+        names = category_file(wishes)
+        if names.exists() and not args.overwrite:
+            raise ConfigError(f"{names} exists; name another recipe with --output, or replace both with --overwrite")
+        names.write_text(category_text(form.classes), encoding="utf-8")
+        print_out(f"wrote {names}: give the classes their names there")
+    datasets = datasets_of(form, wishes)
+    found = survey(tuple(datasets.values()))
+    print_out("\n".join(found.lines()))
+    if found.largest_megapixels > 20 and not wishes.tiles:
+        print_out(f"the largest image has {found.largest_megapixels:.0f} megapixels: --tiles cuts such images")
+    num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))
+    machine = this_machine()
+    text = recipe_text(form, wishes, choose(found, num_train, machine), machine)
+    output.write_text(text, encoding="utf-8")
+    load_recipe(output)
+    skip = " --skip-bad" if found.faults else ""
+    print_out(
+        f"wrote {output} for task {task_of(form, wishes)}. Next:\n  m2f shard {output}{skip}\n  m2f train {output}"
+    )

@@ -1,0 +1,153 @@
+"""Folders of images and of maps whose names belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from m2f.cluster.own_data.sets import Form, SourceSet, split_of
+from m2f.data_pipeline.config import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
+from m2f.data_pipeline.readers.exports.legend import read_legend
+from m2f.data_pipeline.readers.map_reader import read_index_map
+from m2f.model.errors import ConfigError
+
+_LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt", "labels.txt")
+_CATEGORY_FILES = ("classes.json", "categories.json")
+_LOOKED_AT = 200
+_MOST_CLASSES = 64
+NO_NAMES = ""
+"""Path of a category file that is still to be written."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    images: Path
+    maps: Path
+    suffix: str
+
+
+def find_maps(folder: Path) -> list[Form]:
+    """The forms of image and map folders that fit. Raises ConfigError for colour maps without a legend."""
+    pairs = _find_pairs(folder)
+    if not pairs:
+        return []
+    first = next(pairs[0].maps.glob("*.png"))
+    try:
+        mode = read_header(first.read_bytes()).mode
+    except BrokenImageError as error:
+        raise ConfigError(f"{first}: {error}") from error
+    roots = (folder, *dict.fromkeys(parent for pair in pairs for parent in (pair.maps.parent, pair.maps)))
+    legend = next((r / n for r in roots for n in _LEGENDS if (r / n).is_file()), None)
+    named = next((r / n for r in roots for n in _CATEGORY_FILES if (r / n).is_file()), None)
+    names = f"{len(pairs)} pair(s) of folders, the first {pairs[0].images.name}/ and {pairs[0].maps.name}/"
+    if mode not in ("gray", "palette"):
+        return _color_forms(pairs, legend, named, names)
+    if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):
+        sets = [CocoStuffSource(images=str(p.images), labels=str(p.maps), label_names=str(legend)) for p in pairs]
+        return [Form("coco_stuff", f"{names}, with labels.txt", _splits(pairs, sets))]
+    values = _values(pairs)
+    is_binary = values == (0, 255)
+    sets = [
+        LabelMapSource(
+            images=str(pair.images),
+            labels=str(pair.maps),
+            categories=str(named or NO_NAMES),
+            void=() if is_binary else (255,),
+            suffix=pair.suffix,
+        )
+        for pair in pairs
+    ]
+    wanted = () if named else tuple(value for value in values if value != 255 or is_binary)
+    if len(wanted) > _MOST_CLASSES:
+        raise ConfigError(
+            f"{pairs[0].maps}: {len(wanted)} different values are numbers of objects, not of classes; write a "
+            "categories file (docs/datasets.md) or export another form"
+        )
+    return [Form("label_maps", f"{names}: {mode} maps", _splits(pairs, sets), wanted)]
+
+
+def _color_forms(pairs: Sequence[_Pair], legend: Path | None, named: Path | None, names: str) -> list[Form]:
+    forms = []
+    if legend is not None:
+        colors = [
+            ColorMapSource(images=str(p.images), labels=str(p.maps), legend=str(legend), suffix=p.suffix) for p in pairs
+        ]
+        forms.append(Form("color_maps", f"{names}: RGB maps, with {legend.name}", _splits(pairs, colors)))
+    if named is not None and not any(pair.suffix for pair in pairs):
+        ids = [HuggingFaceSource(images=str(p.images), annotations=str(p.maps), categories=str(named)) for p in pairs]
+        forms.append(Form("huggingface", f"{names}: RGB maps, with {named.name}", _splits(pairs, ids)))
+    if not forms:
+        raise ConfigError(
+            f"{pairs[0].maps} holds RGB maps, and no legend says what their colours mean; put one of "
+            f"{', '.join(_LEGENDS[:3])} (or classes.json, where red is the class and green the object) beside it"
+        )
+    return forms
+
+
+def _splits(
+    pairs: Sequence[_Pair], sources: Sequence[LabelMapSource | ColorMapSource | CocoStuffSource | HuggingFaceSource]
+) -> tuple[SourceSet, ...]:
+    return tuple(
+        SourceSet(split_of(f"{p.maps.parent.name}/{p.maps.name}"), s) for p, s in zip(pairs, sources, strict=True)
+    )
+
+
+def _is_coco_stuff(legend: Path) -> bool:
+    try:
+        return read_legend(str(legend)).categories[0].name == "unlabeled"
+    except DataError:
+        return False
+
+
+def _find_pairs(folder: Path) -> list[_Pair]:
+    """Pairs of folders in which nine of ten maps are named after an image. A pair of the same split comes first."""
+    stems: dict[Path, dict[str, str]] = {}
+    for parent, _, files in sorted(os.walk(folder)):
+        found = {Path(name).stem: name for name in sorted(files) if is_image_name(name) and not is_hidden_copy(name)}
+        if found:
+            stems[Path(parent)] = found
+    pairs = []
+    for maps, names in stems.items():
+        if not all(name.lower().endswith(".png") for name in names.values()) or not _looks_like_maps(maps, names):
+            continue
+        for images, others in stems.items():
+            suffix = _suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
+            if suffix is not None:
+                pairs.append(_Pair(images, maps, suffix))
+                break
+    return pairs
+
+
+def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
+    """By the name of the folder or of its files, as grey images look like maps too."""
+    words = ("mask", "label", "annot", "seg", "gt", "ground", "stuff", "map", "target")
+    first = next(iter(names))
+    named = folder.parent.name if split_of(folder.name) else folder.name
+    return any(word in named.lower() for word in words) or first.endswith(("_mask", "_L"))
+
+
+def _suffix(images: dict[str, str], maps: dict[str, str]) -> str | None:
+    """What follows the image's stem in the names of the maps; None where they do not belong together."""
+    first = next(iter(maps))
+    for stem in sorted(images, key=len, reverse=True):
+        if first.startswith(stem):
+            suffix = first[len(stem) :]
+            fitting = sum(name.endswith(suffix) and name.removesuffix(suffix) in images for name in maps)
+            if fitting >= 0.9 * len(maps):
+                return suffix
+    return None
+
+
+def _values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
+    """All values of the first maps."""
+    found: set[int] = set()
+    for pair in pairs:
+        for path in sorted(pair.maps.glob("*.png"))[:_LOOKED_AT]:
+            found |= set(np.unique(read_index_map(path, 10**9)).tolist())
+    return tuple(sorted(found))

@@ -1,0 +1,101 @@
+"""What a data set holds: classes, sizes, objects and faults, counted from its sources."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_dataset
+from m2f.model.counted import counted
+
+_LOOKED_AT = 500
+_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """Figures of all sets together; of at most 500 images of each where reading all would take long."""
+
+    num_images: int
+    num_read: int
+    class_counts: tuple[tuple[str, int], ...]
+    """Segments of every class, in class order."""
+    long_side: int
+    """Median of the images' longer sides, pixels."""
+    most_objects: int
+    """In one image."""
+    object_share: float
+    """Median share of its image that an object covers."""
+    largest_megapixels: float
+    faults: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The figures, then all faults by kind with their counts, and the first ten of them."""
+        classes = ", ".join(f"{name} {count}" for name, count in self.class_counts[:12])
+        more = f" and {len(self.class_counts) - 12} more" if len(self.class_counts) > 12 else ""
+        lines = [
+            f"{counted(self.num_images, 'image')} ({self.num_read} read), median longer side {self.long_side} pixels; "
+            f"at most {counted(self.most_objects, 'segment')} per image, the median covers {self.object_share:.2%}",
+            f"segments of each class: {classes}{more}",
+        ]
+        if self.faults:
+            kinds = Counter(fault_kind(fault) for fault in self.faults)
+            lines.append(f"{counted(len(self.faults), 'fault')}:")
+            lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
+            lines += ["the first of them:", *(f"  {fault}" for fault in self.faults[:_SHOWN])]
+        return lines
+
+
+def fault_kind(message: str) -> str:
+    """The message without what differs between equal faults: paths, names in quotes and numbers."""
+    text = re.sub(r"\S*/\S*?(: |$|\s)", "", message)
+    return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'", "'...'", text)).strip()[:120]
+
+
+def survey(datasets: Sequence[DatasetConfig]) -> Survey:
+    """Read the sources. Raises DataError where one cannot be opened or no image can be read."""
+    faults: list[str] = []
+    counts: Counter[str] = Counter()
+    sides, shares, per_image, areas = [], [], [0], [0]
+    num_images = 0
+    for dataset in datasets:
+        reader, unusable = open_dataset(dataset)
+        faults += [f"{entry.source}: {entry.message}" for entry in unusable]
+        names = {category.id: category.name for category in reader.categories.categories}
+        counts.update(dict.fromkeys(names.values(), 0))
+        total = len(reader.keys)
+        num_images += total
+        step = max(1, -(-total // _LOOKED_AT))
+        for index in range(0, total, step):
+            try:
+                sample = reader.read(index)
+            except DataError as error:
+                faults.append(str(error))
+                continue
+            faults += sample.left_out
+            pixels = sample.height * sample.width
+            maps = {segment.map for segment in sample.annotation.segments}
+            own = [s for s in sample.annotation.segments if s.map == ("inst" if "inst" in maps else "seg")]
+            counts.update(names[segment.category_id] for segment in own)
+            sides.append(max(sample.height, sample.width))
+            areas.append(pixels)
+            per_image.append(len(own))
+            shares += [segment.area / pixels for segment in own]
+    if not sides:
+        listed = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
+        raise DataError(f"none of {counted(num_images, 'image')} can be read:\n{listed}")
+    return Survey(
+        num_images=num_images,
+        num_read=len(sides),
+        class_counts=tuple(counts.items()),
+        long_side=round(median(sides)),
+        most_objects=max(per_image),
+        object_share=median(shares) if shares else 0.0,
+        largest_megapixels=max(areas) / 1e6,
+        faults=tuple(dict.fromkeys(faults)),  # parts of one source list the same
+    )

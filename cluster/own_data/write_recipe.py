@@ -1,0 +1,159 @@
+"""A commented recipe of at most 40 lines for a folder of own data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+from m2f.cluster.own_data.choices import Choices, Machine
+from m2f.cluster.own_data.map_pairs import NO_NAMES
+from m2f.cluster.own_data.sets import Form
+from m2f.data_pipeline.categories import Task
+from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, PartConfig, SourceConfig, TileConfig
+
+_TASK_OF: Mapping[str, Task] = {
+    "coco_panoptic": "panoptic",
+    "huggingface": "panoptic",
+    "label_maps": "semantic",
+    "color_maps": "semantic",
+    "coco_stuff": "semantic",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the user asked for."""
+
+    name: str
+    output: Path
+    task: Task | None = None
+    group: str | None = None
+    val_share: float = 0.2
+    tiles: bool = False
+    weights: str | None = None
+
+
+def task_of(form: Form, wishes: Wishes) -> Task:
+    """The task asked for, else what the form is made for."""
+    return wishes.task or _TASK_OF.get(form.kind, "instance")
+
+
+def datasets_of(form: Form, wishes: Wishes) -> dict[str, DatasetConfig]:
+    """Data sets by name: those of the form, divided where it has no validation set. Test sets are left alone."""
+    task = task_of(form, wishes)
+    background = "background" if task != "instance" and form.kind not in (*_TASK_OF, "voc") else None
+    tiles = TileConfig() if wishes.tiles else None
+    train = [found.source for found in form.sets if found.split in (None, "train")]
+    val = [found.source for found in form.sets if found.split == "val"]
+    if not train:  # a folder named after another split is all there is
+        train, val = [found.source for found in form.sets], []
+    wanted = [("train", source, "train" if not val else None) for source in train]
+    wanted += [("val", source, None) for source in val] or [("val", source, "val") for source in train]
+    datasets: dict[str, DatasetConfig] = {}
+    for split, source, take in wanted:
+        count = sum(name.startswith(split) for name in datasets)
+        name = f"{split}{count + 1}" if count else split
+        part = None
+        if take is not None:
+            part = PartConfig(
+                take="train" if take == "train" else "val", val_share=wishes.val_share, group=wishes.group
+            )
+        datasets[name] = DatasetConfig(
+            shards=f"data/{wishes.name}/{name}",
+            source=_with_names(source, wishes),
+            part=part,
+            background=background,
+            tiles=tiles,
+        )
+    return datasets
+
+
+def category_file(wishes: Wishes) -> Path:
+    """Where the names of label maps go that came without."""
+    return wishes.output.with_suffix(".classes.json")
+
+
+def category_text(values: tuple[int, ...]) -> str:
+    """A list of classes to be named by the user; a pair of values is background and foreground."""
+    pair = ("background", "foreground") if len(values) == 2 and values[0] == 0 else None
+    rows = [{"label": v, "name": pair[i] if pair else f"class {v}", "isthing": 0} for i, v in enumerate(values)]
+    return "[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n"
+
+
+def recipe_text(form: Form, wishes: Wishes, choices: Choices, machine: Machine) -> str:
+    """The recipe as YAML."""
+    task = task_of(form, wishes)
+    datasets = datasets_of(form, wishes)
+    train = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("train"))
+    val = ", ".join(f"{{dataset: {name}}}" for name in datasets if name.startswith("val"))
+    side = choices.crop.value
+    lines = [
+        f"# m2f shard {wishes.output} && m2f train {wishes.output}",
+        f"# {form.kind}: {form.evidence}",
+        f"name: {wishes.name}",
+        "datasets:",
+    ]
+    for name, dataset in datasets.items():
+        lines.append(f"  {name}: {_flow(dataset)}")
+    lines += [
+        "data:",
+        f"  task: {task}",
+        f"  train: [{train}]",
+        f"  # {choices.crop.reason}",
+        f"  augment: {{kind: lsj, size: {side}, min_scale: 0.5, max_scale: 2.0}}",
+        "model:",
+    ]
+    if wishes.weights is None:
+        lines += [
+            "  # Published weights need a network; `m2f init --weights FILE` starts from a trained model.",
+            "  backbone: {kind: timm, name: resnet50, pretrained: true}",
+        ]
+    else:
+        lines += ["  # Classes are matched by name; the others start anew.", f"  weights: {json.dumps(wishes.weights)}"]
+    workers = max(1, machine.num_gpus)
+    lines += [
+        f"  transformer_decoder: {{num_queries: {choices.queries.value}}}  # {choices.queries.reason}",
+        f"  loss: {{num_points: {choices.points.value}}}  # {choices.points.reason}",
+        "training:",
+        f"  max_steps: {choices.steps.value}  # {choices.steps.reason}",
+        f"  global_batch: {choices.global_batch}",
+        f"  micro_batch: {choices.micro_batch.value}  # {choices.micro_batch.reason}",
+        f"  precision: {'bf16_autocast' if machine.num_gpus else 'fp32'}",
+        "  # The backbone is trained before: it learns at a tenth of the rate.",
+        "  optimizer: {lr: 1.0e-4, backbone_lr_multiplier: 0.1}",
+        f"  checkpoint: {{every_steps: {max(1, choices.steps.value // 5)}, keep: 2}}",
+        "evaluation:",
+        f"  sets: [{val}]",
+        f"  tasks: [{task}]",
+        f"  shortest_edge: {side}",
+        f"  max_size: {2 * side}",
+        f"cluster: {{num_workers: {workers}, num_gpus_per_worker: {1 if machine.num_gpus else 0}}}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _with_names(source: SourceConfig, wishes: Wishes) -> SourceConfig:
+    if isinstance(source, LabelMapSource) and source.categories == NO_NAMES:
+        return LabelMapSource(
+            images=source.images,
+            labels=source.labels,
+            categories=str(category_file(wishes)),
+            void=source.void,
+            suffix=source.suffix,
+        )
+    return source
+
+
+def _flow(section: object) -> str:
+    """A section in YAML's flow style, without what equals its default; JSON strings are YAML."""
+    items = []
+    for entry in fields(section):  # pyrefly: ignore[bad-argument-type]
+        value = getattr(section, entry.name)
+        default = entry.default if entry.default is not MISSING else None
+        if value == default and entry.name != "kind":
+            continue
+        text = _flow(value) if hasattr(value, "__dataclass_fields__") else json.dumps(value, ensure_ascii=False)
+        items.append(f"{entry.name}: {value if entry.name in ('kind', 'take') else text}")
+    return "{" + ", ".join(items) + "}"

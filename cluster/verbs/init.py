@@ -1,0 +1,41 @@
+"""`m2f init`: from a folder of own data to a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from m2f.cluster.terminal import print_out
+from m2f.model.errors import ConfigError
+
+SUMMARY = "look at a folder of images and annotations, and write a recipe for it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="export of a labelling tool, unpacked")
+    parser.add_argument("--output", metavar="FILE", help="recipe to write; default FOLDER's name with .yaml, here")
+    parser.add_argument("--form", metavar="KIND", help="form of the data, where more than one fits")
+    parser.add_argument(
+        "--task", choices=("panoptic", "instance", "semantic"), help="default: what the form is made for"
+    )
+    parser.add_argument("--val-share", type=float, default=0.2, help="part for validation, where there is no split")
+    parser.add_argument("--group", metavar="REGEX", help="keep images together whose names begin with the same match")
+    parser.add_argument("--tiles", action="store_true", help="cut images above 20 megapixels into tiles")
+    parser.add_argument("--weights", metavar="FILE|URL", help="trained model to start from")
+    parser.add_argument("--overwrite", action="store_true", help="replace a recipe that exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Says first what it does: opening readers takes longer than the first look."""
+    folder = Path(args.folder)
+    print_out(f"looking at {folder}")
+    output = Path(args.output or f"{folder.resolve().name}.yaml")
+    if output.exists() and not args.overwrite:
+        raise ConfigError(f"{output} exists; name another file with --output, or replace it with --overwrite")
+    if not 0 < args.val_share < 1:
+        raise ConfigError(f"--val-share is {args.val_share:g}; it must lie between 0 and 1")
+
+    from m2f.cluster.own_data.init import init
+
+    init(folder.resolve(), output, args)
+    return 0

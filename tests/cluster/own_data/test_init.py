@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from m2f.cluster.cli import main
+from m2f.cluster.own_data.choices import Machine, choose
+from m2f.cluster.own_data.sets import split_of
+from m2f.cluster.own_data.survey import Survey, fault_kind
+from m2f.cluster.recipe.load import load_recipe
+from m2f.data_pipeline.readers import open_dataset
+from tests.tool_exports import EXPORTS
+
+KINDS = {"roboflow": "coco_instances", "label_studio": "coco_instances", "cvat_coco": "coco_instances"}
+TASKS = {"label_maps": "semantic", "color_maps": "semantic", "huggingface": "panoptic"}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_every_export_becomes_a_recipe_that_loads(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    EXPORTS[name](folder)
+    assert main(["init", "set"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-2:] == ["  m2f shard set.yaml", "  m2f train set.yaml"]
+    assert len((tmp_path / "set.yaml").read_text().splitlines()) <= 40
+    config = load_recipe(tmp_path / "set.yaml")
+    assert config.data.task == TASKS.get(name, "instance")
+    assert set(config.datasets) == {"train", "val"}
+    sources = [dataset.source for dataset in config.datasets.values()]
+    assert {source.kind for source in sources if source is not None} == {KINDS.get(name, name)}
+    train, val = (set(open_dataset(config.datasets[part])[0].keys) for part in ("train", "val"))
+    assert len(train | val) == 6
+    assert not train & val
+    assert main(["config", "set.yaml"]) == 0
+
+
+def test_instances_can_train_semantic(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["yolo_seg"](tmp_path / "set")
+    assert main(["init", "set", "--task", "semantic"]) == 0
+    reader, _ = open_dataset(load_recipe(tmp_path / "set.yaml").datasets["train"])
+    assert [c.name for c in reader.categories.for_task("semantic")] == ["cell", "dirt", "background"]
+
+
+def test_two_forms_are_one_message_with_the_flag(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    for name in ("yolo_seg", "label_studio"):
+        EXPORTS[name](tmp_path / "set")
+    assert main(["init", "set"]) == 2
+    message = capsys.readouterr().err
+    assert "--form yolo_seg" in message
+    assert "--form coco_instances" in message
+    assert main(["init", "set", "--form", "yolo_seg"]) == 0
+    assert main(["init", "set", "--form", "yolo_seg"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_faults_are_counted_by_kind(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["label_studio"](tmp_path / "set")
+    path = tmp_path / "set/result.json"
+    document = json.loads(path.read_text())
+    for entry in document["annotations"][:3]:
+        entry["category_id"] = 77
+    path.write_text(json.dumps(document))
+    (tmp_path / "set/images/im5.png").write_bytes(b"no image")
+    assert main(["init", "set"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 x annotation N: category_id is N, which `categories` does not define" in printed
+    assert printed.splitlines()[-2] == "  m2f shard set.yaml --skip-bad"
+
+
+def test_an_unknown_folder_is_one_message(tmp_path, capsys):
+    assert main(["init", str(tmp_path), "--output", str(tmp_path / "a.yaml")]) == 2
+    assert "docs/own_data.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("train/_annotations.coco.json", "train"),
+        ("annotations/instances_val2017.json", "val"),
+        ("valid", "val"),
+        ("training", "train"),
+        ("test", "test"),
+        ("trainer/strains.json", None),
+    ],
+)
+def test_names_tell_the_split(path, split):
+    assert split_of(path) == split
+
+
+@pytest.mark.parametrize(
+    ("machine", "crop", "micro"), [(Machine(0, 0), 256, 2), (Machine(1, 24), 1024, 2), (Machine(2, 80), 1024, 8)]
+)
+def test_choices_follow_machine_and_data(machine, crop, micro):
+    found = Survey(
+        num_images=100,
+        num_read=100,
+        class_counts=(("a", 9),),
+        long_side=2000,
+        most_objects=110,
+        object_share=0.0001,
+        largest_megapixels=4,
+        faults=(),
+    )
+    choices = choose(found, 100, machine)
+    assert (choices.crop.value, choices.micro_batch.value, choices.queries.value) == (crop, micro, 200)
+    assert choices.global_batch == micro * max(1, machine.num_gpus)
+
+
+def test_a_kind_of_fault_has_no_names_and_numbers():
+    assert fault_kind("/a/b.txt: line 3 has class 9") == fault_kind("/a/c.txt: line 14 has class 12")
