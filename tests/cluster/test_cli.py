@@ -102,7 +102,7 @@ def test_the_overview_lists_every_verb(capsys):
 
 def test_an_unknown_verb_suggests_one(capsys):
     assert run(capsys, "trian") == (2, "", "m2f: no such verb `trian`; did you mean `m2f train`?\n")
-    assert "verbs: demo, shard" in run(capsys, "xyz")[2]
+    assert "verbs: demo, init, shard" in run(capsys, "xyz")[2]
 
 
 @pytest.mark.parametrize(
