@@ -78,7 +78,12 @@ def _mask(shape: Element, height: int, width: int) -> dict[str, object]:
     """Runs row by row within the mask's own window, beginning with background."""
     x, y, w, h = (whole_number(shape.attrib, name, "it") for name in ("left", "top", "width", "height"))
     runs = _numbers(shape.get("rle", ""))
-    if not (0 < w <= 2 * width and 0 < h <= 2 * height) or min(runs) < 0 or sum(runs) != w * h:
+    if (
+        not (0 < w <= 2 * width and 0 < h <= 2 * height)
+        or min(runs) < 0
+        or sum(runs) != w * h
+        or any(r % 1 for r in runs)
+    ):
         raise DataError(f"has run lengths that do not fill its window of {w} x {h} pixels")
     values = np.repeat(np.arange(len(runs)) % 2, np.array(runs, np.int64)).reshape(h, w)
     return encode_window(values.astype(bool), x, y, height, width)

@@ -25,6 +25,7 @@ from m2f.data_pipeline.readers.exports.object_parts import (
 from m2f.data_pipeline.readers.files import read_json, relative_name, require_folder
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
+_FARTHEST = 1e7
 _NO_CLASS = ("__ignore__", "_background_")
 """Labels by which labelme's own examples mark what is no object."""
 
@@ -80,8 +81,8 @@ def _part(shape: dict[str, Any], label_ids: dict[str, int], height: int, width: 
     except (TypeError, ValueError, OverflowError):
         raise DataError("has points that are no pairs of numbers") from None
     group = None if shape.get("group_id") is None else str(shape["group_id"])
-    if not np.isfinite(points).all() or len(points) < (3 if kind == "polygon" else 2):
-        raise DataError(f"is a {kind} of {len(points)} points, or has infinite ones")
+    if not (np.abs(points) < _FARTHEST).all() or len(points) < (3 if kind == "polygon" else 2):
+        raise DataError(f"is a {kind} of {len(points)} points, or has points far outside any image")
     match kind:
         case "polygon":
             ring = points

@@ -18,6 +18,9 @@ from m2f.data_pipeline.readers.files import unique_keys
 from m2f.data_pipeline.readers.masks import read_rle
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 
+_MAX_PIXELS = 2**30
+"""The image's size is what an annotation file claims; masks are painted before the image is read."""
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectPart:
@@ -93,7 +96,14 @@ def _union(shapes: list[Any], height: int, width: int) -> Any:
 
 
 def encode_window(mask: np.ndarray, x: int, y: int, height: int, width: int) -> dict[str, Any]:
-    """Run lengths of a mask [h, w] bool whose upper left corner lies at x, y of an image; cut at its frame."""
+    """Run lengths of a mask [h, w] bool whose upper left corner lies at x, y of an image; cut at its frame.
+
+    Raises DataError for a mask outside the frame, and an image too large to be one.
+    """
+    if height * width > _MAX_PIXELS:
+        raise DataError(f"belongs to an image of {width} x {height} pixels, more than {_MAX_PIXELS}")
+    if not (-mask.shape[1] < x < width and -mask.shape[0] < y < height):
+        raise DataError(f"has a mask outside the {width} x {height} pixels of its image")
     whole = np.zeros((height, width), np.uint8, order="F")
     top, left = max(y, 0), max(x, 0)
     inside = mask[top - y : height - y, left - x : width - x]

@@ -127,13 +127,32 @@ def test_hostile_or_foreign_xml_is_refused(tmp_path, text, message):
         open_reader(_source("cvat", tmp_path))
 
 
-@pytest.mark.parametrize("runs", ["0, 99", "-1, 101", "1, x", "", "nan, 100"])
+@pytest.mark.parametrize("runs", ["0, 99", "-1, 101", "1, x", "", "nan, 100", "0.5, 99.5"])
 def test_a_damaged_cvat_mask_is_named(tmp_path, runs):
     tool_exports.cvat(tmp_path)
     path = tmp_path / "annotations.xml"
     path.write_text(path.read_text().replace("0, 100", runs))
     with pytest.raises(DataError, match=r"6 annotations cannot be used"):
         open_reader(_source("cvat", tmp_path))
+
+
+@pytest.mark.parametrize("change", [('left="45"', 'left="900"'), ('width="64"', 'width="9999999999"')])
+def test_a_cvat_mask_outside_its_image_is_named(tmp_path, change):
+    tool_exports.cvat(tmp_path)
+    path = tmp_path / "annotations.xml"
+    path.write_text(path.read_text().replace(*change))
+    reader = open_reader(_source("cvat", tmp_path), skip_bad=True)
+    assert len(reader.unusable) == 6
+
+
+@pytest.mark.parametrize("points", [[[500, 500], [510, 510]], [[-50, -50], [4, 4]], [[1e300, 1], [4, 4]]])
+def test_a_labelme_mask_outside_its_image_is_named(tmp_path, points):
+    tool_exports.labelme(tmp_path)
+    path = tmp_path / "im0.json"
+    document = json.loads(path.read_text())
+    document["shapes"][1]["points"] = points
+    path.write_text(json.dumps(document))
+    assert len(open_reader(_source("labelme", tmp_path), skip_bad=True).unusable) == 1
 
 
 def test_unknown_colours_are_named(tmp_path):
