@@ -191,6 +191,8 @@ def source_fingerprint(source: SourceConfig) -> str:
             files = (source.instances_json,)
         case LabelMapSource() | HuggingFaceSource():
             digest.update(repr(source.void).encode())
+            if isinstance(source, LabelMapSource) and source.suffix:  # sets of earlier versions have none
+                digest.update(source.suffix.encode())
             files = (source.categories,)
         case YoloSegSource():
             files = (source.data_yaml, *_files_below(source.labels, ".txt"))
@@ -202,7 +204,7 @@ def source_fingerprint(source: SourceConfig) -> str:
         case VocSource():
             files = (source.image_set, source.legend)
         case ColorMapSource():
-            digest.update(repr(source.void).encode())
+            digest.update(repr((source.void, source.suffix)).encode())
             files = (source.legend,)
         case CocoStuffSource():
             files = (source.label_names,)
