@@ -1,7 +1,8 @@
 """Run as a script: evaluate one made-up image with all tasks and metrics and print this process's peak memory in MB.
 
-Arguments: height, width, test time (whole, multi_scale or windows). The network itself is left out: its memory depends
-on the size it is given, not on the image. What it returns is random, for 100 queries and 150 classes.
+Arguments: height, width, test time (whole, multi_scale or windows), tasks with commas between them, queries. The
+network itself is left out: its memory depends on the size it is given, not on the image. What it returns is random,
+for 150 classes. All tasks together come with the extra metrics of their masks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from m2f.data_pipeline.categories import Category, CategoryTable
+from m2f.data_pipeline.categories import TASKS, Category, CategoryTable
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig, MultiScale, SlidingWindows, WholeImage
@@ -23,7 +24,7 @@ from m2f.eval.results.results import EvaluationSubject
 from m2f.model.config import PostprocessConfig
 from m2f.model.structures import Predictions
 
-QUERIES, CLASSES, CHANNELS = 100, 150, 256
+CLASSES, CHANNELS = 150, 256
 TABLE = CategoryTable(tuple(Category(i + 1, f"class {i}", i < 100, (i, 0, 255 - i)) for i in range(CLASSES)))
 TEST_TIMES = {"whole": WholeImage(), "multi_scale": MultiScale(), "windows": SlidingWindows()}
 
@@ -31,8 +32,9 @@ TEST_TIMES = {"whole": WholeImage(), "multi_scale": MultiScale(), "windows": Sli
 class Blobs(nn.Module):
     """Smooth random masks with sure classes."""
 
-    def __init__(self) -> None:
+    def __init__(self, queries: int) -> None:
         super().__init__()
+        self.queries = queries
         self.anchor = nn.Parameter(torch.zeros(1))
 
     def normalise(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -43,9 +45,10 @@ class Blobs(nn.Module):
         height, width = (side // 4 for side in images.shape[-2:])
         coarse = torch.randn(1, CHANNELS, 8, 8, generator=generator)
         features = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-        logits = torch.randn(1, 1, QUERIES, CLASSES + 1, generator=generator)
-        logits[..., torch.arange(QUERIES), torch.randint(0, CLASSES, (QUERIES,), generator=generator)] += 12
-        return Predictions(logits, torch.randn(1, 1, QUERIES, CHANNELS, generator=generator) / 4, features)
+        logits = torch.randn(1, 1, self.queries, CLASSES + 1, generator=generator)
+        labels = torch.randint(0, CLASSES, (self.queries,), generator=generator)
+        logits[..., torch.arange(self.queries), labels] += 12
+        return Predictions(logits, torch.randn(1, 1, self.queries, CHANNELS, generator=generator) / 4, features)
 
 
 def sample(height: int, width: int) -> DecodedSample:
@@ -72,17 +75,14 @@ def sample(height: int, width: int) -> DecodedSample:
 
 def main() -> None:
     height, width, test_time = int(sys.argv[1]), int(sys.argv[2]), TEST_TIMES[sys.argv[3]]
-    whole = isinstance(test_time, WholeImage)
-    config = EvaluationConfig(
-        tasks=("panoptic", "instance", "semantic") if whole else ("semantic",),
-        extra_metrics=("boundary", "class_agnostic") if whole else (),
-    )
+    tasks, queries = tuple(task for task in TASKS if task in sys.argv[4].split(",")), int(sys.argv[5])
+    config = EvaluationConfig(tasks=tasks, extra_metrics=("boundary", "class_agnostic") if len(tasks) > 1 else ())
     evaluator = Evaluator(
-        Blobs(),
+        Blobs(queries),
         TABLE,
         config,
         model_task="panoptic",
-        postprocess=PostprocessConfig(),
+        postprocess=PostprocessConfig(max_instances=queries),
         test_time=test_time,
         panel_ids=[1],
     )
