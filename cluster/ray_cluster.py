@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from math import ceil
 import ray
 
 from m2f.cluster.exit_status import RESTARTED
-from m2f.cluster.ray_private import quiet_tokens
+from m2f.cluster.ray_private import on_loopback, quiet_tokens
 from m2f.cluster.ray_watch import watching
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.terminal import print_err
@@ -25,6 +26,8 @@ from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
 """Of a local cluster: Ray's default of 30 % of the memory is taken from the training."""
+MAX_PLACE_BYTES = 14
+"""Of the folder that Ray's sockets are put below: 91 more follow, of our folder, of its session and of their names."""
 CONNECT_S = 10.0
 RECONNECT_S = 120.0
 """How long a driver that was started again waits for its cluster."""
@@ -86,7 +89,7 @@ def local_or_existing(
             ray.shutdown()
         return
     _guard_with_token()
-    with _local_environment(), _short_folder() as folder:
+    with _local_environment(), on_loopback(), _private_folder() as folder:
         _start(folder, num_cpus, dashboard, resources)
         try:
             # Ray's own look-up of "the cluster of this machine" may find a neighbour's, and clean up its actors.
@@ -158,7 +161,7 @@ def knock(address: str) -> None:
 def _guard_with_token() -> None:
     """A secret of this process in place of the file that Ray would leave in the home folder.
 
-    Ray's ports listen on every interface, and whoever reaches them may run code. An explicit RAY_AUTH_MODE stands.
+    Other users of this machine reach Ray's ports, and would run code there. An explicit RAY_AUTH_MODE stands.
     """
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -172,6 +175,7 @@ def _local_environment() -> Iterator[None]:
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on loopback, see `on_loopback`
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": loopback_name,
@@ -195,11 +199,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _short_folder() -> Iterator[str]:
-    """A session folder of its own, short because the paths of Unix sockets in it may have 107 characters."""
-    folder = ScratchFolder("ray", place="/tmp")
+def _private_folder() -> Iterator[str]:
+    """A session folder of its own, below one that only this user may enter: Ray opens its own to everybody.
+
+    It is in /tmp where TMPDIR is too long, because the paths of Unix sockets may have 107 bytes.
+    """
+    temporary = tempfile.gettempdir()
+    folder = ScratchFolder("ray", place=temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else "/tmp")
     try:
-        yield str(folder.root)
+        yield str(folder.path)
     except ClusterError:  # names the logs in the folder
         folder.keep()
         raise

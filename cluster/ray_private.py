@@ -104,6 +104,23 @@ def attempt_config(name: str, folder: str, controller_failures: int) -> RunConfi
     )
 
 
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """During the block, a cluster that starts here listens on loopback alone, as Ray does on macOS.
+
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 says the same to processes that import Ray then; this one has imported it.
+    """
+    with _expected():
+        from ray._private import ray_constants
+
+        before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def quiet_reports() -> None:
     """Inside a worker of Ray Train: it announces every report otherwise."""
     with _expected():
