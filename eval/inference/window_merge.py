@@ -147,7 +147,7 @@ class InstanceMerge:
         def take(group: torch.Tensor) -> None:
             masks = group.cpu().numpy()
             cores.extend(encode_masks(masks[:, *place.core.slices(place.area)]))
-            self._seen.extend(np.count_nonzero(mask) for mask in masks)
+            self._seen.extend(int(np.count_nonzero(mask)) for mask in masks)
             for area, found in strips.items():
                 found.extend(encode_masks(masks[:, *area.slices(place.area)]))
 
