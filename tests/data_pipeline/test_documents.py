@@ -79,8 +79,6 @@ def test_anchors_and_merges_of_usual_size_are_read():
         ('[{"a": ' * 50_000, "nested too deeply"),
         ("9" * 10_000, "4300 digits"),
         ('{"id": ' + "9" * 10_000 + "}", "4300 digits"),
-        ('{"id": 18446744073709551616}', "more than 64 bits"),
-        ("[1,-9223372036854775809]", "more than 64 bits"),
         (b"\xff", "."),
         ("", "Expecting value"),
     ],
@@ -91,6 +89,7 @@ def test_hostile_json_is_refused(text, problem):
 
 
 def test_other_json_is_read_as_it_is():
+    assert parse_json("[100000000000000000000000]") == [10**23]
     assert parse_json('[18446744073709551615, 0.12345678901234567890123, "99999999999999999999", 1e25]') == [
         2**64 - 1,
         0.12345678901234567890123,
