@@ -39,9 +39,7 @@ def test_a_subset_keeps_the_common_ones_and_is_said():
     found = match_classes(MODEL, (DOG, Category(9, "cat", True, (0,) * 3)))
     assert (found.kind, found.labels) == ("subset", (None, None, 0))
     assert (found.only_first, found.only_second) == (("car", "sky"), ("cat",))
-    assert (
-        describe_subset(found, "the model", "val") == "1 class in both; val lacks car, sky; the model lacks cat"
-    )
+    assert describe_subset(found, "the model", "val") == "1 class in both; val lacks car, sky; the model lacks cat"
     assert describe_subset(match_classes(MODEL, MODEL), "the model", "val") is None
 
 

@@ -196,7 +196,9 @@ def test_libraries_of_unsupported_versions_fail(monkeypatch):
 
 
 def test_an_untested_version_of_ray_is_a_warning(monkeypatch):
-    monkeypatch.setattr("m2f.cluster.doctor.machine.metadata.version", lambda name: "1.3.0" if name == "hotcoco" else "99.0")
+    monkeypatch.setattr(
+        "m2f.cluster.doctor.machine.metadata.version", lambda name: "1.3.0" if name == "hotcoco" else "99.0"
+    )
     finding = check_versions()
     assert (finding.state, "ray 99.0" in finding.detail, ">=2.60" in finding.remedy) == ("warning", True, True)
 
