@@ -32,9 +32,11 @@ from m2f.data_pipeline.config import (
     YoloSegSource,
 )
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers.adapted.background import BackgroundReader
+from m2f.data_pipeline.readers.adapted.part import part_indices
+from m2f.data_pipeline.readers.adapted.tiles import TileReader
 from m2f.data_pipeline.readers.ade20k import open_ade20k
 from m2f.data_pipeline.readers.ade20k_full import open_ade20k_full
-from m2f.data_pipeline.readers.background import BackgroundReader
 from m2f.data_pipeline.readers.cityscapes import open_cityscapes, open_cityscapes_panoptic
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_panoptic import CocoPanopticReader
@@ -48,9 +50,7 @@ from m2f.data_pipeline.readers.files import require_file, require_folder
 from m2f.data_pipeline.readers.huggingface import open_huggingface
 from m2f.data_pipeline.readers.label_maps import open_label_maps
 from m2f.data_pipeline.readers.mapillary import open_mapillary
-from m2f.data_pipeline.readers.part import part_indices
 from m2f.data_pipeline.readers.synthetic import SyntheticReader
-from m2f.data_pipeline.readers.tiles import TileReader
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_none
 from m2f.data_pipeline.sample import Sample
 
