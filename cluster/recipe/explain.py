@@ -47,7 +47,7 @@ def _describe(cls: type, path: str) -> list[str]:
     tag = kind_tag(cls)
     title = f"{path or 'Recipe'}" + (f" (kind: {tag})" if tag else "")
     lines = [f"## {title}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
-    hints, docs = type_hints(cls), _field_docs(cls)
+    hints, docs = type_hints(cls), field_docs(cls)
     inner: list[str] = []
     for field in dataclasses.fields(cls):
         if field.name == "kind":
@@ -82,7 +82,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 @lru_cache
-def _field_docs(cls: type) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """The string under each field, read from the source because Python keeps no attribute docstrings."""
     tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)

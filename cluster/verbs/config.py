@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
@@ -22,14 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION",
         help="show type, default and meaning of every setting (of SECTION, for example training.optimizer)",
     )
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of recipes, for editors")
 
 
 def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.explain import explain
     from m2f.cluster.recipe.load import dump_recipe, load_recipe
+    from m2f.cluster.recipe.schema import recipe_schema
 
     if args.explain is not None:
         print_out(explain(args.explain).rstrip())
+        return ExitStatus.DONE
+    if args.schema:
+        print_out(json.dumps(recipe_schema(), indent=1))
         return ExitStatus.DONE
     if args.recipe is None:
         raise ConfigError("no recipe given: m2f config RECIPE prints it, m2f config --explain explains all settings")

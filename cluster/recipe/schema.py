@@ -1,0 +1,53 @@
+"""JSON Schema of recipes, with which editors complete and check them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.explain import field_docs
+from m2f.cluster.recipe.load import sections_in, type_hints
+from m2f.model.limits import Range, ranges_of
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Draft 2020-12 schema: names, types, ranges, defaults and texts of all settings; other settings are refused.
+
+    Checks between settings are not in it.
+    """
+    schema = TypeAdapter(RunConfig).json_schema()
+    found = {"RunConfig": schema, **schema["$defs"]}
+    for section in _all_sections(RunConfig):
+        described = found[section.__name__]
+        described["additionalProperties"] = False
+        docs, ranges = field_docs(section), ranges_of(section)
+        for name, setting in described["properties"].items():
+            setting.pop("title", None)
+            if name in docs:
+                setting["description"] = docs[name]
+            if name in ranges:
+                _limit(setting, ranges[name])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "m2f recipe"}
+
+
+def _all_sections(section: type) -> set[type]:
+    inner = {found for hint in type_hints(section).values() for found in sections_in(hint)}
+    return {section}.union(*(_all_sections(found) for found in inner))
+
+
+def _limit(schema: Any, allowed: Range) -> None:
+    """Write the range into every number of a setting, also those in its lists and mappings."""
+    if isinstance(schema, list):
+        for item in schema:
+            _limit(item, allowed)
+    elif isinstance(schema, dict):
+        if schema.get("type") in ("number", "integer"):
+            if allowed.low > -math.inf:
+                schema["exclusiveMinimum" if allowed.above else "minimum"] = allowed.low
+            if allowed.high < math.inf:
+                schema["exclusiveMaximum" if allowed.below else "maximum"] = allowed.high
+        for name in ("anyOf", "items", "prefixItems", "additionalProperties"):
+            _limit(schema.get(name), allowed)
