@@ -30,7 +30,7 @@ class SyntheticSource(Section):
 
     kind: Literal["synthetic"] = "synthetic"
     num_images: Annotated[int, FROM_1] = 1000
-    seed: int = 0
+    seed: Annotated[int, FROM_0] = 0
     """Sets with different seeds share no image."""
     image_id_start: Annotated[int, FROM_0] = 1
 

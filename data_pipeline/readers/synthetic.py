@@ -19,7 +19,6 @@ from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
 from m2f.data_pipeline.config import CocoPanopticSource, SyntheticSource
-from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.masks import pixel_box
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
@@ -49,11 +48,7 @@ class SyntheticReader:
 
     @classmethod
     def open(cls, source: SyntheticSource) -> Self:
-        """Raises DataError for a set without images."""
-        if source.num_images < 1:
-            raise DataError(f"source.num_images is {source.num_images}; a synthetic set needs at least 1 image")
-        if source.seed < 0:
-            raise DataError(f"source.seed is {source.seed}; it must be at least 0")
+        """All images of a set."""
         return cls(source, range(source.num_images))
 
     @property

@@ -136,7 +136,7 @@ def test_an_unusable_cache_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"data\.cache\.folder .*file/x cannot be made"):
         cache_in(tmp_path / "file" / "x")
-    with pytest.raises(ConfigError, match=r"data\.cache\.max_gb"):
+    with pytest.raises(ConfigError, match=r"CacheConfig: max_gb"):
         CacheConfig(folder="x", max_gb=0)
 
 

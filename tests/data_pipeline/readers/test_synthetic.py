@@ -9,12 +9,12 @@ import pytest
 from pycocotools.coco import COCO
 
 from m2f.data_pipeline.config import CocoInstancesSource, SyntheticSource
-from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_rgb
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
 from m2f.data_pipeline.readers.synthetic import CATEGORIES, write_synthetic_coco
 from m2f.data_pipeline.readers.synthetic_image import draw_image
+from m2f.model.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_the_reader_is_picklable_and_cuts_subsets():
 
 
 def test_invalid_settings_are_refused():
-    with pytest.raises(DataError, match="num_images is 0"):
-        open_reader(SyntheticSource(num_images=0))
-    with pytest.raises(DataError, match="seed is -1"):
-        open_reader(SyntheticSource(seed=-1))
+    with pytest.raises(ConfigError, match="num_images is 0"):
+        SyntheticSource(num_images=0)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        SyntheticSource(seed=-1)

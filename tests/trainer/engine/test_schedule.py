@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from m2f.model.errors import ConfigError
 from m2f.trainer.config import MultiStepSchedule, PolySchedule
 from m2f.trainer.engine.schedule import lr_factor
 
@@ -30,9 +31,9 @@ def test_warmup_is_linear_and_ends():
     assert [lr_factor(schedule, step, 100) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_milestones_in_any_order():
-    shuffled = MultiStepSchedule(milestones=(20, 10))
-    assert [lr_factor(shuffled, step, 30) for step in (9, 10, 20)] == pytest.approx([1.0, 0.1, 0.01])
+def test_milestones_that_do_not_rise_are_refused():
+    with pytest.raises(ConfigError, match=r"milestones is \[20, 10\]; each must be above the one before it"):
+        MultiStepSchedule(milestones=(20, 10))
 
 
 def test_poly_is_zero_after_the_end():
