@@ -45,14 +45,13 @@ def parent(config, tmp_path):
 
 
 def strike(parent, config, step, name):
-    """Kill this process of the driver's own cluster once a checkpoint of `step` is there."""
+    """Kill this process of the driver's own cluster once a checkpoint of `step` is there; what must end with it."""
     wait_until(lambda: newest_step(Storage(), config.run_folder) >= step or parent.poll() is not None)
     (driver,) = parent.children()
     family = driver.children(recursive=True)
     (victim,) = [process for process in driver.children() if process.name() == name]
     victim.kill()
-    _, left = psutil.wait_procs([driver, *family], timeout=PATIENCE_S)
-    assert left == [], "a process of the old cluster lives on"
+    return [driver, *family]
 
 
 def points(config, metric):
@@ -63,8 +62,10 @@ def points(config, metric):
 
 def test_a_run_outlives_the_raylet_and_the_head_of_its_cluster(config, parent, tmp_path):
     calm = replace(config, name="calm", evaluation=EvaluationConfig())
-    strike(parent, config, EVERY, "raylet")
-    strike(parent, config, 2 * EVERY, "gcs_server")
+    struck = strike(parent, config, EVERY, "raylet")
+    struck += strike(parent, config, 2 * EVERY, "gcs_server")
+    _, left = psutil.wait_procs(struck, timeout=PATIENCE_S)
+    assert left == [], "a process of an old cluster lives on"
     train_locally(calm)
     status, said = parent.wait(PATIENCE_S), (tmp_path / "driver.log").read_text()
     assert status == 0, said
