@@ -9,12 +9,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import ceil
 
 import ray
 
+from m2f.cluster.environment import environment
 from m2f.cluster.exit_status import RESTARTED
 from m2f.cluster.ray_private import on_loopback, quiet_tokens
 from m2f.cluster.ray_watch import watching
@@ -93,7 +94,7 @@ def local_or_existing(
         _start(folder, num_cpus, dashboard, resources)
         try:
             # Ray's own look-up of "the cluster of this machine" may find a neighbour's, and clean up its actors.
-            with _environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}), watching(is_ours=True):
+            with environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}), watching(is_ours=True):
                 yield
         finally:
             ray.shutdown()
@@ -180,22 +181,8 @@ def _local_environment() -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": loopback_name,
     }
-    with _environment({name: value for name, value in wanted.items() if name not in os.environ}):
+    with environment({name: value for name, value in wanted.items() if name not in os.environ}):
         yield
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

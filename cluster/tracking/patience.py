@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 from mlflow.exceptions import MlflowException
 
+from m2f.cluster.environment import environment
 from m2f.cluster.tracking.store import TrackingError, brief
 from m2f.data_pipeline.errors import OutageError
 
@@ -49,7 +48,7 @@ class Patience:
         began = time.monotonic()
         for attempt in itertools.count():
             try:
-                with _environment({} if self._answered else _HASTE):
+                with environment({} if self._answered else _HASTE):
                     found = call()
             except Exception as error:
                 if not self._uri.startswith("http") or not _is_outage(error):
@@ -83,17 +82,3 @@ def _is_outage(error: Exception) -> bool:
     else:
         status = getattr(getattr(error, "response", None), "status_code", 500 if isinstance(error, OSError) else 0)
     return status >= 500 or status == _TOO_MANY
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
