@@ -28,13 +28,6 @@ SHORT_S = 12.0
 
 
 @pytest.fixture
-def gateway(s3_endpoint):
-    with Gateway(s3_endpoint) as gateway:
-        yield gateway
-        gateway.shutdown()
-
-
-@pytest.fixture
 def config(gateway, tmp_path):
     bucket = StorageConfig(endpoint_url=gateway.url, region="us-east-1")
     place = f"s3://box/{tmp_path.name}"

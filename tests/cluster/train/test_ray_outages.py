@@ -22,7 +22,7 @@ from m2f.eval.config import EvaluationConfig
 from m2f.trainer.checkpoint.commits import list_commits
 from tests.cluster import tiny_run
 from tests.cluster.tiny_run import EVERY, STEPS, small_sets, tiny_config
-from tests.gateway import Gateway, Outage
+from tests.gateway import Outage
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -34,13 +34,6 @@ MOMENTS = {
     "look-up": lambda method, path: method == "GET" and "prefix=" in path and "/disturbed/" in unquote(path),
     "evaluation": lambda method, path: method == "GET" and "/shards/val/" in path and ".tar" in path,
 }
-
-
-@pytest.fixture
-def gateway(s3_endpoint):
-    with Gateway(s3_endpoint) as gateway:
-        yield gateway
-        gateway.shutdown()
 
 
 @pytest.fixture
