@@ -15,6 +15,7 @@ from m2f.trainer.engine.engine import StepResult
 from m2f.trainer.engine.schedule import lr_factor
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, TrainingError
 from m2f.trainer.job import Control, PositionRange, TrainJob
+from m2f.trainer.memory.shortage import is_out_of_memory
 from m2f.trainer.observer import Observer
 from m2f.trainer.ranks import StepFacts
 from m2f.trainer.recovery.bad_samples import BadSamples
@@ -117,7 +118,9 @@ class _Loop:
         try:
             losses = self._forward_backward(batches, facts)
             return losses, self._run.engine.finish_step(state.step + 1)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             size = len(batches.micro_batches[0].keys)
             raise OutOfMemoryError(
                 f"out of memory in step {state.step + 1} with {size} images at once (training.micro_batch): {error}",

@@ -13,13 +13,11 @@ from m2f.model.analysis.memory import count_activations
 from m2f.model.config import ModelConfig
 from m2f.model.counted import counted
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.engine.engine import deepspeed_config
 from m2f.trainer.memory.probe import largest_shape
+from m2f.trainer.memory.states import WIDTHS, state_bytes
 
 _USABLE = 0.9
 """Share of a GPU that tensors can have; the rest is for its driver, workspaces and gaps between tensors."""
-_FULL, _MOMENTS = 4, 8  # bytes per weight: a copy in fp32, and AdamW's two moments
-_16_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class MemoryPlan:
 def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, world: int, targets: int) -> MemoryPlan:
     """Count one micro-batch of one image and one of two, with `targets` segments in each. Takes seconds."""
     size = largest_shape(data.augment)
-    dtype = _16_BIT.get(training.precision, torch.float32)
+    dtype = WIDTHS.get(training.precision, torch.float32)
     fp32 = training.pixel_decoder_fp32 or training.precision == "fp16_autocast"
     one, two = (
         count_activations(
@@ -63,25 +61,6 @@ def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, 
         fixed=max(0, 2 * one - two),
         per_image=two - one,
     )
-
-
-def state_bytes(weights: int, training: TrainingConfig, world: int) -> int:
-    """What one rank keeps of that many weights under the recipe's ZeRO stage (Rajbhandari et al., SC 2020, figure 1).
-
-    From stage 1 on, DeepSpeed keeps an fp32 copy of the rank's share of the weights in every precision.
-    """
-    zero = training.zero
-    width = 2 if training.precision in _16_BIT else 4
-    own = -(-weights // world)
-    of_weights = own if zero.stage == 3 else weights
-    of_gradients = own if zero.stage >= 2 else weights
-    optimizer = _MOMENTS * weights if zero.stage == 0 else (_FULL + _MOMENTS) * own
-    if zero.offload_optimizer:
-        optimizer = 0
-    overlaps = deepspeed_config(training, world)["zero_optimization"]["overlap_comm"]
-    buckets = (1 + overlaps) * min(zero.reduce_bucket_size, weights) if zero.stage else 0
-    average = _FULL * own if training.ema_decay else 0
-    return width * (of_weights + of_gradients + buckets) + optimizer + average
 
 
 def format_memory(plan: MemoryPlan, world: int, stage: int, gpu_gb: float) -> str:

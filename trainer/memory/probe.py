@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import assert_never
 
 import torch
+from torch import nn
 
 from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.order.order import step_positions
@@ -16,10 +18,10 @@ from m2f.trainer.data import TrainingData
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
+from m2f.trainer.memory.shortage import is_out_of_memory
+from m2f.trainer.memory.states import bytes_beside_module
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import Notice, Reporter
-
-_OPTIMIZER_BYTES = 8  # per weight: AdamW's two moments in fp32, which exist only after the first step
 
 
 def probe_memory(
@@ -34,11 +36,12 @@ def probe_memory(
         return job
     training = job.training
     wanted = len(step_positions(0, training.global_batch, 0, ranks.world_size, training.micro_batch)[0])
-    share = ranks.world_size if training.zero.stage else 1
     module.to(device)
+    weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    beside = bytes_beside_module(weights, training, ranks.world_size)
 
     def fits(size: int) -> bool:
-        return _fits(module, worst_batch(job, size, data.most_segments).to(device), share)
+        return _fits(module, worst_batch(job, size, data.most_segments).to(device), beside)
 
     found = min(ranks.gather(ranks.run_on_all(lambda: largest_that_fits(fits, wanted))))
     if found == wanted:
@@ -101,21 +104,43 @@ def largest_shape(config: AugmentConfig) -> tuple[int, int]:
             assert_never(config)
 
 
-def _fits(module: TrainingModule, batch: Batch, share: int) -> bool:
-    """Whether forward, backward and a rank's share of the optimizer state have room together."""
+def _fits(module: TrainingModule, batch: Batch, beside: int) -> bool:
+    """Whether forward and backward have room, with `beside` bytes that a step takes for other things."""
     device = batch.images.device
-    weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
     one = torch.ones((), device=device)
-    state = None
+    rest = None
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            state = torch.empty(_OPTIMIZER_BYTES * weights // share, dtype=torch.uint8, device=device)
+        with _untouched(module), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            rest = torch.empty(beside, dtype=torch.uint8, device=device)
             module(batch, Normalizers(one, one, one)).total.backward()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
-        del state
+        del rest
         module.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return True
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """BatchNorms take their stored statistics, and all buffers are afterwards as before.
+
+    In training they would learn from the made-up images, and synchronised ones would wait for all ranks: a rank whose
+    memory is full waits for none.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

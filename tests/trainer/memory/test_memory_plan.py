@@ -10,7 +10,8 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.trainer.config import TrainingConfig, ZeroConfig
-from m2f.trainer.memory.plan import MemoryPlan, format_memory, plan_memory, state_bytes
+from m2f.trainer.memory.plan import MemoryPlan, format_memory, plan_memory
+from m2f.trainer.memory.states import bytes_beside_module, state_bytes
 
 TRAINING = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2)
 SMALL_BUCKETS = ZeroConfig(stage=0, reduce_bucket_size=1)
@@ -42,6 +43,13 @@ def test_buckets_and_offload():
     offloaded = replace(TRAINING, zero=ZeroConfig(stage=1, reduce_bucket_size=100, offload_optimizer=True))
     assert state_bytes(1000, two, 4) - state_bytes(1000, one, 4) == 4 * 100
     assert state_bytes(1000, two, 4) - state_bytes(1000, offloaded, 4) == 12 * 250
+
+
+def test_a_probe_counts_what_zero_keeps_beside_the_module():
+    sharded = replace(TRAINING, zero=ZeroConfig(stage=1, reduce_bucket_size=100))
+    assert bytes_beside_module(1000, sharded, 4) == 4 * 2 * 100 + 12 * 250
+    assert bytes_beside_module(1000, replace(TRAINING, zero=SMALL_BUCKETS), 4) == 8 * 1000
+    assert bytes_beside_module(1000, replace(TRAINING, zero=replace(SMALL_BUCKETS, stage=3)), 1000) == 0
 
 
 def test_the_largest_micro_batch():

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import m2f.model.backbones.batch_norms
 import m2f.trainer.engine.module
 from m2f.data_pipeline.config import DataConfig, LargeScaleJitter, MixtureItem, ScaleJitter, ShortestEdgeCrop
 from m2f.model.config import (
@@ -18,6 +19,7 @@ from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.memory.probe import _fits, largest_shape, largest_that_fits, probe_memory, worst_batch
+from m2f.trainer.memory.shortage import is_out_of_memory
 
 MODEL = ModelConfig(
     backbone=TimmBackboneConfig(name="resnet10t", norm="group", options={"channels": (8, 16, 24, 32)}),
@@ -73,16 +75,62 @@ def test_a_probe_computes_what_a_step_does_and_leaves_no_trace(monkeypatch):
     batch = worst_batch(JOB, 2, targets=100)
     assert (batch.images.shape, batch.targets.valid.shape) == ((2, 3, 64, 64), (2, 8))
     assert batch.targets.id_maps.unique().tolist() == list(range(1, 9))
-    assert _fits(module, batch, share=1)
+    assert _fits(module, batch, beside=1000)
 
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", full)
-    assert not _fits(module, batch, share=1)
+    assert not _fits(module, batch, beside=1000)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("norm", ["native", "sync_batch"])
+def test_a_probe_teaches_norms_nothing_and_waits_for_no_rank(norm, monkeypatch):
+    model = replace(MODEL, backbone=replace(MODEL.backbone, norm=norm))
+    module = TrainingModule(build_model(model, pretrained_backbone=False), model, 0, "fp32")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert any(name.endswith("num_batches_tracked") for name in before)
+    monkeypatch.setattr(m2f.model.backbones.batch_norms.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(m2f.model.backbones.batch_norms.dist, "get_world_size", lambda: 2)
+
+    def wait(*arguments, **options):
+        raise AssertionError("the probe waits for the other ranks")
+
+    monkeypatch.setattr(m2f.model.backbones.batch_norms.dist, "all_reduce", wait)
+    assert _fits(module, worst_batch(JOB, 2, targets=3), beside=0)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("text", "is_full"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(...)`", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_libraries_of_cuda_say_in_their_own_words_that_memory_is_full(text, is_full, monkeypatch):
+    assert is_out_of_memory(RuntimeError(text)) == is_full
+    assert not is_out_of_memory(ValueError(text))
+    module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 0, "fp32")
+
+    def fail(*arguments):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(m2f.trainer.engine.module, "compute_losses", fail)
+    if is_full:
+        assert not _fits(module, worst_batch(JOB, 1, targets=1), beside=0)
+    else:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            _fits(module, worst_batch(JOB, 1, targets=1), beside=0)
 
 
 def test_many_segments_need_more_than_a_byte():
