@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from m2f.cluster.evaluation.choice import choose
 from m2f.data_pipeline.documents import parse_json
@@ -55,8 +55,7 @@ class Entry:
 class EvaluationQueue:
     """Entries of commits in one JSON object, written after every change.
 
-    A damaged one is not rebuilt: `commits/` says what there was to evaluate, and results do not say which commit they
-    are of, or what failed, was dropped or withdrawn.
+    A damaged one is made again at the start of a run, see `rebuild`.
 
     One process writes it; its threads may share it. An entry that was running when its process died waits again.
     """
@@ -164,6 +163,19 @@ def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
     if not storage.exists(url):
         return ()
     try:
-        return tuple(Entry(**row) for row in parse_json(storage.get(url)))
-    except (ValueError, TypeError) as error:
-        raise EvaluationError(f"{url}: not a queue of evaluations ({error}); delete it to evaluate again") from error
+        return tuple(_read_row(row) for row in parse_json(storage.get(url)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{url}: not a queue of evaluations ({error}); `m2f train` makes it again from the results"
+        ) from error
+
+
+def _read_row(row: Any) -> Entry:
+    entry = Entry(**row)
+    numbers = (entry.step, entry.queued_ms, *entry.metrics.values())
+    texts = (entry.checkpoint, entry.detail, entry.commit)
+    if entry.status not in get_args(Status) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a strange entry: {row!r:.80}")
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"an entry with a number that is none: {row!r:.80}")
+    return entry

@@ -61,7 +61,7 @@ class EvaluationService:
             raise
         except Exception:
             story = traceback.format_exc().encode()
-            self._storage.put(join(self._config.run_folder, _place(entry), "error.txt"), story)
+            self._storage.put(join(self._config.run_folder, place_of(entry.step), "error.txt"), story)
             raise
 
     def _evaluate_sets(self, entry: Entry, report: Report) -> Mapping[str, float]:
@@ -79,7 +79,7 @@ class EvaluationService:
         self._check_lease()
         for evaluation in evaluations:
             name = evaluation.results.subject.label
-            place = f"{_place(entry)}/{name}"
+            place = f"{place_of(entry.step)}/{name}"
             folder = write_files(
                 self._storage,
                 join(self._config.run_folder, place),
@@ -136,6 +136,6 @@ def queue_url(config: RunConfig) -> str:
     return join(config.run_folder, "evaluations", "queue.json")
 
 
-def _place(entry: Entry) -> str:
+def place_of(step: int) -> str:
     """Folder of an evaluation's files within the run folder."""
-    return f"evaluations/step_{entry.step:08d}"
+    return f"evaluations/step_{step:08d}"

@@ -14,12 +14,13 @@ from typing import Literal
 
 from m2f.cluster.evaluation.evaluate import check_sets
 from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.evaluation.rebuild import restore_queue
 from m2f.cluster.evaluation.service import look_s
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
-from m2f.cluster.train.continuation import check_continuation
+from m2f.cluster.train.continuation import check_continuation, with_pinned_weights
 from m2f.cluster.train.elastic import Resize, Sizes
 from m2f.cluster.train.failure_policy import (
     Attempt,
@@ -80,6 +81,7 @@ def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) ->
     """Train to `training.max_steps` with restarts after failures; see `run_training` and `train_locally`."""
     # A restarted driver works under the lease of its parent, which the store has answered.
     storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
+    config = with_pinned_weights(config, storage)
     job = compose_job(config, storage)
     check_continuation(job, storage)
     check_sets(config)
@@ -104,6 +106,8 @@ class _Supervisor:
         self._config, self._job, self._storage, self._launcher, self._lease = config, job, storage, launcher, lease
         self._adjustments = read_adjustments(storage, config.run_folder)
         self._tracked = create_run(config, lease.number)
+        if config.evaluation.sets and (restored := restore_queue(config, storage)) is not None:
+            print_err(restored)
         self._evaluations = launcher.evaluations(self._tracked) if config.evaluation.sets else None
         settled = [entry for entry in self._evaluations.entries() if entry.settled] if self._evaluations else []
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)

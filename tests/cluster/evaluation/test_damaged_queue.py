@@ -1,15 +1,171 @@
+"""A damaged queue of evaluations is made again from commits and results, at the next start of the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
 import pytest
 
-from m2f.cluster.evaluation.queue import read_entries
-from m2f.data_pipeline.storage.storage import Storage
+from m2f.cluster.evaluation.queue import EvaluationQueue, read_entries
+from m2f.cluster.evaluation.rebuild import DELETED, SUPERSEDED, restore_queue
+from m2f.cluster.evaluation.service import place_of, queue_url
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
+from m2f.trainer.checkpoint.commits import read_commits, record_commit, withdraw_commit
+from m2f.trainer.checkpoint.folder import (
+    EVALUATION_PIN,
+    MANIFEST,
+    WEIGHTS,
+    CheckpointManifest,
+    FileEntry,
+    checkpoint_url,
+    pins,
+)
+from m2f.trainer.reporting import CommittedCheckpoint
+
+RECIPE = """
+name: run
+datasets: {train: {shards: shards}, val: {shards: shards}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 50}
+evaluation: {sets: [{dataset: val}, {dataset: val, name: small, limit: 5}]}
+"""
+DAMAGED = '[{"step": 10, "check'
 
 
-@pytest.mark.parametrize("content", ["", '[{"step": 4, "check', '[{"strange": 1}]', "7"])
-def test_a_damaged_queue_is_one_message_with_its_remedy(tmp_path, content):
+@dataclass(frozen=True)
+class Run:
+    """A run folder that holds what ranks and evaluations leave there."""
+
+    config: RunConfig
+    storage: Storage
+
+    def commit(self, step: int, sha256: str) -> str:
+        url = checkpoint_url(self.config.run_folder, step, 1)
+        manifest = CheckpointManifest(step, 1, 1, {WEIGHTS: FileEntry(7, sha256)}).to_json()
+        self.storage.put(join(url, WEIGHTS), b"weights")
+        self.storage.put(join(url, MANIFEST), manifest)
+        record_commit(self.storage, CommittedCheckpoint(step, url), manifest)
+        return url
+
+    def delete(self, url: str) -> None:
+        for name in (MANIFEST, WEIGHTS):
+            self.storage.delete(join(url, name))
+
+    def evaluate(self, step: int, sha256: str | None, quality: float, sets: tuple[str, ...] = ("val", "small")) -> None:
+        settings = None if sha256 is None else {"weights": sha256}
+        content = {"step": step, "settings": settings, "metrics": {"PQ": quality, "AP": None}}
+        for name in sets:
+            url = join(self.config.run_folder, place_of(step), name, "results.json")
+            self.storage.put(url, json.dumps(content).encode())
+
+    def damage(self) -> None:
+        self.storage.put(queue_url(self.config), DAMAGED.encode())
+
+    def statuses(self) -> list[tuple[int, str]]:
+        return [(entry.step, entry.status) for entry in read_entries(self.storage, queue_url(self.config))]
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(parse_recipe(RECIPE, [f"output={tmp_path}"]), Storage())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        DAMAGED,
+        "7",
+        '[{"strange": 1}]',
+        '[{"step": "4", "checkpoint": "c", "queued_ms": 1}]',
+        '[{"step": 4, "checkpoint": "c", "queued_ms": 1, "status": "odd"}]',
+        '[{"step": 4, "checkpoint": "c", "queued_ms": 1, "metrics": 7}]',
+    ],
+)
+def test_verbs_that_only_read_a_damaged_queue_say_what_repairs_it(tmp_path, content):
     path = tmp_path / "queue.json"
     path.write_text(content)
-    with pytest.raises(
-        EvaluationError, match=r"queue\.json: not a queue of evaluations .*; delete it to evaluate again"
-    ):
+    with pytest.raises(EvaluationError, match=r"queue\.json: not a queue of .*; `m2f train` makes it again from the"):
         read_entries(Storage(), str(path))
+
+
+def test_a_whole_queue_and_none_are_left_alone(run):
+    assert restore_queue(run.config, run.storage) is None
+    assert not run.storage.exists(queue_url(run.config))
+    run.commit(10, "aa")
+    EvaluationQueue(run.storage, queue_url(run.config)).update(read_commits(run.storage, run.config.run_folder))
+    before = run.storage.get(queue_url(run.config))
+    assert restore_queue(run.config, run.storage) is None
+    assert run.storage.get(queue_url(run.config)) == before
+
+
+def test_results_of_the_same_weights_are_published_and_the_rest_waits(run):
+    run.commit(10, "aa")
+    run.evaluate(10, "aa", 41.0)
+    run.commit(20, "bb")
+    run.evaluate(20, "other", 42.0)  # of a commit that was withdrawn
+    run.commit(30, "cc")
+    run.evaluate(30, "cc", 43.0, sets=("val",))  # the process died before the second set
+    last = run.commit(40, "dd")
+    run.damage()
+    said = restore_queue(run.config, run.storage)
+    assert said is not None
+    assert "made again from commits and results: 1 published, 3 to evaluate" in said
+    assert run.statuses() == [(10, "published"), (20, "waiting"), (30, "waiting"), (40, "waiting")]
+    assert read_entries(run.storage, queue_url(run.config))[0].metrics == {"val/PQ": 41.0, "small/PQ": 41.0}
+    assert pins(run.storage, last) == (EVALUATION_PIN,)
+    assert run.storage.get(queue_url(run.config) + ".damaged") == DAMAGED.encode()
+    queue = EvaluationQueue(run.storage, queue_url(run.config))
+    assert queue.update(read_commits(run.storage, run.config.run_folder)) == ()  # the commits are those of the entries
+    assert [entry.step for entry in queue.entries()] == [10, 20, 30, 40]
+
+
+def test_a_deleted_checkpoint_is_published_where_its_step_was_committed_once(run):
+    run.delete(run.commit(10, "aa"))
+    run.evaluate(10, "aa", 41.0)
+    run.delete(run.commit(20, "bb"))
+    run.delete(run.commit(30, "cc"))
+    run.evaluate(30, None, 42.0)  # as version 0.1 wrote them
+    run.damage()
+    restore_queue(run.config, run.storage)
+    assert run.statuses() == [(10, "published"), (20, "dropped"), (30, "published")]
+    assert read_entries(run.storage, queue_url(run.config))[1].detail == DELETED
+
+
+def test_a_step_that_was_committed_again_replaces_the_points_of_the_first_commit(run):
+    url = run.commit(10, "aa")
+    run.evaluate(10, "aa", 41.0)
+    withdraw_commit(run.storage, url)
+    run.commit(10, "bb")
+    run.damage()
+    restore_queue(run.config, run.storage)
+    assert run.statuses() == [(10, "withdrawn"), (10, "waiting")]
+    queue = EvaluationQueue(run.storage, queue_url(run.config))
+    again, _ = queue.take("every")
+    assert again is not None
+    assert queue.replaces(again)
+
+
+def test_with_the_policy_latest_only_newer_checkpoints_wait_again(run):
+    config = parse_recipe(RECIPE, [f"output={run.config.output}", "evaluation.policy=latest"])
+    for step, sha256 in ((10, "aa"), (20, "bb"), (30, "cc")):
+        run.commit(step, sha256)
+    run.evaluate(20, "bb", 42.0)
+    run.damage()
+    restore_queue(config, run.storage)
+    assert run.statuses() == [(10, "dropped"), (20, "published"), (30, "waiting")]
+    assert read_entries(run.storage, queue_url(config))[0].detail == SUPERSEDED
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"metrics": 3}', '{"settings": 4, "metrics": {}}'])
+def test_damaged_results_are_made_again(run, content):
+    run.commit(10, "aa")
+    run.evaluate(10, "aa", 41.0)
+    run.storage.put(join(run.config.run_folder, place_of(10), "val", "results.json"), content.encode())
+    run.damage()
+    restore_queue(run.config, run.storage)
+    assert run.statuses() == [(10, "waiting")]

@@ -124,6 +124,12 @@ def test_a_killed_rank_is_started_again_and_checkpoints_are_evaluated_at_the_end
     assert results["metrics"]["PQ"] == summary.evaluations[-1].metrics["val/PQ"]
     assert not list(Path(config.run_folder).glob("checkpoints/*/pins/*"))
     assert train_locally(config).evaluations == summary.evaluations  # nothing is left to do
+    queue = Path(config.run_folder) / "evaluations/queue.json"
+    queue.write_text(queue.read_text()[:200])
+    capsys.readouterr()
+    rebuilt = train_locally(config).evaluations
+    assert [replace(entry, queued_ms=0) for entry in summary.evaluations] == list(rebuilt)
+    assert "made again from commits and results: 3 published, 0 to evaluate" in capsys.readouterr().err
 
 
 def test_points_that_the_driver_did_not_track_are_tracked_by_the_next_start(make_config, calm, monkeypatch):

@@ -1,0 +1,132 @@
+"""The queue of a run's evaluations, made again from commits and results where its file is damaged."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, read_entries
+from m2f.cluster.evaluation.service import place_of, queue_url
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.documents import DocumentError, parse_json
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.eval.errors import EvaluationError
+from m2f.trainer.checkpoint.commits import Commit, read_commits
+from m2f.trainer.checkpoint.folder import EVALUATION_PIN, MANIFEST, checkpoint_url, pin
+from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
+from m2f.trainer.errors import CheckpointError
+
+DELETED = "the queue was damaged, and this checkpoint had no results and is deleted"
+SUPERSEDED = "a newer one was evaluated"
+
+
+def restore_queue(config: RunConfig, storage: Storage) -> str | None:
+    """Make a damaged queue again and keep its file beside it; what was done, in a line, or None for a whole one.
+
+    Called by the holder of the lease before anything else reads the queue.
+    """
+    url = queue_url(config)
+    try:
+        read_entries(storage, url)
+        return None
+    except EvaluationError as error:
+        reason = error.__cause__
+    storage.put(f"{url}.damaged", storage.get(url))
+    entries = rebuilt_entries(config, storage)
+    for entry in entries:
+        if not entry.settled:  # an evaluation that failed had let go of it
+            pin(storage, entry.checkpoint, EVALUATION_PIN)
+    storage.put(url, json.dumps([asdict(entry) for entry in entries], indent=1).encode())
+    counts = Counter(entry.status for entry in entries)
+    return (
+        f"{url} was damaged ({reason}) and is made again from commits and results: {counts['published']} published, "
+        f"{counts['waiting']} to evaluate; the damaged file is kept as {url}.damaged"
+    )
+
+
+def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
+    """An entry for every commit, by ascending step.
+
+    Published are those whose weights the results of all sets name. Of a deleted checkpoint nobody can tell the weights;
+    it is published where its step was committed once. What failed or was dropped waits again while its checkpoint is
+    there, with the policy `latest` only if it is newer than what was evaluated.
+    """
+    found = read_commits(storage, config.run_folder)
+    times = Counter(_step_of(name) for name in [*(commit.name for commit in found.commits), *found.withdrawn])
+    results = {step: _results_of(config, storage, step) for step in times}
+    entries = [
+        _entry(commit, storage, results[commit.checkpoint.step], times[commit.checkpoint.step] == 1)
+        for commit in found.commits
+    ]
+    if config.evaluation.policy == "latest":
+        newest = max((entry.step for entry in entries if entry.status == "published"), default=0)
+        entries = [_superseded(entry, newest) for entry in entries]
+    for name in found.withdrawn:
+        step, lease, _ = name.split("-")
+        url = checkpoint_url(config.run_folder, int(step), int(lease))
+        if (published := results[int(step)]) is not None:  # whose points a later evaluation of the step replaces
+            entries.append(Entry(int(step), url, 0, "withdrawn", WITHDRAWN, published.metrics, name))
+    return tuple(sorted(entries, key=lambda entry: (entry.step, entry.status != "withdrawn")))
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What the published files of a step say."""
+
+    weights: str | None
+    """SHA-256; None where an earlier version wrote them."""
+    metrics: Mapping[str, float]
+    """Headline numbers of all sets."""
+
+
+def _results_of(config: RunConfig, storage: Storage, step: int) -> _Results | None:
+    """None where a set of the recipe has no results, damaged ones, or those of other weights than the others."""
+    weights, metrics = set[str | None](), dict[str, float]()
+    for evaluated in config.evaluation.sets:
+        url = join(config.run_folder, place_of(step), evaluated.label, "results.json")
+        if not storage.exists(url):
+            return None
+        try:
+            content = parse_json(storage.get(url))
+            weights.add((content.get("settings") or {}).get("weights"))
+            metrics |= _numbers(content["metrics"], evaluated.label)
+        except (DocumentError, KeyError, TypeError, ValueError, AttributeError):
+            return None
+    return _Results(weights.pop(), metrics) if len(weights) == 1 else None
+
+
+def _numbers(metrics: Mapping[str, Any], label: str) -> dict[str, float]:
+    return {f"{label}/{name}": float(value) for name, value in metrics.items() if value is not None}
+
+
+def _entry(commit: Commit, storage: Storage, results: _Results | None, is_only: bool) -> Entry:
+    step, url = commit.checkpoint.step, commit.checkpoint.url
+    is_there = storage.exists(join(url, MANIFEST))
+    weights = _weights_of(url, storage) if is_there else None
+    if results is not None:
+        knows_both = weights is not None and results.weights is not None
+        if weights == results.weights if knows_both else is_only:
+            return Entry(step, url, 0, "published", metrics=results.metrics, commit=commit.name)
+    if not is_there:
+        return Entry(step, url, 0, "dropped", DELETED, commit=commit.name)
+    return Entry(step, url, 0, commit=commit.name)
+
+
+def _superseded(entry: Entry, newest: int) -> Entry:
+    if entry.settled or entry.step > newest:
+        return entry
+    return Entry(entry.step, entry.checkpoint, 0, "dropped", SUPERSEDED, commit=entry.commit)
+
+
+def _weights_of(url: str, storage: Storage) -> str | None:
+    try:
+        return stated_sha256(weights_url(url, storage), storage)
+    except CheckpointError:
+        return None
+
+
+def _step_of(commit: str) -> int:
+    return int(commit.partition("-")[0])
