@@ -6,8 +6,21 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from m2f.data_pipeline.categories import Task
+from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 from m2f.model.errors import ConfigError
-from m2f.model.limits import ABOVE_0, FROM_0, FROM_1, MEGABYTES, PART, PIXELS, SECONDS, STEPS, Section
+from m2f.model.limits import (
+    ABOVE_0,
+    FROM_0,
+    FROM_1,
+    GIGABYTES,
+    MEGABYTES,
+    PART,
+    PIXELS,
+    SECONDS,
+    SECONDS_FROM_0,
+    STEPS,
+    Section,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +30,9 @@ class StorageConfig(Section):
     endpoint_url: str | None = None
     """S3-compatible endpoint; None takes AWS_ENDPOINT_URL, else AWS itself."""
     region: str | None = None
-    patience_s: Annotated[float, FROM_0] = 600.0
-    """Seconds. A request that fails for a passing reason is repeated for so long, once the store has answered this run;
+    """Region of the store; None takes that of the AWS settings of this machine."""
+    patience_s: Annotated[float, SECONDS_FROM_0] = 600.0
+    """A request that fails for a passing reason is repeated for so long, once the store has answered this run;
     before that for 20 s, as a wrong endpoint is a mistake."""
     read_timeout_s: Annotated[float, SECONDS] = 60.0
     """Without an answer or further bytes a request is repeated after so long."""
@@ -30,9 +44,11 @@ class SyntheticSource(Section):
 
     kind: Literal["synthetic"] = "synthetic"
     num_images: Annotated[int, FROM_1] = 1000
+    """Images that are made."""
     seed: Annotated[int, FROM_0] = 0
     """Sets with different seeds share no image."""
     image_id_start: Annotated[int, FROM_0] = 1
+    """Id of the first image; the others count up from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +59,7 @@ class CocoPanopticSource(Section):
     images: str
     """Folder of the images."""
     panoptic_json: str
+    """JSON file with images, categories and the segments of every image."""
     panoptic_masks: str
     """Folder of the PNGs whose colours are segment ids."""
     instances_json: str | None = None
@@ -55,7 +72,9 @@ class CocoInstancesSource(Section):
 
     kind: Literal["coco_instances"] = "coco_instances"
     images: str
+    """Folder of the images."""
     instances_json: str
+    """JSON file with images, categories and annotations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +83,9 @@ class LabelMapSource(Section):
 
     kind: Literal["label_maps"] = "label_maps"
     images: str
+    """Folder of the images."""
     labels: str
+    """Folder of the class maps: PNGs whose pixel values are labels."""
     categories: str
     """JSON list of `{label, name, color, isthing}`; `label` is the pixel value."""
     void: tuple[int, ...] = (255,)
@@ -79,7 +100,9 @@ class HuggingFaceSource(Section):
 
     kind: Literal["huggingface"] = "huggingface"
     images: str
+    """Folder of the images."""
     annotations: str
+    """Folder of the colour PNGs."""
     categories: str
     """JSON list of `{label, name, color, isthing}`; `label` is the value of the red channel."""
     void: tuple[int, ...] = (0, 255)
@@ -92,6 +115,7 @@ class YoloSegSource(Section):
 
     kind: Literal["yolo_seg"] = "yolo_seg"
     images: str
+    """Folder of the images."""
     labels: str
     """Folder of the text files, which have the names of the images."""
     data_yaml: str
@@ -104,6 +128,7 @@ class LabelmeSource(Section):
 
     kind: Literal["labelme"] = "labelme"
     images: str
+    """Folder of the images."""
     annotations: str
     """Folder of the JSON files; may be that of the images."""
     classes: tuple[str, ...] = ()
@@ -116,6 +141,7 @@ class CvatSource(Section):
 
     kind: Literal["cvat"] = "cvat"
     images: str
+    """Folder of the images."""
     annotations: str
     """The file annotations.xml."""
 
@@ -143,7 +169,9 @@ class ColorMapSource(Section):
 
     kind: Literal["color_maps"] = "color_maps"
     images: str
+    """Folder of the images."""
     labels: str
+    """Folder of the RGB maps."""
     legend: str
     """`labelmap.txt` (`name:r,g,b::`), `class_dict.csv` (`name,r,g,b`) or `label_colors.txt` (`r g b name`)."""
     void: tuple[str, ...] = ("void", "unlabeled", "unlabelled")
@@ -158,7 +186,9 @@ class CocoStuffSource(Section):
 
     kind: Literal["coco_stuff"] = "coco_stuff"
     images: str
+    """Folder of the images."""
     labels: str
+    """Folder of the pixel maps."""
     label_names: str
     """The release's `labels.txt`: `id: name` per line."""
 
@@ -169,6 +199,7 @@ class Ade20kSource(Section):
 
     kind: Literal["ade20k"] = "ade20k"
     images: str
+    """Folder of the images."""
     annotations: str
     """Folder of the label maps."""
     instances: str | None = None
@@ -206,7 +237,9 @@ class CityscapesPanopticSource(Section):
     images: str
     """Folder `leftImg8bit/<split>`; images are found by their ids."""
     panoptic_json: str
+    """JSON file with images, categories and the segments of every image."""
     panoptic_masks: str
+    """Folder of the PNGs whose colours are segment ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +248,7 @@ class MapillarySource(Section):
 
     kind: Literal["mapillary"] = "mapillary"
     images: str
+    """Folder of the images."""
     instances: str
     """Folder of the 16-bit PNGs: `<split>/instances` (older copies of 1.2) or `<split>/<version>/instances`."""
     config_json: str
@@ -252,28 +286,6 @@ SourceConfig = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartConfig(Section):
-    """A part of a source that has no split of its own; the same images in every run."""
-
-    take: Literal["train", "val"]
-    val_share: Annotated[float, PART] = 0.2
-    """Share of the groups that are for validation; at least one group."""
-    group: str | None = None
-    """Regular expression: images with the same match (its first group, if it has one) at the start of their keys stay
-    together, for example `[^_]+`. None: every image is a group."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileConfig(Section):
-    """Large images are cut into tiles when shards are written; objects are cut at the borders of tiles."""
-
-    above_megapixels: Annotated[float, FROM_0] = 20.0
-    """Images with more than so many 10^6 pixels are cut."""
-    side: Annotated[int, PIXELS] = 2048
-    """Longest side of a tile. Tiles of an image are nearly equal and do not overlap."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DatasetConfig(Section):
     """One data set: where its shards live and, to make them, where it comes from."""
 
@@ -296,17 +308,17 @@ class DatasetConfig(Section):
     """Larger images are refused from their header, before decoding."""
 
 
-Shrink = Literal["area", "bilinear"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class LargeScaleJitter(Section):
     """Flip, resize by a random scale, crop or pad to a square (COCO recipe)."""
 
     kind: Literal["lsj"] = "lsj"
     size: Annotated[int, PIXELS] = 1024
+    """Side of the square that the network gets."""
     min_scale: Annotated[float, ABOVE_0] = 0.1
+    """Smallest scale that is drawn: at scale 1 the longer side of an image is as long as the square."""
     max_scale: Annotated[float, ABOVE_0] = 2.0
+    """Largest scale that is drawn; scales are uniform between the two."""
     shrink: Literal["area", "bilinear"] = "area"
     """`area`: bilinear, but averaging areas where an image shrinks. `bilinear`: Pillow's antialiased interpolation, the
     pixels of the official code; resizes the whole image before it is cropped, which takes longer."""
@@ -325,11 +337,15 @@ class ShortestEdgeCrop(Section):
 
     kind: Literal["shortest_edge"] = "shortest_edge"
     shortest_edges: Annotated[tuple[int, ...], PIXELS]
+    """Lengths of the shorter side, one of which is drawn for each image."""
     max_size: Annotated[int, PIXELS]
+    """Longer side at most; the shorter one then gets below the length that was drawn."""
     crop: Annotated[tuple[int, int], PIXELS]
     """Height and width of the crop; smaller images are padded to it."""
     color: bool = True
+    """Change brightness, contrast, saturation and hue at random."""
     shrink: Literal["area", "bilinear"] = "area"
+    """How images are resized, see `shrink` of `lsj`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -345,11 +361,14 @@ class ScaleJitter(Section):
 
     kind: Literal["scale"] = "scale"
     shortest_edges: Annotated[tuple[int, ...], PIXELS] = (640, 672, 704, 736, 768, 800)
+    """Lengths of the shorter side, one of which is drawn for each image."""
     max_size: Annotated[int, PIXELS] = 1333
+    """Longer side at most; the shorter one then gets below the length that was drawn."""
     crop_first: Annotated[tuple[int, int] | None, PIXELS] = None
     """Of half of the images only a part is taken: resized to a shortest edge of 400, 500 or 600, the part's sides are
     drawn between these two. DETR and MaskFormer have [384, 600]."""
     shrink: Literal["area", "bilinear"] = "area"
+    """How images are resized, see `shrink` of `lsj`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -368,7 +387,7 @@ def _check_edges(shortest_edges: tuple[int, ...], max_size: int) -> None:
 
 
 AugmentConfig = LargeScaleJitter | ShortestEdgeCrop | ScaleJitter
-
+Shrink = Literal["area", "bilinear"]
 CropPadding = Literal["mean", "grey"]
 Rasterise = Literal["source", "crop"]
 
@@ -398,8 +417,7 @@ class MixtureItem(Section):
     limit: Annotated[int | None, FROM_1] = None
     """At most so many images, chosen in the same way."""
     repeat_threshold: Annotated[float | None, PART] = None
-    """Show images of rare classes more often: a class in a share f of the images is repeated sqrt(repeat_threshold / f)
-    times where that is above 1 (LVIS: 0.001)."""
+    """Show rare classes more often: in a share f of the images, sqrt(repeat_threshold / f) times (LVIS: 0.001)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,7 +426,7 @@ class CacheConfig(Section):
 
     folder: str
     """Folder on a local disk; may be shared by runs."""
-    max_gb: Annotated[float, ABOVE_0]
+    max_gb: Annotated[float, GIGABYTES]
     """Limit of its size (10^9 bytes). What is wanted last is given up first; a full disk only makes it smaller."""
 
 
@@ -417,8 +435,11 @@ class DataConfig(Section):
     """What training reads."""
 
     task: Task = "panoptic"
+    """What the model learns: segments of all pixels, objects, or a class for every pixel."""
     train: tuple[MixtureItem, ...]
+    """Data sets that are mixed for training, with their shares."""
     augment: AugmentConfig = field(default_factory=LargeScaleJitter)
+    """How an image is changed at random and brought to the size that the network gets."""
     copy_paste: CopyPasteConfig | None = None
     """Paste objects of other images; needs an `augment` with a fixed size (`lsj` or `shortest_edge`)."""
     crop_padding: Literal["mean", "grey"] = "mean"
@@ -435,6 +456,7 @@ class DataConfig(Section):
     workers: Annotated[int, FROM_0] = 2
     """Loader processes per rank; 0 = one thread in the training process."""
     prefetch_steps: Annotated[int, STEPS] = 2
+    """Batches of so many steps are prepared ahead."""
     chunk_mb: Annotated[float, MEGABYTES] = 4.0
     """Size of one ranged read in MB."""
     lanes: Annotated[int, FROM_1] = 192
@@ -443,6 +465,7 @@ class DataConfig(Section):
     window: Annotated[int, FROM_1] = 32
     """Shuffle window of a lane in samples. All ranks together hold the files of about lanes x window samples."""
     cache: CacheConfig | None = None
+    """Keep what was read from an object store on a local disk; None reads it again in every epoch."""
     max_bad_samples: Annotated[int, FROM_0] = 0
     """How many samples may stay damaged or unreadable before training stops. Each is reported, and the next good one of
     the order is shown at its position; 0 stops at the first."""

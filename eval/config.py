@@ -145,15 +145,19 @@ class EvaluationConfig(Section):
     policy: Literal["every", "latest"] = "every"
     """Evaluate every committed checkpoint, or drop stale ones that still wait."""
     shortest_edge: Annotated[int, PIXELS] = 800
+    """Shorter side of an image in the network, unless the longer one would exceed `max_size`."""
     max_size: Annotated[int, PIXELS] = 1333
-    """Test-time resize: shorter side to `shortest_edge`, longer side at most `max_size`."""
+    """Longer side of an image in the network at most."""
     shrink: Literal["area", "bilinear"] = "area"
     """How test images are resized: as `data.augment.shrink` says; `bilinear` is that of the official code."""
     batch_size: Annotated[int, FROM_1] = 1
     """Images per forward; fixed by the manifest's order, so results do not depend on the actors."""
     actors: Annotated[int, FROM_1] = 1
+    """Processes that evaluate at the same time."""
     num_cpus_per_actor: Annotated[float, FROM_0] = 1.0
+    """CPUs that Ray reserves for each of them."""
     num_gpus_per_actor: Annotated[float, FROM_0] = 0.0
+    """GPUs that Ray reserves for each of them; a part such as 0.5 shares one, 0 evaluates on the CPU."""
     resources_per_actor: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
     threads: Annotated[int, FROM_1] = 1

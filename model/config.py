@@ -42,8 +42,11 @@ class SwinBackboneConfig(Section):
     embed_dim: Annotated[int, FROM_1] = 96
     """Channels at stride 4; they double with every stage."""
     depths: Annotated[tuple[int, int, int, int], FROM_1] = (2, 2, 6, 2)
+    """Blocks in each of the four stages."""
     num_heads: Annotated[tuple[int, int, int, int], FROM_1] = (3, 6, 12, 24)
+    """Attention heads in the blocks of each stage."""
     window_size: Annotated[int, FROM_1] = 7
+    """Side of an attention window, in patches."""
     drop_path: Annotated[float, BELOW_1] = 0.3
     """Probability that a sample skips a residual branch of the last block; it grows linearly from 0 with the depth."""
     pretrained: str | None = None
@@ -81,12 +84,15 @@ class MSDeformAttnPixelDecoderConfig(Section):
     mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
     num_layers: Annotated[int, FROM_1] = 6
+    """Layers of the encoder."""
     num_heads: Annotated[int, FROM_1] = 8
+    """Attention heads per layer."""
     num_points: Annotated[int, FROM_1] = 4
     """Sampling points per head and level."""
     feedforward_dim: Annotated[int, FROM_1] = 1024
     """The official code has 1024 although its recipes say 2048."""
     dropout: Annotated[float, BELOW_1] = 0.0
+    """Probability with which an activation is set to 0 in training."""
     checkpointing: bool = False
     """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass: with an R50 a
     little more than half the memory per image, for about an eighth more multiply-adds."""
@@ -170,9 +176,13 @@ class TransformerFPNPixelDecoderConfig(Section):
     mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
     num_layers: Annotated[int, FROM_1] = 6
+    """Layers of the encoder."""
     num_heads: Annotated[int, FROM_1] = 8
+    """Attention heads per layer."""
     feedforward_dim: Annotated[int, FROM_1] = 2048
+    """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.1
+    """Probability with which an activation is set to 0 in training."""
     checkpointing: bool = False
     """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass."""
 
@@ -209,12 +219,17 @@ class MaskedTransformerDecoderConfig(Section):
 
     kind: Literal["masked"] = "masked"
     num_queries: Annotated[int, FROM_1] = 100
+    """Segments that the model can predict in one image."""
     num_layers: Annotated[int, FROM_1] = 9
     """Layers after the learnable queries; the official recipes write 10 for these 9."""
     hidden_dim: Annotated[int, FROM_1] = 256
+    """Channels of a query."""
     num_heads: Annotated[int, FROM_1] = 8
+    """Attention heads per layer."""
     feedforward_dim: Annotated[int, FROM_1] = 2048
+    """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.0
+    """Probability with which an activation is set to 0 in training."""
     attention: Literal["masked", "cross", "smca", "mask_pooling"] = "masked"
     """How queries look at the image (Table 4c): inside their predicted masks; everywhere; everywhere with a Gaussian
     prior (SMCA); as the mean over their predicted masks, without attention (K-Net's pooling)."""
@@ -247,11 +262,17 @@ class StandardTransformerDecoderConfig(Section):
 
     kind: Literal["standard"] = "standard"
     num_queries: Annotated[int, FROM_1] = 100
+    """Segments that the model can predict in one image."""
     num_layers: Annotated[int, FROM_1] = 6
+    """Layers of the decoder."""
     hidden_dim: Annotated[int, FROM_1] = 256
+    """Channels of a query."""
     num_heads: Annotated[int, FROM_1] = 8
+    """Attention heads per layer."""
     feedforward_dim: Annotated[int, FROM_1] = 2048
+    """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.1
+    """Probability with which an activation is set to 0 in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,14 +302,19 @@ class LossConfig(Section):
     """Where the loss is computed (Table 5): at importance-sampled points, or on every pixel of the input, to which
     the predicted masks are resized as in MaskFormer."""
     class_weight: Annotated[float, FROM_0] = 2.0
+    """Weight of the cross-entropy of classes, in the loss and in the matching cost."""
     mask_weight: Annotated[float, FROM_0] = 5.0
+    """Weight of the loss of pixels, in the loss and in the matching cost."""
     dice_weight: Annotated[float, FROM_0] = 5.0
+    """Weight of the dice loss of masks, in the loss and in the matching cost."""
     no_object_weight: Annotated[float, FROM_0] = 0.1
     """Class weight of "no object" in the cross-entropy."""
     num_points: Annotated[int, FROM_1] = 12544
     """Points per mask in the matcher and in the losses (112 x 112)."""
     oversample_ratio: Annotated[float, FROM_1] = 3.0
+    """Random candidates per point, of which the losses keep the most uncertain."""
     importance_sample_ratio: Annotated[float, SHARE] = 0.75
+    """Share of the points of the losses that are chosen by uncertainty; the others are uniform."""
     class_norm: Literal["global", "per_rank"] = "global"
     """Denominator of the class loss: over the whole global batch, or per rank and micro-batch as the official code."""
 
@@ -313,17 +339,24 @@ class ModelConfig(Section):
     """The whole model. `num_classes` comes from the category table of the data and is not written in recipes."""
 
     backbone: BackboneConfig = field(default_factory=TimmBackboneConfig)
+    """The network that turns an image into features."""
     pixel_decoder: PixelDecoderConfig = field(default_factory=MSDeformAttnPixelDecoderConfig)
+    """What turns the features of the backbone into features of several scales and embeddings of pixels."""
     transformer_decoder: TransformerDecoderConfig = field(default_factory=MaskedTransformerDecoderConfig)
+    """What turns queries and features into classes and masks."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Losses, their weights and the matching of predictions with targets."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    """How predictions become segments."""
     num_classes: Annotated[int | None, FROM_1] = None
     """Number of classes without "no object"; None until the category table is known."""
     weights: str | None = None
     """Path or URL of weights to start from: a file of ours, an official checkpoint, a Hugging Face folder, or published
     weights of the backbone alone. None starts from the initialisation."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Mean of red, green and blue that is subtracted, of 0 to 255; the default is ImageNet's."""
     pixel_std: Annotated[tuple[float, float, float], ABOVE_0] = (58.395, 57.12, 57.375)
+    """Standard deviation of red, green and blue that is divided by; the default is ImageNet's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,9 +47,13 @@ SHARE = Range(0, 1)
 PART = Range(0, 1, above=True)
 BELOW_1 = Range(0, 1, below=True)
 PIXELS = Range(1, unit="pixels")
+MEGAPIXELS = Range(0, unit="megapixels")
 STEPS = Range(1, unit="steps")
+STEPS_FROM_0 = Range(0, unit="steps")
 SECONDS = Range(0, above=True, unit="seconds")
+SECONDS_FROM_0 = Range(0, unit="seconds")
 MEGABYTES = Range(0, above=True, unit="MB")
+GIGABYTES = Range(0, above=True, unit="GB")
 
 
 class Section:

@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from m2f.model.errors import ConfigError
-from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, PART, SECONDS, STEPS, Range, Section
+from m2f.model.limits import (
+    ABOVE_0,
+    BELOW_1,
+    FROM_0,
+    FROM_1,
+    PART,
+    SECONDS,
+    SECONDS_FROM_0,
+    STEPS,
+    STEPS_FROM_0,
+    Range,
+    Section,
+)
 
 TWO_STEPS = Range(2, unit="steps")
 
@@ -16,12 +28,17 @@ class OptimizerConfig(Section):
     """AdamW with the official parameter groups: no decay on norms and embeddings, a lower rate on the backbone."""
 
     lr: Annotated[float, ABOVE_0] = 1e-4
+    """Learning rate of all but the backbone, which the schedule multiplies."""
     weight_decay: Annotated[float, FROM_0] = 0.05
+    """Decoupled weight decay: each update subtracts learning rate times this times the weight."""
     backbone_lr_multiplier: Annotated[float, FROM_0] = 0.1
+    """Learning rate of the backbone, as a multiple of `lr`."""
     layer_decay: Annotated[float, PART] = 1.0
     """Learning rates of the backbone shrink by this factor per block, counted from its top; 1 treats all alike."""
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
+    """Decay rates of the averages of gradients and of their squares."""
     eps: Annotated[float, ABOVE_0] = 1e-8
+    """Added to the root of the averaged squares, so that no division is by 0."""
     clip_norm: Annotated[float, FROM_0] = 0.01
     """Global L2 norm of all gradients over all groups and ranks; 0 switches clipping off."""
 
@@ -32,7 +49,9 @@ class PolySchedule(Section):
 
     kind: Literal["poly"] = "poly"
     power: Annotated[float, FROM_0] = 0.9
-    warmup_steps: Annotated[int, FROM_0] = 0
+    """Exponent: 1 falls linearly, less stays high for longer."""
+    warmup_steps: Annotated[int, STEPS_FROM_0] = 0
+    """Steps over which the learning rate rises linearly to that of the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +62,9 @@ class MultiStepSchedule(Section):
     milestones: Annotated[tuple[int, ...], STEPS]
     """Steps at which the rate drops."""
     gamma: Annotated[float, ABOVE_0] = 0.1
-    warmup_steps: Annotated[int, FROM_0] = 0
+    """Factor on the learning rate at every milestone."""
+    warmup_steps: Annotated[int, STEPS_FROM_0] = 0
+    """Steps over which the learning rate rises linearly to that of the schedule."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,9 +84,11 @@ class ZeroConfig(Section):
     """DeepSpeed ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = 1
+    """What is divided among the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too."""
     reduce_bucket_size: Annotated[int, FROM_1] = 12_500_000
     """Elements per gradient bucket; DeepSpeed's 5e8 is more than the whole model and prevents overlap."""
     overlap_comm: bool = True
+    """Exchange gradients while the backward pass goes on; with several ranks and stage 1, 2 or 3."""
     param_persistence_threshold: Annotated[int, FROM_0] = 100_000
     """Stage 3: parameters with fewer elements stay whole on every rank."""
     offload_optimizer: bool = False
@@ -82,6 +105,7 @@ class CheckpointConfig(Section):
     """When checkpoints are taken and how many are kept."""
 
     every_steps: Annotated[int, STEPS] = 5000
+    """Steps from one checkpoint to the next; one more follows the last step."""
     keep: Annotated[int, FROM_1] = 3
     """Newest checkpoints kept; pinned ones (being evaluated) stay besides."""
     best_metric: str | None = None
@@ -122,14 +146,20 @@ class TrainingConfig(Section):
     pixel_decoder_fp32: bool = False
     """Compute the pixel decoder in fp32 under bf16_autocast too; slower."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW: rates, decay and clipping."""
     schedule: ScheduleConfig = field(default_factory=PolySchedule)
+    """How the learning rate changes over the steps."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """What DeepSpeed divides among the ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are taken and which are kept."""
     ema_decay: Annotated[float, BELOW_1] = 0.0
     """Decay of the moving average of the weights, which is then what evaluations use; 0 keeps no average."""
     log_every_steps: Annotated[int, STEPS] = 20
+    """Steps from one point of the curves, and line of the log, to the next."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    max_skipped_steps: Annotated[int, FROM_0] = 20
+    """What is done when the loss leaves its usual range."""
+    max_skipped_steps: Annotated[int, STEPS_FROM_0] = 20
     """Steps in a row with non-finite gradients after which the run stops."""
     deterministic: bool = False
     """Deterministic kernels on GPU (slower); CPU runs are deterministic in any case."""
@@ -142,7 +172,7 @@ class TrainingConfig(Section):
     collective_timeout_s: Annotated[float, SECONDS] = 1200.0
     """Seconds that a rank waits for the others before the attempt ends. With data or the run folder in S3 more than
     `storage.patience_s` and `stall_timeout_s` together, as one rank may wait so long for the storage."""
-    stall_timeout_s: Annotated[float, FROM_0] = 300.0
+    stall_timeout_s: Annotated[float, SECONDS_FROM_0] = 300.0
     """A rank that spends this long in one phase of a step (data, forward pass, update, ...) stalls the run: the stacks
     of all ranks are written and the attempt ends. Less than collective_timeout_s, or that ends it first and says less;
     0 switches it off."""

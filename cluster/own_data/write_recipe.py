@@ -11,7 +11,8 @@ from m2f.cluster.own_data.choices import Choices, Machine
 from m2f.cluster.own_data.map_pairs import NO_NAMES
 from m2f.cluster.own_data.sets import Form
 from m2f.data_pipeline.categories import Task
-from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, PartConfig, SourceConfig, TileConfig
+from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SourceConfig
+from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 
 _TASK_OF: Mapping[str, Task] = {
     "coco_panoptic": "panoptic",

@@ -27,7 +27,9 @@ class ClusterConfig(Section):
     """Training workers (one per GPU). `[min, max]`: as many as the cluster has room for; the run shrinks when nodes are
     lost and grows when they come back, with the global batch, the data order and the optimizer state kept."""
     num_cpus_per_worker: Annotated[float, FROM_0] = 1.0
+    """CPUs that Ray reserves for each training worker; `training.threads` says how many it uses."""
     num_gpus_per_worker: Annotated[float, FROM_0] = 0.0
+    """GPUs that Ray reserves for each training worker; 0 trains on the CPU."""
     resources_per_worker: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{trainer: 1}`: it runs only on nodes that offer them."""
     max_failures: Annotated[int, FROM_0] = 3
@@ -66,6 +68,7 @@ class TrackingConfig(Section):
     uri: str | None = None
     """Tracking server; None takes MLFLOW_TRACKING_URI, else sqlite under the run folder."""
     experiment: str = "m2f"
+    """Name of the MLflow experiment that gets the run; it is made where it does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +80,23 @@ class RunConfig(Section):
     output: str = "runs"
     """Folder or `s3://` prefix under which the run folder is made."""
     seed: int = 0
+    """Whole number from which the order of images, augmentation, random weights and loss points follow."""
     storage: StorageConfig = field(default_factory=StorageConfig)
+    """How `s3://` URLs are reached."""
     datasets: Mapping[str, DatasetConfig]
+    """Data sets by name; other settings refer to them by these names."""
     data: DataConfig
+    """What training reads, and how images are augmented."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Network, losses and post-processing."""
     training: TrainingConfig
+    """Steps, batch, optimizer, checkpoints and what happens after failures."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is computed for every checkpoint, on which sets and with what resources."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Number of workers, their resources and the Ray cluster they run on."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where MLflow keeps the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

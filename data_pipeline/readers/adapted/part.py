@@ -6,8 +6,8 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from m2f.data_pipeline.config import PartConfig
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.source_parts import PartConfig
 
 
 def part_indices(keys: Sequence[str], part: PartConfig) -> tuple[int, ...]:

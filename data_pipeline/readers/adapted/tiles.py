@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.config import TileConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_rgb, encode_png, frame_orientation, read_header
 from m2f.data_pipeline.readers.files import make_key, shown_size
 from m2f.data_pipeline.readers.masks import pixel_box
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample, Segment, id_dtype
+from m2f.data_pipeline.source_parts import TileConfig
 
 if TYPE_CHECKING:
     from m2f.data_pipeline.readers import Reader

@@ -13,14 +13,13 @@ from m2f.data_pipeline.config import (
     DatasetConfig,
     LabelMapSource,
     LabelmeSource,
-    PartConfig,
-    TileConfig,
     VocSource,
     YoloSegSource,
 )
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import dataset_fingerprint, open_dataset, open_reader, source_fingerprint
+from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 from tests import tool_exports
 
 
