@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from m2f.model.errors import ConfigError
 from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, SHARE, Section
+from m2f.model.weights.packages import packaged_weights
+from m2f.model.weights.sources import HUB, PACKAGE, HubAddress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,8 @@ class TimmBackboneConfig(Section):
     pretrained: bool = False
     """Fetch timm's published weights of this name. Needs a network; use `weights` where there is none."""
     weights: str | None = None
-    """Path of a safetensors or torch file with weights of the backbone alone. Read without executing pickles."""
+    """Path of a safetensors or torch file with weights of the backbone alone, read without executing pickles; or
+    `package:efficientnet-lite0`, which the extra of that name installs, for `tf_efficientnet_lite0`."""
     norm: Literal["frozen_batch", "sync_batch", "group", "native"] = "frozen_batch"
     """What becomes of BatchNorms: `frozen_batch` as in the paper, `sync_batch` with the statistics of all ranks (the
     paper's Cityscapes recipes), `group` to train from random weights, `native` to keep what timm builds."""
@@ -351,8 +354,9 @@ class ModelConfig(Section):
     num_classes: Annotated[int | None, FROM_1] = None
     """Number of classes without "no object"; None until the category table is known."""
     weights: str | None = None
-    """Path or URL of weights to start from: a file of ours, an official checkpoint, a Hugging Face folder, or published
-    weights of the backbone alone. None starts from the initialisation."""
+    """Weights to start from: path or URL of a file of ours, an official checkpoint, a Hugging Face folder or published
+    weights of the backbone alone; or `hub:OWNER/NAME[@REVISION]`, a model of the Hugging Face hub. None starts from the
+    initialisation."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of red, green and blue that is subtracted, of 0 to 255; the default is ImageNet's."""
     pixel_std: Annotated[tuple[float, float, float], ABOVE_0] = (58.395, 57.12, 57.375)
@@ -360,8 +364,26 @@ class ModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.weights or "").startswith(HUB):
+            HubAddress.parse(self.weights or "")
+        if (self.backbone.weights or "").startswith(HUB):
+            raise ConfigError(
+                f"model.backbone.weights is {self.backbone.weights}, a model of the hub, which only model.weights may "
+                "be; set that instead"
+            )
+        self._check_package()
         if "://" in (self.backbone.weights or ""):
             raise ConfigError(
                 f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights may be; "
                 "set that instead, it takes weights of a backbone alone too"
+            )
+
+    def _check_package(self) -> None:
+        if not (self.backbone.weights or "").startswith(PACKAGE):
+            return
+        known, name = packaged_weights(self.backbone.weights or ""), getattr(self.backbone, "name", None)
+        if name != known.model:
+            raise ConfigError(
+                f"model.backbone.weights is {self.backbone.weights}, which belongs to {known.model}; set "
+                f"model.backbone to {{kind: timm, name: {known.model}, weights: {self.backbone.weights}}}"
             )

