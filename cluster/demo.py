@@ -12,7 +12,7 @@ from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.ray_cluster import connect
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe
-from m2f.cluster.shard_job import run_shard_job
+from m2f.cluster.sharding.job import run_shard_job
 from m2f.cluster.terminal import format_duration, print_out
 from m2f.cluster.train.ray_launcher import run_training
 from m2f.cluster.train.supervisor import RunSummary

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 
 from m2f.cluster.exit_status import ExitStatus
+from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe_and_names, choose_datasets, split_overrides
+from m2f.model.errors import UserError
 
 SUMMARY = "write raw data sets as shards; goes on where it was, and writes shards of changed files again"
 
@@ -21,32 +23,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One data set after the other; Ray starts once, and not at all where nothing is to do."""
+    """One data set after the other; Ray starts once, and not at all where there is little to do."""
     from contextlib import ExitStack
 
-    from m2f.cluster.ray_cluster import local_or_existing
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.shard_job import run_shard_job
-    from m2f.cluster.terminal import print_err, print_out
-    from m2f.data_pipeline.errors import DataError
-    from m2f.data_pipeline.shards.manifest import Manifest, read_document
-    from m2f.data_pipeline.shards.warnings import data_warnings
-    from m2f.data_pipeline.storage.storage import Storage
-    from m2f.model.errors import UserError
 
     names, overrides = split_overrides(args.words)
     config = load_recipe(args.recipe, overrides)
     with_source = [name for name, dataset in config.datasets.items() if dataset.source is not None]
-    storage = Storage(config.storage)
     chosen = choose_datasets(names, list(config.datasets)) if names else with_source
-    unfinished = [n for n in chosen if args.redo or read_document(config.datasets[n].shards, storage) is None]
+    print_err(f"sharding {', '.join(chosen)}: opening the source")
+    from m2f.cluster.sharding.job import run_shard_job
+    from m2f.data_pipeline.errors import DataError
+    from m2f.data_pipeline.shards.manifest import Manifest
+    from m2f.data_pipeline.shards.warnings import data_warnings
+    from m2f.data_pipeline.storage.storage import Storage
+
+    storage = Storage(config.storage)
     task, queries = config.data.task, config.model.transformer_decoder.num_queries
     with ExitStack() as stack:
-        if len(unfinished) > 1:
-            stack.enter_context(local_or_existing(config.cluster, config.cluster.shard_tasks))
         failed = []
         for name in chosen:
-            options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going, "redo": args.redo}
+            options = {"skip_bad": args.skip_bad, "keep_going": args.keep_going, "redo": args.redo, "ray_until": stack}
             try:
                 print_out(run_shard_job(name, config.datasets[name], config.cluster, storage, **options).summary())
             except UserError as error:

@@ -1,10 +1,10 @@
-"""Shards a synthetic data set as a Ray job: `shard_driver.py FOLDER IMAGES`; prints how many shards it has written."""
+"""Shards a synthetic data set in a process of its own: `shard_driver.py FOLDER IMAGES`; prints how many shards it has written."""
 
 import json
 import sys
 
 from m2f.cluster.recipe.config import ClusterConfig
-from m2f.cluster.shard_job import run_shard_job
+from m2f.cluster.sharding.job import run_shard_job
 from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +17,14 @@ import pytest
 
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import ClusterConfig
-from m2f.cluster.shard_job import ShardFailure, ShardJobError, run_shard_job
+from m2f.cluster.sharding import job
+from m2f.cluster.sharding.job import run_shard_job
+from m2f.cluster.sharding.report import ShardJobError
 from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.manifest import Manifest
-from m2f.data_pipeline.shards.write import write_dataset, write_shard
+from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from tests.waiting import PATIENCE_S
 
@@ -45,7 +46,6 @@ def start_driver(folder, num_images):
     )
 
 
-@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_killed_job_continues_and_gives_the_same_bytes(tmp_path):
     num_images = 60
@@ -75,7 +75,35 @@ def no_ray(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("m2f.cluster.shard_job.local_or_existing", refuse)
+    monkeypatch.setattr("m2f.cluster.ray_cluster.local_or_existing", refuse)
+
+
+def test_little_work_is_done_in_this_process_with_the_same_bytes(tmp_path, no_ray):
+    """As those of `write_dataset`, with which other tests compare what tasks of Ray write."""
+    dataset = DatasetConfig(shards=str(tmp_path / "here"), source=SyntheticSource(num_images=20), shard_mb=0.05)
+    expected = replace(dataset, shards=str(tmp_path / "expected"))
+    write_dataset(open_reader(dataset.source), expected, Storage())
+    report = run_shard_job("train", dataset, CLUSTER, Storage())
+    assert report.written_shards == report.num_shards > 1
+    assert digests(tmp_path / "here") == digests(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "few_images", "few_bytes"),
+    [
+        (CLUSTER, 19, 10**9),
+        (CLUSTER, 20, 20),
+        (replace(CLUSTER, address="ray.example:6379"), 20, 10**9),
+    ],
+)
+def test_much_work_and_that_for_a_named_cluster_is_done_by_ray(
+    tmp_path, no_ray, monkeypatch, cluster, few_images, few_bytes
+):
+    monkeypatch.setattr(job, "FEW_IMAGES", few_images)
+    monkeypatch.setattr(job, "FEW_BYTES", few_bytes)
+    dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=20), shard_mb=0.05)
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run_shard_job("train", dataset, cluster, Storage())
 
 
 def test_a_finished_job_starts_no_work(tmp_path, no_ray):
@@ -101,19 +129,19 @@ def test_a_data_set_without_a_source_is_refused(tmp_path):
         run_shard_job("train", DatasetConfig(shards=str(tmp_path)), CLUSTER, Storage())
 
 
-def test_with_keep_going_all_other_shards_are_written_first(tmp_path, monkeypatch):
-    """Without Ray: shards are written in this process, and the second one cannot be."""
+class FullStorage(Storage):
+    """No room for the second shard."""
 
-    def write(reader, plan, missing, storage, max_running, keep_going):
-        assert keep_going
-        for index in missing:
-            yield ShardFailure(index, "no space") if index == 1 else write_shard(reader, plan, index, storage)
+    def put(self, url, data, **options):
+        if url.endswith("shards/00001.tar"):
+            raise StorageError("no space")
+        super().put(url, data, **options)
 
-    monkeypatch.setattr("m2f.cluster.shard_job.local_or_existing", lambda *_: nullcontext())
-    monkeypatch.setattr("m2f.cluster.shard_job._run_tasks", write)
+
+def test_with_keep_going_all_other_shards_are_written_first(tmp_path, no_ray):
     dataset = DatasetConfig(shards=str(tmp_path), source=SyntheticSource(num_images=12), shard_mb=0.05)
     with pytest.raises(ShardJobError, match=r"1 of \d+ shards could not be written:\n  no space\nAll are listed"):
-        run_shard_job("train", dataset, CLUSTER, Storage(), keep_going=True)
+        run_shard_job("train", dataset, CLUSTER, FullStorage(), keep_going=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["failures"] == [{"index": 1, "message": "no space"}]
     assert report["written_shards"] == report["num_shards"] - 1 == len(list((tmp_path / "parts").iterdir()))
@@ -210,7 +238,7 @@ def test_killed_tasks_are_repeated_and_a_failed_shard_can_be_added_later(tmp_pat
 @pytest.mark.timeout(900)
 def test_ten_kills_of_drivers_and_tasks(tmp_path):
     """Five drivers after random shares of the work, then five tasks half-way through random objects."""
-    num_images, chance = 300, random.Random(10)
+    num_images, chance = job.FEW_IMAGES + 20, random.Random(10)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=num_images), shard_mb=0.05)
     num_shards = len(write_dataset(open_reader(dataset.source), dataset, Storage()).shards)

@@ -3,33 +3,26 @@
 import json
 import os
 import shutil
-from contextlib import nullcontext
 
 import pytest
 
-from m2f.cluster import shard_job
 from m2f.cluster.recipe.config import ClusterConfig
+from m2f.cluster.sharding.job import run_shard_job
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.shards.write import SampleProblem, count_problems, write_shard
+from m2f.data_pipeline.shards.write import SampleProblem, count_problems
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.coco_set import CocoSet
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
-    """Shards a COCO set in this process; returns the report as it is stored."""
-    monkeypatch.setattr(shard_job, "local_or_existing", lambda *_: nullcontext())
-    monkeypatch.setattr(
-        shard_job,
-        "_run_tasks",
-        lambda reader, plan, missing, storage, *_: (write_shard(reader, plan, i, storage) for i in missing),
-    )
+def job(tmp_path):
+    """Shards a COCO set; returns the report as it is stored."""
 
     def run(coco, kind="instances", **options):
         coco.write()
         dataset = DatasetConfig(shards=str(tmp_path / "shards"), source=getattr(coco, f"{kind}_source"))
-        return shard_job.run_shard_job("train", dataset, ClusterConfig(), Storage(), **({"skip_bad": True} | options))
+        return run_shard_job("train", dataset, ClusterConfig(), Storage(), **({"skip_bad": True} | options))
 
     return run
 

@@ -2,7 +2,8 @@
 
 import json
 import re
-import threading
+import subprocess
+import sys
 import time
 import urllib.request
 
@@ -10,11 +11,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from m2f.cluster.recipe.load import parse_recipe
-from m2f.cluster.shard_job import run_shard_job
-from m2f.cluster.train.ray_launcher import run_training
+from m2f.cluster.exit_status import ExitStatus
+from m2f.cluster.recipe.load import load_recipe
+from m2f.cluster.sharding.job import run_shard_job
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.checkpoint.folder import list_checkpoints, newest_step
 from tests.ray_private import announce_preemption
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -34,7 +35,7 @@ model:
   transformer_decoder: {{num_queries: 8, num_layers: 1, hidden_dim: 16, num_heads: 2, feedforward_dim: 32}}
   loss: {{num_points: 64}}
 training:
-  max_steps: {steps}
+  max_steps: 100000
   global_batch: 4
   micro_batch: 2
   log_every_steps: 1
@@ -43,7 +44,6 @@ training:
 cluster: {{num_workers: 2}}
 """
 STORE = 80_000_000
-STEPS = 100
 NOTICE_S = 20.0
 """How long the node still has when its end is announced."""
 
@@ -84,33 +84,56 @@ def scrape():
     return samples
 
 
-def test_a_drained_node_costs_at_most_one_step(nodes, tmp_path):
-    cluster, node = nodes
-    config = parse_recipe(RECIPE.format(folder=tmp_path, steps=STEPS))
+@pytest.fixture
+def driver(nodes, tmp_path):
+    """`m2f train` on the head, whose run would not end by itself; its output is in `driver.log`."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(folder=tmp_path))
+    config = load_recipe(str(recipe), [])
     run_shard_job("train", config.datasets["train"], config.cluster, Storage())
-    summaries = []
-    run = threading.Thread(target=lambda: summaries.append(run_training(config)))
-    run.start()
-    wait_until(lambda: (steps := traced_steps(tmp_path)) and len(steps[0]) > 3)
+    command = [sys.executable, "-m", "m2f.cluster.cli", "train", str(recipe), "--plain"]
+    with (tmp_path / "driver.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    yield config, process
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def announce_end(cluster, *nodes):
+    """Give the nodes their notice; when they may end, in Unix seconds."""
+    deadline = time.time() + NOTICE_S
+    for node in nodes:
+        assert announce_preemption(cluster.address, node.node_id, deadline)
+    return deadline
+
+
+def test_a_drained_node_costs_at_most_one_step_and_with_the_drivers_node_ends_it_as_drained(nodes, driver, tmp_path):
+    cluster, node = nodes
+    config, process = driver
+    said = (tmp_path / "driver.log").read_text
+    wait_until(lambda: (steps := traced_steps(tmp_path)) and len(steps[0]) > 3, said)
     wanted = {("m2f_rank_step_seconds", "0"), ("m2f_rank_step_seconds", "1"), ("m2f_images_per_second", None)}
-    found = wait_until(lambda: (samples := scrape()) and wanted <= samples.keys() and samples)
+    found = wait_until(lambda: (samples := scrape()) and wanted <= samples.keys() and samples, said)
     assert found["m2f_rank_step_seconds", "0"] > 0
     assert found["m2f_rank_process_bytes", "1"] > 1e8
     assert found["m2f_images_per_second", None] > 0
     assert found["m2f_ranks", None] == 2
 
-    deadline = time.time() + NOTICE_S
-    assert announce_preemption(cluster.address, node.node_id, deadline)
-    saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder))
+    deadline = announce_end(cluster, node)
+    saved = wait_until(lambda: list_checkpoints(Storage(), config.run_folder), said)
     wait_until(lambda: time.time() > deadline)  # a node that ends before is no preempted one to Ray
     cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(num_cpus=2, object_store_memory=STORE)
-    run.join(PATIENCE_S)
-    (summary,) = summaries
-    assert summary.status == "finished"
-    assert [failure.kind for failure in summary.failures] == ["preemption"]
+    other = cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    wait_until(lambda: len(steps := traced_steps(tmp_path)) > 1 and len(steps[1]) > 3, said)
+    announce_end(cluster, cluster.head_node, other)
+    assert process.wait(PATIENCE_S) == ExitStatus.DRAINED, said()
+
     before, after = traced_steps(tmp_path)
     assert before == list(range(1, before[-1] + 1))
     assert saved[0].step == before[-1]
-    assert after == list(range(after[0], STEPS + 1))
+    assert after == list(range(after[0], after[-1] + 1))
     assert before[-1] - after[0] + 1 <= 1  # steps that were done twice
+    assert newest_step(Storage(), config.run_folder) == after[-1]
+    assert "starting again in" in said()
+    assert "run drained: " in said()

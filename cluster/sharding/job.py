@@ -1,24 +1,23 @@
-"""Sharding on Ray: one task per shard, a bounded number at once, the manifest last.
+"""One data set: its missing shards, then its manifest.
 
-Tasks can be repeated and give the same bytes, so a job that was interrupted in any way is simply started again: shards
-with a receipt are skipped. A finished job is recognised before Ray is started.
+A shard can be written again and has the same bytes, so a job that was interrupted in any way is simply started again:
+shards with a receipt are skipped. Little work is done in this process, as Ray takes longer to start.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 
-import ray
-from ray.exceptions import RayError, RayTaskError
-
-from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import ClusterConfig
-from m2f.cluster.terminal import Progress, first_lines, format_duration, print_err
+from m2f.cluster.sharding.report import REPORT_FILE, SHOWN_PROBLEMS, ShardFailure, ShardJobError, ShardReport
+from m2f.cluster.terminal import Progress, print_err
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError, some
@@ -35,69 +34,13 @@ from m2f.data_pipeline.shards.write import (
     write_shard,
 )
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.counted import counted
 from m2f.model.errors import UserError
 
-LOGGER = logging.getLogger(__name__)
-TASK_RETRIES = 3
-REPORT_FILE = "report.json"
-SHOWN_PROBLEMS = 10
-
-
-class ShardJobError(UserError):
-    """A shard that cannot be written. Names the shard, the cause and the remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardFailure:
-    """A shard that could not be written, and why."""
-
-    index: int
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardReport:
-    """What a sharding job found and did; stored as report.json beside the shards."""
-
-    dataset: str
-    target: str
-    """Folder or `s3://` prefix of the data set."""
-    num_samples: int
-    """Samples that the source has."""
-    num_shards: int
-    num_bytes: int
-    """Of all shards."""
-    written_shards: int
-    """By this run; the others were there already."""
-    elapsed_s: float
-    problems: tuple[SampleProblem, ...]
-    """Samples, and annotations of other samples, that cannot be used."""
-    repairs: tuple[tuple[str, int], ...] = ()
-    """What was mended in the samples, and how often."""
-    notes: tuple[str, ...] = ()
-    """What became of the source files since shards were made of them."""
-    failures: tuple[ShardFailure, ...] = ()
-    """Shards that could not be written, where the job was told to go on."""
-    committed: bool
-    """Whether the manifest is written: the data set exists."""
-
-    def summary(self) -> str:
-        """As text: what is written, and why the rest is not."""
-        kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
-        lines = [
-            f"{self.dataset}: {counted(kept, 'sample')} in {counted(self.num_shards, 'shard')}, "
-            f"{self.num_bytes / 1e6:.1f} MB"
-        ]
-        if not self.written_shards:
-            lines[0] += ", all there already"
-        else:
-            lines[0] += f"; wrote {counted(self.written_shards, 'shard')} in {format_duration(self.elapsed_s)}"
-        lines += [f"  {note}" for note in self.notes]
-        problems = [problem.line for problem in self.problems]
-        lines += first_lines(problems, SHOWN_PROBLEMS, f" in {join(self.target, REPORT_FILE)}")
-        lines += [f"  {count:,} {what}" for what, count in self.repairs]
-        return "\n".join(lines)
+FEW_IMAGES = 300
+FEW_BYTES = 50_000_000
+"""Images and their bytes that take about as long in this process as Ray does to start."""
+Write = Callable[[Sequence[int]], Iterator[ShardPart | ShardFailure]]
+"""Writes shards by their indices; a part or failure for each, in the order in which they are done."""
 
 
 def run_shard_job(
@@ -109,11 +52,13 @@ def run_shard_job(
     skip_bad: bool = False,
     keep_going: bool = False,
     redo: bool = False,
+    ray_until: ExitStack | None = None,
 ) -> ShardReport:
     """Write what is missing of one data set, then its manifest. The report is stored in any case.
 
     Shards of source files that have changed since are written again, with `redo` all. Samples that cannot be used never
-    end the job early. With `keep_going` neither do shards that cannot be written: all others are written first.
+    end the job early. With `keep_going` neither do shards that cannot be written: all others are written first. Where
+    Ray is started it lives on until `ray_until` is closed, for further data sets.
 
     Raises:
         DataError: no source, a source that cannot be used, a target that holds another data set, or samples that
@@ -139,7 +84,12 @@ def run_shard_job(
         withdraw(plan, storage)
     parts = {part.index: part for part in complete_parts(plan, storage, changes)}
     num_missing = len(plan.shard_keys) - len(parts)
-    failures = _write_missing(name, reader, plan, parts, storage, cluster, keep_going) if num_missing else []
+    failures = []
+    if num_missing:
+        with ExitStack() as stack:
+            missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
+            write = _choose_writer(reader, plan, missing, storage, cluster, keep_going, ray_until or stack)
+            failures = _write_missing(name, plan, parts, missing, write)
     problems = tuple(SampleProblem("", entry.source, entry.message, is_in_shard=True) for entry in unusable)
     problems += tuple(problem for index in sorted(parts) for problem in parts[index].problems)
     report = ShardReport(
@@ -167,24 +117,61 @@ def run_shard_job(
     return report
 
 
-def _write_missing(
-    name: str,
+def _choose_writer(
     reader: Reader,
     plan: ShardPlan,
-    parts: dict[int, ShardPart],
+    missing: Sequence[int],
     storage: Storage,
     cluster: ClusterConfig,
     keep_going: bool,
+    ray_until: ExitStack,
+) -> Write:
+    """Writes in this process where little is missing, else with Ray, which is started here."""
+    if not _uses_ray(cluster) and _is_little(reader, plan, missing):
+        return lambda indices: write_here(reader, plan, indices, storage, keep_going)
+    from m2f.cluster.ray_cluster import local_or_existing
+    from m2f.cluster.sharding.ray_tasks import run_tasks
+
+    ray_until.enter_context(local_or_existing(cluster, cluster.shard_tasks))
+    return lambda indices: run_tasks(reader, plan, indices, storage, cluster.shard_tasks, keep_going)
+
+
+def _uses_ray(cluster: ClusterConfig) -> bool:
+    """Whether this process is connected already, or a cluster is named."""
+    ray = sys.modules.get("ray")  # importing it takes a second
+    is_connected = ray is not None and ray.is_initialized()
+    return is_connected or cluster.address is not None or "RAY_ADDRESS" in os.environ
+
+
+def _is_little(reader: Reader, plan: ShardPlan, missing: Sequence[int]) -> bool:
+    """Whether the missing shards have at most FEW_IMAGES images and FEW_BYTES bytes."""
+    wanted = {key for index in missing for key in plan.shard_keys[index]}
+    if len(wanted) > FEW_IMAGES:
+        return False
+    return sum(reader.size_hint(i) for i, key in enumerate(reader.keys) if key in wanted) <= FEW_BYTES
+
+
+def write_here(
+    reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, keep_going: bool
+) -> Iterator[ShardPart | ShardFailure]:
+    """Write shards one after the other in this process."""
+    for index in missing:
+        try:
+            yield write_shard(reader, plan, index, storage)
+        except UserError as error:
+            if not keep_going:
+                raise
+            yield ShardFailure(index, str(error))
+
+
+def _write_missing(
+    name: str, plan: ShardPlan, parts: dict[int, ShardPart], missing: Sequence[int], write: Write
 ) -> list[ShardFailure]:
     """Write the shards that `parts` lacks and add them to it, with progress; returns those that failed."""
     failures: list[ShardFailure] = []
-    missing = [index for index in range(len(plan.shard_keys)) if index not in parts]
     done = sum(len(plan.shard_keys[index]) for index in parts)
-    with (
-        local_or_existing(cluster, cluster.shard_tasks),
-        Progress(f"sharding {name}", plan.num_samples, "images", done) as progress,
-    ):
-        for part in _run_tasks(reader, plan, missing, storage, cluster.shard_tasks, keep_going):
+    with Progress(f"sharding {name}", plan.num_samples, "images", done) as progress:
+        for part in write(missing):
             if isinstance(part, ShardFailure):
                 failures.append(part)
                 progress.note(part.message)
@@ -247,53 +234,6 @@ def _count_repairs(parts: Iterable[ShardPart]) -> tuple[tuple[str, int], ...]:
     for part in parts:
         counts.update(dict(part.repairs))
     return tuple(sorted(counts.items()))
-
-
-def _run_tasks(
-    reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, max_running: int, keep_going: bool
-) -> Iterator[ShardPart | ShardFailure]:
-    """Parts in the order in which their tasks end, with at most `max_running` at once."""
-    position = {key: index for index, key in enumerate(reader.keys)}
-    plan_ref = ray.put(plan)
-    waiting = list(reversed(missing))
-    running: dict[ray.ObjectRef, int] = {}
-    while waiting or running:
-        while waiting and len(running) < max_running:
-            index = waiting.pop()
-            samples = reader.subset([position[key] for key in plan.shard_keys[index]])  # small arguments of tasks
-            running[_write_shard_task.remote(samples, plan_ref, index, storage)] = index
-        done, _ = ray.wait(list(running), num_returns=1)
-        index = running.pop(done[0])
-        try:
-            part: ShardPart | ShardFailure = _task_result(done[0], index, plan)
-        except UserError as error:
-            if not keep_going:
-                raise
-            part = ShardFailure(index, str(error))
-        yield part
-
-
-@ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD")
-def _write_shard_task(samples: Reader, plan: ShardPlan, index: int, storage: Storage) -> ShardPart:
-    return write_shard(samples, plan, index, storage)
-
-
-def _task_result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
-    """The part, or the task's failure as one message."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    except RayError as error:
-        text = str(error).strip()
-        reason = text.splitlines()[0] if text else type(error).__name__
-        raise ShardJobError(
-            f"{plan.target}: shard {index:05d} failed {TASK_RETRIES + 1} times: {type(error).__name__}: {reason}. "
-            "If workers run out of memory, lower cluster.shard_tasks or datasets.<name>.shard_mb. The shards that are "
-            "written stay; run again to write the rest"
-        ) from error
 
 
 def _stored_report(
