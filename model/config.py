@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from m2f.model.errors import ConfigError
-from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, SHARE, Section
+from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, SHARE, Range, Section
 from m2f.model.weights.packages import packaged_weights
 from m2f.model.weights.sources import HUB, PACKAGE, HubAddress
+
+UP_TO_HALF = Range(0, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,8 +320,24 @@ class LossConfig(Section):
     """Random candidates per point, of which the losses keep the most uncertain."""
     importance_sample_ratio: Annotated[float, SHARE] = 0.75
     """Share of the points of the losses that are chosen by uncertainty; the others are uniform."""
+    matching_box_share: Annotated[float, UP_TO_HALF] = 0.0
+    """Share of the matcher's points that are dealt to boxes around the image's targets, so that small targets get some;
+    weights keep what the costs estimate. 0.5 for small objects; 0 as published."""
+    supervision_box_share: Annotated[float, UP_TO_HALF] = 0.0
+    """Share of the points of a matched mask that are drawn in a box around its target; weights keep what the losses
+    estimate. 0.5 for small objects; 0 as published."""
     class_norm: Literal["global", "per_rank"] = "global"
     """Denominator of the class loss: over the whole global batch, or per rank and micro-batch as the official code."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for use in ("matching", "supervision"):
+            share = getattr(self, f"{use}_box_share")
+            if share > 0 and getattr(self, use) == "masks":
+                raise ConfigError(
+                    f"model.loss.{use}_box_share is {share}, but model.loss.{use} is masks, which takes every pixel; "
+                    f"set model.loss.{use}=points, or leave the share out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

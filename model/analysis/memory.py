@@ -139,5 +139,6 @@ def _loss(predictions: Predictions, config: LossConfig, targets: int) -> Tensor:
     del scratch
     points = torch.empty(len(logits), config.num_points, 2)
     samples = sample_maps(logits.unflatten(1, features.shape[2:]), points)
-    mask, dice = row_losses(samples, torch.empty_like(samples), config.mask_loss)
+    weights = torch.empty_like(samples) if config.supervision_box_share else None
+    mask, dice = row_losses(samples, torch.empty_like(samples), config.mask_loss, weights)
     return class_loss + mask.sum() + dice.sum()

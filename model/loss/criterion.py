@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from m2f.model.config import LossConfig
+from m2f.model.loss.box_points import box_weights, importance_density, move_into_boxes, share_within, target_boxes
 from m2f.model.loss.host_copies import to_device
 from m2f.model.loss.mask_losses import MaskLoss, row_losses
 from m2f.model.loss.matcher import Matching, start_matching
@@ -79,7 +80,9 @@ def compute_losses(
         label_maps = LabelMaps.pack(targets.id_maps)
         drawn = points.draw(targets.position, num_layers, point_counts(config))
         matching_points = drawn.matching if config.matching == "points" else None
-        matching = start_matching(predictions, targets, label_maps, matching_points, config)
+        boxes = target_boxes(targets) if config.matching_box_share or config.supervision_box_share else None
+        matching_boxes = boxes if config.matching_box_share else None
+        matching = start_matching(predictions, targets, label_maps, matching_points, config, matching_boxes)
         # Needs no assignment, so that the device has work while the host solves.
         log_probabilities = predictions.class_logits.float().log_softmax(-1)
         mask_features = predictions.mask_features.float()
@@ -91,7 +94,8 @@ def compute_losses(
         rows_per_image = (matched.query_index >= 0).sum(axis=(0, 2)).tolist()
         logits = _matched_mask_logits(embeddings, mask_features, rows_per_image)
         if config.supervision == "points":
-            mask, dice = _losses_at_points(logits, targets, label_maps, rows, drawn, config)
+            row_boxes = boxes[rows.image, rows.target] if boxes is not None and config.supervision_box_share else None
+            mask, dice = _losses_at_points(logits, targets, label_maps, rows, drawn, config, row_boxes)
         else:
             mask, dice = _losses_of_whole_masks(logits, targets, rows, config.mask_loss)
 
@@ -112,8 +116,15 @@ def point_counts(config: LossConfig) -> PointCounts:
     matching = config.num_points if config.matching == "points" else 0
     if config.supervision == "masks":
         return PointCounts(matching, 0, 0)
-    fresh = config.num_points - int(config.num_points * config.importance_sample_ratio)
-    return PointCounts(matching, int(config.num_points * config.oversample_ratio), fresh)
+    in_boxes = _points_in_box(config)
+    others = config.num_points - in_boxes
+    fresh = others - int(others * config.importance_sample_ratio)
+    return PointCounts(matching, int(others * config.oversample_ratio), fresh + in_boxes)
+
+
+def _points_in_box(config: LossConfig) -> int:
+    """Of the points of a matched mask, those drawn in the box of its target: the last of the fresh ones."""
+    return int(config.num_points * config.supervision_box_share)
 
 
 def _class_denominator(targets: Targets, num_queries: int, normalizers: Normalizers, config: LossConfig) -> Tensor:
@@ -164,10 +175,22 @@ def _losses_at_points(
     rows: RowIndex,
     drawn: DrawnPoints,
     config: LossConfig,
+    boxes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """BCE or focal loss, and dice [R] of matched masks at importance-sampled points (paper section 3.3)."""
-    at, labels = _training_points(logits.detach(), targets, label_maps, rows, drawn, config)
-    return row_losses(sample_maps(logits, at), labels, config.mask_loss)
+    """BCE or focal loss, and dice [R] of matched masks at importance-sampled points (paper section 3.3).
+
+    With the boxes [R, 4] of the rows' targets, some of the points lie in them and all have weights.
+    """
+    at, labels, share = _training_points(logits.detach(), targets, label_maps, rows, drawn, config, boxes)
+    values = sample_maps(logits, at)
+    weights = None
+    if boxes is not None:
+        in_box = _points_in_box(config)
+        num_kept = config.num_points - point_counts(config).fresh
+        num_others = config.num_points - in_box - num_kept
+        omega = importance_density(values.detach(), num_kept, num_others, share)
+        weights = box_weights(at, boxes, omega, in_box)
+    return row_losses(values, labels, config.mask_loss, weights)
 
 
 def _losses_of_whole_masks(logits: Tensor, targets: Targets, rows: RowIndex, kind: MaskLoss) -> tuple[Tensor, Tensor]:
@@ -209,24 +232,37 @@ def _training_points(
     rows: RowIndex,
     drawn: DrawnPoints,
     config: LossConfig,
-) -> tuple[Tensor, Tensor]:
-    """Points [R, P, 2] (the most uncertain candidates and fresh ones) and soft labels [R, P], in chunks of rows."""
+    boxes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Points of the losses and what is known of them, in chunks of rows.
+
+    Returns:
+        Points [R, P, 2]: the most uncertain candidates, fresh ones, and fresh ones in the boxes [R, 4] where given.
+        Soft labels [R, P].
+        With boxes, [R] share of the candidates that are no less uncertain than the last of the chosen ones.
+    """
     counts = point_counts(config)
+    in_box = _points_in_box(config)
     num_uncertain = config.num_points - counts.fresh
     candidates, fresh = drawn.of_rows(rows)
     row_map, local_id = _row_targets(targets, rows)
     all_points = logits.new_empty(len(logits), config.num_points, 2)
     all_labels = logits.new_empty(len(logits), config.num_points)
+    all_shares = logits.new_ones(len(logits))
     step = max(1, chunk_elements(logits.device) // (8 * counts.candidates))  # coordinates, logits and their temporaries
     for start in range(0, len(logits), step):
         chunk = slice(start, start + step)
         proposed = candidates[chunk]
-        all_points[chunk, :num_uncertain] = most_uncertain(
-            sample_maps(logits[chunk], proposed), proposed, num_uncertain
-        )
+        values = sample_maps(logits[chunk], proposed)
+        chosen = most_uncertain(values, num_uncertain)
+        all_points[chunk, :num_uncertain] = proposed.gather(1, chosen[..., None].expand(-1, -1, 2))
         all_points[chunk, num_uncertain:] = fresh[chunk]
+        if boxes is not None:
+            first = config.num_points - in_box
+            all_points[chunk, first:] = move_into_boxes(all_points[chunk, first:], boxes[chunk, None])
+            all_shares[chunk] = share_within(values, chosen)
         all_labels[chunk] = label_maps.rows(row_map[chunk], local_id[chunk], all_points[chunk])
-    return all_points, all_labels
+    return all_points, all_labels, all_shares
 
 
 def _sum_per_image(values: Tensor, rows: RowIndex, shape: tuple[int, ...]) -> Tensor:

@@ -17,16 +17,22 @@ FOCAL_ALPHA = 0.25
 """Weight of the pixels inside the target; those outside have 1 - alpha (Lin et al., ICCV 2017)."""
 
 
-def row_losses(logits: Tensor, labels: Tensor, kind: MaskLoss) -> tuple[Tensor, Tensor]:
-    """Mean over pixels of BCE or focal loss, and dice: [R] each, from logits and labels [R, P]."""
+def row_losses(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean over pixels of BCE or focal loss, and dice: [R] each, from logits and labels [R, P].
+
+    With weights [R, P] every pixel counts by its weight in all sums; the mean still divides by P.
+    """
     losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     probabilities = logits.sigmoid()
     if kind == "focal":
         hit = probabilities * labels + (1 - probabilities) * (1 - labels)
         alpha = FOCAL_ALPHA * labels + (1 - FOCAL_ALPHA) * (1 - labels)
         losses = alpha * losses * (1 - hit).square()
+    predicted = probabilities
+    if weights is not None:
+        losses, predicted, labels = losses * weights, predicted * weights, labels * weights
     overlap = (probabilities * labels).sum(1)
-    dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + labels.sum(1) + 1)
+    dice = 1 - (2 * overlap + 1) / (predicted.sum(1) + labels.sum(1) + 1)
     return losses.mean(1), dice
 
 
@@ -50,15 +56,17 @@ class PairwiseSums(NamedTuple):
         return mask_weight * (self.loss / num_pixels) + dice_weight * dice
 
 
-def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss) -> PairwiseSums:
-    """Sums of all pairs from logits [..., Q, P] (overwritten) and labels [..., N, P].
+def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tensor | None = None) -> PairwiseSums:
+    """Sums of all pairs from logits [..., Q, P] (overwritten) and labels [..., N, P], weighted with weights [..., P].
 
     A pixel's loss is linear in its label: the loss of label 0 minus the label times what label 1 would spare. For BCE
     these are softplus(x) and x. So the sum over pixels is a row sum and one product.
     """
+    if weights is not None:
+        labels = labels * weights[..., None, :]
     targets = labels.transpose(-1, -2)
     if kind == "bce":
-        loss = F.softplus(logits).sum(-1, keepdim=True) - logits @ targets
+        loss = _row_sums(F.softplus(logits), weights) - logits @ targets
         probabilities = logits.sigmoid_()
     else:
         outside = (1 - FOCAL_ALPHA) * F.softplus(logits)
@@ -66,6 +74,11 @@ def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss) -> PairwiseSum
         probabilities = logits.sigmoid_()
         outside *= probabilities.square()
         inside *= (1 - probabilities).square()
-        loss = outside.sum(-1, keepdim=True) - (outside - inside) @ targets
-    area = probabilities.sum(-1, keepdim=True) + labels.sum(-1)[..., None, :]
+        loss = _row_sums(outside, weights) - (outside - inside) @ targets
+    area = _row_sums(probabilities, weights) + labels.sum(-1)[..., None, :]
     return PairwiseSums(loss, probabilities @ targets, area)
+
+
+def _row_sums(values: Tensor, weights: Tensor | None) -> Tensor:
+    """[..., Q, 1] weighted sums of values [..., Q, P]."""
+    return values.sum(-1, keepdim=True) if weights is None else values @ weights[..., None]

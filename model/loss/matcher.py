@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from m2f.model.config import LossConfig
+from m2f.model.loss.box_points import deal_to_boxes
 from m2f.model.loss.host_copies import HostCopy
 from m2f.model.loss.mask_losses import pairwise_sums
 from m2f.model.loss.point_sampling import LabelMaps, chunk_elements, sample_features
@@ -73,49 +74,69 @@ def _solvers() -> ThreadPoolExecutor:
 
 @torch.no_grad()
 def start_matching(
-    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor | None, config: LossConfig
+    predictions: Predictions,
+    targets: Targets,
+    label_maps: LabelMaps,
+    points: Tensor | None,
+    config: LossConfig,
+    boxes: Tensor | None = None,
 ) -> PendingMatching:
     """Queue the costs of all predictions and images and their one copy to the host, and return at once.
 
-    Costs are taken at the given points [L, B, P, 2], or over whole masks with None. What the caller queues before it
-    asks for the result is done by the device while the host solves.
+    Costs are as `matching_cost` takes them. What the caller queues before it asks for the result is done by the device
+    while the host solves.
     """
     counted = targets.valid & (targets.weight > 0)[:, None]
-    cost = matching_cost(predictions, targets, label_maps, points, config)
+    cost = matching_cost(predictions, targets, label_maps, points, config, boxes)
     return PendingMatching(HostCopy(torch.cat((cost.flatten(), counted.flatten().float()))), cost.shape)
 
 
 def match(
-    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor | None, config: LossConfig
+    predictions: Predictions,
+    targets: Targets,
+    label_maps: LabelMaps,
+    points: Tensor | None,
+    config: LossConfig,
+    boxes: Tensor | None = None,
 ) -> Matching:
     """Cheapest assignment for every prediction and image, as `start_matching` takes the costs.
 
     min(queries, targets) pairs per image. Equal costs go to the lowest query.
     """
-    return start_matching(predictions, targets, label_maps, points, config).result()
+    return start_matching(predictions, targets, label_maps, points, config, boxes).result()
 
 
 def matching_cost(
-    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor | None, config: LossConfig
+    predictions: Predictions,
+    targets: Targets,
+    label_maps: LabelMaps,
+    points: Tensor | None,
+    config: LossConfig,
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """Cost [L, B, Q, N] of giving a target to a query, in fp32; columns of targets that are not valid mean nothing.
 
     class_weight * -p(label) + mask_weight * BCE (or focal loss) + dice_weight * dice, at points [L, B, P, 2] or, with
-    None, over whole masks.
+    None, over whole masks. With the boxes [B, N, 4] of the targets, `matching_box_share` of the points move into them.
     """
     num_layers, _, num_queries, _ = predictions.class_logits.shape
     with torch.autocast(predictions.class_logits.device.type, enabled=False):
         if points is None:
             mask_cost = _cost_of_whole_masks(predictions, targets, config)
         else:
-            mask_cost = _cost_at_points(predictions, targets, label_maps, points, config)
+            mask_cost = _cost_at_points(predictions, targets, label_maps, points, config, boxes)
         labels = targets.labels[None, :, None].expand(num_layers, -1, num_queries, -1)
         class_cost = -predictions.class_logits.float().softmax(-1).gather(-1, labels)
         return mask_cost.add_(class_cost, alpha=config.class_weight)
 
 
 def _cost_at_points(
-    predictions: Predictions, targets: Targets, label_maps: LabelMaps, points: Tensor, config: LossConfig
+    predictions: Predictions,
+    targets: Targets,
+    label_maps: LabelMaps,
+    points: Tensor,
+    config: LossConfig,
+    boxes: Tensor | None,
 ) -> Tensor:
     """[L, B, Q, N] for pieces of predictions.
 
@@ -123,16 +144,20 @@ def _cost_at_points(
     sampling the dense logits.
     """
     _, num_images, num_queries, _ = predictions.class_logits.shape
-    num_points = points.shape[2]
+    num_points, num_targets = points.shape[2], targets.labels.shape[1]
+    num_in_boxes = 0 if boxes is None else int(num_points * config.matching_box_share)
     features = predictions.mask_features.float().permute(0, 2, 3, 1).contiguous()
     embeddings = predictions.mask_embeddings.float()
-    per_point = num_images * (features.shape[-1] + 2 * num_queries + targets.labels.shape[1])
+    per_point = num_images * (features.shape[-1] + 2 * num_queries + num_targets * (1 if boxes is None else 4))
     layers = max(1, chunk_elements(points.device) // (per_point * num_points))
     costs = []
     for embedding, at in zip(embeddings.split(layers), points.split(layers), strict=True):
+        weights = None
+        if boxes is not None:
+            at, weights = deal_to_boxes(at, boxes, targets.valid, num_in_boxes)
         logits = torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(features, at))
         labels = label_maps.images(targets.layer, targets.local_id, at)
-        sums = pairwise_sums(logits, labels, config.mask_loss)
+        sums = pairwise_sums(logits, labels, config.mask_loss, weights)
         costs.append(sums.cost(num_points, config.mask_weight, config.dice_weight))
     return torch.cat(costs)
 

@@ -32,14 +32,12 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps[:, None], points[:, :, None] * 2 - 1, align_corners=False)[:, 0, :, 0]
 
 
-def most_uncertain(logits: Tensor, points: Tensor, count: int) -> Tensor:
-    """The `count` of points [R, P, 2] whose logits [R, P] are nearest to 0, in no special order."""
+def most_uncertain(logits: Tensor, count: int) -> Tensor:
+    """Indices [R, count] of the points whose logits [R, P] are nearest to 0, in no special order."""
     distance = logits.detach().abs()
     if distance.device.type == "cpu":  # NumPy's partition is vectorised: five times faster than topk
-        nearest = torch.from_numpy(np.argpartition(distance.numpy(), count - 1, axis=1)[:, :count])
-    else:
-        nearest = distance.topk(count, dim=1, largest=False, sorted=False).indices
-    return points.gather(1, nearest[..., None].expand(-1, -1, 2))
+        return torch.from_numpy(np.argpartition(distance.numpy(), count - 1, axis=1)[:, :count])
+    return distance.topk(count, dim=1, largest=False, sorted=False).indices
 
 
 def sample_features(features: Tensor, points: Tensor) -> Tensor:

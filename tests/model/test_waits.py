@@ -7,6 +7,7 @@ matching costs reach the host.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,11 +78,11 @@ class FakeCopy:
         return np.random.default_rng(0).random(self.copy.shape, dtype=np.float32)
 
 
-def step():
+def step(loss=CONFIG.loss):
     """Forward and losses of two images."""
     model = build_model(CONFIG, pretrained_backbone=False)
     targets = make_targets((3, 5))
-    normalizers = count_normalizers(targets, QUERIES, CONFIG.loss)
+    normalizers = count_normalizers(targets, QUERIES, loss)
     images = torch.zeros(2, 3, *targets.id_maps.shape[-2:])
     with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as blocking:
         model = model.to("cuda")
@@ -90,17 +91,18 @@ def step():
         normalizers = type(normalizers)(*(number.to("cuda", non_blocking=True) for number in normalizers))
         blocking.seen.clear()  # the model's
         predictions = model(model.normalise(images))
-        losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, CONFIG.loss, CLASSES)
+        losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, loss, CLASSES)
     assert losses.total.device.type == "cuda"
     return blocking.seen
 
 
-def test_a_step_waits_once_and_copies_without_waiting(monkeypatch):
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["uniform points", "box points"])
+def test_a_step_waits_once_and_copies_without_waiting(share, monkeypatch):
     monkeypatch.setattr(matcher, "HostCopy", FakeCopy)
     monkeypatch.setattr(ms_deform_attn, "_kernel_agrees", lambda *sizes: False)  # there is none to be tried
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     FakeCopy.waits = 0
-    assert step() == []
+    assert step(replace(CONFIG.loss, matching_box_share=share, supervision_box_share=share)) == []
     assert FakeCopy.waits == 1
 
 

@@ -65,11 +65,12 @@ def allocated(config, images):
     return Activations(kept, live.peak)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_count_is_what_a_real_step_allocates(checkpointing, monkeypatch):
+@pytest.mark.parametrize(("checkpointing", "box_share"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_the_count_is_what_a_real_step_allocates(checkpointing, box_share, monkeypatch):
     of_device = m2f.model.analysis.memory.chunk_elements
     monkeypatch.setattr(m2f.model.analysis.memory, "chunk_elements", lambda device: of_device(torch.device("cpu")))
-    config = replace(FPN, backbone=replace(FPN.backbone, checkpointing=checkpointing))
+    loss = replace(FPN.loss, matching_box_share=box_share, supervision_box_share=box_share)
+    config = replace(FPN, backbone=replace(FPN.backbone, checkpointing=checkpointing), loss=loss)
     counted = count_activations(config, 3, (SIZE, SIZE), TARGETS, False, torch.float32)
     real = allocated(config, 3)
     assert counted.kept == pytest.approx(real.kept, rel=0.05)

@@ -80,6 +80,4 @@ def test_labels_equal_grid_sample_of_one_hot_masks(scene):
 
 def test_most_uncertain_points():
     logits = torch.tensor([[3.0, -0.1, 0.5, -2.0], [0.0, 9.0, -9.0, 1.0]])
-    points = torch.arange(16.0).view(2, 4, 2)
-    chosen = most_uncertain(logits, points, 2).sort(1).values
-    assert torch.equal(chosen, torch.stack((points[0, [1, 2]], points[1, [0, 3]])))
+    assert most_uncertain(logits, 2).sort(1).values.tolist() == [[1, 2], [0, 3]]
