@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,18 +11,13 @@ import pyarrow.parquet as pq
 
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.keys import MAX_KEY
+from m2f.data_pipeline.storage.bounded_parquet import check_sizes
 
 SAMPLES_FILE = "samples.parquet"
 """Name of the file below the data set's folder."""
 _ROWS_AT_ONCE = 4096
 """Rows that are decoded at a time, so that memory stays small beside the arrays that are made."""
 
-_VALUES_PER_BYTE = 2
-"""Most values of a column per byte of the file. A row has a CRC-32 and lengths, which hardly compress: six bytes."""
-_MOST_COMPRESSED = 100
-"""Most bytes that a byte of the file stands for; real manifests stay below 10."""
-_MOST_VALUES = 1_000_000
-"""Allowed besides, for small files."""
 _TEXT_BYTES = 4 * MAX_KEY
 
 SAMPLE_SCHEMA = pa.schema(
@@ -65,28 +59,13 @@ class Columns:
     def check(self) -> None:
         """Raise TypeError where a column of SAMPLE_SCHEMA is missing or of another type, ValueError where the file
         says that it holds much more than its bytes can."""
-        self._check_sizes()
+        check_sizes(self.data)
         found = pq.read_schema(pa.BufferReader(self.data))
         for field in SAMPLE_SCHEMA:
             if field.name in LATER_COLUMNS and field.name not in found.names:
                 continue
             if found.field(field.name).type != field.type:
                 raise TypeError(f"{field.name} is {found.field(field.name).type}, not {field.type}")
-
-    def _check_sizes(self) -> None:
-        """Before anything is decoded: a megabyte of runs may stand for 10^9 values."""
-        most = _MOST_VALUES + _VALUES_PER_BYTE * len(self.data)
-        metadata = pq.read_metadata(pa.BufferReader(self.data))
-        values, sizes = Counter[str](), 0
-        for group in range(metadata.num_row_groups):
-            for column in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(column)
-                values[chunk.path_in_schema] += chunk.num_values
-                sizes += chunk.total_uncompressed_size
-        if max([metadata.num_rows, *values.values()]) > most:
-            raise ValueError(f"{len(self.data)} bytes stand for {metadata.num_rows} rows, of up to {most} values")
-        if sizes > _MOST_VALUES + _MOST_COMPRESSED * len(self.data):
-            raise ValueError(f"{len(self.data)} bytes stand for {sizes}, more than {_MOST_COMPRESSED} times as many")
 
     @property
     def num_rows(self) -> int:

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from webdataset import TarWriter
 
 from m2f.data_pipeline.config import DatasetConfig
@@ -41,6 +40,7 @@ from m2f.data_pipeline.shards.plan import (
     withdraw,
 )
 from m2f.data_pipeline.shards.sources import SourceChanges, SourceFile, compare_sources, write_record
+from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.counted import counted
 
@@ -282,26 +282,25 @@ def _encode_part(part: ShardPart, plan: ShardPlan) -> bytes:
 def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
     """The part of a receipt; None where it is damaged or of another plan, so that the shard is written again."""
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = read_bounded_table(data)
         receipt = parse_json((table.schema.metadata or {})[b"receipt"])
-    except (pa.ArrowInvalid, KeyError, ValueError):
+        return _part_of(receipt, table.replace_schema_metadata(None)) if receipt["plan"] == plan.hash else None
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):
         return None
-    if receipt["plan"] != plan.hash:
-        return None
-    problems = tuple(SampleProblem(**problem) for problem in receipt["problems"])
-    rows = table.replace_schema_metadata(None)
+
+
+def _part_of(receipt: dict[str, Any], rows: pa.Table) -> ShardPart:
     for name in set(LATER_COLUMNS) - set(rows.column_names):
         rows = rows.add_column(
             SAMPLE_SCHEMA.get_field_index(name),
             SAMPLE_SCHEMA.field(name),
             pa.nulls(len(rows), SAMPLE_SCHEMA.field(name).type),
         )
-    rows = rows.cast(SAMPLE_SCHEMA)
     return ShardPart(
         index=receipt["index"],
         info=ShardInfo(**receipt["info"]),
-        samples=rows,
-        problems=problems,
+        samples=rows.cast(SAMPLE_SCHEMA),
+        problems=tuple(SampleProblem(**problem) for problem in receipt["problems"]),
         repairs=tuple((what, count) for what, count in receipt.get("repairs", ())),
         encoding=receipt.get("encoding", 1),  # before receipts named it
     )

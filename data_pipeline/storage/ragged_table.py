@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,11 @@ def table_bytes(columns: Columns) -> bytes:
 
 
 def read_table_bytes(payload: bytes) -> dict[str, np.ndarray | Ragged]:
-    """What `table_bytes` wrote. Raises DataError for anything else."""
+    """What `table_bytes` wrote. Raises DataError for anything else, also where few bytes stand for many values."""
     try:
-        table = pq.read_table(io.BytesIO(payload)).combine_chunks()
+        table = read_bounded_table(payload).combine_chunks()
         return {name: _column(table[name]) for name in table.column_names}
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise DataError(f"{len(payload)} bytes are no table in parquet format: {error}") from error
 
 

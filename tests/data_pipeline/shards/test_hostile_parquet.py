@@ -1,0 +1,146 @@
+"""Parquet files beside the manifest that are meant to hurt: each door is closed in bounded memory."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from m2f.data_pipeline.config import DatasetConfig, LabelMapSource
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
+from m2f.data_pipeline.storage.ragged_table import Ragged, read_table_bytes, table_bytes
+from m2f.data_pipeline.storage.storage import Storage
+
+MAIN = Path(__file__).with_name("hostile_parquet_main.py")
+BOUND_MB = 150
+ROWS, AT_ONCE = 30_000_000, 1_000_000
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images in one shard, whose manifest is not committed."""
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            shape = (24, 32, 3) if name == "images" else (24, 32)
+            assert cv2.imwrite(str(tmp_path / name / f"{i}.png"), np.full(shape, i % 2, np.uint8))
+    classes = [{"label": i, "name": name, "isthing": 0} for i, name in enumerate(("sky", "road"))]
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    source = LabelMapSource(
+        images=f"{tmp_path}/images", labels=f"{tmp_path}/labels", categories=f"{tmp_path}/classes.json"
+    )
+    write_dataset(open_reader(source), DatasetConfig(shards=f"{tmp_path}/shards", source=source), Storage())
+    (tmp_path / "shards/dataset.json").unlink()
+    return tmp_path
+
+
+def enter(door, folder):
+    """What comes of it in a process of its own."""
+    ended = subprocess.run([sys.executable, MAIN, door, folder], capture_output=True, text=True, check=True)
+    found = json.loads(ended.stdout)
+    assert found["mb"] < BOUND_MB
+    return found["said"]
+
+
+def repeat(table, path, times, at_once=AT_ONCE):
+    """A small file in which the first row of a table is repeated so often."""
+    rows = table.slice(0, 1).take(pa.array(np.zeros(at_once, np.int64))).combine_chunks()
+    with pq.ParquetWriter(path, rows.schema, compression="zstd") as writer:
+        for _ in range(times // at_once):
+            writer.write_table(rows)
+    assert path.stat().st_size < 2_000_000
+
+
+def test_images_of_an_evaluation(tmp_path):
+    repeat(pa.table({"image_id": [7], "PQ": [0.5]}), tmp_path / "file.parquet", ROWS)
+    assert "bytes stand for 30000000 rows" in enter("images", tmp_path)
+
+
+def test_receipts_of_shards(folder):
+    assert enter("parts", folder) == "1 parts"
+    path = folder / "shards/parts/00000.parquet"
+    table = pq.read_table(path)
+    repeat(table.select(["offset", "length"]).replace_schema_metadata(table.schema.metadata), path, ROWS)
+    assert enter("parts", folder) == "0 parts"
+
+
+@pytest.mark.parametrize("times", [ROWS, AT_ONCE // 2])
+def test_records_of_source_files(folder, times):
+    assert enter("records", folder) == "1 records"
+    path = folder / "shards/sources/00000.parquet"
+    repeat(pq.read_table(path), path, times, AT_ONCE // 2)
+    assert enter("records", folder) == "0 records"
+
+
+def test_a_record_of_more_files_than_a_sample_has(folder):
+    path = folder / "shards/sources/00000.parquet"
+    table = pq.read_table(path)
+    index = table.schema.get_field_index("number")
+    numbers = pa.array(np.arange(len(table), dtype=np.int32) + 40)
+    pq.write_table(table.set_column(index, table.schema.field(index), numbers), path)
+    assert enter("records", folder) == "0 records"
+
+
+def parquet(table, **settings):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(table), buffer, **{"compression": "zstd", **settings})
+    return buffer.getvalue()
+
+
+LONG = "x" * 1_000_000
+HOSTILE = {
+    "a long text behind short codes": (parquet({"a": [LONG] * 500}), "texts of more than 100 times as many"),
+    "the same in lists": (parquet({"a": [[LONG]] * 500}), "texts of more than 100 times as many"),
+    "bytes in structures": (parquet({"a": [{"b": LONG.encode()}] * 500}), "texts of more than 100 times as many"),
+    "a long text": (parquet({"a": [LONG * 20]}, use_dictionary=False), "more than 100 times as many"),
+    "long values of one length": (
+        parquet({"a": pa.array([b"x" * 9000], pa.binary(9000))}),
+        "has 9000 bytes, more than",
+    ),
+    "differences": (
+        parquet({"a": [LONG] * 500}, use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY"),
+        "a has the encodings",
+    ),
+    "many columns": (parquet({f"{i}": np.zeros(900_000, np.int8) for i in range(5)}), "4500000 values in all"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_few_bytes_that_stand_for_much_are_refused(name):
+    data, said = HOSTILE[name]
+    with pytest.raises(DataError, match=said):
+        read_table_bytes(data)
+
+
+def test_tables_of_ours_are_read_as_they_are():
+    """The records of an evaluation of 500 images, with distinct scores and constant flags."""
+    random = np.random.default_rng(0)
+    counts = random.integers(0, 200, 500)
+    columns = {
+        "image_id": np.arange(500),
+        "name": np.array([f"image {i}" for i in range(500)], dtype=object),
+        "PQ": np.where(np.arange(500) % 3 == 0, np.nan, 0.5),
+        "score": Ragged(random.random(counts.sum()), counts),
+        "crowd": Ragged(np.zeros(counts.sum(), bool), counts),
+    }
+    found = read_table_bytes(table_bytes(columns))
+    assert found.keys() == columns.keys()
+    for name in ("score", "crowd"):
+        assert np.array_equal(found[name].values, columns[name].values)
+        assert np.array_equal(found[name].counts, columns[name].counts)
+    assert np.array_equal(found["PQ"], columns["PQ"], equal_nan=True)
+    assert found["name"].tolist() == columns["name"].tolist()
+
+
+def test_texts_and_nulls_come_back(tmp_path):
+    table = pa.table({"a": [["x"], [], None, ["y", "z"]], "b": ["u", None, "v", "w"], "c": pa.nulls(4, pa.string())})
+    assert read_bounded_table(parquet(table)).equals(table)
