@@ -156,7 +156,7 @@ class EvaluationConfig(Section):
     """Processes that evaluate at the same time."""
     num_cpus_per_actor: Annotated[float, FROM_0] = 1.0
     """CPUs that Ray reserves for each of them."""
-    num_gpus_per_actor: Annotated[float, FROM_0] = 0.0
+    num_gpus_per_actor: Annotated[float | Literal["auto"], FROM_0] = "auto"
     """GPUs that Ray reserves for each of them; a part such as 0.5 shares one, 0 evaluates on the CPU."""
     resources_per_actor: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
@@ -178,6 +178,11 @@ class EvaluationConfig(Section):
             )
         self._check_sets()
         self._check_extra_metrics()
+
+    @property
+    def gpus_per_actor(self) -> float:
+        """GPUs of each actor; 0 while `auto` is not decided on."""
+        return 0.0 if self.num_gpus_per_actor == "auto" else self.num_gpus_per_actor
 
     def for_set(self, evaluated: EvaluationSet) -> EvaluationConfig:
         """These settings with the set's own tasks and test time, and the extra metrics that judge them."""

@@ -139,10 +139,12 @@ class TrainingConfig(Section):
     """Images per optimizer step, over all ranks and micro-batches."""
     micro_batch: Annotated[int, FROM_1] = 2
     """Images per forward on one rank; accumulation follows from global_batch, world size and this."""
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "auto"
     """bf16_autocast, fp16_autocast: weights in fp32, matrix products in 16 bits. bf16, fp16: weights and gradients in
     16 bits too, with fp32 copies in the optimizer. fp16 and fp16_autocast scale the loss by what fits; fp16_autocast
-    computes the pixel decoder in fp32, as the official code. Coordinates and losses stay in fp32."""
+    computes the pixel decoder in fp32, as the official code. Coordinates and losses stay in fp32. auto: bf16_autocast
+    on GPUs that have bf16, fp16_autocast on older ones with tensor cores, else fp32; a run that goes on keeps its
+    own."""
     pixel_decoder_fp32: bool = False
     """Compute the pixel decoder in fp32 under bf16_autocast too; slower."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -176,6 +178,12 @@ class TrainingConfig(Section):
     """A rank that spends this long in one phase of a step (data, forward pass, update, ...) stalls the run: the stacks
     of all ranks are written and the attempt ends. Less than collective_timeout_s, or that ends it first and says less;
     0 switches it off."""
+
+    @property
+    def settled_precision(self) -> Precision:
+        """The precision, which must have been decided on."""
+        assert self.precision != "auto", "the precision is decided on before a model is made"
+        return self.precision
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ from m2f.trainer.state import TrainState
 from m2f.trainer.telemetry.metrics import Stopwatch, Traffic, summed_losses
 from m2f.trainer.telemetry.mfu import Utilization
 from m2f.trainer.telemetry.numbers import StepMetrics
-from m2f.trainer.telemetry.phases import Phase, PhaseClock
+from m2f.trainer.telemetry.phases import Phase, phase_clock
 from m2f.trainer.telemetry.rank_stats import measure_rank, memory_gb, rank_spread, slow_ranks, system_use
 from m2f.trainer.telemetry.trace import Trace
 from m2f.trainer.telemetry.watchdog import Watchdog
@@ -34,7 +34,7 @@ class Observer:
     def __init__(self, run: Run, reporter: Reporter) -> None:
         job, self._run, self._reporter = run.job, run, reporter
         attempt = job.attempt or run.ranks.broadcast(time.strftime("%Y%m%d-%H%M%S"))
-        self._clock = PhaseClock()
+        self._clock = phase_clock(run.engine.device)
         self._stopwatch = Stopwatch()
         self._traffic = Traffic(run.storage.counters)
         self._utilization = Utilization(job.model, run.engine.device, run.ranks.world_size)

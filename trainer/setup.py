@@ -18,6 +18,7 @@ from m2f.trainer.checkpoint.resume import open_restart
 from m2f.trainer.checkpoint.saver import CheckpointSaver
 from m2f.trainer.checkpoint.weights import fetched_weights, known_class_rows, start_file
 from m2f.trainer.data import OpenData, TrainingData, open_batches
+from m2f.trainer.device import require_own_device, this_device, with_precision
 from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.engine import Engine
 from m2f.trainer.engine.module import TrainingModule
@@ -45,8 +46,10 @@ class Run:
 @contextmanager
 def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator[Run]:
     """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
+    job = with_precision(job, this_device())
     training = job.training
     ranks = Ranks(training.collective_timeout_s)
+    require_own_device(this_device(), ranks)
     storage = Storage(job.storage, answered=True, on_wait=lambda line: _report_wait(reporter, ranks.rank, line))
     data = ranks.run_on_all(lambda: open_data(job, storage))
     ranks.run_on_rank0(lambda: data.check(storage))
@@ -63,7 +66,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         if training.compile:
             ranks.run_on_all(lambda: compile_regions(model))
         module = TrainingModule(
-            model, job.model, job.seed, training.precision, pixel_decoder_fp32=training.pixel_decoder_fp32
+            model, job.model, job.seed, training.settled_precision, pixel_decoder_fp32=training.pixel_decoder_fp32
         )
         job = probe_memory(module, job, data, this_device(), ranks, reporter)
         engine = Engine(module, job.training, this_device(), universal=restart is not None and restart.reshard)
@@ -84,13 +87,6 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
 
 def _report_wait(reporter: Reporter, rank: int, line: str) -> None:
     reporter.report(Notice("storage", 0, f"rank {rank} is {line}"))
-
-
-def this_device() -> torch.device:
-    """The GPU that `prepare_process` chose for this rank, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _fresh_state(job: TrainJob, data: TrainingData, ranks: Ranks) -> TrainState:

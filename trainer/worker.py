@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from m2f.trainer.data import OpenData, open_shards
+from m2f.trainer.device import take_device
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.job import Control, ManualControl, TrainJob
 from m2f.trainer.loop import train
+from m2f.trainer.memory.allocator import let_segments_grow
 from m2f.trainer.reporting import LogReporter, Reporter
 from m2f.trainer.state import TrainState
 
@@ -44,24 +46,26 @@ def run_worker(
 
 
 def prepare_process(job: TrainJob) -> torch.device:
-    """Seeds, threads and deterministic kernels; returns this rank's device."""
+    """Seeds, threads, allocator and deterministic kernels; returns this rank's device."""
     random.seed(job.seed)
     np.random.seed(job.seed % 2**32)
     torch.manual_seed(job.seed)
+    let_segments_grow(os.environ)
     if not torch.cuda.is_available():
         torch.set_num_threads(job.training.threads)
-        return torch.device("cpu")
-    if job.training.deterministic:
+    elif job.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    return take_device()
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
-    """The default process group: an existing one, else nccl on GPU and gloo on CPU from the environment."""
+    """The default process group: an existing one, else nccl on GPU and gloo on CPU from the environment.
+
+    One of nccl is ended on success only: its end waits for operations that a rank with an error will never enter, and
+    the error would not get out.
+    """
     if dist.is_initialized():
         yield
         return
@@ -76,8 +80,11 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield
-    finally:
-        _destroy_group()
+    except BaseException:
+        if backend != "nccl":
+            _destroy_group()
+        raise
+    _destroy_group()
 
 
 def _destroy_group() -> None:

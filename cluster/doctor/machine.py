@@ -73,7 +73,7 @@ def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:
     needed = expected
     if needed is None:
         cluster = None if config is None else config.cluster
-        needed = 1 if cluster is not None and cluster.num_gpus_per_worker > 0 else 0
+        needed = 1 if cluster is not None and cluster.gpus_per_worker > 0 else 0
     if count < needed:
         remedy = f"check nvidia-smi, the driver against CUDA {torch.version.cuda}, and `--gpus all` of the container"
         return Finding("GPUs", "failed", f"torch sees {count}, {needed} are needed", remedy)
@@ -153,7 +153,7 @@ def check_compiler(config: RunConfig | None) -> Finding:
 
     from m2f.trainer.engine.compile import compiler_names, find_compiler
 
-    gpus = torch.cuda.is_available() or (config is not None and config.cluster.num_gpus_per_worker > 0)
+    gpus = torch.cuda.is_available() or (config is not None and config.cluster.gpus_per_worker > 0)
     device = "cuda" if gpus else "cpu"
     path = find_compiler(device)
     if path is not None:

@@ -77,7 +77,7 @@ class EvaluationActor:
     """Runs as a Ray actor. Models and manifests are loaded when they are first needed; the last model is kept."""
 
     def __init__(self, config: RunConfig) -> None:
-        if not config.evaluation.num_gpus_per_actor:
+        if not config.evaluation.gpus_per_actor:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the machine's GPUs are not ours
         torch.set_num_threads(config.evaluation.threads)
         self._config = config

@@ -94,7 +94,7 @@ def make_pool(config: RunConfig) -> EvaluationPool:
     settings = config.evaluation
     actor = ray.remote(
         num_cpus=settings.num_cpus_per_actor,
-        num_gpus=settings.num_gpus_per_actor,
+        num_gpus=settings.gpus_per_actor,
         resources=dict(settings.resources_per_actor),
         max_restarts=-1,
     )(EvaluationActor)

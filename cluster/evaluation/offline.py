@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+import ray
+
 from m2f.cluster.evaluation.client import make_pool
 from m2f.cluster.evaluation.evaluate import SetEvaluation, evaluate_sets
 from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.devices import SeenDevices, announced, evaluation_devices, gpus_of_nodes
 from m2f.cluster.terminal import Progress
 from m2f.eval.config import EvaluationSet
 from m2f.model.errors import ConfigError
@@ -23,8 +28,12 @@ def evaluate_checkpoint(
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
     settings = config.evaluation
+    may_grow = config.cluster.address is not None or "RAY_ADDRESS" in os.environ
     num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
     with local_or_existing(config.cluster, num_cpus, resources=settings.resources_per_actor):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        seen = SeenDevices(gpus_of_nodes(nodes), found="the Ray cluster has", may_grow=may_grow)
+        config = announced(evaluation_devices(config, seen))
         pool = make_pool(config)
         bars: dict[EvaluationSet, Progress] = {}
 

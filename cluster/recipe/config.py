@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, ScaleJitter, StorageConfig
 from m2f.data_pipeline.keys import key_problem
@@ -23,13 +23,15 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """Address of a running Ray cluster; None starts a local one for the run."""
-    num_workers: Annotated[int | tuple[int, int], FROM_1] = 1
-    """Training workers (one per GPU). `[min, max]`: as many as the cluster has room for; the run shrinks when nodes are
-    lost and grows when they come back, with the global batch, the data order and the optimizer state kept."""
+    num_workers: Annotated[int | tuple[int, int] | Literal["auto"], FROM_1] = "auto"
+    """Training workers. `auto`: one per GPU that is there, else one. `[min, max]`: as many as the cluster has room for;
+    the run shrinks when nodes are lost and grows when they come back, with the global batch, the data order and the
+    optimizer state kept."""
     num_cpus_per_worker: Annotated[float, FROM_0] = 1.0
     """CPUs that Ray reserves for each training worker; `training.threads` says how many it uses."""
-    num_gpus_per_worker: Annotated[float, FROM_0] = 0.0
-    """GPUs that Ray reserves for each training worker; 0 trains on the CPU."""
+    num_gpus_per_worker: Annotated[float | Literal["auto"], FROM_0] = "auto"
+    """GPUs that Ray reserves for each training worker; 0 trains on the CPU. `auto`: one if there are GPUs, of which
+    evaluation actors get a quarter where none is left for them. A fraction above 0.5 leaves room for such an actor."""
     resources_per_worker: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{trainer: 1}`: it runs only on nodes that offer them."""
     max_failures: Annotated[int, FROM_0] = 3
@@ -46,18 +48,28 @@ class ClusterConfig(Section):
 
     @property
     def min_workers(self) -> int:
-        """The run starts as soon as the cluster has resources for so many."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        """The run starts as soon as the cluster has resources for so many; 1 while `auto` is not decided on."""
+        return self._range[0]
 
     @property
     def max_workers(self) -> int:
-        """The run never uses more."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        """The run never uses more; 1 while `auto` is not decided on."""
+        return self._range[1]
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        workers = 1 if self.num_workers == "auto" else self.num_workers
+        return (workers, workers) if isinstance(workers, int) else workers
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """GPUs of each worker; 0 while `auto` is not decided on."""
+        return 0.0 if self.num_gpus_per_worker == "auto" else self.num_gpus_per_worker
 
     @property
     def needs(self) -> dict[str, float]:
         """Ray resources of one training worker."""
-        amounts = {"CPU": self.num_cpus_per_worker, "GPU": self.num_gpus_per_worker, **self.resources_per_worker}
+        amounts = {"CPU": self.num_cpus_per_worker, "GPU": self.gpus_per_worker, **self.resources_per_worker}
         return {name: amount for name, amount in amounts.items() if amount}
 
 
@@ -66,7 +78,7 @@ class TrackingConfig(Section):
     """MLflow."""
 
     uri: str | None = None
-    """Tracking server; None takes MLFLOW_TRACKING_URI, else sqlite under the run folder."""
+    """Tracking server; None takes MLFLOW_TRACKING_URI, else the sqlite file `mlflow.db` in a local `output`."""
     experiment: str = "m2f"
     """Name of the MLflow experiment that gets the run; it is made where it does not exist."""
 

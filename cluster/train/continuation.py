@@ -53,6 +53,12 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
         return
 
 
+def newest_recipe(storage: Storage, run_folder: str) -> str | None:
+    """The recipe (YAML) that the newest checkpoint of a run folder says; None without one."""
+    found = (_read(storage, checkpoint.url) for checkpoint in list_checkpoints(storage, run_folder))
+    return next((stored.recipe for stored in found if stored is not None), None)
+
+
 def _read(storage: Storage, url: str) -> _Stored | None:
     """None where the checkpoint does not say: the trainer finds out whether it is damaged."""
     if storage.exists(join(url, IDENTITY)):

@@ -18,6 +18,7 @@ from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError, root_cause
 from m2f.cluster.train.local_rank import train_rank, worker_environment
 from m2f.cluster.train.processes import RankProcesses
+from m2f.cluster.train.settling import settled_run, this_machine
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.job import TrainJob
@@ -25,7 +26,7 @@ from m2f.trainer.reporting import Event
 
 
 def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
-    """Train a recipe with `cluster.num_workers` processes (of a range: the most) on this machine.
+    """Train a recipe with `cluster.num_workers` processes (of a range: the most) on this machine's GPUs or CPU.
 
     The same supervisor as with Ray: restarts after failures within `cluster.max_failures`, tracking, adjustments.
     Checkpoints are evaluated in this process after the last step. SIGINT or SIGTERM stop the run after a checkpoint.
@@ -36,6 +37,7 @@ def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
         LeaseHeldError: another process trains in the run folder.
         LeaseLostError: another process took the run folder over, since this one gave no sign of life.
     """
+    config = settled_run(config, this_machine(), beside=False)
     cluster = replace(config.cluster, num_workers=config.cluster.max_workers)
     return run_supervised(config, LocalLauncher(replace(config, cluster=cluster)), live)
 

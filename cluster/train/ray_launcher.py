@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import ray
@@ -19,13 +19,15 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from m2f.cluster.evaluation.client import EvaluationClient
-from m2f.cluster.ray_cluster import ClusterError, connect, this_node
+from m2f.cluster.ray_cluster import ClusterError, connect, local_or_existing, this_node
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.cluster.recipe.devices import SeenDevices, gpus_of_nodes
 from m2f.cluster.terminal import print_err
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError
 from m2f.cluster.train.mailbox import Mailbox
+from m2f.cluster.train.settling import settled_run, this_machine
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
 from m2f.cluster.train.worker import WorkerSettings, train_loop
 from m2f.data_pipeline.storage.scratch import ScratchFolder
@@ -48,7 +50,26 @@ def run_training(config: RunConfig, live: bool = False) -> RunSummary:
         LeaseHeldError: another process trains in the run folder.
         LeaseLostError: another process took the run folder over, since this one gave no sign of life.
     """
-    return run_supervised(config, RayLauncher(config), live)
+    with _seen_devices(config) as seen:
+        config = settled_run(config, seen, beside=True)
+        return run_supervised(config, RayLauncher(config), live)
+
+
+@contextmanager
+def _seen_devices(config: RunConfig) -> Iterator[SeenDevices]:
+    """GPUs of the cluster that the run will use; those of this machine where a local cluster will start on it."""
+    may_grow = _may_grow(config.cluster)
+    if not may_grow and not ray.is_initialized():
+        yield this_machine()
+        return
+    with local_or_existing(config.cluster, 0):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield SeenDevices(gpus_of_nodes(nodes), found="the Ray cluster has", may_grow=may_grow)
+
+
+def _may_grow(cluster: ClusterConfig) -> bool:
+    """Whether the run uses a cluster that was there before it."""
+    return cluster.address is not None or "RAY_ADDRESS" in os.environ
 
 
 class RayLauncher:
@@ -64,7 +85,7 @@ class RayLauncher:
         self._error: BaseException | None = None
 
     def __enter__(self) -> Self:
-        may_grow = self._cluster.address is not None or "RAY_ADDRESS" in os.environ
+        may_grow = _may_grow(self._cluster)
         with ExitStack() as stack:
             stack.enter_context(connect(self._config))
             self._scratch = str(stack.enter_context(ScratchFolder("ray-train")))
@@ -140,7 +161,7 @@ class RayLauncher:
         free, cluster = ray.available_resources(), self._cluster
         return (
             f"one that waits for room needs {cluster.num_cpus_per_worker:g} CPUs and "
-            f"{cluster.num_gpus_per_worker:g} GPUs, and the cluster has {free.get('CPU', 0):g} and "
+            f"{cluster.gpus_per_worker:g} GPUs, and the cluster has {free.get('CPU', 0):g} and "
             f"{free.get('GPU', 0):g} free now"
         )
 
@@ -150,10 +171,10 @@ class RayLauncher:
             train_loop,
             train_loop_config={"settings": WorkerSettings(job, self._mailbox)},
             torch_config=TorchConfig(
-                backend="nccl" if cluster.num_gpus_per_worker else "gloo",
+                backend="nccl" if cluster.gpus_per_worker else "gloo",
                 timeout_s=round(job.training.collective_timeout_s),
             ),
-            scaling_config=scaling_config(workers, cluster.num_gpus_per_worker > 0, cluster.needs),
+            scaling_config=scaling_config(workers, cluster.gpus_per_worker > 0, cluster.needs),
             # a new name each: Ray would look for checkpoints of the last
             run_config=attempt_config(f"attempt-{self._attempts}", self._scratch, controller_failures(cluster)),
         )
@@ -165,8 +186,8 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
     A cluster that was there before the run may grow, so there it is only said.
     """
     cluster, evaluation = config.cluster, config.evaluation
-    training = cluster.min_workers * cluster.num_gpus_per_worker
-    evaluating = evaluation.actors * evaluation.num_gpus_per_actor if evaluation.sets else 0
+    training = cluster.min_workers * cluster.gpus_per_worker
+    evaluating = evaluation.actors * evaluation.gpus_per_actor if evaluation.sets else 0
     if training + evaluating <= available:
         return
     message = (

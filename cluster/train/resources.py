@@ -29,7 +29,7 @@ def resource_requests(config: RunConfig) -> list[ResourceRequest]:
     found = [ResourceRequest("training", config.cluster.min_workers, config.cluster.needs)]
     settings = config.evaluation
     if settings.sets:
-        needs = {"CPU": settings.num_cpus_per_actor, "GPU": settings.num_gpus_per_actor, **settings.resources_per_actor}
+        needs = {"CPU": settings.num_cpus_per_actor, "GPU": settings.gpus_per_actor, **settings.resources_per_actor}
         found.append(
             ResourceRequest("evaluation", settings.actors, {name: amount for name, amount in needs.items() if amount})
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import ray
 import ray.train
 
 from m2f.cluster.ray_private import preemption_notice, quiet_reports
+from m2f.cluster.recipe.devices import device_index
 from m2f.cluster.train.prometheus import PrometheusReporter
+from m2f.model.errors import ConfigError
 from m2f.trainer.errors import PeersError
 from m2f.trainer.job import ManualControl, TrainJob
 from m2f.trainer.reporting import CommitReport, Event, RankReport, Reporters
@@ -39,8 +42,7 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
     settings = arguments["settings"]
     context = ray.train.get_context()
     os.environ["LOCAL_SIZE"] = str(context.get_local_world_size())  # DeepSpeed's device count on CPU
-    if not ray.get_gpu_ids():
-        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    _take_gpu(ray.get_gpu_ids())
     from m2f.trainer.worker import run_worker  # deepspeed reads the environment when it is imported
 
     quiet_reports()
@@ -51,6 +53,21 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
         run_worker(settings.job, reporter, control)
     except PeersError as error:
         raise (error.__cause__ or error) from None  # a cause is lost on the way to the supervisor
+
+
+def _take_gpu(assigned: list[Any]) -> None:
+    """Let torch and DeepSpeed take the GPU that Ray gave to this rank, which need not be that of its local rank."""
+    if not assigned:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"Ray gave GPU {assigned[0]} of {socket.gethostname()} to a worker, but torch {torch.__version__} sees "
+            "none there; see `m2f doctor`, or set cluster.num_gpus_per_worker to 0 to train on the CPU"
+        )
+    os.environ["LOCAL_RANK"] = str(device_index(assigned, os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 class RayReporter:

@@ -23,6 +23,7 @@ from m2f.model.loss.criterion import Losses, Normalizers
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.ema import WeightAverage
 from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.offload import bring_norms_to_host
 from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.engine.safe_load import safe_loads
 from m2f.trainer.errors import TrainingError
@@ -59,6 +60,7 @@ class Engine:
         self.device = device
         self.stage = training.zero.stage
         self._clip_norm = training.optimizer.clip_norm
+        self._is_offloaded = training.zero.offload_optimizer
         self.module = module.to(device)
         self._has_masters = training.precision in ("bf16", "fp16")
         self._adamw = _build_adamw(module, training)
@@ -93,6 +95,8 @@ class Engine:
         return result
 
     def _finish_sharded_step(self) -> StepResult:
+        if self._is_offloaded:
+            bring_norms_to_host(self._engine.optimizer)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         if not self._engine.was_step_applied():
@@ -179,7 +183,7 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
     # One rank exchanges nothing: it needs no hook on every gradient, and no second place for it.
     alone = world_size == 1 and zero.stage == 1
     stage3 = {"stage3_param_persistence_threshold": zero.param_persistence_threshold} if zero.stage == 3 else {}
-    offload = {"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer else {}
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if zero.offload_optimizer else {}
     halves = {training.precision: {"enabled": True}} if training.precision in ("bf16", "fp16") else {}
     return {
         "train_micro_batch_size_per_gpu": len(plan[0]),

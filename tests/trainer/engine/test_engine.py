@@ -151,7 +151,7 @@ def test_16_bits_and_offload_in_deepspeeds_words():
     settings = deepspeed_config(training, 1)
     assert settings["fp16"] == {"enabled": True}  # the scale of the loss adapts itself
     assert settings["gradient_clipping"] == 0.01
-    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import STALL_EXIT
-from m2f.trainer.telemetry.phases import PhaseClock
+from m2f.trainer.telemetry.phases import DevicePhases, PhaseClock
 from m2f.trainer.telemetry.watchdog import WAITING_PLACES, RankStacks, describe_stall
 
 WAITING = RankStacks(
@@ -45,6 +45,35 @@ def test_the_clock_adds_up_phases_and_counts_them():
     assert list(clock.lap()) == ["start", "data", "forward", "backward"]
     clock.enter("data")
     assert list(clock.lap()) == ["update"]
+
+
+class FakeEvent:
+    """A point in the work of a device that has done what `done` says, 10 ms a point."""
+
+    made, done = 0, 0
+
+    def record(self):
+        self.number = FakeEvent.made
+        FakeEvent.made += 1
+
+    def query(self):
+        return self.number < FakeEvent.done
+
+    def elapsed_time(self, end):
+        return 10.0 * (end.number - self.number)
+
+
+def test_on_a_gpu_phases_last_as_long_as_the_work_and_nothing_waits_for_it():
+    clock = PhaseClock(DevicePhases(FakeEvent))
+    for phase in ("data", "forward", "backward", "forward"):
+        clock.enter(phase)
+    assert clock.lap() == {}
+    FakeEvent.done = 3
+    assert clock.lap() == {"start": 0.01, "data": 0.01}
+    clock.enter("update")
+    FakeEvent.done = 6
+    assert clock.lap() == {"forward": 0.02, "backward": 0.01}
+    assert clock.mark.phase == "update"
 
 
 @pytest.mark.slow

@@ -1,0 +1,185 @@
+import re
+from dataclasses import replace
+
+import pytest
+
+from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.cluster.recipe.devices import (
+    SeenDevices,
+    SeenGpu,
+    device_index,
+    evaluation_devices,
+    gpus_of_nodes,
+    settle,
+)
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
+from m2f.eval.config import EvaluationConfig, EvaluationSet
+from m2f.model.errors import ConfigError
+from m2f.trainer.config import TrainingConfig
+from m2f.trainer.precision import sensible_precision
+
+H100, T4, P100 = (SeenGpu(name, cap) for name, cap in (("H100", (9, 0)), ("T4", (7, 5)), ("P100", (6, 0))))
+AUTO = "auto"
+
+
+def recipe(workers=AUTO, gpus=AUTO, evaluating=AUTO, actors=1, sets=True, precision=AUTO, batch=16):
+    return RunConfig(
+        name="run",
+        datasets={"train": DatasetConfig(shards="shards")},
+        data=DataConfig(train=(MixtureItem(dataset="train"),)),
+        training=TrainingConfig(max_steps=1, global_batch=batch, precision=precision),
+        cluster=ClusterConfig(num_workers=workers, num_gpus_per_worker=gpus),
+        evaluation=EvaluationConfig(
+            sets=(EvaluationSet(dataset="train"),) if sets else (), num_gpus_per_actor=evaluating, actors=actors
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "workers", "each", "actor", "precision"),
+    [
+        ({}, [], 1, 0, 0, "fp32"),
+        ({"workers": 2}, [], 2, 0, 0, "fp32"),
+        ({"gpus": 0}, [], 1, 0, 0, "fp32"),
+        ({"precision": "bf16_autocast"}, [], 1, 0, 0, "bf16_autocast"),
+        ({}, [H100], 1, 0.75, 0.25, "bf16_autocast"),
+        ({"sets": False}, [H100], 1, 1, 1, "bf16_autocast"),
+        ({"actors": 2}, [H100], 1, 0.75, 0.125, "bf16_autocast"),
+        ({"actors": 3}, [H100], 1, 0.75, 0.0833, "bf16_autocast"),
+        ({"precision": "fp32"}, [H100], 1, 0.75, 0.25, "fp32"),
+        ({}, [T4], 1, 0.75, 0.25, "fp16_autocast"),
+        ({}, [P100], 1, 0.75, 0.25, "fp32"),
+        ({}, [H100, T4], 2, 0.75, 0.25, "fp16_autocast"),
+        ({}, [H100] * 4, 4, 0.75, 0.25, "bf16_autocast"),
+        ({"batch": 2}, [H100] * 4, 2, 1, 1, "bf16_autocast"),
+        ({"workers": 2}, [H100] * 4, 2, 1, 1, "bf16_autocast"),
+        ({"workers": 2}, [H100] * 2, 2, 0.75, 0.25, "bf16_autocast"),
+        ({"workers": 2}, [H100], 1, 0.75, 0.25, "bf16_autocast"),
+        ({"workers": (1, 4)}, [H100] * 4, (1, 4), 0.75, 0.25, "bf16_autocast"),
+        ({"evaluating": 1}, [H100] * 4, 3, 1, 1, "bf16_autocast"),
+        ({"evaluating": 1, "actors": 2}, [H100] * 4, 2, 1, 1, "bf16_autocast"),
+        ({"evaluating": 0}, [H100], 1, 1, 0, "bf16_autocast"),
+        ({"evaluating": 0.2}, [H100], 1, 0.75, 0.2, "bf16_autocast"),
+        ({"gpus": 1}, [H100], 1, 1, 0, "bf16_autocast"),
+        ({"gpus": 1}, [H100] * 4, 4, 1, 0, "bf16_autocast"),
+        ({"gpus": 1, "workers": 3}, [H100] * 4, 3, 1, 1, "bf16_autocast"),
+        ({"gpus": 0.6}, [H100], 1, 0.6, 0.4, "bf16_autocast"),
+        ({"gpus": 0.5, "workers": 1}, [H100], 1, 0.5, 0.5, "bf16_autocast"),
+        ({"gpus": 0.5}, [H100] * 2, 1, 0.5, 1, "bf16_autocast"),
+        ({"gpus": 0}, [H100], 1, 0, 0, "fp32"),
+        ({"gpus": 2}, [H100] * 4, 2, 2, 0, "bf16_autocast"),
+    ],
+)
+def test_what_auto_means(settings, gpus, workers, each, actor, precision):
+    settled = settle(recipe(**settings), SeenDevices(tuple(gpus))).config
+    assert settled.cluster.num_workers == workers
+    assert settled.cluster.num_gpus_per_worker == each
+    assert settled.evaluation.num_gpus_per_actor == pytest.approx(actor)
+    assert settled.training.precision == precision
+    assert settle(settled, SeenDevices(tuple(gpus))).config == settled
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "warning"),
+    [
+        ({}, [], None),
+        ({}, [H100], None),
+        ({"gpus": 0}, [H100], r"1 GPU \(H100\) stay idle, as cluster\.num_gpus_per_worker is 0; set it to auto"),
+        ({"gpus": 1}, [H100], r"evaluation runs on the CPU: cluster\.num_gpus_per_worker 1 leaves no GPU"),
+        (
+            {"workers": 2},
+            [H100],
+            "cluster.num_workers is 2, and torch sees 1 GPU, .* with 1 worker and the same global",
+        ),
+    ],
+)
+def test_what_is_warned_of(settings, gpus, warning):
+    warnings = settle(recipe(**settings), SeenDevices(tuple(gpus))).warnings
+    assert len(warnings) == (warning is not None)
+    if warning is not None:
+        assert re.search(warning, warnings[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "problem"),
+    [
+        ({"gpus": 1}, [], "num_gpus_per_worker is 1 with 1 worker, and torch sees none; set .* to auto"),
+        ({"gpus": 1, "workers": 2}, [H100], "with 2 workers, and torch sees 1; set"),
+        ({"gpus": 0.5, "workers": 2}, [H100] * 2, "two ranks could get one GPU, which NCCL does not connect"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(settings, gpus, problem):
+    with pytest.raises(ConfigError, match=problem):
+        settle(recipe(**settings), SeenDevices(tuple(gpus)))
+
+
+def test_a_cluster_may_get_what_it_lacks():
+    seen = SeenDevices((), "the Ray cluster has", may_grow=True)
+    assert settle(recipe(gpus=1, workers=8), seen).config.cluster.num_workers == 8
+    settled = settle(recipe(), seen)
+    assert settled.config.cluster.num_gpus_per_worker == 0
+    assert settled.warnings == (
+        "the Ray cluster has no GPU now: training on its CPUs. If it grows by GPUs, set cluster.num_gpus_per_worker "
+        "to 1",
+    )
+
+
+def test_evaluation_after_the_training_has_the_gpu_to_itself():
+    settled = settle(recipe(), SeenDevices((H100,)), beside=False).config
+    assert (settled.cluster.num_gpus_per_worker, settled.evaluation.num_gpus_per_actor) == (1, 1)
+
+
+def test_a_run_that_goes_on_keeps_its_precision():
+    assert settle(recipe(), SeenDevices((H100,)), "fp32").config.training.precision == "fp32"
+    assert settle(recipe(), SeenDevices(), "bf16_autocast").config.training.precision == "bf16_autocast"
+    assert settle(recipe(precision="bf16"), SeenDevices(), "fp32").config.training.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "line"),
+    [
+        ({}, [], "device: 1 worker on the CPU, as torch sees no GPU; precision fp32; evaluation on the CPU"),
+        ({"gpus": 0, "sets": False}, [H100], "device: 1 worker on the CPU, as the recipe says; precision fp32"),
+        ({}, [H100], "device: 1 worker, 0.75 H100 each; precision bf16_autocast; evaluation on 0.25 GPU"),
+        ({"sets": False}, [H100] * 2, "device: 2 workers, one H100 each; precision bf16_autocast"),
+    ],
+)
+def test_one_line_says_it(settings, gpus, line):
+    assert settle(recipe(**settings), SeenDevices(tuple(gpus))).line == line
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "may_grow", "each", "warned"),
+    [
+        (AUTO, [], False, 0, False),
+        (AUTO, [H100], False, 1, False),
+        (0.25, [H100], False, 0.25, False),
+        (1.0, [], False, 0, True),
+        (1.0, [], True, 1, False),
+    ],
+)
+def test_an_evaluation_alone(asked, gpus, may_grow, each, warned):
+    settled = evaluation_devices(recipe(evaluating=asked), SeenDevices(tuple(gpus), may_grow=may_grow))
+    assert settled.config.evaluation.num_gpus_per_actor == each
+    assert bool(settled.warnings) == warned
+    assert settled.config.cluster == replace(recipe().cluster)
+
+
+def test_the_gpus_of_a_cluster_by_their_type():
+    nodes = [{"CPU": 4.0}, {"GPU": 2.0, "accelerator_type:T4": 1.0}, {"GPU": 1.0}]
+    found = gpus_of_nodes(nodes)
+    assert [gpu.name for gpu in found] == ["T4", "T4", "GPU"]
+    assert sensible_precision([gpu.capability for gpu in found]) == "fp16_autocast"
+
+
+@pytest.mark.parametrize(
+    ("assigned", "visible", "index"),
+    [([0], "0", 0), ([3], "1,3", 1), (["3"], "3, 1", 0), ([2], None, 2), (["GPU-b"], "GPU-a,GPU-b", 1)],
+)
+def test_a_rank_takes_the_gpu_that_ray_gave_to_it(assigned, visible, index):
+    assert device_index(assigned, visible) == index
+
+
+def test_a_gpu_that_cuda_does_not_show_is_refused():
+    with pytest.raises(ConfigError, match="Ray gave GPU 2 to a worker, but CUDA_VISIBLE_DEVICES is '0,1'"):
+        device_index([2], "0,1")

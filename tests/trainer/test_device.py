@@ -1,0 +1,83 @@
+import os
+
+import pytest
+import torch
+
+import m2f.trainer.device
+import m2f.trainer.worker
+from m2f.trainer.device import require_own_device, shared_device, take_device
+from m2f.trainer.errors import TrainingError
+from m2f.trainer.memory.allocator import let_segments_grow
+from m2f.trainer.worker import process_group
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["GPU-a of x", "GPU-b of x"], None),
+        (["GPU-a of x", "GPU-a of y"], None),
+        (["", ""], None),
+        (["GPU-a of x", "GPU-b of x", "GPU-a of x"], r"ranks 0 and 2 have the same GPU \(GPU-a of x\).*num_workers"),
+    ],
+)
+def test_no_two_ranks_have_one_gpu(names, problem):
+    found = shared_device(names)
+    assert (found is None) == (problem is None)
+
+    class TwoRanks:
+        def gather(self, name):
+            assert name == ""
+            return names
+
+    if problem is None:
+        require_own_device(torch.device("cpu"), TwoRanks())
+    else:
+        with pytest.raises(TrainingError, match=problem):
+            require_own_device(torch.device("cpu"), TwoRanks())
+
+
+def test_a_rank_takes_the_gpu_of_its_index(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert take_device() == torch.device("cuda", 0)
+    assert taken == [0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(TrainingError, match=r"is to use GPU 1 of this machine .* but torch sees 1; start fewer ranks"):
+        take_device()
+
+
+@pytest.mark.parametrize(
+    ("before", "added"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {}),
+    ],
+)
+def test_segments_grow_unless_the_user_says_otherwise(before, added):
+    environment = dict(before)
+    let_segments_grow(environment)
+    assert environment == before | added
+
+
+@pytest.mark.parametrize(("device", "is_ended"), [("cuda", False), ("cpu", True)])
+def test_a_group_of_gpus_is_not_ended_by_a_rank_with_an_error(device, is_ended, monkeypatch):
+    """Its end would wait for the other ranks, and the error with it."""
+    ended = []
+    monkeypatch.setattr(m2f.trainer.worker.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(m2f.trainer.worker.dist, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(m2f.trainer.worker, "_loopback_store", lambda *arguments: None)
+    monkeypatch.setattr(m2f.trainer.worker, "_destroy_group", lambda: ended.append(True))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"))
+    with pytest.raises(KeyError), process_group(torch.device(device), 1.0):
+        raise KeyError("an error of this rank")
+    assert bool(ended) == is_ended
+    ended.clear()
+    with process_group(torch.device(device), 1.0):
+        pass
+    assert ended == [True]

@@ -1,0 +1,68 @@
+"""The device of a rank: which GPU it is, that no other rank has it, and what it computes in."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from m2f.trainer.errors import TrainingError
+from m2f.trainer.job import TrainJob
+from m2f.trainer.precision import sensible_precision
+from m2f.trainer.ranks import Ranks
+
+
+def this_device() -> torch.device:
+    """The GPU that `take_device` chose for this rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def take_device() -> torch.device:
+    """Make the GPU with the index LOCAL_RANK this process's own; the CPU where torch sees no GPU.
+
+    Raises TrainingError where there is no GPU of that index.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise TrainingError(
+            f"rank {os.environ.get('RANK', '0')} is to use GPU {index} of this machine (LOCAL_RANK), but torch sees "
+            f"{count}; start fewer ranks (cluster.num_workers), or name more GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def with_precision(job: TrainJob, device: torch.device) -> TrainJob:
+    """The job with a precision for this device, where nobody has decided on one before."""
+    if job.training.precision != "auto":
+        return job
+    capabilities = [torch.cuda.get_device_capability(device)] if device.type == "cuda" else []
+    return replace(job, training=replace(job.training, precision=sensible_precision(capabilities)))
+
+
+def require_own_device(device: torch.device, ranks: Ranks) -> None:
+    """Raise TrainingError on all ranks where two have one GPU. A collective."""
+    name = ""
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
+    if problem := shared_device(ranks.gather(name)):
+        raise TrainingError(problem)
+
+
+def shared_device(names: Sequence[str]) -> str | None:
+    """What is wrong where two ranks have one GPU; `names` are those of all ranks' GPUs, empty for the CPU."""
+    for rank, name in enumerate(names):
+        if name and (first := names.index(name)) != rank:
+            return (
+                f"ranks {first} and {rank} have the same GPU ({name}), and NCCL connects no two ranks on one; lower "
+                "cluster.num_workers, or raise cluster.num_gpus_per_worker above 0.5: below 1 it leaves room for an "
+                "evaluation actor, not for another rank"
+            )
+    return None
