@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.submit.submit import run_digest
 from m2f.cluster.train.resources import count_fitting, resource_requests
+from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
 from m2f.model.errors import UserError
 
 SCHEMA = m2f.HOME / "cluster" / "cloud" / "ray_job_schema.yaml"
@@ -45,6 +45,8 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
     ray_job = _read_template(template)
     problems = schema_problems(ray_job)
     problems = problems or cluster_problems(config, ray_job["spec"]["rayClusterSpec"])
+    if "submitterPodTemplate" in ray_job["spec"] and not problems:
+        problems = _image_problems("submitterPodTemplate", ray_job["spec"]["submitterPodTemplate"]["spec"])
     if problems:
         raise KubeRayError(f"{template}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
     name = _object_name(config)
@@ -54,7 +56,10 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
         "entrypoint": f"m2f train {RECIPE_FOLDER}/recipe.yaml --restart",
         "runtimeEnvYAML": yaml.safe_dump({"env_vars": dict(env)}, sort_keys=True),
     }
-    _mount_recipe(ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"], name)
+    head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    if ray_job["spec"].get("submissionMode", "K8sJobMode") == "K8sJobMode":  # in the others there is no such pod
+        ray_job["spec"].setdefault("submitterPodTemplate", {"spec": _submitter_pod(head)})
+    _mount_recipe(head, name)
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -146,10 +151,13 @@ def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
         return {name: float(amount) for name, amount in group["resources"].items() if amount.isdecimal()}
     text = group["rayStartParams"].get("resources", "{}").strip("'")
     try:
-        value = json.loads(text)
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise KubeRayError(f"{group['groupName']}: rayStartParams.resources is not JSON: {text} ({error})") from error
+        value = parse_json(text)
+        value = parse_json(value) if isinstance(value, str) else value
+        return {name: float(amount) for name, amount in value.items()}
+    except (DocumentError, AttributeError, TypeError, ValueError) as error:
+        raise KubeRayError(
+            f"{group['groupName']}: rayStartParams.resources is not JSON of names and numbers: {text:.200} ({error})"
+        ) from error
 
 
 def _object_name(config: RunConfig) -> str:
@@ -160,13 +168,14 @@ def _object_name(config: RunConfig) -> str:
 
 def _read_template(template: Path) -> dict[str, Any]:
     try:
-        documents = [d for d in yaml.safe_load_all(template.read_text(encoding="utf-8")) if d is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        raise KubeRayError(f"{template}: cannot read the template ({reason})") from error
-    if len(documents) != 1 or not isinstance(documents[0], dict) or documents[0].get("kind") != "RayJob":
+        document = parse_yaml(template.read_bytes())
+    except (OSError, DocumentError) as error:
+        raise KubeRayError(
+            f"{template}: cannot read the template, which is one document of kind RayJob ({error})"
+        ) from error
+    if not isinstance(document, dict) or document.get("kind") != "RayJob":
         raise KubeRayError(f"{template}: a template is one document of kind RayJob; see cluster/cloud/kuberay.yaml")
-    return documents[0]
+    return document
 
 
 def _mount_recipe(head: dict[str, Any], name: str) -> None:
@@ -174,3 +183,20 @@ def _mount_recipe(head: dict[str, Any], name: str) -> None:
     head.setdefault("volumes", []).append({"name": "recipe", "configMap": {"name": name}})
     mount = {"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True}
     head["containers"][0].setdefault("volumeMounts", []).append(mount)
+
+
+def _submitter_pod(head: Mapping[str, Any]) -> dict[str, Any]:
+    """The pod that runs `ray job submit` and follows the log: image and rights of the head, without its account.
+
+    KubeRay's own one has no security context and mounts a token of Kubernetes. KubeRay adds the command, and Ray's
+    token from the secret, to this one, too.
+    """
+    ray = head["containers"][0]
+    same = {key: ray[key] for key in ("image", "imagePullPolicy", "securityContext") if key in ray}
+    resources = {"requests": {"cpu": "500m", "memory": "200Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}}
+    pod = {key: head[key] for key in ("securityContext", "imagePullSecrets") if key in head}
+    return pod | {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "containers": [{"name": "ray-job-submitter", **same, "resources": resources}],
+    }

@@ -198,6 +198,37 @@ def test_pods_of_the_kuberay_example_have_no_rights_that_they_do_not_need():
     assert mounted == [True, False, False], "the autoscaler on the head asks Kubernetes for pods"
 
 
+def test_the_pod_that_submits_has_the_image_and_rights_of_the_head_without_a_token_of_kubernetes(template):
+    spec = written(template)[1]["spec"]
+    head, pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"], spec["submitterPodTemplate"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == head["containers"][0]["image"] == f"registry.example.com/m2f@sha256:{DIGEST}"
+    assert container["securityContext"] == head["containers"][0]["securityContext"]
+    assert pod["securityContext"] == head["securityContext"]
+    assert pod["automountServiceAccountToken"] is False
+    assert "serviceAccountName" not in pod
+    assert pod["restartPolicy"] == "Never", "pods of a Kubernetes Job have no other choice but OnFailure"
+    assert "command" not in container, "KubeRay adds it"
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}, "KubeRay gives Ray's token to it"
+
+
+def test_a_submitter_of_the_template_stays_and_names_its_image_by_digest(template):
+    document = read(template)
+    own = {"spec": {"restartPolicy": "Never", "containers": [{"name": "mine", "image": f"r/m2f@sha256:{DIGEST}"}]}}
+    document["spec"]["submitterPodTemplate"] = own
+    template.write_text(yaml.safe_dump(document))
+    assert written(template)[1]["spec"]["submitterPodTemplate"] == own
+    own["spec"]["containers"][0]["image"] = "r/m2f:latest"
+    template.write_text(yaml.safe_dump(document))
+    with pytest.raises(KubeRayError, match="submitterPodTemplate: image is r/m2f:latest; name it by the digest"):
+        written(template)
+
+
+def test_ways_to_submit_without_a_pod_get_none(template):
+    template.write_text(template.read_text().replace("K8sJobMode", "HTTPMode"))
+    assert "submitterPodTemplate" not in written(template)[1]["spec"]
+
+
 def test_the_kuberay_example_drains_before_pods_end():
     groups = {group["groupName"]: group for group in read(KUBERAY)["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
     pod = groups["train"]["template"]["spec"]
@@ -301,15 +332,18 @@ def test_resources_of_a_group_are_read_from_their_own_field():
     assert cluster_problems(parse_recipe(RECIPE), spec) == []
 
 
-def test_ray_start_resources_that_are_not_json_are_refused(tmp_path):
+@pytest.mark.parametrize("text", ["{trainer: 4}", "[4]", '{"trainer": "many"}', "[" * 200_000, '"4"'])
+def test_ray_start_resources_that_are_not_json_are_refused(tmp_path, text):
     document = with_image(read(KUBERAY))
-    change(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", "{trainer: 4}")
+    change(document, "spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.resources", text)
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(KubeRayError, match=r"train: rayStartParams\.resources is not JSON"):
         written(tmp_path / "t.yaml")
 
 
-@pytest.mark.parametrize("text", ["a: [", "kind: RayCluster", "kind: RayJob\n---\nkind: RayJob"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "kind: RayCluster", "kind: RayJob\n---\nkind: RayJob", "[" * 5000, "kind: RayJob\nkind: RayJob"]
+)
 def test_templates_that_are_not_one_ray_job_are_refused(tmp_path, text):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(KubeRayError, match="template"):
