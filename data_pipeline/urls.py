@@ -24,8 +24,8 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]*")
 _USER = re.compile(r"[^/@]*:.*@", re.DOTALL)
 _PATH_SCHEMES = ("file", "s3", "sqlite")
 """A path of theirs may hold an `@`: they know no user, or `file://` has no host."""
-_NAME_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
-"""What timm writes before the name of a model, which may end with `@revision`."""
+_NAME_SCHEMES = ("hf-hub", "hf_hub", "hub", "local-dir")
+"""What timm and `model.weights` write before the name of a model, which may end with `@revision`."""
 
 
 def url_problem(text: str) -> str | None:

@@ -10,7 +10,7 @@ import yaml
 from m2f.data_pipeline.config import DataConfig, StorageConfig
 from m2f.data_pipeline.documents import parse_yaml
 from m2f.model.config import ModelConfig
-from m2f.trainer.checkpoint.identity import ModelIdentity
+from m2f.trainer.checkpoint.identity import ModelIdentity, StartWeights
 from m2f.trainer.config import TrainingConfig
 
 
@@ -56,6 +56,10 @@ class TrainJob:
     def effective_identity(self) -> ModelIdentity | None:
         """The identity with the recipe as the run has it now."""
         return None if self.identity is None else replace(self.identity, recipe=self.recipe)
+
+    def started_from(self, start: tuple[StartWeights, ...]) -> TrainJob:
+        """The job with what its run began with in the identity of its checkpoints."""
+        return self if self.identity is None else replace(self, identity=replace(self.identity, start=start))
 
     def with_micro_batch(self, size: int) -> TrainJob:
         """The job with another `training.micro_batch`, which its recipe names, too."""

@@ -6,17 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.model.mask2former import Mask2Former, build_model
-from m2f.model.weights.load import LoadReport, load_weights
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.checkpoint.identity import require_own_checkpoint
 from m2f.trainer.checkpoint.resume import open_restart
 from m2f.trainer.checkpoint.saver import CheckpointSaver
-from m2f.trainer.checkpoint.weights import fetched_weights, known_class_rows, start_file
 from m2f.trainer.data import OpenData, TrainingData, open_batches
 from m2f.trainer.device import require_own_device, this_device, with_precision
 from m2f.trainer.engine.compile import compile_regions
@@ -26,6 +21,7 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.memory.probe import probe_memory
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import CommittedCheckpoint, Notice, Reporter
+from m2f.trainer.start_model import empty_model, start_model
 from m2f.trainer.state import TrainState
 
 
@@ -55,14 +51,15 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     ranks.run_on_rank0(lambda: data.check(storage))
     state, resumed = _fresh_state(job, data, ranks), None
     candidates = ranks.run_on_rank0(lambda: list_checkpoints(storage, job.run_folder))
-    ranks.run_on_rank0(lambda: require_own_checkpoint(storage, [c.url for c in candidates], job.identity))
+    start = ranks.run_on_rank0(lambda: require_own_checkpoint(storage, [c.url for c in candidates], job.identity))
     accept = job.data.accept_changes
     with open_restart(candidates, state, storage, ranks, reporter, accept, job.skipped, job.lease) as restart:
-        model, report = ranks.run_on_all(lambda: _build_model(job, storage, from_scratch=restart is None))
-        if report is not None and ranks.is_first:
-            reporter.report(Notice("weights", 0, f"{job.model.weights}: {report}"))
-        if restart is not None:
+        if restart is None:
+            model, start = ranks.run_on_all(lambda: start_model(job, storage, reporter if ranks.is_first else None))
+        else:
+            model = ranks.run_on_all(lambda: empty_model(job))
             restart.load_model(model)
+        job = job.started_from(start)
         if training.compile:
             ranks.run_on_all(lambda: compile_regions(model))
         module = TrainingModule(
@@ -96,16 +93,3 @@ def _fresh_state(job: TrainJob, data: TrainingData, ranks: Ranks) -> TrainState:
         world_size=ranks.world_size,
         zero_stage=job.training.zero.stage,
     )
-
-
-def _build_model(job: TrainJob, storage: Storage, from_scratch: bool) -> tuple[Mask2Former, LoadReport | None]:
-    """The model with the weights that the recipe starts from; without any where a checkpoint will bring them."""
-    torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own share of the initialisation
-    weights = job.model.weights if from_scratch else None
-    model = build_model(job.model, pretrained_backbone=from_scratch and weights is None)
-    if weights is None:
-        return model, None
-    weights = start_file(weights, storage)
-    rows = known_class_rows(job.identity, weights, storage)
-    with fetched_weights(weights, storage) as path:
-        return model, load_weights(model, path, rows)

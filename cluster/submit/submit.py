@@ -23,6 +23,7 @@ from m2f.cluster.submit.upload import RECIPE, pack
 from m2f.cluster.terminal import print_err
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import ConfigError
+from m2f.model.weights.sources import is_path
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DIGEST_LENGTH = 8

@@ -48,6 +48,23 @@ def is_hugging_face_folder(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
+def known_labels(path: str | Path) -> tuple[str, ...] | None:
+    """Names of the classes of a Mask2Former of Hugging Face, by class; empty where it was given none.
+
+    None for what is no folder of such a model. Raises WeightsError for a `config.json` that cannot be read.
+    """
+    if not is_hugging_face_folder(path):
+        return None
+    values = _read_json(Path(path) / CONFIG)
+    if values.get("model_type") != "mask2former":
+        return None
+    labels = values.get("id2label") or {}
+    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
+        return ()
+    names = tuple(str(labels[str(i)]) for i in range(len(labels)))
+    return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
 def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
     """Settings of the model in a folder that `save_pretrained` wrote.
 

@@ -6,6 +6,7 @@ The kind is told by the first bytes, not by the name. Safetensors hold no code; 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -58,22 +59,48 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def weights_sha256(path: str | Path) -> str:
+    """SHA-256 of the file that `read_state` reads; of a model in several files, of what `sha256sum` prints for them.
+
+    Raises WeightsError where there is none.
+    """
+    path = Path(path)
+    files = _folder_files(path) if path.is_dir() else (path,)
+    if len(files) == 1:
+        return _sha256(files[0])
+    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"weights {path} cannot be read: {error.strerror}") from error
+
+
 def _read_folder(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in _folder_files(folder):
+        state |= read_state(file)
+    return state
+
+
+def _folder_files(folder: Path) -> tuple[Path, ...]:
     found = next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
     if found is None:
         raise WeightsError(f"weights {folder}: the folder has none of {', '.join(_FOLDER_FILES)}")
     if found.suffix != ".json":
-        return read_state(found)
+        return (found,)
     try:
         shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"weights {found}: not an index of weights ({_first_sentence(error)})") from error
-    state: dict[str, Tensor] = {}
     for shard in shards:
         if shard != Path(shard).name:
             raise WeightsError(f"weights {found}: names the file {shard!r}, which is not in the same folder")
-        state |= read_state(folder / shard)
-    return state
+    return tuple(folder / shard for shard in shards)
 
 
 def _read(path: Path) -> Any:

@@ -42,6 +42,17 @@ class InputRules:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartWeights:
+    """A file of weights that a run began with."""
+
+    setting: str
+    """`model.weights` or `model.backbone.weights`."""
+    source: str
+    """The setting's value, with the commit where it is a model of the hub."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
     """What a checkpoint knows about its model, without shards and run folder."""
 
@@ -51,6 +62,8 @@ class ModelIdentity:
     num_queries: int
     recipe: str = ""
     """The effective recipe (YAML)."""
+    start: tuple[StartWeights, ...] = ()
+    """What the training began with; empty for random weights, and for runs of earlier versions."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -73,6 +86,8 @@ class ModelIdentity:
             "recipe_sha256": self.recipe_sha256,
             "recipe": self.recipe,
         }
+        if self.start:
+            content["start"] = [asdict(weights) for weights in self.start]
         return json.dumps(content, indent=1)
 
     @classmethod
@@ -87,6 +102,10 @@ class ModelIdentity:
                 input=_input_rules(content["input"]),
                 num_queries=int(content["num_queries"]),
                 recipe=str(content["recipe"]),
+                start=tuple(
+                    StartWeights(**{name: str(row[name]) for name in ("setting", "source", "sha256")})
+                    for row in content.get("start", ())
+                ),
             )
         except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
             raise CheckpointError(f"{source} does not say what the weights mean ({error}); restore it") from error
@@ -144,10 +163,12 @@ def require_same_classes(task: str, classes: tuple[Category, ...] | None, now: M
     )
 
 
-def require_own_checkpoint(storage: Storage, urls: Sequence[str], now: ModelIdentity | None) -> None:
-    """`require_same_classes` for the first of these checkpoint folders that says what it is."""
+def require_own_checkpoint(
+    storage: Storage, urls: Sequence[str], now: ModelIdentity | None
+) -> tuple[StartWeights, ...]:
+    """`require_same_classes` for the first of these checkpoints that says what it is; what its run began with."""
     if now is None:
-        return
+        return ()
     for url in urls:
         if storage.exists(address := join(url, IDENTITY)):
             try:
@@ -155,7 +176,8 @@ def require_own_checkpoint(storage: Storage, urls: Sequence[str], now: ModelIden
             except CheckpointError:
                 continue  # damaged: resuming finds that out
             require_same_classes(stored.tasks[0], stored.label_spaces[0].classes, now, url)
-            return
+            return stored.start
+    return ()
 
 
 def _read_official(path: Path) -> ModelIdentity | None:

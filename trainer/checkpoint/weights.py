@@ -9,9 +9,15 @@ from pathlib import Path
 from m2f.data_pipeline.label_space import match_classes, require_match
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
+from m2f.model.config import BackboneConfig, ModelConfig
+from m2f.model.export.hugging_face import is_hugging_face_folder, known_labels, read_hugging_face_config
+from m2f.model.weights.architecture import require_same_architecture
+from m2f.model.weights.files import weights_sha256
+from m2f.model.weights.hub import hub_folder
+from m2f.model.weights.packages import weights_path
+from m2f.model.weights.sources import HUB
 from m2f.trainer.checkpoint.folder import AVERAGE, MANIFEST, WEIGHTS, file_entry, read_manifest
-from m2f.trainer.checkpoint.identity import IDENTITY, METADATA_KEY, ModelIdentity, read_metadata
+from m2f.trainer.checkpoint.identity import IDENTITY, METADATA_KEY, ModelIdentity, StartWeights, read_metadata
 from m2f.trainer.errors import CheckpointError
 
 _SUFFIXES = ("safetensors", "pt", "pth", "pkl", "bin")
@@ -36,10 +42,41 @@ def stated_sha256(weights: str, storage: Storage) -> str | None:
 
 
 def start_file(weights: str, storage: Storage) -> str:
-    """What `model.weights` means: of a checkpoint folder its weights, not their average; else itself."""
+    """What `model.weights` means: of a checkpoint folder its weights, not their average; a model of the hub in its
+    cache, fetched if need be; else itself.
+    """
+    if weights.startswith(HUB):
+        return str(hub_folder(weights))
     is_file = weights.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
     url = join(weights, WEIGHTS)
     return url if not is_file and storage.exists(url) else weights
+
+
+def check_start(identity: ModelIdentity | None, model: ModelConfig, storage: Storage) -> None:
+    """Compare what `model.weights` says of itself with a new run, as far as that is known without its tensors.
+
+    Raises DataError for classes that contradict those of the data, WeightsError for a model of Hugging Face with
+    another architecture, or one of the hub that cannot be had.
+    """
+    if model.weights is None:
+        return
+    is_hub = model.weights.startswith(HUB)
+    weights = str(hub_folder(model.weights, weights=False)) if is_hub else start_file(model.weights, storage)
+    if "://" not in weights and known_labels(weights) is not None:
+        require_same_architecture(Path(weights), model, model.weights)
+    known_class_rows(identity, weights, storage)
+
+
+def start_weights(setting: str, source: str, path: Path) -> StartWeights:
+    """The value of a setting of weights, with the digest of the file or folder at `path` that it means."""
+    return StartWeights(setting=setting, source=source, sha256=weights_sha256(path))
+
+
+def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
+    """The file that `model.backbone.weights` means; nothing for weights by their name in timm, or none."""
+    if backbone.weights is None:
+        return ()
+    return (start_weights("model.backbone.weights", backbone.weights, weights_path(backbone.weights)),)
 
 
 @contextmanager
@@ -68,7 +105,7 @@ def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
         with fetched_weights(url, storage) as path:
             return ModelIdentity.from_json(path.read_bytes(), url)
     if "://" not in weights and Path(weights).is_dir():
-        if not is_hugging_face_folder(weights):
+        if not is_hugging_face_folder(weights) or known_labels(weights) is None:
             return None
         text = read_hugging_face_config(weights).notes.get(METADATA_KEY)
         return None if text is None else ModelIdentity.from_json(text, f"{weights}/config.json")
@@ -83,14 +120,26 @@ def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Stor
 
     Raises DataError with both tables' rows where they contradict each other.
     """
-    found = None if identity is None else read_identity(weights, storage)
-    if identity is None or found is None:
+    if identity is None:
         return None
+    found = read_identity(weights, storage)
+    if found is None:
+        return _rows_by_label(identity, weights)
     new, old = identity.label_spaces[0].classes, found.label_spaces[0].classes
     match = match_classes(new, old, ids=False)
     if match.kind == "conflict" and any(label is not None for label in match.labels):
         require_match(new, old, "the training data", weights, ids=False)
     return None if match.labels == tuple(range(len(old))) else match.labels
+
+
+def _rows_by_label(identity: ModelIdentity, weights: str) -> tuple[int | None, ...] | None:
+    """By the names in a folder of Hugging Face, which does not say what is a thing; a repeated name means no class."""
+    labels = None if "://" in weights else known_labels(weights)
+    if not labels:
+        return None
+    places = {name: place for place, name in enumerate(labels) if labels.count(name) == 1}
+    rows = tuple(places.get(category.name) for category in identity.label_spaces[0].classes)
+    return None if rows == tuple(range(len(labels))) else rows
 
 
 def _check(weights: str, path: Path, storage: Storage) -> None:

@@ -1,0 +1,149 @@
+import socket
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from m2f.model.errors import ConfigError, WeightsError
+from m2f.model.weights.hub import hub_folder, pinned
+from m2f.model.weights.sources import HubAddress
+from tests.model.weights.hub_server import COMMIT, REPO, serve_hub
+
+ADDRESS = f"hub:{REPO}"
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mask2former"}')
+    (folder / "pytorch_model.bin").write_bytes(b"code")
+    (folder / "README.md").write_text("words")
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def hub(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # tests reach no hub but this one
+    with serve_hub(model) as hub:
+        use_endpoint(monkeypatch, hub.url)
+        yield hub
+
+
+def use_endpoint(monkeypatch, url):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
+def test_a_revision_is_pinned_to_its_commit(hub, revision):
+    assert pinned(ADDRESS + revision) == f"{ADDRESS}@{COMMIT}"
+
+
+def test_nothing_but_safetensors_and_notes_is_fetched_and_only_once(hub):
+    folder = hub_folder(ADDRESS)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert folder.name == COMMIT
+    asked = len(hub.requests)
+    assert hub_folder(f"{ADDRESS}@{COMMIT}") == folder
+    assert len(hub.requests) == asked
+    hub_folder(ADDRESS)
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors"]
+
+
+def test_notes_come_alone_where_the_weights_are_not_needed_yet(hub):
+    hub_folder(ADDRESS, weights=False)
+    assert hub.fetched == ["config.json"]
+    hub_folder(ADDRESS)
+    assert hub.fetched == ["config.json", "model.safetensors"]
+
+
+def test_weights_in_several_files_are_fetched_whole(hub, model):
+    (model / "model.safetensors").unlink()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name in names:
+        save_file({name: torch.ones(1)}, model / name)
+    (model / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "%s", "b": "%s"}}' % (names[0], names[1])  # noqa: UP031 - braces of JSON
+    )
+    assert {path.name for path in hub_folder(ADDRESS).iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        *names,
+    }
+
+
+def test_a_model_without_safetensors_is_refused(hub, model):
+    (model / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"has neither model.safetensors nor .*other files may hold code"):
+        hub_folder(ADDRESS)
+    assert hub.fetched == ["config.json"]
+
+
+@pytest.mark.parametrize("address", ["hub:someone/else", f"{ADDRESS}@v2"])
+def test_an_unknown_model_or_revision_is_named(hub, address):
+    with pytest.raises(WeightsError, match="has no such model or revision"):
+        pinned(address)
+
+
+def test_without_an_answer_the_cache_is_used(hub, monkeypatch):
+    folder = hub_folder(ADDRESS)
+    use_endpoint(monkeypatch, closed_port())
+    assert pinned(ADDRESS) == f"{ADDRESS}@{COMMIT}"
+    assert hub_folder(ADDRESS) == folder
+
+
+def test_offline_mode_takes_the_cache_and_asks_nobody(hub, monkeypatch):
+    folder = hub_folder(ADDRESS)
+    asked = len(hub.requests)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub_folder(f"{ADDRESS}@{COMMIT}") == hub_folder(ADDRESS) == folder
+    with pytest.raises(WeightsError, match="which the cache lacks, and HF_HUB_OFFLINE is set"):
+        hub_folder("hub:someone/else")
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize("text", ["hub:name", "hub:a/b/c", "hub:a/b@", "hub:../b c"])
+def test_other_addresses_are_refused(text):
+    with pytest.raises(ConfigError, match="write hub:OWNER/NAME"):
+        HubAddress.parse(text)
+
+
+SILENT = """
+import sys, time
+from m2f.model.weights.hub import hub_folder
+begin = time.monotonic()
+try:
+    hub_folder("hub:someone/some-model")
+except Exception as error:
+    print(f"{time.monotonic() - begin:.2f} {error}")
+"""
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["closed", "silent"])
+def test_without_a_network_one_line_says_so_within_five_seconds(tmp_path, monkeypatch, answers):
+    """In a process of its own, which reads the environment as a user sets it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if answers:
+            listener.listen()  # takes connections and never answers
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        done = subprocess.run([sys.executable, "-c", SILENT], capture_output=True, text=True, timeout=120)
+    seconds, _, message = done.stdout.strip().partition(" ")
+    assert float(seconds) < 9.0  # twice four seconds at most, and the load of the machine
+    assert all(words in message for words in ("does not answer", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"))
+    assert len(message.splitlines()) == 1

@@ -1,0 +1,58 @@
+"""The model that a rank begins with: from the recipe's weights, or empty for a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.weights.load import LoadReport, load_weights
+from m2f.trainer.checkpoint.identity import StartWeights
+from m2f.trainer.checkpoint.weights import (
+    backbone_start,
+    check_start,
+    fetched_weights,
+    known_class_rows,
+    start_file,
+    start_weights,
+)
+from m2f.trainer.job import TrainJob
+from m2f.trainer.reporting import Notice, Reporter
+
+
+def empty_model(job: TrainJob) -> Mask2Former:
+    """The model for a checkpoint, which brings all weights."""
+    torch.manual_seed(job.seed)
+    return build_model(job.model, pretrained_backbone=False)
+
+
+def start_model(
+    job: TrainJob, storage: Storage, reporter: Reporter | None
+) -> tuple[Mask2Former, tuple[StartWeights, ...]]:
+    """The model with the weights that the recipe starts from, and what they are.
+
+    Who has a reporter computes their digests, and reports.
+    """
+    torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own share of the initialisation
+    source = job.model.weights
+    model = build_model(job.model, pretrained_backbone=source is None)
+    if source is None:
+        start = backbone_start(job.model.backbone) if reporter is not None else ()
+        _report_start(reporter, start)
+        return model, start
+    check_start(job.identity, job.model, storage)
+    file = start_file(source, storage)
+    rows = known_class_rows(job.identity, file, storage)
+    with fetched_weights(file, storage) as path:
+        report = load_weights(model, path, rows)
+        start = () if reporter is None else (start_weights("model.weights", source, path),)
+    _report_start(reporter, start, report)
+    return model, start
+
+
+def _report_start(reporter: Reporter | None, start: tuple[StartWeights, ...], report: LoadReport | None = None) -> None:
+    if reporter is None:
+        return
+    for weights in start:
+        loaded = "" if report is None else f": {report}"
+        reporter.report(Notice("weights", 0, f"{weights.source} (sha256 {weights.sha256}){loaded}"))
