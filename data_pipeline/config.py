@@ -18,9 +18,13 @@ from m2f.model.limits import (
     PIXELS,
     SECONDS,
     SECONDS_FROM_0,
+    SHARE,
     STEPS,
+    Range,
     Section,
 )
+
+SMALL_DIAMETER = Range(4, 30, below=True, unit="pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,18 @@ class SyntheticSource(Section):
     """Sets with different seeds share no image."""
     image_id_start: Annotated[int, FROM_0] = 1
     """Id of the first image; the others count up from it."""
+    small_share: Annotated[float, SHARE] = 0.25
+    """Share of objects that are small: they lie on top of the others, and nothing hides them."""
+    small_diameters: Annotated[tuple[float, float], SMALL_DIAMETER] = (8.0, 11.5)
+    """Least and largest diameter of small objects; the others have 30 to 60 pixels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.small_diameters
+        if low > high:
+            raise ConfigError(
+                f"datasets.<name>.source.small_diameters is {[low, high]}; put the smaller diameter first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,7 +183,13 @@ def source_fingerprint(source: SourceConfig) -> str:
     digest = hashlib.sha256(source.kind.encode())
     files: tuple[str | None, ...] = ()
     match source:
-        case SyntheticSource() | CustomSource():
+        case SyntheticSource():
+            settings = asdict(source)
+            for name in ("small_share", "small_diameters"):  # sets of earlier versions have none
+                if settings[name] == getattr(SyntheticSource, name):
+                    del settings[name]
+            digest.update(json.dumps(settings, sort_keys=True).encode())
+        case CustomSource():
             digest.update(json.dumps(asdict(source), sort_keys=True).encode())
         case CocoPanopticSource():
             files = (source.panoptic_json, source.instances_json)

@@ -77,7 +77,7 @@ class SyntheticReader:
     def read(self, index: int) -> Sample:
         """Make one image. Its instances are the visible parts of the things, in one layer."""
         number = self.indices[index]
-        drawn = draw_image(self.config.seed, number)
+        drawn = draw_image(self.config.seed, number, self.config.small_share, self.config.small_diameters)
         image_id = self.config.image_id_start + number
         segments = _segments(drawn)
         things = [segment for segment in segments if segment.is_thing]

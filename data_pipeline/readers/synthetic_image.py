@@ -1,4 +1,4 @@
-"""Images of the synthetic set: regions of stuff, objects that hide parts of each other, tiny objects on top."""
+"""Images of the synthetic set: regions of stuff, objects that hide parts of each other, small objects on top."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
+from m2f.data_pipeline.config import SyntheticSource
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES, shape_coverage, texture
 
 _SIDE = (128, 192)
@@ -15,11 +16,8 @@ _OBJECTS = (4, 12)
 """Least and largest number of objects, some of which find no place."""
 _REGIONS = (1, 3)
 """Least and largest number of regions of stuff."""
-_TINY_SHARE = 0.25
-"""Share of objects that are tiny, so that AP of small objects has some."""
-_TINY = (8.0, 11.5)
 _LARGE = (30.0, 60.0)
-"""Diameters of tiny and of other objects in pixels."""
+"""Diameters in pixels of objects that are not small."""
 _TILT = 0.15
 """Shapes are turned by at most this angle in radians: enough to vary, little enough to learn in minutes."""
 _OVERLAP_SHARE = 0.7
@@ -72,16 +70,21 @@ class _Canvas:
     """x, y of the objects so far"""
 
 
-def draw_image(seed: int, index: int) -> SyntheticImage:
-    """Draw one image: a pure function of its arguments."""
+def draw_image(
+    seed: int,
+    index: int,
+    small_share: float = SyntheticSource.small_share,
+    small_diameters: tuple[float, float] = SyntheticSource.small_diameters,
+) -> SyntheticImage:
+    """Draw one image: a pure function of its arguments, of which the last two are as in SyntheticSource."""
     random = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
     canvas = _draw_ground(random)
     count = int(random.integers(_OBJECTS[0], _OBJECTS[1] + 1))
-    num_tiny = int(random.binomial(count, _TINY_SHARE))
-    for _ in range(count - num_tiny):
+    num_small = int(random.binomial(count, small_share))
+    for _ in range(count - num_small):
         _add_object(canvas, random.uniform(*_LARGE), random)
-    for _ in range(num_tiny):  # last, so that none of them is hidden
-        _add_object(canvas, random.uniform(*_TINY), random)
+    for _ in range(num_small):  # last, so that none of them is hidden
+        _add_object(canvas, random.uniform(*small_diameters), random)
     return _finish(canvas, random)
 
 
@@ -149,8 +152,8 @@ def _hides_too_much(canvas: _Canvas, window: tuple[slice, slice], mask: np.ndarr
     visible = np.bincount(canvas.seg.ravel(), minlength=num_ids)[1:]
     covered = np.bincount(canvas.seg[window][mask], minlength=num_ids)[1:]
     full = np.array(canvas.full_areas)
-    tiny = (np.array(canvas.diameters) < _LARGE[0]) & (full > 0)
-    return bool(((visible - covered < _MIN_VISIBLE * full) | (tiny & (covered > 0))).any())
+    small = (np.array(canvas.diameters) < _LARGE[0]) & (full > 0)
+    return bool(((visible - covered < _MIN_VISIBLE * full) | (small & (covered > 0))).any())
 
 
 def _paint(image: np.ndarray, coverage: np.ndarray, random: np.random.Generator) -> None:

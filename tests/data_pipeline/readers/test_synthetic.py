@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 
@@ -10,7 +11,7 @@ from pycocotools.coco import COCO
 
 from m2f.data_pipeline.config import CocoInstancesSource, SyntheticSource
 from m2f.data_pipeline.image_file import decode_rgb
-from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
 from m2f.data_pipeline.readers.synthetic import CATEGORIES, write_synthetic_coco
 from m2f.data_pipeline.readers.synthetic_image import draw_image
@@ -46,6 +47,34 @@ def test_images_are_as_hard_as_documented(drawings):
     for drawn in drawings:
         assert all(128 <= side <= 192 for side in drawn.seg.shape)
         assert np.array_equal(np.unique(drawn.seg), np.arange(1, len(drawn.names) + 1))
+
+
+def test_small_objects_can_be_many_and_of_any_small_size():
+    source = SyntheticSource(num_images=40, seed=3, small_share=0.6, small_diameters=(4.0, 12.0))
+    reader = open_reader(source)
+    small = [
+        segment.area
+        for index in range(40)
+        for segment in reader.read(index).annotation.segments
+        if segment.is_thing and segment.map == "seg" and segment.area < 12**2
+    ]
+    drawn = [draw_image(3, index, 0.6, (4.0, 12.0)) for index in range(40)]
+    diameters = [d for one in drawn for d in one.diameters if 0 < d < 30]
+    objects = sum(d > 0 for one in drawn for d in one.diameters)
+    assert min(diameters) < 4.5
+    assert 11.5 < max(diameters) < 12
+    assert 0.5 < len(diameters) / objects < 0.7
+    assert min(small) < 12
+    assert all(hidden == 0 for one in drawn for hidden, d in zip(one.hidden, one.diameters, strict=True) if 0 < d < 30)
+
+
+def test_sizes_of_objects_belong_to_the_identity_of_a_set():
+    """Shards of earlier versions have the digest of a source without these settings."""
+    digest = hashlib.sha256(b"synthetic")
+    digest.update(b'{"image_id_start": 1, "kind": "synthetic", "num_images": 5, "seed": 2}')
+    assert source_fingerprint(SyntheticSource(num_images=5, seed=2)) == digest.hexdigest()
+    others = [{"small_share": 0.5}, {"small_diameters": (4.0, 12.0)}]
+    assert len({source_fingerprint(SyntheticSource(num_images=5, seed=2, **other)) for other in [{}, *others]}) == 3
 
 
 @pytest.mark.parametrize("names", [SHAPES, TEXTURES], ids=["shapes", "textures"])
@@ -171,3 +200,7 @@ def test_invalid_settings_are_refused():
         SyntheticSource(num_images=0)
     with pytest.raises(ConfigError, match="seed is -1"):
         SyntheticSource(seed=-1)
+    with pytest.raises(ConfigError, match="at least 4 and below 30"):
+        SyntheticSource(small_diameters=(3.0, 8.0))
+    with pytest.raises(ConfigError, match="put the smaller diameter first"):
+        SyntheticSource(small_diameters=(12.0, 8.0))
