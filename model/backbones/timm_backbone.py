@@ -38,7 +38,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, config: TimmBackboneConfig, *, pretrained: bool = True) -> None:
         super().__init__()
-        use_pretrained = pretrained and (config.pretrained or config.weights is not None)
+        use_pretrained = pretrained and (config.pretrained is True or config.weights is not None)
         self.body = _create_body(config, use_pretrained)
         match config.norm:
             case "frozen_batch":

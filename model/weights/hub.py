@@ -79,6 +79,18 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
     return _download(address, names if weights else [name for name in names if name in _NOTES])
 
 
+def unavailable(repo: str) -> str | None:
+    """Why a model of the hub, OWNER/NAME, cannot be had; None where the cache or the hub has it. Answers within 5 s."""
+    address = HubAddress(repo)
+    if _cached_folder(address) is not None:
+        return None
+    try:
+        found = _ask(address)
+    except WeightsError:
+        return f"the hub has no {repo}, or shows it only with a token (HF_TOKEN)"
+    return found if isinstance(found, str) else None
+
+
 def _download(address: HubAddress, names: list[str]) -> Path:
     from huggingface_hub import hf_hub_download
 

