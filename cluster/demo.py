@@ -14,6 +14,7 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.sharding.job import run_shard_job
 from m2f.cluster.terminal import format_duration, print_out
+from m2f.cluster.tracking.store import ui_command
 from m2f.cluster.train.ray_launcher import run_training
 from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -54,7 +55,7 @@ def describe(summary: RunSummary) -> str:
     if published:
         last = join(summary.run_folder, "evaluations", f"step_{published[-1].step:08d}")
         lines += ["", f"pictures:  {last}/val/panels.png  (image, truth, prediction)"]
-    lines += [f"curves:    mlflow ui --backend-store-uri {summary.tracked.uri}"]
+    lines += [f"curves:    {ui_command(summary.tracked.uri)}"]
     failed = [entry for entry in summary.evaluations if entry.status == "failed"]
     lines += [f"the evaluation of step {entry.step} failed: {entry.detail}" for entry in failed]
     return "\n".join(lines)

@@ -15,6 +15,9 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from m2f.cluster.recipe.load import flatten_tree
+from m2f.cluster.tracking.database import schema_problem
+from m2f.cluster.tracking.local_store import moved_artifacts, uri_of_moved
+from m2f.cluster.tracking.reporter import tracked_name
 from m2f.cluster.tracking.tracking import connect
 from m2f.data_pipeline.documents import parse_json, parse_yaml
 from m2f.data_pipeline.errors import StorageError
@@ -24,6 +27,7 @@ from m2f.data_pipeline.urls import without_secrets
 from m2f.eval.errors import EvaluationError
 from m2f.eval.results.images import IMAGES_FILE, ImageRecords, read_image_records
 from m2f.model.errors import UserError
+from m2f.trainer.checkpoint.commits import read_metrics
 
 Curve = tuple[tuple[int, float], ...]
 """(step, value), ascending, one per step."""
@@ -193,17 +197,22 @@ class _Store:
 
     def _images(self, run: Run, place: str, notes: list[str]) -> ImageRecords | None:
         """The image records beside results; None where an earlier version wrote none."""
+        path = f"{place}/{IMAGES_FILE}"
         try:
-            listed = {file.path for file in self._client.list_artifacts(run.info.run_id, place)}
+            if (moved := moved_artifacts(self.uri, run.info.artifact_uri)) is not None:
+                is_there = (moved / path).exists()
+            else:
+                is_there = path in {file.path for file in self._client.list_artifacts(run.info.run_id, place)}
         except Exception as error:
             notes.append(f"{place} cannot be listed ({_brief(error)})")
             return None
-        path = f"{place}/{IMAGES_FILE}"
-        payload = self._artifact(run, path, notes) if path in listed else None
+        payload = self._artifact(run, path, notes) if is_there else None
         return None if payload is None else _parse_images(payload, path, notes)
 
     def _artifact(self, run: Run, path: str, notes: list[str]) -> bytes | None:
         try:
+            if (moved := moved_artifacts(self.uri, run.info.artifact_uri)) is not None:
+                return (moved / path).read_bytes()
             with ScratchFolder("compare") as folder:
                 local = self._client.download_artifacts(run.info.run_id, path, str(folder))
                 return Path(local).read_bytes()
@@ -221,6 +230,8 @@ def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).exists():
         raise CompareError(f"there is no MLflow database {database}")  # MLflow would make an empty one
+    if database != uri and (problem := schema_problem(Path(database))) is not None:
+        raise CompareError(problem)  # MLflow would change its tables
     return _Store(uri, experiment)
 
 
@@ -257,7 +268,7 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
         known = parse_json(storage.get(record_url)) if storage.exists(record_url) else None
     except UserError as error:
         raise CompareError(f"{folder} cannot be read as a run folder: {error}") from error
-    record = _tracked_record(folder, known)
+    record = _tracked_record(storage, folder, known)
     points: dict[str, dict[int, float]] = {}
     for name, result in found:
         for metric, value in result.metrics.items():
@@ -301,20 +312,33 @@ def _parse_images(payload: bytes, where: str, notes: list[str]) -> ImageRecords 
         return None
 
 
-def _tracked_record(folder: str, known: Mapping[str, Any] | None) -> RunRecord:
-    """What MLflow has beyond the folder, still without the folder's own content."""
+def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | None) -> RunRecord:
+    """What MLflow has beyond the folder; without it, the curves of training that the folder holds."""
     bare = RunRecord(name=folder, source=folder)
     if known is None:
-        return replace(bare, notes=("no tracking.json, so no curves of training",))
-    database = Path(folder, "mlflow.db")  # the folder may have been moved since
-    uri = f"sqlite:///{database.resolve()}" if database.exists() else without_secrets(known["uri"])
+        return replace(bare, curves=_stored_curves(storage, folder), notes=("no tracking.json, so not in MLflow",))
     try:
+        uri = uri_of_moved(folder, without_secrets(known["uri"]), known["run_id"])
         store = _open_store(uri, known["run_id"], None)
         run = store.find(known["run_id"])
         version = run.data.tags.get("m2f.version")
         return replace(bare, status=run.info.status, version=version, curves=store.curves(run))
     except CompareError as error:
-        return replace(bare, notes=(f"no curves of training: {error}",))
+        curves = _stored_curves(storage, folder)
+        found = "curves of training are those of the run folder" if curves else "no curves of training"
+        return replace(bare, curves=curves, notes=(f"{found}: {error}",))
+
+
+def _stored_curves(storage: Storage, folder: str) -> dict[str, Curve]:
+    """What `metrics/` of a run folder holds of the metrics that are compared."""
+    points: dict[str, dict[int, float]] = {}
+    for _, by_step in read_metrics(storage, folder):
+        for step, values in by_step.items():
+            for name, value in values.items():
+                key = tracked_name(name)
+                if key not in NOT_COMPARED and not key.startswith(GROUPS_NOT_COMPARED):
+                    points.setdefault(key, {})[step] = value
+    return {key: tuple(sorted(values.items())) for key, values in points.items()}
 
 
 def parse_results(text: str) -> SetResult:

@@ -1,50 +1,207 @@
-"""The sqlite file of an MLflow store, which appears only with all its tables.
+"""The sqlite file of an MLflow store: made whole or not at all, and brought to the schema of the installed MLflow.
 
-MLflow makes them in fifty steps, of several seconds. A process that is killed meanwhile, or a second one that starts,
-would leave or meet tables that no later start can complete.
+MLflow makes its tables in fifty steps, of several seconds, and upgrades them likewise. A process that is killed
+meanwhile, or a second one that starts, would leave or meet tables that no later start can complete. So both is done
+in a copy, under a lock. The file keeps sqlite's rollback journal: a write-ahead log would not work on network file
+systems, and would be lost where somebody copies the file alone. MLflow itself waits 20 s for other writers.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import lru_cache
 from pathlib import Path
 
+import mlflow.db
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 
+from m2f.cluster.tracking.store import TrackingError, brief
 from m2f.data_pipeline.storage.local import rename_new
 
+LOGGER = logging.getLogger(__name__)
+_MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""What `flock` says on a file system that has none; creation is safe without, too."""
+_POLL_S = 0.1
+_SAY_S = 5.0
 
-def make_database(path: Path, connect: Callable[[str], MlflowClient], may_replace: bool) -> None:
-    """Make the file where it does not exist, or, if it `may_replace` one, where that holds no run.
 
-    Raises OSError and what MLflow raises.
+@contextmanager
+def database_lock(path: Path, patience_s: float) -> Iterator[None]:
+    """Hold `path`.lock, which no other process of this machine holds. The death of its holder frees it.
+
+    Raises TrackingError after `patience_s` seconds, OSError where the file cannot be made.
     """
+    lock = path.with_name(f"{path.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and may_replace and not _holds_runs(path):
-        path.unlink()
-        Path(f"{path}-journal").unlink(missing_ok=True)
-    if path.exists():
+    began, said = time.monotonic(), False
+    with lock.open("ab") as file:
+        while not _taken(file.fileno()):
+            waited = time.monotonic() - began
+            if waited > patience_s:
+                raise TrackingError(
+                    f"{path}: another process has prepared this MLflow store for longer than storage.patience_s "
+                    f"({patience_s:g} s) and holds {lock}. End that process, and start again"
+                )
+            if waited > _SAY_S and not said:
+                said = True
+                LOGGER.warning(f"tracking: waiting for another process that prepares {path}")
+            time.sleep(_POLL_S)
+        yield
+
+
+def make_database(path: Path, connect: Callable[[str], MlflowClient]) -> None:
+    """Make the file where it does not exist, or is empty. Raises OSError and what MLflow raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size:
         return
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    path.unlink(missing_ok=True)
+    partial = _partial(path)
     try:
         connect(f"sqlite:///{partial}").search_experiments(max_results=1)
         rename_new(partial, path)
     except FileExistsError:  # another run of the same store was faster
         pass
     finally:
-        for left in (partial, Path(f"{partial}-journal")):
-            left.unlink(missing_ok=True)
+        _delete(partial)
 
 
-def _holds_runs(path: Path) -> bool:
-    """Also where that cannot be found out."""
+def clear_partials(path: Path) -> None:
+    """Delete what killed processes left of copies of the file. To be called under the lock."""
+    for left in path.parent.glob(f".partial-*-{path.name}*"):
+        left.unlink(missing_ok=True)
+
+
+def upgrade_database(path: Path, patience_s: float) -> None:
+    """Bring the tables to the schema of the installed MLflow, if they have an older one. To be called under the lock.
+
+    The file as it was stays beside it, as NAME.before-REVISION. A process that is killed leaves the file as it was.
+
+    Raises:
+        TrackingError: a newer MLflow wrote the file, or its tables cannot be upgraded.
+        OSError, sqlite3.Error: the file cannot be read, or the disk has no room for copies.
+    """
+    uri, old, new = f"sqlite:///{path}", _revision(path), _newest_revision()
+    if old in (new, ""):
+        return
+    if not _is_known(old):
+        raise TrackingError(_of_newer(path, old))
+    kept, partial = path.with_name(f"{path.name}.before-{new}"), _partial(path)
+    LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; it stays as {kept.name}")
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-            return connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0] > 0
-    except sqlite3.OperationalError as error:
-        return "no such table" not in str(error)
-    except sqlite3.DatabaseError:
-        return True
+        with closing(open_database(path, patience_s)) as database, closing(open_database(path, patience_s)) as reader:
+            database.execute("BEGIN IMMEDIATE")  # nobody else writes meanwhile
+            _copy(reader, partial)
+            os.replace(partial, kept)
+            _copy(reader, partial)
+            _upgrade(partial, uri)
+            database.execute("ROLLBACK")
+            with closing(open_database(partial, patience_s)) as upgraded:
+                upgraded.backup(database, progress=_refuse_busy)  # one transaction: whole or not at all
+    finally:
+        _delete(partial)
+
+
+def schema_problem(path: Path) -> str | None:
+    """Why the installed MLflow cannot read a file as it is; None where it can, or where that is for MLflow to say."""
+    try:
+        found = _revision(path)
+    except sqlite3.Error:
+        return None
+    if found in (_newest_revision(), ""):
+        return None
+    if not _is_known(found):
+        return _of_newer(path, found)
+    return (
+        f"sqlite:///{path}: an older MLflow wrote its tables. The next start of a run there upgrades it, or make a "
+        f"copy of the file, and then `mlflow db upgrade sqlite:///{path}`"
+    )
+
+
+def _of_newer(path: Path, revision: str) -> str:
+    return (
+        f"sqlite:///{path}: a newer MLflow wrote its tables (schema {revision}; MLflow {mlflow.__version__} here has "
+        f"{_newest_revision()}). Install that MLflow here, or set tracking.uri to another store"
+    )
+
+
+def _upgrade(partial: Path, uri: str) -> None:
+    try:
+        mlflow.db.commands(["upgrade", f"sqlite:///{partial}"], standalone_mode=False)
+    except Exception as error:
+        raise TrackingError(
+            f"{uri}: its tables cannot be brought to the schema of MLflow {mlflow.__version__} ({brief(error)}). Make "
+            f"a copy of the file, and try `mlflow db upgrade {uri}`"
+        ) from error
+
+
+def _refuse_busy(status: int, remaining: int, total: int) -> None:
+    """Called after every step of a copy: the connection has waited, and `backup` alone would wait without end."""
+    if status not in (sqlite3.SQLITE_OK, sqlite3.SQLITE_DONE):
+        raise sqlite3.OperationalError("database is locked")
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".partial-{os.getpid()}-{path.name}")
+
+
+def _delete(partial: Path) -> None:
+    for left in (partial, Path(f"{partial}-journal")):
+        left.unlink(missing_ok=True)
+
+
+def open_database(path: Path, patience_s: float = 20.0) -> sqlite3.Connection:
+    """An existing file, each statement a transaction of its own; other writers are waited for.
+
+    Raises sqlite3.Error. Not opened for reading alone: what a writer that was killed began must be rolled back.
+    """
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=patience_s, isolation_level=None)
+
+
+def _copy(source: sqlite3.Connection, target: Path) -> None:
+    with closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+
+
+def _revision(path: Path) -> str:
+    """Of the schema; "" where the tables have none, as in a file that MLflow did not make."""
+    with closing(open_database(path)) as database:
+        has_one = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
+        found = database.execute("SELECT version_num FROM alembic_version").fetchone() if has_one else None
+    return found[0] if found else ""
+
+
+@lru_cache
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory(str(_MIGRATIONS))  # reads seventy files
+
+
+def _newest_revision() -> str:
+    return _scripts().get_current_head() or ""
+
+
+def _is_known(revision: str) -> bool:
+    try:
+        return _scripts().get_revision(revision) is not None
+    except CommandError:
+        return False

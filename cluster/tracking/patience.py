@@ -11,7 +11,7 @@ from typing import TypeVar
 from mlflow.exceptions import MlflowException
 
 from m2f.cluster.environment import environment
-from m2f.cluster.tracking.store import TrackingError, brief
+from m2f.cluster.tracking.store import TrackingError, brief, is_busy
 from m2f.data_pipeline.errors import OutageError
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class TrackingAwayError(TrackingError, OutageError):
 
 
 class Patience:
-    """Makes the calls of one process to one store. Only servers are waited for: a file is there, or it is not."""
+    """Makes the calls of one process to one store. A sqlite file is waited for only while others write to it."""
 
     def __init__(self, uri: str, patience_s: float) -> None:
         self._uri, self._patience_s = uri, patience_s
@@ -51,8 +51,10 @@ class Patience:
                 with environment({} if self._answered else _HASTE):
                     found = call()
             except Exception as error:
-                if not self._uri.startswith("http") or not _is_outage(error):
+                is_file = not self._uri.startswith("http")
+                if not (is_busy(error) if is_file else _is_outage(error)):
                     raise
+                self._answered = self._answered or is_file
                 pause = min(_MAX_PAUSE_S, 0.5 * 2.0**attempt)
                 self._wait(error, pause, time.monotonic() - began)
             else:

@@ -34,11 +34,12 @@ class TrackingReporter:
         """
         if step in self._steps:
             return True
-        taken = self._tracking.log_metrics(step, {_tracked_name(name): value for name, value in values.items()})
+        taken = self._tracking.log_metrics(step, {tracked_name(name): value for name, value in values.items()})
         if taken:
             self._steps.add(step)
         return taken
 
 
-def _tracked_name(name: str) -> str:
+def tracked_name(name: str) -> str:
+    """How MLflow names a metric of training."""
     return name if name.startswith("system/") else f"train/{name}"

@@ -53,19 +53,35 @@ def named_store(uri: str) -> Iterator[None]:
     except Exception as error:
         cause = brief(error)
         remedy = (
-            "Start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or leave both unset for a sqlite file in "
-            "the run folder"
+            "Start the server, correct tracking.uri or MLFLOW_TRACKING_URI, or leave both unset for a sqlite file "
+            "below `output`"
         )
         if uri.startswith("sqlite") and any(words in cause for words in ("disk is full", "No space left")):
             remedy = "Free some space, or put tracking.uri on another disk"
         elif uri.startswith("sqlite") and any(words in cause for words in ("already exists", "not a database")):
             remedy = "The file is damaged, or was left half made by a process that was killed: move it away"
+        elif uri.startswith("sqlite") and is_busy(error):
+            remedy = "Other processes write to it without a pause: end them, or set tracking.uri to a server"
         raise TrackingError(f"cannot create or find an MLflow run at {uri}: {cause}. {remedy}") from error
 
 
 def is_refusal(error: MlflowException, uri: str) -> bool:
     """Whether the store itself says no for good; the 404 page of a proxy whose server restarts does not count."""
     return error.error_code in _REFUSALS and (isinstance(error, RestException) or not uri.startswith("http"))
+
+
+def is_busy(error: Exception) -> bool:
+    """Whether a sqlite file was written by others for longer than MLflow waits."""
+    return "database is locked" in str(error)
+
+
+def ui_command(uri: str) -> str:
+    """How a person looks at a store: a command for a sqlite file, which is named from here if it lies below."""
+    if not uri.startswith("sqlite:///"):
+        return uri
+    path = uri.removeprefix("sqlite:///")
+    below = os.path.relpath(path)
+    return f"mlflow ui --backend-store-uri sqlite:///{path if below.startswith('..') else below}"
 
 
 def shortened(value: str) -> str:

@@ -27,6 +27,8 @@ class TrackedRun:
     """Local folder of the journals."""
     lease: RunLease | None = None
     """Under which the run is written; None for a process that only adds results of its own."""
+    remade: bool = False
+    """Whether it was made just now for a run folder that already holds points and evaluations."""
 
     def journal(self, writer: str) -> Path:
         """File of one writer's journal; a holder whose lease is outdated writes to another file than the next one."""

@@ -28,6 +28,18 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe, flatten
 from m2f.cluster.tracking.database import make_database
 from m2f.cluster.tracking.journal import Entry, Journal
+from m2f.cluster.tracking.local_store import (
+    FOLDER_TAG,
+    StoredRun,
+    artifact_root,
+    find_stored,
+    is_copy,
+    is_shared,
+    local_database,
+    prepare,
+    sqlite_uri,
+    uri_of_moved,
+)
 from m2f.cluster.tracking.patience import Patience
 from m2f.cluster.tracking.provenance import DataInput, code_facts, data_facts, data_inputs
 from m2f.cluster.tracking.record import RunRecord, read_record, record_url, write_record
@@ -50,7 +62,6 @@ RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 PARAMS_PER_CALL = 100
 MAX_PAUSE_S = 60.0
 _RUN_JOURNAL = re.compile(r"(?:driver|rank0|evaluation)(?:-(\d+))?\.jsonl")
-_FOLDER_TAG = "m2f.run_folder"
 
 
 def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
@@ -65,18 +76,27 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
         TrackingAwayError: a server that had answered was away for longer than `storage.patience_s`; also only then.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
+    _prepare(config, uri)
     storage = Storage(config.storage)
     inputs = data_inputs(config, storage)
     facts = code_facts() | data_facts(inputs)
     known = _known_run(config, storage, uri)
     held = RunLease(config.run_folder, lease, config.storage) if lease else None
-    if known is not None and known.uri == uri:
+    stored = None if known is None else _continued(config, known, uri)
+    if known is not None and stored is not None:
         run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=held)
         _continue_journals(run, (known.parameters or parameters) | (known.facts or facts), parameters | facts)
+        if stored.folder != config.run_folder:  # moved: a damaged record is rebuilt by this tag
+            Journal(run.journal("driver")).append({"tag": FOLDER_TAG, "value": config.run_folder})
     else:
         run_id = _start_run(config, uri, parameters, facts, inputs)
-        run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=held)
-    if known is None or known.uri != uri or known.parameters is None:
+        run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=held, remade=known is not None)
+        if known is not None:
+            LOGGER.warning(
+                f"tracking: MLflow run {known.run_id} of this run folder is in {known.uri}; it is made again in {uri}, "
+                "from the points and evaluations that the run folder holds"
+            )
+    if known is None or known.uri != uri or known.run_id != run.run_id or known.parameters is None:
         write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts))
     return run
 
@@ -84,22 +104,21 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
 def find_run(config: RunConfig) -> TrackedRun | None:
     """The MLflow run of this run folder, to add to it; None where there is none."""
     known = _known_run(config, Storage(config.storage), tracking_uri(config))
-    return None if known is None else TrackedRun(uri=known.uri, run_id=known.run_id, spool=_spool_folder(config))
+    if known is None:
+        return None
+    uri = uri_of_moved(config.run_folder, known.uri, known.run_id)
+    _prepare(config, uri)
+    return TrackedRun(uri=uri, run_id=known.run_id, spool=_spool_folder(config))
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The recipe's tracking.uri, else MLFLOW_TRACKING_URI, else sqlite in the run folder."""
+    """The recipe's tracking.uri, else MLFLOW_TRACKING_URI, else a sqlite file: see `local_store`."""
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None and "://" in config.run_folder:
         raise TrackingError(
             f"output is {config.output}, where no sqlite file can be: set tracking.uri or MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{default_database(config)}" if not uri else checked_uri(uri)
-
-
-def default_database(config: RunConfig) -> Path:
-    """The sqlite file of a run that names no other store."""
-    return Path(config.run_folder).resolve() / "mlflow.db"
+    return sqlite_uri(local_database(config.run_folder)) if not uri else checked_uri(uri)
 
 
 class Tracking:
@@ -202,6 +221,32 @@ class Tracking:
                 self._closing.wait(pause_s)
 
 
+def _local(config: RunConfig, uri: str) -> Path | None:
+    """The sqlite file that the run uses as it names no other store; None where `uri` is another one."""
+    if "://" in config.run_folder:
+        return None
+    database = local_database(config.run_folder)
+    return database if uri == sqlite_uri(database) else None
+
+
+def _prepare(config: RunConfig, uri: str) -> None:
+    """Before anything else touches the local store. Raises TrackingError."""
+    database = _local(config, uri)
+    if database is not None:
+        with named_store(uri):
+            prepare(database, is_shared(config.run_folder, database), connect, config.storage.patience_s)
+
+
+def _continued(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
+    """The recorded run, if it is the one to write to. Raises TrackingError."""
+    database = _local(config, uri)
+    if database is None:
+        return StoredRun(config.run_folder) if known.uri == uri else None
+    with named_store(uri):
+        stored = find_stored(database, known.run_id)
+    return None if stored is None or is_copy(stored, config.run_folder) else stored
+
+
 def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | None:
     """The run that `tracking.json` names; where that is damaged, the newest one of this run folder in the store."""
     try:
@@ -217,6 +262,9 @@ def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | Non
 
 def _tagged_run(config: RunConfig, uri: str) -> str | None:
     """Id of the newest run with the tag of this run folder."""
+    local = _local(config, uri)
+    if local is not None and not local.exists():
+        return None
     with named_store(uri):
         client = connect(uri)
         patience = Patience(uri, config.storage.patience_s)
@@ -225,8 +273,8 @@ def _tagged_run(config: RunConfig, uri: str) -> str | None:
             return None
         # In a database of its own every run is one of this folder, which may have been moved.
         quote = '"' if "'" in config.run_folder else "'"
-        wanted = f"tags.`{_FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
-        wanted = "" if uri == f"sqlite:///{default_database(config)}" else wanted
+        wanted = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
+        wanted = "" if local is not None and not is_shared(config.run_folder, local) else wanted
         runs = [experiment.experiment_id]
         found = patience.ask(lambda: client.search_runs(runs, wanted, max_results=1))  # the newest comes first
         return found[0].info.run_id if found else None
@@ -238,8 +286,7 @@ def _start_run(
     """Create the run with its parameters, tags, inputs and recipe; returns its id."""
     with named_store(uri):
         if uri.startswith("sqlite:///"):
-            path = Path(uri.removeprefix("sqlite:///"))
-            make_database(path, connect, may_replace=path == default_database(config))
+            make_database(Path(uri.removeprefix("sqlite:///")), connect)
         client, patience = connect(uri), Patience(uri, config.storage.patience_s)
         experiment = patience.ask(lambda: _experiment(client, config, uri))
         run_id = patience.ask(_Creation(client, config, experiment, facts))
@@ -257,7 +304,7 @@ class _Creation:
 
     def __init__(self, client: MlflowClient, config: RunConfig, experiment: str, facts: Mapping[str, str]) -> None:
         self._client, self._config, self._experiment = client, config, experiment
-        self._tags = {_FOLDER_TAG: config.run_folder, "m2f.version": version("m2f"), **facts}
+        self._tags = {FOLDER_TAG: config.run_folder, "m2f.version": version("m2f"), **facts}
         if "code.commit" in facts:
             self._tags["mlflow.source.git.commit"] = facts["code.commit"]  # shown as the version of the run
         self._start_ms = time.time_ns() // 1_000_000
@@ -268,7 +315,7 @@ class _Creation:
         if called:
             wanted = f"attributes.start_time = {self._start_ms}"
             for run in self._client.search_runs([self._experiment], wanted):
-                if run.data.tags.get(_FOLDER_TAG) == self._config.run_folder:
+                if run.data.tags.get(FOLDER_TAG) == self._config.run_folder:
                     return run.info.run_id
         made = self._client.create_run(self._experiment, self._start_ms, self._tags, self._config.name)
         return made.info.run_id
@@ -286,8 +333,11 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
     if experiment is not None:
         return experiment.experiment_id
     # A sqlite store would put artifacts under the current folder, wherever that is.
-    local = uri.startswith("sqlite") and "://" not in config.run_folder
-    location = (Path(config.run_folder).resolve() / "artifacts").as_uri() if local else None
+    location, local = None, _local(config, uri)
+    if local is not None:
+        location = artifact_root(local, is_shared(config.run_folder, local))
+    elif uri.startswith("sqlite") and "://" not in config.run_folder:
+        location = (Path(config.run_folder).resolve() / "artifacts").as_uri()
     return client.create_experiment(config.tracking.experiment, artifact_location=location)
 
 

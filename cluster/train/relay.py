@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from m2f.cluster.evaluation.lines import describe, started
 from m2f.cluster.evaluation.manager import EvaluationStatus
@@ -11,7 +12,7 @@ from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, Tracking
 from m2f.cluster.train.live_view import LiveView
-from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.checkpoint.commits import read_metrics
 from m2f.trainer.reporting import Event, LogReporter, Notice, Reporters, StepReport
 
@@ -62,6 +63,15 @@ class RunRelay:
             taken = [self._tracking_reporter.track(step, values) for step, values in points.items()]
             if all(taken):  # else the disk is full, and they are read again at the end
                 self._read.add(url)
+
+    def track_evaluations(self, run_folder: str, entries: Iterable[Entry]) -> None:
+        """Track what published evaluations found, in a store that has nothing of them."""
+        for entry in entries:
+            if entry.status == "published":
+                self._tracking.log_metrics(entry.step, entry.metrics)
+                place = f"evaluations/step_{entry.step:08d}"
+                if "://" not in run_folder:
+                    self._tracking.log_artifact(join(run_folder, place), place)
 
     def show_evaluations(self, status: EvaluationStatus) -> None:
         """Show the running evaluation, and every settled one once."""

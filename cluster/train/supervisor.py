@@ -111,6 +111,8 @@ class _Supervisor:
         self._evaluations = launcher.evaluations(self._tracked) if config.evaluation.sets else None
         settled = [entry for entry in self._evaluations.entries() if entry.settled] if self._evaluations else []
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)
+        if self._tracked.remade:
+            self._relay.track_evaluations(config.run_folder, settled)
         self._sizes = Sizes(config.cluster, launcher.free_nodes)
         self._failures: list[Failure] = []
         self._interrupts = 0

@@ -1,4 +1,4 @@
-"""Creates the MLflow run of a recipe, and is killed meanwhile: `killed_making_database.py OUTPUT`."""
+"""Creates the MLflow run of a recipe, and may be killed meanwhile: `killed_making_database.py OUTPUT [NAME]`."""
 
 import dataclasses
 import sys
@@ -12,4 +12,5 @@ datasets: {train: {shards: shards/train}}
 data: {train: [{dataset: train}]}
 training: {max_steps: 10}
 """
-create_run(dataclasses.replace(parse_recipe(RECIPE), output=sys.argv[1]))
+output, name = [*sys.argv[1:], "tracked"][:2]
+create_run(dataclasses.replace(parse_recipe(RECIPE), output=output, name=name))

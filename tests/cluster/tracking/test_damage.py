@@ -35,9 +35,8 @@ def config(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(config, migrated_database):
-    folder = Path(config.run_folder)
-    folder.mkdir(parents=True)
-    (folder / "mlflow.db").write_bytes(migrated_database)
+    Path(config.output).mkdir()
+    Path(config.output, "mlflow.db").write_bytes(migrated_database)
     return create_run(config)
 
 
@@ -143,34 +142,39 @@ def test_a_full_disk_at_the_first_start_is_one_message_without_a_statement(confi
     with small_disk(tmp_path / "runs", "200k"):
         with pytest.raises(TrackingError, match=r"database or disk is full\)?\. Free some space") as caught:
             create_run(config)
-        assert list(Path(config.run_folder).iterdir()) == []  # nothing half made
+        assert [path.name for path in Path(config.output).iterdir()] == ["mlflow.db.lock"]  # nothing half made
     assert "\n" not in str(caught.value)
     assert "UPDATE" not in str(caught.value) + capfd.readouterr().err
 
 
 def test_a_start_that_is_killed_while_the_tables_are_made_leaves_no_half_database(config):
     process = subprocess.Popen([sys.executable, KILLED, config.output], stdout=subprocess.PIPE, text=True)
-    folder = Path(config.run_folder)
+    folder = Path(config.output)
     wait_until(lambda: any(path.stat().st_size for path in folder.glob(".partial-*-mlflow.db")), "a partial database")
     process.kill()
     process.wait()
     assert not (folder / "mlflow.db").exists()
+    assert list(folder.glob(".partial-*"))
     run = create_run(config)
     assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).info.run_name == "tracked"
+    assert not list(folder.glob(".partial-*"))
 
 
-def test_a_half_made_database_of_the_past_is_made_anew(config, migrated_database):
+def test_a_half_made_database_of_the_past_is_not_used(config, migrated_database):
     folder = Path(config.run_folder)
     folder.mkdir(parents=True)
     (folder / "mlflow.db").write_bytes(migrated_database)
     with closing(sqlite3.connect(folder / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")  # an early one: the rest follows
+    Path(config.output, "mlflow.db").write_bytes(migrated_database)
     run = create_run(config)
+    assert run.uri == f"sqlite:///{config.output}/mlflow.db"
     assert MlflowClient(tracking_uri=run.uri).get_run(run.run_id).info.run_name == "tracked"
 
 
-def test_a_damaged_database_is_one_message_and_stays(config):
-    folder = Path(config.run_folder)
+@pytest.mark.parametrize("place", ["", "tracked"])
+def test_a_damaged_database_is_one_message_and_stays(config, place):
+    folder = Path(config.output, place)
     folder.mkdir(parents=True)
     (folder / "mlflow.db").write_bytes(b"half a database" * 100)
     with pytest.raises(TrackingError, match=r"not a database.* move it away"):

@@ -60,9 +60,8 @@ def test_the_code_is_named_by_commit_branch_and_changes(tmp_path):
 
 def test_a_run_has_its_data_and_code_as_inputs_and_notes_what_changed(config, migrated_database, tmp_path, monkeypatch):
     monkeypatch.setattr("m2f.cluster.tracking.tracking.code_facts", lambda: {"code.commit": "abc"})
-    folder = tmp_path / "runs" / "made"
-    folder.mkdir(parents=True)
-    (folder / "mlflow.db").write_bytes(migrated_database)
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)
     run = create_run(config)
     stored = MlflowClient(tracking_uri=run.uri).get_run(run.run_id)
     train, val = data_inputs(config, Storage())  # `later` is not made yet

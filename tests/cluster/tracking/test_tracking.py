@@ -35,9 +35,8 @@ def config(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(config, migrated_database, tmp_path):
-    folder = tmp_path / "runs" / "tracked"
-    folder.mkdir(parents=True)
-    (folder / "mlflow.db").write_bytes(migrated_database)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)
     return create_run(config)
 
 
@@ -178,8 +177,8 @@ def test_what_the_store_refuses_does_not_hold_up_the_rest(run, caplog):
     assert "x" * 300 in run.journal("rank0").with_suffix(".jsonl.refused").read_text()
 
 
-def test_default_store_is_sqlite_in_the_run_folder_and_a_bucket_needs_a_server(config, monkeypatch):
-    assert tracking_uri(config) == f"sqlite:///{config.output}/tracked/mlflow.db"
+def test_default_store_is_sqlite_in_the_output_and_a_bucket_needs_a_server(config, monkeypatch):
+    assert tracking_uri(config) == f"sqlite:///{config.output}/mlflow.db"
     with pytest.raises(TrackingError, match=r"set tracking\.uri or MLFLOW_TRACKING_URI"):
         tracking_uri(dataclasses.replace(config, output="s3://bucket/runs"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")

@@ -1,0 +1,176 @@
+"""The MLflow store of runs on this machine: a sqlite file for all runs of an `output`, with their artifacts beside it.
+
+<output>/mlflow.db, <output>/mlartifacts/                  new runs
+<output>/<name>/mlflow.db, <output>/<name>/artifacts/      runs of versions up to 0.2, which keep theirs
+
+MLflow stores absolute paths of artifacts and our records those of databases, so a folder that was moved is put right
+here, when a process is about to write.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from mlflow import MlflowClient
+
+from m2f.cluster.tracking.database import (
+    clear_partials,
+    database_lock,
+    make_database,
+    open_database,
+    upgrade_database,
+)
+
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlartifacts"
+_OWN_ARTIFACTS = "artifacts"
+FOLDER_TAG = "m2f.run_folder"
+"""Tag of an MLflow run: its run folder."""
+_SCHEME = "sqlite:///"
+
+
+def local_database(run_folder: str) -> Path:
+    """The sqlite file of a run that names no other store: its own, if that holds a run, else that of its `output`."""
+    own, shared = _databases(run_folder)
+    return own if own.exists() and _holds_runs(own) else shared
+
+
+def is_shared(run_folder: str, database: Path) -> bool:
+    """Whether this is the file of the `output`."""
+    return database == _databases(run_folder)[1]
+
+
+def sqlite_uri(database: Path) -> str:
+    """As MLflow names it."""
+    return f"{_SCHEME}{database}"
+
+
+def artifact_root(database: Path, shared: bool) -> str:
+    """URI of the folder of the artifacts of a store."""
+    return (database.parent / (ARTIFACTS if shared else _OWN_ARTIFACTS)).as_uri()
+
+
+def prepare(database: Path, shared: bool, connect: Callable[[str], MlflowClient], patience_s: float) -> None:
+    """Make the store, or bring it to the installed MLflow's schema and to the place where it lies now.
+
+    Raises TrackingError, OSError, sqlite3.Error and what MLflow raises.
+    """
+    with database_lock(database, patience_s):
+        clear_partials(database)
+        make_database(database, connect)
+        upgrade_database(database, patience_s)
+        _relocate(database, artifact_root(database, shared), patience_s)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What a database says of a run."""
+
+    folder: str
+    """The run folder of its tag; "" where it has none."""
+
+
+def find_stored(database: Path, run_id: str) -> StoredRun | None:
+    """A run of a database; None where it does not hold it or does not exist. Raises sqlite3.Error."""
+    if not database.exists():
+        return None
+    with closing(open_database(database)) as connection:
+        if connection.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is None:
+            return None
+        wanted = (run_id, FOLDER_TAG)
+        tag = connection.execute("SELECT value FROM tags WHERE run_uuid = ? AND key = ?", wanted).fetchone()
+    return StoredRun(tag[0] if tag else "")
+
+
+def is_copy(stored: StoredRun, run_folder: str) -> bool:
+    """Whether the MLflow run is that of another run folder beside this one, of which this one is a copy."""
+    other = stored.folder
+    if not other or "://" in other or _same(other, run_folder) or not _same(_parent(other), _parent(run_folder)):
+        return False
+    return Path(other, "tracking.json").exists()
+
+
+def uri_of_moved(run_folder: str, uri: str, run_id: str) -> str:
+    """URI of the store that has a run now: its run folder may have been moved since `uri` was recorded, or all of
+    `output`. The recorded one where no other has it."""
+    if not uri.startswith(_SCHEME) or "://" in run_folder:
+        return uri
+    for database in _databases(run_folder):
+        try:
+            if find_stored(database, run_id) is not None:
+                return sqlite_uri(database)
+        except sqlite3.Error:  # damaged: whoever opens it says so
+            continue
+    return uri
+
+
+def moved_artifacts(uri: str, artifact_uri: str) -> Path | None:
+    """Folder of the artifacts of a run whose store was moved; None where the recorded place is right.
+
+    A reader needs it: only a process that writes puts the records right.
+    """
+    if not uri.startswith(_SCHEME):
+        return None
+    parts = artifact_uri.rsplit("/", 3)
+    if len(parts) < 4 or parts[1] not in (ARTIFACTS, _OWN_ARTIFACTS):
+        return None
+    folder = Path(os.path.abspath(uri.removeprefix(_SCHEME))).parent.joinpath(*parts[1:])
+    return folder if folder.is_dir() and not Path(unquote(artifact_uri.removeprefix("file://"))).exists() else None
+
+
+def _databases(run_folder: str) -> tuple[Path, Path]:
+    """The run's own file and that of its `output`, whether or not they exist."""
+    return Path(run_folder).resolve() / DATABASE, Path(_parent(run_folder)).resolve() / DATABASE
+
+
+def _parent(folder: str) -> str:
+    return os.path.dirname(os.path.abspath(folder))
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _holds_runs(database: Path) -> bool:
+    """Also where that cannot be found out; a file that a killed process of version 0.1 left half made holds none."""
+    try:
+        with closing(open_database(database)) as connection:
+            return connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0] > 0
+    except sqlite3.OperationalError as error:
+        return "no such table" not in str(error)
+    except sqlite3.DatabaseError:
+        return True
+
+
+def _relocate(database: Path, root: str, patience_s: float) -> None:
+    """Where the store was moved, let its artifacts and the tags of run folders follow. Other locations stay."""
+    with closing(open_database(database, patience_s)) as connection:
+        rows = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        moved = [old for (old,) in rows if old and old != root and _is_root_of_store(old, root.rpartition("/")[2])]
+        if not moved:
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        for old in moved:
+            connection.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (root, old))
+            _replace_prefix(connection, "runs", "artifact_uri", f"{old}/", f"{root}/")
+            before = unquote(old.removeprefix("file://").rpartition("/")[0])
+            _replace_prefix(connection, "tags", "value", f"{before}/", f"{database.parent}/", f"key = '{FOLDER_TAG}'")
+        connection.execute("COMMIT")
+
+
+def _is_root_of_store(location: str, name: str) -> bool:
+    """Whether this module made the location, for a store at another place."""
+    return location.startswith("file:///") and location.endswith(f"/{name}")
+
+
+def _replace_prefix(
+    connection: sqlite3.Connection, table: str, column: str, old: str, new: str, where: str = "1 = 1"
+) -> None:
+    statement = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ? AND {where}"
+    connection.execute(statement, (new, len(old) + 1, len(old), old))
