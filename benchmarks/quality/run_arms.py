@@ -1,0 +1,111 @@
+"""`python -m benchmarks.quality.run_arms FOLDER`: train arms with several seeds, each run in a process on one core.
+
+Interrupted, runs stop after a checkpoint; the same command goes on with what is not finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run, runs_of
+from benchmarks.quality.finished_runs import read_run
+from m2f.cluster.terminal import print_out
+from m2f.cluster.train.signals import handling
+
+POLL_S = 2.0
+_ONE_CORE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0 if every run is finished."""
+    arguments = parse(words)
+    folder = arguments.folder.absolute()
+    sets = [one for one in IMAGE_SETS if one.name in arguments.sets]
+    arms = [one for one in ARMS if one.name in arguments.arms]
+    pool = Pool(folder, arguments.overrides, arguments.processes)
+    return pool.work(runs_of(sets, arms, arguments.seeds), 60 * arguments.minutes)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.quality.run_arms", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where shards, run folders, logs and CPU records go")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
+    parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
+    parser.add_argument("--arms", nargs="+", choices=[one.name for one in ARMS], default=[one.name for one in ARMS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="after so many, stop all runs after a checkpoint"
+    )
+    return parser.parse_args(words)
+
+
+class Pool:
+    """Processes of runs, at most some at a time."""
+
+    def __init__(self, folder: Path, overrides: Sequence[str], processes: int) -> None:
+        self._folder, self._overrides, self._processes = folder, overrides, processes
+        self._running: dict[Run, subprocess.Popen[bytes]] = {}
+        self._stopped = False
+
+    def work(self, runs: Sequence[Run], seconds: float) -> int:
+        """Train what is not finished, in order; 0 if all is then. SIGINT, SIGTERM and the end of `seconds` stop it."""
+        waiting = [run for run in runs if not self._is_finished(run)]
+        print_out(f"{len(waiting)} of {len(runs)} runs to train")
+        until = time.monotonic() + seconds
+        with handling(lambda _: self._stop()):
+            while self._running or (waiting and not self._stopped):
+                if time.monotonic() > until:
+                    self._stop()
+                while waiting and not self._stopped and len(self._running) < self._processes:
+                    self._start(waiting.pop(0))
+                self._collect()
+                time.sleep(POLL_S)
+        missing = [run.name for run in runs if not self._is_finished(run)]
+        print_out(f"not finished: {', '.join(missing)}" if missing else "all runs are finished")
+        return 1 if missing else 0
+
+    def _is_finished(self, run: Run) -> bool:
+        last = run.config(self._folder, self._overrides).training.max_steps
+        result = read_run(self._folder, run)
+        return result is not None and result.step == last
+
+    def _start(self, run: Run) -> None:
+        log = self._folder / "logs" / f"{run.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        words = [str(self._folder), run.image_set.name, run.arm.name, str(run.seed), *self._overrides]
+        command = [sys.executable, "-m", "benchmarks.quality.train_one", *words]
+        with log.open("ab") as output:
+            self._running[run] = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _ONE_CORE,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+            )
+        print_out(f"{run.name}: started, log {log}")
+
+    def _collect(self) -> None:
+        for run, process in list(self._running.items()):
+            if process.poll() is not None:
+                del self._running[run]
+                done = "finished" if self._is_finished(run) else f"ended with status {process.returncode}"
+                print_out(f"{run.name}: {done}")
+
+    def _stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            for process in self._running.values():
+                process.send_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

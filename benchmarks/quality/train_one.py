@@ -1,0 +1,72 @@
+"""One run in this process, and its CPU seconds: `python -m benchmarks.quality.train_one FOLDER SET ARM SEED ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.quality.arms import Run
+    from m2f.cluster.recipe.config import RunConfig
+
+# Whatever is imported here, the rank's process imports again when it starts.
+
+
+def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
+    """Write the shards that are missing, train until the end or a signal, evaluate. 0 if the run is finished.
+
+    A line is added to the run's CPU record before and after, so that a process that was killed is noticed: its seconds
+    are missing. Training is what the rank's process took, with its start; evaluation what this one took.
+    """
+    from m2f.cluster.train.local import train_locally
+
+    config = run.config(folder, overrides)
+    make_shards(config)
+    record = folder / "cpu" / f"{run.name}.jsonl"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    _add(record, {"event": "start"})
+    before = _cpu_seconds(resource.RUSAGE_SELF)
+    summary = train_locally(config)
+    own = _cpu_seconds(resource.RUSAGE_SELF) - before
+    _add(record, {"event": "end", "training_s": _cpu_seconds(resource.RUSAGE_CHILDREN), "evaluation_s": own})
+    return 0 if summary.status == "finished" else 1
+
+
+def make_shards(config: RunConfig) -> None:
+    """Of all data sets, in this process; what is there is kept."""
+    from m2f.data_pipeline.readers import open_reader
+    from m2f.data_pipeline.shards.write import write_dataset
+    from m2f.data_pipeline.storage.storage import Storage
+
+    for dataset in config.datasets.values():
+        assert dataset.source is not None
+        write_dataset(open_reader(dataset.source), dataset, Storage())
+
+
+def _cpu_seconds(whose: int) -> float:
+    used = resource.getrusage(whose)
+    return used.ru_utime + used.ru_stime
+
+
+def _add(record: Path, line: dict[str, object]) -> None:
+    with record.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def named(image_set: str, arm: str, seed: str) -> Run:
+    """The run that command line words name."""
+    from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run
+
+    sets, arms = ({one.name: one for one in table} for table in (IMAGE_SETS, ARMS))
+    return Run(sets[image_set], arms[arm], int(seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), named(*sys.argv[2:5]), sys.argv[5:]))
