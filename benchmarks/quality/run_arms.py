@@ -16,8 +16,12 @@ from pathlib import Path
 
 from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run, runs_of
 from benchmarks.quality.finished_runs import read_run
+from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_out
 from m2f.cluster.train.signals import handling
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
 
 POLL_S = 2.0
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -46,6 +50,13 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=float("inf"), help="after so many, stop all runs after a checkpoint"
     )
     return parser.parse_args(words)
+
+
+def make_shards(config: RunConfig) -> None:
+    """Of all data sets, in this process; what is there is kept."""
+    for dataset in config.datasets.values():
+        assert dataset.source is not None
+        write_dataset(open_reader(dataset.source), dataset, Storage())
 
 
 class Pool:
@@ -79,6 +90,7 @@ class Pool:
         return result is not None and result.step == last
 
     def _start(self, run: Run) -> None:
+        make_shards(run.config(self._folder, self._overrides))
         log = self._folder / "logs" / f"{run.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         words = [str(self._folder), run.image_set.name, run.arm.name, str(run.seed), *self._overrides]

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from benchmarks.quality.arms import Run
-    from m2f.cluster.recipe.config import RunConfig
 
 # Whatever is imported here, the rank's process imports again when it starts.
 
 
 def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
-    """Write the shards that are missing, train until the end or a signal, evaluate. 0 if the run is finished.
+    """Train until the end or a signal, and evaluate the last checkpoint. 0 if the run is finished.
 
     A line is added to the run's CPU record before and after, so that a process that was killed is noticed: its seconds
     are missing. Training is what the rank's process took, with its start; evaluation what this one took.
@@ -26,7 +25,6 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
     from m2f.cluster.train.local import train_locally
 
     config = run.config(folder, overrides)
-    make_shards(config)
     record = folder / "cpu" / f"{run.name}.jsonl"
     record.parent.mkdir(parents=True, exist_ok=True)
     _add(record, {"event": "start"})
@@ -35,17 +33,6 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
     own = _cpu_seconds(resource.RUSAGE_SELF) - before
     _add(record, {"event": "end", "training_s": _cpu_seconds(resource.RUSAGE_CHILDREN), "evaluation_s": own})
     return 0 if summary.status == "finished" else 1
-
-
-def make_shards(config: RunConfig) -> None:
-    """Of all data sets, in this process; what is there is kept."""
-    from m2f.data_pipeline.readers import open_reader
-    from m2f.data_pipeline.shards.write import write_dataset
-    from m2f.data_pipeline.storage.storage import Storage
-
-    for dataset in config.datasets.values():
-        assert dataset.source is not None
-        write_dataset(open_reader(dataset.source), dataset, Storage())
 
 
 def _cpu_seconds(whose: int) -> float:

@@ -1,0 +1,153 @@
+"""Judged comparisons: which runs are trained, and what the tables make of run folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.arms import ARMS, COMPARISONS, IMAGE_SETS, METRICS, Comparison, Run, runs_of
+from benchmarks.quality.finished_runs import CpuSeconds, read_cpu, read_run
+from benchmarks.quality.make_tables import (
+    cpu_ratio,
+    difference_table,
+    paired_difference,
+    read_results,
+    spread_table,
+)
+from benchmarks.quality.run_arms import Pool, parse
+from benchmarks.quality.train_one import named
+
+SHAPES, BASE, BOXES, MANY = IMAGE_SETS[0], ARMS[0], ARMS[2], ARMS[3]
+
+
+def write_run(folder: Path, run: Run, *, step: int, seconds: float = 100.0, **metrics: float | None) -> None:
+    place = folder / "runs" / run.name / "evaluations" / f"step_{step:08d}" / "val"
+    place.mkdir(parents=True)
+    content = {
+        "step": step,
+        "fingerprint": "f",
+        "subset": None,
+        "num_images": 512,
+        "metrics": metrics,
+        "per_class": [],
+    }
+    (place / "results.json").write_text(json.dumps(content))
+    (folder / "cpu").mkdir(exist_ok=True)
+    lines = [{"event": "start"}, {"event": "end", "training_s": seconds, "evaluation_s": 7.0}]
+    (folder / "cpu" / f"{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three seeds of two arms, of which the last seed of the second is not finished."""
+    for seed, (base, boxes) in enumerate([(50.0, 53.0), (54.0, 56.0), (52.0, 56.0)]):
+        write_run(tmp_path, Run(SHAPES, BASE, seed), step=900, PQ=base, APs=10.0 + seed, APl=None)
+        write_run(tmp_path, Run(SHAPES, BOXES, seed), step=900, seconds=130.0, PQ=boxes, APs=10.0 + seed, APl=None)
+    write_run(tmp_path, Run(SHAPES, BOXES, 3), step=600, PQ=1.0)
+    return tmp_path
+
+
+def test_every_arm_is_a_recipe(tmp_path):
+    configs = [run.config(tmp_path) for run in runs_of(IMAGE_SETS, ARMS, [0, 7])]
+    assert len({config.name for config in configs}) == len(configs) == 2 * len(IMAGE_SETS) * len(ARMS)
+    assert {config.seed for config in configs} == {0, 7}
+    assert {config.datasets["val"].source.num_images for config in configs} == {512}
+    assert len({config.datasets["val"].shards for config in configs}) == len(IMAGE_SETS)
+    for config in configs:
+        # The schedule ends with the last step, which is evaluated.
+        assert config.training.max_steps % config.training.checkpoint.every_steps == 0
+        assert config.cluster.num_workers == 1
+        assert config.output == str(tmp_path / "runs")
+    assert {name for c in COMPARISONS for name in (c.arm, c.reference)} == {arm.name for arm in ARMS}
+
+
+def test_arms_differ_in_nothing_but_their_overrides(tmp_path):
+    base, boxes, many = (Run(SHAPES, arm, 3).config(tmp_path) for arm in (BASE, BOXES, MANY))
+    assert base.model.loss.num_points == boxes.model.loss.num_points == 1024
+    assert (boxes.model.loss.matching_box_share, boxes.model.loss.supervision_box_share) == (0.5, 0.5)
+    assert many.model.loss.num_points == 8192
+    assert base.datasets == boxes.datasets == many.datasets
+    assert base.training == boxes.training == many.training
+
+
+def test_a_pair_is_complete_before_the_next_seed_begins():
+    assert [(run.arm.name, run.seed) for run in runs_of([SHAPES], [BASE, BOXES], [0, 1])] == [
+        ("base", 0),
+        ("box_points", 0),
+        ("base", 1),
+        ("box_points", 1),
+    ]
+    assert named("shapes", "box_points", "4") == Run(SHAPES, BOXES, 4)
+
+
+def test_the_command_line_names_sets_arms_and_seeds():
+    given = parse(["here", "--arms", "base", "--seeds", "3", "4", "--overrides", "training.max_steps=9"])
+    assert (given.folder, given.sets, given.arms, given.seeds) == (Path("here"), ["shapes"], ["base"], [3, 4])
+    assert given.overrides == ["training.max_steps=9"]
+
+
+def test_finished_runs_are_not_trained_again(folder, capsys):
+    pool = Pool(folder, ["training.max_steps=900"], processes=1)
+    assert pool.work(runs_of([SHAPES], [BASE, BOXES], [0, 1, 2]), seconds=60) == 0
+    assert capsys.readouterr().out == "0 of 6 runs to train\nall runs are finished\n"
+
+
+def test_tables_take_the_runs_that_reached_the_last_step(folder):
+    results = read_results(folder, SHAPES)
+    assert set(results) == {(arm, seed) for arm in ("base", "box_points") for seed in range(3)}
+    lines = spread_table(results).splitlines()
+    assert lines[0] == "900 steps, 512 validation images"
+    assert lines[4].startswith("| base | 3 | 52.00 (2.00) | -")
+    assert lines[4].endswith("| 100 (0) | 7 (0) |")
+    assert len(lines) == 6
+
+
+def test_a_difference_is_that_of_the_same_seeds(folder):
+    found = paired_difference(Comparison("box_points", "base"), "PQ", read_results(folder, SHAPES))
+    assert found.seeds == 3
+    assert found.interval.value == pytest.approx(3)
+    assert found.interval.low == pytest.approx(3 - 4.3027 / 3**0.5, abs=1e-3)
+    assert found.verdict(1.0) == "gain"
+    assert paired_difference(Comparison("box_points", "base"), "APl", read_results(folder, SHAPES)) is None
+    assert paired_difference(Comparison("box_points", "uniform_8192"), "PQ", read_results(folder, SHAPES)) is None
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "verdict"),
+    [
+        ((1.0, 1.2, 1.1), 1.0, "gain"),
+        ((-0.1, 0.1, 0.0), 1.0, "no loss"),
+        ((-0.5, -0.4, -0.6), 1.0, "no loss"),
+        ((-4.0, 3.0, 1.0), 1.0, "not decided"),
+        ((-2.0, -2.1, -1.9), 1.0, "loss"),
+        ((-1.0, -1.1, -1.0), 1.5, "no loss"),
+    ],
+)
+def test_verdicts_follow_the_interval(tmp_path, differences, margin, verdict):
+    for seed, difference in enumerate(differences):
+        write_run(tmp_path, Run(SHAPES, BASE, seed), step=9, PQ=50.0 + 3 * seed)
+        write_run(tmp_path, Run(SHAPES, BOXES, seed), step=9, PQ=50.0 + 3 * seed + difference)
+    found = paired_difference(Comparison("box_points", "base"), "PQ", read_results(tmp_path, SHAPES))
+    assert found.verdict(margin) == verdict
+
+
+def test_the_table_of_differences_names_ratio_and_margin(folder):
+    results = read_results(folder, SHAPES)
+    assert cpu_ratio(Comparison("box_points", "base"), results) == "1.30"
+    (row,) = [line for line in difference_table(results).splitlines() if line.startswith("| box_points - base | PQ |")]
+    assert row == "| box_points - base | PQ | 3 | +3.00 | +0.52 to +5.48 | gain | 1 | 1.30 |"
+    assert set(METRICS) > {"PQ", "PQ_small", "APs"}
+
+
+def test_the_seconds_of_a_killed_process_are_not_known(folder):
+    run = Run(SHAPES, BASE, 0)
+    record = folder / "cpu" / f"{run.name}.jsonl"
+    assert read_run(folder, run).cpu == CpuSeconds(100.0, 7.0)
+    whole = record.read_text()
+    record.write_text(whole + whole)
+    assert read_cpu(record) == CpuSeconds(200.0, 14.0)
+    record.write_text('{"event": "start"}\n' + whole)
+    assert read_cpu(record) is None
+    assert read_cpu(folder / "none.jsonl") is None
