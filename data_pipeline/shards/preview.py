@@ -22,6 +22,7 @@ _LINE = 20  # height of a line of text
 _BACKGROUND = (250, 250, 250)  # RGB
 _TEXT_COLOR = (30, 30, 30)  # RGB
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
+_BAND = 3  # pixels along the border of a segment; the outermost is the white outline
 _OPACITY = 0.55  # of segments over the image, which stays recognisable
 _LABEL_SHARE = 0.01  # segments below this share of the image are coloured but not named
 _SWATCH = 14  # side of a colour in the legend in pixels
@@ -67,12 +68,16 @@ def spread_indices(manifest: Manifest, count: int) -> tuple[int, ...]:
 
 
 def draw_annotation(image: np.ndarray, annotation: Annotation, categories: CategoryTable) -> np.ndarray:
-    """The image [H, W, 3] uint8 with every segment tinted in its category's colour, outlined and named."""
+    """The image [H, W, 3] uint8 with every segment outlined, named and tinted in its category's colour.
+
+    Within the outline runs a band of exactly that colour, by which a segment is found in the legend.
+    """
     drawn = image.copy()
     segments = list(_drawing_order(annotation))
     for segment, mask in segments:
-        tint = np.array(_segment_color(categories.by_id[segment.category_id], segment), dtype=np.float32)
-        drawn[mask] = np.rint(image[mask] * (1 - _OPACITY) + tint * _OPACITY).astype(np.uint8)
+        color = categories.by_id[segment.category_id].color
+        drawn[mask] = np.rint(image[mask] * (1 - _OPACITY) + np.float32(color) * _OPACITY).astype(np.uint8)
+        drawn[mask & ~_inner_part(mask)] = color
         if segment.is_crowd:
             rows, columns = np.nonzero(mask)
             hatched = (rows + columns) % 8 < 2
@@ -102,11 +107,10 @@ def _drawing_order(annotation: Annotation) -> Iterator[tuple[Segment, np.ndarray
             yield segment, inst[segment.layer] == segment.id
 
 
-def _segment_color(category: Category, segment: Segment) -> tuple[float, float, float]:
-    """The category's colour; neighbouring instances of it in different brightness."""
-    factor = (1.0, 0.7, 1.25, 0.55, 0.85)[segment.id % 5] if category.is_thing else 1.0
-    red, green, blue = (min(255.0, channel * factor) for channel in category.color)
-    return red, green, blue
+def _inner_part(mask: np.ndarray) -> np.ndarray:
+    """[H, W] bool: the mask without the band along its border."""
+    size = 2 * _BAND + 1
+    return cv2.erode(mask.astype(np.uint8), np.ones((size, size), np.uint8)).astype(bool)
 
 
 def _name_segment(picture: np.ndarray, mask: np.ndarray, name: str) -> None:

@@ -205,7 +205,7 @@ class Evaluator:
         if sample.image_id in self._panel_ids:
             shown = self._tasks[0]
             classes, overlays = self._categories.for_task(shown), pictures[shown]()
-            states.panels[sample.image_id] = render_panel(sample.image, f"image {sample.image_id}", overlays, classes)
+            states.panels[sample.image_id] = render_panel(sample.image, sample.key, overlays, classes)
 
     def _panoptic(self, sample: DecodedSample, result: PanopticResult, states: EvaluationStates) -> _MakeOverlays:
         assert states.panoptic is not None

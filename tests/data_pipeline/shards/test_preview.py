@@ -62,6 +62,19 @@ def test_segments_are_tinted_and_void_is_left_alone():
     assert (image == 100).all()
 
 
+def test_every_segment_has_a_band_in_the_colour_of_the_legend():
+    """Also the many instances of a class, whose tint mixes with the image."""
+    inst = np.zeros((1, 60, 200), np.uint8)
+    for number in range(5):
+        inst[0, 10:50, 40 * number + 4 : 40 * number + 36] = number + 1
+    segments = tuple(segment(number + 1, 2, "inst", area=1280.0) for number in range(5))
+    drawn = draw_annotation(
+        np.full((60, 200, 3), 90, np.uint8), Annotation(seg=None, inst=inst, segments=segments), TABLE
+    )
+    in_color = (drawn == TABLE.by_id[2].color).all(axis=2)
+    assert all((in_color & (inst[0] == s.id)).sum() > 200 for s in segments)
+
+
 def test_instances_are_drawn_instead_of_the_things_of_the_map():
     seg = np.full((200, 200), 1, np.uint8)
     seg[50:100, 50:100] = 2

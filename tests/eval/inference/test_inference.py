@@ -113,6 +113,13 @@ def test_one_pass_of_a_perfect_panoptic_model_is_perfect_in_all_tasks():
     assert decode_png(states.panels[7]).shape[1] > 3 * 500
 
 
+def test_a_panel_names_the_file_of_its_image(monkeypatch):
+    names = []
+    monkeypatch.setattr("m2f.eval.inference.evaluator.render_panel", lambda image, name, *_: names.append(name) or b"")
+    evaluator_of(Oracle(), panel_ids=[7]).evaluate_batch(batch_of(7, 5))
+    assert names == [harbour(7).key]
+
+
 def test_padding_and_resizing_are_undone():
     model = Oracle(scale=2)
     batch = collate_eval([harbour(1)], (0,), 128, 4096)
