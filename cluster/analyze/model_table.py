@@ -5,20 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from m2f.cluster.analyze.class_counts import with_class_count
 from m2f.cluster.recipe.config import RunConfig
-from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.shards.manifest import Manifest
-from m2f.data_pipeline.storage.storage import Storage
+from m2f.cluster.terminal import print_err
 from m2f.eval.results.results import columns
 from m2f.model.analysis.flops.executed import build_shapes, count_parameters, executed_flops
 from m2f.model.analysis.flops.official import mean_flops, official_flops
 from m2f.model.analysis.paper_models import PaperModel
 from m2f.model.config import ModelConfig
-from m2f.model.errors import ConfigError
 from m2f.model.mask2former import build_model
 
 TIMED_RUNS = 3
@@ -57,19 +55,15 @@ def paper_sizes(models: Sequence[PaperModel], size: Size, *, timed: bool) -> Ite
 
 
 def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
-    """Measure a recipe's model; its classes are those of the training data, or `model.num_classes`.
+    """Measure a recipe's model; its classes are `model.num_classes`, else those of the training data.
 
-    Raises ConfigError where both are missing.
+    Says where a number of classes is that of a published data set that is not here. Raises ConfigError where nothing
+    says it.
     """
-    model = config.model
-    if model.num_classes is None:
-        first = config.datasets[config.data.train[0].dataset]
-        try:
-            categories = Manifest.load(first.shards, Storage(config.storage)).categories
-        except DataError as error:
-            raise ConfigError(f"{error}; or give the number of classes: model.num_classes=80") from error
-        model = replace(model, num_classes=len(categories.for_task(config.data.task)))
-    return _measure(config.name, model, size, timed)
+    counted = with_class_count(config)
+    if counted.assumed is not None:
+        print_err(counted.assumed)
+    return _measure(config.name, counted.model, size, timed)
 
 
 def cpu_seconds_per_image(config: ModelConfig, size: Size) -> float:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_out
 from m2f.cluster.verbs.arguments import add_recipe, count
 from m2f.model.errors import ConfigError
 
+if TYPE_CHECKING:
+    from m2f.cluster.recipe.config import RunConfig
+
 SUMMARY = "predict requests, traffic, cache, memory and largest micro-batch of training on so many ranks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--world", type=count, metavar="N", help="ranks (default cluster.num_workers)")
+    parser.add_argument("--world", type=count, metavar="N", help="ranks (default cluster.num_workers; of auto 1)")
     parser.add_argument(
         "--batch",
         type=count,
@@ -28,11 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
-    from m2f.cluster.train.compose import compose_job
-    from m2f.data_pipeline.order.order import build_order
-    from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
-    from m2f.data_pipeline.shards.manifest import Manifest
-    from m2f.data_pipeline.storage.storage import Storage
+    from m2f.cluster.analyze.class_counts import with_class_count
     from m2f.trainer.memory.plan import format_memory, plan_memory
 
     config = load_recipe(args.recipe, args.overrides)
@@ -41,13 +42,35 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--speed", args.speed), ("--gpu-gb", args.gpu_gb)):
         if not value > 0:
             raise ConfigError(f"{option} is {value}; it must be above 0")
+    segments = _print_reads(config, world, batch, args)
+    if segments is None:
+        segments = config.model.transformer_decoder.num_queries
+        print_err(f"no shards yet: an image counts with as many segments as queries, {segments}; reads need `m2f shard`")
+    found = with_class_count(config)
+    if found.assumed is not None:
+        print_err(found.assumed)
+    training = config.training
+    if training.precision == "auto":
+        training = replace(training, precision="bf16_autocast")
+        print_err("training.precision is auto: counted as bf16_autocast")
+    plan = plan_memory(found.model, config.data, training, world, segments)
+    print_out(format_memory(plan, world, training.zero.stage, args.gpu_gb))
+    return ExitStatus.DONE
+
+
+def _print_reads(config: RunConfig, world: int, batch: int, args: argparse.Namespace) -> int | None:
+    """What training reads; returns the most segments of an image. None where there are no shards yet."""
+    from m2f.data_pipeline.order.order import build_order
+    from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
+    from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest
+    from m2f.data_pipeline.storage.storage import Storage, join
+
     storage = Storage(config.storage)
-    manifests = [Manifest.load(config.datasets[item.dataset].shards, storage) for item in config.data.train]
+    shards = [config.datasets[item.dataset].shards for item in config.data.train]
+    if not any(storage.exists(join(folder, DATASET_FILE)) for folder in shards):
+        return None
+    manifests = [Manifest.load(folder, storage) for folder in shards]
     order = build_order(manifests, config.seed, config.data)
     ranks = SimulatedRanks(world=world, per_machine=min(args.per_machine, world), batch=batch, images_per_s=args.speed)
     print_out(format_read_costs(simulate_reads(manifests, order, config.data, config.seed, ranks), ranks))
-    model = compose_job(config, storage).model
-    targets = max(int(manifest.num_segments.max()) for manifest in manifests)
-    plan = plan_memory(model, config.data, config.training, world, targets)
-    print_out(format_memory(plan, world, config.training.zero.stage, args.gpu_gb))
-    return ExitStatus.DONE
+    return max(int(manifest.num_segments.max()) for manifest in manifests)

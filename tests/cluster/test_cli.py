@@ -379,6 +379,16 @@ def test_plan_predicts_and_names_wrong_options(recipe, capsys):
     assert "--gpu-gb is 0.0" in err
 
 
+def test_plan_needs_no_shards(recipe, tmp_path, capsys):
+    new = tmp_path / "new.yaml"
+    new.write_text(recipe.read_text().replace(f"{recipe.parent}/shards", str(tmp_path / "none")))
+    status, out, err = run(capsys, "plan", new)
+    assert status == 0, err
+    assert "no shards yet: an image counts with as many segments as queries" in err
+    assert "training.precision is auto: counted as bf16_autocast" in err
+    assert out.startswith("GPU memory ")
+
+
 def test_a_misspelt_option_is_answered_with_the_closest_one(capsys):
     with pytest.raises(SystemExit):
         main(["train", "recipe.yaml", "--laucher", "local"])

@@ -1,0 +1,101 @@
+"""How many classes a recipe's model has: from shards, else from the source, else by the kind of the data set."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.categories import CategoryTable, Task
+from m2f.data_pipeline.config import (
+    Ade20kSource,
+    CityscapesPanopticSource,
+    CityscapesSource,
+    CocoInstancesSource,
+    CocoPanopticSource,
+    DatasetConfig,
+    MapillarySource,
+)
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.config import ModelConfig
+from m2f.model.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A data set that everybody has alike."""
+
+    name: str
+    classes: int
+    things: int
+
+    def count(self, task: Task) -> int:
+        """Classes of a model for the task."""
+        return self.things if task == "instance" else self.classes
+
+
+_COCO, _COCO_INSTANCES = _Published("COCO", 133, 80), _Published("COCO", 80, 80)
+_ADE20K = _Published("ADE20K", 150, 100)
+_CITYSCAPES = _Published("Cityscapes", 19, 8)
+_VISTAS = _Published("Mapillary Vistas 1.2", 65, 37)
+_FILES: tuple[tuple[str, _Published], ...] = (
+    (r"panoptic_(train|val)2017\.json$", _COCO),
+    (r"instances_(train|val)2017\.json$", _COCO_INSTANCES),
+    (r"v1\.2/panoptic/panoptic_2018\.json$", _VISTAS),
+    (r"config_v1\.2\.json$", _VISTAS),
+)
+"""By the name that a file has where it is published."""
+
+
+@dataclass(frozen=True)
+class CountedModel:
+    """A recipe's model with the number of its classes."""
+
+    model: ModelConfig
+    assumed: str | None = None
+    """Where the number was taken from, if neither shards nor source are there."""
+
+
+def with_class_count(config: RunConfig) -> CountedModel:
+    """The recipe's model with `num_classes`. Raises ConfigError where nothing says it."""
+    if config.model.num_classes is not None:
+        return CountedModel(config.model)
+    name = config.data.train[0].dataset
+    dataset, task = config.datasets[name], config.data.task
+    try:
+        table = _table(dataset, Storage(config.storage))
+    except DataError as error:
+        published = _published(dataset)
+        if published is None:
+            raise ConfigError(
+                f"{error}; make its shards (m2f shard), or give the number of classes: model.num_classes=80"
+            ) from error
+        number = published.count(task) + (dataset.background is not None and task != "instance")
+        assumed = f"{config.name}: {number} classes, as {published.name} has them; neither shards nor source are here"
+        return CountedModel(replace(config.model, num_classes=number), assumed)
+    return CountedModel(replace(config.model, num_classes=len(table.for_task(task))))
+
+
+def _table(dataset: DatasetConfig, storage: Storage) -> CategoryTable:
+    """Of the shards, else of the source. Raises DataError where there are neither."""
+    if dataset.source is None or storage.exists(join(dataset.shards, DATASET_FILE)):
+        return Manifest.load(dataset.shards, storage).categories
+    return open_dataset(dataset)[0].categories
+
+
+def _published(dataset: DatasetConfig) -> _Published | None:
+    match dataset.source:
+        case Ade20kSource():
+            return _ADE20K
+        case CityscapesSource() | CityscapesPanopticSource():
+            return _CITYSCAPES
+        case CocoPanopticSource(panoptic_json=file) | CocoInstancesSource(instances_json=file):
+            pass
+        case MapillarySource(config_json=file):
+            pass
+        case _:
+            return None
+    return next((published for pattern, published in _FILES if re.search(pattern, file)), None)
