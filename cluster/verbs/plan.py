@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
-from m2f.cluster.terminal import print_out
+from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe, count
 from m2f.model.errors import ConfigError
 
@@ -33,10 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
+
+    config = load_recipe(args.recipe, args.overrides)
+    print_err(f"{args.recipe}: loading PyTorch")
     from m2f.cluster.analyze.class_counts import with_class_count
     from m2f.trainer.memory.plan import format_memory, plan_memory
 
-    config = load_recipe(args.recipe, args.overrides)
     world = args.world or config.cluster.max_workers
     batch = args.batch or -(-config.training.global_batch // world)
     for option, value in (("--speed", args.speed), ("--gpu-gb", args.gpu_gb)):
@@ -45,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     segments = _print_reads(config, world, batch, args)
     if segments is None:
         segments = config.model.transformer_decoder.num_queries
-        print_err(f"no shards yet: an image counts with as many segments as queries, {segments}; reads need `m2f shard`")
+        print_err(
+            f"no shards yet: an image counts with as many segments as queries, {segments}; reads need `m2f shard`"
+        )
     found = with_class_count(config)
     if found.assumed is not None:
         print_err(found.assumed)
