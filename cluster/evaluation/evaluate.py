@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from m2f.cluster.evaluation.actor import EvaluationTask, call_groups, classes_of, evaluated_rows
 from m2f.cluster.evaluation.weights import model_classes
 from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -135,14 +135,19 @@ def name_of_results(storage: Storage, place: str, results: EvaluationResults) ->
     """The label of the set, or `LABEL.DIGEST` where `place` holds results of other settings or weights under the label.
 
     So `m2f eval` with other settings leaves published files and points alone. Results of version 0.1 name no settings:
-    they are the same if their metrics are equal.
+    they are the same if their metrics are equal. Damaged ones count as others.
     """
     label, settings = results.subject.label, results.subject.settings
     url = join(place, label, "results.json")
     if settings is None or not storage.exists(url):
         return label
-    published = json.loads(storage.get(url))
-    if "settings_digest" in published:
+    try:
+        published = parse_json(storage.get(url))
+    except DocumentError:
+        published = None
+    if not isinstance(published, dict):
+        is_same = False
+    elif "settings_digest" in published:
         is_same = published["settings_digest"] == settings.digest
     else:
         is_same = published.get("metrics") == results.metrics()

@@ -156,3 +156,6 @@ def test_results_of_other_settings_or_weights_get_a_name_of_their_own(small, tmp
     (tmp_path / "evaluations/val/results.json").write_text(json.dumps(stored))
     assert name_of_results(storage, place, same.results) == "val"
     assert name_of_results(storage, place, larger.results) == f"val.{digest}"
+    for damaged in ("", "[1]", "[" * 200_000):
+        (tmp_path / "evaluations/val/results.json").write_text(damaged)
+        assert name_of_results(storage, place, same.results) == f"val.{same.results.subject.settings.digest}"
