@@ -49,6 +49,8 @@ class TrainJob:
     """Names this start of the ranks in the run folder; empty where nobody supervises them."""
     evaluates: bool = False
     """Whether checkpoints are evaluated, and kept until they are."""
+    evaluator_bytes: int = 0
+    """What evaluation actors take of each rank's GPU, where they share it."""
     skipped: tuple[PositionRange, ...] = ()
     """What the run leaves out after loss spikes, as if the order did not have it."""
 

@@ -9,6 +9,7 @@ from m2f.cluster.recipe.identity import identity_of
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.recipe.stored import store_recipe
 from m2f.cluster.terminal import print_err
+from m2f.cluster.train.evaluator_memory import evaluator_bytes
 from m2f.data_pipeline.loading.loader import mixture_labels
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.warnings import data_warnings
@@ -29,9 +30,10 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
     storage = storage or Storage(config.storage)
     shards = tuple(config.datasets[item.dataset].shards for item in config.data.train)
     manifests = [Manifest.load(s, storage) for s in shards]
+    model = replace(config.model, num_classes=_num_classes(config, manifests))
     return TrainJob(
         run_folder=config.run_folder,
-        model=replace(config.model, num_classes=_num_classes(config, manifests)),
+        model=model,
         data=config.data,
         shards=shards,
         training=config.training,
@@ -39,6 +41,7 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
         seed=config.seed,
         recipe=dump_recipe(config),
         evaluates=bool(config.evaluation.sets),
+        evaluator_bytes=evaluator_bytes(config, model),
         identity=identity_of(config, manifests[0].categories.for_task(config.data.task)),
     )
 

@@ -19,7 +19,7 @@ from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.errors import OutOfMemoryError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.memory.shortage import is_out_of_memory
-from m2f.trainer.memory.states import bytes_beside_module
+from m2f.trainer.memory.states import bytes_beside_module, bytes_of_evaluators
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.reporting import Notice, Reporter
 
@@ -30,7 +30,8 @@ def probe_memory(
     """The job with the largest micro-batch that every rank can compute; on CPU the job as it is. A collective.
 
     Tries a forward and a backward with images of the largest size and as many segments as any image of the data, then
-    with half as many images, and so on. Raises OutOfMemoryError where a single image does not fit.
+    with half as many images, and so on; with room for what ZeRO and evaluation actors take besides. Raises OutOfMemoryError
+    where a single image does not fit.
     """
     if device.type != "cuda":
         return job
@@ -39,6 +40,9 @@ def probe_memory(
     module.to(device)
     weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
     beside = bytes_beside_module(weights, training, ranks.world_size)
+    if job.evaluator_bytes:
+        free, total = torch.cuda.mem_get_info(device)
+        beside += bytes_of_evaluators(job.evaluator_bytes, total - free - torch.cuda.memory_reserved(device))
 
     def fits(size: int) -> bool:
         return _fits(module, worst_batch(job, size, data.most_segments).to(device), beside)

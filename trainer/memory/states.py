@@ -7,6 +7,8 @@ import torch
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.engine import deepspeed_config
 
+CONTEXT_BYTES = 600_000_000
+"""What CUDA and its libraries take of a GPU for each process, roughly."""
 FULL = 4  # bytes of a number in fp32
 _MOMENTS = 8  # bytes per weight: AdamW's two in fp32
 WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,6 +32,14 @@ def state_bytes(weights: int, training: TrainingConfig, world: int) -> int:
     buckets = (1 + overlaps) * min(zero.reduce_bucket_size, weights) if zero.stage else 0
     average = FULL * own if training.ema_decay else 0
     return width * (of_weights + of_gradients + buckets) + optimizer + average
+
+
+def bytes_of_evaluators(wanted: int, taken: int) -> int:
+    """What evaluation actors have still to take of a GPU, where they need `wanted` bytes for models and images.
+
+    `taken` bytes of the GPU are no tensors of this process: actors that are there already, and CUDA's own part of it.
+    """
+    return max(0, wanted - max(0, taken - CONTEXT_BYTES))
 
 
 def bytes_beside_module(weights: int, training: TrainingConfig, world: int) -> int:

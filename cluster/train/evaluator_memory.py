@@ -1,0 +1,33 @@
+"""What evaluation actors need of a GPU that they share with a rank, counted before there is one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from m2f.cluster.recipe.config import RunConfig
+from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE
+from m2f.model.analysis.flops.executed import SHAPES_ONLY, build_shapes
+from m2f.model.analysis.memory import LiveBytesCounter
+from m2f.model.config import ModelConfig
+from m2f.trainer.memory.states import CONTEXT_BYTES
+
+
+def evaluator_bytes(config: RunConfig, model: ModelConfig) -> int:
+    """Bytes that actors take of each rank's GPU; 0 where they have GPUs of their own, or none.
+
+    `model` has its number of classes.
+    """
+    cluster, evaluation = config.cluster, config.evaluation
+    if not evaluation.sets or not 0 < cluster.gpus_per_worker < 1 or not 0 < evaluation.gpus_per_actor < 1:
+        return 0
+    actors = math.ceil(evaluation.actors / cluster.max_workers)
+    shapes = build_shapes(model)
+    weights = sum(t.numel() * t.element_size() for t in (*shapes.parameters(), *shapes.buffers()))
+    height, width = (
+        -(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (evaluation.shortest_edge, evaluation.max_size)
+    )
+    with torch.no_grad(), SHAPES_ONLY, LiveBytesCounter() as live:
+        shapes(torch.zeros(evaluation.batch_size, 3, height, width)).mask_logits()
+    return actors * (weights + live.peak + CONTEXT_BYTES)
