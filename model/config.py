@@ -357,6 +357,10 @@ class PostprocessConfig(Section):
     official code resizes the sum in models for semantic segmentation alone, else the masks."""
 
 
+ModelPart = Literal["backbone", "pixel_decoder", "transformer_decoder"]
+"""Names of the parts in the model, too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """The whole model. `num_classes` comes from the category table of the data and is not written in recipes."""
@@ -377,6 +381,9 @@ class ModelConfig(Section):
     """Weights to start from: path or URL of a file of ours, an official checkpoint, a Hugging Face folder or published
     weights of the backbone alone; or `hub:OWNER/NAME[@REVISION]`, a model of the Hugging Face hub. None starts from the
     initialisation."""
+    freeze: tuple[ModelPart, ...] = ()
+    """Parts that training leaves exactly as they are, with the statistics of their norms: no gradients, no state of the
+    optimizer, no backward pass where nothing before them is trained. `[backbone]` for small data sets."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of red, green and blue that is subtracted, of 0 to 255; the default is ImageNet's."""
     pixel_std: Annotated[tuple[float, float, float], ABOVE_0] = (58.395, 57.12, 57.375)

@@ -12,6 +12,7 @@ from m2f.model.backbones.build import build_backbone
 from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
+    ModelPart,
     StandardTransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
@@ -47,6 +48,7 @@ class Mask2Former(nn.Module):
             case _:
                 assert_never(decoder)
         self.pixel_decoder_fp32 = False
+        self._frozen: tuple[ModelPart, ...] = ()
         # Numbers and not buffers: a model cast to bfloat16 must not round them.
         self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
 
@@ -55,6 +57,20 @@ class Mask2Former(nn.Module):
         maps = self.backbone(images)
         mask_features, features = self._decode_pixels(maps)
         return self.transformer_decoder(maps[-1:] if self.decodes_backbone else features, mask_features)
+
+    def freeze(self, parts: Sequence[ModelPart]) -> None:
+        """Let no training change these parts: weights take no gradients, norms and dropouts stay in evaluation mode."""
+        self._frozen = tuple(parts)
+        for part in parts:
+            self.get_submodule(part).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Mask2Former:
+        """As in torch, but for frozen parts, which stay in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen:
+            self.get_submodule(part).eval()
+        return self
 
     def _decode_pixels(self, maps: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not self.pixel_decoder_fp32:
@@ -100,4 +116,6 @@ def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Mas
     if config.num_classes is None:
         raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
     backbone = build_backbone(config.backbone, pretrained=pretrained_backbone)
-    return Mask2Former(config, backbone, backbone.channels, config.num_classes)
+    model = Mask2Former(config, backbone, backbone.channels, config.num_classes)
+    model.freeze(config.freeze)
+    return model

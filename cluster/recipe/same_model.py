@@ -13,14 +13,14 @@ from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.identity import ModelIdentity
 
 _CHANGEABLE = re.compile(
-    r"model\.(loss\.|postprocess\.|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
+    r"model\.(loss\.|postprocess\.|freeze|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
     r"|model\..*\.(dropout|checkpointing)$|model\.backbone\.options\.\w*drop\w*$"
 )
 """Settings of `model` that may change under the same weights."""
 _OPTIONS = "model.backbone.options."
 """Settings that are only written where they are not timm's own."""
 _OPTIMIZER = ("training.precision", "training.optimizer.layer_decay")
-"""Settings that the stored state of the optimizer depends on."""
+"""Settings that the stored state of the optimizer depends on, besides `model.freeze`."""
 
 
 def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, ...]:
@@ -62,7 +62,8 @@ def _settings(recipe: str, optimizer: bool) -> Mapping[str, str]:
     drop_retired(tree, problems)
     require_no_problems("the recipe of the weights", problems)
     flat = flatten_tree(tree)
-    return {
+    frozen = sorted(value for key, value in flat.items() if key.startswith("model.freeze."))
+    return ({"model.freeze": str(frozen)} if optimizer else {}) | {
         key: value
         for key, value in flat.items()
         if (key.startswith("model.") and not _CHANGEABLE.match(key) and key != _OPTIONS.rstrip("."))

@@ -49,7 +49,7 @@ def count_activations(
     model.pixel_decoder_fp32 = pixel_decoder_fp32
     _use_kernel_shapes(model)
     with SHAPES_ONLY:
-        for parameter in model.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
         with LiveBytesCounter() as live:
             pixels = model.normalise(torch.empty(images, 3, *size, dtype=torch.uint8))

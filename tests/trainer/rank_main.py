@@ -16,6 +16,7 @@ import torch
 from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
 from engine_ranks import agreement, one_rank, plain, poisoned
 from family_ranks import family_agreement
+from freeze_ranks import frozen, frozen_alone
 from restore_ranks import attacked, restored, saved
 from tiny_job import StopAt, make_job, train
 
@@ -68,6 +69,8 @@ OTHERS = (
     engine_alone,
     engine_poisoned,
     family,
+    frozen,
+    frozen_alone,
     restored,
     saved,
     attacked,

@@ -15,15 +15,16 @@ WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the weights, where it is not fp32, by precision."""
 
 
-def state_bytes(weights: int, training: TrainingConfig, world: int) -> int:
+def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int = 0) -> int:
     """What one rank keeps of that many weights under the recipe's ZeRO stage (Rajbhandari et al., SC 2020, figure 1).
 
-    From stage 1 on, DeepSpeed keeps an fp32 copy of the rank's share of the weights in every precision.
+    Of `frozen` ones besides, nothing but themselves. From stage 1 on, DeepSpeed keeps an fp32 copy of the rank's share
+    of the trained weights in every precision.
     """
     zero = training.zero
     width = 2 if training.precision in WIDTHS else FULL
     own = -(-weights // world)
-    of_weights = own if zero.stage == 3 else weights
+    of_weights = own + -(-frozen // world) if zero.stage == 3 else weights + frozen
     of_gradients = own if zero.stage >= 2 else weights
     optimizer = _MOMENTS * weights if zero.stage == 0 else (FULL + _MOMENTS) * own
     if zero.offload_optimizer:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from m2f.model.analysis.flops.executed import build_shapes, executed_flops
-from m2f.model.config import ModelConfig
+from m2f.model.config import ModelConfig, ModelPart
 
 _PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -22,12 +24,27 @@ _PEAK_TFLOPS = {
 }
 """Dense bf16 of tensor cores, from the makers' data sheets; the first name that is part of the device's counts."""
 _PASSES = 3
-"""A backward pass counts for two forward passes, as usual; what checkpointing computes again does not count."""
+"""A backward pass counts for two forward passes, as usual: one for the gradients of a layer's weights, one for those of
+its input. What checkpointing computes again does not count."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """bf16 FLOP/s of a GPU by the name that CUDA gives; None where it is not known."""
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:
+    """Multiply-adds of a forward and a backward pass of one image of this height and width.
+
+    Frozen parts have no gradients of weights, and none at all where nothing before them is trained.
+    """
+    flops = executed_flops(build_shapes(config), size)
+    total, is_trained_before = 0.0, False
+    for part in get_args(ModelPart):
+        is_frozen = part in config.freeze
+        total += getattr(flops, part) * (_PASSES if not is_frozen else 2 if is_trained_before else 1)
+        is_trained_before |= not is_frozen
+    return total + _PASSES * flops.inference
 
 
 class Utilization:
@@ -47,6 +64,5 @@ class Utilization:
         if self._peak is None:
             return None
         if size not in self._flops_of:
-            multiply_adds = executed_flops(build_shapes(self._config), size).total
-            self._flops_of[size] = 2 * _PASSES * multiply_adds
+            self._flops_of[size] = 2 * training_multiply_adds(self._config, size)
         return self._flops_of[size] * images_per_s / (self._peak * self._world_size)

@@ -113,6 +113,16 @@ def test_weights_with_a_retired_setting_are_compared_or_refused():
         model_changes(recipe.replace("data:\n", "data:\n  augment_on: device\n"), recipe)
 
 
+def test_frozen_parts_matter_to_the_optimizer_and_not_to_the_weights():
+    free, frozen = (dump_recipe(parse_recipe(RECIPE, overrides)) for overrides in ((), ("model.freeze=[backbone]",)))
+    older = free.replace("  freeze: []\n", "")
+    assert older != free
+    for before in (free, older):
+        assert model_changes(before, frozen) == ()
+        assert model_changes(before, frozen, optimizer=True) == ("model.freeze: [] -> ['backbone']",)
+    assert model_changes(older, free, optimizer=True) == ()
+
+
 OLDER = """
 name: first
 storage: {max_attempts: 8}

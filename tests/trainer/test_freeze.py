@@ -1,0 +1,112 @@
+"""Frozen parts of the model: nothing of them changes, under any ZeRO stage, whatever the run goes through."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.mask2former import build_model
+from m2f.trainer.checkpoint.folder import list_checkpoints
+from m2f.trainer.config import OptimizerConfig, TrainingConfig
+from m2f.trainer.engine.param_groups import build_param_groups
+from m2f.trainer.memory.plan import plan_memory
+from m2f.trainer.telemetry.mfu import training_multiply_adds
+from tests.trainer.tiny_job import MODEL, make_job
+
+STAGES = ("0", "1", "2", "3")
+FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, norm="native"), freeze=("backbone",))
+
+
+@pytest.mark.parametrize("parts", [("backbone",), ("pixel_decoder",), ("backbone", "pixel_decoder")])
+def test_gradients_and_statistics_stay_away_from_frozen_parts(parts):
+    torch.manual_seed(0)
+    model = build_model(replace(FROZEN, freeze=parts), pretrained_backbone=False).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    predictions = model(torch.randn(2, 3, 64, 64))
+    (predictions.class_logits.sum() + predictions.mask_logits().sum()).backward()
+    for name, parameter in model.named_parameters():
+        is_frozen = name.startswith(parts)
+        assert (parameter.grad is None, parameter.requires_grad) == (is_frozen, not is_frozen), name
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not {name for name in changed if name.startswith(parts)}
+    assert bool(changed) == ("backbone" not in parts)  # statistics of BatchNorms
+
+
+def test_a_frozen_backbone_keeps_nothing_for_a_backward_pass():
+    kept = []
+    model = build_model(FROZEN, pretrained_backbone=False).train()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda tensor: tensor):
+        maps = model.backbone(torch.randn(1, 3, 64, 64))
+    assert kept == []
+    assert not any(level.requires_grad for level in maps)
+
+
+def test_frozen_weights_are_in_no_group_of_the_optimizer():
+    model = build_model(FROZEN, pretrained_backbone=False)
+    groups = build_param_groups(model, OptimizerConfig(layer_decay=0.9))
+    assert {group["name"] for group in groups} == {"head", "head_no_decay"}
+
+
+def test_plans_and_utilization_know_what_is_frozen(tmp_path):
+    job = make_job(tmp_path, "none")
+    training = TrainingConfig(max_steps=1)
+    free, frozen = (plan_memory(model, job.data, training, 1, 5) for model in (replace(FROZEN, freeze=()), FROZEN))
+    assert frozen.states < free.states
+    assert frozen.per_image < free.per_image
+    size = (64, 64)
+    whole, less, least = (
+        training_multiply_adds(replace(FROZEN, freeze=parts), size)
+        for parts in ((), ("pixel_decoder",), ("backbone", "pixel_decoder"))
+    )
+    assert least < less < whole
+
+
+@pytest.fixture(scope="module")
+def runs(launcher):
+    source = SyntheticSource(num_images=12, seed=1)
+    shards = str(launcher.folder / "shards")
+    write_dataset(open_reader(source), DatasetConfig(shards=shards, source=source), Storage())
+    launcher.run_each([f"frozen:{stage}" for stage in STAGES])
+    launcher.run_each([f"frozen_alone:{stage}" for stage in STAGES], ranks=1)
+    return launcher
+
+
+def weights_of(runs, name, stage, step, file="weights.safetensors"):
+    checkpoints = list_checkpoints(Storage(), str(runs.folder / f"{name}_{stage}"))
+    return load_file(f"{next(c.url for c in checkpoints if c.step == step)}/{file}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first one waits for all runs
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_trains_what_is_not_frozen_and_resumes_to_the_same_bits(runs, stage):
+    seen = runs.seen(f"frozen:{stage}")
+    assert all(seen[name].get("error") is None for name in seen)
+    torch.manual_seed(3)  # the seed of the job
+    start = build_model(FROZEN, pretrained_backbone=False).state_dict()
+    whole = weights_of(runs, "whole", stage, 4)
+    for name, value in whole.items():
+        is_frozen = name.startswith("backbone.")
+        assert torch.equal(value, start[name]) == is_frozen, name
+    parted = weights_of(runs, "parted", stage, 4)
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    average, stored = (weights_of(runs, name, stage, 4, "ema.safetensors") for name in ("whole", "parted"))
+    assert all(torch.equal(average[name], stored[name]) for name in whole)
+    assert all(torch.equal(average[name], start[name]) for name in whole if name.startswith("backbone."))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_number_of_ranks_keeps_frozen_weights(runs, stage):
+    seen = runs.seen(f"frozen_alone:{stage}")
+    assert seen.get("error") is None
+    before, after = (weights_of(runs, "parted", stage, step) for step in (4, 6))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("backbone.")} <= same
+    assert "transformer_decoder.class_embed.weight" not in same
