@@ -151,4 +151,4 @@ def _paths(config: RunConfig) -> dict[str, str]:
     paths = {"output": config.output}
     paths |= {f"datasets.{name}.shards": config.datasets[name].shards for name in used}
     weights = {"model.weights": config.model.weights, "model.backbone.weights": config.model.backbone.weights}
-    return paths | {setting: path for setting, path in weights.items() if path is not None}
+    return paths | {setting: path for setting, path in weights.items() if path is not None and is_path(path)}
