@@ -63,7 +63,9 @@ def _blocks_below_head(model: nn.Module) -> dict[nn.Parameter, int]:
 
     What is not in a block (downsampling, norms) counts with the block before it; what precedes all blocks is deepest.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and _in_backbone(name.rpartition(".")[0])]
+    named = [
+        (name, p) for name, p in model.named_parameters() if p.requires_grad and _in_backbone(name.rpartition(".")[0])
+    ]
     blocks: list[str] = []
     index: dict[nn.Parameter, int] = {}
     for name, parameter in named:
