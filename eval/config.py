@@ -157,7 +157,8 @@ class EvaluationConfig(Section):
     num_cpus_per_actor: Annotated[float, FROM_0] = 1.0
     """CPUs that Ray reserves for each of them."""
     num_gpus_per_actor: Annotated[float | Literal["auto"], FROM_0] = "auto"
-    """GPUs that Ray reserves for each of them; a part such as 0.5 shares one, 0 evaluates on the CPU."""
+    """GPUs that Ray reserves for each of them; a part such as 0.25 lets several share one, also with a training rank.
+    `auto`: one where ranks leave some, else a share of a rank's; 0 without GPUs."""
     resources_per_actor: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
     """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
     threads: Annotated[int, FROM_1] = 1

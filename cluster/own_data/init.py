@@ -51,8 +51,7 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     if found.largest_megapixels > 20 and not wishes.tiles:
         print_out(f"the largest image has {found.largest_megapixels:.0f} megapixels: --tiles cuts such images")
     num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))
-    machine = this_machine()
-    text = recipe_text(form, wishes, choose(found, num_train, machine), machine)
+    text = recipe_text(form, wishes, choose(found, num_train, this_machine()))
     output.write_text(text, encoding="utf-8")
     load_recipe(output)
     skip = " --skip-bad" if found.faults else ""

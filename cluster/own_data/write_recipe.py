@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from m2f.cluster.own_data.choices import Choices, Machine
+from m2f.cluster.own_data.choices import Choices
 from m2f.cluster.own_data.map_pairs import NO_NAMES
 from m2f.cluster.own_data.sets import Form
 from m2f.data_pipeline.categories import Task
@@ -83,7 +83,7 @@ def category_text(values: tuple[int, ...]) -> str:
     return "[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n"
 
 
-def recipe_text(form: Form, wishes: Wishes, choices: Choices, machine: Machine) -> str:
+def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
     """The recipe as YAML."""
     task = task_of(form, wishes)
     datasets = datasets_of(form, wishes)
@@ -108,12 +108,11 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices, machine: Machine) 
     ]
     if wishes.weights is None:
         lines += [
-            "  # Published weights need a network; `m2f init --weights FILE` starts from a trained model.",
-            "  backbone: {kind: timm, name: resnet50, pretrained: true}",
+            "  # From published weights, if the hub is reached; `m2f init --weights FILE` starts from a trained model.",
+            "  backbone: {kind: timm, name: resnet50, pretrained: auto}",
         ]
     else:
         lines += ["  # Classes are matched by name; the others start anew.", f"  weights: {json.dumps(wishes.weights)}"]
-    workers = max(1, machine.num_gpus)
     lines += [
         f"  transformer_decoder: {{num_queries: {choices.queries.value}}}  # {choices.queries.reason}",
         f"  loss: {{num_points: {choices.points.value}}}  # {choices.points.reason}",
@@ -121,7 +120,7 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices, machine: Machine) 
         f"  max_steps: {choices.steps.value}  # {choices.steps.reason}",
         f"  global_batch: {choices.global_batch}",
         f"  micro_batch: {choices.micro_batch.value}  # {choices.micro_batch.reason}",
-        f"  precision: {'bf16_autocast' if machine.num_gpus else 'fp32'}",
+        "  precision: auto",
         "  # The backbone is trained before: it learns at a tenth of the rate.",
         "  optimizer: {lr: 1.0e-4, backbone_lr_multiplier: 0.1}",
         f"  checkpoint: {{every_steps: {max(1, choices.steps.value // 5)}, keep: 2}}",
@@ -130,7 +129,7 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices, machine: Machine) 
         f"  tasks: [{task}]",
         f"  shortest_edge: {side}",
         f"  max_size: {2 * side}",
-        f"cluster: {{num_workers: {workers}, num_gpus_per_worker: {1 if machine.num_gpus else 0}}}",
+        "cluster: {num_workers: auto, num_gpus_per_worker: auto}",
     ]
     return "\n".join(lines) + "\n"
 

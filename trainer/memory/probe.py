@@ -30,8 +30,8 @@ def probe_memory(
     """The job with the largest micro-batch that every rank can compute; on CPU the job as it is. A collective.
 
     Tries a forward and a backward with images of the largest size and as many segments as any image of the data, then
-    with half as many images, and so on; with room for what ZeRO and evaluation actors take besides. Raises OutOfMemoryError
-    where a single image does not fit.
+    with half as many images, and so on; with room for what ZeRO and evaluation actors take besides. Raises
+    OutOfMemoryError where a single image does not fit.
     """
     if device.type != "cuda":
         return job
