@@ -26,9 +26,9 @@ from m2f.data_pipeline.categories import Category, CategoryTable, Task
 from m2f.data_pipeline.sample import VOID_ID
 from m2f.eval.config import ExtraMetric
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
+from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import MeanIoUState
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import Rle, encode_masks, mask_areas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from m2f.data_pipeline.categories import CategoryTable
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.json_fields import stated_flag
 from m2f.data_pipeline.readers.coco_json import NUMBERED, Box, stated_area, stated_box
-from m2f.data_pipeline.readers.run_lengths import check_counts, check_texts
+from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, check_counts, text_areas
 from m2f.data_pipeline.sample import Segment, id_dtype
 
 _MAX_POLYGON_EXTENT = 10
@@ -224,16 +224,22 @@ def read_rle(segmentation: Any, height: int, width: int, name: str) -> Any:
             raise DataError(f"{name} has no usable `segmentation`: {str(segmentation)[:60]}")
 
 
-def read_rles(segmentations: Sequence[Any], height: int, width: int, name: Callable[[int], str]) -> tuple[Any, ...]:
-    """`read_rle` of all masks of one image; the texts of compressed RLEs are checked at once.
+def checked_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray | None:
+    """Pixels [N] int64 of masks given as compressed RLEs; None where one of them cannot be used."""
+    if height * width >= _MAX_RLE_PIXELS:
+        return None
+    try:
+        areas = text_areas(texts, height, width)
+    except DamagedRunsError:
+        return None
+    return areas if (areas >= 0).all() else None
 
-    Raises DataError beginning with `name(position)` of the first mask that cannot be used.
-    """
+
+def compressed_texts(segmentations: Sequence[Any], height: int, width: int) -> list[str] | None:
+    """The run lengths of all masks; None where one is no compressed RLE of this size."""
     size = [height, width]
     texts = [s["counts"] for s in segmentations if type(s) is dict and s.get("size") == size and _is_text(s)]
-    if len(texts) == len(segmentations) and height * width < _MAX_RLE_PIXELS and check_texts(texts, height, width):
-        return tuple(segmentations)
-    return tuple(read_rle(s, height, width, name(i)) for i, s in enumerate(segmentations))
+    return texts if len(texts) == len(segmentations) else None
 
 
 def _is_text(segmentation: dict[str, Any]) -> bool:

@@ -11,40 +11,21 @@ from m2f.data_pipeline.errors import DataError
 
 _LONGEST = 7
 """Characters of one number; more are over 35 bits."""
+_TOGETHER = 2000
+"""Texts that are read at once, which bounds memory."""
 
 
 class DamagedRunsError(ValueError):
     """A text that is no compressed run lengths."""
 
 
-def run_lengths(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Run lengths [R] int64 of all texts, one after the other, and where each text's begin [M].
+def text_areas(texts: Sequence[str], height: int, width: int) -> np.ndarray:
+    """Pixels [M] int64 of every mask; -1 where a run is negative or they do not add up to height x width.
 
-    5 bits per character; from the fourth run of a text on they are differences to the run before last. Raises
-    DamagedRunsError where a text is not of this form.
+    Raises DamagedRunsError where a text is not of this form.
     """
-    try:
-        data = "".join(texts).encode("ascii")
-    except (TypeError, UnicodeEncodeError):
-        raise DamagedRunsError from None
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    codes = np.frombuffer(data, np.uint8) - np.uint8(48)  # what is below wraps and is above 63
-    ends = np.cumsum(lengths)  # of every text
-    if not lengths.all() or codes.max(initial=0) > 63 or (codes[ends - 1] >= 32).any():
-        raise DamagedRunsError
-    last = np.flatnonzero(codes < 32)  # the last character of every number
-    values = _numbers(codes, last)
-    starts = np.searchsorted(last, ends - lengths)
-    return _undo_differences(values, starts), starts
-
-
-def check_texts(texts: Sequence[str], height: int, width: int) -> bool:
-    """Whether every text is run lengths that add up to height x width pixels."""
-    try:
-        runs, starts = run_lengths(texts)
-    except DamagedRunsError:
-        return False
-    return runs.min(initial=0) >= 0 and bool((np.add.reduceat(runs, starts) == height * width).all())
+    parts = [_areas(texts[start : start + _TOGETHER], height * width) for start in range(0, len(texts), _TOGETHER)]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def check_counts(counts: Any, height: int, width: int, name: str) -> None:
@@ -55,40 +36,62 @@ def check_counts(counts: Any, height: int, width: int, name: str) -> None:
         sound = all(run >= 0 for run in counts) and sum(counts) == height * width
     else:
         try:
-            run_lengths([counts])
+            sound = text_areas([counts], height, width)[0] >= 0
         except DamagedRunsError:
             raise DataError(f"{name}: its RLE is damaged") from None
-        sound = check_texts([counts], height, width)
     if not sound:
         raise DataError(f"{name}: the run lengths of its RLE do not add up to {width} x {height} pixels")
 
 
-def _numbers(codes: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The signed numbers whose last characters are at these places."""
-    values = (codes[last] ^ 16).astype(np.int64) - 16  # bit 4 of the last character is the sign
-    longer, place = np.flatnonzero(np.diff(last, prepend=-1) > 1), 1
-    while len(longer):
-        if place == _LONGEST:
-            raise DamagedRunsError
-        values[longer] = values[longer] * 32 + (codes[last[longer] - place] & 31)
-        place += 1
-        before = last[longer] - place
-        going_on = before > np.where(longer > 0, last[longer - 1], -1)
-        longer = longer[going_on]
-    return values
+def _areas(texts: Sequence[str], pixels: int) -> np.ndarray:
+    """As `text_areas`, of a few texts.
 
-
-def _undo_differences(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Runs from numbers of which all but a text's first three are differences to the run before last."""
-    sums = values.copy()
+    From the fourth run of a text on, its numbers are differences to the run before last. So every second number of all
+    texts is summed up, in two arrays; the runs of one text are a stretch of each, less what came before the stretch.
+    """
+    values, starts = _numbers(texts)
+    first = values[starts[:-1]]  # counted apart: it belongs to neither sequence
+    values[starts] = 0
+    total, areas, sound = first.copy(), np.zeros_like(first), first >= 0
     for parity in (0, 1):
-        np.cumsum(values[parity::2], out=sums[parity::2])
-    # Of a text that starts at s: runs s+2, s+4, ... add up from s+2, and runs s+1, s+3, ... from s+1.
-    counts = np.diff(starts, append=len(values))
-    offset = np.arange(len(values)) - np.repeat(starts, counts)
-    even_base = sums[starts]
-    odd_base = np.where(starts > 0, sums[starts - 1], 0)
-    base = np.where(offset & 1, np.repeat(odd_base, counts), np.repeat(even_base, counts))
-    runs = sums - base
-    runs[starts] = values[starts]
-    return runs
+        sums = np.cumsum(values[parity::2])
+        stretches = (starts + 1 - parity) // 2
+        begin, count = stretches[:-1], np.diff(stretches)
+        # A stretch of runs 0, 2, 4, ... begins with the zero that was put for run 0, one of runs 1, 3, ... does not.
+        is_background = (starts[:-1] & 1) == parity
+        before = np.where(is_background, sums[begin], np.where(begin > 0, sums[begin - 1], 0))
+        added = np.where(count > 0, np.add.reduceat(sums, stretches)[:-1] - before * count, 0)
+        total += added
+        areas += np.where(is_background, 0, added)
+        sound &= (np.minimum.reduceat(sums, stretches)[:-1] >= before) | (count == 0)
+    return np.where(sound & (total == pixels), areas, -1)
+
+
+def _numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The signed numbers [R + 2] int64 of all texts, then two zeros, and where each text's begin [M + 1]."""
+    try:
+        data = "".join(texts).encode("ascii")
+    except (TypeError, UnicodeEncodeError):
+        raise DamagedRunsError from None
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    codes = np.frombuffer(data, np.uint8) - np.uint8(48)  # what is below wraps and is above 63
+    ends = np.cumsum(lengths)  # of every text
+    if not lengths.all() or codes.max(initial=0) > 63 or (codes[ends - 1] >= 32).any():
+        raise DamagedRunsError
+    is_last = codes < 32  # of a number, which has 5 bits per character, the lowest first
+    before = (~is_last).nonzero()[0]
+    starts = np.append(ends - lengths, len(codes))
+    starts -= np.searchsorted(before, starts)
+    values = np.zeros(len(codes) - len(before) + 2, dtype=np.int64)
+    values[:-2] = (codes[is_last] ^ 16).view(np.int8) - np.int8(16)  # bit 4 of the last character is the sign
+    if len(before):
+        of_number = before - np.arange(len(before))
+        first = np.flatnonzero(np.diff(of_number, prepend=-1))
+        counts = np.diff(first, append=len(before))
+        if counts.max() >= _LONGEST:
+            raise DamagedRunsError
+        place = np.arange(len(before)) - np.repeat(first, counts)
+        lower = np.add.reduceat((codes[before] & 31).astype(np.int64) << 5 * place, first)
+        longer = of_number[first]
+        values[longer] = (values[longer] << 5 * counts) + lower
+    return values, starts

@@ -20,10 +20,10 @@ from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.test_time_augmentation import predict_in_passes
 from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth, semantic_truth
-from m2f.eval.metrics.average_precision import InstanceDetections, class_agnostic_detections, class_agnostic_truth
 from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
 from m2f.eval.metrics.cityscapes_ap import CityscapesDetection
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
+from m2f.eval.metrics.instance_matching import InstanceDetections, class_agnostic_detections, class_agnostic_truth
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates

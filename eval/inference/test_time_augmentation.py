@@ -20,7 +20,7 @@ from m2f.eval.config import MultiScale, SlidingWindows
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.window_merge import InstanceMerge, PanopticMerge
 from m2f.eval.inference.windows import WindowPlace, window_places
-from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.model.config import PostprocessConfig
 from m2f.model.inference.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
 from m2f.model.inference.mask_resize import ImageGeometry

@@ -12,8 +12,8 @@ import numpy as np
 
 from m2f.data_pipeline.sample import DecodedSample, Segment
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.average_precision import InstanceTruth
 from m2f.eval.metrics.cityscapes_ap import FIRST_INSTANCE
+from m2f.eval.metrics.instance_matching import InstanceTruth
 from m2f.eval.metrics.mean_iou import ignore_label
 from m2f.eval.metrics.panoptic_quality import PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import encode_masks

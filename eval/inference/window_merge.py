@@ -13,7 +13,7 @@ import torch
 
 from m2f.eval.inference.image_output import ImageOutput
 from m2f.eval.inference.windows import KEPT_SHARE, Area, Found, Objects, WindowPlace, nearest_pixels, same_objects
-from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.eval.metrics.overlaps import count_overlaps
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_columns, encode_masks, mask_areas, mask_ious
 from m2f.model.config import PostprocessConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m2f.eval.metrics.average_precision import (
+from m2f.eval.metrics.instance_matching import (
     DetectionRecord,
     InstanceDetections,
     InstanceTruth,

@@ -7,15 +7,17 @@ classes do as 0, 1, 2, ...
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hotcoco.panoptic import PanopticEval
+from hotcoco.primitives import mask_iou
 
 from m2f.eval.metrics.panoptic_quality import PanopticRecord, TruthSegment
+from m2f.eval.metrics.rle import Rle
 
 _IMAGE = 1
 """Every image is evaluated alone, under this id."""
@@ -35,6 +37,14 @@ class PanopticPair:
     predicted_map: Path
     labels: Mapping[int, int]
     """Segment id -> contiguous class."""
+
+
+def pairwise_ious(detected: Sequence[Rle], annotated: Sequence[Rle], is_crowd: Sequence[bool]) -> np.ndarray:
+    """IoU [D, G] float64 of masks of one size, bit for bit as pycocotools has it; at least one on each side.
+
+    For a crowd the intersection over the detection's area.
+    """
+    return mask_iou(detected, annotated, is_crowd)
 
 
 def match_panoptic_files(pair: PanopticPair) -> PanopticRecord:

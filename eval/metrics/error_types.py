@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth, precision_at_recalls
+from m2f.eval.metrics.average_precision import precision_at_recalls
 from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.rle import mask_ious
 from m2f.eval.metrics.segment_errors import Candidates
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from m2f.data_pipeline.storage.ragged_table import Ragged
-from m2f.eval.metrics.average_precision import IOU_THRESHOLDS, RECALL_THRESHOLDS
+from m2f.eval.metrics.average_precision import RECALL_THRESHOLDS
+from m2f.eval.metrics.instance_matching import IOU_THRESHOLDS
 
 CHUNK_BYTES = 2**26
 """What the weights of all detections may take at once."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, cast, overload
 
 import cv2
 import numpy as np
@@ -11,6 +12,37 @@ from pycocotools import mask as coco_masks
 
 Rle = dict[str, Any]
 """COCO run-length encoding: `size` [H, W] and `counts` bytes."""
+
+
+@dataclass(frozen=True)
+class TextMasks(Sequence[Rle]):
+    """Masks of one size whose encodings are made when they are asked for, since most overlap nothing."""
+
+    size: tuple[int, int]
+    """Height, width."""
+    texts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, index: int) -> Rle: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Rle]: ...
+
+    def __getitem__(self, index: int | slice) -> Rle | Sequence[Rle]:
+        if isinstance(index, slice):
+            return TextMasks(self.size, self.texts[index])
+        return {"size": self.size, "counts": self.texts[index]}
+
+
+def chosen_masks(masks: Sequence[Rle], positions: Iterable[int]) -> list[Rle]:
+    """Some of the masks."""
+    if isinstance(masks, TextMasks):
+        size, texts = masks.size, masks.texts
+        return [{"size": size, "counts": texts[i]} for i in positions]
+    return [masks[i] for i in positions]
 
 
 def encode_masks(masks: Iterable[np.ndarray]) -> tuple[Rle, ...]:

@@ -12,8 +12,8 @@ from enum import IntEnum
 import numpy as np
 
 from m2f.data_pipeline.sample import VOID_ID
-from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.base import MetricState, Record, column
+from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.overlaps import count_overlaps
 from m2f.eval.metrics.panoptic_quality import MATCH_IOU, MAX_IGNORED, PanopticPrediction, PanopticTruth
 from m2f.eval.metrics.rle import mask_areas, mask_ious

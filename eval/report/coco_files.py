@@ -10,7 +10,7 @@ import numpy as np
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.image_file import encode_png
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.eval.metrics.rle import mask_boxes
 from m2f.model.structures import UNLABELLED, PanopticSegment
 

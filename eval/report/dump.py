@@ -21,7 +21,7 @@ from m2f.data_pipeline.keys import check_key
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.eval.report.coco_files import describe_categories, label_png, mask_results, panoptic_annotation, panoptic_png
 from m2f.model.structures import PanopticResult
 

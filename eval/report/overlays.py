@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from m2f.data_pipeline.sample import VOID_ID
-from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.mean_iou import ignore_label
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth
 from m2f.eval.metrics.rle import Rle, decode_mask

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from m2f.eval.metrics.average_precision import AREA_RANGES, IOU_THRESHOLDS, RECALL_THRESHOLDS, AveragePrecision
+from m2f.eval.metrics.average_precision import RECALL_THRESHOLDS, AveragePrecision
+from m2f.eval.metrics.instance_matching import AREA_RANGES, IOU_THRESHOLDS
 from m2f.eval.report.charts import Series, line_chart, small_chart
 from m2f.eval.report.page import folded, grid, paragraph
 from m2f.eval.results.results import EvaluationResults

@@ -30,7 +30,7 @@ from m2f.eval.metrics.cityscapes_iou import (
 )
 from m2f.eval.results.results import columns
 from m2f.eval.score.files import read_labels, require_folder, some
-from m2f.eval.score.scoring import ScoreReport, Scoring, percent
+from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent
 
 TRUTH_ENDING = "_gtFine_instanceIds.png"
 
@@ -43,7 +43,9 @@ def cityscapes_instance_scoring(
     Raises EvaluationError for missing and ambiguous files.
     """
     pairs = _pairs(truth, predictions, ".txt")
-    return Scoring(pairs, _ScoreInstances(predictions), CityscapesAPState(), partial(_report_instances, len(pairs)))
+    return Scoring(
+        pairs, OneByOne(_ScoreInstances(predictions)), CityscapesAPState(), partial(_report_instances, len(pairs))
+    )
 
 
 def cityscapes_semantic_scoring(
@@ -54,7 +56,7 @@ def cityscapes_semantic_scoring(
     Raises EvaluationError for missing and ambiguous files.
     """
     pairs = _pairs(truth, predictions, ".png")
-    return Scoring(pairs, _score_semantic, CityscapesIoUState(), partial(_report_semantic, len(pairs)))
+    return Scoring(pairs, OneByOne(_score_semantic), CityscapesIoUState(), partial(_report_semantic, len(pairs)))
 
 
 def _pairs(truth: Path, predictions: Path, ending: str) -> list[tuple[Path, Path]]:

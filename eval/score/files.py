@@ -51,7 +51,11 @@ def read_document(path: Path, *lists: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Content of a JSON file. Raises EvaluationError naming it."""
-    data = _read(path)
+    return parse_file(read_bytes(path), path)
+
+
+def parse_file(data: bytes, path: Path) -> Any:
+    """Values of the JSON that a file holds. Raises EvaluationError naming it."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:  # brackets nested thousands deep are no JSON of ours
@@ -181,7 +185,7 @@ def read_ids(path: Path) -> np.ndarray:
 
 def is_plain_id_map(path: Path) -> bool:
     """Whether a file is a whole PNG of 8-bit RGB, not interlaced, without transparency, and within the pixel limit."""
-    data = _read(path)
+    data = read_bytes(path)
     try:
         header = read_header(data)
     except BrokenImageError:
@@ -208,7 +212,7 @@ def some(values: Sequence[object], limit: int = 5) -> str:
 
 
 def _read_map(path: Path, decode: Callable[[bytes], np.ndarray], modes: Sequence[str], expected: str) -> np.ndarray:
-    data = _read(path)
+    data = read_bytes(path)
     try:
         header = read_header(data)
         if header.ext != "png" or header.mode not in modes:
@@ -220,7 +224,8 @@ def _read_map(path: Path, decode: Callable[[bytes], np.ndarray], modes: Sequence
         raise EvaluationError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Raises EvaluationError naming a file that cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
 from m2f.eval.metrics.box_average_precision import (
     BoxDetections,
     BoxTruth,
     boxes_of_detections,
     boxes_of_truth,
 )
+from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
 from m2f.eval.score.instance_files import Entry, ImageEntries, InstanceFiles
 
 
@@ -35,9 +35,13 @@ def box_detections(
     image: ImageEntries, detections: InstanceDetections, dropped: frozenset[int], files: InstanceFiles
 ) -> BoxDetections:
     """The boxes of the results of one image but for those of the `dropped` categories; else as `box_truth`."""
-    kept = [i for i, entry in enumerate(image.results) if entry.get("category_id") not in dropped]
+    kept = [
+        (i, entry)
+        for i, entry in enumerate(image.results)
+        if isinstance(entry, dict) and entry.get("category_id") not in dropped
+    ]
     found = boxes_of_detections(detections)
-    stated = _stated([image.results[i] for i in kept], [files.result(image, i) for i in kept])
+    stated = _stated([entry for _, entry in kept], [files.result(image, i) for i, _ in kept])
     boxes = np.where(np.isnan(stated), found.boxes, stated)
     areas = np.where(np.isnan(stated[:, 0]), found.areas, boxes[:, 2] * boxes[:, 3])
     return BoxDetections(boxes, found.labels, found.scores, areas)

@@ -5,20 +5,26 @@ What the tools that match masks would believe unread is refused here: sizes, fla
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from m2f.data_pipeline.readers.masks import read_rles
+from m2f.data_pipeline.readers.coco_json import MAX_AREA
+from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts, read_rle
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.average_precision import InstanceDetections, InstanceTruth
-from m2f.eval.score.files import MAX_PIXELS, area_of, flag, require, some, whole
+from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
+from m2f.eval.metrics.rle import TextMasks
+from m2f.eval.score.files import MAX_PIXELS, area_of, flag, parse_file, read_bytes, require, some, whole
+from m2f.eval.score.plain_results import PlainResult, as_entry, read_plain_results
 
 Entry = dict[str, Any]
+Result = Entry | PlainResult
+"""A result as its file has it; all of one file are of one kind."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class ImageEntries:
     height: int
     width: int
     annotations: list[Entry]
-    results: list[Entry]
+    results: list[Result]
     result_numbers: list[int]
     """Positions of the results in their file."""
 
@@ -73,17 +79,33 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
             raise EvaluationError(f"{truth}: image_id of annotation number {position} is {str(image_id)[:40]}, no id")
         if (image := images.get(image_id)) is not None:
             image.annotations.append(entry)
-    for number, entry in enumerate(results):
-        image_id = require(entry, "image_id", f"{predictions}: result {number}")
+    number = 0
+    for image_id, group in itertools.groupby(results, _image_of):  # results of an image mostly follow each other
         image = images.get(image_id) if isinstance(image_id, int | float | str) else None
         if image is None:
+            if image_id is None:
+                require(results[number], "image_id", f"{predictions}: result {number}")
             raise EvaluationError(
                 f"{predictions}: result {number} is of image {repr(image_id)[:40]}, which {truth} does not list; "
                 "score the results of the same images, with the same ids"
             )
-        image.results.append(entry)
-        image.result_numbers.append(number)
+        image.results.extend(group)
+        image.result_numbers.extend(range(number, number := number + len(image.results) - len(image.result_numbers)))
     return list(images.values())
+
+
+def _image_of(result: Any) -> Any:
+    """Id of the image of a result; None where it has none."""
+    if type(result) is PlainResult:
+        return result.image_id
+    return result.get("image_id") if isinstance(result, dict) else None
+
+
+def read_results(predictions: Path, *, with_boxes: bool) -> Any:
+    """The content of a file of results: as `PlainResult`s where boxes are not asked for and all entries are plain."""
+    data = read_bytes(predictions)
+    plain = None if with_boxes else read_plain_results(data)
+    return parse_file(data, predictions) if plain is None else plain
 
 
 def _listed_images(listed: Sequence[Any], truth: Path) -> dict[Any, ImageEntries]:
@@ -114,38 +136,115 @@ def without_results(images: Sequence[ImageEntries], predictions: Path) -> str | 
     return f"{len(missing)} of {len(images)} images have no result in {predictions}, and count as such: {some(missing)}"
 
 
-def truth_of(image: ImageEntries, labels: Mapping[int, int], files: InstanceFiles) -> InstanceTruth:
-    """The annotations of one image; `labels`: class by category id. Raises EvaluationError naming the annotation."""
+class MaskPixels(NamedTuple):
+    """Pixels of the masks of one image; None where they are no sound run lengths in the form of text."""
+
+    annotations: np.ndarray | None
+    """[G] int64"""
+    results: np.ndarray | None
+    """[D] int64"""
+
+
+def mask_pixels(images: Sequence[ImageEntries]) -> list[MaskPixels]:
+    """Read the run lengths of some images at once, which is faster than each alone."""
+    sides = [side for image in images for side in (_texts(image, image.annotations), _texts(image, image.results))]
+    sizes = [(image.height, image.width) for image in images for _ in range(2)]
+    found: list[np.ndarray | None] = [None] * len(sides)
+    for size in set(sizes):
+        readable = [(i, side) for i, side in enumerate(sides) if side is not None and sizes[i] == size]
+        areas = checked_areas([text for _, side in readable for text in side], *size)
+        if areas is not None:
+            ends = itertools.accumulate(len(side) for _, side in readable)
+            for (i, side), end in zip(readable, ends, strict=True):
+                found[i] = areas[end - len(side) : end]
+    return [MaskPixels(*found[i : i + 2]) for i in range(0, len(found), 2)]
+
+
+def _texts(image: ImageEntries, entries: Sequence[Result]) -> list[str] | None:
+    """The run lengths of all masks; None where one has another form or size."""
+    masks = [entry.segmentation for entry in entries if type(entry) is PlainResult]
+    if len(masks) < len(entries):
+        segmentations = [entry.get("segmentation") for entry in entries if isinstance(entry, dict)]
+        return compressed_texts(segmentations, image.height, image.width)
+    size = image.height, image.width
+    texts = [mask.counts for mask in masks if mask.size == size]
+    return texts if len(texts) == len(masks) else None
+
+
+def truth_of(
+    image: ImageEntries, labels: Mapping[int, int], files: InstanceFiles, pixels: np.ndarray | None = None
+) -> InstanceTruth:
+    """The annotations of one image; `labels`: class by category id; `pixels` of their masks where these are sound.
+
+    Raises EvaluationError naming the annotation.
+    """
     entries = image.annotations
 
     def name(position: int) -> str:
         return files.annotation(image, position)
 
-    areas = np.array([area_of(entry, name(i)) for i, entry in enumerate(entries)], dtype=np.float64)
-    crowds = np.array([flag(entry, "iscrowd", name(i)) for i, entry in enumerate(entries)], dtype=bool)
     return InstanceTruth(
-        masks=_masks(image, entries, name), labels=_labels(entries, labels, files, name), areas=areas, is_crowd=crowds
+        masks=_masks(image, entries, name, pixels),
+        labels=_labels(entries, labels, files, name),
+        areas=_areas(entries, name),
+        is_crowd=_crowds(entries, name),
     )
+
+
+def _areas(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
+    """[N] float64 as the annotations state them."""
+    areas = [entry.get("area") for entry in entries]
+    if set(map(type, areas)) <= {float, int}:
+        found = np.array(areas)
+        if found.dtype != object and (found >= 0).all() and (found <= MAX_AREA).all():
+            return found.astype(np.float64)
+    return np.array([area_of(entry, name(i)) for i, entry in enumerate(entries)], dtype=np.float64)
+
+
+def _crowds(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
+    """[N] bool"""
+    stated = [entry.get("iscrowd") for entry in entries]
+    if set(map(type, stated)) <= {int, bool, type(None)} and {0, 1, None}.issuperset(stated):
+        return np.array(stated, dtype=bool)
+    return np.array([flag(entry, "iscrowd", name(i)) for i, entry in enumerate(entries)], dtype=bool)
 
 
 def detections_of(
-    image: ImageEntries, labels: Mapping[int, int], dropped: frozenset[int], files: InstanceFiles
+    image: ImageEntries,
+    labels: Mapping[int, int],
+    dropped: frozenset[int],
+    files: InstanceFiles,
+    pixels: np.ndarray | None = None,
 ) -> InstanceDetections:
     """The results of one image but for those of the `dropped` categories; else as `truth_of`."""
-    kept = range(len(image.results))
+    results, numbers = image.results, range(len(image.results))
     if dropped:
-        kept = [i for i, entry in enumerate(image.results) if entry.get("category_id") not in dropped]
-    entries = [image.results[i] for i in kept]
+        numbers = [i for i in numbers if category_of(results[i]) not in dropped]
+        results = [results[i] for i in numbers]
+        pixels = None if pixels is None else pixels[numbers]
+    plain = [result for result in results if type(result) is PlainResult]
+    known = [labels[result.category_id] for result in plain if result.category_id in labels]
+    scores = np.array([result.score for result in plain], dtype=np.float64)
+    if pixels is not None and len(plain) == len(known) == len(results) and np.isfinite(scores).all():
+        masks = TextMasks((image.height, image.width), [result.segmentation.counts for result in plain])
+        return InstanceDetections(masks, np.arange(len(masks)), np.array(known, dtype=np.int64), scores, pixels)
 
     def name(position: int) -> str:
-        return files.result(image, kept[position])
+        return files.result(image, numbers[position])
 
+    entries = [result if isinstance(result, dict) else as_entry(result) for result in results]
     return InstanceDetections(
-        masks=_masks(image, entries, name),
+        masks=_masks(image, entries, name, pixels),
         mask_index=np.arange(len(entries)),
         labels=_labels(entries, labels, files, name),
         scores=_scores(entries, name),
+        areas=pixels,
     )
+
+
+def category_of(result: Result) -> Any:
+    """Its category id as the file has it; None where it has none."""
+    return result.category_id if isinstance(result, PlainResult) else result.get("category_id")
 
 
 def _scores(entries: Sequence[Entry], name: Callable[[int], str]) -> np.ndarray:
@@ -185,11 +284,16 @@ def _labels(
         raise
 
 
-def _masks(image: ImageEntries, entries: Sequence[Entry], name: Callable[[int], str]) -> tuple[Any, ...]:
+def _masks(
+    image: ImageEntries, entries: Sequence[Entry], name: Callable[[int], str], pixels: np.ndarray | None
+) -> tuple[Any, ...]:
+    """The masks, checked but where their `pixels` are known."""
     try:
         segmentations = [entry["segmentation"] for entry in entries]
     except KeyError:
         position = next(i for i, entry in enumerate(entries) if "segmentation" not in entry)
         what = " is a box without `segmentation`; masks are scored" if "bbox" in entries[position] else ""
         raise EvaluationError(name(position) + (what or " has no `segmentation`")) from None
-    return read_rles(segmentations, image.height, image.width, name)
+    if pixels is not None:
+        return tuple(segmentations)
+    return tuple(read_rle(one, image.height, image.width, name(i)) for i, one in enumerate(segmentations))

@@ -16,21 +16,20 @@ from typing import Any
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.eval.metrics.average_precision import (
-    AveragePrecision,
-    AveragePrecisionState,
+from m2f.eval.metrics.average_precision import AveragePrecision, AveragePrecisionState
+from m2f.eval.metrics.base import MetricState, Record
+from m2f.eval.metrics.boundary import BOUNDARY_RATIO
+from m2f.eval.metrics.box_average_precision import match_boxes
+from m2f.eval.metrics.error_types import ErrorState, instance_errors
+from m2f.eval.metrics.instance_matching import (
     DetectionRecord,
     InstanceDetections,
     InstanceTruth,
     area_ranges,
     class_agnostic_detections,
     class_agnostic_truth,
-    match_instances,
+    match_images,
 )
-from m2f.eval.metrics.base import MetricState, Record
-from m2f.eval.metrics.boundary import BOUNDARY_RATIO
-from m2f.eval.metrics.box_average_precision import match_boxes
-from m2f.eval.metrics.error_types import ErrorState, instance_errors
 from m2f.eval.metrics.segment_errors import SegmentErrorState, assign_outcomes, instance_candidates
 from m2f.eval.results.extra import ExtraResults
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
@@ -39,14 +38,16 @@ from m2f.eval.score.files import (
     match_predictions,
     read_categories,
     read_document,
-    read_json,
 )
 from m2f.eval.score.instance_boxes import box_detections, box_truth
 from m2f.eval.score.instance_files import (
     ImageEntries,
     InstanceFiles,
+    category_of,
     detections_of,
+    mask_pixels,
     read_entries,
+    read_results,
     truth_of,
     without_results,
 )
@@ -84,7 +85,7 @@ def instance_scoring(
     document = read_document(truth, "images", "annotations", "categories")
     categories = tuple(sorted(read_categories(document, truth), key=lambda c: c.id))
     labels = {c.id: label for label, c in enumerate(categories)}
-    results = read_json(predictions)
+    results = read_results(predictions, with_boxes=boxes)
     matched = match_predictions(results, predictions, categories, truth, kinds=False)
     files = InstanceFiles(truth, predictions)
     chosen = chosen_labels(categories, options, str(truth))
@@ -101,7 +102,7 @@ def instance_scoring(
     notes = [matched.note, without_results(images, predictions), *notes_of(options, len(images), unknown)]
     title = "\n".join([title, *(note for note in notes if note)])
     ranges = area_ranges(options.area_bounds)
-    work = _ScoreImage(
+    work = _ScoreImages(
         files, labels, predicted_labels, matched.dropped | unknown, class_agnostic, limits[-1], ratio, ranges
     )
     more: dict[str, MetricState] = {}
@@ -127,7 +128,7 @@ def instance_scoring(
 
 def _unknown(images: Sequence[ImageEntries], known: Mapping[int, int], dropped: Collection[int]) -> frozenset[int]:
     """Category ids of the results that mean nothing."""
-    found = {entry.get("category_id") for image in images for entry in image.results}
+    found = {category_of(result) for image in images for result in image.results}
     return frozenset(one for one in found if isinstance(one, int) and one not in known and one not in dropped)
 
 
@@ -153,7 +154,7 @@ def _results(
 
 
 @dataclass(frozen=True)
-class _ScoreImage:
+class _ScoreImages:
     files: InstanceFiles
     labels: Mapping[int, int]
     """Category id of the truth -> class."""
@@ -167,34 +168,45 @@ class _ScoreImage:
     ranges: np.ndarray
     """Of areas, see `area_ranges`."""
 
-    def __call__(self, image: ImageEntries) -> DetectionRecord:
-        return self.match(*self.read(image))
+    def __call__(self, images: Sequence[ImageEntries]) -> list[DetectionRecord]:
+        return self.match(self.read(images))
 
-    def read(self, image: ImageEntries) -> tuple[InstanceTruth, InstanceDetections]:
-        """Both sides of one image."""
-        truth = truth_of(image, self.labels, self.files)
-        return truth, detections_of(image, self.predicted_labels, self.dropped, self.files)
+    def read(self, images: Sequence[ImageEntries]) -> list[tuple[InstanceTruth, InstanceDetections]]:
+        """Both sides of every image."""
+        return [
+            (
+                truth_of(image, self.labels, self.files, pixels.annotations),
+                detections_of(image, self.predicted_labels, self.dropped, self.files, pixels.results),
+            )
+            for image, pixels in zip(images, mask_pixels(images), strict=True)
+        ]
 
-    def match(self, truth: InstanceTruth, detections: InstanceDetections) -> DetectionRecord:
-        """The record for AP of masks."""
+    def match(self, images: Sequence[tuple[InstanceTruth, InstanceDetections]]) -> list[DetectionRecord]:
+        """The records for AP of masks."""
         if self.class_agnostic:
-            truth, detections = class_agnostic_truth(truth), class_agnostic_detections(detections)
-        return match_instances(truth, detections, self.limit, self.boundary_ratio, self.ranges)
+            images = [(class_agnostic_truth(truth), class_agnostic_detections(found)) for truth, found in images]
+        return match_images(images, self.limit, self.boundary_ratio, self.ranges)
 
 
 @dataclass(frozen=True)
 class _ScoreMore:
-    """As `_ScoreImage`, of some classes or with further metrics."""
+    """As `_ScoreImages`, of some classes or with further metrics."""
 
-    image: _ScoreImage
+    image: _ScoreImages
     metrics: frozenset[str]
     """Of box, segments and errors."""
     chosen: frozenset[int] | None
     """Classes; None: all."""
 
-    def __call__(self, image: ImageEntries) -> Judged[DetectionRecord]:
-        score = self.image
-        truth, detections = score.read(image)
+    def __call__(self, images: Sequence[ImageEntries]) -> list[Judged[DetectionRecord]]:
+        sides = self.image.read(images)
+        records = self.image.match(sides)
+        return [self._judged(*one) for one in zip(images, records, sides, strict=True)]
+
+    def _judged(
+        self, image: ImageEntries, record: DetectionRecord, sides: tuple[InstanceTruth, InstanceDetections]
+    ) -> Judged[DetectionRecord]:
+        score, (truth, detections) = self.image, sides
         more: dict[str, Record] = {}
         if "box" in self.metrics:
             annotated = box_truth(image, truth, score.files)
@@ -204,7 +216,7 @@ class _ScoreMore:
             more["segments"] = assign_outcomes(instance_candidates(truth, detections))
         if "errors" in self.metrics:
             more["errors"] = instance_errors(truth, detections, score.limit)
-        return Judged(self._kept(score.match(truth, detections)), more)
+        return Judged(self._kept(record), more)
 
     def _kept(self, record: DetectionRecord) -> DetectionRecord:
         return record if self.chosen is None else only_classes(record, self.chosen)

@@ -11,7 +11,7 @@ import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.average_precision import AREA_BOUNDS, DetectionRecord
+from m2f.eval.metrics.instance_matching import AREA_BOUNDS, DetectionRecord
 from m2f.eval.metrics.panoptic_quality import PanopticRecord
 from m2f.eval.results.results import EvaluationSubject
 from m2f.eval.score.files import ScoredCategory, some

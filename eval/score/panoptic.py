@@ -55,7 +55,7 @@ from m2f.eval.score.options import (
     subject_of,
     table_of,
 )
-from m2f.eval.score.scoring import Judged, ScoreReport, Scoring
+from m2f.eval.score.scoring import Judged, OneByOne, ScoreReport, Scoring
 
 _Pair = tuple[dict[str, Any], dict[str, Any]]
 """Annotation and prediction of one image."""
@@ -119,7 +119,7 @@ def panoptic_scoring(
     notes = [*([matched.note] if matched.note else []), *notes_of(options, len(ids), unknown)]
     return Scoring(
         jobs=[(a, predictions[i]) for i, a in zip(ids, truth, strict=True)],
-        work=_ScoreDetails(work) if more else work if chosen is None else OnlyClasses(work, chosen),
+        work=OneByOne(_ScoreDetails(work) if more else work if chosen is None else OnlyClasses(work, chosen)),
         state=state,
         report=partial(_report, categories, len(ids), "Boundary PQ" if boundary else "PQ", notes),
         results=partial(

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from typing import TypeVar
 
 import cv2
@@ -24,33 +23,42 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def map_jobs(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """`work(job)` of every job, in order. Work and jobs are pickled, jobs are taken only as workers become free.
+def map_jobs(work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    """What `work(jobs)` gives for every job, in order. It gets at most `CHUNK` of them at a time.
+
+    Work and jobs are pickled, jobs are taken only as workers become free.
 
     The first jobs are done in this process, and all are where processes would cost more time than they save. Raises
     what the work raises, and EvaluationError where a worker dies.
     """
     tried = len(jobs) if workers == 1 else CHUNK
     start = time.perf_counter()
-    yield from map(work, jobs[:tried])
+    yield from _in_chunks(work, jobs[:tried])
     rest = jobs[tried:]
     seconds = (time.perf_counter() - start) / max(1, tried) * len(rest)
     if seconds * (1 - 1 / workers) < START_SECONDS:
-        yield from map(work, rest)
+        yield from _in_chunks(work, rest)
     else:
         yield from _map_in_processes(work, rest, workers)
 
 
-def _map_in_processes(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+def _in_chunks(work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[Job]) -> Iterator[Result]:
+    for start in range(0, len(jobs), CHUNK):
+        yield from work(jobs[start : start + CHUNK])
+
+
+def _map_in_processes(
+    work: Callable[[Sequence[Job]], Sequence[Result]], jobs: Iterable[Job], workers: int
+) -> Iterator[Result]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])  # imported once, not once per worker
     pool = ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,))
     waiting = iter(jobs)
     chunks = iter(lambda: tuple(itertools.islice(waiting, CHUNK)), ())
-    pending: deque[Future[list[Result]]] = deque()
+    pending: deque[Future[Sequence[Result]]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(partial(_work_through, work), chunk))
+            pending.append(pool.submit(work, chunk))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -61,7 +69,3 @@ def _map_in_processes(work: Callable[[Job], Result], jobs: Iterable[Job], worker
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _work_through(work: Callable[[Job], Result], chunk: tuple[Job, ...]) -> list[Result]:
-    return [work(job) for job in chunk]

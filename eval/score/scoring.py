@@ -41,13 +41,24 @@ class Judged(Generic[R]):
 
 
 @dataclass(frozen=True)
+class OneByOne(Generic[Job, R]):
+    """Work on some images, one after the other."""
+
+    work: Callable[[Job], R | Judged[R]]
+
+    def __call__(self, jobs: Sequence[Job]) -> list[R | Judged[R]]:
+        """What the work gives for every job."""
+        return [self.work(job) for job in jobs]
+
+
+@dataclass(frozen=True)
 class Scoring(Generic[Job, R, Result]):
     """What is to be done; nothing but JSON and file names has been read so far."""
 
     jobs: Sequence[Job]
     """One per image."""
-    work: Callable[[Job], R | Judged[R]]
-    """Reads the files of one image and compares them. Pickled for worker processes."""
+    work: Callable[[Sequence[Job]], Sequence[R | Judged[R]]]
+    """Reads the files of some images and compares them. Pickled for worker processes."""
     state: MetricState[R, Result]
     report: Callable[[Result], ScoreReport]
     results: Callable[[Result], EvaluationResults] | None = None

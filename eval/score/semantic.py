@@ -21,7 +21,7 @@ from m2f.eval.score.options import (
     subject_of,
     table_of,
 )
-from m2f.eval.score.scoring import ScoreReport, Scoring, percent
+from m2f.eval.score.scoring import OneByOne, ScoreReport, Scoring, percent
 
 MAX_CLASSES = 10_000
 """A confusion matrix of more would not fit into memory."""
@@ -55,7 +55,7 @@ def semantic_scoring(
     subject = subject_of(predictions, options, len(names))
     return Scoring(
         jobs=names,
-        work=_ScoreImage(truth, predictions, num_classes, ignore),
+        work=OneByOne(_ScoreImage(truth, predictions, num_classes, ignore)),
         state=state,
         report=partial(_report, shown, chosen, notes_of(options, len(names)), state, len(names)),
         results=partial(_results, table_of(categories), subject, chosen, state, len(names)),

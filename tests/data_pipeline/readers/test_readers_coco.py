@@ -13,7 +13,7 @@ from m2f.data_pipeline.config import CocoPanopticSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.masks import stack_layers
-from m2f.data_pipeline.readers.run_lengths import run_lengths
+from m2f.data_pipeline.readers.run_lengths import text_areas
 from tests.data_pipeline.coco_set import IDS, POLYGON, CocoSet, H, W, mask_of, rle_of
 
 
@@ -117,8 +117,7 @@ def test_layers_are_first_fit():
 def test_compressed_run_lengths_are_those_of_the_mask(seed, density):
     mask = (np.random.default_rng(seed).random((13, 300)) < density).astype(np.uint8)
     rle = coco_mask.encode(np.asfortranarray(mask))
-    edges = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=0))
-    assert run_lengths([rle["counts"].decode()])[0].tolist() == np.diff([0, *edges.tolist(), mask.size]).tolist()
+    assert text_areas([rle["counts"].decode()], 13, 300).tolist() == [mask.sum()]
 
 
 def test_readers_are_picklable_and_subsets_keep_their_samples(coco):

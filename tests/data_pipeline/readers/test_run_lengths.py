@@ -5,8 +5,8 @@ import pytest
 from pycocotools import mask as coco_masks
 
 from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers.masks import read_rle, read_rles
-from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, check_texts, run_lengths
+from m2f.data_pipeline.readers.masks import checked_areas, compressed_texts, read_rle
+from m2f.data_pipeline.readers.run_lengths import DamagedRunsError, text_areas
 
 
 def slow(text):
@@ -24,6 +24,13 @@ def slow(text):
     return runs
 
 
+def is_sound(texts, height, width):
+    try:
+        return bool((text_areas(texts, height, width) >= 0).all())
+    except DamagedRunsError:
+        return False
+
+
 def texts_of(rng, count, height, width):
     masks = rng.random((count, height, width)) < rng.choice([0.0, 0.001, 0.3, 1.0], (count, 1, 1))
     return [rle["counts"].decode() for rle in coco_masks.encode(np.asfortranarray(masks.transpose(1, 2, 0)))]
@@ -32,10 +39,17 @@ def texts_of(rng, count, height, width):
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (40, 60), (300, 700)])
 def test_many_texts_at_once_are_read_as_each_alone(size):
     texts = texts_of(np.random.default_rng(0), 12, *size)
-    runs, starts = run_lengths(texts)
-    assert [part.tolist() for part in np.split(runs, starts[1:])] == [slow(text) for text in texts]
-    assert check_texts(texts, *size)
-    assert not check_texts(texts, size[0] + 1, size[1])
+    runs = [slow(text) for text in texts]
+    assert [sum(part) for part in runs] == [size[0] * size[1]] * len(texts)
+    assert text_areas(texts, *size).tolist() == [sum(part[1::2]) for part in runs]
+    assert text_areas(texts, size[0] + 1, size[1]).tolist() == [-1] * len(texts)
+
+
+def test_masks_beyond_one_portion_are_read_too():
+    rng = np.random.default_rng(2)
+    texts = [text for _ in range(60) for text in texts_of(rng, 16, 5, 9)]
+    assert text_areas(texts, 5, 9).tolist() == [sum(slow(text)[1::2]) for text in texts]
+    assert text_areas([], 5, 9).tolist() == []
 
 
 def test_one_wrong_text_among_many_is_found_and_named():
@@ -50,17 +64,16 @@ def test_one_wrong_text_among_many_is_found_and_named():
         except IndexError:
             runs = [-1]
         sound = min(runs) >= 0 and sum(runs) == 99
-        assert check_texts(texts, 9, 11) == sound, seed
-        rles = [{"size": [9, 11], "counts": text} for text in texts]
+        assert is_sound(texts, 9, 11) == sound, seed
         if not sound:
             with pytest.raises(DataError, match=f"^mask {wrong}: "):
-                read_rles(rles, 9, 11, lambda i: f"mask {i}")
+                read_rle({"size": [9, 11], "counts": texts[wrong]}, 9, 11, f"mask {wrong}")
 
 
 @pytest.mark.parametrize("text", ["", "o", "oooooooo0", "é", None, 5, b"0", "~"])
 def test_what_is_no_run_lengths_is_damaged(text):
     with pytest.raises(DamagedRunsError):
-        run_lengths(["4", text])
+        text_areas(["4", text], 2, 2)
     with pytest.raises(DataError, match="its RLE is damaged"):
         read_rle({"size": [2, 2], "counts": text}, 2, 2, "x")
 
@@ -69,10 +82,15 @@ def test_negative_runs_that_add_up_are_no_mask():
     """pycocotools would read 2^32 less one pixel."""
     text = "5O0"  # 5, -1, 0
     assert slow(text) == [5, -1, 0]
-    assert not check_texts([text], 2, 2)
+    assert text_areas([text], 2, 2).tolist() == [-1]
 
 
-def test_no_mask_and_masks_of_all_kinds():
-    assert read_rles([], 4, 4, str) == ()
-    kinds = [{"size": [4, 4], "counts": [16]}, {"size": [4, 4], "counts": "`0"}, [[0, 0, 2, 0, 2, 2, 0, 2]]]
-    assert read_rles(kinds, 4, 4, str) == tuple(read_rle(kind, 4, 4, "x") for kind in kinds)
+def test_only_compressed_masks_of_one_size_are_read_at_once():
+    one = {"size": [4, 4], "counts": "`0"}
+    assert compressed_texts([], 4, 4) == []
+    assert compressed_texts([one, one], 4, 4) == ["`0", "`0"]
+    for other in (one | {"size": [4, 5]}, one | {"counts": [16]}, [[0, 0, 2, 0, 2, 2, 0, 2]], None):
+        assert compressed_texts([one, other], 4, 4) is None
+    assert checked_areas(["`0"], 4, 4).tolist() == [0]
+    assert checked_areas(["`0"], 4, 5) is None
+    assert checked_areas(["o"], 4, 4) is None

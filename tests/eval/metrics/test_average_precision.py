@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.average_precision import (
-    AveragePrecisionState,
+from m2f.eval.metrics.average_precision import AveragePrecisionState
+from m2f.eval.metrics.instance_matching import (
     InstanceDetections,
     InstanceTruth,
     class_agnostic_detections,

@@ -21,10 +21,11 @@ from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference.evaluator import Evaluator, cityscapes_detections, detect, image_outputs
 from m2f.eval.inference.truth import cityscapes_truth, instance_truth, panoptic_truth
-from m2f.eval.metrics.average_precision import AveragePrecisionState, class_agnostic_detections, class_agnostic_truth
+from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
 from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
+from m2f.eval.metrics.instance_matching import class_agnostic_detections, class_agnostic_truth
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualityState
 from m2f.eval.results.results import EvaluationSubject
 from m2f.eval.results.states import EvaluationStates, check_complete

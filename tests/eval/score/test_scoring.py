@@ -471,7 +471,11 @@ def test_faults_of_cityscapes_files_are_named(tmp_path):
         cityscapes_instance_scoring(truth, truth)
 
 
-def fail_late(job):
+def fail_late(jobs):
+    return [one_that_fails_late(job) for job in jobs]
+
+
+def one_that_fails_late(job):
     if job == 23:  # after those that the first process does itself
         raise EvaluationError("image 23 is amiss")
     return job * job
@@ -484,8 +488,8 @@ def test_errors_of_workers_arrive_and_results_keep_their_order(monkeypatch):
         list(map_jobs(fail_late, range(60), workers=2))
 
 
-def process_of(job):
-    return os.getpid()
+def process_of(jobs):
+    return [os.getpid()] * len(jobs)
 
 
 def test_processes_start_only_where_they_save_time(monkeypatch):

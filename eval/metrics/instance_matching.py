@@ -1,0 +1,379 @@
+"""Matching of detected with annotated instances, as COCO defines it (pycocotools' COCOeval).
+
+Exact shortcuts: only pairs that can reach the lowest threshold are compared at all, the images of a call are matched
+together, and so are all thresholds and area ranges.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from m2f.eval.metrics.base import Record, column
+from m2f.eval.metrics.boundary import mask_boundaries
+from m2f.eval.metrics.engine import pairwise_ious
+from m2f.eval.metrics.rle import Rle, chosen_masks, mask_areas
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+"""Of pycocotools, computed as it does."""
+AREA_RANGES: dict[str, tuple[float, float]] = {
+    "all": (0.0, 1e10),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+"""Pixels, closed on both sides: an area of 1024 is small and medium."""
+NUM_AREAS = len(AREA_RANGES)
+AREA_BOUNDS = (32.0**2, 96.0**2)
+"""Pixels from which on COCO calls an instance medium, and large."""
+_ALL_THRESHOLDS = np.uint16((1 << len(IOU_THRESHOLDS)) - 1)
+"""A bit per IoU threshold: flags of all thresholds travel as one number."""
+_EVERY_RANGE = 1 << np.arange(NUM_AREAS, dtype=np.int64) * len(IOU_THRESHOLDS)
+"""The lowest bit of every area range in a set of (area range, threshold)."""
+_FIRST_THRESHOLDS = _EVERY_RANGE.sum() * ((1 << np.arange(len(IOU_THRESHOLDS) + 1, dtype=np.int64)) - 1)
+"""By number of thresholds: that many, the lowest, of every range."""
+
+
+@dataclass(frozen=True)
+class InstanceTruth:
+    """Annotated instances of one image, in the order of the annotation."""
+
+    masks: tuple[Rle, ...]
+    labels: np.ndarray
+    """[G] int64 contiguous classes."""
+    areas: np.ndarray
+    """[G] float64 as the annotation states them."""
+    is_crowd: np.ndarray
+    """[G] bool"""
+
+
+@dataclass(frozen=True)
+class InstanceDetections:
+    """Detections of one image in canonical order (ties of scores keep it). Detections may share a mask."""
+
+    masks: Sequence[Rle]
+    """One per distinct mask."""
+    mask_index: np.ndarray
+    """[D] int64 into masks."""
+    labels: np.ndarray
+    """[D] int64 contiguous classes."""
+    scores: np.ndarray
+    """[D] float64"""
+    areas: np.ndarray | None = None
+    """[masks] pixels of every mask; None: not counted yet."""
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionRecord(Record):
+    """Detections of one image, class by class and best first; bit t of a mask belongs to IOU_THRESHOLDS[t]."""
+
+    label: np.ndarray = field(metadata=column("int32"))
+    score: np.ndarray = field(metadata=column("float64"))
+    matched: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
+    """Matched to an annotation, per area range."""
+    ignored: np.ndarray = field(metadata=column("uint16", NUM_AREAS))
+    """Neither right nor wrong, per area range."""
+    truth_label: np.ndarray = field(metadata=column("int32"))
+    """Classes with annotations, ascending."""
+    truth_count: np.ndarray = field(metadata=column("int32", NUM_AREAS))
+    """Their annotations that count, per area range."""
+
+
+def area_ranges(bounds: Sequence[float] = AREA_BOUNDS) -> np.ndarray:
+    """[NUM_AREAS, 2] pixels, closed on both sides: all, small, medium, large; `bounds`: where the last two begin."""
+    medium, large = bounds
+    most = AREA_RANGES["all"][1]
+    return np.array([(0.0, most), (0.0, medium), (medium, large), (large, most)])
+
+
+def match_instances(
+    truth: InstanceTruth,
+    detections: InstanceDetections,
+    limit: int,
+    boundary_ratio: float | None = None,
+    ranges: np.ndarray | None = None,
+) -> DetectionRecord:
+    """As `match_images`, of one image."""
+    return match_images([(truth, detections)], limit, boundary_ratio, ranges)[0]
+
+
+def match_images(
+    images: Sequence[tuple[InstanceTruth, InstanceDetections]],
+    limit: int,
+    boundary_ratio: float | None = None,
+    ranges: np.ndarray | None = None,
+) -> list[DetectionRecord]:
+    """Greedy matching of every image by the IoU of masks, at most `limit` detections per class; see `_records`.
+
+    With a `boundary_ratio` the IoU is the smaller one of masks and of boundaries, except for crowds.
+    """
+    truth = _join_truth([(t.labels, t.areas, t.is_crowd) for t, _ in images])
+    areas = [mask_areas(d.masks) if d.areas is None else d.areas for _, d in images]
+    columns = [(d.labels, d.scores) for _, d in images]
+    of_detections = [of_masks[d.mask_index] for of_masks, (_, d) in zip(areas, images, strict=True)]
+    found = _join_found(columns, np.concatenate(of_detections), limit)
+    masks = _Masks(
+        detected=[d.masks for _, d in images],
+        index=np.concatenate([d.mask_index for _, d in images])[found.source],
+        annotated=[mask for t, _ in images for mask in t.masks],
+        is_crowd=truth.is_crowd.tolist(),
+    )
+    pairs = _near_pairs(found, truth, mask_areas(masks.annotated))
+    ious = _pair_ious(pairs, found, masks)
+    if boundary_ratio is not None:
+        near = (ious >= IOU_THRESHOLDS[0]) & ~truth.is_crowd[pairs.truth]
+        closer = _Pairs(pairs.detection[near], pairs.truth[near])
+        ious[near] = np.minimum(ious[near], _pair_ious(closer, found, _outlined(masks, closer, found, boundary_ratio)))
+    return _records(found, truth, pairs, ious, ranges)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Detections of one image with what matching needs of them, in canonical order (ties of scores keep it)."""
+
+    labels: np.ndarray
+    """[D] int64 contiguous classes."""
+    scores: np.ndarray
+    """[D] float64"""
+    areas: np.ndarray
+    """[D] float64 pixels."""
+    ious: np.ndarray
+    """[D, G] float64; for crowds the intersection over the detection."""
+
+
+def match_by_iou(
+    truth_label: np.ndarray,
+    truth_area: np.ndarray,
+    is_crowd: np.ndarray,
+    detections: Scored,
+    limit: int,
+    ranges: np.ndarray | None = None,
+) -> DetectionRecord:
+    """Greedy matching of one image by IoUs that are known, else as `match_images`. Annotations [G]."""
+    truth = _join_truth([(truth_label, truth_area, is_crowd)])
+    found = _join_found([(detections.labels, detections.scores)], detections.areas, limit)
+    ious = detections.ious[found.source]
+    pairs = _Pairs(*(found.label[:, None] == truth.label).nonzero())
+    return _records(found, truth, pairs, ious[pairs], ranges)[0]
+
+
+class _Truth(NamedTuple):
+    """Annotations of several images, image by image. [G]"""
+
+    image: np.ndarray
+    label: np.ndarray
+    area: np.ndarray
+    is_crowd: np.ndarray
+
+
+class _Found(NamedTuple):
+    """Detections of several images, image by image, class by class and best first. [D]"""
+
+    image: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    area: np.ndarray
+    source: np.ndarray
+    """Position before they were sorted."""
+    num_images: int
+
+
+class _Pairs(NamedTuple):
+    """A detection and an annotation of one class and image each. [P]"""
+
+    detection: np.ndarray
+    truth: np.ndarray
+
+
+def _join_truth(images: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Truth:
+    """Of labels, areas and crowd flags of every image."""
+    image = np.repeat(np.arange(len(images)), [len(labels) for labels, _, _ in images])
+    label, area, is_crowd = (np.concatenate(side) for side in zip(*images, strict=True))
+    return _Truth(image, label.astype(np.int64), area, is_crowd.astype(bool))
+
+
+def _join_found(images: Sequence[tuple[np.ndarray, np.ndarray]], areas: np.ndarray, limit: int) -> _Found:
+    """At most `limit` of every image and class, of labels and scores of every image and areas of all."""
+    image = np.repeat(np.arange(len(images)), [len(labels) for labels, _ in images])
+    label, score = (np.concatenate(side) for side in zip(*images, strict=True))
+    label = label.astype(np.int64)
+    order = np.lexsort((-score, label, image))
+    sorted_label = label[order]
+    counts = np.bincount(image, minlength=len(images))
+    order = order[rank_in_image_and_class(sorted_label, counts) < limit]
+    return _Found(image[order], label[order], score[order], areas[order], order, len(images))
+
+
+def _near_pairs(found: _Found, truth: _Truth, truth_pixels: np.ndarray) -> _Pairs:
+    """Pairs that may match: the smaller mask is not too small for the lowest threshold, or the annotation a crowd."""
+    num_classes = 1 + max(int(truth.label.max(initial=0)), int(found.label.max(initial=0)))
+    keys, wanted = truth.image * num_classes + truth.label, found.image * num_classes + found.label
+    order = keys.argsort(kind="stable")
+    keys = keys[order]
+    first = np.searchsorted(keys, wanted, side="left")
+    counts = np.searchsorted(keys, wanted, side="right") - first
+    detection = np.repeat(np.arange(len(wanted)), counts)
+    within = np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts, counts)
+    partner = order[np.repeat(first, counts) + within]
+    pixels, annotated = found.area[detection], truth_pixels[partner]
+    near = np.minimum(pixels, annotated) >= IOU_THRESHOLDS[0] * np.maximum(pixels, annotated)
+    near |= truth.is_crowd[partner]
+    return _Pairs(detection[near], partner[near])
+
+
+class _Masks(NamedTuple):
+    """The masks of several images."""
+
+    detected: Sequence[Sequence[Rle]]
+    """Of every image."""
+    index: np.ndarray
+    """[D] of every detection, into the masks of its image."""
+    annotated: Sequence[Rle]
+    """Of all images."""
+    is_crowd: Sequence[bool]
+    """Of all images."""
+
+
+def _pair_ious(pairs: _Pairs, found: _Found, masks: _Masks) -> np.ndarray:
+    """IoU [P] of the pairs."""
+    image, label = found.image[pairs.detection], found.label[pairs.detection]
+    starts = np.flatnonzero(np.diff(image, prepend=-1) | np.diff(label, prepend=-1))
+    index, truths = masks.index[pairs.detection].tolist(), pairs.truth.tolist()
+    ious: list[float] = []
+    for (start, end), of_image in zip(_stretches(starts, len(truths)), image[starts].tolist(), strict=True):
+        detected = masks.detected[of_image]
+        rows = {mask: row for row, mask in enumerate(dict.fromkeys(index[start:end]))}
+        columns = {one: place for place, one in enumerate(dict.fromkeys(truths[start:end]))}
+        table = pairwise_ious(
+            chosen_masks(detected, rows), [masks.annotated[i] for i in columns], [masks.is_crowd[i] for i in columns]
+        ).tolist()
+        if len(rows) == end - start:  # one annotation, or one for each detection
+            ious += [row[columns[g]] for row, g in zip(table, truths[start:end], strict=True)]
+        else:
+            ious += [table[rows[m]][columns[g]] for m, g in zip(index[start:end], truths[start:end], strict=True)]
+    return np.array(ious)
+
+
+def _outlined(masks: _Masks, pairs: _Pairs, found: _Found, ratio: float) -> _Masks:
+    """The masks, those of the pairs reduced to their boundaries."""
+    images, index = found.image[pairs.detection], masks.index[pairs.detection]
+    detected = [_outlines(own, index[images == image], ratio) for image, own in enumerate(masks.detected)]
+    return masks._replace(detected=detected, annotated=_outlines(masks.annotated, pairs.truth, ratio))
+
+
+def _outlines(masks: Sequence[Rle], chosen: np.ndarray, ratio: float) -> list[Rle]:
+    """The masks, those that are chosen reduced to their boundaries."""
+    positions = np.unique(chosen).tolist()
+    outlined = list(masks)
+    for position, boundary in zip(positions, mask_boundaries([masks[i] for i in positions], ratio), strict=True):
+        outlined[position] = boundary
+    return outlined
+
+
+def class_agnostic_truth(truth: InstanceTruth) -> InstanceTruth:
+    """All instances as one class, in the order that pycocotools takes them with `useCats=0`: class by class."""
+    order = truth.labels.argsort(kind="stable")
+    masks = tuple(truth.masks[i] for i in order)
+    return InstanceTruth(masks, np.zeros_like(truth.labels), truth.areas[order], truth.is_crowd[order])
+
+
+def class_agnostic_detections(detections: InstanceDetections) -> InstanceDetections:
+    """All detections as one class; of equal scores the lower class goes first, as in pycocotools with `useCats=0`."""
+    order = detections.labels.argsort(kind="stable")
+    labels = np.zeros_like(detections.labels)
+    return InstanceDetections(detections.masks, detections.mask_index[order], labels, detections.scores[order])
+
+
+def _records(
+    found: _Found, truth: _Truth, pairs: _Pairs, ious: np.ndarray, ranges: np.ndarray | None
+) -> list[DetectionRecord]:
+    """Greedy matching, best score first, of every image.
+
+    A detection takes the free annotation with the highest IoU (the later one of equals); annotations that count go
+    before ignored ones; a crowd can be taken any number of times. `ranges` as `area_ranges` gives.
+    """
+    bounds = area_ranges() if ranges is None else ranges
+    truth_ignored = truth.is_crowd | _outside(truth.area, bounds)
+    matched, ignored = _match(len(found.label), pairs, ious, truth.is_crowd, truth_ignored)
+    ignored |= np.where(_outside(found.area, bounds).T, ~matched & _ALL_THRESHOLDS, np.uint16(0))
+
+    order = np.lexsort((truth.label, truth.image))
+    image, label = truth.image[order], truth.label[order]
+    first = np.flatnonzero(np.diff(image, prepend=-1) | np.diff(label, prepend=-1))
+    counts = (~truth_ignored[:, order]).T.astype(np.int32)
+    counted = np.add.reduceat(counts, first) if len(first) else np.zeros((0, NUM_AREAS), dtype=np.int32)
+    images = np.arange(1, found.num_images)
+    detections, classes = np.searchsorted(found.image, images), np.searchsorted(image[first], images)
+    of_detections = (np.split(side, detections) for side in (found.label, found.score, matched, ignored))
+    of_classes = (np.split(side, classes) for side in (label[first], counted))
+    return [DetectionRecord(*columns) for columns in zip(*of_detections, *of_classes, strict=True)]
+
+
+def _match(
+    num_detections: int, pairs: _Pairs, ious: np.ndarray, is_crowd: np.ndarray, truth_ignored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Matched and ignored bits [D, A] uint16 from IoU [P], crowd flags [G] and ignored flags [A, G].
+
+    Sets of (area range, threshold) are bits of one whole number, 10 for every range, so that a detection costs a few
+    operations for each annotation that it overlaps enough.
+    """
+    bits = len(IOU_THRESHOLDS)
+    enough = ious >= IOU_THRESHOLDS[0]
+    d, g, iou = pairs.detection[enough], pairs.truth[enough], ious[enough]
+    order = np.lexsort((-g, -iou, d))  # of a detection the highest IoU first, the later one of equals
+    d, g, iou = d[order], g[order], iou[order]
+    reached = _FIRST_THRESHOLDS[np.searchsorted(IOU_THRESHOLDS, iou, side="right")].tolist()
+    counts = (_EVERY_RANGE @ ~truth_ignored * ((1 << bits) - 1)).tolist()
+    everything = (1 << bits * NUM_AREAS) - 1
+    free, crowds = [everything] * len(is_crowd), is_crowd.tolist()
+    first = np.flatnonzero(np.diff(d, prepend=-1))
+    detections, truths = d[first].tolist(), g.tolist()
+    matched, ignored = [0] * num_detections, [0] * num_detections
+    for detection, (start, end) in zip(detections, _stretches(first, len(d)), strict=True):
+        open_bits = everything
+        for place in range(start, end):  # those that count go before ignored ones
+            truth = truths[place]
+            taken = open_bits & reached[place] & counts[truth] & free[truth]
+            free[truth] ^= taken
+            open_bits ^= taken
+        counting = open_bits
+        for place in range(start, end):
+            truth = truths[place]
+            taken = open_bits & reached[place] & ~counts[truth] & free[truth]
+            open_bits ^= taken
+            if not crowds[truth]:  # a crowd stays free
+                free[truth] ^= taken
+        ignored[detection] = counting ^ open_bits
+        matched[detection] = everything ^ open_bits
+    return _by_range(matched), _by_range(ignored)
+
+
+def _stretches(starts: np.ndarray, length: int) -> list[tuple[int, int]]:
+    """Where each stretch begins and ends, of a sequence that is cut at the starts; the first start is 0."""
+    bounds = [*starts.tolist(), length]
+    return list(itertools.pairwise(bounds))
+
+
+def _by_range(sets: list[int]) -> np.ndarray:
+    """Sets of (area range, threshold) as bits of thresholds [D, A] uint16."""
+    shifts = np.arange(NUM_AREAS) * len(IOU_THRESHOLDS)
+    return (np.array(sets, dtype=np.int64)[:, None] >> shifts & int(_ALL_THRESHOLDS)).astype(np.uint16)
+
+
+def _outside(areas: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """[A, N] whether each area lies outside each range."""
+    return (areas < bounds[:, :1]) | (areas > bounds[:, 1:])
+
+
+def rank_in_image_and_class(label: np.ndarray, per_image: np.ndarray) -> np.ndarray:
+    """Position of each row within its run of equal image and class; rows are sorted by class inside an image."""
+    if not len(label):
+        return np.zeros(0, dtype=np.int64)
+    image = np.repeat(np.arange(len(per_image)), per_image)
+    new = np.concatenate([[True], (label[1:] != label[:-1]) | (image[1:] != image[:-1])])
+    rows = np.arange(len(label))
+    return rows - np.maximum.accumulate(np.where(new, rows, 0))
