@@ -21,6 +21,7 @@ from m2f.model.limits import (
 )
 
 TWO_STEPS = Range(2, unit="steps")
+STEPS_OR_NONE = Range(0, unit="steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,18 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig(Section):
+    """Ends a run whose evaluations no longer get better. What is decided follows from the stored results alone."""
+
+    metric: str
+    """Number of the evaluations, such as `val/PQ`; the higher, the better."""
+    patience: Annotated[int, FROM_1] = 5
+    """So many evaluations in a row without a new best value end the run."""
+    min_delta: Annotated[float, FROM_0] = 0.0
+    """A value is a new best one if it is above the best by more than this; in per cent, as the metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpikeConfig(Section):
     """What is done when the loss leaves its usual range."""
 
@@ -133,8 +146,13 @@ class SpikeConfig(Section):
 class TrainingConfig(Section):
     """One training run."""
 
-    max_steps: Annotated[int, STEPS]
-    """Optimizer steps."""
+    max_steps: Annotated[int, STEPS_OR_NONE] = 0
+    """Optimizer steps; 0: as many as `max_epochs` makes."""
+    max_epochs: Annotated[float, FROM_0] = 0.0
+    """In place of `max_steps`: passes over the images of all data sets in `data.train`, as filters, limits and repeats
+    leave them. The steps are counted at the start, and stored with the run. 0: not used."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """When the run ends before its last step; None: never."""
     global_batch: Annotated[int, FROM_1] = 16
     """Images per optimizer step, over all ranks and micro-batches."""
     micro_batch: Annotated[int, FROM_1] = 2
@@ -187,6 +205,10 @@ class TrainingConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bool(self.max_steps) == bool(self.max_epochs):
+            both = f"both training.max_steps ({self.max_steps}) and training.max_epochs ({self.max_epochs:g}) are given"
+            problem = both if self.max_steps else "neither training.max_steps nor training.max_epochs is given"
+            raise ConfigError(f"{problem}; give one of them, and leave the other one out or at 0")
         if self.precision in ("bf16", "fp16") and self.zero.stage == 0:
             raise ConfigError(
                 f"training.precision {self.precision} needs training.zero.stage 1, 2 or 3, which keep fp32 copies of "

@@ -23,6 +23,7 @@ NoticeKind = Literal[
     "storage",
     "stalled",
     "drained",
+    "early_stop",
     "stopped",
     "finished",
 ]

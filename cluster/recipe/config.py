@@ -126,11 +126,23 @@ class RunConfig(Section):
         if unfit := url_problems(self, ""):
             raise ConfigError("\n  ".join(unfit))
         self._check_timeouts()
+        self._check_early_stopping()
         if self.training.compile and isinstance(self.data.augment, ScaleJitter):
             raise ConfigError(
                 "training.compile is true, but data.augment makes images of many sizes, each compiled anew; "
                 "set data.augment.kind to lsj or shortest_edge, or training.compile to false"
             )
+
+    def _check_early_stopping(self) -> None:
+        stopping = self.training.early_stopping
+        labels = [evaluated.label for evaluated in self.evaluation.sets]
+        if stopping is None or stopping.metric.rpartition("/")[0] in labels:
+            return
+        known = f"; it begins with one of {', '.join(f'{label}/' for label in labels)}" if labels else ""
+        raise ConfigError(
+            f"training.early_stopping.metric is {stopping.metric!r}, but evaluation.sets has no such set"
+            f"{known or ', as it is empty'}"
+        )
 
     def _check_timeouts(self) -> None:
         """One rank may wait for an S3 store as long as patience allows, while the others wait for it."""

@@ -29,7 +29,8 @@ def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
     """Train a recipe with `cluster.num_workers` processes (of a range: the most) on this machine's GPUs or CPU.
 
     The same supervisor as with Ray: restarts after failures within `cluster.max_failures`, tracking, adjustments.
-    Checkpoints are evaluated in this process after the last step. SIGINT or SIGTERM stop the run after a checkpoint.
+    Checkpoints are evaluated in this process, after the last step or, as `training.early_stopping` needs results
+    before, while the ranks train. SIGINT or SIGTERM stop the run after a checkpoint.
     `live` shows a panel on the terminal in place of a log.
 
     Raises:
@@ -37,7 +38,7 @@ def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
         LeaseHeldError: another process trains in the run folder.
         LeaseLostError: another process took the run folder over, since this one gave no sign of life.
     """
-    config = settled_run(config, this_machine(), beside=False)
+    config = settled_run(config, this_machine(), beside=config.training.early_stopping is not None)
     cluster = replace(config.cluster, num_workers=config.cluster.max_workers)
     return run_supervised(config, LocalLauncher(replace(config, cluster=cluster)), live)
 
@@ -58,7 +59,7 @@ class LocalLauncher:
         self._stack.close()
 
     def evaluations(self, tracked: TrackedRun) -> LocalEvaluations:
-        """After the last step, in this process."""
+        """In this process."""
         return LocalEvaluations(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
@@ -109,21 +110,24 @@ class LocalLauncher:
 
 
 class LocalEvaluations:
-    """Evaluates in this process, once the ranks have left the machine."""
+    """Evaluates in this process: once the ranks have left the machine, or beside them if the run may end early."""
 
     lost: str | None = None
 
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
         self._config, self._tracked = config, tracked
         self._service: EvaluationService | None = None
+        if config.training.early_stopping is not None:
+            self._service = EvaluationService(config, tracked, LocalPool)
 
     def training_ended(self) -> None:
-        """Begin with the evaluations."""
-        print_out("all steps are done; evaluating checkpoints in this process")
-        self._service = EvaluationService(self._config, self._tracked, LocalPool)
+        """Begin with the evaluations, where results were not needed before."""
+        if self._service is None:
+            print_out("all steps are done; evaluating checkpoints in this process")
+            self._service = EvaluationService(self._config, self._tracked, LocalPool)
 
     def status(self) -> EvaluationStatus | None:
-        """None before the last step."""
+        """None before evaluations begin."""
         return None if self._service is None else self._service.status()
 
     def entries(self) -> tuple[Entry, ...]:

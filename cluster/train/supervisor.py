@@ -9,9 +9,11 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from m2f.cluster.evaluation.early_stopping import EarlyStop, early_stop, unknown_metric
 from m2f.cluster.evaluation.evaluate import check_sets
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.evaluation.rebuild import restore_queue
@@ -22,6 +24,7 @@ from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
 from m2f.cluster.train.continuation import check_continuation, with_pinned_weights
 from m2f.cluster.train.elastic import Resize, Sizes
+from m2f.cluster.train.epochs import with_steps
 from m2f.cluster.train.failure_policy import (
     Attempt,
     AttemptError,
@@ -46,7 +49,7 @@ from m2f.trainer.errors import LeaseLostError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.adjustments import adjust, read_adjustments
 from m2f.trainer.recovery.ending import Ending, read_ending
-from m2f.trainer.reporting import CommittedCheckpoint
+from m2f.trainer.reporting import CommittedCheckpoint, Notice
 
 LOGGER = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -78,10 +81,13 @@ class RunSummary:
 
 
 def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) -> RunSummary:
-    """Train to `training.max_steps` with restarts after failures; see `run_training` and `train_locally`."""
+    """Train to the last step, or until evaluations get no better, with restarts after failures.
+
+    See `run_training` and `train_locally`.
+    """
     # A restarted driver works under the lease of its parent, which the store has answered.
     storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
-    config = with_pinned_weights(config, storage)
+    config = with_pinned_weights(with_steps(config, storage), storage)
     job = compose_job(config, storage)
     check_continuation(job, storage)
     check_sets(config)
@@ -109,13 +115,17 @@ class _Supervisor:
         if config.evaluation.sets and (restored := restore_queue(config, storage)) is not None:
             print_err(restored)
         self._evaluations = launcher.evaluations(self._tracked) if config.evaluation.sets else None
-        settled = [entry for entry in self._evaluations.entries() if entry.settled] if self._evaluations else []
+        known = self._evaluations.entries() if self._evaluations else ()
+        settled = [entry for entry in known if entry.settled]
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)
         if self._tracked.remade:
             self._relay.track_evaluations(config.run_folder, settled)
         self._sizes = Sizes(config.cluster, launcher.free_nodes)
         self._failures: list[Failure] = []
         self._interrupts = 0
+        self._early_stop: EarlyStop | None = None
+        self._metric_checked = False
+        self._look_for_early_stop(known)
 
     def run(self) -> RunSummary:
         """All attempts, then the evaluations that still wait."""
@@ -159,15 +169,15 @@ class _Supervisor:
     def _train(self) -> Status:
         """Attempts until the run finishes, is stopped, or the failure policy gives up."""
         history, number = AttemptHistory(self._newest_step()), 0
-        while self._newest_step() < self._config.training.max_steps:
+        while not self._is_trained():
             workers = self._wait_for_room()
             if workers is None:
-                return "stopped"
+                break
             number += 1
             error, ending = self._attempt(number, workers)
             self._lease.check()
             step = self._newest_step()
-            if step >= self._config.training.max_steps:
+            if self._is_trained():
                 break  # whatever became of ranks after their last commit
             if error is None and self._interrupts:
                 return "stopped"
@@ -190,8 +200,12 @@ class _Supervisor:
                 self._adjustments = adjust(self._storage, self._config.run_folder, decision.change, reason)
             self._pause(decision.delay_s)
             if self._interrupts:
-                return "stopped"
-        return "finished"
+                break
+        return "finished" if self._is_trained() else "stopped"
+
+    def _is_trained(self) -> bool:
+        """Whether no more step is to be done."""
+        return self._early_stop is not None or self._newest_step() >= self._config.training.max_steps
 
     def _attempt(self, number: int, workers: int) -> tuple[AttemptError | None, Ending | None]:
         """Run the ranks to their end; why they ended. Where there is room for more workers they are asked to end."""
@@ -232,12 +246,12 @@ class _Supervisor:
         return "failed"
 
     def _wait_for_room(self) -> int | None:
-        """Number of workers of the next attempt; None where the user interrupts."""
+        """Number of workers of the next attempt; None where there is to be none any more."""
         silence = _Silence(self._config, self._launcher)
         while (workers := self._sizes.next()) is None:
             self._pause(POLL_S)
             silence.note(False)
-            if self._interrupts:
+            if self._interrupts or self._early_stop is not None:
                 return None
         return workers
 
@@ -271,12 +285,26 @@ class _Supervisor:
     def _update(self, wait_s: float) -> bool:
         """Forward what is new after up to `wait_s` seconds; returns whether a rank has reported anything."""
         self._lease.raise_if_lost()
-        events = self._launcher.poll(self._interrupts > 0 or self._sizes.growing, wait_s)
+        is_ending = self._interrupts > 0 or self._early_stop is not None
+        events = self._launcher.poll(is_ending or self._sizes.growing, wait_s)
         for event in events:
             self._relay.report(event)
         if self._evaluations is not None and (status := self._evaluations.status()) is not None:
             self._relay.show_evaluations(status)
+            self._look_for_early_stop(status.entries)
         return bool(events)
+
+    def _look_for_early_stop(self, entries: Sequence[Entry]) -> None:
+        """Let the run end, and say why, where the results say so."""
+        settings = self._config.training.early_stopping
+        if settings is None or self._early_stop is not None:
+            return
+        self._early_stop = early_stop(settings, entries)
+        if self._early_stop is not None:
+            self._relay.report(Notice("early_stop", self._early_stop.step, self._early_stop.reason))
+        elif not self._metric_checked and (problem := unknown_metric(settings, entries)) is not None:
+            self._metric_checked = True
+            print_err(problem)
 
     def _repair_commits(self) -> None:
         self._lease.check()

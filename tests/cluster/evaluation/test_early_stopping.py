@@ -1,0 +1,94 @@
+"""When results of evaluations end a run: a function of the ledger."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2f.cluster.evaluation.early_stopping import early_stop, unknown_metric
+from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.recipe.load import parse_recipe
+from m2f.model.errors import ConfigError
+from m2f.trainer.config import EarlyStoppingConfig
+
+CONFIG = EarlyStoppingConfig(metric="val/PQ", patience=2, min_delta=1.0)
+RECIPE = """
+name: early
+datasets: {train: {shards: shards/train}, val: {shards: shards/val}}
+data: {train: [{dataset: train}]}
+"""
+
+
+def entry(step, value=None, status="published", metric="val/PQ"):
+    return Entry(step, f"checkpoints/{step}", 0, status, metrics={} if value is None else {metric: value})
+
+
+def ledger(*values):
+    return [entry(10 * (number + 1), value) for number, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ((), None),
+        ((30.0, 31.0), None),
+        ((30.0, 31.0, 30.5), 30),  # one per cent point more is not above by more than min_delta
+        ((30.0, 31.1, 31.5, 32.2), None),
+        ((30.0, 31.1, 31.5, 32.1), 40),
+        ((30.0, 20.0, 20.0, 50.0), 30),  # what comes later changes nothing
+        ((30.0, None, 20.0), None),  # a checkpoint without the metric does not count
+        ((30.0, float("nan"), 20.0, 20.0), 40),
+    ],
+)
+def test_the_run_ends_when_patience_is_over(values, step):
+    found = early_stop(CONFIG, ledger(*values))
+    assert (found and found.step) == step
+
+
+def test_the_reason_is_one_line_with_the_best_value():
+    found = early_stop(CONFIG, ledger(30.0, 20.0, 20.0))
+    assert found.reason == (
+        "val/PQ has not risen above 30.00 (step 10) by more than 1 in 2 evaluations "
+        "(training.early_stopping.patience 2)"
+    )
+
+
+def test_failed_dropped_and_withdrawn_checkpoints_do_not_count():
+    others = [entry(step, 1.0, status) for step, status in ((15, "failed"), (16, "dropped"), (17, "withdrawn"))]
+    assert early_stop(CONFIG, [*ledger(30.0), *others, entry(20, 20.0)]) is None
+
+
+@given(st.lists(st.floats(0, 100), max_size=12), st.lists(st.booleans(), min_size=12, max_size=12))
+def test_the_answer_does_not_depend_on_what_is_known_first(values, known):
+    entries = ledger(*values)
+    partly = [e if done else dataclasses.replace(e, status="waiting") for e, done in zip(entries, known, strict=False)]
+    assert early_stop(CONFIG, partly) in (None, early_stop(CONFIG, entries))
+
+
+def test_a_metric_that_no_evaluation_has_is_said_with_those_that_it_has():
+    assert unknown_metric(CONFIG, []) is None
+    assert unknown_metric(CONFIG, ledger(1.0)) is None
+    said = unknown_metric(CONFIG, [entry(1, 1.0, metric="val/mIoU")])
+    assert said == "training.early_stopping.metric is 'val/PQ', which no evaluation has; they have: val/mIoU"
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ("{}", "neither training.max_steps nor training.max_epochs is given"),
+        ("{max_steps: 3, max_epochs: 2}", r"both training.max_steps \(3\) and training.max_epochs \(2\) are given"),
+        ("{max_steps: 3, early_stopping: {metric: PQ}}", r"'PQ', but evaluation.sets has no such set; .* val/"),
+        ("{max_steps: 3, early_stopping: {patience: 0, metric: val/PQ}}", "patience is 0; it must be at least 1"),
+        ("{max_steps: 3, early_stopping: {metrc: val/PQ}}", "did you mean `metric`"),
+    ],
+)
+def test_mistakes_in_when_a_run_ends_are_named(training, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(f"{RECIPE}training: {training}\n")
+
+
+def test_a_run_without_evaluations_cannot_end_early():
+    recipe = f"{RECIPE}training: {{max_steps: 3, early_stopping: {{metric: val/PQ}}}}\nevaluation: {{sets: []}}\n"
+    with pytest.raises(ConfigError, match="no such set, as it is empty"):
+        parse_recipe(recipe)

@@ -1,0 +1,67 @@
+"""Local runs that end early by their evaluations, and that go on in another place."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.tracking._tracking_service import utils as mlflow_memory
+
+from m2f.cluster.train.local import train_locally
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.folder import newest_step
+from m2f.trainer.config import CheckpointConfig, EarlyStoppingConfig
+from tests.cluster.tiny_run import small_sets, tiny_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tiny_config(tmp_path, "made", small_sets(str(tmp_path), Storage()))
+
+
+def test_a_run_ends_early_and_stays_ended(config, capsys):
+    nothing_is_better = EarlyStoppingConfig(metric="val/PQ", patience=1, min_delta=100.0)
+    checkpoint = CheckpointConfig(every_steps=2, keep=3)
+    training = replace(config.training, max_steps=5000, checkpoint=checkpoint, early_stopping=nothing_is_better)
+    config = replace(config, training=training)
+    summary = train_locally(config)
+    reached = newest_step(Storage(), config.run_folder)
+    assert summary.status == "finished"
+    assert reached < 5000
+    said = capsys.readouterr().out
+    assert "step 4: early_stop: val/PQ has not risen above" in said
+    published = [entry.step for entry in summary.evaluations if entry.status == "published"]
+    assert published[:2] == [2, 4]
+    assert published[-1] == reached  # the last checkpoint is evaluated, too
+    run = MlflowClient(tracking_uri=summary.tracked.uri).get_run(summary.tracked.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["event.early_stop"].startswith("step 4: val/PQ has not risen above")
+    again = train_locally(config)
+    assert (again.status, newest_step(Storage(), config.run_folder)) == ("finished", reached)
+    assert "starting" not in capsys.readouterr().out
+    further = replace(config, training=replace(training, early_stopping=None, max_steps=reached + 1))
+    assert train_locally(further).status == "finished"
+    assert newest_step(Storage(), config.run_folder) == reached + 1
+
+
+def test_a_run_folder_that_came_to_another_output_brings_its_points_and_evaluations(config, tmp_path, capsys):
+    first = train_locally(config)
+    there = replace(config, output=str(tmp_path / "there"), training=replace(config.training, max_steps=14))
+    Path(there.output).mkdir()
+    shutil.move(config.run_folder, there.run_folder)
+    mlflow_memory._artifact_repos_cache.clear()  # whoever goes on does so in another process
+    summary = train_locally(there)
+    assert summary.tracked.run_id != first.tracked.run_id
+    client = MlflowClient(tracking_uri=summary.tracked.uri)
+    losses = client.get_metric_history(summary.tracked.run_id, "train/loss/total")
+    assert sorted(point.step for point in losses) == list(range(1, 15))
+    quality = client.get_metric_history(summary.tracked.run_id, "val/PQ")
+    assert sorted(point.step for point in quality) == [4, 8, 12, 14]
+    folders = {Path(file.path).name for file in client.list_artifacts(summary.tracked.run_id, "evaluations")}
+    assert folders == {f"step_{step:08d}" for step in (4, 8, 12, 14)}
+    assert Path(there.output, "mlartifacts", summary.tracked.run_id).is_dir()
+    assert not Path(config.run_folder).exists()

@@ -1,0 +1,46 @@
+"""Runs that are given in epochs."""
+
+from dataclasses import replace
+
+import pytest
+
+from m2f.cluster.train.epochs import images_per_epoch, steps_of, with_steps
+from m2f.data_pipeline.config import MixtureItem
+from m2f.data_pipeline.storage.storage import Storage
+from tests.cluster.tiny_run import small_sets, tiny_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("epochs")
+    return tiny_config(folder, "epochs", small_sets(str(folder), Storage()))
+
+
+def in_epochs(config, epochs, *items):
+    training = replace(config.training, max_steps=0, max_epochs=epochs)
+    return replace(config, training=training, data=replace(config.data, train=items or config.data.train))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "steps"),
+    [(1, 8, 4, 2), (1, 9, 4, 3), (1.5, 8, 4, 3), (0.001, 8, 4, 1), (0.1, 300, 10, 3), (12, 118287, 16, 88716)],
+)
+def test_steps_pass_as_often_over_the_images(epochs, images, batch, steps):
+    assert steps_of(epochs, images, batch) == steps
+
+
+def test_epochs_become_steps_which_one_line_says(config, capsys):
+    images = images_per_epoch(config, Storage())
+    found = with_steps(in_epochs(config, 3), Storage())
+    batch = config.training.global_batch
+    steps = found.training.max_steps
+    assert (steps, found.training.max_epochs) == (-(-3 * images // batch), 0)
+    said = f"training.max_epochs 3: {steps:,} steps of {batch} images, {images:.0f} images an epoch\n"
+    assert capsys.readouterr().out == said
+    assert with_steps(config, Storage()) is config
+
+
+def test_an_epoch_has_the_images_that_limits_leave_of_all_data_sets(config):
+    name = config.data.train[0].dataset
+    items = (MixtureItem(dataset=name, limit=3), MixtureItem(dataset=name, limit=2))
+    assert images_per_epoch(in_epochs(config, 1, *items), Storage()) == 5
