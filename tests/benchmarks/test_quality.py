@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quality import point_costs
 from benchmarks.quality.arms import ARMS, COMPARISONS, IMAGE_SETS, METRICS, Comparison, Run, runs_of
 from benchmarks.quality.finished_runs import CpuSeconds, read_cpu, read_run
 from benchmarks.quality.make_tables import (
@@ -151,3 +152,10 @@ def test_the_seconds_of_a_killed_process_are_not_known(folder):
     record.write_text('{"event": "start"}\n' + whole)
     assert read_cpu(record) is None
     assert read_cpu(folder / "none.jsonl") is None
+
+
+def test_costs_of_points_are_listed_by_arm():
+    lines = point_costs.table([point_costs.Sizes(1, 64, 3, 2, 5, 8)], repeats=1).splitlines()
+    assert lines[0].count("ms (ratio)") == len(ARMS)
+    assert lines[2].startswith("| 1 x 64 x 64, 3 masks, 2 predictions of 5 queries, 8 channels |")
+    assert lines[2].endswith("(1.00) |")
