@@ -1,4 +1,4 @@
-"""CPU time of matching, losses and their backward pass, by kind of points: `python -m benchmarks.quality.point_costs`."""
+"""CPU time of matching, losses and backward pass, by kind of points: `python -m benchmarks.quality.point_costs`."""
 
 from __future__ import annotations
 
