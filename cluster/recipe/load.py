@@ -23,6 +23,7 @@ from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.recipe.retired import apply_renames, drop_retired, raise_collective_timeout, renamed_path
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.urls import without_secrets
+from m2f.model.backbones.timm_names import name_problem
 from m2f.model.errors import ConfigError
 from m2f.model.limits import range_problems, ranges_of
 
@@ -82,9 +83,23 @@ def _build_recipe(
     fill_defaults(tree)
     hints += take_input_rules(tree)
     config = _build(RunConfig, tree, "", problems)
+    if not is_stored:  # what an earlier timm had is for whoever makes the model
+        problems += _unknown_backbones(tree)
     require_no_problems(source, problems)
     assert isinstance(config, RunConfig)
     return config, hints
+
+
+def _unknown_backbones(tree: dict[str, Any]) -> list[str]:
+    """A line for each name of a timm model that timm does not have; the rest of the recipe may be wrong, too."""
+    model = tree.get("model")
+    backbone = model.get("backbone") if isinstance(model, dict) else None
+    if not isinstance(backbone, dict):
+        return []
+    key = "pretrained" if backbone.get("kind") == "swin" else "name"
+    name = backbone.get(key)
+    problem = name_problem(name) if isinstance(name, str) else None
+    return [] if problem is None else [f"`model.backbone.{key}` is {name!r}, {problem}"]
 
 
 def require_no_problems(source: str, problems: Sequence[str]) -> None:
@@ -265,7 +280,8 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
 
 
 def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if isinstance(value, bool) and hint in (int, float, int | None, float | None, int | tuple[int, int]):
+    kinds = {hint, *get_args(hint)}
+    if isinstance(value, bool) and not kinds.isdisjoint((int, float)) and bool not in kinds:
         return _add_problem(problems, f"`{path}`: expected a number, got {str(value).lower()}")
     if unfit := url_problems(value, path):
         problems += unfit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from m2f.model.backbones.batch_norms import FrozenBatchNorm2d, SyncBatchNorm2d, group_norm_like, replace_batch_norms
 from m2f.model.backbones.feature_pyramid import SimpleFeaturePyramid
 from m2f.model.backbones.hiera import AnySizeHiera
+from m2f.model.backbones.timm_names import name_problem
 from m2f.model.backbones.weight_checks import require_weights_of
 from m2f.model.config import TimmBackboneConfig
 from m2f.model.errors import ConfigError, WeightsError
@@ -114,10 +114,8 @@ class PlainTransformer(nn.Module):
 
 def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
     """The module that makes four maps of images whose sides `_required_multiple` divides."""
-    if not timm.is_model(config.name):
-        close = difflib.get_close_matches(config.name, timm.list_models(), n=5)
-        hint = f"did you mean {', '.join(close)}?" if close else "`timm.list_models()` lists all names"
-        raise ConfigError(f"model.backbone.name is {config.name!r}, which timm does not have; {hint}")
+    if (problem := name_problem(config.name)) is not None:
+        raise ConfigError(f"model.backbone.name is {config.name!r}, {problem}")
     pyramid = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
     match model_entrypoint(config.name).__module__.rpartition(".")[2]:
         case "swin_transformer":

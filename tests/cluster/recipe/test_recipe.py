@@ -123,7 +123,7 @@ def test_missing_keys_and_missing_kinds_are_named():
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.max_steps=0", "training.max_steps is 0; it must be at least 1"),
+        ("training.max_steps=0", "neither training.max_steps nor training.max_epochs is given"),
         ("data.train.0.dataset=other", "data.train: no data set 'other' under `datasets` (known: train, val)"),
         ("data.train=[]", "data.train is empty"),
         ("data.train=train", "`data.train`: expected a list, got the value 'train'"),

@@ -34,7 +34,7 @@ def test_every_recipe_of_the_project_fits_the_schema(path):
     ("before", "after", "where"),
     [
         ("max_steps", "max_stebs", ["training"]),
-        ("max_steps: 10", "max_steps: 0", ["training", "max_steps"]),
+        ("max_steps: 10", "max_steps: -1", ["training", "max_steps"]),
         ("lr: 0.0001", "lr: -1", ["training", "optimizer", "lr"]),
         ("lr: 0.0001", "betas: [0.9, 1.5]", ["training", "optimizer", "betas", 1]),
         ("lr: 0.0001", "lr: fast", ["training", "optimizer", "lr"]),
@@ -49,4 +49,4 @@ def test_an_editor_shows_the_place_of_a_mistake(before, after, where):
 def test_settings_have_texts_and_the_minimal_recipe_fits():
     assert VALIDATOR.is_valid(yaml.safe_load(MINIMAL))
     schema = recipe_schema()
-    assert schema["$defs"]["TrainingConfig"]["properties"]["max_steps"]["description"] == "Optimizer steps."
+    assert schema["$defs"]["TrainingConfig"]["properties"]["global_batch"]["description"].startswith("Images per")
