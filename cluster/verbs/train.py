@@ -75,7 +75,10 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         from m2f.cluster.train.ray_launcher import run_training
 
         summary = run_training(config, live)
+    from m2f.cluster.tracking.store import ui_command
+
     print_out(f"run {summary.status}: {summary.run_folder}")
+    print_out(f"curves: {ui_command(summary.tracked.uri)}")
     for entry in summary.evaluations:
         if entry.status == "failed":
             print_err(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")
