@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from m2f.cluster.recipe.ablations import TABLE, ablations
-from m2f.cluster.recipe.load import flatten, load_recipe, parse_recipe
+from m2f.cluster.recipe.load import dump_recipe, flatten, load_recipe, parse_recipe
+from m2f.cluster.recipe.same_model import model_changes
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
@@ -43,7 +44,7 @@ ABLATIONS = {
     f"{base}_{ablation.name}": (base, ablation) for ablation in ablations().values() for base in ablation.published
 }
 """By the name of the run: base recipe and ablation."""
-PAPER = [*(name for name, path in RECIPES.items() if path.parent != CONFIGS), *ABLATIONS]
+PAPER = [*(n for n, path in RECIPES.items() if path.parent not in (CONFIGS, CONFIGS / "finetune")), *ABLATIONS]
 """The recipes of the paper's tables."""
 
 
@@ -131,6 +132,18 @@ def figures(name):
     base, ablation = ABLATIONS.get(name, (name, None))
     expected = RECIPES[name].read_text().splitlines()[1] if ablation is None else ablation.published[base]
     return dict(re.findall(r"(?<!boundary )\b(PQ|AP|mIoU) ([\d.]+)", expected))
+
+
+@pytest.mark.parametrize(
+    ("tuned", "published"),
+    [("r50", "r50"), ("swin_t", "swin_t"), ("swin_s", "swin_s"), ("swin_b", "swin_b"), ("swin_l", "swin_l_200q")],
+)
+def test_fine_tuning_has_the_model_of_the_published_weights(tuned, published):
+    recipe, base = loaded(f"finetune_{tuned}"), loaded(f"coco_instance_{published}")
+    assert model_changes(dump_recipe(base), dump_recipe(recipe)) == ()
+    assert recipe.model.weights is not None
+    size = {"swin_t": "tiny", "swin_s": "small", "swin_b": "base", "swin_l": "large"}.get(tuned, "model_final_3c8ec9")
+    assert size in recipe.model.weights
 
 
 # Facts of the official configurations

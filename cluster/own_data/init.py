@@ -20,7 +20,22 @@ from m2f.cluster.own_data.write_recipe import (
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import print_out
 from m2f.data_pipeline.readers import open_dataset
+from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError
+from m2f.model.export.hugging_face import known_labels, read_hugging_face_config
+from m2f.model.weights.hub import hub_folder
+from m2f.model.weights.sources import HUB
+
+
+def published_model(weights: str | None) -> ModelConfig | None:
+    """The model of a folder of Hugging Face or of one of the hub, whose notes alone are fetched; None for others.
+
+    Raises WeightsError where the hub cannot be reached or has no such model.
+    """
+    if weights is None:
+        return None
+    folder = hub_folder(weights, weights=False) if weights.startswith(HUB) else Path(weights)
+    return None if known_labels(folder) is None else read_hugging_face_config(folder).config
 
 
 def init(folder: Path, output: Path, args: Namespace) -> None:
@@ -36,6 +51,7 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
         val_share=args.val_share,
         tiles=args.tiles,
         weights=args.weights,
+        published=published_model(args.weights),
     )
     form = choose_form(folder, args.form)
     print_out(f"{form.kind}: {form.evidence}")

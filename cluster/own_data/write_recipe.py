@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from m2f.cluster.own_data.choices import Choices
@@ -13,6 +13,7 @@ from m2f.cluster.own_data.sets import Form
 from m2f.data_pipeline.categories import Task
 from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SourceConfig
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
+from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig
 
 _TASK_OF: Mapping[str, Task] = {
     "coco_panoptic": "panoptic",
@@ -34,6 +35,8 @@ class Wishes:
     val_share: float = 0.2
     tiles: bool = False
     weights: str | None = None
+    published: ModelConfig | None = None
+    """The model of `weights`, where these say so: those of the hub, and folders of Hugging Face."""
 
 
 def task_of(form: Form, wishes: Wishes) -> Task:
@@ -108,13 +111,17 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
     ]
     if wishes.weights is None:
         lines += [
-            "  # From published weights, if the hub is reached; `m2f init --weights FILE` starts from a trained model.",
+            "  # Published weights of the backbone, if the hub is reached. Those of a whole model tune faster, as in",
+            "  # configs/finetune: m2f init --weights hub:facebook/mask2former-swin-tiny-coco-instance, or a FILE",
             "  backbone: {kind: timm, name: resnet50, pretrained: auto}",
         ]
     else:
         lines += ["  # Classes are matched by name; the others start anew.", f"  weights: {json.dumps(wishes.weights)}"]
+    if wishes.published is not None:
+        parts = {name: getattr(wishes.published, name) for name in ("backbone", "pixel_decoder")}
+        lines += [f"  {name}: {_flow(part)}" for name, part in parts.items() if part != getattr(ModelConfig(), name)]
     lines += [
-        f"  transformer_decoder: {{num_queries: {choices.queries.value}}}  # {choices.queries.reason}",
+        f"  transformer_decoder: {_decoder(wishes.published, choices.queries.value)}  # {choices.queries.reason}",
         f"  loss: {{num_points: {choices.points.value}}}  # {choices.points.reason}",
         "training:",
         f"  max_steps: {choices.steps.value}  # {choices.steps.reason}",
@@ -132,6 +139,15 @@ def recipe_text(form: Form, wishes: Wishes, choices: Choices) -> str:
         "cluster: {num_workers: auto, num_gpus_per_worker: auto}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _decoder(published: ModelConfig | None, queries: int) -> str:
+    """That of the published weights, with as many queries or more: others than theirs would begin anew."""
+    decoder = None if published is None else published.transformer_decoder
+    if not isinstance(decoder, MaskedTransformerDecoderConfig):
+        return f"{{num_queries: {queries}}}"
+    plain = replace(decoder, num_queries=MaskedTransformerDecoderConfig().num_queries)
+    return f"{_flow(plain)[:-1]}, num_queries: {max(queries, decoder.num_queries)}}}"
 
 
 def _with_names(source: SourceConfig, wishes: Wishes) -> SourceConfig:

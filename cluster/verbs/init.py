@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-share", type=float, default=0.2, help="part for validation, where there is no split")
     parser.add_argument("--group", metavar="REGEX", help="keep images together whose names begin with the same match")
     parser.add_argument("--tiles", action="store_true", help="cut images above 20 megapixels into tiles")
-    parser.add_argument("--weights", metavar="FILE|URL", help="trained model to start from")
+    parser.add_argument("--weights", metavar="FILE|URL|hub:OWNER/NAME", help="trained model to start from")
     parser.add_argument("--overwrite", action="store_true", help="replace a recipe that exists")
 
 

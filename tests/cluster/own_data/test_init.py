@@ -10,6 +10,8 @@ from m2f.cluster.own_data.sets import split_of
 from m2f.cluster.own_data.survey import Survey, fault_kind
 from m2f.cluster.recipe.load import load_recipe
 from m2f.data_pipeline.readers import open_dataset
+from m2f.model.export.hugging_face import write_hugging_face_config
+from m2f.model.weights.architecture import require_same_architecture
 from tests.tool_exports import EXPORTS
 
 KINDS = {"roboflow": "coco_instances", "label_studio": "coco_instances", "cvat_coco": "coco_instances"}
@@ -44,6 +46,26 @@ def test_instances_can_train_semantic(tmp_path, monkeypatch):
     assert main(["init", "set", "--task", "semantic"]) == 0
     reader, _ = open_dataset(load_recipe(tmp_path / "set.yaml").datasets["train"])
     assert [c.name for c in reader.categories.for_task("semantic")] == ["cell", "dirt", "background"]
+
+
+@pytest.mark.parametrize("address", ["hub", "folder"])
+def test_published_weights_bring_their_model(address, tmp_path, monkeypatch):
+    """As configs/finetune: backbone, queries and learning rate fit the weights that the recipe starts from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    EXPORTS["yolo_seg"](tmp_path / "set")
+    model = load_recipe("finetune_swin_l").model
+    (tmp_path / "theirs").mkdir()
+    write_hugging_face_config(tmp_path / "theirs", model, ["cell", "other"], {}, 640, 1066)
+    if address == "hub":
+        monkeypatch.setattr("m2f.cluster.own_data.init.hub_folder", lambda text, weights: tmp_path / "theirs")
+    weights = "hub:someone/swin-large" if address == "hub" else str(tmp_path / "theirs")
+    assert main(["init", "set", "--weights", weights]) == 0
+    config = load_recipe(tmp_path / "set.yaml")
+    assert config.model.weights == weights
+    require_same_architecture(tmp_path / "theirs", config.model, weights)
+    assert config.model.transformer_decoder.num_queries == 200
+    assert len((tmp_path / "set.yaml").read_text().splitlines()) <= 40
 
 
 def test_two_forms_are_one_message_with_the_flag(tmp_path, capsys, monkeypatch):
