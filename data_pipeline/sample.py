@@ -85,6 +85,8 @@ class DecodedSample:
     image: np.ndarray
     """[H, W, 3] uint8 RGB."""
     annotation: Annotation
+    image_ext: str = "jpg"
+    """Ending of the file that the image was stored as."""
 
     @property
     def size(self) -> tuple[int, int]:

@@ -84,9 +84,8 @@ def test_a_checkpoint_of_the_past_gives_the_results_that_it_gave(past):
     assert {name for name in then["metrics"] if now["metrics"][name] is None} == undefined  # later names are more
     for name in then["metrics"].keys() - undefined:
         assert now["metrics"][name] == pytest.approx(then["metrics"][name], rel=1e-3), name
-    assert {path.name for path in (past / "dumps_again/val").iterdir()} == {
-        p.name for p in (past / "dumps/val").iterdir()
-    }
+    written = {path.name for path in (past / "dumps_again/val").iterdir()}
+    assert written >= {path.name for path in (past / "dumps/val").iterdir()}  # later files are more
 
 
 def test_a_checkpoint_of_the_past_exports_the_graph_that_it_did(past):

@@ -3,6 +3,7 @@
 overlays/NAME.png                           the image beside its prediction
 panoptic.json, panoptic/NAME.png            COCO panoptic format
 instances.json, boxes.json                  COCO results, with masks and with boxes
+labels.json                                 both as a COCO annotation file, for viewers
 labels/NAME.png                             label maps of category ids
 images.json, categories.json                which image and category an id means
 """
@@ -21,6 +22,7 @@ from m2f.cluster.predict.inputs import ImageInput
 from m2f.data_pipeline.categories import Category
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.report.coco_files import (
+    as_annotations,
     box_results,
     describe_categories,
     label_png,
@@ -38,9 +40,9 @@ Prediction = PanopticResult | InstanceDetections | SemanticResult
 class JsonList:
     """A JSON file with one list that grows entry by entry, so that its length is not limited by memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opening: str = "[") -> None:
         self._file: TextIO = path.open("w", encoding="utf-8")
-        self._file.write("[")
+        self._file.write(opening)
         self._separator = "\n"
 
     def extend(self, entries: Sequence[dict[str, Any]]) -> None:
@@ -49,9 +51,9 @@ class JsonList:
             self._file.write(self._separator + json.dumps(entry))
             self._separator = ",\n"
 
-    def close(self) -> None:
+    def close(self, closing: str = "]\n") -> None:
         """End the list."""
-        self._file.write("\n]\n")
+        self._file.write("\n" + closing)
         self._file.close()
 
 
@@ -62,6 +64,8 @@ class PredictionFolder:
         self._folder, self._classes, self._pictures = folder, classes, pictures
         self._shown_score = SHOWN_SCORE if shown_score is None else shown_score
         self._lists: dict[str, JsonList] = {}
+        self._viewed: JsonList | None = None
+        self._num_viewed = 0
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +78,11 @@ class PredictionFolder:
     ) -> None:
         for entries in self._lists.values():
             entries.close()
+        categories = describe_categories(self._classes)
+        if self._viewed is not None:
+            head = json.dumps({"images": self._images, "categories": categories})
+            self._viewed.close(f"], {head[1:]}\n")
         if kind is None:
-            categories = describe_categories(self._classes)
             self._write_json("images.json", self._images)
             self._write_json("categories.json", categories)
             if self._annotations:
@@ -92,7 +99,7 @@ class PredictionFolder:
             case PanopticResult():
                 overlay = self._add_segments(image, prediction)
             case InstanceDetections():
-                self._list("instances").extend(mask_results(image.id, prediction, self._classes))
+                self._add_instances(mask_results(image.id, prediction, self._classes))
                 self._list("boxes").extend(box_results(image.id, prediction, self._classes))
                 overlay = predicted_instances(prediction, (height, width), self._shown_score)
             case SemanticResult():
@@ -103,6 +110,13 @@ class PredictionFolder:
                 assert_never(prediction)
         if self._pictures:
             self._write(f"overlays/{image.name}.png", render_panel(pixels, image.name, [overlay], self._classes))
+
+    def _add_instances(self, results: list[dict[str, Any]]) -> None:
+        self._list("instances").extend(results)
+        if self._viewed is None:
+            self._viewed = JsonList(self._folder / "labels.json", '{"annotations": [')
+        self._viewed.extend(as_annotations(results, self._num_viewed + 1))
+        self._num_viewed += len(results)
 
     def _add_segments(self, image: ImageInput, result: PanopticResult) -> Overlay:
         name, id_map = f"{image.name}.png", result.segment_map.cpu().numpy()

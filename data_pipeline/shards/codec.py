@@ -79,6 +79,7 @@ def decode(members: Mapping[str, bytes]) -> DecodedSample:
         source=description["source"],
         image=image,
         annotation=annotation,
+        image_ext=extension.removeprefix("img."),
     )
 
 

@@ -79,7 +79,8 @@ def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
     height, width = identity["size"]
     annotation = decode_labels(members, form, table, (height, width), name)
     try:
-        data = members[image_extension(members, form, name)]
+        extension = image_extension(members, form, name)
+        data = members[extension]
         header = read_header(data)
         _require_size(header, (height, width), "the image")
         image = decode_rgb(data, frame_orientation(header, height, width))
@@ -91,6 +92,7 @@ def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
         source=identity["source"],
         image=image,
         annotation=annotation,
+        image_ext=extension.rpartition(".")[2],
     )
 
 

@@ -11,7 +11,7 @@ from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.image_file import encode_png
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.instance_matching import InstanceDetections
-from m2f.eval.metrics.rle import mask_boxes
+from m2f.eval.metrics.rle import mask_areas, mask_boxes
 from m2f.model.structures import UNLABELLED, PanopticSegment
 
 
@@ -46,6 +46,21 @@ def mask_results(image_id: int, detections: InstanceDetections, classes: Sequenc
     return [
         {"image_id": image_id, "category_id": classes[label].id, "segmentation": masks[mask], "score": score}
         for mask, label, score in _rows(detections)
+    ]
+
+
+def image_entry(image_id: int, file_name: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The entry of one image in a COCO file; `size`: height and width."""
+    return {"id": image_id, "file_name": file_name, "height": size[0], "width": size[1]}
+
+
+def as_annotations(results: Sequence[dict[str, Any]], first_id: int) -> list[dict[str, Any]]:
+    """Results of `mask_results` as annotations with boxes and areas, which viewers want, numbered from `first_id`."""
+    masks = [{**result["segmentation"], "counts": result["segmentation"]["counts"].encode()} for result in results]
+    measured = zip(results, mask_boxes(masks).tolist(), mask_areas(masks).tolist(), strict=True)
+    return [
+        {"id": number, **result, "bbox": box, "area": area, "iscrowd": 0}
+        for number, (result, box, area) in enumerate(measured, start=first_id)
     ]
 
 

@@ -4,6 +4,7 @@ Actors store what their calls predicted, in any order and any number of times; t
 
 panoptic.json, panoptic/KEY.png   COCO panoptic format
 instances.json                    COCO results with run-length masks
+labels.json                       the same as a COCO annotation file, with boxes, for viewers
 labels/KEY.png                    label maps of category ids
 categories.json                   the categories
 """
@@ -11,21 +12,34 @@ categories.json                   the categories
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.keys import check_key
+from m2f.data_pipeline.keys import check_key, key_problem
 from m2f.data_pipeline.sample import DecodedSample
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.metrics.instance_matching import InstanceDetections
-from m2f.eval.report.coco_files import describe_categories, label_png, mask_results, panoptic_annotation, panoptic_png
+from m2f.eval.report.coco_files import (
+    as_annotations,
+    describe_categories,
+    image_entry,
+    label_png,
+    mask_results,
+    panoptic_annotation,
+    panoptic_png,
+)
 from m2f.model.structures import PanopticResult
 
 _PARTS = "parts"
+_IMAGES = "images"
+"""Kind of the parts that say which images there are."""
+_SEPARATOR = b",\n"
+_IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png"})
 
 
 class ResultDump:
@@ -35,60 +49,96 @@ class ResultDump:
         self._categories = categories
         self._files: dict[str, bytes] = {}
         self._entries: dict[str, list[dict[str, Any]]] = {}
+        self._images: dict[int, dict[str, Any]] = {}
 
     def add_panoptic(self, sample: DecodedSample, result: PanopticResult) -> None:
         """Take the panoptic result of one image."""
-        name = _png(sample)
+        name = self._png(sample)
         self._files[f"panoptic/{name}"] = panoptic_png(result.segment_map.cpu().numpy())
         annotation = panoptic_annotation(sample.image_id, name, result.segments, self._categories.for_task("panoptic"))
         self._entries.setdefault("panoptic", []).append(annotation)
 
     def add_instances(self, sample: DecodedSample, detections: InstanceDetections) -> None:
         """Take the detections of one image, labelled with the classes of the instance task."""
+        self._note(sample)
         results = mask_results(sample.image_id, detections, self._categories.for_task("instance"))
         self._entries.setdefault("instances", []).extend(results)
 
     def add_labels(self, sample: DecodedSample, label_map: np.ndarray) -> None:
         """Take the labels [H, W] of one image."""
-        self._files[f"labels/{_png(sample)}"] = label_png(label_map, self._categories.for_task("semantic"))
+        self._files[f"labels/{self._png(sample)}"] = label_png(label_map, self._categories.for_task("semantic"))
 
     def store(self, storage: Storage, url: str, call: int) -> None:
         """Write everything under the folder `url`; again for the same call replaces it by the same."""
         for name, data in self._files.items():
             storage.put(join(url, name), data)
-        for kind, entries in self._entries.items():
-            storage.put(_part(url, kind, call), ",\n".join(map(json.dumps, entries)).encode())
+        for kind, entries in {**self._entries, _IMAGES: list(self._images.values())}.items():
+            storage.put(_part(url, kind, call), _SEPARATOR.join(json.dumps(entry).encode() for entry in entries))
+
+    def _png(self, sample: DecodedSample) -> str:
+        """Name of an image's map. Raises DataError for a key that may not be part of a path."""
+        self._note(sample)
+        return f"{check_key(sample.key, sample.source)}.png"
+
+    def _note(self, sample: DecodedSample) -> None:
+        self._images[sample.image_id] = image_entry(sample.image_id, image_file_name(sample), sample.size)
 
 
-def _png(sample: DecodedSample) -> str:
-    """Name of an image's file. Raises DataError for a key that may not be part of a path."""
-    return f"{check_key(sample.key, sample.source)}.png"
+def image_file_name(sample: DecodedSample) -> str:
+    """The image's file in the folder of images that the shards were made from; KEY.jpg where they do not tell."""
+    path = PurePosixPath(sample.source)
+    name = path.relative_to(path.parts[0]).as_posix() if len(path.parts) > 1 else ""
+    if path.suffix.lower() in _IMAGE_ENDINGS and key_problem(name) is None:
+        return name
+    return f"{sample.key}.{sample.image_ext}"
 
 
 def join_dump(storage: Storage, url: str, calls: int, categories: CategoryTable) -> None:
     """Make the JSON files of the parts that all `calls` stored, and delete the parts."""
     present = set(storage.list(join(url, _PARTS)))
-    for kind, opening, closing in (("panoptic", '{"annotations": [\n', "\n]}\n"), ("instances", "[\n", "\n]\n")):
-        parts = [part for call in range(calls) if (part := _part(url, kind, call)) in present]
-        if parts:
-            _join(storage, parts, join(url, f"{kind}.json"), opening, closing)
-    document = json.dumps(describe_categories(categories.categories), indent=1) + "\n"
-    storage.put(join(url, "categories.json"), document.encode())
+
+    def parts_of(kind: str) -> list[str]:
+        return [part for call in range(calls) if (part := _part(url, kind, call)) in present]
+
+    described = describe_categories(categories.categories)
+    images = [entry for part in parts_of(_IMAGES) for entry in _entries(storage.get(part))]
+    head = {"images": sorted(images, key=lambda image: image["id"]), "categories": described}
+    document = json.dumps(head)[:-1] + ', "annotations": [\n', "\n]}\n"
+    if parts := parts_of("panoptic"):
+        _join(map(storage.get, parts), storage, join(url, "panoptic.json"), document)
+    if parts := parts_of("instances"):
+        _join(map(storage.get, parts), storage, join(url, "instances.json"), ("[\n", "\n]\n"))
+        _join(_annotations(map(storage.get, parts)), storage, join(url, "labels.json"), document)
+    storage.put(join(url, "categories.json"), (json.dumps(described, indent=1) + "\n").encode())
     storage.delete_prefix(join(url, _PARTS))
 
 
-def _join(storage: Storage, parts: Sequence[str], url: str, opening: str, closing: str) -> None:
+def _entries(content: bytes) -> list[dict[str, Any]]:
+    """The entries of a part."""
+    return json.loads(b"[" + content + b"]")
+
+
+def _annotations(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Parts with results as parts with annotations, numbered from 1."""
+    first_id = 1
+    for part in parts:
+        annotations = as_annotations(_entries(part), first_id)
+        first_id += len(annotations)
+        yield _SEPARATOR.join(json.dumps(one).encode() for one in annotations)
+
+
+def _join(parts: Iterable[bytes], storage: Storage, url: str, around: tuple[str, str]) -> None:
     """Through a local file: the detections of a large set do not fit into memory twice."""
     with ScratchFolder("dump") as folder:
         path = folder / "joined.json"
         with path.open("wb") as file:
-            file.write(opening.encode())
+            file.write(around[0].encode())
             separator = b""
-            for part in parts:
-                if content := storage.get(part):  # images without a detection leave an empty one
+            for content in parts:
+                if content:  # images without a detection leave an empty one
                     file.write(separator + content)
-                    separator = b",\n"
-            file.write(closing.encode())
+                    separator = _SEPARATOR
+            file.write(around[1].encode())
         storage.put_file(url, path)
 
 

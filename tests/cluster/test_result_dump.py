@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
+import jsonschema
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
 
 from m2f.cluster.cli import main
 from m2f.cluster.evaluation import actor as eval_actor
@@ -20,7 +24,7 @@ from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.eval.metrics.rle import encode_masks
-from m2f.eval.report.dump import ResultDump, join_dump
+from m2f.eval.report.dump import ResultDump, image_file_name, join_dump
 from tests.cluster.painted_scenes import CATEGORIES, Reader, write_painted_scenes
 
 RECIPE = """
@@ -83,7 +87,7 @@ def test_nothing_but_results_stays(dumped):
     folder, _ = dumped
     dump = folder / "dump/val"
     assert sorted(path.name for path in dump.iterdir()) == [
-        *("categories.json", "instances.json", "labels", "panoptic", "panoptic.json")
+        *("categories.json", "instances.json", "labels", "labels.json", "panoptic", "panoptic.json")
     ]
     assert len(list((dump / "panoptic").iterdir())) == len(list((dump / "labels").iterdir())) == 19
 
@@ -138,10 +142,117 @@ def test_a_dump_in_a_bucket_is_the_same(tmp_path, bucket):
             dump.add_labels(sample, np.zeros((4, 5), int))
             dump.store(storage, url, call)
         join_dump(storage, url, 2, table)
-    names = ["categories.json", "instances.json", "labels/k0.png", "labels/k1.png"]
+    names = ["categories.json", "instances.json", "labels.json", "labels/k0.png", "labels/k1.png"]
     assert storage.list(remote) == tuple(f"{remote}/{name}" for name in names)
     assert all(storage.get(f"{remote}/{n}") == (tmp_path / n).read_bytes() for n in names)
     assert [entry["image_id"] for entry in json.loads((tmp_path / "instances.json").read_text())] == [1]
+
+
+IMAGE = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "integer"},
+        "file_name": {"type": "string", "pattern": r"^[^/]+(/[^/]+)*\.(jpg|png)$"},
+        "height": {"type": "integer", "minimum": 1},
+        "width": {"type": "integer", "minimum": 1},
+    },
+    "required": ["id", "file_name", "height", "width"],
+}
+CATEGORY = {
+    "type": "object",
+    "properties": {"id": {"type": "integer"}, "name": {"type": "string"}, "isthing": {"enum": [0, 1]}},
+    "required": ["id", "name", "isthing"],
+}
+SEGMENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "integer", "minimum": 1, "maximum": 2**24 - 1},
+        "category_id": {"type": "integer"},
+        "area": {"type": "integer", "minimum": 1},
+    },
+    "required": ["id", "category_id", "area"],
+}
+PANOPTIC = {
+    "type": "object",
+    "properties": {
+        "image_id": {"type": "integer"},
+        "file_name": {"type": "string", "pattern": r"^[^/]+\.png$"},
+        "segments_info": {"type": "array", "items": SEGMENT},
+    },
+    "required": ["image_id", "file_name", "segments_info"],
+}
+MASK = {
+    "type": "object",
+    "properties": {
+        "size": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+        "counts": {"type": "string", "minLength": 1},
+    },
+    "required": ["size", "counts"],
+    "additionalProperties": False,
+}
+INSTANCE = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "integer", "minimum": 1},
+        "image_id": {"type": "integer"},
+        "category_id": {"type": "integer"},
+        "segmentation": MASK,
+        "bbox": {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 4, "maxItems": 4},
+        "area": {"type": "number", "minimum": 0},
+        "iscrowd": {"enum": [0, 1]},
+        "score": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "required": ["id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd", "score"],
+}
+
+
+@pytest.mark.parametrize(("name", "annotation"), [("panoptic", PANOPTIC), ("labels", INSTANCE)])
+def test_json_files_have_the_layout_of_coco(dumped, name, annotation):
+    """As pycocotools and viewers (FiftyOne, supervision) want it, with files of images that exist."""
+    folder, _ = dumped
+    lists = {"images": IMAGE, "categories": CATEGORY, "annotations": annotation}
+    document = json.loads((folder / f"dump/val/{name}.json").read_text())
+    arrays = {key: {"type": "array", "items": item, "minItems": 1} for key, item in lists.items()}
+    jsonschema.validate(document, {"type": "object", "properties": arrays, "required": list(arrays)})
+    images, classes = ({entry["id"] for entry in document[key]} for key in ("images", "categories"))
+    assert len(images) == len(document["images"]) == 19
+    assert all((folder / "truth/images" / image["file_name"]).is_file() for image in document["images"])
+    assert {entry["image_id"] for entry in document["annotations"]} <= images
+    described = [s for entry in document["annotations"] for s in entry.get("segments_info", [entry])]
+    assert {entry["category_id"] for entry in described} <= classes
+    assert name == "panoptic" or len({entry["id"] for entry in document["annotations"]}) == len(described)
+
+
+def test_pycocotools_opens_the_file_for_viewers(dumped):
+    folder, _ = dumped
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(folder / "dump/val/labels.json"))
+    results = json.loads((folder / "dump/val/instances.json").read_text())
+    annotations = coco.loadAnns(coco.getAnnIds())
+    assert len(annotations) == len(results)
+    for annotation, result in zip(annotations, results, strict=True):
+        assert annotation["segmentation"] == result["segmentation"]
+        mask = coco.annToMask(annotation)
+        assert annotation["area"] == mask.sum()
+        x, y, width, height = (int(side) for side in annotation["bbox"])
+        assert mask[y : y + height, x : x + width].sum() == mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("source", "ending", "name"),
+    [
+        ("val2017/000000000139.jpg", "jpg", "000000000139.jpg"),
+        ("leftImg8bit/aachen/a_000001.png", "png", "aachen/a_000001.png"),
+        ("memory", "png", "k.png"),
+        ("shards/0.tar: k", "jpg", "k.jpg"),
+        ("images/../../secret.jpg", "jpg", "k.jpg"),
+        ("/secret.jpg/a.gif", "jpg", "k.jpg"),
+    ],
+)
+def test_an_image_is_called_as_its_file(source, ending, name):
+    image, nothing = np.zeros((4, 5, 3), np.uint8), Annotation(seg=None, inst=None, segments=())
+    sample = DecodedSample(key="k", image_id=1, source=source, image=image, annotation=nothing, image_ext=ending)
+    assert image_file_name(sample) == name
 
 
 def test_maps_hold_ids_of_segments_and_categories(dumped):
