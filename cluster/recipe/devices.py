@@ -12,11 +12,14 @@ from typing import Any
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_err, print_out
+from m2f.data_pipeline.config import LargeScaleJitter
 from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import Precision
 from m2f.trainer.precision import Capability, sensible_precision
 
+LARGE_ON_CPU = 512
+"""Pixels of a side above which a CPU takes many seconds for an image."""
 RANK_SHARE = 0.75
 """Of a GPU that evaluation actors share: more than half of it, so that Ray never puts two ranks on one."""
 _UNKNOWN_TYPE: Capability = (8, 0)
@@ -39,6 +42,8 @@ class SeenDevices:
     gpus: tuple[SeenGpu, ...] = ()
     found: str = "torch sees"
     """The beginning of a sentence about them."""
+    cores: int = 0
+    """CPU cores of this machine; 0 where they are not those that train."""
     may_grow: bool = False
     """Whether it is a cluster, which may get more."""
 
@@ -56,6 +61,8 @@ class Settled:
     line: str
     """What was decided, for the user."""
     warnings: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    """What would make the run faster."""
 
 
 def settle(config: RunConfig, seen: SeenDevices, stored: Precision | None = None, *, beside: bool = True) -> Settled:
@@ -83,7 +90,7 @@ def settle(config: RunConfig, seen: SeenDevices, stored: Precision | None = None
         cluster=replace(config.cluster, num_workers=workers, num_gpus_per_worker=gpus),
         evaluation=replace(config.evaluation, num_gpus_per_actor=evaluating),
     )
-    return Settled(settled, describe(settled, seen), tuple(warnings))
+    return Settled(settled, describe(settled, seen), tuple(warnings), _hints(settled, seen))
 
 
 def announced(settled: Settled) -> RunConfig:
@@ -91,6 +98,8 @@ def announced(settled: Settled) -> RunConfig:
     for warning in settled.warnings:
         print_err(f"warning: {warning}")
     print_out(settled.line)
+    for hint in settled.hints:
+        print_out(f"hint: {hint}")
     return settled.config
 
 
@@ -191,6 +200,25 @@ def device_index(assigned: Sequence[Any], visible: str | None) -> int:
             f"Ray gave GPU {own} to a worker, but CUDA_VISIBLE_DEVICES is {visible!r}; leave this variable to Ray"
         )
     return shown.index(own)
+
+
+def _hints(config: RunConfig, seen: SeenDevices) -> tuple[str, ...]:
+    """How a run on the CPU takes less time; `config` is settled."""
+    if config.cluster.gpus_per_worker or not seen.cores:
+        return ()
+    hints: list[str] = []
+    augment, training, workers = config.data.augment, config.training, config.cluster.max_workers
+    if isinstance(augment, LargeScaleJitter) and augment.size > LARGE_ON_CPU:
+        hints.append(
+            f"images of {augment.size} x {augment.size} pixels (data.augment.size) are made for GPUs; for a trial on "
+            "the CPU set data.augment.size=256"
+        )
+    if 2 * workers * training.threads <= seen.cores:
+        hints.append(
+            f"{counted(workers * training.threads, 'core')} of {seen.cores} will be busy; "
+            f"training.threads={seen.cores // workers} uses the others"
+        )
+    return tuple(hints)
 
 
 def _training(

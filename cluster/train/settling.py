@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -33,7 +34,7 @@ def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunCon
 
 def this_machine() -> SeenDevices:
     """The devices that torch sees here."""
-    return SeenDevices(gpus_of_machine())
+    return SeenDevices(gpus_of_machine(), cores=os.cpu_count() or 0)
 
 
 @dataclass(frozen=True)

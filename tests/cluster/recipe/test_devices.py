@@ -149,6 +149,24 @@ def test_one_line_says_it(settings, gpus, line):
 
 
 @pytest.mark.parametrize(
+    ("settings", "gpus", "cores", "hints"),
+    [
+        ({}, [], 0, []),
+        ({}, [], 1, ["data.augment.size=256"]),
+        ({}, [], 8, ["data.augment.size=256", "1 core of 8 will be busy; training.threads=8"]),
+        ({"workers": 2}, [], 8, ["data.augment.size=256", "2 cores of 8 will be busy; training.threads=4"]),
+        ({"gpus": 0}, [H100], 2, ["data.augment.size=256", "1 core of 2"]),
+        ({}, [H100], 8, []),
+    ],
+)
+def test_what_makes_a_run_on_the_cpu_faster(settings, gpus, cores, hints):
+    found = settle(recipe(**settings), SeenDevices(tuple(gpus), cores=cores)).hints
+    assert len(found) == len(hints)
+    for hint, part in zip(found, hints, strict=True):
+        assert part in hint
+
+
+@pytest.mark.parametrize(
     ("asked", "gpus", "may_grow", "each", "warned"),
     [
         (AUTO, [], False, 0, False),
