@@ -13,9 +13,10 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
-from m2f.cluster.exit_status import MEANINGS, ExitStatus
+from m2f.cluster.exit_status import MEANINGS, ExitStatus, end_process
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.printable import printable
 from m2f.model.errors import UserError
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             raise
         sys.stdout.flush()  # here, as a closed pipe would give a traceback at the end of Python
+        if argv is None and "torch" in sys.modules:
+            end_process(status)
         return status
     except BrokenPipeError:  # `m2f stats | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,13 +79,23 @@ class _PrintableFormatter(logging.Formatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the closest option for one that does not exist."""
+    """Suggests the closest option or choice for one that does not exist."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else ()
+        option = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        close: Sequence[str] = ()
+        if option:
+            close = difflib.get_close_matches(option[1], self._options(), n=1)
+        elif choice:
+            close = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)
         super().error(printable(f"{message}; did you mean {close[0]}?" if close else message))
+
+    def _options(self) -> list[str]:
+        """Long options of this parser and of its kinds, which leave unknown ones to it."""
+        kinds = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for action in kinds for parser in action.choices.values())]
+        return [name for parser in parsers for name in parser._option_string_actions if name.startswith("--")]
 
 
 def _run_verb(words: list[str]) -> int:
@@ -97,12 +110,7 @@ def _run_verb(words: list[str]) -> int:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads it when it is imported
     if logging.lastResort is not None:  # prints the warnings of all modules
         logging.lastResort.setFormatter(_PrintableFormatter())
-    module = importlib.import_module(VERBS[verb])
-    parser = _Parser(prog=f"m2f {verb}", description=module.SUMMARY, allow_abbrev=False)
-    module.add_arguments(parser)
-    # Words and options mix freely, except in a verb with kinds of its own, which argparse cannot do for both.
-    parse = parser.parse_args if hasattr(module, "KINDS") else parser.parse_intermixed_args
-    args = parse(words[1:])
+    module, args = parse_verb(words)
     try:
         return module.run(args)
     except KeyboardInterrupt:
@@ -114,6 +122,16 @@ def _run_verb(words: list[str]) -> int:
             raise
         status = ExitStatus.OUTAGE if isinstance(user_error, OutageError) else ExitStatus.MISTAKE
         return _fail(f"m2f {verb}: {user_error}", status)
+
+
+def parse_verb(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of a verb that exists, and the arguments after it. Raises SystemExit as argparse does."""
+    module = importlib.import_module(VERBS[words[0]])
+    parser = _Parser(prog=f"m2f {words[0]}", description=module.SUMMARY, allow_abbrev=False)
+    module.add_arguments(parser)
+    # Words and options mix freely, except in a verb with kinds of its own, which argparse cannot do for both.
+    parse = parser.parse_args if hasattr(module, "KINDS") else parser.parse_intermixed_args
+    return module, parse(words[1:])
 
 
 def _user_error(error: BaseException) -> UserError | None:

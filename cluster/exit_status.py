@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from enum import IntEnum
+from typing import NoReturn
 
 
 class ExitStatus(IntEnum):
@@ -38,3 +42,14 @@ RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)
 
 RESTARTED = "M2F_RESTARTED"
 """Environment variable of a driver that `m2f train --restart` has started again."""
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process, whose work is done, without taking Python down: that takes 2 s of CPU with PyTorch loaded.
+
+    What is registered with `atexit` is called.
+    """
+    atexit._run_exitfuncs()  # private, and there since Python 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

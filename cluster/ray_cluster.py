@@ -81,6 +81,7 @@ def local_or_existing(
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    print_err("starting Ray on this machine" if address is None else f"connecting to the Ray cluster at {address}")
     if address is not None:
         _reach(address, cluster)
         try:

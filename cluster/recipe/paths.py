@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,12 @@ def _source(source: SourceConfig) -> SourceConfig:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    """The path from the root, without `..` where that names the same place: not behind a symbolic link."""
+    if "://" in path:
+        return path
+    full = str(Path(path).expanduser().absolute())
+    short = os.path.normpath(full)
+    return short if os.path.realpath(short) == os.path.realpath(full) else full
 
 
 def _weights(weights: str | None) -> str | None:

@@ -34,6 +34,7 @@ from m2f.data_pipeline.shards.write import (
     write_shard,
 )
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.counted import counted
 from m2f.model.errors import UserError
 
 FEW_IMAGES = 300
@@ -197,11 +198,11 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
     notes = []
     if changes.changed:
         notes.append(
-            f"{len(changes.changed):,} source files have changed; the {len(changes.shards):,} shards made of them are "
-            f"written again: {some(changes.changed, 3)}"
+            f"changed: {counted(len(changes.changed), 'source file')}; written again: "
+            f"{counted(len(changes.shards), 'shard')}, made of {some(changes.changed, 3)}"
         )
     if changes.num_missing:
-        notes.append(f"{changes.num_missing:,} source files are no longer there; the shards made of them stay")
+        notes.append(f"no longer there: {counted(changes.num_missing, 'source file')}; the shards made of them stay")
     if has_files and not changes.digests:
         notes.append(
             "these shards are from before m2f kept track of source files: changed files are not noticed; --redo writes "

@@ -48,6 +48,7 @@ class LiveView:
         self._name, self._max_steps, self._clock = name, max_steps, clock
         self._live = Live(self, console=console, refresh_per_second=2)
         self._stage, self._workers, self._restarts = "starting", 0, -1
+        self._keys = "Ctrl-C stops after a checkpoint"
         self._step = 0
         self._metrics: StepMetrics | None = None
         self._losses: deque[float] = deque(maxlen=MAX_LOSSES)
@@ -63,8 +64,12 @@ class LiveView:
 
     def stop(self, outcome: str) -> None:
         """Leave the last picture on the screen."""
-        self._stage, self._evaluating = outcome, None
+        self._stage, self._evaluating, self._keys = outcome, None, ""
         self._live.stop()
+
+    def interrupted(self) -> None:
+        """The user has asked for the end."""
+        self._keys = "stopping after a checkpoint, Ctrl-C again ends at once"
 
     def begin_attempt(self, workers: int) -> None:
         """Workers are being started, for the first time or again."""
@@ -162,6 +167,8 @@ class LiveView:
             parts.append(f"{self._restarts} {'restart' if self._restarts == 1 else 'restarts'}")
         if self._is_silent():
             parts.append(f"nothing heard for {format_duration(self._clock() - self._heard)}")
+        if self._keys:
+            parts.append(self._keys)
         return SEPARATOR.join(parts)
 
     def _is_silent(self) -> bool:

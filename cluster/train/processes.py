@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
+from m2f.cluster.exit_status import end_process
 from m2f.cluster.train.orphans import end_with_parent
 from m2f.trainer.errors import RankDiedError
 from m2f.trainer.reporting import STALL_EXIT
@@ -216,6 +217,7 @@ def _worker(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # no interpreter shutdown: it could wait for threads of a broken process group
+    end_process(0)
 
 
 def _portable(error: BaseException) -> BaseException:

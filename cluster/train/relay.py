@@ -13,6 +13,7 @@ from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, Tracking
 from m2f.cluster.train.live_view import LiveView
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.counted import counted
 from m2f.trainer.checkpoint.commits import read_metrics
 from m2f.trainer.reporting import Event, LogReporter, Notice, Reporters, StepReport
 
@@ -44,7 +45,7 @@ class RunRelay:
         """Workers are being started."""
         self.resumed = None
         if self._view is None:
-            print_out(f"starting {workers} training workers")
+            print_out(f"starting {counted(workers, 'training worker')}")
         else:
             self._view.begin_attempt(workers)
 
@@ -86,6 +87,11 @@ class RunRelay:
                 print_out(describe(entry))
                 if self._view is not None:
                     self._view.evaluated(entry)
+
+    def interrupted(self) -> None:
+        """The user has asked for the end: the panel says so."""
+        if self._view is not None:
+            self._view.interrupted()
 
     def close(self, status: RunStatus | None) -> None:
         """Send what waits and set the run's status; None: another process has the run now, send nothing."""

@@ -41,6 +41,7 @@ from m2f.cluster.train.relay import RunRelay
 from m2f.cluster.train.signals import handling
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.counted import counted
 from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.commits import list_commits, repair_commits
 from m2f.trainer.checkpoint.folder import delete_old, newest_step, newest_whole
@@ -155,7 +156,7 @@ class _Supervisor:
             delete_old(self._storage, self._config.run_folder, newest.step, keep, self._lease.number)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
-            print_out(f"{waiting} evaluations wait; they are done when the run is continued")
+            print_out(f"{counted(waiting, 'evaluation')} still to do, when the run is continued")
         return RunSummary(
             run_folder=self._config.run_folder,
             status=status,
@@ -322,6 +323,7 @@ class _Supervisor:
         if self._interrupts > 1:
             raise KeyboardInterrupt
         print_err("stopping after a checkpoint; once more to end at once")
+        self._relay.interrupted()
 
 
 class _Silence:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
-from m2f.cluster.terminal import Progress, print_out
+from m2f.cluster.terminal import Progress, print_err, print_out
 from m2f.cluster.verbs.arguments import OVERRIDE, add_checkpoint, choose_datasets, count, split_overrides
 from m2f.model.errors import ConfigError
 
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    print_err(f"analyze {args.what}: loading PyTorch")
     match args.what:
         case "table":
             return _table(args)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
-from m2f.cluster.terminal import Progress, print_out
+from m2f.cluster.terminal import Progress, print_err, print_out
 from m2f.cluster.verbs.arguments import add_recipe
 from m2f.model.errors import ConfigError
 
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where a checkpoint is damaged."""
+    print_err(f"{args.recipe}: loading PyTorch")
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
     from m2f.data_pipeline.storage.storage import Storage
     from m2f.trainer.checkpoint.folder import list_checkpoints

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from m2f.cluster.exit_status import ExitStatus
+from m2f.cluster.terminal import print_err, print_out
 from m2f.model.counted import counted
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison, or write it to --output."""
+    print_err("comparing runs: loading MLflow")
     from pathlib import Path
 
     from m2f.cluster.compare.compare import compare_runs
     from m2f.cluster.compare.records import CompareError, read_runs
-    from m2f.cluster.terminal import print_out
 
     form = args.format or ENDINGS.get(Path(args.output or "").suffix.lower(), "text")
     runs = read_runs(args.runs, tracking=args.tracking, experiment=args.experiment, query=args.filter, step=args.step)

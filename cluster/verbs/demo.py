@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from m2f.cluster.exit_status import ExitStatus
+from m2f.cluster.terminal import print_err
 from m2f.cluster.verbs.arguments import add_overrides
 
 SUMMARY = "make data, shard, train, evaluate and show pictures, in minutes on a laptop"
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where the run failed."""
+    print_err(f"demo below {args.output}: loading PyTorch, Ray and MLflow")
     from m2f.cluster.demo import run_demo
 
     return ExitStatus.GAVE_UP if run_demo(args.output, args.overrides).status == "failed" else ExitStatus.DONE

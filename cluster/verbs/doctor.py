@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from m2f.cluster.terminal import print_err
 from m2f.cluster.verbs.arguments import add_overrides, use_token
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.load import load_recipe
 
     config = None if args.recipe is None else load_recipe(args.recipe, args.overrides)
+    print_err(f"checking {'this machine' if args.address is None else f'the cluster at {args.address}'}")
     if args.address is not None and args.address.startswith(("http://", "https://")):
         return _as_job(config, args)
     from m2f.cluster.doctor.doctor import driver_checks, exit_status, machine_checks, print_findings, run_checks

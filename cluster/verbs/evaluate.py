@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from m2f.cluster.exit_status import ExitStatus
-from m2f.cluster.terminal import print_out
+from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
 from m2f.model.errors import ConfigError
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables; results of the run's own checkpoints also go to its MLflow run."""
+    print_err(f"{args.source}: loading PyTorch and MLflow")
     from os.path import abspath
 
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe

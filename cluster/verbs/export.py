@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from m2f.cluster.exit_status import ExitStatus
-from m2f.cluster.terminal import print_out
+from m2f.cluster.terminal import print_err, print_out
 from m2f.cluster.verbs.arguments import add_checkpoint, add_overrides, add_trained
 
 SUMMARY = "write a trained model as official checkpoint, Hugging Face folder, torch.export program or ONNX"
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    print_err(f"{args.source}: loading PyTorch")
     from pathlib import Path
 
     from m2f.cluster.predict.export import check_output, write_model

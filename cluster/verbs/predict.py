@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where some image could not be used."""
+    print_err(f"{args.source}: loading PyTorch")
     from pathlib import Path
 
     from m2f.cluster.predict.benchmark_zip import check_submission, write_submission
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.submission and not problems:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:
-        print_err(f"no submission is written: {len(problems)} images are missing, and the server would refuse it")
+        print_err(f"no submission is written without {counted(len(problems), 'image')}: the server would refuse it")
     return ExitStatus.GAVE_UP if problems else ExitStatus.DONE
 
 

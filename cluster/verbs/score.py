@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2f.cluster.exit_status import ExitStatus
-from m2f.cluster.terminal import Progress, print_out
+from m2f.cluster.terminal import Progress, print_err, print_out
 from m2f.cluster.verbs.arguments import count, usable_cores
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if path is not None and not path.resolve().parent.is_dir():
             flag = option.replace("_", "-")
             raise EvaluationError(f"--{flag} {path}: the folder does not exist; make it first")
+    print_err("scoring: reading the files")
     scoring = _open(args)
     with Progress("scoring", len(scoring.jobs), "images") as progress:
         found = scoring.evaluate(workers, progress.advance)

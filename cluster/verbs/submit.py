@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None or args.apply:
         raise ConfigError("--output and --apply go with --kuberay TEMPLATE; without it, Ray gets the run")
     use_token()
+    print_err("connecting to the cluster")
     from m2f.cluster.submit.ray_jobs import JobClient
 
     if args.stop or args.status:

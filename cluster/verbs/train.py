@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fresh:
         args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts take the same folder
         config = load_recipe(args.recipe, args.overrides)
+    print_err(f"{args.recipe}: loading PyTorch and MLflow")
     if args.restart:
         return _restarted(args, config)
     from m2f.cluster.train.driver_restarts import note_end

@@ -1,4 +1,4 @@
-"""Shards a synthetic data set in a process of its own: `shard_driver.py FOLDER IMAGES`; prints how many shards it has written."""
+"""Shards a synthetic data set: `shard_driver.py FOLDER IMAGES`; prints how many shards it has written."""
 
 import json
 import sys

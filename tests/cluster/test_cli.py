@@ -194,7 +194,7 @@ def test_training_in_plain_processes_leaves_a_checkpoint_and_a_finished_mlflow_r
     command = [sys.executable, "-m", "m2f.cluster.cli", "train", str(recipe), "--launcher", "local", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"run finished: {tmp_path}/small\n")
+    assert f"run finished: {tmp_path}/small\ncurves: mlflow ui " in done.stdout
     config = load_recipe(recipe, overrides)
     assert choose_checkpoint(config, Storage(), None).name == "step_00000002"
     with pytest.raises(ConfigError, match="there is no such file"):
@@ -389,10 +389,25 @@ def test_plan_needs_no_shards(recipe, tmp_path, capsys):
     assert out.startswith("GPU memory ")
 
 
-def test_a_misspelt_option_is_answered_with_the_closest_one(capsys):
+SCORED = ["--truth", "a", "--predictions", "b", "--truth-masks", "c", "--prediction-masks", "d"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["train", "recipe.yaml", "--laucher", "local"],
+            "unrecognized arguments: --laucher local; did you mean --launch",
+        ),
+        (["score", "panoptic", *SCORED, "--reprt", "x"], "unrecognized arguments: --reprt x; did you mean --report?"),
+        (["score", "panoptc"], "did you mean panoptic?"),
+        (["train", "recipe.yaml", "--launcher", "locl"], "did you mean local?"),
+    ],
+)
+def test_a_misspelt_option_or_choice_is_answered_with_the_closest_one(capsys, words, expected):
     with pytest.raises(SystemExit):
-        main(["train", "recipe.yaml", "--laucher", "local"])
-    assert "unrecognized arguments: --laucher local; did you mean --launcher?" in capsys.readouterr().err
+        main(words)
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 shards"), (1, "1 shard"), (1200, "1,200 shards")])

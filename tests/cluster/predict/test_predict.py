@@ -295,5 +295,5 @@ def test_no_submission_is_written_with_missing_images(painted, scenes, tmp_path,
     (tmp_path / "in/image_info_x.json").write_text(json.dumps(document))
     words = ["predict", "model", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--submission", "coco"]
     assert main([*words, "--image-info", str(tmp_path / "in/image_info_x.json")]) == 1
-    assert "no submission is written: 1 images are missing" in capsys.readouterr().err
+    assert "no submission is written without 1 image:" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.zip"))

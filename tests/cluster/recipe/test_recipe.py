@@ -310,3 +310,15 @@ def test_what_the_recipe_says_of_evaluation_stands():
     assert parse_recipe(text, ["evaluation.sets=[]"]).evaluation.sets == ()
     assert parse_recipe(text, ["evaluation.tasks=[semantic]"]).evaluation.tasks == ("semantic",)
     assert parse_recipe(text.replace("val:", "other:")).evaluation.sets == ()
+
+
+def test_paths_are_shortened_unless_a_link_gives_them_another_meaning(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere" / "inner")
+    monkeypatch.chdir(tmp_path / "here")
+    shards = ["datasets.train.shards=../shards/./train", "datasets.val.shards=link/../val"]
+    config = load_recipe("demo", ["output=../here/../runs", *shards])
+    assert config.run_folder == str(tmp_path / "runs" / "demo")
+    assert config.datasets["train"].shards == str(tmp_path / "shards" / "train")
+    assert config.datasets["val"].shards == str(tmp_path / "here" / "link" / ".." / "val")

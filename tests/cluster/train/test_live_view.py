@@ -66,7 +66,7 @@ def test_the_panel_shows_the_run():
         "step 12,000, 0:08 ago",
         "step 10,000: val PQ 34.20   (best PQ 35.20 at 5,000)",
         "evaluating step 12,000 on val, 3 of 63 batches",
-        "training \u00b7 8 workers",
+        "training \u00b7 8 workers \u00b7 Ctrl-C stops after a checkpoint",
     ):
         assert text in picture, picture
     drawn(view, 60)
@@ -74,6 +74,8 @@ def test_the_panel_shows_the_run():
     assert "nothing heard for 1:48" in drawn(view)
     view.begin_attempt(7)
     assert "starting 7 workers \u00b7 1 restart" in drawn(view)
+    view.interrupted()
+    assert "1 restart \u00b7 stopping after a checkpoint, Ctrl-C again ends at once" in drawn(view)
 
 
 @pytest.mark.parametrize(

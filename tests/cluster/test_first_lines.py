@@ -1,0 +1,31 @@
+"""Verbs that load large packages say so first: loading takes seconds, on a busy machine much longer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.waiting import PATIENCE_S
+
+HEAVY = "torch,ray,mlflow,deepspeed"
+FIRST_LINES = {
+    "demo --output out": "demo below out: loading PyTorch, Ray and MLflow",
+    "shard demo": "sharding train, val: opening the source",
+    "plan demo": "demo: loading PyTorch",
+    "train demo": "demo: loading PyTorch and MLflow",
+    "train demo --launcher local": "demo: loading PyTorch and MLflow",
+    "eval demo": "demo: loading PyTorch and MLflow",
+    "predict demo image.jpg --output out": "demo: loading PyTorch",
+    "export demo --format official --output out": "demo: loading PyTorch",
+    "checkpoint ls demo": "demo: loading PyTorch",
+    "analyze layers demo": "analyze layers: loading PyTorch",
+    "compare runs/a runs/b": "comparing runs: loading MLflow",
+    "submit demo": "connecting to the cluster",
+}
+
+
+def test_verbs_say_what_they_wait_for_before_they_load_it(tmp_path):
+    command = [sys.executable, Path(__file__).with_name("first_lines_main.py"), HEAVY, *FIRST_LINES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = [line for words, first in FIRST_LINES.items() for line in (f"> {words}", first, "imports")]
+    assert done.stderr.splitlines() == expected
