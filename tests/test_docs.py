@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from m2f.cluster.cli import parse_verb
 from m2f.cluster.recipe.explain import explain
+from m2f.cluster.recipe.load import load_recipe
 from m2f.model.config import ModelConfig
 from m2f.model.export.official import write_official
 from m2f.model.mask2former import build_model
 from tests.model.loss_oracle import make_targets
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DOCUMENTS = (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))
 DESIGN = REPOSITORY / "docs" / "design.md"
 FOLDERS = "model|data_pipeline|trainer|eval|cluster|configs|tests|benchmarks"
 
@@ -26,13 +30,13 @@ def test_the_settings_are_described_as_they_are():
 
 
 def test_links_between_documents_lead_somewhere():
-    for document in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
+    for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 def test_files_that_documents_name_are_there():
-    for document in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
+    for document in DOCUMENTS:
         for named in re.findall(rf"(?:{FOLDERS})/[\w/]+\.(?:py|yaml)\b", document.read_text()):
             assert (REPOSITORY / named).is_file(), f"{document.name}: {named}"
 
@@ -44,6 +48,35 @@ def test_the_floors_of_folders_are_described_as_they_are_checked():
     for contract in project["tool"]["importlinter"]["contracts"]:
         if "containers" in contract:
             assert "\n".join(layer.replace(" | ", ", ") for layer in contract["layers"]) in text, contract["name"]
+
+
+def _commands(document):
+    """Command lines of m2f in the indented blocks of a document, without comments and with all optional parts."""
+    text = document.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    (?:\w+=\S+ )*m2f (.+)$", text, re.MULTILINE)
+    return [shlex.split(re.sub(r"[][]", "", line), comments=True) for line in lines if "|" not in line]
+
+
+@pytest.mark.parametrize("name", sorted(path.relative_to(REPOSITORY).as_posix() for path in DOCUMENTS))
+def test_the_commands_in_documents_are_ones_that_m2f_takes(name):
+    for words in _commands(REPOSITORY / name):
+        parse_verb(words)
+
+
+def test_the_quick_start_has_a_recipe_and_a_command_for_every_stage(tmp_path):
+    document = REPOSITORY / "docs" / "quick_start.md"
+    verbs = [words[0] for words in _commands(document)]
+    assert [verb for verb in dict.fromkeys(verbs) if verb not in ("doctor", "config", "compare")] == [
+        "shard",
+        "stats",
+        "preview",
+        "train",
+        "predict",
+    ]
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL)
+    (tmp_path / "first.yaml").write_text(recipe)
+    overrides = [word for words in _commands(document) for word in words if "=" in word]
+    assert load_recipe(tmp_path / "first.yaml", overrides).name == "second"
 
 
 @pytest.mark.slow
