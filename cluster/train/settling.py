@@ -14,6 +14,7 @@ from m2f.cluster.train.continuation import newest_recipe
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.backbones.published import has_frozen_norms, published_problem
+from m2f.trainer.checkpoint.lease import INHERITED
 from m2f.trainer.config import Precision
 
 
@@ -46,7 +47,9 @@ class _Choices:
 
 
 def _stored_choices(config: RunConfig) -> _Choices:
-    recipe = newest_recipe(Storage(config.storage, on_wait=print_err), config.run_folder)
+    # A driver that is started again works for a run that the store has answered.
+    storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
+    recipe = newest_recipe(storage, config.run_folder)
     if recipe is None:
         return _Choices()
     precision = _setting(recipe, "training", "precision")

@@ -345,18 +345,28 @@ def _root(error: Exception) -> Exception:
 
 def _is_passing(error: Exception) -> bool:
     """Whether the same request may succeed a moment later."""
-    from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, ResponseStreamingError
+    from botocore.exceptions import (
+        ClientError,
+        FlexibleChecksumError,
+        HTTPClientError,
+        ResponseStreamingError,
+        SSLError,
+    )
+    from botocore.exceptions import ConnectionError as NoConnectionError
     from urllib3.exceptions import HTTPError
 
     if isinstance(error, ClientError):
         status, code = _response_error(error)
         return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
+    if isinstance(error, SSLError):  # a wrong certificate stays wrong
+        return False
     passing = (
         FlexibleChecksumError,
         HTTPClientError,
         ResponseStreamingError,
         HTTPError,
         ConnectionError,
+        NoConnectionError,  # refused, not reached in time, or no address for the name: no ConnectionError of Python's
         TimeoutError,
     )
     return isinstance(error, (*passing, _BrokenBodyError))

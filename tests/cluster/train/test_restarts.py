@@ -13,6 +13,7 @@ from m2f.cluster.cli import main
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.train import driver_restarts as restarts
 from m2f.cluster.train.driver_restarts import run_restarted
+from m2f.trainer.checkpoint.lease import INHERITED
 from tests.waiting import PATIENCE_S, wait_until
 
 HERE = Path(__file__).parent
@@ -138,3 +139,16 @@ def test_a_training_says_that_it_ends_of_its_own_accord(tmp_path, monkeypatch):
     os.close(writer)
     with open(reader) as end:
         assert end.read() == "."
+
+
+@pytest.mark.slow
+def test_a_driver_that_was_started_again_knows_that_its_store_has_answered(tmp_path, monkeypatch, capfd):
+    """So an endpoint at which nobody answers is an outage that another start may outlast, and no mistake."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("/data/train", "s3://bucket/train"))
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+    monkeypatch.setenv(INHERITED, "1:nonce")
+    words = ["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path}", "--launcher", "local"]
+    words += ["storage.endpoint_url=http://127.0.0.1:9", "storage.region=us-east-1", "storage.patience_s=1"]
+    assert main(words) == 69
+    assert "s3://bucket/train/dataset.json" in capfd.readouterr().err

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import socket
 import socketserver
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from m2f.data_pipeline.errors import (
 )
 from m2f.data_pipeline.storage import s3 as s3_store
 from m2f.data_pipeline.storage.storage import Storage, join
+from tests.waiting import PATIENCE_S, wait_until
 
 BODY = bytes(range(256)) * 4
 
@@ -331,6 +333,30 @@ def test_patience_ends(faulty):
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts .*503"):
         Storage(_config_of(faulty, patience_s=0.5), answered=True).get_range("s3://bucket/key", 0, 10)
     assert faulty.requests >= 2
+
+
+def test_a_store_whose_server_has_ended_is_waited_for():
+    """Nobody listens at its port until it is started again."""
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        address = reserved.getsockname()
+    storage = Storage(StorageConfig(endpoint_url=f"http://127.0.0.1:{address[1]}"), answered=True)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(storage.get_range("s3://bucket/key", 100, 700)))
+    reader.start()
+    wait_until(lambda: storage.counters.retries >= 2)
+    with _FaultyServer(address, _FaultyHandler) as server:
+        server.faults, server.requests = [], 0
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        reader.join(PATIENCE_S)
+        server.shutdown()
+    assert found == [BODY[100:800]]
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9", "http://nobody.invalid"])
+def test_a_store_that_cannot_be_reached_any_more_is_an_outage(place, monkeypatch):
+    monkeypatch.setattr(s3_store, "_ANSWERED", set())
+    with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts"):
+        Storage(StorageConfig(endpoint_url=place, patience_s=0.5), answered=True).get("s3://bucket/key")
 
 
 def test_a_store_that_never_answered_is_a_mistake_and_no_outage(faulty, monkeypatch):

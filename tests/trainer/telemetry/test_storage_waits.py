@@ -18,6 +18,7 @@ class Store:
     error = OutageError
 
     def impatient(self, limit_s):
+        assert limit_s <= 5.0
         return self
 
     def exists(self, url):
