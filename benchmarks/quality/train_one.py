@@ -22,6 +22,7 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
     A line is added to the run's CPU record before and after, so that a process that was killed is noticed: its seconds
     are missing. Training is what the rank's process took, with its start; evaluation what this one took.
     """
+    from m2f.cluster.terminal import print_err
     from m2f.cluster.train.local import train_locally
 
     config = run.config(folder, overrides)
@@ -29,10 +30,15 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
     record.parent.mkdir(parents=True, exist_ok=True)
     _add(record, {"event": "start"})
     before = _cpu_seconds(resource.RUSAGE_SELF)
-    summary = train_locally(config)
-    own = _cpu_seconds(resource.RUSAGE_SELF) - before
-    _add(record, {"event": "end", "training_s": _cpu_seconds(resource.RUSAGE_CHILDREN), "evaluation_s": own})
-    return 0 if summary.status == "finished" else 1
+    try:
+        summary = train_locally(config)
+    finally:
+        own = _cpu_seconds(resource.RUSAGE_SELF) - before
+        _add(record, {"event": "end", "training_s": _cpu_seconds(resource.RUSAGE_CHILDREN), "evaluation_s": own})
+    if failed := [entry.step for entry in summary.evaluations if entry.status == "failed"]:
+        place = f"{summary.run_folder}/evaluations"
+        print_err(f"the evaluation of step {failed[-1]} failed; delete {place} and start again to repeat it")
+    return 0 if summary.status == "finished" and not failed else 1
 
 
 def _cpu_seconds(whose: int) -> float:
