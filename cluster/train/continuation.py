@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.same_model import model_changes
-from m2f.cluster.recipe.stored import STORED_RECIPE
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.model.weights.hub import pinned
-from m2f.model.weights.sources import HUB, HubAddress
 from m2f.trainer.checkpoint.folder import RECIPE, list_checkpoints
 from m2f.trainer.checkpoint.identity import IDENTITY, START_ANEW, ModelIdentity, require_same_classes
 from m2f.trainer.checkpoint.weights import check_start
@@ -29,26 +25,6 @@ class _Stored:
     task: str
     classes: tuple[Category, ...] | None
     """None for a checkpoint from before version 0.2 whose data are gone."""
-
-
-def with_pinned_weights(config: RunConfig, storage: Storage) -> RunConfig:
-    """The run with the commit that `model.weights: hub:...` means, which all its starts then take.
-
-    A run with checkpoints needs the weights no more: it keeps what it was started with, and asks nobody. Raises
-    WeightsError where the hub has no such model or cannot be reached.
-    """
-    weights = config.model.weights
-    if weights is None or not weights.startswith(HUB):
-        return config
-    if list_checkpoints(storage, config.run_folder):
-        stored = _stored_weights(config, storage)
-        asked = HubAddress.parse(weights)
-        if not stored.startswith(HUB) or asked.is_commit or HubAddress.parse(stored).repo != asked.repo:
-            return config
-        weights = stored
-    else:
-        weights = pinned(weights)
-    return replace(config, model=replace(config.model, weights=weights))
 
 
 def check_continuation(job: TrainJob, storage: Storage) -> None:
@@ -75,17 +51,6 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
                 + f"\n{START_ANEW}"
             )
         return
-
-
-def _stored_weights(config: RunConfig, storage: Storage) -> str:
-    """`model.weights` of the recipe in the run folder; empty where it has none."""
-    url = join(config.run_folder, STORED_RECIPE)
-    if not storage.exists(url):
-        return ""
-    try:
-        return str((parse_yaml(storage.get(url).decode()) or {})["model"]["weights"] or "")
-    except (DocumentError, LookupError, TypeError):
-        return ""
 
 
 def newest_recipe(storage: Storage, run_folder: str) -> str | None:

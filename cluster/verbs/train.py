@@ -48,12 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status by the run's end, see `ExitStatus`."""
     from m2f.cluster.recipe.load import load_recipe
+    from m2f.cluster.recipe.pinned_weights import with_pinned_weights
     from m2f.cluster.recipe.stored import fresh_name
+    from m2f.data_pipeline.storage.storage import Storage
 
     config = load_recipe(args.recipe, args.overrides)
     if args.fresh:
         args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts take the same folder
         config = load_recipe(args.recipe, args.overrides)
+    config = with_pinned_weights(config, Storage(config.storage, on_wait=print_err))
     print_err(f"{args.recipe}: loading PyTorch and MLflow")
     if args.restart:
         return _restarted(args, config)
