@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
 SOAK ?=
+# The tests of a file run in one process, in their order: else both processes make the fixtures of many files.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS := 1
 export DS_ACCELERATOR ?= cpu
@@ -18,7 +20,7 @@ demo: .venv/installed  ## train a small model through the whole chain and show t
 # On a busy machine: make test PYTEST_ADDOPTS=--timeout=1200
 test: .venv/installed  ## every test; SOAK=1 adds the long proofs
 	failed=0; \
-	$(BIN)/python -m pytest $(TESTS) -n 2 -m "not cluster $(if $(SOAK),,and not soak)" || [ $$? = 5 ] || failed=1; \
+	$(BIN)/python -m pytest $(TESTS) -n 2 $(BY_FILE) -m "not cluster $(if $(SOAK),,and not soak)" || [ $$? = 5 ] || failed=1; \
 	$(BIN)/python -m pytest $(TESTS) -m "cluster $(if $(SOAK),,and not soak)" || [ $$? = 5 ] || failed=1; \
 	exit $$failed
 
@@ -27,7 +29,7 @@ check: .venv/installed  ## lint, types, import rules and the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(TESTS) -n 2 -q -m "not cluster and not slow and not soak" || [ $$? = 5 ]
+	$(BIN)/python -m pytest $(TESTS) -n 2 $(BY_FILE) -q -m "not cluster and not slow and not soak" || [ $$? = 5 ]
 
 fix: .venv/installed  ## format and repair what ruff can
 	$(BIN)/ruff format .
