@@ -24,6 +24,7 @@ from m2f.cluster.tracking.store import ui_command
 from m2f.cluster.tracking.tracking import Tracking, TrackingError, create_run, find_run
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.commits import write_metrics
+from tests.mounts import read_only
 from tests.waiting import PATIENCE_S, wait_until
 
 RECIPE = """
@@ -321,3 +322,12 @@ def test_a_person_is_told_how_to_look_at_a_store(tmp_path, monkeypatch):
     )
     assert ui_command("sqlite:////else/mlflow.db") == "mlflow ui --backend-store-uri sqlite:////else/mlflow.db"
     assert ui_command("http://server") == "http://server"
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_store_on_a_disk_that_takes_no_writes_is_one_message(output, is_new):
+    if is_new:
+        (output / "mlflow.db").unlink()
+    with read_only(output), pytest.raises(TrackingError, match="Read-only file system") as caught:
+        create_run(config_in(output))
+    assert "\n" not in str(caught.value)
