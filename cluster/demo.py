@@ -54,7 +54,8 @@ def describe(summary: RunSummary) -> str:
     published = [entry for entry in summary.evaluations if entry.status == "published"]
     if published:
         last = join(summary.run_folder, "evaluations", f"step_{published[-1].step:08d}")
-        lines += ["", f"pictures:  {last}/val/panels.png  (image, truth, prediction)"]
+        lines += ["", f"report:    {last}/val/report.html  (tables, charts and pictures)"]
+        lines += [f"pictures:  {last}/val/panels.png  (image, truth, prediction)"]
     lines += [f"curves:    {ui_command(summary.tracked.uri)}"]
     failed = [entry for entry in summary.evaluations if entry.status == "failed"]
     lines += [f"the evaluation of step {entry.step} failed: {entry.detail}" for entry in failed]
