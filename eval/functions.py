@@ -29,7 +29,7 @@ from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.box_average_precision import boxes_of_detections, boxes_of_truth, match_boxes
 from m2f.eval.metrics.error_types import instance_errors, panoptic_errors
 from m2f.eval.metrics.instance_matching import InstanceDetections, InstanceTruth
-from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.metrics.mean_iou import MeanIoUState, ignore_label
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.rle import Rle, encode_masks, mask_areas
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
@@ -166,6 +166,7 @@ def evaluate_semantic(
     *,
     class_names: Sequence[str],
     ignore: int = 255,
+    void: int | None = None,
 ) -> EvaluationResults:
     """mIoU and accuracies of a set of images, equal to detectron2's.
 
@@ -174,6 +175,8 @@ def evaluate_semantic(
         predictions: predicted label maps in the same order; or the path of a folder of files of the same names.
         class_names: the name of every class; labels are their positions.
         ignore: label of pixels of the truth that do not count.
+        void: label of predicted pixels without a class, each a miss of the truth's class; None: 255, or 65535 from 256
+            classes on.
 
     Raises:
         EvaluationError: inputs that do not belong together, named by image or file.
@@ -181,10 +184,12 @@ def evaluate_semantic(
     if isinstance(truth, str | os.PathLike) or isinstance(predictions, str | os.PathLike):
         paths = _path("truth", truth), _path("predictions", predictions)
         return semantic_scoring(
-            *paths, num_classes=len(class_names), ignore=ignore, class_names=tuple(class_names)
+            *paths, num_classes=len(class_names), ignore=ignore, void=void, class_names=tuple(class_names)
         ).evaluated()
     table = _table(class_names, [False] * len(class_names))
-    states = EvaluationStates(semantic=MeanIoUState(len(class_names), ignore))
+    states = EvaluationStates(
+        semantic=MeanIoUState(len(class_names), ignore, ignore_label(len(class_names)) if void is None else void)
+    )
     assert states.semantic is not None
     for number, (annotated, predicted) in enumerate(_pairs(truth, predictions)):
         states.semantic.update(number, annotated, predicted)

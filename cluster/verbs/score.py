@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     semantic.add_argument("--num-classes", required=True, type=int, metavar="K", help="labels are 0 to K - 1")
     semantic.add_argument("--ignore", type=int, default=255, metavar="V", help="value without label (default 255)")
+    semantic.add_argument(
+        "--void", type=int, metavar="V", help="value of predictions without a class, which miss (default 255)"
+    )
 
 
 def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
@@ -169,6 +172,7 @@ def _open(args: argparse.Namespace) -> Scoring:
                 args.predictions,
                 num_classes=args.num_classes,
                 ignore=args.ignore,
+                void=args.void,
                 class_names=None if args.class_names is None else read_names(args.class_names),
                 options=_options(args),
             )

@@ -26,7 +26,7 @@ class ConfusionRecord(Record):
     """Non-empty cells of one image's confusion matrix, ascending."""
 
     cell: np.ndarray = field(metadata=column("int32"))
-    """truth * num_classes + prediction."""
+    """truth * num_classes + prediction; num_classes^2 + truth where the prediction is void."""
     pixels: np.ndarray = field(metadata=column("int64"))
 
 
@@ -53,14 +53,20 @@ class MeanIoU:
 
 
 class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
-    """Sparse confusion matrices per image. Truth pixels of the value `ignore` have no label."""
+    """Sparse confusion matrices per image. Truth pixels of the value `ignore` have no label.
+
+    Predicted pixels of the value `void` have no class: each is a miss of the truth's class and a false positive of
+    none. None: a prediction gives every pixel a class.
+    """
 
     name = "mean IoU"
 
-    def __init__(self, num_classes: int, ignore: int | None = None) -> None:
+    def __init__(self, num_classes: int, ignore: int | None = None, void: int | None = None) -> None:
         self.num_classes = num_classes
         self.ignore = ignore_label(num_classes) if ignore is None else ignore
-        super().__init__(ConfusionRecord, {"num_classes": num_classes, "ignore": self.ignore})
+        self.void = void
+        settings = {"num_classes": num_classes, "ignore": self.ignore}
+        super().__init__(ConfusionRecord, settings if void is None else {**settings, "void": void})
 
     def update(self, image_id: int, truth: np.ndarray, predicted: np.ndarray) -> None:
         """Count one image: label maps [H, W]. Raises EvaluationError naming it for sizes or labels amiss."""
@@ -71,36 +77,56 @@ class MeanIoUState(MetricState[ConfusionRecord, MeanIoU]):
         truth_labels, predicted_labels, lengths = common_runs(truth, predicted)
         labelled = truth_labels != self.ignore
         rows, columns = truth_labels[labelled].astype(np.intp), predicted_labels[labelled].astype(np.intp)
-        for side, labels in (("truth", rows), ("prediction", columns)):
+        void = np.zeros(len(columns), dtype=bool) if self.void is None else columns == self.void
+        for side, labels in (("truth", rows), ("prediction", columns[~void])):
             if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 raise EvaluationError(
                     f"image {image_id}: the {side} has labels from {labels.min()} to {labels.max()}, "
                     f"outside 0..{self.num_classes - 1}"
                 )
-        pixels = np.bincount(rows * self.num_classes + columns, weights=lengths[labelled])
+        cells = np.where(void, self.num_classes**2 + rows, rows * self.num_classes + columns)
+        pixels = np.bincount(cells, weights=lengths[labelled])
         cells = pixels.nonzero()[0]
         self.add(image_id, ConfusionRecord(cells, pixels[cells]))
 
     def confusion(self) -> np.ndarray:
-        """Pixels [K truth, K predicted] int64 of all images."""
-        matrix = np.zeros(self.num_classes**2, dtype=np.int64)
-        np.add.at(matrix, self.rows("cell"), self.rows("pixels"))
-        return matrix.reshape(self.num_classes, self.num_classes)
+        """Pixels [K truth, K predicted] int64 of all images, without void."""
+        return self._counts()[: self.num_classes**2].reshape(self.num_classes, self.num_classes)
+
+    def void_pixels(self) -> np.ndarray:
+        """Pixels [K] int64 of every class of the truth whose prediction is void."""
+        return self._counts()[self.num_classes**2 :]
+
+    def _counts(self) -> np.ndarray:
+        counts = np.zeros(self.num_classes * (self.num_classes + 1), dtype=np.int64)
+        np.add.at(counts, self.rows("cell"), self.rows("pixels"))
+        return counts
 
     def compute(self) -> MeanIoU:
         """All conventions at once, from one confusion matrix."""
-        return mean_iou_of(self.confusion())
+        return self.of_classes(None)
+
+    def of_classes(self, chosen: Collection[int] | None) -> MeanIoU:
+        """As `compute`, over some classes; None: over all."""
+        return mean_iou_of(self.confusion(), self.void_pixels(), chosen)
 
 
-def mean_iou_of(confusion: np.ndarray, chosen: Collection[int] | None = None) -> MeanIoU:
-    """All conventions at once, from pixels [K truth, K predicted].
+def split_cells(cells: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Class of the truth and of the prediction of cells of records; -1 where the prediction is void."""
+    truth, predicted = np.divmod(cells, num_classes)
+    void = cells >= num_classes**2
+    return np.where(void, cells - num_classes**2, truth), np.where(void, -1, predicted)
+
+
+def mean_iou_of(confusion: np.ndarray, void_pixels: np.ndarray, chosen: Collection[int] | None = None) -> MeanIoU:
+    """All conventions at once, from pixels [K truth, K predicted], and [K truth] whose prediction is void.
 
     `chosen`: averages over these classes, pixels of whose truth count; None: over all.
     """
     num_classes = len(confusion)
     counted = np.isin(np.arange(num_classes), range(num_classes) if chosen is None else list(chosen))
     correct = confusion.diagonal().astype(float)
-    truth = confusion.sum(axis=1).astype(float)
+    truth = (confusion.sum(axis=1) + void_pixels).astype(float)
     union = truth + confusion.sum(axis=0) - correct
     labelled, occurring = counted & (truth > 0), counted & (union > 0)
     iou = np.divide(correct, union, out=np.zeros_like(correct), where=occurring)

@@ -219,7 +219,10 @@ def _top_confusions(what: str, names: Sequence[str], counts: np.ndarray) -> str:
     pairs = [(t, p, n) for t, p, n in _cells(counts) if t != p and NO_PARTNER not in (names[t], names[p])]
     top = sorted(pairs, key=lambda cell: -cell[2])[:TOP_CONFUSIONS]
     totals = counts.sum(axis=1).tolist()
-    rows = [[names[t], names[p], f"{n:,}", f"{100 * n / totals[t]:.1f} %"] for t, p, n in top]
+    rows = [
+        [Cell(escape(names[t]), "text"), Cell(escape(names[p]), "text"), f"{n:,}", f"{100 * n / totals[t]:.1f} %"]
+        for t, p, n in top
+    ]
     return (
         table(["truth", "taken for", what, "of the truth"], rows)
         if rows

@@ -31,7 +31,7 @@ td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywher
 .best { font-weight: bold; }
 .good { color: #0072b2; } .bad { color: #d55e00; }
 @media (prefers-color-scheme: dark) { .good { color: #56b4e9; } .bad { color: #ff8c42; } }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 20px; }
 .small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); margin: 12px 0; }
 svg { width: 100%; height: auto; }
 img { width: 100%; min-width: 800px; height: auto; display: block; margin: 8px 0; border-radius: 4px; }

@@ -17,7 +17,7 @@ from m2f.data_pipeline.storage.ragged_table import Ragged, read_table_bytes, tab
 from m2f.eval.errors import EvaluationError
 from m2f.eval.metrics.average_precision import AveragePrecisionState
 from m2f.eval.metrics.base import MetricState
-from m2f.eval.metrics.mean_iou import MeanIoUState
+from m2f.eval.metrics.mean_iou import MeanIoUState, split_cells
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState
 from m2f.eval.metrics.resampled import (
     InstanceImages,
@@ -127,7 +127,7 @@ def _of(kind: type[_ImagesT], state: MetricState) -> _ImagesT:
 
 
 def _semantic_images(state: MeanIoUState) -> SemanticImages:
-    truth, predicted = np.divmod(state.rows("cell"), state.num_classes)
+    truth, predicted = split_cells(state.rows("cell"), state.num_classes)
     counts = state.row_counts("cell")
     return SemanticImages(*(Ragged(values, counts) for values in (truth, predicted, state.rows("pixels"))))
 

@@ -19,7 +19,7 @@ from m2f.eval.metrics.boundary import BOUNDARY_RATIO
 from m2f.eval.metrics.cityscapes_ap import CityscapesAPState
 from m2f.eval.metrics.cityscapes_iou import CityscapesIoUState
 from m2f.eval.metrics.error_types import ErrorState
-from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState
+from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoUState, split_cells
 from m2f.eval.metrics.panoptic_quality import PanopticQualityState
 from m2f.eval.metrics.segment_errors import SegmentErrorState
 from m2f.eval.results.extra import ExtraResults
@@ -180,7 +180,7 @@ def image_qualities(states: EvaluationStates) -> dict[int, float]:
 
 
 def _pixel_accuracy(record: ConfusionRecord, num_classes: int) -> float | None:
-    truth, predicted = np.divmod(record.cell, num_classes)
+    truth, predicted = split_cells(record.cell, num_classes)
     pixels = int(record.pixels.sum())
     return int(record.pixels[truth == predicted].sum()) / pixels if pixels else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m2f.data_pipeline.categories import CategoryTable
 from m2f.eval.errors import EvaluationError
-from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState, mean_iou_of
+from m2f.eval.metrics.mean_iou import ConfusionRecord, MeanIoU, MeanIoUState, ignore_label
 from m2f.eval.results.results import EvaluationResults, EvaluationSubject, columns
 from m2f.eval.score.files import ScoredCategory, read_labels, require_folder, some
 from m2f.eval.score.options import (
@@ -33,12 +33,14 @@ def semantic_scoring(
     *,
     num_classes: int,
     ignore: int,
+    void: int | None = None,
     class_names: tuple[str, ...] | None = None,
     options: ScoreOptions = EVERYTHING,
 ) -> Scoring[str, ConfusionRecord, MeanIoU]:
     """mIoU over all PNG files under `truth`; predictions have the same relative names.
 
-    `class_names`: of every class; None calls them by number. Raises EvaluationError for folders without maps and for
+    `void`: value of predicted pixels without a class; None: 255, or 65535 from 256 classes on. `class_names`: of every
+    class; None calls them by number. Raises EvaluationError for folders without maps and for
     missing predictions.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
@@ -51,11 +53,11 @@ def semantic_scoring(
     names = label_maps(truth, predictions)
     wanted = chosen_images((n for name in names for n in (name, name.removesuffix(".png"))), options, str(truth))
     names = [name for name in names if wanted is None or name in wanted or name.removesuffix(".png") in wanted]
-    state = MeanIoUState(num_classes, ignore)
+    state = MeanIoUState(num_classes, ignore, ignore_label(num_classes) if void is None else void)
     subject = subject_of(predictions, options, len(names))
     return Scoring(
         jobs=names,
-        work=OneByOne(_ScoreImage(truth, predictions, num_classes, ignore)),
+        work=OneByOne(_ScoreImage(truth, predictions, num_classes, ignore, state.void)),
         state=state,
         report=partial(_report, shown, chosen, notes_of(options, len(names)), state, len(names)),
         results=partial(_results, table_of(categories), subject, chosen, state, len(names)),
@@ -78,7 +80,7 @@ def _results(
         num_images=num_images,
         panoptic=None,
         instance=None,
-        semantic=result if chosen is None else mean_iou_of(state.confusion(), chosen),
+        semantic=state.of_classes(chosen),
         pixels=state.confusion(),
     )
 
@@ -101,9 +103,10 @@ class _ScoreImage:
     predictions: Path
     num_classes: int
     ignore: int
+    void: int | None
 
     def __call__(self, name: str) -> ConfusionRecord:
-        state = MeanIoUState(self.num_classes, self.ignore)
+        state = MeanIoUState(self.num_classes, self.ignore, self.void)
         truth, predicted = read_labels(self.truth / name), read_labels(self.predictions / name)
         if truth.shape != predicted.shape:
             raise EvaluationError(f"{name}: the truth has the shape {truth.shape}, the prediction {predicted.shape}")
@@ -126,7 +129,11 @@ def _report(
     result: MeanIoU,
 ) -> ScoreReport:
     if chosen is not None:
-        result = mean_iou_of(state.confusion(), chosen)
+        result = state.of_classes(chosen)
+    void = int(state.void_pixels().sum())
+    if void:
+        labelled = int(state.confusion().sum()) + void
+        notes = [*notes, f"{void:,} of {labelled:,} labelled pixels are void ({state.void}) in predictions: missed"]
     numbers = {
         "mIoU": result.miou,
         "mIoU_union": result.miou_occurring,
@@ -146,4 +153,4 @@ def _report(
         columns(list(numbers), [[percent(value) for value in numbers.values()]]),
         columns(["class", "IoU", "pixels"], per_class),
     ]
-    return ScoreReport({**numbers, "IoU": list(result.per_class)}, "\n\n".join(tables))
+    return ScoreReport({**numbers, "IoU": list(result.per_class), "void_pixels": void}, "\n\n".join(tables))

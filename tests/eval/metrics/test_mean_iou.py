@@ -21,6 +21,37 @@ def test_conventions_differ_in_absent_and_only_predicted_classes():
     assert result.truth_pixels == (2, 1, 0, 0)
 
 
+@pytest.mark.parametrize("void", [255, 7, 0])
+def test_void_in_predictions_misses_and_is_wrong_nowhere(void):
+    """Truth 1 1 1 2 and ignored; one pixel of class 1 is void in the prediction, and one that does not count."""
+    truth, predicted = np.array([[1, 1, 1, 2, 255]]), np.array([[1, void, 2, 2, void]])
+    state = MeanIoUState(3, 255, void)
+    state.update(1, truth, predicted)
+    result = state.compute()
+    assert result.per_class == (None, 1 / 3, 1 / 2)
+    assert (result.miou, result.pacc) == ((1 / 3 + 1 / 2) / 2, 2 / 4)
+    assert result.macc == (1 / 3 + 1) / 2
+    assert result.truth_pixels == (0, 3, 1)
+    assert state.void_pixels().tolist() == [0, 1, 0]
+    assert state.confusion().sum() == 3
+    assert state.of_classes([2]).miou == 1 / 2
+
+
+def test_states_with_void_survive_storage_and_never_merge_with_others():
+    state = MeanIoUState(3, 255, 255)
+    state.update(1, np.array([[1, 1]]), np.array([[255, 1]]))
+    again = MeanIoUState.from_bytes(state.to_bytes())
+    assert (again.void, again.compute()) == (255, state.compute())
+    with pytest.raises(EvaluationError, match="different settings"):
+        again.merge(MeanIoUState(3, 255))
+    assert MeanIoUState.from_bytes(MeanIoUState(3).to_bytes()).void is None
+
+
+def test_without_a_value_for_void_every_label_must_be_a_class():
+    with pytest.raises(EvaluationError, match="the prediction has labels from 1 to 255"):
+        MeanIoUState(3).update(1, np.array([[1, 1]]), np.array([[255, 1]]))
+
+
 @pytest.mark.parametrize("num_classes", [3, 150, 847])
 def test_confusion_equals_a_plain_count(num_classes):
     rng = np.random.default_rng(num_classes)

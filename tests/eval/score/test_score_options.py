@@ -324,3 +324,33 @@ def test_label_maps_have_names_subsets_pages_and_a_function(tmp_path, capsys):
     truth, predicted = maps[1]
     chosen = (truth == 1) | (truth == 2)
     assert part["pACC"] == pytest.approx((truth == predicted)[chosen].mean())
+
+
+@pytest.mark.parametrize("void", [255, 9])
+def test_void_in_predicted_label_maps(tmp_path, capsys, void):
+    """Maps on disk and arrays: a void pixel is a miss of the truth's class, and of no class a false positive."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, (20, 30)).astype(np.uint8)
+    truth[0] = 255
+    predicted = np.where(rng.random(truth.shape) < 0.3, void, rng.integers(0, 3, truth.shape)).astype(np.uint8)
+    for side, labels in (("truth", truth), ("found", predicted)):
+        (tmp_path / side).mkdir()
+        cv2.imwrite(str(tmp_path / side / "a.png"), labels)
+    words = ["--truth", str(tmp_path / "truth"), "--predictions", str(tmp_path / "found"), "--num-classes", "3"]
+    words += [] if void == 255 else ["--void", str(void)]
+    files = ["--output", str(tmp_path / "out.json"), "--per-image", str(tmp_path / "images.parquet")]
+    assert main(["score", "semantic", *words, *files, "--report", str(tmp_path / "page.html")]) == 0
+    labelled = truth != 255
+    missed = int((predicted == void)[labelled].sum())
+    assert f"{missed:,} of {labelled.sum():,} labelled pixels are void ({void})" in capsys.readouterr().out
+    ious = [
+        (labelled & (truth == k) & (predicted == k)).sum() / (labelled & ((truth == k) | (predicted == k))).sum()
+        for k in range(3)
+    ]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["IoU"] == pytest.approx(ious, abs=1e-12)
+    assert found["void_pixels"] == missed
+    results = evaluate_semantic([truth], [predicted], class_names=NAMES, void=void)
+    assert list(results.semantic.per_class) == found["IoU"]
+    images = read_image_records((tmp_path / "images.parquet").read_bytes())
+    assert images.own_values()["mIoU"] == pytest.approx([100 * np.mean(ious)])
