@@ -17,7 +17,8 @@ T = TypeVar("T")
 REQUEST_S = 5.0
 """Longest wait for one answer of the storage or of the counter."""
 FRESH_S = 60.0
-"""How long a rank that waits for others believes that one of them waits for the storage."""
+"""How long the last word of an outage excuses a rank. Whoever waits sleeps up to 20 s before it asks again, and ranks
+that wait for it hear of the outage from time to time only."""
 SAY_S = 60.0
 _COUNTER = "storage_waits"
 
@@ -34,20 +35,20 @@ class StorageWaits:
         self._objects = [join(url, "manifest.json") for url in dict.fromkeys(urls)]  # whether they exist is irrelevant
         self._storage = storage.impatient(REQUEST_S)
         self._ranks, self._reporter = ranks, reporter
-        self._seen, self._moved = 0, float("-inf")
+        self._seen, self._away = 0, float("-inf")  # of the monotonic clock: when the storage was last said to be away
         self._said = float("-inf")
 
     def look(self, waits_for_others: bool, seconds: float) -> bool:
         """Whether the storage is why this rank, or one that it waits for, has been in its phase for `seconds`."""
         if not self._objects:  # local files
             return False
-        return self._others_wait() if waits_for_others else self._storage_is_away(seconds)
+        if self._others_wait() if waits_for_others else self._storage_is_away(seconds):
+            self._away = time.monotonic()
+        return time.monotonic() - self._away < FRESH_S
 
     def _others_wait(self) -> bool:
-        seen = _answer(lambda: self._ranks.count(_COUNTER), self._seen)
-        if seen != self._seen:
-            self._seen, self._moved = seen, time.monotonic()
-        return time.monotonic() - self._moved < FRESH_S
+        before, self._seen = self._seen, _answer(lambda: self._ranks.count(_COUNTER), self._seen)
+        return before != self._seen
 
     def _storage_is_away(self, seconds: float) -> bool:
         for url in self._objects:

@@ -117,7 +117,9 @@ class Watchdog:
                 # Fires only when this thread does not get to run, or hangs itself further down.
                 faulthandler.dump_traceback_later(limit_s + 2 * GATHER_S, exit=True, file=sys.__stderr__ or last_words)
                 seconds = time.monotonic() - mark.since
-                waits = seconds > min(limit_s, LOOK_AT_STORAGE_S) and self._waits.look(self._in_collective(), seconds)
+                # Well before the limit: an outage may end just then, and whoever waited for it has yet to ask again.
+                looks = seconds > min(limit_s / 2, LOOK_AT_STORAGE_S)
+                waits = looks and self._waits.look(self._in_collective(), seconds)
                 if seconds > limit_s and not waits:
                     self._end()
             faulthandler.cancel_dump_traceback_later()

@@ -72,6 +72,18 @@ def test_a_rank_whose_store_is_away_is_no_stall_and_says_so_once_a_minute(pair, 
     assert events.lines == ["rank 0 has been waiting for 70 s; s3://bucket/run/manifest.json does not answer"] * 2
 
 
+def test_a_rank_has_time_to_ask_again_when_its_store_is_back(pair, now):
+    """An outage that is longer than `stall_timeout_s` ends: the rank may sleep before its next attempt."""
+    cut_off, _, store, _ = pair
+    store.away = True
+    assert cut_off.look(False, 320.0)
+    store.away = False
+    now.seconds += 25.0
+    assert cut_off.look(False, 345.0)
+    now.seconds += 40.0
+    assert not cut_off.look(False, 385.0)
+
+
 def test_ranks_that_wait_for_it_know_as_long_as_it_waits(pair, now):
     cut_off, waiting, store, _ = pair
     assert not waiting.look(True, 70.0)
