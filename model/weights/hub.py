@@ -82,7 +82,8 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
 def unavailable(repo: str) -> str | None:
     """Why a model of the hub, OWNER/NAME, cannot be had; None where the cache or the hub has it. Answers within 5 s."""
     address = HubAddress(repo)
-    if _cached_folder(address) is not None:
+    cached = _cached_folder(address)
+    if cached is not None and _has_weights(cached):
         return None
     try:
         found = _ask(address)

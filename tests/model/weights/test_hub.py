@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from m2f.model.errors import ConfigError, WeightsError
-from m2f.model.weights.hub import hub_folder, pinned
+from m2f.model.weights.hub import hub_folder, pinned, unavailable
 from m2f.model.weights.sources import HubAddress
 from tests.model.weights.hub_server import COMMIT, REPO, serve_hub
 
@@ -50,6 +50,19 @@ def closed_port() -> str:
 @pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
 def test_a_revision_is_pinned_to_its_commit(hub, revision):
     assert pinned(ADDRESS + revision) == f"{ADDRESS}@{COMMIT}"
+
+
+def test_whether_a_model_can_be_had_is_found_out_without_its_weights(hub, model, monkeypatch):
+    assert unavailable(REPO) is None
+    assert "the hub has no someone/else" in str(unavailable("someone/else"))
+    assert not any("safetensors" in request for request in hub.requests)
+    hub_folder(ADDRESS, weights=False)
+    use_endpoint(monkeypatch, closed_port())
+    assert "does not answer" in str(unavailable(REPO))  # the cache has the notes alone
+    use_endpoint(monkeypatch, hub.url)
+    hub_folder(ADDRESS)
+    use_endpoint(monkeypatch, closed_port())
+    assert unavailable(REPO) is None
 
 
 def test_nothing_but_safetensors_and_notes_is_fetched_and_only_once(hub):
