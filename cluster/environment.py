@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -20,3 +21,9 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def uses_ray(address: str | None) -> bool:
+    """Whether a Ray cluster is named, by `address` or RAY_ADDRESS, or this process is connected to one."""
+    ray = sys.modules.get("ray")  # importing it takes a second
+    return address is not None or "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())

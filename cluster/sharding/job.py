@@ -7,14 +7,13 @@ shards with a receipt are skipped. Little work is done in this process, as Ray t
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
+from m2f.cluster.environment import uses_ray
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.sharding.report import REPORT_FILE, SHOWN_PROBLEMS, ShardFailure, ShardJobError, ShardReport
 from m2f.cluster.terminal import Progress, print_err
@@ -128,20 +127,13 @@ def _choose_writer(
     ray_until: ExitStack,
 ) -> Write:
     """Writes in this process where little is missing, else with Ray, which is started here."""
-    if not _uses_ray(cluster) and _is_little(reader, plan, missing):
+    if not uses_ray(cluster.address) and _is_little(reader, plan, missing):
         return lambda indices: write_here(reader, plan, indices, storage, keep_going)
     from m2f.cluster.ray_cluster import local_or_existing
     from m2f.cluster.sharding.ray_tasks import run_tasks
 
     ray_until.enter_context(local_or_existing(cluster, cluster.shard_tasks))
     return lambda indices: run_tasks(reader, plan, indices, storage, cluster.shard_tasks, keep_going)
-
-
-def _uses_ray(cluster: ClusterConfig) -> bool:
-    """Whether this process is connected already, or a cluster is named."""
-    ray = sys.modules.get("ray")  # importing it takes a second
-    is_connected = ray is not None and ray.is_initialized()
-    return is_connected or cluster.address is not None or "RAY_ADDRESS" in os.environ
 
 
 def _is_little(reader: Reader, plan: ShardPlan, missing: Sequence[int]) -> bool:

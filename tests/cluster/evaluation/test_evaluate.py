@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from m2f.cluster.evaluation import offline
 from m2f.cluster.evaluation.actor import EvaluationActor
 from m2f.cluster.evaluation.evaluate import evaluate_sets, name_of_results, write_files
 from m2f.cluster.recipe.load import parse_recipe
@@ -116,6 +117,21 @@ def test_no_panels_means_no_pictures(small):
     whole, *_ = evaluate_sets(config, pool, weights, None, lambda *_: None)
     assert not {"panels.png", "worst.png"} & set(whole.files())
     assert [task.drawn for task, _ in pool.calls] == [(), (), ()]
+
+
+def test_few_images_are_evaluated_without_starting_ray(small, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(offline, "local_or_existing", refuse)
+    config, weights = small
+    config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:2]))
+    found = offline.evaluate_checkpoint(config, weights)
+    expected = evaluate_sets(config, PoolHere(config), weights, None, lambda *_: None)
+    assert [one.files() for one in found] == [one.files() for one in expected]
+    monkeypatch.setattr(offline, "FEW_IMAGES", 12)  # the sets have 10 and 3
+    with pytest.raises(AssertionError, match="Ray was started"):
+        offline.evaluate_checkpoint(config, weights)
 
 
 def test_the_batch_size_changes_nothing_but_rounding(small):
