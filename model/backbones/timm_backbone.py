@@ -158,13 +158,15 @@ def _create(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -
 
 
 def _read_weights(weights: str) -> dict[str, Tensor]:
-    """Tensors under the names of timm, with the classifier."""
+    """Tensors under the names of timm, from a file with the classifier."""
     state = read_state(weights_path(weights))
     if not weights.startswith(PACKAGE):
         return to_timm_names(state)
+    known = packaged_weights(weights)
     with torch.device("meta"):
-        names = list(timm.create_model(packaged_weights(weights).model).state_dict())
-    return renamed_in_order(state, names)
+        names = list(timm.create_model(known.model).state_dict())
+    renamed = renamed_in_order(state, names)
+    return {name: tensor for name, tensor in renamed.items() if name.partition(".")[0] not in known.head}
 
 
 def _required_multiple(body: nn.Module) -> int:

@@ -28,6 +28,8 @@ class PackagedWeights:
     sha256: str
     model: str
     """Name of the model in timm."""
+    head: tuple[str, ...]
+    """Modules of that model behind its last map of features."""
     pixel_mean: tuple[float, float, float]
     """What the weights were trained with: RGB, 0 to 255."""
     pixel_std: tuple[float, float, float]
@@ -40,6 +42,7 @@ _KNOWN = (
         file="models/efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         model="tf_efficientnet_lite0",
+        head=("conv_head", "bn2", "classifier"),
         pixel_mean=(127.0, 127.0, 127.0),
         pixel_std=(128.0, 128.0, 128.0),
     ),

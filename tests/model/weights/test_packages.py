@@ -30,7 +30,7 @@ def test_the_tensors_are_those_of_the_timm_model_in_order():
 
 
 @needs_package
-def test_a_backbone_has_the_features_of_the_whole_model():
+def test_a_backbone_has_the_features_of_the_whole_model(caplog):
     names = list(timm.create_model("tf_efficientnet_lite0").state_dict())
     whole = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     whole.load_state_dict(renamed_in_order(read_state(weights_path(LITE0)), names), strict=False)
@@ -41,6 +41,7 @@ def test_a_backbone_has_the_features_of_the_whole_model():
     assert [tuple(level.shape[1:]) for level in ours] == [(24, 16, 24), (40, 8, 12), (112, 4, 6), (320, 2, 3)]
     for level, expected in zip(ours, theirs[-4:], strict=True):
         torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-4)
+    assert "nexpected keys" not in caplog.text
 
 
 @needs_package
