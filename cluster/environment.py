@@ -1,4 +1,4 @@
-"""Environment variables that hold for a while."""
+"""Environment variables that hold for a while, and whether there is a Ray cluster for this process."""
 
 from __future__ import annotations
 

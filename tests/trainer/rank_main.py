@@ -20,6 +20,7 @@ from freeze_ranks import frozen, frozen_alone
 from restore_ranks import attacked, restored, saved
 from tiny_job import StopAt, make_job, train
 
+from m2f.cluster.exit_status import end_process
 from m2f.trainer.worker import process_group
 from tests.waiting import PATIENCE_S
 
@@ -91,3 +92,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)
