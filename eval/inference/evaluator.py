@@ -27,7 +27,7 @@ from m2f.eval.metrics.instance_matching import InstanceDetections, class_agnosti
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction
 from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks
 from m2f.eval.metrics.segment_errors import instance_candidates, panoptic_candidates
-from m2f.eval.report.dump import ResultDump
+from m2f.eval.report.dump import ResultDump, image_file_name
 from m2f.eval.report.overlays import instance_overlays, panoptic_overlays, semantic_overlays
 from m2f.eval.report.panels import Overlay, render_panel
 from m2f.eval.results.states import EvaluationStates
@@ -205,7 +205,7 @@ class Evaluator:
         if sample.image_id in self._panel_ids:
             shown = self._tasks[0]
             classes, overlays = self._categories.for_task(shown), pictures[shown]()
-            states.panels[sample.image_id] = render_panel(sample.image, sample.key, overlays, classes)
+            states.panels[sample.image_id] = render_panel(sample.image, image_file_name(sample), overlays, classes)
 
     def _panoptic(self, sample: DecodedSample, result: PanopticResult, states: EvaluationStates) -> _MakeOverlays:
         assert states.panoptic is not None

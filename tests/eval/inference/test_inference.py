@@ -117,7 +117,7 @@ def test_a_panel_names_the_file_of_its_image(monkeypatch):
     names = []
     monkeypatch.setattr("m2f.eval.inference.evaluator.render_panel", lambda image, name, *_: names.append(name) or b"")
     evaluator_of(Oracle(), panel_ids=[7]).evaluate_batch(batch_of(7, 5))
-    assert names == [harbour(7).key]
+    assert names == [f"{harbour(7).key}.jpg"]
 
 
 def test_padding_and_resizing_are_undone():

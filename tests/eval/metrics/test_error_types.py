@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from m2f.eval.metrics import average_precision
 from m2f.eval.metrics.average_precision import AveragePrecisionState, InstanceDetections, InstanceTruth
 from m2f.eval.metrics.error_types import ErrorState, ErrorType, instance_errors, panoptic_errors
 from m2f.eval.metrics.panoptic_quality import (
@@ -19,7 +20,9 @@ NUM_CLASSES = 3
 SIDE = 130
 OF_TIDE = {
     0: [25.008, 6.764, 19.063, 3.171, 1.024, 5.005, 0.977],
+    1: [24.391, 3.575, 15.201, 3.235, 1.654, 8.491, 2.415],
     2: [24.860, 3.024, 19.570, 1.792, 0.984, 8.971, 3.791],
+    3: [34.377, 6.076, 17.943, 4.011, 2.046, 6.155, 0.677],
     4: [36.766, 4.534, 15.536, 4.440, 1.282, 8.377, 2.210],
     5: [31.612, 6.295, 11.217, 2.853, 0.693, 8.645, 2.426],
     6: [28.401, 12.289, 9.647, 4.823, 1.678, 7.654, 2.107],
@@ -28,10 +31,13 @@ OF_TIDE = {
     9: [26.713, 5.933, 8.454, 4.181, 1.183, 8.919, 2.220],
     10: [25.687, 1.562, 16.793, 2.904, 1.302, 11.128, 1.682],
     12: [26.923, 2.215, 17.341, 2.882, 1.540, 8.187, 2.671],
+    17: [34.783, 9.587, 8.730, 1.732, 1.067, 10.451, 2.742],
 }
 """AP50 and gains in per cent that tidecv 1.0.1 gives for `some_images(seed)`: classification, localisation, both,
-duplicate, background, missed. The sets are some whose AP50 there is that of COCO: its sampling of recall differs a
-little. They have no crowds: that version repairs detections that it ignores."""
+duplicate, background, missed. They have no crowds: that version repairs detections that it ignores."""
+RECALLS_OF_TIDE = np.arange(101) / 100
+"""Where it reads the precision. COCO's thresholds differ from these in the last bit, which counts where a recall is
+just there: by 0.12 for `missed` of set 1, by 0.14 for `localisation` of set 3."""
 
 
 def some_masks(random, count):
@@ -62,14 +68,17 @@ def some_images(seed, crowds=0.0, count=20):
 
 
 @pytest.mark.parametrize("seed", list(OF_TIDE))
-def test_gains_are_those_of_tide(seed):
+def test_gains_are_those_of_tide(seed, monkeypatch):
     errors, precision = ErrorState(NUM_CLASSES, "AP50"), AveragePrecisionState(NUM_CLASSES)
     for image_id, (truth, detections) in some_images(seed).items():
         errors.add(image_id, instance_errors(truth, detections))
         precision.update(image_id, truth, detections)
     found = errors.compute()
     assert found.value == pytest.approx(precision.compute().stats["AP50"], abs=1e-12)
-    assert [100 * v for v in (found.value, *found.gains.values())] == pytest.approx(OF_TIDE[seed], abs=0.05)
+    assert [100 * v for v in (found.value, *found.gains.values())] == pytest.approx(OF_TIDE[seed], abs=0.15)
+    monkeypatch.setattr(average_precision, "RECALL_THRESHOLDS", RECALLS_OF_TIDE)
+    found = errors.compute()
+    assert [100 * v for v in (found.value, *found.gains.values())] == pytest.approx(OF_TIDE[seed], abs=0.001)
     assert ErrorState.from_bytes(errors.to_bytes()).to_bytes() == errors.to_bytes()
 
 
