@@ -125,7 +125,8 @@ def in_precision(folder: Path, name: str, precision: str, max_steps: int) -> Tra
 
 
 def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
-    return make_job(
+    """In stage 2 with box points: what holds after a stop and with other ranks holds for them, too."""
+    job = make_job(
         folder / f"{name}{stage}",
         str(folder / "shards"),
         max_steps=max_steps,
@@ -133,6 +134,9 @@ def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
         zero=ZeroConfig(stage=int(stage), param_persistence_threshold=0),
         ema_decay=0.9,
     )
+    share = 0.5 if stage == "2" else 0.0
+    loss = replace(job.model.loss, matching_box_share=share, supervision_box_share=share)
+    return replace(job, model=replace(job.model, loss=loss))
 
 
 def unreadable(folder: Path) -> dict:
