@@ -93,6 +93,7 @@ def test_headline_has_safe_names_and_per_cent():
     assert headline["val/PQ_th"] == 100.0
     assert headline["val/PQ_st"] == 75.0
     assert headline["val/AP"] == pytest.approx(100.0)
+    assert {"val/PQ_small", "val/APs"} <= headline.keys()  # of what a run logs, too
     assert "val/APl" not in headline
     assert headline["val/mIoU"] == pytest.approx(100 * (16 / 24 + 24 / 32) / 2)
 
