@@ -49,6 +49,8 @@ class InstanceTruth:
     """[G] float64 as the annotation states them."""
     is_crowd: np.ndarray
     """[G] bool"""
+    pixels: np.ndarray | None = None
+    """[G] of every mask; None: not counted yet."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def match_images(
         annotated=[mask for t, _ in images for mask in t.masks],
         is_crowd=truth.is_crowd.tolist(),
     )
-    pairs = _near_pairs(found, truth, mask_areas(masks.annotated))
+    pixels = [mask_areas(t.masks) if t.pixels is None else t.pixels for t, _ in images]
+    pairs = _near_pairs(found, truth, np.concatenate(pixels))
     ious = _pair_ious(pairs, found, masks)
     if boundary_ratio is not None:
         near = (ious >= IOU_THRESHOLDS[0]) & ~truth.is_crowd[pairs.truth]
@@ -251,7 +254,9 @@ def _pair_ious(pairs: _Pairs, found: _Found, masks: _Masks) -> np.ndarray:
         table = pairwise_ious(
             chosen_masks(detected, rows), [masks.annotated[i] for i in columns], [masks.is_crowd[i] for i in columns]
         ).tolist()
-        if len(rows) == end - start:  # one annotation, or one for each detection
+        if len(columns) == 1 and len(rows) == end - start:
+            ious += [value for (value,) in table]
+        elif len(rows) == end - start:  # one annotation for each detection
             ious += [row[columns[g]] for row, g in zip(table, truths[start:end], strict=True)]
         else:
             ious += [table[rows[m]][columns[g]] for m, g in zip(index[start:end], truths[start:end], strict=True)]
@@ -278,14 +283,16 @@ def class_agnostic_truth(truth: InstanceTruth) -> InstanceTruth:
     """All instances as one class, in the order that pycocotools takes them with `useCats=0`: class by class."""
     order = truth.labels.argsort(kind="stable")
     masks = tuple(truth.masks[i] for i in order)
-    return InstanceTruth(masks, np.zeros_like(truth.labels), truth.areas[order], truth.is_crowd[order])
+    pixels = None if truth.pixels is None else truth.pixels[order]
+    return InstanceTruth(masks, np.zeros_like(truth.labels), truth.areas[order], truth.is_crowd[order], pixels)
 
 
 def class_agnostic_detections(detections: InstanceDetections) -> InstanceDetections:
     """All detections as one class; of equal scores the lower class goes first, as in pycocotools with `useCats=0`."""
     order = detections.labels.argsort(kind="stable")
     labels = np.zeros_like(detections.labels)
-    return InstanceDetections(detections.masks, detections.mask_index[order], labels, detections.scores[order])
+    scores = detections.scores[order]
+    return InstanceDetections(detections.masks, detections.mask_index[order], labels, scores, detections.areas)
 
 
 def _records(

@@ -73,8 +73,9 @@ def read_entries(document: Mapping[str, Any], results: Any, files: InstanceFiles
     if any("segments_info" in entry for entry in document["annotations"][:1] if isinstance(entry, dict)):
         raise EvaluationError(f"{truth} has panoptic annotations; give those of instances, as instances_val2017.json")
     images = _listed_images(document["images"], truth)
+    what = f"{truth}: an annotation"
     for position, entry in enumerate(document["annotations"]):  # subsets are made by shortening `images`
-        image_id = require(entry, "image_id", f"{truth}: an annotation")
+        image_id = require(entry, "image_id", what)
         if not isinstance(image_id, int | float | str):
             raise EvaluationError(f"{truth}: image_id of annotation number {position} is {str(image_id)[:40]}, no id")
         if (image := images.get(image_id)) is not None:
@@ -188,6 +189,7 @@ def truth_of(
         labels=_labels(entries, labels, files, name),
         areas=_areas(entries, name),
         is_crowd=_crowds(entries, name),
+        pixels=pixels,
     )
 
 

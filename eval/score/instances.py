@@ -239,8 +239,8 @@ def _report(
         tables.append(columns(["box", *boxes.stats], [["", *map(percent, boxes.stats.values())]]))
     if categories:
         rows = []
-        for label, category in enumerate(categories):
-            stats = result.class_stats(label)
+        for category in categories:
+            stats = content["per_class_stats"][str(category.id)]
             if category in shown and stats["AP"] >= 0:
                 rows.append([category.name, *map(percent, stats.values())])
         tables.append(columns(["class", *result.stats], rows))
