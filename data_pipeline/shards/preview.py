@@ -76,7 +76,9 @@ def draw_annotation(image: np.ndarray, annotation: Annotation, categories: Categ
     segments = list(_drawing_order(annotation))
     for segment, mask in segments:
         color = categories.by_id[segment.category_id].color
-        drawn[mask] = np.rint(image[mask] * (1 - _OPACITY) + np.float32(color) * _OPACITY).astype(np.uint8)
+        drawn[mask] = np.rint(image[mask] * (1 - _OPACITY) + np.array(color, dtype=np.float32) * _OPACITY).astype(
+            np.uint8
+        )
         drawn[mask & ~_inner_part(mask)] = color
         if segment.is_crowd:
             rows, columns = np.nonzero(mask)
