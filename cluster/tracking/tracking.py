@@ -93,8 +93,8 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
         run = TrackedRun(uri=uri, run_id=run_id, spool=spool, lease=held, remade=known is not None)
         if known is not None:
             LOGGER.warning(
-                f"tracking: MLflow run {known.run_id} of this run folder is in {known.uri}; it is made again in {uri}, "
-                "from the points and evaluations that the run folder holds"
+                f"tracking: the store has no MLflow run {known.run_id} of this run folder, recorded in {known.uri}; "
+                f"it is made again in {uri}, from the points and evaluations that the run folder holds"
             )
     if known is None or known.uri != uri or known.run_id != run.run_id or known.parameters is None:
         write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts))
