@@ -88,8 +88,8 @@ def _decoded_bytes(array: pa.Array) -> int:
     if pa.types.is_dictionary(array.type):
         if len(array.dictionary) == 0:
             return 0
-        lengths = pc.binary_length(array.dictionary)
-        return pc.sum(lengths.cast(pa.int64()).take(array.indices)).as_py() or 0
+        lengths = pc.call_function("binary_length", [array.dictionary]).cast(pa.int64())
+        return pc.call_function("sum", [lengths.take(array.indices)]).as_py() or 0
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         return _decoded_bytes(array.flatten())
     if pa.types.is_struct(array.type):
