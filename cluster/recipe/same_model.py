@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten_tree, require_no_problems
@@ -19,7 +18,8 @@ _CHANGEABLE = re.compile(
 """Settings of `model` that may change under the same weights."""
 _OPTIONS = "model.backbone.options."
 """Settings that are only written where they are not timm's own."""
-_OPTIMIZER = ("training.precision", "training.optimizer.layer_decay")
+_PRECISION = "training.precision"
+_OPTIMIZER = (_PRECISION, "training.optimizer.layer_decay")
 """Settings that the stored state of the optimizer depends on, besides `model.freeze`."""
 
 
@@ -33,6 +33,9 @@ def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, 
         ConfigError: one of them has a deleted setting at another value than its default.
     """
     before, after = (_settings(text, optimizer) for text in (stored, now))
+    for settings in (before, after):
+        if settings.get(_PRECISION) == "auto":  # says nothing; a run that goes on keeps its own
+            del settings[_PRECISION]
     shared = before.keys() & after.keys() | {key for key in before.keys() | after.keys() if key.startswith(_OPTIONS)}
     return describe_changes(before, after, shared)
 
@@ -52,7 +55,7 @@ def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str)
         )
 
 
-def _settings(recipe: str, optimizer: bool) -> Mapping[str, str]:
+def _settings(recipe: str, optimizer: bool) -> dict[str, str]:
     try:
         tree = parse_yaml(recipe) or {}
     except DocumentError as error:
