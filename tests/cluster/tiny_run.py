@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import m2f.trainer.engine.module
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.cluster.tracking.tracked_run import TrackedRun
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
@@ -95,10 +96,23 @@ def tiny_config(folder: Path, name: str, datasets: dict[str, DatasetConfig]) -> 
     )
 
 
+def tracked_points(run: TrackedRun, metric: str) -> list[tuple[int, float]]:
+    """Steps and values in MLflow; a step that is there twice is there twice."""
+    from mlflow import MlflowClient  # which ranks do not need
+
+    history = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
+    return sorted((point.step, point.value) for point in history)
+
+
 def assert_equal_weights(first: str, second: str) -> None:
     """The newest checkpoints of two run folders hold equal weights to the last bit; their metadata may differ."""
     urls = [newest_whole(Storage(), folder).url for folder in (first, second)]
-    weights, others = (load_file(Path(url, "weights.safetensors")) for url in urls)
+    assert_equal_files(*(Path(url, "weights.safetensors") for url in urls))
+
+
+def assert_equal_files(first: Path, second: Path) -> None:
+    """Two files of weights hold the same ones to the last bit; their metadata may differ."""
+    weights, others = load_file(first), load_file(second)
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 

@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 
+from m2f.cluster.train.local import train_locally
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from tests.cluster.tiny_run import small_sets, tiny_config, tracked_points
 from tests.gateway import Gateway
+
+
+@dataclass(frozen=True)
+class CalmRun:
+    """What `tiny_config` gives where nothing happens; faults, stores and launchers change no bit of it."""
+
+    run_folder: str
+    losses: list[tuple[int, float]]
+    """By step."""
+
+
+@pytest.fixture(scope="session")
+def calm_run(tmp_path_factory: pytest.TempPathFactory) -> CalmRun:
+    """Trained once for all tests that compare with it."""
+    folder = tmp_path_factory.mktemp("calm")
+    config = replace(tiny_config(folder, "calm", small_sets(str(folder), Storage())), evaluation=EvaluationConfig())
+    summary = train_locally(config)
+    assert summary.status == "finished"
+    return CalmRun(config.run_folder, tracked_points(summary.tracked, "train/loss/total"))
+
+
+@pytest.fixture(autouse=True)
+def no_memory_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray kills workers where other programs of this machine take its memory, which is not our business."""
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
 
 
 @pytest.fixture

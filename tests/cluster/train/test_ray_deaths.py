@@ -2,22 +2,18 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from mlflow import MlflowClient
 
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.evaluation.service import queue_url
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.tracking.tracking import find_run
-from m2f.cluster.train.local import train_locally
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.config import EvaluationConfig
 from m2f.trainer.checkpoint.folder import newest_step
-from tests.cluster.tiny_run import EVERY, STEPS, assert_equal_weights, small_sets, tiny_config
+from tests.cluster.tiny_run import EVERY, STEPS, assert_equal_weights, small_sets, tiny_config, tracked_points
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -54,26 +50,19 @@ def strike(parent, config, step, name):
     return [driver, *family]
 
 
-def points(config, metric):
-    run = find_run(config)
-    history = MlflowClient(tracking_uri=run.uri).get_metric_history(run.run_id, metric)
-    return sorted((point.step, point.value) for point in history)
-
-
-def test_a_run_outlives_the_raylet_and_the_head_of_its_cluster(config, parent, tmp_path):
-    calm = replace(config, name="calm", evaluation=EvaluationConfig())
+def test_a_run_outlives_the_raylet_and_the_head_of_its_cluster(calm_run, config, parent, tmp_path):
     struck = strike(parent, config, EVERY, "raylet")
     struck += strike(parent, config, 2 * EVERY, "gcs_server")
     _, left = psutil.wait_procs(struck, timeout=PATIENCE_S)
     assert left == [], "a process of an old cluster lives on"
-    train_locally(calm)
     status, said = parent.wait(PATIENCE_S), (tmp_path / "driver.log").read_text()
     assert status == 0, said
     assert said.count("m2f: Ray's raylet on this machine has died") == 1, said
     assert said.count("m2f: the head of the Ray cluster has died") == 1, said
     assert said.count("the driver ended because the storage or Ray did not answer") == 2, said
-    assert points(config, "train/loss/total") == points(calm, "train/loss/total")
-    assert_equal_weights(config.run_folder, calm.run_folder)
+    run = find_run(config)
+    assert tracked_points(run, "train/loss/total") == calm_run.losses
+    assert_equal_weights(config.run_folder, calm_run.run_folder)
     steps = list(range(EVERY, STEPS + 1, EVERY))
     assert [(e.step, e.status) for e in read_entries(Storage(), queue_url(config))] == [(s, "published") for s in steps]
-    assert [step for step, _ in points(config, "val/PQ")] == steps
+    assert [step for step, _ in tracked_points(run, "val/PQ")] == steps

@@ -23,7 +23,6 @@ from m2f.cluster.recipe.config import ClusterConfig, RunConfig, TrackingConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.tracking import create_run
 from m2f.cluster.train.failure_policy import failure_of
-from m2f.cluster.train.local import train_locally
 from m2f.cluster.train.ray_launcher import RayLauncher, check_gpus, controller_failures, run_training
 from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.config import (
@@ -127,22 +126,14 @@ def summary(cluster, config) -> RunSummary:
     return summary
 
 
-@pytest.fixture(scope="module")
-def calm_losses(folder, datasets) -> list[tuple[int, float]]:
-    """Of the same recipe where nothing happens."""
-    calm = replace(tiny_config(folder, "calm", datasets), evaluation=EvaluationConfig())
-    train_locally(calm)
-    return history(calm, "train/loss/total")
-
-
-def test_a_killed_worker_costs_nothing_but_time(summary, config, calm_losses):
+def test_a_killed_worker_costs_nothing_but_time(summary, config, calm_run):
     assert summary.status == "finished"
     assert [failure.kind for failure in summary.failures] == ["death"]
     assert summary.checkpoint is not None
     assert summary.checkpoint.step == STEPS
     losses = history(config, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))  # every step once
-    assert losses == calm_losses  # to the last bit
+    assert losses == calm_run.losses  # to the last bit
 
 
 def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
@@ -259,7 +250,7 @@ def test_a_bug_on_one_rank_stops_the_run_at_once_and_is_shown_first(cluster, con
     assert "the colour of sample 9 is wrong" in story.read_text()
 
 
-def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, calm_losses, workers_with, capsys):
+def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, calm_run, workers_with, capsys):
     """In one run: the upload of step 4 is refused, rank 1 is out of memory in step 5, steps 8 and 9 spike.
 
     Step 8 is evaluated before step 9: its commit is withdrawn, and the evaluation of the second one takes its place.
@@ -285,7 +276,7 @@ def test_a_store_that_refuses_too_little_memory_and_a_spike(cluster, config, cal
     assert positions == [16, 40, 56]  # steps 8 and 9 were done with other images
     losses = history(troubled, "train/loss/total")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    assert dict(losses[:7]) == pytest.approx(dict(calm_losses[:7]), rel=1e-6)
+    assert dict(losses[:7]) == pytest.approx(dict(calm_run.losses[:7]), rel=1e-6)
     assert_step_8_was_evaluated_again(troubled, summary)
 
 
