@@ -1,0 +1,42 @@
+"""GPUs that Ray counts and that ranks and evaluation actors share; the machine of the test needs none."""
+
+import pytest
+import ray
+
+from m2f.cluster.recipe.devices import RANK_SHARE
+from tests.waiting import PATIENCE_S
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+GPUS = 2
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(
+        num_cpus=2 * GPUS,
+        num_gpus=GPUS,
+        object_store_memory=80 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+class Holder:
+    """An actor that says which GPUs Ray gave to it."""
+
+    def gpus(self):
+        return ray.get_gpu_ids()
+
+
+def test_ray_puts_an_actor_beside_a_rank_and_never_two_ranks_on_one_gpu(cluster):
+    """On the shares that `settle` gives out."""
+    holder = ray.remote(Holder)
+    ranks = [holder.options(num_cpus=0, num_gpus=RANK_SHARE).remote() for _ in range(GPUS)]
+    actors = [holder.options(num_cpus=0, num_gpus=1 - RANK_SHARE).remote() for _ in range(GPUS)]
+    of_ranks = ray.get([rank.gpus.remote() for rank in ranks], timeout=PATIENCE_S)
+    of_actors = ray.get([actor.gpus.remote() for actor in actors], timeout=PATIENCE_S)
+    assert sorted(of_ranks) == sorted(of_actors) == [[gpu] for gpu in range(GPUS)]
+    for handle in (*ranks, *actors):
+        ray.kill(handle)
