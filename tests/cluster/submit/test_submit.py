@@ -452,3 +452,20 @@ def test_the_doctor_checks_every_node(dashboard):
     printed = " ".join(done.stdout.split())  # the table breaks lines
     for words in (*expected, "refuses whoever has no token"):
         assert words in printed
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_doctor_says_that_a_cluster_is_open():
+    """One that was started without tokens, which Ray asks for by default; whatever is set here."""
+    folder = Path("/tmp") / f"m2f-open-{os.getpid()}"
+    folder.mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    env |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    with ray_head(folder, env) as address:
+        done = m2f("doctor", "--address", address)
+    shutil.rmtree(folder, ignore_errors=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    printed = " ".join(done.stdout.split())
+    assert "takes jobs without a token: whoever reaches it runs code on the nodes" in printed
+    assert "start all nodes with RAY_AUTH_MODE=token" in printed
