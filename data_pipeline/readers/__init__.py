@@ -184,10 +184,13 @@ def source_fingerprint(source: SourceConfig) -> str:
     files: tuple[str | None, ...] = ()
     match source:
         case SyntheticSource():
-            settings = asdict(source)
-            for name in ("small_share", "small_diameters"):  # sets of earlier versions have none
-                if settings[name] == getattr(SyntheticSource, name):
-                    del settings[name]
+            # Sets of earlier versions have no small objects, and no such settings in their digest.
+            new = {"small_share", "small_diameters"}
+            settings = {
+                name: value
+                for name, value in asdict(source).items()
+                if name not in new or value != getattr(SyntheticSource, name)
+            }
             digest.update(json.dumps(settings, sort_keys=True).encode())
         case CustomSource():
             digest.update(json.dumps(asdict(source), sort_keys=True).encode())
