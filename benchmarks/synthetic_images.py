@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
-from m2f.data_pipeline.config import CustomSource, DatasetConfig
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.custom import CustomReader
 from m2f.data_pipeline.sample import Annotation, Segment
 from m2f.data_pipeline.shards.columns import SAMPLES_FILE
 from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest, ShardInfo, make_document, write_table
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage, join
 
 SIZE = (480, 640)

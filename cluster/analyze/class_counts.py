@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.categories import CategoryTable, Task
-from m2f.data_pipeline.config import (
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest
+from m2f.data_pipeline.sources import (
     Ade20kSource,
     CityscapesPanopticSource,
     CityscapesSource,
     CocoInstancesSource,
     CocoPanopticSource,
-    DatasetConfig,
     MapillarySource,
 )
-from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.readers import open_dataset
-from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError

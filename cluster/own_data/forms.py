@@ -10,7 +10,10 @@ from typing import Any
 
 from m2f.cluster.own_data.map_pairs import find_maps
 from m2f.cluster.own_data.sets import Form, SourceSet, split_of
-from m2f.data_pipeline.config import (
+from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
+from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, read_header
+from m2f.data_pipeline.readers.exports.labelme import is_labelme
+from m2f.data_pipeline.sources import (
     CocoInstancesSource,
     CocoPanopticSource,
     CvatSource,
@@ -18,9 +21,6 @@ from m2f.data_pipeline.config import (
     VocSource,
     YoloSegSource,
 )
-from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
-from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, read_header
-from m2f.data_pipeline.readers.exports.labelme import is_labelme
 from m2f.model.errors import ConfigError
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from m2f.cluster.own_data.sets import Form, SourceSet, split_of
-from m2f.data_pipeline.config import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.map_reader import read_index_map
+from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
 from m2f.model.errors import ConfigError
 
 _LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt", "labels.txt")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from m2f.data_pipeline.config import SourceConfig
+from m2f.data_pipeline.sources import SourceConfig
 
 Split = Literal["train", "val", "test"]
 

@@ -11,8 +11,9 @@ from m2f.cluster.own_data.choices import Choices
 from m2f.cluster.own_data.map_pairs import NO_NAMES
 from m2f.cluster.own_data.sets import Form
 from m2f.data_pipeline.categories import Task
-from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SourceConfig
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.source_parts import PartConfig, TileConfig
+from m2f.data_pipeline.sources import LabelMapSource, SourceConfig
 from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig
 
 _TASK_OF: Mapping[str, Task] = {

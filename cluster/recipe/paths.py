@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.data_pipeline.config import DatasetConfig, SourceConfig
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.sources import SourceConfig
 from m2f.model.weights.sources import is_path
 
 

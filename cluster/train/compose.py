@@ -8,8 +8,8 @@ from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.identity import identity_of
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.recipe.stored import store_recipe
+from m2f.cluster.start.evaluator_memory import evaluator_bytes
 from m2f.cluster.terminal import print_err
-from m2f.cluster.train.evaluator_memory import evaluator_bytes
 from m2f.data_pipeline.loading.loader import mixture_labels
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.warnings import data_warnings

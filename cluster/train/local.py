@@ -13,12 +13,12 @@ from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.queue import Entry, read_entries
 from m2f.cluster.evaluation.service import EvaluationService, queue_url
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.start.settling import settled_run, this_machine
 from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError, root_cause
 from m2f.cluster.train.local_rank import train_rank, worker_environment
 from m2f.cluster.train.processes import RankProcesses
-from m2f.cluster.train.settling import settled_run, this_machine
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.job import TrainJob

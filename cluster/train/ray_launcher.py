@@ -23,11 +23,11 @@ from m2f.cluster.ray_cluster import ClusterError, connect, local_or_existing, th
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.recipe.devices import SeenDevices, gpus_of_nodes
+from m2f.cluster.start.settling import settled_run, this_machine
 from m2f.cluster.terminal import print_err
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError
 from m2f.cluster.train.mailbox import Mailbox
-from m2f.cluster.train.settling import settled_run, this_machine
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
 from m2f.cluster.train.worker import WorkerSettings, train_loop
 from m2f.data_pipeline.storage.scratch import ScratchFolder

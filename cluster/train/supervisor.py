@@ -20,12 +20,12 @@ from m2f.cluster.evaluation.rebuild import restore_queue
 from m2f.cluster.evaluation.service import look_s
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.pinned_weights import with_pinned_weights
+from m2f.cluster.start.continuation import check_continuation
+from m2f.cluster.start.epochs import with_steps
 from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
-from m2f.cluster.train.continuation import check_continuation
 from m2f.cluster.train.elastic import Resize, Sizes
-from m2f.cluster.train.epochs import with_steps
 from m2f.cluster.train.failure_policy import (
     Attempt,
     AttemptError,

@@ -10,27 +10,7 @@ from pathlib import Path
 from typing import Protocol, Self, assert_never
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.config import (
-    Ade20kFullSource,
-    Ade20kSource,
-    CityscapesPanopticSource,
-    CityscapesSource,
-    CocoInstancesSource,
-    CocoPanopticSource,
-    CocoStuffSource,
-    ColorMapSource,
-    CustomSource,
-    CvatSource,
-    DatasetConfig,
-    HuggingFaceSource,
-    LabelMapSource,
-    LabelmeSource,
-    MapillarySource,
-    SourceConfig,
-    SyntheticSource,
-    VocSource,
-    YoloSegSource,
-)
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.adapted.background import BackgroundReader
 from m2f.data_pipeline.readers.adapted.part import part_indices
@@ -53,6 +33,26 @@ from m2f.data_pipeline.readers.mapillary import open_mapillary
 from m2f.data_pipeline.readers.synthetic import SyntheticReader
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation, require_none
 from m2f.data_pipeline.sample import Sample
+from m2f.data_pipeline.sources import (
+    Ade20kFullSource,
+    Ade20kSource,
+    CityscapesPanopticSource,
+    CityscapesSource,
+    CocoInstancesSource,
+    CocoPanopticSource,
+    CocoStuffSource,
+    ColorMapSource,
+    CustomSource,
+    CvatSource,
+    HuggingFaceSource,
+    LabelMapSource,
+    LabelmeSource,
+    MapillarySource,
+    SourceConfig,
+    SyntheticSource,
+    VocSource,
+    YoloSegSource,
+)
 
 
 class Reader(Protocol):

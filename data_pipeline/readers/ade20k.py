@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from m2f.data_pipeline.config import Ade20kSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from m2f.data_pipeline.readers.files import require_folder
 from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_color_map, read_index_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import Ade20kSource
 
 _UNKNOWN = "are no classes of the challenge (labels 0 to 150, instances 1 to 100)"
 _THINGS = CATEGORIES_150.for_task("instance")

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.config import Ade20kFullSource
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.ade20k_classes import categories_847
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.files import require_folder
 from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_color_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import Ade20kFullSource
 
 
 def open_ade20k_full(source: Ade20kFullSource, max_pixels: int) -> MapReader:

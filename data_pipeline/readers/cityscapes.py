@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
 from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.image_file import BrokenImageError, read_header
 from m2f.data_pipeline.partition import Region, partition
@@ -20,6 +19,7 @@ from m2f.data_pipeline.readers.coco_panoptic import CocoPanopticReader, Panoptic
 from m2f.data_pipeline.readers.files import make_key, read_bytes, require_folder
 from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource
 
 _IMAGE_ENDING = "_leftImg8bit.png"
 _MAP_ENDINGS = ("_gtFine_instanceIds.png", "_gtCoarse_instanceIds.png")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.config import CocoInstancesSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.json_fields import stated_flag
 from m2f.data_pipeline.readers import coco_json
@@ -25,6 +24,7 @@ from m2f.data_pipeline.readers.files import (
 from m2f.data_pipeline.readers.masks import instance_layers
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample
+from m2f.data_pipeline.sources import CocoInstancesSource
 
 
 @dataclass(frozen=True)

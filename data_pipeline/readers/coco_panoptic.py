@@ -12,7 +12,6 @@ from typing import Any, Self
 import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import CocoPanopticSource
 from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.json_fields import field, stated_flag
 from m2f.data_pipeline.label_space import require_match
@@ -33,6 +32,7 @@ from m2f.data_pipeline.readers.map_reader import read_color_map
 from m2f.data_pipeline.readers.masks import disagreements, instance_layers, pixel_box
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Sample, Segment, id_dtype
+from m2f.data_pipeline.sources import CocoPanopticSource
 
 Instances = Sequence[Mapping[str, Any]]
 

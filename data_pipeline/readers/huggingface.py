@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f.data_pipeline.categories import Category
-from m2f.data_pipeline.config import HuggingFaceSource
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.files import require_folder
 from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_color_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import HuggingFaceSource
 
 
 def open_huggingface(source: HuggingFaceSource, max_pixels: int) -> MapReader:

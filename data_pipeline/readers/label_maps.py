@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2f.data_pipeline.config import LabelMapSource
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.files import require_folder
 from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_index_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import LabelMapSource
 
 
 def open_label_maps(source: LabelMapSource, max_pixels: int) -> MapReader:

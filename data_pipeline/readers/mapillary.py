@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import MapillarySource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.json_fields import field, read_flag
 from m2f.data_pipeline.partition import Region, partition
@@ -15,6 +14,7 @@ from m2f.data_pipeline.readers.coco_json import read_color
 from m2f.data_pipeline.readers.files import read_json, require_folder
 from m2f.data_pipeline.readers.map_reader import MapReader, pair_files, read_index_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import MapillarySource
 
 
 def open_mapillary(source: MapillarySource, max_pixels: int) -> MapReader:

@@ -18,13 +18,13 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
-from m2f.data_pipeline.config import CocoPanopticSource, SyntheticSource
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.masks import pixel_box
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
 from m2f.data_pipeline.readers.synthetic_image import SyntheticImage, draw_image
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
 from m2f.data_pipeline.sample import Annotation, Sample, Segment
+from m2f.data_pipeline.sources import CocoPanopticSource, SyntheticSource
 
 CATEGORIES = CategoryTable(
     tuple(

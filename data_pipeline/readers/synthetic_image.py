@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from m2f.data_pipeline.config import SyntheticSource
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES, shape_coverage, texture
+from m2f.data_pipeline.sources import SyntheticSource
 
 _SIDE = (128, 192)
 """Least and largest height and width in pixels: small enough to train on a CPU in minutes."""

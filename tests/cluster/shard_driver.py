@@ -5,7 +5,8 @@ import sys
 
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.sharding.job import run_shard_job
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 dataset = DatasetConfig(shards=sys.argv[1], source=SyntheticSource(num_images=int(sys.argv[2])), shard_mb=0.05)

@@ -19,9 +19,10 @@ from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import Progress, describe_pace, format_duration
 from m2f.cluster.train.compose import compose_job
 from m2f.cluster.verbs.arguments import split_overrides
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.counted import counted
 from m2f.model.errors import ConfigError

@@ -20,11 +20,12 @@ from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.sharding import job
 from m2f.cluster.sharding.job import run_shard_job
 from m2f.cluster.sharding.report import ShardJobError
-from m2f.data_pipeline.config import DatasetConfig, LabelMapSource, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import LabelMapSource, SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from tests.waiting import PATIENCE_S
 

@@ -13,10 +13,11 @@ import m2f.trainer.engine.module
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
 from m2f.cluster.tracking.tracked_run import TrackedRun
-from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem, SyntheticSource
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem
 from m2f.data_pipeline.errors import StorageError
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.shards.write import commit_manifest, plan_shards, write_shard
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.model.config import (

@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from m2f.data_pipeline.config import CocoInstancesSource, CocoPanopticSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.sources import CocoInstancesSource, CocoPanopticSource
 
 H, W = 20, 30
 IDS = (5, 70_000)

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from m2f.data_pipeline.categories import MAX_CATEGORIES, Category, CategoryTable
-from m2f.data_pipeline.config import CocoInstancesSource, LabelMapSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.files import read_json
+from m2f.data_pipeline.sources import CocoInstancesSource, LabelMapSource
 from m2f.eval.errors import EvaluationError
 from m2f.eval.score.files import read_categories
 from m2f.eval.score.files import read_json as read_scored_json

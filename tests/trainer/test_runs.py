@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test waits for all runs

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import CocoStuffSource
 from m2f.data_pipeline.partition import Region
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import require_folder
 from m2f.data_pipeline.readers.label_maps import LabelMaps
 from m2f.data_pipeline.readers.map_reader import MapReader, pair_files
+from m2f.data_pipeline.sources import CocoStuffSource
 
 _LAST_THING = 91
 _VOID = 255

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.config import ColorMapSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import require_folder
 from m2f.data_pipeline.readers.map_reader import OTHER_MAP_ENDINGS, MapReader, pair_files, read_color_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import ColorMapSource
 
 
 def open_color_maps(source: ColorMapSource, max_pixels: int) -> MapReader:

@@ -6,7 +6,6 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from m2f.data_pipeline.config import CvatSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.coco_json import whole_number
@@ -20,6 +19,7 @@ from m2f.data_pipeline.readers.exports.object_parts import (
 from m2f.data_pipeline.readers.exports.xml_file import read_xml
 from m2f.data_pipeline.readers.files import relative_name, require_folder
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+from m2f.data_pipeline.sources import CvatSource
 
 
 def open_cvat(source: CvatSource, max_pixels: int) -> CocoInstancesReader:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from m2f.data_pipeline.config import LabelmeSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_index_png, is_hidden_copy
 from m2f.data_pipeline.json_fields import field
@@ -24,6 +23,7 @@ from m2f.data_pipeline.readers.exports.object_parts import (
 )
 from m2f.data_pipeline.readers.files import read_json, relative_name, require_folder
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+from m2f.data_pipeline.sources import LabelmeSource
 
 _FARTHEST = 1e7
 _NO_CLASS = ("__ignore__", "_background_")

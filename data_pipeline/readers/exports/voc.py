@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
-from m2f.data_pipeline.config import VocSource
 from m2f.data_pipeline.errors import DataError, some
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, unique_keys
 from m2f.data_pipeline.readers.map_reader import MapReader, MapRecord, read_index_map
 from m2f.data_pipeline.sample import Annotation
+from m2f.data_pipeline.sources import VocSource
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

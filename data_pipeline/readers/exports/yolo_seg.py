@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from m2f.data_pipeline.categories import CategoryTable
-from m2f.data_pipeline.config import YoloSegSource
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import is_hidden_copy, is_image_name
@@ -13,6 +12,7 @@ from m2f.data_pipeline.readers.coco_instances import CocoInstancesReader
 from m2f.data_pipeline.readers.exports.object_parts import DrawnImage, ObjectPart, drawn_reader, named_categories
 from m2f.data_pipeline.readers.files import read_bytes, require_file, require_folder, shown_size
 from m2f.data_pipeline.readers.unusable import UnusableAnnotation
+from m2f.data_pipeline.sources import YoloSegSource
 
 
 def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 import m2f
 from m2f.cluster.analyze.model_table import cpu_seconds_per_image, format_model_table, paper_sizes
 from m2f.cluster.cli import main
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.report.panels import decode_png
 from m2f.model.analysis.flops.official import mean_flops, official_flops

@@ -34,9 +34,10 @@ from m2f.cluster.doctor.services import (
     skew_finding,
 )
 from m2f.cluster.recipe.load import load_recipe
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from tests.waiting import PATIENCE_S
 

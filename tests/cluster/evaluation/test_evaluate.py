@@ -14,9 +14,10 @@ from m2f.cluster.evaluation import offline
 from m2f.cluster.evaluation.actor import EvaluationActor
 from m2f.cluster.evaluation.evaluate import evaluate_sets, name_of_results, write_files
 from m2f.cluster.recipe.load import parse_recipe
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.report.panels import decode_png
 from m2f.eval.results.images import read_image_records

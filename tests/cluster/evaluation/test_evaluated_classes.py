@@ -19,11 +19,12 @@ from m2f.cluster.evaluation.evaluate import check_sets, evaluate_sets
 from m2f.cluster.recipe.identity import identity_of
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.categories import Category
-from m2f.data_pipeline.config import CocoPanopticSource, DatasetConfig
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_id_png
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import CocoPanopticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.report.coco_files import panoptic_png
 from m2f.model.errors import ConfigError

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.explain import explain
 from m2f.cluster.recipe.load import dump_recipe, flatten, load_recipe, parse_recipe
-from m2f.data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.config import LargeScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.sources import CocoPanopticSource
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import MultiStepSchedule, PolySchedule
 

@@ -22,9 +22,10 @@ from m2f.cluster.submit.environment import FAMILIES, NAMES, job_environment
 from m2f.cluster.submit.ray_jobs import JobClient, JobError, JobInfo
 from m2f.cluster.submit.submit import ChosenJob, bind_to_cluster, choose_job, job_name, jobs_of
 from m2f.cluster.submit.upload import LIMIT_BYTES, UploadError, pack
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import list_checkpoints

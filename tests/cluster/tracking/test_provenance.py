@@ -9,9 +9,10 @@ from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.journal import Journal
 from m2f.cluster.tracking.provenance import code_facts, data_inputs
 from m2f.cluster.tracking.tracking import create_run
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 RECIPE = """

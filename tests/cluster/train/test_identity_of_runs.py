@@ -14,8 +14,8 @@ from safetensors import safe_open
 from m2f.cluster.cli import main
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.load import dump_recipe, load_recipe
+from m2f.cluster.start.continuation import check_continuation
 from m2f.cluster.train.compose import compose_job
-from m2f.cluster.train.continuation import check_continuation
 from m2f.cluster.train.local import train_locally
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError

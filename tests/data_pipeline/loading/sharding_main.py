@@ -2,9 +2,10 @@
 
 import sys
 
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 

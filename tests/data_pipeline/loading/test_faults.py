@@ -22,7 +22,6 @@ from m2f.data_pipeline.config import (
     LargeScaleJitter,
     MixtureItem,
     StorageConfig,
-    SyntheticSource,
 )
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.loading import fetch
@@ -31,6 +30,7 @@ from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage import s3 as s3_store
 from m2f.data_pipeline.storage.storage import Storage
 

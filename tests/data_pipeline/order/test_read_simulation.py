@@ -3,13 +3,14 @@ from dataclasses import replace
 
 import pytest
 
-from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, SyntheticSource
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
 from m2f.data_pipeline.order.chunks import group_chunks
 from m2f.data_pipeline.order.order import build_order, chunk_bytes, look_ahead
 from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 CONFIG = DataConfig(train=(MixtureItem(dataset="a"),), chunk_mb=0.06, lanes=4, window=2, workers=0)

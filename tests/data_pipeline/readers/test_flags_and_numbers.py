@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import LabelMapSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers.category_file import read_category_file
 from m2f.data_pipeline.readers.coco_json import id_text, read_images
 from m2f.data_pipeline.shards.foreign import ForeignForm, decode_labels
+from m2f.data_pipeline.sources import LabelMapSource
 from tests.data_pipeline.coco_set import CocoSet
 
 BAD_FLAGS = ["0", "false", 2, math.nan, [1]]

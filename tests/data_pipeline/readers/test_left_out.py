@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import CityscapesPanopticSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.sources import CityscapesPanopticSource
 from tests.data_pipeline.coco_set import IDS, CocoSet, H, W
 
 ODD_CATEGORIES = [17, "cat", None, 1.5, float("inf"), float("nan"), 10**30, [3]]

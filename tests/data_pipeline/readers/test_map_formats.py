@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f.data_pipeline.config import HuggingFaceSource, LabelMapSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, decode_id_map, decode_index_map, encode_png
 from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.sources import HuggingFaceSource, LabelMapSource
 from tests.data_pipeline.coco_set import IDS, CocoSet
 
 RANDOM = np.random.default_rng(0)

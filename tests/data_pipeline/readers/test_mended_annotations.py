@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import CocoPanopticSource, DatasetConfig
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.readers.coco_json import READ_SIZES
@@ -23,6 +23,7 @@ from m2f.data_pipeline.readers.masks import (
 )
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import commit_manifest, complete_parts, plan_shards, write_dataset, write_shard
+from m2f.data_pipeline.sources import CocoPanopticSource
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.coco_set import POLYGON, CocoSet, H, W
 

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import Ade20kFullSource, Ade20kSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png, encode_png
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150, categories_847
+from m2f.data_pipeline.sources import Ade20kFullSource, Ade20kSource
 
 H, W = 6, 10
 

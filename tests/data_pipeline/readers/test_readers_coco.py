@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from m2f.data_pipeline.config import CocoPanopticSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.readers.run_lengths import text_areas
+from m2f.data_pipeline.sources import CocoPanopticSource
 from tests.data_pipeline.coco_set import IDS, POLYGON, CocoSet, H, W, mask_of, rle_of
 
 

@@ -9,13 +9,14 @@ import pytest
 
 import m2f
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import CustomSource, DatasetConfig
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.custom import CustomReader
 from m2f.data_pipeline.sample import Annotation, Segment
 from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.sources import CustomSource
 from m2f.data_pipeline.storage.storage import Storage
 
 DOCUMENT = Path(m2f.__file__).parents[1] / "docs" / "datasets.md"

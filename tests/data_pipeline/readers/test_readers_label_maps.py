@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import LabelMapSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
+from m2f.data_pipeline.sources import LabelMapSource
 
 CATEGORIES = [
     {"label": 0, "name": "sky", "color": [1, 2, 3], "isthing": 0},

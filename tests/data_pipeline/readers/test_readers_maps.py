@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2f.data_pipeline.categories import Category, distinct_color
-from m2f.data_pipeline.config import HuggingFaceSource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.partition import Region, partition
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.map_reader import pair_files
 from m2f.data_pipeline.readers.masks import pixel_box
+from m2f.data_pipeline.sources import HuggingFaceSource
 
 H, W = 6, 8
 

@@ -9,22 +9,22 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from m2f.data_pipeline.config import (
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
+from m2f.data_pipeline.readers import open_reader
+from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.shards.preview import contact_sheet
+from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import (
     Ade20kFullSource,
     Ade20kSource,
     CityscapesPanopticSource,
     CityscapesSource,
     CocoInstancesSource,
     CocoPanopticSource,
-    DatasetConfig,
     LabelMapSource,
     MapillarySource,
 )
-from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
-from m2f.data_pipeline.readers import open_reader
-from m2f.data_pipeline.shards import codec
-from m2f.data_pipeline.shards.preview import contact_sheet
-from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.targets import image_targets
 

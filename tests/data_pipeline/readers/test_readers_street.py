@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource, MapillarySource
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_index_png, encode_png
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.cityscapes import CATEGORIES
 from m2f.data_pipeline.shards.codec import decode, encode
+from m2f.data_pipeline.sources import CityscapesPanopticSource, CityscapesSource, CocoPanopticSource, MapillarySource
 from m2f.data_pipeline.transforms.targets import image_targets
 
 H, W = 6, 10

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from m2f.data_pipeline.config import CocoInstancesSource, SyntheticSource
 from m2f.data_pipeline.image_file import decode_rgb
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.readers.shapes import SHAPES, TEXTURES
 from m2f.data_pipeline.readers.synthetic import CATEGORIES, write_synthetic_coco
 from m2f.data_pipeline.readers.synthetic_image import draw_image
+from m2f.data_pipeline.sources import CocoInstancesSource, SyntheticSource
 from m2f.model.errors import ConfigError
 
 

@@ -5,21 +5,21 @@ import json
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import (
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.readers import dataset_fingerprint, open_dataset, open_reader, source_fingerprint
+from m2f.data_pipeline.source_parts import PartConfig, TileConfig
+from m2f.data_pipeline.sources import (
     CocoInstancesSource,
     CocoStuffSource,
     ColorMapSource,
     CvatSource,
-    DatasetConfig,
     LabelMapSource,
     LabelmeSource,
     VocSource,
     YoloSegSource,
 )
-from m2f.data_pipeline.errors import DataError
-from m2f.data_pipeline.image_file import encode_png
-from m2f.data_pipeline.readers import dataset_fingerprint, open_dataset, open_reader, source_fingerprint
-from m2f.data_pipeline.source_parts import PartConfig, TileConfig
 from tests import tool_exports
 
 

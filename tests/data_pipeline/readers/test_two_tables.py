@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from m2f.data_pipeline.config import CocoPanopticSource, DatasetConfig
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.loader import mixture_labels
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import CocoPanopticSource
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.coco_set import CocoSet
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from hostile_manifest_main import peak_mb
 
-from m2f.data_pipeline.config import DatasetConfig, LabelMapSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.shards.sources import compare_sources
 from m2f.data_pipeline.shards.write import complete_parts, plan_shards
+from m2f.data_pipeline.sources import LabelMapSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 from m2f.eval.results.images import read_image_records

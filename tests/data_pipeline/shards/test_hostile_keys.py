@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards import codec
 from m2f.data_pipeline.shards.index import IndexOptions, index_tars
 from m2f.data_pipeline.shards.manifest import Manifest, write_table
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 STORAGE = Storage()

@@ -14,16 +14,7 @@ import webdataset
 
 from m2f.cluster.cli import main
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import (
-    CocoPanopticSource,
-    DataConfig,
-    DatasetConfig,
-    HuggingFaceSource,
-    LabelMapSource,
-    LargeScaleJitter,
-    MixtureItem,
-    SyntheticSource,
-)
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, LargeScaleJitter, MixtureItem
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
@@ -34,6 +25,7 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.preview import write_contact_sheet
 from m2f.data_pipeline.shards.verify import verify
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import CocoPanopticSource, HuggingFaceSource, LabelMapSource, SyntheticSource
 from m2f.data_pipeline.storage import stream as object_stream
 from m2f.data_pipeline.storage.storage import Storage
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, SyntheticSource
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.order.order import build_order
 from m2f.data_pipeline.readers import open_reader
@@ -22,6 +22,7 @@ from m2f.data_pipeline.shards import manifest as manifest_module
 from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, Columns
 from m2f.data_pipeline.shards.manifest import Manifest, Ragged, ShardInfo
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 STORAGE = Storage()

@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.sample import Annotation, Segment
 from m2f.data_pipeline.shards.preview import contact_sheet, draw_annotation, spread_indices, write_contact_sheet
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 
 TABLE = CategoryTable((Category(1, "ground", False, (0, 200, 0)), Category(2, "dog", True, (200, 0, 0))))

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import webdataset
 
-from m2f.data_pipeline.config import DatasetConfig, StorageConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig, StorageConfig
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.readers import open_reader, source_fingerprint
 from m2f.data_pipeline.shards import codec
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import commit_manifest, complete_parts, plan_shards, write_dataset, write_shard
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage, join
 
 SOURCE = SyntheticSource(num_images=14, seed=2)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from m2f.data_pipeline.config import DataConfig, DatasetConfig, LabelMapSource, MixtureItem, StorageConfig
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, StorageConfig
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.order.order import build_order
@@ -21,6 +21,7 @@ from m2f.data_pipeline.readers.source_files import file_state
 from m2f.data_pipeline.shards.plan import clear_target, plan_shards
 from m2f.data_pipeline.shards.sources import SourceChanges, compare_sources, write_record
 from m2f.data_pipeline.shards.write import complete_parts, write_dataset, write_shard
+from m2f.data_pipeline.sources import LabelMapSource
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.coco_set import CocoSet
 

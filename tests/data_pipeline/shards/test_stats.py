@@ -8,13 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA, Columns
 from m2f.data_pipeline.shards.manifest import write_table
 from m2f.data_pipeline.shards.stats import class_table, format_class_table, pixels_note
 from m2f.data_pipeline.shards.verify import verify
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from tests.data_pipeline.coco_set import CocoSet, H, W
 

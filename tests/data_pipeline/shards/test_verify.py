@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from m2f.cluster.cli import main
-from m2f.data_pipeline.config import DatasetConfig, SyntheticSource
+from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards import manifest as manifest_module
@@ -22,6 +22,7 @@ from m2f.data_pipeline.shards.columns import SAMPLE_SCHEMA
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.verify import verify
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage import stream as object_stream
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.storage.stream import ObjectStream

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from m2f.data_pipeline.categories import Category, CategoryTable
-from m2f.data_pipeline.config import CocoPanopticSource, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
+from m2f.data_pipeline.config import LargeScaleJitter, ScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.sample import Annotation, DecodedSample, Segment
 from m2f.data_pipeline.shards import codec
+from m2f.data_pipeline.sources import CocoPanopticSource
 from m2f.data_pipeline.transforms.collate import (
     EVAL_PADDING,
     FILLER_POSITION,

@@ -15,7 +15,6 @@ from m2f.data_pipeline.config import (
     LargeScaleJitter,
     MixtureItem,
     ScaleJitter,
-    SyntheticSource,
 )
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
@@ -26,6 +25,7 @@ from m2f.data_pipeline.order.read_simulation import SimulatedRanks, simulate_rea
 from m2f.data_pipeline.randomness import Stream
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.data_pipeline.transforms.copy_paste import draw_objects, partner_position, paste
 from m2f.data_pipeline.transforms.example import (

@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, ScaleJitter, SyntheticSource
+from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem, ScaleJitter
+from m2f.data_pipeline.sources import SyntheticSource
 from m2f.model.config import (
     LossConfig,
     MaskedTransformerDecoderConfig,

@@ -4,7 +4,7 @@ import pytest
 
 import m2f.model.backbones.published
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.train.backbone_start import settle_backbone
+from m2f.cluster.start.backbone_start import settle_backbone
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.model.backbones.published import has_frozen_norms, published_problem
 from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig

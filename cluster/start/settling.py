@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.devices import SeenDevices, announced, gpus_of_machine, settle
+from m2f.cluster.start.backbone_start import settle_backbone
+from m2f.cluster.start.continuation import newest_recipe
 from m2f.cluster.terminal import print_err, print_out
-from m2f.cluster.train.backbone_start import settle_backbone
-from m2f.cluster.train.continuation import newest_recipe
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.backbones.published import has_frozen_norms, published_problem

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from m2f.cluster.train.epochs import images_per_epoch, steps_of, with_steps
+from m2f.cluster.start.epochs import images_per_epoch, steps_of, with_steps
 from m2f.data_pipeline.config import MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
 from tests.cluster.tiny_run import small_sets, tiny_config

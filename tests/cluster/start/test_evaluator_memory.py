@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
-from m2f.cluster.train.evaluator_memory import evaluator_bytes
+from m2f.cluster.start.evaluator_memory import evaluator_bytes
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.eval.config import EvaluationConfig, EvaluationSet
 from m2f.model.config import ModelConfig, TimmBackboneConfig

@@ -1,0 +1,1 @@
+"""What is found out and decided about a run before its first rank starts."""
