@@ -199,8 +199,9 @@ class TrainingConfig(Section):
 
     @property
     def settled_precision(self) -> Precision:
-        """The precision, which must have been decided on."""
-        assert self.precision != "auto", "the precision is decided on before a model is made"
+        """The precision, once it is decided on. Raises ValueError for `auto`: no part of a rank may take it for another."""
+        if self.precision == "auto":
+            raise ValueError("training.precision is auto; decide on it before a model, an engine or a plan is made")
         return self.precision
 
     def __post_init__(self) -> None:

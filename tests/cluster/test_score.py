@@ -29,6 +29,7 @@ def test_semantic(label_folders, tmp_path, capsys):
         "mACC": 0.75,
         "pACC": pytest.approx(2 / 3),
         "IoU": [0.5, 1.0, 0.0, None],
+        "void_pixels": 0,
     }
     assert "75.00       50.00             37.50" in capsys.readouterr().out
 

@@ -56,7 +56,7 @@ def test_frozen_weights_are_in_no_group_of_the_optimizer():
 
 def test_plans_and_utilization_know_what_is_frozen(tmp_path):
     job = make_job(tmp_path, "none")
-    training = TrainingConfig(max_steps=1)
+    training = TrainingConfig(max_steps=1, precision="fp32")
     free, frozen = (plan_memory(model, job.data, training, 1, 5) for model in (replace(FROZEN, freeze=()), FROZEN))
     assert frozen.states < free.states
     assert frozen.per_image < free.per_image

@@ -41,6 +41,7 @@ def make_job(run_folder: Path, shards: str, **training) -> TrainJob:
         "max_steps": 8,
         "global_batch": 4,
         "micro_batch": 2,
+        "precision": "fp32",
         "log_every_steps": 1,
         "optimizer": OptimizerConfig(lr=1e-3),
         "schedule": PolySchedule(),

@@ -21,7 +21,7 @@ def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int
     parameters = list(model.parameters())
     total, trained = _count(parameters), _count(p for p in parameters if p.requires_grad)
     stage = training.zero.stage
-    trained_bytes = 2 if training.precision in ("bf16", "fp16") else _FP32_BYTES
+    trained_bytes = 2 if training.settled_precision in ("bf16", "fp16") else _FP32_BYTES
     size = _SMALL_FILES
     if stage:  # the fp32 copies, too, each rank its share
         size += (_ADAM_BYTES + _FP32_BYTES) * trained // world_size

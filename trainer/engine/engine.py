@@ -62,7 +62,7 @@ class Engine:
         self._clip_norm = training.optimizer.clip_norm
         self._is_offloaded = training.zero.offload_optimizer
         self.module = module.to(device)
-        self._has_masters = training.precision in ("bf16", "fp16")
+        self._has_masters = training.settled_precision in ("bf16", "fp16")
         self._adamw = _build_adamw(module, training)
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         self._engine: Any = _initialize(module, self._adamw, deepspeed_config(training, self.world_size, universal))
@@ -184,7 +184,7 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
     alone = world_size == 1 and zero.stage == 1
     stage3 = {"stage3_param_persistence_threshold": zero.param_persistence_threshold} if zero.stage == 3 else {}
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if zero.offload_optimizer else {}
-    halves = {training.precision: {"enabled": True}} if training.precision in ("bf16", "fp16") else {}
+    halves = {training.settled_precision: {"enabled": True}} if training.settled_precision in ("bf16", "fp16") else {}
     return {
         "train_micro_batch_size_per_gpu": len(plan[0]),
         "gradient_accumulation_steps": len(plan),

@@ -46,11 +46,11 @@ class MemoryPlan:
 def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, world: int, targets: int) -> MemoryPlan:
     """Count one micro-batch of one image and one of two, with `targets` segments in each. Takes seconds."""
     size = largest_shape(data.augment)
-    dtype = WIDTHS.get(training.precision, torch.float32)
-    fp32 = training.pixel_decoder_fp32 or training.precision == "fp16_autocast"
+    dtype = WIDTHS.get(training.settled_precision, torch.float32)
+    fp32 = training.pixel_decoder_fp32 or training.settled_precision == "fp16_autocast"
     one, two = (
         count_activations(
-            model, images, size, targets, training.precision != "fp32", dtype, pixel_decoder_fp32=fp32
+            model, images, size, targets, training.settled_precision != "fp32", dtype, pixel_decoder_fp32=fp32
         ).peak
         for images in (1, 2)
     )

@@ -22,7 +22,7 @@ def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int 
     of the trained weights in every precision.
     """
     zero = training.zero
-    width = 2 if training.precision in WIDTHS else FULL
+    width = 2 if training.settled_precision in WIDTHS else FULL
     own = -(-weights // world)
     of_weights = own + -(-frozen // world) if zero.stage == 3 else weights + frozen
     of_gradients = own if zero.stage >= 2 else weights

@@ -126,12 +126,12 @@ def test_a_step_with_a_bad_gradient_is_not_applied(alone):
 
 
 def test_one_rank_has_no_buckets():
-    zero = deepspeed_config(TrainingConfig(max_steps=1), 1)["zero_optimization"]
+    zero = deepspeed_config(TrainingConfig(max_steps=1, precision="fp32"), 1)["zero_optimization"]
     assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (1, False, False)
 
 
 def test_accumulation_follows_from_batch_and_ranks():
-    training = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2)
+    training = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2, precision="fp32")
     settings = [deepspeed_config(training, world_size) for world_size in (1, 3, 8)]
     assert [s["gradient_accumulation_steps"] for s in settings] == [8, 3, 1]
     assert [s["train_micro_batch_size_per_gpu"] for s in settings] == [2, 2, 2]
@@ -139,7 +139,8 @@ def test_accumulation_follows_from_batch_and_ranks():
 
 def test_stage_0_is_clipped_by_us_and_others_by_deepspeed():
     plain, sharded = (
-        deepspeed_config(TrainingConfig(max_steps=1, zero=ZeroConfig(stage=stage)), 1) for stage in (0, 3)
+        deepspeed_config(TrainingConfig(max_steps=1, precision="fp32", zero=ZeroConfig(stage=stage)), 1)
+        for stage in (0, 3)
     )
     assert plain["gradient_clipping"] == 0.0
     assert sharded["gradient_clipping"] == 0.01

@@ -13,7 +13,7 @@ from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.memory.plan import MemoryPlan, format_memory, plan_memory
 from m2f.trainer.memory.states import bytes_beside_module, state_bytes
 
-TRAINING = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2)
+TRAINING = TrainingConfig(max_steps=1, global_batch=16, micro_batch=2, precision="fp32")
 SMALL_BUCKETS = ZeroConfig(stage=0, reduce_bucket_size=1)
 """Two of them take at most 8 bytes."""
 
