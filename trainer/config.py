@@ -199,7 +199,7 @@ class TrainingConfig(Section):
 
     @property
     def settled_precision(self) -> Precision:
-        """The precision, once it is decided on. Raises ValueError for `auto`: no part of a rank may take it for another."""
+        """The precision, once it is decided on. Raises ValueError for `auto`, which no part of a rank may guess at."""
         if self.precision == "auto":
             raise ValueError("training.precision is auto; decide on it before a model, an engine or a plan is made")
         return self.precision
