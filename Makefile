@@ -7,9 +7,11 @@ SOAK ?=
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS := 1
-export DS_ACCELERATOR ?= cpu
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+
+# The tests are made for CPUs; a demo uses the GPUs that are there.
+test check bench: export DS_ACCELERATOR ?= cpu
 
 .PHONY: demo test check fix bench docs clean
 

@@ -1,4 +1,4 @@
-"""Environment variables that hold for a while, and whether there is a Ray cluster for this process."""
+"""Environment variables that hold for a while, whether there is a Ray cluster for this process, and its cores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+OWN_CLUSTER = "M2F_OWN_CLUSTER"
+"""Address of the Ray that was started on this machine for a while, beside RAY_ADDRESS, which says the same."""
 
 
 @contextmanager
@@ -21,6 +24,17 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def names_cluster(address: str | None) -> bool:
+    """Whether `address` or RAY_ADDRESS names a Ray cluster that others started, which may get more nodes."""
+    named = address or os.environ.get("RAY_ADDRESS")
+    return named is not None and named != os.environ.get(OWN_CLUSTER)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine on systems that do not say, such as macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def uses_ray(address: str | None) -> bool:

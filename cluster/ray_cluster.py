@@ -15,7 +15,7 @@ from math import ceil
 
 import ray
 
-from m2f.cluster.environment import environment
+from m2f.cluster.environment import OWN_CLUSTER, environment
 from m2f.cluster.exit_status import RESTARTED
 from m2f.cluster.ray_private import on_loopback, quiet_tokens
 from m2f.cluster.ray_watch import watching
@@ -95,7 +95,8 @@ def local_or_existing(
         _start(folder, num_cpus, dashboard, resources)
         try:
             # Ray's own look-up of "the cluster of this machine" may find a neighbour's, and clean up its actors.
-            with environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}), watching(is_ours=True):
+            address = ray.get_runtime_context().gcs_address
+            with environment({"RAY_ADDRESS": address, OWN_CLUSTER: address}), watching(is_ours=True):
                 yield
         finally:
             ray.shutdown()

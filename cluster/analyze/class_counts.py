@@ -10,8 +10,11 @@ from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150, categories_847
+from m2f.data_pipeline.readers.cityscapes import CATEGORIES as CITYSCAPES
 from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest
 from m2f.data_pipeline.sources import (
+    Ade20kFullSource,
     Ade20kSource,
     CityscapesPanopticSource,
     CityscapesSource,
@@ -32,14 +35,18 @@ class _Published:
     classes: int
     things: int
 
+    @classmethod
+    def of(cls, name: str, table: CategoryTable) -> _Published:
+        """One whose classes are known without a file."""
+        return cls(name, len(table.for_task("panoptic")), len(table.for_task("instance")))
+
     def count(self, task: Task) -> int:
         """Classes of a model for the task."""
         return self.things if task == "instance" else self.classes
 
 
+# These have their classes in a file of annotations, which is not there yet.
 _COCO, _COCO_INSTANCES = _Published("COCO", 133, 80), _Published("COCO", 80, 80)
-_ADE20K = _Published("ADE20K", 150, 100)
-_CITYSCAPES = _Published("Cityscapes", 19, 8)
 _VISTAS = _Published("Mapillary Vistas 1.2", 65, 37)
 _FILES: tuple[tuple[str, _Published], ...] = (
     (r"panoptic_(train|val)2017\.json$", _COCO),
@@ -89,9 +96,11 @@ def _table(dataset: DatasetConfig, storage: Storage) -> CategoryTable:
 def _published(dataset: DatasetConfig) -> _Published | None:
     match dataset.source:
         case Ade20kSource():
-            return _ADE20K
+            return _Published.of("ADE20K", CATEGORIES_150)
+        case Ade20kFullSource(categories=None):
+            return _Published.of("ADE20K full", categories_847())
         case CityscapesSource() | CityscapesPanopticSource():
-            return _CITYSCAPES
+            return _Published.of("Cityscapes", CITYSCAPES)
         case CocoPanopticSource(panoptic_json=file) | CocoInstancesSource(instances_json=file):
             pass
         case MapillarySource(config_json=file):

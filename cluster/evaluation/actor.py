@@ -5,7 +5,6 @@ Also defines which images belong together, so that results do not depend on whic
 
 from __future__ import annotations
 
-import os
 import resource
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -77,8 +76,6 @@ class EvaluationActor:
     """Runs as a Ray actor. Models and manifests are loaded when they are first needed; the last model is kept."""
 
     def __init__(self, config: RunConfig) -> None:
-        if not config.evaluation.gpus_per_actor:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the machine's GPUs are not ours
         torch.set_num_threads(config.evaluation.threads)
         self._config = config
         self._storage = Storage(config.storage, answered=True)
@@ -140,7 +137,9 @@ class EvaluationActor:
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # frees the memory of the last one first
             config = replace(self._config.model, num_classes=len(classes.model_classes))
-            model = model_with_weights(config, task.weights, self._storage)
+            model = model_with_weights(
+                config, task.weights, self._storage, use_gpu=self._config.evaluation.gpus_per_actor > 0
+            )
             if self._config.evaluation.cuda_graphs:
                 replay_forward(model)
             self._loaded = wanted, model

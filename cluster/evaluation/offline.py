@@ -5,11 +5,9 @@ Few images are evaluated in this process, as Ray takes long to start.
 
 from __future__ import annotations
 
-import os
-
 import ray
 
-from m2f.cluster.environment import uses_ray
+from m2f.cluster.environment import names_cluster, uses_ray
 from m2f.cluster.evaluation.actor import evaluated_rows
 from m2f.cluster.evaluation.client import make_pool
 from m2f.cluster.evaluation.evaluate import Pool, SetEvaluation, evaluate_sets
@@ -42,7 +40,7 @@ def evaluate_checkpoint(
         config = announced(evaluation_devices(config, SeenDevices(gpus_of_machine())))
         return _evaluate(config, LocalPool(config), checkpoint, step, dump)
     settings = config.evaluation
-    may_grow = config.cluster.address is not None or "RAY_ADDRESS" in os.environ
+    may_grow = names_cluster(config.cluster.address)
     num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
     with local_or_existing(config.cluster, num_cpus, resources=settings.resources_per_actor):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -33,8 +33,8 @@ def model_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Ca
     return manifest.categories.for_task(config.data.task)
 
 
-def model_with_weights(config: ModelConfig, weights: str, storage: Storage) -> Mask2Former:
-    """The model with weights from a URL, a file or a local folder, for inference, on the GPU where there is one.
+def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, use_gpu: bool = True) -> Mask2Former:
+    """The model with weights from a URL, a file or a local folder, for inference, on the GPU where one is to be used.
 
     Raises:
         EvaluationError: the weights are not those of the whole model.
@@ -48,4 +48,4 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage) -> M
         raise EvaluationError(
             f"{weights} does not hold the whole model of the recipe with {config.num_classes} classes: {report}"
         )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to("cuda" if use_gpu and torch.cuda.is_available() else "cpu")

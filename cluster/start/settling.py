@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from m2f.cluster.environment import usable_cores
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.devices import SeenDevices, announced, gpus_of_machine, settle
 from m2f.cluster.start.backbone_start import settle_backbone
@@ -35,7 +36,7 @@ def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunCon
 
 def this_machine() -> SeenDevices:
     """The devices that torch sees here."""
-    return SeenDevices(gpus_of_machine(), cores=os.cpu_count() or 0)
+    return SeenDevices(gpus_of_machine(), cores=usable_cores())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The MLflow store of runs on this machine: a sqlite file for all runs of an `output`, with their artifacts beside it.
 
 <output>/mlflow.db, <output>/mlartifacts/                  new runs
-<output>/<name>/mlflow.db, <output>/<name>/artifacts/      runs of versions up to 0.2, which keep theirs
+<output>/<name>/mlflow.db, <output>/<name>/artifacts/      runs that have one, as those of version 0.1 had at first
 
 MLflow stores absolute paths of artifacts and our records those of databases, so a folder that was moved is put right
 here, when a process is about to write.

@@ -5,7 +5,6 @@ An attempt is one `TorchTrainer.fit()` with `max_failures=0`, in a thread of its
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from m2f.cluster.environment import names_cluster
 from m2f.cluster.evaluation.client import EvaluationClient
 from m2f.cluster.ray_cluster import ClusterError, connect, local_or_existing, this_node
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
@@ -58,18 +58,13 @@ def run_training(config: RunConfig, live: bool = False) -> RunSummary:
 @contextmanager
 def _seen_devices(config: RunConfig) -> Iterator[SeenDevices]:
     """GPUs of the cluster that the run will use; those of this machine where a local cluster will start on it."""
-    may_grow = _may_grow(config.cluster)
+    may_grow = names_cluster(config.cluster.address)
     if not may_grow and not ray.is_initialized():
         yield this_machine()
         return
     with local_or_existing(config.cluster, 0):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield SeenDevices(gpus_of_nodes(nodes), found="the Ray cluster has", may_grow=may_grow)
-
-
-def _may_grow(cluster: ClusterConfig) -> bool:
-    """Whether the run uses a cluster that was there before it."""
-    return cluster.address is not None or "RAY_ADDRESS" in os.environ
 
 
 class RayLauncher:
@@ -85,7 +80,7 @@ class RayLauncher:
         self._error: BaseException | None = None
 
     def __enter__(self) -> Self:
-        may_grow = _may_grow(self._cluster)
+        may_grow = names_cluster(self._cluster.address)
         with ExitStack() as stack:
             stack.enter_context(connect(self._config))
             self._scratch = str(stack.enter_context(ScratchFolder("ray-train")))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from m2f.cluster.evaluation.lines import describe, started
 from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.evaluation.service import place_of
 from m2f.cluster.terminal import print_out
 from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, Tracking
@@ -70,7 +71,7 @@ class RunRelay:
         for entry in entries:
             if entry.status == "published":
                 self._tracking.log_metrics(entry.step, entry.metrics)
-                place = f"evaluations/step_{entry.step:08d}"
+                place = place_of(entry.step)
                 if "://" not in run_folder:
                     self._tracking.log_artifact(join(run_folder, place), place)
 

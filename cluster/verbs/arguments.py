@@ -46,11 +46,6 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def usable_cores() -> int:
-    """Cores that this process may use; all of the machine on systems that do not say, such as macOS."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def count(text: str) -> int:
     """For `type=`: a whole number of at least 1."""
     number = int(text)

@@ -39,12 +39,17 @@ def run(args: argparse.Namespace) -> int:
     print_out(f"evaluating {weights.url}")
     from m2f.cluster.evaluation.evaluate import name_of_results, write_files
     from m2f.cluster.evaluation.offline import evaluate_checkpoint
+    from m2f.cluster.tracking.store import TrackingError
     from m2f.cluster.tracking.tracking import Tracking, find_run
 
     dump = args.dump if args.dump is None or "://" in args.dump else abspath(args.dump)
     evaluations = evaluate_checkpoint(config, weights.url, step=weights.step, dump=dump)
-    run = find_run(config) if weights.step is not None else None
-    tracking = Tracking(run, "offline-evaluation") if run is not None else None
+    tracking = None
+    try:
+        run = find_run(config) if weights.step is not None else None
+        tracking = Tracking(run, "offline-evaluation") if run is not None else None
+    except TrackingError as error:  # as in a run that may only be read: the results are worth more than their curves
+        print_err(f"warning: the results do not go to MLflow: {error}")
     with ScratchFolder("evaluation") as scratch:
         for evaluation in evaluations:
             within = f"evaluations/{weights.name}"

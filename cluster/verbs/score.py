@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2f.cluster.environment import usable_cores
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import Progress, print_err, print_out
-from m2f.cluster.verbs.arguments import count, usable_cores
+from m2f.cluster.verbs.arguments import count
 
 if TYPE_CHECKING:
     from m2f.eval.score.options import ScoreOptions
@@ -48,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     semantic.add_argument("--num-classes", required=True, type=int, metavar="K", help="labels are 0 to K - 1")
     semantic.add_argument("--ignore", type=int, default=255, metavar="V", help="value without label (default 255)")
     semantic.add_argument(
-        "--void", type=int, metavar="V", help="value of predictions without a class, which miss (default 255)"
+        "--void",
+        type=int,
+        metavar="V",
+        help="value of predictions without a class, which miss (default 255; 65535 from 256 classes on)",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("ray", "local"),
         default="ray",
         help="ray (default): with evaluations beside the training; local: plain processes on this machine, with "
-        "evaluations after the last step",
+        "evaluations after the last step, or beside the training if it may end early",
     )
     parser.add_argument(
         "--restart",
@@ -51,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.recipe.pinned_weights import with_pinned_weights
     from m2f.cluster.recipe.stored import fresh_name
     from m2f.data_pipeline.storage.storage import Storage
+    from m2f.trainer.checkpoint.lease import INHERITED
 
     config = load_recipe(args.recipe, args.overrides)
     if args.fresh:
         args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts take the same folder
         config = load_recipe(args.recipe, args.overrides)
-    config = with_pinned_weights(config, Storage(config.storage, on_wait=print_err))
+    config = with_pinned_weights(config, Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err))
     print_err(f"{args.recipe}: loading PyTorch and MLflow")
     if args.restart:
         return _restarted(args, config)

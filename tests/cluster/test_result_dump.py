@@ -70,7 +70,7 @@ def dumped(tmp_path_factory):
     write_dataset(open_reader(config.datasets["val"].source), config.datasets["val"], Storage())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setattr(eval_actor, "model_with_weights", lambda *_: Reader())
+        patch.setattr(eval_actor, "model_with_weights", lambda *_, **__: Reader())
         (evaluation,) = evaluate_sets(
             config, TroubledPool(config), "weights.pth", 7, lambda *_: None, dump=str(folder / "dump")
         )

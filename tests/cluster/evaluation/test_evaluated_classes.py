@@ -117,7 +117,7 @@ class World:
 def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the actor sets it
-        patch.setattr(eval_actor, "model_with_weights", lambda *_: Reader())
+        patch.setattr(eval_actor, "model_with_weights", lambda *_, **__: Reader())
         yield World(tmp_path_factory.mktemp("classes"))
 
 
@@ -167,7 +167,7 @@ def test_a_model_without_a_class_of_the_set_is_evaluated_on_the_others(world, ex
             predictions = super().forward(images)
             return predictions._replace(class_logits=predictions.class_logits[..., [0, 1, 2, 4]])
 
-    monkeypatch.setattr(eval_actor, "model_with_weights", lambda *_: WithoutBuoys())
+    monkeypatch.setattr(eval_actor, "model_with_weights", lambda *_, **__: WithoutBuoys())
     world.write_weights(CLASSES[:3])
     try:
         results = world.evaluate("train")

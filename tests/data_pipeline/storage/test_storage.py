@@ -28,6 +28,12 @@ BODY = bytes(range(256)) * 4
 
 
 @pytest.fixture(autouse=True)
+def no_store_has_answered(monkeypatch):
+    """A process remembers the stores that have answered, and tests share addresses."""
+    monkeypatch.setattr(s3_store, "_ANSWERED", set())
+
+
+@pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch):
     monkeypatch.setattr(s3_store, "_BACKOFF_BASE_S", 0.001)
     for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
@@ -353,8 +359,7 @@ def test_a_store_whose_server_has_ended_is_waited_for():
 
 
 @pytest.mark.parametrize("place", ["http://127.0.0.1:9", "http://nobody.invalid"])
-def test_a_store_that_cannot_be_reached_any_more_is_an_outage(place, monkeypatch):
-    monkeypatch.setattr(s3_store, "_ANSWERED", set())
+def test_a_store_that_cannot_be_reached_any_more_is_an_outage(place):
     with pytest.raises(OutageError, match=r"longer than storage\.patience_s \(0\.5 s; \d+ attempts"):
         Storage(StorageConfig(endpoint_url=place, patience_s=0.5), answered=True).get("s3://bucket/key")
 
