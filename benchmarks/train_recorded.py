@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.recording import Recording
+from m2f.cluster.recipe.devices import SeenDevices, announced, gpus_of_machine, settle
 from m2f.cluster.recipe.load import dump_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths
 from m2f.cluster.train.launch import LaunchError, launch
 from m2f.cluster.train.local_rank import stopped_by_signals, worker_environment
-from m2f.model.errors import UserError
+from m2f.model.errors import ConfigError, UserError
 from m2f.trainer.job import TrainJob
 
 
@@ -26,6 +27,9 @@ def train_recorded(path: str, overrides: Sequence[str] = ()) -> str:
     """Train on this machine; returns the run folder. Raises UserError and LaunchError."""
     recording = Recording.load(path)
     config = with_absolute_paths(parse_recipe(recording.recipe, overrides, source=f"the recipe in {path}"))
+    if config.training.max_epochs:
+        raise ConfigError("training.max_epochs needs the data set, to count its images; give training.max_steps")
+    config = announced(settle(config, SeenDevices(gpus_of_machine()), beside=False))
     job = TrainJob(
         run_folder=config.run_folder,
         model=replace(config.model, num_classes=recording.num_classes),

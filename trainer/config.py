@@ -21,7 +21,6 @@ from m2f.model.limits import (
 )
 
 TWO_STEPS = Range(2, unit="steps")
-STEPS_OR_NONE = Range(0, unit="steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +145,7 @@ class SpikeConfig(Section):
 class TrainingConfig(Section):
     """One training run."""
 
-    max_steps: Annotated[int, STEPS_OR_NONE] = 0
+    max_steps: Annotated[int, STEPS_FROM_0] = 0
     """Optimizer steps; 0: as many as `max_epochs` makes."""
     max_epochs: Annotated[float, FROM_0] = 0.0
     """In place of `max_steps`: passes over the images of all data sets in `data.train`, as filters, limits and repeats

@@ -1,17 +1,14 @@
-"""The device of a rank: which GPU it is, that no other rank has it, and what it computes in."""
+"""The device of a rank: which GPU it is, and that no other rank has it."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from m2f.trainer.errors import TrainingError
-from m2f.trainer.job import TrainJob
-from m2f.trainer.precision import sensible_precision
 from m2f.trainer.ranks import Ranks
 
 
@@ -37,14 +34,6 @@ def take_device() -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def with_precision(job: TrainJob, device: torch.device) -> TrainJob:
-    """The job with a precision for this device, where nobody has decided on one before."""
-    if job.training.precision != "auto":
-        return job
-    capabilities = [torch.cuda.get_device_capability(device)] if device.type == "cuda" else []
-    return replace(job, training=replace(job.training, precision=sensible_precision(capabilities)))
 
 
 def require_own_device(device: torch.device, ranks: Ranks) -> None:

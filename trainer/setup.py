@@ -13,7 +13,7 @@ from m2f.trainer.checkpoint.identity import require_own_checkpoint
 from m2f.trainer.checkpoint.resume import open_restart
 from m2f.trainer.checkpoint.saver import CheckpointSaver
 from m2f.trainer.data import OpenData, TrainingData, open_batches
-from m2f.trainer.device import require_own_device, this_device, with_precision
+from m2f.trainer.device import require_own_device, this_device
 from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.engine import Engine
 from m2f.trainer.engine.module import TrainingModule
@@ -42,7 +42,6 @@ class Run:
 @contextmanager
 def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator[Run]:
     """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
-    job = with_precision(job, this_device())
     training = job.training
     ranks = Ranks(training.collective_timeout_s)
     require_own_device(this_device(), ranks)

@@ -127,6 +127,11 @@ class RunConfig(Section):
             raise ConfigError("\n  ".join(unfit))
         self._check_timeouts()
         self._check_early_stopping()
+        if self.model.freeze and self.training.precision in ("bf16", "fp16"):
+            raise ConfigError(
+                f"model.freeze is {list(self.model.freeze)} and training.precision {self.training.precision}, which "
+                f"would round the frozen weights, too; set training.precision to {self.training.precision}_autocast"
+            )
         if self.training.compile and isinstance(self.data.augment, ScaleJitter):
             raise ConfigError(
                 "training.compile is true, but data.augment makes images of many sizes, each compiled anew; "

@@ -12,7 +12,6 @@ from m2f.cluster.train.processes import Post
 from m2f.cluster.train.signals import handling
 from m2f.trainer.errors import PeersError
 from m2f.trainer.job import ManualControl, TrainJob
-from m2f.trainer.memory.allocator import let_segments_grow
 from m2f.trainer.reporting import Event, RankReport, Reporters
 
 
@@ -54,8 +53,6 @@ def stopped_by_signals() -> Iterator[ManualControl]:
 def worker_environment(config: RunConfig) -> dict[str, str]:
     """What a rank's process must find in its environment before it imports torch and DeepSpeed."""
     environment = {"OMP_NUM_THREADS": str(config.training.threads)}
-    if config.cluster.gpus_per_worker:
-        let_segments_grow(os.environ)  # the ranks inherit it
-    else:
+    if not config.cluster.gpus_per_worker:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return environment

@@ -184,7 +184,8 @@ def source_fingerprint(source: SourceConfig) -> str:
     files: tuple[str | None, ...] = ()
     match source:
         case SyntheticSource():
-            # Sets of earlier versions have no small objects, and no such settings in their digest.
+            # Earlier versions had these defaults as constants: at them the settings stay out of the digest, so the
+            # defaults must not change.
             new = {"small_share", "small_diameters"}
             settings = {
                 name: value

@@ -36,7 +36,8 @@ REPOSITORY = Path(m2f.__file__).parents[1]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recording")
-    return tiny_config(folder, "live", small_sets(str(folder), Storage()))
+    config = tiny_config(folder, "live", small_sets(str(folder), Storage()))
+    return replace(config, training=replace(config.training, precision="fp32"))
 
 
 @pytest.fixture(scope="module")

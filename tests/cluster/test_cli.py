@@ -398,7 +398,7 @@ SCORED = ["--truth", "a", "--predictions", "b", "--truth-masks", "c", "--predict
     [
         (
             ["train", "recipe.yaml", "--laucher", "local"],
-            "unrecognized arguments: --laucher local; did you mean --launch",
+            "unrecognized arguments: --laucher local; did you mean --launcher?",
         ),
         (["score", "panoptic", *SCORED, "--reprt", "x"], "unrecognized arguments: --reprt x; did you mean --report?"),
         (["score", "panoptc"], "did you mean panoptic?"),

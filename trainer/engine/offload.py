@@ -12,7 +12,7 @@ def bring_norms_to_host(optimizer: Any) -> None:
 
     It would ask the GPU for each by itself, and wait as often as there are parameters. Sums and their order stay.
     """
-    norms = getattr(optimizer, "norm_for_param_grads", None)
+    norms = optimizer.norm_for_param_grads
     if norms:
         together = torch.stack([norm.reshape(()) for norm in norms.values()]).cpu()
         optimizer.norm_for_param_grads = dict(zip(norms, together.unbind(), strict=True))

@@ -54,11 +54,12 @@ def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, 
         ).peak
         for images in (1, 2)
     )
-    frozen = sum(count_parameters(build_shapes(model).get_submodule(part)) for part in model.freeze)
+    shapes = build_shapes(model)
+    frozen = sum(p.numel() for p in shapes.parameters() if not p.requires_grad)
     return MemoryPlan(
         size=size,
         micro_batch=len(step_positions(0, training.global_batch, 0, world, training.micro_batch)[0]),
-        states=state_bytes(count_parameters(build_shapes(model)) - frozen, training, world, frozen),
+        states=state_bytes(count_parameters(shapes) - frozen, training, world, frozen),
         fixed=max(0, 2 * one - two),
         per_image=two - one,
     )

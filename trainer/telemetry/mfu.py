@@ -44,7 +44,7 @@ def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:
         is_frozen = part in config.freeze
         total += getattr(flops, part) * (_PASSES if not is_frozen else 2 if is_trained_before else 1)
         is_trained_before |= not is_frozen
-    return total + _PASSES * flops.inference
+    return total
 
 
 class Utilization:

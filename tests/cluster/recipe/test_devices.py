@@ -159,7 +159,7 @@ def test_one_line_says_it(settings, gpus, line):
         ({}, [H100], 8, []),
     ],
 )
-def test_what_makes_a_run_on_the_cpu_faster(settings, gpus, cores, hints):
+def test_a_run_on_the_cpu_is_told_what_makes_it_faster(settings, gpus, cores, hints):
     found = settle(recipe(**settings), SeenDevices(tuple(gpus), cores=cores)).hints
     assert len(found) == len(hints)
     for hint, part in zip(found, hints, strict=True):
@@ -176,14 +176,14 @@ def test_what_makes_a_run_on_the_cpu_faster(settings, gpus, cores, hints):
         (1.0, [], True, 1, False),
     ],
 )
-def test_an_evaluation_alone(asked, gpus, may_grow, each, warned):
+def test_an_evaluation_alone_takes_a_gpu_for_each_actor_or_says_that_it_has_none(asked, gpus, may_grow, each, warned):
     settled = evaluation_devices(recipe(evaluating=asked), SeenDevices(tuple(gpus), may_grow=may_grow))
     assert settled.config.evaluation.num_gpus_per_actor == each
     assert bool(settled.warnings) == warned
     assert settled.config.cluster == replace(recipe().cluster)
 
 
-def test_the_gpus_of_a_cluster_by_their_type():
+def test_the_type_of_a_clusters_gpus_says_what_they_can():
     nodes = [{"CPU": 4.0}, {"GPU": 2.0, "accelerator_type:T4": 1.0}, {"GPU": 1.0}]
     found = gpus_of_nodes(nodes)
     assert [gpu.name for gpu in found] == ["T4", "T4", "GPU"]

@@ -297,6 +297,11 @@ def test_numbers_that_contradict_each_other_are_refused(override, message):
     assert message in problems_of(RECIPE, override)
 
 
+def test_frozen_weights_are_not_rounded_to_16_bits():
+    problem = problems_of(RECIPE, "model.freeze=[backbone]", "training.precision=bf16", "training.zero.stage=2")
+    assert "set training.precision to bf16_autocast" in problem
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_the_validation_set_is_evaluated_for_the_task_of_the_training_if_the_recipe_says_nothing(name):
     text = RECIPE.partition("evaluation:")[0].replace("val:", f"{name}:")

@@ -8,6 +8,7 @@ from m2f.cluster.start.backbone_start import settle_backbone
 from m2f.data_pipeline.config import DataConfig, DatasetConfig, MixtureItem
 from m2f.model.backbones.published import has_frozen_norms, published_problem
 from m2f.model.config import ModelConfig, SwinBackboneConfig, TimmBackboneConfig
+from m2f.model.errors import ConfigError
 from m2f.trainer.config import TrainingConfig
 
 NO_HUB = "https://hub does not answer"
@@ -67,3 +68,5 @@ def test_where_published_weights_come_from(monkeypatch):
     assert asked == ["timm/resnet50.tv_in1k"]
     assert published_problem("resnet10t_of_mine") is None
     assert published_problem("resnet200") == "timm has no published weights of resnet200"
+    with pytest.raises(ConfigError, match=r"model\.backbone\.name is 'resnet50\.of_mine'.*published are: .*a1_in1k"):
+        published_problem("resnet50.of_mine")

@@ -1,9 +1,15 @@
-"""Creates the MLflow run of a recipe, and may be killed meanwhile: `killed_making_database.py OUTPUT [NAME]`."""
+"""Creates the MLflow run of a recipe, and may be killed meanwhile: `killed_making_database.py OUTPUT [NAME [dies]]`.
+
+With `dies` it kills itself in the middle of an upgrade of the database.
+"""
 
 import dataclasses
+import os
+import signal
 import sys
 
 from m2f.cluster.recipe.load import parse_recipe
+from m2f.cluster.tracking import database
 from m2f.cluster.tracking.tracking import create_run
 
 RECIPE = """
@@ -12,5 +18,15 @@ datasets: {train: {shards: shards/train}}
 data: {train: [{dataset: train}]}
 training: {max_steps: 10}
 """
+
+
+def die(partial, uri):
+    with open(partial, "ab") as file:
+        file.write(b"half an upgrade")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 output, name = [*sys.argv[1:], "tracked"][:2]
+if sys.argv[3:] == ["dies"]:
+    database._upgrade = die
 create_run(dataclasses.replace(parse_recipe(RECIPE), output=output, name=name))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from m2f.cluster.tracking.tracking import Tracking, TrackingError, create_run, f
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.commits import write_metrics
 from tests.mounts import read_only
-from tests.waiting import PATIENCE_S, wait_until
+from tests.waiting import PATIENCE_S
 
 RECIPE = """
 name: tracked
@@ -259,8 +260,8 @@ def test_a_newer_schema_is_one_message(output):
     assert "\n" not in str(caught.value)
 
 
-def start(output, name):
-    return subprocess.Popen([sys.executable, KILLED, str(output), name], stdout=subprocess.PIPE, text=True)
+def start(output, name, *words):
+    return subprocess.Popen([sys.executable, KILLED, str(output), name, *words], stdout=subprocess.PIPE, text=True)
 
 
 def names_in(output):
@@ -284,10 +285,8 @@ def test_drivers_that_start_at_once_make_or_upgrade_one_store(tmp_path, old, old
 @pytest.mark.slow
 def test_a_driver_that_is_killed_while_it_upgrades_leaves_the_store_as_it_was(tmp_path, old_database):
     (tmp_path / "mlflow.db").write_bytes(old_database)
-    process = start(tmp_path, "killed")
-    wait_until(lambda: list(tmp_path.glob(".partial-*-mlflow.db-journal")), "an upgrade that is under way")
-    process.kill()
-    process.wait()
+    assert start(tmp_path, "killed", "dies").wait(PATIENCE_S) == -signal.SIGKILL
+    assert list(tmp_path.glob(".partial-*"))
     assert (tmp_path / "mlflow.db").read_bytes() == old_database
     assert start(tmp_path, "next").wait(PATIENCE_S) == 0
     assert names_in(tmp_path) == ["before", "next"]

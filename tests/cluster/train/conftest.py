@@ -33,10 +33,12 @@ def calm_run(tmp_path_factory: pytest.TempPathFactory) -> CalmRun:
     return CalmRun(config.run_folder, tracked_points(summary.tracked, "train/loss/total"))
 
 
-@pytest.fixture(autouse=True)
-def no_memory_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def no_memory_monitor() -> Iterator[None]:
     """Ray kills workers where other programs of this machine take its memory, which is not our business."""
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        yield
 
 
 @pytest.fixture

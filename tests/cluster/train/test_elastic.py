@@ -88,7 +88,6 @@ def folder(tmp_path_factory):
 def cluster(monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other programs of this machine are not our business
     cluster = Cluster(
         initialize_head=True,
         head_node_args={

@@ -90,8 +90,11 @@ def test_a_checkpoint_says_what_it_is(run):
         assert (identity.input.shortest_edge, identity.input.max_size) == (64, 96)
         assert identity.num_queries == 8
         assert identity.recipe == Path(url, "recipe.yaml").read_text()
-        assert "\n  precision: fp32\n" in identity.recipe
-        assert ": auto\n" not in identity.recipe, "what was decided on is stored"
+        stated = dump_recipe(config).splitlines()
+        decided = {line.strip() for line in identity.recipe.splitlines()} - {line.strip() for line in stated}
+        assert decided == {"precision: fp32", "num_gpus_per_worker: 0.0", "num_gpus_per_actor: 0.0"}
+        assert len(identity.recipe.splitlines()) == len(stated)
+        assert ": auto\n" not in identity.recipe
         assert identity.to_json() == Path(url, "identity.json").read_text()
         with safe_open(Path(url, name), "pt") as file:
             assert file.metadata()["format"] == "pt"

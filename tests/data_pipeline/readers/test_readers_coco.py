@@ -114,7 +114,7 @@ def test_layers_are_first_fit():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0, 1))
-def test_compressed_run_lengths_are_those_of_the_mask(seed, density):
+def test_the_area_of_compressed_run_lengths_is_that_of_the_mask(seed, density):
     mask = (np.random.default_rng(seed).random((13, 300)) < density).astype(np.uint8)
     rle = coco_mask.encode(np.asfortranarray(mask))
     assert text_areas([rle["counts"].decode()], 13, 300).tolist() == [mask.sum()]

@@ -52,7 +52,7 @@ def test_masks_beyond_one_portion_are_read_too():
     assert text_areas([], 5, 9).tolist() == []
 
 
-def test_one_wrong_text_among_many_is_found_and_named():
+def test_one_wrong_text_among_many_is_found():
     rng = np.random.default_rng(1)
     for seed in range(300):
         texts = texts_of(rng, 4, 9, 11)

@@ -327,7 +327,7 @@ def test_label_maps_have_names_subsets_pages_and_a_function(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("void", [255, 9])
-def test_void_in_predicted_label_maps(tmp_path, capsys, void):
+def test_void_in_predicted_label_maps_misses_and_is_no_false_positive(tmp_path, capsys, void):
     """Maps on disk and arrays: a void pixel is a miss of the truth's class, and of no class a false positive."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, (20, 30)).astype(np.uint8)

@@ -421,7 +421,7 @@ def test_points_are_the_same_alone_and_among_other_images(monkeypatch):
         assert torch.equal(whole[:, :40].sort(1).values, torch.cat(parts)[:, :40].sort(1).values)
 
 
-def test_costs_are_the_same_alone_and_among_other_images():
+def test_points_and_weights_are_the_same_alone_and_among_other_images():
     targets = scene("several sizes")
     padded = rectangles(*SCENES["several sizes"]["images"], pad=6)
     points = CounterPoints(seed=2).draw(targets.position, LAYERS, point_counts(BOTH)).matching

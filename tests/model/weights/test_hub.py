@@ -11,6 +11,7 @@ from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.weights.hub import hub_folder, pinned, unavailable
 from m2f.model.weights.sources import HubAddress
 from tests.model.weights.hub_server import COMMIT, REPO, serve_hub
+from tests.waiting import PATIENCE_S
 
 ADDRESS = f"hub:{REPO}"
 
@@ -137,16 +138,15 @@ def test_other_addresses_are_refused(text):
 SILENT = """
 import sys, time
 from m2f.model.weights.hub import hub_folder
-begin = time.monotonic()
 try:
     hub_folder("hub:someone/some-model")
 except Exception as error:
-    print(f"{time.monotonic() - begin:.2f} {error}")
+    print(error)
 """
 
 
 @pytest.mark.parametrize("answers", [False, True], ids=["closed", "silent"])
-def test_without_a_network_one_line_says_so_within_five_seconds(tmp_path, monkeypatch, answers):
+def test_without_a_network_one_line_says_so(tmp_path, monkeypatch, answers):
     """In a process of its own, which reads the environment as a user sets it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -155,8 +155,7 @@ def test_without_a_network_one_line_says_so_within_five_seconds(tmp_path, monkey
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("HF_HOME", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        done = subprocess.run([sys.executable, "-c", SILENT], capture_output=True, text=True, timeout=120)
-    seconds, _, message = done.stdout.strip().partition(" ")
-    assert float(seconds) < 9.0  # twice four seconds at most, and the load of the machine
+        done = subprocess.run([sys.executable, "-c", SILENT], capture_output=True, text=True, timeout=PATIENCE_S)
+    message = done.stdout.strip()
     assert all(words in message for words in ("does not answer", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"))
     assert len(message.splitlines()) == 1

@@ -14,9 +14,3 @@ def test_norms_come_to_the_host_in_one_copy_with_the_same_bits(monkeypatch):
     bring_norms_to_host(optimizer)
     assert copies == [(5,)]
     assert {k: v.item() for k, v in optimizer.norm_for_param_grads.items()} == {k: v.item() for k, v in norms.items()}
-
-
-def test_an_optimizer_without_such_norms_is_left_alone():
-    for optimizer in (SimpleNamespace(), SimpleNamespace(norm_for_param_grads={})):
-        bring_norms_to_host(optimizer)
-        assert not getattr(optimizer, "norm_for_param_grads", None)

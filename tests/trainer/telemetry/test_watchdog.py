@@ -64,6 +64,7 @@ class FakeEvent:
 
 
 def test_on_a_gpu_phases_last_as_long_as_the_work_and_nothing_waits_for_it():
+    FakeEvent.made = FakeEvent.done = 0
     clock = PhaseClock(DevicePhases(FakeEvent))
     for phase in ("data", "forward", "backward", "forward"):
         clock.enter(phase)

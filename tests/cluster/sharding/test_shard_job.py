@@ -37,9 +37,9 @@ def digests(folder):
     return {str(n): hashlib.sha256((Path(folder) / n).read_bytes()).hexdigest() for n in names}
 
 
-def start_driver(folder, num_images):
+def start_driver(folder, num_images, few):
     return subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("shard_driver.py"), str(folder), str(num_images)],
+        [sys.executable, Path(__file__).with_name("shard_driver.py"), str(folder), str(num_images), str(few)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,15 +48,15 @@ def start_driver(folder, num_images):
 
 
 @pytest.mark.slow
-def test_a_killed_job_continues_and_gives_the_same_bytes(tmp_path):
-    num_images = 60
+@pytest.mark.parametrize(("num_images", "few"), [(290, 300), pytest.param(60, 0, marks=pytest.mark.cluster)])
+def test_a_killed_job_continues_and_gives_the_same_bytes(tmp_path, num_images, few):
     dataset = DatasetConfig(
         shards=str(tmp_path / "undisturbed"), source=SyntheticSource(num_images=num_images), shard_mb=0.05
     )
     write_dataset(open_reader(dataset.source), dataset, Storage())
     expected = digests(tmp_path / "undisturbed")
     folder = tmp_path / "killed"
-    driver = start_driver(folder, num_images)
+    driver = start_driver(folder, num_images, few)
     while not list(folder.glob("parts/*.parquet")):
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.01)
@@ -64,7 +64,7 @@ def test_a_killed_job_continues_and_gives_the_same_bytes(tmp_path):
     driver.wait()
     left = len(list(folder.glob("parts/*.parquet")))
     assert not (folder / "dataset.json").exists()
-    output, log = start_driver(folder, num_images).communicate(timeout=PATIENCE_S)
+    output, log = start_driver(folder, num_images, few).communicate(timeout=PATIENCE_S)
     num_shards, written = json.loads(output.splitlines()[-1])
     assert 0 < written <= num_shards - left, log
     assert digests(folder) == expected
@@ -244,7 +244,7 @@ def test_ten_kills_of_drivers_and_tasks(tmp_path):
     dataset = DatasetConfig(shards=str(whole), source=SyntheticSource(num_images=num_images), shard_mb=0.05)
     num_shards = len(write_dataset(open_reader(dataset.source), dataset, Storage()).shards)
     for _ in range(5):
-        driver = start_driver(folder, num_images)
+        driver = start_driver(folder, num_images, 0)
         wanted = len(list(folder.glob("parts/*.parquet"))) + chance.randint(1, num_shards // 8)
         while len(list(folder.glob("parts/*.parquet"))) < wanted:
             assert driver.poll() is None, driver.communicate()
