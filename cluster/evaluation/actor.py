@@ -75,7 +75,10 @@ class MemoryPeak(NamedTuple):
 class EvaluationActor:
     """Runs as a Ray actor. Models and manifests are loaded when they are first needed; the last model is kept."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, gpu: int = 0) -> None:
+        """`gpu`: which one of those that torch sees, if the settings give one to an actor and there is one."""
+        use_gpu = config.evaluation.gpus_per_actor > 0 and torch.cuda.is_available()
+        self._device = f"cuda:{gpu}" if use_gpu else "cpu"
         torch.set_num_threads(config.evaluation.threads)
         self._config = config
         self._storage = Storage(config.storage, answered=True)
@@ -88,7 +91,7 @@ class EvaluationActor:
     def peak_memory(self) -> MemoryPeak:
         """The most that this process has held so far."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return MemoryPeak(host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+        return MemoryPeak(host, torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else 0)
 
     def evaluate(self, task: EvaluationTask, call: int) -> bytes:
         """States of one call's images, as bytes."""
@@ -137,9 +140,7 @@ class EvaluationActor:
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # frees the memory of the last one first
             config = replace(self._config.model, num_classes=len(classes.model_classes))
-            model = model_with_weights(
-                config, task.weights, self._storage, use_gpu=self._config.evaluation.gpus_per_actor > 0
-            )
+            model = model_with_weights(config, task.weights, self._storage, device=self._device)
             if self._config.evaluation.cuda_graphs:
                 replay_forward(model)
             self._loaded = wanted, model

@@ -12,8 +12,8 @@ from m2f.cluster.recipe.config import RunConfig
 class LocalPool:
     """One EvaluationActor that does the calls one after the other."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._actor = EvaluationActor(config)
+    def __init__(self, config: RunConfig, gpu: int = 0) -> None:
+        self._actor = EvaluationActor(config, gpu)
 
     def run(self, task: EvaluationTask, batches: Iterable[int], take: Callable[[int, bytes], None]) -> None:
         """Evaluate all batches; `take(batch, states)` gets every result."""

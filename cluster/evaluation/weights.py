@@ -33,8 +33,12 @@ def model_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Ca
     return manifest.categories.for_task(config.data.task)
 
 
-def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, use_gpu: bool = True) -> Mask2Former:
-    """The model with weights from a URL, a file or a local folder, for inference, on the GPU where one is to be used.
+def model_with_weights(
+    config: ModelConfig, weights: str, storage: Storage, *, device: str | None = None
+) -> Mask2Former:
+    """The model with weights from a URL, a file or a local folder, for inference.
+
+    It lies on `device`, by default the GPU if there is one.
 
     Raises:
         EvaluationError: the weights are not those of the whole model.
@@ -48,4 +52,4 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, u
         raise EvaluationError(
             f"{weights} does not hold the whole model of the recipe with {config.num_classes} classes: {report}"
         )
-    return model.eval().to("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -254,7 +254,7 @@ def _training(
     if asked != "auto":
         return workers, asked
     most = workers if isinstance(workers, int) else workers[1]
-    return workers, RANK_SHARE if _shares(config, there - most, beside) else 1.0
+    return workers, _share_of_rank(config, most, there - most, beside)
 
 
 def _kept_for_evaluation(config: RunConfig, there: int, beside: bool) -> int:
@@ -266,11 +266,27 @@ def _kept_for_evaluation(config: RunConfig, there: int, beside: bool) -> int:
     return min(there - 1, math.ceil(evaluation.actors * asked))
 
 
-def _shares(config: RunConfig, free: int, beside: bool) -> bool:
-    """Whether evaluation actors have to share the GPUs of ranks, where `free` are left."""
+def _share_of_rank(config: RunConfig, ranks: int, free: int, beside: bool) -> float:
+    """Of a GPU, where `free` are left for evaluation actors.
+
+    Raises ConfigError where the share that the recipe gives to an actor leaves too little.
+    """
     evaluation = config.evaluation
     asked = evaluation.num_gpus_per_actor
-    return beside and bool(evaluation.sets) and (free < evaluation.actors if asked == "auto" else 0 < asked < 1)
+    if not beside or not evaluation.sets or asked == 0 or (asked != "auto" and asked >= 1):
+        return 1.0
+    if asked == "auto":
+        return RANK_SHARE if free < evaluation.actors else 1.0
+    if free >= evaluation.actors * asked:
+        return 1.0
+    left = 1 - asked * math.ceil(evaluation.actors / ranks)
+    if left <= (0.5 if ranks > 1 else 0):
+        raise ConfigError(
+            f"evaluation.num_gpus_per_actor is {asked:g}, and {counted(evaluation.actors, 'actor')} on the "
+            f"{counted(ranks, 'GPU')} of the ranks would leave {max(0.0, left):g} of one to a rank, which needs more "
+            "than half if there are several; set it to auto, or to 0 to evaluate on the CPU"
+        )
+    return min(RANK_SHARE, left)
 
 
 def _evaluating(

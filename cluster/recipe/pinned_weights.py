@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.stored import STORED_RECIPE
-from m2f.data_pipeline.documents import DocumentError, parse_yaml
+from m2f.cluster.recipe.stored import STORED_RECIPE, stored_setting
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.weights.hub import pinned
 from m2f.model.weights.sources import HUB, HubAddress
@@ -38,7 +37,4 @@ def _stored_weights(config: RunConfig, storage: Storage) -> str:
     url = join(config.run_folder, STORED_RECIPE)
     if not storage.exists(url):
         return ""
-    try:
-        return str((parse_yaml(storage.get(url).decode()) or {})["model"]["weights"] or "")
-    except (DocumentError, LookupError, TypeError):
-        return ""
+    return str(stored_setting(storage.get(url), "model", "weights") or "")

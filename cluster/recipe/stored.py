@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import describe_changes, dump_recipe, flatten, parse_recipe
+from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.storage.storage import Storage, join
 
 STORED_RECIPE = "recipe.yaml"
@@ -24,6 +26,17 @@ def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tup
     stored = flatten(parse_recipe(storage.get(url).decode(), source=url))
     now = flatten(config)
     return describe_changes(stored, now, stored.keys() | now.keys())
+
+
+def stored_setting(content: str | bytes, *keys: str) -> Any:
+    """A value of a stored recipe; None where it does not have it, or is damaged."""
+    try:
+        found: Any = parse_yaml(content)
+        for key in keys:
+            found = found[key]
+    except (DocumentError, LookupError, TypeError):
+        return None
+    return found
 
 
 def fresh_name(config: RunConfig) -> str:

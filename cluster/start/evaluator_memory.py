@@ -8,6 +8,7 @@ import torch
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.transforms.collate import SIZE_MULTIPLE
+from m2f.eval.config import EvaluationConfig, MultiScale, SlidingWindows, WholeImage
 from m2f.model.analysis.flops.executed import SHAPES_ONLY, build_shapes
 from m2f.model.analysis.memory import LiveBytesCounter
 from m2f.model.config import ModelConfig
@@ -25,9 +26,19 @@ def evaluator_bytes(config: RunConfig, model: ModelConfig) -> int:
     actors = math.ceil(evaluation.actors / cluster.max_workers)
     shapes = build_shapes(model)
     weights = sum(t.numel() * t.element_size() for t in (*shapes.parameters(), *shapes.buffers()))
-    height, width = (
-        -(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (evaluation.shortest_edge, evaluation.max_size)
-    )
+    sizes = [_largest(evaluation.for_set(evaluated)) for evaluated in evaluation.sets]
+    height, width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in max(sizes, key=math.prod))
     with torch.no_grad(), SHAPES_ONLY, LiveBytesCounter() as live:
         shapes(torch.zeros(evaluation.batch_size, 3, height, width)).mask_logits()
     return actors * (weights + live.peak + CONTEXT_BYTES)
+
+
+def _largest(settings: EvaluationConfig) -> tuple[int, int]:
+    """Sides of the largest image that the model gets with a set's settings."""
+    match settings.test_time:
+        case MultiScale(shortest_edges=edges, max_size=longest):
+            return max(edges), longest
+        case SlidingWindows(size=size):
+            return size, size
+        case WholeImage():
+            return settings.shortest_edge, settings.max_size

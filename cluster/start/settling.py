@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from m2f.cluster.environment import usable_cores
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.devices import SeenDevices, announced, gpus_of_machine, settle
+from m2f.cluster.recipe.stored import stored_setting
 from m2f.cluster.start.backbone_start import settle_backbone
 from m2f.cluster.start.continuation import newest_recipe
 from m2f.cluster.terminal import print_err, print_out
-from m2f.data_pipeline.documents import DocumentError, parse_yaml
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.backbones.published import has_frozen_norms, published_problem
 from m2f.trainer.checkpoint.lease import INHERITED
@@ -53,19 +53,8 @@ def _stored_choices(config: RunConfig) -> _Choices:
     recipe = newest_recipe(storage, config.run_folder)
     if recipe is None:
         return _Choices()
-    precision = _setting(recipe, "training", "precision")
+    precision = stored_setting(recipe, "training", "precision")
     return _Choices(
         precision if precision in get_args(Precision) else None,
-        _setting(recipe, "model", "backbone", "pretrained") is True,
+        stored_setting(recipe, "model", "backbone", "pretrained") is True,
     )
-
-
-def _setting(recipe: str, *keys: str) -> Any:
-    """A value of a stored recipe; None where it does not have it."""
-    try:
-        found: Any = parse_yaml(recipe)
-        for key in keys:
-            found = found[key]
-    except (DocumentError, LookupError, TypeError):
-        return None
-    return found

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +31,16 @@ from m2f.data_pipeline.storage.local import rename_new
 LOGGER = logging.getLogger(__name__)
 _MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""What `flock` says on a file system that has none; creation is safe without, too."""
+"""What `flock` says on a file system that has none; creation and upgrades are safe without, too."""
 _POLL_S = 0.1
 _SAY_S = 5.0
 
 
 @contextmanager
-def database_lock(path: Path, patience_s: float) -> Iterator[None]:
+def database_lock(path: Path, patience_s: float) -> Iterator[bool]:
     """Hold `path`.lock, which no other process of this machine holds. The death of its holder frees it.
+
+    Gives False on a file system without locks, where nothing is held.
 
     Raises TrackingError after `patience_s` seconds, OSError where the file cannot be made.
     """
@@ -45,7 +48,7 @@ def database_lock(path: Path, patience_s: float) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     began, said = time.monotonic(), False
     with lock.open("ab") as file:
-        while not _taken(file.fileno()):
+        while (is_held := _take(file.fileno())) is False:
             waited = time.monotonic() - began
             if waited > patience_s:
                 raise TrackingError(
@@ -56,7 +59,7 @@ def database_lock(path: Path, patience_s: float) -> Iterator[None]:
                 said = True
                 LOGGER.warning(f"tracking: waiting for another process that prepares {path}")
             time.sleep(_POLL_S)
-        yield
+        yield is_held is True
 
 
 def make_database(path: Path, connect: Callable[[str], MlflowClient]) -> None:
@@ -99,6 +102,7 @@ def upgrade_database(path: Path, patience_s: float) -> None:
     LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; it stays as {kept.name}")
     try:
         with closing(open_database(path, patience_s)) as database, closing(open_database(path, patience_s)) as reader:
+            database.execute("PRAGMA locking_mode=EXCLUSIVE")  # also from the end of this transaction to the copy back
             database.execute("BEGIN IMMEDIATE")  # nobody else writes meanwhile
             _copy(reader, partial)
             os.replace(partial, kept)
@@ -150,7 +154,8 @@ def _refuse_busy(status: int, remaining: int, total: int) -> None:
         raise sqlite3.OperationalError("database is locked")
 
 
-def _taken(descriptor: int) -> bool:
+def _take(descriptor: int) -> bool | None:
+    """Whether the lock is ours now; None where the file system has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -158,11 +163,12 @@ def _taken(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return None
     return True
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".partial-{os.getpid()}-{path.name}")
+    return path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def _delete(partial: Path) -> None:

@@ -61,8 +61,9 @@ def prepare(database: Path, shared: bool, connect: Callable[[str], MlflowClient]
 
     Raises TrackingError, OSError, sqlite3.Error and what MLflow raises.
     """
-    with database_lock(database, patience_s):
-        clear_partials(database)
+    with database_lock(database, patience_s) as is_held:
+        if is_held:  # else they may be those of a process that lives
+            clear_partials(database)
         make_database(database, connect)
         upgrade_database(database, patience_s)
         _relocate(database, artifact_root(database, shared), patience_s)

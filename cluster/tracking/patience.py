@@ -67,9 +67,12 @@ class Patience:
         if not self._answered and waited + pause + _FIRST_REQUEST_S > min(FIRST_CONTACT_S, self._patience_s):
             raise error
         if self._answered and waited + pause > self._patience_s:
+            then = "Start the run again when the server is back"
+            if is_busy(error):
+                then = "Other processes write to it without a pause: end them, or set tracking.uri to a server"
             raise TrackingAwayError(
                 f"{self._uri} has not answered for longer than storage.patience_s ({self._patience_s:g} s; the last "
-                f"time {brief(error)}). Start the run again when the server is back"
+                f"time {brief(error)}). {then}"
             ) from error
         if time.monotonic() - self._said > _SAY_S:
             self._said = time.monotonic()

@@ -23,6 +23,7 @@ from typing import Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+from mlflow.exceptions import MlflowException
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import dump_recipe, flatten
@@ -338,7 +339,14 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
         location = artifact_root(local, is_shared(config.run_folder, local))
     elif uri.startswith("sqlite") and "://" not in config.run_folder:
         location = (Path(config.run_folder).resolve() / "artifacts").as_uri()
-    return client.create_experiment(config.tracking.experiment, artifact_location=location)
+    try:
+        return client.create_experiment(config.tracking.experiment, artifact_location=location)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        made = client.get_experiment_by_name(config.tracking.experiment)  # another driver was faster
+        assert made is not None, "MLflow says that it exists"
+        return made.experiment_id
 
 
 def _adopt_journals(run: TrackedRun, newest: int) -> None:

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Self
 
+import torch
+
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.queue import Entry, read_entries
@@ -118,7 +120,9 @@ class LocalEvaluations:
         self._config, self._tracked = config, tracked
         self._service: EvaluationService | None = None
         if config.training.early_stopping is not None:
-            self._service = EvaluationService(config, tracked, LocalPool)
+            ranks = config.cluster.max_workers  # they have the first GPUs
+            gpu = ranks if torch.cuda.device_count() > ranks else 0
+            self._service = EvaluationService(config, tracked, lambda config: LocalPool(config, gpu))
 
     def training_ended(self) -> None:
         """Begin with the evaluations, where results were not needed before."""

@@ -41,6 +41,9 @@ def recipe(workers=AUTO, gpus=AUTO, evaluating=AUTO, actors=1, sets=True, precis
         ({}, [], 1, 0, 0, "fp32"),
         ({"workers": 2}, [], 2, 0, 0, "fp32"),
         ({"gpus": 0}, [], 1, 0, 0, "fp32"),
+        ({"evaluating": 0.5}, [H100], 1, 0.5, 0.5, "bf16_autocast"),
+        ({"evaluating": 0.4}, [H100] * 2, 2, 0.6, 0.4, "bf16_autocast"),
+        ({"evaluating": 0.5, "workers": 1}, [H100] * 2, 1, 1, 0.5, "bf16_autocast"),
         ({"precision": "bf16_autocast"}, [], 1, 0, 0, "bf16_autocast"),
         ({}, [H100], 1, 0.75, 0.25, "bf16_autocast"),
         ({"sets": False}, [H100], 1, 1, 1, "bf16_autocast"),
@@ -201,3 +204,8 @@ def test_a_rank_takes_the_gpu_that_ray_gave_to_it(assigned, visible, index):
 def test_a_gpu_that_cuda_does_not_show_is_refused():
     with pytest.raises(ConfigError, match="Ray gave GPU 2 to a worker, but CUDA_VISIBLE_DEVICES is '0,1'"):
         device_index([2], "0,1")
+
+
+def test_a_share_of_actors_that_leaves_two_ranks_too_little_is_refused():
+    with pytest.raises(ConfigError, match=r"num_gpus_per_actor is 0\.5, and 1 actor on the 2 GPUs .* leave 0\.5"):
+        settle(recipe(evaluating=0.5), SeenDevices((H100, H100)))

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from mlflow.tracking._tracking_service import utils as mlflow_memory
 
 from m2f.cluster.train.local import train_locally
+from m2f.cluster.train.ray_launcher import run_training
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.config import CheckpointConfig, EarlyStoppingConfig
@@ -23,12 +24,13 @@ def config(tmp_path, monkeypatch):
     return tiny_config(tmp_path, "made", small_sets(str(tmp_path), Storage()))
 
 
-def test_a_run_ends_early_and_stays_ended(config, capsys):
+@pytest.mark.parametrize("train", [train_locally, pytest.param(run_training, marks=pytest.mark.cluster)])
+def test_a_run_ends_early_and_stays_ended(config, capsys, train):
     nothing_is_better = EarlyStoppingConfig(metric="val/PQ", patience=1, min_delta=100.0)
     checkpoint = CheckpointConfig(every_steps=2, keep=3)
     training = replace(config.training, max_steps=5000, checkpoint=checkpoint, early_stopping=nothing_is_better)
     config = replace(config, training=training)
-    summary = train_locally(config)
+    summary = train(config)
     reached = newest_step(Storage(), config.run_folder)
     assert summary.status == "finished"
     assert reached < 5000
@@ -40,11 +42,11 @@ def test_a_run_ends_early_and_stays_ended(config, capsys):
     run = MlflowClient(tracking_uri=summary.tracked.uri).get_run(summary.tracked.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["event.early_stop"].startswith("step 4: val/PQ has not risen above")
-    again = train_locally(config)
+    again = train(config)
     assert (again.status, newest_step(Storage(), config.run_folder)) == ("finished", reached)
     assert "starting" not in capsys.readouterr().out
     further = replace(config, training=replace(training, early_stopping=None, max_steps=reached + 1))
-    assert train_locally(further).status == "finished"
+    assert train(further).status == "finished"
     assert newest_step(Storage(), config.run_folder) == reached + 1
 
 
