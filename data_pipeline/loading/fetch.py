@@ -5,6 +5,7 @@ Bytes whose checksum is wrong are read again; a sample that stays damaged is han
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,6 +70,7 @@ class SampleFetcher:
         limits: FetchLimits,
         cache: ChunkCache | None = None,
     ) -> None:
+        self._closed = threading.Event()
         self._manifests, self._chunks, self._storage = manifests, chunks, storage
         self._groups, self._limits, self._cache = groups, limits, cache
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
@@ -96,7 +98,8 @@ class SampleFetcher:
         return samples
 
     def close(self) -> None:
-        """Cancel reads that have not begun."""
+        """Cancel reads that have not begun, and end those that wait for the store to come back."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _look_ahead(self) -> None:
@@ -158,6 +161,10 @@ class SampleFetcher:
 
     def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_SampleKey, Members | DataError]:
         """These samples of a chunk, the damaged ones read again a few times. Runs in a thread."""
+        with self._storage.until(self._closed):
+            return self._read_repeatedly(dataset, number, indices)
+
+    def _read_repeatedly(self, dataset: int, number: int, indices: list[int]) -> dict[_SampleKey, Members | DataError]:
         found: dict[_SampleKey, Members | DataError] = {}
         for _ in range(1 + _REFETCHES):
             data, start = self._read_span(dataset, number, indices)

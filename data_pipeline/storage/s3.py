@@ -12,7 +12,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -76,9 +77,19 @@ class S3Store:
             _ANSWERED.add(config.endpoint_url)
         self._on_retry, self._on_wait = on_retry, on_wait
         self._said = 0.0
+        self._thread = threading.local()
         self._lock = threading.Lock()
         self._client: Any = None
         self._client_key: tuple[int, bool] = (-1, False)
+
+    @contextmanager
+    def until(self, stopped: threading.Event) -> Iterator[None]:
+        """Within it, this thread's failed requests are not repeated once `stopped` is set."""
+        self._thread.stopped = stopped
+        try:
+            yield
+        finally:
+            del self._thread.stopped
 
     def get(self, url: str) -> bytes:
         """The whole object."""
@@ -215,7 +226,8 @@ class S3Store:
                 self._give_up(url, error, attempt + 1, time.monotonic() - began)
             self._say_wait(url, error, time.monotonic() - began)
             self._on_retry()
-            time.sleep(pause)
+            if self._pause(pause):
+                raise StorageError(f"{url}: reading was stopped while the store did not answer") from error
         raise AssertionError("unreachable: the loop has no end")
 
     @property
@@ -230,6 +242,11 @@ class S3Store:
     @property
     def _connect_timeout_s(self) -> float:
         return min(_CONNECT_TIMEOUT_S, self._config.read_timeout_s)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait before the next attempt. Returns True, early, if what this thread reads is wanted no longer."""
+        stopped: threading.Event = getattr(self._thread, "stopped", None) or threading.Event()
+        return stopped.wait(seconds)
 
     def _give_up(self, url: str, error: Exception, attempts: int, seconds: float) -> NoReturn:
         tries = f"{attempts} attempts in {seconds:.0f} s, the last one failed with {_describe(error)}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,6 +106,15 @@ class Storage:
         """The same stores, asked once and for at most `limit_s` seconds: for what is repeated anyway."""
         config = replace(self.config, patience_s=0.0, read_timeout_s=min(limit_s, self.config.read_timeout_s))
         return type(self)(config, answered=True)
+
+    @contextmanager
+    def until(self, stopped: threading.Event) -> Iterator[None]:
+        """Within it, this thread's requests do not wait for the store any longer once `stopped` is set.
+
+        They raise StorageError then.
+        """
+        with self._s3.until(stopped):
+            yield
 
     def get(self, url: str) -> bytes:
         """The whole object. Raises StorageError where it cannot be read."""

@@ -9,6 +9,7 @@ import socketserver
 import struct
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -25,14 +26,17 @@ from m2f.data_pipeline.config import (
 )
 from m2f.data_pipeline.errors import DataError, StorageError
 from m2f.data_pipeline.loading import fetch
+from m2f.data_pipeline.loading.fetch import FetchLimits, SampleFetcher
 from m2f.data_pipeline.loading.loader import LoaderSpec, build_loader
-from m2f.data_pipeline.order.order import build_order
+from m2f.data_pipeline.order.chunks import group_chunks
+from m2f.data_pipeline.order.order import SampleRef, build_order
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage import s3 as s3_store
 from m2f.data_pipeline.storage.storage import Storage
+from tests.waiting import PATIENCE_S, wait_until
 
 IMAGES = 24
 
@@ -246,6 +250,23 @@ def test_permanent_faults_stop_the_run_with_the_reason(served, fault, words):
     storage = Storage(replace(served.storage.config, patience_s=0.5))
     with pytest.raises(StorageError, match=rf"s3://bucket/set/shards/.*tar.*{words}"):
         deliver(storage)
+
+
+def test_closing_ends_reads_that_wait_for_the_store(served):
+    """Threads that waited on would keep the process for storage.patience_s."""
+    manifest = Manifest.load(URL, served.storage)
+    groups = iter([(SampleRef(0, 0, 0),)])
+    limits = FetchLimits(groups_ahead=0, horizon=1)
+    served.fault = lambda number, again: "503"
+    fetcher = SampleFetcher(
+        [manifest], [group_chunks(manifest.shard, manifest.offset, 1 << 20)], served.storage, groups, limits
+    )
+    with ThreadPoolExecutor(1) as consumer:
+        waiting = consumer.submit(next, fetcher)
+        wait_until(lambda: served.asked, what="the first read")
+        fetcher.close()
+        with pytest.raises(StorageError, match=r"00000\.tar: reading was stopped while the store did not answer"):
+            waiting.result(PATIENCE_S)
 
 
 def test_a_cut_object_is_named_with_both_sizes(served):
