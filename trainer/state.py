@@ -44,9 +44,20 @@ class TrainState:
         """Whether the run has trained on some of them and is not past them: a spike may be in the weights."""
         return positions.start < self.position <= positions.stop
 
-    def with_order(self, fingerprint: str) -> TrainState:
-        """The state with another order of the data that begins here."""
-        return replace(self, order_fingerprint=fingerprint, order_start=self.position)
+    def in_order(self, fingerprint: str, url: str, accept_changes: bool) -> TrainState:
+        """The state of checkpoint `url` as a run goes on from it whose data have the order of this fingerprint.
+
+        With `accept_changes` another order begins anew at the checkpoint's position. Raises CheckpointError without.
+        """
+        if self.order_fingerprint == fingerprint:
+            return self
+        if accept_changes:
+            return replace(self, order_fingerprint=fingerprint, order_start=self.position)
+        raise CheckpointError(
+            f"checkpoint {url} belongs to another order of the data: the data sets, their weights, filters, the seed "
+            "or data.chunk_mb, data.lanes or data.window have changed; set them back, let the run go on with a new "
+            "order (data.accept_changes=true), or start a new run from its weights"
+        )
 
     def to_json(self) -> bytes:
         """As stored in `state.json`."""

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from m2f.cluster.recipe.same_model import model_changes
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.documents import DocumentError, parse_yaml
-from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.errors import DataError, MissingObjectError
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.trainer.checkpoint.folder import RECIPE, list_checkpoints
+from m2f.trainer.checkpoint.folder import RECIPE, STATE, list_checkpoints
 from m2f.trainer.checkpoint.identity import IDENTITY, START_ANEW, ModelIdentity, require_same_classes
 from m2f.trainer.checkpoint.weights import check_start
+from m2f.trainer.data import open_shards
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.job import TrainJob
+from m2f.trainer.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,16 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
     """Compare a job with the newest checkpoint of its run folder; nothing without one.
 
     Raises CheckpointError for another task, other classes or another model, which `data.accept_changes` does not allow
-    either: weights and optimizer state would be taken for something else. Raises what `check_start` raises where a new
+    either: weights and optimizer state would be taken for something else. Raises it for another order of the data, too,
+    unless `data.accept_changes` is set. Raises what `check_start` raises where a new
     run starts from weights that do not fit.
     """
     assert job.identity is not None
     checkpoints = list_checkpoints(storage, job.run_folder)
     if not checkpoints:
         check_start(job.identity, job.model, storage)
+        return
+    order = open_shards(job, storage).fingerprint
     for checkpoint in checkpoints:
         stored = _read(storage, checkpoint.url)
         if stored is None:
@@ -50,7 +55,17 @@ def check_continuation(job: TrainJob, storage: Storage) -> None:
                 + "\n  ".join(changes)
                 + f"\n{START_ANEW}"
             )
+        _check_order(order, job, storage, checkpoint.url)
         return
+
+
+def _check_order(order: str, job: TrainJob, storage: Storage, checkpoint: str) -> None:
+    url = join(checkpoint, STATE)
+    try:
+        state = TrainState.from_json(storage.get(url), url)
+    except (CheckpointError, MissingObjectError):
+        return  # a damaged checkpoint: the ranks take the one before
+    state.in_order(order, checkpoint, job.data.accept_changes)
 
 
 def newest_recipe(storage: Storage, run_folder: str) -> str | None:

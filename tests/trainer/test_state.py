@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from m2f.trainer.checkpoint.random_state import load_random_state, save_random_state
-from m2f.trainer.checkpoint.resume import fitted
 from m2f.trainer.errors import CheckpointError
 from m2f.trainer.state import TrainState
 
@@ -33,17 +32,17 @@ def test_what_is_no_state_is_refused(content):
 
 
 def test_a_checkpoint_of_another_order_is_refused():
-    assert fitted(replace(STATE, step=4), STATE, "run/checkpoints/step_00000001", False).step == 4
+    assert replace(STATE, step=4).in_order("abc", "run/checkpoints/step_00000001", False).step == 4
     with pytest.raises(CheckpointError, match="another order of the data"):
-        fitted(replace(STATE, order_fingerprint="xyz"), STATE, "run/checkpoints/step_00000001", False)
+        STATE.in_order("xyz", "run/checkpoints/step_00000001", False)
 
 
 def test_changed_data_begin_anew_where_that_is_accepted():
     state = replace(STATE, position=64, order_fingerprint="old")
-    changed = fitted(state, STATE, "run/checkpoints/step_00000001", True)
+    changed = state.in_order("abc", "run/checkpoints/step_00000001", True)
     assert (changed.order_fingerprint, changed.order_start, changed.position) == ("abc", 64, 64)
     later = changed.advance(16, applied=True)
-    assert fitted(later, STATE, "run/checkpoints/step_00000002", True) == later
+    assert later.in_order("abc", "run/checkpoints/step_00000002", True) == later
 
 
 def test_random_states_return(tmp_path):

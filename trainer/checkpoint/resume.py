@@ -129,23 +129,6 @@ def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks
     ranks.run_on_rank0(set_all_aside)
 
 
-def fitted(state: TrainState, expected: TrainState, url: str, accept_changes: bool) -> TrainState:
-    """The state of checkpoint `url` as the run `expected` goes on from it.
-
-    With `accept_changes` another order of the data begins anew at the checkpoint's position. Raises CheckpointError
-    where the run cannot go on from it.
-    """
-    if state.order_fingerprint != expected.order_fingerprint:
-        if accept_changes:
-            return state.with_order(expected.order_fingerprint)
-        raise CheckpointError(
-            f"checkpoint {url} belongs to another order of the data: the data sets, their weights, filters, the seed "
-            "or data.chunk_mb, data.lanes or data.window have changed; set them back, let the run go on with a new "
-            "order (data.accept_changes=true), or start a new run from its weights"
-        )
-    return state
-
-
 def _bring(
     checkpoint: CommittedCheckpoint,
     expected: TrainState,
@@ -160,7 +143,7 @@ def _bring(
     if isinstance(inspected, str):
         return inspected
     manifest, state = inspected
-    state = fitted(state, expected, checkpoint.url, accept_changes)
+    state = state.in_order(expected.order_fingerprint, checkpoint.url, accept_changes)
     same_ranks = state.world_size == ranks.world_size
     state = replace(state, world_size=ranks.world_size, zero_stage=expected.zero_stage)
     restart = Restart(checkpoint, state, folder, same_ranks, manifest.zero_stage)

@@ -201,6 +201,15 @@ def test_a_run_does_not_go_on_with_other_classes(run):
             check_continuation(replace(job, identity=changed), Storage())
 
 
+def test_another_order_of_the_data_is_refused_before_the_start_unless_it_is_accepted(run):
+    config, _ = run
+    for changed in (replace(config, seed=config.seed + 1), replace(config, data=replace(config.data, window=3))):
+        with pytest.raises(CheckpointError, match=r"another order of the data.*data\.accept_changes=true"):
+            check_continuation(compose_job(changed), Storage())
+        accepting = replace(changed, data=replace(changed.data, accept_changes=True))
+        check_continuation(compose_job(accepting), Storage())
+
+
 def test_a_run_of_the_past_is_compared_by_its_recipe(tmp_path, monkeypatch):
     shutil.copytree(PAST, tmp_path / "past")
     monkeypatch.chdir(tmp_path / "past")
