@@ -180,6 +180,7 @@ def _local_environment() -> Iterator[None]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on loopback, see `on_loopback`
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 leaves ranks next to nothing beside whatever else the machine does
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": loopback_name,
     }
