@@ -53,7 +53,7 @@ def test_a_local_cluster_listens_on_loopback_below_a_private_folder(monkeypatch)
         assert private.stat().st_mode & 0o777 == 0o700, "Ray opens the folders below to everybody"
         assert max(len(os.fsencode(path)) for path in (session / "sockets").iterdir()) <= 107
         assert check_ray_token(dashboard_url()).state == "ok"
-        assert ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()) == os.nice(0), "workers have their driver's priority"
+        assert ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()) == os.nice(0), "nice value of the driver"
     assert not private.exists()
 
 
