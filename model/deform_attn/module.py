@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f.model.deform_attn.cpu import SampledRowSum, Shapes
+
+_exporting = False
+"""Whether `for_export` is on; a global, which torch.compile guards on."""
+
+
+@contextmanager
+def for_export() -> Iterator[None]:
+    """While this is on, modules take the form that any runtime can run, also on CUDA.
+
+    A flag of our own: torch.compile takes `torch.compiler.is_exporting()` for true on torch 2.11, and compiled models
+    would lose the kernel.
+    """
+    global _exporting
+    before, _exporting = _exporting, True
+    try:
+        yield
+    finally:
+        _exporting = before
 
 
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -140,7 +159,7 @@ class MSDeformAttn(nn.Module):
 
     def _is_fused(self, value: Tensor) -> bool:
         """Whether the kernel takes this input: on CUDA, except in exported graphs and in float64."""
-        if value.device.type != "cuda" or value.dtype == torch.float64 or torch.compiler.is_exporting():
+        if value.device.type != "cuda" or value.dtype == torch.float64 or _exporting:
             return False
         return _kernel_agrees(value.dtype, self.levels, self.heads, self.points, value.shape[-1])
 

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from m2f.model.config import ModelConfig
+from m2f.model.deform_attn.module import for_export
 from m2f.model.errors import WeightsError
 from m2f.model.export.hugging_face import write_hugging_face_config
 from m2f.model.mask2former import Mask2Former
@@ -105,7 +106,7 @@ def export_program(model: Mask2Former, size: tuple[int, int] | None = None) -> t
     # Otherwise every map of one window, and every other size that may be 1, is a case of its own: slow to tell apart,
     # and a Swin's graph would be for large images only.
     # pyrefly: ignore[missing-attribute] - the module gets `patch` when it is imported
-    with torch.no_grad(), export_settings.patch(backed_size_oblivious=True):
+    with torch.no_grad(), for_export(), export_settings.patch(backed_size_oblivious=True):
         program = torch.export.export(Inference(model).eval(), (images,), dynamic_shapes={"images": shapes})
     _allow_single_images(program)
     return program
