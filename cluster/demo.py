@@ -56,7 +56,7 @@ def describe(summary: RunSummary) -> str:
     if published:
         last = join(summary.run_folder, place_of(published[-1].step))
         lines += ["", f"report:    {last}/val/report.html  (tables, charts and pictures)"]
-        lines += [f"pictures:  {last}/val/panels.png  (image, truth, prediction)"]
+        lines += [f"pictures:  {last}/val/panels.jpg  (image, truth, prediction)"]
     lines += [f"curves:    {ui_command(summary.tracked.uri)}"]
     failed = [entry for entry in summary.evaluations if entry.status == "failed"]
     lines += [f"the evaluation of step {entry.step} failed: {entry.detail}" for entry in failed]

@@ -50,9 +50,9 @@ class SetEvaluation:
             IMAGES_FILE: self.images,
         }
         if self.panels:
-            files["panels.png"] = contact_sheet([self.panels[i] for i in sorted(self.panels)])
+            files["panels.jpg"] = contact_sheet([self.panels[i] for i in sorted(self.panels)])
         if self.worst:
-            files["worst.png"] = contact_sheet(list(self.worst.values()))
+            files["worst.jpg"] = contact_sheet(list(self.worst.values()))
         return files
 
 

@@ -14,7 +14,7 @@ from m2f.eval.metrics.segment_errors import SIZES, Outcome, SegmentErrors
 from m2f.eval.report.charts import BAD, GOOD, Bar, bar_chart, matrix_chart
 from m2f.eval.report.error_costs import error_costs
 from m2f.eval.report.page import Cell, Section, folded, grid, headline, page, paragraph, picture, table
-from m2f.eval.report.panels import decode_png
+from m2f.eval.report.panels import decode_picture, encode_jpeg
 from m2f.eval.report.precision_recall import curves_by_class, curves_by_size, precision_recall, precision_recall_charts
 from m2f.eval.results.results import EvaluationResults
 
@@ -24,7 +24,6 @@ MATRIX_CLASSES = 30
 """Classes of a confusion matrix: those with the most errors."""
 TOP_CONFUSIONS = 15
 PICTURE_WIDTH = 1500
-JPEG_QUALITY = 82
 NO_PARTNER = "(none)"
 
 EXPLAINED = {
@@ -100,13 +99,11 @@ def details_json(results: EvaluationResults) -> str:
 
 def to_jpeg(png: bytes) -> bytes:
     """A panel small enough to be one of many on a page."""
-    image = decode_png(png)
+    image = decode_picture(png)
     height, width = image.shape[:2]
     if width > PICTURE_WIDTH:
         image = cv2.resize(image, (PICTURE_WIDTH, round(height * PICTURE_WIDTH / width)), interpolation=cv2.INTER_AREA)
-    done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    assert done
-    return jpeg.tobytes()
+    return encode_jpeg(image)
 
 
 def _metrics(results: EvaluationResults) -> str:

@@ -15,6 +15,9 @@ from m2f.data_pipeline.sample import VOID_ID
 
 COLUMN_PIXELS = (560, 960)
 """Images are scaled so that their longer side lies in this range; in between they keep their size."""
+JPEG_QUALITY = 85
+JPEG_PIXELS = 65_500
+"""The longest side that a JPEG file may have, rounded down."""
 GAP = 8
 HEADER = 30
 FONT_SIZE = 15
@@ -81,8 +84,8 @@ def render_heat(image: np.ndarray, outline: np.ndarray, name: str, heats: Sequen
 
 
 def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
-    """PNG of several panels in rows of `columns`, all scaled to the width of the narrowest."""
-    images = [decode_png(panel) for panel in panels]
+    """JPEG of several panels in rows of `columns`, all scaled to the width of the narrowest."""
+    images = [decode_picture(panel) for panel in panels]
     width = min(image.shape[1] for image in images)
     images = [_to_width(image, width) for image in images]
     rows = []
@@ -93,7 +96,10 @@ def contact_sheet(panels: Sequence[bytes], columns: int = 1) -> bytes:
             left = position * (width + GAP)
             sheet[: image.shape[0], left : left + width] = image
         rows.append(sheet)
-    return encode_png(np.concatenate(rows)[:-GAP])
+    sheet = np.concatenate(rows)[:-GAP]
+    if len(sheet) > JPEG_PIXELS:
+        sheet = _to_width(sheet, max(1, sheet.shape[1] * JPEG_PIXELS // len(sheet)))
+    return encode_jpeg(sheet)
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -103,9 +109,16 @@ def encode_png(image: np.ndarray) -> bytes:
     return png.tobytes()
 
 
-def decode_png(png: bytes) -> np.ndarray:
-    """RGB pixels [H, W, 3] uint8 of a panel."""
-    image = cv2.imdecode(np.frombuffer(png, dtype=np.uint8), cv2.IMREAD_COLOR)
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """JPEG of an RGB image [H, W, 3] uint8: a tenth of the PNG's size, for pictures that only people look at."""
+    done, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    assert done
+    return jpeg.tobytes()
+
+
+def decode_picture(picture: bytes) -> np.ndarray:
+    """RGB pixels [H, W, 3] uint8 of a panel or a sheet of panels."""
+    image = cv2.imdecode(np.frombuffer(picture, dtype=np.uint8), cv2.IMREAD_COLOR)
     assert image is not None
     return image[..., ::-1]
 

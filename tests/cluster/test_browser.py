@@ -29,7 +29,7 @@ from m2f.eval.metrics.error_types import panoptic_errors
 from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticTruth, TruthSegment
 from m2f.eval.metrics.segment_errors import panoptic_candidates
 from m2f.eval.report.evaluation_page import evaluation_page
-from m2f.eval.report.panels import decode_png, encode_png
+from m2f.eval.report.panels import decode_picture, encode_png
 from m2f.eval.results.results import EvaluationSubject
 from m2f.eval.results.states import EvaluationStates
 
@@ -85,7 +85,7 @@ class Tab:
 
     async def picture(self):
         shot = await self.call("Page.captureScreenshot", format="png")
-        return decode_png(base64.b64decode(shot["data"]))
+        return decode_picture(base64.b64decode(shot["data"]))
 
     async def see_color(self, red, green, blue):
         """Wait until some hundred pixels have the colour; also those of frames whose text is out of reach."""

@@ -17,7 +17,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.report.panels import decode_png
+from m2f.eval.report.panels import decode_picture
 from m2f.model.analysis.flops.official import mean_flops, official_flops
 from m2f.model.analysis.paper_models import paper_models
 from m2f.model.config import (
@@ -95,7 +95,7 @@ def test_attention_shares_and_pictures_are_written(capsys, analysed, tmp_path):
     assert all(0 < share < 1 for share in shares["object_share_by_layer"].values())
     pictures = sorted((tmp_path / "out").glob("attention_*.png"))
     assert len(pictures) == 2
-    assert decode_png(pictures[0].read_bytes()).shape[1] > 4 * 500
+    assert decode_picture(pictures[0].read_bytes()).shape[1] > 4 * 500
 
 
 def test_a_recipe_is_measured_with_the_classes_of_its_data(capsys, analysed):

@@ -19,7 +19,7 @@ from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.report.panels import decode_png
+from m2f.eval.report.panels import decode_picture
 from m2f.eval.results.images import read_image_records
 from m2f.model.mask2former import build_model
 
@@ -84,11 +84,11 @@ def test_fixed_and_worst_images_tables_and_the_page(small):
     pool = PoolHere(config)
     whole, subset, scaled = evaluate_sets(config, pool, weights, 7, lambda *_: None)
     files = whole.files()
-    written = {"results.json", "results.txt", "details.json", "report.html", "panels.png", "worst.png"}
+    written = {"results.json", "results.txt", "details.json", "report.html", "panels.jpg", "worst.jpg"}
     assert set(files) == written | {"images.parquet"}
     assert len(whole.panels) == 4
     assert len(whole.worst) == 2
-    assert decode_png(files["worst.png"]).shape[1] > 1000
+    assert decode_picture(files["worst.jpg"]).shape[1] > 1000
     assert b"A subset: first 3 of 10" in subset.files()["report.html"]
     assert files["report.html"].count(b"<img") == 6
     assert whole.results.headline("val").keys() >= {"val/boundary_PQ", "val/box_AP", "val/class_agnostic_AR100"}
@@ -116,7 +116,7 @@ def test_no_panels_means_no_pictures(small):
     config = replace(config, evaluation=replace(config.evaluation, panels=0))
     pool = PoolHere(config)
     whole, *_ = evaluate_sets(config, pool, weights, None, lambda *_: None)
-    assert not {"panels.png", "worst.png"} & set(whole.files())
+    assert not {"panels.jpg", "worst.jpg"} & set(whole.files())
     assert [task.drawn for task, _ in pool.calls] == [(), (), ()]
 
 

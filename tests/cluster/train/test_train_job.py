@@ -150,7 +150,7 @@ def test_every_checkpoint_is_evaluated_and_published_once(summary, config):
         results = json.loads((folder / "results.json").read_text())
         assert results["num_images"] == 20
         assert results["metrics"]["PQ"] == entry.metrics["val/PQ"]
-        assert (folder / "panels.png").stat().st_size > 1000
+        assert (folder / "panels.jpg").stat().st_size > 1000
     pins = [url for url in Storage().list(f"{config.run_folder}/checkpoints") if "/pins/" in url]
     assert pins == []
 
@@ -178,7 +178,7 @@ def test_killing_the_manager_and_its_actors_changes_nothing(summary, config):
     assert [(e.step, e.metrics["val/PQ"]) for e in entries] == history(again, "val/PQ")
     for step in range(EVERY, STEPS + 1, EVERY):
         first, second = (Path(c.run_folder) / f"evaluations/step_{step:08d}/val" for c in (config, again))
-        for name in ("results.json", "panels.png"):
+        for name in ("results.json", "panels.jpg"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
 
 

@@ -13,7 +13,7 @@ from m2f.data_pipeline.transforms.collate import collate_eval
 from m2f.eval.config import EvaluationConfig
 from m2f.eval.errors import EvaluationError
 from m2f.eval.inference.evaluator import Evaluator, check_tasks
-from m2f.eval.report.panels import decode_png
+from m2f.eval.report.panels import decode_picture
 from m2f.eval.results.results import EvaluationSubject
 from m2f.eval.results.states import EvaluationStates, check_complete
 from m2f.model.config import (
@@ -110,7 +110,7 @@ def test_one_pass_of_a_perfect_panoptic_model_is_perfect_in_all_tasks():
     assert [metrics[name] for name in ("RQ", "RQ_th", "RQ_st", "AP")] == pytest.approx([100.0] * 4)
     assert all(98 < (metrics[name] or 0) < 100 for name in ("PQ", "mIoU", "pACC"))  # upsampling rounds corners
     assert list(states.panels) == [7]
-    assert decode_png(states.panels[7]).shape[1] > 3 * 500
+    assert decode_picture(states.panels[7]).shape[1] > 3 * 500
 
 
 def test_a_panel_names_the_file_of_its_image(monkeypatch):
