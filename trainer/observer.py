@@ -20,7 +20,7 @@ from m2f.trainer.telemetry.metrics import Stopwatch, Traffic, summed_losses
 from m2f.trainer.telemetry.mfu import Utilization
 from m2f.trainer.telemetry.numbers import StepMetrics
 from m2f.trainer.telemetry.phases import Phase, phase_clock
-from m2f.trainer.telemetry.rank_stats import measure_rank, memory_gb, rank_spread, slow_ranks, system_use
+from m2f.trainer.telemetry.rank_stats import measure_rank, memory_gb, node_uses, rank_spread, slow_ranks, system_use
 from m2f.trainer.telemetry.trace import Trace
 from m2f.trainer.telemetry.watchdog import Watchdog
 
@@ -111,6 +111,7 @@ class Observer:
             grad_norm=grad_norm,
             lr=training.optimizer.lr * run.engine.lr_factor,
             images=state.position,
+            nodes=node_uses(numbers),
             skipped_steps=state.skipped_total,
             mfu=self._utilization.share(self._size, pace.images_per_s),
         )

@@ -55,6 +55,22 @@ class SystemUse:
 
 
 @dataclass(frozen=True)
+class NodeUse:
+    """One machine of the run."""
+
+    host: str
+    cpu_percent: float
+    memory_percent: float
+    process_gb: float
+    """Resident memory of all its ranks."""
+    disk_free_gb: float
+    gpu_memory_gb: float | None = None
+    """The most that one of its GPUs held; None on CPU, as the one below."""
+    gpu_percent: float | None = None
+    """Mean over its GPUs."""
+
+
+@dataclass(frozen=True)
 class RankSpread:
     """How far the ranks differ."""
 
@@ -83,6 +99,8 @@ class StepMetrics:
     """Samples consumed since the start of the run."""
     skipped_steps: float
     """Since the start of the run."""
+    nodes: tuple[NodeUse, ...] = ()
+    """By host."""
     mfu: float | None = None
     """FLOPs of the model over the peak of all GPUs; None where the peak is unknown."""
 
@@ -91,6 +109,10 @@ class StepMetrics:
         found: dict[str, float | None] = {}
         for group in ("loss", "storage", "system", "ranks"):
             found |= {f"{group}/{name.rstrip('_')}": value for name, value in asdict(getattr(self, group)).items()}
+        for node in self.nodes:
+            numbers = asdict(node)
+            host = numbers.pop("host")
+            found |= {f"system/{host}/{name}": value for name, value in numbers.items()}
         found |= asdict(self.throughput)
         found |= {name: getattr(self, name) for name in ("grad_norm", "lr", "images", "skipped_steps", "mfu")}
         return {name: value for name, value in found.items() if value is not None}

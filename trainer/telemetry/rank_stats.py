@@ -14,7 +14,7 @@ from typing import Literal
 import psutil
 import torch
 
-from m2f.trainer.telemetry.numbers import RankNumbers, RankSpread, SystemUse
+from m2f.trainer.telemetry.numbers import NodeUse, RankNumbers, RankSpread, SystemUse
 from m2f.trainer.telemetry.phases import Phase
 
 SLOW_FACTOR = 1.5
@@ -71,6 +71,25 @@ def system_use(numbers: Sequence[RankNumbers]) -> SystemUse:
         disk_free_gb=min(n.disk_free_gb for n in machines),
         gpu_memory_gb=max(gpu_memory) if gpu_memory else None,
         gpu_image_gb=max(n.gpu_image_gb or 0.0 for n in numbers) if gpu_memory else None,
+        gpu_percent=fmean(gpu_percent) if gpu_percent else None,
+    )
+
+
+def node_uses(numbers: Sequence[RankNumbers]) -> tuple[NodeUse, ...]:
+    """Every machine by itself, ordered by host."""
+    return tuple(_node_use(host, [n for n in numbers if n.host == host]) for host in sorted({n.host for n in numbers}))
+
+
+def _node_use(host: str, ranks: Sequence[RankNumbers]) -> NodeUse:
+    gpu_memory = [n.gpu_memory_gb for n in ranks if n.gpu_memory_gb is not None]
+    gpu_percent = [n.gpu_percent for n in ranks if n.gpu_percent is not None]
+    return NodeUse(
+        host=host,
+        cpu_percent=fmean(n.cpu_percent for n in ranks),
+        memory_percent=max(n.memory_percent for n in ranks),
+        process_gb=sum(n.process_gb for n in ranks),
+        disk_free_gb=min(n.disk_free_gb for n in ranks),
+        gpu_memory_gb=max(gpu_memory, default=None),
         gpu_percent=fmean(gpu_percent) if gpu_percent else None,
     )
 

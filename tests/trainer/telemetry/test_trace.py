@@ -10,8 +10,9 @@ import torch
 
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.telemetry.numbers import RankNumbers
-from m2f.trainer.telemetry.rank_stats import measure_rank, rank_spread, slow_ranks, system_use
+from m2f.trainer.telemetry.rank_stats import measure_rank, node_uses, rank_spread, slow_ranks, system_use
 from m2f.trainer.telemetry.trace import Trace
+from tests.trainer.step_metrics import METRICS
 from tests.waiting import PATIENCE_S
 
 
@@ -79,6 +80,17 @@ def test_numbers_of_ranks_become_a_few():
     assert spread.slowest_over_median == pytest.approx(2.0)
     assert system.process_gb == 3.0
     assert system.gpu_percent is None
+
+
+def test_every_machine_has_numbers_of_its_own():
+    numbers = [rank_numbers(0), rank_numbers(1, host="b"), replace(rank_numbers(2), cpu_percent=70.0)]
+    first, second = node_uses(numbers)
+    assert (first.host, first.cpu_percent, first.process_gb) == ("a", 60.0, 4.0)
+    assert (second.host, second.process_gb, second.gpu_percent) == ("b", 2.0, None)
+    values = replace(METRICS, nodes=(first, second)).values()
+    assert values["system/a/cpu_percent"] == 60.0
+    assert values["system/b/disk_free_gb"] == 5.0
+    assert not [name for name in values if name.startswith(("system/a/gpu", "system/b/gpu")) or name.endswith("host")]
 
 
 def test_memory_per_image_is_what_a_micro_batch_of_them_took(monkeypatch):
