@@ -13,8 +13,8 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from m2f.cluster.evaluation.actor import EvaluationActor
 from m2f.cluster.evaluation.manager import EvaluationStatus
 from m2f.cluster.evaluation.pool import EvaluationPool
-from m2f.cluster.evaluation.queue import Entry, read_entries
-from m2f.cluster.evaluation.service import EvaluationService, queue_url
+from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
+from m2f.cluster.evaluation.service import EvaluationService
 from m2f.cluster.ray_cluster import this_node
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun

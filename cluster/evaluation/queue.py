@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from m2f.cluster.evaluation.choice import choose
+from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.documents import parse_json
-from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.errors import EvaluationError
 from m2f.trainer.checkpoint.commits import Commit, CommitList
 
@@ -50,6 +51,11 @@ class Entry:
     def settled(self) -> bool:
         """Whether nothing more will happen to it."""
         return self.status not in ("waiting", "running")
+
+
+def queue_url(config: RunConfig) -> str:
+    """Where the queue of a run's evaluations is stored."""
+    return join(config.run_folder, "evaluations", "queue.json")
 
 
 class EvaluationQueue:

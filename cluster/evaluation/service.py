@@ -10,7 +10,7 @@ from pathlib import Path
 from m2f.cluster.evaluation.choice import best_step
 from m2f.cluster.evaluation.evaluate import Pool, evaluate_sets, write_files
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
-from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue
+from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue, queue_url
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.errors import OutageError
@@ -129,11 +129,6 @@ def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: st
 def look_s(run_folder: str) -> float:
     """Seconds between two looks at the commits of a run."""
     return 5.0 if "://" in run_folder else 1.0
-
-
-def queue_url(config: RunConfig) -> str:
-    """Where the queue of a run's evaluations is stored."""
-    return join(config.run_folder, "evaluations", "queue.json")
 
 
 def place_of(step: int) -> str:

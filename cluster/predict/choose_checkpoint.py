@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m2f.cluster.evaluation.choice import best_step, first_headline
-from m2f.cluster.evaluation.queue import read_entries
-from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe, parse_recipe
 from m2f.cluster.recipe.paths import with_absolute_paths

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from m2f.cluster.evaluation.queue import EvaluationQueue, read_entries
+from m2f.cluster.evaluation.queue import EvaluationQueue, queue_url, read_entries
 from m2f.cluster.evaluation.rebuild import DELETED, SUPERSEDED, restore_queue
-from m2f.cluster.evaluation.service import place_of, queue_url
+from m2f.cluster.evaluation.service import place_of
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.storage.storage import Storage, join

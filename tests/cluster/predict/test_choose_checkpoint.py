@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from m2f.cluster.evaluation.queue import Entry
-from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.evaluation.queue import Entry, queue_url
 from m2f.cluster.predict import choose_checkpoint as module
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint
 from m2f.cluster.recipe.config import RunConfig

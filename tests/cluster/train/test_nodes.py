@@ -24,8 +24,7 @@ import pytest
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 
-from m2f.cluster.evaluation.queue import read_entries
-from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.recipe.load import dump_recipe, load_recipe
 from m2f.cluster.submit.upload import pack
 from m2f.data_pipeline.readers import open_reader

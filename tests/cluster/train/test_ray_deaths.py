@@ -7,8 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from m2f.cluster.evaluation.queue import read_entries
-from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.tracking.tracking import find_run
 from m2f.data_pipeline.storage.storage import Storage

@@ -13,8 +13,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from m2f.cluster.evaluation.queue import read_entries
-from m2f.cluster.evaluation.service import queue_url
+from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.recipe.config import ClusterConfig
 from m2f.cluster.recipe.load import dump_recipe
 from m2f.cluster.tracking.tracking import find_run
