@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2f.data_pipeline.order.order import step_positions
 from m2f.data_pipeline.transforms.collate import Batch
@@ -59,6 +60,14 @@ CASES_ALONE = {
     "offload": {"zero": ZeroConfig(offload_optimizer=True)},
 }
 """Training settings on one rank, beside `BASE` and a micro-batch of all images."""
+WAITING_CASES = {
+    "stage0": {"zero": ZeroConfig(stage=0)},
+    "stage1": {},
+    "stage2": {"zero": ZeroConfig(stage=2)},
+    "bf16": {"precision": "bf16"},
+    "offload": {"zero": ZeroConfig(offload_optimizer=True)},
+}
+"""Likewise; what is asked of the device is counted."""
 
 
 def make_images(model_config, positions) -> Batch:
@@ -219,6 +228,40 @@ def one_rank(make_job, case: str) -> dict:
 def _among_others(training: TrainingConfig, world_size: int, universal: bool = False) -> dict:
     settings = deepspeed_config(training, world_size, universal)
     return settings | {"zero_optimization": deepspeed_config(training, world_size + 1)["zero_optimization"]}
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what a device would make the host wait for: values asked of tensors, and constants made on the host."""
+
+    QUESTIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.QUESTIONS:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def waits(make_job, case: str) -> dict:
+    """What four backward passes and updates of one of `WAITING_CASES` ask of the device, and how often they wait."""
+    job = make_job(**(BASE | {"micro_batch": 4, "ema_decay": 0.0} | WAITING_CASES[case]))
+    engine = Engine(fresh_module(job, job.training.settled_precision), job.training, torch.device("cpu"))
+    seen = {"backward": [], "update": [], "parameters": len(list(engine.module.parameters()))}
+    with patch("deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.synchronize") as synchronize:
+        for _ in range(4):
+            batch = make_images(job.model, range(GLOBAL_BATCH))
+            losses = engine._engine(batch, normalizers_of(job, [batch]))
+            with HostWaits() as backward:
+                engine._engine.backward(losses.total)
+            with HostWaits() as update:
+                norm = engine.update()
+            assert engine.settle(1, float(norm)).applied
+            seen["backward"].append(len(backward.seen))
+            seen["update"].append(len(update.seen))
+    return seen | {"synchronized": synchronize.call_count}
 
 
 def poisoned(make_job) -> list:

@@ -14,7 +14,7 @@ from pathlib import Path
 import run_ranks
 import torch
 from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
-from engine_ranks import agreement, one_rank, plain, poisoned
+from engine_ranks import agreement, one_rank, plain, poisoned, waits
 from family_ranks import family_agreement
 from freeze_ranks import frozen, frozen_alone
 from restore_ranks import attacked, restored, saved
@@ -35,6 +35,10 @@ def engine_agreement(_: Path, case: str) -> dict:
 
 def engine_alone(_: Path, case: str) -> dict:
     return one_rank(without_data, case)
+
+
+def engine_waits(_: Path, case: str) -> dict:
+    return waits(without_data, case)
 
 
 def engine_poisoned(_: Path) -> list:
@@ -68,6 +72,7 @@ OTHERS = (
     engine_plain,
     engine_agreement,
     engine_alone,
+    engine_waits,
     engine_poisoned,
     family,
     frozen,

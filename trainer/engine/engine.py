@@ -23,9 +23,10 @@ from m2f.model.loss.criterion import Losses, Normalizers
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.ema import WeightAverage
 from m2f.trainer.engine.module import TrainingModule
-from m2f.trainer.engine.offload import bring_norms_to_host
+from m2f.trainer.engine.offload import OffloadedScalars
 from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.engine.safe_load import safe_loads
+from m2f.trainer.engine.skipping import DeviceSkips, device_can_decide
 from m2f.trainer.errors import TrainingError
 
 _LOSS_SCALE = "loss_scale"
@@ -46,8 +47,9 @@ class StepResult:
 class Engine:
     """One rank's share of the weights, gradients and optimizer state.
 
-    Use: `set_lr_factor`, `accumulate` once per micro-batch, `finish_step`. Raises TrainingError for settings that
-    cannot work with this number of ranks. The process group must exist.
+    Use: `set_lr_factor`, `accumulate` once per micro-batch, then `finish_step`; or `update`, and `settle` before the
+    next one. Raises TrainingError for settings that cannot work with this number of ranks. The process group must
+    exist.
     """
 
     def __init__(
@@ -60,12 +62,18 @@ class Engine:
         self.device = device
         self.stage = training.zero.stage
         self._clip_norm = training.optimizer.clip_norm
-        self._is_offloaded = training.zero.offload_optimizer
         self.module = module.to(device)
+        self.runs_ahead = device.type == "cuda" and module.loss_scale is None
+        """Whether `settle` may come as late as after the next step's backward pass. With a scale of the loss it comes
+        before the next forward pass; on a CPU there is nothing to gain."""
         self._has_masters = training.settled_precision in ("bf16", "fp16")
         self._adamw = _build_adamw(module, training)
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
         self._engine: Any = _initialize(module, self._adamw, deepspeed_config(training, self.world_size, universal))
+        offloads, zero = training.zero.offload_optimizer, self._engine.optimizer
+        self._offloaded = OffloadedScalars(zero) if offloads else None
+        decides = self.stage < 3 and not offloads and training.settled_precision != "fp16" and device_can_decide()
+        self._skips = DeviceSkips(self._adamw, zero if self.stage else None) if decides or not self.stage else None
         self.lr_factor = 1.0
         parameters = dict(self.module.model.named_parameters())
         self._average = WeightAverage(parameters, training.ema_decay) if training.ema_decay else None
@@ -87,22 +95,34 @@ class Engine:
 
     def finish_step(self, number: int) -> StepResult:
         """Clip, then update the weights for the `number`-th time, or skip that where a gradient is not finite."""
-        result = self._finish_sharded_step() if self.stage else self._finish_plain_step()
-        if result.applied and self._average is not None:
+        return self.settle(number, float(self.update()))
+
+    def update(self) -> Tensor | float:
+        """Clip, then give the device the update of the weights, which it skips where a gradient is not finite.
+
+        Returns the norm that `settle` takes, [] on the device as far as nothing had to wait for it.
+        """
+        if self.stage == 0:
+            norm = self._clip_plain_gradients()
+            self._engine.step()
+            return norm
+        if self._skips is not None:
+            with self._skips.decided_on_device():
+                self._engine.step()
+            return self._engine.get_global_grad_norm()
+        if self._offloaded is not None:
+            self._offloaded.bring_to_host()
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+
+    def settle(self, number: int, norm: float) -> StepResult:
+        """What became of the `number`-th update, by its norm. To be called before the next one."""
+        applied = math.isfinite(norm)
+        if applied and self._average is not None:
             self._average.update(number)
         if self.module.loss_scale is not None:
-            self.module.loss_scale.update(result.applied)
-        return result
-
-    def _finish_sharded_step(self) -> StepResult:
-        if self._is_offloaded:
-            bring_norms_to_host(self._engine.optimizer)
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        if not self._engine.was_step_applied():
-            return StepResult(applied=False, grad_norm=math.inf)
-        assert norm is not None
-        return StepResult(applied=True, grad_norm=float(norm))
+            self.module.loss_scale.update(applied)
+        return StepResult(applied=applied, grad_norm=norm if applied else math.inf)
 
     def save(self, folder: Path, tag: str) -> None:
         """Write this rank's files to `folder/tag`. A collective: every rank calls it, each with a folder of its own."""
@@ -148,15 +168,13 @@ class Engine:
         else:
             self._average.load(weights)
 
-    def _finish_plain_step(self) -> StepResult:
+    def _clip_plain_gradients(self) -> Tensor:
         """Without ZeRO, DeepSpeed steps the client optimizer even where gradients are not finite."""
+        assert self._skips is not None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf))
-        finite = math.isfinite(norm)
-        if not finite:
-            self._engine.zero_grad()  # AdamW leaves parameters without gradient alone
-        self._engine.step()
-        return StepResult(applied=finite, grad_norm=norm if finite else math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf)
+        self._skips.skip_unless_finite(norm)
+        return norm
 
 
 def check_world_size(training: TrainingConfig, world_size: int) -> None:
@@ -188,10 +206,11 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
     return {
         "train_micro_batch_size_per_gpu": len(plan[0]),
         "gradient_accumulation_steps": len(plan),
-        "gradient_clipping": training.optimizer.clip_norm if zero.stage else 0.0,  # stage 0: see _finish_plain_step
+        "gradient_clipping": training.optimizer.clip_norm if zero.stage else 0.0,  # stage 0: _clip_plain_gradients
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at the first start; torch has a fused one
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice per micro-batch
         "checkpoint": {"load_universal": universal},
         "zero_optimization": {
             "stage": zero.stage,

@@ -5,14 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def bring_norms_to_host(optimizer: Any) -> None:
-    """Copy the gradient norms of all parameters to the host at once, before DeepSpeed's optimizer adds them up.
+class OffloadedScalars:
+    """What DeepSpeed's optimizer wants to know of every gradient, brought to the host for all of them at once.
 
-    It would ask the GPU for each by itself, and wait as often as there are parameters. Sums and their order stay.
+    It would ask the GPU for each by itself: whether it is finite during the backward pass, and its norm before the
+    update. So it would wait twice as often as there are parameters. Sums and their order stay.
     """
-    norms = optimizer.norm_for_param_grads
-    if norms:
-        together = torch.stack([norm.reshape(()) for norm in norms.values()]).cpu()
-        optimizer.norm_for_param_grads = dict(zip(norms, together.unbind(), strict=True))
+
+    def __init__(self, zero: Any) -> None:
+        """`zero` is DeepSpeed's optimizer."""
+        self._zero = zero
+        self._flags: list[Tensor] = []
+        if hasattr(zero, "update_offload_overflow_tracker"):  # stage 1 and 2
+            zero.update_offload_overflow_tracker = self._note
+
+    def bring_to_host(self) -> None:
+        """To be called between the last backward pass of a step and the update."""
+        norms = self._zero.norm_for_param_grads
+        if norms:
+            together = torch.stack([norm.reshape(()) for norm in norms.values()]).cpu()
+            self._zero.norm_for_param_grads = dict(zip(norms, together.unbind(), strict=True))
+        if self._flags:
+            self._zero.local_overflow = bool(torch.stack(self._flags).any())
+            self._flags.clear()
+
+    def _note(self, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            self._flags.append(self._zero._has_inf_or_nan(gradient.detach()))

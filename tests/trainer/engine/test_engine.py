@@ -10,7 +10,7 @@ from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.engine.engine import check_device, check_world_size, deepspeed_config
 from m2f.trainer.errors import TrainingError
 from tests.trainer.conftest import Launcher
-from tests.trainer.engine_ranks import CASES, CASES_ALONE
+from tests.trainer.engine_ranks import CASES, CASES_ALONE, WAITING_CASES
 
 FULL_PRECISION = [case for case in CASES if "16" not in case]
 
@@ -43,7 +43,9 @@ def plain(launcher, steps):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     launcher = Launcher(tmp_path_factory.mktemp("one_rank"))
-    launcher.run_each(["engine_plain", "engine_poisoned", *(f"engine_alone:{case}" for case in CASES_ALONE)], ranks=1)
+    waits = (f"engine_waits:{case}" for case in WAITING_CASES)
+    cases = (f"engine_alone:{case}" for case in CASES_ALONE)
+    launcher.run_each(["engine_plain", "engine_poisoned", *waits, *cases], ranks=1)
     return Steps(launcher, "engine_alone")
 
 
@@ -123,6 +125,16 @@ def test_a_step_with_a_bad_gradient_is_not_applied(alone):
     (first, moved), (second, stayed), (third, on) = alone.launcher.seen("engine_poisoned")
     assert (first, second, third) == (True, False, True)
     assert stayed == 0 < min(moved, on)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WAITING_CASES)
+def test_an_update_asks_the_device_for_nothing(alone, case):
+    """Counted on a CPU. An offloaded update has its norms on the host already; its backward pass asks nothing, too."""
+    seen = alone.launcher.seen(f"engine_waits:{case}")
+    assert seen["synchronized"] == 0
+    assert max(seen["backward"]) <= 3  # of deformable attention's form for CPUs
+    assert max(seen["update"]) == 0 or case == "offload"
 
 
 def test_one_rank_has_no_buckets():
