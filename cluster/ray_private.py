@@ -84,22 +84,19 @@ def scaling_config(workers: int, gpus: bool, needs: Mapping[str, float]) -> Scal
     return ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=dict(needs))
 
 
-def attempt_config(name: str, folder: str, controller_failures: int) -> RunConfig:
-    """An attempt that is not repeated when a worker fails, and of which Ray says nothing: our supervisor does both.
+def attempt_config(name: str, folder: str) -> RunConfig:
+    """An attempt that is not repeated when it fails, and of which Ray says nothing: our supervisor does both.
 
     Args:
         name: of a folder in `folder` for what Ray keeps.
         folder: on the disk of the driver.
-        controller_failures: how often Ray repeats what fails outside of workers, as a start without room; -1 always.
     """
     with _expected():
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
     return RunConfig(
         name=name,
         storage_path=folder,
-        failure_config=FailureConfig(
-            max_failures=0, max_preemption_failures=0, controller_failure_limit=controller_failures
-        ),
+        failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         logging_config=LoggingConfig(log_level="CRITICAL"),
     )
 

@@ -1,4 +1,4 @@
-"""The number of workers of every attempt, where `cluster.num_workers` is a range.
+"""The number of workers of every attempt, which may be another each time where `cluster.num_workers` is a range.
 
 A run never changes its size in the middle of an attempt. It shrinks because an attempt that lost a worker is followed
 by one with what is left; it grows because an attempt is asked to end after a checkpoint as soon as the cluster has had
@@ -56,7 +56,6 @@ class Sizes:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._nodes, self._clock = config, nodes, clock
-        self._elastic = config.min_workers < config.max_workers
         self._size: int | None = None
         self._before: int | None = None
         self._ended_at, self._ended_step = clock(), 0
@@ -69,8 +68,11 @@ class Sizes:
         self.resizes: list[Resize] = []
 
     def next(self) -> int | None:
-        """The size of the attempt that starts now; None where it has to wait. Without a range Ray does the waiting."""
-        size = self._config.max_workers if not self._elastic else self._next_elastic()
+        """The size of the attempt that starts now; None where it has to wait."""
+        now = self._clock()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        size = next_size(count_fitting(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
         if size is not None:
             self._before, self._size = self._size, size
             self._room_since = self._waiting_since = None
@@ -99,12 +101,6 @@ class Sizes:
     def ended(self, relay: RunRelay) -> None:
         """The attempt is over."""
         self._ended_at, self._ended_step = self._clock(), relay.last_step
-
-    def _next_elastic(self) -> int | None:
-        now = self._clock()
-        if self._waiting_since is None:
-            self._waiting_since = now
-        return next_size(count_fitting(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
 
     def _note_resize(self, step: int) -> None:
         if self._before is None or self._size is None or self._before == self._size:

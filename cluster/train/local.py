@@ -12,8 +12,8 @@ import torch
 
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.evaluation.manager import EvaluationStatus
-from m2f.cluster.evaluation.queue import Entry, read_entries
-from m2f.cluster.evaluation.service import EvaluationService, queue_url
+from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
+from m2f.cluster.evaluation.service import EvaluationService
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.start.settling import settled_run, this_machine
 from m2f.cluster.terminal import print_out
@@ -65,8 +65,9 @@ class LocalLauncher:
         return LocalEvaluations(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Not asked for: the number of workers is fixed."""
-        return ()
+        """Room for all of them: nothing else is counted here."""
+        cluster = self._config.cluster
+        return [cluster.needs] * cluster.max_workers
 
     def start(self, job: TrainJob, workers: int) -> None:
         """Start the processes; those of the attempt before are gone."""

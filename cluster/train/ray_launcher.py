@@ -21,7 +21,7 @@ from m2f.cluster.environment import names_cluster
 from m2f.cluster.evaluation.client import EvaluationClient
 from m2f.cluster.ray_cluster import ClusterError, connect, local_or_existing, this_node
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
-from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.devices import SeenDevices, gpus_of_nodes
 from m2f.cluster.start.settling import settled_run, this_machine
 from m2f.cluster.terminal import print_err
@@ -88,9 +88,9 @@ class RayLauncher:
             # On the driver's node, so that it survives the loss of a node of workers.
             mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(Mailbox)
             self._mailbox = mailbox.remote()
-            if self._cluster.min_workers < self._cluster.max_workers:  # an autoscaler sees no worker that queues up
-                request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
-                stack.callback(request_resources, bundles=[])
+            # The supervisor waits for room before it starts workers, and an autoscaler sees none that queue up.
+            request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
+            stack.callback(request_resources, bundles=[])
             self._stack = stack.pop_all()
         return self
 
@@ -171,7 +171,7 @@ class RayLauncher:
             ),
             scaling_config=scaling_config(workers, cluster.gpus_per_worker > 0, cluster.needs),
             # a new name each: Ray would look for checkpoints of the last
-            run_config=attempt_config(f"attempt-{self._attempts}", self._scratch, controller_failures(cluster)),
+            run_config=attempt_config(f"attempt-{self._attempts}", self._scratch),
         )
 
 
@@ -193,8 +193,3 @@ def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
     if not may_grow:
         raise ClusterError(message)
     print_err(f"waiting for the cluster to grow: {message}")
-
-
-def controller_failures(cluster: ClusterConfig) -> int:
-    """Ray may retry nothing, since it would at the same size; only a run of a fixed size may wait in it for room."""
-    return 0 if cluster.min_workers < cluster.max_workers else -1

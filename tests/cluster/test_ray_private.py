@@ -29,10 +29,10 @@ def test_no_other_module_imports_what_ray_keeps_private():
 
 
 def test_an_attempt_is_repeated_by_us_alone():
-    config = ray_private.attempt_config("attempt-1", "/somewhere", -1)
+    config = ray_private.attempt_config("attempt-1", "/somewhere")
     assert config.failure_config is not None
     assert (config.failure_config.max_failures, config.failure_config.max_preemption_failures) == (0, 0)
-    assert config.failure_config.controller_failure_limit == -1
+    assert config.failure_config.controller_failure_limit == 0
     assert ray_private.scaling_config(3, False, {"CPU": 2}).num_workers == 3
 
 

@@ -19,11 +19,11 @@ from m2f.cluster.evaluation.client import EvaluationClient
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
 from m2f.cluster.evaluation.queue import read_entries
 from m2f.cluster.ray_cluster import ClusterError, connect
-from m2f.cluster.recipe.config import ClusterConfig, RunConfig, TrackingConfig
+from m2f.cluster.recipe.config import RunConfig, TrackingConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.tracking import create_run
 from m2f.cluster.train.failure_policy import failure_of
-from m2f.cluster.train.ray_launcher import RayLauncher, check_gpus, controller_failures, run_training
+from m2f.cluster.train.ray_launcher import RayLauncher, check_gpus, run_training
 from m2f.cluster.train.supervisor import RunSummary
 from m2f.data_pipeline.config import (
     StorageConfig,
@@ -86,11 +86,6 @@ def test_what_ray_raises_is_understood(config, error, ending, kind, rank):
     launcher._error = error
     failure = failure_of(launcher.error(), ending)
     assert (failure.kind, failure.rank) == (kind, rank)
-
-
-def test_ray_waits_for_room_only_where_the_size_is_fixed():
-    fixed, elastic = (controller_failures(ClusterConfig(num_workers=workers)) for workers in (2, (1, 2)))
-    assert (fixed, elastic) == (-1, 0)
 
 
 def ray_processes(title: str) -> list[psutil.Process]:
