@@ -27,10 +27,11 @@ def graphs(monkeypatch):
         seen.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
         return graph.forward
 
-    with FakeTensorMode(), torch.device("cuda"):
-        decoder = MSDeformAttnPixelDecoder(CONFIG, [8] * 4)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            decoder = MSDeformAttnPixelDecoder(CONFIG, [8] * 4)
         decoder.compile(backend=count, fullgraph=True, dynamic=False)
-        maps = [torch.zeros(1, 8, side, side) for side in (16, 8, 4, 2)]
+        maps = [torch.zeros(1, 8, side, side, device="cuda") for side in (16, 8, 4, 2)]
         decoder(maps)
         with own.for_export():
             decoder(maps)
