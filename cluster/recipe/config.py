@@ -81,6 +81,9 @@ class TrackingConfig(Section):
     """Tracking server; None takes MLFLOW_TRACKING_URI, else the sqlite file `mlflow.db` in a local `output`."""
     experiment: str = "m2f"
     """Name of the MLflow experiment that gets the run; it is made where it does not exist."""
+    parent: str | None = None
+    """MLflow run below which the run is shown, for the runs of a sweep or of several seeds: its id, or a name, under
+    which one is made where the experiment has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

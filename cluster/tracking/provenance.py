@@ -28,6 +28,7 @@ class DataInput:
     url: str
     fingerprint: str
     """Hex digest of categories, shards and their checksums."""
+    images: int
     profile: str
     """JSON for people: the whole fingerprint, images, shards and categories."""
 
@@ -64,13 +65,14 @@ def _data_input(config: RunConfig, context: str, name: str, storage: Storage) ->
     if document is None:
         return None
     shards = document["shards"]
+    images = sum(shard["num_samples"] for shard in shards)
     profile = {
         "fingerprint": document["fingerprint"],
-        "images": sum(shard["num_samples"] for shard in shards),
+        "images": images,
         "shards": len(shards),
         "bytes": sum(shard["size"] for shard in shards),
     }
-    return DataInput(name, context, url, document["fingerprint"], json.dumps(profile))
+    return DataInput(name, context, url, document["fingerprint"], images, json.dumps(profile))
 
 
 def _git(folder: Path, *arguments: str) -> str:

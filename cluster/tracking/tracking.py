@@ -42,6 +42,7 @@ from m2f.cluster.tracking.local_store import (
     uri_of_moved,
 )
 from m2f.cluster.tracking.patience import Patience
+from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING, PARENT_TAG, parent_run, shown_tags
 from m2f.cluster.tracking.provenance import DataInput, code_facts, data_facts, data_inputs
 from m2f.cluster.tracking.record import RunRecord, read_record, record_url, write_record
 from m2f.cluster.tracking.sender import ENTRIES_PER_READ, Sender
@@ -290,7 +291,9 @@ def _start_run(
             make_database(Path(uri.removeprefix("sqlite:///")), connect)
         client, patience = connect(uri), Patience(uri, config.storage.patience_s)
         experiment = patience.ask(lambda: _experiment(client, config, uri))
-        run_id = patience.ask(_Creation(client, config, experiment, facts))
+        parent = patience.ask(lambda: parent_run(client, experiment, config.tracking.parent, uri))
+        tags = {**facts, **shown_tags(config, facts, inputs), **({PARENT_TAG: parent} if parent else {})}
+        run_id = patience.ask(_Creation(client, config, experiment, tags))
         params = [Param(store_key(key)[:250], shortened(value)) for key, value in parameters.items()]
         for start in range(0, len(params), PARAMS_PER_CALL):
             group = params[start : start + PARAMS_PER_CALL]
@@ -303,11 +306,9 @@ def _start_run(
 class _Creation:
     """Makes the run, and finds it when it is called again since only the answer was lost."""
 
-    def __init__(self, client: MlflowClient, config: RunConfig, experiment: str, facts: Mapping[str, str]) -> None:
+    def __init__(self, client: MlflowClient, config: RunConfig, experiment: str, tags: Mapping[str, str]) -> None:
         self._client, self._config, self._experiment = client, config, experiment
-        self._tags = {FOLDER_TAG: config.run_folder, "m2f.version": version("m2f"), **facts}
-        if "code.commit" in facts:
-            self._tags["mlflow.source.git.commit"] = facts["code.commit"]  # shown as the version of the run
+        self._tags = {FOLDER_TAG: config.run_folder, "m2f.version": version("m2f"), **tags}
         self._start_ms = time.time_ns() // 1_000_000
         self._called = False
 
@@ -323,15 +324,18 @@ class _Creation:
 
 
 def _dataset_input(entry: DataInput) -> DatasetInput:
-    """As MLflow keeps it; its digests have at most 36 characters, the whole fingerprint is in the profile."""
-    source = json.dumps({"uri": entry.url})
-    dataset = Dataset(entry.name, entry.fingerprint[:36], "m2f", source, profile=entry.profile)
+    """With a source that `mlflow.data.get_source` opens; digests have at most 36 characters, the profile has it all."""
+    scheme, _, rest = entry.url.partition("://")
+    uri, kind = (entry.url, scheme) if rest else (os.path.abspath(entry.url), "local")
+    dataset = Dataset(entry.name, entry.fingerprint[:36], kind, json.dumps({"uri": uri}), profile=entry.profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", entry.context)])
 
 
 def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is not None:
+        if EXPERIMENT_KIND not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, EXPERIMENT_KIND, MODEL_TRAINING)
         return experiment.experiment_id
     # A sqlite store would put artifacts under the current folder, wherever that is.
     location, local = None, _local(config, uri)
@@ -340,7 +344,8 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
     elif uri.startswith("sqlite") and "://" not in config.run_folder:
         location = (Path(config.run_folder).resolve() / "artifacts").as_uri()
     try:
-        return client.create_experiment(config.tracking.experiment, artifact_location=location)
+        kind = {EXPERIMENT_KIND: MODEL_TRAINING}
+        return client.create_experiment(config.tracking.experiment, location, kind)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
@@ -71,6 +72,7 @@ def test_a_run_has_its_data_and_code_as_inputs_and_notes_what_changed(config, mi
     assert set(inputs) == {"train", "val"}
     assert inputs["train"].dataset.digest == train.fingerprint[:36]
     assert json.loads(inputs["train"].dataset.profile)["images"] == 3
+    assert mlflow.data.get_source(inputs["val"].dataset).load() == str(tmp_path / "val")
     assert [(tag.key, tag.value) for tag in inputs["val"].tags] == [("mlflow.data.context", "evaluation")]
     assert stored.data.tags["code.commit"] == stored.data.tags["mlflow.source.git.commit"] == "abc"
     assert stored.data.tags["data.train"] == train.fingerprint
