@@ -65,6 +65,7 @@ class _Loop:
                 return self._end("stopped" if facts.stop else "drained", state)
             state = replace(state, position=batches.step * training.global_batch)  # behind what is left out
             engine.set_lr_factor(lr_factor(training.schedule, state.step, training.max_steps))
+            engine.module.model.set_progress(state.step, training.max_steps)
             losses, result = self._compute(batches, facts, state)
             state = state.advance(training.global_batch, result.applied)
             self._observer.step_done(state, batches, facts.images, losses, result)

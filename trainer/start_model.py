@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import Segmenter
 from m2f.model.weights.load import LoadReport, load_weights
 from m2f.trainer.checkpoint.identity import StartWeights
 from m2f.trainer.checkpoint.weights import (
@@ -20,7 +21,7 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Notice, Reporter
 
 
-def empty_model(job: TrainJob) -> Mask2Former:
+def empty_model(job: TrainJob) -> Segmenter:
     """The model for a checkpoint, which brings all weights."""
     torch.manual_seed(job.seed)
     return build_model(job.model, pretrained_backbone=False)
@@ -28,7 +29,7 @@ def empty_model(job: TrainJob) -> Mask2Former:
 
 def start_model(
     job: TrainJob, storage: Storage, reporter: Reporter | None
-) -> tuple[Mask2Former, tuple[StartWeights, ...]]:
+) -> tuple[Segmenter, tuple[StartWeights, ...]]:
     """The model with the weights that the recipe starts from, and what they are.
 
     Who has a reporter computes their digests, and reports.

@@ -26,7 +26,7 @@ from m2f.eval.report.panels import render_heat
 from m2f.eval.results.results import EvaluationSubject
 from m2f.model.analysis.attention_maps import AttentionMap, recorded_attention
 from m2f.model.counted import counted
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter
 from m2f.trainer.checkpoint.weights import weights_url
 
 
@@ -35,7 +35,7 @@ class AnalysisSubject:
     """A trained model and the images to look at."""
 
     config: RunConfig
-    model: Mask2Former
+    model: Segmenter
     dataset: str
     manifest: Manifest
     classes: EvaluatedClasses

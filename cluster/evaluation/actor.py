@@ -24,7 +24,7 @@ from m2f.eval.inference.evaluator import Evaluator
 from m2f.eval.report.dump import ResultDump
 from m2f.eval.results.states import EvaluationStates
 from m2f.model.inference.cuda_graphs import replay_forward
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter
 
 IMAGES_PER_CALL = 8
 """Images that one call evaluates: enough to share a ranged read, few enough to spread over actors."""
@@ -83,7 +83,7 @@ class EvaluationActor:
         self._config = config
         self._storage = Storage(config.storage, answered=True)
         self._manifests: dict[str, Manifest] = {}
-        self._loaded: tuple[tuple[str, int], Mask2Former] | None = None
+        self._loaded: tuple[tuple[str, int], Segmenter] | None = None
 
     def ping(self) -> None:
         """Answer, as proof of life."""
@@ -135,7 +135,7 @@ class EvaluationActor:
             self._manifests[dataset] = Manifest.load(self._config.datasets[dataset].shards, self._storage)
         return self._manifests[dataset]
 
-    def _model(self, task: EvaluationTask, classes: EvaluatedClasses) -> Mask2Former:
+    def _model(self, task: EvaluationTask, classes: EvaluatedClasses) -> Segmenter:
         wanted = task.weights, len(classes.model_classes)
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # frees the memory of the last one first

@@ -12,7 +12,8 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 from m2f.model.config import ModelConfig
-from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import Segmenter
 from m2f.model.weights.load import load_weights
 from m2f.trainer.checkpoint.weights import fetched_weights, read_identity
 
@@ -33,9 +34,7 @@ def model_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Ca
     return manifest.categories.for_task(config.data.task)
 
 
-def model_with_weights(
-    config: ModelConfig, weights: str, storage: Storage, *, device: str | None = None
-) -> Mask2Former:
+def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, device: str | None = None) -> Segmenter:
     """The model with weights from a URL, a file or a local folder, for inference.
 
     It lies on `device`, by default the GPU if there is one.

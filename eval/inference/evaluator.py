@@ -35,7 +35,7 @@ from m2f.model.config import PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.inference.postprocess import panoptic, semantic, stream_instances
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter
 from m2f.model.structures import PanopticResult, Predictions
 
 EVALUABLE_TASKS: dict[Task, tuple[Task, ...]] = {
@@ -105,7 +105,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: Mask2Former,
+        model: Segmenter,
         classes: CategoryTable | EvaluatedClasses,
         config: EvaluationConfig,
         *,

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f.model.attention import MaskPooling, ProjectedAttention, split_heads
-from m2f.model.mask2former import Mask2Former
+from m2f.model.errors import ConfigError
+from m2f.model.segmenter import Segmenter
 from m2f.model.transformer_decoder.masked import DecoderLayer, MaskedTransformerDecoder
+from m2f.model.transformer_decoder.standard import StandardTransformerDecoder
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,17 @@ class AttentionMap:
 
 
 @contextmanager
-def recorded_attention(model: Mask2Former) -> Iterator[list[AttentionMap]]:
-    """A list that is filled, layer by layer, by a forward pass inside the context; a second pass appends to it."""
+def recorded_attention(model: Segmenter) -> Iterator[list[AttentionMap]]:
+    """A list that is filled, layer by layer, by a forward pass inside the context; a second pass appends to it.
+
+    Raises ConfigError for a model whose queries have no attention of their own to the image.
+    """
     decoder = model.transformer_decoder
+    if not isinstance(decoder, MaskedTransformerDecoder | StandardTransformerDecoder):
+        raise ConfigError(
+            "the queries of this model.transformer_decoder.kind have no cross-attention of which maps could be made; "
+            "kind masked and kind standard have it"
+        )
     groups = decoder.groups if isinstance(decoder, MaskedTransformerDecoder) else ((0,),)
     maps: list[AttentionMap] = []
     sizes: list[tuple[int, int]] = []

@@ -129,11 +129,13 @@ def _loss(predictions: Predictions, config: LossConfig, targets: int) -> Tensor:
     classes = predictions.class_logits.float().flatten(0, 2)
     class_loss = F.cross_entropy(classes, torch.zeros(len(classes), dtype=torch.int64), reduction="none").sum()
 
-    features = predictions.mask_features.float()
-    embeddings = predictions.mask_embeddings[:, :, :targets].float().transpose(0, 1).flatten(1, 2)
-    logits = torch.cat([one @ pixels for one, pixels in zip(embeddings, features.flatten(2), strict=True)])
+    maps = predictions.feature_maps.float()
+    embeddings = predictions.mask_embeddings[:, :, :targets].float().transpose(0, 1)
+    rows = embeddings.reshape(images * len(maps), -1, embeddings.shape[-1])
+    features = maps.transpose(0, 1).flatten(0, 1)
+    logits = torch.cat([one @ pixels for one, pixels in zip(rows, features.flatten(2), strict=True)])
     counts = point_counts(config)
-    matching = layers * images * (features.shape[1] + 2 * queries + targets) * counts.matching
+    matching = layers * images * (maps.shape[2] + 2 * queries + targets) * counts.matching
     largest = max(matching, 8 * len(logits) * counts.candidates)
     scratch = torch.empty(min(largest, chunk_elements(torch.device("cuda"))))
     del scratch

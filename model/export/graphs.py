@@ -18,7 +18,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.deform_attn.module import for_export
 from m2f.model.errors import WeightsError
 from m2f.model.export.hugging_face import write_hugging_face_config
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter
 from m2f.model.weights.names import to_hugging_face_names
 
 _OPSET = 20
@@ -32,7 +32,7 @@ _MIN_SIDE, _MAX_SIDE = 64, 16384
 class Inference(nn.Module):
     """What is exported as a graph: pixels in, the last layer's predictions out."""
 
-    def __init__(self, model: Mask2Former) -> None:
+    def __init__(self, model: Segmenter) -> None:
         super().__init__()
         self.model = model
 
@@ -50,7 +50,7 @@ class Inference(nn.Module):
 
 
 def export_hugging_face(
-    model: Mask2Former,
+    model: Segmenter,
     config: ModelConfig,
     folder: Path,
     labels: Sequence[str],
@@ -84,7 +84,7 @@ def _unused_by_inference(state: Mapping[str, Tensor], num_classes: int, config: 
     return unused
 
 
-def export_program(model: Mask2Former, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
+def export_program(model: Segmenter, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
     """The graph of `Inference` for any number of images.
 
     Height and width are free, from 64 and in steps of 32 pixels, or fixed to `size` where it is given. Raises

@@ -16,7 +16,7 @@ from m2f.model.config import (
     SwinBackboneConfig,
 )
 from m2f.model.errors import WeightsError
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter
 from m2f.model.weights.names import to_official_names
 
 _HEAD_VERSION = 2
@@ -31,7 +31,7 @@ _RESNET_OPTIONS = {"drop_path_rate"}
 """Options of a ResNet that change no tensor."""
 
 
-def export_official(model: Mask2Former, config: ModelConfig) -> OrderedDict[str, Tensor]:
+def export_official(model: Segmenter, config: ModelConfig) -> OrderedDict[str, Tensor]:
     """Weights under the official names, on the CPU. `config` is that of the model.
 
     Raises WeightsError naming the setting where the official code has no such model, though it may have such tensors.
@@ -44,7 +44,7 @@ def export_official(model: Mask2Former, config: ModelConfig) -> OrderedDict[str,
     return state
 
 
-def write_official(model: Mask2Former, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
+def write_official(model: Segmenter, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
     """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it."""
     torch.save({"model": export_official(model, config), **(notes or {})}, path)
 

@@ -85,14 +85,13 @@ def compute_losses(
         matching = start_matching(predictions, targets, label_maps, matching_points, config, matching_boxes)
         # Needs no assignment, so that the device has work while the host solves.
         log_probabilities = predictions.class_logits.float().log_softmax(-1)
-        mask_features = predictions.mask_features.float()
+        maps = predictions.feature_maps.float()
 
         matched = matching.result()
-        rows, queries, nan_factor = _matched_rows(matched, mask_features.device)
+        rows, queries, nan_factor = _matched_rows(matched, maps.device)
         class_losses = _class_losses(log_probabilities, targets, rows, queries, config, num_classes)
         embeddings = predictions.mask_embeddings[rows.layer, rows.image, queries].float()
-        rows_per_image = (matched.query_index >= 0).sum(axis=(0, 2)).tolist()
-        logits = _matched_mask_logits(embeddings, mask_features, rows_per_image)
+        logits = _matched_mask_logits(embeddings, maps, matched)
         if config.supervision == "points":
             row_boxes = boxes[rows.image, rows.target] if boxes is not None and config.supervision_box_share else None
             mask, dice = _losses_at_points(logits, targets, label_maps, rows, drawn, config, row_boxes)
@@ -161,11 +160,16 @@ def _class_losses(
     return (losses * weights).sum(-1)
 
 
-def _matched_mask_logits(embeddings: Tensor, mask_features: Tensor, rows_per_image: list[int]) -> Tensor:
-    """Dense mask logits [R, h, w] of matched rows [R, C] only: one product per image for all its predictions."""
-    per_image = zip(embeddings.split(rows_per_image), mask_features.flatten(2), strict=True)
-    products = [embedding @ feature for embedding, feature in per_image]
-    return torch.cat(products).unflatten(1, mask_features.shape[2:])
+def _matched_mask_logits(embeddings: Tensor, maps: Tensor, matching: Matching) -> Tensor:
+    """Dense mask logits [R, h, w] of matched rows [R, C] only: one product per image and map of `maps` [M, B, C, h, w].
+
+    The rows are in the order image, prediction.
+    """
+    counts = (matching.query_index >= 0).sum(axis=2).T  # [B, L]
+    rows = counts.reshape(maps.shape[1] * maps.shape[0], -1).sum(1).tolist()
+    features = maps.transpose(0, 1).flatten(0, 1).flatten(2)
+    products = [embedding @ feature for embedding, feature in zip(embeddings.split(rows), features, strict=True)]
+    return torch.cat(products).unflatten(1, maps.shape[3:])
 
 
 def _losses_at_points(

@@ -21,7 +21,8 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.loss.criterion import compute_losses, count_normalizers
-from m2f.model.mask2former import build_model, zero_outside
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import zero_outside
 from m2f.model.weights.load import load_weights
 from tests.model.loss_oracle import CLASSES, make_targets, transformers_losses
 

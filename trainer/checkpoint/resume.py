@@ -12,7 +12,7 @@ import safetensors.torch
 
 from m2f.data_pipeline.storage.scratch import ScratchFolder, full_disk_named
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter
 from m2f.model.weights.load import load_weights
 from m2f.trainer.checkpoint.commits import withdraw_commit
 from m2f.trainer.checkpoint.folder import (
@@ -60,7 +60,7 @@ class Restart:
         """Whether the optimizer state is cut for another number of ranks; without ZeRO it is not cut at all."""
         return not self.same_ranks and not self.weights_only and self.state.zero_stage > 0
 
-    def load_model(self, model: Mask2Former) -> None:
+    def load_model(self, model: Segmenter) -> None:
         """Before the engine is made: buffers and frozen parameters, which DeepSpeed's universal format lacks."""
         if self.reshard or self.weights_only:
             load_weights(model, self.folder / WEIGHTS)

@@ -9,7 +9,7 @@ from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.config import ModelConfig
 from m2f.model.loss.criterion import Losses, Normalizers, compute_losses
 from m2f.model.loss.points import CounterPoints
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter, TrainingContext
 from m2f.trainer.config import Precision
 from m2f.trainer.engine.loss_scale import LossScale
 
@@ -23,7 +23,7 @@ class TrainingModule(nn.Module):
 
     def __init__(
         self,
-        model: Mask2Former,
+        model: Segmenter,
         config: ModelConfig,
         seed: int,
         precision: Precision,
@@ -35,7 +35,7 @@ class TrainingModule(nn.Module):
         self.model = model
         self.loss = config.loss
         self.num_classes = config.num_classes
-        self.points = CounterPoints(seed)
+        self.seed, self.points = seed, CounterPoints(seed)
         self.precision = precision
         model.pixel_decoder_fp32 = pixel_decoder_fp32 or precision == "fp16_autocast"
         self.loss_scale = LossScale(model.parameters()) if precision == "fp16_autocast" else None
@@ -46,7 +46,7 @@ class TrainingModule(nn.Module):
         # Where weights have 16 bits themselves, autocast is what brings them together with what stays in fp32.
         dtype = torch.float16 if self.precision in ("fp16", "fp16_autocast") else torch.bfloat16
         with torch.autocast(images.device.type, dtype, enabled=self.precision != "fp32"):
-            predictions = self.model(images)
+            predictions = self.model(images, TrainingContext(batch.targets, self.seed))
         losses = compute_losses(predictions, batch.targets, self.points, normalizers, self.loss, self.num_classes)
         total = losses.total if self.loss_scale is None else self.loss_scale.enlarge(losses.total)
         return Losses(total, losses.terms.detach(), losses.per_image.detach())

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from m2f.model.analysis.flops.operations import BATCH_NORM, BILINEAR, NEAREST, NORM, Flops
 from m2f.model.backbones.build import Backbone, build_backbone
 from m2f.model.config import BackboneConfig, ModelConfig
-from m2f.model.mask2former import Mask2Former, build_model
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import Segmenter
 
 Size = Sequence[int]
 """Shape of a tensor, as the counter hands it over."""
@@ -26,7 +27,7 @@ SHAPES_ONLY = FakeTensorMode()
 """Tensors made in it have no values. One mode for all models: tensors of two modes do not mix."""
 
 
-def build_shapes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Mask2Former:
+def build_shapes(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Segmenter:
     """The recipe's model in evaluation mode with weights of `dtype`, with shapes but without values."""
     with torch.device("meta"):
         model = build_model(config, pretrained_backbone=False)
@@ -51,7 +52,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def executed_flops(model: Mask2Former, size: tuple[int, int]) -> Flops:
+def executed_flops(model: Segmenter, size: tuple[int, int]) -> Flops:
     """Multiply-adds of a forward pass of `build_shapes` with one image of this height and width.
 
     The dense masks of the last layer are part of it, those of other layers are never made.

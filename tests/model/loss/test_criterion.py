@@ -17,6 +17,7 @@ from m2f.model.structures import Predictions, Targets, ignore_id
 from tests.model.loss_oracle import CLASSES, make_predictions, make_targets, transformers_losses
 
 SMALL = LossConfig(num_points=96)
+MASKS = LossConfig(matching="masks", supervision="masks")
 BOXES = LossConfig(num_points=96, matching_box_share=0.5, supervision_box_share=0.5)
 
 
@@ -69,6 +70,22 @@ def test_equals_transformers(case, class_norm, monkeypatch):
     pairs = zip(gradients(losses.total, predictions), gradients(expected.sum(), predictions), strict=True)
     for actual, wanted in pairs:
         assert (actual - wanted).norm() <= 1e-4 * wanted.norm().clamp(min=1e-12)
+
+
+@pytest.mark.parametrize("config", [SMALL, BOXES, MASKS], ids=["uniform points", "box points", "masks"])
+def test_predictions_may_have_features_of_their_own(config):
+    targets, shared = make_targets((4, 0, 6)), make_predictions(3)
+    layers = len(shared.class_logits)
+    features = shared.mask_features.detach().expand(layers, -1, -1, -1, -1).clone().requires_grad_()
+    own = shared._replace(mask_features=features)
+
+    whole, losses = ours(shared, targets, config), ours(own, targets, config)
+
+    torch.testing.assert_close(losses.terms, whole.terms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(own.mask_logits(1), shared.mask_logits(1), rtol=0, atol=0)
+    *others, of_features = gradients(losses.total, own)
+    for actual, wanted in zip([*others, of_features.sum(0)], gradients(whole.total, shared), strict=True):
+        assert (actual - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 @pytest.mark.parametrize("config", [SMALL, BOXES], ids=["uniform points", "box points"])
