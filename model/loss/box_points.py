@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m2f.model.structures import Targets, ignore_id
+from m2f.model.structures import Targets
+from m2f.model.target_pixels import pixel_owners
 
 GROWTH = 0.5
 """Share of its side by which a box grows in each direction: predictions that are a little off lie inside, too."""
@@ -30,7 +31,8 @@ def target_boxes(targets: Targets) -> Tensor:
     device, longer = targets.id_maps.device, max(height, width)
     place = torch.arange(longer, device=device)
     # Which columns, then which rows, every target occupies; the last one stands for pixels of no target.
-    column = _owners(targets) * longer
+    number = torch.arange(num_targets, device=device).expand(images, -1)
+    column = pixel_owners(targets, number, num_targets) * longer
     row = column + (num_targets + 1) * longer + place[:height, None]
     occupied = torch.zeros(images, 2 * (num_targets + 1) * longer, dtype=torch.bool, device=device)
     for index in (column + place[:width], row):
@@ -44,20 +46,6 @@ def target_boxes(targets: Targets) -> Tensor:
     ends = torch.cat(((low - growth) / size, (high + growth) / size), 1).clamp(0, 1)
     whole_map = (torch.arange(4, device=device) // 2)[:, None]  # ends 0, 0, 1, 1
     return torch.where((high > 0).repeat(1, 2, 1), ends, whole_map).transpose(1, 2)
-
-
-def _owners(targets: Targets) -> Tensor:
-    """Index [B, Y, H, W] int64 of the target of every pixel; N where there is none."""
-    maps = targets.id_maps
-    images, num_targets = targets.labels.shape
-    nobody = ignore_id(maps.dtype)
-    image = torch.arange(images, device=maps.device)[:, None]
-    target_of = torch.full((*maps.shape[:2], nobody + 1), num_targets, device=maps.device)
-    local_id = torch.where(targets.valid, targets.local_id, nobody)
-    number = torch.arange(num_targets, device=maps.device).expand(images, -1)
-    target_of = target_of.index_put((image, targets.layer, local_id), number)
-    target_of[..., nobody] = num_targets
-    return target_of.gather(2, maps.long().flatten(2)).view(maps.shape)
 
 
 def move_into_boxes(points: Tensor, boxes: Tensor) -> Tensor:

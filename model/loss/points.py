@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from m2f.model.random_bits import GOLDEN, mix, signed
+
 
 class RowIndex(NamedTuple):
     """Which mask each of R rows is: prediction l, image b of the micro-batch, target n of that image."""
@@ -97,16 +99,16 @@ class CounterPoints:
 
     def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> CounterDraw:
         """See PointSource."""
-        image_keys = _mix(position + _signed(self.seed * _GOLDEN))
-        streams = torch.arange(1, num_layers * len(_Stream) + 1, device=position.device).mul_(_GOLDEN)
-        keys = _mix(image_keys + streams.view(num_layers, len(_Stream), 1))  # [L, S, B]
-        counters = torch.arange(1, max(counts) + 1, device=position.device).mul_(_GOLDEN)
+        image_keys = mix(position + signed(self.seed * GOLDEN))
+        streams = torch.arange(1, num_layers * len(_Stream) + 1, device=position.device).mul_(GOLDEN)
+        keys = mix(image_keys + streams.view(num_layers, len(_Stream), 1))  # [L, S, B]
+        counters = torch.arange(1, max(counts) + 1, device=position.device).mul_(GOLDEN)
         of_points = (_Stream.MATCHING, _Stream.CANDIDATES, _Stream.FRESH)
         bits = [
             (keys[:, stream, :, None] + counters[:count]).flatten()
             for stream, count in zip(of_points, counts, strict=True)
         ]
-        points = _to_unit_square(_mix(torch.cat(bits))).split([len(piece) for piece in bits])
+        points = _to_unit_square(mix(torch.cat(bits))).split([len(piece) for piece in bits])
         shape = (num_layers, len(position))
         matching, candidates, fresh = (
             piece.view(*shape, count, 2) for piece, count in zip(points, counts, strict=True)
@@ -130,7 +132,7 @@ class CounterDraw:
     def of_rows(self, rows: RowIndex) -> tuple[RowPoints, RowPoints]:
         """See DrawnPoints."""
         keys = self.keys[:, _Stream.CANDIDATE_SHIFT :: 2].transpose(0, 1)[:, rows.layer, rows.image]
-        candidate_shift, fresh_shift = _to_unit_square(_mix(keys + (rows.target + 1).mul_(_GOLDEN))).unbind()
+        candidate_shift, fresh_shift = _to_unit_square(mix(keys + (rows.target + 1).mul_(GOLDEN))).unbind()
         group = rows.layer * self.matching.shape[1] + rows.image
         return (
             RowPoints(self.candidates.flatten(0, 1), group, candidate_shift),
@@ -161,32 +163,6 @@ class GivenPoints:
 
 def _unshifted(points: Tensor) -> RowPoints:
     return RowPoints(points, torch.arange(len(points), device=points.device), points.new_zeros(len(points), 2))
-
-
-# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): a counter times an odd
-# constant through a bijective finaliser. Tensors lack unsigned 64-bit arithmetic; wrapped products have the same bits.
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same low 64 bits."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = _signed(0x94D049BB133111EB)
-"""The constants of SplitMix64."""
-
-
-def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical right shift (the operator on int64 copies the sign)."""
-    return (bits >> count).bitwise_and_(2 ** (64 - count) - 1)
-
-
-def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shift_right(bits, 30)).mul_(_MULTIPLIER_1)
-    bits = bits.bitwise_xor_(_shift_right(bits, 27)).mul_(_MULTIPLIER_2)
-    return bits.bitwise_xor_(_shift_right(bits, 31))
 
 
 def _to_unit_square(bits: Tensor) -> Tensor:

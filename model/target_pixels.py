@@ -1,0 +1,23 @@
+"""Which target every pixel of an id map belongs to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m2f.model.structures import Targets, ignore_id
+
+
+def pixel_owners(targets: Targets, numbers: Tensor, nobody: int) -> Tensor:
+    """Number [B, Y, H, W] of the target of every pixel, from `numbers` [B, N] of the targets.
+
+    `nobody` where there is none: background, void, and ids of targets that are not valid.
+    """
+    maps = targets.id_maps
+    void = ignore_id(maps.dtype)
+    image = torch.arange(len(maps), device=maps.device)[:, None]
+    number_of_id = torch.full((*maps.shape[:2], void + 1), nobody, dtype=numbers.dtype, device=maps.device)
+    local_id = torch.where(targets.valid, targets.local_id, void)
+    number_of_id = number_of_id.index_put((image, targets.layer, local_id), numbers)
+    number_of_id[..., void] = nobody
+    return number_of_id.gather(2, maps.long().flatten(2)).view(maps.shape)
