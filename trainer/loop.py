@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from m2f.model.loss.criterion import Losses, Normalizers, count_normalizers
 from m2f.trainer.checkpoint.folder import checkpoint_url
 from m2f.trainer.data import OpenData
 from m2f.trainer.engine.engine import StepResult
+from m2f.trainer.engine.queued_step import QueuedStep
 from m2f.trainer.engine.schedule import lr_factor
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, TrainingError
 from m2f.trainer.job import Control, PositionRange, TrainJob
@@ -23,8 +25,9 @@ from m2f.trainer.recovery.ending import Ending, write_ending
 from m2f.trainer.reporting import CommitReport, CommittedCheckpoint, Notice, NoticeKind, Reporter
 from m2f.trainer.setup import Run, open_run
 from m2f.trainer.state import TrainState
-from m2f.trainer.telemetry.metrics import non_finite_keys, summed_losses
-from m2f.trainer.telemetry.numbers import StepMetrics
+from m2f.trainer.telemetry.metrics import non_finite_keys, sum_over_ranks
+from m2f.trainer.telemetry.numbers import LossValues, StepMetrics
+from m2f.trainer.telemetry.phases import Phase
 
 
 def train(job: TrainJob, reporter: Reporter, control: Control, open_data: OpenData) -> TrainState:
@@ -49,6 +52,8 @@ class _Loop:
         self._observer = observer
         self._bad_samples = BadSamples(run.job.data.max_bad_samples, run.ranks)
         self._announced = -1
+        self._queued: tuple[QueuedStep, dict[Phase, float]] | None = None
+        """A step whose outcome the host has not looked at, and the seconds of its phases."""
         self._uncommitted: dict[int, StepMetrics] = {}
         """Rank 0: metrics by step since the last save."""
 
@@ -62,22 +67,50 @@ class _Loop:
             if facts.substitutions:
                 self._report_substitutions(state, batches)
             if facts.stop or facts.drain:
-                return self._end("stopped" if facts.stop else "drained", state)
+                return self._end("stopped" if facts.stop else "drained", self._settled(state))
+            engine.module.model.set_progress(state.step, training.max_steps)
+            losses = self._forward_backward(batches, facts, state)
+            state = self._settled(state)
             state = replace(state, position=batches.step * training.global_batch)  # behind what is left out
             engine.set_lr_factor(lr_factor(training.schedule, state.step, training.max_steps))
-            engine.module.model.set_progress(state.step, training.max_steps)
-            losses, result = self._compute(batches, facts, state)
-            state = state.advance(training.global_batch, result.applied)
-            self._observer.step_done(state, batches, facts.images, losses, result)
-            if not result.applied:
-                self._report_skip(state, batches, losses)
-                continue
-            state = self._look_for_spikes(state, losses)
-            if state.step % training.log_every_steps == 0:
-                self._report(state, losses, result)
-            if state.step % training.checkpoint.every_steps == 0:
-                self._save(state)
+            step = self._update(batches, facts, losses, state)
+            if engine.runs_ahead and not self._is_due(state.step + 1):
+                self._queued = step, self._observer.lap()
+            else:
+                state = self._settle(state, step)
         return self._end("finished", state)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the host must know at once what became of the step: something follows it."""
+        training = self._training
+        often = (training.log_every_steps, training.checkpoint.every_steps)
+        return step >= training.max_steps or any(step % every == 0 for every in often)
+
+    def _settled(self, state: TrainState) -> TrainState:
+        """The state after the step before, where that is still queued: by now the device is past it, nothing waits."""
+        if self._queued is None:
+            return state
+        (step, phases), self._queued = self._queued, None
+        return self._settle(state, step, phases)
+
+    def _settle(self, state: TrainState, step: QueuedStep, phases: dict[Phase, float] | None = None) -> TrainState:
+        """The state after the step, once what became of it is known, and what follows it is done."""
+        training, values = self._training, step.read()
+        result = self._run.engine.settle(state.step + 1, values.norm)
+        state = state.advance(training.global_batch, result.applied)
+        self._observer.step_done(state, step, values, result, self._observer.lap() if phases is None else phases)
+        if not result.applied:
+            self._report_skip(state, step)
+            return state
+        is_logged = state.step % training.log_every_steps == 0
+        if is_logged or training.spikes.action != "off":
+            loss = sum_over_ranks(values.terms, self._run.ranks)  # a collective
+            state = self._look_for_spikes(state, loss.total)
+            if is_logged:
+                self._report(state, loss, result)
+        if state.step % training.checkpoint.every_steps == 0:
+            self._save(state)
+        return state
 
     def _next_step(self) -> tuple[StepBatches, StepFacts]:
         """This rank's batches and what all ranks said about the step. An error on any rank is raised on all."""
@@ -114,38 +147,43 @@ class _Loop:
             committed=commit.step if is_first and commit is not None else 0,
         )
 
-    def _compute(self, batches: StepBatches, facts: StepFacts, state: TrainState) -> tuple[list[Losses], StepResult]:
-        """Forward, backward and update. Raises OutOfMemoryError on the rank whose device is too small."""
-        try:
-            losses = self._forward_backward(batches, facts)
-            return losses, self._run.engine.finish_step(state.step + 1)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            size = len(batches.micro_batches[0].keys)
-            raise OutOfMemoryError(
-                f"out of memory in step {state.step + 1} with {size} images at once (training.micro_batch): {error}",
-                size,
-            ) from error
-
-    def _forward_backward(self, batches: StepBatches, facts: StepFacts) -> list[Losses]:
+    def _forward_backward(self, batches: StepBatches, facts: StepFacts, state: TrainState) -> list[Losses]:
         engine = self._run.engine
         # Filled on the device: a copy from the host would wait for all work queued before it.
         sums = (facts.num_masks, facts.class_weight_sum, facts.micro_batches)
         normalizers = Normalizers(*(torch.full((), number, device=engine.device) for number in sums))
         losses = []
-        for batch in batches.micro_batches:
-            self._observer.enter("forward")
-            losses.append(engine.accumulate(batch.to(engine.device, non_blocking=True), normalizers))
+        with self._shortage_named(batches, state.step + (self._queued is not None)):
+            for batch in batches.micro_batches:
+                self._observer.enter("forward")
+                losses.append(engine.accumulate(batch.to(engine.device, non_blocking=True), normalizers))
         self._observer.enter("update")
         return losses
 
-    def _look_for_spikes(self, state: TrainState, losses: Sequence[Losses]) -> TrainState:
+    def _update(
+        self, batches: StepBatches, facts: StepFacts, losses: Sequence[Losses], state: TrainState
+    ) -> QueuedStep:
+        with self._shortage_named(batches, state.step):
+            return QueuedStep(batches, facts.images, losses, self._run.engine.update())
+
+    @contextmanager
+    def _shortage_named(self, batches: StepBatches, step: int) -> Iterator[None]:
+        """Raises OutOfMemoryError, on the rank whose device is too small, for a lack of memory after `step` steps."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            size = len(batches.micro_batches[0].keys)
+            raise OutOfMemoryError(
+                f"out of memory in step {step + 1} with {size} images at once (training.micro_batch): {error}", size
+            ) from error
+
+    def _look_for_spikes(self, state: TrainState, loss: float) -> TrainState:
         """The state with this step's loss. Where that completes a spike: an event, or LossSpikeError on all ranks."""
         config = self._training.spikes
         if config.action == "off":
             return state
-        loss = summed_losses(losses, self._run.ranks).total  # a collective
         before, first = state.losses, state.position - self._training.global_batch
         state = replace(state, losses=before.after(loss, first, config))
         if state.losses.high == config.steps:
@@ -157,8 +195,8 @@ class _Loop:
                 raise LossSpikeError(f"after step {state.step} {message}", positions.start, positions.stop)
         return state
 
-    def _report(self, state: TrainState, losses: Sequence[Losses], result: StepResult) -> None:
-        metrics = self._observer.report(state, losses, result.grad_norm)
+    def _report(self, state: TrainState, loss: LossValues, result: StepResult) -> None:
+        metrics = self._observer.report(state, loss, result.grad_norm)
         if metrics is not None:
             self._uncommitted[state.step] = metrics
 
@@ -167,8 +205,8 @@ class _Loop:
             message = f"{found.cause}; {found.substitute!r} takes its place at position {found.position}"
             self._notify("substituted", state.step, message)
 
-    def _report_skip(self, state: TrainState, batches: StepBatches, losses: Sequence[Losses]) -> None:
-        keys = non_finite_keys([batch.keys for batch in batches.micro_batches], losses, self._run.ranks)
+    def _report_skip(self, state: TrainState, step: QueuedStep) -> None:
+        keys = non_finite_keys([batch.keys for batch in step.batches.micro_batches], step.losses, self._run.ranks)
         first = state.position - self._training.global_batch
         cause = (
             f"the loss of {', '.join(keys)} is not finite" if keys else "all losses are finite but a gradient is not"

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from types import TracebackType
 from typing import Any
 
-from m2f.data_pipeline.loading.loader import StepBatches
-from m2f.model.loss.criterion import Losses
 from m2f.trainer.engine.engine import StepResult
+from m2f.trainer.engine.queued_step import QueuedStep, StepValues
 from m2f.trainer.reporting import Notice, RankReport, Reporter, StepReport
 from m2f.trainer.setup import Run
 from m2f.trainer.state import TrainState
-from m2f.trainer.telemetry.metrics import Stopwatch, Traffic, summed_losses
+from m2f.trainer.telemetry.metrics import Stopwatch, Traffic
 from m2f.trainer.telemetry.mfu import Utilization
-from m2f.trainer.telemetry.numbers import StepMetrics
+from m2f.trainer.telemetry.numbers import LossValues, StepMetrics
 from m2f.trainer.telemetry.phases import Phase, phase_clock
 from m2f.trainer.telemetry.rank_stats import measure_rank, memory_gb, node_uses, rank_spread, slow_ranks, system_use
 from m2f.trainer.telemetry.trace import Trace
@@ -61,21 +60,25 @@ class Observer:
         """The loop turns to its next phase."""
         self._clock.enter(phase)
 
+    def lap(self) -> dict[Phase, float]:
+        """The update ends: seconds in each phase of the step."""
+        self._clock.enter("report")
+        return self._clock.lap()
+
     def step_done(
-        self, state: TrainState, batches: StepBatches, images: float, losses: Sequence[Losses], result: StepResult
+        self, state: TrainState, step: QueuedStep, values: StepValues, result: StepResult, phases: Mapping[Phase, float]
     ) -> None:
-        """After an update, applied or not: a line of the trace. `images` are those of all ranks."""
+        """After an update, applied or not: a line of the trace."""
         self._clock.step = state.step
-        self._clock.enter("report")  # the update ends
-        phases = self._clock.lap()
-        self._stopwatch.add(images, phases)
-        self._micro_batch, *_, height, width = batches.micro_batches[0].targets.id_maps.shape
+        self._stopwatch.add(step.images, phases)
+        micro_batches = step.batches.micro_batches
+        self._micro_batch, *_, height, width = micro_batches[0].targets.id_maps.shape
         self._size = (height, width)
         record: dict[str, Any] = {
             "step": state.step,
             "position": state.position,
             "seconds": {phase: round(seconds, 4) for phase, seconds in phases.items()},
-            "loss_share": _number(sum(float(loss.total) for loss in losses)),
+            "loss_share": _number(values.loss_share),
             "grad_norm": _number(result.grad_norm),
             "memory_gb": round(memory_gb(), 3),
         }
@@ -83,15 +86,15 @@ class Observer:
             record["skipped"] = True
             record["loss_of"] = {
                 key: _number(value)
-                for batch, loss in zip(batches.micro_batches, losses, strict=True)
+                for batch, loss in zip(micro_batches, step.losses, strict=True)
                 for key, value in zip(batch.keys, loss.per_image.tolist(), strict=True)
             }
         self._trace.write(record)
 
-    def report(self, state: TrainState, losses: Sequence[Losses], grad_norm: float) -> StepMetrics | None:
+    def report(self, state: TrainState, loss: LossValues, grad_norm: float) -> StepMetrics | None:
         """Report the numbers of all ranks since the last report; rank 0 returns them as well. A collective."""
         run, watch = self._run, self._stopwatch
-        loss, traffic = summed_losses(losses, run.ranks), self._traffic.read(run.ranks)
+        traffic = self._traffic.read(run.ranks)
         own = measure_rank(run.ranks.rank, watch.steps, watch.phases, self._micro_batch, run.job.run_folder)
         numbers = run.ranks.gather(own)
         self._reporter.report(RankReport(state.step, own))

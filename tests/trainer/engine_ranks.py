@@ -25,8 +25,9 @@ from m2f.trainer.config import TrainingConfig, ZeroConfig
 from m2f.trainer.engine.engine import Engine, deepspeed_config
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.engine.param_groups import build_param_groups
+from m2f.trainer.engine.queued_step import loss_terms
 from m2f.trainer.ranks import Ranks
-from m2f.trainer.telemetry.metrics import summed_losses
+from m2f.trainer.telemetry.metrics import sum_over_ranks
 
 STEPS, GLOBAL_BATCH, EMA_DECAY = 3, 4, 0.2  # the first step has a decay of 2 / 11
 BASE = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "ema_decay": EMA_DECAY}
@@ -170,7 +171,7 @@ def with_engine(job, training: TrainingConfig, reference: dict, ranks: Ranks) ->
                 for name, p in engine.module.model.named_parameters()
             )
         result = engine.finish_step(step + 1)
-        seen["losses"].append(summed_losses(losses, ranks).total)
+        seen["losses"].append(sum_over_ranks(loss_terms(losses), ranks).total)
         seen["norms"].append(result.grad_norm)
         seen["applied"].append(result.applied)
     weights = engine.weights()

@@ -31,8 +31,9 @@ from m2f.model.config import (
 )
 from m2f.trainer.config import ZeroConfig
 from m2f.trainer.engine.engine import Engine
+from m2f.trainer.engine.queued_step import loss_terms
 from m2f.trainer.ranks import Ranks
-from m2f.trainer.telemetry.metrics import summed_losses
+from m2f.trainer.telemetry.metrics import sum_over_ranks
 
 WIDTH = {"conv_dim": 16, "mask_dim": 16}
 ENCODER = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}
@@ -152,4 +153,4 @@ def sharded_step(job, ranks: Ranks) -> dict[str, float]:
     losses = [engine.accumulate(batch, normalizers) for batch in batches]
     result = engine.finish_step(1)
     assert result.applied
-    return {"loss": summed_losses(losses, ranks).total, "norm": result.grad_norm}
+    return {"loss": sum_over_ranks(loss_terms(losses), ranks).total, "norm": result.grad_norm}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import run_ranks
 import torch
+from ahead_ranks import ahead
 from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
 from engine_ranks import agreement, one_rank, plain, poisoned, waits
 from family_ranks import family_agreement
@@ -69,6 +70,7 @@ def in_folder(folder: Path):
 
 
 OTHERS = (
+    ahead,
     engine_plain,
     engine_agreement,
     engine_alone,

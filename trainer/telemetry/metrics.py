@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from m2f.data_pipeline.storage.storage import StorageCounters
 from m2f.model.loss.criterion import Losses
@@ -69,10 +70,9 @@ class Traffic:
         return c.requests, c.retries, sizes[0], sizes[1], c.cache_hits, sizes[2]  # the order of StorageTraffic
 
 
-def summed_losses(losses: Sequence[Losses], ranks: Ranks) -> LossValues:
-    """The losses of one step from all micro-batches of all ranks. A collective; copies from the device once."""
-    terms = torch.stack([loss.terms.sum(0) for loss in losses]).double().sum(0)
-    kinds = ranks.sum(terms.cpu()).tolist()
+def sum_over_ranks(terms: Tensor, ranks: Ranks) -> LossValues:
+    """The losses of one step of all ranks, from each one's `loss_terms` on CPU, which stay. A collective."""
+    kinds = ranks.sum(terms.clone()).tolist()
     return LossValues(sum(kinds), *kinds)
 
 

@@ -1,0 +1,85 @@
+"""The scenario of test_ahead.py: runs whose host looks at a step when the next one is queued. Not a test module."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+from run_ranks import poisoned_position
+from tiny_job import StopAt, make_job, train
+
+import m2f.trainer.setup
+from m2f.trainer.config import CheckpointConfig, SpikeConfig, ZeroConfig
+from m2f.trainer.engine.engine import Engine
+from m2f.trainer.job import TrainJob
+
+MAX_STEPS, LOGGED, SAVED = 9, 4, 6
+
+
+def ahead(folder: Path, stage: str) -> dict:
+    """One run of each kind, with a step that is skipped and spikes that are looked for, and one that is stopped."""
+    seen = {}
+    for kind in ("at once", "ahead"):
+        settled: list[tuple[str, int]] = []
+        with poisoned_position(9), _looking(kind == "ahead", settled):
+            job = _job(folder / kind, stage)
+            seen[kind] = _compared(job, train(job))
+            seen[f"order {kind}"] = settled
+            stopped = _job(folder / f"{kind} stopped", stage)
+            seen[f"{kind} stopped"] = _compared(stopped, train(stopped, control=StopAt(polls=5)))
+    return seen
+
+
+def _job(folder: Path, stage: str) -> TrainJob:
+    return make_job(
+        folder.with_name(f"{folder.name} {stage}"),
+        str(folder.parent / "shards"),
+        max_steps=MAX_STEPS,
+        log_every_steps=LOGGED,
+        checkpoint=CheckpointConfig(every_steps=SAVED),
+        spikes=SpikeConfig(window=2, threshold=0.01, steps=1),
+        zero=ZeroConfig(stage=int(stage)),
+        ema_decay=0.9,
+    )
+
+
+@contextmanager
+def _looking(ahead: bool, settled: list[tuple[str, int]]) -> Iterator[None]:
+    """`settled` gets what the host does, in order: `compute`, `update` and `settle` with the number of the step."""
+
+    class Looking(Engine):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            assert not self.runs_ahead  # on a CPU
+            self.runs_ahead = ahead
+
+        def accumulate(self, *arguments):
+            settled.append(("compute", 0))
+            return super().accumulate(*arguments)
+
+        def update(self):
+            settled.append(("update", 0))
+            return super().update()
+
+        def settle(self, number, norm):
+            settled.append(("settle", number))
+            return super().settle(number, norm)
+
+    with patch.object(m2f.trainer.setup, "Engine", Looking):
+        yield
+
+
+def _compared(job: TrainJob, seen: dict) -> dict:
+    """What a run leaves, without times and places."""
+    folder = Path(job.run_folder)
+    weights = sorted(folder.glob("checkpoints/*/*.safetensors"))
+    seen["weights"] = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
+    lines = next(folder.glob("traces/*/rank_0000.jsonl")).read_text().splitlines()
+    ignored = ("time", "seconds", "memory_gb")
+    seen["trace"] = [{key: v for key, v in json.loads(line).items() if key not in ignored} for line in lines]
+    seen["events"] = [[kind, step, message.replace(str(folder), "")] for kind, step, message in seen["events"]]
+    return {key: seen[key] for key in ("losses", "checkpoints", "events", "state", "weights", "trace")}

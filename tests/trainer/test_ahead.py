@@ -1,0 +1,34 @@
+"""A host that reads a step's scalars after it queued the next one, as with GPUs: here on a CPU, of two ranks."""
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STAGES = ("0", "1")
+
+
+@pytest.fixture(scope="module")
+def runs(launcher, training_shards):
+    launcher.run_each([f"ahead:{stage}" for stage in STAGES])
+    return launcher
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_looking_later_changes_nothing_that_a_run_leaves(runs, stage):
+    seen = runs.seen(f"ahead:{stage}")
+    assert seen["ahead"] == seen["at once"]
+    assert seen["ahead stopped"] == seen["at once stopped"]
+    run = seen["ahead"]
+    assert (run["state"]["step"], run["state"]["skipped_total"]) == (9, 1)
+    assert {event[0] for event in run["events"]} == {"skipped", "spike", "finished"}
+    assert (list(run["losses"]), run["checkpoints"]) == (["4", "8"], [6, 9])
+    assert len(run["trace"]) == 10
+    assert seen["ahead stopped"]["checkpoints"] == [3]  # four updates, of which one was skipped
+
+
+def test_a_step_is_looked_at_when_the_next_one_is_queued(runs):
+    order = [kind if kind != "settle" else f"settle {number}" for kind, number in runs.seen("ahead:1")["order ahead"]]
+    second = ["compute", "settle 1", "update"]
+    assert order[:5] == ["compute", "update", *second]
+    at_once = [kind for kind, _ in runs.seen("ahead:1")["order at once"]]
+    assert at_once[:6] == ["compute", "update", "settle"] * 2
