@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from timm.models import model_entrypoint
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
@@ -182,6 +183,14 @@ def _required_multiple(body: nn.Module) -> int:
     return math.lcm(*sides)
 
 
+def _write_no_input(body: nn.Module) -> None:
+    """Let no stage write to its input, which checkpointing keeps; a ReLU of the stem is one for timm before 1.0.31."""
+    if Version(timm.__version__) < Version("1.0.31"):
+        for stage in body.children():
+            if getattr(stage, "inplace", False) is True:
+                cast(Any, stage).inplace = False
+
+
 def _enable_checkpointing(body: nn.Module, config: TimmBackboneConfig) -> None:
     """Block by block where the model's parts can, else stage by stage."""
     where = f"model.backbone.checkpointing is true, but {config.name!r}"
@@ -201,5 +210,6 @@ def _enable_checkpointing(body: nn.Module, config: TimmBackboneConfig) -> None:
         body.grad_checkpointing = True
     elif callable(enable := getattr(body, "set_grad_checkpointing", None)):
         enable(True)
+        _write_no_input(body)
     else:
         raise ConfigError(f"{where} has no activation checkpointing in timm; set it to false")

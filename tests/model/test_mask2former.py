@@ -58,6 +58,9 @@ def hugging_face_twin(hidden_dim=64):
     )
     torch.manual_seed(1)
     twin = transformers.Mask2FormerForUniversalSegmentation(config)
+    decoder = twin.model.transformer_module
+    if isinstance(decoder.input_projections, list):  # before 5.18, so that they were no part of the weights
+        decoder.input_projections = nn.ModuleList(decoder.input_projections)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             # The deformable sampling starts with zero weights: make every path count.
@@ -120,10 +123,10 @@ def test_input_projections_equal_the_independent_implementation():
 
 
 def test_every_gradient_equals_the_independent_implementation(twins):
-    model, twin = twins
-    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    model, twin = (copy.deepcopy(module).double() for module in twins)  # float32 leaves some gradients three digits
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0)).double()
     predictions = model(images)
-    all_masks = torch.stack([predictions.mask_logits(layer) for layer in range(6)])
+    all_masks = torch.einsum("lbqc,bchw->lbqhw", predictions.mask_embeddings, predictions.mask_features)
     for source, logits in ((model, (predictions.class_logits, all_masks)), (twin, all_logits(twin, images))):
         source.zero_grad()
         sum((tensor * tensor.detach().cos()).mean() for tensor in logits).backward()
@@ -132,11 +135,12 @@ def test_every_gradient_equals_the_independent_implementation(twins):
         name: torch.zeros_like(tensor) if getattr(tensor, "grad", None) is None else tensor.grad
         for name, tensor in twin.state_dict(keep_vars=True).items()
     }
-    expected = build_model(TINY)
+    expected = build_model(TINY).double()
     load_weights(expected, gradients)
     for name, parameter in model.named_parameters():
         if "key.bias" not in name:  # zero but for rounding: softmax cancels it
-            assert relative_difference(parameter.grad, expected.get_parameter(name).detach()) < 1e-4, name
+            # Positions are float32 in both.
+            assert relative_difference(parameter.grad, expected.get_parameter(name).detach()) < 1e-6, name
 
 
 def test_every_parameter_takes_part_in_every_forward():
@@ -171,7 +175,7 @@ def test_bfloat16_trains_and_is_finite(mode):
     assert predictions.mask_logits().dtype == torch.float32
     (predictions.class_logits.float().square().mean() + predictions.mask_logits().square().mean()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert all(tensor.isfinite().all() for tensor in predictions)
+    assert all(tensor.isfinite().all() for tensor in predictions[:3])
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,13 @@ def _counter() -> FlopCounterMode:
         aten.native_batch_norm: _per_input(BATCH_NORM),
         aten.upsample_bilinear2d: _per_output(BILINEAR),
         aten.upsample_nearest2d: _per_output(NEAREST),
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._embedding_bag: _sampled_rows,
         aten._embedding_bag_forward_only: _sampled_rows,
         torch.ops.torchvision.deform_conv2d: _deformable_convolution,
     }
+    # Before torch 2.12 the counter takes an operation apart unless it is listed with its overload.
+    mapping |= {operation.default: count for operation, count in mapping.items()}
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
@@ -101,6 +104,11 @@ def _per_output(cost: int) -> Callable[..., int]:
         return 2 * cost * math.prod(out_shape)
 
     return count
+
+
+def _attention(query: Size, key: Size, value: Size, *args: object, out_shape: object, **kwargs: object) -> int:
+    """Products of queries with keys, and of weights with values."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _sampled_rows(table: Size, rows: Size, *args: object, out_shape: object, **kwargs: object) -> int:
