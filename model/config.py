@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from m2f.model.eomt.config import EomtDecoderConfig, UpscalePixelDecoderConfig
 from m2f.model.errors import ConfigError
 from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, SHARE, Range, Section
 from m2f.model.weights.packages import packaged_weights
@@ -28,6 +29,10 @@ class TimmBackboneConfig(Section):
     weights: str | None = None
     """Path of a safetensors or torch file with weights of the backbone alone, read without executing pickles; or
     `package:efficientnet-lite0`, which the extra of that name installs, for `tf_efficientnet_lite0`."""
+    features: Literal["maps", "tokens"] = "maps"
+    """What the backbone gives: maps at strides 4 to 32, or the tokens of a plain vision transformer, for
+    `transformer_decoder.kind` eomt. Tokens are of patches of 16 pixels unless `options` has another `patch_size`;
+    `options.img_size` is the size that learned positions are stored for, they are interpolated to others."""
     norm: Literal["frozen_batch", "sync_batch", "group", "native"] = "frozen_batch"
     """What becomes of BatchNorms: `frozen_batch` as in the paper, `sync_batch` with the statistics of all ranks (the
     paper's Cityscapes recipes), `group` to train from random weights, `native` to keep what timm builds."""
@@ -198,7 +203,7 @@ class TransformerFPNPixelDecoderConfig(Section):
         _check_pixel_decoder(self)
 
 
-PixelDecoderConfig = (
+MultiScalePixelDecoderConfig = (
     MSDeformAttnPixelDecoderConfig
     | FPNPixelDecoderConfig
     | SemanticFPNPixelDecoderConfig
@@ -206,6 +211,7 @@ PixelDecoderConfig = (
     | FaPNPixelDecoderConfig
     | TransformerFPNPixelDecoderConfig
 )
+PixelDecoderConfig = MultiScalePixelDecoderConfig | UpscalePixelDecoderConfig
 
 
 def _check_pixel_decoder(config: PixelDecoderConfig) -> None:
@@ -286,10 +292,10 @@ class StandardTransformerDecoderConfig(Section):
         _check_decoder(self)
 
 
-TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig
+TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig | EomtDecoderConfig
 
 
-def _check_decoder(config: TransformerDecoderConfig) -> None:
+def _check_decoder(config: MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig) -> None:
     if config.hidden_dim % config.num_heads or config.hidden_dim % 4:
         raise ConfigError(
             f"model.transformer_decoder.hidden_dim is {config.hidden_dim}; "
@@ -399,11 +405,24 @@ class ModelConfig(Section):
                 "be; set that instead"
             )
         self._check_package()
+        self._check_parts()
         if "://" in (self.backbone.weights or ""):
             raise ConfigError(
                 f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights may be; "
                 "set that instead, it takes weights of a backbone alone too"
             )
+
+    def _check_parts(self) -> None:
+        found = {
+            "transformer_decoder.kind": (self.transformer_decoder.kind, "eomt"),
+            "pixel_decoder.kind": (self.pixel_decoder.kind, "upscale"),
+            "backbone.features": (getattr(self.backbone, "features", "maps"), "tokens"),
+        }
+        belong = [value == wanted for value, wanted in found.values()]
+        if any(belong) and not all(belong):
+            has = ", ".join(f"model.{name} {value}" for name, (value, _) in found.items())
+            needs = ", ".join(f"{name} {wanted}" for name, (_, wanted) in found.items())
+            raise ConfigError(f"{has} do not fit together; set all of {needs}, or none of them")
 
     def _check_package(self) -> None:
         if not (self.backbone.weights or "").startswith(PACKAGE):

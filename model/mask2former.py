@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from m2f.model.backbones.build import build_backbone
+from m2f.model.backbones.plain_vit import PlainVit
 from m2f.model.config import (
+    EomtDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
     StandardTransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
+    UpscalePixelDecoderConfig,
 )
+from m2f.model.eomt.eomt import Eomt
 from m2f.model.errors import ConfigError
 from m2f.model.pixel_decoder import build_pixel_decoder
 from m2f.model.segmenter import Segmenter, TrainingContext
@@ -30,6 +34,8 @@ class Mask2Former(Segmenter):
         """`channels` of the backbone's maps at strides 4, 8, 16, 32; `num_classes` without "no object"."""
         super().__init__(config)
         self.backbone = backbone
+        assert not isinstance(config.pixel_decoder, UpscalePixelDecoderConfig)  # see ModelConfig
+        assert not isinstance(config.transformer_decoder, EomtDecoderConfig)
         self.pixel_decoder = build_pixel_decoder(config.pixel_decoder, channels)
         decoder, feature_dim = config.transformer_decoder, self.pixel_decoder.feature_dim
         dims = self.pixel_decoder.mask_dim, num_classes
@@ -67,6 +73,11 @@ def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Seg
     if config.num_classes is None:
         raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
     backbone = build_backbone(config.backbone, pretrained=pretrained_backbone)
-    model = Mask2Former(config, backbone, backbone.channels, config.num_classes)
+    model: Segmenter
+    match backbone:
+        case PlainVit():
+            model = Eomt(config, backbone, config.num_classes)
+        case _:
+            model = Mask2Former(config, backbone, backbone.channels, config.num_classes)
     model.freeze(config.freeze)
     return model

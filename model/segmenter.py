@@ -26,9 +26,6 @@ class TrainingContext:
 class Segmenter(nn.Module):
     """A model with the parts `backbone`, `pixel_decoder` and `transformer_decoder`, which recipes can freeze."""
 
-    backbone: nn.Module
-    pixel_decoder: nn.Module
-    transformer_decoder: nn.Module
     pixel_decoder_fp32: bool
     """Whether autocast stops at the pixel decoder, whose weights are then in fp32."""
 

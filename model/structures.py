@@ -37,17 +37,19 @@ class Predictions(NamedTuple):
     mask_embeddings: Tensor
     """[L, B, Q, C]"""
     mask_features: Tensor
-    """[B, C, h, w] per-pixel embeddings at stride 4; [L, B, C, h, w] where every prediction has its own."""
+    """[B, C, h, w] per-pixel embeddings at stride 4, of the last prediction."""
+    earlier_features: tuple[Tensor, ...] = ()
+    """The same of each prediction before the last; empty where all share `mask_features`."""
 
     @property
-    def feature_maps(self) -> Tensor:
-        """The per-pixel embeddings [M, B, C, h, w]; M is 1 where all predictions share them, else L."""
-        return self.mask_features if self.mask_features.ndim == 5 else self.mask_features[None]
+    def feature_maps(self) -> tuple[Tensor, ...]:
+        """M per-pixel embeddings [B, C, h, w]; M is 1 where all predictions share them, else L."""
+        return (*self.earlier_features, self.mask_features)
 
     def mask_logits(self, layer: int = -1) -> Tensor:
         """Dense mask logits [B, Q, h, w] of one layer, accumulated and returned in fp32."""
         maps = self.feature_maps
-        with torch.autocast(maps.device.type, enabled=False):
+        with torch.autocast(self.mask_features.device.type, enabled=False):
             features = maps[layer % len(maps)].float()
             return torch.einsum("bqc,bchw->bqhw", self.mask_embeddings[layer].float(), features)
 

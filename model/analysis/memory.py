@@ -129,18 +129,18 @@ def _loss(predictions: Predictions, config: LossConfig, targets: int) -> Tensor:
     classes = predictions.class_logits.float().flatten(0, 2)
     class_loss = F.cross_entropy(classes, torch.zeros(len(classes), dtype=torch.int64), reduction="none").sum()
 
-    maps = predictions.feature_maps.float()
+    maps = [features.float() for features in predictions.feature_maps]
     embeddings = predictions.mask_embeddings[:, :, :targets].float().transpose(0, 1)
     rows = embeddings.reshape(images * len(maps), -1, embeddings.shape[-1])
-    features = maps.transpose(0, 1).flatten(0, 1)
-    logits = torch.cat([one @ pixels for one, pixels in zip(rows, features.flatten(2), strict=True)])
+    features = [of_map[image] for image in range(images) for of_map in maps]
+    logits = torch.cat([one @ pixels.flatten(1) for one, pixels in zip(rows, features, strict=True)])
     counts = point_counts(config)
-    matching = layers * images * (maps.shape[2] + 2 * queries + targets) * counts.matching
+    matching = layers * images * (maps[0].shape[1] + 2 * queries + targets) * counts.matching
     largest = max(matching, 8 * len(logits) * counts.candidates)
     scratch = torch.empty(min(largest, chunk_elements(torch.device("cuda"))))
     del scratch
     points = torch.empty(len(logits), config.num_points, 2)
-    samples = sample_maps(logits.unflatten(1, features.shape[2:]), points)
+    samples = sample_maps(logits.unflatten(1, maps[0].shape[2:]), points)
     weights = torch.empty_like(samples) if config.supervision_box_share else None
     mask, dice = row_losses(samples, torch.empty_like(samples), config.mask_loss, weights)
     return class_loss + mask.sum() + dice.sum()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from m2f.model.backbones.plain_vit import PlainVit
 from m2f.model.backbones.swin import SwinTransformer
 from m2f.model.backbones.swin_weights import load_swin_weights
 from m2f.model.backbones.timm_backbone import TimmBackbone
 from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig
 
-Backbone = TimmBackbone | SwinTransformer
+Backbone = TimmBackbone | SwinTransformer | PlainVit
 """A module whose forward takes images [B, 3, H, W] and returns a tuple of four maps [B, C_i, H / s, W / s], rounded up;
-its `channels` are the C_i."""
+its `channels` are the C_i. A PlainVit returns tokens instead."""
 
 
 def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
@@ -18,6 +19,8 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
     Raises ConfigError for an unknown name, unusable options or weights, or a model without such features.
     """
     match config:
+        case TimmBackboneConfig(features="tokens"):
+            return PlainVit(config, pretrained=pretrained)
         case TimmBackboneConfig():
             return TimmBackbone(config, pretrained=pretrained)
         case SwinBackboneConfig():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -127,16 +127,17 @@ def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
         case "vision_transformer" | "eva" | "deit":
             # Positions are interpolated for every image size; patches of 14 are resampled to 16, for strides 4 to 32.
             any_size = {"dynamic_img_size": True, "patch_size": _VIT_PATCH}
-            return PlainTransformer(_create(config, use_pretrained, num_classes=0, **any_size))
+            return PlainTransformer(create_timm_model(config, use_pretrained, num_classes=0, **any_size))
         case "hiera":
-            return AnySizeHiera(_create(config, use_pretrained, num_classes=0))
+            return AnySizeHiera(create_timm_model(config, use_pretrained, num_classes=0))
         case "swin_transformer_v2":
-            return _create(config, use_pretrained, strict_img_size=False, feature_cls="getter", **pyramid)
+            return create_timm_model(config, use_pretrained, strict_img_size=False, feature_cls="getter", **pyramid)
         case _:
-            return _create(config, use_pretrained, **pyramid)
+            return create_timm_model(config, use_pretrained, **pyramid)
 
 
-def _create(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -> Any:
+def create_timm_model(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -> Any:
+    """A model of timm with `settings`, the recipe's options over them, and its weights where they are wanted."""
     settings |= dict(config.options)
     state: dict[str, Tensor] = {}
     if use_pretrained and config.weights is not None:

@@ -7,6 +7,7 @@ ranks gives the loss of the step, however its images are grouped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,10 +86,10 @@ def compute_losses(
         matching = start_matching(predictions, targets, label_maps, matching_points, config, matching_boxes)
         # Needs no assignment, so that the device has work while the host solves.
         log_probabilities = predictions.class_logits.float().log_softmax(-1)
-        maps = predictions.feature_maps.float()
+        maps = [features.float() for features in predictions.feature_maps]
 
         matched = matching.result()
-        rows, queries, nan_factor = _matched_rows(matched, maps.device)
+        rows, queries, nan_factor = _matched_rows(matched, log_probabilities.device)
         class_losses = _class_losses(log_probabilities, targets, rows, queries, config, num_classes)
         embeddings = predictions.mask_embeddings[rows.layer, rows.image, queries].float()
         logits = _matched_mask_logits(embeddings, maps, matched)
@@ -160,16 +161,16 @@ def _class_losses(
     return (losses * weights).sum(-1)
 
 
-def _matched_mask_logits(embeddings: Tensor, maps: Tensor, matching: Matching) -> Tensor:
-    """Dense mask logits [R, h, w] of matched rows [R, C] only: one product per image and map of `maps` [M, B, C, h, w].
+def _matched_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], matching: Matching) -> Tensor:
+    """Dense mask logits [R, h, w] of matched rows [R, C] only: one product per image and map [B, C, h, w].
 
-    The rows are in the order image, prediction.
+    The rows are in the order image, prediction; every map has the same number of predictions.
     """
-    counts = (matching.query_index >= 0).sum(axis=2).T  # [B, L]
-    rows = counts.reshape(maps.shape[1] * maps.shape[0], -1).sum(1).tolist()
-    features = maps.transpose(0, 1).flatten(0, 1).flatten(2)
+    matched = (matching.query_index >= 0).sum(axis=2)  # [L, B]
+    rows = matched.T.reshape(matched.shape[1] * len(maps), -1).sum(1).tolist()
+    features = [feature for image in zip(*(of_map.flatten(2) for of_map in maps), strict=True) for feature in image]
     products = [embedding @ feature for embedding, feature in zip(embeddings.split(rows), features, strict=True)]
-    return torch.cat(products).unflatten(1, maps.shape[3:])
+    return torch.cat(products).unflatten(1, maps[0].shape[2:])
 
 
 def _losses_at_points(

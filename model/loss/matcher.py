@@ -146,21 +146,23 @@ def _cost_at_points(
     _, num_images, num_queries, _ = predictions.class_logits.shape
     num_points, num_targets = points.shape[2], targets.labels.shape[1]
     num_in_boxes = 0 if boxes is None else int(num_points * config.matching_box_share)
-    features = predictions.feature_maps.float().permute(0, 1, 3, 4, 2).contiguous()
-    embeddings = predictions.mask_embeddings.float()
-    per_point = num_images * (features.shape[-1] + 2 * num_queries + num_targets * (1 if boxes is None else 4))
+    maps = predictions.feature_maps
+    channels = predictions.mask_features.shape[1]
+    per_point = num_images * (channels + 2 * num_queries + num_targets * (1 if boxes is None else 4))
     layers = max(1, chunk_elements(points.device) // (per_point * num_points))
+    of_map = len(points) // len(maps)  # predictions
+    groups = zip(maps, predictions.mask_embeddings.float().split(of_map), points.split(of_map), strict=True)
     costs = []
-    for start, at in zip(range(0, len(embeddings), layers), points.split(layers), strict=True):
-        embedding = embeddings[start : start + layers]
-        maps = features if len(features) == 1 else features[start : start + layers]
-        weights = None
-        if boxes is not None:
-            at, weights = deal_to_boxes(at, boxes, targets.valid, num_in_boxes)
-        logits = torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(maps, at))
-        labels = label_maps.images(targets.layer, targets.local_id, at)
-        sums = pairwise_sums(logits, labels, config.mask_loss, weights)
-        costs.append(sums.cost(num_points, config.mask_weight, config.dice_weight))
+    for shared, embeddings, points_of_map in groups:
+        features = shared.float().permute(0, 2, 3, 1).contiguous()
+        for embedding, at in zip(embeddings.split(layers), points_of_map.split(layers), strict=True):
+            weights = None
+            if boxes is not None:
+                at, weights = deal_to_boxes(at, boxes, targets.valid, num_in_boxes)
+            logits = torch.einsum("lbqc,lbpc->lbqp", embedding, sample_features(features, at))
+            labels = label_maps.images(targets.layer, targets.local_id, at)
+            sums = pairwise_sums(logits, labels, config.mask_loss, weights)
+            costs.append(sums.cost(num_points, config.mask_weight, config.dice_weight))
     return torch.cat(costs)
 
 
@@ -170,16 +172,15 @@ def _cost_of_whole_masks(predictions: Predictions, targets: Targets, config: Los
     As in MaskFormer, targets shrink to that size by taking the nearest pixel.
     """
     num_images, num_queries = predictions.class_logits.shape[1:3]
-    maps = predictions.feature_maps.float()
-    ids = F.interpolate(targets.id_maps.float(), maps.shape[-2:], mode="nearest").flatten(2)
-    maps = maps.flatten(3)
+    maps = predictions.feature_maps
+    ids = F.interpolate(targets.id_maps.float(), predictions.mask_features.shape[-2:], mode="nearest").flatten(2)
     image = torch.arange(num_images, device=ids.device)[:, None]
-    num_pixels = maps.shape[-1]
+    num_pixels = ids.shape[-1]
     per_pixel = num_images * (4 * num_queries + targets.labels.shape[1])
     step = max(1, chunk_elements(ids.device) // per_pixel)
     costs = []
     for layer, embedding in enumerate(predictions.mask_embeddings.float()):
-        total, features = None, maps[layer % len(maps)]
+        total, features = None, maps[layer % len(maps)].float().flatten(2)
         for pixels, piece in zip(features.split(step, dim=-1), ids.split(step, dim=-1), strict=True):
             labels = (piece[image, targets.layer] == targets.local_id[..., None]).float()
             sums = pairwise_sums(embedding @ pixels, labels, config.mask_loss)

@@ -6,7 +6,6 @@ Convention everywhere: points are (x, y) in [0, 1] over the whole map, pixel cen
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -44,14 +43,12 @@ def most_uncertain(logits: Tensor, count: int) -> Tensor:
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
     """Features [l, B, P, C] of channels-last maps [B, h, w, C] at points [l, B, P, 2]; not differentiable in points.
 
-    The maps may also be [l, B, h, w, C], others for every prediction.
-
     One weighted bag of four rows per point: rows are contiguous, unlike the channel planes that grid_sample reads
     (eight times faster on CPU for 256 channels).
     """
-    *maps, height, width, channels = features.shape
+    num_images, height, width, channels = features.shape
     index, weight = _taps(points, height, width)
-    index += torch.arange(math.prod(maps), device=features.device).view(*maps, 1, 1) * (height * width)
+    index += torch.arange(num_images, device=features.device)[:, None, None] * (height * width)
     bags = F.embedding_bag(
         index.view(-1, 4), features.reshape(-1, channels), per_sample_weights=weight.view(-1, 4), mode="sum"
     )

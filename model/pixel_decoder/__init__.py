@@ -10,7 +10,7 @@ from m2f.model.config import (
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
     MSDeformAttnPixelDecoderConfig,
-    PixelDecoderConfig,
+    MultiScalePixelDecoderConfig,
     SemanticFPNPixelDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
@@ -25,7 +25,7 @@ from m2f.model.pixel_decoder.transformer_fpn import TransformerFPNPixelDecoder
 __all__ = ["MSDeformAttnPixelDecoder", "PixelDecoder", "build_pixel_decoder", "convolution", "group_norm"]
 
 
-def build_pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int]) -> PixelDecoder:
+def build_pixel_decoder(config: MultiScalePixelDecoderConfig, channels: Sequence[int]) -> PixelDecoder:
     """The pixel decoder of a recipe for a backbone with `channels` at strides 4, 8, 16, 32."""
     match config:
         case MSDeformAttnPixelDecoderConfig():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ _TASK_SIZED = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_e
 _CLASS_HEAD = re.compile(r"^transformer_decoder\.class_embed\.")
 _PROJECTION = re.compile(r"^transformer_decoder\.memor(y|ies\.\d+)\.input_proj\.")
 """Without them the decoder would read other features than it was trained on."""
+_MASK_PROBABILITIES = "transformer_decoder.attn_mask_probs"
 _RELATIVE_POSITIONS = "relative_position_bias_table"
 """Ends the name of a table that depends on the window size."""
 _MAX_LISTED = 8
@@ -85,6 +87,8 @@ def load_weights(
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
     converted = _match_timm_names(target, own, layout)
+    if layout == "eomt" and _MASK_PROBABILITIES in target:  # files of finished trainings may lack them
+        converted.setdefault(_MASK_PROBABILITIES, torch.zeros_like(target[_MASK_PROBABILITIES]))
     if layout == "official" and is_maskformer(state):
         require_maskformer(converted, target, name)
     if class_rows is not None:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from m2f.model.backbones.swin_weights import official_swin_names
 from m2f.model.errors import WeightsError
+from m2f.model.weights.eomt import eomt_to_own, is_eomt
 from m2f.model.weights.maskformer import is_maskformer, maskformer_to_own
 from m2f.model.weights.packing import PackedNames, attention_packs, pack, unpack
 from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
 
-Layout = Literal["own", "official", "hugging_face", "backbone"]
+Layout = Literal["own", "official", "hugging_face", "eomt", "backbone"]
 """Whose names a state dict uses; `backbone` are published weights of a backbone alone."""
 
 _IGNORED = re.compile(r"num_batches_tracked$|relative_position_index$|^criterion\.|^(backbone\.(body\.|stem\.)?)?fc\.")
@@ -52,6 +53,8 @@ def detect_layout(state: Mapping[str, Tensor]) -> Layout:
     """Whose names a state dict uses."""
     if any(name.startswith("sem_seg_head.") for name in state):
         return "official"
+    if is_eomt(state):
+        return "eomt"
     if any(name.startswith("model.pixel_level_module.") for name in state):
         return "hugging_face"
     if any(name.startswith(("backbone.", "pixel_decoder.", "transformer_decoder.")) for name in state):
@@ -77,6 +80,8 @@ def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -
             return _canonical_to_own(
                 {HUGGING_FACE_TO_CANONICAL.forward(name) or name: t for name, t in files.items()}, levels
             )
+        case "eomt":
+            return eomt_to_own({name: tensor for name, tensor in state.items() if not is_ignored(name)})
         case "backbone":
             return _backbone_to_own(state)
 

@@ -8,18 +8,26 @@ from types import MappingProxyType
 from typing import assert_never
 
 from m2f.model.analysis.flops.backbones import RESNET_BLOCKS, resnet, swin
-from m2f.model.analysis.flops.executed import build_backbone_shapes, executed_backbone_flops
+from m2f.model.analysis.flops.executed import (
+    build_backbone_shapes,
+    build_shapes,
+    executed_backbone_flops,
+    executed_flops,
+)
 from m2f.model.analysis.flops.operations import BILINEAR, Flops, MapSize, pyramid
 from m2f.model.analysis.flops.pixel_decoders import pixel_decoder
 from m2f.model.analysis.flops.transformer_decoders import masked, standard
 from m2f.model.config import (
     BackboneConfig,
+    EomtDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
+    MultiScalePixelDecoderConfig,
     StandardTransformerDecoderConfig,
     SwinBackboneConfig,
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
+    UpscalePixelDecoderConfig,
 )
 from m2f.model.errors import ConfigError
 
@@ -50,17 +58,20 @@ among the first 100 images (by id) of val2017 with the shorter side at 800, the 
 def official_flops(config: ModelConfig, size: tuple[int, int], *, semantic: bool = False) -> Flops:
     """Multiply-adds for an input of this height and width; `semantic` adds the semantic inference to them.
 
-    Backbones that the paper does not use have no official code: what ours executes is counted.
+    Backbones and heads that the paper does not use have no official code in it: what ours executes is counted.
     """
     if config.num_classes is None:
         raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
+    decoder, pixels = config.transformer_decoder, config.pixel_decoder
+    if isinstance(decoder, EomtDecoderConfig) or isinstance(pixels, UpscalePixelDecoderConfig):
+        return executed_flops(build_shapes(config), size)
     backbone, channels = _backbone(config.backbone, size)
     maps, area = pyramid(size), size[0] * size[1]
     return Flops(
         backbone=backbone,
-        pixel_decoder=pixel_decoder(config.pixel_decoder, channels, maps),
-        transformer_decoder=_transformer_decoder(config, config.num_classes, channels[-1], maps),
-        inference=config.transformer_decoder.num_queries * area * (BILINEAR + (config.num_classes if semantic else 0)),
+        pixel_decoder=pixel_decoder(pixels, channels, maps),
+        transformer_decoder=_transformer_decoder(decoder, pixels, config.num_classes, channels[-1], maps),
+        inference=decoder.num_queries * area * (BILINEAR + (config.num_classes if semantic else 0)),
     )
 
 
@@ -71,8 +82,13 @@ def mean_flops(config: ModelConfig, sizes: Mapping[tuple[int, int], int] = COCO_
     return Flops(**{f.name: sum(share * getattr(flops, f.name) for share, flops in counted) for f in fields(Flops)})
 
 
-def _transformer_decoder(config: ModelConfig, num_classes: int, coarsest_channels: int, maps: Sequence[MapSize]) -> int:
-    pixel, decoder = config.pixel_decoder, config.transformer_decoder
+def _transformer_decoder(
+    decoder: MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig,
+    pixel: MultiScalePixelDecoderConfig,
+    num_classes: int,
+    coarsest_channels: int,
+    maps: Sequence[MapSize],
+) -> int:
     match decoder:
         case MaskedTransformerDecoderConfig():
             return masked(decoder, pixel.conv_dim, pixel.mask_dim, num_classes, maps)

@@ -20,13 +20,13 @@ from m2f.model.config import (
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
     MSDeformAttnPixelDecoderConfig,
-    PixelDecoderConfig,
+    MultiScalePixelDecoderConfig,
     SemanticFPNPixelDecoderConfig,
     TransformerFPNPixelDecoderConfig,
 )
 
 
-def pixel_decoder(config: PixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
+def pixel_decoder(config: MultiScalePixelDecoderConfig, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     """Multiply-adds for a backbone with these `channels` and `maps` at strides 4, 8, 16, 32."""
     match config:
         case MSDeformAttnPixelDecoderConfig():
@@ -69,7 +69,7 @@ def _pyramid(dim: int, channels: Sequence[int], maps: Sequence[MapSize]) -> int:
     return total
 
 
-def _mask_features(config: PixelDecoderConfig, maps: Sequence[MapSize]) -> int:
+def _mask_features(config: MultiScalePixelDecoderConfig, maps: Sequence[MapSize]) -> int:
     """3x3 convolution at stride 4."""
     return convolution(maps[0].pixels, config.conv_dim, config.mask_dim, 3)
 

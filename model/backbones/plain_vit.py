@@ -1,0 +1,129 @@
+"""Plain vision transformers of timm as their parts: tokens, blocks, norm. For heads whose queries join the blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from m2f.model.backbones.timm_backbone import create_timm_model
+from m2f.model.config import TimmBackboneConfig
+from m2f.model.errors import ConfigError
+
+_PATCH = 16
+"""Side of a patch in pixels; timm resamples the embedding of models with patches of 14, as the authors of EoMT do."""
+_TEMPERATURE = 100.0
+"""Base of the frequencies of rotary positions (DINOv3)."""
+
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+
+
+class PatchTokens(nn.Module):
+    """Turns images into the tokens of class, registers and patches, with learned or rotary positions."""
+
+    def __init__(self, source: Any, rotary_dim: int) -> None:
+        """Take over the parts of a timm model; `rotary_dim` is the width of a head, 0 without rotary positions."""
+        super().__init__()
+        self.proj = source.patch_embed.proj
+        self.cls_token, self.reg_token, self.pos_embed = source.cls_token, source.reg_token, source.pos_embed
+        self.norm = getattr(source, "norm_pre", nn.Identity())
+        self.patch: int = self.proj.kernel_size[0]
+        self.prefix = sum(token.shape[1] for token in (self.cls_token, self.reg_token) if token is not None)
+        self._grid, self._rotary_dim = tuple(source.patch_embed.grid_size), rotary_dim
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
+        """`images` [B, 3, H, W] to tokens [B, P + N, C], the table of `rotary_positions` or None, and the grid.
+
+        Sides that the patch does not divide are padded with zeros.
+        """
+        height, width = images.shape[-2:]
+        patches = self.proj(F.pad(images, (0, -width % self.patch, 0, -height % self.patch)))
+        grid = (patches.shape[-2], patches.shape[-1])
+        tokens = patches.flatten(2).transpose(1, 2)
+        if self.pos_embed is not None:
+            tokens = tokens + self._learned_positions(grid)
+        prefix = [token.expand(len(tokens), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        table = rotary_positions(grid, self._rotary_dim, images.device) if self._rotary_dim else None
+        return self.norm(torch.cat([*prefix, tokens], dim=1)), table, grid
+
+    def _learned_positions(self, grid: Grid) -> Tensor:
+        if grid == self._grid:
+            return self.pos_embed
+        return resample_abs_pos_embed(self.pos_embed, list(grid), list(self._grid), num_prefix_tokens=0)
+
+
+class PlainVit(nn.Module):
+    """A vision transformer whose tokens all have one stride; `embed`, `blocks` and `norm` can be called one by one."""
+
+    def __init__(self, config: TimmBackboneConfig, *, pretrained: bool = True) -> None:
+        """Raises ConfigError for a model of another kind."""
+        super().__init__()
+        use_pretrained = pretrained and (config.pretrained is True or config.weights is not None)
+        source = create_timm_model(config, use_pretrained, num_classes=0, dynamic_img_size=True, patch_size=_PATCH)
+        _require_plain(source, config)
+        heads = source.blocks[0].attn.num_heads
+        has_rotary = isinstance(source, Eva)
+        self.width: int = source.embed_dim
+        self.channels = (self.width,)
+        self.embed = PatchTokens(source, self.width // heads if has_rotary else 0)
+        self.blocks = source.blocks
+        self.norm = source.norm
+        self.checkpointing = config.checkpointing
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`images` [B, 3, H, W] to normalised tokens [B, P + N, C]."""
+        tokens, table, _ = self.embed(images)
+        for block in self.blocks:
+            tokens = self.run(block, tokens, table)
+        return self.norm(tokens)
+
+    def run(self, block: nn.Module, tokens: Tensor, table: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """One block on tokens [B, T, C]; `mask` is bool [B, 1, T, T], True where a token (row) may attend."""
+        positions = (table,) if isinstance(block, EvaBlock) else ()
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, *positions, attn_mask=mask, use_reentrant=False)
+        return block(tokens, *positions, attn_mask=mask)
+
+
+def rotary_positions(grid: Grid, dim: int, device: torch.device) -> Tensor:
+    """Sine and cosine [N, 2 * dim] of the angles by which heads of width `dim` are rotated, row by row.
+
+    Centres of patches are mapped to [-1, 1] along each axis; y comes before x. In float32 for every precision.
+    """
+    axes = [(torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size * 2 - 1 for size in grid]
+    centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    exponents = 2 * torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 2)
+    angles = (2 * math.pi * centres[:, :, None] / _TEMPERATURE**exponents).flatten(1).tile(2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def with_unrotated(table: Tensor | None, count: int) -> Tensor | None:
+    """A table for sequences with `count` more tokens in front, which are not rotated.
+
+    timm leaves as many tokens in front alone as the model has class and register tokens. With others before these, the
+    rows that follow stand for tokens without position: sine 0 and cosine 1.
+    """
+    if table is None:
+        return None
+    sine, cosine = table.new_zeros(count, table.shape[1] // 2), table.new_ones(count, table.shape[1] // 2)
+    return torch.cat([torch.cat([sine, cosine], dim=1), table])
+
+
+def _require_plain(source: Any, config: TimmBackboneConfig) -> None:
+    """Raise ConfigError for what these parts do not compute."""
+    is_dinov3 = isinstance(source, Eva) and source.pos_embed is None and type(source.blocks[0]) is EvaBlock
+    is_vit = isinstance(source, VisionTransformer) and source.no_embed_class and source.pos_embed is not None
+    if not (is_dinov3 or is_vit):
+        raise ConfigError(
+            f"model.backbone.name is {config.name!r}, whose tokens cannot be taken (model.backbone.features): choose a "
+            "DINOv2 with registers (vit_large_patch14_reg4_dinov2), a DINOv3 (vit_large_patch16_dinov3_qkvb), or a "
+            "plain vision transformer with options {no_embed_class: true}"
+        )

@@ -1,0 +1,1 @@
+"""EoMT: queries inside the last blocks of a plain vision transformer."""

@@ -1,0 +1,39 @@
+"""How the attention masks of EoMT vanish in the course of a training (section 3.3 of the paper)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m2f.model.eomt.config import EomtDecoderConfig
+from m2f.model.random_bits import GOLDEN, mix, signed, to_unit_interval
+from m2f.model.segmenter import TrainingContext
+
+_STREAM = 0x456F4D54
+"""Keeps these numbers apart from the points of the same image."""
+
+
+def annealing_steps(config: EomtDecoderConfig, max_steps: int) -> tuple[tuple[int, int], ...]:
+    """Of each block with queries the first step with a probability below 1, and the first with 0."""
+    if config.annealing is not None:
+        return config.annealing
+    sixth = max_steps / 6
+    gaps = max(1, config.num_layers - 1)
+    starts = [sixth * (1 + 3 * block / gaps) for block in range(config.num_layers)]
+    return tuple((round(start), round(start + sixth)) for start in starts)
+
+
+def mask_probabilities(config: EomtDecoderConfig, step: int, max_steps: int) -> tuple[float, ...]:
+    """Probability of each block that a query is masked there, after `step` updates."""
+    return tuple(
+        1.0 if step < start else 0.0 if step >= end else (1 - (step - start) / (end - start)) ** config.annealing_power
+        for start, end in annealing_steps(config, max_steps)
+    )
+
+
+def uniform_draws(context: TrainingContext, blocks: int, queries: int) -> Tensor:
+    """Numbers [L, B, Q] in [0, 1), a function of seed, position of the image, block and query alone."""
+    position = context.targets.position
+    images = mix(position + signed((context.seed + _STREAM) * GOLDEN))
+    counters = torch.arange(1, blocks * queries + 1, device=position.device).mul_(GOLDEN).view(blocks, 1, queries)
+    return to_unit_interval(mix(images[:, None] + counters))

@@ -1,0 +1,46 @@
+"""Settings of EoMT (standard library only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from m2f.model.errors import ConfigError
+from m2f.model.limits import FROM_0, FROM_1, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscalePixelDecoderConfig(Section):
+    """Transposed convolutions from the tokens of a plain vision transformer to embeddings of pixels (EoMT)."""
+
+    kind: Literal["upscale"] = "upscale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EomtDecoderConfig(Section):
+    """Queries inside the last blocks of a plain vision transformer (EoMT, Kerssies et al., CVPR 2025).
+
+    Needs `backbone.features` tokens and `pixel_decoder.kind` upscale.
+    """
+
+    kind: Literal["eomt"] = "eomt"
+    num_queries: Annotated[int, FROM_1] = 200
+    """Segments that the model can predict in one image."""
+    num_layers: Annotated[int, FROM_1] = 4
+    """Blocks of the backbone, counted from its top, that the queries pass; the authors take 3 for S and B, 4 for L
+    and 5 for giant."""
+    annealing: tuple[tuple[int, int], ...] | None = None
+    """For each of these blocks the steps at which its attention masks begin to vanish and are gone. None spreads them
+    over the run: the first begins at a sixth, the last at four sixths, each takes a sixth."""
+    annealing_power: Annotated[float, FROM_0] = 0.9
+    """Exponent of the share of masks that is left in between."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.annealing is None:
+            return
+        where = f"model.transformer_decoder.annealing is {[list(pair) for pair in self.annealing]}"
+        if len(self.annealing) != self.num_layers:
+            raise ConfigError(f"{where}; one pair of steps for each of num_layers ({self.num_layers}) is needed")
+        if any(not 0 <= start <= end for start, end in self.annealing):
+            raise ConfigError(f"{where}; no step may be below 0, and no end before its start")

@@ -1,0 +1,172 @@
+"""EoMT (Kerssies et al., "Your ViT is Secretly an Image Segmentation Model", CVPR 2025).
+
+Axis letters: L blocks that the queries pass, B images, Q queries, P class and register tokens, N patches, T all tokens,
+K classes, C channels of the vision transformer, h x w pixels of the masks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm import LayerNorm2d
+from torch import Tensor, nn
+
+from m2f.model.attention import resize_for_attention
+from m2f.model.backbones.plain_vit import Grid, PlainVit, with_unrotated
+from m2f.model.config import ModelConfig
+from m2f.model.eomt.annealing import mask_probabilities, uniform_draws
+from m2f.model.eomt.config import EomtDecoderConfig
+from m2f.model.errors import ConfigError
+from m2f.model.segmenter import Segmenter, TrainingContext
+from m2f.model.structures import Predictions
+
+
+class Upscale(nn.Sequential):
+    """Patch tokens as a map [B, C, ., .] to embeddings of pixels, at stride 4 for patches of 16 pixels."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        self.steps = max(1, int(math.log2(patch)) - 2)
+        super().__init__(*(_UpscaleStep(dim) for _ in range(self.steps)))
+        self.stride = patch // 2**self.steps
+
+
+class _UpscaleStep(nn.Module):
+    """Twice the size. The norm comes last: nothing follows it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.norm = LayerNorm2d(dim, eps=1e-6)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.norm(self.conv2(F.gelu(self.conv1(features))))
+
+
+class QueryHeads(nn.Module):
+    """The queries, what makes classes and mask embeddings of them, and how much of the masks is left."""
+
+    def __init__(self, config: EomtDecoderConfig, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_layers = config.num_layers
+        self.query_feat = nn.Embedding(config.num_queries, dim)
+        self.class_embed = nn.Linear(dim, num_classes + 1)
+        hidden = (nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU())
+        self.mask_embed = nn.Sequential(*hidden, nn.Linear(dim, dim))
+        self.register_buffer("attn_mask_probs", torch.ones(config.num_layers))
+        self.probabilities = (1.0,) * config.num_layers
+        """The buffer's numbers on the host, where they are decided on."""
+
+    def set_probabilities(self, probabilities: tuple[float, ...]) -> None:
+        """From now on, of each block that a query is masked there."""
+        if probabilities != self.probabilities:
+            self.probabilities = probabilities
+            self.attn_mask_probs.copy_(torch.tensor(probabilities))
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.attn_mask_probs.is_meta:
+            self.probabilities = tuple(self.attn_mask_probs.tolist())
+
+    def tokens(self, images: int) -> Tensor:
+        """The queries [B, Q, C]."""
+        rows = torch.arange(self.query_feat.num_embeddings, device=self.attn_mask_probs.device)
+        return self.query_feat(rows).expand(images, -1, -1)
+
+
+class _Prediction(NamedTuple):
+    class_logits: Tensor
+    mask_embeddings: Tensor
+    features: Tensor
+    """[B, C, ., .] of the padded image."""
+
+
+class Eomt(Segmenter):
+    """A plain vision transformer through whose last L blocks learned queries go with the patches.
+
+    A prediction is made before each of these blocks and after the last. In training it masks which patches the queries
+    see in the block, with a probability that falls to 0. Evaluation is never random: it masks the blocks whose
+    probability is at least a half, and returns the last prediction alone.
+    """
+
+    backbone: PlainVit
+    pixel_decoder: Upscale
+    transformer_decoder: QueryHeads
+
+    def __init__(self, config: ModelConfig, backbone: PlainVit, num_classes: int) -> None:
+        super().__init__(config)
+        assert isinstance(config.transformer_decoder, EomtDecoderConfig)
+        self._config = config.transformer_decoder
+        if self._config.num_layers > len(backbone.blocks):
+            raise ConfigError(
+                f"model.transformer_decoder.num_layers is {self._config.num_layers}; the backbone has "
+                f"{len(backbone.blocks)} blocks that queries can pass"
+            )
+        self.backbone = backbone
+        self.pixel_decoder = Upscale(backbone.width, backbone.embed.patch)
+        self.transformer_decoder = QueryHeads(self._config, backbone.width, num_classes)
+
+    def set_progress(self, step: int, max_steps: int) -> None:
+        """See Segmenter."""
+        self.transformer_decoder.set_probabilities(mask_probabilities(self._config, step, max_steps))
+
+    def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
+        """See Segmenter. Images may have any size; the masks have ceil(H / stride) rows."""
+        vit, heads = self.backbone, self.transformer_decoder
+        first, blocks = len(vit.blocks) - heads.num_layers, list(vit.blocks)
+        tokens, table, grid = vit.embed(images)
+        for block in blocks[:first]:
+            tokens = vit.run(block, tokens, table)
+        queries = heads.tokens(len(images))
+        tokens, table = torch.cat([queries, tokens], dim=1), with_unrotated(table, queries.shape[1])
+        draws = None if context is None else uniform_draws(context, heads.num_layers, queries.shape[1])
+        predictions = []
+        for index, block in enumerate(blocks[first:]):
+            mask, probability = None, heads.probabilities[index]
+            if self.training or probability >= 0.5:
+                predictions.append(self._predict(tokens, grid))
+            if probability >= 0.5 or (self.training and probability > 0):
+                mask = self._attention_mask(predictions[-1], tokens, grid)
+                if draws is not None and probability < 1:
+                    released = draws[index] > probability
+                    mask[:, 0, : queries.shape[1]] |= released[..., None]
+            tokens = vit.run(block, tokens, table, mask)
+        predictions.append(self._predict(tokens, grid))
+        return self._joined(predictions if self.training else predictions[-1:], (images.shape[-2], images.shape[-1]))
+
+    def _predict(self, tokens: Tensor, grid: Grid) -> _Prediction:
+        """From tokens [B, T, C] through the vision transformer's last norm, whose output goes nowhere else."""
+        heads, patches = self.transformer_decoder, math.prod(grid)
+        normalised = self.backbone.norm(tokens)
+        queries = normalised[:, : heads.query_feat.num_embeddings]
+        features = normalised[:, tokens.shape[1] - patches :].transpose(1, 2).unflatten(2, grid)
+        return _Prediction(heads.class_embed(queries), heads.mask_embed(queries), self._upscale(features))
+
+    def _upscale(self, features: Tensor) -> Tensor:
+        if not self.pixel_decoder_fp32:
+            return self.pixel_decoder(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.pixel_decoder(features.float())
+
+    @torch.no_grad()
+    def _attention_mask(self, prediction: _Prediction, tokens: Tensor, grid: Grid) -> Tensor:
+        """Which tokens (columns) each token may attend to, bool [B, 1, T, T]: a query only patches inside its mask.
+
+        Resizing features equals resizing logits, because both are linear. A query with an empty mask sees no patch.
+        """
+        resized = resize_for_attention(prediction.features, grid)
+        with torch.autocast(tokens.device.type, enabled=False):
+            allowed = prediction.mask_embeddings.to(resized.dtype) @ resized > 0
+        mask = torch.ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        mask[:, 0, : allowed.shape[1], tokens.shape[1] - allowed.shape[2] :] = allowed
+        return mask
+
+    def _joined(self, predictions: list[_Prediction], size: tuple[int, int]) -> Predictions:
+        """Without what lies in the padding of the images, which have this height and width."""
+        rows, columns = (-(-side // self.pixel_decoder.stride) for side in size)
+        classes, embeddings, features = zip(*predictions, strict=True)
+        *earlier, last = (one[..., :rows, :columns] for one in features)
+        return Predictions(torch.stack(classes), torch.stack(embeddings), last, tuple(earlier))

@@ -1,0 +1,111 @@
+"""EoMT against numbers of the authors' code and against `transformers`, with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m2f.model.config import EomtDecoderConfig, ModelConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
+from m2f.model.eomt import eomt
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import TrainingContext
+from m2f.model.weights.eomt import eomt_to_authors
+from m2f.model.weights.load import load_weights
+
+CASES = ("eomt_dinov2_patch14", "eomt_dinov2_patch16_nonsquare", "eomt_dinov3_patch16")
+NAMES = {"dinov2_registers": "vit_large_patch14_reg4_dinov2", "dinov3": "vit_small_patch16_dinov3_qkvb"}
+
+
+def model_of(config: dict):
+    options = {key: config[key] for key in ("embed_dim", "depth", "num_heads", "patch_size")}
+    options |= {"img_size": config["image_size"], "init_values": 1.0}
+    if "mlp_hidden" in config:
+        options["mlp_ratio"] = config["mlp_hidden"] / config["embed_dim"]
+    backbone = TimmBackboneConfig(name=NAMES[config["backbone_kind"]], features="tokens", options=options)
+    decoder = EomtDecoderConfig(num_queries=config["num_queries"], num_layers=config["num_query_blocks"])
+    return build_model(
+        ModelConfig(
+            backbone=backbone,
+            pixel_decoder=UpscalePixelDecoderConfig(),
+            transformer_decoder=decoder,
+            num_classes=config["num_classes"],
+        ),
+        pretrained_backbone=False,
+    )
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, beyond: Path):
+    folder = beyond / "eomt" / request.param
+    files = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs", "outputs_float64"))
+    return json.loads((folder / "case.json").read_text()), *files
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.double()
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def mask_logits(predictions, layer: int) -> torch.Tensor:
+    """Also in float64, which Predictions.mask_logits does not keep."""
+    features = predictions.feature_maps[layer]
+    return torch.einsum("bqc,bchw->bqhw", predictions.mask_embeddings[layer], features)
+
+
+def run(described: dict, model, images, draws, monkeypatch, masks):
+    """Predictions of a run with its own draws, and the masks that its blocks were given."""
+    probabilities = described["mask_probability_per_block"]
+    taken = iter(draws)
+    rows = torch.stack([next(taken) if p < 1 else torch.zeros_like(draws[0]) for p in probabilities]) if draws else None
+    monkeypatch.setattr(eomt, "uniform_draws", lambda *_: rows)
+    model.transformer_decoder.set_probabilities(tuple(probabilities))
+    run_block = model.backbone.run
+    monkeypatch.setattr(model.backbone, "run", lambda *args: masks.append(args[3:]) or run_block(*args))
+    context = TrainingContext(None, 0) if draws else None  # type: ignore[arg-type] - nothing draws from it
+    return model(images, context)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_equals_the_authors_code(case, dtype, monkeypatch):
+    described, weights, inputs, outputs, doubles = case
+    expected = outputs if dtype == torch.float32 else doubles
+    model = model_of(described["config"]).to(dtype)
+    report = load_weights(model, weights)
+    assert not report.missing
+    assert {name.rpartition(".")[2] for name in report.unexpected} <= {"pixel_mean", "pixel_std"}
+    images = model.normalise(inputs["image_uint8"]).to(dtype)
+    largest = 0.0
+    for one in described["runs"]:
+        name = one["name"]
+        if "rope_rescale_log_draw" in one["random_draws"] or f"{name}/scalar" not in expected:
+            continue  # the authors' own trainings have no such augmentation
+        model.train(one["masked_attention"]).zero_grad()
+        masks: list[tuple] = []
+        draws = [outputs[f"{name}/{draw}"] for draw in one["random_draws"]]
+        found = run(one, model, images, draws, monkeypatch, masks)
+        monkeypatch.undo()
+        for layer in range(len(found.class_logits)):
+            for kind, actual in (("class", found.class_logits[layer]), ("mask", mask_logits(found, layer))):
+                if (key := f"{name}/{kind}_logits_layer{layer}") in expected:
+                    largest = max(largest, relative(actual, expected[key]))
+        for block, given in enumerate(masks):
+            if (key := f"{name}/attention_allowed_block{block}") in expected and given and given[0] is not None:
+                assert torch.equal(given[0][:, 0], expected[key].bool()), key
+        largest = max(largest, scalar_and_gradients(model, found, name, expected))
+    assert largest <= (2e-5 if dtype == torch.float32 else 1e-6)
+
+
+def scalar_and_gradients(model, found, name, expected) -> float:
+    pairs = [(found.class_logits[layer], mask_logits(found, layer)) for layer in range(len(found.class_logits))]
+    scalar = sum(0.5 * classes.square().mean() + 0.5 * masks.square().mean() for classes, masks in pairs)
+    scalar.backward()
+    theirs = eomt_to_authors({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    differences = [relative(scalar[None], expected[f"{name}/scalar"])]
+    for key, tensor in expected.items():
+        if key.startswith(f"{name}/grad/"):
+            differences.append(relative(theirs[f"network.{key.partition('/grad/')[2]}"].view_as(tensor), tensor))
+    return max(differences)
