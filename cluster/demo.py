@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import m2f
 from m2f.cluster.evaluation.choice import HEADLINE
-from m2f.cluster.evaluation.queue import Entry
-from m2f.cluster.evaluation.service import place_of
+from m2f.cluster.evaluation.queue import Entry, place_of
 from m2f.cluster.ray_cluster import connect
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe

@@ -58,6 +58,11 @@ def queue_url(config: RunConfig) -> str:
     return join(config.run_folder, "evaluations", "queue.json")
 
 
+def place_of(step: int) -> str:
+    """Folder of an evaluation's files within the run folder."""
+    return f"evaluations/step_{step:08d}"
+
+
 class EvaluationQueue:
     """Entries of commits in one JSON object, written after every change.
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, queue_url, read_entries
-from m2f.cluster.evaluation.service import place_of
+from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, place_of, queue_url, read_entries
 from m2f.cluster.recipe.config import RunConfig
 from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.storage.storage import Storage, join

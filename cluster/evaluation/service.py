@@ -10,8 +10,10 @@ from pathlib import Path
 from m2f.cluster.evaluation.choice import best_step
 from m2f.cluster.evaluation.evaluate import Pool, evaluate_sets, write_files
 from m2f.cluster.evaluation.manager import EvaluationManager, EvaluationProgress, EvaluationStatus, Report
-from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue, queue_url
+from m2f.cluster.evaluation.publication import evaluated_checkpoint, figures_of, kept_checkpoints
+from m2f.cluster.evaluation.queue import WITHDRAWN, Entry, EvaluationQueue, place_of, queue_url
 from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.tracking.logged_models import SetFigures
 from m2f.cluster.tracking.tracking import TrackedRun, Tracking
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -68,6 +70,7 @@ class EvaluationService:
         if self._pool is None:
             self._pool = self._make_pool(self._config)
         metrics: dict[str, float] = {}
+        figures: list[SetFigures] = []
         began = time.monotonic()
         evaluations = evaluate_sets(
             self._config,
@@ -88,8 +91,11 @@ class EvaluationService:
             )
             self._tracking.log_artifact(folder, place)
             metrics |= evaluation.results.headline(name)
-        cost = self._cost(self._pool, time.monotonic() - began)
-        self._tracking.log_metrics(entry.step, metrics | cost, replaces=self._queue.replaces(entry))
+            figures.append(figures_of(self._config, self._storage, evaluation, name))
+        self._tracking.log_metrics(entry.step, self._cost(self._pool, time.monotonic() - began))
+        checkpoint = evaluated_checkpoint(self._config, self._storage, entry.checkpoint, entry.step, entry.commit)
+        self._tracking.log_evaluation(checkpoint, figures, replaces=self._queue.replaces(entry))
+        self._tracking.note_kept(kept_checkpoints(self._storage, self._config.run_folder))
         return metrics
 
     @staticmethod
@@ -129,8 +135,3 @@ def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: st
 def look_s(run_folder: str) -> float:
     """Seconds between two looks at the commits of a run."""
     return 5.0 if "://" in run_folder else 1.0
-
-
-def place_of(step: int) -> str:
-    """Folder of an evaluation's files within the run folder."""
-    return f"evaluations/step_{step:08d}"

@@ -18,7 +18,7 @@ from m2f.data_pipeline.documents import parse_json
 
 Entry = dict[str, Any]
 """One JSON object."""
-Kind = Literal["metrics", "artifact", "tag", "status"]
+Kind = Literal["metrics", "artifact", "tag", "status", "evaluation", "kept"]
 
 
 def kind_of(entry: Entry) -> Kind | None:
@@ -26,6 +26,10 @@ def kind_of(entry: Entry) -> Kind | None:
     match entry:
         case {"metrics": dict() as values, "step": int(), "time_ms": int()}:
             return "metrics" if all(isinstance(value, int | float) for value in values.values()) else None
+        case {"evaluation": {"commit": str(), "step": int()}, "sets": list(), "time_ms": int(), "replaces": bool()}:
+            return "evaluation"
+        case {"kept": list(), "newest": int()}:
+            return "kept"
         case {"artifact": str(), "folder": str()}:
             return "artifact"
         case {"tag": str(), "value": str()}:

@@ -50,7 +50,7 @@ def data_inputs(config: RunConfig, storage: Storage) -> tuple[DataInput, ...]:
     """Data sets that are trained on, then those that are evaluated on, without those whose shards are not made yet."""
     used = [("training", item.dataset) for item in config.data.train]
     used += [("evaluation", chosen.dataset) for chosen in config.evaluation.sets]
-    found = [_data_input(config, context, name, storage) for context, name in dict.fromkeys(used)]
+    found = [data_input(config, context, name, storage) for context, name in dict.fromkeys(used)]
     return tuple(entry for entry in found if entry is not None)
 
 
@@ -59,7 +59,8 @@ def data_facts(inputs: Sequence[DataInput]) -> dict[str, str]:
     return {f"data.{entry.name}": entry.fingerprint for entry in inputs}
 
 
-def _data_input(config: RunConfig, context: str, name: str, storage: Storage) -> DataInput | None:
+def data_input(config: RunConfig, context: str, name: str, storage: Storage) -> DataInput | None:
+    """One data set of a run; None where its shards are not made yet."""
     url = config.datasets[name].shards
     document = read_document(url, storage)
     if document is None:

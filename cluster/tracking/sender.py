@@ -11,6 +11,12 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from m2f.cluster.tracking.journal import Entry, Journal, Kind, kind_of
+from m2f.cluster.tracking.logged_models import (
+    KeptCheckpoints,
+    LoggedModels,
+    parse_evaluation,
+    write_table,
+)
 from m2f.cluster.tracking.store import brief, connect, is_refusal
 from m2f.cluster.tracking.tracked_run import TrackedRun
 from m2f.data_pipeline.storage.storage import Storage
@@ -28,6 +34,7 @@ class Sender:
     def __init__(self, run: TrackedRun, journal: Journal) -> None:
         self._run, self._journal = run, journal
         self._client: MlflowClient | None = None
+        self._models: LoggedModels | None = None
         self._latest: dict[str, int] | None = None
         """Last step per key that the store has; None = to be asked (at the start and after every failure)."""
         self._steps: dict[str, set[int]] = {}
@@ -100,6 +107,12 @@ class Sender:
                 for start in range(0, len(points), METRICS_PER_CALL):
                     client.log_batch(run_id, points[start : start + METRICS_PER_CALL])
                 self._note_sent(points)
+            case "evaluation":
+                self._send_evaluation(client, first)
+            case "kept":
+                self._logged_models(client).mark(
+                    KeptCheckpoints(names=frozenset(first["kept"]), newest=first["newest"])
+                )
             case "artifact":
                 _send_artifact(client, run_id, first["artifact"], first["folder"] or None)
             case "tag":
@@ -115,12 +128,59 @@ class Sender:
             case _:
                 assert_never(kind)
 
-    def _new_points(self, client: MlflowClient, group: list[Entry]) -> list[Metric]:
-        """The points of these entries whose step the store does not have for that key, each once."""
+    def _send_evaluation(self, client: MlflowClient, entry: Entry) -> None:
+        """Points of the run that are those of a logged model as well, and the tables of classes."""
+        try:
+            checkpoint, sets = parse_evaluation(entry)
+        except (TypeError, LookupError):
+            self._leave([entry], "an evaluation is of a form that only another version knows; it is kept")
+            return
+        models = self._logged_models(client)
+        models.link_data(sets)
+        model = models.ensure(checkpoint)
+        self._look(client)
+        points = [
+            one.point(key, value, entry["time_ms"], checkpoint.step, None if model is None else model.model_id)
+            for one in sets
+            for key, value in one.metrics.items()
+        ]
+        points = [point if entry["replaces"] else self._as_stored(client, point) for point in points]
+        models.add_metrics(model, points)
+        self._note_sent(points)
+        for one in sets if model is not None else ():  # to read a table MLflow's client asks for models, too
+            write_table(client, self._run.run_id, checkpoint.step, one)
+
+    def _as_stored(self, client: MlflowClient, metric: Metric) -> Metric:
+        """With the value and time of the point that the run has at this step: that one is not stored again."""
+        if not self._has(client, metric.key, metric.step):
+            return metric
+        history = client.get_metric_history(self._run.run_id, metric.key)
+        stored = max((point for point in history if point.step == metric.step), key=lambda point: point.timestamp)
+        return Metric(
+            stored.key,
+            stored.value,
+            stored.timestamp,
+            stored.step,
+            metric.model_id,
+            dataset_name=metric.dataset_name,
+            dataset_digest=metric.dataset_digest,
+        )
+
+    def _logged_models(self, client: MlflowClient) -> LoggedModels:
+        if self._models is None:
+            self._models = LoggedModels(client, self._run.run_id)
+        return self._models
+
+    def _look(self, client: MlflowClient) -> None:
+        """Find out which steps the store has."""
         if self._latest is None:
             self._steps.clear()
             metrics = client.get_run(self._run.run_id).data.to_proto().metrics
             self._latest = {metric.key: metric.step for metric in metrics}
+
+    def _new_points(self, client: MlflowClient, group: list[Entry]) -> list[Metric]:
+        """The points of these entries whose step the store does not have for that key, each once."""
+        self._look(client)
         points: dict[tuple[str, int], Metric] = {}
         for entry in group:
             step = entry["step"]

@@ -8,7 +8,6 @@ a run FINISHED when any of its users leaves.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 
 from m2f.cluster.recipe.config import RunConfig
@@ -40,6 +39,13 @@ from m2f.cluster.tracking.local_store import (
     prepare,
     sqlite_uri,
     uri_of_moved,
+)
+from m2f.cluster.tracking.logged_models import (
+    EvaluatedCheckpoint,
+    KeptCheckpoints,
+    SetFigures,
+    dataset_input,
+    evaluation_entry,
 )
 from m2f.cluster.tracking.patience import Patience
 from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING, PARENT_TAG, parent_run, shown_tags
@@ -149,6 +155,19 @@ class Tracking:
         entry: Entry = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": points}
         return self._append(entry | {"replaces": True} if replaces else entry)
 
+    def log_evaluation(
+        self, checkpoint: EvaluatedCheckpoint, sets: Sequence[SetFigures], replaces: bool = False
+    ) -> None:
+        """What an evaluation found: points of the run at the checkpoint's step, its logged model, tables of classes."""
+        named = [
+            replace(one, metrics={store_key(name): float(value) for name, value in one.metrics.items()}) for one in sets
+        ]
+        self._append(evaluation_entry(checkpoint, named, time.time_ns() // 1_000_000, replaces))
+
+    def note_kept(self, kept: KeptCheckpoints) -> None:
+        """Which checkpoints there are: the logged models of others are tagged as deleted."""
+        self._append({"kept": sorted(kept.names), "newest": kept.newest})
+
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """A local file, or a folder with all it holds, under `folder` of the run. It is read when it is sent."""
         self._append({"artifact": str(Path(path).resolve()), "folder": folder})
@@ -157,10 +176,12 @@ class Tracking:
         """A tag of the run; the last value stands."""
         self._append({"tag": store_key(name), "value": value[:MAX_PARAM_CHARS]})
 
-    def finish(self, status: RunStatus, timeout_s: float = 60.0) -> bool:
+    def finish(self, status: RunStatus, timeout_s: float = 60.0, kept: KeptCheckpoints | None = None) -> bool:
         """The run has ended: send what waits, here and in journals that other processes left, and close."""
         if self._run.lease is not None:
             _adopt_journals(self._run, self._run.lease.number)
+        if kept is not None:
+            self.note_kept(kept)
         self._append({"status": status})
         sent = self.close(timeout_s)
         for path in sorted(Path(self._run.spool).glob("*.jsonl")) if sent else ():
@@ -298,7 +319,7 @@ def _start_run(
         for start in range(0, len(params), PARAMS_PER_CALL):
             group = params[start : start + PARAMS_PER_CALL]
             patience.ask(lambda group=group: client.log_batch(run_id, params=group))
-        patience.ask(lambda: client.log_inputs(run_id, [_dataset_input(entry) for entry in inputs]))
+        patience.ask(lambda: client.log_inputs(run_id, [dataset_input(entry) for entry in inputs]))
         patience.ask(lambda: client.log_text(run_id, dump_recipe(config), "recipe.yaml"))
     return run_id
 
@@ -321,14 +342,6 @@ class _Creation:
                     return run.info.run_id
         made = self._client.create_run(self._experiment, self._start_ms, self._tags, self._config.name)
         return made.info.run_id
-
-
-def _dataset_input(entry: DataInput) -> DatasetInput:
-    """With a source that `mlflow.data.get_source` opens; digests have at most 36 characters, the profile has it all."""
-    scheme, _, rest = entry.url.partition("://")
-    uri, kind = (entry.url, scheme) if rest else (os.path.abspath(entry.url), "local")
-    dataset = Dataset(entry.name, entry.fingerprint[:36], kind, json.dumps({"uri": uri}), profile=entry.profile)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", entry.context)])
 
 
 def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
@@ -355,17 +368,24 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
 
 
 def _adopt_journals(run: TrackedRun, newest: int) -> None:
-    """Move what processes under leases up to `newest` could not send into the driver's journal, but for the status."""
+    """Move what processes under leases up to `newest` could not send into the driver's journal, but for the status.
+
+    What the evaluation left goes to that of the evaluation under this lease, if it is to begin: so one process alone
+    makes models and tables.
+    """
+    assert run.lease is not None
+    is_end = newest == run.lease.number
     driver = Journal(run.journal("driver"))
+    evaluation = driver if is_end else Journal(run.journal("evaluation"))
     for path in sorted(Path(run.spool).glob("*.jsonl")):
         match = _RUN_JOURNAL.fullmatch(path.name)
-        if path == driver.path or match is None or int(match[1] or 0) > newest:
+        if path in (driver.path, evaluation.path) or match is None or int(match[1] or 0) > newest:
             continue
-        left = Journal(path)
+        left, heir = Journal(path), evaluation if path.name.startswith("evaluation") else driver
         while entries := left.read(ENTRIES_PER_READ):
             for entry, _ in entries:
                 if "status" not in entry:
-                    driver.append(entry)
+                    heir.append(entry)
             left.commit(entries[-1][1])
         left.remove()
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 
 from m2f.cluster.evaluation.lines import describe, started
 from m2f.cluster.evaluation.manager import EvaluationStatus
-from m2f.cluster.evaluation.queue import Entry
-from m2f.cluster.evaluation.service import place_of
+from m2f.cluster.evaluation.publication import evaluated_checkpoint, stored_figures
+from m2f.cluster.evaluation.queue import Entry, place_of
+from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_out
+from m2f.cluster.tracking.logged_models import KeptCheckpoints
 from m2f.cluster.tracking.reporter import TrackingReporter
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, Tracking
 from m2f.cluster.train.live_view import LiveView
@@ -66,14 +68,16 @@ class RunRelay:
             if all(taken):  # else the disk is full, and they are read again at the end
                 self._read.add(url)
 
-    def track_evaluations(self, run_folder: str, entries: Iterable[Entry]) -> None:
+    def track_evaluations(self, config: RunConfig, storage: Storage, entries: Iterable[Entry]) -> None:
         """Track what published evaluations found, in a store that has nothing of them."""
         for entry in entries:
             if entry.status == "published":
-                self._tracking.log_metrics(entry.step, entry.metrics)
+                checkpoint = evaluated_checkpoint(config, storage, entry.checkpoint, entry.step, entry.commit)
+                self._tracking.log_evaluation(checkpoint, stored_figures(config, storage, entry))
+                self._tracking.log_metrics(entry.step, entry.metrics)  # also those of sets whose files are damaged
                 place = place_of(entry.step)
-                if "://" not in run_folder:
-                    self._tracking.log_artifact(join(run_folder, place), place)
+                if "://" not in config.run_folder:
+                    self._tracking.log_artifact(join(config.run_folder, place), place)
 
     def show_evaluations(self, status: EvaluationStatus) -> None:
         """Show the running evaluation, and every settled one once."""
@@ -94,11 +98,14 @@ class RunRelay:
         if self._view is not None:
             self._view.interrupted()
 
-    def close(self, status: RunStatus | None) -> None:
-        """Send what waits and set the run's status; None: another process has the run now, send nothing."""
+    def close(self, status: RunStatus | None, kept: KeptCheckpoints | None = None) -> None:
+        """Send what waits and set the run's status; None: another process has the run now, send nothing.
+
+        `kept` are the checkpoints at the end, where the run evaluates.
+        """
         if self._view is not None:
             self._view.stop((status or "lost").lower().replace("killed", "stopped"))
         if status is None:
             self._tracking.abandon()
         else:
-            self._tracking.finish(status)
+            self._tracking.finish(status, kept=kept)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from m2f.cluster.evaluation.early_stopping import EarlyStop, early_stop, unknown_metric
 from m2f.cluster.evaluation.evaluate import check_sets
+from m2f.cluster.evaluation.publication import kept_checkpoints
 from m2f.cluster.evaluation.queue import Entry
 from m2f.cluster.evaluation.rebuild import restore_queue
 from m2f.cluster.evaluation.service import look_s
@@ -23,6 +24,7 @@ from m2f.cluster.recipe.pinned_weights import with_pinned_weights
 from m2f.cluster.start.continuation import check_continuation
 from m2f.cluster.start.epochs import with_steps
 from m2f.cluster.terminal import format_duration, print_err, print_out
+from m2f.cluster.tracking.logged_models import KeptCheckpoints
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
 from m2f.cluster.train.elastic import Resize, Sizes
@@ -121,7 +123,7 @@ class _Supervisor:
         settled = [entry for entry in known if entry.settled]
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)
         if self._tracked.remade:
-            self._relay.track_evaluations(config.run_folder, settled)
+            self._relay.track_evaluations(config, storage, settled)
         self._sizes = Sizes(config.cluster, launcher.free_nodes)
         self._failures: list[Failure] = []
         self._interrupts = 0
@@ -132,6 +134,7 @@ class _Supervisor:
     def run(self) -> RunSummary:
         """All attempts, then the evaluations that still wait."""
         status: Status = "failed"
+        ended = False
         try:
             with handling(self._interrupt):
                 self._repair_commits()
@@ -141,6 +144,7 @@ class _Supervisor:
                     self._await_evaluations()
             self._lease.check()
             self._relay.track_stored(self._storage, self._config.run_folder)
+            ended = True
         except KeyboardInterrupt:
             status = "stopped"
             raise
@@ -148,25 +152,35 @@ class _Supervisor:
             status = "lost"
             raise
         finally:
+            kept = None
             try:
                 entries = self._evaluations.close() if self._evaluations is not None else ()
+                kept = self._delete_old() if ended else None
+            except LeaseLostError:
+                status = "lost"
+                raise
             finally:
-                self._relay.close(_TRACKED_STATUS[status])
-        newest, keep = self._newest(), self._config.training.checkpoint.keep
-        if newest is not None:  # evaluations have let go of checkpoints since the last commit
-            delete_old(self._storage, self._config.run_folder, newest.step, keep, self._lease.number)
+                self._relay.close(_TRACKED_STATUS[status], kept)
         waiting = sum(not entry.settled for entry in entries)
         if waiting:
             print_out(f"{counted(waiting, 'evaluation')} still to do, when the run is continued")
         return RunSummary(
             run_folder=self._config.run_folder,
             status=status,
-            checkpoint=newest,
+            checkpoint=self._newest(),
             failures=tuple(self._failures),
             resizes=tuple(self._sizes.resizes),
             evaluations=entries,
             tracked=self._tracked,
         )
+
+    def _delete_old(self) -> KeptCheckpoints | None:
+        """Delete what evaluations have let go of since the last commit; what is left, where the run evaluates."""
+        newest, run_folder = self._newest(), self._config.run_folder
+        if newest is not None:
+            keep = self._config.training.checkpoint.keep
+            delete_old(self._storage, run_folder, newest.step, keep, self._lease.number)
+        return kept_checkpoints(self._storage, run_folder) if self._evaluations is not None else None
 
     def _train(self) -> Status:
         """Attempts until the run finishes, is stopped, or the failure policy gives up."""

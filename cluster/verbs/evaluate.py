@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     print_out(f"evaluating {weights.url}")
     from m2f.cluster.evaluation.evaluate import name_of_results, write_files
     from m2f.cluster.evaluation.offline import evaluate_checkpoint
+    from m2f.cluster.evaluation.publication import evaluated_checkpoint, figures_of
     from m2f.cluster.tracking.store import TrackingError
     from m2f.cluster.tracking.tracking import Tracking, find_run
 
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
             if dump is not None:
                 print_out(f"predictions: {join(dump, name)}")
             if tracking is not None and weights.step is not None:
-                tracking.log_metrics(weights.step, evaluation.results.headline(name))
+                checkpoint = evaluated_checkpoint(config, storage, weights.url, weights.step)
+                tracking.log_evaluation(checkpoint, [figures_of(config, storage, evaluation, name)])
                 tracking.log_artifact(folder, place)
         if tracking is not None:
             tracking.close()

@@ -57,6 +57,14 @@ def record_commit(storage: Storage, checkpoint: CommittedCheckpoint, manifest: b
     storage.delete(f"{url}.withdrawn")
 
 
+def commit_name(storage: Storage, url: str) -> str | None:
+    """Name of the commit of the checkpoint folder `url`; None where it has no manifest."""
+    try:
+        return _commit_url(url, storage.get(join(url, MANIFEST))).rpartition("/")[2]
+    except MissingObjectError:
+        return None
+
+
 def withdraw_commit(storage: Storage, url: str) -> None:
     """Mark the commit of the checkpoint folder `url`, before its manifest goes; nothing without a manifest."""
     try:

@@ -110,9 +110,8 @@ class StepMetrics:
         for group in ("loss", "storage", "system", "ranks"):
             found |= {f"{group}/{name.rstrip('_')}": value for name, value in asdict(getattr(self, group)).items()}
         for node in self.nodes:
-            numbers = asdict(node)
-            host = numbers.pop("host")
-            found |= {f"system/{host}/{name}": value for name, value in numbers.items()}
+            numbers = [(name, value) for name, value in asdict(node).items() if name != "host"]
+            found |= {f"system/{node.host}/{name}": value for name, value in numbers}
         found |= asdict(self.throughput)
         found |= {name: getattr(self, name) for name in ("grad_norm", "lr", "images", "skipped_steps", "mfu")}
         return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,76 @@
+"""What MLflow is told of an evaluation: the checkpoint as a logged model, and the figures of every set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from m2f.cluster.evaluation.evaluate import SetEvaluation
+from m2f.cluster.evaluation.queue import Entry, place_of
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint, KeptCheckpoints, SetFigures
+from m2f.cluster.tracking.provenance import DataInput, data_input
+from m2f.data_pipeline.documents import DocumentError, parse_json
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.trainer.checkpoint.commits import commit_name
+from m2f.trainer.checkpoint.folder import list_checkpoints, parse_folder
+from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
+
+
+def evaluated_checkpoint(
+    config: RunConfig, storage: Storage, url: str, step: int, commit: str = ""
+) -> EvaluatedCheckpoint:
+    """A checkpoint of the run; `commit` is found out where it is empty."""
+    name = url.rstrip("/").rpartition("/")[2]
+    return EvaluatedCheckpoint(
+        commit=commit or commit_name(storage, url) or f"{step:08d}-{parse_folder(url)[1]}",
+        name=name,
+        url=url,
+        step=step,
+        run_name=config.name,
+        weights=stated_sha256(weights_url(url, storage), storage),
+    )
+
+
+def figures_of(config: RunConfig, storage: Storage, evaluation: SetEvaluation, label: str) -> SetFigures:
+    """What an evaluation found, under the label that its results have."""
+    results = evaluation.results
+    return SetFigures(
+        label=label,
+        data=_data(config, storage, results.subject.dataset, results.subject.fingerprint, results.num_images),
+        metrics=results.headline(label),
+        per_class=results.per_class(),
+    )
+
+
+def stored_figures(config: RunConfig, storage: Storage, entry: Entry) -> tuple[SetFigures, ...]:
+    """The same from the published files of a step; sets without results or with damaged ones are left out."""
+    found = []
+    for evaluated in config.evaluation.sets:
+        url = join(config.run_folder, place_of(entry.step), evaluated.label, "results.json")
+        try:
+            content: Any = parse_json(storage.get(url)) if storage.exists(url) else None
+            if content is None:
+                continue
+            data = _data(config, storage, evaluated.dataset, str(content["fingerprint"]), int(content["num_images"]))
+            per_class = [dict(row) for row in content["per_class"]]
+        except (DocumentError, LookupError, TypeError, ValueError):
+            continue
+        prefix = f"{evaluated.label}/"
+        metrics = {name: value for name, value in entry.metrics.items() if name.startswith(prefix)}
+        found.append(SetFigures(label=evaluated.label, data=data, metrics=metrics, per_class=per_class))
+    return tuple(found)
+
+
+def kept_checkpoints(storage: Storage, run_folder: str) -> KeptCheckpoints:
+    """Those that the run has now."""
+    found = list_checkpoints(storage, run_folder)
+    newest = max((checkpoint.step for checkpoint in found), default=0)
+    return KeptCheckpoints(names=frozenset(checkpoint.name for checkpoint in found), newest=newest)
+
+
+def _data(config: RunConfig, storage: Storage, name: str, fingerprint: str, images: int) -> DataInput:
+    """The evaluated data set as the run lists its inputs; from the results where its shards have changed since."""
+    known = data_input(config, "evaluation", name, storage)
+    if known is not None and known.fingerprint == fingerprint:
+        return known
+    return DataInput(name, "evaluation", config.datasets[name].shards, fingerprint, images, "{}")

@@ -1,0 +1,271 @@
+"""Evaluated checkpoints as MLflow's logged models, and tables of their classes.
+
+A model is external: MLflow keeps its figures and the address of its checkpoint, whose files stay in the run folder.
+Everything here may be done twice with the same outcome, as a process may die between sending and noting that it sent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from m2f.cluster.tracking.provenance import DataInput
+from m2f.data_pipeline.documents import parse_json
+from m2f.data_pipeline.storage.scratch import ScratchFolder
+
+LOGGER = logging.getLogger(__name__)
+COMMIT_TAG = "m2f.commit"
+"""Tag of a logged model: name of the checkpoint's commit, which tells it from every other one of the run."""
+CHECKPOINT_TAG = "m2f.checkpoint"
+"""Name of the checkpoint's folder."""
+URL_TAG = "m2f.checkpoint.url"
+STEP_TAG = "m2f.step"
+STATE_TAG = "m2f.checkpoint.state"
+KEPT, DELETED = "kept", "deleted"
+"""Values of STATE_TAG."""
+MODEL_TYPE = "segmentation"
+EXTERNAL_TAG = "mlflow.model.isExternal"
+TABLES_TAG = "mlflow.loggedArtifacts"
+METRICS_PER_CALL = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedCheckpoint:
+    """A committed checkpoint that was evaluated."""
+
+    commit: str
+    """Name of its commit."""
+    name: str
+    """Name of its folder."""
+    url: str
+    step: int
+    run_name: str
+    weights: str | None
+    """SHA-256 of the evaluated weights; None where no manifest states it."""
+
+    @property
+    def model_name(self) -> str:
+        """As MLflow lists it, without the characters that it refuses."""
+        return "".join("_" if c in "/:.%\"'" else c for c in f"{self.run_name}-{self.name}")
+
+    def tags(self) -> dict[str, str]:
+        """Of the logged model."""
+        tags = {
+            COMMIT_TAG: self.commit,
+            CHECKPOINT_TAG: self.name,
+            URL_TAG: self.url,
+            STEP_TAG: str(self.step),
+            STATE_TAG: KEPT,
+            EXTERNAL_TAG: "true",
+        }
+        return tags if self.weights is None else tags | {"m2f.weights.sha256": self.weights}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFigures:
+    """What an evaluation found on one set."""
+
+    label: str
+    """What the results are called; metrics begin with it."""
+    data: DataInput
+    metrics: Mapping[str, float]
+    """As `val/PQ`."""
+    per_class: Sequence[Mapping[str, Any]]
+    """Rows of the table."""
+
+    def point(self, key: str, value: float, time_ms: int, step: int, model_id: str | None) -> Metric:
+        """A point of the run that belongs to this data set and to a model."""
+        digest = digest_of(self.data)
+        return Metric(key, value, time_ms, step, model_id, dataset_name=self.data.name, dataset_digest=digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptCheckpoints:
+    """Which checkpoints a run had at one moment."""
+
+    names: Collection[str]
+    """Of their folders."""
+    newest: int
+    """The last step that a checkpoint had then; nothing is known of later ones."""
+
+
+class LoggedModels:
+    """The logged models of one run."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+        self._experiment = client.get_run(run_id).info.experiment_id
+        self._has_models = self._knows_models()
+
+    def ensure(self, checkpoint: EvaluatedCheckpoint) -> LoggedModel | None:
+        """The model of a checkpoint, which is made, completed and linked with the run where it is not.
+
+        None where the server is of a version that has no logged models.
+        """
+        if not self._has_models:
+            return None
+        model = self._find(checkpoint.commit)
+        if model is None:
+            made = self._create(checkpoint, checkpoint.model_name)
+            model = self._find(checkpoint.commit) or made
+            if model.model_id != made.model_id:  # another process was faster
+                self._client.delete_logged_model(made.model_id)
+        return self._complete(model, checkpoint.step)
+
+    def make(self, checkpoint: EvaluatedCheckpoint, name: str) -> LoggedModel:
+        """Another model of a checkpoint that has one."""
+        return self._complete(self._create(checkpoint, name), checkpoint.step)
+
+    def find_tagged(self, commit: str, tag: str, value: str) -> LoggedModel | None:
+        """A model of a commit with this value of a tag."""
+        query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
+        return next((model for model in self._all(query) if model.tags.get(tag) == value), None)
+
+    def _create(self, checkpoint: EvaluatedCheckpoint, name: str) -> LoggedModel:
+        return self._client.create_logged_model(
+            self._experiment,
+            name,
+            self._run_id,
+            tags=checkpoint.tags(),
+            params={"step": str(checkpoint.step)},
+            model_type=MODEL_TYPE,
+        )
+
+    def _complete(self, model: LoggedModel, step: int) -> LoggedModel:
+        if model.status != LoggedModelStatus.READY:
+            self._describe_external(model)
+            model = self._client.finalize_logged_model(model.model_id, "READY")
+        outputs = self._client.get_run(self._run_id).outputs
+        if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+            self._client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step)])
+        return model
+
+    def link_data(self, sets: Sequence[SetFigures]) -> None:
+        """Make the evaluated data sets inputs of the run where they are not."""
+        inputs = self._client.get_run(self._run_id).inputs
+        known = {(one.dataset.name, one.dataset.digest) for one in (inputs.dataset_inputs if inputs else ())}
+        new = [one.data for one in sets if (one.data.name, digest_of(one.data)) not in known]
+        if new:
+            self._client.log_inputs(self._run_id, [dataset_input(data) for data in new])
+
+    def mark(self, kept: KeptCheckpoints) -> None:
+        """Tag the models whose checkpoints are gone, and those that came back."""
+        for model in self._all(f"source_run_id = '{self._run_id}'") if self._has_models else ():
+            name, step = model.tags.get(CHECKPOINT_TAG), model.tags.get(STEP_TAG, "")
+            if name is None or not step.isdecimal() or (name not in kept.names and int(step) > kept.newest):
+                continue
+            state = KEPT if name in kept.names else DELETED
+            if model.tags.get(STATE_TAG) != state:
+                self._client.set_logged_model_tags(model.model_id, {STATE_TAG: state})
+
+    def add_metrics(self, model: LoggedModel | None, points: Sequence[Metric]) -> None:
+        """Points of the run that are the model's, too. Those that either has already are not doubled.
+
+        A point that the run has must come with the value and time that it has there.
+        """
+        known = {(metric.key, metric.dataset_digest) for metric in (model.metrics or () if model else ())}
+        new = [point for point in points if (point.key, point.dataset_digest) not in known]
+        for start in range(0, len(new), METRICS_PER_CALL):
+            self._client.log_batch(self._run_id, new[start : start + METRICS_PER_CALL])
+
+    def _knows_models(self) -> bool:
+        try:
+            self._client.search_logged_models([self._experiment], max_results=1)
+        except MlflowException as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            self._client.get_run(self._run_id)  # raises where the server is away, whose proxy may say the same
+            LOGGER.warning("tracking: this MLflow server has no logged models; evaluations are points of the run alone")
+            return False
+        return True
+
+    def _find(self, commit: str) -> LoggedModel | None:
+        """The oldest model of a commit."""
+        query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
+        return min(self._all(query), key=lambda m: (m.creation_timestamp, m.model_id), default=None)
+
+    def _all(self, query: str) -> Iterator[LoggedModel]:
+        token: str | None = None
+        while True:
+            page = self._client.search_logged_models([self._experiment], query, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _describe_external(self, model: LoggedModel) -> None:
+        """The file by which MLflow says that the model's files are elsewhere when somebody loads it."""
+        described = Model(
+            artifact_path=model.artifact_location,
+            run_id=self._run_id,
+            model_id=model.model_id,
+            metadata={EXTERNAL_TAG: True},
+        )
+        with ScratchFolder("model") as folder:
+            described.save(str(folder / "MLmodel"))
+            self._client.log_model_artifacts(model.model_id, str(folder))
+
+
+def digest_of(data: DataInput) -> str:
+    """As MLflow keeps it, which takes at most 36 characters; the profile has the whole fingerprint."""
+    return data.fingerprint[:36]
+
+
+def dataset_input(data: DataInput) -> DatasetInput:
+    """With a source that `mlflow.data.get_source` opens."""
+    scheme, _, rest = data.url.partition("://")
+    uri, kind = (data.url, scheme) if rest else (os.path.abspath(data.url), "local")
+    dataset = Dataset(data.name, digest_of(data), kind, json.dumps({"uri": uri}), profile=data.profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", data.context)])
+
+
+def write_table(client: MlflowClient, run_id: str, step: int, figures: SetFigures) -> None:
+    """Add rows of a step to the table of the set's classes, in place of earlier ones of that step.
+
+    The table is as `MlflowClient.log_table` writes it, which would append the rows once more.
+    """
+    path = f"per_class/{figures.label}.json"
+    rows = [row for row in _table_rows(client, run_id, path) if row.get("step") != step]
+    rows += [{"step": step, **row} for row in figures.per_class]
+    rows.sort(key=lambda row: row["step"])
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+    client.log_text(run_id, json.dumps(table), path)
+    known = client.get_run(run_id).data.tags.get(TABLES_TAG)
+    named = parse_json(known) if known else []
+    entry = {"path": path, "type": "table"}
+    if entry not in named:
+        client.set_tag(run_id, TABLES_TAG, json.dumps([*named, entry]))
+
+
+def _table_rows(client: MlflowClient, run_id: str, path: str) -> list[dict[str, Any]]:
+    folder = path.rpartition("/")[0]
+    if path not in {file.path for file in client.list_artifacts(run_id, folder)}:
+        return []
+    with ScratchFolder("table") as scratch:
+        content = parse_json(Path(client.download_artifacts(run_id, path, str(scratch))).read_bytes())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+
+def evaluation_entry(
+    checkpoint: EvaluatedCheckpoint, sets: Sequence[SetFigures], time_ms: int, replaces: bool
+) -> dict[str, Any]:
+    """As a journal keeps an evaluation."""
+    figures = [asdict(one) for one in sets]
+    return {"evaluation": asdict(checkpoint), "sets": figures, "time_ms": time_ms, "replaces": replaces}
+
+
+def parse_evaluation(entry: Mapping[str, Any]) -> tuple[EvaluatedCheckpoint, tuple[SetFigures, ...]]:
+    """Back from a journal. Raises TypeError or LookupError for what another version wrote."""
+    sets = tuple(SetFigures(**one | {"data": DataInput(**one["data"])}) for one in entry["sets"])
+    return EvaluatedCheckpoint(**entry["evaluation"]), sets
