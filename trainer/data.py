@@ -80,11 +80,18 @@ def open_shards(job: TrainJob, storage: Storage) -> ShardedData:
 
 
 def open_batches(
-    job: TrainJob, data: TrainingData, storage: Storage, state: TrainState, rank: int, neighbors: tuple[int, ...]
+    job: TrainJob,
+    data: TrainingData,
+    storage: Storage,
+    state: TrainState,
+    rank: int,
+    neighbors: tuple[int, ...],
+    *,
+    pin: bool = False,
 ) -> Generator[StepBatches]:
     """This rank's batches from where the run is, without the steps of `job.skipped`; close it to stop the loader.
 
-    `neighbors` share its machine's cache.
+    `neighbors` share its machine's cache. With `pin` batches are in pinned memory.
 
     Raises TrainingError where the global batch does not divide the position.
     """
@@ -102,6 +109,7 @@ def open_batches(
         start_step=position // global_batch,
         seed=job.seed,
         local_ranks=neighbors,
+        pin=pin,
     )
     for first, count in unskipped(position, job.skipped, global_batch):
         with closing(data.steps(job, storage, replace(spec, start_step=first), state.order_start)) as steps:

@@ -9,12 +9,14 @@ from dataclasses import replace
 import torch
 
 from m2f.data_pipeline.loading.loader import StepBatches
+from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss.criterion import Losses, Normalizers, count_normalizers
 from m2f.trainer.checkpoint.folder import checkpoint_url
 from m2f.trainer.data import OpenData
+from m2f.trainer.engine.device_copies import DeviceCopies
 from m2f.trainer.engine.engine import StepResult
 from m2f.trainer.engine.queued_step import QueuedStep
-from m2f.trainer.engine.schedule import lr_factor
+from m2f.trainer.engine.schedule import backbone_lr_factor, lr_factor
 from m2f.trainer.errors import LossSpikeError, OutOfMemoryError, TrainingError
 from m2f.trainer.job import Control, PositionRange, TrainJob
 from m2f.trainer.memory.shortage import is_out_of_memory
@@ -50,6 +52,7 @@ class _Loop:
         self._reporter = reporter
         self._control = control
         self._observer = observer
+        self._copies = DeviceCopies(run.engine.device)
         self._bad_samples = BadSamples(run.job.data.max_bad_samples, run.ranks)
         self._announced = -1
         self._queued: tuple[QueuedStep, dict[Phase, float]] | None = None
@@ -63,16 +66,17 @@ class _Loop:
             self._announce(self._run.resumed)
             self._notify("resumed", state.step, f"from {self._run.resumed.url}")
         while state.step < training.max_steps:
-            batches, facts = self._next_step()
+            batches, on_device, facts = self._next_step(state)
             if facts.substitutions:
                 self._report_substitutions(state, batches)
             if facts.stop or facts.drain:
                 return self._end("stopped" if facts.stop else "drained", self._settled(state))
-            engine.module.model.set_progress(state.step, training.max_steps)
-            losses = self._forward_backward(batches, facts, state)
+            engine.module.model.set_progress(batches.step - 1, training.max_steps)  # the state may lag by a step
+            losses = self._forward_backward(batches, on_device, facts, state)
             state = self._settled(state)
             state = replace(state, position=batches.step * training.global_batch)  # behind what is left out
-            engine.set_lr_factor(lr_factor(training.schedule, state.step, training.max_steps))
+            progress = training.schedule, state.step, training.max_steps
+            engine.set_lr_factor(lr_factor(*progress), backbone_lr_factor(*progress))
             step = self._update(batches, facts, losses, state)
             if engine.runs_ahead and not self._is_due(state.step + 1):
                 self._queued = step, self._observer.lap()
@@ -112,22 +116,28 @@ class _Loop:
             self._save(state)
         return state
 
-    def _next_step(self) -> tuple[StepBatches, StepFacts]:
-        """This rank's batches and what all ranks said about the step. An error on any rank is raised on all."""
-        batches, mine, error = None, StepFacts(), None
+    def _next_step(self, state: TrainState) -> tuple[StepBatches, Iterator[Batch], StepFacts]:
+        """This rank's batches, their copies on the device, and what all ranks said about the step.
+
+        An error on any rank is raised on all.
+        """
+        batches, on_device, mine, error = None, None, StepFacts(), None
         self._observer.enter("data")
         try:
             batches = next(self._run.batches)
+            with self._shortage_named(batches, state):
+                on_device = self._copies.start(batches.micro_batches)
             mine = self._facts(batches)
         except Exception as caught:
             error = caught
         self._observer.enter("exchange")
         facts = self._run.ranks.exchange(mine, error)
         assert batches is not None
+        assert on_device is not None
         if facts.committed:
             step, job = int(facts.committed), self._run.job
             self._announce(CommittedCheckpoint(step, checkpoint_url(job.run_folder, step, job.lease)))
-        return batches, facts
+        return batches, on_device, facts
 
     def _facts(self, batches: StepBatches) -> StepFacts:
         model, is_first = self._run.job.model, self._run.ranks.is_first
@@ -147,36 +157,38 @@ class _Loop:
             committed=commit.step if is_first and commit is not None else 0,
         )
 
-    def _forward_backward(self, batches: StepBatches, facts: StepFacts, state: TrainState) -> list[Losses]:
+    def _forward_backward(
+        self, batches: StepBatches, on_device: Iterator[Batch], facts: StepFacts, state: TrainState
+    ) -> list[Losses]:
         engine = self._run.engine
         # Filled on the device: a copy from the host would wait for all work queued before it.
         sums = (facts.num_masks, facts.class_weight_sum, facts.micro_batches)
         normalizers = Normalizers(*(torch.full((), number, device=engine.device) for number in sums))
         losses = []
-        with self._shortage_named(batches, state.step + (self._queued is not None)):
-            for batch in batches.micro_batches:
+        with self._shortage_named(batches, state):
+            for batch in on_device:
                 self._observer.enter("forward")
-                losses.append(engine.accumulate(batch.to(engine.device, non_blocking=True), normalizers))
+                losses.append(engine.accumulate(batch, normalizers))
         self._observer.enter("update")
         return losses
 
     def _update(
         self, batches: StepBatches, facts: StepFacts, losses: Sequence[Losses], state: TrainState
     ) -> QueuedStep:
-        with self._shortage_named(batches, state.step):
+        with self._shortage_named(batches, state):
             return QueuedStep(batches, facts.images, losses, self._run.engine.update())
 
     @contextmanager
-    def _shortage_named(self, batches: StepBatches, step: int) -> Iterator[None]:
-        """Raises OutOfMemoryError, on the rank whose device is too small, for a lack of memory after `step` steps."""
+    def _shortage_named(self, batches: StepBatches, state: TrainState) -> Iterator[None]:
+        """Raises OutOfMemoryError for a lack of memory, on the rank whose device is too small."""
         try:
             yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            size = len(batches.micro_batches[0].keys)
+            step, size = state.step + 1 + (self._queued is not None), len(batches.micro_batches[0].keys)
             raise OutOfMemoryError(
-                f"out of memory in step {step + 1} with {size} images at once (training.micro_batch): {error}", size
+                f"out of memory in step {step} with {size} images at once (training.micro_batch): {error}", size
             ) from error
 
     def _look_for_spikes(self, state: TrainState, loss: float) -> TrainState:

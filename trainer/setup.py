@@ -76,7 +76,8 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         if state.order_start and state.order_start == state.position and ranks.is_first:
             message = f"changed: a new order begins at image {state.position} of the run"
             reporter.report(Notice("data", state.step, message))
-        batches = open_batches(job, data, storage, state, ranks.rank, ranks.neighbors())
+        on_gpu = engine.device.type == "cuda"
+        batches = open_batches(job, data, storage, state, ranks.rank, ranks.neighbors(), pin=on_gpu)
         stack.enter_context(closing(batches))
         yield Run(job, ranks, storage, engine, saver, batches, state, resumed)
 

@@ -89,6 +89,8 @@ class LoaderSpec:
     """Seed of the augmentation."""
     local_ranks: tuple[int, ...] = ()
     """Ranks on this machine, which share a cache; empty means this one alone."""
+    pin: bool = False
+    """Whether batches come in pinned memory, which a GPU copies from without the host; substitutes come as they are."""
 
     def positions(self, step: int) -> tuple[tuple[int | None, ...], ...]:
         """This rank's micro-batches of positions."""
@@ -226,7 +228,7 @@ def _steps(
     substitutes = SubstituteFinder(manifests, order, storage, dataset) if data.max_bad_samples else None
     with (
         closing(_raw_batches(manifests, order, data, storage, spec, ahead)) as raw_batches,
-        closing(_results(dataset, raw_batches, data.workers, ahead)) as results,
+        closing(_results(dataset, raw_batches, data.workers, ahead, spec.pin)) as results,
     ):
         for step in count(spec.start_step):
             began = time.perf_counter()
@@ -282,10 +284,16 @@ def _raw_example(position: int | None, base: RawSample | None, partner: RawSampl
 
 
 def _results(
-    dataset: MicroBatchDataset, raw_batches: Iterator[RawBatch | UserError], workers: int, ahead: int
+    dataset: MicroBatchDataset, raw_batches: Iterator[RawBatch | UserError], workers: int, ahead: int, pin: bool
 ) -> Generator[BatchResult]:
+    """What `raw_batches` become, in their order; `pin` is done by the thread that makes or receives them."""
+
+    def make(raw: RawBatch | UserError) -> BatchResult:
+        result = dataset[raw]
+        return result.pin_memory() if pin and isinstance(result, Batch) else result
+
     if not workers:
-        yield from map_in_thread(dataset.__getitem__, raw_batches, ahead)
+        yield from map_in_thread(make, raw_batches, ahead)
         return
     loader = DataLoader(
         dataset,
@@ -294,12 +302,14 @@ def _results(
         num_workers=workers,
         collate_fn=_identity,
         prefetch_factor=max(1, -(-ahead // workers)),
+        pin_memory=pin,
         multiprocessing_context=_worker_context(),
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its seed is never used; the default would draw from the trainer's generator
     )
     try:
-        yield from loader
+        for result in loader:
+            yield tuple(result) if isinstance(result, list) else result  # pinning may turn tuples into lists
     except (RuntimeError, EOFError, OSError) as error:
         # OSError and EOFError: the process died between sending a batch and handing over its shared memory.
         if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|killed by signal", str(error)):

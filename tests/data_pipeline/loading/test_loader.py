@@ -108,9 +108,15 @@ def data_config(**changes):
     return DataConfig(**{**settings, **changes})
 
 
-def spec(rank=0, world=1, start_step=0, global_batch=6, micro_batch=2):
+def spec(rank=0, world=1, start_step=0, global_batch=6, micro_batch=2, pin=False):
     return LoaderSpec(
-        global_batch=global_batch, micro_batch=micro_batch, rank=rank, world=world, start_step=start_step, seed=3
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world=world,
+        start_step=start_step,
+        seed=3,
+        pin=pin,
     )
 
 
@@ -161,6 +167,41 @@ def test_pixels_depend_on_the_position_only(boxes):
     assert late == {p: v for p, v in reference.items() if p >= 30}
     with_workers = pixels_by_position(loaded([boxes], data_config(workers=2), 8))
     assert with_workers == reference
+
+
+@pytest.mark.parametrize(("workers", "thread"), [(0, "prepare"), (1, "_pin_memory_loop")])
+def test_batches_are_pinned_by_a_thread_of_the_loader(boxes, monkeypatch, workers, thread):
+    """With an accelerator that says it is there, and pinned memory that is none."""
+    pinning = []
+
+    def pin(tensor):
+        pinning.append(threading.current_thread().name)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    data = data_config(workers=workers)
+    plain = pixels_by_position(loaded([boxes], data, 2))
+    assert not pinning
+    assert pixels_by_position(loaded([boxes], data, 2, pin=True)) == plain
+    assert len(pinning) >= 2 * 3 * 10  # ten tensors of every micro-batch
+    assert all(thread in name for name in pinning)
+
+
+def test_a_bad_sample_comes_through_a_loader_that_pins(monkeypatch):
+    """Older versions of torch turn what is no batch into a list when they pin it."""
+
+    class Loader(list):
+        def __init__(self, dataset, **options):
+            assert options["pin_memory"]
+            super().__init__([[None, "a raw example"], "a batch"])
+
+    monkeypatch.setattr(m2f.data_pipeline.loading.loader, "DataLoader", Loader)
+    found = list(m2f.data_pipeline.loading.loader._results(None, iter(()), workers=1, ahead=1, pin=True))
+    assert found == [(None, "a raw example"), "a batch"]
 
 
 def test_elastic_worlds_lose_and_repeat_nothing(boxes, tmp_path):
