@@ -35,6 +35,13 @@ class OptimizerConfig(Section):
     """Learning rate of the backbone, as a multiple of `lr`."""
     layer_decay: Annotated[float, PART] = 1.0
     """Learning rates of the backbone shrink by this factor per block, counted from its top; 1 treats all alike."""
+    layer_decay_from: Literal["head", "top"] = "head"
+    """Which rate is the full one. head: that of the head; the top block is one factor below it, and what precedes all
+    blocks one below the lowest. top: that of the top block; what precedes all blocks has that of the lowest."""
+    layer_decay_spared: Annotated[int, FROM_0] = 0
+    """So many blocks at the top have the full rate, whatever `layer_decay`."""
+    decay_everything: bool = False
+    """Weight decay on norms, embeddings and positions as well."""
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
     """Decay rates of the averages of gradients and of their squares."""
     eps: Annotated[float, ABOVE_0] = 1e-8
@@ -74,7 +81,20 @@ class MultiStepSchedule(Section):
             )
 
 
-ScheduleConfig = PolySchedule | MultiStepSchedule
+@dataclass(frozen=True, kw_only=True)
+class StagedPolySchedule(Section):
+    """The backbone stands still while all else warms up, then warms up; both fall as `poly` from there."""
+
+    kind: Literal["staged_poly"] = "staged_poly"
+    power: Annotated[float, FROM_0] = 0.9
+    """Exponent: 1 falls linearly, less stays high for longer."""
+    warmup_steps: Annotated[int, STEPS_FROM_0] = 500
+    """Steps over which the learning rate of all but the backbone rises linearly from 0."""
+    backbone_warmup_steps: Annotated[int, STEPS_FROM_0] = 1000
+    """Steps after these over which that of the backbone does."""
+
+
+ScheduleConfig = PolySchedule | MultiStepSchedule | StagedPolySchedule
 
 Precision = Literal["fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16"]
 

@@ -80,11 +80,12 @@ class Engine:
         parameters = dict(self.module.model.named_parameters())
         self._average = WeightAverage(parameters, training.ema_decay) if training.ema_decay else None
 
-    def set_lr_factor(self, factor: float) -> None:
-        """Set every group's learning rate to its own base times `factor`."""
+    def set_lr_factor(self, factor: float, backbone: float | None = None) -> None:
+        """Set every group's learning rate to its own base times `factor`, those of the backbone times `backbone`."""
         self.lr_factor = factor
         for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
-            group["lr"] = settings["lr"] * factor
+            in_backbone = settings["name"].startswith("backbone")
+            group["lr"] = settings["lr"] * (factor if backbone is None or not in_backbone else backbone)
 
     def accumulate(self, batch: Batch, normalizers: Normalizers) -> Losses:
         """Forward and backward of one micro-batch on this rank; returns its detached share of the step's losses."""

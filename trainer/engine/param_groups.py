@@ -25,21 +25,22 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 def build_param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups `{name, params, lr, weight_decay}` for torch.optim.AdamW.
 
-    No decay on norms, `nn.Embedding` and the position tables of Swin; all else decays, biases included. Everything
-    under the submodule `backbone` takes `lr * backbone_lr_multiplier`, and with `layer_decay` once more that number for
-    every block between it and the head. Raises TrainingError where nothing is trainable, and where a backbone without
-    blocks shall have `layer_decay`.
+    No decay on norms, `nn.Embedding` and the position tables of Swin, unless `decay_everything`; all else decays,
+    biases included. Everything under the submodule `backbone` takes `lr * backbone_lr_multiplier`, and with
+    `layer_decay` once more that number for every block between it and the head. Raises TrainingError where nothing is
+    trainable, and where a backbone without blocks shall have `layer_decay`.
     """
     merged: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
-    below_head = _blocks_below_head(model) if config.layer_decay != 1 else {}
+    depths = _depths(model, config) if config.layer_decay != 1 else {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            depth = below_head.get(parameter, 0)
-            merged.setdefault((_in_backbone(module_name), depth, _decays(module, name)), []).append(parameter)
+            depth = depths.get(parameter, 0)
+            decays = config.decay_everything or _decays(module, name)
+            merged.setdefault((_in_backbone(module_name), depth, decays), []).append(parameter)
     if not merged:
         raise TrainingError("the model has no trainable parameter; check the backbone's and the model's settings")
     return [
@@ -58,8 +59,8 @@ def _in_backbone(module_name: str) -> bool:
     return "backbone" in module_name.split(".")
 
 
-def _blocks_below_head(model: nn.Module) -> dict[nn.Parameter, int]:
-    """For every parameter of the backbone how many blocks lie between it and the head, its own counted: 1 at the top.
+def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int]:
+    """For every parameter of the backbone how often its rate takes the factor: for each block down to its own.
 
     What is not in a block (downsampling, norms) counts with the block before it; what precedes all blocks is deepest.
     """
@@ -75,7 +76,10 @@ def _blocks_below_head(model: nn.Module) -> dict[nn.Parameter, int]:
         index[parameter] = len(blocks)
     if named and not blocks:
         raise TrainingError("training.optimizer.layer_decay needs a backbone that is made of blocks; set it to 1")
-    return {parameter: len(blocks) + 1 - place for parameter, place in index.items()}
+    full = len(blocks) if config.layer_decay_from == "top" else len(blocks) + 1
+    lowest = 1 if config.layer_decay_from == "top" else 0
+    spared = len(blocks) - config.layer_decay_spared
+    return {p: full - max(place, lowest) if place <= spared else 0 for p, place in index.items()}
 
 
 def _decays(module: nn.Module, name: str) -> bool:

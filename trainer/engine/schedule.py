@@ -5,19 +5,39 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import assert_never
 
-from m2f.trainer.config import MultiStepSchedule, PolySchedule, ScheduleConfig
+from m2f.trainer.config import MultiStepSchedule, PolySchedule, ScheduleConfig, StagedPolySchedule
 
 
 def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
     """Factor on every group's learning rate for the update that follows `step` finished ones (0 = the first).
 
-    Warm-up rises linearly from 1 / (warmup_steps + 1) and multiplies the schedule, which does not wait for it.
+    Warm-up rises linearly from 1 / (warmup_steps + 1) and multiplies the schedule, which does not wait for it. Where
+    the backbone has a schedule of its own, the factor is that of the others.
     """
     match config:
         case PolySchedule(power=power):
             factor = max(0.0, 1.0 - step / max_steps) ** power
         case MultiStepSchedule(milestones=milestones, gamma=gamma):
             factor = gamma ** bisect_right(sorted(milestones), step)
+        case StagedPolySchedule():
+            return _warm_then_poly(step, config.warmup_steps, max_steps, config.power)
         case _:
             assert_never(config)
     return factor * min(1.0, (step + 1) / (config.warmup_steps + 1))
+
+
+def backbone_lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
+    """As `lr_factor`, for the groups of the backbone."""
+    match config:
+        case StagedPolySchedule():
+            first, length = config.warmup_steps, config.backbone_warmup_steps
+            return _warm_then_poly(step - first, length, max_steps - first, config.power)
+        case _:
+            return lr_factor(config, step, max_steps)
+
+
+def _warm_then_poly(step: int, warmup_steps: int, max_steps: int, power: float) -> float:
+    """From 0 to 1 in `warmup_steps`, then as a polynomial to 0 at `max_steps`; 0 before step 0."""
+    if step < warmup_steps:
+        return max(0, step) / warmup_steps
+    return max(0.0, 1.0 - (step - warmup_steps) / max(1, max_steps - warmup_steps)) ** power

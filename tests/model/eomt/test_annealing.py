@@ -1,0 +1,94 @@
+"""Masks that vanish: draws keyed by position, and evaluation that is never random."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from m2f.model.config import EomtDecoderConfig, ModelConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
+from m2f.model.eomt.annealing import uniform_draws
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import TrainingContext
+
+OPTIONS = {"embed_dim": 32, "depth": 3, "num_heads": 2, "init_values": 1.0}
+
+
+def model_of(name: str = "vit_small_patch16_dinov3_qkvb", **options: object):
+    torch.manual_seed(3)
+    config = ModelConfig(
+        backbone=TimmBackboneConfig(name=name, features="tokens", options=OPTIONS | options),
+        pixel_decoder=UpscalePixelDecoderConfig(),
+        transformer_decoder=EomtDecoderConfig(num_queries=6, num_layers=2),
+        num_classes=4,
+    )
+    return build_model(config, pretrained_backbone=False)
+
+
+def context(positions: list[int], seed: int = 5) -> TrainingContext:
+    return TrainingContext(SimpleNamespace(position=torch.tensor(positions)), seed)  # type: ignore[arg-type]
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+    whole = uniform_draws(context([7, 8, 9]), 4, 50)
+    assert torch.equal(whole[:, 1:], uniform_draws(context([8, 9]), 4, 50))
+    assert torch.equal(whole[:2], uniform_draws(context([7, 8, 9]), 2, 50))
+    others = [uniform_draws(context([7, 8, 9], seed=6), 4, 50), whole.flip(0), whole.flip(1), whole.flip(2)]
+    assert all(not torch.equal(whole, other) for other in others)
+    many = uniform_draws(context(list(range(200))), 4, 50)
+    assert many.min() >= 0
+    assert many.max() < 1
+    assert abs(float(many.mean()) - 0.5) < 0.01
+    assert abs(float(many.std()) - 12**-0.5) < 0.01
+
+
+def test_a_training_step_takes_its_probabilities_from_the_progress():
+    model, images = model_of().train(), torch.randn(2, 3, 64, 64)
+    model.set_progress(25, 60)  # a sixth of the run after the first began: half of the second
+    first, second = model.transformer_decoder.probabilities
+    assert first == 0
+    assert second == 1
+    model.set_progress(15, 60)
+    halves = model(images, context([3, 4])).mask_logits()
+    assert torch.equal(halves, model(images, context([3, 4])).mask_logits())
+    assert torch.equal(halves[1:], model(images[1:], context([4])).mask_logits()) or torch.allclose(
+        halves[1:], model(images[1:], context([4])).mask_logits(), rtol=1e-4, atol=1e-5
+    )
+    assert not torch.allclose(halves, model(images, context([30, 40])).mask_logits(), rtol=1e-3)
+
+
+def test_evaluation_is_never_random_and_knows_the_probabilities_of_a_file():
+    model, images = model_of(), torch.randn(1, 3, 64, 64)
+    results = {}
+    for name, probabilities in {"masks": (1.0, 1.0), "most": (0.6, 0.5), "few": (0.4, 0.1), "none": (0.0, 0.0)}.items():
+        model.transformer_decoder.set_probabilities(probabilities)
+        copy = model_of().eval()
+        copy.load_state_dict(model.state_dict())
+        random_state = torch.get_rng_state()
+        results[name] = copy(images)
+        assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(results["masks"].mask_logits(), results["most"].mask_logits())
+    assert torch.equal(results["few"].mask_logits(), results["none"].mask_logits())
+    assert not torch.equal(results["masks"].mask_logits(), results["none"].mask_logits())
+    assert all(len(found.class_logits) == 1 and not found.earlier_features for found in results.values())
+
+
+def test_images_may_have_any_size():
+    for name, options in (
+        ("vit_small_patch16_dinov3_qkvb", {}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 64}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "patch_size": 14}),
+    ):
+        model = model_of(name, **options).eval()
+        stride = model.pixel_decoder.stride
+        for height, width in ((64, 64), (33, 90), (5, 16)):
+            found = model(torch.randn(1, 3, height, width))
+            assert found.mask_features.shape[2:] == (-(-height // stride), -(-width // stride))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = model_of().train()
+    found = model(torch.randn(1, 3, 48, 64), context([0]))
+    assert len(found.feature_maps) == len(found.class_logits) == 3
+    sum(found.mask_logits(layer).sum() + found.class_logits[layer].sum() for layer in range(3)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
