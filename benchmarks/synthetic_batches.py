@@ -59,11 +59,9 @@ def random_predictions(images: int, size: int, device: torch.device) -> Predicti
 
 
 def dense_masks(targets: Targets) -> list[Tensor]:
-    """Per image the masks [N, H, W] float32 that peers take."""
-    return [
-        (id_map[0] == local_id[:, None, None]).float()
-        for id_map, local_id in zip(targets.id_maps, targets.local_id, strict=True)
-    ]
+    """Per image the masks [N, H, W] float32 of its valid targets, which peers take."""
+    images = zip(targets.id_maps, targets.layer, targets.local_id, targets.valid, strict=True)
+    return [(maps[layer[valid]] == ids[valid, None, None]).float() for maps, layer, ids, valid in images]
 
 
 def sure_predictions(size: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 from transformers.models.mask2former import modeling_mask2former as hf
 
+from benchmarks.quality.their_draws import replayed
 from m2f.model.config import LossConfig
-from m2f.model.loss.points import GivenPoints
 from m2f.model.structures import Predictions, Targets, ignore_id
 
 CLASSES = 7
@@ -99,22 +99,3 @@ def transformers_losses(class_logits, masks, targets: Targets, config: LossConfi
     order = [layers - 1, *range(layers - 1)]  # the final prediction draws first
     assignments = [assigned[order.index(layer)] for layer in range(layers)]
     return terms, replayed(drawn, assignments, order, targets)
-
-
-def replayed(drawn, assignments, order, targets: Targets) -> GivenPoints:
-    """Draws of the official order (per prediction: each image, candidates, fresh) by layer, image, target."""
-    layers, (images, most) = len(order), targets.valid.shape
-    per_layer = [drawn[i : i + images + 2] for i in range(0, len(drawn), images + 2)]
-    shape = (layers, images, most)
-    matching = torch.zeros(layers, images, *drawn[0].shape[1:])
-    candidates = torch.zeros(*shape, *drawn[images].shape[1:])
-    fresh = torch.zeros(*shape, *drawn[images + 1].shape[1:])
-    for layer, draws in zip(order, per_layer, strict=True):
-        matching[layer] = torch.cat(draws[:images])
-        row = 0
-        for image, (_, target_indices) in enumerate(assignments[layer]):
-            for target in target_indices.tolist():
-                candidates[layer, image, target] = draws[images][row]
-                fresh[layer, image, target] = draws[images + 1][row]
-                row += 1
-    return GivenPoints(matching, candidates, fresh)

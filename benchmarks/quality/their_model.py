@@ -1,0 +1,91 @@
+"""Mask2Former of `transformers` for a recipe, with the recipe's backbone, and its weights under our names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from transformers.modeling_outputs import BackboneOutput
+
+from benchmarks.synthetic_batches import dense_masks
+from m2f.model.config import ModelConfig, TimmBackboneConfig
+from m2f.model.export.hugging_face import write_hugging_face_config
+from m2f.model.mask2former import Mask2Former
+from m2f.model.structures import Targets
+from m2f.model.weights.names import to_hugging_face_names, to_own_names
+
+_BACKBONE = "backbone."
+_THEIR_BACKBONE = "model.pixel_level_module.encoder.backbone."
+_EXPANSION = 4  # of a bottleneck's channels
+
+
+class _Encoder(nn.Module):
+    """Our backbone in the place of theirs; its name decides on learning rates, as in our model."""
+
+    def __init__(self, backbone: nn.Module, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = list(channels)
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        """Maps at strides 4, 8, 16 and 32 of images [B, 3, H, W]."""
+        return BackboneOutput(feature_maps=self.backbone(pixel_values))
+
+
+def their_twin(ours: Mask2Former, config: ModelConfig) -> Mask2FormerForUniversalSegmentation:
+    """Their network and criterion with the weights of ours, and a copy of its backbone.
+
+    Raises WeightsError for a recipe whose decoders `transformers` does not have.
+    """
+    channels: tuple[int, ...] = ours.backbone.channels  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You'd better set embed_dim")  # for the speed of a kernel that CPUs lack
+        theirs = Mask2FormerForUniversalSegmentation(_their_config(config, channels))
+    theirs.model.pixel_level_module.encoder = _Encoder(deepcopy(ours.backbone), channels)
+    state = to_their_names(ours.state_dict())
+    theirs.load_state_dict({"criterion.empty_weight": theirs.criterion.empty_weight, **state})
+    return theirs
+
+
+def their_loss(theirs: Mask2FormerForUniversalSegmentation, pixels: Tensor, targets: Targets) -> Tensor:
+    """Total loss [] of a micro-batch; `pixels` [B, 3, H, W] as our model normalises them."""
+    labels = [own[valid] for own, valid in zip(targets.labels, targets.valid, strict=True)]
+    return theirs(pixel_values=pixels, mask_labels=dense_masks(targets), class_labels=labels).loss.view(())
+
+
+def to_their_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of ours under the names of `their_twin`."""
+    heads = {name: tensor for name, tensor in own.items() if not name.startswith(_BACKBONE)}
+    backbone = {
+        _THEIR_BACKBONE + name.removeprefix(_BACKBONE): tensor
+        for name, tensor in own.items()
+        if name.startswith(_BACKBONE)
+    }
+    return to_hugging_face_names(heads) | backbone
+
+
+def to_our_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of `their_twin` under the names of ours."""
+    heads = {name: tensor for name, tensor in theirs.items() if not name.startswith(_THEIR_BACKBONE)}
+    backbone = {
+        _BACKBONE + name.removeprefix(_THEIR_BACKBONE): tensor
+        for name, tensor in theirs.items()
+        if name.startswith(_THEIR_BACKBONE)
+    }
+    return to_own_names(heads, "hugging_face") | backbone
+
+
+def _their_config(config: ModelConfig, channels: tuple[int, ...]) -> Mask2FormerConfig:
+    """With a small ResNet of as many channels in place of the backbone: what their pixel decoder is made for."""
+    options = {"layers": (1, 1, 1, 1), "channels": tuple(width // _EXPANSION for width in channels)}
+    stand_in = replace(config, backbone=TimmBackboneConfig(name="resnet50", options=options))
+    labels = [str(label) for label in range(config.num_classes or 0)]
+    with TemporaryDirectory() as folder:
+        write_hugging_face_config(Path(folder), stand_in, labels, {}, shortest_edge=1, max_size=1)
+        return Mask2FormerConfig.from_pretrained(folder)

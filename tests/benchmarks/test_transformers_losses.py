@@ -1,0 +1,87 @@
+"""Mask2Former of `transformers` beside ours: the same weights, points and normalisers give the same training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks.quality.agreement import StepLosses, agree, losses_of_recipe, move_offsets, table
+from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run
+from benchmarks.quality.their_model import their_twin, to_our_names
+from benchmarks.synthetic_batches import dense_masks
+from m2f.model.mask2former import build_model
+from m2f.trainer.engine.param_groups import build_param_groups
+from tests.model.loss_oracle import make_targets, one_hot
+
+STEPS = 3
+SMALL = (
+    "datasets.train.source.num_images=12",
+    "datasets.val.source.num_images=4",
+    "data.augment.size=64",
+    "model.loss.num_points=128",
+    "training.ema_decay=0.9",
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return Run(IMAGE_SETS[0], ARMS[0], 0).config(tmp_path_factory.mktemp("shapes"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def twins(config):
+    model = dataclasses.replace(config.model, num_classes=7)
+    ours = build_model(model)
+    return ours, their_twin(ours, model)
+
+
+def test_both_trainings_have_the_same_losses(config):
+    moved = losses_of_recipe(config, STEPS, moved=True)
+    assert len(moved) == STEPS
+    assert moved[0].error < 1e-4
+    assert agree(moved)
+    assert len({one.ours for one in moved}) == STEPS
+
+
+def test_weights_come_back_under_our_names(twins):
+    ours, theirs = twins
+    expected, found = ours.state_dict(), to_our_names(theirs.state_dict())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_both_have_the_same_groups_of_parameters(twins, config):
+    groups = [build_param_groups(model, config.training.optimizer) for model in twins]
+    ours, theirs = (
+        [(g["name"], sum(p.numel() for p in g["params"]), g["lr"], g["weight_decay"]) for g in one] for one in groups
+    )
+    assert ours == theirs
+
+
+def test_offsets_leave_the_centres_of_pixels(twins):
+    model, _ = twins
+    offsets = [p for name, p in model.named_parameters() if name.endswith("sampling_offsets.bias")]
+    assert all((p - p.round()).abs().max() < 1e-6 for p in offsets)
+    move_offsets(model)
+    assert all((p - p.round()).abs().median() > 0.01 for p in offsets)
+
+
+def test_the_table_says_whether_losses_agree():
+    near, far = StepLosses(50.0, 50.01), StepLosses(50.0, 50.1)
+    assert agree([near])
+    assert not agree([near, far])
+    lines = table("shapes, seed 0", [near, far], [far, far]).splitlines()
+    assert lines[0].startswith(
+        "shapes, seed 0: the losses of 2 steps FAILS: differ. The largest relative difference is 2"
+    )
+    assert lines[-1] == "| 2 | 50.0000 | 50.1000 | 2.0e-03 | 2.0e-03 |"
+    assert table("shapes, seed 0", [near], [far]).startswith("shapes, seed 0: the losses of 1 steps agree.")
+
+
+def test_masks_of_valid_targets_in_their_layers():
+    targets = make_targets([3, 0], layers=2)
+    masks = dense_masks(targets)
+    assert [len(own) for own in masks] == [3, 0]
+    assert all(torch.equal(own, one_hot(targets, image)) for image, own in enumerate(masks))
