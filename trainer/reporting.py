@@ -11,6 +11,7 @@ from m2f.data_pipeline.printable import printable
 from m2f.trainer.telemetry.numbers import RankNumbers, StepMetrics, StorageTraffic, SystemUse
 
 NoticeKind = Literal[
+    "device",
     "weights",
     "resumed",
     "damaged",

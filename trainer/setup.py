@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from m2f.data_pipeline.loading.loader import StepBatches
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.attention_backends import settle_attention
 from m2f.trainer.checkpoint.folder import list_checkpoints
 from m2f.trainer.checkpoint.identity import require_own_checkpoint
 from m2f.trainer.checkpoint.resume import open_restart
@@ -44,7 +47,7 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
     """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
     training = job.training
     ranks = Ranks(training.collective_timeout_s)
-    require_own_device(this_device(), ranks)
+    device = settle_device(ranks, reporter)
     storage = Storage(job.storage, answered=True, on_wait=lambda line: _report_wait(reporter, ranks.rank, line))
     data = ranks.run_on_all(lambda: open_data(job, storage))
     ranks.run_on_rank0(lambda: data.check(storage))
@@ -64,8 +67,8 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         module = TrainingModule(
             model, job.model, job.seed, training.settled_precision, pixel_decoder_fp32=training.pixel_decoder_fp32
         )
-        job = probe_memory(module, job, data, this_device(), ranks, reporter)
-        engine = Engine(module, job.training, this_device(), universal=restart is not None and restart.reshard)
+        job = probe_memory(module, job, data, device, ranks, reporter)
+        engine = Engine(module, job.training, device, universal=restart is not None and restart.reshard)
         if restart is not None:
             restart.load_engine(engine, ranks)
             state, resumed = restart.state, restart.checkpoint
@@ -76,10 +79,23 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
         if state.order_start and state.order_start == state.position and ranks.is_first:
             message = f"changed: a new order begins at image {state.position} of the run"
             reporter.report(Notice("data", state.step, message))
-        on_gpu = engine.device.type == "cuda"
+        on_gpu = device.type == "cuda"
         batches = open_batches(job, data, storage, state, ranks.rank, ranks.neighbors(), pin=on_gpu)
         stack.enter_context(closing(batches))
         yield Run(job, ranks, storage, engine, saver, batches, state, resumed)
+
+
+def settle_device(ranks: Ranks, reporter: Reporter) -> torch.device:
+    """This rank's device, with the forms of attention that are right there. A collective.
+
+    Raises TrainingError on all ranks where two have one GPU.
+    """
+    device = this_device()
+    require_own_device(device, ranks)
+    attention = settle_attention(device)
+    if attention is not None and ranks.is_first:
+        reporter.report(Notice("device", 0, attention))
+    return device
 
 
 def _report_wait(reporter: Reporter, rank: int, line: str) -> None:

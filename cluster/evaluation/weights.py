@@ -11,6 +11,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
+from m2f.model.attention_backends import settle_attention
 from m2f.model.config import ModelConfig
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
@@ -51,4 +52,6 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, d
         raise EvaluationError(
             f"{weights} does not hold the whole model of the recipe with {config.num_classes} classes: {report}"
         )
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settle_attention(place)
+    return model.eval().to(place)

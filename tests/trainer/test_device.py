@@ -1,14 +1,18 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import m2f.trainer.device
+import m2f.trainer.setup
 import m2f.trainer.worker
 from m2f.trainer.device import require_own_device, shared_device, take_device
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.memory.allocator import let_segments_grow
+from m2f.trainer.setup import settle_device
 from m2f.trainer.worker import process_group
+from tests.trainer.tiny_job import Recorder
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,16 @@ def test_a_rank_takes_the_gpu_of_its_index(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(TrainingError, match=r"is to use GPU 1 of this machine .* but torch sees 1; start fewer ranks"):
         take_device()
+
+
+@pytest.mark.parametrize(("rank", "line"), [(0, "attention by a"), (1, "attention by a"), (0, None)])
+def test_the_first_rank_says_which_attention_its_gpu_uses(rank, line, monkeypatch):
+    tried, reporter = [], Recorder()
+    monkeypatch.setattr(m2f.trainer.setup, "settle_attention", lambda device: tried.append(device) or line)
+    ranks = SimpleNamespace(is_first=rank == 0, gather=lambda name: [name, "GPU-b of x"])
+    assert settle_device(ranks, reporter) == torch.device("cpu")
+    assert tried == [torch.device("cpu")]
+    assert reporter.events == ([("device", 0, "attention by a")] if line and rank == 0 else [])
 
 
 @pytest.mark.parametrize(

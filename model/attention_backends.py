@@ -1,0 +1,147 @@
+"""Which of PyTorch's fused forms of attention a GPU may use: those that give what the plain form gives.
+
+On recent GPUs PyTorch prefers cuDNN, which has given wrong gradients with masks (NaN for lengths that leave 64 when
+divided by 128, pytorch#196678). So every form is tried where it will run, once per process.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_IMAGES, _HEADS, _QUERIES = 2, 8, 100
+_TAKES_NO_SUCH_INPUT = ("No available kernel", "No viable backend")
+
+
+class Backend(NamedTuple):
+    """A fused form of attention with masks."""
+
+    name: str
+    kind: SDPBackend
+    allow: Callable[[bool], None]
+    """Whether this process may use it."""
+
+
+BACKENDS = (
+    Backend("cuDNN", SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.enable_cudnn_sdp),
+    Backend("memory-efficient", SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.enable_mem_efficient_sdp),
+)
+"""In PyTorch's order of preference on recent GPUs; FlashAttention takes no mask."""
+
+
+class Case(NamedTuple):
+    """An attention of some queries to `tokens`, with a mask that allows or one that is added."""
+
+    dtype: torch.dtype
+    tokens: int
+    dim: int
+    """Channels of a head."""
+    is_added: bool = False
+
+    def __str__(self) -> str:
+        mask = "an added mask" if self.is_added else "a mask"
+        return f"{self.tokens} tokens of {self.dim} channels in {str(self.dtype).removeprefix('torch.')} with {mask}"
+
+
+CASES = (
+    Case(torch.bfloat16, 1024, 32),
+    Case(torch.bfloat16, 1050, 32),  # 25 x 42: neither a multiple of 4
+    Case(torch.bfloat16, 1600, 32),  # leaves 64 when divided by 128
+    Case(torch.bfloat16, 1600, 32, is_added=True),
+    Case(torch.bfloat16, 1600, 64),
+    Case(torch.float16, 1600, 32),
+    Case(torch.float32, 1600, 32),
+)
+
+
+@functools.cache
+def settle_attention(device: torch.device) -> str | None:
+    """Forbid this process the fused forms that are wrong on this GPU, with a warning; says what is left, in one line.
+
+    None on a CPU, which has one form.
+    """
+    return None if device.type != "cuda" else choose(device, BACKENDS)
+
+
+def choose(device: torch.device, backends: tuple[Backend, ...]) -> str:
+    """Try these backends; see `settle_attention`."""
+    right: list[str] = []
+    wrong: list[str] = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for backend in backends:
+            trouble = first_trouble(backend, device)
+            if trouble is None:
+                right.append(backend.name)
+            elif trouble:
+                backend.allow(False)
+                wrong.append(backend.name)
+                warnings.warn(
+                    f"PyTorch's {backend.name} attention is not used on this GPU: {trouble}; the next form takes its "
+                    "place",
+                    stacklevel=2,
+                )
+    found = " or ".join(right) if right else "matrix products, which are slower"
+    return f"attention with masks by {found}" + (f"; {' and '.join(wrong)} failed the trial" if wrong else "")
+
+
+def first_trouble(backend: Backend, device: torch.device) -> str | None:
+    """What is wrong with a backend; None where it is right in all cases that it takes, empty where it takes none."""
+    takes_some = False
+    for case in CASES:
+        try:
+            error = _error(backend, case, device)
+        except RuntimeError as problem:
+            if any(text in str(problem) for text in _TAKES_NO_SUCH_INPUT):
+                continue
+            return f"{case}: {problem}"
+        takes_some = True
+        if not error <= (1e-4 if case.dtype == torch.float32 else 0.05):  # NaN is in no order
+            return f"{case}: wrong by {error:.2g} of the largest value"
+    return None if takes_some else ""
+
+
+def _error(backend: Backend, case: Case, device: torch.device) -> float:
+    """Largest difference of output and gradients from the plain form's, as a share of the largest value of each."""
+    torch.manual_seed(0)
+
+    def heads(length: int) -> Tensor:  # the strides of the model's: heads are cut out of channels
+        rows = torch.randn(_IMAGES, length, _HEADS * case.dim, device=device).to(case.dtype)
+        return rows.unflatten(-1, (_HEADS, -1)).transpose(1, 2).requires_grad_()
+
+    inputs = [heads(_QUERIES), heads(case.tokens), heads(case.tokens)]
+    if case.is_added:
+        added = torch.randn(_IMAGES, _HEADS, _QUERIES, case.tokens, device=device).to(case.dtype)
+        mask = added.requires_grad_()
+        inputs.append(mask)
+    else:
+        mask = torch.rand(_IMAGES, 1, _QUERIES, case.tokens, device=device) < 0.1
+        mask[:, :, 0] = True
+    cotangent = torch.randn(_IMAGES, _HEADS, _QUERIES, case.dim, device=device).to(case.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why it takes no such input
+        with torch.enable_grad(), sdpa_kernel([backend.kind]):
+            output = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], attn_mask=mask)
+            found = (output.detach(), *torch.autograd.grad(output, inputs, cotangent))
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        plain = plain_attention(exact[0], exact[1], exact[2], exact[3] if case.is_added else mask)
+        expected = (plain.detach(), *torch.autograd.grad(plain, exact, cotangent.double()))
+    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Softmax of products, step by step: [B, heads, Q, D] from heads [B, heads, T, D] and a mask [B, heads or 1, Q, T].
+
+    The mask is bool, True where allowed, or added.
+    """
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1) @ value

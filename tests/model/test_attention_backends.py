@@ -1,0 +1,96 @@
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from m2f.model import attention_backends
+from m2f.model.attention_backends import Backend, Case, choose, first_trouble, settle_attention
+
+CPU = torch.device("cpu")
+real = torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """Two forms that are there on a CPU, and what the process is allowed. The cases are smaller."""
+    cases = (Case(torch.bfloat16, 128, 8), Case(torch.bfloat16, 192, 8), Case(torch.float32, 192, 8, is_added=True))
+    monkeypatch.setattr(attention_backends, "CASES", cases)
+    allowed = {"first": True, "second": True}
+    kinds = {"first": SDPBackend.FLASH_ATTENTION, "second": SDPBackend.MATH}
+
+    def make(name):
+        return Backend(name, kinds[name], lambda allow: allowed.__setitem__(name, allow))
+
+    return (make("first"), make("second")), allowed
+
+
+def wrong_at(remainder, kind, wrong):
+    """Attention whose gradients one backend gets wrong where the tokens leave this remainder by 128."""
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output: Tensor) -> Tensor:
+            return output.view_as(output)
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            return wrong(gradient)
+
+    def attend(query, key, value, attn_mask):
+        flags = {
+            SDPBackend.FLASH_ATTENTION: torch._C._get_flash_sdp_enabled,
+            SDPBackend.MATH: torch._C._get_math_sdp_enabled,
+        }
+        output = real(query, key, value, attn_mask=attn_mask)
+        return Spoiled.apply(output) if flags[kind]() and key.shape[2] % 128 == remainder else output
+
+    return attend
+
+
+def test_forms_that_are_right_stay_and_are_named(backends):
+    (first, second), allowed = backends
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(CPU, (first, second)) == "attention with masks by first or second"
+    assert allowed == {"first": True, "second": True}
+
+
+@pytest.mark.parametrize("wrong", [lambda g: g * torch.nan, lambda g: 1.2 * g], ids=["NaN", "a fifth"])
+def test_a_form_with_wrong_gradients_is_forbidden(backends, wrong, monkeypatch):
+    both, allowed = backends
+    monkeypatch.setattr(attention_backends.F, "scaled_dot_product_attention", wrong_at(64, both[0].kind, wrong))
+    with pytest.warns(
+        UserWarning, match="first attention is not used on this GPU: 192 tokens of 8 channels in bfloat16"
+    ):
+        line = choose(CPU, both)
+    assert line == "attention with masks by second; first failed the trial"
+    assert allowed == {"first": False, "second": True}
+
+
+def test_a_form_that_takes_no_such_input_is_neither_right_nor_wrong(backends):
+    (_, second), _ = backends
+    absent = Backend("cuDNN", SDPBackend.CUDNN_ATTENTION, lambda allow: pytest.fail("it is not there"))
+    assert first_trouble(absent, CPU) == ""
+    assert choose(CPU, (absent, second)) == "attention with masks by second"
+    assert choose(CPU, (absent,)) == "attention with masks by matrix products, which are slower"
+
+
+def test_an_error_of_a_form_forbids_it(backends, monkeypatch):
+    both, allowed = backends
+
+    def broken(*arguments, **options):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(attention_backends.F, "scaled_dot_product_attention", broken)
+    with pytest.warns(UserWarning, match="misaligned address"):
+        choose(CPU, both[:1])
+    assert not allowed["first"]
+
+
+def test_a_trial_draws_no_random_number_of_the_run_and_a_cpu_needs_none(backends):
+    before = torch.get_rng_state()
+    choose(CPU, backends[0])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert settle_attention(CPU) is None
