@@ -1,6 +1,19 @@
-"""Mask2Former-class segmentation at scale: the folders beside this one, under the name that Python knows."""
+"""Mask2Former-class segmentation at scale.
 
+    import m2f
+
+    model = m2f.load("runs/demo")
+    result = model.predict("photo.jpg")
+    result.overlay().save("found.png")
+
+The names of `__all__` are public and documented in docs/python.md; each is imported when it is first used. The folders
+beside this file hold the program: `m2f.model`, `m2f.data_pipeline`, `m2f.trainer`, `m2f.eval` and `m2f.cluster`.
+"""
+
+from importlib import import_module
 from pathlib import Path
+
+__version__ = "0.1.0"
 
 HOME = Path(__file__).parent
 """The folder that holds model/, data_pipeline/, trainer/, eval/, cluster/ and configs/."""
@@ -8,3 +21,30 @@ HOME = Path(__file__).parent
 if not (HOME / "model").is_dir():  # a checkout without symbolic links has text files in their place
     HOME = HOME.parent
     __path__.append(str(HOME))
+
+_PLACES = {
+    "Instances": "m2f.eval.functions",
+    "Model": "m2f.cluster.api.model",
+    "PanopticImage": "m2f.eval.functions",
+    "Result": "m2f.cluster.api.result",
+    "UserError": "m2f.model.errors",
+    "evaluate_instances": "m2f.eval.functions",
+    "evaluate_panoptic": "m2f.eval.functions",
+    "evaluate_semantic": "m2f.eval.functions",
+    "load": "m2f.cluster.api.model",
+}
+"""Module of every public name."""
+
+__all__ = sorted(_PLACES)  # noqa: PLE0605 - the stub lists them
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'm2f' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

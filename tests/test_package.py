@@ -53,7 +53,7 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(tree):
     """Every file of the package as it must be in whatever is built."""
-    own = {"m2f/__init__.py"}
+    own = {"m2f/__init__.py", "m2f/__init__.pyi", "m2f/py.typed"}
     return own | {
         f"m2f/{path.relative_to(tree)}" for room in ROOMS for path in (tree / room).rglob("*") if path.is_file()
     }

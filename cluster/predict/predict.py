@@ -61,9 +61,6 @@ class Predictor:
                 f"--min-score is {min_score}, which evaluation.test_time.kind={test_time.kind} does not take for "
                 "--task semantic; leave it out, or set evaluation.test_time.kind=whole"
             )
-        torch.set_num_threads(trained.evaluation.threads)
-        if trained.evaluation.cuda_graphs:
-            replay_forward(trained.model)
         self._trained, self._task, self._model, self._min_score = trained, task, trained.model, min_score
         self._postprocess = trained.config.postprocess
         if min_score is not None:
@@ -126,6 +123,13 @@ class Predictor:
                 return semantic(*output, self._postprocess, self._min_score)
             case _:
                 assert_never(self._task)
+
+
+def prepare_process(trained: TrainedModel) -> None:
+    """Give this process the threads, and the model the CUDA graphs, of the recipe. Called once for a model."""
+    torch.set_num_threads(trained.evaluation.threads)
+    if trained.evaluation.cuda_graphs:
+        replay_forward(trained.model)
 
 
 def predict_images(

@@ -22,9 +22,10 @@ from m2f.eval.report.coco_files import describe_categories
 from m2f.model.config import ModelConfig
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.hugging_face import is_hugging_face_folder, read_hugging_face_config
-from m2f.model.mask2former import Mask2Former
+from m2f.model.segmenter import Segmenter
+from m2f.model.weights.files import count_classes
 from m2f.trainer.checkpoint.identity import METADATA_KEY, ModelIdentity
-from m2f.trainer.checkpoint.weights import read_identity, weights_url
+from m2f.trainer.checkpoint.weights import fetched_weights, read_identity, weights_url
 
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 
@@ -33,7 +34,7 @@ _WEIGHT_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
 class TrainedModel:
     """What prediction and export need."""
 
-    model: Mask2Former
+    model: Segmenter
     """In evaluation mode."""
     config: ModelConfig
     task: Task
@@ -58,11 +59,13 @@ class TrainedModel:
         return {"task": self.task, "categories": categories, METADATA_KEY: self.identity.to_json()}
 
 
-def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
+def open_trained(
+    source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None = None
+) -> TrainedModel:
     """Open the model that a word on the command line means.
 
     `source` is a recipe, a folder or URL of a run or of one of its checkpoints, a file of weights with its identity,
-    or a Hugging Face folder; `checkpoint` as in `choose_checkpoint`.
+    or a Hugging Face folder; `checkpoint` as in `choose_checkpoint`; `device` as in `model_with_weights`.
 
     Raises:
         ConfigError: the source is none of these, or the run has no such checkpoint.
@@ -74,30 +77,30 @@ def open_trained(source: str, overrides: Sequence[str], checkpoint: str | None) 
     if is_hugging_face_folder(folder):
         if overrides or checkpoint is not None:
             raise ConfigError(f"{source} is a Hugging Face folder, which takes neither settings nor --checkpoint")
-        return _open_hugging_face(folder)
+        return _open_hugging_face(folder, device)
     if folder.suffix in _WEIGHT_SUFFIXES:
-        return _open_weights(source, overrides, checkpoint)
+        return _open_weights(source, overrides, checkpoint, device)
     config, url = open_recipe(source, overrides)
-    return _open_run(config, checkpoint or url)
+    return _open_run(config, checkpoint or url, device)
 
 
-def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None) -> TrainedModel:
+def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None) -> TrainedModel:
     """A file of weights that holds the recipe of its model."""
     identity = read_identity(source, Storage()) if "://" in source or Path(source).is_file() else None
     if identity is None or not identity.recipe or checkpoint is not None:
         raise ConfigError(f"{source} are weights alone; give the recipe of their model, and --checkpoint {source}")
     path = source if "://" in source else str(Path(source).resolve())
-    return _open_run(with_absolute_paths(parse_recipe(identity.recipe, overrides, source=source)), path)
+    return _open_run(with_absolute_paths(parse_recipe(identity.recipe, overrides, source=source)), path, device)
 
 
-def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:
+def _open_run(config: RunConfig, checkpoint: str | None, device: str | None) -> TrainedModel:
     storage = Storage(config.storage)
     weights = choose_checkpoint(config, storage, checkpoint)
     url = weights_url(weights.url, storage)
-    classes = model_classes(config, url, storage) or _numbered_classes(config)
+    classes = model_classes(config, url, storage) or _numbered_classes(config, url, storage)
     model_config = replace(config.model, num_classes=len(classes))
     return TrainedModel(
-        model=model_with_weights(model_config, url, storage),
+        model=model_with_weights(model_config, url, storage, device=device),
         config=model_config,
         task=config.data.task,
         classes=classes,
@@ -107,17 +110,24 @@ def _open_run(config: RunConfig, checkpoint: str | None) -> TrainedModel:
     )
 
 
-def _numbered_classes(config: RunConfig) -> tuple[Category, ...]:
-    """Classes named by number, where neither weights nor data have names and the recipe has `model.num_classes`."""
-    if config.model.num_classes is None:
+def _numbered_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Category, ...]:
+    """Classes named by number, where neither weights nor data have names: as many as the class head of a file has.
+
+    Raises DataError where the weights have no class head and the recipe no `model.num_classes`.
+    """
+    number = config.model.num_classes
+    if number is None:
+        with fetched_weights(weights, storage) as path:
+            number = count_classes(path)
+    if number is None:
         raise DataError(
             f"{config.datasets[config.data.train[0].dataset].shards} has no manifest. The classes of the model are "
             "those of its training data; without the data, set model.num_classes"
         )
-    return _classes_of_names([f"class {label}" for label in range(config.model.num_classes)])
+    return _classes_of_names([f"class {label}" for label in range(number)])
 
 
-def _open_hugging_face(folder: Path) -> TrainedModel:
+def _open_hugging_face(folder: Path, device: str | None) -> TrainedModel:
     described = read_hugging_face_config(folder)
     task = described.notes.get("task", "panoptic")
     if task not in TASKS:
@@ -127,7 +137,7 @@ def _open_hugging_face(folder: Path) -> TrainedModel:
     identity = read_identity(str(folder), Storage())
     usual = EvaluationConfig()
     return TrainedModel(
-        model=model_with_weights(described.config, str(folder), Storage()),
+        model=model_with_weights(described.config, str(folder), Storage(), device=device),
         config=described.config,
         task=task,
         classes=known or _classes_of_names(described.labels),

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from m2f.cluster.predict.benchmark_zip import check_submission, write_submission
     from m2f.cluster.predict.files import PredictionFolder
     from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list
-    from m2f.cluster.predict.predict import Predictor, predict_images
+    from m2f.cluster.predict.predict import Predictor, predict_images, prepare_process
     from m2f.cluster.predict.trained_model import open_trained
     from m2f.data_pipeline.storage.storage import Storage
 
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     trained = open_trained(args.source, overrides, args.checkpoint)
     task = args.task or trained.task
     predictor = Predictor(trained, task, args.min_score)
+    prepare_process(trained)
     if args.submission:
         check_submission(args.submission, task, trained.classes, listed, args.algorithm)
 

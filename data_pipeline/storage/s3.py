@@ -28,6 +28,7 @@ from m2f.data_pipeline.errors import (
 from m2f.data_pipeline.storage.local import replacing
 from m2f.data_pipeline.storage.object_info import ObjectInfo, UnfinishedWrite
 from m2f.data_pipeline.urls import REMEDY, url_problem
+from m2f.model.extras import missing_extra
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -286,9 +287,11 @@ class S3Store:
 
 
 def _make_client(config: StorageConfig, connect_timeout_s: float, read_timeout_s: float) -> Any:
-    import boto3
-    from botocore.config import Config
-
+    try:
+        import boto3
+        from botocore.config import Config
+    except ModuleNotFoundError as error:
+        raise StorageError(str(missing_extra("a store at s3://", error) or error)) from error
     if (problem := url_problem(_endpoint(config) or "")) is not None:
         raise StorageError(f"the endpoint of S3 in AWS_ENDPOINT_URL {problem}, and would be printed. {REMEDY}")
     options = Config(

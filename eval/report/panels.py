@@ -65,7 +65,7 @@ def render_panel(image: np.ndarray, name: str, overlays: Sequence[Overlay], clas
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     columns = [_titled(shown, name)]
-    columns += [_titled(_draw_overlay(shown, overlay, classes), overlay.title) for overlay in overlays]
+    columns += [_titled(draw_overlay(shown, overlay, classes), overlay.title) for overlay in overlays]
     return encode_png(_beside(columns))
 
 
@@ -182,8 +182,8 @@ def _titled(column: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([np.asarray(header), column])
 
 
-def _draw_overlay(image: np.ndarray, overlay: Overlay, classes: Sequence[Category]) -> np.ndarray:
-    """The scaled image [H, W, 3] with tinted segments, thin contours and names."""
+def draw_overlay(image: np.ndarray, overlay: Overlay, classes: Sequence[Category]) -> np.ndarray:
+    """An image [H, W, 3] uint8 RGB of any size with the tinted segments, thin contours and names of an overlay."""
     height, width = image.shape[:2]
     present, positions = np.unique(overlay.id_map, return_inverse=True)
     positions = positions.reshape(overlay.id_map.shape).astype(np.float32)

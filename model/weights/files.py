@@ -30,6 +30,9 @@ _FOLDER_FILES = (
 )
 """What a checkpoint folder of ours or a Hugging Face folder holds; the first that exists is read."""
 
+_CLASS_HEADS = ("class_embed.weight", "class_predictor.weight")
+"""How the names of the class head end, in our, the official and Hugging Face's layout."""
+
 _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """Number with which torch files from before version 1.6 begin; pickles hold such files further inside."""
 
@@ -57,6 +60,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not state:
         raise WeightsError(f"weights {path} hold a {type(content).__name__} without any named tensor")
     return state
+
+
+def count_classes(path: str | Path) -> int | None:
+    """Classes, without "no object", that the class head in a file or folder has; None where there is no class head.
+
+    Raises WeightsError as `read_state` does.
+    """
+    heads = [tensor for name, tensor in read_state(path).items() if name.endswith(_CLASS_HEADS)]
+    return len(heads[0]) - 1 if len(heads) == 1 else None
 
 
 def weights_sha256(path: str | Path) -> str:

@@ -162,7 +162,6 @@ def test_export_errors_are_one_message(tmp_path, capsys, recipe, hugging_face):
             (recipe, "model.num_classes=8", *given, *official, tmp_path / "new.pth"),
             "does not hold the whole model of the recipe with 8 classes",
         ),
-        ((recipe, "model.num_classes=null", *given, *official, tmp_path / "new.pth"), "set model.num_classes"),
         (
             (recipe, "model.pixel_decoder.feedforward_dim=41", *given, *official, tmp_path / "new.pth"),
             "belongs to another architecture",

@@ -194,7 +194,7 @@ def test_images_in_s3_are_predicted(painted, photos, tmp_path):
 
 def test_a_run_in_s3_is_opened(bucket, monkeypatch):
     opened = []
-    monkeypatch.setattr(trained_model, "_open_run", lambda config, checkpoint: opened.append((config, checkpoint)))
+    monkeypatch.setattr(trained_model, "_open_run", lambda config, checkpoint, _: opened.append((config, checkpoint)))
     Storage().put("s3://box/runs/moved/recipe.yaml", RECIPE.format(folder="/elsewhere", classes=4).encode())
     Storage().put("s3://box/runs/moved/checkpoints/a/recipe.yaml", RECIPE.format(folder="/x", classes=4).encode())
     Storage().put("s3://box/runs/moved/checkpoints/a/manifest.json", b"{}")

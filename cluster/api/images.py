@@ -1,0 +1,143 @@
+"""Images as Python programs have them: paths, URLs, PIL images, arrays and tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from m2f.cluster.predict.inputs import ImageInput, find_images, read_images
+from m2f.cluster.predict.predict import LoadedImage
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.storage.storage import Storage
+
+Channels = Literal["rgb", "bgr"]
+"""Order of the colours in arrays and tensors; OpenCV reads images as "bgr"."""
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
+"""One image: see `Model.predict` for shapes and ranges."""
+
+_PIL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+"""Modes of PIL images with a stated range of values."""
+
+
+@dataclass(frozen=True, eq=False)
+class GivenImage:
+    """One image to predict."""
+
+    input: ImageInput
+    pixels: np.ndarray | None
+    """[H, W, 3] uint8 RGB; None for what is read from its URL."""
+
+
+def is_single(images: ImageLike | Sequence[ImageLike]) -> bool:
+    """Whether this is one image, and neither a list of images nor a folder or pattern that may mean several."""
+    if isinstance(images, str | os.PathLike):
+        return not os.path.isdir(images) and _looks_like_file(os.fspath(images))
+    return isinstance(images, Image.Image | np.ndarray | torch.Tensor)
+
+
+def given_images(
+    images: ImageLike | Sequence[ImageLike], channels: Channels, storage: Storage
+) -> tuple[GivenImage, ...]:
+    """The images in their order with ids from 1; folders and patterns stand for the files that they mean.
+
+    Raises DataError for what is no image, named by its place in the list or its path.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor):
+        images = [images]
+    given: list[GivenImage] = []
+    for position, image in enumerate(images):
+        if isinstance(image, str | os.PathLike):
+            urls = find_images([os.fspath(image)], storage)
+            given += [GivenImage(ImageInput(url, "", len(given) + i), None) for i, url in enumerate(urls, start=1)]
+        else:
+            where = f"image {position}"
+            given.append(GivenImage(ImageInput(where, where, len(given) + 1), to_pixels(image, channels, where)))
+    return tuple(given)
+
+
+def loaded_images(given: Sequence[GivenImage], storage: Storage) -> Iterator[LoadedImage]:
+    """Every image with its pixels, files read ahead. Raises DataError naming a file that cannot be used."""
+    from_files = read_images([image.input for image in given if image.pixels is None], storage)
+    for image in given:
+        if image.pixels is not None:
+            yield LoadedImage(image.input, image.pixels)
+            continue
+        found, pixels = next(from_files)
+        if isinstance(pixels, DataError):
+            raise pixels
+        yield LoadedImage(found, pixels)
+
+
+def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels, where: str) -> np.ndarray:
+    """Pixels [H, W, 3] uint8 RGB. Raises DataError naming `where`, the shape or range found and the one wanted."""
+    if isinstance(image, Image.Image):
+        return _from_pil(image, where)
+    if isinstance(image, torch.Tensor):
+        pixels = _from_tensor(image, where)
+    elif isinstance(image, np.ndarray):
+        pixels = _from_array(image, where)
+    else:
+        raise DataError(
+            f"{where} is a {type(image).__name__}; give a path, a PIL image, an array [H, W, 3] uint8 or a tensor "
+            "[3, H, W]"
+        )
+    if 0 in pixels.shape:
+        raise DataError(f"{where} has no pixels: its shape is {tuple(image.shape)}")
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=-1)
+    elif channels == "bgr":
+        pixels = pixels[..., ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _from_pil(image: Image.Image, where: str) -> np.ndarray:
+    if image.mode not in _PIL_MODES:
+        raise DataError(f"{where} is a PIL image of mode {image.mode}, which has no stated range; convert it to RGB")
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _from_array(image: np.ndarray, where: str) -> np.ndarray:
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+        several = "; for several images give list(images)" if image.ndim == 4 else ""
+        raise DataError(
+            f"{where} is an array {image.dtype} {list(image.shape)}; it must be uint8 [H, W, 3], 0 to 255, or grey "
+            f"[H, W]{several}"
+        )
+    return image
+
+
+def _from_tensor(image: torch.Tensor, where: str) -> np.ndarray:
+    shape = list(image.shape)
+    if image.ndim != 3 or shape[0] not in (1, 3) or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        several = "; for several images give list(images)" if image.ndim == 4 else ""
+        raise DataError(
+            f"{where} is a tensor {image.dtype} {shape}; it must be [3, H, W] or [1, H, W], uint8 from 0 to 255 or "
+            f"floats from 0 to 1{several}"
+        )
+    image = image.detach().cpu()
+    if image.is_floating_point() and image.numel():
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):  # also where one is NaN
+            raise DataError(
+                f"{where} is a tensor of floats from {low:g} to {high:g}; give floats from 0 to 1 that are not "
+                "normalised, or uint8 from 0 to 255"
+            )
+        image = (image * 255).round().to(torch.uint8)
+    pixels = image.to(torch.uint8).permute(1, 2, 0).numpy()
+    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+
+
+def _looks_like_file(name: str) -> bool:
+    """Of a local path: whether it exists, else whether it is no pattern; of a URL: whether it names an image."""
+    if "://" in name:
+        from m2f.data_pipeline.image_file import is_image_name
+
+        return is_image_name(name) and not any(letter in name for letter in "*?[")
+    return os.path.exists(name) or not any(letter in name for letter in "*?[")

@@ -1,0 +1,222 @@
+"""What a model found in one image."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from m2f.cluster.predict.files import Prediction
+from m2f.data_pipeline.categories import Category, Task
+from m2f.eval.metrics.average_precision import InstanceDetections
+from m2f.eval.metrics.rle import Rle, decode_mask, encode_masks, mask_boxes
+from m2f.eval.report.coco_files import mask_results, panoptic_annotation, panoptic_png
+from m2f.eval.report.overlays import SHOWN_SCORE, predicted_instances, predicted_labels, predicted_segments
+from m2f.eval.report.panels import draw_overlay
+from m2f.model.errors import ConfigError
+from m2f.model.structures import PanopticResult, SemanticResult
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a model found in one image. N objects: segments, detections, or the classes of a label map.
+
+    Masks are kept as run-length encodings, so that thousands of results fit into memory; `masks` decodes them.
+    """
+
+    source: str
+    """Path or URL of the image, or `image 3` for the fourth one of a list of pixels."""
+    size: tuple[int, int]
+    """Height and width of the image in pixels; all masks and maps have this size."""
+    task: Task
+    """What was predicted."""
+    names: tuple[str, ...]
+    """Names of the model's classes, by label."""
+    labels: np.ndarray
+    """[N] int64 labels, from 0. Detections come best first, classes of a label map in ascending order."""
+    scores: np.ndarray
+    """[N] float64 from 0 to 1; NaN for a label map, which has no scores."""
+    _found: Prediction
+    _classes: tuple[Category, ...]
+    _read: Callable[[], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of the class of every object."""
+        return [self.names[label] for label in self.labels]
+
+    @property
+    def image(self) -> np.ndarray:
+        """The pixels [H, W, 3] uint8 RGB. A file is read again. Raises DataError where it is gone."""
+        return self._read()
+
+    @cached_property
+    def masks(self) -> np.ndarray:
+        """[N, H, W] bool. Masks of detections may overlap, those of segments and classes never do."""
+        decoded = np.zeros((len(self), *self.size), dtype=bool)
+        for position, mask in enumerate(self._masks):
+            decoded[position] = decode_mask(mask)
+        return decoded
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """[N, 4] float64: x1, y1, x2, y2 in pixels, the smallest boxes around the masks.
+
+        Pixel (x, y) covers x to x + 1, so x2 - x1 is the width. All zeros for an empty mask.
+        """
+        boxes = mask_boxes(self._masks)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes
+
+    @property
+    def panoptic(self) -> np.ndarray:
+        """[H, W] int32 map of segments: 0 is void, i + 1 the segment of `labels[i]`.
+
+        Raises ConfigError for results of another task.
+        """
+        if not isinstance(self._found, PanopticResult):
+            raise ConfigError(
+                f"this result has no map of segments: the task was {self.task}; a model trained for panoptic "
+                "segmentation gives one with predict(..., task='panoptic')"
+            )
+        return self._found.segment_map.numpy()
+
+    @property
+    def semantic(self) -> np.ndarray:
+        """[H, W] int64 map of labels, -1 where there is none.
+
+        A semantic result has the model's own map; of a panoptic one every pixel has the class of its segment. Raises
+        ConfigError for instances, of which many may cover a pixel.
+        """
+        if isinstance(self._found, SemanticResult):
+            return self._found.label_map.numpy()
+        if isinstance(self._found, PanopticResult):
+            return np.array([-1, *self.labels], dtype=np.int64)[self._found.segment_map.numpy()]
+        raise ConfigError(
+            "this result has no map of labels: the task was instance; a model trained for panoptic or semantic "
+            "segmentation gives one with predict(..., task='semantic')"
+        )
+
+    def overlay(self, min_score: float = SHOWN_SCORE) -> Image.Image:
+        """The image with its objects tinted, outlined and named, as a PIL image of the same size.
+
+        Of detections only those with a score of at least `min_score` are drawn, the best on top.
+        """
+        found = self._found
+        if isinstance(found, InstanceDetections):
+            overlay = predicted_instances(found, self.size, min_score)
+        elif isinstance(found, SemanticResult):
+            overlay = predicted_labels(self.semantic, len(self.names))
+        else:
+            labels, scores = (
+                {s.id: value(s) for s in found.segments} for value in (lambda s: s.label, lambda s: s.score)
+            )
+            overlay = predicted_segments("prediction", self.panoptic, labels, scores)
+        return Image.fromarray(draw_overlay(self.image, overlay, self._classes))
+
+    def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
+        """COCO results, one for every object: image_id, category_id (of the data set), segmentation (RLE) and score.
+
+        Classes of a label map have no score. The entries go through `json.dumps` and into pycocotools' `loadRes`.
+        """
+        results = mask_results(image_id, self._detections, self._classes)
+        if isinstance(self._found, SemanticResult):
+            return [{name: value for name, value in entry.items() if name != "score"} for entry in results]
+        return results
+
+    def to_coco_panoptic(self, image_id: int = 1, file_name: str = "1.png") -> tuple[dict[str, Any], bytes]:
+        """The entry for `annotations` of a COCO panoptic JSON, and the PNG that it names.
+
+        Raises ConfigError for results of another task.
+        """
+        png = panoptic_png(self.panoptic)
+        assert isinstance(self._found, PanopticResult)
+        return panoptic_annotation(image_id, file_name, self._found.segments, self._classes), png
+
+    def to_supervision(self) -> Any:
+        """`supervision.Detections` with boxes, masks, labels, scores and `data["class_name"]`.
+
+        Raises ConfigError where the package supervision is not installed.
+        """
+        try:
+            detections = import_module("supervision").Detections
+        except ModuleNotFoundError as error:
+            raise ConfigError("to_supervision() needs the package supervision: pip install supervision") from error
+        names = np.array(self.class_names, dtype=str)
+        return detections(
+            xyxy=self.boxes,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": names},
+        )
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        file = io.BytesIO()
+        self.overlay().save(file, "PNG")
+        return file.getvalue()
+
+    def __repr__(self) -> str:
+        found = ", ".join(self.class_names[:5]) + (", ..." if len(self) > 5 else "")
+        return f"Result({self.source!r}, {self.task}, {self.size[1]} x {self.size[0]} pixels, {len(self)}: {found})"
+
+    @cached_property
+    def _masks(self) -> tuple[Rle, ...]:
+        found = self._found
+        if isinstance(found, InstanceDetections):
+            return tuple(found.masks[i] for i in found.mask_index.tolist())
+        if isinstance(found, SemanticResult):
+            return encode_masks(self.semantic == label for label in self.labels)
+        return encode_masks(self.panoptic == segment.id for segment in found.segments)
+
+    @property
+    def _detections(self) -> InstanceDetections:
+        if isinstance(self._found, InstanceDetections):
+            return self._found
+        return InstanceDetections(self._masks, np.arange(len(self)), self.labels, self.scores)
+
+
+def make_result(
+    found: Prediction,
+    classes: tuple[Category, ...],
+    *,
+    source: str,
+    size: tuple[int, int],
+    read: Callable[[], np.ndarray],
+) -> Result:
+    """A result whose maps lie in the memory of the CPU. `read` gives the image's pixels."""
+    task: Task
+    if isinstance(found, PanopticResult):
+        task = "panoptic"
+        found = replace(found, segment_map=found.segment_map.cpu())
+        labels = np.array([segment.label for segment in found.segments], dtype=np.int64)
+        scores = np.array([segment.score for segment in found.segments], dtype=np.float64)
+    elif isinstance(found, SemanticResult):
+        task = "semantic"
+        found = SemanticResult(found.label_map.cpu())
+        present = np.unique(found.label_map.numpy())
+        labels = present[present >= 0]
+        scores = np.full(len(labels), np.nan)
+    else:
+        task, labels, scores = "instance", found.labels, found.scores
+    return Result(
+        source=source,
+        size=size,
+        task=task,
+        names=tuple(category.name for category in classes),
+        labels=labels,
+        scores=scores,
+        _found=found,
+        _classes=classes,
+        _read=read,
+    )

@@ -1,0 +1,25 @@
+"""Which local path, folder or URL of a store a word for `m2f.load` means."""
+
+from __future__ import annotations
+
+from m2f.model.extras import naming_extras
+from m2f.model.weights.hub import hub_folder
+from m2f.model.weights.sources import HUB
+
+REGISTERED = "models:/"
+"""Begins the address of a model in an MLflow registry."""
+
+
+def resolved_source(source: str) -> str:
+    """Where the model lies: models of the hub and of a registry are fetched into their caches.
+
+    Raises WeightsError for a model of the hub that cannot be had, TrackingError for one of a registry, and
+    MissingExtraError where the registry's package is not installed.
+    """
+    if source.startswith(HUB):
+        return str(hub_folder(source))
+    if source.startswith(REGISTERED):
+        with naming_extras(source):
+            from m2f.cluster.tracking.registered import model_folder
+        return str(model_folder(source))
+    return source

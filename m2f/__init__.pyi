@@ -1,0 +1,16 @@
+"""What a type checker sees of `__init__.py`, which imports each public name when it is first used."""
+
+from pathlib import Path
+
+from m2f.cluster.api.model import Model as Model
+from m2f.cluster.api.model import load as load
+from m2f.cluster.api.result import Result as Result
+from m2f.eval.functions import Instances as Instances
+from m2f.eval.functions import PanopticImage as PanopticImage
+from m2f.eval.functions import evaluate_instances as evaluate_instances
+from m2f.eval.functions import evaluate_panoptic as evaluate_panoptic
+from m2f.eval.functions import evaluate_semantic as evaluate_semantic
+from m2f.model.errors import UserError as UserError
+
+__version__: str
+HOME: Path

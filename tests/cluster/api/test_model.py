@@ -1,0 +1,258 @@
+"""`m2f.load(...).predict(...)`: one path with `m2f predict`, every form of an image, and messages for wrong ones."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+import m2f
+from m2f.cluster.cli import main
+from m2f.cluster.predict import trained_model
+from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
+from m2f.eval.report.coco_files import describe_categories
+from m2f.model.export.graphs import export_hugging_face
+from m2f.model.mask2former import build_model
+from m2f.model.weights.names import to_official_names
+from tests.cluster.painted_scenes import write_painted_scenes
+from tests.cluster.predict.test_export_verb import CONFIG, RECIPE
+from tests.cluster.predict.test_predict import CLASSES, PAINTED
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_painted_scenes(folder, 5)
+    return folder
+
+
+@pytest.fixture
+def painted():
+    return m2f.Model(PAINTED)
+
+
+def image_of(scenes, name="12"):
+    return scenes / "images" / f"{name}.png"
+
+
+# One path with the verb
+
+
+@pytest.fixture(scope="module")
+def written(scenes, tmp_path_factory):
+    """What the verb writes, by task."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(trained_model, "open_trained", lambda *_: PAINTED)
+    output = tmp_path_factory.mktemp("verb")
+    with patch.context():
+        for task in ("panoptic", "instance", "semantic"):
+            words = ["predict", "model", str(scenes / "images"), "--output", str(output / task), "--task", task]
+            assert main(words) == 0
+    patch.undo()
+    return output
+
+
+def test_segments_equal_those_of_the_verb(painted, scenes, written):
+    document = json.loads((written / "panoptic/panoptic.json").read_text())
+    results = painted.predict(scenes / "images")
+    assert len(results) == len(document["annotations"]) == 5
+    for number, (result, annotation) in enumerate(zip(results, document["annotations"], strict=True), start=1):
+        name = annotation["file_name"]
+        entry, png = result.to_coco_panoptic(number, name)
+        assert entry == annotation
+        assert png == (written / "panoptic/panoptic" / name).read_bytes()
+        assert (decode_id_png(png) == result.panoptic).all()
+        for position, mask in enumerate(result.masks):
+            assert (mask == (result.panoptic == position + 1)).all()
+            assert (result.semantic[mask] == result.labels[position]).all()
+        assert ((result.semantic == -1) == (result.panoptic == 0)).all()
+
+
+def test_detections_equal_those_of_the_verb(painted, scenes, written):
+    stored = json.loads((written / "instance/instances.json").read_text())
+    boxes = json.loads((written / "instance/boxes.json").read_text())
+    results = painted.predict([scenes / "images"], task="instance")
+    found = [entry for number, result in enumerate(results, start=1) for entry in result.to_coco(number)]
+    assert json.loads(json.dumps(found)) == stored
+    ours = np.concatenate([result.boxes for result in results])
+    theirs = np.array([box["bbox"] for box in boxes])
+    assert (ours[:, :2] == theirs[:, :2]).all()
+    assert (ours[:, 2:] - ours[:, :2] == theirs[:, 2:]).all()
+    with pytest.raises(m2f.UserError, match="the task was instance"):
+        _ = results[0].semantic
+    with pytest.raises(m2f.UserError, match="task='panoptic'"):
+        _ = results[0].panoptic
+
+
+def test_label_maps_equal_those_of_the_verb(painted, scenes, written):
+    for result in painted.predict(str(scenes / "images/*.png"), task="semantic"):
+        stored = decode_index_png((written / "semantic/labels" / f"{result.source[-6:-4]}.png").read_bytes())
+        ids = np.array([category.id for category in CLASSES])
+        assert (ids[result.semantic] == stored).all()
+        assert np.isnan(result.scores).all()
+        assert result.class_names == [CLASSES[label].name for label in np.unique(result.semantic)]
+        assert result.masks.sum() == result.semantic.size
+        assert all("score" not in entry for entry in result.to_coco())
+
+
+def test_results_are_results_of_coco(painted, scenes):
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": 7, "height": 64, "width": 96}],
+        "annotations": [],
+        "categories": describe_categories(CLASSES),
+    }
+    truth.createIndex()
+    result = painted.predict(image_of(scenes))
+    loaded = truth.loadRes(result.to_coco(7))
+    assert len(loaded.getAnnIds()) == len(result) == len(result.masks)
+    assert [painted.category_ids[label] for label in result.labels] == [e["category_id"] for e in result.to_coco(7)]
+
+
+# Forms of images
+
+
+def test_every_form_of_an_image_gives_the_same(painted, scenes):
+    path = image_of(scenes)
+    expected = painted.predict(path)
+    rgb = np.asarray(Image.open(path))
+    chw = torch.from_numpy(rgb.copy()).permute(2, 0, 1)
+    for image in (str(path), Image.open(path), rgb, chw, chw / 255):
+        found = painted.predict(image)
+        assert (found.panoptic == expected.panoptic).all()
+        assert (found.image == rgb).all()
+    assert (painted.predict(cv2.imread(str(path)), channels="bgr").panoptic == expected.panoptic).all()
+    mixed = painted.predict([rgb, path, chw], batch=2)
+    assert [one.source for one in mixed] == ["image 0", str(path), "image 2"]
+    assert all((one.panoptic == expected.panoptic).all() for one in mixed)
+    assert painted.predict([]) == []
+
+
+def test_a_turned_photo_is_predicted_as_a_viewer_shows_it(painted, scenes, tmp_path):
+    turned = Image.open(image_of(scenes))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    from_file = painted.predict(tmp_path / "turned.png")
+    from_pil = painted.predict(Image.open(tmp_path / "turned.png"))
+    assert from_file.size == from_pil.size == (96, 64)
+    assert (from_file.image == from_pil.image).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 5, 3)), r"image 0 is an array float64 \[4, 5, 3\]; it must be uint8"),
+        (np.zeros((2, 4, 5, 3), np.uint8), r"give list\(images\)"),
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8), r"it must be \[3, H, W\]"),
+        (torch.full((3, 4, 5), 2.0), "floats from 2 to 2"),
+        (torch.full((3, 4, 5), torch.nan), "not normalised"),
+        (Image.new("F", (4, 5)), "mode F"),
+        ([3], "image 0 is a int"),
+        ("nowhere.jpg", "nowhere.jpg: no such image"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_name(painted, image, message):
+    with pytest.raises(m2f.UserError, match=message):
+        painted.predict(image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "depth"}, "task is 'depth'; it must be one of panoptic, instance, semantic"),
+        ({"min_score": 2}, "min_score is 2"),
+        ({"batch": 0}, "batch is 0"),
+        ({"channels": "hsv"}, "channels is 'hsv'"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(painted, options, message):
+    with pytest.raises(m2f.UserError, match=message):
+        painted.predict(np.zeros((4, 5, 3), np.uint8), **options)
+
+
+def test_a_broken_file_is_named(painted, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(m2f.UserError, match=r"broken\.jpg"):
+        painted.predict(tmp_path)
+
+
+# Pictures and lowest scores
+
+
+def test_the_overlay_has_the_size_of_the_image(painted, scenes):
+    result = painted.predict(image_of(scenes), task="instance")
+    picture, everything = result.overlay(), result.overlay(min_score=0.0)
+    assert picture.size == everything.size == (96, 64)
+    assert picture.tobytes() != everything.tobytes()
+    assert result._repr_png_().startswith(b"\x89PNG")
+
+
+def test_min_score_is_that_of_the_verb(painted, scenes):
+    everything = painted.predict(image_of(scenes), task="instance")
+    few = painted.predict(image_of(scenes), task="instance", min_score=0.6)
+    assert 0 < len(few) < len(everything)
+    assert few.scores.tolist() == [score for score in everything.scores if score >= 0.6]
+
+
+# Sources
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A small model as official file with its recipe, and as Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    model = build_model(CONFIG).eval()
+    export_hugging_face(model, CONFIG, folder / "theirs", ["person", "sky", "tree"], shortest_edge=64, max_size=96)
+    torch.save({"model": to_official_names(model.state_dict())}, folder / "official.pth")
+    recipe = RECIPE.format(folder=folder).replace("  num_classes: 3\n", "")
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+def test_a_folder_of_hugging_face_and_an_official_file_are_one_model(places, scenes):
+    theirs = m2f.load(places / "theirs", device="cpu")
+    official = m2f.load(places / "official.pth", recipe=places / "recipe.yaml")
+    assert theirs.names == ("person", "sky", "tree")
+    assert official.names == ("class 0", "class 1", "class 2")
+    first, second = (model.predict(image_of(scenes), task="instance") for model in (theirs, official))
+    assert first.scores.tolist() == second.scores.tolist()
+    assert (first.masks == second.masks).all()
+
+
+def test_settings_change_the_recipe(places):
+    settings = {"evaluation.shortest_edge": 32, "evaluation.test_time": {"kind": "whole"}}
+    model = m2f.load(places / "official.pth", recipe=places / "recipe.yaml", settings=settings)
+    assert model._trained.evaluation.shortest_edge == 32
+
+
+def test_the_users_threads_stay_as_they_are(places):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        m2f.load(places / "theirs").predict(np.zeros((40, 50, 3), np.uint8))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "official.pth"}, "give the recipe of their model"),
+        ({"source": "nowhere"}, "nowhere"),
+        ({"source": "theirs", "device": "tpu:9"}, "device is 'tpu:9', which cannot be used here"),
+        ({"source": "official.pth", "recipe": "x.yaml", "checkpoint": 3}, "checkpoint is 3 beside a recipe"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(places, monkeypatch, options, message):
+    monkeypatch.chdir(places)
+    with pytest.raises(m2f.UserError, match=message):
+        m2f.load(**options)
