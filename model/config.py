@@ -256,6 +256,11 @@ class MaskedTransformerDecoderConfig(Section):
     pre_norm: bool = False
     """LayerNorm before each block instead of after its residual."""
 
+    @property
+    def takes_pilots(self) -> bool:
+        """Whether a query can be told where to look."""
+        return self.attention in ("masked", "mask_pooling")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_decoder(self)
@@ -349,6 +354,32 @@ class LossConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PilotConfig(Section):
+    """Mask-piloted training (Zhang et al., MP-Former, CVPR 2023): further queries of known targets, in training alone.
+
+    A pilot starts from the class of its target, and looks at the image inside the true mask. It needs no matching.
+    """
+
+    max_targets: Annotated[int, FROM_0] = 0
+    """Targets of an image that have a pilot. Where there are more, a hash of the image's position chooses. 100 holds
+    nearly all; 0, without pilots, as published for Mask2Former."""
+    label_noise: Annotated[float, SHARE] = 0.2
+    """Probability that a pilot starts from a class drawn at random."""
+    mask_noise: Annotated[float, SHARE] = 0.0
+    """Cells of the attention mask that change sides in every layer, most of them outside the target: their expected
+    number as a share of the target's cells."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("label_noise", "mask_noise"):
+            if not self.max_targets and getattr(self, name) != getattr(PilotConfig, name):
+                raise ConfigError(
+                    f"model.pilots.{name} is {getattr(self, name)}, but model.pilots.max_targets is 0: there are no "
+                    f"pilots; set model.pilots.max_targets=100, or leave {name} out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PostprocessConfig(Section):
     """Thresholds of the official inference procedure."""
 
@@ -379,6 +410,8 @@ class ModelConfig(Section):
     """What turns queries and features into classes and masks."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Losses, their weights and the matching of predictions with targets."""
+    pilots: PilotConfig = field(default_factory=PilotConfig)
+    """Further queries in training whose targets are known."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     """How predictions become segments."""
     num_classes: Annotated[int | None, FROM_1] = None
@@ -406,6 +439,7 @@ class ModelConfig(Section):
             )
         self._check_package()
         self._check_parts()
+        self._check_pilots()
         if "://" in (self.backbone.weights or ""):
             raise ConfigError(
                 f"model.backbone.weights is {self.backbone.weights}, a URL, which only model.weights may be; "
@@ -423,6 +457,16 @@ class ModelConfig(Section):
             has = ", ".join(f"model.{name} {value}" for name, (value, _) in found.items())
             needs = ", ".join(f"{name} {wanted}" for name, (_, wanted) in found.items())
             raise ConfigError(f"{has} do not fit together; set all of {needs}, or none of them")
+
+    def _check_pilots(self) -> None:
+        decoder = self.transformer_decoder
+        if self.pilots.max_targets and not getattr(decoder, "takes_pilots", False):
+            attention = f" with attention {found}" if (found := getattr(decoder, "attention", None)) else ""
+            raise ConfigError(
+                f"model.pilots.max_targets is {self.pilots.max_targets}, but model.transformer_decoder is "
+                f"{decoder.kind}{attention}, which cannot be told where to look; set max_targets=0, or take the "
+                "decoder masked with attention masked or mask_pooling"
+            )
 
     def _check_package(self) -> None:
         if not (self.backbone.weights or "").startswith(PACKAGE):

@@ -55,6 +55,9 @@ class Mask2Former(Segmenter):
         """See Segmenter."""
         maps = self.backbone(images)
         mask_features, features = self._decode_pixels(maps)
+        if context is not None and context.pilots is not None:
+            guides = context.pilots.at([feature.shape[-2:] for feature in features])
+            return self.transformer_decoder(features, mask_features, guides)
         return self.transformer_decoder(maps[-1:] if self.decodes_backbone else features, mask_features)
 
     def _decode_pixels(self, maps: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:

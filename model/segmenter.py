@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m2f.model.config import ModelConfig, ModelPart
+from m2f.model.pilots import Pilots
 from m2f.model.structures import Predictions, Targets
 
 
@@ -21,6 +22,8 @@ class TrainingContext:
     """Of the same images; their `position` keys every random number."""
     seed: int
     """Of the run."""
+    pilots: Pilots | None = None
+    """Further queries. Predictions have theirs first; only models whose decoder takes pilots are given any."""
 
 
 class Segmenter(nn.Module):

@@ -12,7 +12,7 @@ from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.identity import ModelIdentity
 
 _CHANGEABLE = re.compile(
-    r"model\.(loss\.|postprocess\.|freeze|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
+    r"model\.(loss\.|postprocess\.|pilots\.|freeze|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
     r"|model\..*\.(dropout|checkpointing)$|model\.backbone\.options\.\w*drop\w*$"
 )
 """Settings of `model` that may change under the same weights."""
@@ -20,7 +20,7 @@ _OPTIONS = "model.backbone.options."
 """Settings that are only written where they are not timm's own."""
 _PRECISION = "training.precision"
 _OPTIMIZER = (_PRECISION, "training.optimizer.layer_decay")
-"""Settings that the stored state of the optimizer depends on, besides `model.freeze`."""
+"""Settings that the stored state of the optimizer depends on, besides `model.freeze` and whether there are pilots."""
 
 
 def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, ...]:
@@ -66,7 +66,8 @@ def _settings(recipe: str, optimizer: bool) -> dict[str, str]:
     require_no_problems("the recipe of the weights", problems)
     flat = flatten_tree(tree)
     frozen = sorted(value for key, value in flat.items() if key.startswith("model.freeze."))
-    return ({"model.freeze": str(frozen)} if optimizer else {}) | {
+    pilots = "0" if flat.get("model.pilots.max_targets", "0") == "0" else "above 0"
+    return ({"model.freeze": str(frozen), "model.pilots.max_targets": pilots} if optimizer else {}) | {
         key: value
         for key, value in flat.items()
         if (key.startswith("model.") and not _CHANGEABLE.match(key) and key != _OPTIONS.rstrip("."))

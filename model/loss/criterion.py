@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from m2f.model.config import LossConfig
+from m2f.model.loss.assignment import Assignment, PendingPilots, Rows, assign_columns, assigned_rows
 from m2f.model.loss.box_points import box_weights, importance_density, move_into_boxes, share_within, target_boxes
-from m2f.model.loss.host_copies import to_device
 from m2f.model.loss.mask_losses import MaskLoss, row_losses
-from m2f.model.loss.matcher import Matching, start_matching
+from m2f.model.loss.matcher import start_matching
 from m2f.model.loss.point_sampling import LabelMaps, chunk_elements, most_uncertain, sample_maps
 from m2f.model.loss.points import DrawnPoints, PointCounts, PointSource, RowIndex
+from m2f.model.pilots import Pilots
 from m2f.model.structures import Predictions, Targets
 
 
@@ -70,45 +70,67 @@ def compute_losses(
     normalizers: Normalizers,
     config: LossConfig,
     num_classes: int,
+    pilots: Pilots | None = None,
 ) -> Losses:
     """Losses of one micro-batch in fp32.
 
     Every prediction stays in the graph when nothing is matched: its gradient is then zero, never missing. A non-finite
-    matching cost makes the loss of its image and all its gradients non-finite.
+    matching cost makes the loss of its image and all its gradients non-finite. With pilots, the first queries of the
+    predictions are theirs; they learn their targets without a matching.
     """
-    num_layers, _, num_queries, _ = predictions.class_logits.shape
+    num_pilots = 0 if pilots is None else pilots.target.shape[1]
+    matchable = _without_first(predictions, num_pilots)
+    num_layers, _, num_queries, _ = matchable.class_logits.shape
     with torch.autocast(predictions.class_logits.device.type, enabled=False):
         label_maps = LabelMaps.pack(targets.id_maps)
         drawn = points.draw(targets.position, num_layers, point_counts(config))
         matching_points = drawn.matching if config.matching == "points" else None
         boxes = target_boxes(targets) if config.matching_box_share or config.supervision_box_share else None
         matching_boxes = boxes if config.matching_box_share else None
-        matching = start_matching(predictions, targets, label_maps, matching_points, config, matching_boxes)
+        pending = None if pilots is None else PendingPilots.start(pilots, targets)
+        matching = start_matching(matchable, targets, label_maps, matching_points, config, matching_boxes)
         # Needs no assignment, so that the device has work while the host solves.
         log_probabilities = predictions.class_logits.float().log_softmax(-1)
         maps = [features.float() for features in predictions.feature_maps]
 
-        matched = matching.result()
-        rows, queries, nan_factor = _matched_rows(matched, log_probabilities.device)
-        class_losses = _class_losses(log_probabilities, targets, rows, queries, config, num_classes)
-        embeddings = predictions.mask_embeddings[rows.layer, rows.image, queries].float()
-        logits = _matched_mask_logits(embeddings, maps, matched)
+        assignment = assign_columns(matching.result(), pending)
+        rows = assigned_rows(assignment, log_probabilities.device)
+        layer, image, target = rows.index
+        class_losses = _class_losses(log_probabilities, targets, rows, num_pilots, config, num_classes)
+        embeddings = predictions.mask_embeddings[layer, image, rows.query].float()
+        logits = _assigned_mask_logits(embeddings, maps, assignment)
         if config.supervision == "points":
-            row_boxes = boxes[rows.image, rows.target] if boxes is not None and config.supervision_box_share else None
+            row_boxes = boxes[image, target] if boxes is not None and config.supervision_box_share else None
             mask, dice = _losses_at_points(logits, targets, label_maps, rows, drawn, config, row_boxes)
         else:
-            mask, dice = _losses_of_whole_masks(logits, targets, rows, config.mask_loss)
+            mask, dice = _losses_of_whole_masks(logits, targets, rows.index, config.mask_loss)
 
         num_masks = normalizers.num_masks.clamp(min=1)
-        shape = (num_layers, *targets.labels.shape)
-        weighted = (
-            config.class_weight / _class_denominator(targets, num_queries, normalizers, config) * class_losses,
-            config.mask_weight / num_masks * _sum_per_image(mask * nan_factor, rows, shape),
-            config.dice_weight / num_masks * _sum_per_image(dice * nan_factor, rows, shape),
+        shape = (num_layers, *assignment.target.shape)
+        mask_losses, dice_losses = (
+            _sum_per_image(values * rows.factor, rows, shape, targets.labels.shape[1]) for values in (mask, dice)
         )
-        losses = torch.stack(weighted, dim=-1) * targets.weight[:, None]  # [L, B, 3]
-        terms = losses.sum(1)
-        return Losses(total=terms.sum(), terms=terms, per_image=losses.sum((0, 2)))
+        denominators = _class_denominator(targets, num_queries, normalizers, config), num_masks
+        matched, *piloted = [
+            _weighted(kinds, (denominator, num_masks, num_masks), targets, config)
+            for denominator, *kinds in zip(denominators, class_losses, mask_losses, dice_losses, strict=False)
+        ]
+        losses = sum(piloted, start=matched)
+        return Losses(total=losses.sum(1).sum(), terms=matched.sum(1), per_image=losses.sum((0, 2)))
+
+
+def _without_first(predictions: Predictions, count: int) -> Predictions:
+    """Predictions of all queries but the first ones."""
+    return predictions._replace(
+        class_logits=predictions.class_logits[:, :, count:], mask_embeddings=predictions.mask_embeddings[:, :, count:]
+    )
+
+
+def _weighted(kinds: Sequence[Tensor], denominators: Sequence[Tensor], targets: Targets, config: LossConfig) -> Tensor:
+    """[L, B, 3] from losses of classes, masks and dice, [L, B] each."""
+    weights = config.class_weight, config.mask_weight, config.dice_weight
+    terms = zip(weights, denominators, kinds, strict=True)
+    return torch.stack([weight / number * loss for weight, number, loss in terms], dim=-1) * targets.weight[:, None]
 
 
 def point_counts(config: LossConfig) -> PointCounts:
@@ -136,38 +158,37 @@ def _class_denominator(targets: Targets, num_queries: int, normalizers: Normaliz
     return torch.where(denominator > 0, denominator, 1.0)  # nothing counts: every numerator is 0 too
 
 
-def _matched_rows(matching: Matching, device: torch.device) -> tuple[RowIndex, Tensor, Tensor]:
-    """Matched pairs in the order image, layer, target; their queries; 1 for each, NaN where a cost was not finite."""
-    by_image = matching.query_index.swapaxes(0, 1)
-    image, layer, target = matched = (by_image >= 0).nonzero()
-    rows = (layer, image, target, by_image[matched], matching.finite[layer, image])
-    *index, queries, finite = to_device(np.stack(rows), device)
-    return RowIndex(*index), queries, torch.where(finite > 0, 1.0, torch.nan)
-
-
 def _class_losses(
     log_probabilities: Tensor,
     targets: Targets,
-    rows: RowIndex,
-    queries: Tensor,
+    rows: Rows,
+    num_pilots: int,
     config: LossConfig,
     num_classes: int,
-) -> Tensor:
-    """Weighted cross-entropy summed over queries [L, B]; queries without a target learn "no object"."""
+) -> list[Tensor]:
+    """Weighted cross-entropy [L, B] summed over queries, which without a target learn "no object".
+
+    Where there are pilots, also that of pilots, which learn nothing without a target.
+    """
+    layer, image, target = rows.index
     labels = torch.full(log_probabilities.shape[:-1], num_classes, device=log_probabilities.device)
-    labels[rows.layer, rows.image, queries] = targets.labels[rows.image, rows.target]
-    weights = torch.where(labels == num_classes, config.no_object_weight, 1.0)
+    labels[layer, image, rows.query] = targets.labels[image, target]
     losses = F.nll_loss(log_probabilities.flatten(0, 2), labels.flatten(), reduction="none").view_as(labels)
-    return (losses * weights).sum(-1)
+    learns_object = labels != num_classes
+    weighted = losses * torch.where(learns_object, 1.0, config.no_object_weight)
+    matched = weighted[:, :, num_pilots:].sum(-1)
+    if num_pilots == 0:
+        return [matched]
+    return [matched, torch.where(learns_object, losses, 0.0)[:, :, :num_pilots].sum(-1)]
 
 
-def _matched_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], matching: Matching) -> Tensor:
-    """Dense mask logits [R, h, w] of matched rows [R, C] only: one product per image and map [B, C, h, w].
+def _assigned_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], assignment: Assignment) -> Tensor:
+    """Dense mask logits [R, h, w] of rows with a target [R, C] only: one product per image and map [B, C, h, w].
 
     The rows are in the order image, prediction; every map has the same number of predictions.
     """
-    matched = (matching.query_index >= 0).sum(axis=2)  # [L, B]
-    rows = matched.T.reshape(matched.shape[1] * len(maps), -1).sum(1).tolist()
+    pairs = (assignment.query_index >= 0).sum(axis=2)  # [L, B]
+    rows = pairs.T.reshape(pairs.shape[1] * len(maps), -1).sum(1).tolist()
     features = [feature for image in zip(*(of_map.flatten(2) for of_map in maps), strict=True) for feature in image]
     products = [embedding @ feature for embedding, feature in zip(embeddings.split(rows), features, strict=True)]
     return torch.cat(products).unflatten(1, maps[0].shape[2:])
@@ -177,12 +198,12 @@ def _losses_at_points(
     logits: Tensor,
     targets: Targets,
     label_maps: LabelMaps,
-    rows: RowIndex,
+    rows: Rows,
     drawn: DrawnPoints,
     config: LossConfig,
     boxes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """BCE or focal loss, and dice [R] of matched masks at importance-sampled points (paper section 3.3).
+    """BCE or focal loss, and dice [R] of masks at importance-sampled points (paper section 3.3).
 
     With the boxes [R, 4] of the rows' targets, some of the points lie in them and all have weights.
     """
@@ -234,7 +255,7 @@ def _training_points(
     logits: Tensor,
     targets: Targets,
     label_maps: LabelMaps,
-    rows: RowIndex,
+    rows: Rows,
     drawn: DrawnPoints,
     config: LossConfig,
     boxes: Tensor | None,
@@ -249,8 +270,8 @@ def _training_points(
     counts = point_counts(config)
     in_box = _points_in_box(config)
     num_uncertain = config.num_points - counts.fresh
-    candidates, fresh = drawn.of_rows(rows)
-    row_map, local_id = _row_targets(targets, rows)
+    candidates, fresh = drawn.of_rows(rows.draw)
+    row_map, local_id = _row_targets(targets, rows.index)
     all_points = logits.new_empty(len(logits), config.num_points, 2)
     all_labels = logits.new_empty(len(logits), config.num_points)
     all_shares = logits.new_ones(len(logits))
@@ -270,7 +291,11 @@ def _training_points(
     return all_points, all_labels, all_shares
 
 
-def _sum_per_image(values: Tensor, rows: RowIndex, shape: tuple[int, ...]) -> Tensor:
-    """[L, B] sums of the rows' values [R]; through [L, B, N], so that the order of summation is fixed on any device."""
-    padded = values.new_zeros(shape).index_put((rows.layer, rows.image, rows.target), values)
-    return padded.sum(-1)
+def _sum_per_image(values: Tensor, rows: Rows, shape: tuple[int, ...], num_targets: int) -> tuple[Tensor, ...]:
+    """[L, B] sums of the rows' values [R] over the columns of targets; where `shape` has more, also over pilots.
+
+    Through `shape` (L, B, M), so that the order of summation is fixed on any device.
+    """
+    layer, image, _ = rows.index
+    padded = values.new_zeros(shape).index_put((layer, image, rows.column), values)
+    return tuple(columns.sum(-1) for columns in padded.split([num_targets, shape[2] - num_targets], dim=-1))

@@ -20,6 +20,7 @@ from m2f.model.attention import (
     resize_for_attention,
 )
 from m2f.model.config import MaskedTransformerDecoderConfig
+from m2f.model.pilots import PilotGuides
 from m2f.model.pixel_decoder import convolution
 from m2f.model.position_encoding import sine_position_embedding
 from m2f.model.structures import Predictions
@@ -35,6 +36,9 @@ _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "stride_8": ((2,),),
 }
 """Levels that a layer attends to; the layers take these groups in turn (Table 4d)."""
+
+AttentionGuide = Callable[[int, Tensor], Tensor | None]
+"""The mask or the added logits of a layer, from its index and the queries before it."""
 
 
 class DecoderLayer(nn.Module):
@@ -67,11 +71,17 @@ class DecoderLayer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(
-        self, queries: Tensor, position: Tensor, memory: tuple[Tensor, ...], attn_mask: Tensor | None
+        self,
+        queries: Tensor,
+        position: Tensor,
+        memory: tuple[Tensor, ...],
+        attn_mask: Tensor | None,
+        self_mask: Tensor | None = None,
     ) -> Tensor:
         """`queries` and their embedding `position` [B, Q, C] to [B, Q, C].
 
-        `memory` is what `LevelMemory` has for this layer; `attn_mask` the attention mask, or the logits to add.
+        `memory` is what `LevelMemory` has for this layer; `attn_mask` the attention mask, or the logits to add;
+        `self_mask` [B, 1, Q, Q] True where a query may attend to another.
         """
 
         def cross(source: Tensor) -> Tensor:
@@ -81,7 +91,7 @@ class DecoderLayer(nn.Module):
 
         def self_attention(source: Tensor) -> Tensor:
             query, key = self.self_query_key(source + position).chunk(2, dim=-1)
-            return self.self_attention(query, key, self.self_value(source))
+            return self.self_attention(query, key, self.self_value(source), self_mask)
 
         def feed_forward(source: Tensor) -> Tensor:
             return self.dropout(self.linear2(self.dropout(self.linear1(source).relu())))
@@ -169,8 +179,13 @@ class MaskedTransformerDecoder(nn.Module):
         self.class_embed = nn.Linear(dim, num_classes + 1)
         self.mask_embed = mask_head(dim, mask_dim)
 
-    def forward(self, features: Sequence[Tensor], mask_features: Tensor) -> Predictions:
-        """`features` [B, C', h, w] in the order 1/32, 1/16, 1/8 and `mask_features` [B, mask_dim, h, w]."""
+    def forward(
+        self, features: Sequence[Tensor], mask_features: Tensor, pilots: PilotGuides | None = None
+    ) -> Predictions:
+        """`features` [B, C', h, w] in the order 1/32, 1/16, 1/8 and `mask_features` [B, mask_dim, h, w].
+
+        The predictions of pilots stand before those of the queries.
+        """
         rows = torch.arange(len(self.levels), device=mask_features.device)
         embeddings = dict(zip(self.levels, self.level_embed(rows), strict=True))
         memories = [
@@ -179,14 +194,30 @@ class MaskedTransformerDecoder(nn.Module):
         ]
         queries, position = self._initial_queries(mask_features)
         attn_mask = self._attention_masks(features, mask_features, queries, position)
+        self_mask = None
+        if pilots is not None:
+            attn_mask = self._with_pilots(attn_mask, pilots)
+            self_mask = pilots.self_attention_mask(queries.shape[1])
+            queries = torch.cat((pilots.content.to(queries.dtype), queries), dim=1)
+            position = torch.cat((torch.zeros_like(pilots.content, dtype=position.dtype), position), dim=1)
         states = [queries] if self.supervised else []
         for index, layer in enumerate(self.layers):
             slot, group = divmod(index, len(self.groups))
-            queries = layer(queries, position, memories[group][slot], attn_mask(index, queries))
+            queries = layer(queries, position, memories[group][slot], attn_mask(index, queries), self_mask)
             states.append(queries)
         # All predictions in one call; the masks above need the same embeddings earlier, but without gradient.
         normalised = self.norm(torch.stack(states))
         return Predictions(self.class_embed(normalised), self.mask_embed(normalised), mask_features)
+
+    def _with_pilots(self, own: AttentionGuide, pilots: PilotGuides) -> AttentionGuide:
+        """The masks of pilots before those of the queries after them."""
+
+        def mask(index: int, queries: Tensor) -> Tensor:
+            predicted = own(index, queries[:, pilots.content.shape[1] :])
+            assert predicted is not None  # the recipe was checked for it
+            return torch.cat((pilots.attention_mask(index, self.groups[index % len(self.groups)]), predicted), dim=2)
+
+        return mask
 
     def _initial_queries(self, mask_features: Tensor) -> tuple[Tensor, Tensor]:
         """Features and positional embeddings of the queries [B, Q, C]."""
@@ -198,7 +229,7 @@ class MaskedTransformerDecoder(nn.Module):
 
     def _attention_masks(
         self, features: Sequence[Tensor], mask_features: Tensor, queries: Tensor, position: Tensor
-    ) -> Callable[[int, Tensor], Tensor | None]:
+    ) -> AttentionGuide:
         """The mask or the added logits of a layer, as a function of its index and of the queries before it.
 
         The mask of the first layer comes from the initial queries, also where these are not supervised (equation 3).

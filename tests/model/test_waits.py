@@ -21,14 +21,17 @@ from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    PilotConfig,
     TimmBackboneConfig,
 )
 from m2f.model.deform_attn import module as ms_deform_attn
-from m2f.model.loss import matcher
+from m2f.model.loss import assignment, matcher
 from m2f.model.loss.criterion import compute_losses, count_normalizers
 from m2f.model.loss.host_copies import HostCopy
 from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import build_model
+from m2f.model.pilots import PilotQueries
+from m2f.model.segmenter import TrainingContext
 from tests.model.loss_oracle import make_targets
 
 QUERIES, CLASSES = 8, 5
@@ -75,23 +78,28 @@ class FakeCopy:
 
     def wait(self):
         FakeCopy.waits += 1
+        if not self.copy.is_floating_point():  # of the targets of pilots
+            return np.ones(self.copy.shape, dtype=np.int64)
         return np.random.default_rng(0).random(self.copy.shape, dtype=np.float32)
 
 
-def step(loss=CONFIG.loss):
+def step(loss=CONFIG.loss, pilots=False):
     """Forward and losses of two images."""
     model = build_model(CONFIG, pretrained_backbone=False)
+    queries = PilotQueries(replace(CONFIG, pilots=PilotConfig(max_targets=4, mask_noise=0.2)), seed=0)
     targets = make_targets((3, 5))
     normalizers = count_normalizers(targets, QUERIES, loss)
     images = torch.zeros(2, 3, *targets.id_maps.shape[-2:])
     with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as blocking:
         model = model.to("cuda")
+        queries = queries.to("cuda")
         targets = targets.to("cuda", non_blocking=True)
         images = images.to("cuda", non_blocking=True)
         normalizers = type(normalizers)(*(number.to("cuda", non_blocking=True) for number in normalizers))
         blocking.seen.clear()  # the model's
-        predictions = model(model.normalise(images))
-        losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, loss, CLASSES)
+        made = queries(targets) if pilots else None
+        predictions = model(model.normalise(images), TrainingContext(targets, 0, made))
+        losses = compute_losses(predictions, targets, CounterPoints(0), normalizers, loss, CLASSES, made)
     assert losses.total.device.type == "cuda"
     return blocking.seen
 
@@ -104,6 +112,16 @@ def test_a_step_waits_once_and_copies_without_waiting(share, monkeypatch):
     FakeCopy.waits = 0
     assert step(replace(CONFIG.loss, matching_box_share=share, supervision_box_share=share)) == []
     assert FakeCopy.waits == 1
+
+
+def test_pilots_wait_for_what_was_queued_before_the_matching(monkeypatch):
+    for module in (matcher, assignment):
+        monkeypatch.setattr(module, "HostCopy", FakeCopy)
+    monkeypatch.setattr(ms_deform_attn, "_kernel_agrees", lambda *sizes: False)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    FakeCopy.waits = 0
+    assert step(pilots=True) == []
+    assert FakeCopy.waits == 2
 
 
 def test_the_wait_counter_detects_blocking_reads_and_copies():

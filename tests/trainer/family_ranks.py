@@ -21,6 +21,7 @@ from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    PilotConfig,
     PixelDecoderConfig,
     SemanticFPNPixelDecoderConfig,
     StandardTransformerDecoderConfig,
@@ -106,6 +107,8 @@ def family_agreement(make_job) -> dict:
     for name, backbone in BACKBONES.items():
         model = replace(job.model, backbone=backbone)
         seen[name] = whole_and_sharded(job, model, ranks)
+    model = replace(job.model, pilots=PilotConfig(max_targets=2, mask_noise=0.2))
+    seen["pilots"] = whole_and_sharded(job, model, ranks)
     dist.barrier()
     return seen
 
@@ -141,7 +144,7 @@ def whole_step(job) -> dict[str, float]:
     losses = module(batch, normalizers_of(job, [batch]))
     losses.total.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.requires_grad])
-    return {"loss": losses.total.item(), "norm": norm.item()}
+    return {"loss": losses.terms.sum().item(), "norm": norm.item()}
 
 
 def sharded_step(job, ranks: Ranks) -> dict[str, float]:

@@ -19,10 +19,14 @@ import m2f.trainer.engine.module
 import m2f.trainer.loop
 from m2f.data_pipeline.config import MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.config import PilotConfig
 from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.config import MultiStepSchedule, ZeroConfig
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.ending import read_ending
+
+PILOTS = PilotConfig(max_targets=3, label_noise=0.5, mask_noise=0.2)
+"""Fewer than images have targets."""
 
 
 def uninterrupted(folder: Path) -> dict:
@@ -120,14 +124,16 @@ def in_precision_again(folder: Path, precision: str) -> dict:
 
 
 def in_precision(folder: Path, name: str, precision: str, max_steps: int) -> TrainJob:
-    """Without box points, whose weights jump where rounding to 16 bits moves a point across their limit."""
+    """With pilots, but without box points, whose weights jump where rounding moves a point across their limit."""
     job = in_stage(folder, f"{name}_{precision}_", stage="2", max_steps=max_steps)
     loss = replace(job.model.loss, matching_box_share=0.0, supervision_box_share=0.0)
-    return replace(job, model=replace(job.model, loss=loss), training=replace(job.training, precision=precision))
+    model = replace(job.model, loss=loss, pilots=PILOTS)
+    return replace(job, model=model, training=replace(job.training, precision=precision))
 
 
 def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
-    """In stage 2 with box points: what holds after a stop and with other ranks holds for them, too."""
+    """In stage 2 with box points, in stages 1 and 3 with pilots: what holds after a stop and with other ranks holds for
+    them, too."""
     job = make_job(
         folder / f"{name}{stage}",
         str(folder / "shards"),
@@ -138,7 +144,8 @@ def in_stage(folder: Path, name: str, stage: str, max_steps: int) -> TrainJob:
     )
     share = 0.5 if stage == "2" else 0.0
     loss = replace(job.model.loss, matching_box_share=share, supervision_box_share=share)
-    return replace(job, model=replace(job.model, loss=loss))
+    pilots = PILOTS if stage in "13" else PilotConfig()
+    return replace(job, model=replace(job.model, loss=loss, pilots=pilots))
 
 
 def unreadable(folder: Path) -> dict:

@@ -9,6 +9,7 @@ from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.config import ModelConfig
 from m2f.model.loss.criterion import Losses, Normalizers, compute_losses
 from m2f.model.loss.points import CounterPoints
+from m2f.model.pilots import PilotQueries
 from m2f.model.segmenter import Segmenter, TrainingContext
 from m2f.trainer.config import Precision
 from m2f.trainer.engine.loss_scale import LossScale
@@ -36,17 +37,22 @@ class TrainingModule(nn.Module):
         self.loss = config.loss
         self.num_classes = config.num_classes
         self.seed, self.points = seed, CounterPoints(seed)
+        # Beside the model, whose weights are those of one without pilots.
+        self.pilots = PilotQueries(config, seed) if config.pilots.max_targets else None
         self.precision = precision
         model.pixel_decoder_fp32 = pixel_decoder_fp32 or precision == "fp16_autocast"
-        self.loss_scale = LossScale(model.parameters()) if precision == "fp16_autocast" else None
+        self.loss_scale = LossScale(self.parameters()) if precision == "fp16_autocast" else None
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> Losses:
         """Losses of a micro-batch, in fp32 whatever the precision of the forward."""
         images = self.model.normalise(batch.images, batch.sizes)
+        pilots = None if self.pilots is None else self.pilots(batch.targets)
         # Where weights have 16 bits themselves, autocast is what brings them together with what stays in fp32.
         dtype = torch.float16 if self.precision in ("fp16", "fp16_autocast") else torch.bfloat16
         with torch.autocast(images.device.type, dtype, enabled=self.precision != "fp32"):
-            predictions = self.model(images, TrainingContext(batch.targets, self.seed))
-        losses = compute_losses(predictions, batch.targets, self.points, normalizers, self.loss, self.num_classes)
+            predictions = self.model(images, TrainingContext(batch.targets, self.seed, pilots))
+        losses = compute_losses(
+            predictions, batch.targets, self.points, normalizers, self.loss, self.num_classes, pilots
+        )
         total = losses.total if self.loss_scale is None else self.loss_scale.enlarge(losses.total)
         return Losses(total, losses.terms.detach(), losses.per_image.detach())

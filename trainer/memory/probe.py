@@ -69,10 +69,10 @@ def largest_that_fits(fits: Callable[[int], bool], micro_batch: int) -> int:
 
 
 def worst_batch(job: TrainJob, size: int, targets: int) -> Batch:
-    """`size` images of the largest shape, each with `targets` segments (at most one per query)."""
+    """`size` images of the largest shape, each with `targets` segments (at most one per query, or per pilot)."""
     height, width = largest_shape(job.data.augment)
     assert job.model.num_classes is not None
-    targets = max(1, min(targets, job.model.transformer_decoder.num_queries))
+    targets = max(1, min(targets, max(job.model.transformer_decoder.num_queries, job.model.pilots.max_targets)))
     rows = torch.arange(height * width).view(height, width) % targets + 1
     id_map = rows.to(torch.uint8 if targets < 254 else torch.int16)
     local_id = torch.arange(1, targets + 1).expand(size, -1)

@@ -123,6 +123,18 @@ def test_frozen_parts_matter_to_the_optimizer_and_not_to_the_weights():
     assert model_changes(older, free, optimizer=True) == ()
 
 
+def test_the_optimizer_has_a_state_for_pilots():
+    settings = (), ("model.pilots.max_targets=100",), ("model.pilots={max_targets: 50, label_noise: 0.1}",)
+    without, some, fewer = (dump_recipe(parse_recipe(RECIPE, overrides)) for overrides in settings)
+    older = without.replace("  pilots:\n    max_targets: 0\n    label_noise: 0.2\n    mask_noise: 0.0\n", "")
+    assert older != without
+    for before in (without, older):
+        assert model_changes(before, some) == ()
+        assert model_changes(before, some, optimizer=True) == ("model.pilots.max_targets: 0 -> above 0",)
+        assert model_changes(before, without, optimizer=True) == ()
+    assert model_changes(some, fewer, optimizer=True) == ()
+
+
 OLDER = """
 name: first
 storage: {max_attempts: 8}

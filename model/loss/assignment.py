@@ -1,0 +1,97 @@
+"""Which query learns which target: pairs that were matched, and pilots, whose targets are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2f.model.loss.host_copies import HostCopy, to_device
+from m2f.model.loss.matcher import Matching
+from m2f.model.loss.points import RowIndex
+from m2f.model.pilots import Pilots
+from m2f.model.structures import Targets
+
+_PILOT = 2**32
+"""Added to the target that a pilot's points are drawn for, so that they are not those of the matched query."""
+
+
+class Assignment(NamedTuple):
+    """On the host. An image has M columns: its targets, and after them its pilots."""
+
+    query_index: np.ndarray
+    """[L, B, M] int64 of all queries, pilots first; -1 where nothing is learnt."""
+    finite: np.ndarray
+    """[L, B] bool: whether every matching cost of the image was finite."""
+    target: np.ndarray
+    """[B, M] int64 target of every column."""
+    draw: np.ndarray
+    """[B, M] int64 the same, another number for the same target's pilot."""
+
+
+class Rows(NamedTuple):
+    """The pairs of an assignment on the device, in the order image, prediction, column."""
+
+    index: RowIndex
+    """Prediction, image and target."""
+    draw: RowIndex
+    """What the points of a row are drawn for."""
+    column: Tensor
+    """[R] int64"""
+    query: Tensor
+    """[R] int64 of all queries, pilots first."""
+    factor: Tensor
+    """[R] 1, or NaN where a matching cost of the image was not finite."""
+
+
+@dataclass(frozen=True)
+class PendingPilots:
+    """The targets of pilots on their way to the host."""
+
+    copy: HostCopy
+    """[2, B, N] int64: the target, and whether there is one."""
+    first_prediction: int
+
+    @staticmethod
+    def start(pilots: Pilots, targets: Targets) -> PendingPilots:
+        """Queue the copy."""
+        counted = pilots.valid & (targets.weight > 0)[:, None]
+        return PendingPilots(HostCopy(torch.stack((pilots.target, counted.long()))), pilots.first_prediction)
+
+
+def assign_columns(matching: Matching, pilots: PendingPilots | None) -> Assignment:
+    """The matched pairs, and those of pilots, for which it waits."""
+    query_index = matching.query_index
+    num_layers, num_images, num_targets = query_index.shape
+    target = np.broadcast_to(np.arange(num_targets), (num_images, num_targets))
+    if pilots is None:
+        return Assignment(query_index, matching.finite, target, target)
+    known, valid = pilots.copy.wait()
+    place = np.arange(known.shape[1])
+    is_learnt = (np.arange(num_layers) >= pilots.first_prediction)[:, None, None] & (valid > 0)
+    matched = np.where(query_index < 0, -1, query_index + len(place))
+    return Assignment(
+        query_index=np.concatenate((matched, np.where(is_learnt, place, -1)), axis=2),
+        finite=matching.finite,
+        target=np.concatenate((target, known), axis=1),
+        draw=np.concatenate((target, known + _PILOT), axis=1),
+    )
+
+
+def assigned_rows(assignment: Assignment, device: torch.device) -> Rows:
+    """The rows of an assignment; one copy to the device."""
+    by_image = assignment.query_index.swapaxes(0, 1)
+    image, layer, column = found = (by_image >= 0).nonzero()
+    target, draw = assignment.target[image, column], assignment.draw[image, column]
+    rows = (layer, image, target, draw, column, by_image[found], assignment.finite[layer, image])
+    layers, images, targets, draws, columns, queries, finite = to_device(np.stack(rows), device)
+    return Rows(
+        index=RowIndex(layers, images, targets),
+        draw=RowIndex(layers, images, draws),
+        column=columns,
+        query=queries,
+        factor=torch.where(finite > 0, 1.0, torch.nan),
+    )

@@ -1,0 +1,186 @@
+"""Pilots: queries of training that are told their target (mask-piloted training, Zhang et al., MP-Former, CVPR 2023).
+
+A pilot starts from the class of its target, and its attention mask is the true mask in every layer; either may have
+noise. Pilots stand before the other queries, which never see them. At inference there are none.
+
+Axis letters: B images, N pilots, C channels, Q other queries, Y id-map layers, H x W input pixels, T cells of the
+levels that a layer attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2f.model.config import MaskedTransformerDecoderConfig, ModelConfig
+from m2f.model.random_bits import GOLDEN, mix, shift_right, signed, to_unit_interval
+from m2f.model.structures import Targets
+from m2f.model.target_pixels import pixel_owners
+
+BUCKET = 8
+"""Fewest pilots of a micro-batch, of which some or all may be padding."""
+_SALT = 0x50494C4F54
+"""Parts the random numbers of pilots from those of the points."""
+
+
+class _Word(IntEnum):
+    """Uses of a target's random bits. Cells of attention masks take the words from CELLS on."""
+
+    CHOICE = 1
+    LABEL_NOISE = 2
+    LABEL = 3
+    CELLS = 4
+
+
+class Pilots(NamedTuple):
+    """The pilots of a micro-batch, padded to one number per image."""
+
+    content: Tensor
+    """[B, N, C] what they start from; zeros where not valid."""
+    target: Tensor
+    """[B, N] int64 index of the target."""
+    valid: Tensor
+    """[B, N] bool; valid ones come first in every row."""
+    owners: Tensor
+    """[B, Y, H, W] int16 index of the pilot of every pixel; N where there is none."""
+    keys: Tensor
+    """[B, N] 64 random bits of every target."""
+    mask_noise: float
+    first_prediction: int
+    """The first that is supervised. Before the decoder a pilot is a class, and all of one class are equal."""
+
+    def at(self, sizes: Sequence[Sequence[int]]) -> PilotGuides:
+        """What a decoder needs, for levels of these (height, width)."""
+        cells = tuple(covered_cells(self.owners, self.target.shape[1], (height, width)) for height, width in sizes)
+        return PilotGuides(self.content, self.valid, cells, self.keys, self.mask_noise)
+
+
+class PilotGuides(NamedTuple):
+    """Pilots as a decoder sees them."""
+
+    content: Tensor
+    """[B, N, C]"""
+    valid: Tensor
+    """[B, N] bool"""
+    cells: tuple[Tensor, ...]
+    """[B, N, h * w] bool of every level: cells of which the target covers any part."""
+    keys: Tensor
+    """[B, N] 64 random bits of every target."""
+    mask_noise: float
+
+    @torch.no_grad()
+    def attention_mask(self, layer: int, levels: Sequence[int]) -> Tensor:
+        """Cells [B, 1, N, T] of these levels that a pilot may attend to in a decoder layer; all where none is left."""
+        cells = [self.cells[level] for level in levels]
+        if self.mask_noise:
+            words = [_Word.CELLS + layer * len(self.cells) + level for level in levels]
+            cells = [
+                flip_cells(level, mix(self.keys + signed(word * GOLDEN)), self.mask_noise)
+                for level, word in zip(cells, words, strict=True)
+            ]
+        allowed = torch.cat(cells, dim=-1)
+        return (allowed | ~allowed.any(dim=-1, keepdim=True))[:, None]
+
+    def self_attention_mask(self, num_queries: int) -> Tensor:
+        """Who may attend to whom, bool [B, 1, N + Q, N + Q].
+
+        Everybody to the other queries, pilots to valid pilots too, and padding to itself, so that no row is empty: what
+        an image gives does not depend on how much padding its neighbours ask for.
+        """
+        images, number = self.valid.shape
+        is_pilot = torch.arange(number + num_queries, device=self.valid.device) < number
+        open_to_pilots = torch.cat((self.valid, self.valid.new_ones(images, num_queries)), dim=1)[:, None]
+        allowed = torch.where(is_pilot[:, None], open_to_pilots, ~is_pilot)
+        itself = torch.eye(number + num_queries, dtype=torch.bool, device=self.valid.device)
+        return (allowed | itself)[:, None]
+
+
+class PilotQueries(nn.Module):
+    """Makes the pilots of a micro-batch from its targets; their embedding of classes is no part of the model."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        super().__init__()
+        decoder = config.transformer_decoder
+        assert config.num_classes is not None
+        assert isinstance(decoder, MaskedTransformerDecoderConfig)  # others refuse the setting
+        self.settings, self.seed = config.pilots, seed
+        self.class_query = nn.Embedding(config.num_classes, decoder.hidden_dim)
+        self.first_prediction = 1 if decoder.queries == "supervised" else 0
+
+    def forward(self, targets: Targets) -> Pilots:
+        """The pilots of these targets; every random number is a function of the seed, the position and the target."""
+        images, most = targets.valid.shape
+        device = targets.valid.device
+        chosen = min(most, self.settings.max_targets)
+        number = padded_number(chosen, self.settings.max_targets)
+        image_keys = mix(targets.position + signed((self.seed ^ _SALT) * GOLDEN))
+        keys = mix(image_keys[:, None] + torch.arange(1, most + 1, device=device) * GOLDEN)
+        target = choose(targets.valid, keys, chosen)
+        keys, labels, valid = (values.gather(1, target) for values in (keys, targets.labels, targets.valid))
+        target, keys, labels, valid = (F.pad(values, (0, number - chosen)) for values in (target, keys, labels, valid))
+
+        place = torch.where(valid, target, most)
+        of_target = torch.full((images, most + 1), number, dtype=torch.int16, device=device)
+        of_target.scatter_(1, place, torch.arange(number, dtype=torch.int16, device=device).expand(images, -1))
+        content = self.class_query(self._noisy(labels, keys))
+        return Pilots(
+            content=torch.where(valid[..., None], content, 0.0),
+            target=target,
+            valid=valid,
+            owners=pixel_owners(targets, of_target[:, :most], number),
+            keys=keys,
+            mask_noise=self.settings.mask_noise,
+            first_prediction=self.first_prediction,
+        )
+
+    def _noisy(self, labels: Tensor, keys: Tensor) -> Tensor:
+        """Labels [B, N], of which some are replaced by any class, perhaps the same one."""
+        replaced = to_unit_interval(mix(keys + signed(_Word.LABEL_NOISE * GOLDEN))) < self.settings.label_noise
+        drawn = shift_right(mix(keys + signed(_Word.LABEL * GOLDEN)), 1) % self.class_query.num_embeddings
+        return torch.where(replaced, drawn, labels)
+
+
+def padded_number(chosen: int, most: int) -> int:
+    """Pilots per image of a micro-batch: powers of two up to `most`, so that few shapes occur, and at least BUCKET."""
+    power = 1 << max(chosen - 1, BUCKET - 1).bit_length()
+    return min(power, -(-most // BUCKET) * BUCKET)
+
+
+def choose(valid: Tensor, keys: Tensor, count: int) -> Tensor:
+    """Indices [B, count], ascending, of the targets of lowest hash; those that are not `valid` [B, N] come last."""
+    if count == valid.shape[1]:
+        return torch.arange(count, device=valid.device).expand(len(valid), -1)
+    order = shift_right(mix(keys + signed(_Word.CHOICE * GOLDEN)), 1)
+    order = torch.where(valid, order, torch.iinfo(torch.int64).max)
+    return order.argsort(dim=1)[:, :count].sort(dim=1).values
+
+
+def covered_cells(owners: Tensor, number: int, size: tuple[int, int]) -> Tensor:
+    """Cells [B, number, h * w] bool of a level of `size` of which any pixel has this owner in `owners` [B, Y, H, W].
+
+    An object of one pixel has a cell at every stride. One scatter for all owners; dense masks are never made.
+    """
+    height, width = owners.shape[-2:]
+    rows, columns = (
+        torch.arange(pixels, device=owners.device) * cells // pixels
+        for pixels, cells in zip((height, width), size, strict=True)
+    )
+    num_cells = size[0] * size[1]
+    index = (owners.long() * num_cells).add_(rows[:, None] * size[1] + columns).flatten(1)
+    covered = torch.zeros(len(owners), (number + 1) * num_cells, dtype=torch.bool, device=owners.device)
+    return covered.scatter_(1, index, True).view(len(owners), number + 1, num_cells)[:, :number]
+
+
+def flip_cells(cells: Tensor, keys: Tensor, noise: float) -> Tensor:
+    """Cells [B, N, T] of which each has changed sides with probability `noise` times the share of cells that are set.
+
+    `keys` [B, N] are 64 random bits each.
+    """
+    counters = torch.arange(1, cells.shape[-1] + 1, device=cells.device) * GOLDEN
+    share = cells.float().mean(-1, keepdim=True)
+    return cells ^ (to_unit_interval(mix(keys[..., None] + counters)) < noise * share)
