@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    bench_attention,
-    bench_data,
-    bench_eval,
-    bench_heads,
-    bench_inference,
-    bench_matcher,
-    bench_model,
-    bench_msda,
-    bench_postproc,
-    bench_train_step,
-    bench_zero,
-    ceilings,
-)
+from benchmarks import ceilings
 from benchmarks.measure import Measurement
 from benchmarks.tables import Setting, json_lines, markdown, save
 
-ON_CPU: dict[str, Callable[[bool], list[Measurement]]] = {"data": bench_data.run, "eval": bench_eval.run}
-ON_ANY_DEVICE: dict[str, Callable[[bool, torch.device], list[Measurement]]] = {
-    "msda": bench_msda.run,
-    "attention": bench_attention.run,
-    "matcher": bench_matcher.run,
-    "heads": bench_heads.run,
-    "model": bench_model.run,
-    "train_step": bench_train_step.run,
-    "inference": bench_inference.run,
-    "postproc": bench_postproc.run,
-    "zero": bench_zero.run,
-}
+ON_CPU = ("data", "eval")
+ON_ANY_DEVICE = ("msda", "attention", "matcher", "heads", "model", "train_step", "inference", "postproc", "zero")
+"""Names of benchmarks: each is `run` of `benchmarks.bench_NAME`."""
+
+
+def run(name: str, tiny: bool, device: torch.device) -> list[Measurement]:
+    """Import one benchmark, whose packages alone must be there, and run it."""
+    benchmark = importlib.import_module(f"benchmarks.bench_{name}").run
+    return benchmark(tiny) if name in ON_CPU else benchmark(tiny, device=device)
 
 
 def main() -> None:
@@ -54,14 +37,13 @@ def main() -> None:
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     setting = Setting.now(arguments.device, ceilings.describe(arguments.device, arguments.tiny))
-    benchmarks = dict(ON_CPU) if arguments.device.type == "cpu" else {}
-    benchmarks |= {name: partial(run, device=arguments.device) for name, run in ON_ANY_DEVICE.items()}
+    benchmarks = (ON_CPU if arguments.device.type == "cpu" else ()) + ON_ANY_DEVICE
     wanted = [name for name in benchmarks if not arguments.names or name in arguments.names]
     results: list[Measurement] = []
     try:
         for number, name in enumerate(wanted, start=1):
             began = time.monotonic()
-            results += benchmarks[name](arguments.tiny)
+            results += run(name, arguments.tiny, arguments.device)
             print(f"{number}/{len(wanted)} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     finally:  # what was measured before a failure stays
         print(f"{markdown(results, setting)}\n\n{json_lines(results, setting)}")

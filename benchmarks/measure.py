@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -85,15 +86,33 @@ def compare(
 ) -> Measurement:
     """Check agreement, then time both in turn. Raises AssertionError where they disagree: no ratio without equality.
 
-    `memory`: measure what each adds at its peak as well.
+    The check is made without TF32, times are measured with what is set. `memory`: measure what each adds at its peak as
+    well.
     """
-    error = max(relative_error(a, b) for a, b in zip(ours(), peer(), strict=True))
+    with without_tf32():
+        error = max(relative_error(a, b) for a, b in zip(ours(), peer(), strict=True))
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
+    if device.type != "cpu":  # what was compiled for the check is compiled again without it
+        ours(), peer()
     our_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
     result = Measurement(case, shape, our_times, peer_name, peer_times, error)
     if memory:
         result = replace(result, ours_gb=peak_growth(ours, device), peer_gb=peak_growth(peer, device))
     return replace(result, ours_waits=count_waits(ours, device), peer_waits=count_waits(peer, device))
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions of fp32 on GPUs keep all digits; convolutions round to TF32 otherwise."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -35,6 +35,8 @@ class Setting:
     """Of this repository; with a + where files differ from it."""
     tf32: bool
     """Whether matrix products of fp32 may round to TF32."""
+    tf32_convolutions: bool
+    """Whether convolutions of fp32 may; when results are compared, neither does."""
     ceilings: str
     """What the device can do at best."""
 
@@ -49,6 +51,7 @@ class Setting:
             torch=torch.__version__,
             commit=_commit(),
             tf32=torch.backends.cuda.matmul.allow_tf32,
+            tf32_convolutions=torch.backends.cudnn.allow_tf32,
             ceilings=ceilings,
         )
 
@@ -56,7 +59,8 @@ class Setting:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return (
             f"{self.day}, {self.hardware}, {threads}, load {self.load}, torch {self.torch}, commit {self.commit}, "
-            f"TF32 {'on' if self.tf32 else 'off'}\n{self.ceilings}"
+            f"TF32 {'on' if self.tf32 else 'off'} ({'on' if self.tf32_convolutions else 'off'} in convolutions)\n"
+            f"{self.ceilings}"
         )
 
     @property

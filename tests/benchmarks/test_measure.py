@@ -1,12 +1,17 @@
 """What benchmarks print: no ratio without agreement, and enough to know later what was measured."""
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.__main__ import ON_ANY_DEVICE
 from benchmarks.bench_train_step import _time_of_products
 from benchmarks.measure import CPU, Measurement, Times, compare, interleaved
 from benchmarks.tables import Setting, json_lines, markdown, save
@@ -26,6 +31,28 @@ def test_a_ratio_needs_agreement():
     result = compare("case", "shape", lambda: [one], "peer", lambda: [other], 0.1, repeats=1, memory=True)
     assert result.error == pytest.approx(0.1 / 1.1)
     assert result.ours_waits is None
+
+
+def test_results_are_compared_without_tf32_and_times_are_taken_as_set(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    def result():
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return [torch.ones(1)]
+
+    usual = (True, torch.backends.cuda.matmul.allow_tf32)
+    compare("case", "shape", result, "peer", result, 0.0, repeats=1)
+    assert seen == [(False, False)] * 2 + [usual] * 2
+
+
+def test_a_benchmark_of_the_model_needs_no_package_of_another_one():
+    repository = Path(__file__).resolve().parents[2]
+    modules = ["benchmarks.__main__", *(f"benchmarks.bench_{name}" for name in ON_ANY_DEVICE)]
+    command = [sys.executable, "tests/import_without.py", "boto3,webdataset,pycocotools,ray,mlflow", *modules]
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_both_sides_run_in_turn():
