@@ -37,7 +37,7 @@ class PatchTokens(nn.Module):
         self.norm = getattr(source, "norm_pre", nn.Identity())
         self.patch: int = self.proj.kernel_size[0]
         self.prefix = sum(token.shape[1] for token in (self.cls_token, self.reg_token) if token is not None)
-        self._grid, self._rotary_dim = tuple(source.patch_embed.grid_size), rotary_dim
+        self.grid, self._rotary_dim = tuple(source.patch_embed.grid_size), rotary_dim
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
         """`images` [B, 3, H, W] to tokens [B, P + N, C], the table of `rotary_positions` or None, and the grid.
@@ -50,14 +50,16 @@ class PatchTokens(nn.Module):
         tokens = patches.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
             tokens = tokens + self._learned_positions(grid)
-        prefix = [token.expand(len(tokens), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [
+            token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None
+        ]
         table = rotary_positions(grid, self._rotary_dim, images.device) if self._rotary_dim else None
         return self.norm(torch.cat([*prefix, tokens], dim=1)), table, grid
 
     def _learned_positions(self, grid: Grid) -> Tensor:
-        if grid == self._grid:
+        if not isinstance(grid[0], torch.SymInt) and grid == self.grid:  # a graph for any size asks nothing of it
             return self.pos_embed
-        return resample_abs_pos_embed(self.pos_embed, list(grid), list(self._grid), num_prefix_tokens=0)
+        return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=0)
 
 
 class PlainVit(nn.Module):

@@ -120,7 +120,7 @@ class Eomt(Segmenter):
         tokens, table, grid = vit.embed(images)
         for block in blocks[:first]:
             tokens = vit.run(block, tokens, table)
-        queries = heads.tokens(len(images))
+        queries = heads.tokens(images.shape[0])
         tokens, table = torch.cat([queries, tokens], dim=1), with_unrotated(table, queries.shape[1])
         draws = None if context is None else uniform_draws(context, heads.num_layers, queries.shape[1])
         predictions = []
@@ -160,7 +160,7 @@ class Eomt(Segmenter):
         resized = resize_for_attention(prediction.features, grid)
         with torch.autocast(tokens.device.type, enabled=False):
             allowed = prediction.mask_embeddings.to(resized.dtype) @ resized > 0
-        mask = torch.ones(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        mask = torch.ones(tokens.shape[0], 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device)
         mask[:, 0, : allowed.shape[1], tokens.shape[1] - allowed.shape[2] :] = allowed
         return mask
 

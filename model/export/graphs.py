@@ -16,9 +16,11 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from m2f.model.config import ModelConfig
 from m2f.model.deform_attn.module import for_export
+from m2f.model.eomt.eomt import Eomt
 from m2f.model.errors import WeightsError
 from m2f.model.export.hugging_face import write_hugging_face_config
 from m2f.model.segmenter import Segmenter
+from m2f.model.weights.eomt import eomt_to_transformers
 from m2f.model.weights.names import to_hugging_face_names
 
 _OPSET = 20
@@ -66,7 +68,8 @@ def export_hugging_face(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_hugging_face_config(folder, config, labels, notes or {}, shortest_edge, max_size)
-    state = to_hugging_face_names(model.state_dict())
+    to_their_names = eomt_to_transformers if isinstance(model, Eomt) else to_hugging_face_names
+    state = to_their_names(model.state_dict())
     state = _contiguous(state | _unused_by_inference(state, len(labels), config))
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 

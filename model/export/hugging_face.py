@@ -1,4 +1,4 @@
-"""Recipes and folders of Hugging Face's Mask2Former: `config.json` to settings, and settings to `config.json`."""
+"""Recipes and folders of Hugging Face's Mask2Former and EoMT: `config.json` to settings, and back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from m2f.model.config import (
+    EomtDecoderConfig,
     LossConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
@@ -17,6 +18,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
 )
 from m2f.model.errors import WeightsError
+from m2f.model.export.eomt import EOMT_TYPES, eomt_values, read_eomt
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -56,7 +58,7 @@ def known_labels(path: str | Path) -> tuple[str, ...] | None:
     if not is_hugging_face_folder(path):
         return None
     values = _read_json(Path(path) / CONFIG)
-    if values.get("model_type") != "mask2former":
+    if values.get("model_type") not in ("mask2former", *EOMT_TYPES):
         return None
     labels = values.get("id2label") or {}
     if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
@@ -72,31 +74,17 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
     """
     path = Path(folder) / CONFIG
     values = _read_json(path)
-    if values.get("model_type") != "mask2former":
-        raise WeightsError(f"{path}: model_type is {values.get('model_type')!r}; only mask2former can be read")
+    known = ("mask2former", *EOMT_TYPES)
+    if (kind := values.get("model_type")) not in known:
+        raise WeightsError(f"{path}: model_type is {kind!r}; only {', '.join(known)} can be read")
+    parts = read_eomt(path, values) if kind in EOMT_TYPES else _read_mask2former(path, _DEFAULTS | values)
     values = _DEFAULTS | values
-    _require(path, values, _SUPPORTED)
     labels = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
     preprocessor = Path(folder) / PREPROCESSOR
     pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
     defaults = ModelConfig()
     config = ModelConfig(
-        backbone=_read_backbone(path, values.get("backbone_config") or {}),
-        pixel_decoder=MSDeformAttnPixelDecoderConfig(
-            conv_dim=values["feature_size"],
-            mask_dim=values["mask_feature_size"],
-            num_layers=values["encoder_layers"],
-            num_heads=values["num_attention_heads"],
-            feedforward_dim=values["encoder_feedforward_dim"],
-        ),
-        transformer_decoder=MaskedTransformerDecoderConfig(
-            num_queries=values["num_queries"],
-            num_layers=values["decoder_layers"] - 1,  # theirs counts the learnable queries
-            hidden_dim=values["hidden_dim"],
-            num_heads=values["num_attention_heads"],
-            feedforward_dim=values["dim_feedforward"],
-            dropout=values["dropout"],
-        ),
+        **parts,
         loss=LossConfig(
             class_weight=values["class_weight"],
             mask_weight=values["mask_weight"],
@@ -121,6 +109,29 @@ def read_hugging_face_config(folder: str | Path) -> HuggingFaceModel:
     )
 
 
+def _read_mask2former(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Backbone, pixel decoder and transformer decoder."""
+    _require(path, values, _SUPPORTED)
+    return {
+        "backbone": _read_backbone(path, values.get("backbone_config") or {}),
+        "pixel_decoder": MSDeformAttnPixelDecoderConfig(
+            conv_dim=values["feature_size"],
+            mask_dim=values["mask_feature_size"],
+            num_layers=values["encoder_layers"],
+            num_heads=values["num_attention_heads"],
+            feedforward_dim=values["encoder_feedforward_dim"],
+        ),
+        "transformer_decoder": MaskedTransformerDecoderConfig(
+            num_queries=values["num_queries"],
+            num_layers=values["decoder_layers"] - 1,  # theirs counts the learnable queries
+            hidden_dim=values["hidden_dim"],
+            num_heads=values["num_attention_heads"],
+            feedforward_dim=values["dim_feedforward"],
+            dropout=values["dropout"],
+        ),
+    }
+
+
 def write_hugging_face_config(
     folder: Path,
     config: ModelConfig,
@@ -133,6 +144,38 @@ def write_hugging_face_config(
 
     Raises WeightsError for settings that Hugging Face's Mask2Former does not have.
     """
+    is_eomt = isinstance(config.transformer_decoder, EomtDecoderConfig)
+    loss = config.loss
+    values = (eomt_values(config) if is_eomt else _mask2former_values(config)) | {
+        "no_object_weight": loss.no_object_weight,
+        "class_weight": loss.class_weight,
+        "mask_weight": loss.mask_weight,
+        "dice_weight": loss.dice_weight,
+        "train_num_points": loss.num_points,
+        "oversample_ratio": loss.oversample_ratio,
+        "importance_sample_ratio": loss.importance_sample_ratio,
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {name: i for i, name in enumerate(labels)},
+        "m2f": dict(notes),
+    }
+    preprocessor = {
+        "image_processor_type": f"{'Eomt' if is_eomt else 'Mask2Former'}ImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": shortest_edge, "longest_edge": max_size},
+        "size_divisor": 32,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _scaled(config.pixel_mean, 1 / 255, config.pixel_mean),
+        "image_std": _scaled(config.pixel_std, 1 / 255, config.pixel_std),
+        "num_labels": len(labels),
+    }
+    for name, content in ((CONFIG, values), (PREPROCESSOR, preprocessor)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _mask2former_values(config: ModelConfig) -> dict[str, Any]:
+    """What `config.json` says about the parts of a model."""
     pixels, queries = config.pixel_decoder, config.transformer_decoder
     if not isinstance(pixels, MSDeformAttnPixelDecoderConfig):
         raise WeightsError(
@@ -143,8 +186,7 @@ def write_hugging_face_config(
             f"model.transformer_decoder.kind is {queries.kind}; Hugging Face's Mask2Former has masked only"
         )
     _require_supported(queries, pixels)
-    loss = config.loss
-    values = _DEFAULTS | {
+    return _DEFAULTS | {
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
         "backbone_config": _write_backbone(config),
@@ -158,31 +200,7 @@ def write_hugging_face_config(
         "dropout": queries.dropout,
         "dim_feedforward": queries.feedforward_dim,
         "num_queries": queries.num_queries,
-        "no_object_weight": loss.no_object_weight,
-        "class_weight": loss.class_weight,
-        "mask_weight": loss.mask_weight,
-        "dice_weight": loss.dice_weight,
-        "train_num_points": loss.num_points,
-        "oversample_ratio": loss.oversample_ratio,
-        "importance_sample_ratio": loss.importance_sample_ratio,
-        "id2label": {str(i): name for i, name in enumerate(labels)},
-        "label2id": {name: i for i, name in enumerate(labels)},
-        "m2f": dict(notes),
     }
-    preprocessor = {
-        "image_processor_type": "Mask2FormerImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": shortest_edge, "longest_edge": max_size},
-        "size_divisor": 32,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": _scaled(config.pixel_mean, 1 / 255, config.pixel_mean),
-        "image_std": _scaled(config.pixel_std, 1 / 255, config.pixel_std),
-        "num_labels": len(labels),
-    }
-    for name, content in ((CONFIG, values), (PREPROCESSOR, preprocessor)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 _SUPPORTED = {

@@ -13,6 +13,7 @@ from m2f.model.export.hugging_face import read_hugging_face_config
 _SETTINGS = (
     "backbone.kind",
     "backbone.name",
+    "backbone.features",
     "backbone.embed_dim",
     "backbone.depths",
     "backbone.num_heads",

@@ -15,6 +15,7 @@ from engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
 from m2f.data_pipeline.order.order import step_positions
 from m2f.model.config import (
     BiFPNPixelDecoderConfig,
+    EomtDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
     LossConfig,
@@ -29,6 +30,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
     TransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
+    UpscalePixelDecoderConfig,
 )
 from m2f.trainer.config import ZeroConfig
 from m2f.trainer.engine.engine import Engine
@@ -86,6 +88,14 @@ FAMILY = {
 }
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+HEADS = {
+    "eomt": (
+        TimmBackboneConfig(name="vit_small_patch14_reg4_dinov2", features="tokens", options={**VIT, "img_size": 64}),
+        UpscalePixelDecoderConfig(),
+        EomtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
+    ),
+}
+"""With a backbone of their own."""
 BACKBONES = {
     "swin": SwinBackboneConfig(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), drop_path=0.0),
     "dinov2": TimmBackboneConfig(name="vit_small_patch14_dinov2", options=VIT),
@@ -103,6 +113,10 @@ def family_agreement(make_job) -> dict:
     seen = {}
     for name, (pixel_decoder, transformer_decoder, loss) in FAMILY.items():
         model = replace(job.model, pixel_decoder=pixel_decoder, transformer_decoder=transformer_decoder, loss=loss)
+        seen[name] = whole_and_sharded(job, model, ranks)
+    for name, (backbone, pixel_decoder, transformer_decoder) in HEADS.items():
+        parts = {"pixel_decoder": pixel_decoder, "transformer_decoder": transformer_decoder}
+        model = replace(job.model, backbone=backbone, loss=POINTS, **parts)
         seen[name] = whole_and_sharded(job, model, ranks)
     for name, backbone in BACKBONES.items():
         model = replace(job.model, backbone=backbone)
@@ -128,6 +142,7 @@ def left_out() -> set[object]:
     """Kinds and choices that no member has."""
     pixel_decoders, transformer_decoders, losses = zip(*FAMILY.values(), strict=True)
     there = {type(config) for config in (*pixel_decoders, *transformer_decoders)}
+    there |= {type(config) for _, *parts in HEADS.values() for config in parts}
     known = {*get_args(PixelDecoderConfig), *get_args(TransformerDecoderConfig)}
     for cls, configs in ((MaskedTransformerDecoderConfig, transformer_decoders), (LossConfig, losses)):
         of_class = [vars(config) for config in configs if isinstance(config, cls)]

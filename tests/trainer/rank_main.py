@@ -14,6 +14,7 @@ from pathlib import Path
 import run_ranks
 import torch
 from ahead_ranks import ahead
+from annealed_ranks import annealed, annealed_again
 from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
 from engine_ranks import agreement, one_rank, plain, poisoned, waits
 from family_ranks import family_agreement
@@ -71,6 +72,8 @@ def in_folder(folder: Path):
 
 OTHERS = (
     ahead,
+    annealed,
+    annealed_again,
     engine_plain,
     engine_agreement,
     engine_alone,

@@ -1,0 +1,48 @@
+"""EoMT in two ranks: masks that vanish at random do so alike after a stop, in every ZeRO stage and with other ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STAGES = ("0", "1", "2", "3")
+
+
+@pytest.fixture(scope="module")
+def runs(launcher, training_shards):
+    launcher.run_each([f"annealed:{stage}" for stage in STAGES])
+    launcher.run_each([f"annealed_again:parts:{stage}" for stage in ("1", "3")], ranks=1)
+    launcher.run_each([f"annealed_again:whole:{stage}" for stage in ("1", "3")])
+    return launcher
+
+
+def weights(runs, name: str, step: int) -> dict[str, torch.Tensor]:
+    (file,) = runs.folder.glob(f"annealed_{name}/checkpoints/step_{step:08d}*/weights.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_stopped_has_the_bits_of_one_that_did_not(runs, stage):
+    seen = runs.seen(f"annealed:{stage}")
+    resumed = {**seen["stopped"]["losses"], **seen["resumed"]["losses"]}
+    assert resumed == seen["whole"]["losses"]
+    whole, parts = weights(runs, f"whole{stage}", 5), weights(runs, f"parts{stage}", 5)
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    # Of the fifth step, whose masks began to vanish at steps 0 and 1.
+    probabilities = torch.tensor([(1 - 4 / 5) ** 0.9, (1 - 3 / 6) ** 0.9])
+    torch.testing.assert_close(whole["transformer_decoder.attn_mask_probs"], probabilities)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_every_stage_takes_the_same_steps(runs, stage):
+    plain, sharded = (runs.seen(f"annealed:{one}")["whole"]["losses"] for one in ("0", stage))
+    assert list(sharded.values()) == pytest.approx(list(plain.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_another_number_of_ranks_draws_the_same(runs, stage):
+    alone, together = (runs.seen(f"annealed_again:{name}:{stage}")["losses"]["6"] for name in ("parts", "whole"))
+    assert alone == pytest.approx(together, rel=1e-4)
