@@ -108,12 +108,14 @@ def compute_losses(
         num_masks = normalizers.num_masks.clamp(min=1)
         shape = (num_layers, *assignment.target.shape)
         mask_losses, dice_losses = (
-            _sum_per_image(values * rows.factor, rows, shape, targets.labels.shape[1]) for values in (mask, dice)
+            _sum_per_image(values * rows.factor, rows, shape, num_pilots) for values in (mask, dice)
         )
-        denominators = _class_denominator(targets, num_queries, normalizers, config), num_masks
+        denominators = [_class_denominator(targets, num_queries, normalizers, config), num_masks]  # of pilots: masks
         matched, *piloted = [
             _weighted(kinds, (denominator, num_masks, num_masks), targets, config)
-            for denominator, *kinds in zip(denominators, class_losses, mask_losses, dice_losses, strict=False)
+            for kinds, denominator in zip(
+                zip(class_losses, mask_losses, dice_losses, strict=True), denominators, strict=False
+            )
         ]
         losses = sum(piloted, start=matched)
         return Losses(total=losses.sum(1).sum(), terms=matched.sum(1), per_image=losses.sum((0, 2)))
@@ -121,6 +123,8 @@ def compute_losses(
 
 def _without_first(predictions: Predictions, count: int) -> Predictions:
     """Predictions of all queries but the first ones."""
+    if count == 0:
+        return predictions
     return predictions._replace(
         class_logits=predictions.class_logits[:, :, count:], mask_embeddings=predictions.mask_embeddings[:, :, count:]
     )
@@ -176,10 +180,10 @@ def _class_losses(
     losses = F.nll_loss(log_probabilities.flatten(0, 2), labels.flatten(), reduction="none").view_as(labels)
     learns_object = labels != num_classes
     weighted = losses * torch.where(learns_object, 1.0, config.no_object_weight)
-    matched = weighted[:, :, num_pilots:].sum(-1)
     if num_pilots == 0:
-        return [matched]
-    return [matched, torch.where(learns_object, losses, 0.0)[:, :, :num_pilots].sum(-1)]
+        return [weighted.sum(-1)]
+    of_pilots = torch.where(learns_object, losses, 0.0)[:, :, :num_pilots]
+    return [weighted[:, :, num_pilots:].sum(-1), of_pilots.sum(-1)]
 
 
 def _assigned_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], assignment: Assignment) -> Tensor:
@@ -291,11 +295,13 @@ def _training_points(
     return all_points, all_labels, all_shares
 
 
-def _sum_per_image(values: Tensor, rows: Rows, shape: tuple[int, ...], num_targets: int) -> tuple[Tensor, ...]:
-    """[L, B] sums of the rows' values [R] over the columns of targets; where `shape` has more, also over pilots.
+def _sum_per_image(values: Tensor, rows: Rows, shape: tuple[int, ...], num_pilots: int) -> list[Tensor]:
+    """[L, B] sums of the rows' values [R] over the columns of targets; where there are pilots, also over theirs.
 
     Through `shape` (L, B, M), so that the order of summation is fixed on any device.
     """
     layer, image, _ = rows.index
     padded = values.new_zeros(shape).index_put((layer, image, rows.column), values)
-    return tuple(columns.sum(-1) for columns in padded.split([num_targets, shape[2] - num_targets], dim=-1))
+    if num_pilots == 0:
+        return [padded.sum(-1)]
+    return [columns.sum(-1) for columns in padded.split([shape[2] - num_pilots, num_pilots], dim=-1)]
