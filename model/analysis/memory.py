@@ -13,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from m2f.model.analysis.flops.executed import SHAPES_ONLY, build_shapes
-from m2f.model.config import LossConfig, ModelConfig
+from m2f.model.config import ModelConfig
 from m2f.model.deform_attn.module import MSDeformAttn, SamplingGrid
 from m2f.model.loss.criterion import point_counts
 from m2f.model.loss.mask_losses import row_losses
 from m2f.model.loss.point_sampling import chunk_elements, sample_maps
-from m2f.model.structures import Predictions
+from m2f.model.pilots import PilotQueries, Pilots
+from m2f.model.segmenter import TrainingContext
+from m2f.model.structures import Predictions, Targets
 
 
 class Activations(NamedTuple):
@@ -51,11 +53,14 @@ def count_activations(
     with SHAPES_ONLY:
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        truth = _targets(images, size, targets)
+        queries = PilotQueries(config, seed=0) if config.pilots.max_targets else None
         with LiveBytesCounter() as live:
             pixels = model.normalise(torch.empty(images, 3, *size, dtype=torch.uint8))
+            pilots = None if queries is None else queries(truth)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                predictions = model(pixels)
-            loss = _loss(predictions, config.loss, min(targets, config.transformer_decoder.num_queries))
+                predictions = model(pixels, TrainingContext(truth, 0, pilots))
+            loss = _loss(predictions, config, targets, pilots)
             kept = live.current
             loss.backward()
     return Activations(kept, live.peak)
@@ -123,15 +128,35 @@ class _KernelShapes(torch.autograd.Function):
         return sums.to(value.dtype), torch.empty_like(offsets), torch.empty_like(logits)
 
 
-def _loss(predictions: Predictions, config: LossConfig, targets: int) -> Tensor:
+def _targets(images: int, size: tuple[int, int], targets: int) -> Targets:
+    """Of the number and shape that `images` with `targets` segments each have."""
+    of_images, of_targets = torch.zeros(images, dtype=torch.int64), torch.zeros(images, targets, dtype=torch.int64)
+    return Targets(
+        id_maps=torch.zeros(images, 1, *size, dtype=torch.uint8 if targets < 255 else torch.int16),
+        labels=of_targets,
+        layer=of_targets,
+        local_id=of_targets,
+        valid=of_targets == 0,
+        weight=torch.ones(images),
+        dataset=of_images,
+        position=of_images,
+    )
+
+
+def _loss(predictions: Predictions, model: ModelConfig, targets: int, pilots: Pilots | None) -> Tensor:
     """A loss of the criterion's size: every prediction matched with `targets` segments, which needs no matching."""
-    layers, images, queries, _ = predictions.class_logits.shape
+    config, num_pilots = model.loss, 0 if pilots is None else pilots.target.shape[1]
+    layers, images, queries, _ = predictions.class_logits[:, :, num_pilots:].shape
+    known, targets = min(targets, model.pilots.max_targets), min(targets, queries)
     classes = predictions.class_logits.float().flatten(0, 2)
     class_loss = F.cross_entropy(classes, torch.zeros(len(classes), dtype=torch.int64), reduction="none").sum()
 
     maps = [features.float() for features in predictions.feature_maps]
-    embeddings = predictions.mask_embeddings[:, :, :targets].float().transpose(0, 1)
+    embeddings = predictions.mask_embeddings[:, :, num_pilots : num_pilots + targets].float().transpose(0, 1)
     rows = embeddings.reshape(images * len(maps), -1, embeddings.shape[-1])
+    if pilots is not None:
+        of_pilots = predictions.mask_embeddings[pilots.first_prediction :, :, :known].float()
+        rows = torch.cat((rows, of_pilots.transpose(0, 1).flatten(1, 2)), dim=1)
     features = [of_map[image] for image in range(images) for of_map in maps]
     logits = torch.cat([one @ pixels.flatten(1) for one, pixels in zip(rows, features, strict=True)])
     counts = point_counts(config)

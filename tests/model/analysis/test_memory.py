@@ -13,11 +13,14 @@ from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    PilotConfig,
     TimmBackboneConfig,
 )
 from m2f.model.loss.criterion import compute_losses, count_normalizers
 from m2f.model.loss.points import CounterPoints
 from m2f.model.mask2former import build_model
+from m2f.model.pilots import PilotQueries
+from m2f.model.segmenter import TrainingContext
 from m2f.model.structures import Targets
 
 QUERIES, TARGETS, SIZE = 20, 6, 128
@@ -52,25 +55,30 @@ def striped_targets(images):
 def allocated(config, images):
     """What a real step on the CPU takes beside weights and their gradients."""
     model = build_model(config, pretrained_backbone=False).train()
-    for parameter in model.parameters():
+    queries = PilotQueries(config, seed=0)
+    for parameter in (*model.parameters(), *queries.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     targets = striped_targets(images)
     normalizers = count_normalizers(targets, QUERIES, config.loss)
     pixels = torch.zeros(images, 3, SIZE, SIZE, dtype=torch.uint8)
     with LiveBytesCounter() as live:
-        predictions = model(model.normalise(pixels))
-        loss = compute_losses(predictions, targets, CounterPoints(0), normalizers, config.loss, 5).total
+        pilots = queries(targets) if config.pilots.max_targets else None
+        predictions = model(model.normalise(pixels), TrainingContext(targets, 0, pilots))
+        loss = compute_losses(predictions, targets, CounterPoints(0), normalizers, config.loss, 5, pilots).total
         kept = live.current
         loss.backward()
     return Activations(kept, live.peak)
 
 
-@pytest.mark.parametrize(("checkpointing", "box_share"), [(False, 0.0), (True, 0.0), (False, 0.5)])
-def test_the_count_is_what_a_real_step_allocates(checkpointing, box_share, monkeypatch):
+@pytest.mark.parametrize(
+    ("checkpointing", "box_share", "pilots"), [(False, 0.0, 0), (True, 0.0, 0), (False, 0.5, 0), (False, 0.0, 20)]
+)
+def test_the_count_is_what_a_real_step_allocates(checkpointing, box_share, pilots, monkeypatch):
     of_device = m2f.model.analysis.memory.chunk_elements
     monkeypatch.setattr(m2f.model.analysis.memory, "chunk_elements", lambda device: of_device(torch.device("cpu")))
     loss = replace(FPN.loss, matching_box_share=box_share, supervision_box_share=box_share)
-    config = replace(FPN, backbone=replace(FPN.backbone, checkpointing=checkpointing), loss=loss)
+    backbone = replace(FPN.backbone, checkpointing=checkpointing)
+    config = replace(FPN, backbone=backbone, loss=loss, pilots=PilotConfig(max_targets=pilots))
     counted = count_activations(config, 3, (SIZE, SIZE), TARGETS, False, torch.float32)
     real = allocated(config, 3)
     assert counted.kept == pytest.approx(real.kept, rel=0.05)
@@ -86,6 +94,12 @@ def test_checkpointing_and_16_bits_take_less():
     assert peak(checkpointing=True) < 0.8 * full
     assert peak(autocast=True) < 0.9 * full
     assert peak(torch.bfloat16, autocast=True) < peak(autocast=True)
+
+
+def test_pilots_take_more():
+    config = replace(FPN, pilots=PilotConfig(max_targets=100))
+    few, many = (count_activations(config, 2, (SIZE, SIZE), number, False, torch.float32) for number in (6, 60))
+    assert count_activations(FPN, 2, (SIZE, SIZE), 6, False, torch.float32).kept < few.kept < many.kept
 
 
 def test_live_bytes_follow_storages_and_not_views():
