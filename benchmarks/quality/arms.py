@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe
 
-RECIPE = Path(__file__).with_name("shapes.yaml")
-METRICS = ("PQ", "PQ_small", "PQ_medium", "PQ_large", "AP", "APs", "APm", "APl")
+CONFIGS = Path(__file__).parents[2] / "configs"
+METRICS = ("PQ", "PQ_small", "PQ_medium", "PQ_large", "AP", "APs", "APm", "APl", "mIoU")
 """Of the validation set, in per cent; sizes are those of the truth, bounds 32 x 32 and 96 x 96 pixels."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Training and validation images, as overrides of the recipe."""
+    """A recipe with its training and validation images, and overrides of it."""
 
     name: str
+    recipe: Path
+    seeds: int
+    """With how many seeds arms are compared here; with fewer than five they are reported and not judged."""
     overrides: tuple[str, ...] = ()
 
 
@@ -28,6 +32,8 @@ class Arm:
 
     name: str
     overrides: tuple[str, ...] = ()
+    trainer: Literal["m2f", "transformers"] = "m2f"
+    """Whose network, losses and loop; the batches are those of our loader, the evaluation is ours."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +46,47 @@ class Comparison:
     """Points of a metric by which the arm may be worse and still has no loss."""
 
 
+_SHAPES = Path(__file__).with_name("shapes.yaml")
+_ONE_PROCESS = "cluster.num_workers=1"
+JUDGED_SEEDS = 5
 IMAGE_SETS = (
-    ImageSet("shapes"),
+    ImageSet("shapes", _SHAPES, JUDGED_SEEDS),
     ImageSet(
         "small_shapes",
+        _SHAPES,
+        JUDGED_SEEDS,
         tuple(
             f"datasets.{part}.source.{setting}"
             for part in ("train", "val")
             for setting in ("small_share=0.6", "small_diameters=[4, 12]")
         ),
     ),
+    ImageSet("nuclei", CONFIGS / "nuclei_panoptic_lite0.yaml", 2, (_ONE_PROCESS, "training.micro_batch=8")),
+    ImageSet("camvid", CONFIGS / "camvid_semantic_lite0.yaml", 1, (_ONE_PROCESS, "training.micro_batch=8")),
 )
 """`shapes`: the demo's, with overlapping objects, a quarter of them small. `small_shapes`: more than half of the
-objects have diameters of 4 to 12 pixels."""
+objects have diameters of 4 to 12 pixels. A micro-batch is a whole step, as the loss of `transformers` knows no other
+normalisers. `nuclei` and `camvid` read their images below M2F_DATA."""
 
+_FEW = "model.loss.num_points=1024"
 _MATCHING = "model.loss.matching_box_share=0.5"
 _SUPERVISION = "model.loss.supervision_box_share=0.5"
 ARMS = (
-    Arm("base"),
-    Arm("box_matching", (_MATCHING,)),
-    Arm("box_points", (_MATCHING, _SUPERVISION)),
+    Arm("base", (_FEW,)),
+    Arm("box_matching", (_FEW, _MATCHING)),
+    Arm("box_points", (_FEW, _MATCHING, _SUPERVISION)),
     Arm("uniform_8192", ("model.loss.num_points=8192",)),
+    Arm("transformers", (_FEW,), trainer="transformers"),
 )
-"""All but the last have 1024 points."""
+"""`transformers` is the peer of `base`: with the same start weights, images and optimizer."""
 
 COMPARISONS = (
     Comparison("box_matching", "base"),
     Comparison("box_points", "base"),
     Comparison("uniform_8192", "base"),
+    Comparison("box_matching", "uniform_8192", margin=1.5),
     Comparison("box_points", "uniform_8192", margin=1.5),
+    Comparison("base", "transformers"),
 )
 
 
@@ -91,7 +109,7 @@ class Run:
             f"datasets.{part}.shards={folder / 'shards' / self.image_set.name / part}" for part in ("train", "val")
         ]
         own = [f"name={self.name}", f"output={folder / 'runs'}", f"seed={self.seed}", *places]
-        return load_recipe(RECIPE, [*self.image_set.overrides, *self.arm.overrides, *overrides, *own])
+        return load_recipe(self.image_set.recipe, [*self.image_set.overrides, *self.arm.overrides, *overrides, *own])
 
 
 def runs_of(sets: Iterable[ImageSet], arms: Sequence[Arm], seeds: Sequence[int]) -> list[Run]:

@@ -1,24 +1,28 @@
-"""CPU time of matching, losses and backward pass, by kind of points: `python -m benchmarks.quality.point_costs`."""
+"""`python -m benchmarks.quality.point_costs`: CPU time of matching, losses and backward pass, by kind of points."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run
-from benchmarks.quality.make_tables import markdown
+from benchmarks.quality.markdown import markdown
 from benchmarks.synthetic_batches import CLASSES, make_batch
 from m2f.cluster.terminal import print_out
 from m2f.model.config import LossConfig
 from m2f.model.loss.criterion import compute_losses, count_normalizers
 from m2f.model.loss.points import CounterPoints
 from m2f.model.structures import Predictions, Targets
+
+COSTS_FILE = "point_costs.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def measure(sizes: Sizes, losses: Sequence[LossConfig], repeats: int) -> list[fl
             began = time.process_time()
             normalizers = count_normalizers(targets, sizes.queries, config)
             total = compute_losses(predictions, targets, CounterPoints(0), normalizers, config, CLASSES).total
-            torch.autograd.grad(total, predictions)
+            torch.autograd.grad(total, predictions[:3])
             taken.append(time.process_time() - began)
     return [statistics.median(taken[1:]) for taken in seconds]  # the first one warms up
 
@@ -72,16 +76,58 @@ def _inputs(sizes: Sizes) -> tuple[Predictions, Targets]:
     return predictions, make_batch(sizes.images, sizes.canvas, sizes.targets).targets
 
 
-def table(all_sizes: Sequence[Sizes], repeats: int) -> str:
+@dataclass(frozen=True)
+class Costs:
+    """Of one micro-batch."""
+
+    sizes: str
+    milliseconds: Mapping[str, float]
+    """Of CPU time, by arm."""
+
+
+def measure_all(all_sizes: Sequence[Sizes], repeats: int) -> list[Costs]:
+    """Of every arm that our trainer trains."""
+    arms = [arm for arm in ARMS if arm.trainer == "m2f"]
+    losses = [Run(IMAGE_SETS[0], arm, 0).config(Path("unused")).model.loss for arm in arms]
+    names = [arm.name for arm in arms]
+    return [
+        Costs(str(sizes), dict(zip(names, (1000 * one for one in measure(sizes, losses, repeats)), strict=True)))
+        for sizes in all_sizes
+    ]
+
+
+def read_costs(folder: Path) -> list[Costs]:
+    """What `--save` wrote; nothing where it did not."""
+    path = folder / COSTS_FILE
+    return [Costs(**content) for content in json.loads(path.read_text())] if path.exists() else []
+
+
+def costs_table(costs: Sequence[Costs]) -> str:
     """Milliseconds of every arm, and the ratio of each to the last one."""
-    losses = [Run(IMAGE_SETS[0], arm, 0).config(Path("unused")).model.loss for arm in ARMS]
-    rows = []
-    for sizes in all_sizes:
-        seconds = measure(sizes, losses, repeats)
-        rows.append([str(sizes), *(f"{1000 * one:.1f} ({one / seconds[-1]:.2f})" for one in seconds)])
-    return markdown(["micro-batch", *(f"{arm.name}, ms (ratio)" for arm in ARMS)], rows)
+    names = list(costs[0].milliseconds)
+    rows = [
+        [
+            one.sizes,
+            *(f"{value:.1f} ({value / one.milliseconds[names[-1]]:.2f})" for value in one.milliseconds.values()),
+        ]
+        for one in costs
+    ]
+    return markdown(["micro-batch", *(f"{name}, ms (ratio)" for name in names)], rows)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="benchmarks.quality.point_costs", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the figures there for make_tables")
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(1)
+    costs = measure_all(SIZES, arguments.repeats)
+    if arguments.save is not None:
+        (arguments.save / COSTS_FILE).write_text(json.dumps([asdict(one) for one in costs], indent=1))
+    print_out(costs_table(costs))
+    return 0
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print_out(table(SIZES, repeats=int(sys.argv[1]) if len(sys.argv) > 1 else 5))
+    sys.exit(main())

@@ -43,7 +43,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="where shards, run folders, logs and CPU records go")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
     parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
-    parser.add_argument("--arms", nargs="+", choices=[one.name for one in ARMS], default=[one.name for one in ARMS])
+    names = [one.name for one in ARMS]
+    own = [one.name for one in ARMS if one.trainer == "m2f"]
+    parser.add_argument("--arms", nargs="+", choices=names, default=own, help="default: all that m2f trains")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from benchmarks.quality.arms import Run
+    from m2f.cluster.recipe.config import RunConfig
 
 # Whatever is imported here, the rank's process imports again when it starts.
 
@@ -22,23 +23,33 @@ def main(folder: Path, run: Run, overrides: Sequence[str]) -> int:
     A line is added to the run's CPU record before and after, so that a process that was killed is noticed: its seconds
     are missing. Training is what the rank's process took, with its start; evaluation what this one took.
     """
-    from m2f.cluster.terminal import print_err
-    from m2f.cluster.train.local import train_locally
-
     config = run.config(folder, overrides)
     record = folder / "cpu" / f"{run.name}.jsonl"
     record.parent.mkdir(parents=True, exist_ok=True)
     _add(record, {"event": "start"})
     before = _cpu_seconds(resource.RUSAGE_SELF)
     try:
-        summary = train_locally(config)
+        finished = _train(run, config)
     finally:
         own = _cpu_seconds(resource.RUSAGE_SELF) - before
         _add(record, {"event": "end", "training_s": _cpu_seconds(resource.RUSAGE_CHILDREN), "evaluation_s": own})
+    return 0 if finished else 1
+
+
+def _train(run: Run, config: RunConfig) -> bool:
+    """Whether the run is trained and evaluated."""
+    if run.arm.trainer == "transformers":
+        from benchmarks.quality.their_run import train_theirs
+
+        return train_theirs(config)
+    from m2f.cluster.terminal import print_err
+    from m2f.cluster.train.local import train_locally
+
+    summary = train_locally(config)
     if failed := [entry.step for entry in summary.evaluations if entry.status == "failed"]:
         place = f"{summary.run_folder}/evaluations"
         print_err(f"the evaluation of step {failed[-1]} failed; delete {place} and start again to repeat it")
-    return 0 if summary.status == "finished" and not failed else 1
+    return summary.status == "finished" and not failed
 
 
 def _cpu_seconds(whose: int) -> float:

@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import point_costs
+from benchmarks.quality import make_tables, point_costs
 from benchmarks.quality.arms import ARMS, COMPARISONS, IMAGE_SETS, METRICS, Comparison, Run, runs_of
+from benchmarks.quality.bars import BARS, PARTS, Bar, judge, judge_costs, missing_runs
+from benchmarks.quality.differences import cpu_ratio, paired_difference, read_results
 from benchmarks.quality.finished_runs import CpuSeconds, read_cpu, read_run
-from benchmarks.quality.make_tables import (
-    cpu_ratio,
-    difference_table,
-    paired_difference,
-    read_results,
-    spread_table,
-)
+from benchmarks.quality.make_tables import difference_table, spread_table
 from benchmarks.quality.run_arms import Pool, parse
 from benchmarks.quality.train_one import named
 
-SHAPES, BASE, BOXES, MANY = IMAGE_SETS[0], ARMS[0], ARMS[2], ARMS[3]
+SHAPES, SMALL_SHAPES = IMAGE_SETS[:2]
+BASE, BOXES, MANY, THEIRS = ARMS[0], ARMS[2], ARMS[3], ARMS[4]
 
 
 def write_run(folder: Path, run: Run, *, step: int, seconds: float = 100.0, **metrics: float | None) -> None:
@@ -54,13 +51,15 @@ def test_every_arm_is_a_recipe(tmp_path):
     configs = [run.config(tmp_path) for run in runs_of(IMAGE_SETS, ARMS, [0, 7])]
     assert len({config.name for config in configs}) == len(configs) == 2 * len(IMAGE_SETS) * len(ARMS)
     assert {config.seed for config in configs} == {0, 7}
-    assert {config.datasets["val"].source.num_images for config in configs} == {512}
+    shapes = configs[: 2 * 2 * len(ARMS)]
+    assert {config.datasets["val"].source.num_images for config in shapes} == {512}
     assert len({config.datasets["val"].shards for config in configs}) == len(IMAGE_SETS)
     for config in configs:
         # The schedule ends with the last step, which is evaluated.
         assert config.training.max_steps % config.training.checkpoint.every_steps == 0
         assert config.cluster.num_workers == 1
         assert config.output == str(tmp_path / "runs")
+        assert config.training.micro_batch == config.training.global_batch
     assert {name for c in COMPARISONS for name in (c.arm, c.reference)} == {arm.name for arm in ARMS}
 
 
@@ -100,7 +99,8 @@ def test_tables_take_the_runs_that_reached_the_last_step(folder):
     assert set(results) == {(arm, seed) for arm in ("base", "box_points") for seed in range(3)}
     lines = spread_table(results).splitlines()
     assert lines[0] == "900 steps, 512 validation images"
-    assert lines[4].startswith("| base | 3 | 52.00 (2.00) | -")
+    assert lines[2].startswith("| arm | seeds | PQ | APs | training")
+    assert lines[4].startswith("| base | 3 | 52.00 (2.00) | 11.00 (1.00) |")
     assert lines[4].endswith("| 100 (0) | 7 (0) |")
     assert len(lines) == 6
 
@@ -110,6 +110,7 @@ def test_a_difference_is_that_of_the_same_seeds(folder):
     assert found.seeds == 3
     assert found.interval.value == pytest.approx(3)
     assert found.interval.low == pytest.approx(3 - 4.3027 / 3**0.5, abs=1e-3)
+    assert found.relative == pytest.approx(3 / 52)
     assert found.verdict(1.0) == "gain"
     assert paired_difference(Comparison("box_points", "base"), "APl", read_results(folder, SHAPES)) is None
     assert paired_difference(Comparison("box_points", "uniform_8192"), "PQ", read_results(folder, SHAPES)) is None
@@ -136,9 +137,10 @@ def test_verdicts_follow_the_interval(tmp_path, differences, margin, verdict):
 
 def test_the_table_of_differences_names_ratio_and_margin(folder):
     results = read_results(folder, SHAPES)
-    assert cpu_ratio(Comparison("box_points", "base"), results) == "1.30"
+    assert cpu_ratio(Comparison("box_points", "base"), results) == pytest.approx(1.3)
+    assert cpu_ratio(Comparison("box_points", "uniform_8192"), results) is None
     (row,) = [line for line in difference_table(results).splitlines() if line.startswith("| box_points - base | PQ |")]
-    assert row == "| box_points - base | PQ | 3 | +3.00 | +0.52 to +5.48 | gain | 1 | 1.30 |"
+    assert row == "| box_points - base | PQ | 3 | +3.00 | +5.8 % | +0.52 to +5.48 | gain | 1 | 1.30 |"
     assert set(METRICS) > {"PQ", "PQ_small", "APs"}
 
 
@@ -154,8 +156,86 @@ def test_the_seconds_of_a_killed_process_are_not_known(folder):
     assert read_cpu(folder / "none.jsonl") is None
 
 
-def test_costs_of_points_are_listed_by_arm():
-    lines = point_costs.table([point_costs.Sizes(1, 64, 3, 2, 5, 8)], repeats=1).splitlines()
-    assert lines[0].count("ms (ratio)") == len(ARMS)
+def test_costs_of_points_are_listed_by_arm(tmp_path):
+    costs = point_costs.measure_all([point_costs.Sizes(1, 64, 3, 2, 5, 8)], repeats=1)
+    assert list(costs[0].milliseconds) == [arm.name for arm in ARMS if arm.trainer == "m2f"]
+    lines = point_costs.costs_table(costs).splitlines()
+    assert lines[0].count("ms (ratio)") == len(ARMS) - 1
     assert lines[2].startswith("| 1 x 64 x 64, 3 masks, 2 predictions of 5 queries, 8 channels |")
     assert lines[2].endswith("(1.00) |")
+    assert point_costs.read_costs(tmp_path) == []
+
+
+def write_pairs(folder, base, boxes, metric="APs"):
+    """Runs of base and box points on small shapes with seeds from 0 on."""
+    for seed, (one, other) in enumerate(zip(base, boxes, strict=True)):
+        write_run(folder, Run(SMALL_SHAPES, BASE, seed), step=9, **{metric: one})
+        write_run(folder, Run(SMALL_SHAPES, BOXES, seed), step=9, **{metric: other})
+
+
+SMALL_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APs", least_gain=0.2)
+MEDIUM_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APm")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "judged"),
+    [
+        ((12.5, 12.0, 12.5, 13.0, 12.5), "holds"),
+        ((11.0, 11.0, 11.5, 11.0, 11.0), "FAILS"),  # a gain, but of less than a fifth
+        ((20.0, 9.0, 16.0, 8.0, 14.0), "not decided"),
+        ((9.0, 9.5, 9.0, 9.0, 9.0), "FAILS"),
+    ],
+)
+def test_small_objects_must_gain_a_fifth(tmp_path, boxes, judged):
+    write_pairs(tmp_path, [10.0] * 5, boxes)
+    line = judge(SMALL_OBJECTS, read_results(tmp_path, SMALL_SHAPES))
+    assert line.startswith(f"{judged}: box_points against base on small_shapes: a gain of at least 20 % in APs: ")
+    assert line.endswith("%")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "judged"),
+    [
+        ((30.0, 30.5, 30.0, 30.0, 29.5), "holds"),
+        ((33.0, 27.0, 32.0, 28.0, 30.0), "not decided"),
+        ((28.0, 28.0, 28.5, 28.0, 28.0), "FAILS"),
+    ],
+)
+def test_other_objects_must_not_lose(tmp_path, boxes, judged):
+    write_pairs(tmp_path, [30.0] * 5, boxes, "APm")
+    line = judge(MEDIUM_OBJECTS, read_results(tmp_path, SMALL_SHAPES))
+    assert line.startswith(f"{judged}: box_points against base on small_shapes: no loss in APm (margin 1): ")
+
+
+def test_a_bar_names_the_runs_that_it_lacks(tmp_path):
+    write_pairs(tmp_path, [10.0] * 2, [12.0] * 2)
+    results = read_results(tmp_path, SMALL_SHAPES)
+    assert judge(SMALL_OBJECTS, results).endswith("not run: box_points 2 3 4, base 2 3 4")
+    part = next(one for one in PARTS if one.image_set == "small_shapes")
+    assert missing_runs(part, results) == (
+        "FAILS: box points on small_shapes: 4 of 20 runs are finished; missing: base 2 3 4, box_matching 0 1 2 3 4, "
+        "box_points 2 3 4, uniform_8192 0 1 2 3 4"
+    )
+
+
+def test_costs_are_held_against_their_bar():
+    milliseconds = {"base": 30.0, "box_matching": 30.0, "box_points": 40.0, "uniform_8192": 100.0}
+    lines = judge_costs([point_costs.Costs("sizes", milliseconds)])
+    assert [line.split(":")[0] for line in lines] == ["holds", "FAILS"]
+    assert lines[1].endswith("(sizes): 0.40")
+
+
+def test_every_bar_is_of_known_arms_and_metrics():
+    names = {arm.name for arm in ARMS}
+    assert all({bar.comparison.arm, bar.comparison.reference} <= names and bar.metric in METRICS for bar in BARS)
+    assert all(set(part.arms) <= names for part in PARTS)
+
+
+def test_one_command_prints_everything(folder, capsys):
+    assert make_tables.main([str(folder), "--overrides", "training.max_steps=900"]) == 0
+    out = capsys.readouterr().out
+    assert "## shapes\n\n900 steps, 512 validation images" in out
+    assert "FAILS: beside transformers on shapes: 2 of 4 runs are finished; missing: transformers 0 1" in out
+    assert "FAILS: box points on nuclei: 0 of 8 runs are finished" in out
+    assert make_tables.main([str(folder)]) == 0
+    assert "FAILS: beside transformers on shapes: 0 of 4 runs are finished" in capsys.readouterr().out

@@ -1,0 +1,128 @@
+"""What a setting must show before recipes name it, which runs that takes, and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quality.arms import IMAGE_SETS, JUDGED_SEEDS, Comparison
+from benchmarks.quality.differences import Difference, Results, paired_difference
+from benchmarks.quality.point_costs import Costs
+
+SMALL_GAIN = 0.2
+"""Relative gain in AP of small objects that box points must have."""
+MANY_MARGIN = 1.5
+"""Points of PQ that 1024 box points may be behind 8192 uniform ones."""
+MOST_COST = 0.35
+"""CPU time of matching and losses that 1024 box points may take of that of 8192 uniform ones."""
+_BOX_ARMS = ("box_matching", "box_points")
+_UNIFORM = "uniform_8192"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A metric of a comparison on an image set, over the judged seeds."""
+
+    image_set: str
+    comparison: Comparison
+    metric: str
+    least_gain: float | None = None
+    """Share of the reference that must be gained; None: no loss is enough."""
+
+    def __str__(self) -> str:
+        wanted = "no loss" if self.least_gain is None else f"a gain of at least {100 * self.least_gain:g} %"
+        allowed = f" (margin {self.comparison.margin:g})" if self.least_gain is None else ""
+        pair = f"{self.comparison.arm} against {self.comparison.reference}"
+        return f"{pair} on {self.image_set}: {wanted} in {self.metric}{allowed}"
+
+
+BARS = tuple(
+    bar
+    for arm in _BOX_ARMS
+    for bar in (
+        Bar("shapes", Comparison(arm, _UNIFORM, MANY_MARGIN), "PQ"),
+        Bar("small_shapes", Comparison(arm, "base"), "APs", SMALL_GAIN),
+        Bar("small_shapes", Comparison(arm, "base"), "APm"),
+        # Together they are the objects from 1,024 pixels on; an average over classes cannot be made of two others.
+        Bar("small_shapes", Comparison(arm, "base"), "PQ_medium"),
+        Bar("small_shapes", Comparison(arm, "base"), "PQ_large"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Runs that are to be reported together."""
+
+    what: str
+    image_set: str
+    arms: tuple[str, ...]
+    seeds: int
+
+
+_POINTS = ("base", *_BOX_ARMS, _UNIFORM)
+PARTS = (
+    *(Part("box points", one.name, _POINTS, one.seeds) for one in IMAGE_SETS),
+    Part("beside transformers", "shapes", ("base", "transformers"), 2),
+    Part("beside transformers", "camvid", ("base", "transformers"), 2),
+)
+
+
+def judge(bar: Bar, results: Results) -> str:
+    """`holds`, `FAILS` or `not decided`, the bar, and what was found or which runs are missing."""
+    needed = [(arm, seed) for arm in (bar.comparison.arm, bar.comparison.reference) for seed in range(JUDGED_SEEDS)]
+    if missing := [key for key in needed if key not in results]:
+        return f"FAILS: {bar}: not run: {_listed(missing)}"
+    found = paired_difference(bar.comparison, bar.metric, results)
+    if found is None:
+        return f"FAILS: {bar}: the set has no {bar.metric}"
+    value, low, high = found.interval
+    relative = "" if found.relative is None else f", {100 * found.relative:+.1f} %"
+    return f"{_verdict(bar, found)}: {bar}: {value:+.2f} ({low:+.2f} to {high:+.2f}){relative}"
+
+
+def _verdict(bar: Bar, found: Difference) -> str:
+    verdict = found.verdict(bar.comparison.margin)
+    if bar.least_gain is None:
+        return {"gain": "holds", "no loss": "holds", "loss": "FAILS"}.get(verdict, verdict)
+    enough = found.relative is not None and found.relative >= bar.least_gain
+    if not enough:
+        return "FAILS"
+    return "holds" if verdict == "gain" else "not decided"
+
+
+def judge_costs(costs: Iterable[Costs]) -> list[str]:
+    """Whether box points cost little, for every measured micro-batch."""
+    lines = []
+    for one in costs:
+        for arm in _BOX_ARMS:
+            ratio = one.milliseconds[arm] / one.milliseconds[_UNIFORM]
+            verdict = "holds" if ratio <= MOST_COST else "FAILS"
+            what = f"{arm} takes at most {MOST_COST:g} of the CPU time of {_UNIFORM} in matching and losses"
+            lines.append(f"{verdict}: {what} ({one.sizes}): {ratio:.2f}")
+    return lines
+
+
+def missing_runs(part: Part, results: Results) -> str | None:
+    """A line that names the runs of a part that are missing; None if it is complete."""
+    missing = [(arm, seed) for arm in part.arms for seed in range(part.seeds) if (arm, seed) not in results]
+    if not missing:
+        return None
+    total = len(part.arms) * part.seeds
+    found = f"{total - len(missing)} of {total} runs are finished"
+    return f"FAILS: {part.what} on {part.image_set}: {found}; missing: {_listed(missing)}"
+
+
+def all_lines(results: Mapping[str, Results], costs: Sequence[Costs]) -> list[str]:
+    """Every bar and every part that is not complete; `results` are those of finished runs by image set."""
+    gaps = [line for part in PARTS if (line := missing_runs(part, results[part.image_set])) is not None]
+    judged = [judge(bar, results[bar.image_set]) for bar in BARS]
+    return [*gaps, *judged, *(judge_costs(costs) or ["FAILS: cost of points: not measured"])]
+
+
+def _listed(runs: Sequence[tuple[str, int]]) -> str:
+    """`base 0 1 2, box_points 0`."""
+    by_arm: dict[str, list[str]] = {}
+    for arm, seed in runs:
+        by_arm.setdefault(arm, []).append(str(seed))
+    return ", ".join(f"{arm} {' '.join(seeds)}" for arm, seeds in by_arm.items())

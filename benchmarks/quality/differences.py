@@ -1,0 +1,77 @@
+"""Differences between arms over seeds, and what they are called."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.quality.arms import ARMS, Comparison, ImageSet, Run
+from benchmarks.quality.finished_runs import RunResult, read_run
+from m2f.eval.metrics.seed_interval import SeedInterval, mean_interval
+
+MAX_SEEDS = 100
+
+Results = Mapping[tuple[str, int], RunResult]
+"""Finished runs of one image set by arm and seed."""
+
+
+def read_results(folder: Path, image_set: ImageSet) -> Results:
+    """Runs that reached the last step that any run of the set has reached."""
+    found = {
+        (arm.name, seed): result
+        for arm in ARMS
+        for seed in range(MAX_SEEDS)
+        if (result := read_run(folder, Run(image_set, arm, seed))) is not None
+    }
+    last = max((result.step for result in found.values()), default=0)
+    return {key: result for key, result in found.items() if result.step == last}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one metric, between runs of the same seeds."""
+
+    seeds: int
+    interval: SeedInterval
+    """95 % Student's t interval of the mean of the paired differences."""
+    reference: float
+    """Mean of the reference over these seeds."""
+
+    @property
+    def relative(self) -> float | None:
+        """The mean difference as a share of the reference; None where that is 0."""
+        return self.interval.value / self.reference if self.reference else None
+
+    def verdict(self, margin: float) -> str:
+        """`gain`, `no loss` (not worse by as much as `margin`), `loss` or `not decided`."""
+        if self.interval.low > 0:
+            return "gain"
+        if self.interval.low > -margin:
+            return "no loss"
+        return "loss" if self.interval.high < 0 else "not decided"
+
+
+def paired_difference(comparison: Comparison, metric: str, results: Results) -> Difference | None:
+    """None with fewer than two seeds that both arms have."""
+    sides = [
+        {seed: r.metrics[metric] for (name, seed), r in results.items() if name == arm and metric in r.metrics}
+        for arm in (comparison.arm, comparison.reference)
+    ]
+    shared = sorted(sides[0].keys() & sides[1].keys())
+    if len(shared) < 2:
+        return None
+    differences = [sides[0][seed] - sides[1][seed] for seed in shared]
+    reference = statistics.fmean(sides[1][seed] for seed in shared)
+    return Difference(len(differences), mean_interval(differences), reference)
+
+
+def cpu_ratio(comparison: Comparison, results: Results) -> float | None:
+    """Of the means over the seeds that both arms have; None without one."""
+    sides = [
+        {seed: r.cpu.training for (name, seed), r in results.items() if name == arm and r.cpu is not None}
+        for arm in (comparison.arm, comparison.reference)
+    ]
+    shared = sides[0].keys() & sides[1].keys()
+    return sum(sides[0][s] for s in shared) / sum(sides[1][s] for s in shared) if shared else None

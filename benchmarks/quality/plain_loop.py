@@ -1,0 +1,108 @@
+"""Mask2Former of `transformers` with its own losses in a plain loop over the batches of our loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.quality.plain_step import PlainStep
+from benchmarks.quality.their_model import their_loss, their_twin, to_our_names
+from benchmarks.quality.their_run import WEIGHTS
+from m2f.cluster.terminal import print_out
+from m2f.data_pipeline.loading.loader import LoaderSpec, StepBatches
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.data_pipeline.transforms.collate import Batch
+from m2f.model.errors import ConfigError
+from m2f.trainer.data import open_shards
+from m2f.trainer.job import Control, TrainJob
+from m2f.trainer.start_model import start_model
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def train_plainly(job: TrainJob, control: Control) -> None:
+    """Train from the checkpoint in the run folder, else from the weights that our trainer starts with.
+
+    A checkpoint is written every `training.checkpoint.every_steps` and when `control` asks for the end; the weights of
+    the last step are written under our names. Raises ConfigError for settings that the peer does not have.
+    """
+    training = job.training
+    if training.settled_precision != "fp32" or training.micro_batch < training.global_batch:
+        raise ConfigError(
+            f"training.precision is {training.precision} and training.micro_batch {training.micro_batch}; transformers "
+            f"is trained in fp32 with a micro-batch of training.global_batch, which is {training.global_batch}"
+        )
+    folder = Path(job.run_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    loop = _Loop(job, folder)
+    with closing(loop.open_batches()) as batches:
+        while loop.done < training.max_steps:
+            if control.stop_requested():
+                loop.save()
+                return
+            (batch,) = next(batches).micro_batches
+            loss = loop.step(batch)
+            if loop.done % training.log_every_steps == 0:
+                print_out(f"step {loop.done}/{training.max_steps}  loss {loss:.4f}")
+            if loop.done % training.checkpoint.every_steps == 0:
+                loop.save()
+    loop.save_weights()
+
+
+class _Loop:
+    """Model and optimizer between two steps; resumed from the checkpoint if there is one."""
+
+    def __init__(self, job: TrainJob, folder: Path) -> None:
+        self._job, self._folder, self._storage = job, folder, Storage(job.storage)
+        self._ours, _ = start_model(job, self._storage, None)
+        self._theirs = their_twin(self._ours, job.model).train()
+        self._update = PlainStep(self._theirs, job.training)
+        self.done = 0
+        torch.manual_seed(job.seed)  # of their random points
+        path = folder / CHECKPOINT
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            self._theirs.load_state_dict(state["model"])
+            self._update.load(state["update"])
+            torch.set_rng_state(state["random"])
+            self.done = state["step"]
+            print_out(f"resumed after step {self.done}")
+
+    def open_batches(self) -> Generator[StepBatches]:
+        """Those of the steps that are not done, each a whole step."""
+        batch = self._job.training.global_batch
+        spec = LoaderSpec(
+            global_batch=batch, micro_batch=batch, rank=0, world=1, start_step=self.done, seed=self._job.seed
+        )
+        return open_shards(self._job, self._storage).steps(self._job, self._storage, spec, order_start=0)
+
+    def step(self, batch: Batch) -> float:
+        """Train on one batch; its loss."""
+        loss = their_loss(self._theirs, self._ours.normalise(batch.images, batch.sizes), batch.targets)
+        self._update(loss, self.done)
+        self.done += 1
+        return float(loss.detach())
+
+    def save(self) -> None:
+        """Replace the checkpoint, as a whole or not at all."""
+        state = {
+            "step": self.done,
+            "model": self._theirs.state_dict(),
+            "update": self._update.state(),
+            "random": torch.get_rng_state(),
+        }
+        new = self._folder / f"{CHECKPOINT}.new"
+        torch.save(state, new)
+        os.replace(new, self._folder / CHECKPOINT)
+
+    def save_weights(self) -> None:
+        """The moving average where there is one, under our names."""
+        weights = {name: tensor.detach().contiguous() for name, tensor in to_our_names(self._update.weights()).items()}
+        new = self._folder / f"{WEIGHTS}.new"
+        save_file(weights, new)
+        os.replace(new, self._folder / WEIGHTS)

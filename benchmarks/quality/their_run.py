@@ -1,0 +1,44 @@
+"""A run of the peer `transformers`: its training in a process of its own, then our evaluation of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from m2f.cluster.evaluation.evaluate import evaluate_sets, write_files
+from m2f.cluster.evaluation.local_pool import LocalPool
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.start.settling import settled_run, this_machine
+from m2f.cluster.train.compose import compose_job
+from m2f.cluster.train.launch import launch
+from m2f.cluster.train.local_rank import stopped_by_signals, worker_environment
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.job import TrainJob
+
+WEIGHTS = "weights.safetensors"
+"""What the training leaves in the run folder once it is done."""
+
+
+def train_theirs(config: RunConfig) -> bool:
+    """Train, or go on with it, and evaluate; False where a signal stopped the training after a checkpoint.
+
+    Raises LaunchError where the training fails, and what `evaluate_sets` raises.
+    """
+    config = settled_run(config, this_machine(), beside=False)
+    launch(train_rank, (compose_job(config),), 1, worker_environment(config))
+    weights = Path(config.run_folder) / WEIGHTS
+    if not weights.exists():
+        return False
+    step, storage = config.training.max_steps, Storage(config.storage)
+    place = Path(config.run_folder) / "evaluations" / f"step_{step:08d}"
+    for evaluation in evaluate_sets(config, LocalPool(config), str(weights), step, lambda *_: None):
+        url = place / evaluation.results.subject.label
+        write_files(storage, str(url), evaluation.files(), local=url)
+    return True
+
+
+def train_rank(job: TrainJob) -> None:
+    """Body of the training process, which alone imports `transformers`."""
+    with stopped_by_signals() as control:
+        from benchmarks.quality.plain_loop import train_plainly
+
+        train_plainly(job, control)
