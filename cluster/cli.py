@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
+import m2f
 from m2f.cluster.exit_status import MEANINGS, ExitStatus, end_process
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.printable import printable
 from m2f.model.errors import UserError
+from m2f.model.extras import missing_extra
 
 VERBS = {
     "demo": "m2f.cluster.verbs.demo",
@@ -37,6 +39,7 @@ VERBS = {
     "export": "m2f.cluster.verbs.export",
     "analyze": "m2f.cluster.verbs.analyze",
     "compare": "m2f.cluster.verbs.compare",
+    "register": "m2f.cluster.verbs.register",
     "checkpoint": "m2f.cluster.verbs.checkpoint",
     "submit": "m2f.cluster.verbs.submit",
     "doctor": "m2f.cluster.verbs.doctor",
@@ -102,6 +105,9 @@ def _run_verb(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return ExitStatus.DONE if words else ExitStatus.MISTAKE
+    if words[0] == "--version":
+        print(f"m2f {m2f.__version__}")
+        return ExitStatus.DONE
     verb = words[0]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
@@ -118,6 +124,8 @@ def _run_verb(words: list[str]) -> int:
         return ExitStatus.INTERRUPTED
     except Exception as error:
         user_error = _user_error(error)
+        if (missing := missing_extra(f"m2f {verb}", error)) is not None:
+            return _fail(str(missing))
         if user_error is None:
             raise
         status = ExitStatus.OUTAGE if isinstance(user_error, OutageError) else ExitStatus.MISTAKE
@@ -151,7 +159,9 @@ def _overview() -> str:
     lines = ["usage: m2f VERB ...", "", "Train Mask2Former-class segmentation models at scale.", "", "verbs:"]
     lines += [f"  {verb:<11}{importlib.import_module(module).SUMMARY}" for verb, module in VERBS.items()]
     lines += ["", "exit statuses:", *(f"  {status:<11d}{MEANINGS[status]}" for status in ExitStatus)]
-    return "\n".join([*lines, "", "m2f VERB --help explains a verb; m2f config --explain all settings of a recipe."])
+    return "\n".join(
+        [*lines, "", "m2f VERB --help explains a verb; m2f config --explain all settings of a recipe; m2f --version."]
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Whether a checkpoint is better than a registered model, on the images that both were evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m2f.cluster.compare.intervals import DRAWS, Interval, image_intervals
+from m2f.cluster.compare.records import RunRecord, SetResult
+from m2f.eval.results.images import IMAGES_FILE
+from m2f.model.errors import UserError
+
+HEADLINES = ("PQ", "AP", "mIoU")
+"""The first of these that both sides have is judged by, unless another is wanted."""
+
+
+class RegistryError(UserError):
+    """A model that cannot be registered or found. Names the run, the model and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the paired interval says."""
+
+    better: bool
+    interval: Interval
+
+    def __str__(self) -> str:
+        one = self.interval
+        name = one.metric.rpartition("/")[2]
+        return (
+            f"{one.metric} of {one.run} minus {one.baseline}: {one.value:+.2f} {name}, 95 % interval "
+            f"{one.low:+.2f} to {one.high:+.2f} over {one.images} images"
+        )
+
+
+def judge(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str | None = None) -> Verdict:
+    """Better where the whole interval of the difference lies above 0.
+
+    Args:
+        champion: the registered checkpoint, with the results of its step.
+        candidate: the checkpoint to register.
+        dataset: label of the evaluated set.
+        metric: `PQ`, `AP` or `mIoU`.
+
+    Raises RegistryError where one side was not evaluated on the set, or on other images or in another way.
+    """
+    results = [_result(record, dataset) for record in (champion, candidate)]
+    _check_comparable(champion, candidate, dataset, *results)
+    known = [name for name in HEADLINES if all(one.metrics.get(name) is not None for one in results)]
+    if metric is not None and metric not in known:
+        raise RegistryError(
+            f"--metric is {metric}, but {dataset} has intervals of {', '.join(known) or 'none'}; choose one of them"
+        )
+    if not known:
+        raise RegistryError(f"{dataset}: {champion.name} and {candidate.name} have no metric in common")
+    name = f"{dataset}/{metric or known[0]}"
+    found = image_intervals([champion, candidate], [name], DRAWS)
+    if not found:
+        raise RegistryError(
+            f"{dataset}: there is no interval of {name} between {champion.name} and {candidate.name}; evaluate both "
+            f"again with m2f eval, which writes {IMAGES_FILE} for the same images"
+        )
+    return Verdict(better=found[0].low > 0, interval=found[0])
+
+
+def _result(record: RunRecord, dataset: str) -> SetResult:
+    found = record.results.get(dataset)
+    if found is None or dataset not in record.images:
+        sets = ", ".join(sorted(record.results)) or "none"
+        raise RegistryError(
+            f"{record.name} has no results with {IMAGES_FILE} of the set {dataset} at the registered step (sets: "
+            f"{sets}); evaluate that checkpoint with m2f eval"
+        )
+    return found
+
+
+def _check_comparable(
+    champion: RunRecord, candidate: RunRecord, dataset: str, first: SetResult, second: SetResult
+) -> None:
+    names = f"{champion.name} and {candidate.name}"
+    if first.fingerprint != second.fingerprint or first.num_images != second.num_images:
+        raise RegistryError(
+            f"{dataset}: {names} were evaluated on different data ({first.fingerprint[:12]} with {first.num_images} "
+            f"images, {second.fingerprint[:12]} with {second.num_images}); evaluate both on one set with m2f eval"
+        )
+    settings = [{**(one.settings or {}), "weights": None} for one in (first, second)]
+    if settings[0] != settings[1]:
+        differing = sorted(k for k in {*settings[0], *settings[1]} if settings[0].get(k) != settings[1].get(k))
+        raise RegistryError(
+            f"{dataset}: {names} were evaluated with different settings ({', '.join(differing)}), which alone may "
+            "change the numbers; evaluate both alike with m2f eval"
+        )

@@ -1,0 +1,149 @@
+"""Images by URL for a served model: from named hosts alone, up to a size, never from an address inside the network.
+
+The address that is checked is the one that is connected to, so that a name cannot change its meaning in between.
+Redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Collection
+from urllib.parse import SplitResult, urlsplit
+
+from m2f.model.errors import UserError
+
+MAX_BYTES = 32 * 2**20
+"""Of an image, encoded."""
+TIMEOUT_S = 10.0
+"""For everything: the connection, the answer and its body."""
+_CHUNK = 2**16
+_PORTS = {"http": 80, "https": 443}
+_OK = 200
+_TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+"""IPv6 addresses that stand for an IPv4 address, which may be a private one."""
+
+
+class FetchError(UserError):
+    """An image that may not or cannot be fetched. Names the host, never the rest of the URL, which may hold a key."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an address to fetch, and not an encoded image."""
+    return text[:8].lower().startswith(("http://", "https://"))
+
+
+def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) -> bytes:
+    """The body behind a URL.
+
+    Args:
+        url: http or https.
+        allowed: hosts as they stand in URLs, with `:PORT` where that is not the scheme's own.
+        max_bytes: longer bodies are refused, before they are read where the answer says its length.
+
+    Raises FetchError.
+    """
+    parts, host, port = _checked(url, allowed)
+    deadline = time.monotonic() + TIMEOUT_S
+    address = _public_address(host, port)
+    path = parts.path or "/"
+    target = f"{path}?{parts.query}" if parts.query else path
+    connection = _Connection(host, port, address, secure=parts.scheme.lower() == "https")
+    try:
+        connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "m2f"})
+        answer = connection.getresponse()
+        if answer.status != _OK:
+            raise FetchError(f"{host} answered {answer.status} {answer.reason}, which is no image")
+        if answer.length is not None and answer.length > max_bytes:
+            raise FetchError(_too_large(host, max_bytes))
+        return _body(answer, connection, host, max_bytes, deadline)
+    except (OSError, http.client.HTTPException) as error:
+        raise FetchError(f"{host}: the image cannot be fetched ({type(error).__name__}: {error})") from error
+    finally:
+        connection.close()
+
+
+def _checked(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]:
+    try:
+        parts = urlsplit(url)
+        host, scheme = (parts.hostname or "").lower(), parts.scheme.lower()
+        port = parts.port or _PORTS.get(scheme, 0)
+    except ValueError as error:
+        raise FetchError(f"the URL of the image cannot be read: {error}") from error
+    named = host if port == _PORTS.get(scheme) else f"{host}:{port}"
+    if not host or scheme not in _PORTS or "@" in parts.netloc or any(ord(c) <= 32 or ord(c) > 126 for c in url):
+        raise FetchError("the URL of the image must be http://HOST/... or https://HOST/..., in ASCII, without a user")
+    if named not in {one.lower() for one in allowed}:
+        known = ", ".join(sorted(allowed)) or "none"
+        raise FetchError(
+            f"images from {named} are not fetched; allowed hosts: {known}. Send the bytes of the image, or register "
+            f"the model with --allow-url {named}"
+        )
+    return parts, host, port
+
+
+def _public_address(host: str, port: int) -> str:
+    """An address of a host. Raises FetchError unless all that it has are public."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise FetchError(f"{host}: the name of the host is not known ({error})") from error
+    if not found or not all(is_public(str(address)) for address in found):
+        raise FetchError(f"{host} has an address inside the network, from which no images are fetched")
+    return str(min(found, key=lambda address: (":" in str(address), str(address))))
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the open internet."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        elif any(ip in net for net in _TRANSLATED):
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class _Connection(http.client.HTTPConnection):
+    """To an address, under the name of its host."""
+
+    def __init__(self, host: str, port: int, address: str, *, secure: bool) -> None:
+        super().__init__(host, port, timeout=TIMEOUT_S)
+        self._address, self._secure = address, secure
+
+    def connect(self) -> None:
+        """Open the socket, with TLS that checks the name of the host where the URL is https."""
+        opened = socket.create_connection((self._address, self.port), TIMEOUT_S)
+        if self._secure:
+            opened = ssl.create_default_context().wrap_socket(opened, server_hostname=self.host)
+        self.sock = opened
+
+
+def _body(
+    answer: http.client.HTTPResponse, connection: _Connection, host: str, max_bytes: int, deadline: float
+) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise FetchError(f"{host}: the image did not arrive within {TIMEOUT_S:g} s")
+        if connection.sock is not None:
+            connection.sock.settimeout(left)
+        part = answer.read1(_CHUNK)
+        if not part:
+            return b"".join(parts)
+        size += len(part)
+        if size > max_bytes:
+            raise FetchError(_too_large(host, max_bytes))
+        parts.append(part)
+
+
+def _too_large(host: str, max_bytes: int) -> str:
+    return f"{host}: the image is larger than {max_bytes / 2**20:g} MiB"

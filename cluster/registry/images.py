@@ -1,0 +1,105 @@
+"""What a caller of a served model may send as an image, and the pixels that it means."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Collection, Iterable
+
+import numpy as np
+
+from m2f.cluster.registry.fetch import MAX_BYTES, fetch_image, is_url
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.image_file import BrokenImageError, decode_rgb, read_header
+from m2f.model.errors import UserError
+
+_DATA = "data:"
+_CHANNELS = 3
+_MAX_VALUE = 255
+
+
+class ImageError(UserError):
+    """What was sent is no image. Says what is accepted."""
+
+
+def images_of(column: Iterable[object]) -> list[object]:
+    """The images of a column. MLflow's server makes one row of a list of texts; each of them is an image."""
+    found: list[object] = []
+    for value in column:
+        if isinstance(value, list | tuple | np.ndarray) and len(value) and _is_image(value[0]):
+            found += list(value)
+        else:
+            found.append(value)
+    return found
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, str | bytes) or (isinstance(value, np.ndarray) and value.ndim == _CHANNELS)
+
+
+def read_pixels(value: object, allowed: Collection[str] = ()) -> np.ndarray:
+    """RGB pixels [H, W, 3] uint8.
+
+    Args:
+        value: the bytes of a JPEG, PNG, WebP, TIFF or BMP file; the same as base64 text, alone or in a `data:` URL; an
+            array or nested lists [H, W, 3] of RGB values from 0 to 255; an http(s) URL.
+        allowed: hosts whose URLs are fetched.
+
+    Raises ImageError, or FetchError for a URL.
+    """
+    if isinstance(value, str):
+        data = fetch_image(value, allowed) if is_url(value) else _decoded(value)
+        return _from_file(data)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _from_file(bytes(value))
+    return _from_array(value)
+
+
+def _decoded(text: str) -> bytes:
+    if text.startswith(_DATA):
+        text = text.partition(",")[2]
+    if len(text) > MAX_BYTES * 4 / 3 + 4:
+        raise ImageError(f"the image is larger than {MAX_BYTES / 2**20:g} MiB")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(
+            f"the text is no image ({error}): send the bytes of an image file as base64, or the pixels as an array; "
+            "paths of files are not read"
+        ) from error
+
+
+def _from_file(data: bytes) -> np.ndarray:
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"the image is larger than {MAX_BYTES / 2**20:g} MiB")
+    try:
+        header = read_header(data)
+        _check_size(header.height, header.width)
+        return decode_rgb(data, header.orientation)
+    except BrokenImageError as error:
+        raise ImageError(f"the bytes are no image that can be read: {error}") from error
+
+
+def _from_array(value: object) -> np.ndarray:
+    try:
+        pixels = np.asarray(value)
+        if pixels.dtype == object:  # an array of lists, as pandas makes them
+            pixels = np.array(pixels.tolist())
+    except ValueError as error:
+        raise ImageError(f"the lists are no image [H, W, 3]: {error}") from error
+    if pixels.ndim != _CHANNELS or pixels.shape[-1] != _CHANNELS or 0 in pixels.shape:
+        raise ImageError(
+            f"the array has the shape {list(pixels.shape)}; an image is [H, W, 3] of RGB, and `image` a list of images"
+        )
+    _check_size(*pixels.shape[:2])
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > _MAX_VALUE:
+        raise ImageError(f"the array holds {pixels.dtype}; pixels are whole numbers from 0 to 255")
+    return pixels.astype(np.uint8)
+
+
+def _check_size(height: int, width: int) -> None:
+    limit = DatasetConfig.max_pixels
+    if height * width > limit:
+        raise ImageError(f"{width} x {height} pixels are more than {limit}; shrink the image")

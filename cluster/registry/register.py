@@ -1,0 +1,308 @@
+"""`m2f register`: one checkpoint of a run as a version in MLflow's registry, with all that it needs to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from mlflow.entities import LoggedModel
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from m2f.cluster.compare.records import RunRecord, read_runs
+from m2f.cluster.evaluation.publication import evaluated_checkpoint
+from m2f.cluster.predict.choose_checkpoint import ChosenWeights, choose_checkpoint, open_recipe
+from m2f.cluster.predict.trained_model import open_trained
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.registry.better import RegistryError, Verdict, judge
+from m2f.cluster.registry.package import PackageContent, build_package, package_digest
+from m2f.cluster.registry.thresholds import Thresholds, choose_thresholds
+from m2f.cluster.tracking.logged_models import EXTERNAL_TAG, EvaluatedCheckpoint, LoggedModels
+from m2f.cluster.tracking.registered import find_version, registry_client, using_store
+from m2f.cluster.tracking.store import TrackingError, brief
+from m2f.cluster.tracking.tracked_run import TrackedRun
+from m2f.cluster.tracking.tracking import find_run
+from m2f.data_pipeline.storage.scratch import ScratchFolder
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.folder import pin, pins, unpin
+
+REGISTERED_PIN = "registered"
+"""Pin of a checkpoint that is in a registry; nobody takes it away by itself."""
+PACKAGE_TAG = "m2f.package"
+"""Tag of a logged model and of a version: digest of what was uploaded."""
+RUN_TAG, STEP_TAG, COMMIT_TAG = "m2f.run_id", "m2f.step", "m2f.commit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be registered, and under which condition."""
+
+    source: str
+    """Run folder or recipe."""
+    overrides: tuple[str, ...] = ()
+    checkpoint: str = "best"
+    """`best`, `last` or a step."""
+    name: str | None = None
+    """Of the registered model; None takes the run's name."""
+    aliases: tuple[str, ...] = ()
+    if_better: str | None = None
+    """Alias of the version that the checkpoint must be better than."""
+    dataset: str | None = None
+    """Label of the evaluated set; None takes the recipe's first one."""
+    metric: str | None = None
+    precision: float | None = None
+    """That thresholds by class are chosen for; None: without thresholds."""
+    allowed_hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """What came of it."""
+
+    name: str
+    version: str | None
+    """None where the checkpoint is not better and nothing was registered."""
+    step: int
+    uploaded: bool
+    """False where the same content was there already."""
+    verdict: Verdict | None
+    """None where nothing was compared."""
+    thresholds: Thresholds | None
+    store: str
+
+
+def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> Registered:
+    """Register a checkpoint; `say` gets a line for everything that takes long.
+
+    Raises:
+        RegistryError: the run is not in MLflow, or sides cannot be compared.
+        ConfigError, CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
+        TrackingError: the store does not answer.
+    """
+    config, copied = open_recipe(wanted.source, wanted.overrides)
+    if copied is not None:
+        raise RegistryError(f"{wanted.source} is a checkpoint; name its run, and the step as --checkpoint N")
+    storage = Storage(config.storage)
+    chosen = choose_checkpoint(config, storage, wanted.checkpoint)
+    run = find_run(config)
+    if run is None or chosen.step is None:
+        raise RegistryError(
+            f"{config.run_folder} has no tracking.json, so MLflow has no run of it; m2f train makes it again when the "
+            "run is continued"
+        )
+    with _answering(run.uri), using_store(run.uri):
+        return _Registration(wanted, config, storage, chosen, chosen.step, run, say).run()
+
+
+class _Registration:
+    """One call of `register`."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        config: RunConfig,
+        storage: Storage,
+        chosen: ChosenWeights,
+        step: int,
+        run: TrackedRun,
+        say: Callable[[str], None],
+    ) -> None:
+        self._wanted, self._config, self._storage, self._run, self._say = wanted, config, storage, run, say
+        self._chosen, self._step = chosen, step
+        self._name = wanted.name or config.name
+        self._client = registry_client(run.uri)
+        sets = [one.label for one in config.evaluation.sets]
+        self._dataset = wanted.dataset or (sets[0] if sets else None)
+        needed = wanted.precision is not None or wanted.if_better is not None
+        self._record = self._candidate() if needed else None
+
+    def run(self) -> Registered:
+        """Compare, pin, upload, register, in this order: nothing is written for a checkpoint that is not better."""
+        verdict = self._compare()
+        thresholds = self._thresholds()
+        if verdict is not None and not verdict.better:
+            return self._outcome(None, False, verdict, thresholds)
+        with self._pinned():
+            checkpoint = evaluated_checkpoint(self._config, self._storage, self._chosen.url, self._step)
+            digest = package_digest(self._chosen.url, thresholds, self._wanted.allowed_hosts, self._storage)
+            model, uploaded = self._model(checkpoint, digest, thresholds)
+            version = self._version(model, checkpoint, digest, verdict, thresholds)
+        aliases = dict.fromkeys([*self._wanted.aliases, *([self._wanted.if_better] if self._wanted.if_better else ())])
+        for alias in aliases:
+            self._client.set_registered_model_alias(self._name, alias, version.version)
+        return self._outcome(str(version.version), uploaded, verdict, thresholds)
+
+    def _outcome(
+        self, version: str | None, uploaded: bool, verdict: Verdict | None, thresholds: Thresholds | None
+    ) -> Registered:
+        return Registered(
+            name=self._name,
+            version=version,
+            step=self._step,
+            uploaded=uploaded,
+            verdict=verdict,
+            thresholds=thresholds,
+            store=self._run.uri,
+        )
+
+    def _candidate(self) -> RunRecord:
+        if self._dataset is None:
+            raise RegistryError(
+                "evaluation.sets is empty, so there are no results; evaluate with m2f eval, or give --set"
+            )
+        (record,) = read_runs(
+            [self._config.run_folder], tracking=self._run.uri, experiment=None, query=None, step=self._step
+        )
+        return record
+
+    def _compare(self) -> Verdict | None:
+        """None where nothing is to be better, or nothing has the alias yet."""
+        alias = self._wanted.if_better
+        if alias is None or self._record is None or self._dataset is None:
+            return None
+        version = find_version(self._client, self._name, alias)
+        if version is None:
+            self._say(f"no version of {self._name} has the alias {alias} yet, so there is nothing to be better than")
+            return None
+        tags = version.tags
+        if RUN_TAG not in tags or STEP_TAG not in tags:
+            raise RegistryError(
+                f"{self._name}@{alias} was not registered by m2f register, so its results are not known; give the "
+                "alias to a version that was"
+            )
+        self._say(f"comparing with {self._name}@{alias}, version {version.version}")
+        (champion,) = read_runs(
+            [tags[RUN_TAG]], tracking=self._run.uri, experiment=None, query=None, step=int(tags[STEP_TAG])
+        )
+        named = replace(champion, name=f"{alias} (version {version.version})")
+        return judge(named, self._record, self._dataset, self._wanted.metric)
+
+    def _thresholds(self) -> Thresholds | None:
+        if self._wanted.precision is None or self._record is None or self._dataset is None:
+            return None
+        found, images = self._record.results.get(self._dataset), self._record.images.get(self._dataset)
+        if found is None or images is None or images.instance is None:
+            raise RegistryError(
+                f"--precision needs detections of the set {self._dataset} at step {self._step}; evaluate the "
+                "checkpoint with m2f eval and evaluation.tasks that include instance"
+            )
+        names = [str(row["name"]) for row in found.per_class if row["is_thing"]]
+        return Thresholds(
+            precision=self._wanted.precision,
+            dataset=self._dataset,
+            fingerprint=found.fingerprint,
+            classes=choose_thresholds(images.instance, names, self._wanted.precision),
+        )
+
+    @contextmanager
+    def _pinned(self) -> Iterator[None]:
+        """Keep the checkpoint from now on; not where it cannot be registered after all."""
+        known = REGISTERED_PIN in pins(self._storage, self._chosen.url)
+        pin(self._storage, self._chosen.url, REGISTERED_PIN)
+        try:
+            yield
+        except BaseException:
+            if not known:
+                unpin(self._storage, self._chosen.url, REGISTERED_PIN)
+            raise
+
+    def _model(
+        self, checkpoint: EvaluatedCheckpoint, digest: str, thresholds: Thresholds | None
+    ) -> tuple[LoggedModel, bool]:
+        """The logged model that holds this content, and whether it was uploaded just now."""
+        models = LoggedModels(self._client, self._run.run_id)
+        model = models.ensure(checkpoint)
+        if model is None:
+            raise RegistryError(f"{self._run.uri} is an MLflow server without logged models; a registry needs MLflow 3")
+        if (known := models.find_tagged(checkpoint.commit, PACKAGE_TAG, digest)) is not None:
+            return known, False
+        if PACKAGE_TAG in model.tags:  # with other thresholds, or other hosts
+            model = models.make(checkpoint, f"{checkpoint.model_name}-{digest[:8]}")
+        self._say(f"opening {self._chosen.url}")
+        content = PackageContent(
+            checkpoint=self._chosen.url,
+            trained=open_trained(self._chosen.url, (), None, "cpu"),
+            thresholds=thresholds,
+            allowed_hosts=self._wanted.allowed_hosts,
+        )
+        described = Model(
+            artifact_path=model.artifact_location,
+            model_uuid=model.model_id,
+            run_id=self._run.run_id,
+            model_id=model.model_id,
+        )
+        with ScratchFolder("register") as folder:
+            package = build_package(content, folder, self._storage, described)
+            size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+            self._say(f"uploading {size / 1e6:,.1f} MB to {self._run.uri}")
+            self._client.log_model_artifacts(model.model_id, str(package))
+        if EXTERNAL_TAG in model.tags:
+            self._client.delete_logged_model_tag(model.model_id, EXTERNAL_TAG)
+        self._client.set_logged_model_tags(model.model_id, {PACKAGE_TAG: digest})
+        return model, True
+
+    def _version(
+        self,
+        model: LoggedModel,
+        checkpoint: EvaluatedCheckpoint,
+        digest: str,
+        verdict: Verdict | None,
+        thresholds: Thresholds | None,
+    ) -> ModelVersion:
+        """A version of the registered model with this content: the one that there is, or a new one."""
+        try:
+            self._client.create_registered_model(self._name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        quoted = self._name.replace("'", "\\'")
+        for version in self._client.search_model_versions(f"name = '{quoted}'"):
+            if version.tags.get(PACKAGE_TAG) == digest and version.tags.get(COMMIT_TAG) == checkpoint.commit:
+                return version
+        tags = {
+            PACKAGE_TAG: digest,
+            COMMIT_TAG: checkpoint.commit,
+            RUN_TAG: self._run.run_id,
+            STEP_TAG: str(checkpoint.step),
+            "m2f.checkpoint.url": checkpoint.url,
+            "m2f.weights.sha256": checkpoint.weights or "",
+        }
+        return self._client.create_model_version(
+            self._name,
+            f"models:/{model.model_id}",
+            self._run.run_id,
+            tags,
+            description=_description(self._config, checkpoint, model, verdict, thresholds),
+            model_id=model.model_id,
+        )
+
+
+def _description(
+    config: RunConfig,
+    checkpoint: EvaluatedCheckpoint,
+    model: LoggedModel,
+    verdict: Verdict | None,
+    thresholds: Thresholds | None,
+) -> str:
+    """What a page of the registry says of a version, in Markdown."""
+    lines = [f"Step {checkpoint.step} of `{config.run_folder}`, {config.data.task} segmentation."]
+    chosen = [m for m in model.metrics or () if m.key.rpartition("/")[2] in ("PQ", "AP", "mIoU")]
+    lines += [f"- {m.key}: {m.value:.2f}" for m in sorted(chosen, key=lambda m: m.key)]
+    if verdict is not None:
+        lines += ["", f"{verdict}."]
+    if thresholds is not None:
+        silent = [name for name, one in thresholds.classes.items() if one.threshold is None]
+        lines += ["", f"Thresholds by class for a precision of {thresholds.precision:g} on {thresholds.dataset}."]
+        lines += [f"Never reached by: {', '.join(silent)}."] if silent else []
+    return "\n".join(lines)
+
+
+@contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """Raise TrackingError for what MLflow raises."""
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(f"{uri}: the model cannot be registered ({brief(error)})") from error

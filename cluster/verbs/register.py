@@ -1,0 +1,86 @@
+"""`m2f register`: put a checkpoint into MLflow's registry, whole enough to be served anywhere."""
+
+from __future__ import annotations
+
+import argparse
+
+from m2f.cluster.exit_status import ExitStatus
+from m2f.cluster.terminal import print_err, print_out
+from m2f.cluster.verbs.arguments import add_overrides
+from m2f.model.errors import ConfigError
+
+SUMMARY = "register a checkpoint in MLflow, with all that it needs to be served"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder or URL, or its recipe")
+    add_overrides(parser)
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="C", help="best (default), last or a step; it is pinned, so it is kept"
+    )
+    parser.add_argument("--name", metavar="NAME", help="of the registered model; default: the run's name")
+    parser.add_argument(
+        "--alias", action="append", default=[], metavar="A", help="gets the alias, as champion; repeatable"
+    )
+    parser.add_argument(
+        "--if-better",
+        metavar="A",
+        help="only where the 95 %% interval of the paired difference to the version with this alias, over the same "
+        "images, lies above 0; the alias then moves. Exit status 1 where it does not",
+    )
+    parser.add_argument("--set", metavar="SET", help="evaluation set to judge by; default: the recipe's first")
+    parser.add_argument("--metric", choices=("PQ", "AP", "mIoU"), help="to judge by; default: the first that both have")
+    parser.add_argument(
+        "--precision",
+        type=float,
+        metavar="P",
+        help="choose for every class of things the lowest score from which detections on SET are right in this share "
+        "of the cases, from 0 to 1; they travel with the model",
+    )
+    parser.add_argument(
+        "--allow-url",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="let the served model fetch images from this host; repeatable (default: from none)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 1 where the checkpoint is not better."""
+    print_err(f"{args.run}: loading PyTorch and MLflow")
+    from m2f.cluster.registry.register import Wanted, register
+
+    if not args.alias and not args.if_better and not args.name:
+        raise ConfigError("give --alias, as in --alias champion, --if-better or --name, by which the model is found")
+    outcome = register(
+        Wanted(
+            source=args.run,
+            overrides=tuple(args.overrides),
+            checkpoint=args.checkpoint,
+            name=args.name,
+            aliases=tuple(args.alias),
+            if_better=args.if_better,
+            dataset=args.set,
+            metric=args.metric,
+            precision=args.precision,
+            allowed_hosts=tuple(args.allow_url),
+        ),
+        print_err,
+    )
+    if outcome.verdict is not None:
+        print_out(str(outcome.verdict))
+    if outcome.version is None:
+        print_err(f"step {outcome.step} is not better than {outcome.name}@{args.if_better}, so it is not registered")
+        return ExitStatus.GAVE_UP
+    for name, one in (outcome.thresholds.classes if outcome.thresholds else {}).items():
+        if one.threshold is None:
+            print_out(f"{name}: no threshold reaches the precision, so nothing of this class counts")
+        else:
+            print_out(f"{name}: {one.threshold:.3f} (precision {one.precision:.3f}, recall {one.recall or 0:.3f})")
+    how = "registered" if outcome.uploaded else "registered without a second upload"
+    print_out(f"step {outcome.step} {how}: {outcome.name}, version {outcome.version}, in {outcome.store}")
+    alias = (args.alias or [args.if_better])[0]
+    address = f"models:/{outcome.name}@{alias}" if alias else f"models:/{outcome.name}/{outcome.version}"
+    print_out(f"serve it: MLFLOW_TRACKING_URI={outcome.store} mlflow models serve --env-manager local -m {address}")
+    return ExitStatus.DONE
