@@ -232,15 +232,20 @@ def _among_others(training: TrainingConfig, world_size: int, universal: bool = F
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts what a device would make the host wait for: values asked of tensors, and constants made on the host."""
+    """Counts what a device would make the host wait for: values asked of tensors, and constants made on the host.
+
+    And all calls, each of which costs the host some microseconds.
+    """
 
     QUESTIONS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
         if func in self.QUESTIONS:
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
@@ -250,7 +255,7 @@ def waits(make_job, case: str) -> dict:
     """What four backward passes and updates of one of `WAITING_CASES` ask of the device, and how often they wait."""
     job = make_job(**(BASE | {"micro_batch": 4, "ema_decay": 0.0} | WAITING_CASES[case]))
     engine = Engine(fresh_module(job, job.training.settled_precision), job.training, torch.device("cpu"))
-    seen = {"backward": [], "update": [], "parameters": len(list(engine.module.parameters()))}
+    seen = {"backward": [], "update": [], "calls": [], "parameters": len(list(engine.module.parameters()))}
     with patch("deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.synchronize") as synchronize:
         for _ in range(4):
             batch = make_images(job.model, range(GLOBAL_BATCH))
@@ -262,6 +267,7 @@ def waits(make_job, case: str) -> dict:
             assert engine.settle(1, float(norm)).applied
             seen["backward"].append(len(backward.seen))
             seen["update"].append(len(update.seen))
+            seen["calls"].append(update.calls)
     return seen | {"synchronized": synchronize.call_count}
 
 

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +77,21 @@ def test_segments_grow_unless_the_user_says_otherwise(before, added):
     environment = dict(before)
     let_segments_grow(environment)
     assert environment == before | added
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell")
+def test_torch_reads_the_setting_after_it_was_imported():
+    """Ray imports it before a rank's code runs."""
+    code = """
+import os
+import torch
+from m2f.trainer.memory.allocator import let_segments_grow
+let_segments_grow(os.environ)
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+    clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "expandable_segments:True"
 
 
 @pytest.mark.parametrize(("device", "is_ended"), [("cuda", False), ("cpu", True)])

@@ -1,8 +1,8 @@
-"""Updates that the device skips by itself where a gradient is not finite, so that the host does not wait to know."""
+"""Updates of DeepSpeed's ZeRO 1 and 2 that ask the device for nothing, and take few calls of the host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,16 +24,17 @@ class DeviceSkips:
     """Makes a fused AdamW leave weights, moments and step counters as they are where the gradient norm is not finite.
 
     DeepSpeed's optimizer of ZeRO 1 and 2 reads the norm to the host twice per parameter group and once more, and copies
-    a constant to the device for every group. Its arithmetic stays; what it asks for is answered on the device.
+    a constant to the device for every group; it measures and links every tensor by itself. Its arithmetic stays.
     """
 
     def __init__(self, adamw: torch.optim.AdamW, zero: Any | None) -> None:
         """`zero` is DeepSpeed's optimizer around `adamw`, None without ZeRO."""
-        self._adamw = adamw
+        self._adamw, self._zero = adamw, zero
         if zero is not None:
             self._measure = zero.scaled_global_norm
             zero.scaled_global_norm = self._scaled_global_norm
             zero.check_grad_overflow = False  # the norm of gradients is not finite where one of them is not
+            zero.get_grad_norm_direct = self._norm_of_group
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """For the next update; `norm` is [], on the device."""
@@ -42,16 +43,20 @@ class DeviceSkips:
 
     @contextmanager
     def decided_on_device(self) -> Iterator[None]:
-        """Inside, DeepSpeed takes every norm for finite."""
+        """Inside, DeepSpeed takes every norm for finite, and leaves weights the parts of flat buffers that they are."""
         from deepspeed.runtime.zero import stage_1_and_2
 
+        zero = self._zero
+        assert zero is not None
         answers = dict(zip(_QUESTIONS, (_is_never_invalid, _mask_non_finite), strict=True))
         theirs = {name: getattr(stage_1_and_2, name) for name in answers}
         for name, answer in answers.items():
             setattr(stage_1_and_2, name, answer)
+        zero._update_model_bit16_weights = _leave_linked
         try:
             yield
         finally:
+            del zero._update_model_bit16_weights
             for name, function in theirs.items():
                 setattr(stage_1_and_2, name, function)
 
@@ -60,6 +65,24 @@ class DeviceSkips:
         self.skip_unless_finite(norm)
         return norm
 
+    def _norm_of_group(self, gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
+        """L2 norm of a parameter group over all ranks, [] float32 on the device; -1 where it is not finite.
+
+        As DeepSpeed's `get_grad_norm_direct`, with one call for all tensors. Norms of tensors are float64.
+        """
+        import deepspeed.comm
+
+        assert self._zero is not None
+        own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)][: len(params)]
+        total = torch.zeros((), device=self._zero.device)
+        if own:
+            norms = torch._foreach_norm(own, 2.0, dtype=torch.float64)
+            total = torch.stack(norms).pow(2.0).sum().float()
+        deepspeed.comm.all_reduce(total, op=deepspeed.comm.ReduceOp.SUM, group=self._zero.dp_process_group)
+        total = total.pow(0.5)
+        _mask_non_finite(total)
+        return total
+
 
 def _is_never_invalid(norm: Any) -> bool:
     return False
@@ -67,3 +90,7 @@ def _is_never_invalid(norm: Any) -> bool:
 
 def _mask_non_finite(input: Tensor, device: Any = None, val: float = -1.0) -> None:  # noqa: A002 - DeepSpeed's name
     input.masked_fill_(~input.isfinite(), val)
+
+
+def _leave_linked(group_index: int) -> None:
+    pass

@@ -137,6 +137,14 @@ def test_an_update_asks_the_device_for_nothing(alone, case):
     assert max(seen["update"]) == 0 or case == "offload"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["stage1", "stage2", "bf16"])
+def test_an_update_takes_few_calls_of_the_host(alone, case):
+    """Two for every parameter, which copy its gradient, and some for every group; there were ten."""
+    seen = alone.launcher.seen(f"engine_waits:{case}")
+    assert max(seen["calls"]) < 2.5 * seen["parameters"]
+
+
 def test_one_rank_has_no_buckets():
     zero = deepspeed_config(TrainingConfig(max_steps=1, precision="fp32"), 1)["zero_optimization"]
     assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (1, False, False)
