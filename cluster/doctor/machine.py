@@ -44,7 +44,7 @@ def check_versions() -> Finding:
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} (needs {requirement.specifier})")
     if wrong:
-        remedy = "install m2f's requirements: pip install --constraint constraints.txt ."
+        remedy = "install m2f's requirements: pip install --constraint constraints.txt '.[train]'"
         return Finding("versions", "failed", "; ".join(wrong), remedy)
     shown = " ".join(f"{name} {found[name]}" for name in ("torch", "deepspeed", "ray", "mlflow") if name in found)
     detail = f"Python {platform.python_version()}, {shown}"
@@ -55,14 +55,15 @@ def check_versions() -> Finding:
 
 
 def _requirements() -> tuple[SpecifierSet, list[Requirement]]:
-    """Of the running code: from its pyproject.toml, else from the installed package."""
+    """Of training, by the running code: from its pyproject.toml, else from the installed package."""
     project = Path(m2f.__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in declared["dependencies"]]
-    every = [Requirement(text) for text in metadata.requires("m2f") or []]
+        every = [*declared["dependencies"], *declared["optional-dependencies"]["train"]]
+        return SpecifierSet(declared["requires-python"]), [Requirement(text) for text in every]
+    stated = [Requirement(text) for text in metadata.requires("m2f") or []]
     python = SpecifierSet(metadata.metadata("m2f")["Requires-Python"])
-    return python, [r for r in every if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return python, [r for r in stated if r.marker is None or r.marker.evaluate({"extra": "train"})]
 
 
 def check_gpus(config: RunConfig | None, expected: int | None) -> Finding:

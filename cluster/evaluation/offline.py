@@ -1,18 +1,16 @@
 """`m2f eval`: one checkpoint on all sets of a recipe, with a progress line.
 
-Few images are evaluated in this process, as Ray takes long to start.
+Few images are evaluated in this process, as Ray takes long to start; all where Ray is not installed.
 """
 
 from __future__ import annotations
 
-import ray
+from importlib.util import find_spec
 
 from m2f.cluster.environment import names_cluster, uses_ray
 from m2f.cluster.evaluation.actor import evaluated_rows
-from m2f.cluster.evaluation.client import make_pool
 from m2f.cluster.evaluation.evaluate import Pool, SetEvaluation, evaluate_sets
 from m2f.cluster.evaluation.local_pool import LocalPool
-from m2f.cluster.ray_cluster import local_or_existing
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.devices import SeenDevices, announced, evaluation_devices, gpus_of_machine, gpus_of_nodes
 from m2f.cluster.terminal import Progress
@@ -36,9 +34,20 @@ def evaluate_checkpoint(
     """
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
-    if _is_little(config):
+    if _is_little(config) or find_spec("ray") is None:
         config = announced(evaluation_devices(config, SeenDevices(gpus_of_machine())))
         return _evaluate(config, LocalPool(config), checkpoint, step, dump)
+    return _evaluate_on_ray(config, checkpoint, step, dump)
+
+
+def _evaluate_on_ray(
+    config: RunConfig, checkpoint: str, step: int | None, dump: str | None
+) -> tuple[SetEvaluation, ...]:
+    import ray
+
+    from m2f.cluster.evaluation.client import make_pool
+    from m2f.cluster.ray_cluster import local_or_existing
+
     settings = config.evaluation
     may_grow = names_cluster(config.cluster.address)
     num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from m2f.cluster import ray_cluster
 from m2f.cluster.evaluation import offline
 from m2f.cluster.evaluation.actor import EvaluationActor
 from m2f.cluster.evaluation.evaluate import evaluate_sets, name_of_results, write_files
@@ -124,7 +125,7 @@ def test_few_images_are_evaluated_without_starting_ray(small, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(offline, "local_or_existing", refuse)
+    monkeypatch.setattr(ray_cluster, "local_or_existing", refuse)
     config, weights = small
     config = replace(config, evaluation=replace(config.evaluation, sets=config.evaluation.sets[:2]))
     found = offline.evaluate_checkpoint(config, weights)
