@@ -121,8 +121,13 @@ def all_lines(results: Mapping[str, Results], costs: Sequence[Costs]) -> list[st
 
 
 def _listed(runs: Sequence[tuple[str, int]]) -> str:
-    """`base 0 1 2, box_points 0`."""
-    by_arm: dict[str, list[str]] = {}
-    for arm, seed in runs:
-        by_arm.setdefault(arm, []).append(str(seed))
-    return ", ".join(f"{arm} {' '.join(seeds)}" for arm, seeds in by_arm.items())
+    """`base 0-2, box_points 0 3`."""
+    arms = dict.fromkeys(arm for arm, _ in runs)
+    return ", ".join(f"{arm} {_ranges([seed for name, seed in runs if name == arm])}" for arm in arms)
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """Of ascending numbers, those that follow each other as one range."""
+    starts = [one for one in seeds if one - 1 not in seeds]
+    ends = [one for one in seeds if one + 1 not in seeds]
+    return " ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))

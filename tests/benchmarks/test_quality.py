@@ -210,12 +210,18 @@ def test_other_objects_must_not_lose(tmp_path, boxes, judged):
 def test_a_bar_names_the_runs_that_it_lacks(tmp_path):
     write_pairs(tmp_path, [10.0] * 2, [12.0] * 2)
     results = read_results(tmp_path, SMALL_SHAPES)
-    assert judge(SMALL_OBJECTS, results).endswith("not run: box_points 2 3 4, base 2 3 4")
+    assert judge(SMALL_OBJECTS, results).endswith("not run: box_points 2-4, base 2-4")
     part = next(one for one in PARTS if one.image_set == "small_shapes")
     assert missing_runs(part, results) == (
-        "FAILS: box points on small_shapes: 4 of 20 runs are finished; missing: base 2 3 4, box_matching 0 1 2 3 4, "
-        "box_points 2 3 4, uniform_8192 0 1 2 3 4"
+        "FAILS: box points on small_shapes: 4 of 20 runs are finished; missing: base 2-4, box_matching 0-4, "
+        "box_points 2-4, uniform_8192 0-4"
     )
+
+
+def test_seeds_that_follow_each_other_are_one_range(tmp_path):
+    write_pairs(tmp_path, [10.0] * 3, [12.0] * 3)
+    (tmp_path / "runs" / "small_shapes-base-1" / "evaluations").rename(tmp_path / "elsewhere")
+    assert judge(SMALL_OBJECTS, read_results(tmp_path, SMALL_SHAPES)).endswith("box_points 3-4, base 1 3-4")
 
 
 def test_costs_are_held_against_their_bar():
@@ -235,7 +241,7 @@ def test_one_command_prints_everything(folder, capsys):
     assert make_tables.main([str(folder), "--overrides", "training.max_steps=900"]) == 0
     out = capsys.readouterr().out
     assert "## shapes\n\n900 steps, 512 validation images" in out
-    assert "FAILS: beside transformers on shapes: 2 of 4 runs are finished; missing: transformers 0 1" in out
+    assert "FAILS: beside transformers on shapes: 2 of 4 runs are finished; missing: transformers 0-1" in out
     assert "FAILS: box points on nuclei: 0 of 8 runs are finished" in out
     assert make_tables.main([str(folder)]) == 0
     assert "FAILS: beside transformers on shapes: 0 of 4 runs are finished" in capsys.readouterr().out
