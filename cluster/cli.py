@@ -39,6 +39,7 @@ VERBS = {
     "export": "m2f.cluster.verbs.export",
     "analyze": "m2f.cluster.verbs.analyze",
     "compare": "m2f.cluster.verbs.compare",
+    "register": "m2f.cluster.verbs.register",
     "checkpoint": "m2f.cluster.verbs.checkpoint",
     "submit": "m2f.cluster.verbs.submit",
     "doctor": "m2f.cluster.verbs.doctor",
