@@ -23,15 +23,20 @@ if not (HOME / "model").is_dir():  # a checkout without symbolic links has text 
     __path__.append(str(HOME))
 
 _PLACES = {
+    "Dataset": "m2f.cluster.api.dataset",
     "Instances": "m2f.eval.functions",
     "Model": "m2f.cluster.api.model",
     "PanopticImage": "m2f.eval.functions",
     "Result": "m2f.cluster.api.result",
+    "Run": "m2f.cluster.api.train",
+    "TrainingFailedError": "m2f.cluster.api.train",
     "UserError": "m2f.model.errors",
+    "evaluate": "m2f.cluster.api.evaluate",
     "evaluate_instances": "m2f.eval.functions",
     "evaluate_panoptic": "m2f.eval.functions",
     "evaluate_semantic": "m2f.eval.functions",
     "load": "m2f.cluster.api.model",
+    "train": "m2f.cluster.api.train",
 }
 """Module of every public name."""
 

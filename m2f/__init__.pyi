@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+from m2f.cluster.api.dataset import Dataset as Dataset
+from m2f.cluster.api.evaluate import evaluate as evaluate
 from m2f.cluster.api.model import Model as Model
 from m2f.cluster.api.model import load as load
 from m2f.cluster.api.result import Result as Result
+from m2f.cluster.api.train import Run as Run
+from m2f.cluster.api.train import TrainingFailedError as TrainingFailedError
+from m2f.cluster.api.train import train as train
 from m2f.eval.functions import Instances as Instances
 from m2f.eval.functions import PanopticImage as PanopticImage
 from m2f.eval.functions import evaluate_instances as evaluate_instances

@@ -14,16 +14,17 @@ from PIL import Image
 
 from m2f.cluster.api.images import Channels, GivenImage, ImageLike, given_images, is_single, loaded_images
 from m2f.cluster.api.result import Result, make_result
-from m2f.cluster.api.sources import resolved_source
 from m2f.cluster.predict.inputs import read_image
-from m2f.cluster.predict.predict import Predictor, batches_by_shape
+from m2f.cluster.predict.predict import Predictor, batches_by_shape, prepare_model
 from m2f.cluster.predict.trained_model import TrainedModel, open_trained
 from m2f.data_pipeline.categories import TASKS, Task
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.model.errors import ConfigError
-from m2f.model.inference.cuda_graphs import replay_forward
+
+_END_OF_SCALAR = "...\n"
+"""What PyYAML writes behind a value that stands alone."""
 
 
 class Model:
@@ -31,8 +32,7 @@ class Model:
 
     def __init__(self, trained: TrainedModel) -> None:
         self._trained = trained
-        if trained.evaluation.cuda_graphs:
-            replay_forward(trained.model)
+        prepare_model(trained)
 
     @property
     def task(self) -> Task:
@@ -199,7 +199,7 @@ def load(
         StorageError: a store cannot be read.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
-    place = resolved_source(os.fspath(source))
+    place = os.fspath(source)
     overrides = overrides_of(settings)
     where = resolved_device(device)
     if recipe is None:
@@ -212,8 +212,13 @@ def load(
 
 def overrides_of(settings: Mapping[str, Any] | None) -> list[str]:
     """Settings as `m2f` takes them on the command line."""
-    dumped = {name: yaml.safe_dump(value, default_flow_style=True) for name, value in (settings or {}).items()}
-    return [f"{name}={text.removesuffix('...' + chr(10)).strip()}" for name, text in dumped.items()]
+    try:
+        dumped = {name: yaml.safe_dump(value, default_flow_style=True) for name, value in (settings or {}).items()}
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"settings: only dictionaries, lists, texts, numbers and None can be set ({error})"
+        ) from error
+    return [f"{name}={text.removesuffix(_END_OF_SCALAR)}" for name, text in dumped.items()]
 
 
 def resolved_device(device: str) -> str | None:

@@ -125,11 +125,16 @@ class Predictor:
                 assert_never(self._task)
 
 
-def prepare_process(trained: TrainedModel) -> None:
-    """Give this process the threads, and the model the CUDA graphs, of the recipe. Called once for a model."""
-    torch.set_num_threads(trained.evaluation.threads)
+def prepare_model(trained: TrainedModel) -> None:
+    """Give the model the CUDA graphs of the recipe. Called once for a model."""
     if trained.evaluation.cuda_graphs:
         replay_forward(trained.model)
+
+
+def prepare_process(trained: TrainedModel) -> None:
+    """`prepare_model`, and the threads of the recipe for this process."""
+    torch.set_num_threads(trained.evaluation.threads)
+    prepare_model(trained)
 
 
 def predict_images(

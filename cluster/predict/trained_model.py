@@ -9,6 +9,7 @@ from typing import Any
 
 from m2f.cluster.evaluation.weights import model_classes, model_with_weights
 from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
+from m2f.cluster.predict.sources import resolved_source
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.identity import model_identity
 from m2f.cluster.recipe.load import dump_recipe, parse_recipe
@@ -65,7 +66,8 @@ def open_trained(
     """Open the model that a word on the command line means.
 
     `source` is a recipe, a folder or URL of a run or of one of its checkpoints, a file of weights with its identity,
-    or a Hugging Face folder; `checkpoint` as in `choose_checkpoint`; `device` as in `model_with_weights`.
+    a Hugging Face folder, or a model of the hub or a registry; `checkpoint` as in `choose_checkpoint`; `device` as in
+    `model_with_weights`.
 
     Raises:
         ConfigError: the source is none of these, or the run has no such checkpoint.
@@ -73,6 +75,7 @@ def open_trained(
         WeightsError: the weights cannot be read or are of another model.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
+    source = resolved_source(source)
     folder = Path(source)
     if is_hugging_face_folder(folder):
         if overrides or checkpoint is not None:
@@ -81,7 +84,7 @@ def open_trained(
     if folder.suffix in _WEIGHT_SUFFIXES:
         return _open_weights(source, overrides, checkpoint, device)
     config, url = open_recipe(source, overrides)
-    return _open_run(config, checkpoint or url, device)
+    return _open_run(config, url if checkpoint is None else resolved_source(checkpoint), device)
 
 
 def _open_weights(source: str, overrides: Sequence[str], checkpoint: str | None, device: str | None) -> TrainedModel:

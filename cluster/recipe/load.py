@@ -56,6 +56,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return with_absolute_paths(config)
 
 
+def recipe_of_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """`load_recipe` for the settings of a recipe as nested dictionaries, lists and scalars.
+
+    Raises ConfigError with all problems, also for values that YAML does not have.
+    """
+    try:
+        text = yaml.safe_dump(_to_tree(tree))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the recipe: only dictionaries, lists, texts, numbers and None can be set ({error})"
+        ) from error
+    config, hints = _build_recipe(text, overrides, "the recipe")
+    for hint in hints:
+        LOGGER.warning("the recipe: %s", hint)
+    return with_absolute_paths(config)
+
+
 def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:
     """`load_recipe` for the text of a stored recipe: paths as written, old names without a hint.
 

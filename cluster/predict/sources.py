@@ -1,4 +1,4 @@
-"""Which local path, folder or URL of a store a word for `m2f.load` means."""
+"""Where a model lies that is named by an address of the hub or of a registry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REGISTERED = "models:/"
 
 
 def resolved_source(source: str) -> str:
-    """Where the model lies: models of the hub and of a registry are fetched into their caches.
+    """A local folder for `hub:OWNER/NAME` and `models:/NAME@ALIAS`, fetched where need be; else the word itself.
 
     Raises WeightsError for a model of the hub that cannot be had, TrackingError for one of a registry, and
     MissingExtraError where the registry's package is not installed.

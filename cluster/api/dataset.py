@@ -1,0 +1,197 @@
+"""`m2f.Dataset`: images and annotations in memory, written as shards to train and evaluate on."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+
+from m2f.cluster.api.images import Channels, ImageLike, given_images, loaded_images
+from m2f.data_pipeline.categories import Category, CategoryTable, distinct_color
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.errors import DataError
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.partition import Region, partition
+from m2f.data_pipeline.readers.custom import CustomReader
+from m2f.data_pipeline.readers.masks import stack_layers
+from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
+from m2f.data_pipeline.sources import CustomSource
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.functions import Instances, PanopticImage
+from m2f.eval.metrics.rle import decode_mask
+from m2f.model.extras import naming_extras
+
+Truth: TypeAlias = PanopticImage | Instances | np.ndarray
+"""What is annotated in one image; an array is a label map."""
+
+_MAX_ID = 2**24
+"""Segment ids are below, as in COCO's maps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and their annotations in memory, to be written as shards.
+
+        m2f.Dataset(images, label_maps, ["road", "car"]).write("data/train")
+        m2f.train(recipe, settings={"datasets": {"train": {"shards": "data/train"}}})
+
+    All annotations are of one kind. `PanopticImage` serves panoptic, instance and semantic training, `Instances`
+    instance training, and label maps semantic training.
+    """
+
+    images: Sequence[ImageLike]
+    """As `Model.predict` takes them; files are stored without loss as PNG."""
+    annotations: Sequence[Truth]
+    """One for each image and of its size: `PanopticImage`, `Instances` with masks bool [N, H, W] or run lengths, or
+    label maps [H, W] of integers."""
+    names: Sequence[str]
+    """Names of the classes, by label. In COCO files the id of a class is its label + 1."""
+    is_thing: Sequence[bool] | None = None
+    """By label: whether the class has instances. None: all for `Instances`, none for label maps; `PanopticImage` needs
+    it."""
+    channels: Channels = "rgb"
+    """Order of the colours in arrays and tensors."""
+    ignore: int = 255
+    """Value of a label map's pixels without a label."""
+
+    def write(self, folder: str | os.PathLike[str]) -> int:
+        """Write shards and their manifest into a folder or `s3://` URL; returns the number of images.
+
+        The same data set in the same folder is left as it is. Needs the extra `train`.
+
+        Raises:
+            DataError: annotations that do not fit their images or the classes, named by the image's position; or a
+                folder that holds another data set.
+            MissingExtraError: the extra `train` is not installed.
+        """
+        if len(self.images) != len(self.annotations) or not self.images:
+            raise DataError(f"{len(self.images)} images and {len(self.annotations)} annotations; give one for each")
+        with naming_extras("Dataset.write"):
+            from m2f.data_pipeline.shards.write import write_dataset
+        table = self._table
+        files = self._files()
+        annotations = [self._annotation(position, truth) for position, truth in enumerate(self.annotations)]
+        of_name = {f"{position:08d}": position for position in range(len(files))}
+        config = DatasetConfig(shards=os.fspath(folder), source=CustomSource(version=_digest(files, annotations)))
+        reader = CustomReader.of(
+            table, tuple(of_name), lambda name: (files[of_name[name]], annotations[of_name[name]]), config.max_pixels
+        )
+        return write_dataset(reader, config, Storage()).num_samples
+
+    def _files(self) -> list[bytes]:
+        """PNG of every image."""
+        storage = Storage()
+        given = given_images(self.images, self.channels, storage)
+        if len(given) != len(self.images):
+            raise DataError(f"images name {len(given)} files for {len(self.annotations)} annotations; name each file")
+        return [encode_png(loaded.pixels) for loaded in loaded_images(given, storage)]
+
+    @cached_property
+    def _table(self) -> CategoryTable:
+        things = self.is_thing
+        kinds = {type(truth) for truth in self.annotations}
+        if len(kinds) != 1 or not kinds <= {PanopticImage, Instances, np.ndarray}:
+            listed = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise DataError(f"annotations are {listed}; give one kind: PanopticImage, Instances or label maps (arrays)")
+        if things is None:
+            if PanopticImage in kinds:
+                raise DataError("is_thing is missing: segments of PanopticImage need it for every class")
+            things = [Instances in kinds] * len(self.names)
+        if len(things) != len(self.names) or not self.names:
+            raise DataError(f"{len(self.names)} names and {len(things)} values of is_thing; give one of each per class")
+        pairs = enumerate(zip(self.names, things, strict=True))
+        return CategoryTable(
+            tuple(Category(label + 1, name, bool(thing), distinct_color(label)) for label, (name, thing) in pairs)
+        )
+
+    def _annotation(self, position: int, truth: Truth) -> Annotation:
+        if isinstance(truth, Instances):
+            return self._of_instances(position, truth)
+        where = f"annotation {position}"
+        values = truth.id_map if isinstance(truth, PanopticImage) else truth
+        if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer) or values.size == 0:
+            raise DataError(f"{where} is a map {values.dtype} {list(values.shape)}; it must be integers [H, W]")
+        if not 0 <= values.min() <= values.max() < _MAX_ID:
+            raise DataError(
+                f"{where} has values from {values.min()} to {values.max()}; they must be from 0 to {_MAX_ID}"
+            )
+        classify = self._segment_of(truth) if isinstance(truth, PanopticImage) else self._class_of
+        known = "have no label in `labels`" if isinstance(truth, PanopticImage) else f"are not below {len(self.names)}"
+        return partition(values.astype(np.uint32), classify, where, f"{known}, and names has {len(self.names)} classes")
+
+    def _segment_of(self, truth: PanopticImage) -> Callable[[int], Region | None]:
+        categories = self._table.categories
+
+        def region(value: int) -> Region | None:
+            if value == VOID_ID:
+                return None
+            label = truth.labels.get(value)
+            if label is None or not 0 <= label < len(categories):
+                raise KeyError(value)
+            return Region(categories[label], value, value in truth.crowds)
+
+        return region
+
+    def _class_of(self, value: int) -> Region | None:
+        if value == self.ignore:
+            return None
+        if value >= len(self.names):
+            raise KeyError(value)
+        return Region(self._table.categories[value], value + 1)
+
+    def _of_instances(self, position: int, truth: Instances) -> Annotation:
+        where = f"annotation {position}"
+        masks = [mask if isinstance(mask, np.ndarray) else decode_mask(mask) for mask in truth.masks]
+        labels = [int(label) for label in truth.labels]
+        crowds = [False] * len(masks) if truth.is_crowd is None else [bool(flag) for flag in truth.is_crowd]
+        if not len(masks) == len(labels) == len(crowds):
+            raise DataError(f"{where} has {len(masks)} masks, {len(labels)} labels and {len(crowds)} crowd flags")
+        if wrong := [label for label in labels if not 0 <= label < len(self.names)]:
+            raise DataError(f"{where} has the label {wrong[0]}; names has the labels 0 to {len(self.names) - 1}")
+        height, width = self._size(position, masks)
+        inst, layers, measured = stack_layers(masks, len(masks), height, width)
+        categories = self._table.categories
+        columns = enumerate(zip(labels, crowds, layers, measured, strict=True), start=1)
+        segments = tuple(
+            Segment(
+                id=number,
+                category_id=categories[label].id,
+                is_thing=categories[label].is_thing,
+                is_crowd=crowd,
+                area=float(pixels if truth.areas is None else truth.areas[number - 1]),
+                bbox=box,
+                source_id=number,
+                map="inst",
+                layer=layer,
+            )
+            for number, (label, crowd, layer, (pixels, box)) in columns
+        )
+        return Annotation(seg=None, inst=inst, segments=segments)
+
+    def _size(self, position: int, masks: Sequence[np.ndarray]) -> tuple[int, int]:
+        shapes = {mask.shape for mask in masks}
+        if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+            raise DataError(f"annotation {position} has masks of the shapes {sorted(shapes)}; all must be [H, W]")
+        if shapes:
+            height, width = shapes.pop()
+            return height, width
+        storage = Storage()
+        given = given_images([self.images[position]], self.channels, storage)
+        height, width, _ = next(loaded_images(given, storage)).pixels.shape
+        return height, width
+
+
+def _digest(files: Sequence[bytes], annotations: Sequence[Annotation]) -> int:
+    """A number that changes with the content, in the place of a version that is counted up."""
+    value = 0
+    for file, annotation in zip(files, annotations, strict=True):
+        value = zlib.crc32(file, value)
+        for layer in (annotation.seg, annotation.inst):
+            value = value if layer is None else zlib.crc32(np.ascontiguousarray(layer).tobytes(), value)
+        value = zlib.crc32(repr(annotation.segments).encode(), value)
+    return value

@@ -1,0 +1,46 @@
+"""`m2f.evaluate`: the scores of a checkpoint, as `m2f eval` computes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from m2f.cluster.api.model import overrides_of
+from m2f.cluster.evaluation.offline import evaluate_checkpoint
+from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
+from m2f.cluster.predict.sources import resolved_source
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.results.results import EvaluationResults
+
+
+def evaluate(
+    source: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, EvaluationResults]:
+    """Scores of a checkpoint on every set of its recipe, by the name of the set. Nothing is written.
+
+    Up to 500 images are evaluated in this process; more on Ray where that is installed, with equal results.
+
+    Args:
+        source: a run folder or a checkpoint folder, here or at `s3://`; a model of an MLflow registry,
+            `models:/NAME@ALIAS`; or a recipe.
+        checkpoint: "last" (the default), "best", a step, or the path of other weights.
+        settings: settings of the recipe to change, by dotted name, such as
+            `{"evaluation.sets": [{"dataset": "test"}]}`.
+
+    Returns:
+        Results with `metrics()` and `per_class()` in per cent, and `table()` as text.
+
+    Raises:
+        ConfigError: the source is none of these, the recipe has no evaluation sets, or there is no such checkpoint.
+        DataError: a set cannot be read, or its classes contradict the model's.
+        EvaluationError: images could not be evaluated, or the weights are of another model.
+    """
+    config, own = open_recipe(resolved_source(os.fspath(source)), overrides_of(settings))
+    wanted = own if checkpoint is None else str(checkpoint)
+    weights = choose_checkpoint(config, Storage(config.storage), wanted)
+    found = evaluate_checkpoint(config, weights.url, step=weights.step)
+    return {one.results.subject.label: one.results for one in found}

@@ -1,0 +1,132 @@
+"""`m2f.train`: a recipe trained to its end, and what came of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from m2f.cluster.api.model import Model, load, overrides_of
+from m2f.cluster.recipe.config import RunConfig
+from m2f.cluster.recipe.load import load_recipe, recipe_of_tree
+from m2f.cluster.recipe.pinned_weights import with_pinned_weights
+from m2f.data_pipeline.shards.manifest import DATASET_FILE
+from m2f.data_pipeline.sources import CustomSource
+from m2f.data_pipeline.storage.storage import Storage, join
+from m2f.model.extras import naming_extras
+from m2f.trainer.checkpoint.commits import read_metrics
+from m2f.trainer.checkpoint.folder import list_checkpoints
+
+if TYPE_CHECKING:
+    from m2f.cluster.train.supervisor import RunSummary
+
+Launcher = Literal["ray", "local"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that ended, and what it left behind."""
+
+    folder: str
+    """Folder or URL of the run."""
+    status: Literal["finished", "stopped", "drained"]
+    """All steps are done; a signal stopped it; or its machine is to leave. The last two go on with another call."""
+    metrics: Mapping[str, float]
+    """Scores of the newest evaluated checkpoint in per cent, such as `val/PQ`; empty without evaluation sets."""
+    evaluations: Mapping[int, Mapping[str, float]]
+    """The same of every evaluated checkpoint, by step."""
+    curves: Mapping[str, tuple[tuple[int, float], ...]]
+    """Points of training as (step, value), by name, such as `loss/total`."""
+    checkpoints: Mapping[int, str]
+    """Folders or URLs of the checkpoints that are kept, by step."""
+    tracking_uri: str
+    """MLflow's store."""
+    run_id: str
+    """Of MLflow."""
+
+    def load(self, checkpoint: Literal["last", "best"] | int = "last", device: str = "auto") -> Model:
+        """The model of a checkpoint, as `m2f.load` gives it."""
+        return load(self.folder, checkpoint=checkpoint, device=device)
+
+
+class TrainingFailedError(RuntimeError):
+    """A training that gave up. The message says why; checkpoints from before are in the run folder."""
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    launcher: Launcher = "ray",
+) -> Run:
+    """Train a recipe and evaluate its checkpoints, as `m2f train` does; a run that exists goes on where it was.
+
+    Data sets that have a source and no shards yet are written first, as `m2f shard` does.
+
+    Args:
+        recipe: path of a YAML file, the name of a recipe of the package such as `coco_panoptic_r50`, or the same
+            settings as nested dictionaries. Relative paths count from the current directory.
+        settings: settings to change, by dotted name, such as `{"training.max_steps": 1000}`.
+        launcher: "ray" trains on a Ray cluster, started on this machine if none is there; "local" in processes of this
+            machine, with evaluations at the end. A script needs `if __name__ == "__main__":` around "local".
+
+    Raises:
+        MissingExtraError: the extra `train` is not installed.
+        ConfigError: the recipe has problems; the message lists all of them.
+        DataError, WeightsError, StorageError: data, starting weights or the store cannot be used.
+        TrainingFailedError: the run gave up after `cluster.max_failures`.
+    """
+    overrides = overrides_of(settings)
+    if isinstance(recipe, Mapping):
+        config = recipe_of_tree(recipe, overrides)
+    else:
+        config = load_recipe(os.fspath(recipe), overrides)
+    storage = Storage(config.storage)
+    with naming_extras("m2f.train"):
+        _write_missing_shards(config, storage)
+        return _run_of(_train(with_pinned_weights(config, storage), launcher), storage)
+
+
+def _train(config: RunConfig, launcher: Launcher) -> RunSummary:
+    if launcher == "local":
+        from m2f.cluster.train.local import train_locally
+
+        return train_locally(config)
+    from m2f.cluster.train.ray_launcher import run_training
+
+    return run_training(config)
+
+
+def _write_missing_shards(config: RunConfig, storage: Storage) -> None:
+    from m2f.cluster.sharding.job import run_shard_job
+
+    used = [item.dataset for item in config.data.train] + [item.dataset for item in config.evaluation.sets]
+    for name in dict.fromkeys(used):
+        dataset = config.datasets[name]
+        is_ours = dataset.source is not None and not isinstance(dataset.source, CustomSource)
+        if is_ours and not storage.exists(join(dataset.shards, DATASET_FILE)):
+            run_shard_job(name, dataset, config.cluster, storage)
+
+
+def _run_of(summary: RunSummary, storage: Storage) -> Run:
+    if summary.status == "failed":
+        reason = summary.failures[-1].message if summary.failures else "no reason was noted"
+        raise TrainingFailedError(f"the training in {summary.run_folder} gave up: {reason}")
+    assert summary.status != "lost"  # LeaseLostError is raised then
+    curves: dict[str, dict[int, float]] = {}
+    for _, by_step in read_metrics(storage, summary.run_folder):
+        for step, values in by_step.items():
+            for name, value in values.items():
+                curves.setdefault(name, {})[step] = value
+    evaluations = {e.step: e.metrics for e in summary.evaluations if e.status == "published"}
+    return Run(
+        folder=summary.run_folder,
+        status=summary.status,
+        metrics=evaluations[max(evaluations)] if evaluations else {},
+        evaluations=evaluations,
+        curves={name: tuple(sorted(points.items())) for name, points in curves.items()},
+        checkpoints={c.step: c.url for c in reversed(list_checkpoints(storage, summary.run_folder))},
+        tracking_uri=summary.tracked.uri,
+        run_id=summary.tracked.run_id,
+    )

@@ -1,0 +1,188 @@
+"""From arrays to scores without leaving Python: `m2f.Dataset`, `m2f.train`, `m2f.load`, `m2f.evaluate`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import m2f
+from m2f.cluster.api.model import overrides_of
+from m2f.cluster.recipe.load import dump_recipe, load_recipe, recipe_of_tree
+from m2f.data_pipeline.shards.manifest import Manifest
+from m2f.data_pipeline.shards.verify import verify
+from m2f.data_pipeline.storage.storage import Storage
+
+SIZE = (48, 64)
+
+
+def scene(number):
+    """A dark picture with two bright rectangles, and its segments: 1 is the ground, 2 and 3 are boxes."""
+    random = np.random.default_rng(number)
+    image = random.integers(0, 60, (*SIZE, 3), dtype=np.uint8)
+    ids = np.ones(SIZE, np.int32)
+    ids[:2] = 0
+    for segment, left in ((2, 4), (3, 36)):
+        top = int(random.integers(4, 20))
+        image[top : top + 20, left : left + 22] = (40 * segment, 220, 90)
+        ids[top : top + 20, left : left + 22] = segment
+    return image, ids
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [scene(number) for number in range(8)]
+
+
+def panoptic_set(scenes):
+    truth = [m2f.PanopticImage(ids, {1: 0, 2: 1, 3: 1}) for _, ids in scenes]
+    return m2f.Dataset([image for image, _ in scenes], truth, ["ground", "box"], is_thing=[False, True])
+
+
+def tiny_recipe(folder):
+    return {
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        "datasets": {
+            "train": {"shards": str(folder / "arrays")},
+            "val": {
+                "shards": str(folder / "val"),
+                "source": {"kind": "synthetic", "num_images": 3, "image_id_start": 101},
+            },
+        },
+        "data": {
+            "train": [{"dataset": "train"}],
+            "augment": {"kind": "lsj", "size": 64, "min_scale": 0.9, "max_scale": 1.1},
+            "workers": 0,
+        },
+        "model": {
+            "backbone": {"name": "resnet10t", "norm": "group", "options": {"channels": [8, 16, 16, 32]}},
+            "pixel_decoder": {"conv_dim": 16, "mask_dim": 16, "num_layers": 1, "num_heads": 2, "feedforward_dim": 32},
+            "transformer_decoder": {
+                "num_queries": 8,
+                "num_layers": 1,
+                "hidden_dim": 16,
+                "num_heads": 2,
+                "feedforward_dim": 32,
+            },
+            "loss": {"num_points": 64},
+            "postprocess": {"object_threshold": 0.0, "overlap_threshold": 0.0},
+        },
+        "training": {
+            "max_steps": 2,
+            "global_batch": 2,
+            "micro_batch": 2,
+            "checkpoint": {"every_steps": 1, "keep": 5},
+            "log_every_steps": 1,
+        },
+        "evaluation": {"sets": [{"dataset": "train"}], "shortest_edge": 48, "max_size": 64, "panels": 0},
+        "cluster": {"num_workers": 1},
+    }
+
+
+# Data sets
+
+
+def test_arrays_become_shards_that_hold_them(scenes, tmp_path):
+    data = panoptic_set(scenes)
+    assert data.write(tmp_path / "shards") == data.write(tmp_path / "shards") == 8
+    assert verify(str(tmp_path / "shards"), Storage(), "full").faults == ()
+    manifest = Manifest.load(str(tmp_path / "shards"), Storage())
+    assert [(c.id, c.name, c.is_thing) for c in manifest.categories.categories] == [
+        (1, "ground", False),
+        (2, "box", True),
+    ]
+    with pytest.raises(m2f.UserError, match="belongs to another shard plan"):
+        panoptic_set(scenes[:7]).write(tmp_path / "shards")
+
+
+def test_label_maps_and_instances_become_shards(scenes, tmp_path):
+    images = [image for image, _ in scenes]
+    maps = [np.where(ids == 0, 255, np.minimum(ids, 2) - 1).astype(np.uint8) for _, ids in scenes]
+    assert m2f.Dataset(images, maps, ["ground", "box"]).write(tmp_path / "maps") == 8
+    masks = [m2f.Instances(np.stack([ids == 2, ids >= 2]), [0, 0]) for _, ids in scenes]  # they overlap
+    assert m2f.Dataset(images, masks, ["box"]).write(tmp_path / "instances") == 8
+    for name in ("maps", "instances"):
+        assert verify(str(tmp_path / name), Storage(), "full").faults == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"annotations": []}, "2 images and 0 annotations"),
+        ({"is_thing": None}, "is_thing is missing"),
+        ({"is_thing": [True]}, "2 names and 1 values of is_thing"),
+        ({"annotations": [m2f.PanopticImage(np.full(SIZE, 5), {})] * 2}, "annotation 0: pixel values 5 have no label"),
+        ({"annotations": [np.zeros((3, 3, 3), np.uint8)] * 2}, r"it must be integers \[H, W\]"),
+        ({"annotations": [np.full(SIZE, 7, np.uint8)] * 2}, "annotation 0: pixel values 7 are not below 2"),
+        ({"annotations": [m2f.Instances(np.zeros((1, *SIZE), bool), [4])] * 2}, "annotation 0 has the label 4"),
+        ({"annotations": [np.zeros(SIZE, np.uint8), m2f.PanopticImage(np.zeros(SIZE, int), {})]}, "give one kind"),
+    ],
+)
+def test_what_does_not_fit_is_named(scenes, tmp_path, change, message):
+    data = panoptic_set(scenes[:2])
+    values = {name: getattr(data, name) for name in ("images", "annotations", "names", "is_thing")}
+    with pytest.raises(m2f.UserError, match=message):
+        m2f.Dataset(**values | change).write(tmp_path / "shards")
+
+
+# Recipes as dictionaries
+
+
+def test_a_dictionary_is_the_recipe_that_yaml_would_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe_of_tree(tiny_recipe(tmp_path))))
+    settings = {"training.optimizer.lr": 2e-4, "evaluation.tasks": ["semantic"], "seed": 3, "name": "off", "log": None}
+    del settings["log"]
+    overrides = overrides_of(settings)
+    expected = ["training.optimizer.lr=0.0002", "evaluation.tasks=[semantic]", "seed=3", "name='off'"]
+    assert [text.strip() for text in overrides] == expected
+    changed = recipe_of_tree(tiny_recipe(tmp_path), overrides)
+    assert changed == load_recipe(path, overrides)
+    assert (changed.name, changed.training.optimizer.lr) == ("off", 2e-4)
+
+
+def test_problems_of_a_dictionary_are_all_named():
+    with pytest.raises(m2f.UserError, match=r"(?s)the recipe: \d problems.*training.max_stepz.*did you mean"):
+        m2f.train({"name": "x", "output": "y", "training": {"max_stepz": 3}})
+    with pytest.raises(m2f.UserError, match="can be set"):
+        m2f.train({"name": object()})
+
+
+# A run
+
+
+@pytest.mark.slow
+def test_a_run_from_arrays_has_metrics_checkpoints_and_a_model(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    panoptic_set(scenes).write(tmp_path / "arrays")
+    recipe = tiny_recipe(tmp_path)
+    recipe["evaluation"]["sets"].append({"dataset": "train", "name": "few", "limit": 2})
+    run = m2f.train(recipe, launcher="local")
+    assert run.status == "finished"
+    assert list(run.checkpoints) == [1, 2]
+    assert max(run.evaluations) == 2
+    assert [step for step, _ in run.curves["loss/total"]] == [1, 2]
+    assert {"train/PQ", "few/PQ"} <= run.metrics.keys()
+
+    found = m2f.evaluate(run.folder)
+    assert list(found) == ["train", "few"]
+    assert found["train"].metrics()["PQ"] == run.metrics["train/PQ"]
+    few = m2f.evaluate(run.folder, checkpoint=1, settings={"evaluation.sets": [{"dataset": "train", "limit": 1}]})
+    assert few["train"].num_images == 1
+
+    model = run.load()
+    assert (model.task, model.names, model.is_thing) == ("panoptic", ("ground", "box"), (False, True))
+    results = model.predict([image for image, _ in scenes])
+    again = m2f.load(run.checkpoints[2]).predict(Image.fromarray(scenes[0][0]))
+    assert (results[0].panoptic == again.panoptic).all()
+    truth = [m2f.PanopticImage(ids, {1: 0, 2: 1, 3: 1}) for _, ids in scenes]
+    predicted = [
+        m2f.PanopticImage(one.panoptic, {i: int(label) for i, label in enumerate(one.labels, start=1)})
+        for one in results
+    ]
+    scores = m2f.evaluate_panoptic(truth, predicted, class_names=model.names, is_thing=model.is_thing)
+    assert scores.metrics()["PQ"] == pytest.approx(run.metrics["train/PQ"], abs=1e-9)

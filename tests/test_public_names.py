@@ -1,0 +1,114 @@
+"""What `import m2f` offers: these names and no others, quickly, and as a type checker of a user sees them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import m2f
+from tests.waiting import PATIENCE_S
+
+PUBLIC = [
+    "Dataset",
+    "Instances",
+    "Model",
+    "PanopticImage",
+    "Result",
+    "Run",
+    "TrainingFailedError",
+    "UserError",
+    "evaluate",
+    "evaluate_instances",
+    "evaluate_panoptic",
+    "evaluate_semantic",
+    "load",
+    "train",
+]
+USER = """
+import numpy as np
+import m2f
+from PIL import Image
+
+model: m2f.Model = m2f.load("runs/demo", device="cpu", settings={"evaluation.shortest_edge": 640})
+one: m2f.Result = model.predict(np.zeros((4, 5, 3), np.uint8), channels="bgr")
+also: m2f.Result = model.predict(Image.new("RGB", (4, 5)), task="semantic", min_score=0.5)
+several: list[m2f.Result] = model.predict(["a.jpg", Image.new("RGB", (4, 5))], batch=2)
+model.predict("photo.jpg").overlay().save("found.png")
+boxes: np.ndarray = one.boxes
+names: tuple[str, ...] = one.names
+entries = one.to_coco(3)
+run: m2f.Run = m2f.train({"name": "x"}, launcher="local")
+value: float = run.metrics["val/PQ"]
+table: str = m2f.evaluate(run.folder)["val"].table()
+m2f.Dataset([np.zeros((4, 5, 3), np.uint8)], [np.zeros((4, 5), np.uint8)], ["road"]).write("shards")
+"""
+WRONG = """
+import m2f
+
+m2f.lod("runs/demo")
+m2f.load("runs/demo", device=3)
+m2f.load("runs/demo").predict(3)
+"""
+
+
+def python(*words, **options):
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=PATIENCE_S, **options)
+
+
+def test_the_public_names_are_these():
+    assert sorted(m2f.__all__) == PUBLIC
+    assert set(dir(m2f)) == {"__version__", *PUBLIC}
+    stub = ast.parse(Path(m2f.__file__).with_suffix(".pyi").read_text())
+    seen = [name.asname for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names if name.asname]
+    assert sorted(seen) == PUBLIC
+    with pytest.raises(AttributeError, match="no attribute 'lod'; public names: Dataset"):
+        _ = m2f.lod
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_says_what_it_is(name):
+    value = getattr(m2f, name)
+    assert inspect.getdoc(value)
+    members = [value] if inspect.isfunction(value) else []
+    if inspect.isclass(value) and value.__module__.startswith("m2f.cluster.api"):
+        members += [member for key, member in vars(value).items() if not key.startswith("_")]
+    for member in members:
+        if inspect.isfunction(member) or isinstance(member, property):
+            assert inspect.getdoc(member), f"{name}.{member}"
+
+
+def test_importing_takes_no_time_and_no_package():
+    heavy = ("torch", "numpy", "ray", "mlflow", "deepspeed", "cv2")
+    code = (
+        "import time; t = time.process_time(); import m2f; took = time.process_time() - t; "
+        f"import sys; print(took < 0.5, sorted(set({heavy}) & set(sys.modules)), m2f.load.__name__)"
+    )
+    done = python("-c", code)
+    assert done.stdout.split("\n")[0] == "True [] load", done.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    done = python("-m", "m2f.cluster.cli", "--version")
+    assert (done.returncode, done.stdout) == (0, f"m2f {m2f.__version__}\n")
+
+
+def test_a_strict_checker_accepts_a_users_program_and_finds_its_mistakes(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[tool.pyrefly]\npreset = "strict"\n')
+    (tmp_path / "user.py").write_text(USER)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    checker = [str(Path(sys.executable).with_name("pyrefly")), "check", "--python-interpreter-path", sys.executable]
+    home = str(m2f.HOME.parent if (m2f.HOME / "__init__.py").exists() else m2f.HOME)
+    words = ["--search-path", home, "--output-format", "min-text", "user.py", "wrong.py"]
+    done = subprocess.run([*checker, *words], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    assert [re.search(r"(\w+\.py):(\d+)", line).groups() for line in errors] == [
+        ("wrong.py", "4"),
+        ("wrong.py", "5"),
+        ("wrong.py", "6"),
+    ], done.stdout + done.stderr
