@@ -20,7 +20,6 @@ from torch import Tensor
 from m2f.data_pipeline.order.order import step_positions
 from m2f.data_pipeline.transforms.collate import Batch
 from m2f.model.loss.criterion import Losses, Normalizers
-from m2f.model.segmenter import Segmenter
 from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.ema import WeightAverage
 from m2f.trainer.engine.module import TrainingModule
@@ -64,10 +63,9 @@ class Engine:
         self.stage = training.zero.stage
         self._clip_norm = training.optimizer.clip_norm
         self.module = module.to(device)
-        # The next forward pass does without what only `settle` tells: the scale of the loss, the number of steps done.
-        needs_nothing = module.loss_scale is None and type(module.model).set_progress is Segmenter.set_progress
-        self.runs_ahead = device.type == "cuda" and needs_nothing
-        """Whether `settle` may come as late as after the next step's backward pass."""
+        self.runs_ahead = device.type == "cuda" and module.loss_scale is None
+        """Whether `settle` may come as late as after the next step's backward pass: not where it changes the scale of
+        the loss, and on a CPU there is nothing to gain."""
         self._has_masters = training.settled_precision in ("bf16", "fp16")
         self._adamw = _build_adamw(module, training)
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
