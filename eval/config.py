@@ -163,6 +163,9 @@ class EvaluationConfig(Section):
     """Custom Ray resources that each takes, for example `{evaluator: 1}`: it runs only on nodes that offer them."""
     threads: Annotated[int, FROM_1] = 1
     """Torch threads per actor on CPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in the forward pass of evaluations and of `m2f predict`. bf16: products and convolutions in bfloat16,
+    with weights that are cast once; made for GPUs, and scores differ in their last digits. fp32: all digits."""
     cuda_graphs: bool = False
     """Replay the model on GPUs as one CUDA graph per size of image, from the third image of a size on: the same
     results, without the cost of launching a thousand kernels. Worth it for small images of few sizes."""

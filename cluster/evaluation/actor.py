@@ -24,6 +24,7 @@ from m2f.eval.inference.evaluator import Evaluator
 from m2f.eval.report.dump import ResultDump
 from m2f.eval.results.states import EvaluationStates
 from m2f.model.inference.cuda_graphs import replay_forward
+from m2f.model.inference.precision import set_precision
 from m2f.model.segmenter import Segmenter
 
 IMAGES_PER_CALL = 8
@@ -141,6 +142,7 @@ class EvaluationActor:
             self._loaded = None  # frees the memory of the last one first
             config = replace(self._config.model, num_classes=len(classes.model_classes))
             model = model_with_weights(config, task.weights, self._storage, device=self._device)
+            set_precision(model, self._config.evaluation.precision)
             if self._config.evaluation.cuda_graphs:
                 replay_forward(model)
             self._loaded = wanted, model

@@ -223,6 +223,7 @@ def _settings(config: RunConfig, evaluated: EvaluationSet, weights: str | None) 
         shortest_edge=settings.shortest_edge,
         max_size=settings.max_size,
         shrink=settings.shrink,
+        precision=settings.precision,
         batch_size=settings.batch_size,
         limit=evaluated.limit,
         test_time=asdict(settings.test_time),

@@ -28,6 +28,7 @@ from m2f.eval.metrics.average_precision import InstanceDetections
 from m2f.model.errors import ConfigError
 from m2f.model.inference.cuda_graphs import replay_forward
 from m2f.model.inference.postprocess import panoptic, semantic
+from m2f.model.inference.precision import set_precision
 from m2f.model.structures import Predictions, SemanticResult
 
 MAX_WAITING_BATCHES = 4
@@ -126,7 +127,8 @@ class Predictor:
 
 
 def prepare_model(trained: TrainedModel) -> None:
-    """Give the model the CUDA graphs of the recipe. Called once for a model."""
+    """Give the model the precision and the CUDA graphs of the recipe. Called once for a model."""
+    set_precision(trained.model, trained.evaluation.precision)
     if trained.evaluation.cuda_graphs:
         replay_forward(trained.model)
 

@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out segments, detections and pixels of a lower score, from 0 to 1 (default: segments by the "
         "recipe's object_threshold; all detections, pictures from 0.5; all pixels)",
     )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="numbers of the forward pass (default: evaluation.precision)"
+    )
     parser.add_argument("--batch", type=count, default=1, metavar="N", help="images of one shape together (default 1)")
     parser.add_argument("--no-pictures", action="store_true", help="write the files alone")
     parser.add_argument(
@@ -45,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where some image could not be used."""
     print_err(f"{args.source}: loading PyTorch")
+    from dataclasses import replace
     from pathlib import Path
 
     from m2f.cluster.predict.benchmark_zip import check_submission, write_submission
@@ -61,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     listed = read_image_list(Path(args.image_info)) if args.image_info else None
     images = number_images(urls) if listed is None else listed_images(urls, listed)
     trained = open_trained(args.source, overrides, args.checkpoint)
+    if args.precision is not None:
+        trained = replace(trained, evaluation=replace(trained.evaluation, precision=args.precision))
     task = args.task or trained.task
     predictor = Predictor(trained, task, args.min_score)
     prepare_process(trained)

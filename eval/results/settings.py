@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_FIRST = {"shrink": "area", "precision": "fp32"}
+"""What there was alone when the first results were named: no part of their digests."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
@@ -18,6 +21,8 @@ class EvaluationSettings:
     shortest_edge: int
     max_size: int
     shrink: str = "area"
+    precision: str = "fp32"
+    """Numbers of the forward pass."""
     batch_size: int
     limit: int | None
     test_time: Mapping[str, Any]
@@ -31,7 +36,8 @@ class EvaluationSettings:
     def digest(self) -> str:
         """Eight hexadecimal digits that name these settings, equal for equal settings."""
         values = asdict(self)
-        if values["shrink"] == "area":  # the only one when the first results were named
-            del values["shrink"]
+        for name, value in _FIRST.items():
+            if values[name] == value:
+                del values[name]
         content = json.dumps(values, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:8]

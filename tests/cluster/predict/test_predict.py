@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from m2f.cluster.cli import main
+from m2f.cluster.predict import predict as prediction
 from m2f.cluster.predict import trained_model
 from m2f.cluster.predict.benchmark_zip import check_submission
 from m2f.cluster.predict.inputs import find_images, listed_images, number_images, read_image_list, read_images
@@ -63,6 +64,16 @@ def load(path):
 
 
 # Scores
+
+
+@pytest.mark.parametrize(("options", "precision"), [((), "fp32"), (("--precision", "bf16"), "bf16")])
+def test_the_precision_is_that_of_the_recipe_or_of_the_command(
+    painted, scenes, tmp_path, monkeypatch, options, precision
+):
+    seen = []
+    monkeypatch.setattr(prediction, "set_precision", lambda model, precision: seen.append(precision))
+    assert predict(scenes, tmp_path / "out", "--no-pictures", *options) == 0
+    assert seen == [precision]
 
 
 def test_min_score_drops_segments_of_lower_scores(painted, scenes, tmp_path):

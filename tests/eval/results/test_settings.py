@@ -18,9 +18,16 @@ SETTINGS = EvaluationSettings(
 
 
 def test_settings_of_earlier_results_keep_their_digest():
-    assert SETTINGS.digest == "9e07053b"  # before there was `shrink`
+    assert SETTINGS.digest == "9e07053b"  # before there were `shrink` and `precision`
 
 
 def test_other_settings_have_other_digests():
-    changes = ({"shrink": "bilinear"}, {"max_size": 1000}, {"limit": 5}, {"weights": None}, {"batch_size": 2})
+    changes = (
+        {"shrink": "bilinear"},
+        {"precision": "bf16"},
+        {"max_size": 1000},
+        {"limit": 5},
+        {"weights": None},
+        {"batch_size": 2},
+    )
     assert len({dataclasses.replace(SETTINGS, **change).digest for change in ({}, *changes)}) == 1 + len(changes)
