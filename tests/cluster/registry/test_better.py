@@ -1,0 +1,71 @@
+"""Whether a checkpoint is better than a registered model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from m2f.cluster.compare.records import RunRecord, SetResult
+from m2f.cluster.registry.better import RegistryError, judge
+from m2f.data_pipeline.storage.ragged_table import Ragged
+from m2f.eval.metrics.resampled import PanopticImages
+from m2f.eval.results.images import ImageRecords
+
+IMAGES = 40
+
+
+def record(name, quality, seed=0, settings=None, fingerprint="f"):
+    """A run that finds one segment in every image, with IoUs around `quality`."""
+    ious = (quality + np.random.default_rng(seed).normal(0, 0.05, IMAGES)).clip(0.5, 1)
+    one, none = np.ones(IMAGES, int), np.zeros(IMAGES, int)
+    labels = np.zeros(IMAGES, np.int32)
+    images = PanopticImages(
+        matched_label=Ragged(labels, one),
+        matched_iou=Ragged(ious, one),
+        false_positive=Ragged(labels[:0], none),
+        false_negative=Ragged(labels[:0], none),
+    )
+    result = SetResult(
+        step=8,
+        fingerprint=fingerprint,
+        subset=None,
+        num_images=IMAGES,
+        metrics={"PQ": 100 * float(ious.mean()), "SQ": 1.0},
+        per_class=(),
+        settings=settings or {"batch_size": 1, "weights": name},
+    )
+    found = ImageRecords(image_ids=np.arange(IMAGES), panoptic=images)
+    return RunRecord(name=name, source=name, results={"val": result}, images={"val": found})
+
+
+def test_better_is_an_interval_above_zero():
+    champion = record("champion", 0.7)
+    verdict = judge(champion, record("new", 0.8, seed=1), "val")
+    assert verdict.better
+    assert verdict.interval.low > 0
+    assert str(verdict).startswith("val/PQ of new minus champion: +")
+    assert not judge(champion, record("new", 0.702, seed=1), "val", "PQ").better
+    assert not judge(champion, record("new", 0.6, seed=1), "val").better
+    assert not judge(champion, replace(champion, name="same"), "val").better
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": "g"}, "different data"),
+        ({"settings": {"batch_size": 2}}, r"different settings \(batch_size\)"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change, message):
+    with pytest.raises(RegistryError, match=message):
+        judge(record("champion", 0.7), record("new", 0.8, **change), "val")
+
+
+def test_a_set_or_metric_that_one_side_lacks_is_named():
+    champion, new = record("champion", 0.7), record("new", 0.8)
+    with pytest.raises(RegistryError, match=r"no results with images\.parquet of the set test .*sets: val"):
+        judge(champion, new, "test")
+    with pytest.raises(RegistryError, match="--metric is AP, but val has intervals of PQ"):
+        judge(champion, new, "val", "AP")
+    with pytest.raises(RegistryError, match=r"no results with images\.parquet"):
+        judge(replace(champion, images={}), new, "val")

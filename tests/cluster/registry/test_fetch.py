@@ -1,0 +1,171 @@
+"""Which images a served model takes: files, arrays, and URLs only of named hosts in the open internet."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from m2f.cluster.registry import fetch
+from m2f.cluster.registry.fetch import FetchError, fetch_image, is_public
+from m2f.cluster.registry.images import ImageError, images_of, read_pixels
+from m2f.data_pipeline.image_file import encode_png
+
+PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+PNG = encode_png(PIXELS)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/redirect":
+            self.send_response(302)
+            self.send_header("Location", "http://127.0.0.1/secret")
+            self.end_headers()
+            return
+        body = PNG if self.path.startswith("/image") else b"x" * 3000
+        self.send_response(200)
+        if self.path != "/endless":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.server.seen.append((self.path, self.headers["Host"]))
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A host whose address counts as public."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    real = socket.getaddrinfo
+
+    def resolve(host, port, *rest, **options):
+        return real("127.0.0.1" if host == "pictures.example" else host, port, *rest, **options)
+
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_image_of_an_allowed_host_is_fetched(server):
+    host = f"pictures.example:{server.server_port}"
+    assert fetch_image(f"http://{host}/image?key=1#part", [host]) == PNG
+    assert server.seen == [("/image?key=1", host)]
+    assert np.array_equal(read_pixels(f"HTTP://{host.upper()}/image", [host]), PIXELS)
+
+
+def test_what_is_too_large_or_elsewhere_is_refused(server):
+    host = f"pictures.example:{server.server_port}"
+    for path in ("large", "endless"):
+        with pytest.raises(FetchError, match="larger than"):
+            fetch_image(f"http://{host}/{path}", [host], max_bytes=2000)
+    with pytest.raises(FetchError, match="answered 302"):
+        fetch_image(f"http://{host}/redirect", [host])
+    with pytest.raises(FetchError, match=r"not fetched; allowed hosts: other\.example"):
+        fetch_image(f"http://{host}/image", ["other.example"])
+    with pytest.raises(FetchError, match="allowed hosts: none"):
+        fetch_image("https://pictures.example/image", [])
+
+
+def test_a_host_whose_name_means_an_inner_address_is_refused(monkeypatch):
+    def resolve(*words, **options):
+        return [(2, 1, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
+
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", resolve)
+    with pytest.raises(FetchError, match="address inside the network"):
+        fetch_image("http://pictures.example/image", ["pictures.example"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:key@host/x",
+        "http:///x",
+        "https://host/a b",
+        "http://host\r\nHost: other/x",
+        "http://host:99999/x",
+        "http://[::1/x",
+    ],
+)
+def test_strange_urls_are_refused_without_being_quoted(url):
+    with pytest.raises(FetchError) as caught:
+        fetch_image(url, ["host"])
+    assert "key" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:a00:1::", False),
+        ("name", False),
+    ],
+)
+def test_addresses_inside_a_network_are_known(address, public):
+    assert is_public(address) is public
+
+
+def test_an_image_may_be_bytes_text_or_an_array():
+    text = base64.b64encode(PNG).decode()
+    for value in (
+        PNG,
+        bytearray(PNG),
+        text,
+        f"data:image/png;base64,{text}",
+        PIXELS,
+        PIXELS.tolist(),
+        PIXELS.astype(int),
+    ):
+        assert np.array_equal(read_pixels(value), PIXELS)
+    by_row = np.empty(4, dtype=object)
+    by_row[:] = PIXELS.tolist()
+    assert np.array_equal(read_pixels(by_row), PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("/etc/passwd", "paths of files are not read"),
+        (b"", "no image"),
+        (PNG[:40], "no image"),
+        (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
+        (np.zeros((4, 4, 4), np.uint8), r"\[4, 4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
+        (np.zeros((4, 4, 3)), "float64"),
+        (np.full((4, 4, 3), 256), "whole numbers from 0 to 255"),
+        ([[1, 2], [3]], "lists"),
+        (None, "shape"),
+    ],
+)
+def test_everything_else_is_refused(value, message):
+    with pytest.raises(ImageError, match=message):
+        read_pixels(value)
+
+
+def test_a_row_with_a_list_of_texts_is_several_images():
+    text, array = base64.b64encode(PNG).decode(), PIXELS.tolist()
+    assert images_of([[text, text], PNG, array, np.stack([PIXELS, PIXELS])])[:4] == [text, text, PNG, array]
+    assert len(images_of([np.stack([PIXELS, PIXELS])])) == 2
+    assert images_of([np.array([text, text])]) == [text, text]

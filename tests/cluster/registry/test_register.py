@@ -1,0 +1,195 @@
+"""`m2f register`, from a run to a model that answers where nothing else of us is."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+import m2f
+from m2f.cluster.cli import main
+from m2f.cluster.predict.choose_checkpoint import open_recipe
+from m2f.cluster.tracking.registered import CHECKPOINT_FOLDER, model_folder
+from m2f.cluster.tracking.store import TrackingError
+from m2f.cluster.tracking.tracking import find_run
+from m2f.data_pipeline.image_file import decode_rgb
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.trainer.checkpoint.folder import verify_sizes
+from tests.cluster.registry.registered_run import make_run
+from tests.waiting import PATIENCE_S
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]  # of MLflow about itself
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, migrated_database):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield make_run(tmp_path_factory.mktemp("registry"), migrated_database)
+
+
+@pytest.fixture
+def folder(made, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return made.run_folder
+
+
+def client_of(folder):
+    run = find_run(open_recipe(folder, ())[0])
+    return MlflowClient(tracking_uri=run.uri), run
+
+
+def register(folder, *words):
+    return main(["register", folder, *words])
+
+
+def test_a_checkpoint_is_registered_once_and_answers_anywhere(folder, tmp_path, capfd):
+    assert register(folder, "--checkpoint", "4", "--alias", "champion", "--precision", "0.05") == 0
+    out = capfd.readouterr().out
+    assert "step 4 registered: cells, version 1" in out
+    assert "models:/cells@champion" in out
+    client, run = client_of(folder)
+    version = client.get_model_version_by_alias("cells", "champion")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert (version.run_id, version.tags["m2f.step"]) == (run.run_id, "4")
+    assert "mlflow.model.isExternal" not in model.tags
+    assert {metric.dataset_name for metric in model.metrics} == {"val"}
+    assert (Path(folder) / "checkpoints/step_00000004-1/pins/registered").is_file()
+
+    # Again under another alias: the same version, and nothing is uploaded.
+    uploaded = files_of(folder)
+    assert register(folder, "--checkpoint", "4", "--alias", "candidate", "--precision", "0.05") == 0
+    assert "registered without a second upload: cells, version 1" in capfd.readouterr().out
+    assert client.get_model_version_by_alias("cells", "candidate").version == version.version
+    assert files_of(folder) == uploaded
+    weights = [path for path in uploaded if path.endswith("weights.safetensors")]
+    assert len(weights) == 1
+    assert not [path for path in uploaded if "engine" in path or path.endswith((".pkl", ".pt"))]
+
+    # The wheel is this program, and requirements are exact.
+    package = Path(weights[0]).parents[2]
+    (wheel,) = (package / "code").glob("m2f-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("m2f/cluster/registry/wheel.py") == (m2f.HOME / "cluster/registry/wheel.py").read_bytes()
+    needed = (package / "requirements.txt").read_text().split()
+    assert f"code/{wheel.name}" in needed
+    assert f"numpy=={np.__version__}" in needed
+    assert all("==" in one and "+" not in one for one in needed if not one.startswith("code/"))
+
+    # The shards and the run folder are gone, and the process stands elsewhere.
+    monkey = Path(folder).rename(Path(folder).with_name("moved away"))
+    try:
+        answered = load_elsewhere(run.uri, "models:/cells@champion", tmp_path, package)
+    finally:
+        monkey.rename(folder)
+    check_answers(answered)
+
+
+def files_of(folder):
+    return sorted(str(path) for path in Path(folder).parent.glob("mlartifacts/models/**/*") if path.is_file())
+
+
+def load_elsewhere(uri, address, place, package):
+    from m2f.cluster.registry.package import example_jpeg
+
+    (place / "example.jpg").write_bytes(example_jpeg())
+    script = Path(__file__).with_name("load_registered.py")
+    done = subprocess.run(
+        [sys.executable, script, address, place / "example.jpg", package / "serving_input_example.json"],
+        cwd=place,
+        env={"MLFLOW_TRACKING_URI": uri, "PATH": "/usr/bin:/bin", "HOME": str(place), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+def check_answers(answered):
+    assert ".whl/m2f/" in answered["program"]
+    assert answered["same"]
+    assert answered["served"] == [True] * 3
+    assert answered["example"] == ["height", "instances", "panoptic", "semantic", "width"]
+    assert answered["metadata"] == "panoptic"
+    files, urls, broken, grey = answered["refused"]
+    assert "no image" in files
+    assert "images from 127.0.0.1 are not fetched; allowed hosts: none" in urls
+    assert "no image" in broken
+    assert "[4, 4]" in grey
+    first, *later = answered["cpu_s"]  # of CPU: others may use the machine
+    assert first < 10
+    assert min(later) < 0.3
+    answer = answered["answer"]
+    assert (answer["height"], answer["width"]) == (96, 128)
+    png = decode_rgb(base64.b64decode(answer["panoptic"]["png"])).astype(np.int64)
+    ids = png[..., 0] + 256 * png[..., 1] + 65536 * png[..., 2]
+    assert set(np.unique(ids)) - {0} == {segment["id"] for segment in answer["panoptic"]["segments_info"]}
+    assert len(answer["instances"]) <= answered["all_instances"]
+    for found in answer["instances"]:
+        assert set(found) == {"category_id", "segmentation", "score", "category", "bbox"}
+
+
+def test_a_registered_model_is_a_checkpoint_folder_for_load(folder, tmp_path):
+    assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
+    _, run = client_of(folder)
+    found = model_folder("models:/cells@champion", run.uri, str(tmp_path))
+    assert str(found).endswith(CHECKPOINT_FOLDER)
+    manifest = verify_sizes(Storage(), str(found))
+    assert set(manifest.files) == {"weights.safetensors", "identity.json", "recipe.yaml"}
+    model = m2f.load(found)
+    assert len(model.names) == 10
+    result = model.predict(np.zeros((64, 80, 3), np.uint8))
+    assert result.size == (64, 80)
+    for address, words in (("models:/cells@nobody", "check name and alias"), ("models:/nothing/1", "check name")):
+        with pytest.raises(TrackingError, match=words):
+            model_folder(address, run.uri)
+
+
+def test_only_a_better_checkpoint_takes_the_alias(folder, capfd):
+    assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "val") == 0
+    assert "nothing to be better than" in capfd.readouterr().err
+    client, _ = client_of(folder)
+    before = client.get_model_version_by_alias("judged", "best").version
+    assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "val") == 1
+    out = capfd.readouterr()
+    assert "val/PQ of cells minus best (version 1): +0.00 PQ, 95 % interval +0.00 to +0.00 over 20 images" in out.out
+    assert "step 4 is not better than judged@best, so it is not registered" in out.err
+    assert client.get_model_version_by_alias("judged", "best").version == before
+    assert len(client.search_model_versions("name = 'judged'")) == 1
+    assert register(folder, "--checkpoint", "4", "--name", "judged", "--if-better", "best", "--set", "other") == 2
+    assert "has no results with images.parquet of the set other" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give --alias"),
+        (("--alias", "a", "--checkpoint", "5"), "no checkpoint of step 5; there are 8, 4"),
+        (("--alias", "a", "--checkpoint", "8", "--precision", "1.5"), "--precision is 1.5"),
+        (
+            ("--alias", "a", "--checkpoint", "8", "--set", "test", "--precision", "0.5"),
+            "needs detections of the set test",
+        ),
+    ],
+)
+def test_mistakes_are_one_message_and_change_nothing(folder, words, message, capfd):
+    assert register(folder, *words) == 2
+    assert message in capfd.readouterr().err
+    assert not (Path(folder) / "checkpoints/step_00000008-1/pins").exists()
+
+
+def test_a_registration_that_fails_lets_go_of_the_checkpoint(folder, monkeypatch):
+    def refuse(*words):
+        raise OSError("no space")
+
+    monkeypatch.setattr("m2f.cluster.registry.register.build_package", refuse)
+    with pytest.raises(OSError, match="no space"):
+        register(folder, "--checkpoint", "8", "--alias", "champion", "--name", "failed")
+    assert not list((Path(folder) / "checkpoints/step_00000008-1").glob("pins/*"))

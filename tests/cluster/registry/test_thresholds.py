@@ -1,0 +1,81 @@
+"""Thresholds by class for a stated precision."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2f.cluster.registry.thresholds import ClassThreshold, ThresholdError, Thresholds, choose_thresholds
+from m2f.data_pipeline.categories import Category
+from m2f.data_pipeline.storage.ragged_table import Ragged
+from m2f.eval.metrics.resampled import InstanceImages
+
+
+def records(detections, truth):
+    """One image of (label, score, right, ignored), and annotated instances by label."""
+    columns = [np.array([row[i] for row in detections]) for i in range(4)] if detections else [np.zeros(0)] * 4
+    label, score, right, ignored = columns
+
+    def ragged(values, kind):
+        return Ragged(np.asarray(values).astype(kind), np.array([len(values)]))
+
+    return InstanceImages(
+        label=ragged(label, "int32"),
+        score=ragged(score, "float64"),
+        matched=ragged(right, "uint16"),
+        ignored=ragged(ignored, "uint16"),
+        truth_label=ragged(list(truth), "int32"),
+        truth_count=ragged(list(truth.values()), "int32"),
+    )
+
+
+def test_the_lowest_threshold_with_the_precision_is_chosen():
+    rows = [(0, 0.9, 1, 0), (0, 0.8, 0, 0), (0, 0.7, 1, 0), (0, 0.6, 1, 0), (0, 0.5, 0, 0), (1, 0.9, 0, 0)]
+    found = choose_thresholds(records(rows, {0: 4}), ["cat", "dog", "cow"], 0.75)
+    assert found["cat"] == ClassThreshold(threshold=0.6, precision=0.75, recall=0.75, detections=4)
+    assert found["dog"] == ClassThreshold(threshold=None, precision=None, recall=None, detections=0)
+    assert found["cow"] == ClassThreshold(threshold=None, precision=None, recall=None, detections=0)
+
+
+def test_equal_scores_pass_together_and_ignored_detections_do_not_count():
+    rows = [(0, 0.9, 1, 0), (0, 0.5, 1, 0), (0, 0.5, 0, 0), (0, 0.95, 0, 1)]
+    found = choose_thresholds(records(rows, {0: 2}), ["cat"], 0.9)["cat"]
+    assert (found.threshold, found.precision, found.recall) == (0.9, 1.0, 0.5)
+
+
+def test_only_overlaps_of_a_half_count_for_a_match():
+    rows = [(0, 0.9, 0b1111111110, 0)]  # matched at all IoU thresholds but the first, which cannot be
+    assert choose_thresholds(records(rows, {0: 1}), ["cat"], 0.5)["cat"].threshold is None
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]), st.booleans()), max_size=12),
+    st.sampled_from([0.2, 0.5, 0.8, 1.0]),
+)
+def test_it_is_what_trying_every_score_finds(rows, precision):
+    found = choose_thresholds(records([(0, s, int(r), 0) for s, r in rows], {0: 20}), ["cat"], precision)["cat"]
+    fit = []
+    for limit in {score for score, _ in rows}:
+        passed = [right for score, right in rows if score >= limit]
+        if sum(passed) / len(passed) >= precision:
+            fit.append(limit)
+    assert found.threshold == min(fit, default=None)
+
+
+def test_thresholds_travel_as_json_and_follow_the_names_of_classes():
+    classes = {"cat": ClassThreshold(threshold=0.4, precision=0.9, recall=0.5, detections=3)}
+    classes["dog"] = ClassThreshold(threshold=None, precision=None, recall=0.0, detections=0)
+    made = Thresholds(precision=0.9, dataset="val", fingerprint="f", classes=classes)
+    read = Thresholds.from_json(made.to_json(), "file")
+    assert read == made
+    labels = [Category(7, name, True, (0, 0, 0)) for name in ("sky", "dog", "cat")]
+    assert read.lowest(labels).tolist() == [0.0, np.inf, 0.4]
+    for text in ("[]", "{}", '{"iou": 0.5, "classes": {"a": 1}}', "x"):
+        with pytest.raises(ThresholdError, match="file holds no thresholds"):
+            Thresholds.from_json(text, "file")
+
+
+@pytest.mark.parametrize("precision", [0.0, -1.0, 1.01])
+def test_a_precision_out_of_range_is_refused(precision):
+    with pytest.raises(ThresholdError, match="--precision is"):
+        choose_thresholds(records([], {}), ["cat"], precision)

@@ -1,0 +1,57 @@
+"""This program as a wheel, and exact requirements."""
+
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+
+from packaging.requirements import Requirement
+
+from m2f.cluster.registry.wheel import Project, exact_requirements, this_project, write_wheel
+
+
+def test_the_wheel_is_this_program_and_equal_code_gives_equal_bytes(tmp_path):
+    project = this_project()
+    (tmp_path / "again").mkdir()
+    wheel, again = write_wheel(tmp_path, project), write_wheel(tmp_path / "again", project)
+    assert wheel.read_bytes() == again.read_bytes()
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(f"m2f-{project.version}.dist-info/METADATA").decode()
+    assert {"m2f/__init__.py", "m2f/model/mask2former.py", "m2f/configs/demo.yaml"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith("m2f/tests")]
+    assert "Requires-Dist: torch" in metadata
+    assert "Provides-Extra: train" in metadata
+
+
+def test_it_can_be_imported_as_it_is(tmp_path):
+    wheel = write_wheel(tmp_path, this_project())
+    code = (
+        f"import sys; sys.path.insert(0, {str(wheel)!r}); import m2f.data_pipeline.categories as c; print(c.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(wheel))
+
+
+def test_an_installer_takes_it(tmp_path):
+    wheel = write_wheel(tmp_path, this_project())
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "in", wheel]
+    subprocess.run([*command, "--disable-pip-version-check", "-q"], check=True, capture_output=True)
+    assert (tmp_path / "in" / "m2f" / "eval" / "functions.py").is_file()
+    assert list((tmp_path / "in").glob("m2f-*.dist-info/RECORD"))
+
+
+def test_requirements_are_what_is_installed_with_all_that_these_need():
+    found = exact_requirements(this_project())
+    names = {Requirement(one).name for one in found}
+    assert {"torch", "numpy", "mlflow", "safetensors", "filelock"} <= names
+    assert not {"ray", "deepspeed", "webdataset", "m2f", "pytest"} & names
+    assert f"numpy=={version('numpy')}" in found
+    assert not [one for one in found if "+" in one]
+
+
+def test_extras_and_packages_that_are_not_there_are_left_out():
+    project = Project("1", ">=3.11", ("numpy>=1", "ray; extra == 'train'", "no-such-package-of-anybody>=1"))
+    names = {Requirement(one).name for one in exact_requirements(project)}
+    assert "numpy" in names
+    assert not {"ray", "no-such-package-of-anybody"} & names
