@@ -90,7 +90,8 @@ class Recording:
             for positions in spec.positions(step)
         )
         positions = tuple(p for batch in batches for p in batch.targets.position.tolist() if p != FILLER_POSITION)
-        return StepBatches(step, batches, positions, wait_s=0.0)
+        pinned = tuple(batch.pin_memory() for batch in batches) if spec.pin else batches
+        return StepBatches(step, pinned, positions, wait_s=0.0)
 
     def _at(self, position: int, start: int) -> Example:
         return replace(self.examples[(position - start) % len(self.examples)], position=position)

@@ -97,6 +97,14 @@ def test_jpeg_changes_pixels_a_little_and_nothing_else(config, lossless, tmp_pat
     assert 0 < differences(steps_of(small, config, spec, STEPS), steps_of(exact, config, spec, STEPS)) < 64
 
 
+def test_recorded_batches_are_pinned_where_a_gpu_takes_them(config, lossless, monkeypatch):
+    recording, pinned = Recording.load(lossless), []
+    plain = steps_of(recording, config, spec_of(config), 1)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    assert differences(steps_of(recording, config, spec_of(config, pin=True), 1), plain) == 0
+    assert len(pinned) >= 2 * 10  # ten tensors of both micro-batches
+
+
 def test_a_longer_run_begins_again_with_other_positions(config, lossless):
     first, *_, again = steps_of(Recording.load(lossless), config, spec_of(config), STEPS + 1)
     assert again.positions == tuple(range(STEPS * 4, STEPS * 4 + 4))
