@@ -33,6 +33,19 @@ _OWN_ARTIFACTS = "artifacts"
 FOLDER_TAG = "m2f.run_folder"
 """Tag of an MLflow run: its run folder."""
 _SCHEME = "sqlite:///"
+_URL_TAG = "m2f.checkpoint.url"
+_LOCATIONS = (
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+"""Columns with places of artifacts."""
+_ADDRESSES = (
+    ("tags", "value", f"key = '{FOLDER_TAG}'"),
+    ("logged_model_tags", "tag_value", f"tag_key = '{_URL_TAG}'"),
+    ("model_version_tags", "value", f"key = '{_URL_TAG}'"),
+)
+"""Columns with places of run folders and checkpoints."""
 
 
 def local_database(run_folder: str) -> Path:
@@ -159,9 +172,11 @@ def _relocate(database: Path, root: str, patience_s: float) -> None:
         connection.execute("BEGIN IMMEDIATE")
         for old in moved:
             connection.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (root, old))
-            _replace_prefix(connection, "runs", "artifact_uri", f"{old}/", f"{root}/")
+            for table, column in _LOCATIONS:
+                _replace_prefix(connection, table, column, f"{old}/", f"{root}/")
             before = unquote(old.removeprefix("file://").rpartition("/")[0])
-            _replace_prefix(connection, "tags", "value", f"{before}/", f"{database.parent}/", f"key = '{FOLDER_TAG}'")
+            for table, column, where in _ADDRESSES:
+                _replace_prefix(connection, table, column, f"{before}/", f"{database.parent}/", where)
         connection.execute("COMMIT")
 
 

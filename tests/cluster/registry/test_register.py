@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -193,3 +194,18 @@ def test_a_registration_that_fails_lets_go_of_the_checkpoint(folder, monkeypatch
     with pytest.raises(OSError, match="no space"):
         register(folder, "--checkpoint", "8", "--alias", "champion", "--name", "failed")
     assert not list((Path(folder) / "checkpoints/step_00000008-1").glob("pins/*"))
+
+
+def test_registered_models_follow_a_store_that_was_moved(folder, tmp_path):
+    assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
+    moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # nobody else looks at the old place
+    config, _ = open_recipe(str(moved / "cells"), ())
+    run = find_run(config)  # as every process that is about to write does
+    assert run.uri == f"sqlite:///{moved}/mlflow.db"
+    client = MlflowClient(tracking_uri=run.uri)
+    version = client.get_model_version_by_alias("cells", "champion")
+    assert version.tags["m2f.checkpoint.url"] == str(moved / "cells/checkpoints/step_00000004-1")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.artifact_location.startswith((moved / "mlartifacts").as_uri())
+    assert model.tags["m2f.checkpoint.url"].startswith(str(moved))
+    assert client.get_model_version_download_uri("cells", version.version).startswith((moved / "mlartifacts").as_uri())
