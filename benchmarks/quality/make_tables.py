@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.arms import ARMS, COMPARISONS, IMAGE_SETS, METRICS, Arm, Comparison, ImageSet, Run
+from benchmarks.quality.arms import ARMS, COMPARISONS, IMAGE_SETS, JUDGED_SEEDS, METRICS, Arm, Comparison, ImageSet, Run
 from benchmarks.quality.bars import all_lines
 from benchmarks.quality.differences import Difference, Results, cpu_ratio, paired_difference, read_results
 from benchmarks.quality.markdown import markdown
@@ -97,7 +97,7 @@ def _difference_row(comparison: Comparison, metric: str, found: Difference, rati
         f"{value:+.2f}",
         "-" if found.relative is None else f"{100 * found.relative:+.1f} %",
         f"{low:+.2f} to {high:+.2f}",
-        found.verdict(comparison.margin),
+        found.verdict(comparison.margin) if found.seeds >= JUDGED_SEEDS else "too few seeds",
         f"{comparison.margin:g}",
         "-" if ratio is None else f"{ratio:.2f}",
     ]

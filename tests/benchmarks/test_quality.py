@@ -140,7 +140,7 @@ def test_the_table_of_differences_names_ratio_and_margin(folder):
     assert cpu_ratio(Comparison("box_points", "base"), results) == pytest.approx(1.3)
     assert cpu_ratio(Comparison("box_points", "uniform_8192"), results) is None
     (row,) = [line for line in difference_table(results).splitlines() if line.startswith("| box_points - base | PQ |")]
-    assert row == "| box_points - base | PQ | 3 | +3.00 | +5.8 % | +0.52 to +5.48 | gain | 1 | 1.30 |"
+    assert row == "| box_points - base | PQ | 3 | +3.00 | +5.8 % | +0.52 to +5.48 | too few seeds | 1 | 1.30 |"
     assert set(METRICS) > {"PQ", "PQ_small", "APs"}
 
 
@@ -216,6 +216,13 @@ def test_a_bar_names_the_runs_that_it_lacks(tmp_path):
         "FAILS: box points on small_shapes: 4 of 20 runs are finished; missing: base 2-4, box_matching 0-4, "
         "box_points 2-4, uniform_8192 0-4"
     )
+
+
+def test_five_seeds_are_judged(tmp_path):
+    write_pairs(tmp_path, [10.0] * 5, [12.5, 12.0, 12.5, 13.0, 12.5])
+    row = difference_table(read_results(tmp_path, SMALL_SHAPES)).splitlines()[2]
+    assert row.startswith("| box_points - base | APs | 5 | +2.50 | +25.0 % |")
+    assert row.endswith("| gain | 1 | 1.00 |")
 
 
 def test_seeds_that_follow_each_other_are_one_range(tmp_path):
