@@ -48,9 +48,23 @@ def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:
     return sum(nothing, start=used)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm whose result has the memory format of its input, so that convolutions after it keep theirs.
+
+    On GPUs, torch 2.11 gives NCHW whatever it gets.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.GroupNorm
+        """[B, C, H, W] to the same shape."""
+        normed = super().forward(input)
+        if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last):
+            return normed.contiguous(memory_format=torch.channels_last)
+        return normed
+
+
+def group_norm(channels: int) -> GroupNorm:
     """GroupNorm with 32 groups, or as many powers of two as divide `channels`."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    return GroupNorm(math.gcd(32, channels), channels)
 
 
 def convolution(in_channels: int, channels: int, kernel: int, *, bias: bool = True, groups: int = 1) -> nn.Conv2d:

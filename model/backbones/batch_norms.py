@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m2f.model.layers import GroupNorm
+
 
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm with fixed statistics and affine, all buffers: one fused kernel that keeps no activation for backward.
@@ -100,12 +102,12 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
 
-def group_norm_like(source: nn.BatchNorm2d) -> nn.GroupNorm:
+def group_norm_like(source: nn.BatchNorm2d) -> GroupNorm:
     """GroupNorm in place of a BatchNorm, with its affine (residual branches may start at zero gain).
 
     About 16 channels a group: with a fixed number of groups, a narrow stage would be normalised channel by channel.
     """
-    norm = nn.GroupNorm(math.gcd(max(1, source.num_features // 16), source.num_features), source.num_features)
+    norm = GroupNorm(math.gcd(max(1, source.num_features // 16), source.num_features), source.num_features)
     with torch.no_grad():
         norm.weight.copy_(source.weight)
         norm.bias.copy_(source.bias)
