@@ -1,4 +1,4 @@
-# Seven verbs. Each makes the environment it needs in .venv; only Python (>= 3.11), make and a C++ compiler must be there.
+# Eight verbs. Each makes the environment it needs in .venv; only Python (>= 3.11), make and a C++ compiler must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
@@ -11,9 +11,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 # The tests are made for CPUs; a demo uses the GPUs that are there.
-test check bench: export DS_ACCELERATOR ?= cpu
+test check check-lowest bench: export DS_ACCELERATOR ?= cpu
 
-.PHONY: demo test check fix bench docs clean
+.PHONY: demo test check check-lowest fix bench docs clean
 
 demo: .venv/installed  ## train a small model through the whole chain and show that it learned
 	$(BIN)/m2f demo
@@ -33,6 +33,11 @@ check: .venv/installed  ## lint, types, import rules and the quick tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(TESTS) -n 2 $(BY_FILE) -q -m "not cluster and not slow and not soak" || [ $$? = 5 ]
 
+# Without files of weights and counts of parameters, which these versions do not change.
+check-lowest: .venv/lowest/installed  ## the quick tests of the model with the oldest versions of its packages
+	PYTHONPATH=. .venv/lowest/bin/python -m pytest tests/model -n 2 $(BY_FILE) -q -p no:cacheprovider --ignore tests/model/weights \
+		-m "not cluster and not slow and not soak" -k "not row_of_the_paper"
+
 fix: .venv/installed  ## format and repair what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -48,5 +53,10 @@ clean:  ## remove the environment and caches; runs and data stay
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[all,test,dev]' --constraint constraints.txt
+	touch $@
+
+.venv/lowest/installed: tests/lowest.txt
+	$(PYTHON) -m venv .venv/lowest
+	.venv/lowest/bin/python -m pip install --quiet --no-cache-dir --no-compile --requirement tests/lowest.txt
 	touch $@

@@ -1,7 +1,9 @@
-"""`make test` runs both halves of the suite, and fails where one of them does."""
+"""`make test` runs both halves of the suite, and fails where one of them does; `make check-lowest` has the versions."""
 
+import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,12 @@ def test_both_halves_run_and_nothing_to_do_is_no_failure(tmp_path, first, second
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode == 0) == passes, done.stderr
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
+def test_the_lowest_versions_are_those_that_the_project_allows():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    allowed = " ".join([*project["dependencies"], *extras["export"], *extras["test"]])
+    pinned = re.findall(r"(?m)^(\w+)==(.+)\.\*$", (REPOSITORY / "tests" / "lowest.txt").read_text())
+    assert len(pinned) >= 8
+    assert [(name, version) for name, version in pinned if f"{name}>={version} " not in f"{allowed} "] == []
