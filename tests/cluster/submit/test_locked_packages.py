@@ -66,6 +66,7 @@ def test_nothing_that_m2f_needs_is_missing():
                     visit(canonicalize_name(requirement.name), each)
 
     visit("m2f", "")
+    visit("m2f", "train")
     assert {name for name, _ in seen} - {"m2f"} <= locked.keys(), REMEDY
 
 

@@ -1,0 +1,179 @@
+"""The base installation: load, predict, score and export without the packages of training."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+import m2f
+from m2f.model.extras import EXTRA_OF
+from tests.test_package import build, copy_tree, python
+from tests.waiting import PATIENCE_S
+
+ABSENT = ("ray", "deepspeed", "webdataset", "mlflow", "boto3", "botocore", "psutil", "onnx", "onnxscript")
+PROGRAM = """
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import m2f
+from m2f.cluster.cli import main
+from m2f.cluster.recipe.load import load_recipe
+from m2f.model.mask2former import build_model
+from m2f.model.weights.names import to_official_names
+
+Path("recipe.yaml").write_text(RECIPE)
+torch.manual_seed(0)
+config = load_recipe("recipe.yaml").model
+torch.save({"model": to_official_names(build_model(config).state_dict())}, "official.pth")
+
+model = m2f.load("official.pth", recipe="recipe.yaml", device="auto")
+image = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+results = model.predict([image, image], batch=2)
+assert results[0].masks.shape[1:] == (60, 80)
+results[0].overlay().save("photo.png")
+label_map = model.predict("photo.png", task="semantic").semantic
+scores = m2f.evaluate_semantic([label_map], [label_map], class_names=model.names)
+assert scores.metrics()["mIoU"] == 100.0
+
+words = ["predict", "recipe.yaml", "photo.png", "--checkpoint", "official.pth", "--output", "out"]
+assert main(words) == 0
+exported = ["--format", "hugging_face", "--output", "theirs"]
+assert main(["export", "recipe.yaml", "--checkpoint", "official.pth", *exported]) == 0
+assert m2f.load("theirs").names == model.names
+for absent, call in (
+    ("mlflow", lambda: m2f.load("models:/name@champion")),
+    ("boto3", lambda: m2f.load("s3://bucket/run")),
+    ("webdataset", lambda: m2f.Dataset([image], [label_map + 0], model.names).write("shards")),
+    ("webdataset", lambda: m2f.train("recipe.yaml")),
+):
+    try:
+        call()
+    except m2f.UserError as error:
+        assert f"needs {absent}, which is not installed: pip install 'm2f[train]'" in str(error), error
+    else:
+        raise AssertionError(absent)
+print("done")
+"""
+RECIPE = """
+name: small
+output: runs
+datasets: {train: {shards: absent}}
+data: {train: [{dataset: train}]}
+model:
+  backbone: {name: resnet50, options: {layers: [1, 1, 1, 1], channels: [8, 16, 24, 32]}}
+  pixel_decoder: {conv_dim: 32, mask_dim: 16, num_layers: 1, num_heads: 2, feedforward_dim: 1024}
+  transformer_decoder: {num_queries: 5, num_layers: 2, hidden_dim: 32, num_heads: 2, feedforward_dim: 48}
+  num_classes: 3
+training: {max_steps: 10}
+evaluation: {shortest_edge: 64, max_size: 96}
+"""
+VERBS = {
+    "train recipe.yaml": "ray",
+    "demo --output out": "ray",
+    "submit recipe.yaml --address http://127.0.0.1:1": "ray",
+    "compare a b": "mlflow",
+}
+
+
+def run(folder, program, **options):
+    path = folder / "program.py"
+    path.write_text(program)
+    return python(folder, str(path), **options)
+
+
+def blocked(program):
+    """The program where importing these packages fails as if they were not installed."""
+    return f"import sys\nsys.modules |= dict.fromkeys({ABSENT!r})\nRECIPE = {RECIPE!r}\n{program}"
+
+
+def test_what_the_base_offers_works_without_the_packages_of_training(tmp_path):
+    done = run(tmp_path, blocked(PROGRAM))
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["done"]), done.stderr
+
+
+def test_a_verb_that_lacks_its_extra_says_so_in_a_line(tmp_path):
+    program = """
+    import contextlib
+    import io
+    from pathlib import Path
+
+    from m2f.cluster.cli import main
+
+    Path("recipe.yaml").write_text(RECIPE)
+    for words in VERBS:
+        text = io.StringIO()
+        with contextlib.redirect_stderr(text):
+            status = main(words.split())
+        print(status, text.getvalue().splitlines()[-1])
+    """
+    done = run(tmp_path, blocked(f"VERBS = {list(VERBS)!r}\n{textwrap.dedent(program)}"))
+    expected = [
+        f"2 m2f {words.split()[0]} needs {absent}, which is not installed: pip install 'm2f[train]'"
+        for words, absent in VERBS.items()
+    ]
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_the_extras_bring_what_the_base_lacks():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    extras, base = project["optional-dependencies"], " ".join(project["dependencies"])
+    for package, extra in EXTRA_OF.items():
+        assert package not in base
+        assert package == "botocore" or any(text.startswith(package) for text in extras[extra])
+    assert extras["all"] == ["m2f[export,serve,train]"]
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+    assert "--editable '.[all,test,dev]'" in makefile
+
+
+@pytest.mark.slow
+def test_the_wheel_in_an_environment_of_the_base_alone(tmp_path):
+    """A fresh environment that finds the base's packages, each by a link, and m2f from its wheel."""
+    wheel = build(copy_tree(tmp_path / "tree"), "wheel", tmp_path / "built")
+    home = tmp_path / "environment"
+    venv.create(home, symlinks=True, with_pip=False)
+    (site,) = home.glob("lib/python*/site-packages")
+    own = next(Path(folder) for folder in sys.path if folder.endswith("site-packages"))
+    outside = {*ABSENT, "onnxruntime", "onnx_ir", "pip", "m2f", "transformers", "moto", "pytest", "_pytest"}
+    for entry in own.iterdir():
+        name = entry.name.partition("-")[0].partition(".")[0]
+        if (
+            name not in outside
+            and not entry.name.startswith(("__editable__", "_m2f", "m2f-"))
+            and entry.suffix != ".pth"
+        ):
+            (site / entry.name).symlink_to(entry)
+    words = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    done = python(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "program.py").write_text(f"RECIPE = {RECIPE!r}\n{PROGRAM}\nprint(m2f.__file__)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(home / "bin" / "python"), "program.py"],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-2:]) == (0, ["done", str(site / "m2f/__init__.py")]), done.stderr
+    done = subprocess.run(
+        [str(home / "bin" / "python"), "-m", "m2f.cluster.cli", "--version"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.stdout == f"m2f {m2f.__version__}\n", done.stderr
