@@ -164,7 +164,8 @@ def main(words: Sequence[str] | None = None) -> int:
         config = run.config(arguments.folder.absolute(), arguments.overrides)
         double, single = (losses_of_recipe(config, arguments.steps, dtype) for dtype in (torch.float64, torch.float32))
         is_good = is_good and agree(double)
-        tables.append(table(f"{run.image_set.name}, seed {run.seed}", double, single))
+        name = ", ".join([run.image_set.name, f"seed {run.seed}", *arguments.overrides])
+        tables.append(table(name, double, single))
         print_out(f"{tables[-1]}\n")
     if arguments.save is not None:
         path = arguments.save / f"{setting.file_name}_transformers_losses.md"
