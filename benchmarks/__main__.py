@@ -15,7 +15,18 @@ from benchmarks.measure import Measurement
 from benchmarks.tables import Setting, json_lines, markdown, save
 
 ON_CPU = ("data", "eval")
-ON_ANY_DEVICE = ("msda", "attention", "matcher", "heads", "model", "train_step", "inference", "postproc", "zero")
+ON_ANY_DEVICE = (
+    "msda",
+    "attention",
+    "matcher",
+    "heads",
+    "model",
+    "train_step",
+    "eomt",
+    "inference",
+    "postproc",
+    "zero",
+)
 """Names of benchmarks: each is `run` of `benchmarks.bench_NAME`."""
 
 

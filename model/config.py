@@ -420,6 +420,9 @@ class ModelConfig(Section):
     """Weights to start from: path or URL of a file of ours, an official checkpoint, a Hugging Face folder or published
     weights of the backbone alone; or `hub:OWNER/NAME[@REVISION]`, a model of the Hugging Face hub. None starts from the
     initialisation."""
+    weights_are_deltas: bool = False
+    """The backbone in `weights` is what to add to that of `backbone.pretrained` or `backbone.weights`: the authors of
+    EoMT publish models on DINOv3 so, whose licence asks for it."""
     freeze: tuple[ModelPart, ...] = ()
     """Parts that training leaves exactly as they are, with the statistics of their norms: no gradients, no state of the
     optimizer, no backward pass where nothing before them is trained. `[backbone]` for small data sets."""
@@ -447,6 +450,12 @@ class ModelConfig(Section):
             )
 
     def _check_parts(self) -> None:
+        has_base = self.backbone.weights is not None or self.backbone.pretrained is True
+        if self.weights_are_deltas and (self.weights is None or not has_base):
+            raise ConfigError(
+                f"model.weights_are_deltas is true, with model.weights {self.weights}; it needs them, and what they "
+                "are added to: set model.backbone.pretrained to true, or model.backbone.weights to a file"
+            )
         found = {
             "transformer_decoder.kind": (self.transformer_decoder.kind, "eomt"),
             "pixel_decoder.kind": (self.pixel_decoder.kind, "upscale"),

@@ -29,6 +29,8 @@ class TrainingContext:
 class Segmenter(nn.Module):
     """A model with the parts `backbone`, `pixel_decoder` and `transformer_decoder`, which recipes can freeze."""
 
+    regions: tuple[str, ...] = ("backbone", "pixel_decoder", "transformer_decoder")
+    """Submodules that can be compiled, each into one graph."""
     pixel_decoder_fp32: bool
     """Whether autocast stops at the pixel decoder, whose weights are then in fp32."""
 

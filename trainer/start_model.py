@@ -36,7 +36,7 @@ def start_model(
     """
     torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own share of the initialisation
     source = job.model.weights
-    model = build_model(job.model, pretrained_backbone=source is None)
+    model = build_model(job.model, pretrained_backbone=source is None or job.model.weights_are_deltas)
     if source is None:
         start = backbone_start(job.model.backbone) if reporter is not None else ()
         _report_start(reporter, start)
@@ -45,7 +45,7 @@ def start_model(
     file = start_file(source, storage)
     rows = known_class_rows(job.identity, file, storage)
     with fetched_weights(file, storage) as path:
-        report = load_weights(model, path, rows)
+        report = load_weights(model, path, rows, deltas=job.model.weights_are_deltas)
         start = () if reporter is None else (start_weights("model.weights", source, path),)
     _report_start(reporter, start, report)
     return model, start

@@ -1,4 +1,4 @@
-"""The models whose size the Mask2Former paper states: their settings and what it prints about them."""
+"""Models of known size: the rows of the Mask2Former paper with what it prints, and EoMT's with what its code counts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from m2f.model.config import (
     BackboneConfig,
     BiFPNPixelDecoderConfig,
+    EomtDecoderConfig,
     FaPNPixelDecoderConfig,
     FPNPixelDecoderConfig,
     MaskedTransformerDecoderConfig,
@@ -18,6 +19,7 @@ from m2f.model.config import (
     SwinBackboneConfig,
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
+    UpscalePixelDecoderConfig,
 )
 
 R50 = TimmBackboneConfig(name="resnet50")
@@ -37,7 +39,7 @@ class PaperModel:
 
     name: str
     table: str
-    """Of the Mask2Former paper."""
+    """Of the Mask2Former paper, or EoMT."""
     config: ModelConfig
     size: tuple[int, int] | None = None
     """Input (height, width); None for the mean over images of COCO."""
@@ -51,7 +53,7 @@ class PaperModel:
 
 def paper_models() -> tuple[PaperModel, ...]:
     """All rows, in the order of the tables."""
-    return (*_coco(), *_decoder_variants(), *_pixel_decoders(), *_query_counts(), *_maskformer(), *_ade20k())
+    return (*_coco(), *_decoder_variants(), *_pixel_decoders(), *_query_counts(), *_maskformer(), *_ade20k(), *_eomt())
 
 
 def _coco() -> Iterator[PaperModel]:
@@ -160,6 +162,38 @@ def _ade20k() -> Iterator[PaperModel]:
             num_classes=ADE_CLASSES,
         )
         yield _ade20k_row(f"MaskFormer {name}", config, side, parameters, flops)
+
+
+def _eomt() -> Iterator[PaperModel]:
+    """Parameters and multiply-adds of the authors' models with 133 classes, without masks as in inference."""
+    dinov2, dinov3 = "vit_{}_patch14_reg4_dinov2", "vit_{}_patch16_dinov3_qkvb"
+    rows: tuple[tuple[str, str, int, int, int, float, float | None], ...] = (
+        ("S 640", dinov2.format("small"), 640, 200, 3, 24.0, None),
+        ("B 640", dinov2.format("base"), 640, 200, 3, 93.7, None),
+        ("L 512, 100 queries", dinov2.format("large"), 512, 100, 4, 316.0, 394.05),
+        ("L 640", dinov2.format("large"), 640, 200, 4, 316.7, 667.95),
+        ("L 1280", dinov2.format("large"), 1280, 200, 4, 321.6, 4144.0),
+        ("giant 640", dinov2.format("giant"), 640, 200, 5, 1163.6, None),
+        ("S 640, DINOv3", dinov3.format("small"), 640, 200, 3, 23.4, None),
+        ("B 640, DINOv3", dinov3.format("base"), 640, 200, 3, 92.4, None),
+        ("L 640, DINOv3", dinov3.format("large"), 640, 200, 4, 315.0, 667.95),
+    )
+    for name, vit, side, queries, layers, parameters, flops in rows:
+        options = {} if "dinov3" in vit else {"img_size": side}
+        config = ModelConfig(
+            backbone=TimmBackboneConfig(name=vit, features="tokens", options=options),
+            pixel_decoder=UpscalePixelDecoderConfig(),
+            transformer_decoder=EomtDecoderConfig(num_queries=queries, num_layers=layers),
+            num_classes=133,
+        )
+        yield PaperModel(
+            name=f"EoMT {name}",
+            table="EoMT",
+            config=config,
+            size=(side, side),
+            parameters=parameters,
+            flops=flops,
+        )
 
 
 def _ade20k_row(name: str, config: ModelConfig, side: int, parameters: int, flops: int | None) -> PaperModel:

@@ -108,6 +108,8 @@ class Eomt(Segmenter):
         self.backbone = backbone
         self.pixel_decoder = Upscale(backbone.width, backbone.embed.patch)
         self.transformer_decoder = QueryHeads(self._config, backbone.width, num_classes)
+        blocks = (f"backbone.blocks.{index}" for index in range(len(backbone.blocks)))
+        self.regions = ("backbone.embed", *blocks, "pixel_decoder")
 
     def set_progress(self, step: int, max_steps: int) -> None:
         """See Segmenter."""

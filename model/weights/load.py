@@ -67,13 +67,18 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping[str, Tensor], class_rows: Sequence[int | None] | None = None
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    class_rows: Sequence[int | None] | None = None,
+    *,
+    deltas: bool = False,
 ) -> LoadReport:
     """Load a file, a folder (see `m2f.model.weights.files`) or a state dict into a Mask2Former.
 
     The names may be ours, the official ones, Hugging Face's, or those of published weights of a backbone alone. Class
     head and queries of another size are skipped and reported. `class_rows` gives for every class of the model its label
-    in the file, None for one that keeps its initialisation; "no object" is kept.
+    in the file, None for one that keeps its initialisation; "no object" is kept. `deltas`: the backbone of the file is
+    added to the model's.
 
     Raises WeightsError for an unreadable file, for weights of another architecture, and if nothing matches; the model
     is then as before.
@@ -107,6 +112,9 @@ def load_weights(
             "code); this program has them only where model.pixel_decoder.conv_dim differs from "
             "model.transformer_decoder.hidden_dim"
         )
+    if deltas:
+        own_backbone = [key for key in found if key.startswith("backbone.") and target[key].is_floating_point()]
+        converted |= {key: target[key] + converted[key].to(target[key]) for key in own_backbone}
     loaded = tuple(key for key in found if key not in different)
     if not loaded:
         raise WeightsError(f"{name} has no weight of this model; its first names are {', '.join(list(state)[:3])}")

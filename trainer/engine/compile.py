@@ -9,16 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
+from m2f.model.segmenter import Segmenter
 from m2f.trainer.errors import TrainingError
 
-REGIONS = ("backbone", "pixel_decoder", "transformer_decoder")
 _CPP = "clang++" if sys.platform == "darwin" else "g++"
 
 
-def compile_regions(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Let backbone and decoders of a Mask2Former compile themselves at their first input of each shape.
+def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Let the parts of a model that are graphs of their own compile themselves at their first input of each shape.
 
     Images of one size make one graph per region, whatever they show: targets are seen by the criterion alone, which is
     not compiled. Weights keep their names, and DeepSpeed its hooks. Raises TrainingError where there is no compiler.
@@ -29,7 +28,7 @@ def compile_regions(model: nn.Module, backend: str | Callable[..., Any] = "induc
             f"training.compile needs {compiler_names(device)} on every machine; install it (apt-get install g++), or "
             "set training.compile to false"
         )
-    for name in REGIONS:
+    for name in model.regions:
         model.get_submodule(name).compile(backend=backend, dynamic=False)
 
 

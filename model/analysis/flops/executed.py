@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ Size = Sequence[int]
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_END = 10**9
+"""More steps than any training has."""
 SHAPES_ONLY = FakeTensorMode()
 """Tensors made in it have no values. One mode for all models: tensors of two modes do not mix."""
 
@@ -55,14 +57,23 @@ def count_parameters(module: nn.Module) -> int:
 def executed_flops(model: Segmenter, size: tuple[int, int]) -> Flops:
     """Multiply-adds of a forward pass of `build_shapes` with one image of this height and width.
 
-    The dense masks of the last layer are part of it, those of other layers are never made.
+    The dense masks of the last layer are part of it, those of other layers are never made. The model is one at the end
+    of its training.
     """
-    with torch.no_grad(), SHAPES_ONLY, _counter() as counter:
-        model(torch.zeros(1, 3, *size)).mask_logits()
+    with torch.no_grad(), SHAPES_ONLY:
+        model.set_progress(_END, _END)
+        with _counter() as counter:
+            model(torch.zeros(1, 3, *size)).mask_logits()
     total = counter.get_total_flops() / 2
-    parts = {name.rpartition(".")[2]: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
-    backbone, pixel_decoder = parts["backbone"], parts["pixel_decoder"]
+    counts = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
+    backbone, pixel_decoder = (_of_part(counts, part) for part in ("backbone", "pixel_decoder"))
     return Flops(backbone, pixel_decoder, total - backbone - pixel_decoder)
+
+
+def _of_part(counts: Mapping[str, float], part: str) -> float:
+    """Of a part of the model by the counts of modules, which may have been called one by one."""
+    names = {name for name in counts if part in name.split(".")[1:2]}
+    return sum(counts[name] for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
 def executed_backbone_flops(backbone: Backbone, size: tuple[int, int]) -> float:

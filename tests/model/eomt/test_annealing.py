@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from m2f.model.config import EomtDecoderConfig, ModelConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
 from m2f.model.eomt.annealing import uniform_draws
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import TrainingContext
+from m2f.trainer.engine.compile import compile_regions
 
 OPTIONS = {"embed_dim": 32, "depth": 3, "num_heads": 2, "init_values": 1.0}
 
@@ -92,3 +94,14 @@ def test_every_parameter_gets_a_gradient():
     assert len(found.feature_maps) == len(found.class_logits) == 3
     sum(found.mask_logits(layer).sum() + found.class_logits[layer].sum() for layer in range(3)).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
+def test_compiled_regions_compute_the_same():
+    model, images = model_of().train(), torch.randn(2, 3, 64, 64)
+    model.set_progress(15, 60)
+    expected = model(images, context([3, 4]))
+    compile_regions(model, "aot_eager")
+    found = model(images, context([3, 4]))
+    torch.testing.assert_close(found.class_logits, expected.class_logits)
+    torch.testing.assert_close(found.mask_logits(0), expected.mask_logits(0))

@@ -134,5 +134,7 @@ def test_parts_that_do_not_fit_are_refused():
         )
         with pytest.raises(ConfigError, match=message):
             build_model(config, pretrained_backbone=False)
+    with pytest.raises(ConfigError, match="it needs them, and what they are added to"):
+        ModelConfig(weights="deltas.bin", weights_are_deltas=True)
     with pytest.raises(ConfigError, match="one pair of steps for each of num_layers"):
         EomtDecoderConfig(annealing=((0, 1),))

@@ -106,6 +106,20 @@ def test_weights_go_out_and_come_back(family):
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_deltas_are_added_to_the_backbone_alone(family):
+    base, trained, again = ours_of(family), ours_of(family), ours_of(family)
+    again.backbone.load_state_dict(base.backbone.state_dict())
+    state = trained.state_dict()
+    published = {
+        name: tensor - base.state_dict()[name] if name.startswith("backbone.") else tensor
+        for name, tensor in state.items()
+    }
+    assert load_weights(again, eomt_to_authors(published), deltas=True).complete
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_file_without_probabilities_is_one_of_a_finished_training():
     state, ours = theirs_of("dinov2").state_dict(), ours_of("dinov2")
     del state["attn_mask_probs"]

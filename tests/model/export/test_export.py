@@ -118,7 +118,7 @@ def test_transformers_opens_our_folder_and_we_open_theirs(tmp_path, backbone):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "maskformer"}, "model_type is 'maskformer'; only mask2former can be read"),
+        ({"model_type": "maskformer"}, "model_type is 'maskformer'; only mask2former, eomt, eomt_dinov3 can be read"),
         ({"pre_norm": True}, "pre_norm is True; only False can be read"),
         ({"backbone_config": {"model_type": "dinov2"}}, "backbone_config.model_type is 'dinov2'; swin and resnet"),
         ({"backbone_config": {"model_type": "swin", "embed_dim": 8}}, "backbone_config.depths is missing"),

@@ -7,8 +7,9 @@ from safetensors import safe_open
 from m2f.data_pipeline.config import DataConfig, MixtureItem
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.config import ModelConfig
+from m2f.model.segmenter import Segmenter
 from m2f.trainer.config import TrainingConfig
-from m2f.trainer.engine.compile import REGIONS, compile_regions
+from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.errors import TrainingError
 from m2f.trainer.job import TrainJob
 from m2f.trainer.telemetry.phases import PhaseClock
@@ -35,7 +36,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(runs):
 
 def test_every_region_is_one_graph_however_many_targets_there_are(runs):
     assert len(set(runs["targets"])) > 3
-    assert runs["graphs"] == [len(REGIONS), len(REGIONS)]
+    assert runs["graphs"] == [len(Segmenter.regions), len(Segmenter.regions)]
 
 
 def test_checkpoints_have_the_names_of_a_model_that_is_not_compiled(runs, launcher):

@@ -19,8 +19,9 @@ from m2f.model.config import (
 from m2f.model.errors import ConfigError
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
+from m2f.model.segmenter import Segmenter
 from m2f.trainer.config import TrainingConfig, ZeroConfig
-from m2f.trainer.engine.compile import REGIONS, compile_regions
+from m2f.trainer.engine.compile import compile_regions
 from m2f.trainer.engine.module import TrainingModule
 from m2f.trainer.job import TrainJob
 from m2f.trainer.memory.probe import worst_batch
@@ -64,7 +65,7 @@ def test_every_region_is_one_graph_for_any_number_of_targets():
     compile_regions(module.model, graphs)
     for (loss, gradients), targets in zip(eager, (2, 5), strict=True):
         compiled_loss, compiled_gradients = step(module, targets)
-        assert graphs.frame_count == len(REGIONS)
+        assert graphs.frame_count == len(Segmenter.regions)
         # Deformable attention is sampled by grid_sample inside a graph.
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
         for compiled, expected in zip(compiled_gradients, gradients, strict=True):
