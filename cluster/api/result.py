@@ -150,6 +150,8 @@ class Result:
         try:
             detections = import_module("supervision").Detections
         except ModuleNotFoundError as error:
+            if error.name != "supervision":
+                raise
             raise ConfigError("to_supervision() needs the package supervision: pip install supervision") from error
         names = np.array(self.class_names, dtype=str)
         return detections(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -199,6 +201,27 @@ def test_min_score_is_that_of_the_verb(painted, scenes):
     few = painted.predict(image_of(scenes), task="instance", min_score=0.6)
     assert 0 < len(few) < len(everything)
     assert few.scores.tolist() == [score for score in everything.scores if score >= 0.6]
+
+
+def test_detections_of_supervision_where_it_is_installed(painted, scenes, monkeypatch):
+    result = painted.predict(image_of(scenes))
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(m2f.UserError, match="pip install supervision"):
+        result.to_supervision()
+    stands_in = SimpleNamespace(Detections=lambda **columns: columns)
+    monkeypatch.setitem(sys.modules, "supervision", stands_in)
+    found = result.to_supervision()
+    assert list(found) == ["xyxy", "mask", "confidence", "class_id", "data"]
+    assert found["data"]["class_name"].tolist() == result.class_names
+
+
+def test_a_result_without_objects_is_whole(painted):
+    nothing = painted.predict(np.zeros((40, 50, 3), np.uint8), min_score=1.0)
+    assert (len(nothing), nothing.masks.shape, nothing.boxes.shape) == (0, (0, 40, 50), (0, 4))
+    assert (nothing.to_coco(), nothing.class_names) == ([], [])
+    assert not nothing.panoptic.any()
+    assert (nothing.semantic == -1).all()
+    assert nothing.overlay().size == (50, 40)
 
 
 # Sources
