@@ -1,17 +1,21 @@
 """fp16 with a scaled loss, and a pixel decoder in fp32, in one process without DeepSpeed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from m2f.model.config import PilotConfig
 from m2f.model.loss.criterion import count_normalizers
 from m2f.model.mask2former import build_model
 from m2f.trainer.engine.loss_scale import GROWTH_STEPS, INITIAL_SCALE, LossScale
 from m2f.trainer.engine.module import TrainingModule
 from tests.trainer.engine_ranks import make_images
 from tests.trainer.tiny_job import MODEL
+
+PILOTED = replace(MODEL, pilots=PilotConfig(max_targets=8))
 
 
 def test_the_scale_halves_at_an_overflow_and_doubles_after_many_good_steps():
@@ -48,8 +52,10 @@ def test_gradients_do_not_hold_the_scale_but_overflow_by_it():
 
 
 def gradients(precision, **options):
+    """Of all weights, those of pilots among them, which are no part of the model."""
     torch.manual_seed(0)
-    module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 3, precision, **options)
+    model = build_model(PILOTED, pretrained_backbone=False)
+    module = TrainingModule(model, PILOTED, 3, precision, **options)
     seen = {}
 
     def see(_, inputs, outputs):
@@ -68,7 +74,7 @@ def gradients(precision, **options):
         finite = all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)
         if module.loss_scale is not None:
             module.loss_scale.update(finite)
-    return {name: parameter.grad for name, parameter in module.model.named_parameters()}, seen
+    return {name: parameter.grad for name, parameter in module.named_parameters()}, seen
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,8 @@ def test_gradients_are_close_to_fp32_with_the_pixel_decoder_in_fp32(precision, o
         for each in (exact.values(), [close[name] - exact[name] for name in exact])
     )
     assert 0 < error < tolerance * norm
+    of_pilots = "pilots.class_query.weight"
+    assert 0 < (close[of_pilots] - exact[of_pilots]).norm() < tolerance * exact[of_pilots].norm()
 
 
 def test_the_pixel_decoder_is_under_autocast_otherwise():
