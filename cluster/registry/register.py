@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from m2f.cluster.compare.records import RunRecord, read_runs
-from m2f.cluster.evaluation.publication import evaluated_checkpoint
+from m2f.cluster.evaluation.publication import evaluated_checkpoint, stored_figures
+from m2f.cluster.evaluation.queue import queue_url, read_entries
 from m2f.cluster.predict.choose_checkpoint import ChosenWeights, choose_checkpoint, open_recipe
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.config import RunConfig
@@ -23,7 +25,8 @@ from m2f.cluster.tracking.logged_models import EXTERNAL_TAG, EvaluatedCheckpoint
 from m2f.cluster.tracking.registered import find_version, registry_client, using_store
 from m2f.cluster.tracking.store import TrackingError, brief
 from m2f.cluster.tracking.tracked_run import TrackedRun
-from m2f.cluster.tracking.tracking import find_run
+from m2f.cluster.tracking.tracking import Tracking, find_run
+from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import pin, pins, unpin
@@ -32,6 +35,9 @@ REGISTERED_PIN = "registered"
 """Pin of a checkpoint that is in a registry; nobody takes it away by itself."""
 PACKAGE_TAG = "m2f.package"
 """Tag of a logged model and of a version: digest of what was uploaded."""
+VERSIONS_TAG = "mlflow.modelVersions"
+"""Tag of a logged model by which MLflow's page of it names its versions."""
+SEND_S = 60.0
 RUN_TAG, STEP_TAG, COMMIT_TAG = "m2f.run_id", "m2f.step", "m2f.commit"
 
 
@@ -126,6 +132,7 @@ class _Registration:
             return self._outcome(None, False, verdict, thresholds)
         with self._pinned():
             checkpoint = evaluated_checkpoint(self._config, self._storage, self._chosen.url, self._step)
+            self._log_figures(checkpoint)
             digest = package_digest(self._chosen.url, thresholds, self._wanted.allowed_hosts, self._storage)
             model, uploaded = self._model(checkpoint, digest, thresholds)
             version = self._version(model, checkpoint, digest, verdict, thresholds)
@@ -208,6 +215,15 @@ class _Registration:
                 unpin(self._storage, self._chosen.url, REGISTERED_PIN)
             raise
 
+    def _log_figures(self, checkpoint: EvaluatedCheckpoint) -> None:
+        """Give the logged model what a published evaluation found, where an earlier version only made points."""
+        entries = read_entries(self._storage, queue_url(self._config))
+        for entry in entries:
+            if entry.step == checkpoint.step and entry.status == "published":
+                tracking = Tracking(self._run, "registration")
+                tracking.log_evaluation(checkpoint, stored_figures(self._config, self._storage, entry))
+                tracking.close(SEND_S)
+
     def _model(
         self, checkpoint: EvaluatedCheckpoint, digest: str, thresholds: Thresholds | None
     ) -> tuple[LoggedModel, bool]:
@@ -258,9 +274,9 @@ class _Registration:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         quoted = self._name.replace("'", "\\'")
-        for version in self._client.search_model_versions(f"name = '{quoted}'"):
-            if version.tags.get(PACKAGE_TAG) == digest and version.tags.get(COMMIT_TAG) == checkpoint.commit:
-                return version
+        for known in self._client.search_model_versions(f"name = '{quoted}'"):
+            if known.tags.get(PACKAGE_TAG) == digest and known.tags.get(COMMIT_TAG) == checkpoint.commit:
+                return known
         tags = {
             PACKAGE_TAG: digest,
             COMMIT_TAG: checkpoint.commit,
@@ -269,7 +285,7 @@ class _Registration:
             "m2f.checkpoint.url": checkpoint.url,
             "m2f.weights.sha256": checkpoint.weights or "",
         }
-        return self._client.create_model_version(
+        version = self._client.create_model_version(
             self._name,
             f"models:/{model.model_id}",
             self._run.run_id,
@@ -277,6 +293,10 @@ class _Registration:
             description=_description(self._config, checkpoint, model, verdict, thresholds),
             model_id=model.model_id,
         )
+        versions = parse_json(model.tags.get(VERSIONS_TAG, "[]"))
+        versions.append({"name": self._name, "version": version.version})
+        self._client.set_logged_model_tags(model.model_id, {VERSIONS_TAG: json.dumps(versions)})
+        return version
 
 
 def _description(

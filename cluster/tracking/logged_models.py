@@ -19,6 +19,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Logged
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING
 from m2f.cluster.tracking.provenance import DataInput
 from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.scratch import ScratchFolder
@@ -36,6 +37,8 @@ KEPT, DELETED = "kept", "deleted"
 MODEL_TYPE = "segmentation"
 EXTERNAL_TAG = "mlflow.model.isExternal"
 TABLES_TAG = "mlflow.loggedArtifacts"
+_SHARED_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
+"""Of the run, which its models have as well."""
 METRICS_PER_CALL = 1000
 
 
@@ -104,8 +107,12 @@ class LoggedModels:
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self._client, self._run_id = client, run_id
-        self._experiment = client.get_run(run_id).info.experiment_id
+        run = client.get_run(run_id)
+        self._experiment = run.info.experiment_id
+        self._of_run = {name: run.data.tags[name] for name in _SHARED_TAGS if name in run.data.tags}
         self._has_models = self._knows_models()
+        if EXPERIMENT_KIND not in client.get_experiment(self._experiment).tags:  # made by an earlier version
+            client.set_experiment_tag(self._experiment, EXPERIMENT_KIND, MODEL_TRAINING)
 
     def ensure(self, checkpoint: EvaluatedCheckpoint) -> LoggedModel | None:
         """The model of a checkpoint, which is made, completed and linked with the run where it is not.
@@ -136,7 +143,7 @@ class LoggedModels:
             self._experiment,
             name,
             self._run_id,
-            tags=checkpoint.tags(),
+            tags=self._of_run | checkpoint.tags(),
             params={"step": str(checkpoint.step)},
             model_type=MODEL_TYPE,
         )

@@ -62,6 +62,7 @@ def test_a_checkpoint_is_registered_once_and_answers_anywhere(folder, tmp_path, 
     assert (version.run_id, version.tags["m2f.step"]) == (run.run_id, "4")
     assert "mlflow.model.isExternal" not in model.tags
     assert {metric.dataset_name for metric in model.metrics} == {"val"}
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "cells", "version": 1}]
     assert (Path(folder) / "checkpoints/step_00000004-1/pins/registered").is_file()
 
     # Again under another alias: the same version, and nothing is uploaded.
