@@ -79,6 +79,13 @@ ARMS = (
     Arm("transformers", (_FEW,), trainer="transformers"),
 )
 """`transformers` is the peer of `base`: with the same start weights, images and optimizer."""
+PILOT_ARMS = (
+    Arm("base_2500", (_FEW, "training.max_steps=2500")),
+    Arm("base_1250", (_FEW, "training.max_steps=1250")),
+    Arm("pilots_1500", (_FEW, "training.max_steps=1500", "model.pilots.max_targets=100")),
+)
+"""Of other lengths than the recipe, for `shapes`; `base_1250` has half of the steps of `base_2500`."""
+ALL_ARMS = ARMS + PILOT_ARMS
 
 COMPARISONS = (
     Comparison("box_matching", "base"),
@@ -87,6 +94,9 @@ COMPARISONS = (
     Comparison("box_matching", "uniform_8192", margin=1.5),
     Comparison("box_points", "uniform_8192", margin=1.5),
     Comparison("base", "transformers"),
+    Comparison("pilots_1500", "base_2500"),
+    Comparison("pilots_1500", "base"),
+    Comparison("base_1250", "base_2500"),
 )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality.arms import IMAGE_SETS, JUDGED_SEEDS, Comparison
-from benchmarks.quality.differences import Difference, Results, paired_difference
+from benchmarks.quality.arms import IMAGE_SETS, JUDGED_SEEDS, PILOT_ARMS, Comparison
+from benchmarks.quality.differences import Difference, Results, cpu_ratio, paired_difference
 from benchmarks.quality.point_costs import Costs
 
 SMALL_GAIN = 0.2
@@ -15,6 +15,8 @@ MANY_MARGIN = 1.5
 """Points of PQ that 1024 box points may be behind 8192 uniform ones."""
 MOST_COST = 0.35
 """CPU time of matching and losses that 1024 box points may take of that of 8192 uniform ones."""
+PILOT_COST = 0.7
+"""CPU seconds that pilots may take for the PQ that the base reaches in 2,500 steps."""
 _BOX_ARMS = ("box_matching", "box_points")
 _UNIFORM = "uniform_8192"
 
@@ -28,15 +30,18 @@ class Bar:
     metric: str
     least_gain: float | None = None
     """Share of the reference that must be gained; None: no loss is enough."""
+    most_cost: float | None = None
+    """CPU seconds of training that the arm may take, as a share of the reference's; None: any number."""
 
     def __str__(self) -> str:
         wanted = "no loss" if self.least_gain is None else f"a gain of at least {100 * self.least_gain:g} %"
         allowed = f" (margin {self.comparison.margin:g})" if self.least_gain is None else ""
         pair = f"{self.comparison.arm} against {self.comparison.reference}"
-        return f"{pair} on {self.image_set}: {wanted} in {self.metric}{allowed}"
+        cost = "" if self.most_cost is None else f", in at most {self.most_cost:g} of the CPU seconds"
+        return f"{pair} on {self.image_set}: {wanted} in {self.metric}{allowed}{cost}"
 
 
-BARS = tuple(
+_BOX_BARS = tuple(
     bar
     for arm in _BOX_ARMS
     for bar in (
@@ -48,6 +53,7 @@ BARS = tuple(
         Bar("small_shapes", Comparison(arm, "base"), "PQ_large"),
     )
 )
+BARS = (*_BOX_BARS, Bar("shapes", Comparison("pilots_1500", "base_2500"), "PQ", most_cost=PILOT_COST))
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ PARTS = (
     *(Part("box points", one.name, _POINTS, one.seeds) for one in IMAGE_SETS),
     Part("beside transformers", "shapes", ("base", "transformers"), 2),
     Part("beside transformers", "camvid", ("base", "transformers"), 2),
+    Part("pilots", "shapes", ("base", *(arm.name for arm in PILOT_ARMS)), JUDGED_SEEDS),
 )
 
 
@@ -78,7 +85,12 @@ def judge(bar: Bar, results: Results) -> str:
         return f"FAILS: {bar}: the set has no {bar.metric}"
     value, low, high = found.interval
     relative = "" if found.relative is None else f", {100 * found.relative:+.1f} %"
-    return f"{_verdict(bar, found)}: {bar}: {value:+.2f} ({low:+.2f} to {high:+.2f}){relative}"
+    verdict, cost = _verdict(bar, found), ""
+    if bar.most_cost is not None:
+        ratio = cpu_ratio(bar.comparison, results)
+        verdict = verdict if ratio is not None and ratio <= bar.most_cost else "FAILS"
+        cost = f", {'unknown' if ratio is None else f'{ratio:.2f}'} of the CPU seconds"
+    return f"{verdict}: {bar}: {value:+.2f} ({low:+.2f} to {high:+.2f}){relative}{cost}"
 
 
 def _verdict(bar: Bar, found: Difference) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality.arms import ARMS, Comparison, ImageSet, Run
+from benchmarks.quality.arms import ALL_ARMS, Comparison, ImageSet, Run
 from benchmarks.quality.finished_runs import RunResult, read_run
 from m2f.eval.metrics.seed_interval import SeedInterval, mean_interval
 
@@ -18,15 +18,15 @@ Results = Mapping[tuple[str, int], RunResult]
 
 
 def read_results(folder: Path, image_set: ImageSet) -> Results:
-    """Runs that reached the last step that any run of the set has reached."""
+    """Runs that reached the last step that any run of their arm has reached."""
     found = {
         (arm.name, seed): result
-        for arm in ARMS
+        for arm in ALL_ARMS
         for seed in range(MAX_SEEDS)
         if (result := read_run(folder, Run(image_set, arm, seed))) is not None
     }
-    last = max((result.step for result in found.values()), default=0)
-    return {key: result for key, result in found.items() if result.step == last}
+    last = {arm: max(result.step for (name, _), result in found.items() if name == arm) for arm, _ in found}
+    return {(arm, seed): result for (arm, seed), result in found.items() if result.step == last[arm]}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.arms import ARMS, COMPARISONS, IMAGE_SETS, JUDGED_SEEDS, METRICS, Arm, Comparison, ImageSet, Run
+from benchmarks.quality.arms import (
+    ALL_ARMS,
+    COMPARISONS,
+    IMAGE_SETS,
+    JUDGED_SEEDS,
+    METRICS,
+    Arm,
+    Comparison,
+    ImageSet,
+    Run,
+)
 from benchmarks.quality.bars import all_lines
 from benchmarks.quality.differences import Difference, Results, cpu_ratio, paired_difference, read_results
 from benchmarks.quality.markdown import markdown
@@ -31,20 +41,22 @@ def main(words: Sequence[str] | None = None) -> int:
     costs = read_costs(arguments.folder)
     if costs:
         print_out(f"## Cost of points\n\n{costs_table(costs)}\n")
-    finished = {
-        one.name: results[one.name] if _is_whole(one, results[one.name], arguments.overrides) else {}
-        for one in IMAGE_SETS
-    }
+    finished = {one.name: _finished(one, results[one.name], arguments.overrides) for one in IMAGE_SETS}
     print_out("## Bars and missing runs\n")
     for line in all_lines(finished, costs):
         print_out(f"- {line}")
     return 0
 
 
-def _is_whole(image_set: ImageSet, results: Results, overrides: Sequence[str]) -> bool:
-    """Whether the runs reached the last step of their recipe."""
-    last = Run(image_set, ARMS[0], 0).config(Path(), overrides).training.max_steps
-    return any(result.step == last for result in results.values())
+def _finished(image_set: ImageSet, results: Results, overrides: Sequence[str]) -> Results:
+    """The runs that reached the last step of their recipe."""
+    there = {name for name, _ in results}
+    last = {
+        arm.name: Run(image_set, arm, 0).config(Path(), overrides).training.max_steps
+        for arm in ALL_ARMS
+        if arm.name in there
+    }
+    return {(name, seed): result for (name, seed), result in results.items() if result.step == last[name]}
 
 
 def _seen_metrics(results: Results) -> list[str]:
@@ -55,9 +67,10 @@ def spread_table(results: Results) -> str:
     """Mean and standard deviation over the seeds of every arm, and CPU seconds."""
     some = next(iter(results.values()))
     metrics = _seen_metrics(results)
-    rows = [_spread_row(arm, results, metrics) for arm in ARMS if any(name == arm.name for name, _ in results)]
+    rows = [_spread_row(arm, results, metrics) for arm in ALL_ARMS if any(name == arm.name for name, _ in results)]
     head = ["arm", "seeds", *metrics, "training, CPU s", "evaluation, CPU s"]
-    return f"{some.step} steps, {some.images} validation images\n\n{markdown(head, rows)}"
+    steps = ", ".join(str(step) for step in sorted({result.step for result in results.values()}))
+    return f"{steps} steps, {some.images} validation images\n\n{markdown(head, rows)}"
 
 
 def _spread_row(arm: Arm, results: Results, metrics: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run, runs_of
+from benchmarks.quality.arms import ALL_ARMS, ARMS, IMAGE_SETS, Run, runs_of
 from benchmarks.quality.finished_runs import read_run
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.terminal import print_out
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     folder = arguments.folder.absolute()
     sets = [one for one in IMAGE_SETS if one.name in arguments.sets]
-    arms = [one for one in ARMS if one.name in arguments.arms]
+    arms = [one for one in ALL_ARMS if one.name in arguments.arms]
     pool = Pool(folder, arguments.overrides, arguments.processes)
     return pool.work(runs_of(sets, arms, arguments.seeds), 60 * arguments.minutes)
 
@@ -43,9 +43,11 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="where shards, run folders, logs and CPU records go")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="settings of all runs")
     parser.add_argument("--sets", nargs="+", choices=[one.name for one in IMAGE_SETS], default=["shapes"])
-    names = [one.name for one in ARMS]
+    names = [one.name for one in ALL_ARMS]
     own = [one.name for one in ARMS if one.trainer == "m2f"]
-    parser.add_argument("--arms", nargs="+", choices=names, default=own, help="default: all that m2f trains")
+    parser.add_argument(
+        "--arms", nargs="+", choices=names, default=own, help="default: those of m2f with the steps of the recipe"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument(

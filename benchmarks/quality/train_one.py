@@ -66,9 +66,9 @@ def _add(record: Path, line: dict[str, object]) -> None:
 
 def named(image_set: str, arm: str, seed: str) -> Run:
     """The run that command line words name."""
-    from benchmarks.quality.arms import ARMS, IMAGE_SETS, Run
+    from benchmarks.quality.arms import ALL_ARMS, IMAGE_SETS, Run
 
-    sets, arms = ({one.name: one for one in table} for table in (IMAGE_SETS, ARMS))
+    sets, arms = ({one.name: one for one in table} for table in (IMAGE_SETS, ALL_ARMS))
     return Run(sets[image_set], arms[arm], int(seed))
 
 

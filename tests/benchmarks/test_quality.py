@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import make_tables, point_costs
-from benchmarks.quality.arms import ARMS, COMPARISONS, IMAGE_SETS, METRICS, Comparison, Run, runs_of
+from benchmarks.quality.arms import (
+    ALL_ARMS,
+    ARMS,
+    COMPARISONS,
+    IMAGE_SETS,
+    METRICS,
+    PILOT_ARMS,
+    Comparison,
+    Run,
+    runs_of,
+)
 from benchmarks.quality.bars import BARS, PARTS, Bar, judge, judge_costs, missing_runs
 from benchmarks.quality.differences import cpu_ratio, paired_difference, read_results
 from benchmarks.quality.finished_runs import CpuSeconds, read_cpu, read_run
@@ -60,7 +70,7 @@ def test_every_arm_is_a_recipe(tmp_path):
         assert config.cluster.num_workers == 1
         assert config.output == str(tmp_path / "runs")
         assert config.training.micro_batch == config.training.global_batch
-    assert {name for c in COMPARISONS for name in (c.arm, c.reference)} == {arm.name for arm in ARMS}
+    assert {name for c in COMPARISONS for name in (c.arm, c.reference)} == {arm.name for arm in ALL_ARMS}
 
 
 def test_arms_differ_in_nothing_but_their_overrides(tmp_path):
@@ -239,9 +249,32 @@ def test_costs_are_held_against_their_bar():
 
 
 def test_every_bar_is_of_known_arms_and_metrics():
-    names = {arm.name for arm in ARMS}
+    names = {arm.name for arm in ALL_ARMS}
     assert all({bar.comparison.arm, bar.comparison.reference} <= names and bar.metric in METRICS for bar in BARS)
     assert all(set(part.arms) <= names for part in PARTS)
+
+
+def test_pilots_are_compared_with_longer_and_shorter_runs(tmp_path):
+    long, half, pilots = (Run(SHAPES, arm, 2).config(tmp_path) for arm in PILOT_ARMS)
+    assert (long.training.max_steps, half.training.max_steps, pilots.training.max_steps) == (2500, 1250, 1500)
+    for config in (long, half, pilots):
+        assert config.training.max_steps % config.training.checkpoint.every_steps == 0
+        assert config.datasets == Run(SHAPES, BASE, 2).config(tmp_path).datasets
+    assert (long.model.pilots.max_targets, pilots.model.pilots.max_targets) == (0, 100)
+    assert named("shapes", "pilots_1500", "4").arm == PILOT_ARMS[2]
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(69.0, "holds"), (71.0, "FAILS")])
+def test_pilots_must_cost_less(tmp_path, seconds, verdict):
+    for seed in range(5):
+        write_run(tmp_path, Run(SHAPES, PILOT_ARMS[0], seed), step=2500, PQ=60.0 + seed)
+        write_run(tmp_path, Run(SHAPES, PILOT_ARMS[2], seed), step=1500, seconds=seconds, PQ=60.5 + seed)
+    results = read_results(tmp_path, SHAPES)
+    assert len(results) == 10
+    assert judge(BARS[-1], results) == (
+        f"{verdict}: pilots_1500 against base_2500 on shapes: no loss in PQ (margin 1), in at most 0.7 of the CPU "
+        f"seconds: +0.50 (+0.50 to +0.50), +0.8 %, {seconds / 100:.2f} of the CPU seconds"
+    )
 
 
 def test_one_command_prints_everything(folder, capsys):
