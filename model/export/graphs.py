@@ -137,8 +137,16 @@ def require_onnx() -> None:
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """Save a graph as ONNX, weights inside, the notes as `metadata_props`. Raises WeightsError as `require_onnx`."""
+    """Save a graph as ONNX, weights inside, the notes as `metadata_props`.
+
+    Raises WeightsError as `require_onnx`, and where learned positions would have to be interpolated.
+    """
     require_onnx()
+    if any("_upsample_bicubic2d_aa" in str(node.target) for node in program.graph.nodes):
+        raise WeightsError(
+            "ONNX has no operation that interpolates this model's learned positions; give the images the size of "
+            "model.backbone.options.img_size, for which they are stored (--size), or export as torch_export"
+        )
     names = {"input_names": ["images"], "output_names": ["class_logits", "mask_logits"]}
     # Fused attention returns another memory layout than the plain form that the conversion puts in its place.
     with sdpa_kernel(SDPBackend.MATH):
