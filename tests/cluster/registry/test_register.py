@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -24,7 +27,8 @@ from m2f.data_pipeline.image_file import decode_rgb
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.trainer.checkpoint.folder import verify_sizes
 from tests.cluster.registry.registered_run import make_run
-from tests.waiting import PATIENCE_S
+from tests.mlflow_server import free_port
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]  # of MLflow about itself
 
@@ -210,3 +214,46 @@ def test_registered_models_follow_a_store_that_was_moved(folder, tmp_path):
     assert model.artifact_location.startswith((moved / "mlartifacts").as_uri())
     assert model.tags["m2f.checkpoint.url"].startswith(str(moved))
     assert client.get_model_version_download_uri("cells", version.version).startswith((moved / "mlartifacts").as_uri())
+
+
+@pytest.mark.soak
+def test_mlflows_own_server_answers(folder, tmp_path):
+    """The small version of this is what `load_registered.py` sends through the server's function."""
+    assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
+    _, run = client_of(folder)
+    (example,) = Path(folder).parent.glob("mlartifacts/models/*/artifacts/serving_input_example.json")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-p", str(port)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": run.uri, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "-m", "models:/cells@champion"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: asked(port, "GET", "/ping")[0] == 200, "the server", pause_s=0.5)
+        status, answer = asked(port, "POST", "/invocations", example.read_bytes())
+        assert status == 200, answer
+        assert set(json.loads(answer)["predictions"][0]) == {"height", "width", "panoptic", "instances", "semantic"}
+        status, answer = asked(port, "POST", "/invocations", b'{"dataframe_records": [{"image": "/etc/passwd"}]}')
+        assert status == 400
+        assert b"paths of files are not read" in answer
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(PATIENCE_S)
+
+
+def asked(port, method, path, body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except OSError:
+        return 0, b""
+    finally:
+        connection.close()
