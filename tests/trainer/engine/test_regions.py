@@ -14,6 +14,7 @@ from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    PilotConfig,
     TimmBackboneConfig,
 )
 from m2f.model.errors import ConfigError
@@ -54,9 +55,12 @@ def step(module, targets):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at inputs of its graphs
-def test_every_region_is_one_graph_for_any_number_of_targets():
+@pytest.mark.parametrize("pilots", [PilotConfig(), PilotConfig(max_targets=8, mask_noise=0.2)], ids=["", "pilots"])
+def test_every_region_is_one_graph_for_any_number_of_targets(pilots):
     torch.manual_seed(0)
-    module = TrainingModule(build_model(MODEL, pretrained_backbone=False), MODEL, 0, "fp32")
+    torch.compiler.reset()
+    model = replace(MODEL, pilots=pilots)
+    module = TrainingModule(build_model(model, pretrained_backbone=False), model, 0, "fp32")
     names = list(module.state_dict())
     with torch.no_grad():  # away from whole pixels, where bilinear sampling has a kink and forms may differ
         module.get_parameter("model.pixel_decoder.layers.0.attention.sampling_offsets.bias").add_(0.3)
