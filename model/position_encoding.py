@@ -7,11 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from m2f.model.constants import kept
+
 TEMPERATURE = 10_000.0
 EPSILON = 1e-6
 """Both as in DETR and the official code."""
 
 
+@kept(12)  # the levels of four sizes of images
 def sine_position_embedding(height: int, width: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
     """Sine embedding [height, width, channels] of a map, always float32.
 

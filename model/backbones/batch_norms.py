@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m2f.model.constants import may_keep
 from m2f.model.layers import GroupNorm
+
+
+class _KeptConstants(NamedTuple):
+    """What a frozen BatchNorm multiplies with and adds, and what it was made from."""
+
+    dtype: torch.dtype
+    buffers: tuple[Tensor, ...]
+    versions: list[int]
+    scale_and_shift: tuple[Tensor, Tensor]
+
+    def is_of(self, dtype: torch.dtype, buffers: tuple[Tensor, ...], versions: list[int]) -> bool:
+        """Whether it was made from these buffers, as they were then."""
+        is_same = all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
+        return is_same and dtype == self.dtype and versions == self.versions
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -26,6 +41,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(source.num_features))
         self.register_buffer("running_mean", torch.zeros(source.num_features))
         self.register_buffer("running_var", torch.ones(source.num_features) - source.eps)
+        self._kept: _KeptConstants | None = None
 
     @classmethod
     def from_trained(cls, source: nn.BatchNorm2d) -> FrozenBatchNorm2d:
@@ -37,10 +53,24 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape and dtype."""
+        scale, shift = self._scale_and_shift(features.dtype)
+        return torch.addcmul(shift, features, scale)
+
+    def _scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[1, C, 1, 1] each; made again only after a buffer was replaced or written to."""
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        if not may_keep() or any(buffer.is_inference() for buffer in buffers):  # these do not count writes
+            return self._make_scale_and_shift(dtype)
+        versions = [buffer._version for buffer in buffers]
+        if self._kept is None or not self._kept.is_of(dtype, buffers, versions):
+            with torch.inference_mode(False):  # what inference makes, training could not keep for its backward pass
+                self._kept = _KeptConstants(dtype, buffers, versions, self._make_scale_and_shift(dtype))
+        return self._kept.scale_and_shift
+
+    def _make_scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        scale, shift = (row.to(features.dtype).view(1, -1, 1, 1) for row in (scale, shift))
-        return torch.addcmul(shift, features, scale)
+        return scale.to(dtype).view(1, -1, 1, 1), shift.to(dtype).view(1, -1, 1, 1)
 
 
 class SyncBatchNorm2d(nn.SyncBatchNorm):

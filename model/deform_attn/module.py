@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f.model.constants import kept
 from m2f.model.deform_attn.cpu import SampledRowSum, Shapes
 
 _exporting = False
@@ -82,16 +83,22 @@ class SamplingGrid(NamedTuple):
     @staticmethod
     def of_pixels(shapes: Shapes, device: torch.device | str = "cpu") -> SamplingGrid:
         """Every pixel of every level is a query at its own centre: Q = S."""
-        # Filled on the device: a copy from the host would wait for all work queued before it.
-        extents = [torch.sym_float(extent) for height, width in shapes for extent in (width, height)]
-        sizes = torch.stack([torch.full((), extent, dtype=torch.float32, device=device) for extent in extents])
-        levels = []
-        for height, width in shapes:
-            y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-            x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-            centres = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
-            levels.append(centres.flatten(0, 1))
-        return SamplingGrid(shapes, sizes.view(-1, 1, 2), torch.cat(levels)[None, :, None])
+        return SamplingGrid(shapes, *_sizes_and_centres(tuple((height, width) for height, width in shapes), device))
+
+
+@kept(4)
+def _sizes_and_centres(shapes: Shapes, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """`sizes` and `reference` of `SamplingGrid.of_pixels`."""
+    # Filled on the device: a copy from the host would wait for all work queued before it.
+    extents = [torch.sym_float(extent) for height, width in shapes for extent in (width, height)]
+    sizes = torch.stack([torch.full((), extent, dtype=torch.float32, device=device) for extent in extents])
+    levels = []
+    for height, width in shapes:
+        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        centres = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
+        levels.append(centres.flatten(0, 1))
+    return sizes.view(-1, 1, 2), torch.cat(levels)[None, :, None]
 
 
 class Float32Linear(nn.Linear):

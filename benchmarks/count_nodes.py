@@ -1,0 +1,135 @@
+"""`python -m benchmarks.count_nodes [SIDE] [IMAGES]`: operations of each region's graphs of a training step.
+
+The regions of an R50 are traced for tensors that have no values, in bfloat16 autocast, as `training.compile` does, and
+with the fused kernel of deformable attention as on GPUs. The counts of forward and backward are an upper bound of
+Inductor's kernels, which fuse neighbours; views are not counted. The last lines count what an eager step would launch
+for tensors that `m2f.model.constants` keeps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
+from m2f.model.config import ModelConfig
+from m2f.model.deform_attn.module import MSDeformAttn, SamplingGrid
+from m2f.model.mask2former import build_model
+from m2f.model.position_encoding import sine_position_embedding
+
+REGIONS = ("backbone", "pixel_decoder", "transformer_decoder")
+
+
+@dataclass(frozen=True)
+class RegionCount:
+    """Operations of one region, without views."""
+
+    region: str
+    forward: int
+    backward: int
+    fused_attention: int
+    """Of the forward ones: kernels of deformable attention."""
+
+
+def count_regions(model: nn.Module, images: Callable[[], Tensor]) -> tuple[RegionCount, ...]:
+    """Compile the regions of a model without values and count; `images` makes its input in the same mode."""
+    graphs: dict[str, list[fx.GraphModule]] = {name: [] for name in REGIONS}
+    for name in REGIONS:
+        model.get_submodule(name).compile(backend=_keep_graphs(graphs[name]), dynamic=False, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions = model(images())
+    (predictions.class_logits.sum() + predictions.mask_embeddings.sum() + predictions.mask_features.sum()).backward()
+    return tuple(_count(name, graphs[name]) for name in REGIONS)
+
+
+def _keep_graphs(into: list[fx.GraphModule]) -> Callable[..., Any]:
+    def keep(graph: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        into.append(graph)
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
+
+
+def _count(region: str, graphs: Sequence[fx.GraphModule]) -> RegionCount:
+    forward, backward = graphs
+    attention = [node for node in forward.graph.nodes if str(node.target) == "m2f.ms_deform_attn.default"]
+    return RegionCount(region, _launches(forward), _launches(backward), len(attention))
+
+
+def _launches(graph: fx.GraphModule) -> int:
+    return sum(
+        isinstance(node.target, torch._ops.OpOverload) and not _is_view(node.target) for node in graph.graph.nodes
+    )
+
+
+def _is_view(operation: torch._ops.OpOverload) -> bool:
+    return any(returned.alias_info is not None for returned in operation._schema.returns)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        self.count += not _is_view(func)
+        return func(*args, **(kwargs or {}))
+
+
+def count_constants(model: nn.Module, side: int) -> dict[str, int]:
+    """Launches of one forward for what is kept between steps, without the operator's table of levels."""
+    shapes = [(side // stride, side // stride) for stride in (32, 16, 8)]
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    counts = {}
+    with OperationCounter() as counter:
+        for norm in norms:
+            norm._make_scale_and_shift(torch.bfloat16)
+    counts["frozen BatchNorms"] = counter.count
+    with OperationCounter() as counter:
+        for shape in shapes:
+            sine_position_embedding(*shape, 256)
+    counts["position embeddings of both decoders"] = 2 * counter.count
+    with OperationCounter() as counter:
+        SamplingGrid.of_pixels(shapes)
+    counts["centres of pixels"] = counter.count
+    return counts
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Tensors have shapes alone, and the kernel of deformable attention takes them."""
+    with patch.object(MSDeformAttn, "_is_fused", lambda self, value: True), FakeTensorMode():
+        yield
+
+
+def main(side: int = 1024, images: int = 2) -> None:
+    with without_values():
+        model = build_model(ModelConfig(num_classes=133), pretrained_backbone=False).train()
+        constants = count_constants(model, side)
+
+        def batch() -> Tensor:
+            return torch.zeros(images, 3, side, side).contiguous(memory_format=torch.channels_last)
+
+        counts = count_regions(model, batch)
+    print(f"R50, {images} x {side} x {side}, torch {torch.__version__}")
+    for count in counts:
+        print(f"{count.region}: {count.forward} forward, {count.backward} backward ({count.fused_attention} fused)")
+    for name, number in constants.items():
+        print(f"kept: {number} launches for {name}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

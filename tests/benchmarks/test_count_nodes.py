@@ -1,0 +1,39 @@
+"""Graphs of a training step stay as small as they are."""
+
+import pytest
+import torch
+
+from benchmarks.count_nodes import count_constants, count_regions, without_values
+from m2f.model.config import (
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    TimmBackboneConfig,
+)
+from m2f.model.mask2former import build_model
+
+CONFIG = ModelConfig(
+    num_classes=3,
+    backbone=TimmBackboneConfig(name="resnet18", pretrained=False),
+    pixel_decoder=MSDeformAttnPixelDecoderConfig(
+        conv_dim=32, mask_dim=32, feedforward_dim=32, num_heads=2, num_layers=2
+    ),
+    transformer_decoder=MaskedTransformerDecoderConfig(
+        hidden_dim=32, num_heads=2, num_queries=5, num_layers=3, feedforward_dim=32
+    ),
+)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which Dynamo reads of tensors without values
+def test_graphs_of_a_training_step_do_not_grow():
+    torch.compiler.reset()
+    with without_values():
+        model = build_model(CONFIG, pretrained_backbone=False).train()
+        kept = count_constants(model, 128)
+        counts = count_regions(model, lambda: torch.zeros(2, 3, 128, 128))
+    backbone, pixel_decoder, transformer_decoder = counts
+    assert pixel_decoder.fused_attention == 2
+    assert backbone.forward <= 240
+    assert pixel_decoder.forward + pixel_decoder.backward <= 400
+    assert transformer_decoder.forward + transformer_decoder.backward <= 720
+    assert min(kept.values()) > 20

@@ -1,0 +1,91 @@
+"""Tensors of sizes alone are made once, and again where something else needs them."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from m2f.model.backbones.batch_norms import FrozenBatchNorm2d
+from m2f.model.constants import kept
+from m2f.model.position_encoding import sine_position_embedding
+
+
+@pytest.fixture
+def made():
+    """A function that keeps two results, and how often each was made."""
+    calls = []
+
+    @kept(2)
+    def ones(length):
+        calls.append(length)
+        return torch.ones(length)
+
+    return ones, calls
+
+
+def test_the_last_results_are_kept(made):
+    ones, calls = made
+    assert ones(3) is ones(3)
+    ones(4), ones(5), ones(3)
+    assert calls == [3, 4, 5, 3]
+
+
+def test_tensors_without_values_are_not_kept_and_not_mixed_with_others(made):
+    ones, calls = made
+    real = ones(3)
+    with FakeTensorMode():
+        fake = ones(3)
+    assert type(fake) is not torch.Tensor
+    assert ones(3) is real
+    assert calls == [3, 3]
+
+
+def test_what_inference_made_can_be_trained_with(made):
+    ones, _ = made
+    with torch.inference_mode():
+        ones(3)
+    weight = torch.zeros(3, requires_grad=True)
+    (weight * ones(3)).sum().backward()
+    assert weight.grad.tolist() == [1, 1, 1]
+
+
+def test_a_compiled_function_makes_them_in_its_graph():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + sine_position_embedding(3, 2, 8), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(3, 2, 8)), sine_position_embedding(3, 2, 8))
+
+
+def frozen_norm():
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm2d(nn.BatchNorm2d(4))
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 1.5)
+    return norm
+
+
+def expected(norm, features):
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    scale, shift = (row.to(features.dtype).view(1, -1, 1, 1) for row in (scale, shift))
+    return torch.addcmul(shift, features, scale)
+
+
+@pytest.mark.parametrize("change", ["write", "load", "cast", "replace"])
+def test_constants_of_a_frozen_norm_follow_its_buffers(change):
+    norm, features = frozen_norm(), torch.randn(2, 4, 3, 3)
+    with torch.inference_mode():
+        norm(features)
+    assert norm._scale_and_shift(torch.float32)[0] is norm._scale_and_shift(torch.float32)[0]
+    match change:
+        case "write":
+            norm.running_var.mul_(2)
+        case "load":
+            norm.load_state_dict({name: buffer + 1 for name, buffer in norm.state_dict().items()})
+        case "cast":
+            norm, features = norm.bfloat16(), features.bfloat16()
+        case "replace":
+            norm.weight = norm.weight + 1
+    features.requires_grad_()
+    found = norm(features)
+    found.float().sum().backward()
+    assert torch.equal(found, expected(norm, features))
