@@ -17,16 +17,25 @@ import torch
 import triton
 from torch import Tensor
 
+from m2f.model.constants import kept
 from m2f.model.deform_attn.cpu import Samples, Shapes, padded_table, unpadded_values
 from m2f.model.deform_attn.triton_kernels import backward_kernel, forward_kernel
 from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig, milliseconds_on_gpu
 
 # None of these needs more registers than there are, for 32 channels per head on a GPU of compute capability 9.0.
 FORWARD = Autotuner(
-    [LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(8, 1), LaunchConfig(16, 4)], milliseconds_on_gpu
+    [LaunchConfig(8, 1), LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(16, 4)], milliseconds_on_gpu
 )
 BACKWARD = Autotuner(
-    [LaunchConfig(16, 4), LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(32, 8)], milliseconds_on_gpu
+    [
+        LaunchConfig(16, 4),
+        LaunchConfig(32, 4),
+        LaunchConfig(16, 2),
+        LaunchConfig(32, 8),
+        LaunchConfig(4, 1),
+        LaunchConfig(8, 2),
+    ],
+    milliseconds_on_gpu,
 )
 MIN_QUERIES_TO_TUNE = 1024
 """Queries of a batch below which compiling all tunings costs more than the fastest can save."""
@@ -113,11 +122,12 @@ def _inputs(
     value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The pointers with which both kernels begin."""
-    levels = _level_table(sides, value.device)
+    levels = _level_table(tuple(sides), value.device)
     return value.contiguous(), levels, reference.contiguous(), offsets.contiguous(), logits.contiguous()
 
 
-def _level_table(sides: Sequence[int], device: torch.device) -> Tensor:
+@kept(16)
+def _level_table(sides: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [L, 3]: width, height and first pixel of every level; filled on the device, as a copy would wait."""
     rows, start = [], 0
     for height, width in zip(sides[::2], sides[1::2], strict=True):

@@ -1,0 +1,99 @@
+"""`python -m benchmarks.kernel_resources [SM,...] [CHANNELS,...]`: registers, spills and barriers of the fused kernel.
+
+Every cut of the tables in `m2f.model.deform_attn.triton_op` is compiled for GPUs of these compute capabilities (90 is
+9.0) and channels per head, in bfloat16. No GPU is needed: Triton brings its assembler.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from m2f.model.deform_attn.triton_kernels import backward_kernel, forward_kernel
+from m2f.model.deform_attn.triton_op import BACKWARD, FORWARD
+from m2f.model.deform_attn.tuning import LaunchConfig
+
+LEVELS, POINTS, WARP = 3, 4, 32
+REGISTERS = 65_536
+"""Of a multiprocessor of these GPUs."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel takes."""
+
+    registers: int
+    """Of each thread."""
+    spilled: int
+    """Bytes of each thread that found no register."""
+    shared: int
+    """Bytes of shared memory."""
+    barriers: int
+    """Places where the warps of a program wait for each other."""
+
+    def warps_resident(self, num_warps: int, limit: int = 64) -> int:
+        """Warps that a multiprocessor holds at a time, by registers."""
+        per_warp = -(-self.registers * WARP // 256) * 256
+        return min(limit, REGISTERS // (per_warp * num_warps) * num_warps)
+
+
+def resources(kernel: Any, capability: int, dim: int, cut: LaunchConfig, **constants: bool) -> Resources:
+    """Compile a kernel for one cut and read what the assembler reports."""
+    sizes = {"DIM": dim, "LANES": triton.next_power_of_2(dim), "LEVELS": LEVELS, "POINTS": POINTS, "BLOCK": cut.block}
+    sizes |= {"SAMPLES": triton.next_power_of_2(LEVELS * POINTS), **constants}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in sizes else _type(name) for name in names}
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in sizes.items()},
+        attrs={(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name.endswith("_ptr")},
+    )
+    options = {"num_warps": cut.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    barriers = len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", compiled.asm["ptx"]))
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared, barriers)
+
+
+def _type(name: str) -> str:
+    if not name.endswith("_ptr"):
+        return "i32"
+    if name == "levels_ptr":
+        return "*i32"
+    return "*bf16" if name in ("value_ptr", "logits_ptr", "gradient_ptr", "output_ptr") else "*fp32"
+
+
+def main(capabilities: str = "80,90,100", channels: str = "32,48,64,96,128") -> None:
+    print("| GPU | channels | kernel | queries, warps | registers | spilled bytes | shared bytes | barriers | warps |")
+    print("|---|--:|---|---|--:|--:|--:|--:|--:|")
+    for capability in map(int, capabilities.split(",")):
+        for dim in map(int, channels.split(",")):
+            for name, kernel, table, more in (
+                ("forward", forward_kernel, FORWARD.table, {}),
+                ("backward", backward_kernel, BACKWARD.table, {"SCATTER": True}),
+            ):
+                for cut in table:
+                    used = resources(kernel, capability, dim, cut, **more)
+                    print(
+                        f"| sm_{capability} | {dim} | {name} | {cut.block}, {cut.num_warps} | {used.registers} | "
+                        f"{used.spilled} | {used.shared} | {used.barriers} | {used.warps_resident(cut.num_warps)} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
