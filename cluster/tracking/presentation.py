@@ -20,7 +20,10 @@ from m2f.data_pipeline.urls import without_secrets
 
 EXPERIMENT_KIND = "mlflow.experimentKind"
 MODEL_TRAINING = "custom_model_development"
-"""Value of the tag above with which the pages of an experiment open on runs and models, not on chat traces."""
+"""Value of the tag above with which the pages of an experiment open on runs and models, not on chat traces.
+
+MLflow 3.17 goes by its switch between GenAI and model training first.
+"""
 PARENT_TAG = "mlflow.parentRunId"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
