@@ -59,7 +59,7 @@ def hugging_face_twin(hidden_dim=64):
     torch.manual_seed(1)
     twin = transformers.Mask2FormerForUniversalSegmentation(config)
     decoder = twin.model.transformer_module
-    if isinstance(decoder.input_projections, list):  # before 5.18, so that they were no part of the weights
+    if isinstance(decoder.input_projections, list):  # as late as 5.20: no part of the weights then
         decoder.input_projections = nn.ModuleList(decoder.input_projections)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
