@@ -37,6 +37,8 @@ BACKWARD = Autotuner(
     ],
     milliseconds_on_gpu,
 )
+WIDE_HEAD = LaunchConfig(16, 4)
+"""Taken untried above 32 channels per head, where the forward kernel's first cut would spill registers."""
 MIN_QUERIES_TO_TUNE = 1024
 """Queries of a batch below which compiling all tunings costs more than the fastest can save."""
 
@@ -147,7 +149,7 @@ def _launch_config(tuner: Autotuner, inputs: tuple[Tensor, ...], run: Callable[[
     is_fixed = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
     is_short = batch * queries < MIN_QUERIES_TO_TUNE or value.device.type == "cpu"  # Triton's interpreter
     if is_fixed or is_short:
-        return tuner.table[0]
+        return tuner.table[0] if value.shape[-1] <= 32 else WIDE_HEAD
     sizes = (*per_query, value.shape[-1], triton.next_power_of_2(batch * queries))
     return tuner.choose((value.device, value.dtype, sizes), run)
 
