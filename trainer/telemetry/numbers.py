@@ -69,6 +69,10 @@ class NodeUse:
     gpu_percent: float | None = None
     """Mean over its GPUs."""
 
+    def numbers(self) -> dict[str, float | None]:
+        """All but the name of the machine."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
+
 
 @dataclass(frozen=True)
 class RankSpread:
@@ -110,8 +114,7 @@ class StepMetrics:
         for group in ("loss", "storage", "system", "ranks"):
             found |= {f"{group}/{name.rstrip('_')}": value for name, value in asdict(getattr(self, group)).items()}
         for node in self.nodes:
-            numbers = [(name, value) for name, value in asdict(node).items() if name != "host"]
-            found |= {f"system/{node.host}/{name}": value for name, value in numbers}
+            found |= {f"system/{node.host}/{name}": value for name, value in node.numbers().items()}
         found |= asdict(self.throughput)
         found |= {name: getattr(self, name) for name in ("grad_norm", "lr", "images", "skipped_steps", "mfu")}
         return {name: value for name, value in found.items() if value is not None}
