@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from m2f.cluster.recipe.config import RunConfig
@@ -12,6 +12,7 @@ from m2f.cluster.recipe.explain import explain
 from m2f.cluster.recipe.load import dump_recipe, flatten, load_recipe, parse_recipe
 from m2f.data_pipeline.config import LargeScaleJitter, ShortestEdgeCrop
 from m2f.data_pipeline.sources import CocoPanopticSource
+from m2f.data_pipeline.urls import url_problem
 from m2f.model.errors import ConfigError
 from m2f.trainer.config import MultiStepSchedule, PolySchedule
 
@@ -167,6 +168,7 @@ def test_the_dumped_recipe_loads_back_equal_and_complete():
 
 @given(lr=st.floats(1e-12, 1e3), steps=st.integers(1, 10**9), text=st.from_regex(r"[ -#%-~]{1,20}", fullmatch=True))
 def test_dumping_and_loading_keeps_any_values(lr, steps, text):
+    assume(url_problem(text) is None)
     config = parse_recipe(RECIPE)
     training = dataclasses.replace(
         config.training, max_steps=steps, optimizer=dataclasses.replace(config.training.optimizer, lr=lr)
