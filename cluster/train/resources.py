@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -37,5 +38,9 @@ def resource_requests(config: RunConfig) -> list[ResourceRequest]:
 
 
 def count_fitting(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
-    """How many processes the free resources of these nodes hold."""
-    return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items()) for node in nodes)
+    """How many processes the free resources of these nodes hold: any number of those that need nothing."""
+
+    def fitting(node: Mapping[str, float]) -> int:
+        return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items()), default=sys.maxsize)
+
+    return sum(map(fitting, nodes))

@@ -36,6 +36,8 @@ def test_room_counts_whole_workers_per_node():
     assert count_fitting(nodes, {"CPU": 2.0}) == 3
     assert count_fitting(nodes, {"CPU": 1.0, "trainer": 1.0}) == 1
     assert count_fitting([{"CPU": 0.3}], {"CPU": 0.1}) == 3
+    assert count_fitting([{"CPU": 0.0}], {}) > 1000
+    assert count_fitting([], {}) == 0
 
 
 def test_less_than_the_most_needs_patience():
