@@ -12,7 +12,6 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.journal import Journal
 from m2f.cluster.tracking.logged_models import (
     DELETED,
@@ -28,20 +27,10 @@ from m2f.cluster.tracking.tracking import Tracking, create_run
 from m2f.data_pipeline.config import StorageConfig
 from tests.waiting import PATIENCE_S
 
-RECIPE = """
-name: logged
-datasets: {train: {shards: shards/train}}
-data: {train: [{dataset: train}]}
-training: {max_steps: 10}
-"""
-
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, migrated_database):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)
-    return create_run(dataclasses.replace(parse_recipe(RECIPE), output=str(tmp_path / "runs")))
+def run(stored_config):
+    return create_run(stored_config)
 
 
 def checkpoint(step, lease=1):
@@ -194,13 +183,12 @@ def test_an_old_note_of_what_is_kept_says_nothing_of_later_checkpoints(run):
     assert {model.tags[STATE_TAG] for model in models_of(run).values()} == {KEPT}
 
 
-def test_what_a_dead_evaluation_left_is_sent_by_the_next_one_alone(run, tmp_path):
-    config = dataclasses.replace(parse_recipe(RECIPE), output=str(tmp_path / "runs"))
-    first = dataclasses.replace(run, lease=RunLease(config.run_folder, 1, StorageConfig()))
+def test_what_a_dead_evaluation_left_is_sent_by_the_next_one_alone(run, stored_config):
+    first = dataclasses.replace(run, lease=RunLease(stored_config.run_folder, 1, StorageConfig()))
     tracking = Tracking(first, "evaluation", interval_s=1e3)
     tracking.abandon()
     tracking.log_evaluation(checkpoint(4), [figures(40.0)])
-    second = create_run(config, lease=2)
+    second = create_run(stored_config, lease=2)
     kinds = [sorted(entry) for entry, _ in Journal(second.journal("evaluation")).read(10)]
     assert kinds == [["evaluation", "replaces", "sets", "time_ms"]]
     assert all("evaluation" not in entry for entry, _ in Journal(second.journal("driver")).read(10))

@@ -6,24 +6,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from m2f.cluster.recipe.load import parse_recipe
 from m2f.cluster.tracking.presentation import EXPERIMENT_KIND, MODEL_TRAINING, PARENT_TAG
 from m2f.cluster.tracking.tracking import TrackingError, create_run
-
-RECIPE = """
-name: shown
-datasets: {train: {shards: shards/train}}
-data: {train: [{dataset: train}]}
-training: {max_steps: 10}
-"""
-
-
-@pytest.fixture
-def config(tmp_path, monkeypatch, migrated_database):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)
-    return dataclasses.replace(parse_recipe(RECIPE), output=str(tmp_path / "runs"))
 
 
 def named(config, name, parent):
@@ -34,43 +18,43 @@ def tags(run):
     return MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.tags
 
 
-def test_a_run_says_who_started_it_with_which_command_and_what_it_is(config, monkeypatch):
+def test_a_run_says_who_started_it_with_which_command_and_what_it_is(stored_config, monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "ada")
     monkeypatch.setattr("sys.argv", ["/usr/bin/m2f", "train", "a b.yaml", "tracking.uri=http://me:secret@host"])
-    run = create_run(config)
+    run = create_run(stored_config)
     found = tags(run)
     assert found["mlflow.user"] == "ada"
     assert found["mlflow.source.name"] == "m2f train 'a b.yaml' tracking.uri=http://host"
     assert found["mlflow.source.type"] == "LOCAL"
-    assert f"`{config.run_folder}`" in found["mlflow.note.content"]
+    assert f"`{stored_config.run_folder}`" in found["mlflow.note.content"]
     client = MlflowClient(tracking_uri=run.uri)
     experiment = client.get_experiment_by_name("m2f")
     assert experiment.tags[EXPERIMENT_KIND] == MODEL_TRAINING
     client.set_experiment_tag(experiment.experiment_id, EXPERIMENT_KIND, "chosen by a person")
-    create_run(dataclasses.replace(config, name="second"))
+    create_run(dataclasses.replace(stored_config, name="second"))
     assert client.get_experiment_by_name("m2f").tags[EXPERIMENT_KIND] == "chosen by a person"
 
 
-def test_runs_of_a_sweep_stand_below_one_run(config):
-    first, second = (create_run(named(config, name, "seeds 'of' today")) for name in ("a", "b"))
+def test_runs_of_a_sweep_stand_below_one_run(stored_config):
+    first, second = (create_run(named(stored_config, name, "seeds 'of' today")) for name in ("a", "b"))
     parent = tags(first)[PARENT_TAG]
     assert tags(second)[PARENT_TAG] == parent
     client = MlflowClient(tracking_uri=first.uri)
     assert client.get_run(parent).info.run_name == "seeds 'of' today"
     assert client.get_run(parent).info.status == "FINISHED"
-    assert tags(create_run(named(config, "c", first.run_id)))[PARENT_TAG] == first.run_id
+    assert tags(create_run(named(stored_config, "c", first.run_id)))[PARENT_TAG] == first.run_id
     with pytest.raises(TrackingError, match=r"tracking\.parent is 0{32}, but"):
-        create_run(named(config, "d", "0" * 32))
+        create_run(named(stored_config, "d", "0" * 32))
 
 
-def test_a_run_that_the_process_has_open_is_the_parent(config):
-    run = create_run(config)
+def test_a_run_that_the_process_has_open_is_the_parent(stored_config):
+    run = create_run(stored_config)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(run.uri)
     try:
         with mlflow.start_run(experiment_id=MlflowClient().get_experiment_by_name("m2f").experiment_id) as opened:
-            inner = create_run(dataclasses.replace(config, name="inner"))
+            inner = create_run(dataclasses.replace(stored_config, name="inner"))
     finally:
         mlflow.set_tracking_uri(before)
     assert tags(inner)[PARENT_TAG] == opened.info.run_id
-    assert PARENT_TAG not in tags(create_run(dataclasses.replace(config, name="alone")))
+    assert PARENT_TAG not in tags(create_run(dataclasses.replace(stored_config, name="alone")))

@@ -1,0 +1,22 @@
+"""A recipe whose store in `output` exists: MLflow needs seconds to make one."""
+
+import dataclasses
+
+import pytest
+
+from m2f.cluster.recipe.load import parse_recipe
+
+RECIPE = """
+name: tracked
+datasets: {train: {shards: shards/train}}
+data: {train: [{dataset: train}]}
+training: {max_steps: 10}
+"""
+
+
+@pytest.fixture
+def stored_config(tmp_path, monkeypatch, migrated_database):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mlflow.db").write_bytes(migrated_database)
+    return dataclasses.replace(parse_recipe(RECIPE), output=str(tmp_path / "runs"))
