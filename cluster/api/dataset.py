@@ -17,7 +17,8 @@ from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import encode_png
 from m2f.data_pipeline.partition import Region, partition
-from m2f.data_pipeline.readers.custom import CustomReader
+from m2f.data_pipeline.readers.custom import CustomReader, check_annotation
+from m2f.data_pipeline.readers.files import check_image
 from m2f.data_pipeline.readers.masks import stack_layers
 from m2f.data_pipeline.sample import VOID_ID, Annotation, Segment
 from m2f.data_pipeline.sources import CustomSource
@@ -31,6 +32,8 @@ Truth: TypeAlias = PanopticImage | Instances | np.ndarray
 
 _MAX_ID = 2**24
 """Segment ids are below, as in COCO's maps."""
+_NO_LABEL = _MAX_ID - 1
+"""What `ignore` is taken for, which may be negative."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,9 @@ class Dataset:
         table = self._table
         files = self._files()
         annotations = [self._annotation(position, truth) for position, truth in enumerate(self.annotations)]
+        for position, (file, annotation) in enumerate(zip(files, annotations, strict=True)):
+            height, width = check_annotation(annotation, table, f"annotation {position}")
+            check_image(file, height, width, DatasetConfig.max_pixels, f"image {position}")
         of_name = {f"{position:08d}": position for position in range(len(files))}
         config = DatasetConfig(shards=os.fspath(folder), source=CustomSource(version=_digest(files, annotations)))
         reader = CustomReader.of(
@@ -116,6 +122,8 @@ class Dataset:
         values = truth.id_map if isinstance(truth, PanopticImage) else truth
         if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer) or values.size == 0:
             raise DataError(f"{where} is a map {values.dtype} {list(values.shape)}; it must be integers [H, W]")
+        if not isinstance(truth, PanopticImage):
+            values = np.where(values == self.ignore, _NO_LABEL, values.astype(np.int64))
         if not 0 <= values.min() <= values.max() < _MAX_ID:
             raise DataError(
                 f"{where} has values from {values.min()} to {values.max()}; they must be from 0 to {_MAX_ID}"
@@ -138,7 +146,7 @@ class Dataset:
         return region
 
     def _class_of(self, value: int) -> Region | None:
-        if value == self.ignore:
+        if value == _NO_LABEL:
             return None
         if value >= len(self.names):
             raise KeyError(value)

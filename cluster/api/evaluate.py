@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from m2f.cluster.api.model import overrides_of
 from m2f.cluster.evaluation.offline import evaluate_checkpoint
@@ -42,5 +45,16 @@ def evaluate(
     config, own = open_recipe(resolved_source(os.fspath(source)), overrides_of(settings))
     wanted = own if checkpoint is None else str(checkpoint)
     weights = choose_checkpoint(config, Storage(config.storage), wanted)
-    found = evaluate_checkpoint(config, weights.url, step=weights.step)
+    with own_threads():
+        found = evaluate_checkpoint(config, weights.url, step=weights.step)
     return {one.results.subject.label: one.results for one in found}
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Give torch back the number of threads that the caller has set; evaluations in this process set the recipe's."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

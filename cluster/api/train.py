@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from m2f.cluster.api.evaluate import own_threads
 from m2f.cluster.api.model import Model, load, overrides_of
 from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import load_recipe, recipe_of_tree
@@ -83,7 +84,7 @@ def train(
     else:
         config = load_recipe(os.fspath(recipe), overrides)
     storage = Storage(config.storage)
-    with naming_extras("m2f.train"):
+    with naming_extras("m2f.train"), own_threads():
         _write_missing_shards(config, storage)
         return _run_of(_train(with_pinned_weights(config, storage), launcher), storage)
 

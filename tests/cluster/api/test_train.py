@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import m2f
 from m2f.cluster.api.model import overrides_of
+from m2f.cluster.api.train import _write_missing_shards
 from m2f.cluster.recipe.load import dump_recipe, load_recipe, recipe_of_tree
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.shards.verify import verify
@@ -102,6 +106,8 @@ def test_label_maps_and_instances_become_shards(scenes, tmp_path):
     assert m2f.Dataset(images, maps, ["ground", "box"]).write(tmp_path / "maps") == 8
     masks = [m2f.Instances(np.stack([ids == 2, ids >= 2]), [0, 0]) for _, ids in scenes]  # they overlap
     assert m2f.Dataset(images, masks, ["box"]).write(tmp_path / "instances") == 8
+    unlabelled = [np.where(ids == 255, -1, ids.astype(np.int64)) for ids in maps]
+    assert m2f.Dataset(images, unlabelled, ["ground", "box"], ignore=-1).write(tmp_path / "maps") == 8  # the same
     for name in ("maps", "instances"):
         assert verify(str(tmp_path / name), Storage(), "full").faults == ()
 
@@ -115,6 +121,8 @@ def test_label_maps_and_instances_become_shards(scenes, tmp_path):
         ({"annotations": [m2f.PanopticImage(np.full(SIZE, 5), {})] * 2}, "annotation 0: pixel values 5 have no label"),
         ({"annotations": [np.zeros((3, 3, 3), np.uint8)] * 2}, r"it must be integers \[H, W\]"),
         ({"annotations": [np.full(SIZE, 7, np.uint8)] * 2}, "annotation 0: pixel values 7 are not below 2"),
+        ({"annotations": [np.full(SIZE, -2, np.int64)] * 2}, "annotation 0 has values from -2 to -2"),
+        ({"annotations": [np.zeros(SIZE, np.uint8), np.zeros((9, 9), np.uint8)]}, "image 1: .*9 x 9"),
         ({"annotations": [m2f.Instances(np.zeros((1, *SIZE), bool), [4])] * 2}, "annotation 0 has the label 4"),
         ({"annotations": [np.zeros(SIZE, np.uint8), m2f.PanopticImage(np.zeros(SIZE, int), {})]}, "give one kind"),
     ],
@@ -150,6 +158,19 @@ def test_problems_of_a_dictionary_are_all_named():
         m2f.train({"name": object()})
 
 
+def test_shards_that_are_missing_are_written_once(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe["data"]["train"] = [{"dataset": "val"}]
+    recipe["evaluation"]["sets"] = [{"dataset": "val"}]
+    config = recipe_of_tree(recipe)
+    _write_missing_shards(config, Storage())
+    folder = Path(config.datasets["val"].shards)
+    assert verify(str(folder), Storage(), "full").faults == ()
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    _write_missing_shards(config, Storage())
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
+
+
 # A run
 
 
@@ -168,7 +189,11 @@ def test_a_run_from_arrays_has_metrics_checkpoints_and_a_model(scenes, tmp_path,
     assert [step for step, _ in run.curves["loss/total"]] == [1, 2]
     assert {"train/PQ", "few/PQ"} <= run.metrics.keys()
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
     found = m2f.evaluate(run.folder)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
     assert list(found) == ["train", "few"]
     assert found["train"].metrics()["PQ"] == run.metrics["train/PQ"]
     few = m2f.evaluate(run.folder, checkpoint=1, settings={"evaluation.sets": [{"dataset": "train", "limit": 1}]})
