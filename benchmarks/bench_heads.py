@@ -36,7 +36,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 
 def _case(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Measurement:
-    predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)))
+    predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)[:3]))
     targets = make_batch(images, size, objects).targets.to(device)
     config, sizes = LossConfig(), [(size // stride, size // stride) for stride in (32, 16, 8)]
     truth, labels, source = dense_masks(targets), list(targets.labels), CounterPoints(seed=0)
@@ -50,13 +50,13 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
                 for layer, embeddings in enumerate(predictions.mask_embeddings[:-1])
             ]
         total = compute_losses(predictions, targets, source, normalizers, config, CLASSES).total
-        return [_allowed_share(allowed), total.detach(), *torch.autograd.grad(total, predictions)]
+        return [_allowed_share(allowed), total.detach(), *torch.autograd.grad(total, predictions[:3])]
 
     def official() -> Sequence[Tensor]:
         masks, hidden = dense_attention_masks(predictions, sizes, HEADS)
         drawn = source.draw(targets.position, LAYERS, point_counts(config))
         total = official_loss(predictions, masks, labels, truth, drawn, config)
-        return [1 - _allowed_share(hidden), total.detach(), *torch.autograd.grad(total, predictions)]
+        return [1 - _allowed_share(hidden), total.detach(), *torch.autograd.grad(total, predictions[:3])]
 
     shape_text = f"{images} x {size} x {size}, {objects} masks"
     return compare(
@@ -66,20 +66,20 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
 
 def _criteria(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Measurement:
     """Mask logits of all queries, matching and losses of `transformers`, which draws other points; ours as above."""
-    predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)))
+    predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)[:3]))
     targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()
     truth, labels, source = dense_masks(targets), list(targets.labels), CounterPoints(seed=0)
     normalizers, criterion = count_normalizers(targets, QUERIES, config), their_criterion().to(device)
 
     def ours() -> Sequence[Tensor]:
         total = compute_losses(predictions, targets, source, normalizers, config, CLASSES).total
-        torch.autograd.grad(total, predictions)
+        torch.autograd.grad(total, predictions[:3])
         return [total.detach()]
 
     def theirs() -> Sequence[Tensor]:
         masks = torch.einsum("lbqc,bchw->lbqhw", predictions.mask_embeddings, predictions.mask_features)
         total = criterion(masks, predictions.class_logits, truth, labels)
-        torch.autograd.grad(total, predictions)
+        torch.autograd.grad(total, predictions[:3])
         return [total.detach()]
 
     shape_text = f"{images} x {size} x {size}, {objects} masks"

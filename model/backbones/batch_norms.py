@@ -51,8 +51,14 @@ class FrozenBatchNorm2d(nn.Module):
             buffer.copy_(getattr(source, name).detach())
         return frozen
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # the buffers of a copy count their writes anew
+
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape and dtype."""
+        """[B, C, H, W] to the same shape and dtype.
+
+        Writes to `.data` of a buffer are not seen: torch does not count them.
+        """
         scale, shift = self._scale_and_shift(features.dtype)
         return torch.addcmul(shift, features, scale)
 

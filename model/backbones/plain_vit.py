@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m2f.model.backbones.timm_backbone import create_timm_model
 from m2f.model.config import TimmBackboneConfig
+from m2f.model.constants import kept
 from m2f.model.errors import ConfigError
 
 _PATCH = 16
@@ -95,6 +96,7 @@ class PlainVit(nn.Module):
         return block(tokens, *positions, attn_mask=mask)
 
 
+@kept(4)
 def rotary_positions(grid: Grid, dim: int, device: torch.device) -> Tensor:
     """Sine and cosine [N, 2 * dim] of the angles by which heads of width `dim` are rotated, row by row.
 

@@ -64,7 +64,8 @@ class QueryHeads(nn.Module):
         """From now on, of each block that a query is masked there."""
         if probabilities != self.probabilities:
             self.probabilities = probabilities
-            self.attn_mask_probs.copy_(torch.tensor(probabilities))
+            for place, probability in enumerate(probabilities):
+                self.attn_mask_probs[place].fill_(probability)  # a copy from the host would wait for the device
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -124,7 +125,9 @@ class Eomt(Segmenter):
             tokens = vit.run(block, tokens, table)
         queries = heads.tokens(images.shape[0])
         tokens, table = torch.cat([queries, tokens], dim=1), with_unrotated(table, queries.shape[1])
-        draws = None if context is None else uniform_draws(context, heads.num_layers, queries.shape[1])
+        draws = None
+        if self.training and context is not None:
+            draws = uniform_draws(context, heads.num_layers, queries.shape[1])
         predictions = []
         for index, block in enumerate(blocks[first:]):
             mask, probability = None, heads.probabilities[index]

@@ -41,7 +41,7 @@ class Normalizers(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Weighted losses of a micro-batch; three views of the same sum."""
+    """Weighted losses of a micro-batch: the same sum twice, and the terms of the queries alone, without pilots."""
 
     total: Tensor
     """[]"""

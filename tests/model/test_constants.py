@@ -1,5 +1,7 @@
 """Tensors of sizes alone are made once, and again where something else needs them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -70,9 +72,10 @@ def expected(norm, features):
     return torch.addcmul(shift, features, scale)
 
 
-@pytest.mark.parametrize("change", ["write", "load", "cast", "replace"])
+@pytest.mark.parametrize("change", ["write", "load", "cast", "replace", "copy"])
 def test_constants_of_a_frozen_norm_follow_its_buffers(change):
     norm, features = frozen_norm(), torch.randn(2, 4, 3, 3)
+    norm.load_state_dict(norm.state_dict())
     with torch.inference_mode():
         norm(features)
     assert norm._scale_and_shift(torch.float32)[0] is norm._scale_and_shift(torch.float32)[0]
@@ -85,6 +88,9 @@ def test_constants_of_a_frozen_norm_follow_its_buffers(change):
             norm, features = norm.bfloat16(), features.bfloat16()
         case "replace":
             norm.weight = norm.weight + 1
+        case "copy":
+            norm = copy.deepcopy(norm)
+            norm.load_state_dict({name: buffer + 1 for name, buffer in norm.state_dict().items()})
     features.requires_grad_()
     found = norm(features)
     found.float().sum().backward()

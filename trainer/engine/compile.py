@@ -20,7 +20,10 @@ def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "induc
     """Let the parts of a model that are graphs of their own compile themselves at their first input of each shape.
 
     Images of one size make one graph per region, whatever they show: targets are seen by the criterion alone, which is
-    not compiled. Weights keep their names, and DeepSpeed its hooks. Raises TrainingError where there is no compiler.
+    not compiled. With pilots the decoder has one graph for each number of them (`m2f.model.pilots.padded_number`), made
+    when it first comes. Weights keep their names, and DeepSpeed its hooks.
+
+    Raises TrainingError where there is no compiler.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "inductor" and find_compiler(device) is None:

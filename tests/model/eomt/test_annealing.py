@@ -69,6 +69,8 @@ def test_evaluation_is_never_random_and_knows_the_probabilities_of_a_file():
         random_state = torch.get_rng_state()
         results[name] = copy(images)
         assert torch.equal(torch.get_rng_state(), random_state)
+        told = copy(images, context([3]))
+        assert torch.equal(told.mask_logits(), results[name].mask_logits())
     assert torch.equal(results["masks"].mask_logits(), results["most"].mask_logits())
     assert torch.equal(results["few"].mask_logits(), results["none"].mask_logits())
     assert not torch.equal(results["masks"].mask_logits(), results["none"].mask_logits())
