@@ -63,6 +63,24 @@ def judge(champion: RunRecord, candidate: RunRecord, dataset: str, metric: str |
     return Verdict(better=found[0].low > 0, interval=found[0])
 
 
+def check_weights(record: RunRecord, dataset: str, step: int, weights: str | None) -> None:
+    """Raise RegistryError where the results of a set were made with other weights than those of a checkpoint.
+
+    A step may have been trained again since it was evaluated. `weights` is the SHA-256 that the checkpoint states;
+    nothing is checked where it states none, or where there are no results.
+    """
+    found = record.results.get(dataset)
+    if found is None or not weights:
+        return
+    used = (found.settings or {}).get("weights")
+    if used != weights:
+        raise RegistryError(
+            f"{record.name}: the results of {dataset} at step {step} belong to other weights (SHA-256 "
+            f"{str(used)[:12] if used else 'not stated'}) than the checkpoint (SHA-256 {weights[:12]}); evaluate that "
+            "checkpoint again with m2f eval"
+        )
+
+
 def _result(record: RunRecord, dataset: str) -> SetResult:
     found = record.results.get(dataset)
     if found is None or dataset not in record.images:

@@ -14,11 +14,11 @@ from mlflow.models import Model
 
 from m2f.cluster.compare.records import RunRecord, read_runs
 from m2f.cluster.evaluation.publication import evaluated_checkpoint, stored_figures
-from m2f.cluster.evaluation.queue import queue_url, read_entries
+from m2f.cluster.evaluation.queue import Entry, queue_url, read_entries
 from m2f.cluster.predict.choose_checkpoint import ChosenWeights, choose_checkpoint, open_recipe
 from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.registry.better import RegistryError, Verdict, judge
+from m2f.cluster.registry.better import RegistryError, Verdict, check_weights, judge
 from m2f.cluster.registry.package import PackageContent, build_package, package_digest
 from m2f.cluster.registry.thresholds import Thresholds, choose_thresholds
 from m2f.cluster.tracking.logged_models import EXTERNAL_TAG, EvaluatedCheckpoint, LoggedModels
@@ -39,6 +39,7 @@ VERSIONS_TAG = "mlflow.modelVersions"
 """Tag of a logged model by which MLflow's page of it names its versions."""
 SEND_S = 60.0
 RUN_TAG, STEP_TAG, COMMIT_TAG = "m2f.run_id", "m2f.step", "m2f.commit"
+WEIGHTS_TAG = "m2f.weights.sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ class _Registration:
     ) -> None:
         self._wanted, self._config, self._storage, self._run, self._say = wanted, config, storage, run, say
         self._chosen, self._step = chosen, step
+        self._checkpoint = evaluated_checkpoint(config, storage, chosen.url, step)
         self._name = wanted.name or config.name
         self._client = registry_client(run.uri)
         sets = [one.label for one in config.evaluation.sets]
@@ -131,7 +133,7 @@ class _Registration:
         if verdict is not None and not verdict.better:
             return self._outcome(None, False, verdict, thresholds)
         with self._pinned():
-            checkpoint = evaluated_checkpoint(self._config, self._storage, self._chosen.url, self._step)
+            checkpoint = self._checkpoint
             self._log_figures(checkpoint)
             digest = package_digest(self._chosen.url, thresholds, self._wanted.allowed_hosts, self._storage)
             model, uploaded = self._model(checkpoint, digest, thresholds)
@@ -162,6 +164,7 @@ class _Registration:
         (record,) = read_runs(
             [self._config.run_folder], tracking=self._run.uri, experiment=None, query=None, step=self._step
         )
+        check_weights(record, self._dataset, self._step, self._checkpoint.weights)
         return record
 
     def _compare(self) -> Verdict | None:
@@ -184,6 +187,7 @@ class _Registration:
             [tags[RUN_TAG]], tracking=self._run.uri, experiment=None, query=None, step=int(tags[STEP_TAG])
         )
         named = replace(champion, name=f"{alias} (version {version.version})")
+        check_weights(named, self._dataset, int(tags[STEP_TAG]), tags.get(WEIGHTS_TAG))
         return judge(named, self._record, self._dataset, self._wanted.metric)
 
     def _thresholds(self) -> Thresholds | None:
@@ -217,9 +221,8 @@ class _Registration:
 
     def _log_figures(self, checkpoint: EvaluatedCheckpoint) -> None:
         """Give the logged model what a published evaluation found, where an earlier version only made points."""
-        entries = read_entries(self._storage, queue_url(self._config))
-        for entry in entries:
-            if entry.step == checkpoint.step and entry.status == "published":
+        for entry in read_entries(self._storage, queue_url(self._config)):
+            if entry.status == "published" and is_entry_of(entry, checkpoint):
                 tracking = Tracking(self._run, "registration")
                 tracking.log_evaluation(checkpoint, stored_figures(self._config, self._storage, entry))
                 tracking.close(SEND_S)
@@ -283,7 +286,7 @@ class _Registration:
             RUN_TAG: self._run.run_id,
             STEP_TAG: str(checkpoint.step),
             "m2f.checkpoint.url": checkpoint.url,
-            "m2f.weights.sha256": checkpoint.weights or "",
+            WEIGHTS_TAG: checkpoint.weights or "",
         }
         version = self._client.create_model_version(
             self._name,
@@ -297,6 +300,13 @@ class _Registration:
         versions.append({"name": self._name, "version": version.version})
         self._client.set_logged_model_tags(model.model_id, {VERSIONS_TAG: json.dumps(versions)})
         return version
+
+
+def is_entry_of(entry: Entry, checkpoint: EvaluatedCheckpoint) -> bool:
+    """Whether an evaluation is that of a checkpoint: of its commit, as a step may be trained again."""
+    if not entry.commit:  # of version 0.1
+        return entry.step == checkpoint.step and entry.folder == checkpoint.name
+    return entry.commit == checkpoint.commit
 
 
 def _description(

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from m2f.cluster.compare.records import RunRecord, SetResult
-from m2f.cluster.registry.better import RegistryError, judge
+from m2f.cluster.evaluation.queue import Entry
+from m2f.cluster.registry.better import RegistryError, check_weights, judge
+from m2f.cluster.registry.register import is_entry_of
+from m2f.cluster.tracking.logged_models import EvaluatedCheckpoint
 from m2f.data_pipeline.storage.ragged_table import Ragged
 from m2f.eval.metrics.resampled import PanopticImages
 from m2f.eval.results.images import ImageRecords
@@ -69,3 +72,25 @@ def test_a_set_or_metric_that_one_side_lacks_is_named():
         judge(champion, new, "val", "AP")
     with pytest.raises(RegistryError, match=r"no results with images\.parquet"):
         judge(replace(champion, images={}), new, "val")
+
+
+def test_results_of_other_weights_are_refused():
+    made = record("new", 0.8, settings={"weights": "a" * 64})
+    check_weights(made, "val", 8, "a" * 64)
+    check_weights(made, "test", 8, "b" * 64)
+    check_weights(made, "val", 8, "")
+    message = r"new: the results of val at step 8 .*a{12}\).*b{12}\); evaluate that checkpoint again with m2f eval"
+    with pytest.raises(RegistryError, match=message):
+        check_weights(made, "val", 8, "b" * 64)
+    with pytest.raises(RegistryError, match="not stated"):
+        check_weights(record("old", 0.8, settings={"batch_size": 1}), "val", 8, "b" * 64)
+
+
+def test_an_evaluation_belongs_to_the_commit_and_not_to_the_step():
+    checkpoint = EvaluatedCheckpoint(
+        commit="00000008-2", name="step_00000008-2", url="x", step=8, run_name="r", weights=None
+    )
+    assert is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-2", 0, commit="00000008-2"), checkpoint)
+    assert not is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0, commit="00000008-1"), checkpoint)
+    assert is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-2", 0), checkpoint)
+    assert not is_entry_of(Entry(8, "runs/r/checkpoints/step_00000008-1", 0), checkpoint)

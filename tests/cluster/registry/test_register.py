@@ -173,6 +173,22 @@ def test_only_a_better_checkpoint_takes_the_alias(folder, capfd):
     assert "has no results with images.parquet of the set other" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("words", [("--if-better", "best"), ("--alias", "best", "--precision", "0.05")])
+def test_results_of_a_step_that_was_trained_again_are_refused(folder, words, capfd):
+    (results,) = Path(folder).glob("evaluations/step_00000008/val/results.json")
+    before = results.read_text()
+    content = json.loads(before)
+    content["settings"]["weights"] = "f" * 64
+    results.write_text(json.dumps(content))
+    try:
+        assert register(folder, "--checkpoint", "8", "--name", "again", *words) == 2
+    finally:
+        results.write_text(before)
+    error = capfd.readouterr().err
+    assert "the results of val at step 8 belong to other weights (SHA-256 ffffffffffff)" in error
+    assert not (Path(folder) / "checkpoints/step_00000008-1/pins").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
