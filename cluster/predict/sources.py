@@ -13,6 +13,8 @@ REGISTERED = "models:/"
 def resolved_source(source: str) -> str:
     """A local folder for `hub:OWNER/NAME` and `models:/NAME@ALIAS`, fetched where need be; else the word itself.
 
+    What is fetched from a registry is removed when this process ends; models of the hub stay in its cache.
+
     Raises WeightsError for a model of the hub that cannot be had, TrackingError for one of a registry, and
     MissingExtraError where the registry's package is not installed.
     """

@@ -1,0 +1,97 @@
+"""Where the files of a registered model are, and what finding them leaves behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from m2f.cluster.tracking.registered import CHECKPOINT_FOLDER, model_folder, using_store
+from m2f.cluster.tracking.store import TrackingError
+from tests.waiting import PATIENCE_S
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_files(tmp_path, monkeypatch):
+    """Fetched models would mix with those of other tests."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+
+
+@pytest.fixture
+def store(tmp_path, migrated_database):
+    """A database with one registered model, whose files are on this machine."""
+    (tmp_path / "mlflow.db").write_bytes(migrated_database)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.create_experiment("models", artifact_location=(tmp_path / "files").as_uri())
+    run = client.create_run(experiment)
+    model = client.create_logged_model(experiment, "cells", run.info.run_id)
+    package = tmp_path / "package" / CHECKPOINT_FOLDER
+    package.mkdir(parents=True)
+    (package / "weights.safetensors").write_bytes(b"weights")
+    client.log_model_artifacts(model.model_id, str(tmp_path / "package"))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.create_registered_model("cells")
+    source = f"models:/{model.model_id}"
+    with using_store(uri):  # MLflow looks the source up in the store of the process
+        version = client.create_model_version("cells", source, run.info.run_id, model_id=model.model_id)
+    client.set_registered_model_alias("cells", "champion", version.version)
+    return uri, source
+
+
+def test_files_of_this_machine_are_opened_where_they_are(store, tmp_path):
+    uri, source = store
+    for address in ("models:/cells@champion", "models:/cells/1", source):
+        assert model_folder(address, uri).is_relative_to(tmp_path / "files"), address
+    assert not list((tmp_path / "temporary").iterdir())
+    assert model_folder(source, uri, str(tmp_path / "copied")).is_relative_to(tmp_path / "copied")
+
+
+@pytest.mark.parametrize("stated", [None, "sqlite:///other.db"])
+def test_the_store_of_this_process_stays_what_it_was(store, monkeypatch, stated):
+    uri, source = store
+    if stated is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", stated)
+    before = dict(os.environ), mlflow.get_tracking_uri()
+    model_folder(source, uri)
+    assert (dict(os.environ), mlflow.get_tracking_uri()) == before
+    with using_store(uri):
+        assert mlflow.get_tracking_uri() == uri
+    assert (dict(os.environ), mlflow.get_tracking_uri()) == before
+    with pytest.raises(TrackingError, match=f"models:/nothing@x: cannot be read from {uri}"):
+        model_folder("models:/nothing@x", uri)
+    assert (dict(os.environ), mlflow.get_tracking_uri()) == before
+
+
+FETCHES = """
+import sys
+from m2f.cluster.tracking import registered
+registered._is_here = lambda location: False
+print(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetensors")
+print(open(registered.model_folder(sys.argv[1], sys.argv[2]) / "weights.safetensors").read())
+"""
+
+
+def test_files_of_elsewhere_last_as_long_as_the_process(store, tmp_path):
+    uri, source = store
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FETCHES, source, uri],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    path, content = done.stdout.split()
+    assert Path(path).is_relative_to(tmp_path / "temporary"), done.stderr
+    assert content == "weights"
+    assert not list((tmp_path / "temporary").glob("**/weights.safetensors"))
