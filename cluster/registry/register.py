@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -29,6 +29,7 @@ from m2f.cluster.tracking.tracking import Tracking, find_run
 from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage
+from m2f.model.errors import ConfigError
 from m2f.trainer.checkpoint.folder import pin, pins, unpin
 
 REGISTERED_PIN = "registered"
@@ -38,6 +39,8 @@ PACKAGE_TAG = "m2f.package"
 VERSIONS_TAG = "mlflow.modelVersions"
 """Tag of a logged model by which MLflow's page of it names its versions."""
 SEND_S = 60.0
+_OF_THE_STORES = ("tracking.", "storage.")
+"""Begin the settings that decide nothing about the model."""
 RUN_TAG, STEP_TAG, COMMIT_TAG = "m2f.run_id", "m2f.step", "m2f.commit"
 WEIGHTS_TAG = "m2f.weights.sha256"
 
@@ -88,19 +91,35 @@ def register(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -> 
         ConfigError, CheckpointError, DataError, StorageError: the run or the checkpoint cannot be read.
         TrackingError: the store does not answer.
     """
+    _check_overrides(wanted.overrides)
     config, copied = open_recipe(wanted.source, wanted.overrides)
     if copied is not None:
         raise RegistryError(f"{wanted.source} is a checkpoint; name its run, and the step as --checkpoint N")
     storage = Storage(config.storage)
     chosen = choose_checkpoint(config, storage, wanted.checkpoint)
+    if chosen.step is None:
+        raise RegistryError(
+            f"--checkpoint {wanted.checkpoint} is no checkpoint of {config.run_folder}, and only these are "
+            "registered; give best, last or a step"
+        )
     run = find_run(config)
-    if run is None or chosen.step is None:
+    if run is None:
         raise RegistryError(
             f"{config.run_folder} has no tracking.json, so MLflow has no run of it; m2f train makes it again when the "
             "run is continued"
         )
     with _answering(run.uri), using_store(run.uri):
         return _Registration(wanted, config, storage, chosen, chosen.step, run, say).run()
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for settings that the served model would not have: its recipe is the checkpoint's."""
+    dropped = [one for one in overrides if not one.lstrip("+").startswith(_OF_THE_STORES)]
+    if dropped:
+        raise ConfigError(
+            f"{', '.join(dropped)}: a registered model answers with the settings that its checkpoint was trained "
+            "with; register the run as it was trained, with no other settings than tracking.* and storage.*"
+        )
 
 
 class _Registration:

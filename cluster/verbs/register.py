@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from m2f.cluster.exit_status import ExitStatus
 from m2f.cluster.terminal import print_err, print_out
@@ -46,6 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raise ConfigError for what is no host as it stands in a URL, which would let nothing pass."""
+    for given in hosts:
+        if not given or any(c in "/@" or c.isspace() for c in given):
+            host = given.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
+            advice = f"--allow-url {host}" if host and not any(c.isspace() for c in host) else "a host, as host.example"
+            raise ConfigError(f"--allow-url takes a host, or HOST:PORT, and not a URL; give {advice}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where the checkpoint is not better."""
     print_err(f"{args.run}: loading PyTorch and MLflow")
@@ -53,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.alias and not args.if_better and not args.name:
         raise ConfigError("give --alias, as in --alias champion, --if-better or --name, by which the model is found")
+    check_hosts(args.allow_url)
     outcome = register(
         Wanted(
             source=args.run,

@@ -193,6 +193,19 @@ def test_results_of_a_step_that_was_trained_again_are_refused(folder, words, cap
     ("words", "message"),
     [
         ((), "give --alias"),
+        (
+            ("--alias", "a", "tracking.experiment=x", "evaluation.shortest_edge=640"),
+            "evaluation.shortest_edge=640: a registered model answers with the settings that its checkpoint",
+        ),
+        (
+            ("--alias", "a", "--checkpoint", __file__),
+            f"{__file__} is no checkpoint of",
+        ),
+        (
+            ("--alias", "a", "--allow-url", "https://u:key@pictures.example:81/x"),
+            "give --allow-url pictures.example:81",
+        ),
+        (("--alias", "a", "--allow-url", "two hosts"), "give a host, as host.example"),
         (("--alias", "a", "--checkpoint", "5"), "no checkpoint of step 5; there are 8, 4"),
         (("--alias", "a", "--checkpoint", "8", "--precision", "1.5"), "--precision is 1.5"),
         (
