@@ -28,6 +28,7 @@ from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
 from m2f.cluster.predict.trained_model import TrainedModel
 from m2f.cluster.registry.thresholds import Thresholds
 from m2f.cluster.registry.wheel import exact_requirements, this_project, write_wheel
+from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.eval.report.coco_files import describe_categories
@@ -53,10 +54,12 @@ class PackageContent:
 def package_digest(
     checkpoint: str, thresholds: Thresholds | None, allowed_hosts: Sequence[str], storage: Storage
 ) -> str:
-    """SHA-256 of everything but the code: equal contents are registered without a second upload."""
+    """SHA-256 of weights, thresholds, hosts and code: equal contents are registered without a second upload."""
     name = weights_url(checkpoint, storage).rpartition("/")[2]
     weights = read_manifest(storage, checkpoint).files[name].sha256
-    parts = [weights, "" if thresholds is None else thresholds.to_json(), sorted(allowed_hosts)]
+    with ScratchFolder("wheel") as folder:
+        code = hashlib.sha256(write_wheel(folder, this_project()).read_bytes()).hexdigest()
+    parts = [weights, "" if thresholds is None else thresholds.to_json(), sorted(allowed_hosts), code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

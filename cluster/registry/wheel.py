@@ -20,6 +20,8 @@ PACKAGE = "m2f"
 FOLDERS = ("model", "data_pipeline", "trainer", "eval", "cluster", "configs")
 SERVING = ("mlflow",)
 """What a served model needs beside the program's own base."""
+_TOP = ("__init__.py", "__init__.pyi", "py.typed")
+"""Files of the package beside its folders."""
 _DATE = (2000, 1, 1, 0, 0, 0)
 """Of every file in the wheel: equal code gives equal bytes."""
 
@@ -55,7 +57,8 @@ def write_wheel(folder: Path, project: Project) -> Path:
     home = m2f.HOME
     wheel = folder / f"{PACKAGE}-{project.version}-py3-none-any.whl"
     info = f"{PACKAGE}-{project.version}.dist-info"
-    parts = [(f"{PACKAGE}/__init__.py", Path(m2f.__file__).read_bytes())]
+    own = Path(m2f.__file__).parent
+    parts = [(f"{PACKAGE}/{name}", (own / name).read_bytes()) for name in _TOP]
     parts += [(f"{PACKAGE}/{name}", path.read_bytes()) for name, path in _code(home)]
     parts += [
         (f"{info}/METADATA", _metadata(project)),
@@ -101,9 +104,6 @@ def exact_requirements(project: Project) -> tuple[str, ...]:
 
 def _code(home: Path) -> Iterator[tuple[str, Path]]:
     """Files of the package by their path in it, in one order everywhere."""
-    for path in sorted(home.glob("*.py*")):
-        if path.suffix in (".pyi", ".typed") or (path.suffix == ".py" and path.name != "__init__.py"):
-            yield path.name, path
     for folder in FOLDERS:
         top = home / folder
         for path in sorted(top.rglob("*")):

@@ -230,6 +230,13 @@ def test_a_registration_that_fails_lets_go_of_the_checkpoint(folder, monkeypatch
     assert not list((Path(folder) / "checkpoints/step_00000008-1").glob("pins/*"))
 
 
+def test_a_mended_program_is_registered_again(folder, monkeypatch, capfd):
+    assert register(folder, "--checkpoint", "4", "--name", "mended") == 0
+    monkeypatch.setattr("m2f.cluster.registry.wheel._WHEEL", b"Wheel-Version: 1.0\nTag: py3-none-any\n")
+    assert register(folder, "--checkpoint", "4", "--name", "mended") == 0
+    assert "step 4 registered: mended, version 2" in capfd.readouterr().out
+
+
 def test_registered_models_follow_a_store_that_was_moved(folder, tmp_path):
     assert register(folder, "--checkpoint", "4", "--alias", "champion") == 0
     moved = shutil.copytree(Path(folder).parent, tmp_path / "moved")  # nobody else looks at the old place

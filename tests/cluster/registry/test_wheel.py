@@ -18,7 +18,8 @@ def test_the_wheel_is_this_program_and_equal_code_gives_equal_bytes(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(f"m2f-{project.version}.dist-info/METADATA").decode()
-    assert {"m2f/__init__.py", "m2f/model/mask2former.py", "m2f/configs/demo.yaml"} <= names
+    assert {"m2f/__init__.py", "m2f/__init__.pyi", "m2f/py.typed"} <= names
+    assert {"m2f/model/mask2former.py", "m2f/configs/demo.yaml"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("m2f/tests")]
     assert "Requires-Dist: torch" in metadata
     assert "Provides-Extra: train" in metadata
