@@ -6,10 +6,12 @@ Redirects are not followed.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Collection
 from urllib.parse import SplitResult, urlsplit
@@ -52,6 +54,9 @@ def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) 
     path = parts.path or "/"
     target = f"{path}?{parts.query}" if parts.query else path
     connection = _Connection(host, port, address, secure=parts.scheme.lower() == "https")
+    timer = threading.Timer(deadline - time.monotonic(), connection.give_up)
+    timer.daemon = True
+    timer.start()
     try:
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "m2f"})
         answer = connection.getresponse()
@@ -59,10 +64,16 @@ def fetch_image(url: str, allowed: Collection[str], max_bytes: int = MAX_BYTES) 
             raise FetchError(f"{host} answered {answer.status} {answer.reason}, which is no image")
         if answer.length is not None and answer.length > max_bytes:
             raise FetchError(_too_large(host, max_bytes))
-        return _body(answer, connection, host, max_bytes, deadline)
+        body = _body(answer, host, max_bytes)
+        if connection.late:  # a body without a length ends where the socket is shut down
+            raise FetchError(_too_late(host))
+        return body
     except (OSError, http.client.HTTPException) as error:
+        if connection.late or isinstance(error, TimeoutError):
+            raise FetchError(_too_late(host)) from error
         raise FetchError(f"{host}: the image cannot be fetched ({type(error).__name__}: {error})") from error
     finally:
+        timer.cancel()
         connection.close()
 
 
@@ -71,8 +82,8 @@ def _checked(url: str, allowed: Collection[str]) -> tuple[SplitResult, str, int]
         parts = urlsplit(url)
         host, scheme = (parts.hostname or "").lower(), parts.scheme.lower()
         port = parts.port or _PORTS.get(scheme, 0)
-    except ValueError as error:
-        raise FetchError(f"the URL of the image cannot be read: {error}") from error
+    except ValueError:  # whose text quotes parts of the URL
+        raise FetchError("the URL of the image cannot be read: its host or port is malformed") from None
     named = host if port == _PORTS.get(scheme) else f"{host}:{port}"
     if not host or scheme not in _PORTS or "@" in parts.netloc or any(ord(c) <= 32 or ord(c) > 126 for c in url):
         raise FetchError("the URL of the image must be http://HOST/... or https://HOST/..., in ASCII, without a user")
@@ -116,33 +127,45 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, address: str, *, secure: bool) -> None:
         super().__init__(host, port, timeout=TIMEOUT_S)
         self._address, self._secure = address, secure
+        self.late = False
+        """Whether the time was up."""
+        self._opened: socket.socket | None = None
 
     def connect(self) -> None:
         """Open the socket, with TLS that checks the name of the host where the URL is https."""
-        opened = socket.create_connection((self._address, self.port), TIMEOUT_S)
+        opened = self._opened = self.sock = socket.create_connection((self._address, self.port), TIMEOUT_S)
         if self._secure:
-            opened = ssl.create_default_context().wrap_socket(opened, server_hostname=self.host)
-        self.sock = opened
+            # The handshake is a step of its own, so that the socket that is shut down is known before it begins.
+            context = ssl.create_default_context()
+            wrapped = context.wrap_socket(opened, server_hostname=self.host, do_handshake_on_connect=False)
+            self._opened = self.sock = wrapped
+            if self.late:
+                raise TimeoutError
+            wrapped.do_handshake()
+        elif self.late:
+            raise TimeoutError
+
+    def give_up(self) -> None:
+        """End whatever waits for the socket, also between bytes that arrive one by one."""
+        self.late = True
+        if self._opened is not None:
+            with contextlib.suppress(OSError):  # closed, or another object's by now, which looks at `late`
+                socket.socket.shutdown(self._opened, socket.SHUT_RDWR)
 
 
-def _body(
-    answer: http.client.HTTPResponse, connection: _Connection, host: str, max_bytes: int, deadline: float
-) -> bytes:
+def _body(answer: http.client.HTTPResponse, host: str, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise FetchError(f"{host}: the image did not arrive within {TIMEOUT_S:g} s")
-        if connection.sock is not None:
-            connection.sock.settimeout(left)
-        part = answer.read1(_CHUNK)
-        if not part:
-            return b"".join(parts)
+    while part := answer.read1(_CHUNK):
         size += len(part)
         if size > max_bytes:
             raise FetchError(_too_large(host, max_bytes))
         parts.append(part)
+    return b"".join(parts)
+
+
+def _too_late(host: str) -> str:
+    return f"{host}: the image did not arrive within {TIMEOUT_S:g} s"
 
 
 def _too_large(host: str, max_bytes: int) -> str:

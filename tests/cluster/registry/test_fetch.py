@@ -14,6 +14,7 @@ from m2f.cluster.registry import fetch
 from m2f.cluster.registry.fetch import FetchError, fetch_image, is_public
 from m2f.cluster.registry.images import ImageError, images_of, read_pixels
 from m2f.data_pipeline.image_file import encode_png
+from tests.waiting import PATIENCE_S
 
 PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 PNG = encode_png(PIXELS)
@@ -76,6 +77,55 @@ def test_what_is_too_large_or_elsewhere_is_refused(server):
         fetch_image("https://pictures.example/image", [])
 
 
+SLOW = {
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-Part: 1\r\n"),
+    "chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "a chunk's length": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    "a body without length": (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),
+    "TLS": (b"\x16\x03\x03\x40\x00", b"\x02"),
+    "nothing": (b"", b""),
+}
+
+
+@pytest.mark.parametrize("slow", SLOW)
+def test_what_comes_in_drops_ends_at_the_limit(server, monkeypatch, slow):
+    """Each byte arrives in time, and the whole never does."""
+    first, again = SLOW[slow]
+    listener = socket.create_server(("127.0.0.1", 0))
+    port, gone = listener.getsockname()[1], threading.Event()
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                connection.sendall(first)
+                while not gone.wait(0.02):
+                    connection.sendall(again)
+            except OSError:
+                pass
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.5)
+    host = f"pictures.example:{port}"
+    scheme = "https" if slow == "TLS" else "http"
+    outcome = []
+
+    def attempt():
+        try:
+            outcome.append(fetch_image(f"{scheme}://{host}/image", [host]))
+        except FetchError as error:
+            outcome.append(str(error))
+
+    fetching = threading.Thread(target=attempt, daemon=True)
+    fetching.start()
+    fetching.join(PATIENCE_S / 4)  # without the limit it would never end
+    gone.set()
+    thread.join(PATIENCE_S)
+    listener.close()
+    assert outcome == ["pictures.example: the image did not arrive within 0.5 s"]
+
+
 def test_a_host_whose_name_means_an_inner_address_is_refused(monkeypatch):
     def resolve(*words, **options):
         return [(2, 1, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
@@ -94,12 +144,16 @@ def test_a_host_whose_name_means_an_inner_address_is_refused(monkeypatch):
         "http://host\r\nHost: other/x",
         "http://host:99999/x",
         "http://[::1/x",
+        "http://host:key/x",
+        "http://user:key@[x]/x",
     ],
 )
 def test_strange_urls_are_refused_without_being_quoted(url):
     with pytest.raises(FetchError) as caught:
         fetch_image(url, ["host"])
     assert "key" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
 @pytest.mark.parametrize(
