@@ -40,6 +40,8 @@ TABLES_TAG = "mlflow.loggedArtifacts"
 _SHARED_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
 """Of the run, which its models have as well."""
 METRICS_PER_CALL = 1000
+TABLE_ATTEMPTS = 3
+"""Times that rows of a table are written while other processes overwrite them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,20 +241,30 @@ def dataset_input(data: DataInput) -> DatasetInput:
 def write_table(client: MlflowClient, run_id: str, step: int, figures: SetFigures) -> None:
     """Add rows of a step to the table of the set's classes, in place of earlier ones of that step.
 
-    The table is as `MlflowClient.log_table` writes it, which would append the rows once more.
+    The table is as `MlflowClient.log_table` writes it, which would append the rows once more. Several processes may
+    write one table, so it is read again, and written again where another one has overwritten these rows.
     """
     path = f"per_class/{figures.label}.json"
-    rows = [row for row in _table_rows(client, run_id, path) if row.get("step") != step]
-    rows += [{"step": step, **row} for row in figures.per_class]
-    rows.sort(key=lambda row: row["step"])
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
-    client.log_text(run_id, json.dumps(table), path)
+    wanted = [{"step": step, **row} for row in figures.per_class]
+    for _ in range(TABLE_ATTEMPTS):
+        _put_rows(client, run_id, path, step, wanted)
+        if sum(row.get("step") == step for row in _table_rows(client, run_id, path)) == len(wanted):
+            break
     known = client.get_run(run_id).data.tags.get(TABLES_TAG)
     named = parse_json(known) if known else []
     entry = {"path": path, "type": "table"}
     if entry not in named:
         client.set_tag(run_id, TABLES_TAG, json.dumps([*named, entry]))
+
+
+def _put_rows(client: MlflowClient, run_id: str, path: str, step: int, wanted: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of a step among those of the others, with every column that any row has."""
+    rows = [row for row in _table_rows(client, run_id, path) if row.get("step") != step]
+    rows += [dict(row) for row in wanted]
+    rows.sort(key=lambda row: row["step"])
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+    client.log_text(run_id, json.dumps(table), path)
 
 
 def _table_rows(client: MlflowClient, run_id: str, path: str) -> list[dict[str, Any]]:

@@ -123,6 +123,25 @@ def test_classes_are_one_table_that_mlflow_reads_back(run):
     ]
 
 
+def test_rows_that_another_process_overwrites_are_written_again(run, monkeypatch):
+    """Another process had read the table before these rows were in it, and writes it after."""
+    send(run, (checkpoint(4), 40.0))
+    real, others = MlflowClient.log_text, []
+
+    def write(self, run_id, text, path):
+        if path.startswith("per_class/") and not others:
+            others.append(client_of(run).download_artifacts(run_id, path))
+            before = Path(others[0]).read_text()
+            real(self, run_id, text, path)
+            return real(self, run_id, before, path)
+        return real(self, run_id, text, path)
+
+    monkeypatch.setattr(MlflowClient, "log_text", write)
+    send(run, (checkpoint(8), 50.0))
+    assert others
+    assert sorted(table_of(run)["step"]) == [4, 4, 8, 8]
+
+
 @pytest.mark.parametrize("after", range(9))
 def test_a_death_at_any_call_doubles_nothing(run, monkeypatch, after):
     """The process dies after the store took a call and before the journal notes it; another one evaluates again."""
