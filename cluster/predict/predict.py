@@ -78,44 +78,58 @@ class Predictor:
         height, width = shortest_edge_size(pixels.shape[:2], settings.shortest_edge, settings.max_size)
         return -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE
 
-    @torch.inference_mode()
     def predict(self, images: Sequence[LoadedImage]) -> Iterator[Prediction]:
         """Predictions at the sizes of the images, which go through the model together.
 
         Raises EvaluationError naming an image whose output is not finite.
         """
+        for found in self.predict_tasks(images, (self._task,)):
+            yield found[self._task]
+
+    @torch.inference_mode()
+    def predict_tasks(self, images: Sequence[LoadedImage], tasks: Sequence[Task]) -> Iterator[dict[Task, Prediction]]:
+        """The same by task, for several tasks from one run of the model.
+
+        Raises ConfigError for a task that the model cannot do.
+        """
         settings = self._trained.evaluation
+        check_tasks(self._trained.task, tasks)
+        check_test_time(settings.test_time, tasks, "evaluation")
         samples = [_without_annotation(image) for image in images]
         if not isinstance(settings.test_time, WholeImage):
             for sample in samples:
-                yield self._predict_in_passes(sample, settings.test_time)
+                yield self._predict_in_passes(sample, settings.test_time, tasks)
             return
         batch = collate_eval(samples, range(len(samples)), settings.shortest_edge, settings.max_size, settings.shrink)
         for output in image_outputs(batch, self._forward(batch.images, batch.sizes)):
-            yield self._postprocess_output(output)
+            yield {task: self._postprocess_output(output, task) for task in tasks}
 
     def _forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         device = next(self._model.parameters()).device
         return self._model(self._model.normalise(images.to(device), sizes.to(device)))
 
-    def _predict_in_passes(self, sample: DecodedSample, test_time: MultiScale | SlidingWindows) -> Prediction:
+    def _predict_in_passes(
+        self, sample: DecodedSample, test_time: MultiScale | SlidingWindows, tasks: Sequence[Task]
+    ) -> dict[Task, Prediction]:
         def predict(images: Tensor, sizes: Tensor) -> Predictions:
             predictions = self._forward(images, sizes)
             check_finite(sample, predictions[:3])
             return predictions
 
         is_thing, shrink = [c.is_thing for c in self.classes], self._trained.evaluation.shrink
-        found = predict_in_passes(sample.image, test_time, predict, [self._task], is_thing, self._postprocess, shrink)
+        found = predict_in_passes(sample.image, test_time, predict, tasks, is_thing, self._postprocess, shrink)
+        by_task: dict[Task, Prediction] = {}
         if found.panoptic is not None:
-            return found.panoptic
+            by_task["panoptic"] = found.panoptic
         if found.instance is not None:
-            return _filter_by_score(found.instance, self._min_score)
-        assert found.label_map is not None
-        return SemanticResult(found.label_map)
+            by_task["instance"] = _filter_by_score(found.instance, self._min_score)
+        if found.label_map is not None:
+            by_task["semantic"] = SemanticResult(found.label_map)
+        return by_task
 
-    def _postprocess_output(self, output: ImageOutput) -> Prediction:
+    def _postprocess_output(self, output: ImageOutput, task: Task) -> Prediction:
         is_thing = [c.is_thing for c in self.classes]
-        match self._task:
+        match task:
             case "panoptic":
                 return panoptic(*output, is_thing, self._postprocess)
             case "instance":
@@ -123,7 +137,7 @@ class Predictor:
             case "semantic":
                 return semantic(*output, self._postprocess, self._min_score)
             case _:
-                assert_never(self._task)
+                assert_never(task)
 
 
 def prepare_model(trained: TrainedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ import pandas as pd
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from m2f.cluster.api.model import load
+from m2f.cluster.api.result import Result, make_result
+from m2f.cluster.predict.inputs import number_images
+from m2f.cluster.predict.predict import LoadedImage, Predictor, prepare_model
+from m2f.cluster.predict.trained_model import open_trained
 from m2f.cluster.registry.answers import instances_answer, panoptic_answer, semantic_answer
 from m2f.cluster.registry.images import images_of, read_pixels
 from m2f.cluster.registry.thresholds import Thresholds
-from m2f.data_pipeline.categories import Category, Task
+from m2f.data_pipeline.categories import Task
+from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.model.errors import ConfigError, UserError
 
 IMAGE = "image"
@@ -36,12 +40,11 @@ class ServedModel(PythonModel):
         """Open weights and thresholds. Called once by MLflow."""
         config: Mapping[str, Any] = context.model_config or {}
         self._allowed = tuple(config.get(ALLOWED_HOSTS) or ())
-        self._model = load(context.artifacts[CHECKPOINT])
-        rows = zip(self._model.category_ids, self._model.names, self._model.is_thing, strict=True)
-        self._classes = tuple(Category(id_, name, thing, (0, 0, 0)) for id_, name, thing in rows)
+        self._trained = open_trained(context.artifacts[CHECKPOINT], (), None)
+        prepare_model(self._trained)
         self._lowest: np.ndarray | None = None
         if (path := context.artifacts.get(THRESHOLDS)) is not None:
-            self._lowest = Thresholds.from_json(Path(path).read_bytes(), path).lowest(self._classes)
+            self._lowest = Thresholds.from_json(Path(path).read_bytes(), path).lowest(self._trained.classes)
         self._lock = threading.Lock()  # a server may call from several threads
 
     def predict(  # type: ignore[bad-override] - of MLflow's own, which is annotated to return nothing
@@ -61,7 +64,7 @@ class ServedModel(PythonModel):
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from error
 
     def _tasks(self, wanted: str) -> tuple[Task, ...]:
-        possible = self._model.tasks
+        possible = EVALUABLE_TASKS[self._trained.task]
         if not wanted:
             return possible
         chosen = tuple(task for task in possible if task == wanted)
@@ -74,14 +77,25 @@ class ServedModel(PythonModel):
     ) -> dict[str, Any]:
         pixels = read_pixels(value, self._allowed)
         answer: dict[str, Any] = {"height": pixels.shape[0], "width": pixels.shape[1]}
-        for task in tasks:
-            with self._lock:
-                result = self._model.predict(pixels, task=task)
+        for task, result in self._results(pixels, tasks):
             match task:
                 case "panoptic":
                     answer["panoptic"] = panoptic_answer(result)
                 case "instance":
                     answer["instances"] = instances_answer(result, lowest, min_score)
                 case "semantic":
-                    answer["semantic"] = semantic_answer(result, self._classes)
+                    answer["semantic"] = semantic_answer(result, self._trained.classes)
         return answer
+
+    def _results(self, pixels: np.ndarray, tasks: Sequence[Task]) -> list[tuple[Task, Result]]:
+        """One run of the network for all tasks."""
+        (image,) = number_images([IMAGE])
+        with self._lock:
+            predictor = Predictor(self._trained, tasks[0])
+            (found,) = predictor.predict_tasks([LoadedImage(image, pixels)], tasks)
+        size = (pixels.shape[0], pixels.shape[1])
+        classes = self._trained.classes
+        return [
+            (task, make_result(one, classes, source=IMAGE, size=size, read=lambda: pixels))
+            for task, one in found.items()
+        ]

@@ -24,7 +24,7 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
 from m2f.data_pipeline.readers.ade20k_classes import CATEGORIES_150
 from m2f.data_pipeline.storage.storage import Storage
-from m2f.eval.config import EvaluationConfig
+from m2f.eval.config import EvaluationConfig, SlidingWindows, WholeImage
 from m2f.model.config import ModelConfig, PostprocessConfig
 from m2f.model.errors import ConfigError
 from m2f.model.mask2former import build_model
@@ -137,6 +137,32 @@ def test_batches_hold_one_shape_and_change_results_by_rounding_only():
     for one in images:
         (alone,) = predictor.predict([one])
         assert alone.scores == pytest.approx(together[one.image.id].scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("test_time", [WholeImage(), SlidingWindows(size=64, stride=32)])
+def test_several_tasks_are_predicted_from_one_run_of_the_model(test_time):
+    recipe = RECIPE.replace("{folder}", "nowhere").replace("{classes}", "4").replace("{{", "{").replace("}}", "}")
+    config = parse_recipe(recipe).model
+    torch.manual_seed(0)
+    model, calls = build_model(config, pretrained_backbone=False).eval(), []
+    model.register_forward_hook(lambda *words: calls.append(1))
+    settings = EvaluationConfig(shortest_edge=64, max_size=96, test_time=test_time)
+    trained = replace(PAINTED, model=model, config=config, evaluation=settings)
+    (image,) = number_images(["a.jpg"])
+    loaded = LoadedImage(image, np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8))
+    alone = {}
+    for task in ("panoptic", "instance", "semantic"):
+        calls.clear()
+        (alone[task],) = Predictor(trained, task).predict([loaded])
+    once = len(calls)
+    calls.clear()
+    (found,) = Predictor(trained, "panoptic").predict_tasks([loaded], tuple(alone))
+    assert len(calls) == once
+    assert list(found) == list(alone)
+    assert torch.equal(found["panoptic"].segment_map, alone["panoptic"].segment_map)
+    assert found["panoptic"].segments == alone["panoptic"].segments
+    assert (found["instance"].scores == alone["instance"].scores).all()
+    assert torch.equal(found["semantic"].label_map, alone["semantic"].label_map)
 
 
 def test_incomplete_batches_are_run_when_too_many_images_wait():
