@@ -1,26 +1,18 @@
-"""Loads a registered model where nothing else of us is: `load_registered.py ADDRESS IMAGE`, prints JSON.
+"""Loads a registered model where nothing else of us is: `load_registered.py ADDRESS IMAGE EXAMPLE`, prints JSON.
 
-Neither this program nor ray, deepspeed and their like can be imported, but from the wheel inside the model.
+The environment has what the model's requirements name, and nothing of us but the wheel inside the model.
 """
 
 import base64
+import importlib.util
 import json
 import sys
 import time
 import warnings
 from pathlib import Path
 
-sys.path[:] = [place for place in sys.path if not Path(place or ".", "m2f").is_dir()]
-BLOCKED = ("ray", "deepspeed", "webdataset", "boto3", "botocore", "psutil")
-
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Blocker())
+UNWANTED = ("m2f", "ray", "deepspeed", "webdataset", "boto3", "botocore", "psutil", "pytest")
+present = [name for name in UNWANTED if importlib.util.find_spec(name) is not None]
 warnings.simplefilter("ignore")
 
 import mlflow.pyfunc  # noqa: E402
@@ -60,6 +52,7 @@ served = serve({"inputs": {"image": [text, text]}, "params": {"task": "panoptic"
 served += serve({"dataframe_records": [{"image": pixels.tolist()}], "params": {"task": "panoptic"}})
 json.dump(
     {
+        "present": present,
         "program": m2f.__file__,
         "cpu_s": seconds,
         "answer": answers[0],

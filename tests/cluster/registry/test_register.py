@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +110,13 @@ def load_elsewhere(uri, address, place, package):
     (place / "example.jpg").write_bytes(example_jpeg())
     script = Path(__file__).with_name("load_registered.py")
     done = subprocess.run(
-        [sys.executable, script, address, place / "example.jpg", package / "serving_input_example.json"],
+        [
+            environment_of(package, place / "environment"),
+            script,
+            address,
+            place / "example.jpg",
+            package / "serving_input_example.json",
+        ],
         cwd=place,
         env={"MLFLOW_TRACKING_URI": uri, "PATH": "/usr/bin:/bin", "HOME": str(place), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -118,7 +126,22 @@ def load_elsewhere(uri, address, place, package):
     return json.loads(done.stdout)
 
 
+def environment_of(package, home):
+    """The interpreter of an environment that has what requirements.txt of a model names, each by a link."""
+    venv.create(home, symlinks=True, with_pip=False)
+    (site,) = home.glob("lib/python*/site-packages")
+    for line in (package / "requirements.txt").read_text().split():
+        if line.startswith("code/"):
+            continue
+        found = distribution(line.partition("==")[0])
+        for top in {file.parts[0] for file in found.files if file.parts[0] not in ("..", "__pycache__")}:
+            if not top.endswith(".pth") and not (site / top).exists():
+                (site / top).symlink_to(Path(found.locate_file(top)))
+    return home / "bin/python"
+
+
 def check_answers(answered):
+    assert answered["present"] == []
     assert ".whl/m2f/" in answered["program"]
     assert answered["same"]
     assert answered["served"] == [True] * 3
