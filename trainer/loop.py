@@ -71,7 +71,8 @@ class _Loop:
                 self._report_substitutions(state, batches)
             if facts.stop or facts.drain:
                 return self._end("stopped" if facts.stop else "drained", self._settled(state))
-            engine.module.model.set_progress(batches.step, training.max_steps)  # the state may lag by a step
+            # A step that is queued counts: whether it was skipped is not known yet.
+            engine.module.model.set_progress(state.step + (self._queued is not None), training.max_steps)
             losses = self._forward_backward(batches, on_device, facts, state)
             state = self._settled(state)
             state = replace(state, position=batches.step * training.global_batch)  # behind what is left out

@@ -277,7 +277,7 @@ def _share_of_rank(config: RunConfig, ranks: int, free: int, beside: bool) -> fl
         return 1.0
     if asked == "auto":
         return RANK_SHARE if free < evaluation.actors else 1.0
-    if free >= evaluation.actors * asked:
+    if free * int(1 / asked + 1e-6) >= evaluation.actors:  # an actor lies on one GPU
         return 1.0
     left = 1 - asked * math.ceil(evaluation.actors / ranks)
     if left <= (0.5 if ranks > 1 else 0):

@@ -19,7 +19,8 @@ _CHANGEABLE = re.compile(
 _OPTIONS = "model.backbone.options."
 """Settings that are only written where they are not timm's own."""
 _PRECISION = "training.precision"
-_OPTIMIZER = (_PRECISION, "training.optimizer.layer_decay")
+_GROUPS = ("layer_decay", "layer_decay_from", "layer_decay_spared", "decay_everything")
+_OPTIMIZER = (_PRECISION, *(f"training.optimizer.{name}" for name in _GROUPS))
 """Settings that the stored state of the optimizer depends on, besides `model.freeze` and whether there are pilots."""
 
 

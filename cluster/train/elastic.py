@@ -68,11 +68,12 @@ class Sizes:
         self.resizes: list[Resize] = []
 
     def next(self) -> int | None:
-        """The size of the attempt that starts now; None where it has to wait."""
-        now = self._clock()
-        if self._waiting_since is None:
-            self._waiting_since = now
-        size = next_size(count_fitting(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
+        """The size of the attempt that starts now; None where it has to wait. A fixed size waits inside Ray.
+
+        Ray's pending placement group is what an autoscaler and other runs of the cluster see.
+        """
+        is_fixed = self._config.min_workers == self._config.max_workers
+        size = self._config.max_workers if is_fixed else self._next_of_range()
         if size is not None:
             self._before, self._size = self._size, size
             self._room_since = self._waiting_since = None
@@ -101,6 +102,12 @@ class Sizes:
     def ended(self, relay: RunRelay) -> None:
         """The attempt is over."""
         self._ended_at, self._ended_step = self._clock(), relay.last_step
+
+    def _next_of_range(self) -> int | None:
+        now = self._clock()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        return next_size(count_fitting(self._nodes(), self._config.needs), self._config, now - self._waiting_since)
 
     def _note_resize(self, step: int) -> None:
         if self._before is None or self._size is None or self._before == self._size:

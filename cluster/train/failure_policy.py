@@ -14,11 +14,11 @@ from m2f.trainer.job import PositionRange
 from m2f.trainer.recovery.adjustments import Change, SkipPositions, SmallerMicroBatch
 from m2f.trainer.recovery.ending import Ending
 
-FailureKind = Literal["mistake", "error", "outage", "death", "preemption", "memory", "spike", "collateral"]
+FailureKind = Literal["mistake", "error", "outage", "death", "preemption", "room", "memory", "spike", "collateral"]
 """mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;
 outage: the storage did not answer for longer than its patience; death: a process, node or health check; preemption: a
-node that was taken back; memory: that of the device is too small for a micro-batch; spike: the loss left its usual
-range; collateral: echo of a peer's failure."""
+node that was taken back; room: the cluster had none for the workers within Ray's patience; memory: that of the device
+is too small for a micro-batch; spike: the loss left its usual range; collateral: echo of a peer's failure."""
 
 _MISTAKES = (
     UserError,
@@ -45,7 +45,7 @@ _ECHOES = (
     "collective",
 )
 MAX_BACKOFF_S = 60.0
-_FREE: tuple[FailureKind, ...] = ("preemption", "memory")
+_FREE: tuple[FailureKind, ...] = ("preemption", "room", "memory")
 """Kinds that do not count against `max_failures`."""
 
 
@@ -138,6 +138,8 @@ def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
         return Stop("the run goes on from its last checkpoint when it is started again")
     if last.kind == "preemption":
         return Retry(0.0, "the node was taken back")
+    if last.kind == "room":
+        return Retry(0.0, "the cluster had no room for the workers")
     if last.kind == "error" and any(a.failure.message == last.message for a in streak[:-1]):
         return Stop("the same error came back without a new checkpoint in between")
     spent = sum(a.failure.kind not in _FREE for a in streak)
@@ -165,6 +167,8 @@ def classify(error: BaseException) -> FailureKind:
     error = getattr(error, "health_check_failure", error)
     if getattr(error, "preempted", False) or type(error).__name__ == "PreemptionError":
         return "preemption"
+    if type(error).__name__ == "WorkerGroupStartupTimeoutError":
+        return "room"
     if type(error).__module__.split(".")[0] == "ray":
         return "death"
     if isinstance(error, LoaderDiedError | RankDiedError):

@@ -50,7 +50,7 @@ class Launcher(Protocol):
         ...
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Free resources by node."""
+        """Free resources by node, for runs whose number of workers may change."""
         ...
 
     def start(self, job: TrainJob, workers: int) -> None:

@@ -65,9 +65,8 @@ class LocalLauncher:
         return LocalEvaluations(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Room for all of them: nothing else is counted here."""
-        cluster = self._config.cluster
-        return [cluster.needs] * cluster.max_workers
+        """Not asked for: the number of workers is fixed."""
+        return ()
 
     def start(self, job: TrainJob, workers: int) -> None:
         """Start the processes; those of the attempt before are gone."""

@@ -31,6 +31,7 @@ from m2f.cluster.train.mailbox import Mailbox
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
 from m2f.cluster.train.worker import WorkerSettings, train_loop
 from m2f.data_pipeline.storage.scratch import ScratchFolder
+from m2f.model.counted import counted
 from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
@@ -88,9 +89,8 @@ class RayLauncher:
             # On the driver's node, so that it survives the loss of a node of workers.
             mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(Mailbox)
             self._mailbox = mailbox.remote()
-            # The supervisor waits for room before it starts workers, and an autoscaler sees none that queue up.
-            request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
-            stack.callback(request_resources, bundles=[])
+            if self._cluster.min_workers < self._cluster.max_workers:
+                stack.callback(request_resources, bundles=[])
             self._stack = stack.pop_all()
         return self
 
@@ -102,7 +102,11 @@ class RayLauncher:
         return EvaluationClient(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Free resources of the nodes that live and shall stay."""
+        """Free resources of the nodes that live and shall stay. An autoscaler hears how many workers are wanted.
+
+        It sees none that queue up, and Ray Train replaces what was asked for at the end of every attempt.
+        """
+        request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
         leaving = draining_nodes()
         return [free for node, free in free_resources().items() if node not in leaving]
 
@@ -153,12 +157,9 @@ class RayLauncher:
 
     def describe_wait(self) -> str:
         """What a worker needs and what the cluster has."""
-        free, cluster = ray.available_resources(), self._cluster
-        return (
-            f"one that waits for room needs {cluster.num_cpus_per_worker:g} CPUs and "
-            f"{cluster.gpus_per_worker:g} GPUs, and the cluster has {free.get('CPU', 0):g} and "
-            f"{free.get('GPU', 0):g} free now"
-        )
+        free = ray.available_resources()
+        needs = [f"{amount:g} {name} ({free.get(name, 0):g} free now)" for name, amount in self._cluster.needs.items()]
+        return f"each of at least {counted(self._cluster.min_workers, 'worker')} needs {' and '.join(needs)}"
 
     def _trainer(self, job: TrainJob, workers: int) -> TorchTrainer:
         cluster = self._cluster

@@ -200,8 +200,11 @@ class _Supervisor:
             if error is None and self._sizes.growing:
                 continue
             failure = failure_of(error, ending)
-            if self._interrupts and failure.kind == "death":  # the signal came before a rank could handle it
+            if self._interrupts and failure.kind in ("death", "room"):  # the signal came before a rank could handle it
                 return "stopped"
+            if failure.kind == "room":  # no failure, and every minute once more
+                print_err(f"no room yet: {self._launcher.describe_wait()}")
+                continue
             self._failures.append(failure)
             history = history.after(Attempt(failure, step))
             decision = decide(history, self._config.cluster.max_failures)

@@ -38,6 +38,8 @@ def backbone_lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> flo
 
 def _warm_then_poly(step: int, warmup_steps: int, max_steps: int, power: float) -> float:
     """From 0 to 1 in `warmup_steps`, then as a polynomial to 0 at `max_steps`; 0 before step 0."""
+    if step < 0:
+        return 0.0
     if step < warmup_steps:
-        return max(0, step) / warmup_steps
+        return step / warmup_steps
     return max(0.0, 1.0 - (step - warmup_steps) / max(1, max_steps - warmup_steps)) ** power

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_QUESTIONS = ("is_invalid_grad_norm", "mask_nan_or_inf_with_val_inplace")
-"""Functions by which DeepSpeed's optimizer waits for the device; both in its module for ZeRO 1 and 2."""
+_QUESTION = "is_invalid_grad_norm"
+"""Function by which DeepSpeed's optimizer waits for the device, in its module for ZeRO 1 and 2."""
 
 
 def device_can_decide() -> bool:
-    """Whether this version of DeepSpeed asks by the functions that `DeviceSkips` knows."""
+    """Whether this version of DeepSpeed asks by the function that `DeviceSkips` knows."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    return all(hasattr(stage_1_and_2, name) for name in _QUESTIONS)
+    return hasattr(stage_1_and_2, _QUESTION)
 
 
 class DeviceSkips:
@@ -48,17 +48,14 @@ class DeviceSkips:
 
         zero = self._zero
         assert zero is not None
-        answers = dict(zip(_QUESTIONS, (_is_never_invalid, _mask_non_finite), strict=True))
-        theirs = {name: getattr(stage_1_and_2, name) for name in answers}
-        for name, answer in answers.items():
-            setattr(stage_1_and_2, name, answer)
+        theirs = getattr(stage_1_and_2, _QUESTION)
+        setattr(stage_1_and_2, _QUESTION, _is_never_invalid)
         zero._update_model_bit16_weights = _leave_linked
         try:
             yield
         finally:
             del zero._update_model_bit16_weights
-            for name, function in theirs.items():
-                setattr(stage_1_and_2, name, function)
+            setattr(stage_1_and_2, _QUESTION, theirs)
 
     def _scaled_global_norm(self, *arguments: Any, **options: Any) -> Tensor:
         norm = self._measure(*arguments, **options)
@@ -66,7 +63,7 @@ class DeviceSkips:
         return norm
 
     def _norm_of_group(self, gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
-        """L2 norm of a parameter group over all ranks, [] float32 on the device; -1 where it is not finite.
+        """L2 norm of a parameter group over all ranks, [] float32 on the device, finite if all gradients are.
 
         As DeepSpeed's `get_grad_norm_direct`, with one call for all tensors. Norms of tensors are float64.
         """
@@ -79,17 +76,11 @@ class DeviceSkips:
             norms = torch._foreach_norm(own, 2.0, dtype=torch.float64)
             total = torch.stack(norms).pow(2.0).sum().float()
         deepspeed.comm.all_reduce(total, op=deepspeed.comm.ReduceOp.SUM, group=self._zero.dp_process_group)
-        total = total.pow(0.5)
-        _mask_non_finite(total)
-        return total
+        return total.pow(0.5)
 
 
 def _is_never_invalid(norm: Any) -> bool:
     return False
-
-
-def _mask_non_finite(input: Tensor, device: Any = None, val: float = -1.0) -> None:  # noqa: A002 - DeepSpeed's name
-    input.masked_fill_(~input.isfinite(), val)
 
 
 def _leave_linked(group_index: int) -> None:

@@ -209,3 +209,8 @@ def test_a_gpu_that_cuda_does_not_show_is_refused():
 def test_a_share_of_actors_that_leaves_two_ranks_too_little_is_refused():
     with pytest.raises(ConfigError, match=r"num_gpus_per_actor is 0\.5, and 1 actor on the 2 GPUs .* leave 0\.5"):
         settle(recipe(evaluating=0.5), SeenDevices((H100, H100)))
+
+
+def test_an_actor_lies_on_one_gpu():
+    with pytest.raises(ConfigError, match=r"3 actors on the 2 GPUs of the ranks"):  # two others hold one actor each
+        settle(recipe(evaluating=0.6, actors=3, workers=2), SeenDevices((H100,) * 4))

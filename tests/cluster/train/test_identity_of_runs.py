@@ -162,6 +162,7 @@ def test_a_damaged_identity_is_found_too(copied, capsys, image, tmp_path):
         ("model.backbone.options.channels=[8,16,16,64]", "model.backbone.options.channels.3: 32 -> 64"),
         ("training.precision=bf16_autocast", "training.precision: fp32 -> bf16_autocast"),
         ("training.optimizer.layer_decay=0.9", "training.optimizer.layer_decay: 1.0 -> 0.9"),
+        ("training.optimizer.decay_everything=true", "training.optimizer.decay_everything: False -> True"),
         ("model.freeze=[backbone]", "model.freeze: [] -> ['backbone']"),
         ("data.task=semantic", "for the task panoptic, and data.task is semantic"),
     ],

@@ -100,6 +100,12 @@ def test_preemptions_cost_nothing():
     assert isinstance(decide(history(*taken, ("death", 0)), max_failures=1), Retry)
 
 
+def test_a_lack_of_room_is_waited_out():
+    for no_room in (history(*[("room", 0)] * 20), history(("death", 0), ("room", 0))):
+        assert decide(no_room, max_failures=1) == Retry(0.0, "the cluster had no room for the workers")
+    assert isinstance(decide(history(*[("room", 0)] * 20, ("death", 0)), max_failures=1), Retry)
+
+
 def test_no_failures_allowed_means_none():
     assert isinstance(decide(history(("death", 100)), max_failures=0), Stop)
 

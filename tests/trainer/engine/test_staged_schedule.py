@@ -66,6 +66,12 @@ def test_factors_over_the_steps_are_the_authors(schedules, name):
         assert found == pytest.approx((factors["backbone_multiplier"], factors["other_multiplier"]), rel=1e-12)
 
 
+def test_a_stage_may_have_no_warmup():
+    schedule = StagedPolySchedule(warmup_steps=3, backbone_warmup_steps=0)
+    assert [backbone_lr_factor(schedule, step, 10) for step in range(4)] == [0, 0, 0, 1]
+    assert lr_factor(StagedPolySchedule(warmup_steps=0), 0, 10) == 1
+
+
 def test_probabilities_over_the_steps_are_the_authors(schedules):
     for name in ("block0_of_coco_large_640_dinov2", "block0_of_coco_large_640_dinov3"):
         expected = schedules["annealing"][name]
