@@ -20,9 +20,11 @@ from m2f.cluster.exit_status import RESTARTED
 from m2f.cluster.ray_private import on_loopback, quiet_tokens
 from m2f.cluster.ray_watch import watching
 from m2f.cluster.recipe.config import ClusterConfig, RunConfig
+from m2f.cluster.recipe.devices import SeenDevices, gpus_of_machine, gpus_of_nodes
 from m2f.cluster.terminal import print_err
 from m2f.data_pipeline.errors import OutageError
 from m2f.data_pipeline.storage.scratch import ScratchFolder
+from m2f.model.counted import counted
 from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
@@ -33,6 +35,7 @@ CONNECT_S = 10.0
 RECONNECT_S = 120.0
 """How long a driver that was started again waits for its cluster."""
 _LOOK_S = 2.0
+_PROBE_S = 60.0
 PLENTY = 10_000.0
 """Of every custom resource, on the only node of a local cluster."""
 
@@ -146,6 +149,20 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
         ) from error
 
 
+def cluster_devices(may_grow: bool) -> SeenDevices:
+    """The GPUs of the connected cluster, as Ray counts them.
+
+    Ray counts what `ray start --num-gpus` or device files say. Where all of it is this machine, torch is asked, too.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    gpus, found = gpus_of_nodes(node["Resources"] for node in nodes), "the Ray cluster has"
+    is_here = [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]
+    if gpus and is_here and not gpus_of_machine() and not _sees_gpu():
+        found = f"Ray counts {counted(len(gpus), 'GPU')} on {socket.gethostname()}, where torch sees"
+        gpus = ()
+    return SeenDevices(gpus, found=found, may_grow=may_grow)
+
+
 def this_node() -> dict[str, str]:
     """Label selector of the node of this process, for actors whose place is beside it.
 
@@ -159,6 +176,19 @@ def knock(address: str) -> None:
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+
+
+def _sees_gpu() -> bool:
+    """Whether a task with a GPU sees it; Ray hides all GPUs from a driver that runs as a job. True without an answer."""
+    print_err("looking for the GPU that Ray counts here")
+    try:
+        return ray.get(ray.remote(num_cpus=0, num_gpus=0.001)(_is_gpu_seen).remote(), timeout=_PROBE_S)
+    except ray.exceptions.RayError:  # all GPUs are in use
+        return True
+
+
+def _is_gpu_seen() -> bool:
+    return bool(gpus_of_machine())
 
 
 def _guard_with_token() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ Results = Mapping[tuple[str, int], RunResult]
 """Finished runs of one image set by arm and seed."""
 
 
-def read_results(folder: Path, image_set: ImageSet) -> Results:
+def read_results(folders: Sequence[Path], image_set: ImageSet) -> Results:
     """Runs that reached the last step that any run of their arm has reached."""
     found = {
         (arm.name, seed): result
         for arm in ALL_ARMS
         for seed in range(MAX_SEEDS)
-        if (result := read_run(folder, Run(image_set, arm, seed))) is not None
+        if (result := read_run(folders, Run(image_set, arm, seed))) is not None
     }
     last = {arm: max(result.step for (name, _), result in found.items() if name == arm) for arm, _ in found}
     return {(arm, seed): result for (arm, seed), result in found.items() if result.step == last[arm]}

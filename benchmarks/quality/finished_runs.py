@@ -1,9 +1,10 @@
-"""What run folders and CPU records of a comparison say."""
+"""What run folders and CPU records of a comparison say, and how they are kept when the run folders go."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +32,35 @@ class CpuSeconds:
     evaluation: float
 
 
-def read_run(folder: Path, run: Run) -> RunResult | None:
-    """None while a run has no evaluation."""
-    found = sorted((folder / "runs" / run.name / "evaluations").glob("step_*/val/results.json"))
+def read_run(folders: Sequence[Path], run: Run) -> RunResult | None:
+    """From the folder in which the run got furthest; None while it has no evaluation."""
+    found = [(result, folder) for folder in folders if (result := _newest_evaluation(folder, run)) is not None]
     if not found:
         return None
-    result = parse_results(found[-1].read_text())
+    path, folder = max(found, key=lambda one: one[0].parts[-3])
+    result = parse_results(path.read_text())
     metrics = {name: value for name, value in result.metrics.items() if value is not None}
-    return RunResult(result.step, result.num_images, metrics, read_cpu(folder / "cpu" / f"{run.name}.jsonl"))
+    return RunResult(result.step, result.num_images, metrics, read_cpu(_cpu_record(folder, run)))
+
+
+def keep_run(folder: Path, kept: Path, run: Run) -> None:
+    """Copy from `folder` to `kept` what `read_run` reads of a run that has an evaluation: a few kilobytes."""
+    evaluation = _newest_evaluation(folder, run)
+    if evaluation is None:
+        return
+    for path in (evaluation, _cpu_record(folder, run)):
+        if path.exists():
+            to = kept / path.relative_to(folder)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, to)
+
+
+def _newest_evaluation(folder: Path, run: Run) -> Path | None:
+    return max((folder / "runs" / run.name / "evaluations").glob("step_*/val/results.json"), default=None)
+
+
+def _cpu_record(folder: Path, run: Run) -> Path:
+    return folder / "cpu" / f"{run.name}.jsonl"
 
 
 def read_cpu(record: Path) -> CpuSeconds | None:

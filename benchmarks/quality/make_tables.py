@@ -1,11 +1,11 @@
-"""`python -m benchmarks.quality.make_tables FOLDER`: every table of a comparison, from its run folders, as Markdown."""
+"""`python -m benchmarks.quality.make_tables FOLDER ...`: every table of a comparison, from run folders, as Markdown."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality.arms import (
@@ -21,6 +21,7 @@ from benchmarks.quality.arms import (
 )
 from benchmarks.quality.bars import all_lines
 from benchmarks.quality.differences import Difference, Results, cpu_ratio, paired_difference, read_results
+from benchmarks.quality.finished_runs import keep_run
 from benchmarks.quality.markdown import markdown
 from benchmarks.quality.point_costs import costs_table, read_costs
 from m2f.cluster.terminal import print_out
@@ -29,23 +30,37 @@ from m2f.cluster.terminal import print_out
 def main(words: Sequence[str] | None = None) -> int:
     """Print the tables of every image set with finished runs, the costs of points, and all bars."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality.make_tables", description=__doc__)
-    parser.add_argument("folder", type=Path, help="what run_arms, and point_costs with --save, wrote to")
+    parser.add_argument(
+        "folders", type=Path, nargs="+", help="what run_arms, and point_costs with --save, wrote to, or --keep"
+    )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the results of finished runs there first")
     parser.add_argument(
         "--overrides", nargs="*", default=[], metavar="section.key=value", help="as the runs were trained with"
     )
     arguments = parser.parse_args(words)
-    results = {image_set.name: read_results(arguments.folder, image_set) for image_set in IMAGE_SETS}
+    folders: list[Path] = arguments.folders
+    results = {image_set.name: read_results(folders, image_set) for image_set in IMAGE_SETS}
     for name, found in results.items():
         if found:
             print_out("\n\n".join((f"## {name}", spread_table(found), difference_table(found), "")))
-    costs = read_costs(arguments.folder)
+    costs = [cost for folder in folders for cost in read_costs(folder)]
     if costs:
         print_out(f"## Cost of points\n\n{costs_table(costs)}\n")
     finished = {one.name: _finished(one, results[one.name], arguments.overrides) for one in IMAGE_SETS}
+    if arguments.keep is not None:
+        _keep(finished, folders, arguments.keep)
     print_out("## Bars and missing runs\n")
     for line in all_lines(finished, costs):
         print_out(f"- {line}")
     return 0
+
+
+def _keep(finished: Mapping[str, Results], folders: Sequence[Path], kept: Path) -> None:
+    arms = {arm.name: arm for arm in ALL_ARMS}
+    for image_set in IMAGE_SETS:
+        for name, seed in finished[image_set.name]:
+            for folder in set(folders) - {kept}:
+                keep_run(folder, kept, Run(image_set, arms[name], seed))
 
 
 def _finished(image_set: ImageSet, results: Results, overrides: Sequence[str]) -> Results:

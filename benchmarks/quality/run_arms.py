@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = arguments.folder.absolute()
     sets = [one for one in IMAGE_SETS if one.name in arguments.sets]
     arms = [one for one in ALL_ARMS if one.name in arguments.arms]
-    pool = Pool(folder, arguments.overrides, arguments.processes)
+    pool = Pool(folder, arguments.overrides, arguments.processes, arguments.kept)
     return pool.work(runs_of(sets, arms, arguments.seeds), 60 * arguments.minutes)
 
 
@@ -49,6 +49,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--arms", nargs="+", choices=names, default=own, help="default: those of m2f with the steps of the recipe"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument(
+        "--kept", type=Path, nargs="*", default=[], metavar="DIR", help="runs whose results lie there are not trained"
+    )
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="after so many, stop all runs after a checkpoint"
@@ -66,8 +69,9 @@ def make_shards(config: RunConfig) -> None:
 class Pool:
     """Processes of runs, at most some at a time."""
 
-    def __init__(self, folder: Path, overrides: Sequence[str], processes: int) -> None:
+    def __init__(self, folder: Path, overrides: Sequence[str], processes: int, kept: Sequence[Path] = ()) -> None:
         self._folder, self._overrides, self._processes = folder, overrides, processes
+        self._results = (folder, *kept)
         self._running: dict[Run, subprocess.Popen[bytes]] = {}
         self._stopped = False
 
@@ -90,7 +94,7 @@ class Pool:
 
     def _is_finished(self, run: Run) -> bool:
         last = run.config(self._folder, self._overrides).training.max_steps
-        result = read_run(self._folder, run)
+        result = read_run(self._results, run)
         return result is not None and result.step == last
 
     def _start(self, run: Run) -> None:

@@ -12,7 +12,7 @@ from m2f.cluster.evaluation.actor import evaluated_rows
 from m2f.cluster.evaluation.evaluate import Pool, SetEvaluation, evaluate_sets
 from m2f.cluster.evaluation.local_pool import LocalPool
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import SeenDevices, announced, evaluation_devices, gpus_of_machine, gpus_of_nodes
+from m2f.cluster.recipe.devices import SeenDevices, announced, evaluation_devices, gpus_of_machine
 from m2f.cluster.terminal import Progress
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
@@ -43,18 +43,14 @@ def evaluate_checkpoint(
 def _evaluate_on_ray(
     config: RunConfig, checkpoint: str, step: int | None, dump: str | None
 ) -> tuple[SetEvaluation, ...]:
-    import ray
-
     from m2f.cluster.evaluation.client import make_pool
-    from m2f.cluster.ray_cluster import local_or_existing
+    from m2f.cluster.ray_cluster import cluster_devices, local_or_existing
 
     settings = config.evaluation
     may_grow = names_cluster(config.cluster.address)
     num_cpus = max(1, round(settings.actors * settings.num_cpus_per_actor))
     with local_or_existing(config.cluster, num_cpus, resources=settings.resources_per_actor):
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        seen = SeenDevices(gpus_of_nodes(nodes), found="the Ray cluster has", may_grow=may_grow)
-        config = announced(evaluation_devices(config, seen))
+        config = announced(evaluation_devices(config, cluster_devices(may_grow)))
         return _evaluate(config, make_pool(config), checkpoint, step, dump)
 
 

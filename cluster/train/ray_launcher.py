@@ -15,20 +15,21 @@ import ray
 import ray.train
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from m2f.cluster.environment import names_cluster
 from m2f.cluster.evaluation.client import EvaluationClient
-from m2f.cluster.ray_cluster import ClusterError, connect, local_or_existing, this_node
+from m2f.cluster.ray_cluster import ClusterError, cluster_devices, connect, local_or_existing, this_node
 from m2f.cluster.ray_private import attempt_config, draining_nodes, free_resources, scaling_config
 from m2f.cluster.recipe.config import RunConfig
-from m2f.cluster.recipe.devices import SeenDevices, gpus_of_nodes
+from m2f.cluster.recipe.devices import SeenDevices
 from m2f.cluster.start.settling import settled_run, this_machine
 from m2f.cluster.terminal import print_err
 from m2f.cluster.tracking.tracking import TrackedRun
 from m2f.cluster.train.failure_policy import AttemptError
 from m2f.cluster.train.mailbox import Mailbox
 from m2f.cluster.train.supervisor import RunSummary, run_supervised
+from m2f.cluster.train.torch_backend import CheckedTorchConfig
 from m2f.cluster.train.worker import WorkerSettings, train_loop
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.counted import counted
@@ -64,8 +65,7 @@ def _seen_devices(config: RunConfig) -> Iterator[SeenDevices]:
         yield this_machine()
         return
     with local_or_existing(config.cluster, 0):
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield SeenDevices(gpus_of_nodes(nodes), found="the Ray cluster has", may_grow=may_grow)
+        yield cluster_devices(may_grow)
 
 
 class RayLauncher:
@@ -166,7 +166,7 @@ class RayLauncher:
         return TorchTrainer(
             train_loop,
             train_loop_config={"settings": WorkerSettings(job, self._mailbox)},
-            torch_config=TorchConfig(
+            torch_config=CheckedTorchConfig(
                 backend="nccl" if cluster.gpus_per_worker else "gloo",
                 timeout_s=round(job.training.collective_timeout_s),
             ),

@@ -259,7 +259,7 @@ class _Supervisor:
 
     def _give_up(self, error: AttemptError | None, failure: Failure) -> Status:
         """A failed run; raises the user's own mistake where that is the reason."""
-        cause = None if error is None or failure.rank is None else error.by_rank[failure.rank]
+        cause = None if error is None else error.other if failure.rank is None else error.by_rank[failure.rank]
         if isinstance(cause, UserError):
             raise cause
         return "failed"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import ray.train
 from m2f.cluster.ray_private import preemption_notice, quiet_reports
 from m2f.cluster.recipe.devices import device_index
 from m2f.cluster.train.prometheus import PrometheusReporter
-from m2f.model.errors import ConfigError
 from m2f.trainer.errors import PeersError
 from m2f.trainer.job import ManualControl, TrainJob
 from m2f.trainer.reporting import CommitReport, Event, RankReport, Reporters
@@ -56,17 +54,13 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
 
 
 def _take_gpu(assigned: list[Any]) -> None:
-    """Let torch and DeepSpeed take the GPU that Ray gave to this rank, which need not be that of its local rank."""
+    """Let torch and DeepSpeed take the GPU that Ray gave to this rank, which need not be that of its local rank.
+
+    That torch sees it was found out before, see `CheckedTorch`.
+    """
     if not assigned:
         os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"Ray gave GPU {assigned[0]} of {socket.gethostname()} to a worker, but torch {torch.__version__} sees "
-            "none there; see `m2f doctor`, or set cluster.num_gpus_per_worker to 0 to train on the CPU"
-        )
     os.environ["LOCAL_RANK"] = str(device_index(assigned, os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 

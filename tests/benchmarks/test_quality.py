@@ -105,7 +105,7 @@ def test_finished_runs_are_not_trained_again(folder, capsys):
 
 
 def test_tables_take_the_runs_that_reached_the_last_step(folder):
-    results = read_results(folder, SHAPES)
+    results = read_results([folder], SHAPES)
     assert set(results) == {(arm, seed) for arm in ("base", "box_points") for seed in range(3)}
     lines = spread_table(results).splitlines()
     assert lines[0] == "900 steps, 512 validation images"
@@ -116,14 +116,14 @@ def test_tables_take_the_runs_that_reached_the_last_step(folder):
 
 
 def test_a_difference_is_that_of_the_same_seeds(folder):
-    found = paired_difference(Comparison("box_points", "base"), "PQ", read_results(folder, SHAPES))
+    found = paired_difference(Comparison("box_points", "base"), "PQ", read_results([folder], SHAPES))
     assert found.seeds == 3
     assert found.interval.value == pytest.approx(3)
     assert found.interval.low == pytest.approx(3 - 4.3027 / 3**0.5, abs=1e-3)
     assert found.relative == pytest.approx(3 / 52)
     assert found.verdict(1.0) == "gain"
-    assert paired_difference(Comparison("box_points", "base"), "APl", read_results(folder, SHAPES)) is None
-    assert paired_difference(Comparison("box_points", "uniform_8192"), "PQ", read_results(folder, SHAPES)) is None
+    assert paired_difference(Comparison("box_points", "base"), "APl", read_results([folder], SHAPES)) is None
+    assert paired_difference(Comparison("box_points", "uniform_8192"), "PQ", read_results([folder], SHAPES)) is None
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,12 @@ def test_verdicts_follow_the_interval(tmp_path, differences, margin, verdict):
     for seed, difference in enumerate(differences):
         write_run(tmp_path, Run(SHAPES, BASE, seed), step=9, PQ=50.0 + 3 * seed)
         write_run(tmp_path, Run(SHAPES, BOXES, seed), step=9, PQ=50.0 + 3 * seed + difference)
-    found = paired_difference(Comparison("box_points", "base"), "PQ", read_results(tmp_path, SHAPES))
+    found = paired_difference(Comparison("box_points", "base"), "PQ", read_results([tmp_path], SHAPES))
     assert found.verdict(margin) == verdict
 
 
 def test_the_table_of_differences_names_ratio_and_margin(folder):
-    results = read_results(folder, SHAPES)
+    results = read_results([folder], SHAPES)
     assert cpu_ratio(Comparison("box_points", "base"), results) == pytest.approx(1.3)
     assert cpu_ratio(Comparison("box_points", "uniform_8192"), results) is None
     (row,) = [line for line in difference_table(results).splitlines() if line.startswith("| box_points - base | PQ |")]
@@ -157,7 +157,7 @@ def test_the_table_of_differences_names_ratio_and_margin(folder):
 def test_the_seconds_of_a_killed_process_are_not_known(folder):
     run = Run(SHAPES, BASE, 0)
     record = folder / "cpu" / f"{run.name}.jsonl"
-    assert read_run(folder, run).cpu == CpuSeconds(100.0, 7.0)
+    assert read_run([folder], run).cpu == CpuSeconds(100.0, 7.0)
     whole = record.read_text()
     record.write_text(whole + whole)
     assert read_cpu(record) == CpuSeconds(200.0, 14.0)
@@ -198,7 +198,7 @@ MEDIUM_OBJECTS = Bar("small_shapes", Comparison("box_points", "base"), "APm")
 )
 def test_small_objects_must_gain_a_fifth(tmp_path, boxes, judged):
     write_pairs(tmp_path, [10.0] * 5, boxes)
-    line = judge(SMALL_OBJECTS, read_results(tmp_path, SMALL_SHAPES))
+    line = judge(SMALL_OBJECTS, read_results([tmp_path], SMALL_SHAPES))
     assert line.startswith(f"{judged}: box_points against base on small_shapes: a gain of at least 20 % in APs: ")
     assert line.endswith("%")
 
@@ -213,13 +213,13 @@ def test_small_objects_must_gain_a_fifth(tmp_path, boxes, judged):
 )
 def test_other_objects_must_not_lose(tmp_path, boxes, judged):
     write_pairs(tmp_path, [30.0] * 5, boxes, "APm")
-    line = judge(MEDIUM_OBJECTS, read_results(tmp_path, SMALL_SHAPES))
+    line = judge(MEDIUM_OBJECTS, read_results([tmp_path], SMALL_SHAPES))
     assert line.startswith(f"{judged}: box_points against base on small_shapes: no loss in APm (margin 1): ")
 
 
 def test_a_bar_names_the_runs_that_it_lacks(tmp_path):
     write_pairs(tmp_path, [10.0] * 2, [12.0] * 2)
-    results = read_results(tmp_path, SMALL_SHAPES)
+    results = read_results([tmp_path], SMALL_SHAPES)
     assert judge(SMALL_OBJECTS, results).endswith("not run: box_points 2-4, base 2-4")
     part = next(one for one in PARTS if one.image_set == "small_shapes")
     assert missing_runs(part, results) == (
@@ -230,7 +230,7 @@ def test_a_bar_names_the_runs_that_it_lacks(tmp_path):
 
 def test_five_seeds_are_judged(tmp_path):
     write_pairs(tmp_path, [10.0] * 5, [12.5, 12.0, 12.5, 13.0, 12.5])
-    row = difference_table(read_results(tmp_path, SMALL_SHAPES)).splitlines()[2]
+    row = difference_table(read_results([tmp_path], SMALL_SHAPES)).splitlines()[2]
     assert row.startswith("| box_points - base | APs | 5 | +2.50 | +25.0 % |")
     assert row.endswith("| gain | 1 | 1.00 |")
 
@@ -238,7 +238,7 @@ def test_five_seeds_are_judged(tmp_path):
 def test_seeds_that_follow_each_other_are_one_range(tmp_path):
     write_pairs(tmp_path, [10.0] * 3, [12.0] * 3)
     (tmp_path / "runs" / "small_shapes-base-1" / "evaluations").rename(tmp_path / "elsewhere")
-    assert judge(SMALL_OBJECTS, read_results(tmp_path, SMALL_SHAPES)).endswith("box_points 3-4, base 1 3-4")
+    assert judge(SMALL_OBJECTS, read_results([tmp_path], SMALL_SHAPES)).endswith("box_points 3-4, base 1 3-4")
 
 
 def test_costs_are_held_against_their_bar():
@@ -269,12 +269,26 @@ def test_pilots_must_cost_less(tmp_path, seconds, verdict):
     for seed in range(5):
         write_run(tmp_path, Run(SHAPES, PILOT_ARMS[0], seed), step=2500, PQ=60.0 + seed)
         write_run(tmp_path, Run(SHAPES, PILOT_ARMS[2], seed), step=1500, seconds=seconds, PQ=60.5 + seed)
-    results = read_results(tmp_path, SHAPES)
+    results = read_results([tmp_path], SHAPES)
     assert len(results) == 10
     assert judge(BARS[-1], results) == (
         f"{verdict}: pilots_1500 against base_2500 on shapes: no loss in PQ (margin 1), in at most 0.7 of the CPU "
         f"seconds: +0.50 (+0.50 to +0.50), +0.8 %, {seconds / 100:.2f} of the CPU seconds"
     )
+
+
+def test_results_are_kept_without_their_run_folders(folder, tmp_path, capsys):
+    """Run folders of many hours of one machine may go; the tables of all of them are made again from what was kept."""
+    kept, later, steps = tmp_path / "kept", tmp_path / "later", ["--overrides", "training.max_steps=900"]
+    assert make_tables.main([str(folder), "--keep", str(kept), *steps]) == 0
+    before = capsys.readouterr().out
+    assert len(list(kept.rglob("results.json"))) == len(list(kept.rglob("*.jsonl"))) == 6
+    assert make_tables.main([str(kept), *steps]) == 0
+    assert capsys.readouterr().out == before
+    write_run(later, Run(SHAPES, BOXES, 3), step=900, PQ=57.0)
+    assert len(read_results([kept, later], SHAPES)) == 7
+    pool = Pool(later, ["training.max_steps=900"], processes=1, kept=[kept])
+    assert pool.work(runs_of([SHAPES], [BASE, BOXES], [0, 1, 2]), seconds=60) == 0
 
 
 def test_one_command_prints_everything(folder, capsys):
