@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,16 @@ class PlainVit(nn.Module):
             tokens = self.run(block, tokens, table)
         return self.norm(tokens)
 
+    def levels(self, images: Tensor, blocks: Sequence[int]) -> tuple[list[Tensor], Tensor | None, Grid]:
+        """Normalised tokens [B, P + N, C] behind each of these blocks (from 0, ascending), and what `embed` says."""
+        tokens, table, grid = self.embed(images)
+        found = []
+        for index, block in enumerate(self.blocks[: blocks[-1] + 1]):
+            tokens = self.run(block, tokens, table)
+            if index in blocks:
+                found.append(self.norm(tokens))
+        return found, table, grid
+
     def run(self, block: nn.Module, tokens: Tensor, table: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """One block on tokens [B, T, C]; `mask` is bool [B, 1, T, T], True where a token (row) may attend."""
         positions = (table,) if isinstance(block, EvaBlock) else ()
@@ -98,15 +109,25 @@ class PlainVit(nn.Module):
 
 @kept(4)
 def rotary_positions(grid: Grid, dim: int, device: torch.device) -> Tensor:
-    """Sine and cosine [N, 2 * dim] of the angles by which heads of width `dim` are rotated, row by row.
+    """Sine and cosine [N, 2 * dim] of the angles by which heads of width `dim` are rotated, row by row."""
+    return rotations(rotary_angles(grid, dim, device))
 
-    Centres of patches are mapped to [-1, 1] along each axis; y comes before x. In float32 for every precision.
+
+def rotations(angles: Tensor) -> Tensor:
+    """The table [..., 2 * dim] of angles [..., dim], as blocks take it."""
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+@kept(4)
+def rotary_angles(grid: Grid, dim: int, device: torch.device) -> Tensor:
+    """Angles [N, dim]: centres of patches are mapped to [-1, 1] along each axis; y comes before x.
+
+    In float32 for every precision.
     """
     axes = [(torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size * 2 - 1 for size in grid]
     centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
     exponents = 2 * torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 2)
-    angles = (2 * math.pi * centres[:, :, None] / _TEMPERATURE**exponents).flatten(1).tile(2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return (2 * math.pi * centres[:, :, None] / _TEMPERATURE**exponents).flatten(1).tile(2)
 
 
 def with_unrotated(table: Tensor | None, count: int) -> Tensor | None:
@@ -117,8 +138,8 @@ def with_unrotated(table: Tensor | None, count: int) -> Tensor | None:
     """
     if table is None:
         return None
-    sine, cosine = table.new_zeros(count, table.shape[1] // 2), table.new_ones(count, table.shape[1] // 2)
-    return torch.cat([torch.cat([sine, cosine], dim=1), table])
+    shape = (*table.shape[:-2], count, table.shape[-1] // 2)
+    return torch.cat([torch.cat([table.new_zeros(shape), table.new_ones(shape)], dim=-1), table], dim=-2)
 
 
 def _require_plain(source: Any, config: TimmBackboneConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,14 @@ def annealing_steps(config: EomtDecoderConfig, max_steps: int) -> tuple[tuple[in
 
 def mask_probabilities(config: EomtDecoderConfig, step: int, max_steps: int) -> tuple[float, ...]:
     """Probability of each block that a query is masked there, after `step` updates."""
+    return probabilities_at(annealing_steps(config, max_steps), config.annealing_power, step)
+
+
+def probabilities_at(windows: Sequence[tuple[int, int]], power: float, step: int) -> tuple[float, ...]:
+    """The same from the first step below 1 and the first at 0 of each block, and the exponent in between."""
     return tuple(
-        1.0 if step < start else 0.0 if step >= end else (1 - (step - start) / (end - start)) ** config.annealing_power
-        for start, end in annealing_steps(config, max_steps)
+        1.0 if step < start else 0.0 if step >= end else (1 - (step - start) / (end - start)) ** power
+        for start, end in windows
     )
 
 

@@ -7,6 +7,7 @@ K classes, C channels of the vision transformer, h x w pixels of the masks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,15 +50,15 @@ class _UpscaleStep(nn.Module):
 class QueryHeads(nn.Module):
     """The queries, what makes classes and mask embeddings of them, and how much of the masks is left."""
 
-    def __init__(self, config: EomtDecoderConfig, dim: int, num_classes: int) -> None:
+    def __init__(self, num_queries: int, num_layers: int, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.num_layers = config.num_layers
-        self.query_feat = nn.Embedding(config.num_queries, dim)
+        self.num_layers = num_layers
+        self.query_feat = nn.Embedding(num_queries, dim)
         self.class_embed = nn.Linear(dim, num_classes + 1)
         hidden = (nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU())
         self.mask_embed = nn.Sequential(*hidden, nn.Linear(dim, dim))
-        self.register_buffer("attn_mask_probs", torch.ones(config.num_layers))
-        self.probabilities = (1.0,) * config.num_layers
+        self.register_buffer("attn_mask_probs", torch.ones(num_layers))
+        self.probabilities = (1.0,) * num_layers
         """The buffer's numbers on the host, where they are decided on."""
 
     def set_probabilities(self, probabilities: tuple[float, ...]) -> None:
@@ -78,6 +79,18 @@ class QueryHeads(nn.Module):
         return self.query_feat(rows).expand(images, -1, -1)
 
 
+class Encoded(NamedTuple):
+    """Images as tokens that the queries join."""
+
+    tokens: Tensor
+    """[B, P + N, C]"""
+    table: Tensor | None
+    """Of rotary positions, without the queries."""
+    grid: Grid
+    size: tuple[int, int]
+    """Height and width of the images."""
+
+
 class _Prediction(NamedTuple):
     class_logits: Tensor
     mask_embeddings: Tensor
@@ -85,8 +98,8 @@ class _Prediction(NamedTuple):
     """[B, C, ., .] of the padded image."""
 
 
-class Eomt(Segmenter):
-    """A plain vision transformer through whose last L blocks learned queries go with the patches.
+class QuerySegmenter(Segmenter):
+    """Learned queries that pass blocks together with the tokens of a plain vision transformer.
 
     A prediction is made before each of these blocks and after the last. In training it masks which patches the queries
     see in the block, with a probability that falls to 0. Evaluation is never random: it masks the blocks whose
@@ -97,57 +110,36 @@ class Eomt(Segmenter):
     pixel_decoder: Upscale
     transformer_decoder: QueryHeads
 
-    def __init__(self, config: ModelConfig, backbone: PlainVit, num_classes: int) -> None:
-        super().__init__(config)
-        assert isinstance(config.transformer_decoder, EomtDecoderConfig)
-        self._config = config.transformer_decoder
-        if self._config.num_layers > len(backbone.blocks):
-            raise ConfigError(
-                f"model.transformer_decoder.num_layers is {self._config.num_layers}; the backbone has "
-                f"{len(backbone.blocks)} blocks that queries can pass"
-            )
-        self.backbone = backbone
-        self.pixel_decoder = Upscale(backbone.width, backbone.embed.patch)
-        self.transformer_decoder = QueryHeads(self._config, backbone.width, num_classes)
-        blocks = (f"backbone.blocks.{index}" for index in range(len(backbone.blocks)))
-        self.regions = ("backbone.embed", *blocks, "pixel_decoder")
-
-    def set_progress(self, step: int, max_steps: int) -> None:
-        """See Segmenter."""
-        self.transformer_decoder.set_probabilities(mask_probabilities(self._config, step, max_steps))
-
-    def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
-        """See Segmenter. Images may have any size; the masks have ceil(H / stride) rows."""
-        vit, heads = self.backbone, self.transformer_decoder
-        first, blocks = len(vit.blocks) - heads.num_layers, list(vit.blocks)
-        tokens, table, grid = vit.embed(images)
-        for block in blocks[:first]:
-            tokens = vit.run(block, tokens, table)
-        queries = heads.tokens(images.shape[0])
-        tokens, table = torch.cat([queries, tokens], dim=1), with_unrotated(table, queries.shape[1])
+    def decode(
+        self, blocks: Sequence[nn.Module], norm: nn.Module, encoded: Encoded, context: TrainingContext | None
+    ) -> Predictions:
+        """Let the queries pass `blocks`; `norm` is applied for predictions alone."""
+        heads, grid, tokens = self.transformer_decoder, encoded.grid, encoded.tokens
+        queries = heads.tokens(tokens.shape[0])
+        tokens = torch.cat([queries, tokens], dim=1)
+        table = with_unrotated(encoded.table, queries.shape[1])
         draws = None
         if self.training and context is not None:
             draws = uniform_draws(context, heads.num_layers, queries.shape[1])
         predictions = []
-        for index, block in enumerate(blocks[first:]):
+        for index, block in enumerate(blocks):
             mask, probability = None, heads.probabilities[index]
             if self.training or probability >= 0.5:
-                predictions.append(self._predict(tokens, grid))
+                predictions.append(self._predict(norm(tokens), grid))
             if probability >= 0.5 or (self.training and probability > 0):
                 mask = self._attention_mask(predictions[-1], tokens, grid)
                 if draws is not None and probability < 1:
                     released = draws[index] > probability
                     mask[:, 0, : queries.shape[1]] |= released[..., None]
-            tokens = vit.run(block, tokens, table, mask)
-        predictions.append(self._predict(tokens, grid))
-        return self._joined(predictions if self.training else predictions[-1:], (images.shape[-2], images.shape[-1]))
+            tokens = self.backbone.run(block, tokens, table, mask)
+        predictions.append(self._predict(norm(tokens), grid))
+        return self._joined(predictions if self.training else predictions[-1:], encoded.size)
 
-    def _predict(self, tokens: Tensor, grid: Grid) -> _Prediction:
-        """From tokens [B, T, C] through the vision transformer's last norm, whose output goes nowhere else."""
+    def _predict(self, normalised: Tensor, grid: Grid) -> _Prediction:
+        """From normalised tokens [B, T, C], which go nowhere else."""
         heads, patches = self.transformer_decoder, math.prod(grid)
-        normalised = self.backbone.norm(tokens)
         queries = normalised[:, : heads.query_feat.num_embeddings]
-        features = normalised[:, tokens.shape[1] - patches :].transpose(1, 2).unflatten(2, grid)
+        features = normalised[:, normalised.shape[1] - patches :].transpose(1, 2).unflatten(2, grid)
         return _Prediction(heads.class_embed(queries), heads.mask_embed(queries), self._upscale(features))
 
     def _upscale(self, features: Tensor) -> Tensor:
@@ -175,3 +167,37 @@ class Eomt(Segmenter):
         classes, embeddings, features = zip(*predictions, strict=True)
         *earlier, last = (one[..., :rows, :columns] for one in features)
         return Predictions(torch.stack(classes), torch.stack(embeddings), last, tuple(earlier))
+
+
+class Eomt(QuerySegmenter):
+    """A plain vision transformer whose last L blocks the queries pass."""
+
+    def __init__(self, config: ModelConfig, backbone: PlainVit, num_classes: int) -> None:
+        super().__init__(config)
+        assert isinstance(config.transformer_decoder, EomtDecoderConfig)
+        self._config = config.transformer_decoder
+        queries, layers = self._config.num_queries, self._config.num_layers
+        if layers > len(backbone.blocks):
+            raise ConfigError(
+                f"model.transformer_decoder.num_layers is {layers}; the backbone has {len(backbone.blocks)} blocks "
+                "that queries can pass"
+            )
+        self.backbone = backbone
+        self.pixel_decoder = Upscale(backbone.width, backbone.embed.patch)
+        self.transformer_decoder = QueryHeads(queries, layers, backbone.width, num_classes)
+        blocks = (f"backbone.blocks.{index}" for index in range(len(backbone.blocks)))
+        self.regions = ("backbone.embed", *blocks, "pixel_decoder")
+
+    def set_progress(self, step: int, max_steps: int) -> None:
+        """See Segmenter."""
+        self.transformer_decoder.set_probabilities(mask_probabilities(self._config, step, max_steps))
+
+    def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
+        """See Segmenter. Images may have any size; the masks have ceil(H / stride) rows."""
+        vit = self.backbone
+        first, blocks = len(vit.blocks) - self.transformer_decoder.num_layers, list(vit.blocks)
+        tokens, table, grid = vit.embed(images)
+        for block in blocks[:first]:
+            tokens = vit.run(block, tokens, table)
+        encoded = Encoded(tokens, table, grid, (images.shape[-2], images.shape[-1]))
+        return self.decode(blocks[first:], vit.norm, encoded, context)
