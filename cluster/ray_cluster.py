@@ -179,7 +179,7 @@ def knock(address: str) -> None:
 
 
 def _sees_gpu() -> bool:
-    """Whether a task with a GPU sees it; Ray hides all GPUs from a driver that runs as a job. True without an answer."""
+    """Whether a task with a GPU sees it, as Ray hides all GPUs from a driver that is a job. True without an answer."""
     print_err("looking for the GPU that Ray counts here")
     try:
         return ray.get(ray.remote(num_cpus=0, num_gpus=0.001)(_is_gpu_seen).remote(), timeout=_PROBE_S)

@@ -1,0 +1,94 @@
+"""The process group of Ray Train's workers, made after each has shown that torch sees the GPU that Ray gave to it.
+
+Ray counts GPUs by what it was told or by the device files. A driver that is broken, or torch built without CUDA, shows
+in the worker only, and NCCL's own error names no node.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
+
+from m2f.trainer.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class WorkerGpu:
+    """What a worker sees."""
+
+    node: str
+    assigned: str | None
+    """Id of the GPU that Ray gave to it; None without one."""
+    is_seen: bool
+    """Whether torch sees any GPU in the worker."""
+    torch: str
+    """Version of torch, and CUDA's where torch is built with it."""
+
+
+def look_at_gpu() -> WorkerGpu:
+    """Body of a call on a worker."""
+    import torch
+
+    assigned = [str(name) for name in ray.get_gpu_ids()]
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    return WorkerGpu(
+        node=socket.gethostname(),
+        assigned=assigned[0] if assigned else None,
+        is_seen=torch.cuda.is_available(),
+        torch=f"torch {torch.__version__} with {built}",
+    )
+
+
+def unseen_gpus(workers: Sequence[WorkerGpu]) -> str | None:
+    """What is wrong where torch sees no GPU in a worker that has one of Ray; `workers` are in the order of ranks."""
+    blind = [
+        (rank, worker) for rank, worker in enumerate(workers) if worker.assigned is not None and not worker.is_seen
+    ]
+    if not blind:
+        return None
+    first = blind[0][1]
+    names = [f"rank {rank} on node {worker.node} (GPU {worker.assigned})" for rank, worker in blind[:10]]
+    rest = f" and {len(blind) - 10} more" if len(blind) > 10 else ""
+    return (
+        f"torch sees no GPU where Ray counts one: {', '.join(names)}{rest}; {first.torch}. Look at `nvidia-smi` and "
+        f"`m2f doctor` on {first.node}; mend the driver or take the node out of the cluster, or train on the CPU with "
+        "cluster.num_gpus_per_worker=0. A node without a GPU is started with `ray start --num-gpus=0`"
+    )
+
+
+class CheckedTorchConfig(TorchConfig):
+    """As Ray's, with the check before it."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """See `CheckedTorch`."""
+        return CheckedTorch
+
+
+class CheckedTorch(Backend):
+    """Ray's own backend for torch, with a look at the GPUs before ranks wait for each other."""
+
+    share_cuda_visible_devices = True
+
+    def __init__(self) -> None:
+        self._torch = TorchConfig().backend_cls()
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Make the process group. Raises TrainingError, in place of a wait or NCCL's error, where a GPU is not seen."""
+        if problem := unseen_gpus(worker_group.execute(look_at_gpu)):
+            raise TrainingError(problem)
+        self._torch.on_start(worker_group, backend_config)
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        """As Ray's."""
+        self._torch.on_training_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """As Ray's."""
+        self._torch.on_shutdown(worker_group, backend_config)

@@ -1,0 +1,95 @@
+"""GPUs that Ray counts and torch does not see: a broken driver, or `ray start --num-gpus=1` on a machine without."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from m2f.cluster import ray_cluster
+from m2f.cluster.ray_cluster import cluster_devices
+from m2f.cluster.recipe.devices import SeenDevices, SeenGpu, settle
+from m2f.cluster.train import ray_launcher
+from m2f.cluster.train.torch_backend import CheckedTorch, CheckedTorchConfig, WorkerGpu, unseen_gpus
+from m2f.data_pipeline.config import DatasetConfig
+from m2f.data_pipeline.storage.storage import Storage
+from m2f.eval.config import EvaluationConfig
+from m2f.trainer.errors import TrainingError
+from tests.cluster.tiny_run import small_sets, tiny_config
+
+GPU = SeenGpu("GPU", (8, 0))
+
+
+def worker(node, assigned="0", is_seen=True):
+    return WorkerGpu(node, assigned, is_seen, "torch 2.9.0 with CUDA 12.8")
+
+
+def test_ranks_without_their_gpu_are_named_with_their_nodes():
+    assert unseen_gpus([worker("a"), worker("b", assigned=None, is_seen=False)]) is None, "a rank on the CPU needs none"
+    problem = unseen_gpus([worker("a"), worker("b", "1", is_seen=False), worker("c", "0", is_seen=False)])
+    assert problem is not None
+    assert "rank 1 on node b (GPU 1), rank 2 on node c (GPU 0); torch 2.9.0 with CUDA 12.8. Look" in problem
+    assert "`nvidia-smi` and `m2f doctor` on b;" in problem
+    assert "cluster.num_gpus_per_worker=0" in problem
+    many = unseen_gpus([worker("b", is_seen=False)] * 64)
+    assert many is not None
+    assert "and 54 more" in many
+
+
+def test_the_look_comes_before_ranks_wait_for_each_other(monkeypatch):
+    backend, started = CheckedTorch(), []
+    monkeypatch.setattr(backend, "_torch", SimpleNamespace(on_start=lambda *_: started.append(1)))
+    with pytest.raises(TrainingError, match="rank 1 on node b"):
+        backend.on_start(SimpleNamespace(execute=lambda _: [worker("a"), worker("b", is_seen=False)]), None)
+    assert not started
+    backend.on_start(SimpleNamespace(execute=lambda _: [worker("a"), worker("b")]), None)
+    assert started
+    assert CheckedTorchConfig(backend="nccl").backend_cls is CheckedTorch
+
+
+@pytest.mark.parametrize(
+    ("nodes", "driver", "task", "gpus"),
+    [
+        ([1], 0, False, 0),  # ray start --num-gpus=1 on a machine without
+        ([1], 0, True, 1),  # a job's driver, from which Ray hides the GPUs
+        ([1], 1, None, 1),
+        ([0], 0, None, 0),
+        ([1, 1], 0, None, 2),  # the other node is not looked at here: its rank is
+    ],
+)
+def test_a_cluster_of_one_machine_has_the_gpus_that_torch_sees(nodes, driver, task, gpus, monkeypatch):
+    listed = [{"Alive": True, "NodeID": str(i), "Resources": {"GPU": count}} for i, count in enumerate(nodes)]
+    monkeypatch.setattr(ray, "nodes", lambda: listed)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0"))
+    monkeypatch.setattr(ray_cluster, "gpus_of_machine", lambda: (GPU,) * driver)
+    monkeypatch.setattr(ray_cluster, "_sees_gpu", lambda: task)  # None: is not asked
+    seen = cluster_devices(may_grow=True)
+    assert len(seen.gpus) == gpus
+    assert ("Ray counts 1 GPU on" in seen.none) == (task is False)
+
+
+def test_auto_then_trains_on_the_cpu_and_says_so(tmp_path):
+    config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
+    settled = settle(config, SeenDevices((), "Ray counts 1 GPU on n1, where torch sees", may_grow=True))
+    assert settled.config.cluster.gpus_per_worker == 0
+    assert settled.warnings[0].startswith("Ray counts 1 GPU on n1, where torch sees no GPU now: training on its CPUs.")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_run_on_such_a_cluster_ends_in_one_message(tmp_path, monkeypatch, capsys):
+    config = replace(
+        tiny_config(tmp_path, "blind", small_sets(str(tmp_path), Storage())), evaluation=EvaluationConfig()
+    )
+    ray.init(num_cpus=4, num_gpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
+    try:
+        assert not cluster_devices(may_grow=True).gpus
+        seen = SeenDevices((GPU, GPU), "the Ray cluster has", may_grow=True)  # as where its GPUs are on other nodes
+        monkeypatch.setattr(ray_launcher, "cluster_devices", lambda _: seen)
+        with pytest.raises(TrainingError, match=r"torch sees no GPU where Ray counts one: rank 0 on node .* rank 1 on"):
+            ray_launcher.run_training(config)
+    finally:
+        ray.shutdown()
+    said = capsys.readouterr().err
+    assert "attempt 1 ended at checkpoint step 0: TrainingError: torch sees no GPU" in said
+    assert "attempt 2" not in said
