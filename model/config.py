@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from m2f.model.eomt.config import EomtDecoderConfig, UpscalePixelDecoderConfig
 from m2f.model.errors import ConfigError
 from m2f.model.limits import ABOVE_0, BELOW_1, FROM_0, FROM_1, SHARE, Range, Section
+from m2f.model.pmt.config import PmtDecoderConfig
 from m2f.model.weights.packages import packaged_weights
 from m2f.model.weights.sources import HUB, PACKAGE, HubAddress
 
@@ -31,8 +32,8 @@ class TimmBackboneConfig(Section):
     `package:efficientnet-lite0`, which the extra of that name installs, for `tf_efficientnet_lite0`."""
     features: Literal["maps", "tokens"] = "maps"
     """What the backbone gives: maps at strides 4 to 32, or the tokens of a plain vision transformer, for
-    `transformer_decoder.kind` eomt. Tokens are of patches of 16 pixels unless `options` has another `patch_size`;
-    `options.img_size` is the size that learned positions are stored for, they are interpolated to others."""
+    `transformer_decoder.kind` eomt and pmt. Tokens are of patches of 16 pixels unless `options` has another
+    `patch_size`; `options.img_size` is the size that learned positions are stored for, others are interpolated."""
     norm: Literal["frozen_batch", "sync_batch", "group", "native"] = "frozen_batch"
     """What becomes of BatchNorms: `frozen_batch` as in the paper, `sync_batch` with the statistics of all ranks (the
     paper's Cityscapes recipes), `group` to train from random weights, `native` to keep what timm builds."""
@@ -297,7 +298,8 @@ class StandardTransformerDecoderConfig(Section):
         _check_decoder(self)
 
 
-TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig | EomtDecoderConfig
+_OfTokens = EomtDecoderConfig | PmtDecoderConfig
+TransformerDecoderConfig = MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig | _OfTokens
 
 
 def _check_decoder(config: MaskedTransformerDecoderConfig | StandardTransformerDecoderConfig) -> None:
@@ -456,8 +458,9 @@ class ModelConfig(Section):
                 f"model.weights_are_deltas is true, with model.weights {self.weights}; it needs them, and what they "
                 "are added to: set model.backbone.pretrained to true, or model.backbone.weights to a file"
             )
+        kind, takes_tokens = self.transformer_decoder.kind, ("eomt", "pmt")
         found = {
-            "transformer_decoder.kind": (self.transformer_decoder.kind, "eomt"),
+            "transformer_decoder.kind": (kind, kind if kind in takes_tokens else " or ".join(takes_tokens)),
             "pixel_decoder.kind": (self.pixel_decoder.kind, "upscale"),
             "backbone.features": (getattr(self.backbone, "features", "maps"), "tokens"),
         }

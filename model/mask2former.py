@@ -14,6 +14,7 @@ from m2f.model.config import (
     EomtDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
+    PmtDecoderConfig,
     StandardTransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
     UpscalePixelDecoderConfig,
@@ -21,6 +22,7 @@ from m2f.model.config import (
 from m2f.model.eomt.eomt import Eomt
 from m2f.model.errors import ConfigError
 from m2f.model.pixel_decoder import build_pixel_decoder
+from m2f.model.pmt.pmt import Pmt
 from m2f.model.segmenter import Segmenter, TrainingContext
 from m2f.model.structures import Predictions
 from m2f.model.transformer_decoder.masked import MaskedTransformerDecoder
@@ -35,7 +37,7 @@ class Mask2Former(Segmenter):
         super().__init__(config)
         self.backbone = backbone
         assert not isinstance(config.pixel_decoder, UpscalePixelDecoderConfig)  # see ModelConfig
-        assert not isinstance(config.transformer_decoder, EomtDecoderConfig)
+        assert not isinstance(config.transformer_decoder, EomtDecoderConfig | PmtDecoderConfig)
         self.pixel_decoder = build_pixel_decoder(config.pixel_decoder, channels)
         decoder, feature_dim = config.transformer_decoder, self.pixel_decoder.feature_dim
         dims = self.pixel_decoder.mask_dim, num_classes
@@ -78,6 +80,8 @@ def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Seg
     backbone = build_backbone(config.backbone, pretrained=pretrained_backbone)
     model: Segmenter
     match backbone:
+        case PlainVit() if isinstance(config.transformer_decoder, PmtDecoderConfig):
+            model = Pmt(config, backbone, config.num_classes)
         case PlainVit():
             model = Eomt(config, backbone, config.num_classes)
         case _:

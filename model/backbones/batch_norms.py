@@ -96,7 +96,9 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
         """[B, C, H, W] to the same shape; B, H and W may differ between ranks."""
         is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-        if is_alone or not self.training or input.device.type != "cpu":
+        if is_alone:  # torch's own refuses a CPU wherever there is a process group
+            return nn.modules.batchnorm._BatchNorm.forward(self, input)
+        if not self.training or input.device.type != "cpu":
             return super().forward(input)
         return self._synchronised(input.float()).to(input.dtype)
 

@@ -30,8 +30,13 @@ _FOLDER_FILES = (
 )
 """What a checkpoint folder of ours or a Hugging Face folder holds; the first that exists is read."""
 
-_CLASS_HEADS = ("class_embed.weight", "class_predictor.weight", "network.class_head.weight")
-"""How the names of the class head end: ours and the official ones, Hugging Face's, those of EoMT's authors."""
+_CLASS_HEADS = (
+    "class_embed.weight",
+    "class_predictor.weight",
+    "network.class_head.weight",
+    "decoder.class_head.weight",
+)
+"""How the names of the class head end: ours and the official ones, Hugging Face's, EoMT's and PMT's authors'."""
 
 _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """Number with which torch files from before version 1.6 begin; pickles hold such files further inside."""

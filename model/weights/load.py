@@ -92,7 +92,7 @@ def load_weights(
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
     converted = _match_timm_names(target, own, layout)
-    if layout == "eomt" and _MASK_PROBABILITIES in target:  # files of finished trainings may lack them
+    if layout in ("eomt", "pmt") and _MASK_PROBABILITIES in target:  # files of finished trainings may lack them
         converted.setdefault(_MASK_PROBABILITIES, torch.zeros_like(target[_MASK_PROBABILITIES]))
     if layout == "official" and is_maskformer(state):
         require_maskformer(converted, target, name)

@@ -19,9 +19,10 @@ from m2f.model.errors import WeightsError
 from m2f.model.weights.eomt import eomt_to_own, is_eomt
 from m2f.model.weights.maskformer import is_maskformer, maskformer_to_own
 from m2f.model.weights.packing import PackedNames, attention_packs, pack, unpack
+from m2f.model.weights.pmt import is_pmt, pmt_to_own
 from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
 
-Layout = Literal["own", "official", "hugging_face", "eomt", "backbone"]
+Layout = Literal["own", "official", "hugging_face", "eomt", "pmt", "backbone"]
 """Whose names a state dict uses; `backbone` are published weights of a backbone alone."""
 
 _IGNORED = re.compile(r"num_batches_tracked$|relative_position_index$|^criterion\.|^(backbone\.(body\.|stem\.)?)?fc\.")
@@ -55,6 +56,8 @@ def detect_layout(state: Mapping[str, Tensor]) -> Layout:
         return "official"
     if is_eomt(state):
         return "eomt"
+    if is_pmt(state):
+        return "pmt"
     if any(name.startswith("model.pixel_level_module.") for name in state):
         return "hugging_face"
     if any(name.startswith(("backbone.", "pixel_decoder.", "transformer_decoder.")) for name in state):
@@ -82,6 +85,8 @@ def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -
             )
         case "eomt":
             return eomt_to_own({name: tensor for name, tensor in state.items() if not is_ignored(name)})
+        case "pmt":
+            return pmt_to_own(state)
         case "backbone":
             return _backbone_to_own(state)
 

@@ -23,6 +23,7 @@ from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MultiScalePixelDecoderConfig,
+    PmtDecoderConfig,
     StandardTransformerDecoderConfig,
     SwinBackboneConfig,
     TimmBackboneConfig,
@@ -63,7 +64,7 @@ def official_flops(config: ModelConfig, size: tuple[int, int], *, semantic: bool
     if config.num_classes is None:
         raise ConfigError("model.num_classes is not known; set it from the category table of the data set")
     decoder, pixels = config.transformer_decoder, config.pixel_decoder
-    if isinstance(decoder, EomtDecoderConfig) or isinstance(pixels, UpscalePixelDecoderConfig):
+    if isinstance(decoder, EomtDecoderConfig | PmtDecoderConfig) or isinstance(pixels, UpscalePixelDecoderConfig):
         return executed_flops(build_shapes(config), size)
     backbone, channels = _backbone(config.backbone, size)
     maps, area = pyramid(size), size[0] * size[1]

@@ -1,0 +1,48 @@
+"""Settings of PMT (standard library only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from m2f.model.errors import ConfigError
+from m2f.model.limits import ABOVE_0, FROM_0, FROM_1, STEPS_FROM_0, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class PmtDecoderConfig(Section):
+    """Queries and patches in new blocks above a plain vision transformer (PMT, arXiv 2603.25398).
+
+    Needs `backbone.features` tokens and `pixel_decoder.kind` upscale; the authors freeze the backbone
+    (`freeze: [backbone]`). The new blocks have the backbone's width and heads.
+    """
+
+    kind: Literal["pmt"] = "pmt"
+    num_queries: Annotated[int, FROM_1] = 200
+    """Segments that the model can predict in one image."""
+    num_layers: Annotated[int, FROM_1] = 6
+    """New blocks."""
+    mlp_ratio: Annotated[float, ABOVE_0] = 1.0
+    """Width inside the MLP of a new block, over the backbone's."""
+    levels: Annotated[tuple[int, ...] | None, FROM_0] = None
+    """Blocks of the backbone, from 0, behind which its tokens are taken; their sum is what the new blocks start from.
+    None takes the last of each quarter: 5, 11, 17, 23 of 24."""
+    annealing: Annotated[tuple[tuple[int, int], ...] | None, STEPS_FROM_0] = None
+    """For each new block the steps at which its attention masks begin to vanish and are gone. None takes the authors':
+    the first block in the first 3000 steps (at most a sixth of the run); the others begin evenly from 4/15 to 2/3 of
+    the run, each takes a sixth."""
+    annealing_power: Annotated[float, FROM_0] = 0.9
+    """Exponent of the share of masks that is left in between."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = "model.transformer_decoder"
+        if self.levels is not None and (not self.levels or list(self.levels) != sorted(set(self.levels))):
+            raise ConfigError(f"{where}.levels is {list(self.levels)}; blocks in ascending order are needed")
+        if self.annealing is None:
+            return
+        found = f"{where}.annealing is {[list(pair) for pair in self.annealing]}"
+        if len(self.annealing) != self.num_layers:
+            raise ConfigError(f"{found}; one pair of steps for each of num_layers ({self.num_layers}) is needed")
+        if any(end < start for start, end in self.annealing):
+            raise ConfigError(f"{found}; no end may lie before its start")

@@ -1,0 +1,61 @@
+"""Names of PMT's weights: those of the authors, whose files have no backbone, beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from m2f.model.weights.eomt import eomt_to_authors, eomt_to_own
+from m2f.model.weights.packing import attention_packs, pack, unpack
+from m2f.model.weights.tables import NameTable
+
+_THEIRS, _OURS = "network.decoder", "transformer_decoder"
+_ENCODER = "network.encoder."
+_OLD = ("network.decoder.pe.", "network.bn_prefix.", "network.bn_patch.", "network._attn_mask_probs_fallback")
+"""Begin names in older files of what their program has no more."""
+_BLOCK, _OWN_BLOCK = f"{_THEIRS}.blocks.#", f"{_OURS}.blocks.#"
+# Names of the authors (left) and ours (right), projections of attention one by one.
+_TABLE = NameTable(
+    (f"{_THEIRS}.q.*", f"{_OURS}.query_feat.*"),
+    (f"{_THEIRS}.class_head.*", f"{_OURS}.class_embed.*"),
+    (f"{_THEIRS}.mask_head.*", f"{_OURS}.mask_embed.*"),
+    (f"{_THEIRS}.attn_mask_probs", f"{_OURS}.attn_mask_probs"),
+    (f"{_THEIRS}.upscale.*", "pixel_decoder.*"),
+    ("network.bn.#.*", f"{_OURS}.laterals.#.norm.*"),
+    (f"{_THEIRS}.lateral_projections.#.0.*", f"{_OURS}.laterals.#.fc1.*"),
+    (f"{_THEIRS}.lateral_projections.#.2.*", f"{_OURS}.laterals.#.fc2.*"),
+    (f"{_THEIRS}.scalers.#", f"{_OURS}.laterals.#.scale"),
+    (f"{_THEIRS}.decoder_norm.*", f"{_OURS}.norm.*"),
+    *((f"{_BLOCK}.norm{i}.*", f"{_OWN_BLOCK}.norm{i}.*") for i in (1, 2)),
+    *((f"{_BLOCK}.layer_scale{i}.lambda1", f"{_OWN_BLOCK}.gamma_{i}") for i in (1, 2)),
+    (f"{_BLOCK}.attention.q_proj.bias", f"{_OWN_BLOCK}.attn.q_bias"),
+    (f"{_BLOCK}.attention.v_proj.bias", f"{_OWN_BLOCK}.attn.v_bias"),
+    (f"{_BLOCK}.attention.o_proj.*", f"{_OWN_BLOCK}.attn.proj.*"),
+    (f"{_BLOCK}.attention.*", f"{_OWN_BLOCK}.attn.*"),
+    (f"{_BLOCK}.mlp.up_proj.*", f"{_OWN_BLOCK}.mlp.fc1.*"),
+    (f"{_BLOCK}.mlp.down_proj.*", f"{_OWN_BLOCK}.mlp.fc2.*"),
+)
+
+
+def is_pmt(names: Iterable[str]) -> bool:
+    """Whether a file has the names of the authors of PMT."""
+    return any(name.startswith(f"{_THEIRS}.upscale.") for name in names)
+
+
+def pmt_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under our names, with those of the backbone where the file has them; unknown names stay as they are."""
+    backbone = eomt_to_own({name: tensor for name, tensor in state.items() if name.startswith(_ENCODER)})
+    decoder = {
+        _TABLE.forward(name) or name: tensor for name, tensor in state.items() if not name.startswith((_ENCODER, *_OLD))
+    }
+    return backbone | pack(decoder, attention_packs(decoder))
+
+
+def pmt_to_authors(own: Mapping[str, Tensor], *, backbone: bool = False) -> dict[str, Tensor]:
+    """Our weights under the names of the authors, as they publish them: without the backbone unless it is asked for."""
+    parts = {name: tensor for name, tensor in own.items() if not name.startswith("backbone.")}
+    state = {_TABLE.inverse(name) or name: tensor for name, tensor in unpack(parts, attention_packs(parts)).items()}
+    if backbone:
+        state |= eomt_to_authors({name: tensor for name, tensor in own.items() if name.startswith("backbone.")})
+    return state
