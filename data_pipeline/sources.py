@@ -66,6 +66,8 @@ class CocoInstancesSource(Section):
     """Folder of the images."""
     instances_json: str
     """JSON file with images, categories and annotations."""
+    crowds_are_objects: bool = False
+    """Take annotations with `iscrowd: 1` as objects. CVAT and datumaro write it for every mask that was painted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ class YoloSegSource(Section):
     labels: str
     """Folder of the text files, which have the names of the images."""
     data_yaml: str
-    """The export's data.yaml; only its `names` are read."""
+    """The export's data.yaml, of which only `names` are read, or its classes.txt with a name on each line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ class VocSource(Section):
     image_set: str | None = None
     """File with a name per line, for example `ImageSets/Segmentation/train.txt`; None takes all class maps."""
     legend: str | None = None
-    """`labelmap.txt` with the classes in order; None takes the 20 of VOC."""
+    """`labelmap.txt`, or `class_names.txt` of labelme, with the classes in order; None takes the 20 of VOC."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2f.cluster.own_data.map_pairs import find_maps
 from m2f.cluster.own_data.sets import Form, SourceSet, split_of
 from m2f.data_pipeline.documents import DocumentError, parse_json, parse_yaml
-from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, read_header
+from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.labelme import is_labelme
 from m2f.data_pipeline.sources import (
     CocoInstancesSource,
@@ -23,6 +23,10 @@ from m2f.data_pipeline.sources import (
 )
 from m2f.model.errors import ConfigError
 
+_LOOKED_AT = 20
+_VOC_LEGENDS = ("labelmap.txt", "class_names.txt")
+"""Of CVAT and datumaro; of labelme's conversion."""
+
 
 @dataclass(frozen=True)
 class _Json:
@@ -32,7 +36,7 @@ class _Json:
 
 def find_forms(folder: Path) -> list[Form]:
     """All forms that fit, the most certain first."""
-    found = [_yolo(folder), *_documents(folder), _cvat(folder), _voc(folder)]
+    found = [_yolo(folder) or _yolo_list(folder), *_documents(folder), _cvat(folder), _voc(folder)]
     forms = [form for form in found if form is not None]
     return forms or find_maps(folder)
 
@@ -80,13 +84,38 @@ def _yolo(folder: Path) -> Form | None:
     return None
 
 
+def _yolo_list(folder: Path) -> Form | None:
+    """Label Studio's export has a list of names in place of a data.yaml."""
+    path = folder / "classes.txt"
+    if not (path.is_file() and (folder / "images").is_dir() and (folder / "labels").is_dir()):
+        return None
+    source = YoloSegSource(images=f"{folder}/images", labels=f"{folder}/labels", data_yaml=str(path))
+    return Form("yolo_seg", "classes.txt beside images/ and labels/", (SourceSet(None, source),))
+
+
 def _yolo_images(folder: Path, document: dict[str, Any], value: str) -> Path | None:
-    """The folder of a split. Roboflow writes `../train/images` for a folder beside the file."""
+    """The folder of a split. Roboflow writes `../train/images` for a folder beside the file, CVAT lists its images."""
     if not value:
         return None
     bare = re.sub(r"^(\.\./)+", "", value)
     tries = (folder / str(document.get("path") or "") / value, folder / value, folder / bare)
-    return next((path for path in tries if path.is_dir()), None)
+    for path in tries:
+        if path.is_dir():
+            return path
+        if path.suffix == ".txt" and path.is_file():
+            return _listed_folder(folder, path)
+    return None
+
+
+def _listed_folder(folder: Path, file: Path) -> Path | None:
+    """The folder of which a file lists all images, with any folders before it; None where it lists others or fewer."""
+    lines = [PurePosixPath(line.strip()) for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    names, parents = {line.name for line in lines}, {line.parent for line in lines}
+    if len(parents) != 1:
+        return None
+    parts = parents.pop().parts
+    found = next((p for i in range(len(parts)) if (p := folder.joinpath(*parts[i:])).is_dir()), None)
+    return found if found is not None and {p.name for p in found.iterdir() if is_image_name(p.name)} == names else None
 
 
 def _documents(folder: Path) -> list[Form]:
@@ -120,7 +149,8 @@ def _coco_forms(folder: Path, files: Sequence[_Json]) -> list[Form]:
     sets: dict[str, list[SourceSet]] = {"coco_instances": [], "coco_panoptic": []}
     for file in files:
         split = split_of(str(file.path.relative_to(folder)))
-        first = next((e for e in file.content["annotations"] if isinstance(e, dict)), {})
+        entries = [e for e in file.content["annotations"] if isinstance(e, dict)]
+        first = next(iter(entries), {})
         images = _image_folder(folder, file)
         if "segments_info" in first:
             masks = next(
@@ -129,20 +159,41 @@ def _coco_forms(folder: Path, files: Sequence[_Json]) -> list[Form]:
             source = CocoPanopticSource(images=str(images), panoptic_json=str(file.path), panoptic_masks=str(masks))
             sets["coco_panoptic"].append(SourceSet(split, source))
         else:
-            source = CocoInstancesSource(images=str(images), instances_json=str(file.path))
+            source = CocoInstancesSource(
+                images=str(images), instances_json=str(file.path), crowds_are_objects=any(map(_is_painted, entries))
+            )
             sets["coco_instances"].append(SourceSet(split, source))
     names = ", ".join(str(file.path.relative_to(folder)) for file in files[:4])
     return [Form(kind, f"COCO lists in {names}", tuple(found)) for kind, found in sets.items() if found]
 
 
+def _is_painted(entry: dict[str, Any]) -> bool:
+    """Whether an annotation is a mask of CVAT, which marks all that were painted as crowds.
+
+    Its exports have `attributes`, COCO's own files have not.
+    """
+    is_crowd = entry.get("iscrowd") == 1 and isinstance(entry.get("segmentation"), dict)
+    return is_crowd and isinstance(entry.get("attributes"), dict)
+
+
 def _image_folder(folder: Path, file: _Json) -> Path:
-    """Where the first image that the file lists lies."""
-    name = next((str(e.get("file_name")) for e in file.content["images"] if isinstance(e, dict)), "")
+    """Where the images lie that the file lists first. Exports repeat names in the folders of other splits."""
+    entries = [e for e in file.content["images"][:_LOOKED_AT] if isinstance(e, dict)]
+    names = [str(e.get("file_name")).replace("\\", "/") for e in entries]
     near = (file.path.parent, file.path.parent / "images", folder, folder / "images")
-    for tried in (*near, *sorted(path for path in folder.rglob("*") if path.is_dir())):
-        if name and (tried / name).is_file():
-            return tried
-    return file.path.parent
+    tried = (*near, *sorted(path for path in folder.rglob("*") if path.is_dir()))
+    holding = [path for path in tried if names and all((path / name).is_file() for name in names)]
+    if not holding:
+        holding = [path for path in tried if names and (path / names[0]).is_file()] or [file.path.parent]
+    split = split_of(str(file.path.relative_to(folder)))
+
+    def rank(path: Path) -> int:
+        if path == file.path.parent or file.path.stem.lower().endswith(f"_{path.name.lower()}"):
+            return 0  # instances_Train.json belongs to images/Train
+        inside = str(path.relative_to(folder)) if path.is_relative_to(folder) else ""
+        return 1 if split_of(inside) == split else 2
+
+    return min(holding, key=rank)
 
 
 def _labelme(folder: Path, parents: Sequence[Path]) -> Form:
@@ -193,7 +244,7 @@ def _voc(folder: Path) -> Form | None:
         return None
     if mode not in ("gray", "palette"):
         return None
-    legend = str(root / "labelmap.txt") if (root / "labelmap.txt").is_file() else None
+    legend = next((str(root / name) for name in _VOC_LEGENDS if (root / name).is_file()), None)
     whole = VocSource(
         images=f"{root}/JPEGImages",
         class_maps=f"{root}/SegmentationClass",
@@ -203,4 +254,5 @@ def _voc(folder: Path) -> Form | None:
     lists = {split_of(path.stem): path for path in sorted((root / "ImageSets/Segmentation").glob("*.txt"))}
     splits = [(split, str(lists[split])) for split in ("train", "val") if split in lists] or [(None, None)]
     sets = tuple(SourceSet(split, replace(whole, image_set=path)) for split, path in splits)
-    return Form("voc", "folders SegmentationClass and SegmentationObject", sets)
+    named = f"with {Path(legend).name}" if legend else f"the classes of Pascal VOC, as {_VOC_LEGENDS[0]} is not there"
+    return Form("voc", f"folders SegmentationClass and SegmentationObject, {named}", sets)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from m2f.cluster.own_data.choices import choose, this_machine
 from m2f.cluster.own_data.forms import choose_form
-from m2f.cluster.own_data.survey import survey
+from m2f.cluster.own_data.sets import Form
+from m2f.cluster.own_data.survey import Survey, survey
 from m2f.cluster.own_data.write_recipe import (
     Wishes,
     category_file,
@@ -20,7 +23,9 @@ from m2f.cluster.own_data.write_recipe import (
 from m2f.cluster.recipe.load import load_recipe
 from m2f.cluster.terminal import print_out
 from m2f.data_pipeline.readers import open_dataset
+from m2f.data_pipeline.sources import CocoInstancesSource
 from m2f.model.config import ModelConfig
+from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 from m2f.model.export.hugging_face import known_labels, read_hugging_face_config
 from m2f.model.weights.hub import hub_folder
@@ -36,6 +41,42 @@ def published_model(weights: str | None) -> ModelConfig | None:
         return None
     folder = hub_folder(weights, weights=False) if weights.startswith(HUB) else Path(weights)
     return None if known_labels(folder) is None else read_hugging_face_config(folder).config
+
+
+@contextmanager
+def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None]:
+    """Write the file of classes where the form has none; it goes again where the block fails.
+
+    Raises ConfigError where it exists.
+    """
+    names = category_file(wishes)
+    if not form.classes:
+        yield
+        return
+    if names.exists() and not overwrite:
+        raise ConfigError(f"{names} exists; name another recipe with --output, or replace both with --overwrite")
+    names.write_text(category_text(form.classes), encoding="utf-8")
+    try:
+        yield
+    except BaseException:
+        names.unlink()
+        raise
+    todo = "" if all(form.classes.values()) else ": give the classes their names there"
+    print_out(f"wrote {names}{todo}")
+
+
+def notes(form: Form, found: Survey) -> list[str]:
+    """What the user should know about crowds."""
+    painted = [s.source for s in form.sets if isinstance(s.source, CocoInstancesSource) and s.source.crowds_are_objects]
+    if painted:
+        return [
+            "masks with `iscrowd: 1` are taken as objects, as CVAT marks every painted mask so "
+            "(source.crowds_are_objects)"
+        ]
+    if not found.num_crowds:
+        return []
+    hint = "; if they are objects, set source.crowds_are_objects" if form.kind == "coco_instances" else ""
+    return [f"{counted(found.num_crowds, 'segment')} of these are crowds, which no query learns{hint}"]
 
 
 def init(folder: Path, output: Path, args: Namespace) -> None:
@@ -55,15 +96,12 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     )
     form = choose_form(folder, args.form)
     print_out(f"{form.kind}: {form.evidence}")
-    if form.classes:
-        names = category_file(wishes)
-        if names.exists() and not args.overwrite:
-            raise ConfigError(f"{names} exists; name another recipe with --output, or replace both with --overwrite")
-        names.write_text(category_text(form.classes), encoding="utf-8")
-        print_out(f"wrote {names}: give the classes their names there")
+    if any(found.split == "test" for found in form.sets) and any(found.split != "test" for found in form.sets):
+        print_out("the test set is left alone")
     datasets = datasets_of(form, wishes)
-    found = survey(tuple(datasets.values()))
-    print_out("\n".join(found.lines()))
+    with _named_classes(form, wishes, args.overwrite):
+        found = survey(tuple(datasets.values()))
+    print_out("\n".join([*found.lines(), *notes(form, found)]))
     if found.largest_megapixels > 20 and not wishes.tiles:
         print_out(f"the largest image has {found.largest_megapixels:.0f} megapixels: --tiles cuts such images")
     num_train = sum(len(open_dataset(d)[0].keys) for name, d in datasets.items() if name.startswith("train"))

@@ -10,15 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from m2f.cluster.own_data.sets import Form, SourceSet, split_of
+from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.image_file import BrokenImageError, is_hidden_copy, is_image_name, read_header
 from m2f.data_pipeline.readers.exports.legend import read_legend
 from m2f.data_pipeline.readers.map_reader import read_index_map
 from m2f.data_pipeline.sources import CocoStuffSource, ColorMapSource, HuggingFaceSource, LabelMapSource
+from m2f.model.counted import counted
 from m2f.model.errors import ConfigError
 
 _LEGENDS = ("labelmap.txt", "class_dict.csv", "label_colors.txt", "labels.txt")
 _CATEGORY_FILES = ("classes.json", "categories.json")
+_NAMES_BY_VALUE = "id2label.json"
+"""Of Hugging Face: an object with the names of the values."""
+_SUFFIXES = ("_mask", "_L", "_label", "_labels", "_gt", "_seg")
+"""Of maps that lie in the folder of their images."""
 _LOOKED_AT = 200
 _MOST_CLASSES = 64
 NO_NAMES = ""
@@ -31,13 +37,17 @@ class _Pair:
     maps: Path
     suffix: str
 
+    def files(self) -> list[Path]:
+        """The maps."""
+        return sorted(path for path in self.maps.glob("*.png") if path.stem.endswith(self.suffix))
+
 
 def find_maps(folder: Path) -> list[Form]:
     """The forms of image and map folders that fit. Raises ConfigError for colour maps without a legend."""
     pairs = _find_pairs(folder)
     if not pairs:
         return []
-    first = next(pairs[0].maps.glob("*.png"))
+    first = pairs[0].files()[0]
     try:
         mode = read_header(first.read_bytes()).mode
     except BrokenImageError as error:
@@ -45,7 +55,10 @@ def find_maps(folder: Path) -> list[Form]:
     roots = (folder, *dict.fromkeys(parent for pair in pairs for parent in (pair.maps.parent, pair.maps)))
     legend = next((r / n for r in roots for n in _LEGENDS if (r / n).is_file()), None)
     named = next((r / n for r in roots for n in _CATEGORY_FILES if (r / n).is_file()), None)
-    names = f"{len(pairs)} pair(s) of folders, the first {pairs[0].images.name}/ and {pairs[0].maps.name}/"
+    between = f"{pairs[0].images.name}/ and {pairs[0].maps.name}/"
+    if pairs[0].images == pairs[0].maps:
+        between = f"{pairs[0].images.name}/ with NAME and NAME{pairs[0].suffix}"
+    names = f"{counted(len(pairs), 'pair')} of images and maps, the first {between}"
     if mode not in ("gray", "palette"):
         return _color_forms(pairs, legend, named, names)
     if legend is not None and legend.name == "labels.txt" and _is_coco_stuff(legend):
@@ -64,12 +77,14 @@ def find_maps(folder: Path) -> list[Form]:
         for pair in pairs
     ]
     wanted = () if named else tuple(value for value in values if value != 255 or is_binary)
+    texts = next((found for root in roots if (found := _names_by_value(root / _NAMES_BY_VALUE)) is not None), {})
     if len(wanted) > _MOST_CLASSES:
         raise ConfigError(
             f"{pairs[0].maps}: {len(wanted)} different values are numbers of objects, not of classes; write a "
             "categories file (docs/datasets.md) or export another form"
         )
-    return [Form("label_maps", f"{names}: {mode} maps", _splits(pairs, sets), wanted)]
+    classes = {value: texts.get(value) for value in (*wanted, *(texts if wanted else ()))}
+    return [Form("label_maps", f"{names}: {mode} maps", _splits(pairs, sets), dict(sorted(classes.items())))]
 
 
 def _color_forms(pairs: Sequence[_Pair], legend: Path | None, named: Path | None, names: str) -> list[Form]:
@@ -106,7 +121,10 @@ def _is_coco_stuff(legend: Path) -> bool:
 
 
 def _find_pairs(folder: Path) -> list[_Pair]:
-    """Pairs of folders in which nine of ten maps are named after an image. A pair of the same split comes first."""
+    """Pairs of folders in which nine of ten maps are named after an image, or of a folder that holds both.
+
+    Of several folders with these images, as splits repeat names, the one that is nearest to the maps.
+    """
     stems: dict[Path, dict[str, str]] = {}
     for parent, _, files in sorted(os.walk(folder)):
         found = {Path(name).stem: name for name in sorted(files) if is_image_name(name) and not is_hidden_copy(name)}
@@ -114,14 +132,37 @@ def _find_pairs(folder: Path) -> list[_Pair]:
             stems[Path(parent)] = found
     pairs = []
     for maps, names in stems.items():
+        if (inside := _suffix_inside(names)) is not None:
+            pairs.append(_Pair(maps, maps, inside))
+            continue
         if not all(name.lower().endswith(".png") for name in names.values()) or not _looks_like_maps(maps, names):
             continue
+        if maps.name == "SegmentationObject" and maps.with_name("SegmentationClass") in stems:
+            continue  # its values are numbers of objects
+        fitting = []
         for images, others in stems.items():
             suffix = _suffix(others, names) if images != maps and not _looks_like_maps(images, others) else None
             if suffix is not None:
-                pairs.append(_Pair(images, maps, suffix))
-                break
+                fitting.append(_Pair(images, maps, suffix))
+        if fitting:
+            pairs.append(max(fitting, key=_nearness))
     return pairs
+
+
+def _nearness(pair: _Pair) -> tuple[bool, int]:
+    """How well the folders of a pair belong together: the same split, then as many folders above them as possible."""
+    images, maps = str(pair.images), str(pair.maps)
+    return split_of(images) == split_of(maps), len(os.path.commonpath((images, maps)))
+
+
+def _suffix_inside(names: dict[str, str]) -> str | None:
+    """How the names of maps end, where half of a folder's files are the maps of the other half."""
+    for suffix in _SUFFIXES:
+        maps = [stem for stem in names if stem.endswith(suffix) and names[stem].lower().endswith(".png")]
+        partners = sum(stem.removesuffix(suffix) in names for stem in maps)
+        if maps and partners == len(maps) and 2 * partners >= 0.9 * len(names):
+            return suffix
+    return None
 
 
 def _looks_like_maps(folder: Path, names: dict[str, str]) -> bool:
@@ -148,6 +189,17 @@ def _values(pairs: Sequence[_Pair]) -> tuple[int, ...]:
     """All values of the first maps."""
     found: set[int] = set()
     for pair in pairs:
-        for path in sorted(pair.maps.glob("*.png"))[:_LOOKED_AT]:
+        for path in pair.files()[:_LOOKED_AT]:
             found |= set(np.unique(read_index_map(path, 10**9)).tolist())
     return tuple(sorted(found))
+
+
+def _names_by_value(path: Path) -> dict[int, str] | None:
+    """Names of classes by the value of a map; None where the file is not there or holds something else."""
+    try:
+        document = parse_json(path.read_bytes())
+    except (OSError, DocumentError):
+        return None
+    if not isinstance(document, dict) or not all(key.isdecimal() and int(key) < 65536 for key in document):
+        return None
+    return {int(key): str(name) for key, name in document.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from m2f.data_pipeline.sources import SourceConfig
@@ -28,8 +29,8 @@ class Form:
     evidence: str
     """What shows it, for the user."""
     sets: tuple[SourceSet, ...]
-    classes: tuple[int, ...] = ()
-    """Values of label maps that still need names."""
+    classes: Mapping[int, str | None] = field(default_factory=dict)
+    """Values of label maps for which no file of categories is there, with the names that are known."""
 
 
 def split_of(path: str) -> Split | None:

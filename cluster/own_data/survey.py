@@ -32,6 +32,8 @@ class Survey:
     object_share: float
     """Median share of its image that an object covers."""
     largest_megapixels: float
+    num_crowds: int
+    """Segments of several objects that nobody told apart."""
     faults: tuple[str, ...]
 
     def lines(self) -> list[str]:
@@ -62,7 +64,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
     faults: list[str] = []
     counts: Counter[str] = Counter()
     sides, shares, per_image, areas = [], [], [0], [0]
-    num_images = 0
+    num_images = num_crowds = 0
     for dataset in datasets:
         reader, unusable = open_dataset(dataset)
         faults += [f"{entry.source}: {entry.message}" for entry in unusable]
@@ -82,6 +84,7 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
             maps = {segment.map for segment in sample.annotation.segments}
             own = [s for s in sample.annotation.segments if s.map == ("inst" if "inst" in maps else "seg")]
             counts.update(names[segment.category_id] for segment in own)
+            num_crowds += sum(segment.is_crowd for segment in own)
             sides.append(max(sample.height, sample.width))
             areas.append(pixels)
             per_image.append(len(own))
@@ -97,5 +100,6 @@ def survey(datasets: Sequence[DatasetConfig]) -> Survey:
         most_objects=max(per_image),
         object_share=median(shares) if shares else 0.0,
         largest_megapixels=max(areas) / 1e6,
+        num_crowds=num_crowds,
         faults=tuple(dict.fromkeys(faults)),  # parts of one source list the same
     )

@@ -80,10 +80,13 @@ def category_file(wishes: Wishes) -> Path:
     return wishes.output.with_suffix(".classes.json")
 
 
-def category_text(values: tuple[int, ...]) -> str:
-    """A list of classes to be named by the user; a pair of values is background and foreground."""
-    pair = ("background", "foreground") if len(values) == 2 and values[0] == 0 else None
-    rows = [{"label": v, "name": pair[i] if pair else f"class {v}", "isthing": 0} for i, v in enumerate(values)]
+def category_text(classes: Mapping[int, str | None]) -> str:
+    """A list of classes, those without a name to be named by the user; a pair is background and foreground."""
+    pair = ("background", "foreground") if len(classes) == 2 and 0 in classes else None
+    rows = [
+        {"label": value, "name": name or (pair[i] if pair else f"class {value}"), "isthing": 0}
+        for i, (value, name) in enumerate(classes.items())
+    ]
     return "[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n"
 
 

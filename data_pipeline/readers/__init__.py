@@ -198,6 +198,8 @@ def source_fingerprint(source: SourceConfig) -> str:
         case CocoPanopticSource():
             files = (source.panoptic_json, source.instances_json)
         case CocoInstancesSource():
+            if source.crowds_are_objects:  # sets of earlier versions have it off
+                digest.update(b"crowds are objects")
             files = (source.instances_json,)
         case LabelMapSource() | HuggingFaceSource():
             digest.update(repr(source.void).encode())

@@ -49,6 +49,8 @@ class CocoInstancesReader:
         categories = coco_json.read_categories(document, path, things_only=True)
         listed, strangers = coco_json.group_by_image(document, images, path)
         groups, unusable = check_annotations(listed, categories, path)
+        if source.crowds_are_objects:
+            groups = {image: [{**entry, "iscrowd": 0} for entry in group] for image, group in groups.items()}
         records = tuple((image, groups[image.source_id]) for image in images)
         return cls(folder, categories, records, max_pixels, (*strangers, *unusable))
 

@@ -71,7 +71,10 @@ def read_images(document: Mapping[str, Any], path: str, folder: Path | None = No
     images = []
     for number, entry in enumerate(document["images"]):
         where = f"{path}: images[{number}]"
-        name = relative_name(field(entry, "file_name", where), where)
+        name = field(entry, "file_name", where)
+        if isinstance(name, str):
+            name = name.replace("\\", "/")  # tools on Windows write backslashes
+        name = relative_name(name, where)
         identity = id_text(entry, "id", where)
         if folder is not None and (entry.get("height") is None or entry.get("width") is None):
             height, width = shown_size(folder / name)

@@ -158,6 +158,9 @@ def pair_files(
         base_names: keys are stems without folders, for data sets that keep these unique.
     """
     image_names = _names_by_stem(images, image_endings)
+    if images in maps:  # `a.png` beside its map `a_mask.png`
+        ends = tuple(ending.lower() for ending in (*map_endings, *other_map_endings))
+        image_names = {stem: name for stem, name in image_names.items() if not name.lower().endswith(ends)}
     if not image_names:
         raise DataError(f"{images} holds no image ({', '.join(image_endings)}); the data set is empty")
     map_names = []

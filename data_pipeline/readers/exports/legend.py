@@ -15,6 +15,8 @@ _FORMS = (
     r"(?P<r>\d+)\s+(?P<g>\d+)\s+(?P<b>\d+)\s+(?P<name>.+)",  # label_colors.txt of CamVid
     r"(?P<id>\d+)\s*:\s*(?P<name>.+)",  # labels.txt of COCO-Stuff
 )
+_NAME = r"(?P<name>[^:,]+)"
+"""A line of labelme's class_names.txt, where no line is of another form."""
 
 
 def read_legend(path: str) -> CategoryTable:
@@ -23,8 +25,9 @@ def read_legend(path: str) -> CategoryTable:
     lines = [line.strip() for line in read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()]
     rows = [line for line in lines if line and not line.startswith("#")]
     categories: list[Category] = []
+    forms = _FORMS if any(re.fullmatch(form, row) for form in _FORMS for row in rows) else (_NAME,)
     for row in rows:
-        match = next((found for form in _FORMS if (found := re.fullmatch(form, row))), None)
+        match = next((found for form in forms if (found := re.fullmatch(form, row))), None)
         if match is None:
             if row is rows[0]:
                 continue  # the heading of a CSV
@@ -36,7 +39,8 @@ def read_legend(path: str) -> CategoryTable:
             color = (int(parts["r"]), int(parts["g"]), int(parts["b"]))
         if max(color) > 255:
             raise DataError(f"{path}: {row[:60]!r} has a colour above 255")
-        categories.append(Category(number, parts["name"].strip(), False, color))
+        name = parts["name"].strip()
+        categories.append(Category(number, "background" if name == "_background_" else name, False, color))
     if not categories:
         raise DataError(f"{path} names no class")
     return CategoryTable(tuple(categories))

@@ -40,8 +40,14 @@ def open_yolo_seg(source: YoloSegSource, max_pixels: int) -> CocoInstancesReader
 
 
 def read_yolo_classes(path: str) -> CategoryTable:
-    """The classes of a data.yaml: `names` as a list, or a mapping from 0 on. Raises DataError naming the file."""
+    """The classes of a data.yaml: `names` as a list, or a mapping from 0 on. Raises DataError naming the file.
+
+    A file `.txt` has a name on each line.
+    """
     require_file(path)
+    if path.endswith(".txt"):
+        lines = read_bytes(Path(path)).decode("utf-8-sig", errors="replace").splitlines()
+        return named_categories([line.strip() for line in lines if line.strip()])
     try:
         document = parse_yaml(Path(path).read_bytes())
     except DocumentError as error:

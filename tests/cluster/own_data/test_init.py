@@ -130,6 +130,7 @@ def test_choices_follow_machine_and_data(machine, crop, micro):
         most_objects=110,
         object_share=0.0001,
         largest_megapixels=4,
+        num_crowds=0,
         faults=(),
     )
     choices = choose(found, 100, machine)

@@ -1,0 +1,208 @@
+"""`m2f init` on what tools write beside their plain forms: names that repeat, marks of their own, other places."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m2f.cluster.cli import main
+from m2f.cluster.recipe.load import load_recipe
+from m2f.data_pipeline.image_file import encode_png
+from m2f.data_pipeline.readers import open_dataset, source_fingerprint
+from m2f.data_pipeline.sources import CocoInstancesSource
+from tests.tool_exports import CLASSES, SIZE, class_map, rings, write_image
+
+CATEGORIES = [{"id": k + 1, "name": name, "supercategory": ""} for k, name in enumerate(CLASSES)]
+RUNS = [0, 10 * SIZE, SIZE * (SIZE - 10)]
+"""A mask of the first ten columns, run lengths by column."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "set"
+    made.mkdir()
+    return made
+
+
+def started(*arguments: str):
+    assert main(["init", "set", *arguments]) == 0
+    return load_recipe("set.yaml").datasets
+
+
+def samples(dataset):
+    reader, _ = open_dataset(dataset)
+    return [reader.read(index) for index in range(len(reader.keys))]
+
+
+def write_coco(path: Path, names: list[str], numbers: list[int], masks: bool = False, **fields: object) -> None:
+    images = [{"id": i, "file_name": name, "height": SIZE, "width": SIZE} for i, name in enumerate(names)]
+    entries = [
+        {"image_id": i, "category_id": k + 1, "iscrowd": 0, "segmentation": [ring], **fields}
+        for i, number in enumerate(numbers)
+        for k, ring in enumerate(rings(number))
+    ]
+    if masks:
+        for entry in entries[1::2]:
+            entry |= {"iscrowd": 1, "segmentation": {"counts": RUNS, "size": [SIZE, SIZE]}}
+    entries = [{"id": i, **entry} for i, entry in enumerate(entries)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": entries, "categories": CATEGORIES}))
+
+
+def cvat_project(folder: Path) -> None:
+    """Two tasks of a project, whose frames have the same names."""
+    for subset, numbers in (("Train", [0, 1, 2]), ("Validation", [3, 4])):
+        names = [f"frame_{i:06d}.png" for i in range(len(numbers))]
+        for name, number in zip(names, numbers, strict=True):
+            write_image(folder / "images" / subset / name, number)
+        path = folder / f"annotations/instances_{subset}.json"
+        write_coco(path, names, numbers, masks=True, attributes={"occluded": False})
+
+
+def test_subsets_of_cvat_keep_their_own_images(folder):
+    cvat_project(folder)
+    datasets = started()
+    assert {name: Path(d.source.images).name for name, d in datasets.items()} == {"train": "Train", "val": "Validation"}
+
+
+def test_painted_masks_of_cvat_are_objects(folder, capsys):
+    cvat_project(folder)
+    segments = [s for sample in samples(started()["train"]) for s in sample.annotation.segments]
+    assert len(segments) == 6
+    assert not any(segment.is_crowd for segment in segments)
+    assert "masks with `iscrowd: 1` are taken as objects" in capsys.readouterr().out
+
+
+def test_other_crowds_are_counted(folder, capsys):
+    write_image(folder / "images/im0.png", 0)
+    write_image(folder / "images/im1.png", 1)
+    write_coco(folder / "all.json", ["im0.png", "im1.png"], [0, 1], masks=True)
+    started()
+    assert "2 segments of these are crowds, which no query learns; if they are objects" in capsys.readouterr().out
+
+
+def test_crowds_as_objects_change_the_fingerprint(folder):
+    write_coco(folder / "all.json", ["im0.png"], [0])
+    source = {"images": "set", "instances_json": "set/all.json"}
+    plain, changed = (CocoInstancesSource(**source, crowds_are_objects=value) for value in (False, True))
+    assert source_fingerprint(plain) != source_fingerprint(changed)
+
+
+def test_names_of_label_studio_on_windows(folder):
+    for number in range(4):
+        write_image(folder / f"images/im{number}.png", number)
+    write_coco(folder / "result.json", [f"images\\im{i}.png" for i in range(4)], list(range(4)))
+    assert len(samples(started()["train"])) == 3
+
+
+def write_yolo(folder: Path, splits: dict[str, range]) -> None:
+    for split, numbers in splits.items():
+        for number in numbers:
+            write_image(folder / "images" / split / f"im{number}.png", number)
+            label = folder / "labels" / split / f"im{number}.txt"
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_text(
+                "\n".join(f"{k} {' '.join(str(v / SIZE) for v in r)}" for k, r in enumerate(rings(number)))
+            )
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_lists_of_images_are_the_split_of_yolo(complete, folder):
+    """Where they list all of a folder; those of other tools choose some."""
+    write_yolo(folder, {"train": range(4), "val": range(4, 6)})
+    for split, numbers in (("train", range(4 if complete else 3)), ("val", range(4, 6))):
+        (folder / f"{split}.txt").write_text("".join(f"data/images/{split}/im{i}.png\n" for i in numbers))
+    (folder / "data.yaml").write_text("path: .\ntrain: train.txt\nval: val.txt\nnames: {0: cell, 1: dirt}\n")
+    datasets = started()
+    assert datasets["val"].source.images == f"{folder}/images/val"
+    if complete:
+        assert datasets["train"].source.images == f"{folder}/images/train"
+        assert datasets["train"].part is None
+
+
+def test_yolo_of_label_studio_has_a_list_of_names(folder):
+    write_yolo(folder, {".": range(4)})
+    (folder / "classes.txt").write_text("cell\ndirt\n")
+    (folder / "notes.json").write_text('{"categories": [{"id": 0, "name": "cell"}], "info": {}}')
+    reader, _ = open_dataset(started()["train"])
+    assert [c.name for c in reader.categories.categories] == ["cell", "dirt"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_voc_has_the_names_of_labelme_or_says_whose(named, folder, capsys):
+    for number in range(4):
+        write_image(folder / f"JPEGImages/im{number}.png", number)
+        for name in ("SegmentationClass", "SegmentationObject"):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / f"im{number}.png").write_bytes(encode_png(class_map(number)))
+    if named:
+        (folder / "class_names.txt").write_text("_background_\ncell\ndirt spot")
+    reader, _ = open_dataset(started()["train"])
+    wanted = ["background", "cell", "dirt spot"] if named else ["background", "aeroplane", "bicycle"]
+    assert [c.name for c in reader.categories.categories][:3] == wanted
+    said = "with class_names.txt" if named else "the classes of Pascal VOC, as labelmap.txt is not there"
+    assert said in capsys.readouterr().out
+
+
+def test_splits_that_repeat_names_are_paired_within(folder, capsys):
+    for split, numbers in (("train", range(3)), ("validation", range(3, 5))):
+        for place, number in enumerate(numbers):
+            write_image(folder / f"{split}/images/{place:04d}.png", number)
+            (folder / split / "masks").mkdir(exist_ok=True)
+            (folder / f"{split}/masks/{place:04d}.png").write_bytes(encode_png(class_map(number)))
+    (folder / "id2label.json").write_text('{"0": "ground", "1": "cell", "2": "dirt", "3": "rare"}')
+    datasets = started()
+    for name, split in (("train", "train"), ("val", "validation")):
+        source = datasets[name].source
+        assert (source.images, source.labels) == (f"{folder}/{split}/images", f"{folder}/{split}/masks")
+    assert [row["name"] for row in json.loads(Path("set.classes.json").read_text())] == [
+        "ground",
+        "cell",
+        "dirt",
+        "rare",
+    ]
+    assert "give the classes their names" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_maps_may_lie_beside_their_images(ending, folder):
+    for number in range(4):
+        write_image(folder / f"im ({number}).{ending}", number)  # read by content, whatever the name says
+        (folder / f"im ({number})_mask.png").write_bytes(encode_png(class_map(number)))
+    datasets = started()
+    assert len(samples(datasets["train"])) + len(samples(datasets["val"])) == 4
+
+
+def test_object_maps_are_no_class_maps(folder):
+    colors = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)
+    for number in range(4):
+        write_image(folder / f"JPEGImages/im{number}.png", number)
+        for name, values in (("SegmentationClass", colors), ("SegmentationObject", colors[::-1] + 7)):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / f"im{number}.png").write_bytes(encode_png(values[class_map(number)]))
+    (folder / "labelmap.txt").write_text("background:0,0,0::\ncell:128,0,0::\ndirt:0,128,0::\n")
+    assert set(started()) == {"train", "val"}
+
+
+def test_a_start_that_fails_leaves_no_list_of_classes(folder, capsys):
+    for number in range(20):
+        write_image(folder / f"images/im{number}.png", number)
+        (folder / "masks").mkdir(exist_ok=True)
+        if number:
+            (folder / f"masks/im{number}.png").write_bytes(encode_png(class_map(number)))
+    assert main(["init", "set"]) == 2
+    assert "have no partner" in capsys.readouterr().err
+    assert not Path("set.classes.json").exists()
+
+
+def test_a_test_set_is_left_alone_and_named(folder, capsys):
+    for split, numbers in (("train", [0, 1]), ("valid", [2]), ("test", [3])):
+        for number in numbers:
+            write_image(folder / split / f"im{number}.png", number)
+        write_coco(folder / split / "_annotations.coco.json", [f"im{n}.png" for n in numbers], numbers)
+    assert set(started()) == {"train", "val"}
+    assert "the test set is left alone" in capsys.readouterr().out
