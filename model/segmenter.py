@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from m2f.model.config import ModelConfig, ModelPart
+from m2f.model.config import FreezablePart, ModelConfig
 from m2f.model.pilots import Pilots
 from m2f.model.structures import Predictions, Targets
 
@@ -37,7 +37,7 @@ class Segmenter(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pixel_decoder_fp32 = False
-        self._frozen: tuple[ModelPart, ...] = ()
+        self._frozen: tuple[FreezablePart, ...] = ()
         # Numbers and not buffers: a model cast to bfloat16 must not round them.
         self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
 
@@ -48,7 +48,7 @@ class Segmenter(nn.Module):
     def set_progress(self, step: int, max_steps: int) -> None:
         """Told before every step of a training how many are done, and how many there will be."""
 
-    def freeze(self, parts: Sequence[ModelPart]) -> None:
+    def freeze(self, parts: Sequence[FreezablePart]) -> None:
         """Let no training change these parts: weights take no gradients, norms and dropouts stay in evaluation mode."""
         self._frozen = tuple(parts)
         for part in parts:

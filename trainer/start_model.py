@@ -7,7 +7,8 @@ import torch
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
-from m2f.model.weights.load import LoadReport, load_weights
+from m2f.model.weights.build import build_with_weights
+from m2f.model.weights.load import LoadReport
 from m2f.trainer.checkpoint.identity import StartWeights
 from m2f.trainer.checkpoint.weights import (
     backbone_start,
@@ -36,8 +37,8 @@ def start_model(
     """
     torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own share of the initialisation
     source = job.model.weights
-    model = build_model(job.model, pretrained_backbone=source is None or job.model.weights_are_deltas)
     if source is None:
+        model = build_model(job.model)
         start = backbone_start(job.model.backbone) if reporter is not None else ()
         _report_start(reporter, start)
         return model, start
@@ -45,8 +46,14 @@ def start_model(
     file = start_file(source, storage)
     rows = known_class_rows(job.identity, file, storage)
     with fetched_weights(file, storage) as path:
-        report = load_weights(model, path, rows, deltas=job.model.weights_are_deltas)
-        start = () if reporter is None else (start_weights("model.weights", source, path),)
+        model, report = build_with_weights(job.model, path, rows, deltas=job.model.weights_are_deltas)
+        backbone = job.model.backbone
+        start: tuple[StartWeights, ...] = ()
+        if reporter is not None:
+            start = (
+                start_weights("model.weights", source, path),
+                *(backbone_start(backbone) if report.head_alone else ()),
+            )
     _report_start(reporter, start, report)
     return model, start
 
@@ -55,5 +62,5 @@ def _report_start(reporter: Reporter | None, start: tuple[StartWeights, ...], re
     if reporter is None:
         return
     for weights in start:
-        loaded = "" if report is None else f": {report}"
+        loaded = "" if report is None or weights.setting != "model.weights" else f": {report}"
         reporter.report(Notice("weights", 0, f"{weights.source} (sha256 {weights.sha256}){loaded}"))

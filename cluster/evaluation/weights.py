@@ -13,9 +13,8 @@ from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.errors import EvaluationError
 from m2f.model.attention_backends import settle_attention
 from m2f.model.config import ModelConfig
-from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
-from m2f.model.weights.load import load_weights
+from m2f.model.weights.build import build_with_weights
 from m2f.trainer.checkpoint.weights import fetched_weights, read_identity
 
 
@@ -45,9 +44,8 @@ def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, d
         WeightsError: they are of another model.
         CheckpointError: they differ from the manifest of their checkpoint.
     """
-    model = build_model(config, pretrained_backbone=False)
     with fetched_weights(weights, storage) as path:
-        report = load_weights(model, path)
+        model, report = build_with_weights(config, path)
     if not report.complete:
         raise EvaluationError(
             f"{weights} does not hold the whole model of the recipe with {config.num_classes} classes: {report}"

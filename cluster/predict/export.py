@@ -48,7 +48,7 @@ def write_model(trained: TrainedModel, format: Format, output: Path, size: tuple
     match format:
         case "official":
             _write_atomically(output, lambda path: write_official(trained.model, trained.config, path, metadata))
-            return "official Detectron2 checkpoint"
+            return "checkpoint under the official names"
         case "hugging_face":
             _write_atomically(output, lambda path: _write_hugging_face(trained, path))
             return f"Hugging Face Mask2FormerForUniversalSegmentation with {len(trained.classes)} classes"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from m2f.cluster.recipe.config import RunConfig
-from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig
+from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
 
 _REMEDY = (
     "Give model.backbone.weights a file or model.weights a trained model; HF_ENDPOINT names a mirror of the hub, and "
@@ -50,7 +50,7 @@ def settle_backbone(
         case SwinBackboneConfig(pretrained=None):
             example = "model.backbone.pretrained may name published ones, such as swin_tiny_patch4_window7_224.ms_in1k"
             return BackboneStart(config, warning=_warning("Swin", f"the recipe names none; {example}", ""))
-        case SwinBackboneConfig():
+        case SwinBackboneConfig() | ViTAdapterBackboneConfig():
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=True):
             return BackboneStart(config)

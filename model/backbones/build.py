@@ -6,9 +6,10 @@ from m2f.model.backbones.plain_vit import PlainVit
 from m2f.model.backbones.swin import SwinTransformer
 from m2f.model.backbones.swin_weights import load_swin_weights
 from m2f.model.backbones.timm_backbone import TimmBackbone
-from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig
+from m2f.model.backbones.vit_adapter import ViTAdapter
+from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
 
-Backbone = TimmBackbone | SwinTransformer | PlainVit
+Backbone = TimmBackbone | SwinTransformer | PlainVit | ViTAdapter
 """A module whose forward takes images [B, 3, H, W] and returns a tuple of four maps [B, C_i, H / s, W / s], rounded up;
 its `channels` are the C_i. A PlainVit returns tokens instead."""
 
@@ -23,6 +24,8 @@ def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbo
             return PlainVit(config, pretrained=pretrained)
         case TimmBackboneConfig():
             return TimmBackbone(config, pretrained=pretrained)
+        case ViTAdapterBackboneConfig():
+            return ViTAdapter(config, pretrained=pretrained)
         case SwinBackboneConfig():
             backbone = SwinTransformer(config)
             if pretrained:

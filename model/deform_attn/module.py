@@ -115,13 +115,15 @@ class Float32Linear(nn.Linear):
 class MSDeformAttn(nn.Module):
     """Every query attends to `points` learnt positions per head and level around its reference point."""
 
-    def __init__(self, dim: int, levels: int, heads: int, points: int) -> None:
+    def __init__(self, dim: int, levels: int, heads: int, points: int, *, value_dim: int | None = None) -> None:
+        """`value_dim` channels of what is sampled, if it is not `dim`."""
         super().__init__()
         self.levels, self.heads, self.points = levels, heads, points
+        value_dim = dim if value_dim is None else value_dim
         self.sampling_offsets = Float32Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
+        self.value_proj = nn.Linear(dim, value_dim)
+        self.output_proj = nn.Linear(value_dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,8 +144,8 @@ class MSDeformAttn(nn.Module):
 
     def forward(self, query: Tensor, source: Tensor, grid: SamplingGrid) -> Tensor:
         """Attend from `query` [B, Q, C] to `source` [B, S, C]: [B, Q, C]. Coordinates and softmax stay float32."""
-        batch, queries, dim = query.shape
-        value = self.value_proj(source).view(batch, -1, self.heads, dim // self.heads)
+        batch, queries, _ = query.shape
+        value = self.value_proj(source).unflatten(2, (self.heads, -1))
         samples = (batch, queries, self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         logits = self.attention_weights(query).view(samples)

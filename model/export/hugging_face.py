@@ -16,6 +16,7 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     SwinBackboneConfig,
     TimmBackboneConfig,
+    ViTAdapterBackboneConfig,
 )
 from m2f.model.errors import WeightsError
 from m2f.model.export.eomt import EOMT_TYPES, eomt_values, read_eomt
@@ -310,6 +311,8 @@ def _write_backbone(config: ModelConfig) -> dict[str, Any]:
                 "depths": list(backbone.options.get("layers", depths)),
                 "hidden_sizes": [_EXPANSION * width for width in channels],
             }
+        case ViTAdapterBackboneConfig():
+            raise WeightsError("model.backbone.kind is vit_adapter, which Hugging Face's Mask2Former does not have")
         case _:
             assert_never(backbone)
 

@@ -14,8 +14,10 @@ from m2f.model.config import (
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
     SwinBackboneConfig,
+    ViTAdapterBackboneConfig,
 )
 from m2f.model.errors import WeightsError
+from m2f.model.export.dinov3 import export_dinov3
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.names import to_official_names
 
@@ -45,8 +47,14 @@ def export_official(model: Segmenter, config: ModelConfig) -> OrderedDict[str, T
 
 
 def write_official(model: Segmenter, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
-    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it."""
-    torch.save({"model": export_official(model, config), **(notes or {})}, path)
+    """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it.
+
+    A model with a ViT-Adapter becomes one of DINOv3, which has tensors alone.
+    """
+    if isinstance(config.backbone, ViTAdapterBackboneConfig):
+        torch.save(export_dinov3(model, config), path)
+    else:
+        torch.save({"model": export_official(model, config), **(notes or {})}, path)
 
 
 def require_official(config: ModelConfig) -> None:
@@ -70,6 +78,8 @@ def require_official(config: ModelConfig) -> None:
     backbone = config.backbone
     if isinstance(backbone, SwinBackboneConfig):
         return
+    if isinstance(backbone, ViTAdapterBackboneConfig):
+        raise _unknown("backbone.kind", backbone.kind, "timm and swin")
     if backbone.name.partition(".")[0] not in _RESNETS:
         raise _unknown("backbone.name", backbone.name, "resnet50, resnet101 and kind swin")
     if backbone.norm not in ("frozen_batch", "sync_batch"):

@@ -46,6 +46,8 @@ class LoadReport:
     """Left at their initialisation because the file does not have them."""
     unexpected: tuple[str, ...]
     """In the file but not in the model."""
+    head_alone: bool = False
+    """Whether the file has no backbone, which then began with weights of its own."""
     class_rows: str | None = None
     """How many rows of the class head came from the file, where its classes are others than the model's."""
 
@@ -61,6 +63,8 @@ class LoadReport:
             if names:
                 more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
                 lines.append(f"{len(names)} {title}: {', '.join(names[:_MAX_LISTED])}{more}")
+        if self.head_alone:
+            lines.append("the file is of a head alone; the backbone has the weights that model.backbone names")
         if self.class_rows is not None:
             lines.append(self.class_rows)
         return "\n".join(lines)
@@ -72,19 +76,20 @@ def load_weights(
     class_rows: Sequence[int | None] | None = None,
     *,
     deltas: bool = False,
+    name: str = "the given state dict",
 ) -> LoadReport:
     """Load a file, a folder (see `m2f.model.weights.files`) or a state dict into a Mask2Former.
 
     The names may be ours, the official ones, Hugging Face's, or those of published weights of a backbone alone. Class
     head and queries of another size are skipped and reported. `class_rows` gives for every class of the model its label
     in the file, None for one that keeps its initialisation; "no object" is kept. `deltas`: the backbone of the file is
-    added to the model's.
+    added to the model's. `name` is what errors call a state dict.
 
     Raises WeightsError for an unreadable file, for weights of another architecture, and if nothing matches; the model
     is then as before.
     """
     state = source if isinstance(source, Mapping) else read_state(source)
-    name = "the given state dict" if isinstance(source, Mapping) else str(source)
+    name = name if isinstance(source, Mapping) else str(source)
     target = model.state_dict()
     layout = detect_layout(state)
     try:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from m2f.model.backbones.swin_weights import official_swin_names
 from m2f.model.errors import WeightsError
+from m2f.model.weights.dinov3 import backbone_to_dinov3, dinov3_to_canonical, head_to_dinov3, is_dinov3, lacks_vit
 from m2f.model.weights.eomt import eomt_to_own, is_eomt
 from m2f.model.weights.maskformer import is_maskformer, maskformer_to_own
 from m2f.model.weights.packing import PackedNames, attention_packs, pack, unpack
 from m2f.model.weights.pmt import is_pmt, pmt_to_own
 from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
 
-Layout = Literal["own", "official", "hugging_face", "eomt", "pmt", "backbone"]
+Layout = Literal["own", "official", "hugging_face", "eomt", "pmt", "dinov3", "backbone"]
 """Whose names a state dict uses; `backbone` are published weights of a backbone alone."""
 
 _IGNORED = re.compile(r"num_batches_tracked$|relative_position_index$|^criterion\.|^(backbone\.(body\.|stem\.)?)?fc\.")
@@ -58,11 +59,24 @@ def detect_layout(state: Mapping[str, Tensor]) -> Layout:
         return "eomt"
     if is_pmt(state):
         return "pmt"
+    if is_dinov3(state):
+        return "dinov3"
     if any(name.startswith("model.pixel_level_module.") for name in state):
         return "hugging_face"
     if any(name.startswith(("backbone.", "pixel_decoder.", "transformer_decoder.")) for name in state):
         return "own"
     return "backbone"
+
+
+def is_head_alone(state: Mapping[str, Tensor]) -> bool:
+    """Whether a file is that of a head whose authors publish it without the backbone."""
+    match detect_layout(state):
+        case "dinov3":
+            return lacks_vit(state)
+        case "pmt":
+            return not any(name.startswith("network.encoder.") for name in state)
+        case _:
+            return False
 
 
 def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -> dict[str, Tensor]:
@@ -87,6 +101,8 @@ def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -
             return eomt_to_own({name: tensor for name, tensor in state.items() if not is_ignored(name)})
         case "pmt":
             return pmt_to_own(state)
+        case "dinov3":
+            return _canonical_to_own(dinov3_to_canonical(state), levels)
         case "backbone":
             return _backbone_to_own(state)
 
@@ -102,6 +118,16 @@ def to_hugging_face_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     canonical = _own_to_canonical(own)
     cross = {name: parts for name, parts in attention_packs(canonical).items() if "cross_attention" in name}
     return _renamed(pack(canonical, cross), HUGGING_FACE_TO_CANONICAL, "Hugging Face")
+
+
+def to_dinov3_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under the names of DINOv3's segmentation head, with the vision transformer.
+
+    Raises WeightsError for a model that DINOv3 cannot express.
+    """
+    backbone = {name: tensor for name, tensor in own.items() if name.startswith("backbone.")}
+    head = _own_to_canonical({name: tensor for name, tensor in own.items() if name not in backbone})
+    return backbone_to_dinov3(backbone) | head_to_dinov3(pack(head, attention_packs(head)))
 
 
 def count_levels(own: Iterable[str]) -> int:

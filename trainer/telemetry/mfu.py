@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from m2f.model.analysis.flops.executed import build_shapes, executed_flops
+from m2f.model.analysis.flops.executed import build_shapes, executed_flops, executed_flops_inside
 from m2f.model.config import ModelConfig, ModelPart
 
 _PEAK_TFLOPS = {
@@ -38,13 +38,15 @@ def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:
 
     Frozen parts have no gradients of weights, and none at all where nothing before them is trained.
     """
-    flops = executed_flops(build_shapes(config), size)
+    model = build_shapes(config)
+    flops = executed_flops(model, size)
     total, is_trained_before = 0.0, False
     for part in get_args(ModelPart):
         is_frozen = part in config.freeze
         total += getattr(flops, part) * (_PASSES if not is_frozen else 2 if is_trained_before else 1)
         is_trained_before |= not is_frozen
-    return total
+    inside = [part for part in config.freeze if "." in part and part.partition(".")[0] not in config.freeze]
+    return total - (_PASSES - 1) * sum(executed_flops_inside(model, size, part) for part in inside)
 
 
 class Utilization:

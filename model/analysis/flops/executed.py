@@ -60,19 +60,28 @@ def executed_flops(model: Segmenter, size: tuple[int, int]) -> Flops:
     The dense masks of the last layer are part of it, those of other layers are never made. The model is one at the end
     of its training.
     """
+    total, backbone, pixel_decoder = _executed(model, size, ("", "backbone", "pixel_decoder"))
+    return Flops(backbone, pixel_decoder, total - backbone - pixel_decoder)
+
+
+def executed_flops_inside(model: Segmenter, size: tuple[int, int], part: str) -> float:
+    """Those of a submodule, which may be called part by part."""
+    return _executed(model, size, (part,))[0]
+
+
+def _executed(model: Segmenter, size: tuple[int, int], parts: Sequence[str]) -> list[float]:
     with torch.no_grad(), SHAPES_ONLY:
         model.set_progress(_END, _END)
         with _counter() as counter:
             model(torch.zeros(1, 3, *size)).mask_logits()
-    total = counter.get_total_flops() / 2
-    counts = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
-    backbone, pixel_decoder = (_of_part(counts, part) for part in ("backbone", "pixel_decoder"))
-    return Flops(backbone, pixel_decoder, total - backbone - pixel_decoder)
+    # Names begin with the class of the model.
+    counts = {name.partition(".")[2]: sum(of.values()) / 2 for name, of in counter.get_flop_counts().items()}
+    return [_of_part(counts, part) if part else counter.get_total_flops() / 2 for part in parts]
 
 
 def _of_part(counts: Mapping[str, float], part: str) -> float:
     """Of a part of the model by the counts of modules, which may have been called one by one."""
-    names = {name for name in counts if part in name.split(".")[1:2]}
+    names = {name for name in counts if f"{name}.".startswith(f"{part}.")}
     return sum(counts[name] for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 

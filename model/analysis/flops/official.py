@@ -29,6 +29,7 @@ from m2f.model.config import (
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
     UpscalePixelDecoderConfig,
+    ViTAdapterBackboneConfig,
 )
 from m2f.model.errors import ConfigError
 
@@ -109,7 +110,7 @@ def _backbone(config: BackboneConfig, size: tuple[int, int]) -> tuple[float, tup
             return swin(config.embed_dim, config.depths, config.window_size, size), channels
         case TimmBackboneConfig(name=name) if name in RESNET_BLOCKS and not config.options:
             return resnet(RESNET_BLOCKS[name], size), (256, 512, 1024, 2048)
-        case TimmBackboneConfig():
+        case TimmBackboneConfig() | ViTAdapterBackboneConfig():
             backbone = build_backbone_shapes(config)
             return executed_backbone_flops(backbone, size), backbone.channels
         case _:

@@ -1,0 +1,232 @@
+"""ViT-Adapter: four maps from a plain vision transformer that it never changes, so that this one can stay frozen.
+
+Source: Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023, in the form that DINOv3 publishes a
+segmentation head for: convolutions and extractors, no injectors.
+
+Axis letters: B images, N patches, T pixels of strides 8, 16 and 32, C channels of the vision transformer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2f.model.backbones.batch_norms import SyncBatchNorm2d
+from m2f.model.backbones.plain_vit import Grid, PlainVit
+from m2f.model.config import TimmBackboneConfig, ViTAdapterBackboneConfig
+from m2f.model.deform_attn.module import MSDeformAttn, SamplingGrid
+from m2f.model.errors import ConfigError
+from m2f.model.layers import run_layer
+
+STRIDES = (4, 8, 16, 32)
+"""Strides of the maps; the extractors' tokens are the pixels of the last three."""
+_PATCH = 16
+_POINTS = 4
+"""Samples of a token and head."""
+_EPS = 1e-6
+"""Of the extractors' LayerNorms."""
+_EXTRACTORS = (1, 1, 1, 3)
+"""How many look at each of the four layers, one after the other."""
+
+
+class ViTAdapter(nn.Module):
+    """A vision transformer and the adapter beside it."""
+
+    channels: tuple[int, ...]
+    """Channels of the maps at strides 4, 8, 16, 32: all have those of the transformer."""
+
+    def __init__(self, config: ViTAdapterBackboneConfig, *, pretrained: bool = True) -> None:
+        """Raises ConfigError for a transformer of another kind, or one that the adapter does not fit."""
+        super().__init__()
+        source = TimmBackboneConfig(
+            name=config.name,
+            features="tokens",
+            pretrained=config.pretrained,
+            weights=config.weights,
+            checkpointing=config.checkpointing,
+            options=config.options,
+        )
+        self.vit = PlainVit(source, pretrained=pretrained)
+        _require_fit(self.vit, config)
+        width = self.vit.width
+        self.channels = (width,) * len(STRIDES)
+        self.layers = seen_layers(len(self.vit.blocks))
+        self.drop_path = config.drop_path
+        self.checkpointing = config.checkpointing
+        self.prior = SpatialPrior(config.stem_width, width)
+        self.level_embed = nn.Parameter(torch.empty(len(STRIDES) - 1, width))
+        self.interactions = nn.ModuleList(
+            nn.Sequential(*(Extractor(width, config.num_heads) for _ in range(count))) for count in _EXTRACTORS
+        )
+        self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.norms = nn.ModuleList(SyncBatchNorm2d(width) for _ in STRIDES)
+        nn.init.normal_(self.level_embed)
+        for part in (self.prior, self.interactions, self.up):
+            part.apply(_initialise)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """`images` [B, 3, H, W] to maps [B, C, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up.
+
+        Sizes that 32 does not divide are padded with zeros.
+        """
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
+        layers, grid = self._vit_layers(images)
+        stride4, *others = self.prior(images)
+        shapes = [(level.shape[-2], level.shape[-1]) for level in others]
+        tokens = self._extract(others, shapes, layers, grid)
+        levels = tokens.transpose(1, 2).split([rows * columns for rows, columns in shapes], dim=2)
+        others = [level.unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True)]
+        maps = [stride4 + self.up(others[0]), *others]
+        seen = [layer.transpose(1, 2).unflatten(2, grid) for layer in layers]
+        features = [
+            norm(level + F.interpolate(layer, level.shape[-2:], mode="bilinear", align_corners=False).to(level.dtype))
+            for norm, level, layer in zip(self.norms, maps, seen, strict=True)
+        ]
+        return tuple(
+            feature[..., : -(-height // stride), : -(-width // stride)]  # integers only, for torch.export
+            for feature, stride in zip(features, STRIDES, strict=True)
+        )
+
+    def _vit_layers(self, images: Tensor) -> tuple[list[Tensor], Grid]:
+        """Patch tokens [B, N, C] after four of the blocks, each through the last norm; and their grid.
+
+        Nothing before the transformer is trained, so a frozen one keeps nothing for a backward pass.
+        """
+        vit = self.vit
+        tokens, table, grid = vit.embed(images)
+        layers = []
+        for index, block in enumerate(vit.blocks):
+            tokens = vit.run(block, tokens, table)
+            if index in self.layers:
+                layers.append(vit.norm(tokens)[:, vit.embed.prefix :])
+        return layers, grid
+
+    def _extract(self, maps: Sequence[Tensor], shapes: list[Grid], layers: Sequence[Tensor], grid: Grid) -> Tensor:
+        """Pixels of strides 8, 16 and 32 as tokens [B, T, C], after they looked at all layers."""
+        flat = [
+            level.flatten(2).transpose(1, 2) + embedding
+            for level, embedding in zip(maps, self.level_embed, strict=True)
+        ]
+        # The residual stream has the parameters' dtype: float32 under autocast.
+        tokens = torch.cat(flat, dim=1).to(self.level_embed.dtype)
+        places = _places(shapes, grid, tokens.device)
+        # Drawn before any extractor, so that checkpointed ones draw nothing when they run again.
+        scales: Sequence[Tensor | None] = [None] * sum(_EXTRACTORS)
+        if self.training and self.drop_path > 0:
+            kept = torch.rand(len(scales), len(tokens), 1, 1, device=tokens.device) >= self.drop_path
+            scales = (kept / (1 - self.drop_path)).to(tokens.dtype).unbind()
+        pairs = zip(self.interactions, layers, strict=True)
+        steps = [(extractor, layer) for extractors, layer in pairs for extractor in extractors.children()]
+        for (extractor, layer), scale in zip(steps, scales, strict=True):
+            tokens = run_layer(extractor, self.checkpointing, tokens, layer, places, shapes, scale)
+        return tokens
+
+
+class SpatialPrior(nn.Module):
+    """Convolutions on the image, whose maps the adapter begins with."""
+
+    def __init__(self, stem: int, width: int) -> None:
+        """`stem` channels of the first convolutions, `width` of the transformer."""
+        super().__init__()
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.stem = nn.Sequential(*_convolution(3, stem, 2), *_convolution(stem, stem), *_convolution(stem, stem), pool)
+        self.conv2 = nn.Sequential(*_convolution(stem, 2 * stem, 2))
+        self.conv3 = nn.Sequential(*_convolution(2 * stem, 4 * stem, 2))
+        self.conv4 = nn.Sequential(*_convolution(4 * stem, 4 * stem, 2))
+        self.fc1 = nn.Conv2d(stem, width, 1)
+        self.fc2 = nn.Conv2d(2 * stem, width, 1)
+        self.fc3 = nn.Conv2d(4 * stem, width, 1)
+        self.fc4 = nn.Conv2d(4 * stem, width, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """`images` [B, 3, H, W], sides divisible by 32, to maps [B, C, H / s, W / s] at strides s of 4, 8, 16, 32."""
+        stride4 = self.stem(images)
+        stride8 = self.conv2(stride4)
+        stride16 = self.conv3(stride8)
+        return self.fc1(stride4), self.fc2(stride8), self.fc3(stride16), self.fc4(self.conv4(stride16))
+
+
+class Extractor(nn.Module):
+    """Tokens of the adapter look at the patches of a layer, and go through a feed-forward network with convolution."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(width, eps=_EPS)
+        self.feat_norm = nn.LayerNorm(width, eps=_EPS)
+        self.attn = MSDeformAttn(width, 1, heads, _POINTS, value_dim=width // 2)
+        self.ffn_norm = nn.LayerNorm(width, eps=_EPS)
+        self.ffn = ConvolutionalFeedForward(width)
+
+    def forward(
+        self, tokens: Tensor, layer: Tensor, places: SamplingGrid, shapes: Sequence[Grid], scale: Tensor | None
+    ) -> Tensor:
+        """`tokens` [B, T, C] to the same shape; `layer` [B, N, C]; `scale` [B, 1, 1] of drop path."""
+        tokens = tokens + self.attn(self.query_norm(tokens), self.feat_norm(layer), places)
+        transformed = self.ffn(self.ffn_norm(tokens), shapes)
+        return tokens + (transformed if scale is None else scale * transformed)
+
+
+class ConvolutionalFeedForward(nn.Module):
+    """Two linear layers, and between them a depthwise convolution that the three maps share."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = width // 4
+        self.fc1 = nn.Linear(width, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor, shapes: Sequence[Grid]) -> Tensor:
+        """`tokens` [B, T, C] to the same shape; `shapes` of the maps that they are the pixels of."""
+        levels = self.fc1(tokens).split([rows * columns for rows, columns in shapes], dim=1)
+        maps = [level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True)]
+        mixed = torch.cat([self.dwconv(level).flatten(2).transpose(1, 2) for level in maps], dim=1)
+        return self.fc2(F.gelu(mixed))
+
+
+def seen_layers(depth: int) -> tuple[int, ...]:
+    """The blocks, from 0, whose output the adapter sees: the last of each quarter; DINOv3 takes 4 and not 5 of 24."""
+    return (4, 11, 17, 23) if depth == 24 else tuple(quarter * depth // 4 - 1 for quarter in range(1, 5))
+
+
+def _places(shapes: list[Grid], grid: Grid, device: torch.device) -> SamplingGrid:
+    """Every pixel of the maps looks at its own place among the patches."""
+    centres = SamplingGrid.of_pixels(shapes, device).reference
+    return SamplingGrid([grid], SamplingGrid.of_pixels([grid], device).sizes, centres)
+
+
+def _convolution(in_channels: int, channels: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    layer = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+    return layer, SyncBatchNorm2d(channels), nn.ReLU(inplace=True)
+
+
+def _initialise(module: nn.Module) -> None:
+    match module:
+        case MSDeformAttn():
+            module.reset_parameters()
+        case nn.Linear():
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        case nn.Conv2d() | nn.ConvTranspose2d():
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _require_fit(vit: PlainVit, config: ViTAdapterBackboneConfig) -> None:
+    where = f"model.backbone.name is {config.name!r} with options {dict(config.options)}"
+    if len(vit.blocks) % 4:
+        raise ConfigError(f"{where}; the ViT-Adapter needs a multiple of 4 blocks, and this has {len(vit.blocks)}")
+    if vit.embed.patch != _PATCH:
+        raise ConfigError(f"{where}; the ViT-Adapter needs patches of {_PATCH} pixels; leave patch_size out")
+    if vit.width % (2 * config.num_heads) or vit.width % 4:
+        raise ConfigError(
+            f"{where}: it has {vit.width} channels, of which model.backbone.num_heads ({config.num_heads}) cannot "
+            "share out one half"
+        )

@@ -1,0 +1,39 @@
+"""A model with the weights of a file, and the backbone's own where the file is of a head alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from m2f.model.config import ModelConfig, ViTAdapterBackboneConfig
+from m2f.model.errors import WeightsError
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import Segmenter
+from m2f.model.weights.files import read_state
+from m2f.model.weights.load import LoadReport, load_weights
+from m2f.model.weights.names import is_head_alone
+
+
+def build_with_weights(
+    config: ModelConfig, source: str | Path, class_rows: Sequence[int | None] | None = None, *, deltas: bool = False
+) -> tuple[Segmenter, LoadReport]:
+    """The model of a recipe with the weights of a file or folder; `class_rows` and `deltas` as in `load_weights`.
+
+    Heads on frozen vision transformers are published without them: the backbone then begins as the recipe says. Raises
+    WeightsError as `load_weights` does, and where the recipe does not say it.
+    """
+    state, backbone = read_state(source), config.backbone
+    head_alone = is_head_alone(state)
+    if head_alone and backbone.weights is None and backbone.pretrained is not True:
+        raise WeightsError(
+            f"{source} is of a head alone, and the recipe does not say where its backbone comes from; set "
+            "model.backbone.pretrained to true, or model.backbone.weights to a file"
+        )
+    model = build_model(config, pretrained_backbone=head_alone or deltas)
+    report = load_weights(model, state, class_rows, deltas=deltas, name=str(source))
+    if head_alone:
+        own = "backbone.vit." if isinstance(backbone, ViTAdapterBackboneConfig) else "backbone."
+        missing = tuple(name for name in report.missing if not name.startswith(own))
+        report = replace(report, missing=missing, head_alone=True)
+    return model, report

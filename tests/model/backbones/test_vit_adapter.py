@@ -1,0 +1,296 @@
+"""The ViT-Adapter with the head of Mask2Former against numbers of DINOv3's code, and what frozen means."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from m2f.eval.inference.windows import window_places
+from m2f.model.backbones.build import build_backbone
+from m2f.model.config import (
+    MaskedTransformerDecoderConfig,
+    ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
+    ViTAdapterBackboneConfig,
+)
+from m2f.model.errors import ConfigError, WeightsError
+from m2f.model.export.dinov3 import require_dinov3
+from m2f.model.inference.class_scores import ClassScores
+from m2f.model.inference.mask_resize import ImageGeometry
+from m2f.model.mask2former import build_model
+from m2f.model.segmenter import Segmenter
+from m2f.model.structures import Predictions
+from m2f.model.weights.build import build_with_weights
+from m2f.model.weights.load import load_weights
+from m2f.model.weights.names import to_dinov3_names
+from m2f.trainer.config import OptimizerConfig
+from m2f.trainer.engine.param_groups import build_param_groups
+
+VIT = "segmentation_model.0.backbone."
+LEVELS = ((2, 3), (4, 6), (8, 12))
+"""Sizes of the maps that the decoder attends to in turn, in the golden."""
+
+
+def config_of(described: dict) -> ModelConfig:
+    names = ("embed_dim", "depth", "num_heads")
+    options = {name: described[name] for name in names} | {"mlp_ratio": described["ffn_ratio"], "init_values": 1.0}
+    width = described["hidden_dim"]
+    return ModelConfig(
+        backbone=ViTAdapterBackboneConfig(
+            name="vit_small_patch16_dinov3_qkvb",
+            options=options,
+            num_heads=described["adapter_heads"],
+            stem_width=described["conv_inplane"],
+            drop_path=0.0,
+        ),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(
+            conv_dim=width,
+            mask_dim=width,
+            num_heads=described["head_heads"],
+            num_layers=described["encoder_layers"],
+            feedforward_dim=described["encoder_ffn"],
+        ),
+        transformer_decoder=MaskedTransformerDecoderConfig(
+            hidden_dim=width,
+            num_heads=described["head_heads"],
+            num_layers=described["decoder_layers"],
+            feedforward_dim=described["decoder_ffn"],
+            num_queries=described["num_queries"],
+        ),
+        num_classes=described["num_classes"],
+    )
+
+
+@pytest.fixture(scope="module")
+def case(beyond: Path):
+    folder = beyond / "dinov3_m2f" / "dinov3_adapter_m2f"
+    files = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs", "outputs_float64"))
+    return json.loads((folder / "case.json").read_text()), *files
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.double()
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def loaded(described: dict, weights: dict[str, torch.Tensor], **changes: Any) -> Segmenter:
+    model = build_model(replace(config_of(described["config"]), **changes), pretrained_backbone=False)
+    report = load_weights(model, weights)
+    assert report.complete, report
+    assert report.unexpected == ()
+    return model
+
+
+def mask_logits(predictions: Predictions) -> torch.Tensor:
+    """Of all layers, also in float64."""
+    return torch.einsum("lbqc,bchw->lbqhw", predictions.mask_embeddings, predictions.mask_features)
+
+
+def maps_and_predictions(model: Segmenter, images: torch.Tensor) -> tuple[list[torch.Tensor], Predictions]:
+    maps: list[torch.Tensor] = []
+    hook = model.backbone.register_forward_hook(lambda *args: maps.extend(args[2]))
+    predictions = model(images)
+    hook.remove()
+    return maps, predictions
+
+
+def test_equals_the_authors_code(case):
+    described, weights, inputs, outputs, _ = case
+    model, names = loaded(described, weights), ("eval", "train_no_drop_path")
+    images = model.normalise(inputs["image_uint8"])
+    for name in names:
+        load_weights(model, weights)
+        model.train(name != "eval").zero_grad()
+        maps, predictions = maps_and_predictions(model, images)
+        masks = mask_logits(predictions)
+        scalar = sum(0.5 * found.square().mean(tuple(range(1, found.ndim))) for found in (masks, predictions[0])).sum()
+        scalar.backward()
+        found = {"scalar": scalar[None]} | {f"adapter_output{i}": level for i, level in enumerate(maps, 1)}
+        found |= {f"mask_logits_layer{i}": one for i, one in enumerate(masks)}
+        found |= {f"class_logits_layer{i}": one for i, one in enumerate(predictions.class_logits)}
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        found |= {f"grad/{key}": gradient for key, gradient in to_dinov3_names(gradients).items()}
+        buffers = to_dinov3_names(dict(model.state_dict()))
+        found |= {
+            f"{kind}_after/{key.removesuffix(f'.{kind}')}": tensor
+            for key, tensor in buffers.items()
+            if (kind := key.rpartition(".")[2]).startswith("running_")
+        }
+        compared = {key: tensor for key, tensor in outputs.items() if key.startswith(f"{name}/")}
+        differences = {
+            key: relative(found[own], tensor)
+            for key, tensor in compared.items()
+            if (own := key.removeprefix(f"{name}/")) in found
+        }
+        assert len(differences) >= (30 if name == "eval" else 20)
+        assert max(differences.values()) <= 2e-5, differences
+        for layer, one in enumerate(masks):
+            if (key := f"{name}/attention_blocked_for_layer{layer}") in outputs:
+                resized = F.interpolate(one, LEVELS[layer % 3], mode="bilinear", align_corners=False)
+                assert torch.equal(resized.flatten(2).sigmoid() < 0.5, outputs[key].bool()), key
+
+
+def test_maps_equal_the_authors_in_float64(case):
+    described, weights, inputs, _, doubles = case
+    model = loaded(described, weights).double().eval()
+    with torch.no_grad():
+        maps = model.backbone(model.normalise(inputs["image_uint8"]).double())
+    worst = max(relative(maps[i], doubles[f"eval/adapter_output{i + 1}"]) for i in (1, 2, 3))
+    assert worst <= 1e-6
+
+
+def test_windows_of_an_image_of_any_size_equal_the_authors(case):
+    described, weights, inputs, outputs, _ = case
+    model, size = loaded(described, weights).eval(), (75, 90)
+    window, stride = described["config"]["window"], described["config"]["stride"]
+    images, total = inputs["odd_image_uint8"], torch.zeros(5, *size)
+    count = torch.zeros(size)
+    for index, place in enumerate(window_places(size, window, stride)):
+        area = place.area
+        with torch.no_grad():
+            found = model(model.normalise(images[..., area.top : area.bottom, area.left : area.right]))
+        assert relative(found.class_logits[-1], outputs[f"slide/window{index}_class_logits"]) <= 5e-5
+        geometry = ImageGeometry((window, window), (window, window), (window, window))
+        logits, embeddings = found.class_logits[-1, 0], found.mask_embeddings[-1, 0]
+        scores = ClassScores(logits, embeddings, found.mask_features[0], geometry, "class_scores")
+        total[:, area.top : area.bottom, area.left : area.right] += scores.at_input(slice(0, window))
+        count[area.top : area.bottom, area.left : area.right] += 1
+    averaged = outputs["slide/window_scores_averaged"][0].float()
+    assert (total / count - averaged).abs().max() <= described["tolerance"]["slide_atol"]
+
+
+def test_weights_go_out_as_they_came_in(case):
+    described, weights, *_ = case
+    out = to_dinov3_names(loaded(described, weights).state_dict())
+    unused = {key for key in weights if key.endswith(("mask_token", "rope_embed.periods"))}
+    assert out.keys() == weights.keys() - unused
+    for key, tensor in out.items():
+        mask = weights.get(f"{key}_mask")
+        assert torch.equal(tensor, weights[key] if mask is None else weights[key] * mask), key
+
+
+def test_a_file_of_the_head_alone_leaves_the_transformer_to_its_own_weights(case, tmp_path):
+    described, weights, *_ = case
+    config = replace(config_of(described["config"]), freeze=("backbone.vit",))
+    head = {key: tensor for key, tensor in weights.items() if not key.startswith(VIT)}
+    torch.save(head, tmp_path / "head.pth")
+    vit = {key.removeprefix(VIT): tensor for key, tensor in weights.items() if key.startswith(VIT)}
+    torch.save(vit, tmp_path / "vit.pth")
+    with pytest.raises(WeightsError, match=r"of a head alone.*set model\.backbone\.pretrained to true"):
+        build_with_weights(replace(config, backbone=replace(config.backbone, pretrained=False)), tmp_path / "head.pth")
+    own = replace(config, backbone=replace(config.backbone, weights=str(tmp_path / "vit.pth")))
+    model, report = build_with_weights(own, tmp_path / "head.pth")
+    assert report.complete
+    assert report.head_alone
+    assert "of a head alone" in str(report)
+    whole = loaded(described, weights).state_dict()
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_published_head_has_these_names_and_numbers():
+    width = 2048
+    config = ModelConfig(
+        backbone=ViTAdapterBackboneConfig(name="vit_7b_patch16_dinov3"),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(
+            conv_dim=width, mask_dim=width, num_heads=16, feedforward_dim=4096
+        ),
+        transformer_decoder=MaskedTransformerDecoderConfig(hidden_dim=width, num_heads=16, feedforward_dim=4096),
+        freeze=("backbone.vit",),
+        num_classes=150,
+    )
+    with torch.device("meta"):
+        model = build_model(config, pretrained_backbone=False)
+    names = to_dinov3_names(model.state_dict())
+    assert len([name for name in names if not name.startswith(VIT)]) == 479
+    assert f"{VIT}blocks.0.mlp.w3.weight" in names
+    require_dinov3(config)
+    millions = {
+        part: sum(p.numel() for p in model.get_submodule(part).parameters()) / 1e6
+        for part in ("backbone.vit", "backbone", "pixel_decoder", "transformer_decoder")
+    }
+    assert millions["backbone.vit"] == pytest.approx(6716.0, abs=0.1)
+    assert millions["backbone"] - millions["backbone.vit"] == pytest.approx(227.1, abs=0.1)
+    assert millions["pixel_decoder"] == pytest.approx(233.7, abs=0.1)
+    assert millions["transformer_decoder"] == pytest.approx(466.6, abs=0.1)
+    with pytest.raises(WeightsError, match=r"pixel_decoder\.num_heads is 8; .* has 16 only"):
+        require_dinov3(replace(config, pixel_decoder=replace(config.pixel_decoder, num_heads=8)))
+
+
+def test_a_frozen_transformer_is_neither_trained_nor_touched(case):
+    described, weights, inputs, *_ = case
+    model = loaded(described, weights, freeze=("backbone.vit",)).train()
+    before = {name: tensor.clone() for name, tensor in model.backbone.vit.state_dict().items()}
+    kept: list[torch.Size] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda tensor: tensor)
+    with hooks:
+        layers, _ = model.backbone._vit_layers(model.normalise(inputs["image_uint8"]))
+    assert kept == []
+    assert not any(layer.requires_grad for layer in layers)
+    optimizer = torch.optim.AdamW(build_param_groups(model, OptimizerConfig()))
+    predictions = model(model.normalise(inputs["image_uint8"]))
+    (predictions.class_logits.square().sum() + mask_logits(predictions).square().sum()).backward()
+    optimizer.step()
+    frozen, held = set(model.backbone.vit.parameters()), optimizer.param_groups
+    assert not any(parameter in frozen for group in held for parameter in group["params"])
+    for name, parameter in model.named_parameters():
+        is_frozen = name.startswith("backbone.vit.")
+        assert (parameter.grad is None, parameter.requires_grad) == (is_frozen, not is_frozen), name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.vit.state_dict().items())
+    assert not model.backbone.vit.training
+    assert model.backbone.prior.training
+
+
+def test_images_of_any_size_are_padded_to_32(case):
+    described, weights, inputs, *_ = case
+    model = loaded(described, weights).eval()
+    images = model.normalise(inputs["odd_image_uint8"])
+    with torch.no_grad():
+        maps, padded = model.backbone(images), model.backbone(F.pad(images, (0, 6, 0, 21)))
+    assert [tuple(level.shape[-2:]) for level in maps] == [(19, 23), (10, 12), (5, 6), (3, 3)]
+    assert all(
+        torch.equal(level, whole[..., : level.shape[-2], : level.shape[-1]])
+        for level, whole in zip(maps, padded, strict=True)
+    )
+
+
+def test_drop_path_acts_on_images_in_training_alone(case):
+    described, weights, inputs, *_ = case
+    config = config_of(described["config"])
+    model = loaded(described, weights, backbone=replace(config.backbone, drop_path=0.5))
+    images = model.normalise(inputs["image_uint8"])
+
+    def maps(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model.backbone(images)[1]
+
+    model.eval()
+    assert torch.equal(maps(0), maps(1))
+    model.backbone.train()
+    assert torch.equal(maps(0), maps(0))
+    assert not torch.equal(maps(0), maps(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 6}, "needs a multiple of 4 blocks, and this has 6"),
+        ({"patch_size": 14}, "needs patches of 16 pixels"),
+        ({"embed_dim": 48, "num_heads": 3}, r"has 48 channels, of which model\.backbone\.num_heads \(16\) cannot"),
+    ],
+)
+def test_transformers_that_do_not_fit_are_refused(options, message):
+    small = {"embed_dim": 32, "depth": 4, "num_heads": 2} | options
+    with pytest.raises(ConfigError, match=message), torch.device("meta"):
+        build_backbone(ViTAdapterBackboneConfig(options=small), pretrained=False)
+
+
+def test_only_an_adapter_has_a_transformer_to_freeze():
+    with pytest.raises(ConfigError, match=r"freeze has backbone\.vit, which backbone\.kind timm lacks"):
+        ModelConfig(freeze=("backbone.vit",))
