@@ -94,7 +94,16 @@ class StagedPolySchedule(Section):
     """Steps after these over which that of the backbone does."""
 
 
-ScheduleConfig = PolySchedule | MultiStepSchedule | StagedPolySchedule
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(Section):
+    """The learning rate rises linearly, then falls to 0 as half a cosine."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: Annotated[int, STEPS_FROM_0] = 0
+    """Steps over which it rises; the cosine begins behind them."""
+
+
+ScheduleConfig = PolySchedule | MultiStepSchedule | StagedPolySchedule | CosineSchedule
 
 Precision = Literal["fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16"]
 

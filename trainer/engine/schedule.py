@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from typing import assert_never
 
-from m2f.trainer.config import MultiStepSchedule, PolySchedule, ScheduleConfig, StagedPolySchedule
+from m2f.trainer.config import CosineSchedule, MultiStepSchedule, PolySchedule, ScheduleConfig, StagedPolySchedule
 
 
 def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
     """Factor on every group's learning rate for the update that follows `step` finished ones (0 = the first).
 
-    Warm-up rises linearly from 1 / (warmup_steps + 1) and multiplies the schedule, which does not wait for it. Where
-    the backbone has a schedule of its own, the factor is that of the others.
+    Warm-up rises linearly from 1 / (warmup_steps + 1) and multiplies the schedule, which does not wait for it, unless
+    it is a cosine. Where the backbone has a schedule of its own, the factor is that of the others.
     """
     match config:
         case PolySchedule(power=power):
             factor = max(0.0, 1.0 - step / max_steps) ** power
         case MultiStepSchedule(milestones=milestones, gamma=gamma):
             factor = gamma ** bisect_right(sorted(milestones), step)
+        case CosineSchedule(warmup_steps=warmup_steps):
+            share = max(0, step - warmup_steps) / max(1, max_steps - warmup_steps)
+            factor = 0.5 + 0.5 * math.cos(math.pi * min(1.0, share))
         case StagedPolySchedule():
             return _warm_then_poly(step, config.warmup_steps, max_steps, config.power)
         case _:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from m2f.model.errors import ConfigError
-from m2f.trainer.config import MultiStepSchedule, PolySchedule
+from m2f.trainer.config import CosineSchedule, MultiStepSchedule, PolySchedule
 from m2f.trainer.engine.schedule import lr_factor
 
 COCO_50EP = MultiStepSchedule(milestones=(327_778, 355_092))
@@ -29,6 +29,13 @@ def test_five_official_schedules(goldens):
 def test_warmup_is_linear_and_ends():
     schedule = PolySchedule(power=0.0, warmup_steps=3)
     assert [lr_factor(schedule, step, 100) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_cosine_begins_behind_the_warmup_and_falls_to_zero():
+    schedule = CosineSchedule(warmup_steps=3)
+    expected = [0.25, 0.5, 0.75, 1.0, 0.75, 0.25, 0.0, 0.0]
+    assert [lr_factor(schedule, step, 9) for step in (0, 1, 2, 3, 5, 7, 9, 10)] == pytest.approx(expected, abs=1e-15)
+    assert lr_factor(CosineSchedule(), 50, 100) == pytest.approx(0.5)
 
 
 def test_milestones_that_do_not_rise_are_refused():
