@@ -1,4 +1,4 @@
-"""Models of known size: the rows of the Mask2Former paper with what it prints, and EoMT's with what its code counts."""
+"""Models of known size: rows of the Mask2Former paper with what it prints; EoMT, PMT and DINOv3 with what they have."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from m2f.model.config import (
     FPNPixelDecoderConfig,
     MaskedTransformerDecoderConfig,
     ModelConfig,
+    MSDeformAttnPixelDecoderConfig,
     PixelDecoderConfig,
+    PmtDecoderConfig,
     SemanticFPNPixelDecoderConfig,
     StandardTransformerDecoderConfig,
     SwinBackboneConfig,
     TimmBackboneConfig,
     TransformerFPNPixelDecoderConfig,
     UpscalePixelDecoderConfig,
+    ViTAdapterBackboneConfig,
 )
 
 R50 = TimmBackboneConfig(name="resnet50")
@@ -39,7 +42,7 @@ class PaperModel:
 
     name: str
     table: str
-    """Of the Mask2Former paper, or EoMT."""
+    """Of the Mask2Former paper, or EoMT, PMT or DINOv3."""
     config: ModelConfig
     size: tuple[int, int] | None = None
     """Input (height, width); None for the mean over images of COCO."""
@@ -53,7 +56,8 @@ class PaperModel:
 
 def paper_models() -> tuple[PaperModel, ...]:
     """All rows, in the order of the tables."""
-    return (*_coco(), *_decoder_variants(), *_pixel_decoders(), *_query_counts(), *_maskformer(), *_ade20k(), *_eomt())
+    mask2former = (*_coco(), *_decoder_variants(), *_pixel_decoders(), *_query_counts(), *_maskformer(), *_ade20k())
+    return (*mask2former, *_eomt(), *_pmt(), *_dinov3())
 
 
 def _coco() -> Iterator[PaperModel]:
@@ -194,6 +198,42 @@ def _eomt() -> Iterator[PaperModel]:
             parameters=parameters,
             flops=flops,
         )
+
+
+def _pmt() -> Iterator[PaperModel]:
+    """Parameters of the authors' models with 133 classes, those of the frozen vision transformer included."""
+    for name, size, side, parameters in (
+        ("S 640", "small", 640, 29.3),
+        ("B 640", "base", 640, 116.1),
+        ("L 640", "large", 640, 357.1),
+        ("L 1280", "large", 1280, 357.1),
+    ):
+        config = ModelConfig(
+            backbone=TimmBackboneConfig(name=f"vit_{size}_patch16_dinov3_qkvb", features="tokens"),
+            pixel_decoder=UpscalePixelDecoderConfig(),
+            transformer_decoder=PmtDecoderConfig(),
+            num_classes=133,
+            freeze=("backbone",),
+        )
+        yield PaperModel(name=f"PMT {name}", table="PMT", config=config, size=(side, side), parameters=parameters)
+
+
+def _dinov3() -> Iterator[PaperModel]:
+    """Parameters of DINOv3's segmentation models with 150 classes, the frozen vision transformer included."""
+    for name, vit, width, parameters in (
+        ("7B 896", "vit_7b_patch16_dinov3", 2048, 7643.4),
+        ("L 896, width 2048", "vit_large_patch16_dinov3_qkvb", 2048, 995.1),
+        ("L 896, width 256", "vit_large_patch16_dinov3_qkvb", 256, 359.9),
+    ):
+        widths = {"num_heads": 16, "feedforward_dim": 4096}
+        config = ModelConfig(
+            backbone=ViTAdapterBackboneConfig(name=vit),
+            pixel_decoder=MSDeformAttnPixelDecoderConfig(conv_dim=width, mask_dim=width, **widths),
+            transformer_decoder=MaskedTransformerDecoderConfig(hidden_dim=width, **widths),
+            num_classes=ADE_CLASSES,
+            freeze=("backbone.vit",),
+        )
+        yield PaperModel(name=f"DINOv3 {name}", table="DINOv3", config=config, size=(896, 896), parameters=parameters)
 
 
 def _ade20k_row(name: str, config: ModelConfig, side: int, parameters: int, flops: int | None) -> PaperModel:

@@ -13,6 +13,7 @@ from m2f.model.config import (
     MaskedTransformerDecoderConfig,
     ModelConfig,
     MSDeformAttnPixelDecoderConfig,
+    PmtDecoderConfig,
     SwinBackboneConfig,
     ViTAdapterBackboneConfig,
 )
@@ -20,6 +21,7 @@ from m2f.model.errors import WeightsError
 from m2f.model.export.dinov3 import export_dinov3
 from m2f.model.segmenter import Segmenter
 from m2f.model.weights.names import to_official_names
+from m2f.model.weights.pmt import pmt_to_authors
 
 _HEAD_VERSION = 2
 """Of `MaskFormerHead`: without it the official loader moves the pixel decoder's names to where nothing looks for them,
@@ -49,10 +51,13 @@ def export_official(model: Segmenter, config: ModelConfig) -> OrderedDict[str, T
 def write_official(model: Segmenter, config: ModelConfig, path: Path, notes: Mapping[str, str] | None = None) -> None:
     """`export_official` as a checkpoint `{"model": ...}` that Detectron2 opens (.pth), the notes beside it.
 
-    A model with a ViT-Adapter becomes one of DINOv3, which has tensors alone.
+    A model with a ViT-Adapter becomes one of DINOv3, one with the decoder `pmt` one of its authors: tensors alone.
     """
     if isinstance(config.backbone, ViTAdapterBackboneConfig):
         torch.save(export_dinov3(model, config), path)
+    elif isinstance(config.transformer_decoder, PmtDecoderConfig):
+        theirs = pmt_to_authors(model.state_dict(), backbone="backbone" not in config.freeze)
+        torch.save(OrderedDict((name, tensor.cpu().contiguous()) for name, tensor in theirs.items()), path)
     else:
         torch.save({"model": export_official(model, config), **(notes or {})}, path)
 
