@@ -44,10 +44,10 @@ ABLATIONS = {
     f"{base}_{ablation.name}": (base, ablation) for ablation in ablations().values() for base in ablation.published
 }
 """By the name of the run: base recipe and ablation."""
-_OTHERS = (CONFIGS, *(CONFIGS / folder for folder in ("eomt", "finetune")))
+_OTHERS = (CONFIGS, *(CONFIGS / folder for folder in ("eomt", "finetune", "pmt")))
 PAPER = [*(n for n, path in RECIPES.items() if path.parent not in _OTHERS), *ABLATIONS]
 """The recipes of the paper's tables."""
-EOMT = [n for n, path in RECIPES.items() if path.parent == CONFIGS / "eomt"]
+HEADS = [n for n, path in RECIPES.items() if path.parent.name in ("eomt", "pmt")]
 
 
 @cache
@@ -113,7 +113,7 @@ def test_recipes_load_and_begin_with_command_and_result(name):
 def test_the_document_lists_every_recipe_with_its_figures():
     document = (REPOSITORY / "docs" / "recipes.md").read_text()
     listed = {name for pattern in re.findall(r"`([\w*+]+)`", document) for name in expanded(pattern)}
-    assert listed == {*PAPER, *EOMT}
+    assert listed == {*PAPER, *HEADS}
     columns: list[str] = []
     for line in document.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -126,7 +126,7 @@ def test_the_document_lists_every_recipe_with_its_figures():
 def expanded(pattern):
     """Recipes that a name in the document stands for: `*_r50+smca` for the same ablation on three tasks."""
     name = pattern.replace("+", "_").replace("*", r"(coco_panoptic|coco_instance|ade20k_semantic)")
-    return [recipe for recipe in (*PAPER, *EOMT) if re.fullmatch(name, recipe)]
+    return [recipe for recipe in (*PAPER, *HEADS) if re.fullmatch(name, recipe)]
 
 
 def figures(name):

@@ -24,6 +24,7 @@ from m2f.model.config import (
     MSDeformAttnPixelDecoderConfig,
     PilotConfig,
     PixelDecoderConfig,
+    PmtDecoderConfig,
     SemanticFPNPixelDecoderConfig,
     StandardTransformerDecoderConfig,
     SwinBackboneConfig,
@@ -93,6 +94,11 @@ HEADS = {
         TimmBackboneConfig(name="vit_small_patch14_reg4_dinov2", features="tokens", options={**VIT, "img_size": 64}),
         UpscalePixelDecoderConfig(),
         EomtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
+    ),
+    "pmt": (
+        TimmBackboneConfig(name="vit_small_patch14_reg4_dinov2", features="tokens", options={**VIT, "img_size": 64}),
+        UpscalePixelDecoderConfig(),
+        PmtDecoderConfig(num_queries=8, num_layers=1, annealing=((0, 1),)),
     ),
 }
 """With a backbone of their own."""
