@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 from m2f.data_pipeline.categories import Task
 from m2f.model.errors import ConfigError
@@ -43,16 +43,26 @@ class MultiScale(Section):
     """Longer side at most."""
     flip: bool = True
     """Every size also mirrored."""
+    window: Annotated[int | None, PIXELS] = None
+    """Side of overlapping windows that every size is cut into, whose class scores are averaged; None: in one pass."""
+    stride: Annotated[int | None, PIXELS] = None
+    """Pixels from one window to the next, the last of a row or column is moved back; None takes `window`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = self.shortest_edges
         if not sizes or len(set(sizes)) < len(sizes):
             raise ConfigError(f"test_time.shortest_edges is {list(sizes)}; name at least one size, each once")
+        if self.stride is not None and self.stride > (self.window or 0):
+            raise ConfigError(
+                f"test_time: windows of {self.window} pixels every {self.stride} leave gaps; let stride be at most "
+                "window"
+            )
 
     def describe(self) -> str | None:
         """For titles of results."""
-        return f"{len(self.shortest_edges)} scales{', flipped too' if self.flip else ''}"
+        windows = "" if self.window is None else f", windows of {self.window} every {self.stride or self.window} pixels"
+        return f"{len(self.shortest_edges)} scales{', flipped too' if self.flip else ''}{windows}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,13 @@ class SlidingWindows(Section):
 
 TestTime = WholeImage | MultiScale | SlidingWindows
 WHOLE_IMAGE = WholeImage()
+_LATER = {"multi_scale": ("window", "stride")}
+
+
+def stored_test_time(test_time: TestTime) -> dict[str, Any]:
+    """As results store them: without settings that the first results lack, where they say nothing."""
+    later = _LATER.get(test_time.kind, ())
+    return {name: value for name, value in asdict(test_time).items() if value is not None or name not in later}
 
 
 def check_test_time(test_time: TestTime, tasks: Collection[Task], place: str) -> None:

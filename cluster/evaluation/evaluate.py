@@ -15,7 +15,7 @@ from m2f.data_pipeline.documents import DocumentError, parse_json
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.data_pipeline.storage.storage import Storage, join
-from m2f.eval.config import EvaluationSet
+from m2f.eval.config import EvaluationSet, stored_test_time
 from m2f.eval.inference.classes import evaluated_classes
 from m2f.eval.inference.evaluator import check_extra_metrics, check_tasks
 from m2f.eval.report.dump import join_dump
@@ -226,7 +226,7 @@ def _settings(config: RunConfig, evaluated: EvaluationSet, weights: str | None) 
         precision=settings.precision,
         batch_size=settings.batch_size,
         limit=evaluated.limit,
-        test_time=asdict(settings.test_time),
+        test_time=stored_test_time(settings.test_time),
         postprocess=asdict(config.model.postprocess),
         weights=weights,
     )

@@ -36,9 +36,9 @@ def evaluator_bytes(config: RunConfig, model: ModelConfig) -> int:
 def _largest(settings: EvaluationConfig) -> tuple[int, int]:
     """Sides of the largest image that the model gets with a set's settings."""
     match settings.test_time:
+        case MultiScale(window=int(size)) | SlidingWindows(size=size):
+            return size, size
         case MultiScale(shortest_edges=edges, max_size=longest):
             return max(edges), longest
-        case SlidingWindows(size=size):
-            return size, size
         case WholeImage():
             return settings.shortest_edge, settings.max_size

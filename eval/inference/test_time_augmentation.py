@@ -22,7 +22,14 @@ from m2f.eval.inference.window_merge import InstanceMerge, PanopticMerge
 from m2f.eval.inference.windows import WindowPlace, window_places
 from m2f.eval.metrics.instance_matching import InstanceDetections
 from m2f.model.config import PostprocessConfig
-from m2f.model.inference.class_scores import ClassScores, View, Window, semantic_of_views, semantic_of_windows
+from m2f.model.inference.class_scores import (
+    ClassScores,
+    View,
+    Window,
+    WindowScores,
+    semantic_of_views,
+    semantic_of_windows,
+)
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.structures import PanopticResult, Predictions
 
@@ -93,7 +100,20 @@ def _views(
         resized = resize_image(image, shortest_edge_size(_size(image), shortest_edge, test_time.max_size), shrink)
         for mirrored in (False, True) if test_time.flip else (False,):
             view = resized[:, ::-1] if mirrored else resized
-            yield View(ClassScores(*forward_padded(view, _size(image), predict), config.semantic_resize), mirrored)
+            if test_time.window is None:
+                scores = ClassScores(*forward_padded(view, _size(image), predict), config.semantic_resize)
+            else:
+                places = window_places(_size(view), test_time.window, test_time.stride or test_time.window)
+                scores = WindowScores(_scored_windows(view, places, predict), _size(view), _size(image))
+            yield View(scores, mirrored)
+
+
+def _scored_windows(image: np.ndarray, places: Sequence[WindowPlace], predict: Predict) -> Iterator[Window]:
+    """Predictions of windows at their own resolution, where scores are averaged; made as they are needed."""
+    for place in places:
+        crop = image[place.area.top : place.area.bottom, place.area.left : place.area.right]
+        output = forward_padded(crop, _size(crop), predict)
+        yield Window(place.area.top, place.area.left, ClassScores(*output, "class_scores"))
 
 
 def forward_padded(image: np.ndarray, original_size: tuple[int, int], predict: Predict) -> ImageOutput:

@@ -59,14 +59,17 @@ class ClassScores:
 class View(NamedTuple):
     """One of several predictions of the whole image."""
 
-    scores: ClassScores
+    scores: ClassScores | WindowScores
     mirrored: bool
     """Of the mirrored image: its scores are mirrored back."""
 
 
 @torch.no_grad()
 def semantic_of_views(views: Sequence[View], original_size: tuple[int, int]) -> SemanticResult:
-    """The class of a pixel maximises the sum of the views' scores at the original size, added in their order."""
+    """The class of a pixel maximises the sum of the views' scores at the original size, added in their order.
+
+    Views of windows are good for one call.
+    """
     height, width = original_size
     device = views[0].scores.device
     label_map = torch.empty(original_size, dtype=torch.int64, device=device)
@@ -103,15 +106,31 @@ def semantic_of_windows(
     Windows must cover the resized image and come in ascending `top`. They are taken as they are needed and dropped
     when they are done with, so only the masks of few rows of windows are in memory.
     """
-    mean = _WindowMean(windows, resized_size[1])
-    to_original = RowTaps.between(resized_size[0], original_size[0])
-    label_map = torch.empty(original_size, dtype=torch.int64, device=mean.device)
-    values_per_row = mean.values_per_pixel * max(resized_size[1], original_size[1])
-    for rows in row_bands(original_size[0], values_per_row, mean.device):
-        source, taps = to_original.for_rows(rows)
-        scores = resize_columns(taps.apply(mean.at(source)), original_size[1])
-        label_map[rows] = scores.max(0).indices
+    scores = WindowScores(windows, resized_size, original_size)
+    label_map = torch.empty(original_size, dtype=torch.int64, device=scores.device)
+    values_per_row = scores.values_per_pixel * max(resized_size[1], original_size[1])
+    for rows in row_bands(original_size[0], values_per_row, scores.device):
+        label_map[rows] = scores.at(rows).max(0).indices
     return SemanticResult(label_map)
+
+
+class WindowScores:
+    """Mean scores of windows of the resized image, at the original's size; taken as `semantic_of_windows` says."""
+
+    def __init__(
+        self, windows: Iterable[Window], resized_size: tuple[int, int], original_size: tuple[int, int]
+    ) -> None:
+        self._mean = _WindowMean(windows, resized_size[1])
+        self._to_original = RowTaps.between(resized_size[0], original_size[0])
+        self._width = original_size[1]
+        self.size = resized_size
+        self.num_classes, self.values_per_pixel = self._mean.num_classes, self._mean.values_per_pixel
+        self.device = self._mean.device
+
+    def at(self, rows: slice) -> Tensor:
+        """[K, rows, W] at rows of the original, which are asked for in ascending order."""
+        source, taps = self._to_original.for_rows(rows)
+        return resize_columns(taps.apply(self._mean.at(source)), self._width)
 
 
 class _WindowMean:
@@ -123,7 +142,7 @@ class _WindowMean:
         self._open: list[Window] = []
         self._width = width
         first = self._next.scores
-        self._num_classes = first.num_classes
+        self.num_classes = first.num_classes
         self.values_per_pixel = first.values_per_pixel + first.num_classes
         self.device = first.device
 
@@ -134,7 +153,7 @@ class _WindowMean:
             self._open.append(self._next)
             self._next = next(self._coming, None)
         height = rows.stop - rows.start
-        total = torch.zeros(self._num_classes, height, self._width, device=self.device)
+        total = torch.zeros(self.num_classes, height, self._width, device=self.device)
         count = torch.zeros(height, self._width, device=self.device)
         for window in self._open:
             first, stop = max(rows.start, window.top), min(rows.stop, window.bottom)

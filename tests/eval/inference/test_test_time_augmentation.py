@@ -102,8 +102,8 @@ def slow_multi_scale(model, image, edges, max_size, flip, resize, shrink="area")
     return total.argmax(0)
 
 
-def slow_windows(model, image, side, stride):
-    """[H, W] labels: the mean score of all windows over a pixel."""
+def slow_window_scores(model, image, side, stride):
+    """[K, H, W]: the mean score of all windows over a pixel."""
     height, width = image.shape[:2]
     total, count = torch.zeros(5, height, width), torch.zeros(height, width)
     tops, lefts = ([*range(0, n - side, stride), n - side] if n > side else [0] for n in (height, width))
@@ -113,7 +113,7 @@ def slow_windows(model, image, side, stride):
             probabilities, logits = slow_forward(model, image[area])
             total[:, *area] += torch.einsum("qk,qhw->khw", probabilities, logits.sigmoid())
             count[area] += 1
-    return (total / count).argmax(0)
+    return total / count
 
 
 def evaluate(model, test_time, postprocess, image_id=3, shrink="area", **options):
@@ -142,10 +142,27 @@ def test_multi_scale_equals_the_procedure_written_out(model, resize, flip, shrin
     assert list(states.panels) == [3]
 
 
+def test_windows_of_several_sizes_equal_the_procedure_written_out(model):
+    image, total = sample_of(3).image, 0.0
+    size = image.shape[:2]
+    for edge in (48, 75):
+        factor = edge / min(size)
+        resized = resize_image(image, (int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)), "area")
+        for mirrored in (False, True):
+            scores = slow_window_scores(model, resized[:, ::-1] if mirrored else resized, 64, 40)
+            scores = F.interpolate(scores[None], size, mode="bilinear")[0]
+            total = total + (scores.flip(-1) if mirrored else scores)
+    test_time = MultiScale(shortest_edges=(48, 75), window=64, stride=40)
+    states = evaluate(model, test_time, PostprocessConfig())
+    assert states.semantic is not None
+    assert states.semantic.to_bytes() == states_of(total.argmax(0)).to_bytes()
+    assert test_time.describe() == "2 scales, flipped too, windows of 64 every 40 pixels"
+
+
 @pytest.mark.parametrize(("side", "stride"), [(64, 40), (48, 48), (256, 200)])
 def test_windows_equal_the_procedure_written_out(model, side, stride):
     states = evaluate(model, SlidingWindows(size=side, stride=stride), PostprocessConfig())
-    expected = slow_windows(model, sample_of(3).image, side, stride)
+    expected = slow_window_scores(model, sample_of(3).image, side, stride).argmax(0)
     assert states.semantic is not None
     assert states.semantic.to_bytes() == states_of(expected).to_bytes()
 

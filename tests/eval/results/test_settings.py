@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from m2f.eval.config import MultiScale, stored_test_time
 from m2f.eval.results.settings import EvaluationSettings
 
 SETTINGS = EvaluationSettings(
@@ -19,6 +20,10 @@ SETTINGS = EvaluationSettings(
 
 def test_settings_of_earlier_results_keep_their_digest():
     assert SETTINGS.digest == "9e07053b"  # before there were `shrink` and `precision`
+    first = {"kind": "multi_scale", "shortest_edges": (256, 384), "max_size": 3584, "flip": True}
+    assert stored_test_time(MultiScale(shortest_edges=(256, 384))) == first  # before there were windows of sizes
+    windows = MultiScale(shortest_edges=(256, 384), window=64, stride=40)
+    assert stored_test_time(windows) == first | {"window": 64, "stride": 40}
 
 
 def test_other_settings_have_other_digests():
