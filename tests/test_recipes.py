@@ -44,10 +44,10 @@ ABLATIONS = {
     f"{base}_{ablation.name}": (base, ablation) for ablation in ablations().values() for base in ablation.published
 }
 """By the name of the run: base recipe and ablation."""
-_OTHERS = (CONFIGS, *(CONFIGS / folder for folder in ("eomt", "finetune", "pmt")))
+_OTHERS = (CONFIGS, *(CONFIGS / folder for folder in ("eomt", "finetune", "pmt", "vit_adapter")))
 PAPER = [*(n for n, path in RECIPES.items() if path.parent not in _OTHERS), *ABLATIONS]
 """The recipes of the paper's tables."""
-HEADS = [n for n, path in RECIPES.items() if path.parent.name in ("eomt", "pmt")]
+HEADS = [n for n, path in RECIPES.items() if path.parent.name in ("eomt", "pmt", "vit_adapter")]
 
 
 @cache
