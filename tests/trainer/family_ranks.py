@@ -32,6 +32,7 @@ from m2f.model.config import (
     TransformerDecoderConfig,
     TransformerFPNPixelDecoderConfig,
     UpscalePixelDecoderConfig,
+    ViTAdapterBackboneConfig,
 )
 from m2f.trainer.config import ZeroConfig
 from m2f.trainer.engine.engine import Engine
@@ -107,6 +108,9 @@ BACKBONES = {
     "dinov2": TimmBackboneConfig(name="vit_small_patch14_dinov2", options=VIT),
     "hiera": TimmBackboneConfig(name="hiera_small_abswin_256", options={"embed_dim": 16, "stages": (1, 1, 2, 1)}),
     "convnext": TimmBackboneConfig(name="convnextv2_atto", options={"dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1)}),
+    "vit_adapter": ViTAdapterBackboneConfig(
+        name="vit_small_patch16_dinov3_qkvb", options={**VIT, "depth": 4}, num_heads=4, stem_width=4, drop_path=0.0
+    ),
 }
 
 
@@ -127,6 +131,8 @@ def family_agreement(make_job) -> dict:
     for name, backbone in BACKBONES.items():
         model = replace(job.model, backbone=backbone)
         seen[name] = whole_and_sharded(job, model, ranks)
+    model = replace(job.model, backbone=BACKBONES["vit_adapter"], freeze=("backbone.vit",))
+    seen["vit_adapter, frozen"] = whole_and_sharded(job, model, ranks)
     model = replace(job.model, pilots=PilotConfig(max_targets=2, mask_noise=0.2))
     seen["pilots"] = whole_and_sharded(job, model, ranks)
     dist.barrier()
