@@ -14,7 +14,15 @@ from itertools import pairwise
 
 from m2f.cluster.compare.intervals import DRAWS, Interval, image_intervals, interval_notes, seed_intervals
 from m2f.cluster.compare.paper import PaperResult, paper_result
-from m2f.cluster.compare.records import CompareError, Curve, RunRecord, SetResult, compared_step, set_and_metric
+from m2f.cluster.compare.records import (
+    CompareError,
+    Curve,
+    RunRecord,
+    SetResult,
+    compared_step,
+    is_of_training,
+    set_and_metric,
+)
 from m2f.data_pipeline.categories import Category
 from m2f.data_pipeline.label_space import describe_subset, match_classes
 
@@ -130,9 +138,9 @@ def compare_runs(
         dataset, metric = set_and_metric(name)
         published = paper.metrics.get(metric) if paper is not None and dataset == first_set else None
         rows.append(_run_values(name, [values.get(name) for values in by_run], paper=published))
-    sets = list(dict.fromkeys(set_and_metric(name)[0] for name in names if not name.startswith("train/")))
+    sets = list(dict.fromkeys(set_and_metric(name)[0] for name in names if not is_of_training(name)))
     lacking = _compare_classes(runs, sets)
-    judged = [name for name in names if not name.startswith("train/")]
+    judged = [name for name in names if not is_of_training(name)]
     judged = [name for name in judged if metrics or set_and_metric(name)[1] in HEADLINES]
     intervals = [*image_intervals(runs, judged, draws), *seed_intervals(runs, by_run, judged)]
     return Comparison(
@@ -156,7 +164,7 @@ def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
     """The run's numbers at the compared step of every set, and its last numbers of training."""
     values: dict[str, float] = {}
     for name, curve in run.curves.items():
-        if name.startswith("train/"):
+        if is_of_training(name):
             values[name] = curve[-1][1]
         else:
             at = compared_step(set_and_metric(name)[0], run.curves, step)
@@ -167,7 +175,7 @@ def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
 def _chosen_metrics(by_run: Sequence[Mapping[str, float]], wanted: Sequence[str]) -> list[str]:
     known = sorted({name for values in by_run for name in values}, key=_order)
     if not wanted:
-        return [name for name in known if not name.startswith("train/")]
+        return [name for name in known if not is_of_training(name)]
     chosen: list[str] = []
     for one in wanted:
         found = [name for name in known if one in (name, set_and_metric(name)[1])]
@@ -208,12 +216,12 @@ def _first_set(runs: Sequence[RunRecord], by_run: Sequence[Mapping[str, float]])
     """The set that the baseline's recipe evaluates first: the one that a paper's numbers are about."""
     recipe = runs[0].recipe
     named = recipe.get("evaluation.sets.0.name") or recipe.get("evaluation.sets.0.dataset")
-    sets = [set_and_metric(name)[0] for name in by_run[0] if not name.startswith("train/")]
+    sets = [set_and_metric(name)[0] for name in by_run[0] if not is_of_training(name)]
     return named if named in sets else next(iter(sets), None)
 
 
 def _listed(values: Mapping[str, float]) -> str:
-    evaluated = [name for name in values if not name.startswith("train/")]
+    evaluated = [name for name in values if not is_of_training(name)]
     return ", ".join(evaluated[:6]) + (", ..." if len(evaluated) > 6 else "") or "not evaluated"
 
 
@@ -227,7 +235,7 @@ def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
         found = [[value for _, value in run.curves.get(key, ())] for run in runs]
         return _run_values(name, [reduce(values) if values else None for values in found], higher=higher)
 
-    memory = sorted({key for run in runs for key in run.curves if key.startswith("train/") and "memory" in key})
+    memory = sorted({key for run in runs for key in run.curves if is_of_training(key) and "memory" in key})
     rows = [
         measure("images/s (median)", "train/images_per_s", statistics.median, higher=True),
         measure("step time, s (median)", "train/step_time_s", statistics.median),

@@ -70,7 +70,7 @@ class RunRecord:
     recipe: Mapping[str, str] = field(default_factory=dict)
     """Resolved settings by dotted path."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    """`train/...` and `<set>/<metric>`."""
+    """`train/...` and `<set>/<metric>`; `is_of_training` tells them apart."""
     results: Mapping[str, SetResult] = field(default_factory=dict)
     """By set, of the compared step; a set without results.json is missing."""
     images: Mapping[str, ImageRecords] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class _Store:
         recipe = self._artifact(run, "recipe.yaml", notes)
         results: dict[str, SetResult] = {}
         images: dict[str, ImageRecords] = {}
-        for name in dict.fromkeys(set_and_metric(key)[0] for key in curves if not key.startswith("train/")):
+        for name in dict.fromkeys(set_and_metric(key)[0] for key in curves if not is_of_training(key)):
             at = compared_step(name, curves, step)
             if at is None:
                 continue
@@ -357,9 +357,16 @@ def set_and_metric(key: str) -> tuple[str, str]:
     return name, metric
 
 
+def is_of_training(key: str) -> bool:
+    """Whether training logged it. An evaluated set may be called `train` too: names of its metrics have capitals."""
+    name, metric = set_and_metric(key)
+    return key.startswith("train/") and (name != "train" or metric.islower())
+
+
 def compared_step(dataset: str, curves: Mapping[str, Curve], wanted: int | None) -> int | None:
     """The newest evaluated step of a set, or the wanted one if it was evaluated."""
-    steps = {step for key, curve in curves.items() if set_and_metric(key)[0] == dataset for step, _ in curve}
+    evaluated = [key for key in curves if set_and_metric(key)[0] == dataset and not is_of_training(key)]
+    steps = {step for key in evaluated for step, _ in curves[key]}
     if wanted is not None:
         return wanted if wanted in steps else None
     return max(steps, default=None)

@@ -82,6 +82,8 @@ def compute_losses(
     matchable = _without_first(predictions, num_pilots)
     num_layers, _, num_queries, _ = matchable.class_logits.shape
     with torch.autocast(predictions.class_logits.device.type, enabled=False):
+        maps = _full_precision_maps(predictions.feature_maps)
+        matchable = matchable._replace(earlier_features=tuple(maps[:-1]), mask_features=maps[-1])
         label_maps = LabelMaps.pack(targets.id_maps)
         drawn = points.draw(targets.position, num_layers, point_counts(config))
         matching_points = drawn.matching if config.matching == "points" else None
@@ -91,7 +93,6 @@ def compute_losses(
         matching = start_matching(matchable, targets, label_maps, matching_points, config, matching_boxes)
         # Needs no assignment, so that the device has work while the host solves.
         log_probabilities = predictions.class_logits.float().log_softmax(-1)
-        maps = [features.float() for features in predictions.feature_maps]
 
         assignment = assign_columns(matching.result(), pending)
         rows = assigned_rows(assignment, log_probabilities.device)
@@ -119,6 +120,15 @@ def compute_losses(
         ]
         losses = sum(piloted, start=matched)
         return Losses(total=losses.sum(1).sum(), terms=matched.sum(1), per_image=losses.sum((0, 2)))
+
+
+def _full_precision_maps(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Feature maps [B, C, h, w] in fp32, copied at most once for the matching and the losses together.
+
+    Both read them channels last. On a CPU the layout stays: there the gradient's way back to the other one costs more.
+    """
+    layouts = [torch.preserve_format if features.device.type == "cpu" else torch.channels_last for features in maps]
+    return [features.to(torch.float32, memory_format=layout) for features, layout in zip(maps, layouts, strict=True)]
 
 
 def _without_first(predictions: Predictions, count: int) -> Predictions:

@@ -127,6 +127,18 @@ def test_runs_without_a_common_metric_are_refused_with_what_they_have(pair):
         compare_runs(pair, ["AP"])
 
 
+def test_an_evaluated_set_may_be_called_train(pair):
+    """Its metrics stand beside the curves of training, which end at a later step."""
+    runs = [
+        replace(run, curves=run.curves | {"train/AP": ((10, ap),), "train/lr": ((10, 0.1), (30, 0.0))}, results={})
+        for run, ap in zip(pair, (40.0, 42.0), strict=True)
+    ]
+    comparison = compare_runs(runs)
+    assert values(comparison.metrics, "train/AP") == [(40.0, None, False), (42.0, 2.0, True)]
+    assert comparison.steps["train"] == (10, 10)
+    assert not {"train/lr", "train/loss/total"} & {row.name for row in comparison.metrics}
+
+
 def test_other_data_and_subsets_are_noted(pair):
     other = record(
         "other", pair[1].curves, {"val": set_result(10, {"PQ": 42.5}, fingerprint="0" * 64, subset="first 5 of 10")}

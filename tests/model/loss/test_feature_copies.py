@@ -1,0 +1,63 @@
+"""The mask features are the largest tensor of the losses: they are copied once, on tensors that only claim a GPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m2f.model.config import LossConfig
+from m2f.model.loss import criterion, matcher
+from m2f.model.loss.criterion import compute_losses, count_normalizers
+from m2f.model.loss.points import CounterPoints
+from m2f.model.structures import Predictions
+from tests.model.loss_oracle import CLASSES, make_predictions, make_targets
+from tests.model.test_waits import FakeCopy
+
+BOXES = LossConfig(num_points=96, matching_box_share=0.5, supervision_box_share=0.5)
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+
+
+class CountCopies(TorchDispatchMode):
+    """Counts copies of as many elements as the mask features have."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in COPIES and args[0].numel() == self.size
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [LossConfig(num_points=96), BOXES], ids=["uniform points", "box points"])
+def test_matching_and_losses_share_one_copy(config, monkeypatch):
+    monkeypatch.setattr(matcher, "HostCopy", FakeCopy)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    targets = make_targets((3, 5))
+    predictions = make_predictions(2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        targets = targets.to("cuda", non_blocking=True)
+        on_gpu = Predictions(
+            *(torch.empty_like(one, dtype=torch.bfloat16, device="cuda").requires_grad_() for one in predictions[:3])
+        )
+        normalizers = count_normalizers(targets, predictions.class_logits.shape[2], config)
+        with CountCopies(predictions.mask_features.numel()) as copies:
+            compute_losses(on_gpu, targets, CounterPoints(0), normalizers, config, CLASSES)
+    assert copies.count == 1
+
+
+def test_the_layout_of_the_features_changes_nothing(monkeypatch):
+    targets, predictions = make_targets((3, 5)), make_predictions(2)
+    normalizers = count_normalizers(targets, predictions.class_logits.shape[2], BOXES)
+
+    def losses_and_gradients() -> list[torch.Tensor]:
+        total, terms, _ = compute_losses(predictions, targets, CounterPoints(1), normalizers, BOXES, CLASSES)
+        return [terms.detach(), *torch.autograd.grad(total, predictions[:3])]
+
+    as_on_cpus = losses_and_gradients()
+    monkeypatch.setattr(
+        criterion,
+        "_full_precision_maps",
+        lambda maps: [one.float().contiguous(memory_format=torch.channels_last) for one in maps],
+    )
+    torch.testing.assert_close(losses_and_gradients(), as_on_cpus, rtol=1e-5, atol=1e-6)
