@@ -204,7 +204,7 @@ def stated_area(entry: Mapping[str, Any], where: str) -> float | None:
         case (int() | float()) as area if 0 <= area <= MAX_AREA:
             return float(area)
         case area:
-            raise DataError(f"{where}: area is {str(area)[:40]}; it must be a number from 0 to {MAX_AREA:.0e}")
+            raise DataError(f"{where}: area is {area!r:.40}; it must be a number from 0 to {MAX_AREA:.0e}")
 
 
 def _is_finite(value: float) -> bool:

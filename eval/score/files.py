@@ -63,14 +63,11 @@ def parse_file(data: bytes, path: Path) -> Any:
 
 
 def read_categories(document: Mapping[str, Any], path: Path) -> tuple[ScoredCategory, ...]:
-    """The categories of a COCO file in its order. Raises EvaluationError for a missing or repeated id."""
-    try:
-        listed = [
-            ScoredCategory(int(entry["id"]), str(entry.get("name", entry["id"])), _kind(entry, path))
-            for entry in document["categories"]
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise EvaluationError(f"{path}: a category has no whole number as `id` ({error!r})") from error
+    """The categories of a COCO file in its order. Raises EvaluationError for an id that is missing, odd or repeated."""
+    listed = []
+    for position, entry in enumerate(document["categories"]):
+        number = whole(entry, "id", f"{path}: categories[{position}]")
+        listed.append(ScoredCategory(number, str(entry.get("name", number)), _kind(entry, path)))
     if len({category.id for category in listed}) < len(listed):
         raise EvaluationError(f"{path}: two categories have the same id")
     if len(listed) > MAX_CATEGORIES:

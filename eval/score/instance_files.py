@@ -281,7 +281,7 @@ def _labels(
             category = require(entry, "category_id", name(position))
             if not isinstance(category, int | float | str) or category not in labels:
                 raise EvaluationError(
-                    f"{name(position)} has the category {str(category)[:40]}, which {files.truth} does not list"
+                    f"{name(position)} has the category {category!r:.40}, which {files.truth} does not list"
                 ) from None
         raise
 

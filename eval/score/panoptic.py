@@ -239,7 +239,8 @@ class _ScoreImage:
             segment_id, category = whole(entry, "id", where), require(entry, "category_id", where)
             if category not in labels:
                 raise EvaluationError(
-                    f"{where}: segment {segment_id} has the category {category}, which {self.files.truth} does not list"
+                    f"{where}: segment {segment_id} has the category {category!r:.40}, which {self.files.truth} "
+                    "does not list"
                 )
             yield segment_id, labels[category], entry
 

@@ -238,7 +238,7 @@ def test_faults_of_segmentations(coco, segmentation, words):
     [
         ({"area": float("nan")}, "area is nan; it must be a number from 0"),
         ({"area": -1}, "area is -1; it must be"),
-        ({"area": "large"}, "area is large; it must be"),
+        ({"area": "large"}, "area is 'large'; it must be"),
         ({"bbox": [0, 0, float("inf"), 1]}, r"bbox is \[0, 0, inf, 1\], not four finite numbers"),
         ({"bbox": [0, 0, 1]}, r"bbox is \[0, 0, 1\], not four"),
         ({"segmentation": [[0.0, 0.0, 5.0, 0.0, 1e12, 5.0]]}, "coordinates far outside the 30 x 20 pixels"),

@@ -53,9 +53,11 @@ def test_plain_files_score(tmp_path):
         ({"segment": {"area": float("inf")}}, "truth.json: image 7: segment 1: area is inf"),
         ({"segment": {"id": "five"}}, "truth.json: image 7: id is 'five'"),
         ({"predicted": {"id": float("inf")}}, "pred.json: image 7: id is inf"),
-        ({"category": {"isthing": "0"}}, "truth.json: category 3: isthing is '0'"),
+        ({"category": {"isthing": "0"}}, "^[^:]*truth.json: category 3: isthing is '0'"),
         ({"category": {"isthing": None}}, "1 categories have no `isthing`"),
-        ({"category": {"id": float("inf")}}, "a category has no whole number"),
+        ({"category": {"id": float("inf")}}, r"truth.json: categories\[0\]: id is inf"),
+        ({"category": {"id": 3.5}}, r"truth.json: categories\[0\]: id is 3.5, not a whole number"),
+        ({"predicted": {"category_id": "3"}}, "pred.json: image 7: segment 1 has the category '3', which"),
     ],
 )
 def test_panoptic_faults_are_one_message(tmp_path, changes, message):
@@ -89,7 +91,7 @@ def rle(counts, size=(60, 60)):
         ({"annotation": {"iscrowd": "1"}}, "gt.json: image 1: annotation 31: iscrowd is '1'"),
         ({"annotation": {"iscrowd": 2}}, "gt.json: image 1: annotation 31: iscrowd is 2"),
         ({"annotation": {"area": float("nan")}}, "gt.json: image 1: annotation 31: area is nan"),
-        ({"annotation": {"area": "12"}}, "gt.json: image 1: annotation 31: area is 12"),
+        ({"annotation": {"area": "12"}}, "gt.json: image 1: annotation 31: area is '12'"),
         ({"annotation": {"area": -1}}, "gt.json: image 1: annotation 31: area is -1"),
         ({"image": {"height": float("inf")}}, "gt.json: image 1: height is inf"),
         ({"image": {"height": -5}}, "gt.json: image 1 has 60 x -5 pixels; sizes are from 1 pixel"),
