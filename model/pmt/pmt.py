@@ -69,8 +69,6 @@ class Pmt(QuerySegmenter):
     With a frozen backbone (`model.freeze`) nothing is kept of it for a backward pass.
     """
 
-    transformer_decoder: PmtDecoder
-
     def __init__(self, config: ModelConfig, backbone: PlainVit, num_classes: int) -> None:
         super().__init__(config)
         assert isinstance(config.transformer_decoder, PmtDecoderConfig)
@@ -80,7 +78,7 @@ class Pmt(QuerySegmenter):
         self.pixel_decoder = Upscale(backbone.width, backbone.embed.patch)
         self.transformer_decoder = PmtDecoder(self._config, backbone, len(self.levels), num_classes)
         parts = ("backbone.blocks", "transformer_decoder.laterals", "transformer_decoder.blocks")
-        inner = (f"{part}.{index}" for part in parts for index in range(len(self.get_submodule(part))))
+        inner = (f"{part}.{index}" for part in parts for index, _ in self.get_submodule(part).named_children())
         self.regions = ("backbone.embed", *inner, "pixel_decoder")
 
     def set_progress(self, step: int, max_steps: int) -> None:
@@ -92,6 +90,7 @@ class Pmt(QuerySegmenter):
     def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
         """See Segmenter. Images may have any size; the masks have ceil(H / stride) rows."""
         decoder = self.transformer_decoder
+        assert isinstance(decoder, PmtDecoder)
         features, table, grid = self.backbone.levels(images, self.levels)
         tokens = torch.stack([lateral(one) for lateral, one in zip(decoder.laterals, features, strict=True)]).sum(0)
         if table is None:

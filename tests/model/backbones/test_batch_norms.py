@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import m2f
@@ -74,3 +75,14 @@ def test_sync_batch_norm_on_two_ranks_equals_a_batch_norm_of_all_images(tmp_path
     for state in states:
         for key, value in source.state_dict().items():
             torch.testing.assert_close(state[key], value, **close)
+
+
+def test_one_cpu_rank_of_a_process_group_takes_the_statistics_of_its_batch(tmp_path):
+    source, features = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    norm = SyncBatchNorm2d.like(source)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.testing.assert_close(norm.train()(features), source.train()(features))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(norm.state_dict(), source.state_dict())
