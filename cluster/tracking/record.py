@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from m2f.data_pipeline.documents import parse_json
 from m2f.data_pipeline.storage.storage import Storage, join
@@ -21,6 +21,8 @@ class RunRecord:
     """Settings by name; None where they are not known any more."""
     facts: dict[str, str] | None
     """Code and data; None in records of version 0.1, too."""
+    lacks_evaluations: bool = False
+    """Whether the run was made again, and the evaluations that the run folder holds are not on their way to it yet."""
 
 
 def record_url(run_folder: str) -> str:
@@ -31,6 +33,13 @@ def record_url(run_folder: str) -> str:
 def write_record(storage: Storage, run_folder: str, record: RunRecord) -> None:
     """Store the record."""
     storage.put(record_url(run_folder), json.dumps(asdict(record), indent=1).encode())
+
+
+def record_evaluations(storage: Storage, run_folder: str) -> None:
+    """Store that the evaluations of the run folder are in the journals of its MLflow run."""
+    record = read_record(storage, run_folder)
+    if record is not None and record.lacks_evaluations:
+        write_record(storage, run_folder, replace(record, lacks_evaluations=False))
 
 
 def read_record(storage: Storage, run_folder: str) -> RunRecord | None:
@@ -48,7 +57,8 @@ def read_record(storage: Storage, run_folder: str) -> RunRecord | None:
         case {"uri": str(uri), "run_id": str(run_id), "parameters": dict(parameters)}:
             facts = content.get("facts")
             known_facts = _texts(facts) if isinstance(facts, dict) else None
-            return RunRecord(without_secrets(uri), run_id, _texts(parameters), known_facts)
+            lacks = content.get("lacks_evaluations") is True
+            return RunRecord(without_secrets(uri), run_id, _texts(parameters), known_facts, lacks)
     raise ValueError("uri, run_id or parameters is missing")
 
 

@@ -28,7 +28,7 @@ class TrackedRun:
     lease: RunLease | None = None
     """Under which the run is written; None for a process that only adds results of its own."""
     remade: bool = False
-    """Whether it was made just now for a run folder that already holds points and evaluations."""
+    """Whether it was made again for a run folder that already holds points and evaluations, which it still lacks."""
 
     def journal(self, writer: str) -> Path:
         """File of one writer's journal; a holder whose lease is outdated writes to another file than the next one."""

@@ -92,7 +92,8 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
     held = RunLease(config.run_folder, lease, config.storage) if lease else None
     stored = None if known is None else _continued(config, known, uri)
     if known is not None and stored is not None:
-        run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=held)
+        remade = known.lacks_evaluations
+        run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=held, remade=remade)
         _continue_journals(run, (known.parameters or parameters) | (known.facts or facts), parameters | facts)
         if stored.folder != config.run_folder:  # moved: a damaged record is rebuilt by this tag
             Journal(run.journal("driver")).append({"tag": FOLDER_TAG, "value": config.run_folder})
@@ -105,7 +106,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
                 f"it is made again in {uri}, from the points and evaluations that the run folder holds"
             )
     if known is None or known.uri != uri or known.run_id != run.run_id or known.parameters is None:
-        write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts))
+        write_record(storage, config.run_folder, RunRecord(uri, run.run_id, parameters, facts, run.remade))
     return run
 
 

@@ -25,6 +25,7 @@ from m2f.cluster.start.continuation import check_continuation
 from m2f.cluster.start.epochs import with_steps
 from m2f.cluster.terminal import format_duration, print_err, print_out
 from m2f.cluster.tracking.logged_models import KeptCheckpoints
+from m2f.cluster.tracking.record import record_evaluations
 from m2f.cluster.tracking.tracking import RunStatus, TrackedRun, create_run
 from m2f.cluster.train.compose import adjusted_job, begin_run, compose_job
 from m2f.cluster.train.elastic import Resize, Sizes
@@ -124,6 +125,7 @@ class _Supervisor:
         self._relay = RunRelay(config.training.max_steps, self._tracked, tuple(settled), view)
         if self._tracked.remade:
             self._relay.track_evaluations(config, storage, settled)
+            record_evaluations(storage, config.run_folder)
         self._sizes = Sizes(config.cluster, launcher.free_nodes)
         self._failures: list[Failure] = []
         self._interrupts = 0
