@@ -6,6 +6,7 @@ Also defines which images belong together, so that results do not depend on whic
 from __future__ import annotations
 
 import resource
+import socket
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from m2f.data_pipeline.loading.loader import eval_batches, eval_groups
 from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig, EvaluationSet
+from m2f.eval.errors import EvaluationError
 from m2f.eval.inference.classes import EvaluatedClasses, evaluated_classes
 from m2f.eval.inference.evaluator import Evaluator
 from m2f.eval.report.dump import ResultDump
@@ -78,8 +80,7 @@ class EvaluationActor:
 
     def __init__(self, config: RunConfig, gpu: int = 0) -> None:
         """`gpu`: which one of those that torch sees, if the settings give one to an actor and there is one."""
-        use_gpu = config.evaluation.gpus_per_actor > 0 and torch.cuda.is_available()
-        self._device = f"cuda:{gpu}" if use_gpu else "cpu"
+        self._device = f"cuda:{gpu}" if config.evaluation.gpus_per_actor > 0 else "cpu"
         torch.set_num_threads(config.evaluation.threads)
         self._config = config
         self._storage = Storage(config.storage, answered=True)
@@ -95,7 +96,12 @@ class EvaluationActor:
         return MemoryPeak(host, torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else 0)
 
     def evaluate(self, task: EvaluationTask, call: int) -> bytes:
-        """States of one call's images, as bytes."""
+        """States of one call's images, as bytes. Raises EvaluationError where torch does not see the actor's GPU."""
+        if self._device != "cpu" and not torch.cuda.is_available():
+            raise EvaluationError(
+                f"evaluation.num_gpus_per_actor is {self._config.evaluation.gpus_per_actor:g}, and torch sees no GPU "
+                f"on {socket.gethostname()}; look at `nvidia-smi` and `m2f doctor` there, or set it to 0"
+            )
         settings = self._config.evaluation.for_set(task.evaluated)
         manifest = self._manifest(task.evaluated.dataset)
         if task.drawn:

@@ -154,7 +154,7 @@ def evaluation_devices(config: RunConfig, seen: SeenDevices) -> Settled:
         asked = 1.0 if seen.gpus else 0.0
     warnings: tuple[str, ...] = ()
     if asked and not seen.gpus and not seen.may_grow:
-        warnings = (f"evaluation.num_gpus_per_actor is {asked:g}, but {seen.none}: evaluating on the CPU",)
+        warnings = (_no_gpu_to_evaluate(asked, seen),)
         asked = 0.0
     settled = replace(config, evaluation=replace(evaluation, num_gpus_per_actor=asked))
     where = f"{asked:g} {seen.gpus[0].name if seen.gpus else 'GPU'} per actor" if asked else "the CPU"
@@ -200,6 +200,10 @@ def device_index(assigned: Sequence[Any], visible: str | None) -> int:
             f"Ray gave GPU {own} to a worker, but CUDA_VISIBLE_DEVICES is {visible!r}; leave this variable to Ray"
         )
     return shown.index(own)
+
+
+def _no_gpu_to_evaluate(asked: float, seen: SeenDevices) -> str:
+    return f"evaluation.num_gpus_per_actor is {asked:g}, but {seen.none}: evaluating on the CPU"
 
 
 def _hints(config: RunConfig, seen: SeenDevices) -> tuple[str, ...]:
@@ -301,7 +305,10 @@ def _evaluating(
     evaluation = config.evaluation
     asked = evaluation.num_gpus_per_actor
     if asked != "auto":
-        return asked
+        lacks = bool(asked) and not seen.gpus and not seen.may_grow
+        if lacks:
+            warnings.append(_no_gpu_to_evaluate(asked, seen))
+        return 0.0 if lacks else asked
     if not gpus:
         return 0.0
     most = workers if isinstance(workers, int) else workers[1]

@@ -88,6 +88,7 @@ def test_what_auto_means(settings, gpus, workers, each, actor, precision):
         ({}, [], None),
         ({}, [H100], None),
         ({"gpus": 0}, [H100], r"1 GPU \(H100\) stay idle, as cluster\.num_gpus_per_worker is 0; set it to auto"),
+        ({"evaluating": 1}, [], "num_gpus_per_actor is 1, but torch sees no GPU: evaluating on the CPU"),
         ({"gpus": 1}, [H100], r"evaluation runs on the CPU: cluster\.num_gpus_per_worker 1 leaves no GPU"),
         (
             {"workers": 2},

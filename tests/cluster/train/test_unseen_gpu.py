@@ -5,15 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray import cloudpickle
+from ray.train import ControllerError
 
 from m2f.cluster import ray_cluster
+from m2f.cluster.evaluation.actor import EvaluationActor, EvaluationTask
 from m2f.cluster.ray_cluster import cluster_devices
 from m2f.cluster.recipe.devices import SeenDevices, SeenGpu, settle
 from m2f.cluster.train import ray_launcher
+from m2f.cluster.train.failure_policy import Attempt, AttemptHistory, Stop, decide, failure_of
+from m2f.cluster.train.supervisor import _Supervisor
 from m2f.cluster.train.torch_backend import CheckedTorch, CheckedTorchConfig, WorkerGpu, unseen_gpus
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.storage.storage import Storage
 from m2f.eval.config import EvaluationConfig
+from m2f.eval.errors import EvaluationError
 from m2f.trainer.errors import TrainingError
 from tests.cluster.tiny_run import small_sets, tiny_config
 
@@ -73,6 +79,26 @@ def test_auto_then_trains_on_the_cpu_and_says_so(tmp_path):
     settled = settle(config, SeenDevices((), "Ray counts 1 GPU on n1, where torch sees", may_grow=True))
     assert settled.config.cluster.gpus_per_worker == 0
     assert settled.warnings[0].startswith("Ray counts 1 GPU on n1, where torch sees no GPU now: training on its CPUs.")
+
+
+def test_what_ends_the_start_of_workers_is_the_users_message(tmp_path):
+    """Ray's controller sends it, pickled, as its own failure: no rank has an error."""
+    config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
+    launcher = ray_launcher.RayLauncher(config)
+    launcher._error = cloudpickle.loads(cloudpickle.dumps(ControllerError(TrainingError("rank 1 on node b"))))
+    error = launcher.error()
+    failure = failure_of(error, None)
+    assert decide(AttemptHistory().after(Attempt(failure, 0)), 3) == Stop("the same would happen again")
+    with pytest.raises(TrainingError, match="rank 1 on node b"):
+        _Supervisor._give_up(SimpleNamespace(), error, failure)  # type: ignore[arg-type]
+
+
+def test_an_evaluation_does_not_take_the_cpu_silently(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = tiny_config(tmp_path, "run", {name: DatasetConfig(shards="s") for name in ("train", "val")})
+    actor = EvaluationActor(replace(config, evaluation=replace(config.evaluation, num_gpus_per_actor=1)))
+    with pytest.raises(EvaluationError, match=r"num_gpus_per_actor is 1, and torch sees no GPU on .*; look at"):
+        actor.evaluate(EvaluationTask("w", config.evaluation.sets[0]), 0)
 
 
 @pytest.mark.cluster
