@@ -68,6 +68,8 @@ class PredictionFolder:
         self._num_viewed = 0
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
+        self.num_empty = 0
+        """Images in which no segment is sure enough to be drawn."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -98,10 +100,12 @@ class PredictionFolder:
         match prediction:
             case PanopticResult():
                 overlay = self._add_segments(image, prediction)
+                self.num_empty += not prediction.segments
             case InstanceDetections():
                 self._add_instances(mask_results(image.id, prediction, self._classes))
                 self._list("boxes").extend(box_results(image.id, prediction, self._classes))
                 overlay = predicted_instances(prediction, (height, width), self._shown_score)
+                self.num_empty += not bool((prediction.scores >= self._shown_score).any())
             case SemanticResult():
                 labels = prediction.label_map.cpu().numpy()
                 self._write(f"labels/{image.name}.png", label_png(labels, self._classes))

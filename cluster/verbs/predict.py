@@ -80,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     print_out(
         f"{len(images) - len(problems)} of {counted(len(images), 'image')}: {args.output} (weights: {trained.weights})"
     )
+    if folder.num_empty:
+        where = counted(folder.num_empty, "image")
+        print_out(f"no segment is sure enough to be drawn in {where}; --min-score 0.1 shows less certain ones")
     if args.submission and not problems:
         print_out(f"submission: {write_submission(output, args.submission, task, listed, args.algorithm)}")
     elif args.submission:

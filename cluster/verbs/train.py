@@ -81,10 +81,16 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
         from m2f.cluster.train.ray_launcher import run_training
 
         summary = run_training(config, live)
+    from m2f.cluster.evaluation.queue import place_of
     from m2f.cluster.tracking.store import ui_command
+    from m2f.data_pipeline.storage.storage import join
 
     print_out(f"run {summary.status}: {summary.run_folder}")
     print_out(f"curves: {ui_command(summary.tracked.uri)}")
+    published = [entry.step for entry in summary.evaluations if entry.status == "published"]
+    if published and config.evaluation.sets:
+        label = config.evaluation.sets[0].label
+        print_out(f"report: {join(summary.run_folder, place_of(max(published)), label, 'report.html')}")
     for entry in summary.evaluations:
         if entry.status == "failed":
             print_err(f"the evaluation of step {entry.step} failed: {entry.detail}; `m2f eval` does it again")

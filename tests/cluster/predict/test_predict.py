@@ -104,6 +104,14 @@ def test_min_score_drops_detections_of_lower_scores(painted, scenes, tmp_path):
     assert all("bbox" not in entry for entry in few)
 
 
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_images_without_a_sure_segment_are_counted(task, painted, scenes, tmp_path, capsys):
+    assert predict(scenes, tmp_path / "all", "--task", task) == 0
+    assert "sure enough" not in capsys.readouterr().out
+    assert predict(scenes, tmp_path / "none", "--task", task, "--min-score", 1) == 0
+    assert "no segment is sure enough to be drawn in 5 images; --min-score 0.1" in capsys.readouterr().out
+
+
 def test_min_score_unlabels_pixels_of_lower_scores(painted, scenes, tmp_path):
     assert predict(scenes, tmp_path / "all", "--task", "semantic") == 0
     assert predict(scenes, tmp_path / "few", "--task", "semantic", "--min-score", 0.75) == 0
