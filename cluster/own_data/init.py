@@ -109,6 +109,8 @@ def init(folder: Path, output: Path, args: Namespace) -> None:
     output.write_text(text, encoding="utf-8")
     load_recipe(output)
     skip = " --skip-bad" if found.faults else ""
+    naming = "" if all(form.classes.values()) else f", when the classes in {category_file(wishes)} have their names"
     print_out(
-        f"wrote {output} for task {task_of(form, wishes)}. Next:\n  m2f shard {output}{skip}\n  m2f train {output}"
+        f"wrote {output} for task {task_of(form, wishes)}. Next{naming}:\n"
+        f"  m2f shard {output}{skip}\n  m2f train {output}"
     )

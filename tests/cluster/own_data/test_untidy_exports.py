@@ -169,12 +169,13 @@ def test_splits_that_repeat_names_are_paired_within(folder, capsys):
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_maps_may_lie_beside_their_images(ending, folder):
+def test_maps_may_lie_beside_their_images(ending, folder, capsys):
     for number in range(4):
         write_image(folder / f"im ({number}).{ending}", number)  # read by content, whatever the name says
         (folder / f"im ({number})_mask.png").write_bytes(encode_png(class_map(number)))
     datasets = started()
     assert len(samples(datasets["train"])) + len(samples(datasets["val"])) == 4
+    assert "Next, when the classes in set.classes.json have their names:\n  m2f shard" in capsys.readouterr().out
 
 
 def test_object_maps_are_no_class_maps(folder):
