@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -84,3 +85,23 @@ def lateral(in_channels: int, channels: int) -> nn.Sequential:
 def output(in_channels: int, channels: int) -> nn.Sequential:
     """Smooths a fused map: 3x3 convolution, GroupNorm and ReLU."""
     return nn.Sequential(convolution(in_channels, channels, 3, bias=False), group_norm(channels), nn.ReLU())
+
+
+class DoubleSize(nn.ConvTranspose2d):
+    """A transposed convolution of 2 x 2 pixels and stride 2 as one product of matrices.
+
+    Its outputs do not overlap. On a CPU the backward pass of torch's own takes about twice as long for maps whose
+    channels lie together, as tokens have them.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(in_dim, out_dim, 2, stride=2)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - torch's names
+        """[B, C, H, W] to [B, C', 2 H, 2 W], channels-last in memory."""
+        assert self.bias is not None
+        assert output_size is None
+        kernel = self.weight.permute(2, 3, 1, 0).flatten(0, 2)
+        pixels = F.linear(input.permute(0, 2, 3, 1), kernel, self.bias.repeat(4))
+        pixels = pixels.unflatten(3, (2, 2, self.out_channels)).transpose(2, 3)
+        return pixels.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)

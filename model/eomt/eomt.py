@@ -21,6 +21,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.eomt.annealing import mask_probabilities, uniform_draws
 from m2f.model.eomt.config import EomtDecoderConfig
 from m2f.model.errors import ConfigError
+from m2f.model.layers import DoubleSize
 from m2f.model.segmenter import Segmenter, TrainingContext
 from m2f.model.structures import Predictions
 
@@ -39,7 +40,7 @@ class _UpscaleStep(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv1 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.conv1 = DoubleSize(dim, dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.norm = LayerNorm2d(dim, eps=1e-6)
 
