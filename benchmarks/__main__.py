@@ -23,6 +23,7 @@ ON_ANY_DEVICE = (
     "model",
     "train_step",
     "eomt",
+    "frozen",
     "inference",
     "postproc",
     "zero",

@@ -75,7 +75,9 @@ class ViTAdapter(nn.Module):
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
-        layers, grid = self._vit_layers(images)
+        # Nothing before the transformer is trained, so a frozen one keeps nothing for a backward pass.
+        found, _, grid = self.vit.levels(images, self.layers)
+        layers = [tokens[:, self.vit.embed.prefix :] for tokens in found]
         stride4, *others = self.prior(images)
         shapes = [(level.shape[-2], level.shape[-1]) for level in others]
         tokens = self._extract(others, shapes, layers, grid)
@@ -91,20 +93,6 @@ class ViTAdapter(nn.Module):
             feature[..., : -(-height // stride), : -(-width // stride)]  # integers only, for torch.export
             for feature, stride in zip(features, STRIDES, strict=True)
         )
-
-    def _vit_layers(self, images: Tensor) -> tuple[list[Tensor], Grid]:
-        """Patch tokens [B, N, C] after four of the blocks, each through the last norm; and their grid.
-
-        Nothing before the transformer is trained, so a frozen one keeps nothing for a backward pass.
-        """
-        vit = self.vit
-        tokens, table, grid = vit.embed(images)
-        layers = []
-        for index, block in enumerate(vit.blocks):
-            tokens = vit.run(block, tokens, table)
-            if index in self.layers:
-                layers.append(vit.norm(tokens)[:, vit.embed.prefix :])
-        return layers, grid
 
     def _extract(self, maps: Sequence[Tensor], shapes: list[Grid], layers: Sequence[Tensor], grid: Grid) -> Tensor:
         """Pixels of strides 8, 16 and 32 as tokens [B, T, C], after they looked at all layers."""

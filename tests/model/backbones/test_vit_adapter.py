@@ -22,14 +22,16 @@ from m2f.model.config import (
 )
 from m2f.model.errors import ConfigError, WeightsError
 from m2f.model.export.dinov3 import require_dinov3
+from m2f.model.export.official import write_official
 from m2f.model.inference.class_scores import ClassScores
 from m2f.model.inference.mask_resize import ImageGeometry
 from m2f.model.mask2former import build_model
 from m2f.model.segmenter import Segmenter
 from m2f.model.structures import Predictions
 from m2f.model.weights.build import build_with_weights
+from m2f.model.weights.files import read_state
 from m2f.model.weights.load import load_weights
-from m2f.model.weights.names import to_dinov3_names
+from m2f.model.weights.names import is_head_alone, to_dinov3_names
 from m2f.trainer.config import OptimizerConfig
 from m2f.trainer.engine.param_groups import build_param_groups
 
@@ -223,6 +225,31 @@ def test_the_published_head_has_these_names_and_numbers():
         require_dinov3(replace(config, pixel_decoder=replace(config.pixel_decoder, num_heads=8)))
 
 
+def test_an_export_has_what_the_published_file_has(tmp_path):
+    config = ModelConfig(
+        backbone=ViTAdapterBackboneConfig(
+            name="vit_small_patch16_dinov3_qkvb", options={"embed_dim": 32, "depth": 4, "num_heads": 2}
+        ),
+        pixel_decoder=MSDeformAttnPixelDecoderConfig(conv_dim=64, mask_dim=64, num_heads=16, feedforward_dim=4096),
+        transformer_decoder=MaskedTransformerDecoderConfig(hidden_dim=64, num_heads=16, feedforward_dim=4096),
+        freeze=("backbone.vit",),
+        num_classes=5,
+    )
+    model = build_model(config, pretrained_backbone=False)
+    write_official(model, config, tmp_path / "head.pth", {"notes": "of ours"})
+    state = read_state(tmp_path / "head.pth")
+    assert state.keys() == torch.load(tmp_path / "head.pth", weights_only=True).keys()
+    assert len(state) == 479
+    assert is_head_alone(state)
+    again = build_model(config, pretrained_backbone=False)
+    report = load_weights(again, state)
+    assert {name.split(".")[1] for name in report.missing} == {"vit"}
+    assert all(torch.equal(again.state_dict()[name], model.state_dict()[name]) for name in report.loaded)
+    whole = replace(config, freeze=())
+    write_official(model, whole, tmp_path / "whole.pth")
+    assert load_weights(again, tmp_path / "whole.pth").complete
+
+
 def test_a_frozen_transformer_is_neither_trained_nor_touched(case):
     described, weights, inputs, *_ = case
     model = loaded(described, weights, freeze=("backbone.vit",)).train()
@@ -230,7 +257,7 @@ def test_a_frozen_transformer_is_neither_trained_nor_touched(case):
     kept: list[torch.Size] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda tensor: tensor)
     with hooks:
-        layers, _ = model.backbone._vit_layers(model.normalise(inputs["image_uint8"]))
+        layers, _, _ = model.backbone.vit.levels(model.normalise(inputs["image_uint8"]), (0, 1, 2, 3))
     assert kept == []
     assert not any(layer.requires_grad for layer in layers)
     optimizer = torch.optim.AdamW(build_param_groups(model, OptimizerConfig()))

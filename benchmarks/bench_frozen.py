@@ -1,0 +1,72 @@
+"""A training step with a frozen vision transformer against one that trains it: ViT-S/16 with a ViT-Adapter.
+
+A backward pass is two forward passes. With the share b of the transformer in a forward pass, a frozen one leaves
+1 - 2 b / 3 of a step. The last row has b: how much longer the whole forward pass takes than that of the transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Measurement, compare, interleaved
+from benchmarks.synthetic_batches import CLASSES, make_batch
+from m2f.data_pipeline.transforms.collate import Batch
+from m2f.model.backbones.vit_adapter import ViTAdapter
+from m2f.model.config import ModelConfig, ViTAdapterBackboneConfig
+from m2f.model.loss.criterion import count_normalizers
+from m2f.model.mask2former import build_model
+from m2f.trainer.config import OptimizerConfig
+from m2f.trainer.engine.module import TrainingModule
+from m2f.trainer.engine.param_groups import build_param_groups
+
+OBJECTS = 10
+CONFIG = ModelConfig(
+    backbone=ViTAdapterBackboneConfig(name="vit_small_patch16_dinov3_qkvb", drop_path=0.0),
+    num_classes=CLASSES,
+)
+
+
+def run(tiny: bool, device: torch.device) -> list[Measurement]:
+    """Batch 1 at 512 pixels, or at 256."""
+    size = 256 if tiny else 512
+    batch = make_batch(1, size, OBJECTS).to(device)
+    frozen, trained = (_Step(replace(CONFIG, freeze=parts), batch, device) for parts in (("backbone.vit",), ()))
+    repeats = 2 if tiny else 3
+    shape = f"1 x {size} x {size}"
+    case, peer = "training step, ViT-S frozen", "ViT-S trained"
+    # The first step has the loss of equal weights, so it is compared; times are those of later steps.
+    step = compare(case, shape, frozen, peer, trained, 1e-4, repeats, device, memory=True)
+    share = interleaved(frozen.transformer, frozen.forward, repeats)
+    return [step, Measurement("forward pass, ViT-S alone", shape, share[0], "whole model and loss", share[1], 0.0)]
+
+
+class _Step:
+    def __init__(self, config: ModelConfig, batch: Batch, device: torch.device) -> None:
+        torch.manual_seed(0)
+        model = build_model(config, pretrained_backbone=False).to(device).train()
+        self.module, self.batch = TrainingModule(model, config, 0, "fp32"), batch
+        self.optimizer = torch.optim.AdamW(build_param_groups(self.module, OptimizerConfig()))
+        self.normalizers = count_normalizers(batch.targets, config.transformer_decoder.num_queries, config.loss)
+        self.images = model.normalise(batch.images)
+        self.backbone = model.backbone
+
+    def __call__(self) -> Sequence[Tensor]:
+        self.optimizer.zero_grad()
+        total = self.module(self.batch, self.normalizers).total
+        total.backward()
+        self.optimizer.step()
+        return (total.detach(),)
+
+    def forward(self) -> None:
+        """Also the loss, with what a backward pass needs."""
+        self.module(self.batch, self.normalizers)
+
+    @torch.no_grad()
+    def transformer(self) -> None:
+        """As far as the adapter sees it."""
+        assert isinstance(self.backbone, ViTAdapter)
+        self.backbone.vit.levels(self.images, self.backbone.layers)
