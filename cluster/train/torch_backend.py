@@ -66,7 +66,7 @@ class CheckedTorchConfig(TorchConfig):
     """As Ray's, with the check before it."""
 
     @property
-    def backend_cls(self) -> type[Backend]:
+    def backend_cls(self) -> type[Backend]:  # pyrefly: ignore[bad-override]  # Ray's private class is its type
         """See `CheckedTorch`."""
         return CheckedTorch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     return made
 
 
-def started(*arguments: str):
+def started(*arguments: str) -> Any:  # the kinds of sources are what is tested
     assert main(["init", "set", *arguments]) == 0
     return load_recipe("set.yaml").datasets
 
