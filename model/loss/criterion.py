@@ -127,8 +127,9 @@ def _full_precision_maps(maps: Sequence[Tensor]) -> list[Tensor]:
 
     Both read them channels last. On a CPU the layout stays: there the gradient's way back to the other one costs more.
     """
-    layouts = [torch.preserve_format if features.device.type == "cpu" else torch.channels_last for features in maps]
-    return [features.to(torch.float32, memory_format=layout) for features, layout in zip(maps, layouts, strict=True)]
+    if maps[0].device.type == "cpu":
+        return [features.float() for features in maps]
+    return [features.to(torch.float32, memory_format=torch.channels_last) for features in maps]
 
 
 def _without_first(predictions: Predictions, count: int) -> Predictions:
