@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
+import ray
 from pycocotools.coco import COCO
 
 from m2f.cluster.cli import main
-from m2f.cluster.evaluation import actor as eval_actor
 from m2f.cluster.evaluation.actor import EvaluationActor
-from m2f.cluster.evaluation.evaluate import evaluate_sets
+from m2f.cluster.evaluation.evaluate import Pool, evaluate_sets
+from m2f.cluster.evaluation.pool import EvaluationPool
+from m2f.cluster.recipe.config import RunConfig
 from m2f.cluster.recipe.load import parse_recipe
 from m2f.data_pipeline.categories import Category, CategoryTable
 from m2f.data_pipeline.image_file import decode_id_png, decode_index_png
@@ -48,11 +54,18 @@ evaluation: {{sets: [{{dataset: val}}], tasks: [panoptic, instance, semantic], s
 """
 
 
+class ReadingActor(EvaluationActor):
+    """Evaluates the model of the painted scenes."""
+
+    def _model(self, *_):
+        return Reader()
+
+
 class TroubledPool:
     """Stands in for the pool: calls come in any order, and twice."""
 
     def __init__(self, config):
-        self.actors = [EvaluationActor(config), EvaluationActor(config)]
+        self.actors = [ReadingActor(config), ReadingActor(config)]
 
     def run(self, task, batches, take):
         order = [*reversed(list(batches)), *batches]
@@ -61,8 +74,64 @@ class TroubledPool:
             take(batch, result)
 
 
-@pytest.fixture(scope="module")
-def dumped(tmp_path_factory):
+def die_once(death: Path) -> None:
+    """End this process by SIGKILL if the file is there, and take it away."""
+    with contextlib.suppress(FileNotFoundError):
+        death.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MortalStorage(Storage):
+    """Its process dies once after four files, which leaves a call's predictions stored in part."""
+
+    def __init__(self, death: Path) -> None:
+        super().__init__(answered=True)
+        self._death, self._files = death, 0
+
+    def put(self, *args, **kwargs) -> None:
+        super().put(*args, **kwargs)
+        self._files += 1
+        if self._files == 4:
+            die_once(self._death)
+
+
+class MortalActor(ReadingActor):
+    """Dies once while it stores what it predicted, and once in the second and third call before it answers."""
+
+    def __init__(self, config, deaths: Path) -> None:
+        super().__init__(config)
+        self._storage = MortalStorage(deaths / "storing")
+        self._deaths = deaths
+
+    def evaluate(self, task, call: int) -> bytes:
+        states = super().evaluate(task, call)
+        die_once(self._deaths / f"answering_{call}")
+        return states
+
+
+@contextlib.contextmanager
+def pool_of_killed_actors(config: RunConfig, deaths: Path) -> Iterator[Pool]:
+    """The pool on Ray; every death has happened in the end."""
+    deaths.mkdir()
+    for name in ("storing", "answering_1", "answering_2"):
+        (deaths / name).touch()
+    ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(MortalActor)
+    pool = EvaluationPool(lambda: actor.remote(config, deaths), size=2, hang_s=config.evaluation.hang_s)
+    try:
+        yield pool
+        assert not list(deaths.iterdir())
+    finally:
+        pool.close()
+        ray.shutdown()
+
+
+def calm_or_killed(kind: str, config: RunConfig, folder: Path) -> contextlib.AbstractContextManager[Pool]:
+    return pool_of_killed_actors(config, folder) if kind == "killed" else contextlib.nullcontext(TroubledPool(config))
+
+
+@pytest.fixture(scope="module", params=["troubled", pytest.param("killed", marks=pytest.mark.cluster)])
+def dumped(request, tmp_path_factory):
     """Folder with truth and dump, and the pool's results."""
     folder = tmp_path_factory.mktemp("painted")
     write_painted_scenes(folder / "truth", 19)
@@ -70,10 +139,8 @@ def dumped(tmp_path_factory):
     write_dataset(open_reader(config.datasets["val"].source), config.datasets["val"], Storage())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setattr(eval_actor, "model_with_weights", lambda *_, **__: Reader())
-        (evaluation,) = evaluate_sets(
-            config, TroubledPool(config), "weights.pth", 7, lambda *_: None, dump=str(folder / "dump")
-        )
+        with calm_or_killed(request.param, config, folder / "deaths") as pool:
+            (evaluation,) = evaluate_sets(config, pool, "weights.pth", 7, lambda *_: None, dump=str(folder / "dump"))
     return folder, evaluation.results
 
 
