@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(folder):
-    ray.init(num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1)(Squares)
     pool = EvaluationPool(lambda: actor.remote(folder), size=2, hang_s=3)
     yield pool

@@ -13,6 +13,7 @@ GPUS = 2
 @pytest.fixture(scope="module")
 def cluster():
     ray.init(
+        "local",
         num_cpus=2 * GPUS,
         num_gpus=GPUS,
         object_store_memory=80 * 2**20,

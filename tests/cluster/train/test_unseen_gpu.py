@@ -107,7 +107,7 @@ def test_a_run_on_such_a_cluster_ends_in_one_message(tmp_path, monkeypatch, caps
     config = replace(
         tiny_config(tmp_path, "blind", small_sets(str(tmp_path), Storage())), evaluation=EvaluationConfig()
     )
-    ray.init(num_cpus=4, num_gpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=4, num_gpus=2, object_store_memory=80 * 2**20, log_to_driver=False)
     try:
         assert not cluster_devices(may_grow=True).gpus
         seen = SeenDevices((GPU, GPU), "the Ray cluster has", may_grow=True)  # as where its GPUs are on other nodes
