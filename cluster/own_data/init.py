@@ -45,7 +45,7 @@ def published_model(weights: str | None) -> ModelConfig | None:
 
 @contextmanager
 def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None]:
-    """Write the file of classes where the form has none; it goes again where the block fails.
+    """Write the file of classes where the form has none; where the block fails, what was there before is back.
 
     Raises ConfigError where it exists.
     """
@@ -55,11 +55,14 @@ def _named_classes(form: Form, wishes: Wishes, overwrite: bool) -> Iterator[None
         return
     if names.exists() and not overwrite:
         raise ConfigError(f"{names} exists; name another recipe with --output, or replace both with --overwrite")
+    before = names.read_bytes() if names.exists() else None
     names.write_text(category_text(form.classes), encoding="utf-8")
     try:
         yield
     except BaseException:
         names.unlink()
+        if before is not None:
+            names.write_bytes(before)
         raise
     todo = "" if all(form.classes.values()) else ": give the classes their names there"
     print_out(f"wrote {names}{todo}")

@@ -199,6 +199,9 @@ def test_a_start_that_fails_leaves_no_list_of_classes(folder, capsys):
     assert main(["init", "set"]) == 2
     assert "have no partner" in capsys.readouterr().err
     assert not Path("set.classes.json").exists()
+    Path("set.classes.json").write_text("named by hand")
+    assert main(["init", "set", "--overwrite"]) == 2
+    assert Path("set.classes.json").read_text() == "named by hand"
 
 
 def test_a_test_set_is_left_alone_and_named(folder, capsys):
