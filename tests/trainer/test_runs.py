@@ -159,8 +159,9 @@ def test_going_on_with_another_number_of_ranks_changes_next_to_nothing(other_ran
         for name in ("whole", "parts")
     )
     assert set(whole) == set(parts)
-    for name, average in whole.items():
-        torch.testing.assert_close(parts[name], average, rtol=1e-3, atol=1e-4)
+    apart = torch.cat([(parts[name].float() - average.float()).abs().flatten() for name, average in whole.items()])
+    assert apart.max() < 1e-3  # the rate, by which Adam moves a weight whose gradient is nothing but rounding
+    assert apart.mean() < 1e-6
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -168,9 +169,9 @@ def test_16_bits_resume_to_the_bit_and_with_other_ranks(other_ranks, precision):
     runs = other_ranks.seen(f"resumed_in_precision:{precision}")
     expected = runs["whole"]["losses"]
     assert runs["stopped"]["losses"] | runs["resumed"]["losses"] == {step: expected[step] for step in "123"}
-    rounding = 1e-3 if precision == "fp16_autocast" else 1e-5  # products of fp16 depend on the images beside each other
     again = other_ranks.seen(f"in_precision_again:{precision}")["losses"]
-    assert again["4"] == pytest.approx(expected["4"], rel=rounding)
+    # Where a processor multiplies 16 bits itself, products depend on the images beside each other.
+    assert again["4"] == pytest.approx(expected["4"], rel=1e-3)
 
 
 def test_a_damaged_sample_on_one_rank_stops_both_with_its_message(whole_runs):
