@@ -36,6 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["M2F_TEST_PATIENCE_S"] = f"{0.8 * float(limit)}"  # tests.waiting reads it; tests are imported later
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _ranks_of_this_process_are_forks() -> Iterator[None]:
+    from m2f.cluster.train import processes
+    from tests.forks import FORKS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_START", FORKS)
+        yield
+
+
 def _present(folder: Path) -> Path:
     if not folder.exists():
         pytest.skip(f"{folder.name} is not here (looked in {folder}); set M2F_SHARED to its parent folder")

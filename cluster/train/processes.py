@@ -32,6 +32,7 @@ TERM_S = 10.0
 """How long a killed process may take to end."""
 POST_S = 2.0
 """How long a message may wait for another thread's: a rank that stalls must still be able to end itself."""
+_START = multiprocessing.get_context("spawn")
 _MOST_TEXT = 25_000  # of an error, and of its traceback: together they fit into a pipe that nobody reads yet
 
 Post = Callable[[Any], None]
@@ -101,14 +102,13 @@ class RankProcesses:
         self._deadline = float("inf")
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")
         port = _free_port()
         try:
             for index in range(self._num_workers):
-                receiver, sender = context.Pipe(duplex=False)
+                receiver, sender = _START.Pipe(duplex=False)
                 variables = {**_launch_variables(index, self._num_workers, port), **self._environment}
                 arguments = (self._target, self._arguments, variables, sender)
-                process = context.Process(target=_worker, args=arguments, name=f"rank{index}")
+                process = _START.Process(target=_worker, args=arguments, name=f"rank{index}")
                 process.start()
                 sender.close()
                 self._ranks.append(_Rank(index, process, receiver))

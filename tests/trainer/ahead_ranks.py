@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from run_ranks import poisoned_position
-from tiny_job import StopAt, make_job, train
-
 import m2f.trainer.setup
 from m2f.trainer.config import CheckpointConfig, SpikeConfig, ZeroConfig
 from m2f.trainer.engine.engine import Engine
 from m2f.trainer.job import TrainJob
+from tests.trainer.run_ranks import poisoned_position
+from tests.trainer.tiny_job import StopAt, make_job, train
 
 MAX_STEPS, LOGGED, SAVED = 9, 4, 6
 

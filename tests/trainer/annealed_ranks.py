@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tiny_job import StopAt, make_job, train
-
 from m2f.model.config import EomtDecoderConfig, TimmBackboneConfig, UpscalePixelDecoderConfig
 from m2f.trainer.config import OptimizerConfig, StagedPolySchedule, ZeroConfig
 from m2f.trainer.job import TrainJob
+from tests.trainer.tiny_job import StopAt, make_job, train
 
 PARTS = {
     "backbone": TimmBackboneConfig(

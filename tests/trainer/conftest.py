@@ -1,26 +1,21 @@
 """Starts the ranks of a test as processes."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-import m2f
 from m2f.data_pipeline.config import DatasetConfig
 from m2f.data_pipeline.readers import open_reader
 from m2f.data_pipeline.shards.write import write_dataset
 from m2f.data_pipeline.sources import SyntheticSource
 from m2f.data_pipeline.storage.storage import Storage
+from tests.forks import FORKS
+from tests.trainer.rank_process import run_rank
 from tests.waiting import PATIENCE_S
-
-REPOSITORY = Path(m2f.__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -34,29 +29,27 @@ class Launcher:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, str(Path(__file__).with_name("rank_main.py")), scenarios, str(self.folder)]
         shared = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(ranks),
             "LOCAL_SIZE": str(ranks),
-            "PYTHONPATH": str(REPOSITORY),
         }
         logs = [self.folder / f"rank_{rank}.log" for rank in range(ranks)]
         processes = []
         for rank, log in enumerate(logs):
-            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as out:
-                processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+            variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(FORKS.Process(run_rank, (variables, scenarios, self.folder, log)))
+            processes[-1].start()
         deadline = time.monotonic() + timeout_s
         try:
             for process in processes:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, deadline - time.monotonic()))
+                process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for process in processes:
                 process.kill()
-        return [process.wait() for process in processes], [log.read_text() for log in logs]
+                process.join()
+        return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
     def run_well(self, scenarios, ranks=2, timeout_s=PATIENCE_S):
         """No rank may end with an error."""

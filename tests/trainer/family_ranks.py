@@ -10,7 +10,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
-from engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
 
 from m2f.data_pipeline.order.order import step_positions
 from m2f.model.config import (
@@ -39,6 +38,7 @@ from m2f.trainer.engine.engine import Engine
 from m2f.trainer.engine.queued_step import loss_terms
 from m2f.trainer.ranks import Ranks
 from m2f.trainer.telemetry.metrics import sum_over_ranks
+from tests.trainer.engine_ranks import GLOBAL_BATCH, fresh_module, make_images, normalizers_of
 
 WIDTH = {"conv_dim": 16, "mask_dim": 16}
 ENCODER = {"num_layers": 1, "num_heads": 2, "feedforward_dim": 16, "dropout": 0.0}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tiny_job import MODEL, StopAt, make_job, train
-
 from m2f.trainer.config import CheckpointConfig, OptimizerConfig, ZeroConfig
 from m2f.trainer.job import TrainJob
+from tests.trainer.tiny_job import MODEL, StopAt, make_job, train
 
 FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, norm="native"), freeze=("backbone",))
 """BatchNorms with statistics, which training would move."""

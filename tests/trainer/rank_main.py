@@ -1,4 +1,4 @@
-"""One rank of a test: `rank_main.py SCENARIO,... FOLDER` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""One rank of a test, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment.
 
 A scenario is `NAME` or `NAME:ARGUMENT:...`. What it saw goes to FOLDER as `SCENARIO.rank_R.json`; test functions look
 at it. The first one that fails ends the rank: its launcher starts another for the rest. Not a test module.
@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
-import run_ranks
 import torch
-from ahead_ranks import ahead
-from annealed_ranks import annealed, annealed_again
-from compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
-from engine_ranks import agreement, one_rank, plain, poisoned, waits
-from family_ranks import family_agreement
-from freeze_ranks import frozen, frozen_alone
-from restore_ranks import attacked, restored, saved
-from tiny_job import StopAt, make_job, train
 
 from m2f.cluster.exit_status import end_process
 from m2f.trainer.worker import process_group
+from tests.trainer import run_ranks
+from tests.trainer.ahead_ranks import ahead
+from tests.trainer.annealed_ranks import annealed, annealed_again
+from tests.trainer.compiled_ranks import stopped_and_resumed, whole_and_in_16_bits
+from tests.trainer.engine_ranks import agreement, one_rank, plain, poisoned, waits
+from tests.trainer.family_ranks import family_agreement
+from tests.trainer.freeze_ranks import frozen, frozen_alone
+from tests.trainer.restore_ranks import attacked, restored, saved
+from tests.trainer.tiny_job import StopAt, make_job, train
 from tests.waiting import PATIENCE_S
 
 
@@ -90,16 +89,11 @@ OTHERS = (
 )
 
 
-def main() -> None:
-    scenarios, folder = sys.argv[1].split(","), Path(sys.argv[2])
+def main(scenarios: list[str], folder: Path) -> None:
     others = {scenario.__name__: scenario for scenario in OTHERS}
     with process_group(torch.device("cpu"), PATIENCE_S):
         for scenario in scenarios:
             name, *arguments = scenario.split(":")
             seen = (others.get(name) or getattr(run_ranks, name))(folder, *arguments)
             (folder / f"{scenario}.rank_{os.environ['RANK']}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main()
     end_process(0)

@@ -13,7 +13,6 @@ from math import nan
 from pathlib import Path
 
 import torch.distributed as dist
-from tiny_job import Diary, DieAfterFirstCheckpoint, DrainAt, Recorder, StopAt, make_job, train
 
 import m2f.trainer.engine.module
 import m2f.trainer.loop
@@ -24,6 +23,7 @@ from m2f.trainer.checkpoint.commits import list_commits, read_metrics
 from m2f.trainer.config import MultiStepSchedule, ZeroConfig
 from m2f.trainer.job import TrainJob
 from m2f.trainer.recovery.ending import read_ending
+from tests.trainer.tiny_job import Diary, DieAfterFirstCheckpoint, DrainAt, Recorder, StopAt, make_job, train
 
 PILOTS = PilotConfig(max_targets=3, label_noise=0.5, mask_noise=0.2)
 """Fewer than images have targets."""
