@@ -1,1 +1,1 @@
-"""Ray and MLflow: the command line, launching, the evaluation pool, tracking."""
+"""Command line, launching, evaluation and tracking: everything that uses Ray or MLflow."""

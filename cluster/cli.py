@@ -1,6 +1,6 @@
-"""The console script `m2f`: one verb per module of `m2f.cluster.verbs`, imported only when it is called.
+"""The console script `m2f`. Each verb is a module of `m2f.cluster.verbs`, imported only when it is called.
 
-Exit statuses: `m2f.cluster.exit_status`.
+`m2f.cluster.exit_status` lists the exit statuses.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ RAY_NOISE = "|".join(
         "There are infinite retries remaining",
     )
 )
-"""Paragraphs that Ray prints in a driver's output although we say in a line what ended and what follows."""
+"""Messages that Ray must not print in a driver's output: m2f reports each failure and its consequence in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status."""
+    """Run one verb and return the exit status."""
     try:
         try:
             status = _run_verb(list(sys.argv[1:] if argv is None else argv))
         except SystemExit:  # argparse has printed a help page or an error
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # here, as a closed pipe would give a traceback at the end of Python
+        sys.stdout.flush()  # if the pipe is closed, a flush at interpreter shutdown would print a traceback
         if argv is None and "torch" in sys.modules:
             end_process(status)
         return status
@@ -75,14 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """The message without what would command a terminal."""
+    """Logging formatter that removes terminal control sequences from messages."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the closest option or choice for one that does not exist."""
+    """Argument parser that suggests the closest match for an unknown option or choice."""
 
     def error(self, message: str) -> NoReturn:
         option = re.search(r"unrecognized arguments: (--[\w-]+)", message)
@@ -95,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(f"{message}; did you mean {close[0]}?" if close else message))
 
     def _options(self) -> list[str]:
-        """Long options of this parser and of its kinds, which leave unknown ones to it."""
+        """Return the long options of this parser and its subparsers, which leave unknown options to this parser."""
         kinds = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         parsers = [self, *(parser for action in kinds for parser in action.choices.values())]
         return [name for parser in parsers for name in parser._option_string_actions if name.startswith("--")]
@@ -113,8 +113,8 @@ def _run_verb(words: list[str]) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean `m2f {close[0]}`?" if close else f"verbs: {', '.join(VERBS)}"
         return _fail(f"m2f: no such verb `{verb}`; {hint}")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads it when it is imported
-    if logging.lastResort is not None:  # prints the warnings of all modules
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_NOISE)  # Ray reads it at import
+    if logging.lastResort is not None:  # the handler that prints warnings of all modules
         logging.lastResort.setFormatter(_PrintableFormatter())
     module, args = parse_verb(words)
     try:
@@ -133,17 +133,17 @@ def _run_verb(words: list[str]) -> int:
 
 
 def parse_verb(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The module of a verb that exists, and the arguments after it. Raises SystemExit as argparse does."""
+    """Return the module of a known verb and its parsed arguments. Raises SystemExit as argparse does."""
     module = importlib.import_module(VERBS[words[0]])
     parser = _Parser(prog=f"m2f {words[0]}", description=module.SUMMARY, allow_abbrev=False)
     module.add_arguments(parser)
-    # Words and options mix freely, except in a verb with kinds of its own, which argparse cannot do for both.
+    # Positional arguments and options may be mixed, except in verbs with subparsers: argparse does not support both.
     parse = parser.parse_args if hasattr(module, "KINDS") else parser.parse_intermixed_args
     return module, parse(words[1:])
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """The error to show: the cause where a Ray task raised it, as the text of Ray's error is a remote traceback."""
+    """Return the UserError to show, or None. For a failed Ray task it is the cause: Ray's own text is a traceback."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):
         return cause

@@ -1,4 +1,4 @@
-"""The whole chain on synthetic data: shards, training on two ZeRO workers, evaluation beside it."""
+"""End-to-end demo on synthetic data: write shards, train on two ZeRO workers, and evaluate during training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ RECIPE = m2f.HOME / "configs" / "demo.yaml"
 
 
 def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
-    """Run `configs/demo.yaml` under `output` and say what came of it. A demo that was interrupted is continued.
+    """Run `configs/demo.yaml` under `output`, print the results and return the summary of the run.
 
-    `overrides` are further `section.key=value` settings. Raises UserError where something cannot be used or written.
+    An interrupted demo continues. `overrides` are further `section.key=value` settings. Raises UserError if an input
+    cannot be used or an output cannot be written.
     """
     started = time.monotonic()
     config = demo_config(output, overrides)
@@ -41,7 +42,7 @@ def run_demo(output: str, overrides: Sequence[str] = ()) -> RunSummary:
 
 
 def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The demo's recipe with everything it writes under `output`/demo."""
+    """Return the demo's recipe, changed to write everything under `output`/demo."""
     if not RECIPE.is_file():
         raise ConfigError(f"{RECIPE} is missing: this installation of m2f is incomplete; install it again")
     shards = [f"datasets.{name}.shards={join(output, 'demo', 'shards', name)}" for name in ("train", "val")]
@@ -49,7 +50,10 @@ def demo_config(output: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def describe(summary: RunSummary) -> str:
-    """Table of the evaluated checkpoints, where the pictures are, and how to look at the curves."""
+    """Return the text that a demo prints: scores of its checkpoints, paths of report and pictures, command for curves.
+
+    It also lists evaluations that failed.
+    """
     lines = [f"run {summary.status}: {summary.run_folder}", "", metrics_table(summary.evaluations)]
     published = [entry for entry in summary.evaluations if entry.status == "published"]
     if published:
@@ -63,6 +67,6 @@ def describe(summary: RunSummary) -> str:
 
 
 def metrics_table(entries: Sequence[Entry]) -> str:
-    """One line per evaluated checkpoint: the headline numbers of `val`, in per cent."""
+    """Return a table with one line per evaluated checkpoint: the headline metrics of set `val`, in per cent."""
     rows = [[entry.step, entry.status, *(entry.metrics.get(f"val/{name}") for name in HEADLINE)] for entry in entries]
     return columns(["step", "evaluation", *HEADLINE], rows)

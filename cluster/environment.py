@@ -1,4 +1,4 @@
-"""Environment variables that hold for a while, whether there is a Ray cluster for this process, and its cores."""
+"""Temporary environment variables, detection of a Ray cluster, and the number of usable CPU cores."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 OWN_CLUSTER = "M2F_OWN_CLUSTER"
-"""Address of the Ray that was started on this machine for a while, beside RAY_ADDRESS, which says the same."""
+"""Environment variable: address of the temporary Ray cluster that m2f started here. RAY_ADDRESS has the same value."""
 
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables of this process during the block; then they are as before."""
+    """Set environment variables of this process during the block and restore their previous values afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -27,17 +27,20 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def names_cluster(address: str | None) -> bool:
-    """Whether `address` or RAY_ADDRESS names a Ray cluster that others started, which may get more nodes."""
+    """Return whether `address` or RAY_ADDRESS names a cluster that m2f did not start. It may gain nodes later."""
     named = address or os.environ.get("RAY_ADDRESS")
     return named is not None and named != os.environ.get(OWN_CLUSTER)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; all of the machine on systems that do not say, such as macOS."""
+    """Return the number of cores that this process may use.
+
+    On systems without CPU affinity, such as macOS, that is every core of the machine.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def uses_ray(address: str | None) -> bool:
-    """Whether a Ray cluster is named, by `address` or RAY_ADDRESS, or this process is connected to one."""
-    ray = sys.modules.get("ray")  # importing it takes a second
+    """Return whether `address` or RAY_ADDRESS names a Ray cluster, or this process is connected to one."""
+    ray = sys.modules.get("ray")  # not imported here: that takes a second
     return address is not None or "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized())

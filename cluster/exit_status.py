@@ -1,4 +1,4 @@
-"""What the exit status of `m2f` says; `m2f train --restart`, jobs of `m2f submit` and KubeRay go by it."""
+"""Exit statuses of `m2f`. `m2f train --restart`, jobs of `m2f submit` and KubeRay use them to decide on a restart."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import NoReturn
 
 
 class ExitStatus(IntEnum):
-    """The only statuses that a verb ends with. Only OUTAGE, DRAINED and deaths by a signal are worth another start."""
+    """Every status that a verb can exit with. A restart helps only after OUTAGE, DRAINED or death by a signal."""
 
     DONE = 0
     GAVE_UP = 1
     """The job ran and failed, or a check found faults."""
     MISTAKE = 2
-    """One that the user can correct: one message, no traceback."""
+    """The user made a mistake and can correct it. `m2f` prints one message and no traceback."""
     STOPPED = 3
-    """A training run that its user stopped after a checkpoint."""
+    """The user stopped a training run, which saved a checkpoint first."""
     OUTAGE = 69
-    """The storage did not answer for longer than `storage.patience_s`, or Ray's head or this node's raylet died."""
+    """Storage did not answer for more than `storage.patience_s`, or Ray's head or the raylet of this node died."""
     DRAINED = 75
-    """The machine is about to be taken away; a checkpoint is saved."""
+    """The machine is about to be preempted, and the run has saved a checkpoint."""
     INTERRUPTED = 130
-    """Ctrl-C, in a verb other than `train`."""
+    """The user pressed Ctrl-C in a verb other than `train`."""
 
 
 MEANINGS = {
@@ -36,20 +36,20 @@ MEANINGS = {
     ExitStatus.DRAINED: "train: the machine goes away, a checkpoint is saved; worth another start",
     ExitStatus.INTERRUPTED: "Ctrl-C",
 }
-"""What `m2f --help` says."""
+"""Descriptions of the statuses in `m2f --help`."""
 
 RESTARTABLE = (ExitStatus.OUTAGE, ExitStatus.DRAINED)
 
 RESTARTED = "M2F_RESTARTED"
-"""Environment variable of a driver that `m2f train --restart` has started again."""
+"""Environment variable that is set in a driver that `m2f train --restart` has restarted."""
 
 
 def end_process(status: int) -> NoReturn:
-    """End this process, whose work is done, without taking Python down: that takes 2 s of CPU with PyTorch loaded.
+    """Exit without Python's shutdown of the interpreter, which takes 2 s of CPU time with PyTorch loaded.
 
-    What is registered with `atexit` is called.
+    Functions registered with `atexit` still run. Call this only when all work is done.
     """
-    atexit._run_exitfuncs()  # private, and there since Python 2
+    atexit._run_exitfuncs()  # private, but present since Python 2
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Connecting to Ray: an existing cluster by its address, else a small one of our own for as long as it is needed."""
+"""Connect to Ray: to an existing cluster by its address, or to a temporary local cluster started for this process."""
 
 from __future__ import annotations
 
@@ -28,29 +28,34 @@ from m2f.model.counted import counted
 from m2f.model.errors import UserError
 
 OBJECT_STORE_BYTES = 400_000_000
-"""Of a local cluster: Ray's default of 30 % of the memory is taken from the training."""
+"""Object store of a local cluster, in bytes. Ray's default, 30 % of the memory, would leave too little for training."""
 MAX_PLACE_BYTES = 14
-"""Of the folder that Ray's sockets are put below: 91 more follow, of our folder, of its session and of their names."""
+"""Longest path of the temporary folder under which Ray puts its sockets, in bytes.
+
+The names of our folder, of Ray's session and of the socket add 91 bytes.
+"""
 CONNECT_S = 10.0
 RECONNECT_S = 120.0
-"""How long a driver that was started again waits for its cluster."""
+"""Seconds that a restarted driver waits for its cluster."""
 _LOOK_S = 2.0
 _PROBE_S = 60.0
 PLENTY = 10_000.0
-"""Of every custom resource, on the only node of a local cluster."""
+"""Amount of every custom resource on the only node of a local cluster."""
 
 
 class ClusterError(UserError):
-    """A Ray cluster that cannot be reached or started. Names the address and the remedy."""
+    """A Ray cluster cannot be reached or started. The message names the address and the remedy."""
 
 
 class ClusterAwayError(ClusterError, OutageError):
-    """A cluster that has not come back for a driver that was started again."""
+    """The cluster of a restarted driver has not come back within RECONNECT_S."""
 
 
 @contextmanager
 def connect(config: RunConfig) -> Iterator[None]:
-    """Ray for a training run with its evaluations: the recipe's cluster, or a local one with room for all of it.
+    """Connect to Ray for a training run and its evaluations.
+
+    That is the recipe's cluster, or a local cluster with enough CPUs for all workers and evaluation actors.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -59,7 +64,7 @@ def connect(config: RunConfig) -> Iterator[None]:
     num_cpus = cluster.max_workers * cluster.num_cpus_per_worker
     if evaluation.sets:
         num_cpus += evaluation.actors * evaluation.num_cpus_per_actor
-    # The state API, through which Ray Train asks whether a run still lives, is part of the dashboard.
+    # Ray Train checks through the state API whether a run is alive, and that API is part of the dashboard.
     groups = (*cluster.resources_per_worker, *evaluation.resources_per_actor)
     with local_or_existing(cluster, ceil(num_cpus), dashboard=True, resources=groups):
         yield
@@ -69,13 +74,14 @@ def connect(config: RunConfig) -> Iterator[None]:
 def local_or_existing(
     cluster: ClusterConfig, num_cpus: int, dashboard: bool = False, resources: Iterable[str] = ()
 ) -> Iterator[None]:
-    """Ray connected; a cluster that was started here has at least `num_cpus` and is stopped at the end.
+    """Connect to an existing Ray cluster, or start a local one and stop it after the block.
 
-    It also has plenty of the custom `resources`, by which recipes for large clusters choose their nodes.
+    The address is `cluster.address`, or RAY_ADDRESS, which is set for drivers that run as Ray jobs. Without an
+    address, a local cluster starts with at least `num_cpus`. It also has PLENTY of each custom resource in
+    `resources`, so that recipes which select nodes of large clusters by resource run on it too.
 
-    A process that is connected already stays so; another one ends with status OUTAGE where a process of Ray dies that
-    it cannot do without. RAY_ADDRESS counts where the recipe names no address, as it is set for
-    drivers that run as Ray jobs.
+    A process that is already connected keeps its connection. Otherwise the process ends with status OUTAGE if Ray's
+    head or the raylet of this machine dies during the block.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -97,7 +103,7 @@ def local_or_existing(
     with _local_environment(), on_loopback(), _private_folder() as folder:
         _start(folder, num_cpus, dashboard, resources)
         try:
-            # Ray's own look-up of "the cluster of this machine" may find a neighbour's, and clean up its actors.
+            # Ray's lookup of "the cluster of this machine" may find another process's cluster and delete its actors.
             address = ray.get_runtime_context().gcs_address
             with environment({"RAY_ADDRESS": address, OWN_CLUSTER: address}), watching(is_ours=True):
                 yield
@@ -106,7 +112,7 @@ def local_or_existing(
 
 
 def _reach(address: str, cluster: ClusterConfig) -> None:
-    """Connect. A driver that was started again waits for the cluster, whose loss may have ended the one before."""
+    """Connect to the cluster. Only a restarted driver waits for it: its predecessor may have died with the cluster."""
     is_new = RESTARTED not in os.environ
     began, told = time.monotonic(), False
     while True:
@@ -139,7 +145,7 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             logging_level=logging.WARNING,
-            log_to_driver=False,  # what matters comes back as results and errors; Ray's own lines would drown it
+            log_to_driver=False,  # results and errors return to the driver anyway; Ray's log lines would hide them
             _temp_dir=folder,
         )
     except Exception as error:
@@ -150,9 +156,10 @@ def _start(folder: str, num_cpus: int, dashboard: bool, resources: Iterable[str]
 
 
 def cluster_devices(may_grow: bool) -> SeenDevices:
-    """The GPUs of the connected cluster, as Ray counts them.
+    """Return the GPUs of the connected cluster, as Ray counts them.
 
-    Ray counts what `ray start --num-gpus` or device files say. Where all of it is this machine, torch is asked, too.
+    Ray trusts `ray start --num-gpus` or device files. If this machine is the only node, the count is checked with
+    torch; no GPU is returned if torch sees none.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     gpus, found = gpus_of_nodes(node["Resources"] for node in nodes), "the Ray cluster has"
@@ -164,22 +171,28 @@ def cluster_devices(may_grow: bool) -> SeenDevices:
 
 
 def this_node() -> dict[str, str]:
-    """Label selector of the node of this process, for actors whose place is beside it.
+    """Return a label selector that places an actor on the node of this process.
 
-    Ray 2.60 does not heed a soft node affinity of actors that need no CPU: it puts them on any node.
+    A soft node affinity does not work: Ray 2.60 ignores it for actors that need no CPU.
     """
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def knock(address: str) -> None:
-    """Raise OSError at once where nobody listens; Ray itself would try for minutes. Names such as `auto` pass."""
+    """Raise OSError if no process listens at the address; Ray itself would retry for minutes.
+
+    Addresses without a port, such as `auto`, are not checked.
+    """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def _sees_gpu() -> bool:
-    """Whether a task with a GPU sees it, as Ray hides all GPUs from a driver that is a job. True without an answer."""
+    """Return whether a Ray task with a GPU sees it; True if the task cannot run in time.
+
+    A task checks this because Ray hides all GPUs from a driver that runs as a job.
+    """
     print_err("looking for the GPU that Ray counts here")
     try:
         return ray.get(ray.remote(num_cpus=0, num_gpus=0.001)(_is_gpu_seen).remote(), timeout=_PROBE_S)
@@ -192,9 +205,9 @@ def _is_gpu_seen() -> bool:
 
 
 def _guard_with_token() -> None:
-    """A secret of this process in place of the file that Ray would leave in the home folder.
+    """Protect a local cluster with a random token in the environment, so that Ray writes no token file to $HOME.
 
-    Other users of this machine reach Ray's ports, and would run code there. An explicit RAY_AUTH_MODE stands.
+    Without a token, other users of this machine could run code through Ray's ports. An explicit RAY_AUTH_MODE is kept.
     """
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -203,14 +216,14 @@ def _guard_with_token() -> None:
 
 @contextmanager
 def _local_environment() -> Iterator[None]:
-    """What a cluster of our own and its processes inherit. What the person has set stays."""
+    """Set environment variables for a local cluster and its processes. Variables that the user has set are kept."""
     loopback_name = "lo0" if sys.platform == "darwin" else "lo"
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all ports on loopback, see `on_loopback`
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds all ports to loopback, see `on_loopback`
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_worker_niceness": "0",  # Ray's 15 leaves ranks next to nothing beside whatever else the machine does
+        "RAY_worker_niceness": "0",  # with Ray's 15, ranks get almost no CPU time beside other processes
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": loopback_name,
     }
@@ -220,15 +233,15 @@ def _local_environment() -> Iterator[None]:
 
 @contextmanager
 def _private_folder() -> Iterator[str]:
-    """A session folder of its own, below one that only this user may enter: Ray opens its own to everybody.
+    """Create a session folder inside a folder that only this user may enter: Ray makes its own readable to everybody.
 
-    It is in /tmp where TMPDIR is too long, because the paths of Unix sockets may have 107 bytes.
+    It is in /tmp if TMPDIR is longer than MAX_PLACE_BYTES, because paths of Unix sockets have at most 107 bytes.
     """
     temporary = tempfile.gettempdir()
     folder = ScratchFolder("ray", place=temporary if len(os.fsencode(temporary)) <= MAX_PLACE_BYTES else "/tmp")
     try:
         yield str(folder.path)
-    except ClusterError:  # names the logs in the folder
+    except ClusterError:  # its message refers to the logs in this folder
         folder.keep()
         raise
     except BaseException:

@@ -1,6 +1,6 @@
-"""Everything m2f takes from Ray's private modules, each behind a function, tested with the versions in TESTED.
+"""Functions that wrap everything m2f uses from Ray's private modules, tested with the versions in TESTED.
 
-No other module imports from them. Ray is imported inside the functions, so that whoever needs one waits for no other.
+No other module imports from these. Each function imports only the parts of Ray that it needs, to save import time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from ray.train.v2.api.config import RunConfig, ScalingConfig
 
 TESTED = ">=2.60,<2.61"
-"""Ray versions whose private modules these functions were tried with, as pip writes ranges."""
+"""Ray versions with which these functions were tested, as a pip version specifier."""
 LOGGER = logging.getLogger(__name__)
 
 
 class RayVersionError(UserError):
-    """The installed Ray does not have a private part that m2f needs. Names the versions that have it."""
+    """The installed Ray lacks a private part that m2f needs. The message names the versions that have it."""
 
 
 @contextmanager
 def _expected() -> Iterator[None]:
-    """Say which versions of Ray are needed where an import or an attribute is not there."""
+    """Convert ImportError and AttributeError in the block to RayVersionError, which names the versions needed."""
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -40,14 +40,14 @@ def _expected() -> Iterator[None]:
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """What is free on every node that lives, by the node's id."""
+    """Return the free resources of every live node, by node id and resource name."""
     with _expected():
         from ray._private.state import available_resources_per_node
     return available_resources_per_node()
 
 
 def dashboard_url() -> str | None:
-    """URL of the dashboard of the connected cluster; None where it has none."""
+    """Return the URL of the dashboard of the connected cluster, or None if it has none."""
     with _expected():
         from ray._private.worker import get_dashboard_url
 
@@ -56,7 +56,7 @@ def dashboard_url() -> str | None:
 
 
 def draining_nodes() -> frozenset[str]:
-    """Ids of the nodes that are about to leave the cluster."""
+    """Return the ids of the nodes that are about to leave the cluster."""
     with _expected():
         from ray._private.state import state
 
@@ -65,9 +65,10 @@ def draining_nodes() -> frozenset[str]:
 
 
 def preemption_notice() -> Callable[[], bool]:
-    """Inside a worker of Ray Train: a function that says whether the node of a worker was told to leave.
+    """Return a function that reports whether a node of this run's workers is being preempted.
 
-    It reads this process alone; the public `get_preemption_info` is a barrier that every rank would have to enter.
+    Call it inside a Ray Train worker. The returned function only reads state of this process, whereas the public
+    `get_preemption_info` is a barrier that every rank must enter.
     """
     with _expected():
         from ray.train.v2._internal.execution import context
@@ -78,18 +79,18 @@ def preemption_notice() -> Callable[[], bool]:
 
 
 def scaling_config(workers: int, gpus: bool, needs: Mapping[str, float]) -> ScalingConfig:
-    """The workers of an attempt; `needs` are the resources of each."""
-    with _expected():  # to a type checker the public ray.train.ScalingConfig is one of two classes
+    """Return the Ray Train configuration for the workers of an attempt; `needs` are the resources of each worker."""
+    with _expected():  # type checkers see the public ray.train.ScalingConfig as one of two classes
         from ray.train.v2.api.config import ScalingConfig
     return ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=dict(needs))
 
 
 def attempt_config(name: str, folder: str) -> RunConfig:
-    """An attempt that is not repeated when it fails, and of which Ray says nothing: our supervisor does both.
+    """Return a Ray Train configuration without retries and log lines: the supervisor of m2f does both.
 
     Args:
-        name: of a folder in `folder` for what Ray keeps.
-        folder: on the disk of the driver.
+        name: name of the subfolder of `folder` in which Ray stores its state.
+        folder: path on the driver's disk.
     """
     with _expected():
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
@@ -103,9 +104,9 @@ def attempt_config(name: str, folder: str) -> RunConfig:
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """During the block, a cluster that starts here listens on loopback alone, as Ray does on macOS.
+    """Make clusters that start in the block listen only on loopback, as Ray does on macOS.
 
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 says the same to processes that import Ray then; this one has imported it.
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does the same for new processes, but this process has already imported Ray.
     """
     with _expected():
         from ray._private import ray_constants
@@ -119,7 +120,7 @@ def on_loopback() -> Iterator[None]:
 
 
 def quiet_reports() -> None:
-    """Inside a worker of Ray Train: it announces every report otherwise."""
+    """Stop Ray Train from logging every report. Call it inside a worker."""
     with _expected():
         from ray.train.v2._internal.execution import context
 
@@ -127,7 +128,7 @@ def quiet_reports() -> None:
 
 
 def quiet_tokens() -> None:
-    """Ray announces otherwise where it took its token from."""
+    """Stop Ray from logging where it found its authentication token."""
     with _expected():
         from ray._private.authentication import authentication_token_setup
 
@@ -135,7 +136,7 @@ def quiet_tokens() -> None:
 
 
 def quiet_job_client() -> None:
-    """The client of the Jobs API announces otherwise every upload and every end of a log."""
+    """Stop the Jobs API client from logging every upload and every end of a log stream."""
     with _expected():
         from ray.dashboard.modules import dashboard_sdk
         from ray.dashboard.modules.job import sdk
@@ -145,13 +146,19 @@ def quiet_job_client() -> None:
 
 
 def ray_version_of(client: JobSubmissionClient) -> str | None:
-    """Of the cluster; the public `get_version` gives the version of the Jobs API. None where it was not said."""
+    """Return the cluster's Ray version, or None if the server did not report it.
+
+    The public `get_version` returns the version of the Jobs API instead.
+    """
     with _expected():
         return client._server_ray_version
 
 
 def pack_working_dir(folder: Path, archive: Path) -> None:
-    """Make the archive as Ray makes it of a `working_dir`: by .rayignore, and equal bytes for equal files."""
+    """Write the archive that Ray would make of a `working_dir`.
+
+    It honours .rayignore, and equal files give equal bytes.
+    """
     with _expected():
         from ray._private.runtime_env.packaging import create_package
     create_package(str(folder), archive, include_gitignore=False, logger=LOGGER)

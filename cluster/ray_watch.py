@@ -1,7 +1,7 @@
-"""Ends a driver with one message where a process of Ray dies without which it cannot go on.
+"""Watchdog that ends a driver with one clear message if Ray's head or the local raylet dies.
 
-Ray itself ends such a driver: at its next message to a dead raylet, or a minute after the death of the GCS, from C++,
-with status 1 and without a word of Python.
+Without it, Ray's C++ code ends the driver with status 1 and no Python error. Ray does so at the next message to a dead
+raylet, or a minute after the death of the GCS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from m2f.cluster.terminal import print_err
 LOOK_S = 0.5
 CONNECT_S = 5.0
 HEAD_PATIENCE_S = 30.0
-"""How long the GCS of a cluster that is not ours may accept no connection: somebody may restart it. Ray waits 60 s."""
+"""Seconds for which the GCS of an external cluster may refuse connections: its owner may restart it. Ray waits 60 s."""
 _REMEDY = (
     "the system may have killed it, for want of memory perhaps. A run goes on from its last checkpoint when it is "
     "started again"
@@ -32,9 +32,9 @@ _REMEDY = (
 
 @contextmanager
 def watching(is_ours: bool) -> Iterator[None]:
-    """During the block, end this process with status OUTAGE where the raylet of this machine or the GCS dies.
+    """During the block, end this process with status OUTAGE if the raylet of this machine or the GCS dies.
 
-    At the GCS of a cluster that `is_ours` nobody works who could start it again, so it is not waited for.
+    If the cluster `is_ours`, the wait for the GCS is only 2 * LOOK_S, since nobody else would restart it.
     """
     address = ray.get_runtime_context().gcs_address
     ended = threading.Event()
@@ -49,7 +49,10 @@ def watching(is_ours: bool) -> Iterator[None]:
 
 
 def _watch(is_over: Callable[[], bool], raylet: str | None, gcs: str, patience_s: float) -> None:
-    """A raylet is watched through a connection, which ends with it; the GCS takes a new one at every look."""
+    """Check raylet and GCS every LOOK_S until `is_over` returns True.
+
+    A lasting connection shows the end of the raylet. The GCS is checked with a new connection each time.
+    """
     link = None if raylet is None else _connect_local(raylet)
     heard = time.monotonic()
     while not is_over():
@@ -69,7 +72,7 @@ def _watch(is_over: Callable[[], bool], raylet: str | None, gcs: str, patience_s
 
 
 def _raylet_socket() -> str | None:
-    """Of the raylet that this process talks to; None where it is not on this machine (`ray://`)."""
+    """Return the socket path of this process's raylet, or None if it runs on another machine (`ray://`)."""
     mine = ray.get_runtime_context().get_node_id()
     path = next((node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == mine), "")
     return path if os.path.exists(path) else None
@@ -87,7 +90,7 @@ def _connect_local(path: str) -> socket.socket | None:
 
 
 def _has_ended(link: socket.socket) -> bool:
-    """Wait LOOK_S for the end of the other side, which never says anything."""
+    """Wait up to LOOK_S and return whether the raylet has closed the connection. It never sends data."""
     try:
         return link.recv(1) == b""
     except TimeoutError:
@@ -105,10 +108,14 @@ def _listens(address: str) -> bool:
 
 
 def _end(message: str) -> NoReturn:
-    """End as if killed: calls of Ray may block in any thread, and whatever a killed driver leaves is found again."""
+    """Print the message and exit at once with status OUTAGE.
+
+    A regular exit could hang, because Ray calls may block in any thread. A later start recovers what is left behind,
+    as it does after a kill.
+    """
     print_err(f"m2f: {message}")
     if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h")  # a live view has hidden the cursor
+        sys.stdout.write("\x1b[?25h")  # show the cursor, which a live view may have hidden
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(ExitStatus.OUTAGE)

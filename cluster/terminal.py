@@ -1,4 +1,4 @@
-"""Output of the command line: lines, and progress as one live line on a terminal or plain lines at intervals."""
+"""Output of the command line: lines of text, and progress as a live line (on a terminal) or as periodic lines."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ if TYPE_CHECKING:
 
 
 def print_out(text: str = "", colors: bool = False) -> None:
-    """One line of a verb's answer, to standard output; `colors` keeps the colours of a text that has some."""
+    """Print a line of a verb's result to standard output. `colors` keeps colour codes in the text."""
     sys.stdout.write(printable(text, colors) + "\n")
     sys.stdout.flush()
 
 
 def print_err(text: str) -> None:
-    """One line to standard error: progress, warnings, errors."""
+    """Print a line of progress, a warning or an error to standard error."""
     sys.stderr.write(printable(text) + "\n")
     sys.stderr.flush()
 
 
 def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
-    """At most `limit` items, an indented line each, and how many more there are; `rest` says where these are."""
+    """Return an indented line for each of the first `limit` items, and a line with the number of further items.
+
+    `rest` is appended to the last line, for example to say where to find the further items.
+    """
     more = [f"  and {len(items) - limit} more{rest}"] if len(items) > limit else []
     return [f"  {item}" for item in items[:limit]] + more
 
@@ -35,7 +38,10 @@ def first_lines(items: Sequence[object], limit: int, rest: str) -> list[str]:
 def describe_pace(
     done: float, total: float, done_before: float, elapsed_s: float, unit: str, num_bytes: int = 0
 ) -> str:
-    """For example `12.3 images/s, 1.9 MB/s, 4:05 left`; work of an earlier run (`done_before`) does not count."""
+    """Return speed and remaining time, for example `12.3 images/s, 1.9 MB/s, 4:05 left`.
+
+    Work of an earlier run (`done_before`) does not count towards the speed.
+    """
     rate = (done - done_before) / max(elapsed_s, 1e-9)
     if rate <= 0 or elapsed_s < 0.1:  # too early to tell
         return f"- {unit}/s"
@@ -44,14 +50,17 @@ def describe_pace(
 
 
 def format_duration(seconds: float) -> str:
-    """`0:42`, `12:05` or `3:07:09`."""
+    """Format a duration as `0:42`, `12:05` or `3:07:09`."""
     minutes, secs = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
 
 
 class Progress:
-    """Progress of `total` units of work, on standard error. A context manager; `advance` is called by one thread."""
+    """Context manager that shows progress of `total` units of work, on standard error unless `stream` is given.
+
+    Only one thread may call `advance`.
+    """
 
     def __init__(
         self,
@@ -90,7 +99,7 @@ class Progress:
             self._print_line()
 
     def advance(self, count: float, num_bytes: int = 0) -> None:
-        """`count` more units are done, which took so many bytes of reading or writing."""
+        """Record `count` more finished units and the number of bytes read or written for them."""
         self._done += count
         self._bytes += num_bytes
         if self._bar is not None:
@@ -99,7 +108,7 @@ class Progress:
             self._print_line()
 
     def note(self, text: str) -> None:
-        """Print a line above the progress."""
+        """Print a line of text above the progress line."""
         if self._bar is not None:
             self._bar.console.print(printable(text), markup=False, highlight=False)
         else:
@@ -119,7 +128,7 @@ class Progress:
 
 
 def _rich_progress(stream: TextIO) -> RichProgress:
-    """A live line. Imports rich, which a process without a terminal can do without."""
+    """Return a live progress line. Imports rich here, since only terminals need it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

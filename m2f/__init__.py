@@ -6,8 +6,8 @@
     result = model.predict("photo.jpg")
     result.overlay().save("found.png")
 
-The names of `__all__` are public and documented in docs/python.md; each is imported when it is first used. The folders
-beside this file hold the program: `m2f.model`, `m2f.data_pipeline`, `m2f.trainer`, `m2f.eval` and `m2f.cluster`.
+The names in `__all__` are public and documented in docs/python.md. Each is imported when it is first used. The
+subpackages are `m2f.model`, `m2f.data_pipeline`, `m2f.trainer`, `m2f.eval` and `m2f.cluster`.
 """
 
 from importlib import import_module
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 HOME = Path(__file__).parent
 """The folder that holds model/, data_pipeline/, trainer/, eval/, cluster/ and configs/."""
 
-if not (HOME / "model").is_dir():  # a checkout without symbolic links has text files in their place
+if not (HOME / "model").is_dir():  # a checkout without symbolic links has text files instead of them
     HOME = HOME.parent
     __path__.append(str(HOME))
 
@@ -38,7 +38,7 @@ _PLACES = {
     "load": "m2f.cluster.api.model",
     "train": "m2f.cluster.api.train",
 }
-"""Module of every public name."""
+"""Module that defines each public name."""
 
 __all__ = sorted(_PLACES)  # noqa: PLE0605 - the stub lists them
 

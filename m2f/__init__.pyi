@@ -1,4 +1,4 @@
-"""What a type checker sees of `__init__.py`, which imports each public name when it is first used."""
+"""Type stub for `__init__.py`, which imports each public name when it is first used."""
 
 from pathlib import Path
 
