@@ -1,1 +1,1 @@
-"""The supervisor of a training run, with Ray or with plain processes, and what it talks to."""
+"""The supervisor of a training run, and its two launchers: Ray Train and plain local processes."""

@@ -1,4 +1,4 @@
-"""From the recipe to what one package needs of it."""
+"""Build a training job from a recipe."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from m2f.trainer.recovery.adjustments import Adjustments
 
 
 def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
-    """The training job, with the number of classes that the data sets' category table gives for the task.
+    """Return the training job of a recipe. The number of classes comes from the categories of the training data.
 
     Raises:
         DataError, StorageError: a manifest of `data.train` is missing, damaged, or has other categories than the rest.
-        ConfigError: `model.num_classes` is written in the recipe and differs.
+        ConfigError: the recipe sets `model.num_classes` to another number.
     """
     storage = storage or Storage(config.storage)
     shards = tuple(config.datasets[item.dataset].shards for item in config.data.train)
@@ -47,7 +47,10 @@ def compose_job(config: RunConfig, storage: Storage | None = None) -> TrainJob:
 
 
 def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) -> TrainJob:
-    """Under a lease and after all checks: store the recipe, say what differs from the stored one; the leased job."""
+    """Store the recipe, print changes since the first start and data warnings, and return the job with its lease.
+
+    Call this only while holding `lease`, after all checks have passed.
+    """
     changed = store_recipe(storage, config, has_progress=bool(list_checkpoints(storage, config.run_folder)))
     if changed:
         lines = "\n  ".join(changed)
@@ -61,13 +64,13 @@ def begin_run(config: RunConfig, job: TrainJob, lease: int, storage: Storage) ->
 
 
 def adjusted_job(config: RunConfig, job: TrainJob, adjustments: Adjustments) -> TrainJob:
-    """The job as it runs with the run's adjustments, and their effect in the recipe that its checkpoints hold."""
+    """Return the job with the run's adjustments applied, also to the recipe that its checkpoints store."""
     job = adjustments.applied(job)
     return replace(job, recipe=dump_recipe(replace(config, training=job.training)))
 
 
 def _num_classes(config: RunConfig, manifests: list[Manifest]) -> int:
-    mixture_labels(manifests, config.data.task)  # refuses data sets that do not go together
+    mixture_labels(manifests, config.data.task)  # raises an error if the categories of the data sets differ
     found = len(manifests[0].categories.for_task(config.data.task))
     if config.model.num_classes not in (None, found):
         raise ConfigError(

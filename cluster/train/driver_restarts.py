@@ -1,4 +1,4 @@
-"""A driver that starts again where something ends it: a small process stays behind and watches it."""
+"""Restart the driver of a run from a small parent process that watches it (`m2f train --restart`)."""
 
 from __future__ import annotations
 
@@ -20,24 +20,28 @@ from m2f.trainer.checkpoint.folder import newest_step
 from m2f.trainer.checkpoint.lease import hold_lease
 
 END_PIPE = "M2F_END_PIPE"
-"""Environment variable with the number of the pipe in which a driver says that it ends of its own accord."""
+"""Environment variable with the descriptor of the pipe to which a driver writes before it exits deliberately."""
 _LOOK_S = 0.2
 
 
 def note_end() -> None:
-    """A driver has decided to end. Without this, status 1 is an end from outside: Ray's core calls `exit(1)`."""
+    """Tell the parent process that this driver exits deliberately.
+
+    Otherwise the parent treats exit status 1 as an outage: Ray's core calls `exit(1)` if Ray's head or raylet dies.
+    """
     if number := os.environ.get(END_PIPE):
-        with suppress(OSError):  # nobody watches any more
+        with suppress(OSError):  # the parent has exited
             os.write(int(number), b".")
 
 
 def run_restarted(command: Sequence[str], config: RunConfig) -> int:
-    """Run the driver of a run, and run it again after every death; the exit status of the last one.
+    """Run the driver of a run, restart it after failures, and return the exit status of the last driver.
 
-    So is a driver that ended for an outage or because its machine goes away, see `ExitStatus`. Every other driver that
-    ends by itself has decided: it is not run again. A new driver goes on from the newest checkpoint. Deaths and outages
-    count against `cluster.max_failures`, which every new checkpoint resets. SIGINT and
-    SIGTERM are passed on, and where this process dies its driver gets a SIGTERM (on Linux).
+    The driver restarts if a signal kills it, or if it exits because of an outage or because its machine is about to be
+    taken away (see `ExitStatus`). It does not restart after any other exit. A new driver continues from the newest
+    checkpoint. Deaths and outages count against `cluster.max_failures`; every new checkpoint resets the count.
+
+    SIGINT and SIGTERM are passed on to the driver. On Linux, the driver gets SIGTERM if this process dies.
     """
     storage = Storage(config.storage)
     with ExitStack() as stack:
@@ -61,7 +65,7 @@ def run_restarted(command: Sequence[str], config: RunConfig) -> int:
 
 
 def _failure(status: int) -> Failure:
-    """Why a driver that shall be run again ended."""
+    """Return why a driver that may be restarted has ended."""
     if status == ExitStatus.DRAINED:
         return Failure(None, "preemption", "the machine of the driver is about to be taken away")
     if status == ExitStatus.OUTAGE:
@@ -70,7 +74,7 @@ def _failure(status: int) -> Failure:
 
 
 class _Driver:
-    """The process that runs now, and the wish to end it."""
+    """The current driver process, and whether it has been asked to stop."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._command, self._environment = command, os.environ | environment
@@ -78,7 +82,10 @@ class _Driver:
         self.is_stopping = False
 
     def run(self) -> int:
-        """Exit status of one more process; negative for the signal that ended it, OUTAGE where Ray ended it."""
+        """Run one driver process and return its exit status.
+
+        The status is the negative signal number if a signal killed the process, and OUTAGE if Ray ended it.
+        """
         if self.is_stopping:
             return -signal.SIGTERM
         reader, writer = os.pipe()
@@ -87,11 +94,11 @@ class _Driver:
             self._process = subprocess.Popen(
                 self._command, env=environment, preexec_fn=_end_with_parent, pass_fds=(writer,)
             )
-            self._environment |= {RESTARTED: "1"}  # the next one
-            if self.is_stopping:  # the signal came while the process started
+            self._environment |= {RESTARTED: "1"}  # for the next process
+            if self.is_stopping:  # the signal arrived while the process was starting
                 self._process.send_signal(signal.SIGTERM)
             status = self._process.wait()
-            os.write(writer, b"#")  # what the driver has left behind may hold that end open
+            os.write(writer, b"#")  # children of the driver may hold the pipe open, so the read below could block
             decided = os.read(reader, 1) == b"."
         finally:
             os.close(reader)
@@ -99,18 +106,18 @@ class _Driver:
         return ExitStatus.OUTAGE if status == ExitStatus.GAVE_UP and not decided else status
 
     def wait(self, seconds: float) -> None:
-        """Before the next one, unless there shall be none."""
+        """Wait before the next start; return early if a stop is requested."""
         deadline = time.monotonic() + seconds
         while not self.is_stopping and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
 
     def stop(self, number: signal.Signals) -> None:
-        """Pass a signal on, and start no other process."""
+        """Pass a signal on to the process, and prevent further starts."""
         self.is_stopping = True
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
 
 def _end_with_parent() -> None:
-    """In the new process: an orphan would train on beside the next job of its run."""
+    """Run in the new process: an orphaned driver would keep training beside the next driver of the run."""
     end_with_parent(signal.SIGTERM)

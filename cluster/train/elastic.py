@@ -1,8 +1,8 @@
-"""The number of workers of every attempt, which may be another each time where `cluster.num_workers` is a range.
+"""Choose the number of workers of each attempt, which can change if `cluster.num_workers` is a range.
 
-A run never changes its size in the middle of an attempt. It shrinks because an attempt that lost a worker is followed
-by one with what is left; it grows because an attempt is asked to end after a checkpoint as soon as the cluster has had
-room for more for a while. Either way the next attempt cuts the optimizer state for its own number of ranks.
+The number never changes during an attempt. A run shrinks if a worker is lost: the next attempt uses the workers that
+are left. A run grows if the cluster has had room for more workers for `PATIENCE_S`: the attempt is asked to end after
+a checkpoint. In both cases, the next attempt repartitions the optimizer state for its number of ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from m2f.model.counted import counted
 
 LOOK_S = 2.0
 PATIENCE_S = 10.0
-"""How long the most workers are waited for while there is room for fewer, and room for more must last: resources of an
-attempt that has just ended come back one by one, and those of a node that has just died are offered for a while."""
+"""Seconds to wait for `max_workers` before starting with fewer, and seconds that room for more workers must last.
+
+Resources of an attempt that has just ended are released one by one, and Ray offers those of a dead node for a while."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Resize:
     before: int
     after: int
     seconds: float
-    """From the end of the attempt before to the first step of this one."""
+    """From the end of the previous attempt to the moment when this one resumes."""
     steps_redone: int
-    """Reported steps that no checkpoint held."""
+    """Reported steps that were lost because no checkpoint contained them."""
 
     def __str__(self) -> str:
         size = f"from {self.before} to {counted(self.after, 'worker')}"
@@ -40,14 +41,14 @@ class Resize:
 
 
 def next_size(free: int, config: ClusterConfig, waited_s: float) -> int | None:
-    """Workers to start with where there is room for `free`; None to wait on."""
+    """Return the number of workers to start if there is room for `free`; None to keep waiting."""
     if free >= config.max_workers:
         return config.max_workers
     return free if free >= config.min_workers and waited_s >= PATIENCE_S else None
 
 
 class Sizes:
-    """The sizes of one supervised run."""
+    """Numbers of workers of one supervised run."""
 
     def __init__(
         self,
@@ -64,13 +65,14 @@ class Sizes:
         self._waiting_since: float | None = None
         self._noted = False
         self.growing = False
-        """Whether the attempt was asked to end because there is room for more workers."""
+        """Whether the attempt has been asked to end because there is room for more workers."""
         self.resizes: list[Resize] = []
 
     def next(self) -> int | None:
-        """The size of the attempt that starts now; None where it has to wait. A fixed size waits inside Ray.
+        """Return the number of workers of the attempt that starts now; None if it has to wait.
 
-        Ray's pending placement group is what an autoscaler and other runs of the cluster see.
+        A run with a fixed number of workers never waits here. It waits in Ray, because a pending placement group is
+        visible to the autoscaler and to other runs of the cluster.
         """
         is_fixed = self._config.min_workers == self._config.max_workers
         size = self._config.max_workers if is_fixed else self._next_of_range()
@@ -81,7 +83,10 @@ class Sizes:
         return size
 
     def look(self, relay: RunRelay) -> None:
-        """Called again and again while an attempt runs: notes its first step, and whether there is room for more."""
+        """Note when the attempt resumes, and whether there is room for more workers.
+
+        To be called repeatedly while an attempt runs. The free resources are checked every `LOOK_S` seconds.
+        """
         assert self._size is not None
         if relay.resumed is not None and not self._noted:
             self._noted = True
@@ -100,7 +105,7 @@ class Sizes:
             self.growing = True
 
     def ended(self, relay: RunRelay) -> None:
-        """The attempt is over."""
+        """Note the time and the last reported step at the end of an attempt."""
         self._ended_at, self._ended_step = self._clock(), relay.last_step
 
     def _next_of_range(self) -> int | None:

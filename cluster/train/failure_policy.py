@@ -1,4 +1,4 @@
-"""Decisions of the supervisor after a failure, as pure functions of what has happened so far."""
+"""Decisions of the supervisor after a failure, as pure functions of the failures so far."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from m2f.trainer.recovery.adjustments import Change, SkipPositions, SmallerMicro
 from m2f.trainer.recovery.ending import Ending
 
 FailureKind = Literal["mistake", "error", "outage", "death", "preemption", "room", "memory", "spike", "collateral"]
-"""mistake: running again gives the same (a user's error, a bug); error: may pass, until it comes back unchanged;
-outage: the storage did not answer for longer than its patience; death: a process, node or health check; preemption: a
-node that was taken back; room: the cluster had none for the workers within Ray's patience; memory: that of the device
-is too small for a micro-batch; spike: the loss left its usual range; collateral: echo of a peer's failure."""
+"""Kinds of failures.
+
+mistake: a restart would fail in the same way (an error of the user, or a bug).
+error: an error that may be transient, unless it repeats unchanged.
+outage: the storage did not answer for `storage.patience_s`.
+death: a process or node died, or a health check failed.
+preemption: the provider reclaimed a node.
+room: Ray found no resources for the workers within its timeout.
+memory: a micro-batch does not fit into the memory of the device.
+spike: the loss left its usual range.
+collateral: a consequence of another rank's failure."""
 
 _MISTAKES = (
     UserError,
@@ -51,53 +58,53 @@ _FREE: tuple[FailureKind, ...] = ("preemption", "room", "memory")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended: the root cause of the lowest rank that has one."""
+    """Why an attempt ended: the failure of the lowest rank that is a root cause."""
 
     rank: int | None
-    """None where no single rank is to blame."""
+    """None if no single rank is the cause."""
     kind: FailureKind
     message: str
     """Type and text of the error, without a traceback."""
     micro_batch: int = 0
-    """memory: images that were too many."""
+    """memory: number of images per micro-batch that did not fit."""
     positions: PositionRange | None = None
-    """spike: its samples."""
+    """spike: positions of its samples in the data order."""
 
 
 @dataclass(frozen=True)
 class AttemptError:
-    """How the ranks of an attempt failed."""
+    """Errors of the ranks of an attempt."""
 
     by_rank: Mapping[int, BaseException]
     story: str
-    """Everything that is known, for a file."""
+    """Full details, to be written to a file."""
     other: BaseException | None = None
-    """Set where no rank has an error, for example if they could not be started."""
+    """Set if no rank has an error, for example because the ranks could not be started."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of the worker group that failed."""
+    """A failed attempt: one run of all ranks."""
 
     failure: Failure
     checkpoint_step: int
-    """Step of the newest committed checkpoint when it ended; 0 for none."""
+    """Step of the newest committed checkpoint at its end; 0 without a checkpoint."""
 
 
 @dataclass(frozen=True)
 class AttemptHistory:
-    """Every failed attempt of this supervisor, oldest first."""
+    """All failed attempts of this supervisor, oldest first."""
 
     start_step: int = 0
     """Step of the newest committed checkpoint before the first attempt."""
     attempts: tuple[Attempt, ...] = ()
 
     def after(self, attempt: Attempt) -> AttemptHistory:
-        """The history with one more attempt."""
+        """Return the history with one more attempt."""
         return AttemptHistory(self.start_step, (*self.attempts, attempt))
 
     def without_progress(self) -> tuple[Attempt, ...]:
-        """The trailing attempts since the last new checkpoint; the one that wrote it comes first."""
+        """Return the attempts since the last new checkpoint, beginning with the attempt that wrote it."""
         steps = [self.start_step, *(a.checkpoint_step for a in self.attempts)]
         first = max((i for i in range(len(self.attempts)) if steps[i + 1] > steps[i]), default=0)
         return self.attempts[first:]
@@ -105,28 +112,30 @@ class AttemptHistory:
 
 @dataclass(frozen=True)
 class Retry:
-    """Start the worker group again."""
+    """Decision to start the ranks again."""
 
     delay_s: float
     reason: str
     change: Change | None = None
-    """What must be different from now on."""
+    """Adjustment that applies from the next attempt on."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Give up."""
+    """Decision to give up."""
 
     reason: str
 
 
 def decide(history: AttemptHistory, max_failures: int) -> Retry | Stop:
-    """What to do after the last attempt of `history`.
+    """Return what to do after the last attempt of `history`.
 
-    Mistakes stop at once, and so do outages, for which the ranks have waited, and an error that comes back word for
-    word without a new checkpoint in between. Deaths are retried with exponential backoff up to `max_failures` times
-    without progress. Preemptions cost nothing, nor does a lack of memory while the micro-batch can be halved. After a
-    loss spike its samples are left out.
+    - A mistake stops the run. So does an outage, because the ranks have already waited for the storage.
+    - An error stops the run if it repeats with the same message without a new checkpoint in between.
+    - Deaths and other errors are retried up to `max_failures` times without progress, with exponential backoff.
+    - Preemptions and a lack of room are retried and do not count.
+    - A lack of memory halves the micro-batch and does not count. A micro-batch of one image stops the run.
+    - After a loss spike, its samples are left out.
     """
     streak = history.without_progress()
     last = streak[-1].failure
@@ -163,7 +172,10 @@ def _halve(micro_batch: int) -> Retry | Stop:
 
 
 def classify(error: BaseException) -> FailureKind:
-    """Kind of one rank's error. What Ray itself raised is a death; `preempted` is Ray's mark of a lost node."""
+    """Return the kind of one rank's error.
+
+    Errors that Ray itself raises count as deaths. Ray sets the attribute `preempted` if the node was preempted.
+    """
     error = getattr(error, "health_check_failure", error)
     if getattr(error, "preempted", False) or type(error).__name__ == "PreemptionError":
         return "preemption"
@@ -188,7 +200,7 @@ def classify(error: BaseException) -> FailureKind:
 
 
 def failure_of(error: AttemptError | None, ending: Ending | None) -> Failure:
-    """Why an attempt ended before the last step; `ending` is what a rank left in the run folder."""
+    """Return why an attempt ended before the last step. `ending` is the record that a rank wrote to the run folder."""
     if ending is not None and ending.kind == "stalled":
         return Failure(None, "death", ending.message)  # the error only says that processes are gone
     if error is None:
@@ -202,9 +214,10 @@ def failure_of(error: AttemptError | None, ending: Ending | None) -> Failure:
 
 
 def root_cause(errors: Mapping[int, BaseException]) -> Failure:
-    """The failure of the lowest rank that is not the echo of another rank's. All echoes: some process has died.
+    """Return the failure of the lowest rank that is not a consequence of another rank's failure.
 
-    A preempted node explains every other error of the same attempt.
+    If all failures are such consequences, some process has died. A preemption takes precedence, because it explains
+    every other error of the same attempt.
     """
     assert errors, "a failed attempt has at least one error"
     failures = [_failure(rank, error) for rank, error in sorted(errors.items())]

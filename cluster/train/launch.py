@@ -1,4 +1,4 @@
-"""Run a function in one process per rank, to its end and without restarts."""
+"""Run a function in one process per rank, without restarts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ POLL_S = 1.0
 
 
 class LaunchError(RuntimeError):
-    """A rank failed. The message is the root cause, followed by that rank's traceback."""
+    """A rank failed. The message contains the root cause and that rank's traceback."""
 
 
 @dataclass(frozen=True)
 class _Silent:
-    """A target that has nothing to post."""
+    """Adapter for a target that posts no messages: drops the last argument, `post`."""
 
     target: Callable[..., None]
 
@@ -36,13 +36,14 @@ def launch(
     num_workers: int,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run `target(*arguments)` in `num_workers` processes with torch's launch variables set; returns when all are done.
+    """Run `target(*arguments)` in `num_workers` processes with torch's launch variables, and wait for all of them.
 
-    The first SIGINT or SIGTERM reaches the processes as SIGTERM, a second one ends them at once.
+    The first SIGINT or SIGTERM sends SIGTERM to the processes. The second one kills them.
 
     Raises:
         UserError: the root cause is a mistake that the user can correct.
-        LaunchError: any other failure; names the lowest rank that is not the echo of another's failure.
+        LaunchError: any other failure; names the lowest rank whose failure is not a consequence of another rank's.
+        KeyboardInterrupt: a second signal arrived.
     """
     signals = 0
     with RankProcesses(_Silent(target), arguments, num_workers, environment) as ranks:

@@ -1,4 +1,4 @@
-"""What the supervisor needs of a way to start ranks: Ray Train or plain processes."""
+"""Interfaces between the supervisor and the launchers (Ray Train or plain processes)."""
 
 from __future__ import annotations
 
@@ -14,67 +14,70 @@ from m2f.trainer.reporting import Event
 
 
 class Evaluations(Protocol):
-    """Evaluates the commits of the run folder while or after ranks train."""
+    """Evaluates the commits of the run folder during or after training."""
 
     @property
     def lost(self) -> str | None:
-        """Why nothing evaluates any more; what waits is done when the run is continued."""
+        """Why evaluations have stopped; None while they work. Pending ones run when the run is continued."""
         ...
 
     def training_ended(self) -> None:
-        """All steps are done: the machine is free for evaluations."""
+        """Notify that training has ended, so that evaluations may use the whole machine."""
         ...
 
     def status(self) -> EvaluationStatus | None:
-        """Entries and the running evaluation; None while that is not known."""
+        """Return the entries of the queue and the running evaluation; None while they are unknown."""
         ...
 
     def entries(self) -> tuple[Entry, ...]:
-        """The stored ledger."""
+        """Return the stored entries of the evaluation queue."""
         ...
 
     def close(self) -> tuple[Entry, ...]:
-        """End what evaluates; the entries as they are stored."""
+        """Stop evaluating, and return the stored entries."""
         ...
 
 
 class Launcher(Protocol):
-    """Starts the ranks of one attempt after the other. A context manager, entered under the lease."""
+    """Starts the ranks of successive attempts. A context manager; the caller must hold the lease when entering it."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *error: object) -> None: ...
 
     def evaluations(self, tracked: TrackedRun) -> Evaluations:
-        """Made once, where the recipe evaluates."""
+        """Return the evaluations of the run. Called once, and only if the recipe has evaluation sets."""
         ...
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Free resources by node, for runs whose number of workers may change."""
+        """Return the free resources of each node. Only used if the number of workers may change."""
         ...
 
     def start(self, job: TrainJob, workers: int) -> None:
-        """Begin an attempt."""
+        """Start the ranks of an attempt."""
         ...
 
     @property
     def running(self) -> bool:
-        """Whether a rank of the attempt runs."""
+        """Whether any rank of the attempt is running."""
         ...
 
     def poll(self, stop: bool, wait_s: float) -> Sequence[Event]:
-        """Events since the last poll, after up to `wait_s` seconds; `stop` asks the ranks to end after a checkpoint."""
+        """Wait up to `wait_s` seconds and return the events since the last poll.
+
+        If `stop` is set, the ranks are asked to end after a checkpoint.
+        """
         ...
 
     def error(self) -> AttemptError | None:
-        """How the attempt failed, once nothing runs; None where all ranks returned."""
+        """Return how the attempt failed; None if all ranks returned. Valid once no rank is running."""
         ...
 
     @property
     def leaving(self) -> bool:
-        """Whether the machine of this process is about to be taken away."""
+        """Whether the machine of this process is about to be reclaimed."""
         ...
 
     def describe_wait(self) -> str:
-        """What ranks that have not reported yet may wait for; "" where that is not known."""
+        """Return what ranks without a report may be waiting for; "" if unknown."""
         ...

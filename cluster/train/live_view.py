@@ -1,6 +1,6 @@
-"""A run as a person at a terminal sees it: one panel that stays below the lines of the log and is drawn twice a second.
+"""Live terminal view of a run: a panel below the log lines, redrawn twice a second.
 
-Rich catches what else is written to standard output and error, and prints it above.
+Rich captures other output to standard output and standard error, and prints it above the panel.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ MAX_LOSSES = 2000
 MAX_WIDTH = 100
 SILENCE_FACTOR = 5.0
 SILENCE_S = 20.0
-"""A panel says that nothing was heard after so many seconds, and so many times what the last report took."""
+"""Minimum silence in seconds before the panel reports it.
+
+The silence must also exceed `SILENCE_FACTOR` times the interval between the last two reports."""
 _ALARMING: set[NoticeKind] = {"damaged", "skipped", "spike", "memory", "slow", "stalled"}
 
 
 class LiveView:
-    """The panel, and a Reporter that fills it. One thread calls its methods."""
+    """The panel, and the Reporter that fills it. Not thread-safe: call its methods from one thread only."""
 
     def __init__(
         self,
@@ -59,25 +61,25 @@ class LiveView:
         self._evaluated: list[Entry] = []
 
     def start(self) -> None:
-        """Draw the panel, again and again."""
+        """Start drawing the panel periodically."""
         self._live.start()
 
     def stop(self, outcome: str) -> None:
-        """Leave the last picture on the screen."""
+        """Draw the panel a last time with `outcome` as its stage, and leave it on the screen."""
         self._stage, self._evaluating, self._keys = outcome, None, ""
         self._live.stop()
 
     def interrupted(self) -> None:
-        """The user has asked for the end."""
+        """Show that the user has asked the run to stop."""
         self._keys = "stopping after a checkpoint, Ctrl-C again ends at once"
 
     def begin_attempt(self, workers: int) -> None:
-        """Workers are being started, for the first time or again."""
+        """Show that workers are starting. Every call but the first counts as a restart."""
         self._stage, self._workers, self._heard, self._interval_s = "starting", workers, self._clock(), 0.0
         self._restarts += 1
 
     def report(self, event: Event) -> None:
-        """Nothing for a RankReport: a StepReport has what matters of all ranks."""
+        """Show an event. RankReport is ignored, because StepReport summarizes all ranks."""
         match event:
             case StepReport(step, metrics):
                 now = self._clock()
@@ -94,11 +96,11 @@ class LiveView:
                 (print_err if kind in _ALARMING else print_out)(f"step {step}: {kind}: {message}")
 
     def evaluating(self, progress: EvaluationProgress | None) -> None:
-        """What is being evaluated now."""
+        """Show the running evaluation; None removes it."""
         self._evaluating = progress
 
     def evaluated(self, entry: Entry) -> None:
-        """One more settled evaluation."""
+        """Add a settled evaluation."""
         self._evaluated.append(entry)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -178,7 +180,10 @@ class LiveView:
 
 
 def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
-    """Means of up to `width` stretches of the values, from the lowest bar for the least to the highest for the most."""
+    """Return a bar chart of up to `width` characters; each bar is the mean of a segment of the values.
+
+    The bars are scaled between the smallest and the largest mean. Infinite values and NaN are left out.
+    """
     numbers = [value for value in values if abs(value) < float("inf")]
     if not numbers:
         return ""
@@ -215,7 +220,10 @@ def _machines(system: SystemUse) -> str:
 
 
 def _evaluated(published: Sequence[Entry]) -> str:
-    """The last result, and the best step by the first headline number of its first set where that is another."""
+    """Return the last result, and the best one if it belongs to another step.
+
+    Results are compared by the first headline metric of the first evaluation set.
+    """
     last = published[-1]
     text = f"step {last.step:,}: {headline(last.metrics)}"
     name = first_headline(last.metrics)

@@ -1,4 +1,4 @@
-"""`m2f train --launcher local`: ranks as plain processes on this machine, evaluations after the last step."""
+"""`m2f train --launcher local`: run ranks as plain processes on this machine, and evaluate in the driver's process."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from m2f.trainer.reporting import Event
 
 
 def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
-    """Train a recipe with `cluster.num_workers` processes (of a range: the most) on this machine's GPUs or CPU.
+    """Train a recipe on this machine's GPUs or CPU and return a summary of the run.
 
-    The same supervisor as with Ray: restarts after failures within `cluster.max_failures`, tracking, adjustments.
-    Checkpoints are evaluated in this process, after the last step or, as `training.early_stopping` needs results
-    before, while the ranks train. SIGINT or SIGTERM stop the run after a checkpoint.
-    `live` shows a panel on the terminal in place of a log.
+    `cluster.num_workers` processes are started; the maximum if it is a range. The supervisor is the same as with Ray:
+    it restarts after failures within `cluster.max_failures`, tracks the run and applies adjustments. This process
+    evaluates the checkpoints: during training if `training.early_stopping` is set, otherwise after the last step.
+    SIGINT or SIGTERM stops the run after a checkpoint. With `live`, the terminal shows a panel instead of log lines.
 
     Raises:
-        UserError: the recipe, the data or the store cannot be used.
-        LeaseHeldError: another process trains in the run folder.
-        LeaseLostError: another process took the run folder over, since this one gave no sign of life.
+        UserError: the recipe, the data or the tracking store cannot be used.
+        LeaseHeldError: another process is training in the run folder.
+        LeaseLostError: another process took over the run folder, because this one did not renew its lease.
     """
     config = settled_run(config, this_machine(), beside=config.training.early_stopping is not None)
     cluster = replace(config.cluster, num_workers=config.cluster.max_workers)
@@ -46,7 +46,7 @@ def train_locally(config: RunConfig, live: bool = False) -> RunSummary:
 
 
 class LocalLauncher:
-    """Processes on this machine."""
+    """Launcher that runs ranks as processes on this machine."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -61,26 +61,26 @@ class LocalLauncher:
         self._stack.close()
 
     def evaluations(self, tracked: TrackedRun) -> LocalEvaluations:
-        """In this process."""
+        """Return evaluations that run in this process."""
         return LocalEvaluations(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Not asked for: the number of workers is fixed."""
+        """Return nothing: the number of workers is fixed, so no caller needs it."""
         return ()
 
     def start(self, job: TrainJob, workers: int) -> None:
-        """Start the processes; those of the attempt before are gone."""
+        """Start the processes of an attempt, after ending those of the previous one."""
         self._stack.close()
         ranks = RankProcesses(train_rank, (job,), workers, worker_environment(self._config))
         self._ranks, self._asked = self._stack.enter_context(ranks), False
 
     @property
     def running(self) -> bool:
-        """Whether a process runs."""
+        """Whether any process is running."""
         return self._ranks is not None and self._ranks.running
 
     def poll(self, stop: bool, wait_s: float) -> Sequence[Event]:
-        """What rank 0 has posted."""
+        """Wait up to `wait_s` seconds and return the events that rank 0 has posted."""
         if self._ranks is None or not self._ranks.running:
             time.sleep(wait_s)
             return () if self._ranks is None else self._ranks.receive(0.0)
@@ -90,7 +90,7 @@ class LocalLauncher:
         return self._ranks.receive(wait_s)
 
     def error(self) -> AttemptError | None:
-        """What ended the ranks, with the traceback of the one to blame."""
+        """Return the errors of the ranks, with the traceback of the rank that caused them; None if none failed."""
         assert self._ranks is not None
         found = self._ranks.errors
         if not found:
@@ -103,16 +103,16 @@ class LocalLauncher:
 
     @property
     def leaving(self) -> bool:
-        """Nobody tells this process."""
+        """Always False: a local run receives no notice of a shutdown."""
         return False
 
     def describe_wait(self) -> str:
-        """Nothing to wait for: processes start at once."""
+        """Return "": local processes start at once and wait for nothing."""
         return ""
 
 
 class LocalEvaluations:
-    """Evaluates in this process: once the ranks have left the machine, or beside them if the run may end early."""
+    """Evaluations in this process: after training, or during training if `training.early_stopping` is set."""
 
     lost: str | None = None
 
@@ -120,26 +120,29 @@ class LocalEvaluations:
         self._config, self._tracked = config, tracked
         self._service: EvaluationService | None = None
         if config.training.early_stopping is not None:
-            ranks = config.cluster.max_workers  # they have the first GPUs
+            ranks = config.cluster.max_workers  # the ranks use the first GPUs
             gpu = ranks if torch.cuda.device_count() > ranks else 0
             self._service = EvaluationService(config, tracked, lambda config: LocalPool(config, gpu))
 
     def training_ended(self) -> None:
-        """Begin with the evaluations, where results were not needed before."""
+        """Start evaluating, unless evaluations already run beside the training."""
         if self._service is None:
             print_out("all steps are done; evaluating checkpoints in this process")
             self._service = EvaluationService(self._config, self._tracked, LocalPool)
 
     def status(self) -> EvaluationStatus | None:
-        """None before evaluations begin."""
+        """Return the state of the evaluations; None before they begin."""
         return None if self._service is None else self._service.status()
 
     def entries(self) -> tuple[Entry, ...]:
-        """The stored ledger."""
+        """Return the stored entries of the evaluation queue."""
         return read_entries(Storage(self._config.storage), queue_url(self._config))
 
     def close(self) -> tuple[Entry, ...]:
-        """Send what waits for MLflow. An evaluation that runs ends with this process, and is done again later."""
+        """Send pending MLflow entries if no evaluation is running, and return the stored entries.
+
+        A running evaluation ends with this process and is repeated when the run is continued.
+        """
         if self._service is not None and self._service.status().idle:
             self._service.close()
         return self.entries()

@@ -1,4 +1,4 @@
-"""One rank of a local run, in a process of its own. Imports little, since the process starts with this module."""
+"""One rank of a local run, in its own process. Imports little, to keep the start of the process fast."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from m2f.trainer.reporting import Event, RankReport, Reporters
 
 
 def train_rank(job: TrainJob, post: Post) -> None:
-    """Train until the run is done, or SIGTERM asks for the end after a checkpoint."""
+    """Train until the run is done, or until SIGTERM asks it to end after a checkpoint."""
     with stopped_by_signals() as control:
         from m2f.trainer.worker import run_worker  # DeepSpeed reads the environment when it is imported
 
         try:
             run_worker(job, PostReporter(post) if os.environ["RANK"] == "0" else Reporters(), control)
-        except PeersError as error:  # the driver judges what this rank itself met
+        except PeersError as error:  # the driver classifies this rank's own error
             raise (error.__cause__ or error) from None
 
 
 class PostReporter:
-    """Posts the events of rank 0 to the driver."""
+    """Reporter that posts the events of rank 0 to the driver."""
 
     def __init__(self, post: Post) -> None:
         self._post = post
 
     def report(self, event: Event) -> None:
-        """All but a RankReport: the StepReport has what matters of all ranks."""
+        """Post an event. RankReport is ignored, because StepReport summarizes all ranks."""
         if not isinstance(event, RankReport):
             self._post(event)
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[ManualControl]:
-    """A control that SIGTERM sets to stop. Every rank has one, so that none dies of the signal."""
+    """Give a control that SIGINT or SIGTERM sets to stop. All ranks use it, so that the signal kills none of them."""
     control = ManualControl()
 
     def stop(number: signal.Signals) -> None:
@@ -51,7 +51,7 @@ def stopped_by_signals() -> Iterator[ManualControl]:
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
-    """What a rank's process must find in its environment before it imports torch and DeepSpeed."""
+    """Return environment variables that a rank needs before it imports torch and DeepSpeed."""
     environment = {"OMP_NUM_THREADS": str(config.training.threads)}
     if not config.cluster.gpus_per_worker:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -10,7 +10,10 @@ MAX_EVENTS = 10_000
 
 
 class Mailbox:
-    """Events that the driver does not poll in time are dropped, the oldest first: the run folder has what counts."""
+    """Queue of at most `MAX_EVENTS` events. If it is full, the oldest is dropped.
+
+    Nothing essential is lost, because the run folder holds the durable records.
+    """
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
@@ -21,10 +24,10 @@ class Mailbox:
         self._events.append(event)
 
     def poll(self, stop: bool) -> tuple[Event, ...]:
-        """All events since the last poll, in order.
+        """Return all events since the last poll, in order.
 
-        `stop` says whether the ranks shall end after a checkpoint. The driver gives it with every poll, since an actor
-        that is made again has forgotten it.
+        `stop` asks the ranks to end after a checkpoint. The driver repeats it with every poll, because a restarted
+        actor has lost it.
         """
         self._stop = stop
         events = tuple(self._events)
@@ -32,5 +35,5 @@ class Mailbox:
         return events
 
     def stop_requested(self) -> bool:
-        """What the driver gave with its last poll."""
+        """Return the `stop` of the driver's last poll."""
         return self._stop

@@ -1,4 +1,4 @@
-"""Processes that end when their parent does."""
+"""End a process when its parent dies."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """In a new process, on Linux: get this signal when the parent dies; elsewhere nothing happens."""
+    """Send this signal to the calling process when its parent dies. Does nothing on systems other than Linux."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # the parent died before prctl took effect
         os.kill(os.getpid(), number)

@@ -1,7 +1,7 @@
-"""One process per rank on this machine, joined over loopback.
+"""Run one process per rank on this machine; the ranks communicate over loopback.
 
-Imports neither ray, mlflow nor torch when it is imported. The processes are spawned, so that none inherits threads or
-a CUDA context. Each has a pipe to its parent, for messages and for the error that ended it.
+Importing this module imports neither ray, mlflow nor torch. The processes are spawned, so that they inherit no threads
+and no CUDA context. Each process has a pipe to its parent for messages and for the error that ended it.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from m2f.trainer.errors import RankDiedError
 from m2f.trainer.reporting import STALL_EXIT
 
 ECHO_S = 5.0
-"""How long the other ranks may take to report what a dead one did to them, before they are ended."""
+"""Seconds that the other ranks have to report their own errors after one rank has failed, before they are killed."""
 TERM_S = 10.0
-"""How long a killed process may take to end."""
+"""Seconds to wait for a killed process to end."""
 POST_S = 2.0
-"""How long a message may wait for another thread's: a rank that stalls must still be able to end itself."""
+"""Seconds that a message waits for another thread's message. Limited so that a stalled rank can still end itself."""
 _START = multiprocessing.get_context("spawn")
-_MOST_TEXT = 25_000  # of an error, and of its traceback: together they fit into a pipe that nobody reads yet
+_MOST_TEXT = 25_000  # characters of an error, and of its traceback: together they fit into the buffer of an unread pipe
 
 Post = Callable[[Any], None]
-"""Sends a message to the parent."""
+"""Function that sends a message to the parent process."""
 
 
 @dataclass(frozen=True)
 class RankError:
-    """What ended a rank."""
+    """The error that ended a rank."""
 
     error: BaseException
     trace: str
-    """Traceback in the rank's process; empty where it died."""
+    """Traceback from the rank's process; empty if the process died without one."""
 
 
 @dataclass
 class _Rank:
-    """One process as its parent sees it."""
+    """The parent's view of one process."""
 
     index: int
     process: BaseProcess
@@ -58,10 +58,10 @@ class _Rank:
     error: RankError | None = None
     messages: list[Any] = field(default_factory=list)
     is_open: bool = True
-    """Whether more can come through the pipe."""
+    """Whether the pipe can still deliver messages."""
 
     def collect(self) -> None:
-        """Read what the process has sent."""
+        """Read all messages that the process has sent."""
         try:
             while self.is_open and self.pipe.poll():
                 message = self.pipe.recv()
@@ -69,11 +69,11 @@ class _Rank:
                     self.error = message
                 else:
                     self.messages.append(message)
-        except (EOFError, OSError):  # it has ended, maybe while it wrote
+        except (EOFError, OSError):  # the process has ended, perhaps in the middle of a message
             self.is_open = False
 
     def note_end(self) -> None:
-        """The process has ended: name the way if it gave no error."""
+        """Record the end of the process: if it sent no error, derive one from a nonzero exit code."""
         self.process.join()
         self.collect()
         code = self.process.exitcode
@@ -82,10 +82,11 @@ class _Rank:
 
 
 class RankProcesses:
-    """Processes that run `target(*arguments, post)` with torch's launch variables set; a context manager.
+    """Context manager for processes that run `target(*arguments, post)` with torch's launch variables set.
 
-    `target` and `arguments` must be picklable; `environment` is set in every process besides. Once a rank has failed,
-    the others have ECHO_S to end before they are killed. They end, too, when this process does (on Linux).
+    `target` and `arguments` must be picklable. `environment` is added to the environment of every process. After a
+    rank has failed, the others have `ECHO_S` seconds to end before they are killed. On Linux, the processes are also
+    killed if this process dies.
     """
 
     def __init__(
@@ -123,24 +124,27 @@ class RankProcesses:
 
     @property
     def running(self) -> bool:
-        """Whether a process runs."""
+        """Whether any process is running."""
         return bool(self._running)
 
     @property
     def errors(self) -> dict[int, RankError]:
-        """What ended ranks that have failed, by rank; complete once nothing runs."""
+        """Errors of failed ranks, by rank. Complete once no process is running."""
         return {rank.index: rank.error for rank in self._ranks if rank.error is not None}
 
     @property
     def exits(self) -> str:
-        """Exit statuses of all ranks, in words."""
+        """Exit statuses of all ranks as text."""
         return ", ".join(f"rank {rank.index}: {rank.process.exitcode}" for rank in self._ranks)
 
     def receive(self, wait_s: float) -> list[Any]:
-        """Messages of all ranks, after up to `wait_s` seconds; sooner where a rank ends."""
+        """Wait up to `wait_s` seconds for a message and return the messages of all ranks.
+
+        Returns earlier if all ranks have ended. Kills the remaining ranks once `ECHO_S` has passed since a failure.
+        """
         until = min(time.monotonic() + wait_s, self._deadline)
         while self._running:
-            # Without closed pipes, which are always ready: a rank closes its own some time before it ends.
+            # Closed pipes are left out, because they are always ready; a rank closes its pipe shortly before it ends.
             pipes = [rank.pipe for rank in self._running.values() if rank.is_open]
             for ready in wait([*self._running, *pipes], max(0.0, until - time.monotonic())):
                 if isinstance(ready, int):
@@ -162,7 +166,7 @@ class RankProcesses:
             rank.process.terminate()
 
     def close(self) -> None:
-        """Leave no process behind."""
+        """Kill all running processes and close the pipes."""
         self._kill()
         for rank in self._ranks:
             rank.pipe.close()
@@ -182,7 +186,7 @@ class RankProcesses:
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended, in words with a remedy where one is known."""
+    """Describe how a process ended, with a remedy if one is known. A negative `code` is the number of a signal."""
     if code == STALL_EXIT:
         return "ended itself because the run stood still (see the event above)"
     if code >= 0:
@@ -195,10 +199,10 @@ def describe_exit(code: int) -> str:
 def _worker(
     target: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], pipe: Connection
 ) -> None:
-    """Body of one process."""
+    """Main function of one process: run the target, and send its error to the parent if it fails."""
     os.environ.update(environment)
     end_with_parent(signal.SIGKILL)  # the next holder of the lease may be training already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on what counts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent decides
     lock = threading.Lock()
 
     def post(message: Any) -> None:
@@ -221,12 +225,12 @@ def _worker(
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error itself where it survives pickling and is no book, else one with its words."""
+    """Return the error if it can be pickled and is small; otherwise a RuntimeError with its type and message."""
     try:
         data = pickle.dumps(error)
         if len(data) <= _MOST_TEXT and isinstance(pickle.loads(data), type(error)):
             return error
-    except Exception:  # whatever an error class does when it is pickled
+    except Exception:  # pickling an arbitrary error class can raise anything
         pass
     return RuntimeError(f"{type(error).__name__}: {error}"[:_MOST_TEXT])
 

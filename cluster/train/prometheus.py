@@ -1,6 +1,6 @@
-"""Numbers of a run as Prometheus metrics, on the metrics port of every Ray node.
+"""Prometheus metrics of a run, exported on the metrics port of every Ray node.
 
-A restart makes new worker processes and with them new series; group by the tags `run` and `rank`.
+A restart creates new worker processes and therefore new time series; group by the tags `run` and `rank`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANK_GAUGES = {
 
 
 class PrometheusReporter:
-    """Sets gauges; Ray's agent on each node exports them. Made inside a Ray worker."""
+    """Reporter that sets gauges, which Ray's agent on each node exports. Must be created inside a Ray worker."""
 
     def __init__(self, run: str, rank: int) -> None:
         self._tags = {"run": run}
@@ -52,7 +52,7 @@ class PrometheusReporter:
         self._is_first = rank == 0
 
     def report(self, event: Event) -> None:
-        """Gauges of the run and of this rank, and a counter of notices by kind."""
+        """Update the gauges of the run and of this rank, and count notices by kind."""
         match event:
             case StepReport(step, metrics):
                 self._step.set(step, self._tags)

@@ -1,6 +1,6 @@
-"""Training on Ray: Ray Train runs the ranks of an attempt, evaluation actors run beside them.
+"""Training on Ray: Ray Train runs the ranks of an attempt, and evaluation actors run beside them.
 
-An attempt is one `TorchTrainer.fit()` with `max_failures=0`, in a thread of its own.
+An attempt is one call of `TorchTrainer.fit()` with `max_failures=0`, in its own thread.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from m2f.trainer.job import TrainJob
 from m2f.trainer.reporting import Event
 
 PATIENCE_S = 10.0
-"""How long the mailbox may take to answer; it is asked again with the next poll."""
+"""Seconds to wait for an answer of the mailbox; the next poll asks again."""
 
 
 def run_training(config: RunConfig, live: bool = False) -> RunSummary:
-    """Train to `training.max_steps`, with restarts after failures and evaluations beside.
+    """Train to `training.max_steps`, with restarts after failures and concurrent evaluations; return a summary.
 
-    A run folder that holds checkpoints is continued. Ctrl-C or SIGTERM end the run after one more checkpoint (status
-    `stopped`). A finished run has waited for its evaluations; otherwise those that wait stay in the run folder and are
-    done when the run is continued. `live` shows a panel on the terminal in place of a log.
+    A run folder with checkpoints is continued. Ctrl-C or SIGTERM ends the run after one more checkpoint (status
+    `stopped`). A finished run has completed its evaluations. Otherwise pending evaluations stay in the run folder and
+    run when the run is continued. With `live`, the terminal shows a panel instead of log lines.
 
     Raises:
         UserError: a mistake in the recipe, the data or the stored run, found here or by a worker.
-        LeaseHeldError: another process trains in the run folder.
-        LeaseLostError: another process took the run folder over, since this one gave no sign of life.
+        LeaseHeldError: another process is training in the run folder.
+        LeaseLostError: another process took over the run folder, because this one did not renew its lease.
     """
     with _seen_devices(config) as seen:
         config = settled_run(config, seen, beside=True)
@@ -59,7 +59,7 @@ def run_training(config: RunConfig, live: bool = False) -> RunSummary:
 
 @contextmanager
 def _seen_devices(config: RunConfig) -> Iterator[SeenDevices]:
-    """GPUs of the cluster that the run will use; those of this machine where a local cluster will start on it."""
+    """Give the devices of the cluster that the run will use; this machine's if a local cluster will be started."""
     may_grow = names_cluster(config.cluster.address)
     if not may_grow and not ray.is_initialized():
         yield this_machine()
@@ -69,7 +69,7 @@ def _seen_devices(config: RunConfig) -> Iterator[SeenDevices]:
 
 
 class RayLauncher:
-    """Ray Train on the recipe's cluster, or on a local one."""
+    """Launcher that uses Ray Train on the recipe's cluster, or on a local one."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._cluster = config, config.cluster
@@ -86,7 +86,7 @@ class RayLauncher:
             stack.enter_context(connect(self._config))
             self._scratch = str(stack.enter_context(ScratchFolder("ray-train")))
             check_gpus(self._config, ray.cluster_resources().get("GPU", 0), may_grow)
-            # On the driver's node, so that it survives the loss of a node of workers.
+            # On the driver's node, so that it survives the loss of worker nodes.
             mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, label_selector=this_node())(Mailbox)
             self._mailbox = mailbox.remote()
             if self._cluster.min_workers < self._cluster.max_workers:
@@ -98,20 +98,21 @@ class RayLauncher:
         self._stack.close()
 
     def evaluations(self, tracked: TrackedRun) -> EvaluationClient:
-        """A pool of actors beside the training."""
+        """Return evaluations that run in a pool of actors beside the training."""
         return EvaluationClient(self._config, tracked)
 
     def free_nodes(self) -> Iterable[Mapping[str, float]]:
-        """Free resources of the nodes that live and shall stay. An autoscaler hears how many workers are wanted.
+        """Return the free resources of the nodes that are alive and not draining.
 
-        It sees none that queue up, and Ray Train replaces what was asked for at the end of every attempt.
+        Also requests resources for `max_workers` from the autoscaler. No workers are pending that it could count, and
+        Ray Train overwrites the request at the end of every attempt, so every call repeats it.
         """
         request_resources(bundles=[self._cluster.needs] * self._cluster.max_workers)
         leaving = draining_nodes()
         return [free for node, free in free_resources().items() if node not in leaving]
 
     def start(self, job: TrainJob, workers: int) -> None:
-        """Begin `TorchTrainer.fit()`."""
+        """Call `TorchTrainer.fit()` in a thread."""
         self._attempts, self._error = self._attempts + 1, None
         trainer = self._trainer(job, workers)
 
@@ -126,22 +127,22 @@ class RayLauncher:
 
     @property
     def running(self) -> bool:
-        """Whether `fit` has not returned."""
+        """Whether `fit` is still running."""
         return self._thread is not None and self._thread.is_alive()
 
     def poll(self, stop: bool, wait_s: float) -> Sequence[Event]:
-        """What rank 0 has posted."""
+        """Wait up to `wait_s` seconds and return the events in the mailbox; nothing if it does not answer."""
         if self._thread is not None:
             self._thread.join(wait_s)
         else:
             time.sleep(wait_s)
         try:
             return ray.get(self._mailbox.poll.remote(stop), timeout=PATIENCE_S)
-        except RayError:  # it restarts by itself
+        except RayError:  # Ray restarts the mailbox
             return ()
 
     def error(self) -> AttemptError | None:
-        """What `fit` raised."""
+        """Return what `fit` raised; None if it returned."""
         error = self._error
         if error is None:
             return None
@@ -152,11 +153,11 @@ class RayLauncher:
 
     @property
     def leaving(self) -> bool:
-        """Whether Ray was told to drain the driver's node."""
+        """Whether Ray is draining the driver's node."""
         return ray.get_runtime_context().get_node_id() in draining_nodes()
 
     def describe_wait(self) -> str:
-        """What a worker needs and what the cluster has."""
+        """Describe the resources that a worker needs and those that are free in the cluster."""
         free = ray.available_resources()
         needs = [f"{amount:g} {name} ({free.get(name, 0):g} free now)" for name, amount in self._cluster.needs.items()]
         return f"each of at least {counted(self._cluster.min_workers, 'worker')} needs {' and '.join(needs)}"
@@ -171,15 +172,15 @@ class RayLauncher:
                 timeout_s=round(job.training.collective_timeout_s),
             ),
             scaling_config=scaling_config(workers, cluster.gpus_per_worker > 0, cluster.needs),
-            # a new name each: Ray would look for checkpoints of the last
+            # a new name for each attempt, because Ray would look for checkpoints of the previous one
             run_config=attempt_config(f"attempt-{self._attempts}", self._scratch),
         )
 
 
 def check_gpus(config: RunConfig, available: float, may_grow: bool) -> None:
-    """Raise ClusterError where a local cluster has too few GPUs: Ray would wait for them for ever, without a word.
+    """Raise ClusterError if a local cluster has too few GPUs, because Ray would silently wait for them forever.
 
-    A cluster that was there before the run may grow, so there it is only said.
+    If the cluster may grow, only print a message.
     """
     cluster, evaluation = config.cluster, config.evaluation
     training = cluster.min_workers * cluster.gpus_per_worker

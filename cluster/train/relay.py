@@ -1,4 +1,4 @@
-"""Driver side of events and evaluations: prints them and forwards them to MLflow."""
+"""Driver side of events and evaluations: print them and forward them to MLflow."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from m2f.trainer.reporting import Event, LogReporter, Notice, Reporters, StepRep
 
 
 class RunRelay:
-    """Reporter of the driver; also knows how far the attempt is."""
+    """Reporter of the driver; also tracks the progress of the attempt."""
 
     def __init__(
         self, max_steps: int, tracked: TrackedRun, settled: tuple[Entry, ...], view: LiveView | None = None
     ) -> None:
-        """`settled` evaluations are known. With a `view`, which is started here, there is a panel in place of lines."""
+        """`settled` evaluations are not printed again. A `view` is started here and replaces the log lines."""
         self._tracking = Tracking(tracked, "driver")
         self._view = view
         self._tracking_reporter = TrackingReporter(self._tracking)
@@ -36,16 +36,16 @@ class RunRelay:
         self._evaluated: str | None = None
         self._read: set[str] = set()
         self.resumed: Notice | None = None
-        """The notice `resumed` of this attempt."""
+        """The `resumed` notice of this attempt; None until it arrives."""
         self.last_step = 0
-        """The last step that rank 0 reported."""
+        """Last step that rank 0 has reported."""
         if view is not None:
             for entry in settled:
                 view.evaluated(entry)
             view.start()
 
     def begin_attempt(self, workers: int) -> None:
-        """Workers are being started."""
+        """Show that workers are starting."""
         self.resumed = None
         if self._view is None:
             print_out(f"starting {counted(workers, 'training worker')}")
@@ -53,7 +53,7 @@ class RunRelay:
             self._view.begin_attempt(workers)
 
     def report(self, event: Event) -> None:
-        """An event of rank 0."""
+        """Show and track an event of rank 0."""
         self._reporter.report(event)
         match event:
             case StepReport(step):
@@ -62,14 +62,14 @@ class RunRelay:
                 self.resumed = event
 
     def track_stored(self, storage: Storage, run_folder: str) -> None:
-        """Track the points in `metrics/` of the run folder that no process has tracked before it died."""
+        """Track the points in `metrics/` of the run folder, since a process may have died before it tracked them."""
         for url, points in read_metrics(storage, run_folder, self._read):
             taken = [self._tracking_reporter.track(step, values) for step, values in points.items()]
-            if all(taken):  # else the disk is full, and they are read again at the end
+            if all(taken):  # otherwise the disk is full, and the file is read again at the end
                 self._read.add(url)
 
     def track_evaluations(self, config: RunConfig, storage: Storage, entries: Iterable[Entry]) -> None:
-        """Track what published evaluations found, in a store that has nothing of them."""
+        """Track the results of published evaluations in a store that does not have them."""
         for entry in entries:
             if entry.status == "published":
                 checkpoint = evaluated_checkpoint(config, storage, entry.checkpoint, entry.step, entry.commit)
@@ -80,7 +80,7 @@ class RunRelay:
                     self._tracking.log_artifact(join(config.run_folder, place), place)
 
     def show_evaluations(self, status: EvaluationStatus) -> None:
-        """Show the running evaluation, and every settled one once."""
+        """Show the running evaluation, and each settled one once."""
         if self._view is not None:
             self._view.evaluating(status.current)
         elif status.current is not None and status.current.key != self._evaluated:
@@ -94,14 +94,15 @@ class RunRelay:
                     self._view.evaluated(entry)
 
     def interrupted(self) -> None:
-        """The user has asked for the end: the panel says so."""
+        """Show in the panel that the user has asked the run to stop."""
         if self._view is not None:
             self._view.interrupted()
 
     def close(self, status: RunStatus | None, kept: KeptCheckpoints | None = None) -> None:
-        """Send what waits and set the run's status; None: another process has the run now, send nothing.
+        """Send pending entries and set the status of the MLflow run.
 
-        `kept` are the checkpoints at the end, where the run evaluates.
+        With `status` None, another process has taken over the run, and nothing is sent. `kept` holds the remaining
+        checkpoints if the run evaluates.
         """
         if self._view is not None:
             self._view.stop((status or "lost").lower().replace("killed", "stopped"))

@@ -1,4 +1,4 @@
-"""Whether a run has room on some nodes, as Ray counts it."""
+"""Resources that a run requests from Ray, and how many processes fit on given nodes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from m2f.model.counted import counted
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """Processes that a run cannot start without."""
+    """Processes that must fit before a run can start."""
 
     purpose: str
-    """training or evaluation"""
+    """`training` or `evaluation`."""
     count: int
     needs: Mapping[str, float]
-    """Ray resources of one process."""
+    """Amount per Ray resource of one process."""
 
     def __str__(self) -> str:
         each = ", ".join(f"{amount:g} {name}" for name, amount in self.needs.items())
@@ -26,7 +26,7 @@ class ResourceRequest:
 
 
 def resource_requests(config: RunConfig) -> list[ResourceRequest]:
-    """What the run asks for; of a range of workers the least."""
+    """Return the requests of a run; the minimum of workers if `cluster.num_workers` is a range."""
     found = [ResourceRequest("training", config.cluster.min_workers, config.cluster.needs)]
     settings = config.evaluation
     if settings.sets:
@@ -38,7 +38,10 @@ def resource_requests(config: RunConfig) -> list[ResourceRequest]:
 
 
 def count_fitting(nodes: Iterable[Mapping[str, float]], needs: Mapping[str, float]) -> int:
-    """How many processes the free resources of these nodes hold: any number of those that need nothing."""
+    """Return how many processes fit into the free resources of the nodes.
+
+    A process without needs counts `sys.maxsize` times per node.
+    """
 
     def fitting(node: Mapping[str, float]) -> int:
         return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items()), default=sys.maxsize)

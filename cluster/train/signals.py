@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to end, in drivers and in ranks."""
+"""Handling of SIGINT and SIGTERM as requests to stop, in drivers and in ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 ECHO_S = 1.0
-"""Terminals and Ray send a signal to all processes of a job, and parents pass it on: another so soon is an echo."""
+"""Seconds in which a second signal counts as a duplicate.
+
+Terminals and Ray send a signal to all processes of a job, and the parents pass it on as well."""
 
 
 @contextmanager
 def handling(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call `handle` for every SIGINT and SIGTERM that is no echo of the last one.
+    """Call `handle` for every SIGINT and SIGTERM that is not a duplicate of the last one.
 
-    Nothing is handled outside the main thread, where Python forbids it. The handlers from before come back at the end.
+    Does nothing outside the main thread, where Python forbids signal handlers. Restores the previous handlers at exit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,6 @@
-"""The supervisor of a training run: a launcher runs the ranks of an attempt, this module decides what follows it.
+"""The supervisor of a training run: a launcher runs the ranks of an attempt, and this module decides what follows.
 
-It forwards what ranks and evaluations report, to the user and to MLflow, and handles Ctrl-C. It needs no Ray.
+It forwards the reports of ranks and evaluations to the user and to MLflow, and handles Ctrl-C. It does not need Ray.
 """
 
 from __future__ import annotations
@@ -65,32 +65,32 @@ _TRACKED_STATUS: dict[Status, RunStatus | None] = {
     "stopped": "KILLED",
     "drained": "KILLED",
     "failed": "FAILED",
-    "lost": None,  # the status is for whoever has the lease now
+    "lost": None,  # the new holder of the lease sets the status
 }
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended."""
+    """Outcome of a run."""
 
     run_folder: str
     status: Status
     checkpoint: CommittedCheckpoint | None
-    """The newest one."""
+    """The newest checkpoint; None without one."""
     failures: tuple[Failure, ...]
-    """Why attempts ended early; the last one is the reason of a failed run."""
+    """Why attempts ended early. The last entry is the reason if the run failed."""
     resizes: tuple[Resize, ...]
-    """Changes of the number of workers, and what each cost."""
+    """Changes of the number of workers, with their cost."""
     evaluations: tuple[Entry, ...]
     tracked: TrackedRun
 
 
 def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) -> RunSummary:
-    """Train to the last step, or until evaluations get no better, with restarts after failures.
+    """Train to the last step, or until early stopping ends the run, with restarts after failures; return a summary.
 
     See `run_training` and `train_locally`.
     """
-    # A restarted driver works under the lease of its parent, which the store has answered.
+    # A restarted driver works under the lease of its parent, so the storage is known to have answered.
     storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
     config = with_pinned_weights(with_steps(config, storage), storage)
     job = compose_job(config, storage)
@@ -103,7 +103,7 @@ def run_supervised(config: RunConfig, launcher: Launcher, live: bool = False) ->
 
 
 class _Supervisor:
-    """One call of `run_training`, between the start of Ray and its end."""
+    """One supervised run, between entering and leaving the launcher."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _Supervisor:
         self._look_for_early_stop(known)
 
     def run(self) -> RunSummary:
-        """All attempts, then the evaluations that still wait."""
+        """Run all attempts, then wait for pending evaluations; return a summary."""
         status: Status = "failed"
         ended = False
         try:
@@ -177,7 +177,10 @@ class _Supervisor:
         )
 
     def _delete_old(self) -> KeptCheckpoints | None:
-        """Delete what evaluations have let go of since the last commit; what is left, where the run evaluates."""
+        """Delete checkpoints that evaluations have unpinned since the last commit.
+
+        Returns the remaining checkpoints if the run evaluates, otherwise None.
+        """
         newest, run_folder = self._newest(), self._config.run_folder
         if newest is not None:
             keep = self._config.training.checkpoint.keep
@@ -185,7 +188,7 @@ class _Supervisor:
         return kept_checkpoints(self._storage, run_folder) if self._evaluations is not None else None
 
     def _train(self) -> Status:
-        """Attempts until the run finishes, is stopped, or the failure policy gives up."""
+        """Run attempts until the run finishes, is stopped, or the failure policy gives up."""
         history, number = AttemptHistory(self._newest_step()), 0
         while not self._is_trained():
             workers = self._wait_for_room()
@@ -196,7 +199,7 @@ class _Supervisor:
             self._lease.check()
             step = self._newest_step()
             if self._is_trained():
-                break  # whatever became of ranks after their last commit
+                break  # the last step is committed, so errors of the ranks after it do not matter
             if error is None and self._interrupts:
                 return "stopped"
             if error is None and self._sizes.growing:
@@ -204,7 +207,7 @@ class _Supervisor:
             failure = failure_of(error, ending)
             if self._interrupts and failure.kind in ("death", "room"):  # the signal came before a rank could handle it
                 return "stopped"
-            if failure.kind == "room":  # no failure, and every minute once more
+            if failure.kind == "room":  # not a failure; retried after each timeout of Ray
                 print_err(f"no room yet: {self._launcher.describe_wait()}")
                 continue
             self._failures.append(failure)
@@ -225,11 +228,14 @@ class _Supervisor:
         return "finished" if self._is_trained() else "stopped"
 
     def _is_trained(self) -> bool:
-        """Whether no more step is to be done."""
+        """Whether all steps are done, or early stopping has ended the run."""
         return self._early_stop is not None or self._newest_step() >= self._config.training.max_steps
 
     def _attempt(self, number: int, workers: int) -> tuple[AttemptError | None, Ending | None]:
-        """Run the ranks to their end; why they ended. Where there is room for more workers they are asked to end."""
+        """Run one attempt; return the errors of its ranks and the record that a rank left, None each without one.
+
+        If there is room for more workers, the ranks are asked to end after a checkpoint.
+        """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
         job = replace(adjusted_job(self._config, self._job, self._adjustments), attempt=name)
         self._relay.begin_attempt(workers)
@@ -246,7 +252,7 @@ class _Supervisor:
     def _announce(
         self, failure: Failure, step: int, decision: Retry | Stop, error: AttemptError | None, number: int
     ) -> None:
-        """Print what happened in one line; the details go to a file."""
+        """Print the failure and the decision, and write the details to a file in `failures/`."""
         where = "" if failure.rank is None else f" on rank {failure.rank}"
         print_err(f"attempt {number} ended at checkpoint step {step}{where}: {_first_line(failure.message)}")
         if error is not None:
@@ -260,14 +266,14 @@ class _Supervisor:
                 print_err(f"  giving up: {reason}")
 
     def _give_up(self, error: AttemptError | None, failure: Failure) -> Status:
-        """A failed run; raises the user's own mistake where that is the reason."""
+        """Return "failed", or raise the error if it is a UserError."""
         cause = None if error is None else error.other if failure.rank is None else error.by_rank[failure.rank]
         if isinstance(cause, UserError):
             raise cause
         return "failed"
 
     def _wait_for_room(self) -> int | None:
-        """Number of workers of the next attempt; None where there is to be none any more."""
+        """Wait for resources and return the number of workers of the next attempt; None if the run is to end."""
         silence = _Silence(self._config, self._launcher)
         while (workers := self._sizes.next()) is None:
             self._pause(POLL_S)
@@ -277,14 +283,14 @@ class _Supervisor:
         return workers
 
     def _pause(self, seconds: float) -> None:
-        """Wait, or return at once where the user interrupts."""
+        """Wait, but return at once if the user interrupts."""
         deadline = time.monotonic() + seconds
         while not self._interrupts and time.monotonic() < deadline:
             time.sleep(POLL_S)
             self._update(0.0)
 
     def _await_evaluations(self) -> None:
-        """Until every commit of the run is settled in the ledger, or the user interrupts."""
+        """Wait until every commit of the run has been evaluated, or the user interrupts."""
         if self._evaluations is None:
             return
         self._evaluations.training_ended()
@@ -299,12 +305,12 @@ class _Supervisor:
         try:
             settled = {entry.commit for entry in evaluations.entries() if entry.settled}
             return {commit.name for commit in list_commits(self._storage, self._config.run_folder)} <= settled
-        except StorageError as error:  # training is done, so there is time to wait for the store
+        except StorageError as error:  # training is done, so waiting for the storage does no harm
             LOGGER.warning("evaluations wait for the storage: %s", error)
             return False
 
     def _update(self, wait_s: float) -> bool:
-        """Forward what is new after up to `wait_s` seconds; returns whether a rank has reported anything."""
+        """Wait up to `wait_s` seconds and forward new events; return whether a rank has reported anything."""
         self._lease.raise_if_lost()
         is_ending = self._interrupts > 0 or self._early_stop is not None
         events = self._launcher.poll(is_ending or self._sizes.growing, wait_s)
@@ -316,7 +322,7 @@ class _Supervisor:
         return bool(events)
 
     def _look_for_early_stop(self, entries: Sequence[Entry]) -> None:
-        """Let the run end, and say why, where the results say so."""
+        """End the run, and report the reason, if the results meet the early-stopping criterion."""
         settings = self._config.training.early_stopping
         if settings is None or self._early_stop is not None:
             return
@@ -338,7 +344,7 @@ class _Supervisor:
         return newest_step(self._storage, self._config.run_folder)
 
     def _interrupt(self, number: signal.Signals) -> None:
-        """First SIGINT or SIGTERM: stop after a checkpoint. Second: KeyboardInterrupt."""
+        """Stop after a checkpoint at the first SIGINT or SIGTERM; raise KeyboardInterrupt at the second."""
         self._interrupts += 1
         if self._interrupts > 1:
             raise KeyboardInterrupt
@@ -347,7 +353,7 @@ class _Supervisor:
 
 
 class _Silence:
-    """Prints once a minute that the workers of an attempt have not reported anything yet."""
+    """Prints a message once a minute while the workers of an attempt have not reported anything."""
 
     def __init__(self, config: RunConfig, launcher: Launcher) -> None:
         self._launcher = launcher
@@ -356,7 +362,7 @@ class _Silence:
         self._broken = False
 
     def note(self, heard: bool) -> None:
-        """Called at every look; `heard` says whether there was a report."""
+        """Print the message if it is due. Called at every poll; `heard` is set if a report has arrived."""
         self._broken = self._broken or heard
         now = time.monotonic()
         if self._broken or now - self._said < SILENCE_S:

@@ -1,7 +1,7 @@
-"""The process group of Ray Train's workers, made after each has shown that torch sees the GPU that Ray gave to it.
+"""Torch backend of Ray Train that checks the GPUs of all workers before it creates the process group.
 
-Ray counts GPUs by what it was told or by the device files. A driver that is broken, or torch built without CUDA, shows
-in the worker only, and NCCL's own error names no node.
+Ray counts GPUs by its configuration or by device files. A broken driver, or torch built without CUDA, shows up only in
+the worker, and the error of NCCL does not name the node.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from m2f.trainer.errors import TrainingError
 
 @dataclass(frozen=True)
 class WorkerGpu:
-    """What a worker sees."""
+    """The GPU of one worker, as Ray and torch see it."""
 
     node: str
     assigned: str | None
-    """Id of the GPU that Ray gave to it; None without one."""
+    """Id of the GPU that Ray assigned to the worker; None without one."""
     is_seen: bool
-    """Whether torch sees any GPU in the worker."""
+    """Whether torch sees a GPU in the worker."""
     torch: str
-    """Version of torch, and CUDA's where torch is built with it."""
+    """Version of torch, and of CUDA if torch is built with it."""
 
 
 def look_at_gpu() -> WorkerGpu:
-    """Body of a call on a worker."""
+    """Return the GPU of the worker in which this function runs."""
     import torch
 
     assigned = [str(name) for name in ray.get_gpu_ids()]
@@ -46,7 +46,10 @@ def look_at_gpu() -> WorkerGpu:
 
 
 def unseen_gpus(workers: Sequence[WorkerGpu]) -> str | None:
-    """What is wrong where torch sees no GPU in a worker that has one of Ray; `workers` are in the order of ranks."""
+    """Return a message if torch sees no GPU in a worker to which Ray assigned one; otherwise None.
+
+    `workers` are in the order of their ranks.
+    """
     blind = [
         (rank, worker) for rank, worker in enumerate(workers) if worker.assigned is not None and not worker.is_seen
     ]
@@ -63,16 +66,16 @@ def unseen_gpus(workers: Sequence[WorkerGpu]) -> str | None:
 
 
 class CheckedTorchConfig(TorchConfig):
-    """As Ray's, with the check before it."""
+    """Ray's TorchConfig with `CheckedTorch` as its backend."""
 
     @property
     def backend_cls(self) -> type[Backend]:  # pyrefly: ignore[bad-override]  # Ray's private class is its type
-        """See `CheckedTorch`."""
+        """The class `CheckedTorch`."""
         return CheckedTorch
 
 
 class CheckedTorch(Backend):
-    """Ray's own backend for torch, with a look at the GPUs before ranks wait for each other."""
+    """Ray's torch backend with a check of the GPUs before the ranks wait for each other."""
 
     share_cuda_visible_devices = True
 
@@ -80,15 +83,18 @@ class CheckedTorch(Backend):
         self._torch = TorchConfig().backend_cls()
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Make the process group. Raises TrainingError, in place of a wait or NCCL's error, where a GPU is not seen."""
+        """Create the process group.
+
+        Raises TrainingError if torch does not see an assigned GPU. Otherwise the ranks would hang or fail in NCCL.
+        """
         if problem := unseen_gpus(worker_group.execute(look_at_gpu)):
             raise TrainingError(problem)
         self._torch.on_start(worker_group, backend_config)
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-        """As Ray's."""
+        """Call the hook of Ray's torch backend."""
         self._torch.on_training_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """As Ray's."""
+        """Call the hook of Ray's torch backend."""
         self._torch.on_shutdown(worker_group, backend_config)

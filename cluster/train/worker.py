@@ -1,6 +1,6 @@
-"""What runs inside a Ray Train worker: the trainer's loop, with a reporter and a control that use our mailbox.
+"""Code that runs inside a Ray Train worker: the training loop, with a reporter and a control that use the mailbox.
 
-A module of its own, so that Ray pickles the worker function by reference.
+It is a separate module so that Ray pickles the worker function by reference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ POLL_S = 1.0
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the supervisor hands to every worker."""
+    """Arguments that the supervisor passes to every worker."""
 
     job: TrainJob
     mailbox: Any
@@ -45,18 +45,18 @@ def train_loop(arguments: dict[str, WorkerSettings]) -> None:
 
     quiet_reports()
     rank, run_name = context.get_world_rank(), settings.job.run_folder.rpartition("/")[2]
-    control = RayControl(settings.mailbox) if rank == 0 else ManualControl()  # only rank 0 is asked
+    control = RayControl(settings.mailbox) if rank == 0 else ManualControl()  # only rank 0 needs the driver's requests
     reporter = Reporters(RayReporter(settings.mailbox, rank == 0), PrometheusReporter(run_name, rank))
     try:
         run_worker(settings.job, reporter, control)
     except PeersError as error:
-        raise (error.__cause__ or error) from None  # a cause is lost on the way to the supervisor
+        raise (error.__cause__ or error) from None  # pickling on the way to the supervisor drops the cause
 
 
 def _take_gpu(assigned: list[Any]) -> None:
-    """Let torch and DeepSpeed take the GPU that Ray gave to this rank, which need not be that of its local rank.
+    """Make torch and DeepSpeed use the GPU that Ray assigned to this rank. Its index can differ from the local rank.
 
-    That torch sees it was found out before, see `CheckedTorch`.
+    `CheckedTorch` has already checked that torch sees the GPU.
     """
     if not assigned:
         os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -65,14 +65,14 @@ def _take_gpu(assigned: list[Any]) -> None:
 
 
 class RayReporter:
-    """Posts events to the driver's mailbox without waiting for it; commits are reported to Ray Train, too."""
+    """Posts events to the driver's mailbox without waiting; also reports commits to Ray Train."""
 
     def __init__(self, mailbox: Any, is_first: bool) -> None:
         self._mailbox = mailbox
         self._is_first = is_first
 
     def report(self, event: Event) -> None:
-        """A RankReport goes nowhere: Prometheus has it."""
+        """Post an event. RankReport is ignored, because PrometheusReporter exports it."""
         match event:
             case RankReport():
                 pass
@@ -89,7 +89,7 @@ class RayReporter:
 
 
 class RayControl:
-    """The driver's request to stop, polled by a thread, and Ray's notice that a worker's node is about to go away."""
+    """Control that polls the driver's request to stop in a thread, and Ray's notice of a preempted worker node."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
@@ -98,11 +98,11 @@ class RayControl:
         self._preempted = preemption_notice()
 
     def stop_requested(self) -> bool:
-        """Whether the driver was asked to end the run."""
+        """Whether the driver has asked the run to stop."""
         return self._stop
 
     def drain_requested(self) -> bool:
-        """Whether Ray was told that a node of the run goes away."""
+        """Whether Ray has announced that a node of the run is about to be reclaimed."""
         return self._preempted()
 
     def _poll(self) -> None:
