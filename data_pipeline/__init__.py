@@ -1,1 +1,1 @@
-"""From raw data set and bucket to batch: readers, shards, manifest, order, augmentation, loader."""
+"""The path from a raw data set to a training batch: readers, shards, manifest, order, augmentation and loader."""

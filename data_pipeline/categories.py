@@ -1,4 +1,4 @@
-"""The category table of a data set: ids, names, thing or stuff, colours."""
+"""The category table of a data set: id, name, thing or stuff, and colour of each category."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m2f.data_pipeline.errors import DataError
 
 Task = Literal["panoptic", "instance", "semantic"]
 MAX_CATEGORIES = 65_535
-"""More are a mistake: the largest data sets have a few thousand."""
+"""A larger table is refused as a mistake: the largest data sets have a few thousand categories."""
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -22,7 +22,7 @@ class Category:
     """One category as the source data set defines it."""
 
     id: int
-    """Id in the source data set; may be sparse."""
+    """Id in the source data set. Ids may have gaps."""
     name: str
     is_thing: bool
     color: tuple[int, int, int]
@@ -30,7 +30,11 @@ class Category:
 
 @dataclass(frozen=True)
 class CategoryTable:
-    """Categories in the order of the source. Contiguous classes are positions in `for_task(task)`."""
+    """Categories in the order of the source.
+
+    The contiguous class index of a category is its position in `for_task(task)`. Raises DataError for repeated ids and
+    for more than MAX_CATEGORIES categories.
+    """
 
     categories: tuple[Category, ...]
 
@@ -47,20 +51,23 @@ class CategoryTable:
 
     @cached_property
     def by_id(self) -> dict[int, Category]:
-        """Category of every source id."""
+        """Return the categories by their source id."""
         return {c.id: c for c in self.categories}
 
     def for_task(self, task: Task) -> tuple[Category, ...]:
-        """The classes that a model for this task predicts, in class order: only things for `instance`."""
+        """Return the classes that a model for this task predicts, in class order: for `instance` only things."""
         return tuple(c for c in self.categories if c.is_thing or task != "instance")
 
     def labels(self, task: Task) -> dict[int, int]:
-        """Source id -> contiguous class of this task."""
+        """Return the contiguous class index for this task by source id."""
         return {c.id: label for label, c in enumerate(self.for_task(task))}
 
 
 def distinct_color(number: int) -> tuple[int, int, int]:
-    """RGB colour of category `number` (from 0) where the source gives none: always the same, 1000 different ones."""
+    """Return an RGB colour for category `number` (from 0), for sources without colours.
+
+    The result is deterministic. The first 1000 numbers have different colours.
+    """
     hue = number * 0.618034 % 1.0  # steps of the golden ratio spread evenly for any number of categories
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (number % 3) / 2, 0.95 - 0.35 * (number % 2))
     return round(red * 255), round(green * 255), round(blue * 255)

@@ -27,56 +27,57 @@ from m2f.model.limits import (
 
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig(Section):
-    """How `s3://` URLs are reached. Credentials come from the usual AWS chain and are never written in a recipe."""
+    """Access to `s3://` URLs. Credentials come from the standard AWS credential chain, never from a recipe."""
 
     endpoint_url: str | None = None
-    """S3-compatible endpoint; None takes AWS_ENDPOINT_URL, else AWS itself."""
+    """URL of an S3-compatible endpoint. None uses AWS_ENDPOINT_URL if that is set, otherwise AWS."""
     region: str | None = None
-    """Region of the store; None takes that of the AWS settings of this machine."""
+    """Region of the store. None uses the region in this machine's AWS settings."""
     patience_s: Annotated[float, SECONDS_FROM_0] = 600.0
-    """A request that fails for a passing reason is repeated for so long, once the store has answered this run;
-    before that for 20 s, as a wrong endpoint is a mistake."""
+    """Seconds to retry a request after a transient error. Until the store has answered once in this run, retries stop
+    after 20 s, because the endpoint is probably wrong."""
     read_timeout_s: Annotated[float, SECONDS] = 60.0
-    """Without an answer or further bytes a request is repeated after so long."""
+    """Seconds to wait for a response or for more bytes before a request is retried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig(Section):
-    """One data set: where its shards live and, to make them, where it comes from."""
+    """One data set: the location of its shards and, optionally, the raw data that they are made from."""
 
     shards: str
-    """Folder or `s3://` prefix of the shards and their manifest."""
+    """Folder or `s3://` prefix that holds the shards and their manifest."""
     source: SourceConfig | None = None
-    """Raw data that `m2f shard` reads; None where the shards already exist."""
+    """Raw data that `m2f shard` reads. None if the shards already exist."""
     shard_mb: Annotated[float, MEGABYTES] = 128.0
     """Target size of one shard in MB (10^6 bytes)."""
     seed: int = 0
-    """Seed of the global permutation at shard time."""
+    """Seed of the permutation of all samples when shards are written."""
     part: PartConfig | None = None
-    """Take only the training or only the validation part of the source; None takes all images."""
+    """Use only the training part or only the validation part of the source. None uses all images."""
     background: str | None = None
-    """Name of a stuff class for all pixels without an object; makes a source of instances fit for semantic and panoptic
-    training too."""
+    """Name of a stuff class that is given to all pixels without an object. It makes an instance data set usable for
+    semantic and panoptic training. None adds no class."""
     tiles: TileConfig | None = None
-    """Cut large images into tiles, each a sample of its own; None keeps images whole."""
+    """Cut large images into tiles, each of which becomes a sample. None keeps images whole."""
     max_pixels: Annotated[int, PIXELS] = 178_956_970
-    """Larger images are refused from their header, before decoding."""
+    """Largest image size, height x width in pixels. Larger images are refused by their header, before decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LargeScaleJitter(Section):
-    """Flip, resize by a random scale, crop or pad to a square (COCO recipe)."""
+    """Random flip, resize by a random scale, and crop or pad to a square (the COCO recipe)."""
 
     kind: Literal["lsj"] = "lsj"
     size: Annotated[int, PIXELS] = 1024
-    """Side of the square that the network gets."""
+    """Side of the square input of the network, in pixels."""
     min_scale: Annotated[float, ABOVE_0] = 0.1
-    """Smallest scale that is drawn: at scale 1 the longer side of an image is as long as the square."""
+    """Smallest random scale. At scale 1 the longer side of the image equals the side of the square."""
     max_scale: Annotated[float, ABOVE_0] = 2.0
-    """Largest scale that is drawn; scales are uniform between the two."""
+    """Largest random scale. Scales are drawn uniformly between `min_scale` and `max_scale`."""
     shrink: Literal["area", "bilinear"] = "area"
-    """`area`: bilinear, but averaging areas where an image shrinks. `bilinear`: Pillow's antialiased interpolation, the
-    pixels of the official code; resizes the whole image before it is cropped, which takes longer."""
+    """Interpolation for resizing. `area`: area averaging if the image shrinks, otherwise bilinear. `bilinear`: Pillow's
+    antialiased interpolation, which gives the official code's pixels. It resizes the whole image before the crop, which
+    is slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,19 +89,19 @@ class LargeScaleJitter(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ShortestEdgeCrop(Section):
-    """Random shortest edge, random crop, colour jitter, flip, pad (ADE20K, Cityscapes, Mapillary recipe)."""
+    """Random shortest edge, random crop, colour jitter, flip and padding (ADE20K, Cityscapes and Mapillary recipe)."""
 
     kind: Literal["shortest_edge"] = "shortest_edge"
     shortest_edges: Annotated[tuple[int, ...], PIXELS]
-    """Lengths of the shorter side, one of which is drawn for each image."""
+    """Lengths of the shorter side after resizing, in pixels. One is drawn at random for each image."""
     max_size: Annotated[int, PIXELS]
-    """Longer side at most; the shorter one then gets below the length that was drawn."""
+    """Upper limit of the longer side in pixels. If it applies, the shorter side is shorter than the length drawn."""
     crop: Annotated[tuple[int, int], PIXELS]
-    """Height and width of the crop; smaller images are padded to it."""
+    """Height and width of the crop in pixels. Smaller images are padded to this size."""
     color: bool = True
-    """Change brightness, contrast, saturation and hue at random."""
+    """Apply random changes of brightness, contrast, saturation and hue."""
     shrink: Literal["area", "bilinear"] = "area"
-    """How images are resized, see `shrink` of `lsj`."""
+    """Interpolation for resizing; see `shrink` of `lsj`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,21 +110,22 @@ class ShortestEdgeCrop(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleJitter(Section):
-    """Flip and random shortest edge, without colours. Images keep their shape, and batches are padded to their largest.
+    """Random flip and random shortest edge, without colour jitter.
 
-    The defaults are Detectron2's standard augmentation for COCO, which large-scale jitter replaced.
+    Images keep their aspect ratio, and each batch is padded to its largest image. The defaults are Detectron2's
+    standard COCO augmentation, which predates large-scale jitter.
     """
 
     kind: Literal["scale"] = "scale"
     shortest_edges: Annotated[tuple[int, ...], PIXELS] = (640, 672, 704, 736, 768, 800)
-    """Lengths of the shorter side, one of which is drawn for each image."""
+    """Lengths of the shorter side after resizing, in pixels. One is drawn at random for each image."""
     max_size: Annotated[int, PIXELS] = 1333
-    """Longer side at most; the shorter one then gets below the length that was drawn."""
+    """Upper limit of the longer side in pixels. If it applies, the shorter side is shorter than the length drawn."""
     crop_first: Annotated[tuple[int, int] | None, PIXELS] = None
-    """Of half of the images only a part is taken: resized to a shortest edge of 400, 500 or 600, the part's sides are
-    drawn between these two. DETR and MaskFormer have [384, 600]."""
+    """Smallest and largest side, in pixels, of a random crop before resizing. Half of the images are cropped; the sides
+    refer to the image at a shortest edge of 400, 500 or 600. DETR and MaskFormer use [384, 600]. None never crops."""
     shrink: Literal["area", "bilinear"] = "area"
-    """How images are resized, see `shrink` of `lsj`."""
+    """Interpolation for resizing; see `shrink` of `lsj`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,10 +151,10 @@ Rasterise = Literal["source", "crop"]
 
 @dataclass(frozen=True, kw_only=True)
 class CopyPasteConfig(Section):
-    """Simple Copy-Paste: things of another image, augmented like this one, on top of it (CVPR 2021)."""
+    """Simple Copy-Paste (Ghiasi et al., CVPR 2021): paste things from a second augmented image onto an image."""
 
     probability: Annotated[float, PART] = 1.0
-    """Share of the images that receive objects; each thing of the partner is pasted with probability 1/2."""
+    """Share of the images that receive objects. Each thing of the second image is pasted with probability 1/2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,73 +162,77 @@ class MixtureItem(Section):
     """One data set of a training mixture."""
 
     dataset: str
-    """Name under `datasets`."""
+    """Name of a data set under `datasets`."""
     weight: Annotated[float, ABOVE_0] = 1.0
-    """Relative share of samples."""
+    """Relative share of the samples. Only the ratios between weights matter."""
     include: tuple[str, ...] = ()
-    """Only images that show one of these classes (names; a crowd does not count); empty takes all."""
+    """Class names. Use only images that show at least one of these classes; crowds do not count. Empty uses all."""
     exclude: tuple[str, ...] = ()
-    """No image that shows one of these classes."""
+    """Class names. Leave out images that show any of these classes; crowds do not count."""
     fraction: Annotated[float, PART] = 1.0
-    """Share of the remaining images to use: the same ones in every run, and a smaller share lies within a larger."""
+    """Share of the remaining images to use. The selection is fixed; a larger share contains a smaller one."""
     limit: Annotated[int | None, FROM_1] = None
-    """At most so many images, chosen in the same way."""
+    """Largest number of images, selected in the same way as for `fraction`. None sets no limit."""
     repeat_threshold: Annotated[float | None, PART] = None
-    """Show rare classes more often: in a share f of the images, sqrt(repeat_threshold / f) times (LVIS: 0.001)."""
+    """Repeat images with rare classes. An image whose rarest class is in a share f of the images is shown
+    max(1, sqrt(repeat_threshold / f)) times per epoch on average. LVIS uses 0.001. None repeats nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(Section):
-    """Copies of what was read from the object store, on a disk of each machine and shared by its ranks."""
+    """Cache of object-store reads on a local disk of each machine, shared by the ranks of that machine."""
 
     folder: str
-    """Folder on a local disk; may be shared by runs."""
+    """Folder on a local disk. Several runs may share it."""
     max_gb: Annotated[float, GIGABYTES]
-    """Limit of its size (10^9 bytes). What is wanted last is given up first; a full disk only makes it smaller."""
+    """Size limit in GB (10^9 bytes). Data whose next use is farthest away is evicted first. If the disk is full, the
+    cache shrinks and training continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """What training reads."""
+    """Training data and how it is read, augmented and loaded."""
 
     task: Task = "panoptic"
-    """What the model learns: segments of all pixels, objects, or a class for every pixel."""
+    """What the model predicts: `panoptic` (segments of all pixels), `instance` (objects) or `semantic` (a class per
+    pixel)."""
     train: tuple[MixtureItem, ...]
-    """Data sets that are mixed for training, with their shares."""
+    """Data sets of the training mixture, with their shares."""
     augment: AugmentConfig = field(default_factory=LargeScaleJitter)
-    """How an image is changed at random and brought to the size that the network gets."""
+    """Random augmentation, which also brings images to the input size of the network."""
     copy_paste: CopyPasteConfig | None = None
-    """Paste objects of other images; needs an `augment` with a fixed size (`lsj` or `shortest_edge`)."""
+    """Paste objects from other images. Needs an `augment` with a fixed size (`lsj` or `shortest_edge`)."""
     crop_padding: Literal["mean", "grey"] = "mean"
-    """What the network sees where a crop is larger than its image: `mean`, 0 after normalisation; `grey`, 128 before
-    it, as in the official code."""
+    """Value of padding if a crop is larger than its image. `mean`: 0 after normalisation. `grey`: 128 before
+    normalisation, as in the official code."""
     rasterise: Literal["source", "crop"] = "source"
-    """Where the polygons of instances become pixels: at the size of the source, once, to be resized like the image; or
-    at the size of the crop, as in the official code: smooth borders where small objects are enlarged, more time per
-    image. For task instance."""
+    """Size at which polygons become masks. `source`: once at the size of the source image, then resized with the image.
+    `crop`: at the size of the crop, as in the official code. `crop` gives enlarged small objects smooth borders, takes
+    more time per image and needs the task `instance`."""
     drop_empty_targets: bool = True
-    """Drop targets that the crop left without a pixel (the official panoptic mapper keeps them)."""
+    """Drop targets that have no pixel left in the crop. The official panoptic mapper keeps them."""
     skip_images_without_targets: bool = True
-    """Leave images without any annotated segment out of the order."""
+    """Leave out images that have no target for the task."""
     workers: Annotated[int, FROM_0] = 2
-    """Loader processes per rank; 0 = one thread in the training process."""
+    """Loader processes per rank. 0 uses one thread in the training process."""
     prefetch_steps: Annotated[int, STEPS] = 2
-    """Batches of so many steps are prepared ahead."""
+    """Number of steps whose batches are prepared ahead."""
     chunk_mb: Annotated[float, MEGABYTES] = 4.0
-    """Size of one ranged read in MB."""
+    """Size of one ranged read in MB (10^6 bytes)."""
     lanes: Annotated[int, FROM_1] = 192
-    """Independent chunk streams of the order. Ranks whose number divides it read nearly every chunk once, others
-    several times: 192 suits 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192; `m2f plan` says what others cost."""
+    """Independent chunk streams of the order. If the number of ranks divides it, almost every chunk is read once,
+    otherwise several times. 192 is divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192. `m2f plan`
+    computes the cost for other numbers."""
     window: Annotated[int, FROM_1] = 32
-    """Shuffle window of a lane in samples. All ranks together hold the files of about lanes x window samples."""
+    """Shuffle window of a lane, in samples. All ranks together hold the files of about lanes x window samples."""
     cache: CacheConfig | None = None
-    """Keep what was read from an object store on a local disk; None reads it again in every epoch."""
+    """Cache of object-store reads on a local disk. None reads the store again in every epoch."""
     max_bad_samples: Annotated[int, FROM_0] = 0
-    """How many samples may stay damaged or unreadable before training stops. Each is reported, and the next good one of
-    the order is shown at its position; 0 stops at the first."""
+    """Number of damaged or unreadable samples that are tolerated; one more stops training. Each is reported and
+    replaced by the next good sample of the order. 0 stops at the first."""
     accept_changes: bool = False
-    """Let a run go on although its data sets, weights, filters, seed, chunk_mb, lanes or window have changed: the new
-    order then begins at its start. Otherwise the run is refused."""
+    """Resume although data sets, weights, filters, seed, chunk_mb, lanes or window have changed. The new order then
+    starts at its first position. False refuses to resume."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""JSON and YAML from files that anybody may have written: values or one error, at bounded cost."""
+"""JSON and YAML from untrusted files. Parsing has bounded cost and raises one type of error."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import yaml
 from m2f.data_pipeline.errors import DataError
 
 MAX_YAML_BYTES = 2_000_000
-"""A complete recipe has 10 KB; PyYAML takes a second per 100 KB."""
+"""Upper limit of a document. A complete recipe has 10 KB; PyYAML takes a second per 100 KB."""
 MAX_YAML_DEPTH = 64
 MAX_YAML_NODES = 100_000
-"""With every alias counted as what it stands for: nine lines of aliases of aliases are 10^9 values."""
+"""Upper limit with all aliases expanded: nine lines of nested aliases can stand for 10^9 values."""
 
 _INTEGERS = range(-(2**63), 2**64)
 
 
 class DocumentError(DataError):
-    """A document that cannot be read. The message says why; whoever knows its name puts that before it."""
+    """Raised if a document cannot be read. The message gives the reason; callers add the document's name."""
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Values of a JSON document. Integers may be long: ids of annotations often are, and each reader checks its fields.
+    """Return the value of a JSON document.
+
+    Integers of more than 64 bits are allowed, because ids of annotations are often long. Each reader checks its fields.
 
     Raises:
-        DocumentError: it is not valid, is nested too deeply, or holds an integer of more than 4300 digits.
+        DocumentError: the document is invalid, is nested too deeply, or holds an integer of more than 4300 digits.
     """
     content = data.encode(errors="surrogatepass") if isinstance(data, str) else data
     try:
@@ -38,10 +40,11 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Values of the one YAML document in a text; no key may be written twice in a mapping.
+    """Return the value of a text with a single YAML document.
 
     Raises:
-        DocumentError: it is not valid, is too long or nested too deeply, or its aliases stand for too much.
+        DocumentError: the document is invalid, repeats a key in a mapping, is too long or nested too deeply, or its
+            expanded aliases hold too many values.
     """
     if len(text) > MAX_YAML_BYTES:
         raise DocumentError(f"it has {len(text)} bytes; more than {MAX_YAML_BYTES} are refused")
@@ -49,7 +52,7 @@ def parse_yaml(text: str | bytes) -> Any:
         return yaml.load(text, Loader=_BoundedLoader)
     except DocumentError:
         raise
-    # PyYAML lets through what Python says of `!!int x`, `!!bool x`, 2001-99-99 or a number of 5000 digits.
+    # PyYAML does not wrap Python's errors for `!!int x`, `!!bool x`, 2001-99-99 or a number of 5000 digits.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DocumentError(" ".join(str(error).split())) from error
 
@@ -61,12 +64,12 @@ def _require_64_bits(value: int, digits: str) -> int:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """SafeLoader that bounds depth and size, and refuses keys written twice, where PyYAML would keep the last."""
+    """SafeLoader that limits depth and size, and refuses repeated keys, of which PyYAML would keep the last."""
 
     def __init__(self, stream: str | bytes) -> None:
         super().__init__(stream)
         self._depth = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # by id: values and depth below and with a node that is complete
+        self._extents: dict[int, tuple[int, int]] = {}  # id of a complete node -> number of values and depth
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self._depth >= MAX_YAML_DEPTH:

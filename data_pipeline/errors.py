@@ -8,35 +8,38 @@ from m2f.model.errors import UserError
 
 
 class DataError(UserError):
-    """A data set, annotation, sample or manifest that cannot be used. Names the file or key and the remedy."""
+    """Raised if a data set, annotation, sample or manifest cannot be used.
+
+    The message names the file or key and a remedy.
+    """
 
 
 class LoaderDiedError(DataError):
-    """A loader process is gone, which says nothing about the data. Names the usual cause and the remedy."""
+    """Raised if a loader process died. The data may be fine. The message names the usual cause and a remedy."""
 
 
 class StorageError(UserError):
-    """A store or object that cannot be read or written. Names the URL, the cause and the remedy."""
+    """Raised if a store or object cannot be read or written. The message names the URL, the cause and a remedy."""
 
 
 class OutageError(StorageError):
-    """A store that answered this run before gave no answer for `storage.patience_s`."""
+    """Raised if a store that answered earlier in this run fails for `storage.patience_s`."""
 
 
 class AccessDeniedError(StorageError):
-    """The store refuses the request to these credentials."""
+    """Raised if the store denies these credentials access."""
 
 
 class MissingObjectError(StorageError):
-    """The object, its bucket or its folder does not exist."""
+    """Raised if the object, its bucket or its folder does not exist."""
 
 
 class ObjectExistsError(StorageError):
-    """A conditional write found an object in its place and left it alone."""
+    """Raised by a conditional write if the object already exists. The object is not changed."""
 
 
 def some(values: Iterable[object], limit: int = 5) -> str:
-    """The first few values for a message."""
+    """Return the first `limit` values as text for a message, with the number of further ones."""
     listed = list(values)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(map(str, listed[:limit])) + more

@@ -1,7 +1,7 @@
-"""Image files (JPEG, PNG, TIFF, BMP, WebP): what their headers say, whether they are whole, and their pixels.
+"""Image files (JPEG, PNG, TIFF, BMP, WebP): reading headers, checking completeness, and decoding pixels.
 
-Headers are read without decoding, so that a huge or broken file costs nothing. OpenCV never applies the EXIF
-orientation by itself here: `frame_orientation` decides from the annotation's size whether the image is to be turned.
+Headers are read without decoding, so that a huge or broken file costs almost nothing. OpenCV does not apply the EXIF
+orientation here. Instead, `frame_orientation` compares sizes with the annotation and decides how to turn the image.
 """
 
 from __future__ import annotations
@@ -19,41 +19,45 @@ from PIL import Image
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-"""How names of images end, in any case."""
+"""File name endings of images; case is ignored."""
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 _EXACT_TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
-"""Compressions of TIFF without loss, as Pillow names them."""
+"""Lossless compressions of TIFF, by Pillow's names."""
 _PNG_MODES = {0: "gray", 2: "rgb", 3: "palette", 4: "gray_alpha", 6: "rgba"}
 _JPEG_MODES = {1: "gray", 3: "rgb", 4: "cmyk"}
-"""By the colour type of a PNG, and by the number of components of a JPEG."""
+"""Modes by the colour type of a PNG, and by the number of components of a JPEG."""
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers SOF0 to SOF15 (ITU T.81, table B.1), without DHT, JPG and DAC between them."""
+"""Markers SOF0 to SOF15 (ITU T.81, table B.1), without DHT, JPG and DAC, which lie between them."""
 _JPEG_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
-"""Markers TEM, RST0 to RST7 and SOI: no length follows them."""
+"""Markers TEM, RST0 to RST7 and SOI, which have no length field."""
 
 
 class BrokenImageError(ValueError):
-    """An image file that cannot be used. The message says why; callers add which file."""
+    """Raised if an image file cannot be used. The message gives the reason; callers add the file name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What an image file says about itself, without decoding its pixels."""
+    """Header of an image file, read without decoding the pixels."""
 
     ext: Literal["jpg", "png", "tif", "bmp", "webp"]
     height: int
-    """As stored, before any EXIF rotation."""
+    """Height in pixels as stored, before any EXIF rotation. The same holds for the width."""
     width: int
     mode: str
     """gray, rgb, cmyk, palette, gray_alpha or rgba."""
     bit_depth: int
     orientation: int
-    """EXIF orientation, 1 to 8; 1 = as stored."""
+    """EXIF orientation from 1 to 8; 1 means that viewers show the image as stored."""
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """Header of an image file. Raises BrokenImageError for other formats, and for JPEG and PNG files cut off."""
+    """Return the header of an image file.
+
+    Raises:
+        BrokenImageError: the format is not supported, or a JPEG or PNG file is truncated.
+    """
     if data.startswith(b"\xff\xd8\xff"):
         return _read_jpeg_header(data)
     if data.startswith(_PNG_SIGNATURE):
@@ -64,21 +68,24 @@ def read_header(data: bytes) -> ImageHeader:
 
 
 def is_hidden_copy(name: str) -> bool:
-    """Whether a path is a copy that notebooks (`.ipynb_checkpoints`) or macOS (`._name`) leave beside the files."""
+    """Return whether a path is a hidden copy made by notebooks (`.ipynb_checkpoints`) or macOS (`._name`)."""
     parts = name.split("/")
     return ".ipynb_checkpoints" in parts or parts[-1].startswith("._")
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a path or URL is that of an image, by its ending."""
+    """Return whether a path or URL has the ending of an image and is not a hidden copy."""
     return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden_copy(name)
 
 
 def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
-    """EXIF orientation that turns the stored image into the one that an annotation of this size was drawn on.
+    """Return the EXIF orientation that turns the stored image into the frame of an annotation.
 
-    Sizes decide where they can. Where they cannot (mirrored, upside down, square), the image is as viewers show it.
-    Raises BrokenImageError where no orientation fits the size.
+    The size of the annotation decides, if it can. If both orientations fit (mirrored, upside down or square images),
+    the image is turned as viewers show it.
+
+    Raises:
+        BrokenImageError: neither the stored nor the turned image has the size of the annotation.
     """
     stored, annotated = (header.height, header.width), (height, width)
     shown = stored if header.orientation < 5 else stored[::-1]
@@ -92,9 +99,12 @@ def frame_orientation(header: ImageHeader, height: int, width: int) -> int:
 
 
 def decode_rgb(data: bytes, orientation: int = 1) -> np.ndarray:
-    """Pixels [H, W, 3] uint8 RGB of an image file, turned by an EXIF orientation. Raises BrokenImageError.
+    """Return the pixels [H, W, 3] uint8 RGB of an image file, turned by an EXIF orientation.
 
-    Of 16-bit channels the upper 8 bits are taken: value // 256, whatever range the image uses.
+    16-bit channels are reduced to their upper 8 bits (value // 256), whatever range the image uses.
+
+    Raises:
+        BrokenImageError: the pixels cannot be decoded.
     """
     image = _decode(data, cv2.IMREAD_COLOR_RGB)
     match orientation:
@@ -116,16 +126,23 @@ def decode_rgb(data: bytes, orientation: int = 1) -> np.ndarray:
 
 
 def check_pixels(data: bytes, header: ImageHeader) -> None:
-    """Prove that all pixels of an image file can be decoded. Raises BrokenImageError.
+    """Check that all pixels of an image file can be decoded.
 
-    Of a JPEG every coefficient is read, but an image of an eighth of its sides made of them: the same files fail, in
-    half the time.
+    A JPEG is decoded at 1/8 of its size. This reads every coefficient, so the same files fail as at full size, in half
+    the time.
+
+    Raises:
+        BrokenImageError: the pixels cannot be decoded.
     """
     _decode(data, cv2.IMREAD_REDUCED_COLOR_8 if header.ext == "jpg" else cv2.IMREAD_COLOR_RGB)
 
 
 def decode_index_png(data: bytes) -> np.ndarray:
-    """Values [H, W] uint8 or uint16 of a one-channel PNG; of a palette PNG the indices, not the colours."""
+    """Return the values [H, W] uint8 or uint16 of a grey PNG, or the indices of a palette PNG.
+
+    Raises:
+        BrokenImageError: the file is not a grey or palette PNG, or cannot be decoded.
+    """
     header = read_header(data)
     if header.ext != "png" or header.mode not in ("gray", "palette"):
         raise BrokenImageError(f"a label map must be a grey or palette PNG, and this is {header.mode} {header.ext}")
@@ -138,15 +155,23 @@ def decode_index_png(data: bytes) -> np.ndarray:
 
 
 def decode_id_png(data: bytes) -> np.ndarray:
-    """Segment ids [H, W] uint32 of a COCO panoptic PNG: R + 256 G + 65536 B."""
+    """Return the segment ids [H, W] uint32 of a COCO panoptic PNG: R + 256 G + 65536 B.
+
+    Raises:
+        BrokenImageError: the file is not a PNG, or cannot be decoded.
+    """
     if read_header(data).ext != "png":
         raise BrokenImageError("panoptic ids must be a PNG; JPEG and WebP change colours")
-    padded = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR_RGB), cv2.COLOR_RGB2RGBA)  # to four bytes, one number
+    padded = cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR_RGB), cv2.COLOR_RGB2RGBA)  # four bytes are read as one uint32
     return padded.view("<u4")[..., 0] & np.uint32(0xFFFFFF)
 
 
 def decode_index_map(data: bytes) -> np.ndarray:
-    """Values [H, W] uint8 or uint16 of a grey or palette map in a format without loss: PNG, TIFF or BMP."""
+    """Return the values [H, W] uint8 or uint16 of a grey or palette map in a lossless format: PNG, TIFF or BMP.
+
+    Raises:
+        BrokenImageError: the file has another format or colours, or cannot be decoded exactly.
+    """
     if read_header(data).ext == "png":
         return decode_index_png(data)
     values = _exact_pixels(data)
@@ -156,7 +181,11 @@ def decode_index_map(data: bytes) -> np.ndarray:
 
 
 def decode_id_map(data: bytes) -> np.ndarray:
-    """Segment ids [H, W] uint32, R + 256 G + 65536 B, of a map in a format without loss: PNG, TIFF or BMP."""
+    """Return the segment ids [H, W] uint32, R + 256 G + 65536 B, of a map in a lossless format: PNG, TIFF or BMP.
+
+    Raises:
+        BrokenImageError: the file has another format or a single channel, or cannot be decoded exactly.
+    """
     if read_header(data).ext == "png":
         return decode_id_png(data)
     colors = _exact_pixels(data)
@@ -167,9 +196,9 @@ def decode_id_map(data: bytes) -> np.ndarray:
 
 
 def encode_png(values: np.ndarray) -> bytes:
-    """A PNG of [H, W] uint8 or uint16 or [H, W, 3] uint8 (RGB), the same bytes every time."""
+    """Encode values [H, W] uint8 or uint16, or [H, W, 3] uint8 RGB, as PNG. Equal values give equal bytes."""
     options = [cv2.IMWRITE_PNG_COMPRESSION, 6]
-    if values.ndim == 2:  # ids mostly equal those above them: runs of zeros are all that is to be written
+    if values.ndim == 2:  # ids mostly equal those above them, so the filtered rows are runs of zeros
         options += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
         options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
     bgr = values if values.ndim == 2 else values[..., ::-1]
@@ -189,8 +218,11 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
 
 
 def _exact_pixels(data: bytes) -> np.ndarray:
-    """Pixels of a TIFF or BMP file as they are stored: [H, W] uint8 or uint16 of grey values and palette indices, or
-    [H, W, 3] uint8. Raises BrokenImageError where what is stored is not what was labelled.
+    """Return the stored pixels of a TIFF or BMP file: [H, W] uint8 or uint16 grey values or palette indices, or
+    [H, W, 3] uint8 colours.
+
+    Raises:
+        BrokenImageError: the stored values may differ from those that were labelled.
     """
     header = read_header(data)
     if header.ext not in ("tif", "bmp"):
@@ -211,7 +243,7 @@ def _exact_pixels(data: bytes) -> np.ndarray:
         raise BrokenImageError(f"a map in a TIFF with {compression} compression has other values; save it with LZW")
     if mode in ("1", "L") and tags.get(_TIFF_PHOTOMETRIC) == 0:
         raise BrokenImageError("the map is a TIFF that counts white as 0; save it with black as 0")
-    if mode == "1" and header.ext == "bmp" and data[28:30] != b"\1\0":  # Pillow tells both values by a threshold
+    if mode == "1" and header.ext == "bmp" and data[28:30] != b"\1\0":  # Pillow separates the two values by a threshold
         raise BrokenImageError("the map is a BMP with more than 1 bit and two greys in its palette; save it as PNG")
     if mode == "RGB" and bits == {8}:
         return values
@@ -223,12 +255,12 @@ def _exact_pixels(data: bytes) -> np.ndarray:
 
 
 def _read_other_header(data: bytes) -> ImageHeader:
-    """Header of a TIFF, BMP or WebP file, as Pillow reads it. Files of several images are refused."""
+    """Return the header of a TIFF, BMP or WebP file, read by Pillow. Raises BrokenImageError for several images."""
     try:
         with Image.open(io.BytesIO(data), formats=("TIFF", "BMP", "WEBP")) as image:
             frames, orientation = getattr(image, "n_frames", 1), int(image.getexif().get(0x0112, 1))
             kind, mode, (width, height) = image.format, image.mode, image.size
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead to
+    except Exception as error:  # Pillow's plugins raise any exception for damaged bytes
         raise BrokenImageError(f"its header cannot be read ({error!r:.100})") from error
     if frames != 1:
         raise BrokenImageError(f"it holds {frames} images; save the one that is meant")
@@ -256,7 +288,7 @@ def _read_jpeg_header(data: bytes) -> ImageHeader:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of every segment up to and including the first scan's header."""
+    """Yield marker, start and end of every segment up to and including the header of the first scan."""
     position, marker = 2, 0
     while marker != 0xDA:
         while data[position : position + 2] == b"\xff\xff":  # fill bytes
@@ -288,7 +320,7 @@ def _read_png_header(data: bytes) -> ImageHeader:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and payload of every chunk, checksums checked. Raises BrokenImageError where the file is not whole."""
+    """Yield type and payload of every chunk. Raises BrokenImageError for truncated files and wrong checksums."""
     position, kind = len(_PNG_SIGNATURE), b""
     while kind != b"IEND":
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
@@ -302,7 +334,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _without_palette(data: bytes) -> bytes:
-    """The same PNG declared as grey, so that decoders give its indices instead of its colours."""
+    """Return a palette PNG declared as grey, so that decoders return its indices instead of its colours."""
     chunks = [_PNG_SIGNATURE]
     for kind, payload in _png_chunks(data):
         if kind in (b"PLTE", b"tRNS", b"bKGD", b"hIST"):
@@ -315,7 +347,7 @@ def _without_palette(data: bytes) -> bytes:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """Value of tag 0x0112 in the first directory; 1 where there is none or it makes no sense."""
+    """Return the value of tag 0x0112 in the first directory; 1 if it is missing or invalid."""
     order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
     if order not in ("little", "big"):
         return 1

@@ -1,4 +1,4 @@
-"""Fields of JSON documents that mean one thing only."""
+"""Checked access to fields of JSON documents."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from m2f.data_pipeline.errors import DataError
 
 
 def field(entry: Any, name: str, where: str) -> Any:
-    """A field that must be there. Raises DataError naming the entry."""
+    """Return a required field. Raises DataError, beginning with `where`, if it is missing."""
     if not isinstance(entry, dict) or name not in entry:
         raise DataError(f"{where} has no field {name!r}")
     return entry[name]
 
 
 def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
-    """A field that must be 0, 1, true or false; the text "0" would count as true otherwise. Raises DataError."""
+    """Return a required flag as bool.
+
+    Raises:
+        DataError: the field is missing or is not 0, 1, true or false. The text "0", for example, would count as true.
+    """
     value = field(entry, name, where)
     if value not in (0, 1):
         raise DataError(f"{where}: {name} is {repr(value)[:40]}; it must be 0, 1, true or false")
@@ -24,5 +28,5 @@ def read_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
 
 
 def stated_flag(entry: Mapping[str, Any], name: str, where: str) -> bool:
-    """A flag that may be missing or null, which is false. Raises DataError as `read_flag` does."""
+    """Return an optional flag as bool; missing or null is False. Raises DataError for other values than 0 and 1."""
     return entry.get(name) is not None and read_flag(entry, name, where)

@@ -1,7 +1,7 @@
-"""What a key may be that comes from a file: one rule for whatever becomes part of a path or URL.
+"""Validation of keys that come from files and become part of a path or URL.
 
-Sample keys, names of a checkpoint's files, of data sets and of masks in annotation files name files below a folder of
-ours. Whoever wrote the file that they come from must not choose a place outside that folder.
+Sample keys, data set names, names of checkpoint files and names of masks in annotation files all name files inside
+some folder. The check prevents such a name from pointing outside that folder.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import re
 from m2f.data_pipeline.errors import DataError
 
 MAX_KEY = 1000
-"""Characters; file systems and object stores end a path at 1024 to 4096 bytes."""
+"""Longest key in characters; file systems and object stores limit a path to 1024 to 4096 bytes."""
 
-_USUAL = re.compile(r"[\w-][\w.-]{0,200}", re.ASCII)  # most keys, recognised in one match
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]")  # control characters, bytes that are no text, backslash
+_USUAL = re.compile(r"[\w-][\w.-]{0,200}", re.ASCII)  # fast path: matches most keys
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]")  # control characters, surrogates, backslash
 
 
 def key_problem(key: object) -> str | None:
-    """Why `key` may not be used, as the end of a sentence; None where it may.
+    """Return why `key` is invalid, as the end of a sentence, or None if it is valid.
 
-    It may be a relative path of `/`, whose parts are neither empty nor `.` nor `..`.
+    A valid key may be a relative path with `/`; none of its parts is empty, `.` or `..`.
     """
     if isinstance(key, str) and _USUAL.fullmatch(key):
         return None
@@ -36,7 +36,7 @@ def key_problem(key: object) -> str | None:
 
 
 def check_key(key: object, where: str) -> str:
-    """`key`, as a str. Raises DataError beginning with `where` for one that may not be used."""
+    """Return `key` as a str. Raises DataError, beginning with `where`, if it is invalid."""
     if (problem := key_problem(key)) is not None:
         raise DataError(f"{where}: the name {key!a:.100} {problem}; rename it there")
     assert isinstance(key, str)

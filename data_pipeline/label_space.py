@@ -1,6 +1,6 @@
-"""The classes that a model predicts, and how the classes of a model and of a data set go together.
+"""The classes that a model predicts, and how they map to the classes of a data set.
 
-A class is known by its name: ids and order may differ between two tables without a word, colours mean nothing.
+Classes are identified by name. Ids and order may differ between two tables; colours are ignored.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from m2f.data_pipeline.errors import DataError, some
 from m2f.model.counted import counted
 
 _MAX_LISTED_PAIRS = 20
-"""Differing rows that a message lists, so that it fits on a screen."""
+"""Upper limit of differing rows in a message, so that it fits on a screen."""
 
 ClassPair = tuple[Category | None, Category | None]
-"""The same class in two tables; None where a table lacks it."""
+"""A class in two tables; None if a table lacks it. In a conflict the two rows contradict each other."""
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The classes of one task, by label."""
+    """The classes of one task in label order."""
 
     task: Task
     classes: tuple[Category, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As stored with weights."""
+        """Return the JSON value that is stored with weights."""
         classes = [{"id": c.id, "name": c.name, "is_thing": c.is_thing, "color": list(c.color)} for c in self.classes]
         return {"task": self.task, "classes": classes}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: str) -> Self:
-        """Read back. Raises DataError naming `source`."""
+        """Build a label space from the value of `to_json`. Raises DataError, naming `source`, if it is invalid."""
         try:
             if content["task"] not in get_args(Task):
                 raise DataError(f"{source}: a label space is for the task {content['task']!r}, which is not known here")
@@ -52,28 +52,28 @@ class LabelSpace:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """How the classes of a first table, that of a model, are found in a second one, that of data."""
+    """Result of matching a first class table, usually a model's, with a second one, usually a data set's."""
 
     kind: Literal["equal", "by_name", "subset", "conflict"]
-    """equal: same names, kinds and ids in the same order; by_name: the same classes in another order or with other
-    ids; subset: only some classes are in both; conflict: the tables contradict each other, or share no class."""
+    """equal: same names, kinds and ids in the same order. by_name: same classes in another order or with other ids.
+    subset: only some classes are in both tables. conflict: the tables contradict each other or share no class."""
     labels: tuple[int | None, ...]
-    """For every class of the first table its place in the second; None where that lacks it."""
+    """Index in the second table of each class of the first; None if the second table lacks the class."""
     differing: tuple[ClassPair, ...] = ()
-    """subset: classes that only one table has. conflict: rows that contradict each other."""
+    """subset: classes that only one table has. conflict: contradicting rows, or all rows if no class is shared."""
 
     @property
     def only_first(self) -> tuple[str, ...]:
-        """Names of the classes that the second table lacks."""
+        """Return the names of the classes that the second table lacks."""
         return tuple(first.name for first, second in self.differing if first is not None and second is None)
 
     @property
     def only_second(self) -> tuple[str, ...]:
-        """Names of the classes that the first table lacks."""
+        """Return the names of the classes that the first table lacks."""
         return tuple(second.name for first, second in self.differing if second is not None and first is None)
 
     def describe_rows(self, first_name: str, second_name: str) -> str:
-        """The differing rows of both tables, one line each."""
+        """Return the differing rows of both tables as text, one line per row and at most 20 rows."""
         lines = [
             f"{first_name}: {_class_text(first)}; {second_name}: {_class_text(second)}"
             for first, second in self.differing[:_MAX_LISTED_PAIRS]
@@ -83,11 +83,15 @@ class ClassMatch:
 
 
 def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids: bool = True) -> ClassMatch:
-    """Find the classes of one table in another, by name.
+    """Match the classes of two tables by name.
 
-    A conflict is: a class that is a thing in one table and stuff in the other; a name that two classes of a table have,
-    unless the tables are equal; no class in common; and, with `ids`, an id under which each table has a class that the
-    other lacks: most probably the same class under two names.
+    The result is a conflict in these cases:
+
+    - A class is a thing in one table and stuff in the other.
+    - Two classes of a table have the same name, unless both tables have the same names and kinds in the same order.
+    - The tables share no class.
+    - With `ids`: both tables use an id for different classes, each of which the other table lacks. This is most
+      probably one class under two names.
     """
     if _class_keys(first) == _class_keys(second):
         kind = "equal" if [c.id for c in first] == [c.id for c in second] else "by_name"
@@ -115,7 +119,7 @@ def match_classes(first: Sequence[Category], second: Sequence[Category], *, ids:
 def require_match(
     first: Sequence[Category], second: Sequence[Category], first_name: str, second_name: str, *, ids: bool = True
 ) -> ClassMatch:
-    """`match_classes`. Raises DataError with both tables' differing rows for a conflict."""
+    """Return the result of `match_classes`. Raises DataError, listing the differing rows, for a conflict."""
     found = match_classes(first, second, ids=ids)
     if found.kind == "conflict":
         raise DataError(
@@ -126,7 +130,7 @@ def require_match(
 
 
 def describe_subset(found: ClassMatch, first_name: str, second_name: str) -> str | None:
-    """One line that says which classes are left out where two tables share only some; None where all are in both."""
+    """Return one line that names the classes that only one table has; None unless the match is a subset."""
     if found.kind != "subset":
         return None
     common = sum(label is not None for label in found.labels)

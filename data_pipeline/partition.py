@@ -1,4 +1,4 @@
-"""Segments of a map whose pixels name the segment that they belong to."""
+"""Segments of a map in which each pixel value identifies a segment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m2f.data_pipeline.sample import Annotation, Segment, id_dtype
 
 
 class Region(NamedTuple):
-    """The segment that the pixels of a value belong to. Values with equal regions are one segment."""
+    """The segment that a pixel value belongs to. Values with equal regions form one segment."""
 
     category: Category
     source_id: int
@@ -24,16 +24,16 @@ class Region(NamedTuple):
 def partition(
     values: np.ndarray, classify: Callable[[int], Region | None], where: object, unknown_message: str
 ) -> Annotation:
-    """Segments of a map whose pixels name their segment, in the order of their lowest value.
+    """Return the segments of a map, ordered by their lowest pixel value, as an annotation with a `seg` map.
 
     Args:
-        values: [H, W], unsigned, below 2^24.
-        classify: the region of a value, None for void; raises KeyError with what the data set does not know.
+        values: [H, W] unsigned pixel values below 2^24.
+        classify: returns the region of a value, or None for void. Raises KeyError with the unknown value or label.
         where: file or sample of the map, for the message.
-        unknown_message: the message after the list of unknown values: what is wrong with them and the remedy.
+        unknown_message: text after the list of unknown values in the message: the problem and the remedy.
 
     Raises:
-        DataError: unknown values.
+        DataError: the map has unknown values.
     """
     runs = find_runs(values)
     present, of_run = np.unique(runs.value, return_inverse=True)
@@ -71,21 +71,21 @@ def partition(
 
 
 class Runs(NamedTuple):
-    """Runs of equal values in the rows of a map [H, W]: few beside its pixels, so that work on them is fast."""
+    """Runs of equal values in the rows of a map [H, W]. They are few, so they are faster to process than pixels."""
 
     value: np.ndarray
     start: np.ndarray
-    """Number of the first pixel, counted row by row."""
+    """Flat index of the first pixel of each run, counted row by row."""
     length: np.ndarray
     shape: tuple[int, ...]
 
     def paint(self, values: np.ndarray) -> np.ndarray:
-        """A map [H, W] of the same runs with other values."""
+        """Return a map [H, W] in which each run has the given value."""
         return np.repeat(values, self.length).reshape(self.shape)
 
 
 def find_runs(values: np.ndarray) -> Runs:
-    """The runs of a map [H, W], in the order of its pixels."""
+    """Return the runs of a map [H, W], in the order of its pixels."""
     is_start = np.ones(values.shape, bool)
     np.not_equal(values[:, 1:], values[:, :-1], out=is_start[:, 1:])
     start = np.flatnonzero(is_start)
@@ -93,7 +93,7 @@ def find_runs(values: np.ndarray) -> Runs:
 
 
 def _boxes(runs: Runs, ids: np.ndarray, count: int) -> list[tuple[int, int, int, int]]:
-    """x, y, width, height of ids 1..count, given the id of every run; each id has at least one."""
+    """Return x, y, width and height of ids 1..count. `ids` holds the id of each run; each id has at least one run."""
     row, column = np.divmod(runs.start, runs.shape[1])
     left, top = np.full(count + 1, runs.shape[1]), np.full(count + 1, runs.shape[0])
     right, bottom = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)

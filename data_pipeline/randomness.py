@@ -1,7 +1,8 @@
 """Counter-based random numbers on the CPU: pure functions of (seed, stream, counter), the same on every machine.
 
-Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) has no state to save: the key says who
-draws and the counter says for what. Restarts, other world sizes and other worker counts therefore draw equal numbers.
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) has no state to save. The key holds the
+seed and the purpose, the counter the epoch or position. Restarts, other world sizes and other worker counts therefore
+give the same numbers.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from enum import IntEnum
 import numpy as np
 
 _WORD = (1 << 64) - 1
-"""Mask of 64 bits, the word of Philox."""
+"""Mask of 64 bits, the word size of Philox."""
 
 
 class Stream(IntEnum):
-    """Independent purposes of random numbers. The values are part of every run's identity: never renumber them."""
+    """Independent streams of random numbers, one per purpose. The values determine every run: never renumber them."""
 
     CHUNK_ORDER = 1
     WINDOW_ORDER = 2
@@ -27,17 +28,20 @@ class Stream(IntEnum):
 
 
 def _philox(seed: int, stream: Stream, major: int, minor: int) -> np.random.Philox:
-    # The generator counts up in the low words, so that 2^128 draws separate two (major, minor) pairs.
+    # The generator counts up in the two low words, so two (major, minor) pairs are 2^128 blocks apart.
     key = np.array([seed & _WORD, int(stream)], dtype=np.uint64)
     counter = np.array([0, 0, major & _WORD, minor & _WORD], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter)
 
 
 def random_words(seed: int, stream: Stream, major: int, minor: int, count: int) -> np.ndarray:
-    """`count` uniform uint64 words. NumPy promises stable bit streams, which it does not for `permutation`."""
+    """Return `count` uniform uint64 words.
+
+    NumPy guarantees a stable bit stream, but not a stable result of methods such as `permutation`.
+    """
     return _philox(seed, stream, major, minor).random_raw(count)
 
 
 def sample_rng(seed: int, position: int, stream: Stream) -> np.random.Generator:
-    """The generator of the sample at this position of the data order."""
+    """Return the random generator of one stream for the sample at a position of the order."""
     return np.random.Generator(_philox(seed, stream, 0, position))

@@ -1,4 +1,4 @@
-"""Settings that change what a source gives: a part of it, or tiles of its images (standard library only)."""
+"""Settings that use a part of a source, or tiles of its images (standard library only)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from m2f.model.limits import MEGAPIXELS, PART, PIXELS, Section
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig(Section):
-    """A part of a source that has no split of its own; the same images in every run."""
+    """Training or validation part of a source without a split. Every run selects the same images."""
 
     take: Literal["train", "val"]
-    """The part that this data set is; another data set of the same source takes the other one."""
+    """Part of the source that this data set uses. A second data set of the same source can use the other part."""
     val_share: Annotated[float, PART] = 0.2
-    """Share of the groups that are for validation; at least one group."""
+    """Share of the groups used for validation; at least one group."""
     group: str | None = None
-    """Regular expression: images with the same match (its first group, if it has one) at the start of their keys stay
-    together, for example `[^_]+`. None: every image is a group."""
+    """Regular expression matched at the start of each key, for example `[^_]+`. Images with the same match stay in one
+    part; if the expression has a group, its first group is compared. None makes every image a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig(Section):
-    """Large images are cut into tiles when shards are written; objects are cut at the borders of tiles."""
+    """Tiling of large images when shards are written. Objects are cut at tile borders."""
 
     above_megapixels: Annotated[float, MEGAPIXELS] = 20.0
-    """Images with more than so many 10^6 pixels are cut."""
+    """Images with more megapixels (10^6 pixels) than this are cut."""
     side: Annotated[int, PIXELS] = 2048
-    """Longest side of a tile. Tiles of an image are nearly equal and do not overlap."""
+    """Longest side of a tile in pixels. The tiles of an image have nearly equal sizes and do not overlap."""

@@ -1,4 +1,4 @@
-"""Settings of sources: what a data set is read from, one kind per class (standard library only)."""
+"""Settings of raw data sources, one class per kind of source (standard library only)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SMALL_DIAMETER = Range(4, 30, below=True, unit="pixels")
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticSource(Section):
-    """Textured shapes made by the project itself, in COCO panoptic and instances form."""
+    """Generated images of textured shapes, with COCO panoptic and instance annotations."""
 
     kind: Literal["synthetic"] = "synthetic"
     num_images: Annotated[int, FROM_1] = 1000
-    """Images that are made."""
+    """Number of generated images."""
     seed: Annotated[int, FROM_0] = 0
-    """Sets with different seeds share no image."""
+    """Random seed. Data sets with different seeds share no image."""
     image_id_start: Annotated[int, FROM_0] = 1
-    """Id of the first image; the others count up from it."""
+    """Id of the first image; ids count up from it."""
     small_share: Annotated[float, SHARE] = 0.25
-    """Share of objects that are small: they lie on top of the others, and nothing hides them."""
+    """Share of objects that are small. Small objects lie on top of the others and are never hidden."""
     small_diameters: Annotated[tuple[float, float], SMALL_DIAMETER] = (8.0, 11.5)
-    """Least and largest diameter of small objects; the others have 30 to 60 pixels."""
+    """Smallest and largest diameter of small objects, in pixels. The other objects have 30 to 60 pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +44,7 @@ class SyntheticSource(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CocoPanopticSource(Section):
-    """COCO panoptic format: images, a JSON and a folder of id PNGs."""
+    """COCO panoptic format: a folder of images, a JSON file and a folder of id PNGs."""
 
     kind: Literal["coco_panoptic"] = "coco_panoptic"
     images: str
@@ -54,12 +54,13 @@ class CocoPanopticSource(Section):
     panoptic_masks: str
     """Folder of the PNGs whose colours are segment ids."""
     instances_json: str | None = None
-    """COCO instances of the same images, kept in layers beside the panoptic map; None where there are none."""
+    """JSON file with COCO instances of the same images, stored in layers beside the panoptic map. None if there is no
+    such file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoInstancesSource(Section):
-    """COCO instances format: polygons, compressed or uncompressed RLE; overlaps are kept in layers."""
+    """COCO instances format: polygons, or compressed or uncompressed RLE. Overlapping objects are kept, in layers."""
 
     kind: Literal["coco_instances"] = "coco_instances"
     images: str
@@ -67,12 +68,12 @@ class CocoInstancesSource(Section):
     instances_json: str
     """JSON file with images, categories and annotations."""
     crowds_are_objects: bool = False
-    """Take annotations with `iscrowd: 1` as objects. CVAT and datumaro write it for every mask that was painted."""
+    """Treat annotations with `iscrowd: 1` as objects. CVAT and datumaro write it for every painted mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMapSource(Section):
-    """A folder of images and a folder of class maps with the same stems (CamVid, Pascal VOC, own data)."""
+    """A folder of images and a folder of class maps with the same file stems (CamVid, Pascal VOC, your own data)."""
 
     kind: Literal["label_maps"] = "label_maps"
     images: str
@@ -82,14 +83,14 @@ class LabelMapSource(Section):
     categories: str
     """JSON list of `{label, name, color, isthing}`; `label` is the pixel value."""
     void: tuple[int, ...] = (255,)
-    """Pixel values that carry no label."""
+    """Pixel values without a label."""
     suffix: str = ""
-    """What follows the image's name in that of its map, for example `_mask`."""
+    """Suffix that the stem of a map has after the stem of its image, for example `_mask`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceSource(Section):
-    """A folder of images and a folder of colour PNGs with the same stems: red is the class, green the instance."""
+    """A folder of images and a folder of colour PNGs with the same file stems. Red is the class, green the instance."""
 
     kind: Literal["huggingface"] = "huggingface"
     images: str
@@ -99,44 +100,51 @@ class HuggingFaceSource(Section):
     categories: str
     """JSON list of `{label, name, color, isthing}`; `label` is the value of the red channel."""
     void: tuple[int, ...] = (0, 255)
-    """Values of the red channel that carry no label."""
+    """Values of the red channel without a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class YoloSegSource(Section):
-    """YOLO segmentation: a text file per image, a line per object. All classes are things."""
+    """YOLO segmentation: a text file per image with a line per object. All classes are things."""
 
     kind: Literal["yolo_seg"] = "yolo_seg"
     images: str
     """Folder of the images."""
     labels: str
-    """Folder of the text files, which have the names of the images."""
+    """Folder of the text files, which are named after the images."""
     data_yaml: str
-    """The export's data.yaml, of which only `names` are read, or its classes.txt with a name on each line."""
+    """File with the class names: data.yaml of the export, of which only `names` is read, or classes.txt with one name
+    per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelmeSource(Section):
-    """labelme: a JSON file per image. Shapes of one label and `group_id` are one object; all classes are things."""
+    """labelme: a JSON file per image. Shapes with the same label and `group_id` form one object.
+
+    All classes are things.
+    """
 
     kind: Literal["labelme"] = "labelme"
     images: str
     """Folder of the images."""
     annotations: str
-    """Folder of the JSON files; may be that of the images."""
+    """Folder of the JSON files; may be the folder of the images."""
     classes: tuple[str, ...] = ()
-    """Labels in class order; empty takes those that appear, sorted. Name them where several sets must agree."""
+    """Labels in class order. Empty uses all labels that appear, sorted. List them if several data sets must agree."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CvatSource(Section):
-    """`CVAT for images 1.1`: one XML file. Shapes of one label and group are one object; all classes are things."""
+    """`CVAT for images 1.1`: one XML file. Shapes with the same label and group form one object.
+
+    All classes are things.
+    """
 
     kind: Literal["cvat"] = "cvat"
     images: str
     """Folder of the images."""
     annotations: str
-    """The file annotations.xml."""
+    """XML file of the export, annotations.xml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,16 +157,16 @@ class VocSource(Section):
     class_maps: str
     """Folder `SegmentationClass`."""
     object_maps: str
-    """Folder `SegmentationObject`. For sets without it use `label_maps`."""
+    """Folder `SegmentationObject`. For data sets without it use the kind `label_maps`."""
     image_set: str | None = None
-    """File with a name per line, for example `ImageSets/Segmentation/train.txt`; None takes all class maps."""
+    """File with one image name per line, for example `ImageSets/Segmentation/train.txt`. None uses all class maps."""
     legend: str | None = None
-    """`labelmap.txt`, or `class_names.txt` of labelme, with the classes in order; None takes the 20 of VOC."""
+    """File with the classes in order: `labelmap.txt`, or `class_names.txt` of labelme. None uses the 20 VOC classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColorMapSource(Section):
-    """A folder of images and a folder of RGB maps whose colours are classes. All classes are stuff."""
+    """A folder of images and a folder of RGB maps in which each colour is a class. All classes are stuff."""
 
     kind: Literal["color_maps"] = "color_maps"
     images: str
@@ -166,16 +174,17 @@ class ColorMapSource(Section):
     labels: str
     """Folder of the RGB maps."""
     legend: str
-    """`labelmap.txt` (`name:r,g,b::`), `class_dict.csv` (`name,r,g,b`) or `label_colors.txt` (`r g b name`)."""
+    """File with the colour of each class: `labelmap.txt` (`name:r,g,b::`), `class_dict.csv` (`name,r,g,b`) or
+    `label_colors.txt` (`r g b name`)."""
     void: tuple[str, ...] = ("void", "unlabeled", "unlabelled")
-    """Names, in any case, of what is no class; their pixels are ignored."""
+    """Names in the legend that are not classes; case is ignored. Their pixels have no label."""
     suffix: str = ""
-    """What follows the image's name in that of its map, for example `_L`."""
+    """Suffix that the stem of a map has after the stem of its image, for example `_L`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoStuffSource(Section):
-    """Pixel maps of COCO-Stuff (`stuffthingmaps`): semantic, 182 ids."""
+    """Semantic pixel maps of COCO-Stuff (`stuffthingmaps`) with 182 ids."""
 
     kind: Literal["coco_stuff"] = "coco_stuff"
     images: str
@@ -183,12 +192,12 @@ class CocoStuffSource(Section):
     labels: str
     """Folder of the pixel maps."""
     label_names: str
-    """The release's `labels.txt`: `id: name` per line."""
+    """File `labels.txt` of the release, with `id: name` on each line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ade20kSource(Section):
-    """ADE20K in the layout of the 2016 challenge (150 classes, 100 things); folders of one split."""
+    """One split of ADE20K in the layout of the 2016 challenge (150 classes, 100 of them things)."""
 
     kind: Literal["ade20k"] = "ade20k"
     images: str
@@ -196,24 +205,25 @@ class Ade20kSource(Section):
     annotations: str
     """Folder of the label maps."""
     instances: str | None = None
-    """Folder `annotations_instance/<split>`: makes the set panoptic. None keeps it semantic, every label as it is."""
+    """Folder `annotations_instance/<split>`, which makes the data set panoptic. None keeps it semantic, with unchanged
+    labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ade20kFullSource(Section):
-    """The full release of ADE20K (2021): images beside their `_seg.png`."""
+    """The full release of ADE20K (2021), in which each image lies beside its `_seg.png`."""
 
     kind: Literal["ade20k_full"] = "ade20k_full"
     folder: str
-    """Folder of a split, or of a scene in it; read with all folders below it."""
+    """Folder of a split, or of one scene in it. All subfolders are read."""
     categories: str | None = None
-    """JSON list of `{label, name, color, isthing}`, where `label` is the class index `name_ndx` of the release; None
-    takes the 847 classes of the usual benchmark. Other classes are void."""
+    """JSON list of `{label, name, color, isthing}`; `label` is the class index `name_ndx` of the release. None uses the
+    847 classes of the usual benchmark. Other classes are void."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CityscapesSource(Section):
-    """Cityscapes from `*_instanceIds.png`: 19 classes, 8 things, group regions as crowds."""
+    """Cityscapes from `*_instanceIds.png`: 19 classes, 8 of them things. Group regions are crowds."""
 
     kind: Literal["cityscapes"] = "cityscapes"
     images: str
@@ -224,11 +234,11 @@ class CityscapesSource(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CityscapesPanopticSource(Section):
-    """Cityscapes from the COCO panoptic form that its scripts make."""
+    """Cityscapes in the COCO panoptic format that its official scripts write."""
 
     kind: Literal["cityscapes_panoptic"] = "cityscapes_panoptic"
     images: str
-    """Folder `leftImg8bit/<split>`; images are found by their ids."""
+    """Folder `leftImg8bit/<split>`. Images are found by their ids in the JSON file."""
     panoptic_json: str
     """JSON file with images, categories and the segments of every image."""
     panoptic_masks: str
@@ -237,24 +247,24 @@ class CityscapesPanopticSource(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MapillarySource(Section):
-    """Mapillary Vistas 1.2 or 2.0 from its instance maps."""
+    """Mapillary Vistas 1.2 or 2.0, read from its instance maps."""
 
     kind: Literal["mapillary"] = "mapillary"
     images: str
     """Folder of the images."""
     instances: str
-    """Folder of the 16-bit PNGs: `<split>/instances` (older copies of 1.2) or `<split>/<version>/instances`."""
+    """Folder of the 16-bit PNGs: `<split>/<version>/instances`, or `<split>/instances` in older copies of 1.2."""
     config_json: str
-    """The config file of the same version, which lists the labels."""
+    """Config file of the same version, which lists the labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSource(Section):
-    """Samples that your own code writes with `m2f.data_pipeline.shards.write.write_dataset`; not for `m2f shard`."""
+    """Samples that your own code writes with `m2f.data_pipeline.shards.write.write_dataset`, not with `m2f shard`."""
 
     kind: Literal["custom"] = "custom"
     version: int = 1
-    """Count up when the data or the code changes, so that old and new shards are not mixed."""
+    """Version of your data. Increase it if the data or the code changes, so that old and new shards are not mixed."""
 
 
 SourceConfig = (

@@ -1,7 +1,7 @@
-"""Which URLs may be stored: with a recipe, a checkpoint, a job, in MLflow or in a log. None that has room for a secret.
+"""Check of URLs before they are stored in a recipe, checkpoint, job, log or in MLflow: none may hold a secret.
 
-A URL is taken apart and refused where it has more than scheme, host, port and path, whatever the rest looks like:
-nothing in a text tells a token from a name.
+A URL is refused if it has more than scheme, host, port and path, whatever the rest looks like, because a token cannot
+be distinguished from a name.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ REMEDY = (
     "MLFLOW_TRACKING_TOKEN, for an MLflow server; PGUSER and PGPASSWORD for a PostgreSQL database; AWS_ACCESS_KEY_ID "
     "and AWS_SECRET_ACCESS_KEY for a store"
 )
-"""The end of messages about `url_problem`."""
+"""Last sentence of messages about a result of `url_problem`."""
 
 REMOVED = "(removed: it may have held a secret)"
 
-_PASSED_OVER = re.compile(r"^[\x00-\x20]+|[\t\r\n]")  # what the clients of URLs pass over
+_PASSED_OVER = re.compile(r"^[\x00-\x20]+|[\t\r\n]")  # characters that URL clients ignore
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(?::\d{0,5})?")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]*")
 _USER = re.compile(r"[^/@]*:.*@", re.DOTALL)
 _PATH_SCHEMES = ("file", "s3", "sqlite")
-"""A path of theirs may hold an `@`: they know no user, or `file://` has no host."""
+"""Schemes whose paths may hold an `@`, because their URLs have no user."""
 _NAME_SCHEMES = ("hf-hub", "hf_hub", "hub", "local-dir")
-"""What timm and `model.weights` write before the name of a model, which may end with `@revision`."""
+"""Prefixes of model names in timm and `model.weights`; such a name may end with `@revision`."""
 
 
 def url_problem(text: str) -> str | None:
-    """What of a URL may not be stored, as the end of a sentence; None for other URLs and for texts that are none.
+    """Return why a URL may not be stored, as the end of a sentence, or None if it may.
 
-    The sentence does not repeat the text.
+    Texts that are not URLs may be stored, too. The result does not repeat the text.
     """
     text = _PASSED_OVER.sub("", text)
     scheme, authority, path, extra = _split(text)
@@ -51,7 +51,7 @@ def url_problem(text: str) -> str | None:
 
 
 def without_secrets(text: str) -> str:
-    """A text with what `url_problem` refuses cut out; REMOVED where scheme, host and path cannot be told apart."""
+    """Return the text without the parts that `url_problem` refuses; REMOVED if scheme, host and path are unclear."""
     if url_problem(text) is None:
         return text
     scheme, authority, path, extra = _split(_PASSED_OVER.sub("", text))
@@ -65,12 +65,15 @@ def without_secrets(text: str) -> str:
 
 
 def _kind(scheme: str) -> str:
-    """`mysql` of `mysql+pymysql`."""
+    """Return a scheme without its driver, in lower case: `mysql` for `mysql+pymysql`."""
     return scheme.partition("+")[0].lower()
 
 
 def _split(text: str) -> tuple[str, str | None, str, str]:
-    """Scheme, authority, path with its first slash, and the rest from ? or # on. No authority: the text is no URL."""
+    """Return scheme, authority, path with its first slash, and the rest from ? or # on.
+
+    The authority is None if the text is not a URL.
+    """
     scheme, separator, rest = text.partition("://")
     if not separator:
         if not text.startswith("//"):
@@ -82,6 +85,6 @@ def _split(text: str) -> tuple[str, str | None, str, str]:
 
 
 def _cut(text: str, marks: str) -> tuple[str, str, str]:
-    """Before, at and after the first of the marks."""
+    """Split a text at the first of the marks. Return the text before it, the mark, and the text after it."""
     at = next((index for index, character in enumerate(text) if character in marks), len(text))
     return text[:at], text[at : at + 1], text[at + 1 :]
