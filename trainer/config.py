@@ -28,26 +28,27 @@ class OptimizerConfig(Section):
     """AdamW with the official parameter groups: no decay on norms and embeddings, a lower rate on the backbone."""
 
     lr: Annotated[float, ABOVE_0] = 1e-4
-    """Learning rate of all but the backbone, which the schedule multiplies."""
+    """Learning rate of everything but the backbone. The schedule multiplies it."""
     weight_decay: Annotated[float, FROM_0] = 0.05
-    """Decoupled weight decay: each update subtracts learning rate times this times the weight."""
+    """Decoupled weight decay: each update subtracts learning rate times this value times the weight."""
     backbone_lr_multiplier: Annotated[float, FROM_0] = 0.1
     """Learning rate of the backbone, as a multiple of `lr`."""
     layer_decay: Annotated[float, PART] = 1.0
-    """Learning rates of the backbone shrink by this factor per block, counted from its top; 1 treats all alike."""
+    """Factor by which the backbone's learning rate shrinks per block, counted from the top; 1: no decay."""
     layer_decay_from: Literal["head", "top"] = "head"
-    """Which rate is the full one. head: that of the head; the top block is one factor below it, and what precedes all
-    blocks one below the lowest. top: that of the top block; what precedes all blocks has that of the lowest."""
+    """Where the full rate applies. head: to the head; the top block is one factor below it, and layers before the first
+    block are one factor below that block. top: to the top block; layers before the first block have that block's
+    rate."""
     layer_decay_spared: Annotated[int, FROM_0] = 0
-    """So many blocks at the top have the full rate, whatever `layer_decay`."""
+    """Number of top blocks that keep the full rate regardless of `layer_decay`."""
     decay_everything: bool = False
-    """Weight decay on norms, embeddings and positions as well."""
+    """Apply weight decay to norms, embeddings and position tables as well."""
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
-    """Decay rates of the averages of gradients and of their squares."""
+    """Decay rates of AdamW's running averages of the gradients and of their squares."""
     eps: Annotated[float, ABOVE_0] = 1e-8
-    """Added to the root of the averaged squares, so that no division is by 0."""
+    """Added to the square root of the averaged squared gradients, to avoid a division by 0."""
     clip_norm: Annotated[float, FROM_0] = 0.01
-    """Global L2 norm of all gradients over all groups and ranks; 0 switches clipping off."""
+    """Largest global L2 norm of the gradients, over all groups and ranks; 0 switches clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +57,18 @@ class PolySchedule(Section):
 
     kind: Literal["poly"] = "poly"
     power: Annotated[float, FROM_0] = 0.9
-    """Exponent: 1 falls linearly, less stays high for longer."""
+    """Exponent: 1 decreases linearly; smaller values keep the rate high for longer."""
     warmup_steps: Annotated[int, STEPS_FROM_0] = 0
     """Steps over which the learning rate rises linearly to that of the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiStepSchedule(Section):
-    """lr multiplied by gamma at every milestone (COCO recipes)."""
+    """The learning rate is multiplied by `gamma` at every milestone (COCO recipes)."""
 
     kind: Literal["multi_step"] = "multi_step"
     milestones: Annotated[tuple[int, ...], STEPS]
-    """Steps at which the rate drops."""
+    """Steps at which the learning rate drops, in increasing order."""
     gamma: Annotated[float, ABOVE_0] = 0.1
     """Factor on the learning rate at every milestone."""
     warmup_steps: Annotated[int, STEPS_FROM_0] = 0
@@ -83,24 +84,24 @@ class MultiStepSchedule(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StagedPolySchedule(Section):
-    """The backbone stands still while all else warms up, then warms up; both fall as `poly` from there."""
+    """The backbone has rate 0 while all else warms up, then warms up too. Both decrease as `poly` afterwards."""
 
     kind: Literal["staged_poly"] = "staged_poly"
     power: Annotated[float, FROM_0] = 0.9
-    """Exponent: 1 falls linearly, less stays high for longer."""
+    """Exponent: 1 decreases linearly; smaller values keep the rate high for longer."""
     warmup_steps: Annotated[int, STEPS_FROM_0] = 500
-    """Steps over which the learning rate of all but the backbone rises linearly from 0."""
+    """Steps over which the learning rate of everything but the backbone rises linearly from 0."""
     backbone_warmup_steps: Annotated[int, STEPS_FROM_0] = 1000
-    """Steps after these over which that of the backbone does."""
+    """Steps, counted from the end of `warmup_steps`, over which the backbone's learning rate rises linearly from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule(Section):
-    """The learning rate rises linearly, then falls to 0 as half a cosine."""
+    """The learning rate rises linearly, then falls to 0 along half a cosine."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: Annotated[int, STEPS_FROM_0] = 0
-    """Steps over which it rises; the cosine begins behind them."""
+    """Steps over which the learning rate rises; the cosine starts after them."""
 
 
 ScheduleConfig = PolySchedule | MultiStepSchedule | StagedPolySchedule | CosineSchedule
@@ -110,18 +111,18 @@ Precision = Literal["fp32", "bf16_autocast", "fp16_autocast", "bf16", "fp16"]
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO, which partitions training state among the ranks."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """What is divided among the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too."""
+    """What is partitioned among the ranks. 0: nothing; 1: optimizer states; 2: also gradients; 3: also weights."""
     reduce_bucket_size: Annotated[int, FROM_1] = 12_500_000
-    """Elements per gradient bucket; DeepSpeed's 5e8 is more than the whole model and prevents overlap."""
+    """Elements per gradient bucket. DeepSpeed's default of 5e8 exceeds the whole model and prevents overlap."""
     overlap_comm: bool = True
-    """Exchange gradients while the backward pass goes on; with several ranks and stage 1, 2 or 3."""
+    """Exchange gradients during the backward pass; takes effect with several ranks and stage 1, 2 or 3."""
     param_persistence_threshold: Annotated[int, FROM_0] = 100_000
-    """Stage 3: parameters with fewer elements stay whole on every rank."""
+    """Stage 3: parameters with fewer elements than this are not partitioned."""
     offload_optimizer: bool = False
-    """Keep the optimizer state in the host's memory and update there: slower, and 8 bytes per weight less on GPUs."""
+    """Keep the optimizer state in host memory and update there: slower, but saves 8 bytes per weight on the GPUs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,103 +132,106 @@ class ZeroConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """When checkpoints are taken and how many are kept."""
+    """How often checkpoints are saved and how many are kept."""
 
     every_steps: Annotated[int, STEPS] = 5000
-    """Steps from one checkpoint to the next; one more follows the last step."""
+    """Steps between checkpoints. Another one is saved after the last step."""
     keep: Annotated[int, FROM_1] = 3
-    """Newest checkpoints kept; pinned ones (being evaluated) stay besides."""
+    """Number of newest checkpoints to keep. Pinned ones (being evaluated) are kept in addition."""
     best_metric: str | None = None
-    """Number of the evaluations, such as `val/PQ`, whose best checkpoint is kept as well."""
+    """Evaluation metric, such as `val/PQ`, whose best checkpoint is kept in addition."""
     upload_timeout_s: Annotated[float, SECONDS] = 3600.0
-    """How long rank 0 waits for the files of all ranks before it gives a checkpoint and the attempt up."""
+    """How long rank 0 waits for each rank's files before it abandons the checkpoint and the attempt fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig(Section):
-    """Ends a run whose evaluations no longer get better. What is decided follows from the stored results alone."""
+    """Ends a run whose evaluations no longer improve. The decision depends only on stored evaluation results."""
 
     metric: str
-    """Number of the evaluations, such as `val/PQ`; the higher, the better."""
+    """Evaluation metric, such as `val/PQ`; higher is better."""
     patience: Annotated[int, FROM_1] = 5
-    """So many evaluations in a row without a new best value end the run."""
+    """Number of consecutive evaluations without a new best value after which the run ends."""
     min_delta: Annotated[float, FROM_0] = 0.0
-    """A value is a new best one if it is above the best by more than this; in per cent, as the metrics."""
+    """A value is a new best only if it exceeds the best one by more than this; in per cent, as the metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeConfig(Section):
-    """What is done when the loss leaves its usual range."""
+    """Detection of loss spikes, and the reaction to them."""
 
     action: Literal["off", "report", "roll_back"] = "report"
-    """report: an event; roll_back: go on from the last checkpoint before the spike, and leave its samples out."""
+    """off: no detection; report: log a notice; roll_back: resume from the last checkpoint before the spike and skip the
+    samples of the spike."""
     window: Annotated[int, TWO_STEPS] = 200
-    """Losses of so many steps are the usual range; no spike is seen before there are that many."""
+    """Number of most recent losses that define the usual range. No spike is detected before there are that many."""
     threshold: Annotated[float, ABOVE_0] = 10.0
-    """A loss is too high when it exceeds the window's median by this many standard deviations, which are estimated
-    from the median absolute deviation."""
+    """A loss is too high if it exceeds the window's median by more than this many standard deviations, estimated from
+    the
+    median absolute deviation."""
     steps: Annotated[int, STEPS] = 3
-    """So many steps in a row with too high a loss are a spike."""
+    """Number of consecutive steps with too high a loss that count as a spike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Section):
-    """One training run."""
+    """Settings of a training run."""
 
     max_steps: Annotated[int, STEPS_FROM_0] = 0
-    """Optimizer steps; 0: as many as `max_epochs` makes."""
+    """Number of optimizer steps; 0: derived from `max_epochs`."""
     max_epochs: Annotated[float, FROM_0] = 0.0
-    """In place of `max_steps`: passes over the images of all data sets in `data.train`, as filters, limits and repeats
-    leave them. The steps are counted at the start, and stored with the run. 0: not used."""
+    """Alternative to `max_steps`: passes over the images of all data sets in `data.train`, after filters, limits and
+    repeats. The number of steps is computed at the start and stored with the run. 0: not used."""
     early_stopping: EarlyStoppingConfig | None = None
-    """When the run ends before its last step; None: never."""
+    """Condition for ending the run before its last step; None: never."""
     global_batch: Annotated[int, FROM_1] = 16
     """Images per optimizer step, over all ranks and micro-batches."""
     micro_batch: Annotated[int, FROM_1] = 2
-    """Images per forward on one rank; accumulation follows from global_batch, world size and this."""
+    """Images per forward pass on one rank. Accumulation follows from `global_batch`, the number of ranks and this."""
     precision: Precision | Literal["auto"] = "auto"
     """bf16_autocast, fp16_autocast: weights in fp32, matrix products in 16 bits. bf16, fp16: weights and gradients in
-    16 bits too, with fp32 copies in the optimizer. fp16 and fp16_autocast scale the loss by what fits; fp16_autocast
-    computes the pixel decoder in fp32, as the official code. Coordinates and losses stay in fp32. auto: bf16_autocast
-    on GPUs that have bf16, fp16_autocast on older ones with tensor cores, else fp32; a run that goes on keeps its
-    own."""
+    16 bits too, with fp32 copies in the optimizer. fp16 and fp16_autocast scale the loss dynamically. fp16_autocast
+    computes the pixel decoder in fp32, as the official code does. Coordinates and losses always stay in fp32. auto:
+    bf16_autocast on GPUs that support bf16, fp16_autocast on older GPUs with tensor cores, else fp32. A resumed run
+    keeps
+    the precision that it started with."""
     pixel_decoder_fp32: bool = False
     """Compute the pixel decoder in fp32 under bf16_autocast too; slower."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW: rates, decay and clipping."""
+    """AdamW: learning rates, weight decay and clipping."""
     schedule: ScheduleConfig = field(default_factory=PolySchedule)
     """How the learning rate changes over the steps."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
-    """What DeepSpeed divides among the ranks."""
+    """What DeepSpeed partitions among the ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When checkpoints are taken and which are kept."""
+    """How often checkpoints are saved and which ones are kept."""
     ema_decay: Annotated[float, BELOW_1] = 0.0
-    """Decay of the moving average of the weights, which is then what evaluations use; 0 keeps no average."""
+    """Decay of the moving average of the weights, which evaluations then use; 0 keeps no average."""
     log_every_steps: Annotated[int, STEPS] = 20
-    """Steps from one point of the curves, and line of the log, to the next."""
+    """Steps between two log lines and points of the curves."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    """What is done when the loss leaves its usual range."""
+    """Detection of loss spikes, and the reaction to them."""
     max_skipped_steps: Annotated[int, STEPS_FROM_0] = 20
-    """Steps in a row with non-finite gradients after which the run stops."""
+    """Number of consecutive skipped steps (non-finite gradients) that are tolerated; one more ends the run."""
     deterministic: bool = False
-    """Deterministic kernels on GPU (slower); CPU runs are deterministic in any case."""
+    """Use deterministic kernels on GPUs (slower). CPU runs are always deterministic."""
     compile: bool = False
-    """Compile backbone, pixel decoder and transformer decoder with torch.compile, each into one graph: fewer kernels.
-    The first step takes minutes longer, which is no stall. Images must have one size; not with ZeRO stage 3. Needs a
-    C++ compiler (g++), on GPUs a C compiler."""
+    """Compile backbone, pixel decoder and transformer decoder with torch.compile, each into one graph with fewer
+    kernels. The first step takes minutes longer; the watchdog allows for that. All images must have the same size. Not
+    supported with ZeRO stage 3. Requires a C++ compiler (g++) on CPUs and a C compiler on GPUs."""
     threads: Annotated[int, FROM_1] = 1
-    """Torch threads per rank on CPU."""
+    """Torch threads per rank on CPUs."""
     collective_timeout_s: Annotated[float, SECONDS] = 1200.0
-    """Seconds that a rank waits for the others before the attempt ends. With data or the run folder in S3 more than
-    `storage.patience_s` and `stall_timeout_s` together, as one rank may wait so long for the storage."""
+    """How long a rank waits for the others before the attempt ends. If data or the run folder are in S3, set it above
+    the sum of `storage.patience_s` and `stall_timeout_s`, since a rank may wait that long for the storage."""
     stall_timeout_s: Annotated[float, SECONDS_FROM_0] = 300.0
-    """A rank that spends this long in one phase of a step (data, forward pass, update, ...) stalls the run: the stacks
-    of all ranks are written and the attempt ends. Less than collective_timeout_s, or that ends it first and says less;
-    0 switches it off."""
+    """Longest time that a rank may spend in one phase of a step (data, forward pass, update, ...). After it the run has
+    stalled: the stacks of all ranks are written and the attempt ends. Must be less than `collective_timeout_s`, which
+    would otherwise end the attempt first, with less information. 0 switches it off."""
 
     @property
     def settled_precision(self) -> Precision:
-        """The precision, once it is decided on. Raises ValueError for `auto`, which no part of a rank may guess at."""
+        """The precision, once resolved. Raises ValueError for `auto`, which no part of a rank may resolve by itself."""
         if self.precision == "auto":
             raise ValueError("training.precision is auto; decide on it before a model, an engine or a plan is made")
         return self.precision

@@ -8,46 +8,46 @@ from m2f.model.errors import UserError
 
 
 class TrainingError(UserError):
-    """A run that cannot start, resume or go on. Names the setting, step or rank and the remedy."""
+    """A run cannot start, resume or continue. The message names the setting, step or rank, and the remedy."""
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint that is incomplete, damaged or belongs to another run. Names the file and the remedy."""
+    """A checkpoint is incomplete, damaged or from another run. The message names the file and the remedy."""
 
 
 class NewerFormatError(TrainingError):
-    """A file of the run was written by a newer version of this program: it is no damage, and nothing may replace it."""
+    """A newer version of this program wrote a file of the run. The file is intact, so nothing may replace it."""
 
 
 class LeaseHeldError(TrainingError):
-    """Another process trains in the run folder. Names it and the remedy."""
+    """Another process trains in the run folder. The message names that process and the remedy."""
 
 
 class LeaseLostError(TrainingError):
-    """Another process has taken the run folder over; this one must not write to it any more."""
+    """Another process has taken over the run folder, so this process must not write to it any more."""
 
 
 class RankDiedError(RuntimeError):
-    """A rank's process ended without an error of its own. Names the rank and how it ended."""
+    """A rank's process ended without raising an error. The message names the rank and how it ended."""
 
 
 class PeersError(TrainingError):
-    """Raised on every rank because some have an error: names them. The cause is this rank's own error, if any."""
+    """Raised on every rank if any rank fails. Names the failed ranks; the cause is this rank's own error, if any."""
 
 
 class OutOfMemoryError(TrainingError):
-    """The device's memory does not hold a micro-batch of `micro_batch` images."""
+    """A micro-batch of `micro_batch` images does not fit into the device's memory."""
 
     def __init__(self, message: str, micro_batch: int) -> None:
         super().__init__(message)
         self.micro_batch = micro_batch
 
-    def __reduce__(self) -> tuple[Any, ...]:  # exceptions are pickled by their message alone
+    def __reduce__(self) -> tuple[Any, ...]:  # by default only the message of an exception is pickled
         return type(self), (str(self), self.micro_batch)
 
 
 class LossSpikeError(TrainingError):
-    """The loss has left its usual range over the positions `start` to `stop` of the data order; equal on all ranks."""
+    """The loss left its usual range at positions `start` to `stop` of the data order. Equal on all ranks."""
 
     def __init__(self, message: str, start: int, stop: int) -> None:
         super().__init__(message)

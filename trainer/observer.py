@@ -1,4 +1,4 @@
-"""Everything that looks at the training loop without being part of it: times, numbers, trace, watchdog."""
+"""Observability outside the training loop: timers, metrics, traces and the watchdog."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ from m2f.trainer.telemetry.trace import Trace
 from m2f.trainer.telemetry.watchdog import Watchdog
 
 SLOW_REPORTS = 3
-"""A rank that is slow in so many reports in a row is worth an event."""
+"""Consecutive reports in which a rank must be slow before a notice is sent."""
 
 
 class Observer:
-    """One rank's observer; a context manager around the steps. `report` is a collective, nothing else waits."""
+    """Observer of one rank; a context manager around the steps.
+
+    `report` is a collective. Construction is one too if `job.attempt` is empty. No other method waits for other ranks.
+    """
 
     def __init__(self, run: Run, reporter: Reporter) -> None:
         job, self._run, self._reporter = run.job, run, reporter
@@ -42,7 +45,7 @@ class Observer:
         self._size, self._micro_batch = (0, 0), 1
         self._slow: Counter[tuple[int, str]] = Counter()
         self._stack = ExitStack()
-        # The engine's forward runs our module, then DeepSpeed's backward follows.
+        # DeepSpeed starts the backward pass as soon as the module's forward returns.
         self._hook = run.engine.module.register_forward_hook(lambda *_: self._clock.enter("backward"))
 
     def __enter__(self) -> Observer:
@@ -57,18 +60,18 @@ class Observer:
         self._stack.close()
 
     def enter(self, phase: Phase) -> None:
-        """The loop turns to its next phase."""
+        """Record that the loop enters `phase`."""
         self._clock.enter(phase)
 
     def lap(self) -> dict[Phase, float]:
-        """The update ends: seconds in each phase of the step."""
+        """Record the end of the update and return the seconds spent in each phase of the step."""
         self._clock.enter("report")
         return self._clock.lap()
 
     def step_done(
         self, state: TrainState, step: QueuedStep, values: StepValues, result: StepResult, phases: Mapping[Phase, float]
     ) -> None:
-        """After an update, applied or not: a line of the trace."""
+        """Write a trace line for a finished update, whether it was applied or skipped."""
         self._clock.step = state.step
         self._stopwatch.add(step.images, phases)
         micro_batches = step.batches.micro_batches
@@ -92,7 +95,7 @@ class Observer:
         self._trace.write(record)
 
     def report(self, state: TrainState, loss: LossValues, grad_norm: float) -> StepMetrics | None:
-        """Report the numbers of all ranks since the last report; rank 0 returns them as well. A collective."""
+        """Report the metrics of all ranks since the last report; return them on rank 0, else None. A collective."""
         run, watch = self._run, self._stopwatch
         traffic = self._traffic.read(run.ranks)
         own = measure_rank(run.ranks.rank, watch.steps, watch.phases, self._micro_batch, run.job.run_folder)
@@ -126,5 +129,5 @@ class Observer:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no infinities."""
+    """Return the value rounded to 6 decimals, or as text if it is not finite, which JSON cannot represent."""
     return round(value, 6) if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""The model that a rank begins with: from the recipe's weights, or empty for a checkpoint."""
+"""Build the model of a rank, with the weights that the recipe names or without weights to receive a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from m2f.trainer.reporting import Notice, Reporter
 
 
 def empty_model(job: TrainJob) -> Segmenter:
-    """The model for a checkpoint, which brings all weights."""
+    """Build the model without pretrained weights, because a checkpoint provides all of them."""
     torch.manual_seed(job.seed)
     return build_model(job.model, pretrained_backbone=False)
 
@@ -31,11 +31,12 @@ def empty_model(job: TrainJob) -> Segmenter:
 def start_model(
     job: TrainJob, storage: Storage, reporter: Reporter | None
 ) -> tuple[Segmenter, tuple[StartWeights, ...]]:
-    """The model with the weights that the recipe starts from, and what they are.
+    """Build the model with the weights that the recipe starts from.
 
-    Who has a reporter computes their digests, and reports.
+    Returns the model and the start weights with their digests. Only a rank with a `reporter` computes the digests and
+    reports them; on all others the second value is empty.
     """
-    torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own share of the initialisation
+    torch.manual_seed(job.seed)  # ZeRO-3 keeps each rank's own part of the initialisation
     source = job.model.weights
     if source is None:
         model = build_model(job.model)

@@ -1,4 +1,4 @@
-"""One rank as a process: process group, device, threads, determinism; then the loop."""
+"""Run one rank as a process: set up determinism, device and process group, then train."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ def run_worker(
     control: Control | None = None,
     open_data: OpenData = open_shards,
 ) -> TrainState:
-    """Train as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT name.
+    """Train as the rank given by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
-    Without a reporter, rank 0 prints. A process group that exists already (Ray Train) is used as it is. Without any of
-    these variables the process is the only rank. Raises TrainingError where only some are set and what `train` raises.
+    Without a `reporter`, rank 0 prints. An existing process group (Ray Train) is used unchanged. If none of these
+    variables is set, the process is the only rank. Raises TrainingError if only some of them are set, and whatever
+    `train`
+    raises.
     """
     device = prepare_process(job)
     with process_group(device, job.training.collective_timeout_s):
@@ -46,7 +48,7 @@ def run_worker(
 
 
 def prepare_process(job: TrainJob) -> torch.device:
-    """Seeds, threads, allocator and deterministic kernels; returns this rank's device."""
+    """Set seeds, threads, allocator and deterministic kernels; return this rank's device."""
     random.seed(job.seed)
     np.random.seed(job.seed % 2**32)
     torch.manual_seed(job.seed)
@@ -61,10 +63,11 @@ def prepare_process(job: TrainJob) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
-    """The default process group: an existing one, else nccl on GPU and gloo on CPU from the environment.
+    """Provide the default process group: an existing one, else NCCL on GPUs or gloo on CPUs, set up from the
+    environment.
 
-    One of nccl is ended on success only: its end waits for operations that a rank with an error will never enter, and
-    the error would not get out.
+    After an error an NCCL group is not destroyed: destroying it waits for operations that the failed rank never enters,
+    and the error would never be raised.
     """
     if dist.is_initialized():
         yield
@@ -88,7 +91,7 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
 
 
 def _destroy_group() -> None:
-    """End the process group; through DeepSpeed where it has adopted it, which would keep it for the next run."""
+    """Destroy the process group, through DeepSpeed if it has adopted the group and would reuse it in the next run."""
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()
@@ -97,18 +100,18 @@ def _destroy_group() -> None:
 
 
 def _is_one_machine() -> bool:
-    """Whether all ranks meet on loopback, and not at the store of torchrun's agent."""
+    """Return whether all ranks connect through loopback, without the store of torchrun's agent."""
     return os.environ["MASTER_ADDR"] in _LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
 
 
 def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    """Where ranks find each other; torch would listen on every interface of the machine, and asks for no password."""
+    """Create the store for rendezvous on loopback only. Torch's own listens on all interfaces without a password."""
     host, port = _LOOPBACK[0], int(os.environ["MASTER_PORT"])
     if rank:
         return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
     listener = socket.create_server((host, port))
     port = listener.getsockname()[1]
-    # The store owns the descriptor from here on.
+    # The store now owns the descriptor.
     return dist.TCPStore(
         host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach(), use_libuv=False
     )

@@ -1,4 +1,4 @@
-"""Numbers of the log: losses summed over ranks, throughput and time left."""
+"""Metrics of the log: losses summed over ranks, storage traffic, throughput and remaining time."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from m2f.trainer.telemetry.phases import Phase
 
 
 class Stopwatch:
-    """Throughput and phases since the last reading."""
+    """Measures throughput and phases since the last reading."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew."""
+        """Restart the measurement."""
         self.steps = 0
         self.images = 0.0
         self.phases: dict[Phase, float] = {}
-        """Seconds of all steps."""
+        """Seconds in each phase, summed over the steps."""
         self.began = time.perf_counter()
 
     def add(self, images: float, phases: Mapping[Phase, float]) -> None:
-        """Count one step, skipped or not."""
+        """Count one step, whether it was applied or skipped."""
         self.steps += 1
         self.images += images
         for phase, seconds in phases.items():
             self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     def read(self, steps_left: int) -> Throughput:
-        """Throughput of the steps since the last reading; starts anew."""
+        """Return the throughput since the last reading, and restart the measurement."""
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         step_s = elapsed / max(self.steps, 1)
         values = Throughput(
@@ -51,14 +51,14 @@ class Stopwatch:
 
 
 class Traffic:
-    """What all ranks read and wrote since the last reading."""
+    """Measures the storage traffic of all ranks since the last reading."""
 
     def __init__(self, counters: StorageCounters) -> None:
         self._counters = counters
         self._before = self._now()
 
     def read(self, ranks: Ranks) -> StorageTraffic:
-        """Requests, retries, megabytes and hits of the cache of all ranks; starts anew. A collective."""
+        """Return requests, retries, megabytes and cache hits of all ranks since the last reading. A collective."""
         now = self._now()
         total = ranks.sum(torch.tensor(now, dtype=torch.float64) - torch.tensor(self._before, dtype=torch.float64))
         self._before = now
@@ -71,13 +71,13 @@ class Traffic:
 
 
 def sum_over_ranks(terms: Tensor, ranks: Ranks) -> LossValues:
-    """The losses of one step of all ranks, from each one's `loss_terms` on CPU, which stay. A collective."""
+    """Sum the losses of one step over ranks, given each rank's `loss_terms` on CPU, left unchanged. A collective."""
     kinds = ranks.sum(terms.clone()).tolist()
     return LossValues(sum(kinds), *kinds)
 
 
 def non_finite_keys(keys: Sequence[Sequence[str]], losses: Sequence[Losses], ranks: Ranks) -> list[str]:
-    """Keys of the images of a step, on any rank, whose own loss is not finite. A collective."""
+    """Return the sorted keys of the step's images, on any rank, whose own loss is not finite. A collective."""
     mine = [
         key
         for batch_keys, loss in zip(keys, losses, strict=True)

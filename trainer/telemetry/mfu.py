@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what the model needs by counting, over what the GPUs can do."""
+"""Model FLOPs utilisation (MFU): counted FLOPs of the model divided by the peak FLOPs of the GPUs."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-"""Dense bf16 of tensor cores, from the makers' data sheets; the first name that is part of the device's counts."""
+"""Dense bf16 peak of tensor cores, from vendor data sheets. The first name contained in the device's name applies."""
 _PASSES = 3
-"""A backward pass counts for two forward passes, as usual: one for the gradients of a layer's weights, one for those of
-its input. What checkpointing computes again does not count."""
+"""Forward passes that a training pass counts for. As usual, the backward pass counts for two: one for the gradients of
+a layer's weights, one for those of its input. Recomputation by checkpointing does not count."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """bf16 FLOP/s of a GPU by the name that CUDA gives; None where it is not known."""
+    """Return the bf16 FLOP/s of a GPU, given its name in CUDA; None if it is unknown."""
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:
-    """Multiply-adds of a forward and a backward pass of one image of this height and width.
+    """Return the multiply-adds of a forward and a backward pass of one image of this height and width.
 
-    Frozen parts have no gradients of weights, and none at all where nothing before them is trained.
+    Frozen parts compute no gradients of weights, and no gradients at all if nothing before them is trained.
     """
     model = build_shapes(config)
     flops = executed_flops(model, size)
@@ -50,9 +50,10 @@ def training_multiply_adds(config: ModelConfig, size: tuple[int, int]) -> float:
 
 
 class Utilization:
-    """The model's work over the peak of all GPUs, in bf16 whatever the precision of the run.
+    """Model FLOPs divided by the peak of all GPUs in bf16, regardless of the run's precision.
 
-    Counting runs the model once per size of input, without values: seconds, and only where the peak is known.
+    Counting runs the model once per input size, without values: it takes seconds, and is skipped if the peak is
+    unknown.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, world_size: int) -> None:
@@ -62,7 +63,7 @@ class Utilization:
         self._flops_of: dict[tuple[int, int], float] = {}
 
     def share(self, size: tuple[int, int], images_per_s: float) -> float | None:
-        """Between 0 and 1 at this height, width and throughput of all ranks; None where the peak is not known."""
+        """Return the MFU, 0 to 1, at this height, width and throughput of all ranks; None if the peak is unknown."""
         if self._peak is None:
             return None
         if size not in self._flops_of:

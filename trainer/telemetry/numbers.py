@@ -1,4 +1,4 @@
-"""Numbers of a training step: of all ranks together, and of one rank. Needs no torch."""
+"""Metrics of a training step, over all ranks and of one rank. Independent of torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True)
 class LossValues:
-    """Losses of one step, summed over micro-batches and ranks, weighted as in the criterion."""
+    """Losses of one step, summed over micro-batches and ranks, with the weights of the criterion."""
 
     total: float
     class_: float
@@ -18,7 +18,7 @@ class LossValues:
 
 @dataclass(frozen=True)
 class StorageTraffic:
-    """What all ranks read and wrote since the last report."""
+    """Reads and writes of all ranks since the last report. Sizes are in MB."""
 
     requests: float
     retries: float
@@ -30,26 +30,26 @@ class StorageTraffic:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Pace since the last report."""
+    """Throughput since the last report."""
 
     images_per_s: float
     step_time_s: float
     data_wait_share: float
-    """Share of the time in which rank 0 waited for data."""
+    """Share of the time that rank 0 spent waiting for data, 0 to 1."""
     eta_s: float
-    """Seconds to the last step at this pace."""
+    """Estimated seconds until the last step, at the current throughput."""
 
 
 @dataclass(frozen=True)
 class SystemUse:
-    """All machines of the run: means of utilization, maxima of memory, the least free disk."""
+    """All machines of the run: means of utilisation, maxima of memory, and the smallest free disk space."""
 
     cpu_percent: float
     memory_percent: float
     process_gb: float
     disk_free_gb: float
     gpu_memory_gb: float | None = None
-    """None on CPU, as the two below."""
+    """None on CPU, as the two fields below."""
     gpu_image_gb: float | None = None
     gpu_percent: float | None = None
 
@@ -62,34 +62,34 @@ class NodeUse:
     cpu_percent: float
     memory_percent: float
     process_gb: float
-    """Resident memory of all its ranks."""
+    """Resident memory of all ranks on the machine, in GB."""
     disk_free_gb: float
     gpu_memory_gb: float | None = None
-    """The most that one of its GPUs held; None on CPU, as the one below."""
+    """Largest peak of any of its GPUs; None on CPU, as the field below."""
     gpu_percent: float | None = None
     """Mean over its GPUs."""
 
     def numbers(self) -> dict[str, float | None]:
-        """All but the name of the machine."""
+        """Return all fields except the host, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
 
 
 @dataclass(frozen=True)
 class RankSpread:
-    """How far the ranks differ."""
+    """Differences between ranks."""
 
     count: float
     slowest: float
-    """Rank that takes longest for its own work."""
+    """Rank whose own work takes longest."""
     slowest_over_median: float
-    """Its time over that of the median rank."""
+    """Time of the slowest rank divided by that of the median rank."""
     slow: float
-    """Ranks that were much slower than the median in the last reports."""
+    """Number of ranks that were much slower than the median rank in the last reports."""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Everything that is reported of an optimizer step."""
+    """Everything that is reported about an optimizer step."""
 
     loss: LossValues
     storage: StorageTraffic
@@ -97,19 +97,19 @@ class StepMetrics:
     system: SystemUse
     ranks: RankSpread
     grad_norm: float
-    """Before clipping."""
+    """Global L2 norm before clipping."""
     lr: float
     images: float
     """Samples consumed since the start of the run."""
     skipped_steps: float
-    """Since the start of the run."""
+    """Skipped steps since the start of the run."""
     nodes: tuple[NodeUse, ...] = ()
-    """By host."""
+    """Machines, ordered by host."""
     mfu: float | None = None
-    """FLOPs of the model over the peak of all GPUs; None where the peak is unknown."""
+    """Model FLOPs divided by the peak of all GPUs; None if the peak is unknown."""
 
     def values(self) -> dict[str, float]:
-        """The known numbers under the names that they have in MLflow and in `metrics/` of the run folder."""
+        """Return the known metrics under their names in MLflow and in `metrics/` of the run folder."""
         found: dict[str, float | None] = {}
         for group in ("loss", "storage", "system", "ranks"):
             found |= {f"{group}/{name.rstrip('_')}": value for name, value in asdict(getattr(self, group)).items()}
@@ -122,33 +122,35 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class RankNumbers:
-    """One rank since its last report. Times are seconds per step."""
+    """Measurements of one rank since its last report. Times are seconds per step."""
 
     rank: int
     host: str
     step_s: float
     data_s: float
-    """Waiting for its own data."""
+    """Waiting for this rank's own data."""
     forward_s: float
-    """Forward passes and losses: what a rank computes without the others."""
+    """Forward passes and losses: work that does not depend on other ranks."""
     exchange_s: float
-    """Waiting for the other ranks before the forward pass."""
+    """Waiting for other ranks before the forward pass."""
     process_gb: float
-    """Resident memory of the process."""
+    """Resident memory of the process, in GB."""
     cpu_percent: float
-    """Of the machine."""
+    """CPU utilisation of the machine."""
     memory_percent: float
-    """Of the machine."""
+    """Memory in use on the machine."""
     disk_free_gb: float
-    """Where checkpoints are written first, or in the run folder, whichever has less."""
+    """Free space of the temporary folder, where checkpoints are written first, or of a local run folder if that has
+    less."""
     gpu_memory_gb: float | None = None
-    """Peak of allocated memory since the last report."""
+    """Peak of allocated GPU memory since the last report, in GB."""
     gpu_image_gb: float | None = None
-    """Of it, what one image of a micro-batch took: all that was free again after the step, over the images."""
+    """Part of that peak per image of a micro-batch: the peak minus memory still allocated after the step, divided by
+    the number of images."""
     gpu_percent: float | None = None
-    """Share of time in which a kernel ran on the GPU; None where the driver's library for Python is missing."""
+    """Share of time in which a kernel ran on the GPU, in per cent; None if the driver's Python library is missing."""
 
     def values(self) -> Mapping[str, float]:
-        """All numbers that are known, by field."""
+        """Return all known measurements by field name, without rank and host."""
         known = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in known.items() if name not in ("rank", "host") and value is not None}

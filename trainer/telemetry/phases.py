@@ -1,4 +1,4 @@
-"""What a rank is doing just now, and how long each phase of a step takes."""
+"""Current phase of a rank, and the time spent in each phase of a step."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import torch
 
 Phase = Literal["start", "data", "exchange", "forward", "backward", "update", "report", "checkpoint"]
 """start: before the first step; data: waiting for the loader; exchange: waiting for all ranks; update: gradient norm
-and optimizer; report: losses and numbers of all ranks; checkpoint: saving, and waiting for the upload before."""
+and optimizer; report: losses and metrics of all ranks; checkpoint: waiting for the previous upload, and saving."""
 
 
 class Mark(NamedTuple):
-    """Where a rank is. All ranks pass the same phases in the same order, so the lowest count is furthest behind."""
+    """Progress of a rank. All ranks enter the same phases in the same order, so the lowest count is furthest behind."""
 
     count: int
     """Phases entered so far."""
     phase: Phase
     since: float
-    """`time.monotonic()` at its beginning."""
+    """`time.monotonic()` at the start of the phase."""
 
 
 class DeviceEvent(Protocol):
-    """A point in the work of a device: torch.cuda.Event with timing."""
+    """A point in the work queue of a device; torch.cuda.Event with timing implements it."""
 
     def record(self) -> None:
-        """The point is behind all work that was given to the device until now."""
+        """Place the point after all work that is queued on the device now."""
         ...
 
     def query(self) -> bool:
-        """Whether the device has got there."""
+        """Return whether the device has reached the point."""
         ...
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds until another point."""
+        """Return the milliseconds from this point to `end_event`."""
         ...
 
 
 class DevicePhases:
-    """Phases as a device goes through them. The host runs ahead of a GPU, so its own times would say little.
+    """Times phases on the device. The host runs ahead of a GPU, so host times do not show how long the work takes.
 
-    Nothing waits for the device: what it has not done yet is counted later.
+    Nothing waits for the device: a phase that is not finished yet is counted later.
     """
 
     def __init__(self, make_event: Callable[[], DeviceEvent]) -> None:
@@ -51,13 +51,13 @@ class DevicePhases:
         self._passed: deque[tuple[Phase, DeviceEvent]] = deque()
 
     def enter(self, phase: Phase) -> None:
-        """The phase begins behind the work that the device was given."""
+        """Start the phase after the work that is queued on the device now."""
         event = self._make_event()
         event.record()
         self._passed.append((phase, event))
 
     def lap(self) -> dict[Phase, float]:
-        """Seconds in each phase that the device has ended since the last call."""
+        """Return the seconds spent in each phase that the device has finished since the last call."""
         spent: dict[Phase, float] = {}
         while len(self._passed) > 1 and self._passed[1][1].query():
             phase, begin = self._passed.popleft()
@@ -66,20 +66,20 @@ class DevicePhases:
 
 
 class PhaseClock:
-    """Entered by the training thread; `mark` may be read by any other."""
+    """Clock of one rank. The training thread enters phases; any other thread may read `mark`."""
 
     def __init__(self, device: DevicePhases | None = None) -> None:
-        """`device` counts the seconds of phases where the host's would not be those of the work."""
+        """If `device` is given, it measures the seconds of phases instead of the host."""
         self.mark = Mark(0, "start", time.monotonic())
         self.step = 0
-        """Optimizer steps done, counted from the start of the run; 0 until this process has done one."""
+        """Optimizer steps since the start of the run; 0 until this process has finished one."""
         self._spent: dict[Phase, float] = {}
         self._device = device
         if device is not None:
             device.enter("start")
 
     def enter(self, phase: Phase) -> None:
-        """The phase that was on until now ends."""
+        """End the current phase and start `phase`."""
         before, now = self.mark, time.monotonic()
         self._spent[before.phase] = self._spent.get(before.phase, 0.0) + now - before.since
         self.mark = Mark(before.count + 1, phase, now)
@@ -87,13 +87,13 @@ class PhaseClock:
             self._device.enter(phase)
 
     def lap(self) -> dict[Phase, float]:
-        """Seconds in each phase that has ended since the last call."""
+        """Return the seconds spent in each phase that has ended since the last call."""
         spent, self._spent = self._spent, {}
         return spent if self._device is None else self._device.lap()
 
 
 def phase_clock(device: torch.device) -> PhaseClock:
-    """A clock for ranks on such a device."""
+    """Return a clock for a rank on `device`; phases are timed on the device if it is a GPU."""
     if device.type != "cuda":
         return PhaseClock()
     return PhaseClock(DevicePhases(lambda: torch.cuda.Event(enable_timing=True)))

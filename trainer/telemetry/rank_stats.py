@@ -1,4 +1,4 @@
-"""What one rank measures of itself and its machine, and what follows from the numbers of all."""
+"""Measurements of one rank and its machine, and statistics over all ranks."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from m2f.trainer.telemetry.phases import Phase
 
 SLOW_FACTOR = 1.5
 SLOW_S = 0.05
-"""A rank is slow in what it does alone where it takes this much longer per step than the median rank, and so many
-times as long."""
+"""A rank is slow if its own work takes more than SLOW_FACTOR times as long as on the median rank, and more than SLOW_S
+seconds per step longer."""
 
 
 def measure_rank(
     rank: int, steps: int, phases: Mapping[Phase, float], micro_batch: int, run_folder: str
 ) -> RankNumbers:
-    """Numbers of this process; `phases` are the seconds of all `steps`. Resets the peak of GPU memory."""
+    """Measure this process. `phases` holds the seconds of all `steps` together. Resets the peak of GPU memory."""
     folders = [tempfile.gettempdir(), *([] if "://" in run_folder else [run_folder])]
     gpu_memory = gpu_image = gpu_percent = None
     if torch.cuda.is_available():
         gpu_memory = torch.cuda.max_memory_allocated() / 1e9
         gpu_image = (gpu_memory - memory_gb()) / micro_batch
         torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(Exception):  # whatever a missing or broken driver library raises
+        with contextlib.suppress(Exception):  # a missing or broken driver library can raise anything
             gpu_percent = float(torch.cuda.utilization())
     return RankNumbers(
         rank=rank,
@@ -53,14 +53,14 @@ def measure_rank(
 
 
 def memory_gb() -> float:
-    """What tensors take on the GPU now, else what the process takes."""
+    """Return the GB of tensors on the GPU; without a GPU, the resident memory of the process in GB."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 1e9
     return psutil.Process().memory_info().rss / 1e9
 
 
 def system_use(numbers: Sequence[RankNumbers]) -> SystemUse:
-    """The machines of all ranks."""
+    """Summarise the machines of all ranks."""
     machines = list({n.host: n for n in numbers}.values())
     gpu_memory = [n.gpu_memory_gb for n in numbers if n.gpu_memory_gb is not None]
     gpu_percent = [n.gpu_percent for n in numbers if n.gpu_percent is not None]
@@ -76,7 +76,7 @@ def system_use(numbers: Sequence[RankNumbers]) -> SystemUse:
 
 
 def node_uses(numbers: Sequence[RankNumbers]) -> tuple[NodeUse, ...]:
-    """Every machine by itself, ordered by host."""
+    """Return the use of each machine, ordered by host."""
     return tuple(_node_use(host, [n for n in numbers if n.host == host]) for host in sorted({n.host for n in numbers}))
 
 
@@ -95,7 +95,7 @@ def _node_use(host: str, ranks: Sequence[RankNumbers]) -> NodeUse:
 
 
 def rank_spread(numbers: Sequence[RankNumbers], slow: int) -> RankSpread:
-    """How far the ranks differ in what each does alone; `slow` of them have been slow for a while."""
+    """Compare the ranks by the work that each does alone. `slow` counts ranks slow in several consecutive reports."""
     alone = [n.data_s + n.forward_s for n in numbers]
     slowest = max(range(len(alone)), key=alone.__getitem__)
     ratio = max(alone) / max(median_low(alone), 1e-9)
@@ -104,14 +104,14 @@ def rank_spread(numbers: Sequence[RankNumbers], slow: int) -> RankSpread:
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank that holds the others up."""
+    """A rank that delays the others. Times are seconds per step."""
 
     rank: int
     host: str
     work: Literal["data", "forward"]
     seconds: float
     usual: float
-    """Of the median rank."""
+    """Time of the median rank."""
 
     def __str__(self) -> str:
         what = "waits for data" if self.work == "data" else "computes its forward passes"
@@ -122,7 +122,7 @@ class SlowRank:
 
 
 def slow_ranks(numbers: Sequence[RankNumbers]) -> list[SlowRank]:
-    """Ranks that take much longer than the median rank for what each does alone."""
+    """Return the ranks whose own work takes much longer than that of the median rank (SLOW_FACTOR, SLOW_S)."""
     found = []
     for work in ("data", "forward"):
         seconds = [n.data_s if work == "data" else n.forward_s for n in numbers]

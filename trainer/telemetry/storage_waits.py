@@ -1,4 +1,4 @@
-"""A rank that waits for the storage does not stall the run: how the watchdogs of the ranks find out."""
+"""Lets the watchdogs of all ranks find out that a rank waits for the storage, which is not a stall."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from m2f.trainer.reporting import Notice, Reporter
 
 T = TypeVar("T")
 REQUEST_S = 5.0
-"""Longest wait for one answer of the storage or of the counter."""
+"""Longest wait, in seconds, for one answer of the storage or of the shared counter."""
 FRESH_S = 60.0
-"""How long the last word of an outage excuses a rank. Whoever waits sleeps up to 20 s before it asks again, and ranks
-that wait for it hear of the outage from time to time only."""
+"""Seconds for which a detected outage excuses a rank. A process that waits for the storage sleeps up to 20 s before it
+retries, and the ranks that wait for it notice the outage only now and then."""
 SAY_S = 60.0
 _COUNTER = "storage_waits"
 
 
 class StorageWaits:
-    """One rank's view; `look` is called by its watchdog.
+    """Detects, for one rank, waits that the storage causes. The rank's watchdog calls `look`.
 
-    A rank that does not wait for others asks the storage. Where that does not answer, the rank says so once a minute
-    and adds to a counter that all ranks share. A rank that waits for others looks whether the counter moves.
+    A rank that does not wait for others queries the storage. If the storage does not answer, the rank increments a
+    counter that all ranks share, and reports the outage at most once a minute. A rank that waits for others checks
+    whether the counter has changed.
     """
 
     def __init__(self, job: TrainJob, storage: Storage, ranks: Ranks, reporter: Reporter) -> None:
@@ -35,11 +36,11 @@ class StorageWaits:
         self._objects = [join(url, "manifest.json") for url in dict.fromkeys(urls)]  # whether they exist is irrelevant
         self._storage = storage.impatient(REQUEST_S)
         self._ranks, self._reporter = ranks, reporter
-        self._seen, self._away = 0, float("-inf")  # of the monotonic clock: when the storage was last said to be away
+        self._seen, self._away = 0, float("-inf")  # monotonic time at which an outage was last detected
         self._said = float("-inf")
 
     def look(self, waits_for_others: bool, seconds: float) -> bool:
-        """Whether the storage is why this rank, or one that it waits for, has been in its phase for `seconds`."""
+        """Return whether this rank, or one that it waits for, has waited `seconds` because of the storage."""
         if not self._objects:  # local files
             return False
         if self._others_wait() if waits_for_others else self._storage_is_away(seconds):
@@ -58,7 +59,7 @@ class StorageWaits:
                 _answer(lambda: self._ranks.count(_COUNTER, 1), 0)
                 self._say(f"rank {self._ranks.rank} has been waiting for {seconds:.0f} s; {url} does not answer")
                 return True
-            except StorageError:  # a refusal is an answer
+            except StorageError:  # a rejected request is an answer
                 continue
         return False
 
@@ -69,7 +70,7 @@ class StorageWaits:
 
 
 def _answer(ask: Callable[[], T], otherwise: T) -> T:
-    """What `ask` returns within REQUEST_S: the process that keeps the counter may be frozen."""
+    """Return the result of `ask`, or `otherwise` after REQUEST_S: the process that holds the counter may be frozen."""
     answers: list[T] = []
     thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
     thread.start()

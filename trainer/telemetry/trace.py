@@ -1,8 +1,8 @@
-"""One line of JSON per step and rank, for the hour when something was odd.
+"""Trace with one line of JSON per step and rank, for diagnosing a problem afterwards.
 
-On a disk the lines are in the run folder at once, each written with one call, so that a process that is killed loses
-none. Objects of a store cannot grow, so there the file is kept on this machine and uploaded every minute and at the
-end. An attempt has files of its own, of bounded size: the oldest half of the lines goes when they get too long.
+On a local disk, each line is appended to the run folder with one call, so a killed process loses none. Objects in an
+object store cannot grow, so there the file is kept locally and uploaded every minute and at the end. Every attempt has
+its own files. Their size is bounded: when two files are full, the older one is dropped.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from m2f.data_pipeline.storage.storage import Storage, join
 
 LOGGER = logging.getLogger(__name__)
 MAX_BYTES = 16_000_000
-"""Of one file; the one before it is kept besides."""
+"""Size limit of one file. The previous file is kept in addition."""
 UPLOAD_S = 60.0
 
 
 class Trace:
-    """The trace of one rank. `write` never raises; `close` makes the last upload."""
+    """Trace of one rank. `write` never raises; `close` does the last upload."""
 
     def __init__(self, storage: Storage, run_folder: str, attempt: str, rank: int, max_bytes: int = MAX_BYTES) -> None:
         self._storage, self._max_bytes = storage, max_bytes
@@ -45,7 +45,7 @@ class Trace:
             self._uploader.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a line; `time` is put before the rest. Where the disk refuses it, tracing ends with one warning."""
+        """Append a line that starts with `time`. If the disk rejects it, log one warning and stop tracing."""
         if self._broken:
             return
         line = json.dumps({"time": round(time.time(), 3), **record}).encode() + b"\n"
@@ -61,7 +61,7 @@ class Trace:
             LOGGER.warning(f"no trace from here on: {self._path} cannot be written ({error})")
 
     def close(self) -> None:
-        """End the file, and upload it where it is not in place already."""
+        """Close the file. With a remote run folder, upload it."""
         self._closing.set()
         if self._is_remote:
             self._uploader.join()
@@ -89,7 +89,7 @@ class Trace:
             try:
                 if path.exists():
                     self._storage.put_file(join(self._url.rpartition("/")[0], path.name), path)
-            except (StorageError, OSError) as error:  # a trace is worth no failed run
+            except (StorageError, OSError) as error:  # a failed trace must not fail the run
                 LOGGER.warning(f"the trace {path.name} is not uploaded: {error}")
 
 

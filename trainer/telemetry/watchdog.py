@@ -1,8 +1,8 @@
-"""Notices that a run stands still, collects the stacks of all ranks, and ends the attempt.
+"""Detect a stalled run, collect the stacks of all ranks and end the attempt.
 
-The training thread of a rank that stands still cannot be trusted to raise anything: it may sit in a collective, a
-driver call or a read that never returns. So a thread beside it writes the stacks into the run folder, where the ranks
-meet without a collective, and ends the process; whoever started it sees that and starts again.
+The training thread of a stalled rank may never raise an error: it may be stuck in a collective, a driver call or a
+read. So a second thread writes the stacks to the run folder, which ranks reach without a collective, and ends the
+process. The parent process notices the exit and restarts the ranks.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ from m2f.trainer.telemetry.phases import Phase, PhaseClock
 from m2f.trainer.telemetry.storage_waits import REQUEST_S, StorageWaits
 
 GATHER_S = 15.0
-"""How long the ranks wait for each other's stacks."""
+"""Seconds that ranks wait for each other's stacks."""
 STACKS = "stacks.txt"
 LOOK_AT_STORAGE_S = 60.0
-"""From when on a phase may take so long because the storage does not answer."""
+"""Seconds in a phase after which the watchdog checks whether the storage is the cause."""
 LEAVE_S = 2.0
-"""How long a report may take on its way out of the process."""
+"""Seconds that a report gets to be delivered before the process exits."""
 COMPILE_S = 1800.0
-"""How much longer a phase of the first step may take where the model is compiled in it."""
+"""Seconds added to the limit of phases in the first step if the model is compiled in it."""
 WAITING_PLACES = (os.path.dirname(dist.__file__), f"deepspeed{os.sep}comm", Ranks.exchange.__code__.co_filename)
-"""Parts of the paths of code in which a rank waits for others."""
+"""Path fragments of code in which a rank waits for other ranks."""
 
 
 @dataclass(frozen=True)
 class RankStacks:
-    """What one rank was doing when the run stood still."""
+    """State of one rank at the moment of the stall."""
 
     rank: int
     host: str
     count: int
-    """Of its `Mark`."""
+    """`count` of its `Mark`: phases entered so far."""
     phase: Phase
     seconds: float
-    """In this phase so far."""
+    """Time spent in this phase so far."""
     in_collective: bool
-    """Whether it waits for other ranks."""
+    """Whether the rank is waiting for other ranks."""
     place: str
     """Innermost line of the training thread."""
     stacks: str
-    """Of all its threads."""
+    """Stacks of all its threads."""
 
 
 class Watchdog:
-    """A thread that watches `clock`; a context manager around the steps, entered by the training thread.
+    """Thread that watches `clock`; a context manager around the steps, entered by the training thread.
 
-    Where no new phase begins for `training.stall_timeout_s` (plus the upload's own limit while saving, and COMPILE_S in
-    the first step of a compiled model), every rank leaves its stacks in `failures/stall-ATTEMPT/` of the run folder.
-    The lowest rank that answers joins them, reports the notice `stalled`, and all end with STALL_EXIT. Where the
-    interpreter itself is held up, faulthandler's own thread ends the process. Waiting for a
-    storage that does not answer is no stall, see `StorageWaits`.
+    A rank stalls if it spends more than `training.stall_timeout_s` in one phase. Saving gets the upload timeout in
+    addition, and the first step of a compiled model gets COMPILE_S. After a stall every rank writes its stacks to
+    `failures/stall-ATTEMPT/` in the run folder. The lowest rank that answers joins them and reports the notice
+    `stalled`; all ranks end with STALL_EXIT. If the interpreter itself is blocked, the thread of faulthandler ends the
+    process. Waiting for a storage that does not answer is not a stall, see `StorageWaits`.
     """
 
     def __init__(
@@ -114,10 +114,11 @@ class Watchdog:
             while not self._closing.wait(self._look_s):
                 mark = self._clock.mark
                 limit_s = self._limit_of(mark.phase)
-                # Fires only when this thread does not get to run, or hangs itself further down.
+                # Fires only if this thread does not get to run, or hangs itself further down.
                 faulthandler.dump_traceback_later(limit_s + 2 * GATHER_S, exit=True, file=sys.__stderr__ or last_words)
                 seconds = time.monotonic() - mark.since
-                # Well before the limit: an outage may end just then, and whoever waited for it has yet to ask again.
+                # Check well before the limit: an outage may end just before it, when the waiting process has not
+                # retried yet.
                 looks = seconds > min(limit_s / 2, LOOK_AT_STORAGE_S)
                 waits = looks and self._waits.look(self._in_collective(), seconds)
                 if seconds > limit_s and not waits:
@@ -130,7 +131,7 @@ class Watchdog:
         return self._limit_s if self._clock.step else self._first_limit_s
 
     def _end(self) -> None:
-        """Leave this rank's stacks, join those of all where it is this rank's turn, and end the process."""
+        """Write this rank's stacks and exit the process. The lowest rank that answers joins the stacks of all first."""
         try:
             mine = self._look()
             self._storage.put(self._url(mine.rank), json.dumps(asdict(mine)).encode())
@@ -139,14 +140,14 @@ class Watchdog:
                 self._tell(found)
             else:
                 self._wait_until_told()
-        except Exception:  # no store: what this rank knows is in its log
+        except Exception:  # no storage: this rank's stacks go to its log
             traceback.print_exc()
             faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
         finally:
             os._exit(STALL_EXIT)
 
     def _in_collective(self) -> bool:
-        """Whether the training thread waits for other ranks."""
+        """Return whether the training thread waits for other ranks."""
         training = sys._current_frames()[self._training_thread]
         return any(place in frame.f_code.co_filename for frame in _chain(training) for place in WAITING_PLACES)
 
@@ -172,7 +173,7 @@ class Watchdog:
         )
 
     def _gather(self) -> list[RankStacks]:
-        """The stacks of all ranks, or of those that have left theirs in time; in rank order."""
+        """Return the stacks of all ranks in rank order, without ranks that did not write theirs within GATHER_S."""
         deadline = time.monotonic() + GATHER_S
         urls = {self._url(rank) for rank in range(self._ranks.world_size)}
         while (there := urls & set(self._storage.list(self._folder))) != urls and time.monotonic() < deadline:
@@ -183,7 +184,7 @@ class Watchdog:
     def _tell(self, found: Sequence[RankStacks]) -> None:
         url = join(self._folder, STACKS)
         message = f"{describe_stall(found, self._ranks.world_size)}. Stacks of all ranks: {url}"
-        if not self._ranks.is_first:  # whose reporter may have no voice
+        if not self._ranks.is_first:  # whose reporter may print nothing
             sys.stderr.write(f"{printable(message)}\n")
         write_ending(self._storage, self._job.run_folder, self._job.attempt, Ending("stalled", message))
         self._reporter.report(Notice("stalled", self._clock.step, message))
@@ -191,7 +192,7 @@ class Watchdog:
         self._storage.put(url, join_stacks(message, found).encode())
 
     def _wait_until_told(self) -> None:
-        """The attempt ends with the first process, so the others let the one that reports go ahead."""
+        """Wait for the rank that reports, because the attempt ends as soon as one process exits."""
         deadline = time.monotonic() + GATHER_S + 2 * LEAVE_S
         while not self._storage.exists(join(self._folder, STACKS)) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -201,10 +202,10 @@ class Watchdog:
 
 
 def describe_stall(found: Sequence[RankStacks], world_size: int) -> str:
-    """Who holds the run up, and where. `found` has the ranks that answered.
+    """Describe which ranks stall the run, and at which line. `found` holds the ranks that answered.
 
-    The ranks that got least far are to blame, among them those that do not wait for others; before all, ranks that did
-    not answer, as their process is frozen or its interpreter held up.
+    Ranks that did not answer are the cause, as their process is frozen or their interpreter blocked. If all answered,
+    the cause is the ranks that entered the fewest phases; among them, those that are not waiting for others.
     """
     silent = sorted(set(range(world_size)) - {stacks.rank for stacks in found})
     last = [stacks for stacks in found if stacks.count == min(s.count for s in found)]
@@ -220,7 +221,7 @@ def describe_stall(found: Sequence[RankStacks], world_size: int) -> str:
 
 
 def join_stacks(message: str, found: Sequence[RankStacks]) -> str:
-    """One text with the threads of all ranks, the training thread first."""
+    """Join the stacks of all ranks into one text, with the training thread of each rank first."""
     parts = [f"==== rank {s.rank} on {s.host}, in `{s.phase}` for {s.seconds:.0f} s ====\n{s.stacks}" for s in found]
     return "\n".join([message, "", *parts])
 
@@ -236,6 +237,6 @@ def _chain(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _describe(frame: FrameType) -> str:
-    """`loader.py:88 in __next__: return queue.get()`."""
+    """Return the innermost line, as in `loader.py:88 in __next__: return queue.get()`."""
     inner = traceback.extract_stack(frame, limit=None)[-1]
     return f"{os.path.basename(inner.filename)}:{inner.lineno} in {inner.name}: {inner.line}"
