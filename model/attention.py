@@ -1,8 +1,9 @@
-"""The kinds of attention that a transformer decoder is made of.
+"""Attention variants of the transformer decoder.
 
 Axis letters: B images, Q queries, T pixels of the levels that a layer attends to, C channels, h x w pixels of a level.
-The rows of Table 4c of the paper: masked (`attention_mask`), plain cross-attention (`ProjectedAttention` without
-a mask), spatially modulated co-attention (`SpatialPrior`) and mask pooling (`MaskPooling`).
+The module implements the rows of Table 4c of the paper: masked attention (`attention_mask`), plain cross-attention
+(`ProjectedAttention` without a mask), spatially modulated co-attention (`SpatialPrior`) and mask pooling
+(`MaskPooling`).
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SPATIAL_BANDWIDTH = 8.0
-"""Divides the squared distances of the spatial prior (beta in the SMCA paper)."""
+"""Divisor of the squared distances in the spatial prior (beta in the SMCA paper)."""
 
 
 def packed_xavier_(linear: nn.Linear) -> None:
-    """Initialise a part of an attention's packed [3 C, C] input projection: xavier bound of the whole, zero bias."""
+    """Initialise one [C, C] part of a packed [3 C, C] attention input projection.
+
+    Weights are uniform within the Xavier bound of the whole packed matrix; the bias is zero.
+    """
     bound = (6 / (4 * linear.in_features)) ** 0.5
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.zeros_(linear.bias)
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
-    """[B, T, C] to [B, heads, T, C / heads] without a copy."""
+    """Reshape [B, T, C] to [B, heads, T, C / heads] without a copy."""
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def to_at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is that."""
+    """Return the tensor in float32, or in float64 if it already has that dtype."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -42,9 +46,9 @@ def _output_projection(dim: int) -> nn.Linear:
 
 
 class ProjectedAttention(nn.Module):
-    """Attention over projected queries, keys and values, and the output projection.
+    """Attention over projected queries, keys and values, followed by the output projection.
 
-    `norm` is the LayerNorm of its residual, which the layer applies before or after.
+    `norm` is the LayerNorm of the residual branch. The calling layer applies it, either before or after this module.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
@@ -54,9 +58,10 @@ class ProjectedAttention(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`query` [B, Q, C], `key` and `value` [B, T, C]: [B, Q, C].
+        """Return attended features [B, Q, C] for `query` [B, Q, C] and `key`, `value` [B, T, C].
 
-        `mask` is bool [B, 1, Q, T], True where allowed, or a number [B, heads, Q, T] added to the logits.
+        `mask` is either bool [B, 1, Q, T], True where attention is allowed, or a float [B, heads, Q, T] that is added
+        to the logits.
         """
         dropout = self.dropout if self.training else 0.0
         query, key, value = (split_heads(tokens, self.heads) for tokens in (query, key, value))
@@ -66,11 +71,11 @@ class ProjectedAttention(nn.Module):
 
 
 class MaskPooling(nn.Module):
-    """The mean feature inside the predicted mask of each query, and a projection (Table 4c).
+    """Mean feature inside the predicted mask of each query, followed by a projection (Table 4c).
 
-    K-Net (Zhang et al., NeurIPS 2021) gathers the group feature of a kernel so, as a sum; the mean is how the paper
-    describes it, and keeps large and small masks on one scale. Without softmax a projection of values would commute
-    with the mean, so that one projection after it does the work of both.
+    K-Net (Zhang et al., NeurIPS 2021) sums the features of a kernel's mask in the same way. This module takes the mean,
+    as the paper describes, which keeps large and small masks on one scale. Without a softmax, a value projection
+    commutes with the mean, so one projection after the mean replaces both the value and the output projection.
     """
 
     def __init__(self, dim: int, dropout: float) -> None:
@@ -80,20 +85,24 @@ class MaskPooling(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """`tokens` [B, T, C] and `mask` bool [B, 1, Q, T] with at least one True in every row: [B, Q, C]."""
+        """Pool `tokens` [B, T, C] inside `mask` bool [B, 1, Q, T] to [B, Q, C].
+
+        Every row of `mask` must have at least one True.
+        """
         inside = mask[:, 0]
-        # An area of some thousand pixels has more digits than bfloat16.
+        # bfloat16 cannot represent areas of thousands of pixels exactly.
         pooled = to_at_least_float32(inside.to(tokens.dtype) @ tokens) / inside.sum(-1, keepdim=True)
         return F.dropout(self.output(pooled.to(tokens.dtype)), self.dropout, self.training)
 
 
 class SpatialPrior(nn.Module):
-    """Gaussian prior of one layer and all its heads on where in the image a query attends to (SMCA).
+    """Gaussian prior over the image positions that a query attends to, for one layer and all its heads (SMCA).
 
-    Spatially modulated co-attention (Gao et al., ICCV 2021, section 3.2; "type3" of its published code): around a
-    reference point per query, every head predicts an offset of its centre and a width along x and y; the logarithm of
-    the Gaussian is added to the attention logits. Distances are counted in pixels of the 1/32 map on every level, so
-    that a prior means the same on all of them. Scales start at 1, independent of the query.
+    Spatially modulated co-attention is described by Gao et al., ICCV 2021, section 3.2; this is "type3" of the
+    published code. Every query has a reference point. Every head predicts an offset of the Gaussian's centre from that
+    point, and an inverse width along x and y. The logarithm of the Gaussian is added to the attention logits. On every
+    level, distances are measured in pixels of the 1/32 map, so a prior means the same on all levels. The scales start
+    at 1 for every query.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -107,13 +116,16 @@ class SpatialPrior(nn.Module):
         nn.init.ones_(self.scale.bias)
 
     def forward(self, queries: Tensor, reference: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [B, heads, Q, T] from `queries` with their embedding [B, Q, C] and `reference` [B, Q, 2].
+        """Return attention logits [B, heads, Q, T].
 
-        References are (x, y) in [0, 1]. `sizes` are (h, w), first of the 1/32 map and then of the attended levels.
+        Args:
+            queries: [B, Q, C], positional embedding included.
+            reference: [B, Q, 2] reference points (x, y) in [0, 1].
+            sizes: (h, w) of the 1/32 map, followed by those of the attended levels.
         """
         (rows, columns), *levels = sizes
         hidden = self.norm(queries)
-        # [2, B, heads, Q] each; geometry in float32
+        # [2, B, heads, Q] each; the geometry is computed in float32
         offset, scale = (
             to_at_least_float32(linear(hidden)).unflatten(-1, (self.heads, 2)).permute(3, 0, 2, 1)
             for linear in (self.offset, self.scale)
@@ -122,7 +134,7 @@ class SpatialPrior(nn.Module):
         centre_x, centre_y = x * columns + offset[0], y * rows + offset[1]
         logits = []
         for height, width in levels:
-            # The Gaussian is a product of one along x and one along y.
+            # The Gaussian is separable: its logarithm is a sum of one term along x and one along y.
             along_x = _squared_distance(centre_x, width, columns) * scale[0].square()[..., None]
             along_y = _squared_distance(centre_y, height, rows) * scale[1].square()[..., None]
             logits.append((along_y[..., :, None] + along_x[..., None, :]).flatten(-2))
@@ -130,16 +142,20 @@ class SpatialPrior(nn.Module):
 
 
 def _squared_distance(centre: Tensor, size: int, extent: int) -> Tensor:
-    """From centres [...] to the middles of `size` pixels that together are `extent` long: [..., size]."""
+    """Return squared distances [..., size] from centres [...] to the middles of `size` pixels.
+
+    The pixels together are `extent` long, starting at 0.
+    """
     pixels = (torch.arange(size, device=centre.device, dtype=centre.dtype) + 0.5) * (extent / size)
     return (pixels - centre[..., None]).square()
 
 
 def attention_mask(mask_embeddings: Tensor, features: Tensor) -> Tensor:
-    """Pixels that each query may attend to: bool [B, 1, Q, T] (equation 2 and 3 of the paper).
+    """Return the pixels that each query may attend to, bool [B, 1, Q, T] (equations 2 and 3 of the paper).
 
-    `mask_embeddings` [B, Q, C] and `features` [B, C, T], the mask features resized to the level. Resizing features
-    equals resizing the logits, because both are linear. A query whose mask is empty may attend everywhere.
+    `mask_embeddings` is [B, Q, C]. `features` [B, C, T] are the mask features resized to the level. Both operations are
+    linear, so resizing features gives the same result as resizing logits. A query with an empty mask may attend
+    everywhere.
     """
     with torch.autocast(features.device.type, enabled=False):
         allowed = (mask_embeddings.to(features.dtype) @ features) >= 0
@@ -149,6 +165,9 @@ def attention_mask(mask_embeddings: Tensor, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def resize_for_attention(mask_features: Tensor, size: Sequence[int]) -> Tensor:
-    """Mask features bilinearly resized to a level, in float32 at least: [B, C, h * w]."""
+    """Resize mask features [B, C, H, W] bilinearly to `size` (h, w), in float32 at least.
+
+    Return [B, C, h * w].
+    """
     features = to_at_least_float32(mask_features)
     return F.interpolate(features, tuple(size), mode="bilinear", align_corners=False).flatten(2)

@@ -1,7 +1,7 @@
-"""Which of PyTorch's fused forms of attention a GPU may use: those that give what the plain form gives.
+"""Selection of PyTorch's fused attention kernels by comparing them with the plain formula on this GPU.
 
-On recent GPUs PyTorch prefers cuDNN, which has given wrong gradients with masks (NaN for lengths that leave 64 when
-divided by 128, pytorch#196678). So every form is tried where it will run, once per process.
+On recent GPUs PyTorch prefers cuDNN. Its kernel has returned wrong gradients with masks: NaN for lengths with remainder
+64 modulo 128 (pytorch#196678). Therefore each process tests every kernel once on its own GPU.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ _TAKES_NO_SUCH_INPUT = ("No available kernel", "No viable backend")
 
 
 class Backend(NamedTuple):
-    """A fused form of attention with masks."""
+    """A fused attention kernel that accepts masks."""
 
     name: str
     kind: SDPBackend
     allow: Callable[[bool], None]
-    """Whether this process may use it."""
+    """Enable (True) or disable (False) the kernel in this process."""
 
 
 BACKENDS = (
     Backend("cuDNN", SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.enable_cudnn_sdp),
     Backend("memory-efficient", SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.enable_mem_efficient_sdp),
 )
-"""In PyTorch's order of preference on recent GPUs; FlashAttention takes no mask."""
+"""Kernels in PyTorch's order of preference on recent GPUs. FlashAttention is missing because it accepts no mask."""
 
 
 class Case(NamedTuple):
-    """An attention of some queries to `tokens`, with a mask that allows or one that is added."""
+    """Test case: attention of `queries` queries to `tokens` tokens, with a boolean or an added mask."""
 
     dtype: torch.dtype
     tokens: int
     dim: int
-    """Channels of a head."""
+    """Channels per head."""
     is_added: bool = False
     queries: int = _QUERIES
 
@@ -53,11 +53,11 @@ class Case(NamedTuple):
 
 CASES = (
     Case(torch.bfloat16, 1024, 32),
-    Case(torch.bfloat16, 1050, 32),  # 25 x 42: neither a multiple of 4
-    Case(torch.bfloat16, 1600, 32),  # leaves 64 when divided by 128
+    Case(torch.bfloat16, 1050, 32),  # 25 x 42: neither side is a multiple of 4
+    Case(torch.bfloat16, 1600, 32),  # remainder 64 modulo 128
     Case(torch.bfloat16, 1600, 32, is_added=True),
     Case(torch.bfloat16, 1600, 64),
-    Case(torch.bfloat16, 1129, 64, queries=1129),  # queries among the tokens of a transformer
+    Case(torch.bfloat16, 1129, 64, queries=1129),  # self-attention over all tokens of a transformer
     Case(torch.float16, 1600, 32),
     Case(torch.float32, 1600, 32),
 )
@@ -65,15 +65,15 @@ CASES = (
 
 @functools.cache
 def settle_attention(device: torch.device) -> str | None:
-    """Forbid this process the fused forms that are wrong on this GPU, with a warning; says what is left, in one line.
+    """Disable the fused kernels that are wrong on this GPU, with a warning for each.
 
-    None on a CPU, which has one form.
+    Return one line that names the kernels in use, or None on a CPU, which has only one implementation.
     """
     return None if device.type != "cuda" else choose(device, BACKENDS)
 
 
 def choose(device: torch.device, backends: tuple[Backend, ...]) -> str:
-    """Try these backends; see `settle_attention`."""
+    """Test `backends` and disable the wrong ones; see `settle_attention`."""
     right: list[str] = []
     wrong: list[str] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -94,28 +94,32 @@ def choose(device: torch.device, backends: tuple[Backend, ...]) -> str:
 
 
 def first_trouble(backend: Backend, device: torch.device) -> str | None:
-    """What is wrong with a backend; None where it is right in all cases that it takes, empty where it takes none."""
+    """Return the first problem of a backend.
+
+    Return None if it is right in all cases that it supports, and an empty string if it supports none.
+    """
     takes_some = False
     for case in CASES:
         try:
             error = _error(backend, case, device)
         except torch.OutOfMemoryError:
-            raise  # it says nothing about the form
+            raise  # does not show that the kernel is wrong
         except RuntimeError as problem:
             if any(text in str(problem) for text in _TAKES_NO_SUCH_INPUT):
                 continue
             return f"{case}: {problem}"
         takes_some = True
-        if not error <= (1e-4 if case.dtype == torch.float32 else 0.05):  # NaN is in no order
+        if not error <= (1e-4 if case.dtype == torch.float32 else 0.05):  # also true for NaN
             return f"{case}: wrong by {error:.2g} of the largest value"
     return None if takes_some else ""
 
 
 def _error(backend: Backend, case: Case, device: torch.device) -> float:
-    """Largest difference of output and gradients from the plain form's, as a share of the largest value of each."""
+    """Return the largest difference of output and gradients from the plain formula, relative to the largest value of
+    each."""
     torch.manual_seed(0)
 
-    def heads(length: int) -> Tensor:  # the strides of the model's: heads are cut out of channels
+    def heads(length: int) -> Tensor:  # the same strides as in the model, where heads are slices of the channels
         rows = torch.randn(_IMAGES, length, _HEADS * case.dim, device=device).to(case.dtype)
         return rows.unflatten(-1, (_HEADS, -1)).transpose(1, 2).requires_grad_()
 
@@ -129,7 +133,7 @@ def _error(backend: Backend, case: Case, device: torch.device) -> float:
         mask[:, :, 0] = True
     cotangent = torch.randn(_IMAGES, _HEADS, case.queries, case.dim, device=device).to(case.dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # why it takes no such input
+        warnings.simplefilter("ignore")  # PyTorch warns why a kernel does not support an input
         with torch.enable_grad(), sdpa_kernel([backend.kind]):
             output = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], attn_mask=mask)
             found = (output.detach(), *torch.autograd.grad(output, inputs, cotangent))
@@ -142,9 +146,10 @@ def _error(backend: Backend, case: Case, device: torch.device) -> float:
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Softmax of products, step by step: [B, heads, Q, D] from heads [B, heads, T, D] and a mask [B, heads or 1, Q, T].
+    """Compute softmax attention step by step as a reference.
 
-    The mask is bool, True where allowed, or added.
+    `query` is [B, heads, Q, D]; `key` and `value` are [B, heads, T, D]. `mask` [B, heads or 1, Q, T] is bool, True
+    where attention is allowed, or a float that is added to the logits. Return [B, heads, Q, D].
     """
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask

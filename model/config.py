@@ -34,12 +34,12 @@ class MSDeformAttnPixelDecoderConfig(Section):
     num_points: Annotated[int, FROM_1] = 4
     """Sampling points per head and level."""
     feedforward_dim: Annotated[int, FROM_1] = 1024
-    """The official code has 1024 although its recipes say 2048."""
+    """Channels inside the feed-forward block of a layer. The official code uses 1024 although its recipes say 2048."""
     dropout: Annotated[float, BELOW_1] = 0.0
-    """Probability with which an activation is set to 0 in training."""
+    """Probability that an activation is set to 0 in training."""
     checkpointing: bool = False
-    """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass: with an R50 a
-    little more than half the memory per image, for about an eighth more multiply-adds."""
+    """Keep only the inputs of the encoder's layers and recompute the rest in the backward pass. With an R50 this uses a
+    little more than half the memory per image and about an eighth more multiply-adds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +78,7 @@ class SemanticFPNPixelDecoderConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class BiFPNPixelDecoderConfig(Section):
-    """Bidirectional feature pyramid with weighted fusion of EfficientDet (paper Table 4e)."""
+    """Bidirectional feature pyramid with the weighted fusion of EfficientDet (paper Table 4e)."""
 
     kind: Literal["bifpn"] = "bifpn"
     conv_dim: Annotated[int, FROM_1] = 256
@@ -86,7 +86,7 @@ class BiFPNPixelDecoderConfig(Section):
     mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
     num_layers: Annotated[int, FROM_1] = 3
-    """Ways down and up the pyramid, as in the smallest EfficientDet."""
+    """BiFPN layers. Each makes one top-down and one bottom-up pass; the smallest EfficientDet has 3."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +103,7 @@ class FaPNPixelDecoderConfig(Section):
     mask_dim: Annotated[int, FROM_1] = 256
     """Channels of the per-pixel embeddings at stride 4."""
     offset_groups: Annotated[int, FROM_1] = 8
-    """Groups of channels that are sampled at offsets of their own."""
+    """Groups of channels, each sampled at its own offsets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +112,7 @@ class FaPNPixelDecoderConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerFPNPixelDecoderConfig(Section):
-    """Transformer encoder over the 1/32 map, then a feature pyramid network: MaskFormer's larger pixel decoder."""
+    """Transformer encoder on the 1/32 map, followed by a feature pyramid network: MaskFormer's larger pixel decoder."""
 
     kind: Literal["transformer_fpn"] = "transformer_fpn"
     conv_dim: Annotated[int, FROM_1] = 256
@@ -126,9 +126,9 @@ class TransformerFPNPixelDecoderConfig(Section):
     feedforward_dim: Annotated[int, FROM_1] = 2048
     """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.1
-    """Probability with which an activation is set to 0 in training."""
+    """Probability that an activation is set to 0 in training."""
     checkpointing: bool = False
-    """Keep only the inputs of the encoder's layers and compute the rest again in the backward pass."""
+    """Keep only the inputs of the encoder's layers and recompute the rest in the backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,13 +160,13 @@ def _check_pixel_decoder(config: PixelDecoderConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedTransformerDecoderConfig(Section):
-    """Mask2Former's transformer decoder (paper section 3.2), with every variant that the paper measures."""
+    """Mask2Former's transformer decoder (paper section 3.2) with every variant that the paper measures."""
 
     kind: Literal["masked"] = "masked"
     num_queries: Annotated[int, FROM_1] = 100
-    """Segments that the model can predict in one image."""
+    """Number of queries: the maximum number of segments per image."""
     num_layers: Annotated[int, FROM_1] = 9
-    """Layers after the learnable queries; the official recipes write 10 for these 9."""
+    """Decoder layers. The official recipes write 10 for these 9 because they also count the initial queries."""
     hidden_dim: Annotated[int, FROM_1] = 256
     """Channels of a query."""
     num_heads: Annotated[int, FROM_1] = 8
@@ -174,23 +174,26 @@ class MaskedTransformerDecoderConfig(Section):
     feedforward_dim: Annotated[int, FROM_1] = 2048
     """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.0
-    """Probability with which an activation is set to 0 in training."""
+    """Probability that an activation is set to 0 in training."""
     attention: Literal["masked", "cross", "smca", "mask_pooling"] = "masked"
-    """How queries look at the image (Table 4c): inside their predicted masks; everywhere; everywhere with a Gaussian
-    prior (SMCA); as the mean over their predicted masks, without attention (K-Net's pooling)."""
+    """How queries read the image (Table 4c). `masked`: attention inside the predicted masks. `cross`: attention to all
+    pixels. `smca`: attention to all pixels with a Gaussian prior. `mask_pooling`: mean over the predicted mask without
+    attention, as in K-Net."""
     features: Literal["multi_scale", "naive_multi_scale", "stride_8", "stride_16", "stride_32"] = "multi_scale"
-    """What the layers look at (Table 4d): 1/32, 1/16 and 1/8 in turn; all three at once in every layer; one scale."""
+    """Feature levels that the layers read (Table 4d). `multi_scale`: 1/32, 1/16 and 1/8 in turn. `naive_multi_scale`:
+    all three in every layer. `stride_8`, `stride_16` and `stride_32`: this one level only."""
     queries: Literal["supervised", "learnable", "zero"] = "supervised"
-    """Initial queries (Table Xb): learnt, and supervised before the first layer; learnt; zero as in DETR. Without the
-    supervision there is one prediction fewer. Their positional embeddings are always learnt."""
+    """Initial queries (Table Xb). `supervised`: learned, with a loss before the first layer. `learnable`: learned,
+    without that loss. `zero`: zeros, as in DETR. Without the loss there is one prediction fewer. Positional embeddings
+    are always learned."""
     cross_attention_first: bool = True
-    """Look at the image before attending to each other (Table 4b)."""
+    """Whether cross-attention to the image comes before self-attention among the queries (Table 4b)."""
     pre_norm: bool = False
-    """LayerNorm before each block instead of after its residual."""
+    """Apply LayerNorm before each block instead of after its residual."""
 
     @property
     def takes_pilots(self) -> bool:
-        """Whether a query can be told where to look."""
+        """Whether the decoder accepts a given attention mask for each query, as pilots need."""
         return self.attention in ("masked", "mask_pooling")
 
     def __post_init__(self) -> None:
@@ -205,14 +208,16 @@ class MaskedTransformerDecoderConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StandardTransformerDecoderConfig(Section):
-    """MaskFormer's transformer decoder, that of DETR (Cheng et al., NeurIPS 2021; Table XIb of the Mask2Former paper).
+    """MaskFormer's transformer decoder, which is DETR's (Cheng et al., NeurIPS 2021; Table XIb of the Mask2Former
+    paper).
 
-    It looks at one map of stride 32: the encoder's with the pixel decoder `transformer_fpn`, else the backbone's.
+    It attends to one map of stride 32: the encoder's with the pixel decoder `transformer_fpn`, otherwise the
+    backbone's.
     """
 
     kind: Literal["standard"] = "standard"
     num_queries: Annotated[int, FROM_1] = 100
-    """Segments that the model can predict in one image."""
+    """Number of queries: the maximum number of segments per image."""
     num_layers: Annotated[int, FROM_1] = 6
     """Layers of the decoder."""
     hidden_dim: Annotated[int, FROM_1] = 256
@@ -222,7 +227,7 @@ class StandardTransformerDecoderConfig(Section):
     feedforward_dim: Annotated[int, FROM_1] = 2048
     """Channels inside the feed-forward block of a layer."""
     dropout: Annotated[float, BELOW_1] = 0.1
-    """Probability with which an activation is set to 0 in training."""
+    """Probability that an activation is set to 0 in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,37 +248,42 @@ def _check_decoder(config: MaskedTransformerDecoderConfig | StandardTransformerD
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
-    """Losses and matching costs, their weights (the paper uses equal numbers for both) and point sampling."""
+    """Losses, matching costs, their weights and point sampling.
+
+    As in the paper, losses and costs share their weights.
+    """
 
     mask_loss: Literal["bce", "focal"] = "bce"
-    """Loss of a pixel: binary cross-entropy, or the focal loss of MaskFormer (alpha 0.25, gamma 2)."""
+    """Pixel loss: binary cross-entropy, or MaskFormer's focal loss (alpha 0.25, gamma 2)."""
     matching: Literal["points", "masks"] = "points"
-    """Where the cost of a pair is computed (Table 5): at random points, or on every pixel of the stride-4 map."""
+    """Where the matching cost of a pair is computed (Table 5): at random points, or at every pixel of the stride-4 map.
+    """
     supervision: Literal["points", "masks"] = "points"
-    """Where the loss is computed (Table 5): at importance-sampled points, or on every pixel of the input, to which
-    the predicted masks are resized as in MaskFormer."""
+    """Where the loss is computed (Table 5): at importance-sampled points, or at every pixel of the input. In the second
+    case the predicted masks are resized to the input, as in MaskFormer."""
     class_weight: Annotated[float, FROM_0] = 2.0
-    """Weight of the cross-entropy of classes, in the loss and in the matching cost."""
+    """Weight of the classification term in the loss (cross-entropy) and in the matching cost (negative probability)."""
     mask_weight: Annotated[float, FROM_0] = 5.0
-    """Weight of the loss of pixels, in the loss and in the matching cost."""
+    """Weight of the pixel loss, in the loss and in the matching cost."""
     dice_weight: Annotated[float, FROM_0] = 5.0
-    """Weight of the dice loss of masks, in the loss and in the matching cost."""
+    """Weight of the dice loss, in the loss and in the matching cost."""
     no_object_weight: Annotated[float, FROM_0] = 0.1
     """Class weight of "no object" in the cross-entropy."""
     num_points: Annotated[int, FROM_1] = 12544
-    """Points per mask in the matcher and in the losses (112 x 112)."""
+    """Points per mask, in the matching cost and in the losses. The default is 112 x 112."""
     oversample_ratio: Annotated[float, FROM_1] = 3.0
-    """Random candidates per point, of which the losses keep the most uncertain."""
+    """Random candidate points per loss point. The losses keep the most uncertain candidates."""
     importance_sample_ratio: Annotated[float, SHARE] = 0.75
-    """Share of the points of the losses that are chosen by uncertainty; the others are uniform."""
+    """Share of the loss points that are selected by uncertainty. The others are uniform."""
     matching_box_share: Annotated[float, UP_TO_HALF] = 0.0
-    """Share of the matcher's points that are dealt to boxes around the image's targets, so that small targets get some;
-    weights keep what the costs estimate. 0.5 for small objects; 0 as published."""
+    """Share of the matching points that are moved into boxes around the image's targets, so that small targets are
+    sampled. Weights keep the expected cost unchanged. Use 0.5 for small objects; the published value is 0."""
     supervision_box_share: Annotated[float, UP_TO_HALF] = 0.0
-    """Share of the points of a matched mask that are drawn in a box around its target; weights keep what the losses
-    estimate. 0.5 for small objects; 0 as published."""
+    """Share of a matched mask's loss points that are drawn in a box around its target. Weights keep the expected loss
+    unchanged. Use 0.5 for small objects; the published value is 0."""
     class_norm: Literal["global", "per_rank"] = "global"
-    """Denominator of the class loss: over the whole global batch, or per rank and micro-batch as the official code."""
+    """Denominator of the class loss: `global` sums over the whole global batch; `per_rank` sums over each rank's
+    micro-batch, as the official code does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -288,19 +298,19 @@ class LossConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PilotConfig(Section):
-    """Mask-piloted training (Zhang et al., MP-Former, CVPR 2023): further queries of known targets, in training alone.
+    """Mask-piloted training (Zhang et al., MP-Former, CVPR 2023): extra queries with known targets, in training only.
 
-    A pilot starts from the class of its target, and looks at the image inside the true mask. It needs no matching.
+    A pilot starts from the class of its target and attends to the image inside the true mask. It needs no matching.
     """
 
     max_targets: Annotated[int, FROM_0] = 0
-    """Targets of an image that have a pilot. Where there are more, a hash of the image's position chooses. 100 holds
-    nearly all; 0, without pilots, as published for Mask2Former."""
+    """Maximum number of targets per image that get a pilot. If an image has more, a hash of its position selects them.
+    100 covers nearly all images. 0 disables pilots, as published for Mask2Former."""
     label_noise: Annotated[float, SHARE] = 0.2
-    """Probability that a pilot starts from a class drawn at random."""
+    """Probability that a pilot starts from a random class instead of its target's class."""
     mask_noise: Annotated[float, SHARE] = 0.0
-    """Cells of the attention mask that change sides in every layer, most of them outside the target: their expected
-    number as a share of the target's cells."""
+    """Expected number of attention-mask cells that flip in every layer, as a share of the target's cells. Most of them
+    lie outside the target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,54 +327,56 @@ class PostprocessConfig(Section):
     """Thresholds of the official inference procedure."""
 
     object_threshold: Annotated[float, SHARE] = 0.8
-    """Panoptic: queries whose best class scores at most this are dropped."""
+    """Panoptic: drop queries whose best class score is at most this."""
     overlap_threshold: Annotated[float, SHARE] = 0.8
-    """Panoptic: a segment that keeps less than this share of its mask is dropped."""
+    """Panoptic: drop a segment that keeps less than this share of its mask."""
     max_instances: Annotated[int, FROM_1] = 100
     """Instance: number of (query, class) pairs kept per image."""
     semantic_resize: Literal["masks", "class_scores"] = "masks"
-    """Semantic: what is resized to the original image, the masks before their sum over queries, or the sum. The
-    official code resizes the sum in models for semantic segmentation alone, else the masks."""
+    """Semantic: what is resized to the original image, the masks before the sum over queries or the summed class
+    scores. The official code resizes class scores in models for semantic segmentation only, and masks in all others."""
 
 
 ModelPart = Literal["backbone", "pixel_decoder", "transformer_decoder"]
-"""Names of the parts in the model, too."""
+"""Parts of the model; also the names of its submodules."""
 FreezablePart = Literal[ModelPart, "backbone.vit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """The whole model. `num_classes` comes from the category table of the data and is not written in recipes."""
+    """The whole model. `num_classes` comes from the category table of the data; recipes do not set it."""
 
     backbone: BackboneConfig = field(default_factory=TimmBackboneConfig)
     """The network that turns an image into features."""
     pixel_decoder: PixelDecoderConfig = field(default_factory=MSDeformAttnPixelDecoderConfig)
-    """What turns the features of the backbone into features of several scales and embeddings of pixels."""
+    """The network that turns the backbone's features into multi-scale features and per-pixel embeddings."""
     transformer_decoder: TransformerDecoderConfig = field(default_factory=MaskedTransformerDecoderConfig)
-    """What turns queries and features into classes and masks."""
+    """The network that turns queries and features into classes and masks."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """Losses, their weights and the matching of predictions with targets."""
+    """Losses, their weights, and the matching of predictions to targets."""
     pilots: PilotConfig = field(default_factory=PilotConfig)
-    """Further queries in training whose targets are known."""
+    """Extra training queries with known targets."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
-    """How predictions become segments."""
+    """How predictions are converted to segments."""
     num_classes: Annotated[int | None, FROM_1] = None
     """Number of classes without "no object"; None until the category table is known."""
     weights: str | None = None
-    """Weights to start from: path or URL of a file of ours, an official checkpoint, a Hugging Face folder or published
-    weights of the backbone alone; or `hub:OWNER/NAME[@REVISION]`, a model of the Hugging Face hub. None starts from the
-    initialisation."""
+    """Initial weights: a path, a URL, or `hub:OWNER/NAME[@REVISION]` for a model of the Hugging Face hub. A file may be
+    one of this project, an official checkpoint, a Hugging Face folder, or published weights of the backbone alone. None
+    keeps the random initialisation."""
     weights_are_deltas: bool = False
-    """The backbone in `weights` is what to add to that of `backbone.pretrained` or `backbone.weights`: the authors of
-    EoMT publish models on DINOv3 so, whose licence asks for it."""
+    """The backbone in `weights` is a difference to be added to the weights of `backbone.pretrained` or
+    `backbone.weights`. The authors of EoMT publish their DINOv3 models as differences because the licence of DINOv3
+    requires it."""
     freeze: tuple[FreezablePart, ...] = ()
-    """Parts that training leaves exactly as they are, with the statistics of their norms: no gradients, no state of the
-    optimizer, no backward pass where nothing before them is trained. `[backbone]` for small data sets; `[backbone.vit]`
-    is the transformer inside `backbone.kind` vit_adapter."""
+    """Parts that training does not change, including the statistics of their norms. They get no gradients and no
+    optimizer state, and no backward pass if nothing before them is trained. Use `[backbone]` for small data sets.
+    `[backbone.vit]` is the transformer inside `backbone.kind` vit_adapter."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """Mean of red, green and blue that is subtracted, of 0 to 255; the default is ImageNet's."""
+    """Means of red, green and blue (0 to 255) that are subtracted from the image. The defaults are ImageNet's."""
     pixel_std: Annotated[tuple[float, float, float], ABOVE_0] = (58.395, 57.12, 57.375)
-    """Standard deviation of red, green and blue that is divided by; the default is ImageNet's."""
+    """Standard deviations of red, green and blue (0 to 255) by which the image is divided. The defaults are ImageNet's.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,7 @@
-"""Tensors that depend on sizes alone, made once: each would cost some ten launches in every forward."""
+"""Cache for tensors that depend on sizes only.
+
+Making one anew takes about ten kernel launches in every forward pass.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ R = TypeVar("R")
 
 
 def kept(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Keep the last `size` results of a function of hashable arguments, which nobody may write to.
+    """Cache the last `size` results of a function with hashable arguments. Callers must not write to the results.
 
-    Nothing is kept of what a graph or a tensor without values would be made from, nor read there: the function runs as
-    it is where it is compiled or exported, under a dispatch mode, and while a CUDA graph is recorded.
+    The cache is bypassed during compilation and export, under a dispatch mode, and while a CUDA graph is recorded. In
+    these cases tensors may belong to a graph or have no values, so the function runs uncached.
     """
 
     def decorate(make: Callable[P, R]) -> Callable[P, R]:
         @functools.lru_cache(maxsize=size)
         def make_once(*args: P.args, **kwargs: P.kwargs) -> R:
-            with torch.inference_mode(False):  # what inference makes, training could not keep for its backward pass
+            with torch.inference_mode(False):  # autograd cannot save inference tensors for a backward pass
                 return make(*args, **kwargs)
 
         @functools.wraps(make)
@@ -36,7 +39,7 @@ def kept(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def may_keep() -> bool:
-    """Whether tensors made now have values and stay valid."""
+    """Return whether tensors made now have values and stay valid, so that they can be cached."""
     if torch.compiler.is_compiling():
         return False
     if _get_current_dispatch_mode() is not None:

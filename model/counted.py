@@ -1,8 +1,9 @@
-"""Numbers with their nouns, as messages show them."""
+"""Numbers with their nouns for messages."""
 
 from __future__ import annotations
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 shard`, `1,200 shards`; `plural` is given where it is not the noun with an s."""
+    """Return a number with its noun, such as `1 shard` or `1,200 shards`. `plural` is needed if it is not the noun plus
+    s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -1,15 +1,15 @@
-"""The base of every error that a user can correct.
+"""Base classes of the errors that a user can correct.
 
 UserError                 one message, no traceback, exit status 2
 +-- ConfigError           a recipe or override that cannot work (this module)
-+-- WeightsError          a file of weights that cannot be read or used (this module)
++-- WeightsError          a weights file that cannot be read or used (this module)
 +-- data_pipeline.errors  a data set, manifest, shard or store that cannot be used
-+-- trainer.errors        a run that cannot start, resume or go on
++-- trainer.errors        a run that cannot start, resume or continue
 """
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct. The message names the thing, its value and the remedy."""
+    """A mistake that the user can correct. The message names the setting or file, its value and the remedy."""
 
 
 class ConfigError(UserError):
@@ -17,4 +17,4 @@ class ConfigError(UserError):
 
 
 class WeightsError(UserError):
-    """A file of weights that cannot be read, does not belong to a model, or cannot be written in some format."""
+    """A weights file that cannot be read, does not fit the model, or cannot be written in some format."""

@@ -1,4 +1,4 @@
-"""Which extra of the package brings a third-party package that the base installation lacks."""
+"""Messages that name the installation extra that provides a missing third-party package."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ EXTRA_OF = {
     "onnxruntime": "export",
     "onnxscript": "export",
 }
-"""By the name that is imported."""
+"""Extra by import name."""
 
 
 class MissingExtraError(UserError):
-    """Something needs a package that an extra of the installation brings. Names both."""
+    """A feature needs a package from an installation extra. The message names the package and the extra."""
 
 
 def missing_extra(what: str, error: BaseException | None) -> MissingExtraError | None:
-    """The error to show where `error`, or what caused it, says that a package of an extra is not installed."""
+    """Return a MissingExtraError if `error` or one of its causes is a missing package of an extra, otherwise None.
+
+    `what` is the subject of the message: the feature that needs the package.
+    """
     while error is not None:
         name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if name in EXTRA_OF:
@@ -40,7 +43,10 @@ def missing_extra(what: str, error: BaseException | None) -> MissingExtraError |
 
 @contextmanager
 def naming_extras(what: str) -> Iterator[None]:
-    """Within it, the import of a package that an extra brings raises MissingExtraError: `what` needs it."""
+    """Context manager that turns a failed import of an extra's package into MissingExtraError.
+
+    `what` names the feature that needs the package. Other import errors pass through unchanged.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

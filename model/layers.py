@@ -1,4 +1,4 @@
-"""What pixel decoders have in common: their contract and their convolutions."""
+"""Base class and convolution blocks of the pixel decoders."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 class PixelDecoder(nn.Module):
     """Turns a backbone's maps into per-pixel embeddings and multi-scale features.
 
-    The forward takes the maps [B, C, ., .] at strides 4, 8, 16, 32, of any size, and returns mask features
-    [B, mask_dim, h, w] at stride 4 and three maps [B, feature_dim, ., .] in the order 1/32, 1/16, 1/8. Whichever of
-    these are used, every parameter gets a gradient as long as the mask features are.
+    The forward pass takes maps [B, C_i, ., .] at strides 4, 8, 16 and 32 of any size. It returns mask features [B,
+    mask_dim, h, w] at stride 4 and three maps [B, feature_dim, ., .] in the order 1/32, 1/16, 1/8. If the loss uses the
+    mask features, every parameter gets a gradient, even if the three maps are unused.
     """
 
     def __init__(self, feature_dim: int, mask_dim: int) -> None:
@@ -26,14 +26,14 @@ class PixelDecoder(nn.Module):
         self.mask_dim = mask_dim
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`features` at strides 4, 8, 16, 32 to mask features and the maps at 1/32, 1/16, 1/8."""
+        """Return mask features and the maps at 1/32, 1/16, 1/8 from `features` at strides 4, 8, 16, 32."""
         raise NotImplementedError
 
 
 def run_layer(layer: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
-    """`layer(*inputs)`; with `checkpointing` only its inputs are kept, and the backward pass runs it again.
+    """Return `layer(*inputs)`. With `checkpointing`, keep only the inputs and run the layer again in the backward pass.
 
-    Dropout draws the same numbers both times.
+    Dropout draws the same numbers in both runs.
     """
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)
@@ -41,22 +41,22 @@ def run_layer(layer: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
 
 
 def keep_in_graph(used: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """`used` as it is, whose backward pass also reaches `others`, with zeros.
+    """Return `used` unchanged and connect `others` to its graph with zero gradients.
 
-    ZeRO wants a gradient for every parameter, and a transformer decoder need not read every map.
+    ZeRO needs a gradient for every parameter, but a transformer decoder may not read every map.
     """
-    nothing = [other[:0].sum() for other in others]  # exactly 0, even where a map is not finite
+    nothing = [other[:0].sum() for other in others]  # sums of empty slices: exactly 0 even if a map is not finite
     return sum(nothing, start=used)
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm whose result has the memory format of its input, so that convolutions after it keep theirs.
+    """GroupNorm that keeps the memory format of its input, so that later convolutions keep theirs.
 
-    On GPUs, torch 2.11 gives NCHW whatever it gets.
+    On GPUs, GroupNorm of torch 2.11 always returns NCHW.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.GroupNorm
-        """[B, C, H, W] to the same shape."""
+        """Normalise [B, C, H, W]; the shape stays the same."""
         normed = super().forward(input)
         if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last):
             return normed.contiguous(memory_format=torch.channels_last)
@@ -64,12 +64,15 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int) -> GroupNorm:
-    """GroupNorm with 32 groups, or as many powers of two as divide `channels`."""
+    """Return a GroupNorm with 32 groups, or with the largest power of two below 32 that divides `channels`."""
     return GroupNorm(math.gcd(32, channels), channels)
 
 
 def convolution(in_channels: int, channels: int, kernel: int, *, bias: bool = True, groups: int = 1) -> nn.Conv2d:
-    """Convolution that keeps the size, initialised uniformly over +-sqrt(3 / fan_in) with zero bias."""
+    """Return a convolution that keeps the spatial size.
+
+    Weights are uniform within +-sqrt(3 / fan_in); the bias is zero.
+    """
     layer = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=bias, groups=groups)
     nn.init.kaiming_uniform_(layer.weight, a=1)
     if layer.bias is not None:
@@ -78,27 +81,27 @@ def convolution(in_channels: int, channels: int, kernel: int, *, bias: bool = Tr
 
 
 def lateral(in_channels: int, channels: int) -> nn.Sequential:
-    """Brings a backbone's map to the decoder's width: 1x1 convolution and GroupNorm."""
+    """Return a 1x1 convolution and GroupNorm that bring a backbone's map to the decoder's width."""
     return nn.Sequential(convolution(in_channels, channels, 1, bias=False), group_norm(channels))
 
 
 def output(in_channels: int, channels: int) -> nn.Sequential:
-    """Smooths a fused map: 3x3 convolution, GroupNorm and ReLU."""
+    """Return a 3x3 convolution, GroupNorm and ReLU that smooth a fused map."""
     return nn.Sequential(convolution(in_channels, channels, 3, bias=False), group_norm(channels), nn.ReLU())
 
 
 class DoubleSize(nn.ConvTranspose2d):
-    """A transposed convolution of 2 x 2 pixels and stride 2 as one product of matrices.
+    """Transposed convolution with a 2 x 2 kernel and stride 2, computed as one matrix product.
 
-    Its outputs do not overlap. On a CPU the backward pass of torch's own takes about twice as long for maps whose
-    channels lie together, as tokens have them.
+    This works because the outputs do not overlap. On a CPU, the backward pass of torch's own layer takes about twice as
+    long for channels-last maps, the layout that tokens have.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__(in_dim, out_dim, 2, stride=2)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - torch's names
-        """[B, C, H, W] to [B, C', 2 H, 2 W], channels-last in memory."""
+        """Upsample [B, C, H, W] to [B, C', 2 H, 2 W], channels-last in memory."""
         assert self.bias is not None
         assert output_size is None
         kernel = self.weight.permute(2, 3, 1, 0).flatten(0, 2)

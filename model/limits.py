@@ -1,4 +1,4 @@
-"""Ranges of settings, written in their annotations: `lr: Annotated[float, ABOVE_0] = 1e-4` (standard library only)."""
+"""Ranges of settings, written in annotations such as `lr: Annotated[float, ABOVE_0] = 1e-4` (standard library only)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from m2f.model.errors import ConfigError
 
 @dataclass(frozen=True)
 class Range:
-    """Values that a number may have, and its unit. In a list or a mapping it holds for every number."""
+    """Allowed values of a number, and its unit. For a list or a mapping, the range applies to every number in it."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
-    """`low` itself is not allowed."""
+    """Whether `low` itself is excluded."""
     below: bool = False
-    """`high` itself is not allowed."""
+    """Whether `high` itself is excluded."""
     unit: str = ""
 
     def __contains__(self, number: float) -> bool:
-        """Whether the number is finite and within the range."""
+        """Return whether the number is finite and within the range."""
         high_enough = number > self.low if self.above else number >= self.low
         low_enough = number < self.high if self.below else number <= self.high
         return math.isfinite(number) and high_enough and low_enough
 
     def __str__(self) -> str:
-        """`above 0`, `at least 0 and below 1`; "finite" without limits."""
+        """Return text such as `above 0` or `at least 0 and below 1`, or `finite` if there are no limits."""
         parts = []
         if self.low > -math.inf:
             parts.append(f"{'above' if self.above else 'at least'} {self.low:g}")
@@ -57,10 +57,11 @@ GIGABYTES = Range(0, above=True, unit="GB")
 
 
 class Section:
-    """Base of all sections of a recipe: what is built in Python is checked as what is read from a file."""
+    """Base class of all sections of a recipe. It checks the ranges of sections built in Python and read from a file
+    alike."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where a number is not within the range of its setting."""
+        """Raise ConfigError if a number is outside the range of its setting."""
         ranges = ranges_of(type(self))
         problems = [p for name, value in vars(self).items() for p in range_problems(name, value, ranges.get(name))]
         if problems:
@@ -69,13 +70,16 @@ class Section:
 
 @lru_cache
 def ranges_of(section: type) -> dict[str, Range]:
-    """The ranges in the annotations of a section, by setting."""
+    """Return the ranges from the annotations of a section, by setting name."""
     hints = get_type_hints(section, include_extras=True)
     return {name: found for name, hint in hints.items() if (found := _range_in(hint)) is not None}
 
 
 def range_problems(name: str, value: Any, allowed: Range | None) -> list[str]:
-    """One sentence if a number in the value is not allowed. Without a range every number must be finite."""
+    """Return one message if any number in the value is out of range, otherwise an empty list.
+
+    Without a range, every number must be finite.
+    """
     allowed = allowed or FINITE
     wrong = [number for number in _numbers(value) if number not in allowed]
     if not wrong:
@@ -93,7 +97,7 @@ def _range_in(hint: Any) -> Range | None:
 
 
 def _numbers(value: Any) -> Iterable[float]:
-    """The numbers of a setting; those inside other sections are theirs."""
+    """Yield the numbers in a setting's value. Numbers inside nested sections are skipped; those sections check them."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield value
     elif isinstance(value, tuple | list):

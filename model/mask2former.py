@@ -1,4 +1,4 @@
-"""The whole model: backbone, pixel decoder and transformer decoder."""
+"""The Mask2Former model: backbone, pixel decoder and transformer decoder."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ from m2f.model.transformer_decoder.standard import StandardTransformerDecoder
 
 
 class Mask2Former(Segmenter):
-    """Masked-attention mask transformer (Cheng et al., CVPR 2022), or MaskFormer with the decoder `standard`."""
+    """Masked-attention mask transformer (Cheng et al., CVPR 2022), or MaskFormer if the decoder is `standard`."""
 
     def __init__(self, config: ModelConfig, backbone: nn.Module, channels: tuple[int, ...], num_classes: int) -> None:
-        """`channels` of the backbone's maps at strides 4, 8, 16, 32; `num_classes` without "no object"."""
+        """Build the decoders for a backbone.
+
+        `channels` are those of the backbone's maps at strides 4, 8, 16, 32. `num_classes` excludes "no object".
+        """
         super().__init__(config)
         self.backbone = backbone
         assert not isinstance(config.pixel_decoder, UpscalePixelDecoderConfig)  # see ModelConfig
@@ -54,7 +57,7 @@ class Mask2Former(Segmenter):
                 assert_never(decoder)
 
     def forward(self, images: Tensor, context: TrainingContext | None = None) -> Predictions:
-        """See Segmenter."""
+        """Return predictions; see Segmenter."""
         maps = self.backbone(images)
         mask_features, features = self._decode_pixels(maps)
         if context is not None and context.pilots is not None:
@@ -70,10 +73,10 @@ class Mask2Former(Segmenter):
 
 
 def build_model(config: ModelConfig, *, pretrained_backbone: bool = True) -> Segmenter:
-    """Build the model of a recipe; `config.weights` is left to `m2f.model.weights.load.load_weights`.
+    """Build the model of a recipe. This does not load `config.weights`; `m2f.model.weights.load.load_weights` does.
 
-    With `pretrained_backbone=False` the backbone's own weights are neither fetched nor read: for a model that gets a
-    checkpoint next. Raises ConfigError where the recipe cannot work.
+    With `pretrained_backbone=False` the backbone's own weights are neither downloaded nor read. Use this for a model
+    that will load a checkpoint. Raises ConfigError if the recipe cannot work.
     """
     if config.num_classes is None:
         raise ConfigError("model.num_classes is not known; set it from the category table of the data set")

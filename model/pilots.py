@@ -1,7 +1,7 @@
-"""Pilots: queries of training that are told their target (mask-piloted training, Zhang et al., MP-Former, CVPR 2023).
+"""Pilots: training queries with a known target (mask-piloted training, Zhang et al., MP-Former, CVPR 2023).
 
-A pilot starts from the class of its target, and its attention mask is the true mask in every layer; either may have
-noise. Pilots stand before the other queries, which never see them. At inference there are none.
+A pilot starts from the class of its target, and its attention mask is the true mask in every layer. Noise can be added
+to both. Pilots precede the other queries, which cannot attend to them. Inference uses no pilots.
 
 Axis letters: B images, N pilots, C channels, Q other queries, Y id-map layers, H x W input pixels, T cells of the
 levels that a layer attends to.
@@ -23,13 +23,13 @@ from m2f.model.structures import Targets
 from m2f.model.target_pixels import pixel_owners
 
 BUCKET = 8
-"""Fewest pilots of a micro-batch, of which some or all may be padding."""
+"""Minimum number of pilots per image, padding included."""
 _SALT = 0x50494C4F54
-"""Parts the random numbers of pilots from those of the points."""
+"""Separates the random numbers of pilots from those of the loss points."""
 
 
 class _Word(IntEnum):
-    """Uses of a target's random bits. Cells of attention masks take the words from CELLS on."""
+    """Uses of a target's random bits. Attention-mask cells use CELLS and all words after it."""
 
     CHOICE = 1
     LABEL_NOISE = 2
@@ -38,44 +38,48 @@ class _Word(IntEnum):
 
 
 class Pilots(NamedTuple):
-    """The pilots of a micro-batch, padded to one number per image."""
+    """The pilots of a micro-batch, padded to the same number per image."""
 
     content: Tensor
-    """[B, N, C] what they start from; zeros where not valid."""
+    """[B, N, C] initial queries; zeros if not valid."""
     target: Tensor
     """[B, N] int64 index of the target."""
     valid: Tensor
-    """[B, N] bool; valid ones come first in every row."""
+    """[B, N] bool; valid pilots come first in every row."""
     owners: Tensor
-    """[B, Y, H, W] int16 index of the pilot of every pixel; N where there is none."""
+    """[B, Y, H, W] int16 index of the pilot of every pixel; N if there is none."""
     keys: Tensor
-    """[B, N] 64 random bits of every target."""
+    """[B, N] int64, 64 random bits for every target."""
     mask_noise: float
     first_prediction: int
-    """The first that is supervised. Before the decoder a pilot is a class, and all of one class are equal."""
+    """Index of the first prediction with a loss. Before the decoder, all pilots of one class are equal and cannot be
+    supervised."""
 
     def at(self, sizes: Sequence[Sequence[int]]) -> PilotGuides:
-        """What a decoder needs, for levels of these (height, width)."""
+        """Return the decoder's inputs for levels with these sizes (height, width)."""
         cells = tuple(covered_cells(self.owners, self.target.shape[1], (height, width)) for height, width in sizes)
         return PilotGuides(self.content, self.valid, cells, self.keys, self.mask_noise)
 
 
 class PilotGuides(NamedTuple):
-    """Pilots as a decoder sees them."""
+    """Decoder inputs of the pilots."""
 
     content: Tensor
-    """[B, N, C]"""
+    """[B, N, C] initial queries."""
     valid: Tensor
-    """[B, N] bool"""
+    """[B, N] bool."""
     cells: tuple[Tensor, ...]
-    """[B, N, h * w] bool of every level: cells of which the target covers any part."""
+    """[B, N, h * w] bool for every level: cells that the target covers at least partly."""
     keys: Tensor
-    """[B, N] 64 random bits of every target."""
+    """[B, N] int64, 64 random bits for every target."""
     mask_noise: float
 
     @torch.no_grad()
     def attention_mask(self, layer: int, levels: Sequence[int]) -> Tensor:
-        """Cells [B, 1, N, T] of these levels that a pilot may attend to in a decoder layer; all where none is left."""
+        """Return the cells [B, 1, N, T] of these levels that each pilot may attend to in a decoder layer.
+
+        A pilot without any cell may attend to all cells.
+        """
         cells = [self.cells[level] for level in levels]
         if self.mask_noise:
             words = [_Word.CELLS + layer * len(self.cells) + level for level in levels]
@@ -87,10 +91,11 @@ class PilotGuides(NamedTuple):
         return (allowed | ~allowed.any(dim=-1, keepdim=True))[:, None]
 
     def self_attention_mask(self, num_queries: int) -> Tensor:
-        """Who may attend to whom, bool [B, 1, N + Q, N + Q].
+        """Return which query may attend to which, bool [B, 1, N + Q, N + Q].
 
-        Everybody to the other queries, pilots to valid pilots too, and padding to itself, so that no row is empty: what
-        an image gives does not depend on how much padding its neighbours ask for.
+        All may attend to the other queries. Pilots may also attend to valid pilots. Padding may also attend to itself,
+        so that no row is empty. The result for an image therefore does not depend on the padding that other images
+        need.
         """
         images, number = self.valid.shape
         is_pilot = torch.arange(number + num_queries, device=self.valid.device) < number
@@ -101,19 +106,22 @@ class PilotGuides(NamedTuple):
 
 
 class PilotQueries(nn.Module):
-    """Makes the pilots of a micro-batch from its targets; their embedding of classes is no part of the model."""
+    """Makes the pilots of a micro-batch from its targets. Its class embedding is not part of the model."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__()
         decoder = config.transformer_decoder
         assert config.num_classes is not None
-        assert isinstance(decoder, MaskedTransformerDecoderConfig)  # others refuse the setting
+        assert isinstance(decoder, MaskedTransformerDecoderConfig)  # ModelConfig rejects pilots for other decoders
         self.settings, self.seed = config.pilots, seed
         self.class_query = nn.Embedding(config.num_classes, decoder.hidden_dim)
         self.first_prediction = 1 if decoder.queries == "supervised" else 0
 
     def forward(self, targets: Targets) -> Pilots:
-        """The pilots of these targets; every random number is a function of the seed, the position and the target."""
+        """Return the pilots of these targets.
+
+        Every random number is a function of the seed, the image's position and the target.
+        """
         images, most = targets.valid.shape
         device = targets.valid.device
         chosen = min(most, self.settings.max_targets)
@@ -139,20 +147,27 @@ class PilotQueries(nn.Module):
         )
 
     def _noisy(self, labels: Tensor, keys: Tensor) -> Tensor:
-        """Labels [B, N], of which some are replaced by any class, perhaps the same one."""
+        """Return labels [B, N] with some replaced by a random class, which may be the same class."""
         replaced = to_unit_interval(mix(keys + signed(_Word.LABEL_NOISE * GOLDEN))) < self.settings.label_noise
         drawn = shift_right(mix(keys + signed(_Word.LABEL * GOLDEN)), 1) % self.class_query.num_embeddings
         return torch.where(replaced, drawn, labels)
 
 
 def padded_number(chosen: int, most: int) -> int:
-    """Pilots per image of a micro-batch: powers of two up to `most`, so that few shapes occur, and at least BUCKET."""
+    """Return the padded number of pilots per image: a power of two, at least BUCKET and at most `most` rounded up to
+    BUCKET.
+
+    Few distinct values keep the number of tensor shapes small.
+    """
     power = 1 << max(chosen - 1, BUCKET - 1).bit_length()
     return min(power, -(-most // BUCKET) * BUCKET)
 
 
 def choose(valid: Tensor, keys: Tensor, count: int) -> Tensor:
-    """Indices [B, count], ascending, of the targets of lowest hash; those that are not `valid` [B, N] come last."""
+    """Return indices [B, count], ascending, of the targets with the lowest hash.
+
+    `valid` is [B, N]; targets that are not valid are selected last.
+    """
     if count == valid.shape[1]:
         return torch.arange(count, device=valid.device).expand(len(valid), -1)
     order = shift_right(mix(keys + signed(_Word.CHOICE * GOLDEN)), 1)
@@ -161,9 +176,10 @@ def choose(valid: Tensor, keys: Tensor, count: int) -> Tensor:
 
 
 def covered_cells(owners: Tensor, number: int, size: tuple[int, int]) -> Tensor:
-    """Cells [B, number, h * w] bool of a level of `size` of which any pixel has this owner in `owners` [B, Y, H, W].
+    """Return bool cells [B, number, h * w] of a level of `size`, True if any pixel of the cell has this owner.
 
-    An object of one pixel has a cell at every stride. One scatter for all owners; dense masks are never made.
+    `owners` is [B, Y, H, W]. Even an object of one pixel has a cell at every stride. One scatter serves all owners, so
+    no dense full-size masks are needed.
     """
     height, width = owners.shape[-2:]
     rows, columns = (
@@ -177,9 +193,9 @@ def covered_cells(owners: Tensor, number: int, size: tuple[int, int]) -> Tensor:
 
 
 def flip_cells(cells: Tensor, keys: Tensor, noise: float) -> Tensor:
-    """Cells [B, N, T] of which each has changed sides with probability `noise` times the share of cells that are set.
+    """Flip each cell of `cells` [B, N, T] with probability `noise` times the share of cells that are set.
 
-    `keys` [B, N] are 64 random bits each.
+    `keys` [B, N] holds 64 random bits for each row.
     """
     counters = torch.arange(1, cells.shape[-1] + 1, device=cells.device) * GOLDEN
     share = cells.float().mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Sine embedding of pixel positions."""
+"""Sine embeddings of pixel positions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from m2f.model.constants import kept
 
 TEMPERATURE = 10_000.0
 EPSILON = 1e-6
-"""Both as in DETR and the official code."""
+"""Both constants as in DETR and the official code."""
 
 
-@kept(12)  # the levels of four sizes of images
+@kept(12)  # three levels for each of four image sizes
 def sine_position_embedding(height: int, width: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
-    """Sine embedding [height, width, channels] of a map, always float32.
+    """Return the sine embedding [height, width, channels] of a map, always in float32.
 
     The first half of the channels encodes y, the second half x. Positions count from one and are scaled to (0, 2 pi],
-    as in the published weights (DETR's embedding with normalisation). The axes are separable, so only
-    height + width rows are computed. `channels` must be divisible by 4.
+    as the published weights expect (DETR's embedding with normalisation). The axes are separable, so only height +
+    width rows are computed. `channels` must be divisible by 4.
     """
     half = channels // 2
     y = _axis_embedding(height, half, device)[:, None].expand(height, width, half)
@@ -29,7 +29,7 @@ def sine_position_embedding(height: int, width: int, channels: int, device: torc
 
 
 def _axis_embedding(length: int, channels: int, device: torch.device | str) -> Tensor:
-    """[length, channels]: sine on even channels and cosine on odd ones."""
+    """Return [length, channels], with sines in even channels and cosines in odd ones."""
     position = torch.arange(1, length + 1, dtype=torch.float32, device=device)
     position = position / (length + EPSILON) * (2 * math.pi)
     exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels

@@ -1,7 +1,7 @@
-"""The types that travel between model, criterion and post-processing.
+"""Data types shared by model, criterion and post-processing.
 
-Axis letters used in the package: L predictions (see Predictions), B images, Q queries,
-K classes, C channels, N padded targets, Y id-map layers, P points, H x W input pixels, h x w stride-4 map.
+Axis letters used in the package: L predictions (see Predictions), B images, Q queries, K classes, C channels, N padded
+targets, Y id-map layers, P points, H x W input pixels, h x w stride-4 map.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ UNLABELLED = -1
 
 
 def ignore_id(dtype: torch.dtype) -> int:
-    """Id of void, crowd and padding in an id map of this dtype (uint8 or int16). Never the id of a segment."""
+    """Return the id of void, crowd and padding in an id map of this dtype (uint8 or int16). No segment has this id."""
     return torch.iinfo(dtype).max
 
 
 class Predictions(NamedTuple):
-    """Output of the model for L supervised predictions, the last decoder layer's last.
+    """Output of the model: L supervised predictions. The last one is that of the last decoder layer.
 
-    With supervised learnable queries (the default), L = decoder layers + 1 and layer 0 is these queries before the
-    decoder. With initial queries that are not supervised, L = decoder layers and layer 0 is the first decoder layer.
-    A NamedTuple because ZeRO-3's hooks and torch.export do not look inside dataclasses.
+    With supervised learnable queries (the default), L = decoder layers + 1, and prediction 0 is made from the initial
+    queries before the decoder. Otherwise L = decoder layers, and prediction 0 is that of the first decoder layer. This
+    is a NamedTuple because ZeRO-3's hooks and torch.export do not look inside dataclasses.
     """
 
     class_logits: Tensor
-    """[L, B, Q, K + 1], "no object" last."""
+    """[L, B, Q, K + 1]; "no object" is the last class."""
     mask_embeddings: Tensor
-    """[L, B, Q, C]"""
+    """[L, B, Q, C] one embedding per query."""
     mask_features: Tensor
     """[B, C, h, w] per-pixel embeddings at stride 4, of the last prediction."""
     earlier_features: tuple[Tensor, ...] = ()
-    """The same of each prediction before the last; empty where all share `mask_features`."""
+    """Per-pixel embeddings of each prediction before the last; empty if all predictions share `mask_features`."""
 
     @property
     def feature_maps(self) -> tuple[Tensor, ...]:
-        """M per-pixel embeddings [B, C, h, w]; M is 1 where all predictions share them, else L."""
+        """Return M per-pixel embeddings [B, C, h, w]. M is 1 if all predictions share them, otherwise L."""
         return (*self.earlier_features, self.mask_features)
 
     def mask_logits(self, layer: int = -1) -> Tensor:
-        """Dense mask logits [B, Q, h, w] of one layer, accumulated and returned in fp32."""
+        """Return dense mask logits [B, Q, h, w] of one prediction, computed in fp32."""
         maps = self.feature_maps
         with torch.autocast(self.mask_features.device.type, enabled=False):
             features = maps[layer % len(maps)].float()
@@ -56,34 +56,36 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class Targets:
-    """Ground truth of a micro-batch as id maps; masks are never stacked, a point's label is a gather and a compare.
+    """Ground truth of a micro-batch as id maps.
 
-    Target n of image b covers the pixels where `id_maps[b, layer[b, n]] == local_id[b, n]`.
+    Target n of image b covers the pixels with `id_maps[b, layer[b, n]] == local_id[b, n]`. Masks are never stacked; the
+    label of a point is one gather and one comparison.
     """
 
     id_maps: Tensor
-    """[B, Y, H, W] uint8, or int16 above 254 ids. Y = 1 unless instances overlap. See BACKGROUND_ID, ignore_id."""
+    """[B, Y, H, W] uint8, or int16 for more than 254 ids. Y = 1 unless instances overlap. See BACKGROUND_ID and
+    ignore_id."""
     labels: Tensor
-    """[B, N] int64 contiguous classes; 0 where not valid."""
+    """[B, N] int64 contiguous classes; 0 if not valid."""
     layer: Tensor
-    """[B, N] int64 index into Y."""
+    """[B, N] int64 index into the Y layers of `id_maps`."""
     local_id: Tensor
-    """[B, N] int64 id inside its layer."""
+    """[B, N] int64 id inside the layer."""
     valid: Tensor
     """[B, N] bool; valid targets come first in every row."""
     weight: Tensor
-    """[B] float32: 1, or 0 for a sample that only fills up a rank's micro-batch and must not count anywhere."""
+    """[B] float32: 1, or 0 for a sample that only fills a rank's micro-batch and must not count."""
     dataset: Tensor
     """[B] int64 index of the data set in the mixture."""
     position: Tensor
     """[B] int64 position in the data order; keys every random number of the sample."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        """The same targets on another device."""
+        """Return the targets on another device."""
         return Targets(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     def pin_memory(self) -> Targets:
-        """The same targets in pinned host memory."""
+        """Return the targets in pinned host memory."""
         return Targets(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
@@ -92,14 +94,14 @@ class PanopticSegment:
     """One segment of a panoptic prediction."""
 
     id: int
-    """Value in the segment map, from 1."""
+    """Value in the segment map, starting from 1."""
     label: int
-    """Contiguous class."""
+    """Contiguous class index."""
     is_thing: bool
     score: float
-    """Class probability of the query (the best one where stuff was merged)."""
+    """Class probability of the query; the highest one if stuff segments were merged."""
     area: int
-    """Pixels."""
+    """Area in pixels."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,13 @@ class PanopticResult:
     """Panoptic prediction of one image at its original size."""
 
     segment_map: Tensor
-    """[H, W] int32; 0 = void."""
+    """[H, W] int32 segment ids; 0 is void."""
     segments: tuple[PanopticSegment, ...]
 
 
 @dataclass(frozen=True)
 class InstanceResult:
-    """Instance prediction of one image in canonical order: score descending, then query, then class.
+    """Instance prediction of one image, sorted by descending score, then query, then class.
 
     Several classes of one query share one mask: instance i has the mask `masks[mask_index[i]]`.
     """
@@ -121,11 +123,11 @@ class InstanceResult:
     masks: Tensor
     """[U, H, W] bool, one per distinct query."""
     mask_index: Tensor
-    """[D] int64 into masks."""
+    """[D] int64 index into `masks`."""
     labels: Tensor
     """[D] int64 contiguous classes."""
     scores: Tensor
-    """[D] float32 class probability times mean mask probability inside the mask."""
+    """[D] float32 class probability times the mean mask probability inside the mask."""
 
 
 @dataclass(frozen=True)
@@ -133,4 +135,4 @@ class SemanticResult:
     """Semantic prediction of one image at its original size."""
 
     label_map: Tensor
-    """[H, W] int64 contiguous classes; UNLABELLED where no class reached the lowest score that was asked for."""
+    """[H, W] int64 contiguous classes; UNLABELLED if no class reached the requested minimum score."""

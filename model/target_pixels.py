@@ -1,4 +1,4 @@
-"""Which target every pixel of an id map belongs to."""
+"""Mapping from pixels of an id map to targets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from m2f.model.structures import Targets, ignore_id
 
 
 def pixel_owners(targets: Targets, numbers: Tensor, nobody: int) -> Tensor:
-    """Number [B, Y, H, W] of the target of every pixel, from `numbers` [B, N] of the targets.
+    """Return the number of the target that owns each pixel, [B, Y, H, W].
 
-    `nobody` where there is none: background, void, and ids of targets that are not valid.
+    `numbers` [B, N] are the numbers of the targets. Pixels without a target get `nobody`: background, void, and ids of
+    targets that are not valid.
     """
     maps = targets.id_maps
     void = ignore_id(maps.dtype)
