@@ -1,1 +1,1 @@
-"""Tables of parameters and operations, and the attention of a trained model, for `m2f analyze`."""
+"""Analyses of `m2f analyze`: tables of parameters and operations, and the attention of a trained model."""

@@ -1,4 +1,4 @@
-"""The paper's analyses of a trained model: quality by decoder layer, and where attention goes."""
+"""The paper's analyses of a trained model: quality by decoder layer, and attention on and off objects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from m2f.trainer.checkpoint.weights import weights_url
 
 @dataclass(frozen=True)
 class AnalysisSubject:
-    """A trained model and the images to look at."""
+    """A trained model and the images to analyse."""
 
     config: RunConfig
     model: Segmenter
@@ -45,7 +45,7 @@ class AnalysisSubject:
 
     @property
     def title(self) -> str:
-        """Which images of what."""
+        """One line with data set, number of images and checkpoint, and a second one if only some classes count."""
         what = "weights" if self.step is None else f"checkpoint of step {self.step}"
         title = f"{self.dataset}: {len(self.indices)} of {counted(self.manifest.num_samples, 'image')}, {what}"
         return title if self.classes.note is None else f"{title}\nSOME CLASSES: {self.classes.note}"
@@ -54,7 +54,7 @@ class AnalysisSubject:
 def open_subject(
     config: RunConfig, weights: ChosenWeights, dataset: str, num_images: int, storage: Storage
 ) -> AnalysisSubject:
-    """Load the model and choose images, spread evenly over the data set.
+    """Load the model and choose `num_images` images, spread evenly over the data set.
 
     Raises DataError if the data set does not exist or its classes contradict those of the model.
     """
@@ -68,7 +68,7 @@ def open_subject(
 
 
 def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
-    """Metrics of the predictions after every layer, for all tasks that the model can be evaluated on."""
+    """Return the metrics of the predictions after every decoder layer, for all tasks that the model supports."""
     config, categories = subject.config, subject.classes.categories
     evaluator = Evaluator(
         subject.model,
@@ -85,7 +85,11 @@ def analyze_layers(subject: AnalysisSubject) -> tuple[LayerQuality, ...]:
 
 
 def analyze_attention(subject: AnalysisSubject, num_pictures: int) -> tuple[AttentionMass, dict[int, bytes]]:
-    """Attention on matched objects and beside them, and PNGs by image id: maps of the first images' surest query."""
+    """Measure how attention is divided between matched objects and the rest of the image.
+
+    Also return PNG pictures by image id, for the first `num_pictures` images with a matched object. Each shows the
+    attention maps of the matched query with the highest score; things come before stuff.
+    """
     config, categories = subject.config, subject.classes.categories
     labels = categories.labels(config.data.task)
     classes = categories.for_task(config.data.task)
@@ -112,7 +116,10 @@ def _picture(
     scores: torch.Tensor,
     classes: Sequence[Category],
 ) -> bytes:
-    """The image with the outline of the object, a thing if there is one, that is predicted best, and its attention."""
+    """Return a PNG of the image with the outline of one object and the attention maps of its query.
+
+    The object is the matched thing with the highest score, or the best stuff if the image has no matched thing.
+    """
     things = torch.tensor([classes[label].is_thing for label in objects.labels.tolist()])
     best = int((scores + things).argmax())
     height, width = batch.sizes[index].tolist()

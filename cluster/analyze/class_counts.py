@@ -1,4 +1,4 @@
-"""How many classes a recipe's model has: from shards, else from the source, else by the kind of the data set."""
+"""Number of classes of a recipe's model, from the shards, else the source, else the known public data set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from m2f.model.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Published:
-    """A data set that everybody has alike."""
+    """A public data set with a fixed number of classes."""
 
     name: str
     classes: int
@@ -37,15 +37,15 @@ class _Published:
 
     @classmethod
     def of(cls, name: str, table: CategoryTable) -> _Published:
-        """One whose classes are known without a file."""
+        """Return the entry of a data set whose classes are known without a file."""
         return cls(name, len(table.for_task("panoptic")), len(table.for_task("instance")))
 
     def count(self, task: Task) -> int:
-        """Classes of a model for the task."""
+        """Return the number of classes of a model for the task."""
         return self.things if task == "instance" else self.classes
 
 
-# These have their classes in a file of annotations, which is not there yet.
+# The classes of these data sets are in an annotation file, which may not be downloaded yet.
 _COCO, _COCO_INSTANCES = _Published("COCO", 133, 80), _Published("COCO", 80, 80)
 _VISTAS = _Published("Mapillary Vistas 1.2", 65, 37)
 _FILES: tuple[tuple[str, _Published], ...] = (
@@ -54,20 +54,20 @@ _FILES: tuple[tuple[str, _Published], ...] = (
     (r"v1\.2/panoptic/panoptic_2018\.json$", _VISTAS),
     (r"config_v1\.2\.json$", _VISTAS),
 )
-"""By the name that a file has where it is published."""
+"""Patterns of the published file names, with the data set that each one identifies."""
 
 
 @dataclass(frozen=True)
 class CountedModel:
-    """A recipe's model with the number of its classes."""
+    """A recipe's model with its number of classes."""
 
     model: ModelConfig
     assumed: str | None = None
-    """Where the number was taken from, if neither shards nor source are there."""
+    """Message that says where the number comes from if neither shards nor source exist; None otherwise."""
 
 
 def with_class_count(config: RunConfig) -> CountedModel:
-    """The recipe's model with `num_classes`. Raises ConfigError where nothing says it."""
+    """Return the recipe's model with `num_classes` set. Raises ConfigError if the number cannot be determined."""
     if config.model.num_classes is not None:
         return CountedModel(config.model)
     name = config.data.train[0].dataset
@@ -87,7 +87,7 @@ def with_class_count(config: RunConfig) -> CountedModel:
 
 
 def _table(dataset: DatasetConfig, storage: Storage) -> CategoryTable:
-    """Of the shards, else of the source. Raises DataError where there are neither."""
+    """Return the category table of the shards, else of the source. Raises DataError if neither exists."""
     if dataset.source is None or storage.exists(join(dataset.shards, DATASET_FILE)):
         return Manifest.load(dataset.shards, storage).categories
     return open_dataset(dataset)[0].categories

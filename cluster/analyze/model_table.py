@@ -1,4 +1,4 @@
-"""Size and speed of models side by side: the paper's, and those of recipes."""
+"""Table of the size and speed of models: those of the paper and those of recipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m2f.model.config import ModelConfig
 from m2f.model.mask2former import build_model
 
 TIMED_RUNS = 3
-"""Forward passes of which the median counts, after one that does not."""
+"""Timed forward passes, of which the median is reported. One untimed pass precedes them."""
 
 Size = tuple[int, int]
 
@@ -31,23 +31,28 @@ class ModelSize:
 
     name: str
     table: str | None
-    """Of the paper."""
+    """Table of the paper that lists the model; None for recipes."""
     parameters: float
-    """Millions."""
+    """Parameters in millions."""
     paper_parameters: float | None
+    """Parameters in millions, as the paper prints them; None if it prints none."""
     flops: float | None
-    """Billions (10^9) of multiply-adds of the official code at the paper's input; None for recipes."""
+    """Billions (10^9) of multiply-adds of the official code at the paper's input size; None for recipes."""
     paper_flops: float | None
+    """The same count as the paper prints it; None if it prints none."""
     flops_at_size: float
-    """The same at the table's own input, without the inference after the model."""
+    """Billions of multiply-adds of the official code at the input size of this table.
+
+    The steps after the network, such as the upsampling of masks, are not counted.
+    """
     executed: float
-    """What our model executes there."""
+    """Billions of multiply-adds that m2f's model executes at the input size of this table."""
     cpu_seconds: float | None
-    """CPU time of a forward pass there; None where it was not measured."""
+    """CPU time in seconds of a forward pass at the input size of this table; None if it was not measured."""
 
 
 def paper_sizes(models: Sequence[PaperModel], size: Size, *, timed: bool) -> Iterator[ModelSize]:
-    """Measure models of the paper, one by one, at an input of this height and width."""
+    """Measure models of the paper one by one. `size` is the height and width of the input in pixels."""
     for paper in models:
         config = paper.config
         flops = mean_flops(config) if paper.size is None else official_flops(config, paper.size, semantic=True)
@@ -55,10 +60,10 @@ def paper_sizes(models: Sequence[PaperModel], size: Size, *, timed: bool) -> Ite
 
 
 def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
-    """Measure a recipe's model; its classes are `model.num_classes`, else those of the training data.
+    """Measure a recipe's model. Its number of classes is `model.num_classes`, else that of the training data.
 
-    Says where a number of classes is that of a published data set that is not here. Raises ConfigError where nothing
-    says it.
+    If the data set is not on this machine, the number may be that of the published data set; a message then says so.
+    Raises ConfigError if the number of classes cannot be determined.
     """
     counted = with_class_count(config)
     if counted.assumed is not None:
@@ -67,9 +72,9 @@ def recipe_size(config: RunConfig, size: Size, *, timed: bool) -> ModelSize:
 
 
 def cpu_seconds_per_image(config: ModelConfig, size: Size) -> float:
-    """Median CPU time, of all threads, of a forward pass with one image and random weights.
+    """Return the median CPU time of a forward pass with one image and random weights, summed over all threads.
 
-    Unlike wall time it hardly depends on other processes of the machine, which share only caches.
+    Unlike wall time, CPU time hardly depends on other processes of the machine, which share only the caches.
     """
     model = build_model(config, pretrained_backbone=False).eval()
     images = torch.zeros(1, 3, *size)
@@ -83,7 +88,7 @@ def cpu_seconds_per_image(config: ModelConfig, size: Size) -> float:
 
 
 def format_model_table(rows: Sequence[ModelSize], size: Size, *, markdown: bool) -> str:
-    """Aligned columns for a terminal, or a Markdown table."""
+    """Format the table with aligned columns for a terminal, or as Markdown."""
     at = f"{size[0]}x{size[1]}"
     head = ["model", "table", "M params", "paper", "GFLOPs", "paper", f"official {at}", f"executed {at}", f"CPU s {at}"]
     cells = [

@@ -1,1 +1,1 @@
-"""What `import m2f` offers to Python programs: load, predict, train, evaluate, data sets from arrays."""
+"""The public Python API, as offered by `import m2f`: load, predict, train, evaluate, and data sets from arrays."""

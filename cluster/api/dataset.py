@@ -1,4 +1,4 @@
-"""`m2f.Dataset`: images and annotations in memory, written as shards to train and evaluate on."""
+"""`m2f.Dataset`: write images and annotations from memory as shards for training and evaluation."""
 
 from __future__ import annotations
 
@@ -28,48 +28,53 @@ from m2f.eval.metrics.rle import decode_mask
 from m2f.model.extras import naming_extras
 
 Truth: TypeAlias = PanopticImage | Instances | np.ndarray
-"""What is annotated in one image; an array is a label map."""
+"""Annotation of one image. An array is a label map [H, W] of integers."""
 
 _MAX_ID = 2**24
-"""Segment ids are below, as in COCO's maps."""
+"""Segment ids must be below this, as in COCO's maps."""
 _NO_LABEL = _MAX_ID - 1
-"""What `ignore` is taken for, which may be negative."""
+"""Internal value that replaces `ignore`, because `ignore` may be negative."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and their annotations in memory, to be written as shards.
+    """Images and their annotations in memory, which `write` stores as shards.
 
         m2f.Dataset(images, label_maps, ["road", "car"]).write("data/train")
         m2f.train(recipe, settings={"datasets": {"train": {"shards": "data/train"}}})
 
-    All annotations are of one kind. `PanopticImage` serves panoptic, instance and semantic training, `Instances`
-    instance training, and label maps semantic training.
+    All annotations must be of the same kind. `PanopticImage` supports panoptic, instance and semantic training.
+    `Instances` supports instance training, and label maps support semantic training.
     """
 
     images: Sequence[ImageLike]
-    """As `Model.predict` takes them; files are stored without loss as PNG."""
+    """Images in any form that `Model.predict` accepts. They are stored losslessly as PNG."""
     annotations: Sequence[Truth]
-    """One for each image and of its size: `PanopticImage`, `Instances` with masks bool [N, H, W] or run lengths, or
-    label maps [H, W] of integers."""
+    """One annotation per image, with the height H and width W of the image.
+
+    Each is a `PanopticImage`, an `Instances` with masks as bool [N, H, W] or run-length encodings, or a label map
+    [H, W] of integers.
+    """
     names: Sequence[str]
-    """Names of the classes, by label. In COCO files the id of a class is its label + 1."""
+    """Names of the classes, by label (from 0). In COCO files the id of a class is its label + 1."""
     is_thing: Sequence[bool] | None = None
-    """By label: whether the class has instances. None: all for `Instances`, none for label maps; `PanopticImage` needs
-    it."""
+    """Whether each class is a thing (has instances), by label.
+
+    None means that all classes are things for `Instances` and none for label maps. `PanopticImage` requires a value.
+    """
     channels: Channels = "rgb"
-    """Order of the colours in arrays and tensors."""
+    """Order of the colour channels in arrays and tensors: "rgb" or "bgr"."""
     ignore: int = 255
-    """Value of a label map's pixels without a label."""
+    """Value of the pixels without a label in label maps."""
 
     def write(self, folder: str | os.PathLike[str]) -> int:
-        """Write shards and their manifest into a folder or `s3://` URL; returns the number of images.
+        """Write shards and their manifest into a folder or `s3://` URL, and return the number of images.
 
-        The same data set in the same folder is left as it is. Needs the extra `train`.
+        If the folder already holds this data set, its shards are kept. Needs the extra `train`.
 
         Raises:
-            DataError: annotations that do not fit their images or the classes, named by the image's position; or a
-                folder that holds another data set.
+            DataError: an annotation does not fit its image or the classes (the message names the position of the
+                image), or the folder holds another data set.
             MissingExtraError: the extra `train` is not installed.
         """
         if len(self.images) != len(self.annotations) or not self.images:
@@ -90,7 +95,7 @@ class Dataset:
         return write_dataset(reader, config, Storage()).num_samples
 
     def _files(self) -> list[bytes]:
-        """PNG of every image."""
+        """Return every image as a PNG file."""
         storage = Storage()
         given = given_images(self.images, self.channels, storage)
         if len(given) != len(self.images):
@@ -195,7 +200,7 @@ class Dataset:
 
 
 def _digest(files: Sequence[bytes], annotations: Sequence[Annotation]) -> int:
-    """A number that changes with the content, in the place of a version that is counted up."""
+    """Return a checksum of images and annotations. It serves as the version of the source."""
     value = 0
     for file, annotation in zip(files, annotations, strict=True):
         value = zlib.crc32(file, value)

@@ -1,4 +1,4 @@
-"""`m2f.evaluate`: the scores of a checkpoint, as `m2f eval` computes them."""
+"""`m2f.evaluate`: compute the scores of a checkpoint, as `m2f eval` does."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ def evaluate(
     checkpoint: str | os.PathLike[str] | int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, EvaluationResults]:
-    """Scores of a checkpoint on every set of its recipe, by the name of the set. Nothing is written.
+    """Evaluate a checkpoint on every evaluation set of its recipe. Nothing is written.
 
-    Up to 500 images are evaluated in this process; more on Ray where that is installed, with equal results.
+    Up to 500 images are evaluated in this process. More images, several evaluation actors or a named cluster use Ray
+    if it is installed. The results are equal in both cases.
 
     Args:
-        source: a run folder or a checkpoint folder, here or at `s3://`; a model of an MLflow registry,
-            `models:/NAME@ALIAS`; or a recipe.
+        source: a run folder or checkpoint folder (local or `s3://`), a model of an MLflow registry
+            (`models:/NAME@ALIAS`), or a recipe.
         checkpoint: "last" (the default), "best", a step, or the path of other weights.
         settings: settings of the recipe to change, by dotted name, such as
             `{"evaluation.sets": [{"dataset": "test"}]}`.
 
     Returns:
-        Results with `metrics()` and `per_class()` in per cent, and `table()` as text.
+        Results by name of the evaluation set. `metrics()` and `per_class()` return per cent, `table()` returns text.
 
     Raises:
-        ConfigError: the source is none of these, the recipe has no evaluation sets, or there is no such checkpoint.
-        DataError: a set cannot be read, or its classes contradict the model's.
-        EvaluationError: images could not be evaluated, or the weights are of another model.
+        ConfigError: the source is none of these, the recipe has no evaluation sets, or the checkpoint does not exist.
+        DataError: a set cannot be read, or its classes contradict those of the model.
+        EvaluationError: images could not be evaluated, or the weights belong to another model.
     """
     config, own = open_recipe(resolved_source(os.fspath(source)), overrides_of(settings))
     wanted = own if checkpoint is None else str(checkpoint)
@@ -52,7 +53,7 @@ def evaluate(
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Give torch back the number of threads that the caller has set; evaluations in this process set the recipe's."""
+    """Restore torch's number of threads after the block, since evaluation in this process sets the recipe's number."""
     before = torch.get_num_threads()
     try:
         yield

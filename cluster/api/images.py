@@ -1,4 +1,4 @@
-"""Images as Python programs have them: paths, URLs, PIL images, arrays and tensors."""
+"""Convert the images of Python programs to pixels: paths, URLs, PIL images, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from m2f.data_pipeline.errors import DataError
 from m2f.data_pipeline.storage.storage import Storage
 
 Channels = Literal["rgb", "bgr"]
-"""Order of the colours in arrays and tensors; OpenCV reads images as "bgr"."""
+"""Order of the colour channels in arrays and tensors. OpenCV reads images as "bgr"."""
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor
-"""One image: see `Model.predict` for shapes and ranges."""
+"""One image. `Model.predict` describes the shapes and value ranges."""
 
 _PIL_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""Modes of PIL images with a stated range of values."""
+"""PIL image modes with a defined value range."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +32,11 @@ class GivenImage:
 
     input: ImageInput
     pixels: np.ndarray | None
-    """[H, W, 3] uint8 RGB; None for what is read from its URL."""
+    """[H, W, 3] uint8 RGB; None for an image that is read from its URL."""
 
 
 def is_single(images: ImageLike | Sequence[ImageLike]) -> bool:
-    """Whether this is one image, and neither a list of images nor a folder or pattern that may mean several."""
+    """Return whether this is one image, not a list, a folder or a pattern that may match several."""
     if isinstance(images, str | os.PathLike):
         return not os.path.isdir(images) and _looks_like_file(os.fspath(images))
     return isinstance(images, Image.Image | np.ndarray | torch.Tensor)
@@ -45,9 +45,9 @@ def is_single(images: ImageLike | Sequence[ImageLike]) -> bool:
 def given_images(
     images: ImageLike | Sequence[ImageLike], channels: Channels, storage: Storage
 ) -> tuple[GivenImage, ...]:
-    """The images in their order with ids from 1; folders and patterns stand for the files that they mean.
+    """Return the images in order, with ids from 1. Folders and patterns are replaced by the files that they match.
 
-    Raises DataError for what is no image, named by its place in the list or its path.
+    Raises DataError if something is not an image; the message names its position in the list or its path.
     """
     if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor):
         images = [images]
@@ -63,7 +63,10 @@ def given_images(
 
 
 def loaded_images(given: Sequence[GivenImage], storage: Storage) -> Iterator[LoadedImage]:
-    """Every image with its pixels, files read ahead. Raises DataError naming a file that cannot be used."""
+    """Yield every image with its pixels, reading files ahead in threads.
+
+    Raises DataError, which names the file, if a file cannot be used.
+    """
     from_files = read_images([image.input for image in given if image.pixels is None], storage)
     for image in given:
         if image.pixels is not None:
@@ -76,7 +79,11 @@ def loaded_images(given: Sequence[GivenImage], storage: Storage) -> Iterator[Loa
 
 
 def to_pixels(image: Image.Image | np.ndarray | torch.Tensor, channels: Channels, where: str) -> np.ndarray:
-    """Pixels [H, W, 3] uint8 RGB. Raises DataError naming `where`, the shape or range found and the one wanted."""
+    """Return the pixels as [H, W, 3] uint8 RGB.
+
+    Raises DataError for an unsupported type, shape or value range. The message starts with `where` and names what was
+    found and what is required.
+    """
     if isinstance(image, Image.Image):
         return _from_pil(image, where)
     if isinstance(image, torch.Tensor):
@@ -124,7 +131,7 @@ def _from_tensor(image: torch.Tensor, where: str) -> np.ndarray:
     image = image.detach().cpu()
     if image.is_floating_point() and image.numel():
         low, high = float(image.min()), float(image.max())
-        if not (low >= 0 and high <= 1):  # also where one is NaN
+        if not (low >= 0 and high <= 1):  # this form also rejects NaN
             raise DataError(
                 f"{where} is a tensor of floats from {low:g} to {high:g}; give floats from 0 to 1 that are not "
                 "normalised, or uint8 from 0 to 255"
@@ -135,7 +142,11 @@ def _from_tensor(image: torch.Tensor, where: str) -> np.ndarray:
 
 
 def _looks_like_file(name: str) -> bool:
-    """Of a local path: whether it exists, else whether it is no pattern; of a URL: whether it names an image."""
+    """Return whether a name means one file.
+
+    A local path does so if it exists or is not a pattern. A URL does so if it has the suffix of an image and is not a
+    pattern.
+    """
     if "://" in name:
         from m2f.data_pipeline.image_file import is_image_name
 

@@ -1,4 +1,4 @@
-"""`m2f.load` and the model that it gives."""
+"""`m2f.load`, and the class `Model` that it returns."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from m2f.eval.inference.evaluator import EVALUABLE_TASKS
 from m2f.model.errors import ConfigError
 
 _END_OF_SCALAR = "...\n"
-"""What PyYAML writes behind a value that stands alone."""
+"""Document end marker that PyYAML writes after a bare scalar."""
 
 
 class Model:
-    """A trained model, made by `m2f.load`."""
+    """A trained model, as returned by `m2f.load`."""
 
     def __init__(self, trained: TrainedModel) -> None:
         self._trained = trained
@@ -36,12 +36,12 @@ class Model:
 
     @property
     def task(self) -> Task:
-        """What the model was trained for: "panoptic", "instance" or "semantic"."""
+        """Task that the model was trained for: "panoptic", "instance" or "semantic"."""
         return self._trained.task
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What it can predict: a panoptic model all three."""
+        """Tasks that the model can predict. A panoptic model can predict all three."""
         return EVALUABLE_TASKS[self._trained.task]
 
     @property
@@ -51,30 +51,30 @@ class Model:
 
     @property
     def is_thing(self) -> tuple[bool, ...]:
-        """By label: whether the class has instances (thing) or not (stuff)."""
+        """Whether each class is a thing (has instances) or stuff, by label."""
         return tuple(category.is_thing for category in self._trained.classes)
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """By label: the id of the class in the data set, as COCO results have it."""
+        """Category id of each class in the data set, by label. COCO results contain these ids."""
         return tuple(category.id for category in self._trained.classes)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Device that holds the weights."""
         return next(self._trained.model.parameters()).device
 
     @property
     def module(self) -> torch.nn.Module:
-        """The network itself, in evaluation mode."""
+        """The network as a `torch.nn.Module` in evaluation mode."""
         return self._trained.model
 
     @property
     def source(self) -> str:
-        """Checkpoint folder or file that the weights came from."""
+        """Path or URL of the checkpoint folder or weight file that was loaded."""
         return self._trained.weights
 
-    # A string may name one image or a folder, which a type cannot tell.
+    # A string may name one image or a folder; types cannot distinguish the two.
     @overload
     def predict(
         self,
@@ -117,22 +117,28 @@ class Model:
         batch: int = 1,
         channels: Channels = "rgb",
     ) -> Result | list[Result]:
-        """What the model finds in one image, or in each of several; equal to what `m2f predict` writes.
+        """Predict one image or several images. The results equal those of `m2f predict`.
 
         Args:
-            images: one image gives a `Result`; a list, a folder or a pattern such as `photos/*.jpg` a list of them. An
-                image is a path or `s3://` URL of a JPEG, PNG, TIFF, BMP or WebP file; a PIL image; an array uint8
-                [H, W, 3] from 0 to 255, or grey [H, W]; or a tensor [3, H, W] or [1, H, W], uint8 from 0 to 255 or
-                floats from 0 to 1. Any size: the model resizes as its recipe says, and results have the image's size.
-            task: "panoptic", "instance" or "semantic"; None: what the model was trained for.
-            min_score: lowest score, from 0 to 1, of segments, detections and labelled pixels; None: the recipe's
-                threshold for segments, everything else.
-            batch: images of one shape that go through the model together. Results differ by rounding only.
-            channels: "rgb", or "bgr" for arrays and tensors that OpenCV read. Files and PIL images know theirs.
+            images: one image, or a list of images, a folder or a pattern such as `photos/*.jpg`. An image is one of:
+                a path or `s3://` URL of a JPEG, PNG, TIFF, BMP or WebP file; a PIL image; an array, uint8 [H, W, 3]
+                from 0 to 255, or grey [H, W]; a tensor [3, H, W] or [1, H, W], uint8 from 0 to 255 or floating point
+                from 0 to 1. Images may have any size: the model resizes them as its recipe says.
+            task: "panoptic", "instance" or "semantic". None means the task that the model was trained for.
+            min_score: lowest score, from 0 to 1, of segments, detections and labelled pixels. None means the recipe's
+                threshold for segments, and no threshold for detections and pixels.
+            batch: maximum number of images of the same shape in one forward pass, at least 1. Results for different
+                values differ only by rounding.
+            channels: channel order of arrays and tensors, "rgb" or "bgr" (as OpenCV reads images). It does not apply
+                to files and PIL images.
+
+        Returns:
+            A `Result` for one image, else a list of results in the order of the images. Masks and maps have the size
+            of the image.
 
         Raises:
-            ConfigError: a task that the model cannot do, or a value out of its range.
-            DataError: an image that cannot be read or has another shape or range, named.
+            ConfigError: the model does not support the task, or an argument is out of range.
+            DataError: an image cannot be read, or has an unsupported shape or value range. The message names it.
             EvaluationError: the model's output for an image is not finite.
         """
         task = self._check(task, min_score, batch, channels)
@@ -183,20 +189,20 @@ def load(
     """Load a trained model.
 
     Args:
-        source: a run folder, a checkpoint folder, a file of weights or a Hugging Face folder, here or at `s3://`; a
-            model of the hub, `hub:OWNER/NAME`, or of an MLflow registry, `models:/NAME@ALIAS`; or a recipe, which
-            stands for the run that it describes.
-        recipe: for weights that do not hold their own recipe, such as official `.pkl` files: the path of a recipe, or
-            the name of one that the package brings, such as `coco_panoptic_r50`.
-        checkpoint: of a run: "last" (the default), "best", or a step.
+        source: a run folder, checkpoint folder, weight file or Hugging Face folder (local or `s3://`); a model of the
+            Hugging Face hub (`hub:OWNER/NAME`) or of an MLflow registry (`models:/NAME@ALIAS`); or a recipe, which
+            means the run that it describes.
+        recipe: recipe for weights that do not contain one, such as official `.pkl` files. It is a path or the name of
+            a recipe in the package, such as `coco_panoptic_r50`.
+        checkpoint: checkpoint of a run: "last" (the default), "best", or a step.
         settings: settings of the recipe to change, by dotted name, such as `{"evaluation.shortest_edge": 640}`.
-        device: "auto" takes the GPU if there is one; else "cpu", "cuda", "cuda:1".
+        device: "auto" (the GPU if there is one) or a torch device such as "cpu", "cuda" or "cuda:1".
 
     Raises:
-        ConfigError: the source is none of these, the run has no such checkpoint, or the device is not there.
-        WeightsError: the weights cannot be read, or are of another model.
-        DataError: neither the weights nor the recipe say which classes there are.
-        StorageError: a store cannot be read.
+        ConfigError: the source is none of these, the run has no such checkpoint, or the device is not available.
+        WeightsError: the weights cannot be read, or belong to another model.
+        DataError: neither the weights nor the recipe name the classes.
+        StorageError: the storage cannot be read.
         CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     place = os.fspath(source)
@@ -211,7 +217,10 @@ def load(
 
 
 def overrides_of(settings: Mapping[str, Any] | None) -> list[str]:
-    """Settings as `m2f` takes them on the command line."""
+    """Convert settings to `name=value` words, as `m2f` takes them on the command line.
+
+    Raises ConfigError if a value is not a dictionary, list, string, number or None.
+    """
     try:
         dumped = {name: yaml.safe_dump(value, default_flow_style=True) for name, value in (settings or {}).items()}
     except yaml.YAMLError as error:
@@ -222,12 +231,12 @@ def overrides_of(settings: Mapping[str, Any] | None) -> list[str]:
 
 
 def resolved_device(device: str) -> str | None:
-    """A name for torch; None: the GPU if there is one. Raises ConfigError for one that this machine lacks."""
+    """Return the torch device name, or None for "auto". Raises ConfigError if this machine lacks the device."""
     if device == "auto":
         return None
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either where it has no CUDA
+    except (RuntimeError, AssertionError) as error:  # torch raises one or the other if it has no CUDA
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"device is {device!r}, which cannot be used here ({reason}); give 'auto' or 'cpu'"

@@ -1,4 +1,4 @@
-"""What a model found in one image."""
+"""`Result`: the prediction of a model for one image."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from m2f.model.structures import PanopticResult, SemanticResult
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a model found in one image. N objects: segments, detections, or the classes of a label map.
+    """Prediction of a model for one image, with N objects: segments, detections, or the classes of a label map.
 
-    Masks are kept as run-length encodings, so that thousands of results fit into memory; `masks` decodes them.
+    Masks are stored compactly, so that thousands of results fit into memory. `masks` decodes them.
     """
 
     source: str
-    """Path or URL of the image, or `image 3` for the fourth one of a list of pixels."""
+    """Path or URL of the image. An image given as pixels is named by its position, such as `image 3` for the fourth."""
     size: tuple[int, int]
     """Height and width of the image in pixels; all masks and maps have this size."""
     task: Task
-    """What was predicted."""
+    """Task of the prediction: "panoptic", "instance" or "semantic"."""
     names: tuple[str, ...]
     """Names of the model's classes, by label."""
     labels: np.ndarray
-    """[N] int64 labels, from 0. Detections come best first, classes of a label map in ascending order."""
+    """[N] int64 labels, from 0. Detections are sorted by descending score, classes of a label map by label."""
     scores: np.ndarray
     """[N] float64 from 0 to 1; NaN for a label map, which has no scores."""
     _found: Prediction
@@ -51,17 +51,17 @@ class Result:
 
     @property
     def class_names(self) -> list[str]:
-        """Name of the class of every object."""
+        """Class name of every object."""
         return [self.names[label] for label in self.labels]
 
     @property
     def image(self) -> np.ndarray:
-        """The pixels [H, W, 3] uint8 RGB. A file is read again. Raises DataError where it is gone."""
+        """Pixels of the image, [H, W, 3] uint8 RGB. A file is read again; raises DataError if it no longer exists."""
         return self._read()
 
     @cached_property
     def masks(self) -> np.ndarray:
-        """[N, H, W] bool. Masks of detections may overlap, those of segments and classes never do."""
+        """[N, H, W] bool masks. Masks of detections may overlap; masks of segments and classes never do."""
         decoded = np.zeros((len(self), *self.size), dtype=bool)
         for position, mask in enumerate(self._masks):
             decoded[position] = decode_mask(mask)
@@ -69,9 +69,9 @@ class Result:
 
     @cached_property
     def boxes(self) -> np.ndarray:
-        """[N, 4] float64: x1, y1, x2, y2 in pixels, the smallest boxes around the masks.
+        """[N, 4] float64 tight boxes around the masks: x1, y1, x2, y2 in pixels.
 
-        Pixel (x, y) covers x to x + 1, so x2 - x1 is the width. All zeros for an empty mask.
+        Pixel (x, y) covers x to x + 1, so x2 - x1 is the width. The box of an empty mask is all zeros.
         """
         boxes = mask_boxes(self._masks)
         boxes[:, 2:] += boxes[:, :2]
@@ -79,9 +79,9 @@ class Result:
 
     @property
     def panoptic(self) -> np.ndarray:
-        """[H, W] int32 map of segments: 0 is void, i + 1 the segment of `labels[i]`.
+        """[H, W] int32 segment map: 0 is void, i + 1 is the segment of `labels[i]`.
 
-        Raises ConfigError for results of another task.
+        Raises ConfigError if the task is not "panoptic".
         """
         if not isinstance(self._found, PanopticResult):
             raise ConfigError(
@@ -92,10 +92,10 @@ class Result:
 
     @property
     def semantic(self) -> np.ndarray:
-        """[H, W] int64 map of labels, -1 where there is none.
+        """[H, W] int64 label map; pixels without a label are -1.
 
-        A semantic result has the model's own map; of a panoptic one every pixel has the class of its segment. Raises
-        ConfigError for instances, of which many may cover a pixel.
+        A semantic result returns the map of the model. A panoptic result returns for each pixel the class of its
+        segment. Raises ConfigError for instance results, because several instances may cover a pixel.
         """
         if isinstance(self._found, SemanticResult):
             return self._found.label_map.numpy()
@@ -107,9 +107,10 @@ class Result:
         )
 
     def overlay(self, min_score: float = SHOWN_SCORE) -> Image.Image:
-        """The image with its objects tinted, outlined and named, as a PIL image of the same size.
+        """Draw the objects on the image, tinted, outlined and named; return a PIL image of the same size.
 
-        Of detections only those with a score of at least `min_score` are drawn, the best on top.
+        Only detections with a score of at least `min_score` are drawn, the highest score on top. `min_score` does not
+        apply to other tasks. Raises DataError if the file of the image no longer exists.
         """
         found = self._found
         if isinstance(found, InstanceDetections):
@@ -124,9 +125,9 @@ class Result:
         return Image.fromarray(draw_overlay(self.image, overlay, self._classes))
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
-        """COCO results, one for every object: image_id, category_id (of the data set), segmentation (RLE) and score.
+        """Return one COCO result per object: image_id, category_id of the data set, segmentation (RLE) and score.
 
-        Classes of a label map have no score. The entries go through `json.dumps` and into pycocotools' `loadRes`.
+        Classes of a label map have no score. `json.dumps` and pycocotools' `loadRes` accept the entries.
         """
         results = mask_results(image_id, self._detections, self._classes)
         if isinstance(self._found, SemanticResult):
@@ -134,18 +135,18 @@ class Result:
         return results
 
     def to_coco_panoptic(self, image_id: int = 1, file_name: str = "1.png") -> tuple[dict[str, Any], bytes]:
-        """The entry for `annotations` of a COCO panoptic JSON, and the PNG that it names.
+        """Return the entry for `annotations` of a COCO panoptic JSON, and the bytes of the PNG file that it names.
 
-        Raises ConfigError for results of another task.
+        Raises ConfigError if the task is not "panoptic".
         """
         png = panoptic_png(self.panoptic)
         assert isinstance(self._found, PanopticResult)
         return panoptic_annotation(image_id, file_name, self._found.segments, self._classes), png
 
     def to_supervision(self) -> Any:
-        """`supervision.Detections` with boxes, masks, labels, scores and `data["class_name"]`.
+        """Return `supervision.Detections` with boxes, masks, labels, scores and `data["class_name"]`.
 
-        Raises ConfigError where the package supervision is not installed.
+        Raises ConfigError if the package supervision is not installed.
         """
         try:
             detections = import_module("supervision").Detections
@@ -163,7 +164,7 @@ class Result:
         )
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """Return the overlay as PNG bytes. Notebooks show it."""
         file = io.BytesIO()
         self.overlay().save(file, "PNG")
         return file.getvalue()
@@ -196,7 +197,7 @@ def make_result(
     size: tuple[int, int],
     read: Callable[[], np.ndarray],
 ) -> Result:
-    """A result whose maps lie in the memory of the CPU. `read` gives the image's pixels."""
+    """Make a `Result` from a prediction and move its maps to the CPU. `read` returns the pixels of the image."""
     task: Task
     if isinstance(found, PanopticResult):
         task = "panoptic"

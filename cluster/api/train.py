@@ -1,4 +1,4 @@
-"""`m2f.train`: a recipe trained to its end, and what came of it."""
+"""`m2f.train`: train a recipe to its end, and the class `Run` with the outcome."""
 
 from __future__ import annotations
 
@@ -27,32 +27,36 @@ Launcher = Literal["ray", "local"]
 
 @dataclass(frozen=True)
 class Run:
-    """A training that ended, and what it left behind."""
+    """Outcome of a training: its scores, curves and checkpoints."""
 
     folder: str
-    """Folder or URL of the run."""
+    """Path or URL of the run folder."""
     status: Literal["finished", "stopped", "drained"]
-    """All steps are done; a signal stopped it; or its machine is to leave. The last two go on with another call."""
+    """How the training ended.
+
+    "finished": the run is complete. "stopped": a signal stopped it. "drained": its machine is about to be preempted.
+    Another call to `m2f.train` continues a stopped or drained run.
+    """
     metrics: Mapping[str, float]
-    """Scores of the newest evaluated checkpoint in per cent, such as `val/PQ`; empty without evaluation sets."""
+    """Scores of the newest evaluated checkpoint in per cent, such as `val/PQ`; empty if no checkpoint was evaluated."""
     evaluations: Mapping[int, Mapping[str, float]]
-    """The same of every evaluated checkpoint, by step."""
+    """Scores of every evaluated checkpoint in per cent, by step."""
     curves: Mapping[str, tuple[tuple[int, float], ...]]
-    """Points of training as (step, value), by name, such as `loss/total`."""
+    """Training metrics as (step, value) points in ascending order of steps, by name such as `loss/total`."""
     checkpoints: Mapping[int, str]
-    """Folders or URLs of the checkpoints that are kept, by step."""
+    """Folders or URLs of the checkpoints in the run folder, by step."""
     tracking_uri: str
-    """MLflow's store."""
+    """URI of the MLflow store."""
     run_id: str
-    """Of MLflow."""
+    """Id of the run in MLflow."""
 
     def load(self, checkpoint: Literal["last", "best"] | int = "last", device: str = "auto") -> Model:
-        """The model of a checkpoint, as `m2f.load` gives it."""
+        """Load the model of a checkpoint with `m2f.load`."""
         return load(self.folder, checkpoint=checkpoint, device=device)
 
 
 class TrainingFailedError(RuntimeError):
-    """A training that gave up. The message says why; checkpoints from before are in the run folder."""
+    """The training gave up. The message gives the reason; earlier checkpoints remain in the run folder."""
 
 
 def train(
@@ -61,22 +65,27 @@ def train(
     settings: Mapping[str, Any] | None = None,
     launcher: Launcher = "ray",
 ) -> Run:
-    """Train a recipe and evaluate its checkpoints, as `m2f train` does; a run that exists goes on where it was.
+    """Train a recipe and evaluate its checkpoints, as `m2f train` does. An existing run resumes.
 
-    Data sets that have a source and no shards yet are written first, as `m2f shard` does.
+    Data sets with a source but without shards are sharded first, as `m2f shard` does.
 
     Args:
-        recipe: path of a YAML file, the name of a recipe of the package such as `coco_panoptic_r50`, or the same
-            settings as nested dictionaries. Relative paths count from the current directory.
+        recipe: path of a YAML file, the name of a recipe in the package such as `coco_panoptic_r50`, or the settings
+            as nested dictionaries. Relative paths are relative to the current directory.
         settings: settings to change, by dotted name, such as `{"training.max_steps": 1000}`.
-        launcher: "ray" trains on a Ray cluster, started on this machine if none is there; "local" in processes of this
-            machine, with evaluations at the end. A script needs `if __name__ == "__main__":` around "local".
+        launcher: "ray" trains on a Ray cluster, and starts one on this machine if there is none. "local" trains in
+            processes of this machine and evaluates at the end. A script that uses "local" must guard the call with
+            `if __name__ == "__main__":`.
+
+    Returns:
+        Scores, curves and checkpoints of the run.
 
     Raises:
         MissingExtraError: the extra `train` is not installed.
         ConfigError: the recipe has problems; the message lists all of them.
-        DataError, WeightsError, StorageError: data, starting weights or the store cannot be used.
-        TrainingFailedError: the run gave up after `cluster.max_failures`.
+        DataError, WeightsError, StorageError: the data, the initial weights or the storage cannot be used.
+        TrainingFailedError: the run gave up, for example after more than `cluster.max_failures` failures without a
+            new checkpoint.
     """
     overrides = overrides_of(settings)
     if isinstance(recipe, Mapping):
