@@ -154,10 +154,10 @@ class PilotQueries(nn.Module):
 
 
 def padded_number(chosen: int, most: int) -> int:
-    """Return the padded number of pilots per image: a power of two, at least BUCKET and at most `most` rounded up to
-    BUCKET.
+    """Return the padded number of pilots per image: the next power of two, at least BUCKET.
 
-    Few distinct values keep the number of tensor shapes small.
+    The maximum is `most` rounded up to a multiple of BUCKET. Few distinct values keep the number of tensor shapes
+    small.
     """
     power = 1 << max(chosen - 1, BUCKET - 1).bit_length()
     return min(power, -(-most // BUCKET) * BUCKET)

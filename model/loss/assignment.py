@@ -1,4 +1,4 @@
-"""Which query learns which target: pairs that were matched, and pilots, whose targets are known."""
+"""Pairs of queries and targets that the losses supervise: matched queries, and pilots, whose targets are known."""
 
 from __future__ import annotations
 
@@ -16,54 +16,55 @@ from m2f.model.pilots import Pilots
 from m2f.model.structures import Targets
 
 _PILOT = 2**32
-"""Added to the target that a pilot's points are drawn for, so that they are not those of the matched query."""
+"""Offset added to a pilot's target index when points are drawn, so that pilot and matched query get different
+points."""
 
 
 class Assignment(NamedTuple):
-    """On the host. An image has M columns: its targets, and after them its pilots."""
+    """Queries assigned to targets, on the host. Every image has M columns: its targets, followed by its pilots."""
 
     query_index: np.ndarray
-    """[L, B, M] int64 of all queries, pilots first; -1 where nothing is learnt."""
+    """[L, B, M] int64 index among all queries, pilots first; -1 if the column has no query."""
     finite: np.ndarray
     """[L, B] bool: whether every matching cost of the image was finite."""
     target: np.ndarray
     """[B, M] int64 target of every column."""
     draw: np.ndarray
-    """[B, M] int64 the same, another number for the same target's pilot."""
+    """[B, M] int64 key of every column's points: the target, with an offset for pilots."""
 
 
 class Rows(NamedTuple):
     """The pairs of an assignment on the device, in the order image, prediction, column."""
 
     index: RowIndex
-    """Prediction, image and target."""
+    """Prediction, image and target of every row."""
     draw: RowIndex
-    """What the points of a row are drawn for."""
+    """Keys of the points of every row."""
     column: Tensor
-    """[R] int64"""
+    """[R] int64 column of the assignment."""
     query: Tensor
-    """[R] int64 of all queries, pilots first."""
+    """[R] int64 index among all queries, pilots first."""
     factor: Tensor
-    """[R] 1, or NaN where a matching cost of the image was not finite."""
+    """[R] float: 1, or NaN if a matching cost of the image was not finite."""
 
 
 @dataclass(frozen=True)
 class PendingPilots:
-    """The targets of pilots on their way to the host."""
+    """The targets of the pilots while they are copied to the host."""
 
     copy: HostCopy
-    """[2, B, N] int64: the target, and whether there is one."""
+    """[2, B, N] int64: the target index, and 1 if the pilot is valid, else 0."""
     first_prediction: int
 
     @staticmethod
     def start(pilots: Pilots, targets: Targets) -> PendingPilots:
-        """Queue the copy."""
+        """Queue the copy and return at once. Pilots of images with weight 0 are marked as not valid."""
         counted = pilots.valid & (targets.weight > 0)[:, None]
         return PendingPilots(HostCopy(torch.stack((pilots.target, counted.long()))), pilots.first_prediction)
 
 
 def assign_columns(matching: Matching, pilots: PendingPilots | None) -> Assignment:
-    """The matched pairs, and those of pilots, for which it waits."""
+    """Combine the matched pairs with the pilots' pairs. This waits for the copy of the pilots' targets."""
     query_index = matching.query_index
     num_layers, num_images, num_targets = query_index.shape
     target = np.broadcast_to(np.arange(num_targets), (num_images, num_targets))
@@ -82,7 +83,7 @@ def assign_columns(matching: Matching, pilots: PendingPilots | None) -> Assignme
 
 
 def assigned_rows(assignment: Assignment, device: torch.device) -> Rows:
-    """The rows of an assignment; one copy to the device."""
+    """Return the rows of an assignment, transferred to the device in one copy."""
     by_image = assignment.query_index.swapaxes(0, 1)
     image, layer, column = found = (by_image >= 0).nonzero()
     target, draw = assignment.target[image, column], assignment.draw[image, column]

@@ -1,9 +1,10 @@
-"""Points in boxes around targets, and weights that keep what every weighted sum of a loss estimates.
+"""Points in boxes around targets, with weights that keep every weighted sum of a loss unbiased.
 
-Uniform points miss small targets: of 12544 points on 1024 x 1024 pixels, one falls on every 84. Here a part of the
-points is drawn in boxes around targets, and every point, whichever part drew it, has the weight omega / q: the density
-that the loss asks for (1 where it is uniform) over the density of all parts together (the balance heuristic of Veach
-and Guibas, SIGGRAPH 1995). Weighted sums therefore have the expectation of sums at points of density omega.
+Uniform points miss small targets: with 12544 points on 1024 x 1024 pixels there is one point per 84 pixels. This module
+draws some of the points in boxes around targets. Every point, whether uniform or in a box, has the weight omega / q.
+Here omega is the density that the loss asks for (1 if uniform), and q is the total density of all parts (the balance
+heuristic of Veach and Guibas, SIGGRAPH 1995). Weighted sums therefore have the same expectation as sums over points of
+density omega.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from m2f.model.structures import Targets
 from m2f.model.target_pixels import pixel_owners
 
 GROWTH = 0.5
-"""Share of its side by which a box grows in each direction: predictions that are a little off lie inside, too."""
+"""Share of its side by which a box grows in each direction, so that slightly misplaced predictions also lie inside."""
 MIN_GROWTH = 4.0
-"""Pixels by which a box grows at least: one pixel of the map of mask logits."""
+"""Minimum growth in pixels: one pixel of the stride-4 map of mask logits."""
 
 
 @torch.no_grad()
 def target_boxes(targets: Targets) -> Tensor:
-    """Grown boxes [B, N, 4] (left, top, right, bottom) in [0, 1] around the pixels of every target.
+    """Return enlarged boxes [B, N, 4] (left, top, right, bottom) in [0, 1] around the pixels of every target.
 
-    A target without a pixel, and padding of the targets, has the whole map.
+    A target without pixels, including padding, gets the whole map.
     """
     height, width = targets.id_maps.shape[-2:]
     images, num_targets = targets.labels.shape
     device, longer = targets.id_maps.device, max(height, width)
     place = torch.arange(longer, device=device)
-    # Which columns, then which rows, every target occupies; the last one stands for pixels of no target.
+    # Columns, then rows, that every target occupies; the last index collects pixels without a target.
     number = torch.arange(num_targets, device=device).expand(images, -1)
     column = pixel_owners(targets, number, num_targets) * longer
     row = column + (num_targets + 1) * longer + place[:height, None]
@@ -44,26 +45,35 @@ def target_boxes(targets: Targets) -> Tensor:
     size = torch.full((2, 1), width, device=device)
     size[1] = height
     ends = torch.cat(((low - growth) / size, (high + growth) / size), 1).clamp(0, 1)
-    whole_map = (torch.arange(4, device=device) // 2)[:, None]  # ends 0, 0, 1, 1
+    whole_map = (torch.arange(4, device=device) // 2)[:, None]  # coordinates 0, 0, 1, 1
     return torch.where((high > 0).repeat(1, 2, 1), ends, whole_map).transpose(1, 2)
 
 
 def move_into_boxes(points: Tensor, boxes: Tensor) -> Tensor:
-    """Points [..., 2] of the unit square, mapped into their boxes [..., 4]; both ends of a box belong to it."""
+    """Map points [..., 2] of the unit square into their boxes [..., 4]. Both borders of a box belong to it."""
     low, high = boxes.split(2, dim=-1)
     return low + points * (high - low)
 
 
 def deal_to_boxes(points: Tensor, boxes: Tensor, valid: Tensor, num_in_boxes: int) -> tuple[Tensor, Tensor]:
-    """Deal the last `num_in_boxes` of points [l, B, P, 2] to the boxes [B, N, 4] of their image's valid targets [B, N].
+    """Move the last `num_in_boxes` points of each set into the boxes of the image's valid targets, in turn.
 
-    One point for each target in turn. Without targets they stay where they are. Also returns the weights [l, B, P],
-    which all pairs of queries and targets share, at most P / (P - num_in_boxes).
+    Without valid targets, the points stay where they are.
+
+    Args:
+        points: [l, B, P, 2] in the unit square.
+        boxes: [B, N, 4] boxes of the targets.
+        valid: [B, N] bool; valid targets come first.
+        num_in_boxes: points of each set that move.
+
+    Returns:
+        The points [l, B, P, 2].
+        Weights [l, B, P], shared by all pairs of queries and targets; at most P / (P - num_in_boxes).
     """
     num_points = points.shape[2]
     if boxes.shape[1] == 0 or num_in_boxes == 0:
         return points, torch.ones_like(points[..., 0])
-    dealers = valid.sum(1, keepdim=True).clamp(min=1)  # without targets the first box is the whole map
+    dealers = valid.sum(1, keepdim=True).clamp(min=1)  # without targets, the first box is the whole map
     turn = torch.arange(num_in_boxes, device=points.device) % dealers
     own_box = boxes.gather(1, turn[..., None].expand(-1, -1, 4))
     uniform, dealt = points.split((num_points - num_in_boxes, num_in_boxes), dim=2)
@@ -78,17 +88,20 @@ def deal_to_boxes(points: Tensor, boxes: Tensor, valid: Tensor, num_in_boxes: in
 
 
 def box_weights(points: Tensor, boxes: Tensor, omega: Tensor | float, num_in_boxes: int) -> Tensor:
-    """Weights [R, P] of points [R, P, 2], of which `num_in_boxes` lie in the row's box [R, 4] and the others have the
-    density `omega` [R, P]; at most P / (P - num_in_boxes)."""
+    """Return the weights [R, P] of points [R, P, 2], at most P / (P - num_in_boxes).
+
+    `num_in_boxes` of the points lie in the row's box [R, 4]. The others have the density `omega` [R, P].
+    """
     share = num_in_boxes / points.shape[1]
     in_box = _is_inside(points, boxes[:, None]) * (share / _areas(boxes))[:, None]
     return omega / ((1 - share) * omega + in_box)
 
 
 def share_within(logits: Tensor, kept: Tensor) -> Tensor:
-    """Share [R] of the candidates, of logits [R, C], that are as near to 0 as one of those that are kept [R, K].
+    """Return the share [R] of candidates that are at least as uncertain as the least uncertain one kept.
 
-    K / C, but for candidates that are exactly as near as the last one kept: on a constant map, all of them.
+    `logits` [R, C] are those of the candidates; `kept` [R, K] are indices of the kept ones. Uncertainty is nearness to
+    0. The share is K / C unless there are ties with the last one kept; on a constant map it is 1.
     """
     if kept.shape[1] == 0:
         return logits.new_ones(len(logits))
@@ -97,16 +110,16 @@ def share_within(logits: Tensor, kept: Tensor) -> Tensor:
 
 
 def importance_density(logits: Tensor, num_kept: int, num_others: int, share_within: Tensor) -> Tensor:
-    """Density omega [R, P] at points with these logits [R, P], of which importance sampling kept the first `num_kept`.
+    """Return the density omega [R, P] of importance-sampled points.
 
-    Keeping the most uncertain candidates and adding `num_others` uniform points gives two densities: one where the
-    logit is at least as near to 0 as at the kept points, a lower one elsewhere.
+    The first `num_kept` points of a row are the most uncertain candidates; the next `num_others` are uniform. The
+    density is high if the logit is at least as near to 0 as at the kept points, and lower elsewhere.
 
     Args:
-        logits: at all points of the rows.
-        num_kept: kept candidates, first in every row.
-        num_others: uniform points that were added to them.
-        share_within: [R] as the function of this name gives.
+        logits: [R, P] at all points of the rows.
+        num_kept: number of kept candidates, which come first in every row.
+        num_others: number of uniform points.
+        share_within: [R] as returned by the function of this name.
     """
     total = num_kept + num_others
     if num_kept == 0:

@@ -1,8 +1,8 @@
-"""The training loss: classification over all queries, masks and dice of matched queries, at points or everywhere.
+"""Training loss: classification of all queries, and mask and dice losses of matched queries.
 
-Paper sections 3.2 and 3.3 and Table 5. Every prediction of the decoder is matched and supervised on its own. Losses are
-sums of the local contributions over normalisers of the whole optimizer step, so that adding them over micro-batches and
-ranks gives the loss of the step, however its images are grouped.
+See paper sections 3.2 and 3.3 and Table 5. Mask losses are computed at points or at every pixel. Every prediction of
+the decoder is matched and supervised independently. Each loss is a local sum divided by a normaliser of the whole
+optimizer step. Adding up micro-batches and ranks therefore gives the loss of the step, however its images are grouped.
 """
 
 from __future__ import annotations
@@ -29,30 +29,33 @@ from m2f.model.structures import Predictions, Targets
 class Normalizers(NamedTuple):
     """Denominators of the losses: sums over all micro-batches and ranks of one optimizer step.
 
-    Float tensors without axes; they may stay on the host while the predictions are on an accelerator.
+    They are scalar float tensors, and may stay on the host while the predictions are on an accelerator.
     """
 
     num_masks: Tensor
-    """[] valid targets."""
+    """[] number of valid targets."""
     class_weight_sum: Tensor
-    """[] class weights of all queries of one prediction: 1 for matched ones, `no_object_weight` for the others."""
+    """[] sum of the class weights of all queries of one prediction: 1 if matched, otherwise `no_object_weight`."""
     num_micro_batches: Tensor
-    """[] micro-batches with at least one image that counts."""
+    """[] number of micro-batches with at least one image that counts."""
 
 
 class Losses(NamedTuple):
-    """Weighted losses of a micro-batch: the same sum twice, and the terms of the queries alone, without pilots."""
+    """Weighted losses of a micro-batch. `total` and `per_image` have the same sum; `terms` excludes pilots."""
 
     total: Tensor
-    """[]"""
+    """[] sum of all losses."""
     terms: Tensor
-    """[L, 3] class, mask, dice of every prediction."""
+    """[L, 3] class, mask and dice loss of every prediction."""
     per_image: Tensor
-    """[B]"""
+    """[B] sum of all losses of each image."""
 
 
 def count_normalizers(targets: Targets, num_queries: int, config: LossConfig) -> Normalizers:
-    """Contribution of one micro-batch, from ground-truth counts alone: known before the first forward."""
+    """Return the contribution of one micro-batch to the normalisers.
+
+    It depends only on counts of targets, so it is known before the first forward pass.
+    """
     num_targets = targets.valid.sum(1)
     matched = num_targets.clamp(max=num_queries)
     class_weight = matched + config.no_object_weight * (num_queries - matched)
@@ -72,11 +75,11 @@ def compute_losses(
     num_classes: int,
     pilots: Pilots | None = None,
 ) -> Losses:
-    """Losses of one micro-batch in fp32.
+    """Compute the losses of one micro-batch in fp32.
 
-    Every prediction stays in the graph when nothing is matched: its gradient is then zero, never missing. A non-finite
+    Every prediction stays in the graph even if nothing is matched; its gradient is then zero, not missing. A non-finite
     matching cost makes the loss of its image and all its gradients non-finite. With pilots, the first queries of the
-    predictions are theirs; they learn their targets without a matching.
+    predictions are pilots, which are supervised by their known targets without matching.
     """
     num_pilots = 0 if pilots is None else pilots.target.shape[1]
     matchable = _without_first(predictions, num_pilots)
@@ -91,7 +94,7 @@ def compute_losses(
         matching_boxes = boxes if config.matching_box_share else None
         pending = None if pilots is None else PendingPilots.start(pilots, targets)
         matching = start_matching(matchable, targets, label_maps, matching_points, config, matching_boxes)
-        # Needs no assignment, so that the device has work while the host solves.
+        # Does not depend on the assignment, so the device works while the host solves it.
         log_probabilities = predictions.class_logits.float().log_softmax(-1)
 
         assignment = assign_columns(matching.result(), pending)
@@ -111,7 +114,7 @@ def compute_losses(
         mask_losses, dice_losses = (
             _sum_per_image(values * rows.factor, rows, shape, num_pilots) for values in (mask, dice)
         )
-        denominators = [_class_denominator(targets, num_queries, normalizers, config), num_masks]  # of pilots: masks
+        denominators = [_class_denominator(targets, num_queries, normalizers, config), num_masks]  # pilots: num_masks
         matched, *piloted = [
             _weighted(kinds, (denominator, num_masks, num_masks), targets, config)
             for kinds, denominator in zip(
@@ -123,9 +126,10 @@ def compute_losses(
 
 
 def _full_precision_maps(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Feature maps [B, C, h, w] in fp32, copied at most once for the matching and the losses together.
+    """Return the feature maps [B, C, h, w] in fp32, copied at most once for matching and losses together.
 
-    Both read them channels last. On a CPU the layout stays: there the gradient's way back to the other one costs more.
+    Both read the maps as channels-last. On a CPU the layout stays as it is: converting the gradient back would cost
+    more.
     """
     if maps[0].device.type == "cpu":
         return [features.float() for features in maps]
@@ -133,7 +137,7 @@ def _full_precision_maps(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _without_first(predictions: Predictions, count: int) -> Predictions:
-    """Predictions of all queries but the first ones."""
+    """Return the predictions without the first `count` queries."""
     if count == 0:
         return predictions
     return predictions._replace(
@@ -142,14 +146,14 @@ def _without_first(predictions: Predictions, count: int) -> Predictions:
 
 
 def _weighted(kinds: Sequence[Tensor], denominators: Sequence[Tensor], targets: Targets, config: LossConfig) -> Tensor:
-    """[L, B, 3] from losses of classes, masks and dice, [L, B] each."""
+    """Return [L, B, 3] weighted losses from class, mask and dice losses [L, B] each."""
     weights = config.class_weight, config.mask_weight, config.dice_weight
     terms = zip(weights, denominators, kinds, strict=True)
     return torch.stack([weight / number * loss for weight, number, loss in terms], dim=-1) * targets.weight[:, None]
 
 
 def point_counts(config: LossConfig) -> PointCounts:
-    """How many points a configuration draws for each use."""
+    """Return how many points a configuration draws for each use."""
     matching = config.num_points if config.matching == "points" else 0
     if config.supervision == "masks":
         return PointCounts(matching, 0, 0)
@@ -160,17 +164,21 @@ def point_counts(config: LossConfig) -> PointCounts:
 
 
 def _points_in_box(config: LossConfig) -> int:
-    """Of the points of a matched mask, those drawn in the box of its target: the last of the fresh ones."""
+    """Return how many points of a matched mask are drawn in its target's box. They are the last of the fresh points."""
     return int(config.num_points * config.supervision_box_share)
 
 
 def _class_denominator(targets: Targets, num_queries: int, normalizers: Normalizers, config: LossConfig) -> Tensor:
-    """Global sum of class weights; `per_rank`: that of this micro-batch, and the mean over all micro-batches."""
+    """Return the denominator of the class loss.
+
+    `global`: the sum of class weights over the optimizer step. `per_rank`: the sum of this micro-batch times the number
+    of micro-batches, which gives the mean over micro-batches.
+    """
     denominator = normalizers.class_weight_sum
     if config.class_norm == "per_rank":
         own = count_normalizers(targets, num_queries, config).class_weight_sum
         denominator = own * normalizers.num_micro_batches
-    return torch.where(denominator > 0, denominator, 1.0)  # nothing counts: every numerator is 0 too
+    return torch.where(denominator > 0, denominator, 1.0)  # if nothing counts, every numerator is 0 too
 
 
 def _class_losses(
@@ -181,9 +189,9 @@ def _class_losses(
     config: LossConfig,
     num_classes: int,
 ) -> list[Tensor]:
-    """Weighted cross-entropy [L, B] summed over queries, which without a target learn "no object".
+    """Return the weighted cross-entropy [L, B], summed over queries. Queries without a target learn "no object".
 
-    Where there are pilots, also that of pilots, which learn nothing without a target.
+    With pilots, a second tensor [L, B] has their cross-entropy. Pilots without a target have no loss.
     """
     layer, image, target = rows.index
     labels = torch.full(log_probabilities.shape[:-1], num_classes, device=log_probabilities.device)
@@ -198,9 +206,10 @@ def _class_losses(
 
 
 def _assigned_mask_logits(embeddings: Tensor, maps: Sequence[Tensor], assignment: Assignment) -> Tensor:
-    """Dense mask logits [R, h, w] of rows with a target [R, C] only: one product per image and map [B, C, h, w].
+    """Return dense mask logits [R, h, w] of the rows that have a target, from their embeddings [R, C].
 
-    The rows are in the order image, prediction; every map has the same number of predictions.
+    Computes one product per image and map [B, C, h, w]. The rows are in the order image, prediction; every map serves
+    the same number of predictions.
     """
     pairs = (assignment.query_index >= 0).sum(axis=2)  # [L, B]
     rows = pairs.T.reshape(pairs.shape[1] * len(maps), -1).sum(1).tolist()
@@ -218,9 +227,9 @@ def _losses_at_points(
     config: LossConfig,
     boxes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """BCE or focal loss, and dice [R] of masks at importance-sampled points (paper section 3.3).
+    """Return BCE or focal loss [R] and dice [R] of masks at importance-sampled points (paper section 3.3).
 
-    With the boxes [R, 4] of the rows' targets, some of the points lie in them and all have weights.
+    With `boxes` [R, 4] of the rows' targets, some of the points lie in them, and all points are weighted.
     """
     at, labels, share = _training_points(logits.detach(), targets, label_maps, rows, drawn, config, boxes)
     values = sample_maps(logits, at)
@@ -235,9 +244,10 @@ def _losses_at_points(
 
 
 def _losses_of_whole_masks(logits: Tensor, targets: Targets, rows: RowIndex, kind: MaskLoss) -> tuple[Tensor, Tensor]:
-    """BCE or focal loss, and dice [R] over every pixel of the input, to which the masks are resized (MaskFormer).
+    """Return BCE or focal loss [R] and dice [R] over every pixel of the input, as in MaskFormer.
 
-    A few rows at a time; at the size of the input nothing is kept for the backward pass, which computes it again.
+    Masks are resized to the input a few rows at a time. Full-size tensors are not kept but recomputed in the backward
+    pass.
     """
     row_map, local_id = _row_targets(targets, rows)
     maps = targets.id_maps.flatten(0, 1)
@@ -260,7 +270,7 @@ def _full_size_losses(
 
 
 def _row_targets(targets: Targets, rows: RowIndex) -> tuple[Tensor, Tensor]:
-    """Of every row [R]: index into the flattened first two axes of the id maps, and its id there."""
+    """Return two tensors [R]: the index into the flattened first two axes of the id maps, and the id in that map."""
     row_map = rows.image * targets.id_maps.shape[1] + targets.layer[rows.image, rows.target]
     return row_map, targets.local_id[rows.image, rows.target]
 
@@ -275,12 +285,12 @@ def _training_points(
     config: LossConfig,
     boxes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Points of the losses and what is known of them, in chunks of rows.
+    """Select the points of the losses and look up their labels, in chunks of rows.
 
     Returns:
-        Points [R, P, 2]: the most uncertain candidates, fresh ones, and fresh ones in the boxes [R, 4] where given.
+        Points [R, P, 2]: the most uncertain candidates, fresh points, and fresh points in `boxes` [R, 4] if given.
         Soft labels [R, P].
-        With boxes, [R] share of the candidates that are no less uncertain than the last of the chosen ones.
+        Shares [R] of candidates at least as uncertain as the last selected one; 1 without boxes.
     """
     counts = point_counts(config)
     in_box = _points_in_box(config)
@@ -307,9 +317,9 @@ def _training_points(
 
 
 def _sum_per_image(values: Tensor, rows: Rows, shape: tuple[int, ...], num_pilots: int) -> list[Tensor]:
-    """[L, B] sums of the rows' values [R] over the columns of targets; where there are pilots, also over theirs.
+    """Return sums [L, B] of the rows' values [R] over target columns and, with pilots, over pilot columns.
 
-    Through `shape` (L, B, M), so that the order of summation is fixed on any device.
+    Values are scattered into `shape` (L, B, M) first, so that the order of summation is the same on every device.
     """
     layer, image, _ = rows.index
     padded = values.new_zeros(shape).index_put((layer, image, rows.column), values)

@@ -1,4 +1,4 @@
-"""Copies between host and device that do not make the host wait for the work queued before them."""
+"""Copies between host and device that do not make the host wait for previously queued work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A tensor on its way to the host; the device goes on with what is queued after it."""
+    """Asynchronous copy of a tensor to the host. The device continues with work queued after it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copy = tensor.detach().to("cpu", non_blocking=True)  # in pinned memory
@@ -18,14 +18,14 @@ class HostCopy:
             self._done.record()
 
     def wait(self) -> np.ndarray:
-        """The values, once the device has got that far."""
+        """Wait until the copy is complete and return its values."""
         if self._done is not None:
             self._done.synchronize()
         return self._copy.numpy()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array as a tensor, through pinned memory if the device is not the CPU."""
+    """Return an array as a tensor on `device`, copied through pinned memory unless the device is the CPU."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor

@@ -1,6 +1,6 @@
-"""Loss of masks, row by row for training and between all pairs for matching.
+"""Mask losses, row by row for training and between all pairs for matching.
 
-Per pixel (or point) either binary cross-entropy (Mask2Former) or focal loss (MaskFormer), and dice over the whole mask.
+The pixel loss is binary cross-entropy (Mask2Former) or focal loss (MaskFormer); dice is computed over the whole mask.
 Labels may be soft. Axis letters: R rows, P pixels or points, Q queries, N targets.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor
 MaskLoss = Literal["bce", "focal"]
 
 FOCAL_ALPHA = 0.25
-"""Weight of the pixels inside the target; those outside have 1 - alpha (Lin et al., ICCV 2017)."""
+"""Weight of pixels inside the target; pixels outside have weight 1 - alpha (Lin et al., ICCV 2017)."""
 
 
 def row_losses(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean over pixels of BCE or focal loss, and dice: [R] each, from logits and labels [R, P].
+    """Return the mean BCE or focal loss over pixels and the dice loss, [R] each, from logits and labels [R, P].
 
-    With weights [R, P] every pixel counts by its weight in all sums; the mean still divides by P.
+    With `weights` [R, P], every pixel is weighted in all sums. The mean still divides by P.
     """
     losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     probabilities = logits.sigmoid()
@@ -37,30 +37,31 @@ def row_losses(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tensor |
 
 
 class PairwiseSums(NamedTuple):
-    """Sums over some pixels for all pairs of a query and a target; those of disjoint sets of pixels can be added."""
+    """Sums over some pixels for all pairs of a query and a target. Sums over disjoint pixels can be added."""
 
     loss: Tensor
-    """[..., Q, N]"""
+    """[..., Q, N] sum of pixel losses."""
     overlap: Tensor
-    """[..., Q, N]"""
+    """[..., Q, N] sum of probability times label."""
     area: Tensor
-    """[..., Q, N] of prediction and target together."""
+    """[..., Q, N] sum of probabilities plus sum of labels."""
 
     def plus(self, other: PairwiseSums) -> PairwiseSums:
-        """Over both sets of pixels."""
+        """Return the sums over both sets of pixels."""
         return PairwiseSums(*(mine + others for mine, others in zip(self, other, strict=True)))
 
     def cost(self, num_pixels: int, mask_weight: float, dice_weight: float) -> Tensor:
-        """Weighted mean pixel loss and dice [..., Q, N]."""
+        """Return the weighted sum of mean pixel loss and dice [..., Q, N]."""
         dice = 1 - (2 * self.overlap + 1) / (self.area + 1)
         return mask_weight * (self.loss / num_pixels) + dice_weight * dice
 
 
 def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tensor | None = None) -> PairwiseSums:
-    """Sums of all pairs from logits [..., Q, P] (overwritten) and labels [..., N, P], weighted with weights [..., P].
+    """Return the sums of all pairs from logits [..., Q, P] (overwritten) and labels [..., N, P].
 
-    A pixel's loss is linear in its label: the loss of label 0 minus the label times what label 1 would spare. For BCE
-    these are softplus(x) and x. So the sum over pixels is a row sum and one product.
+    `weights` [..., P] weight the pixels. A pixel's loss is linear in its label: the loss for label 0, minus the label
+    times the difference between the losses for labels 0 and 1. For BCE these are softplus(x) and x. The sum over pixels
+    is therefore a row sum and one matrix product.
     """
     if weights is not None:
         labels = labels * weights[..., None, :]
@@ -80,5 +81,5 @@ def pairwise_sums(logits: Tensor, labels: Tensor, kind: MaskLoss, weights: Tenso
 
 
 def _row_sums(values: Tensor, weights: Tensor | None) -> Tensor:
-    """[..., Q, 1] weighted sums of values [..., Q, P]."""
+    """Return the weighted sums [..., Q, 1] of values [..., Q, P]."""
     return values.sum(-1, keepdim=True) if weights is None else values @ weights[..., None]

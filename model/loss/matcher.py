@@ -1,7 +1,7 @@
-"""Bipartite matching of predictions with ground truth, for all predictions and images of a micro-batch at once.
+"""Bipartite matching of predictions to targets, for all predictions and images of a micro-batch at once.
 
-Paper section 3.1 (inherited from MaskFormer) with the cost on sampled points of section 3.3, or on whole masks as in
-MaskFormer (Table 5).
+See paper section 3.1 (inherited from MaskFormer). The cost is computed at sampled points (section 3.3), or over whole
+masks as in MaskFormer (Table 5).
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from m2f.model.loss.point_sampling import LabelMaps, chunk_elements, sample_feat
 from m2f.model.structures import Predictions, Targets
 
 TIE_BREAK = 2.0**-30
-"""Largest tie-breaking term relative to the costs that an assignment uses; fp32 rounds at 2^-24, fp64 at 2^-53."""
+"""Largest tie-breaking term relative to the costs. It lies between the rounding of fp32 (2^-24) and of fp64 (2^-53)."""
 
 
 class Matching(NamedTuple):
     """Assignment of queries to targets, on the host."""
 
     query_index: np.ndarray
-    """[L, B, N] int64; -1 where a target has none: not valid, weight 0, or more targets than queries."""
+    """[L, B, N] int64; -1 if a target has no query: not valid, weight 0, or more targets than queries."""
     finite: np.ndarray
-    """[L, B] bool: whether every cost of the image was finite. If not, the assignment means nothing."""
+    """[L, B] bool: whether every cost of the image was finite. If not, the assignment is meaningless."""
 
 
 @dataclass(frozen=True)
 class PendingMatching:
-    """A matching whose costs are on their way to the host."""
+    """A matching whose costs are being copied to the host."""
 
     costs: HostCopy
-    """The costs [L, B, Q, N], then [B, N] numbers that are 1 for targets to match and else 0, flattened."""
+    """The costs [L, B, Q, N], followed by [B, N] flags that are 1 for targets to match and otherwise 0, flattened."""
     cost_shape: torch.Size
 
     def result(self) -> Matching:
-        """Wait for the costs and solve the images in threads, while the device does what was queued meanwhile."""
+        """Wait for the costs and solve the images in threads. Meanwhile the device continues with queued work."""
         num_layers, num_images, _, num_targets = self.cost_shape
         on_host = self.costs.wait()
         split = self.cost_shape.numel()
@@ -68,7 +68,7 @@ class PendingMatching:
 
 @functools.cache
 def _solvers() -> ThreadPoolExecutor:
-    """Threads for assignments; scipy's solver does not hold the interpreter's lock."""
+    """Return a thread pool for assignments. scipy's solver releases the interpreter lock."""
     return ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="m2f-assign")
 
 
@@ -81,10 +81,10 @@ def start_matching(
     config: LossConfig,
     boxes: Tensor | None = None,
 ) -> PendingMatching:
-    """Queue the costs of all predictions and images and their one copy to the host, and return at once.
+    """Queue the costs of all predictions and images and one copy of them to the host, and return at once.
 
-    Costs are as `matching_cost` takes them. What the caller queues before it asks for the result is done by the device
-    while the host solves.
+    The arguments are those of `matching_cost`. The device runs what the caller queues before calling `result` while the
+    host solves the assignment.
     """
     counted = targets.valid & (targets.weight > 0)[:, None]
     cost = matching_cost(predictions, targets, label_maps, points, config, boxes)
@@ -99,9 +99,9 @@ def match(
     config: LossConfig,
     boxes: Tensor | None = None,
 ) -> Matching:
-    """Cheapest assignment for every prediction and image, as `start_matching` takes the costs.
+    """Return the cheapest assignment for every prediction and image; see `start_matching` for the arguments.
 
-    min(queries, targets) pairs per image. Equal costs go to the lowest query.
+    There are min(queries, targets) pairs per image. Of queries with equal costs, the lowest is assigned.
     """
     return start_matching(predictions, targets, label_maps, points, config, boxes).result()
 
@@ -114,10 +114,11 @@ def matching_cost(
     config: LossConfig,
     boxes: Tensor | None = None,
 ) -> Tensor:
-    """Cost [L, B, Q, N] of giving a target to a query, in fp32; columns of targets that are not valid mean nothing.
+    """Return the cost [L, B, Q, N] of assigning a target to a query, in fp32.
 
-    class_weight * -p(label) + mask_weight * BCE (or focal loss) + dice_weight * dice, at points [L, B, P, 2] or, with
-    None, over whole masks. With the boxes [B, N, 4] of the targets, `matching_box_share` of the points move into them.
+    The cost is class_weight * -p(label) + mask_weight * BCE (or focal loss) + dice_weight * dice. It is computed at
+    `points` [L, B, P, 2], or over whole masks if `points` is None. With `boxes` [B, N, 4] of the targets,
+    `matching_box_share` of the points move into them. Columns of targets that are not valid are meaningless.
     """
     num_layers, _, num_queries, _ = predictions.class_logits.shape
     with torch.autocast(predictions.class_logits.device.type, enabled=False):
@@ -138,9 +139,9 @@ def _cost_at_points(
     config: LossConfig,
     boxes: Tensor | None,
 ) -> Tensor:
-    """[L, B, Q, N] for pieces of predictions.
+    """Return [L, B, Q, N] costs, computed for a few predictions at a time.
 
-    Mask logits at the points are products of the embeddings with sampled features: sampling is linear, so this equals
+    Mask logits at the points are products of the embeddings with sampled features. Sampling is linear, so this equals
     sampling the dense logits.
     """
     _, num_images, num_queries, _ = predictions.class_logits.shape
@@ -150,7 +151,7 @@ def _cost_at_points(
     channels = predictions.mask_features.shape[1]
     per_point = num_images * (channels + 2 * num_queries + num_targets * (1 if boxes is None else 4))
     layers = max(1, chunk_elements(points.device) // (per_point * num_points))
-    of_map = len(points) // len(maps)  # predictions
+    of_map = len(points) // len(maps)  # predictions per feature map
     groups = zip(maps, predictions.mask_embeddings.float().split(of_map), points.split(of_map), strict=True)
     costs = []
     for shared, embeddings, points_of_map in groups:
@@ -167,9 +168,9 @@ def _cost_at_points(
 
 
 def _cost_of_whole_masks(predictions: Predictions, targets: Targets, config: LossConfig) -> Tensor:
-    """[L, B, Q, N] over all pixels of the stride-4 map, summed over pieces of it for one prediction at a time.
+    """Return [L, B, Q, N] costs over all pixels of the stride-4 map, a piece of one prediction at a time.
 
-    As in MaskFormer, targets shrink to that size by taking the nearest pixel.
+    As in MaskFormer, targets are resized to the map by nearest-neighbour sampling.
     """
     num_images, num_queries = predictions.class_logits.shape[1:3]
     maps = predictions.feature_maps
@@ -191,10 +192,10 @@ def _cost_of_whole_masks(predictions: Predictions, targets: Targets, config: Los
 
 
 def assign(cost: np.ndarray) -> np.ndarray:
-    """Query of each target [..., T], -1 where it has none, for finite or non-finite costs [..., Q, T].
+    """Return the query of each target [..., T], -1 if it has none, from costs [..., Q, T].
 
-    A term far below the rounding of fp32 costs makes the optimum unique among equals: the lowest queries are taken, in
-    the order of the targets. Non-finite entries count as 0 here; the caller has noted them.
+    A term far below the rounding of fp32 costs makes the optimum unique: ties go to the lowest queries, in the order of
+    the targets. Non-finite costs count as 0; the caller records them.
     """
     *batch, num_queries, num_targets = cost.shape
     assigned = np.full((*batch, num_targets), -1, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Bilinear sampling at points: predictions from feature maps, ground truth straight from id maps.
+"""Bilinear sampling at points: predictions from feature maps, ground truth directly from id maps.
 
-Convention everywhere: points are (x, y) in [0, 1] over the whole map, pixel centres at (i + 0.5) / size
-(align_corners=False), zeros outside the map; the arithmetic is that of `F.grid_sample(map, 2 * points - 1)`.
+Points are always (x, y) in [0, 1] over the whole map. Pixel centres are at (i + 0.5) / size (align_corners=False), and
+values outside the map are zero. The arithmetic equals `F.grid_sample(map, 2 * points - 1)`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from m2f.model.structures import ignore_id
 
 
 def chunk_elements(device: torch.device) -> int:
-    """About how many fp32 values one piece of chunked work may hold: near a CPU core's cache, 512 MiB elsewhere."""
+    """Return roughly how many fp32 values one chunk may hold: 16 MiB on a CPU (near a core's cache), else 512 MiB."""
     return 2**22 if device.type == "cpu" else 2**27
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
-    """Values [R, P] of single-channel maps [R, h, w] at points [R, P, 2]; differentiable in the maps.
+    """Return values [R, P] of single-channel maps [R, h, w] at points [R, P, 2]; differentiable in the maps.
 
-    The backward pass of grid_sample on CUDA adds in random order, so deterministic mode takes another form.
+    The CUDA backward pass of grid_sample adds in random order, so deterministic mode uses a gather instead.
     """
     if torch.are_deterministic_algorithms_enabled():
         index, weight = _taps(points, *maps.shape[1:])
@@ -33,7 +33,7 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def most_uncertain(logits: Tensor, count: int) -> Tensor:
-    """Indices [R, count] of the points whose logits [R, P] are nearest to 0, in no special order."""
+    """Return indices [R, count] of the points whose logits [R, P] are nearest to 0, in no particular order."""
     distance = logits.detach().abs()
     if distance.device.type == "cpu":  # NumPy's partition is vectorised: five times faster than topk
         return torch.from_numpy(np.argpartition(distance.numpy(), count - 1, axis=1)[:, :count])
@@ -41,10 +41,10 @@ def most_uncertain(logits: Tensor, count: int) -> Tensor:
 
 
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
-    """Features [l, B, P, C] of channels-last maps [B, h, w, C] at points [l, B, P, 2]; not differentiable in points.
+    """Return features [l, B, P, C] of channels-last maps [B, h, w, C] at points [l, B, P, 2].
 
-    One weighted bag of four rows per point: rows are contiguous, unlike the channel planes that grid_sample reads
-    (eight times faster on CPU for 256 channels).
+    Not differentiable in the points. Each point is one weighted embedding bag of four rows. Rows are contiguous, unlike
+    the channel planes that grid_sample reads; this is eight times faster on CPU with 256 channels.
     """
     num_images, height, width, channels = features.shape
     index, weight = _taps(points, height, width)
@@ -56,7 +56,7 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
 
 
 def _taps(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Index into the flattened map and weight, both [..., P, 4], of the pixels around every point.
+    """Return index into the flattened map and weight, both [..., P, 4], of the four pixels around every point.
 
     Pixels outside the map have weight 0.
     """
@@ -74,18 +74,18 @@ def _taps(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 class LabelMaps(NamedTuple):
-    """Id maps of a micro-batch, packed so that one read gives the four ids around a point."""
+    """Id maps of a micro-batch, packed so that one read returns the four ids around a point."""
 
     cells: Tensor
-    """[B, Y, (H + 1) * (W + 1)] int32 (four uint8 ids) or int64 (four int16 ids), in the order upper left, upper right,
-    lower left, lower right; outside the map stands the ignore id, which is never the id of a target."""
+    """[B, Y, (H + 1) * (W + 1)] int32 (four uint8 ids) or int64 (four int16 ids). The order is upper left, upper right,
+    lower left, lower right. Outside the map is the ignore id, which no target has."""
     id_dtype: torch.dtype
     height: int
     width: int
 
     @staticmethod
     def pack(id_maps: Tensor) -> LabelMaps:
-        """From id maps [B, Y, H, W] uint8 or int16."""
+        """Pack id maps [B, Y, H, W] of uint8 or int16."""
         padded = F.pad(id_maps, (1, 1, 1, 1), value=ignore_id(id_maps.dtype))
         upper, lower = padded[..., :-1, :], padded[..., 1:, :]
         quads = torch.stack((upper[..., :-1], upper[..., 1:], lower[..., :-1], lower[..., 1:]), dim=-1)
@@ -93,9 +93,9 @@ class LabelMaps(NamedTuple):
         return LabelMaps(quads.view(packed).flatten(2), id_maps.dtype, *id_maps.shape[-2:])
 
     def rows(self, row_map: Tensor, local_id: Tensor, points: Tensor) -> Tensor:
-        """Soft labels [R, P] of one target per row at its own points [R, P, 2].
+        """Return soft labels [R, P] of one target per row at the row's own points [R, P, 2].
 
-        `row_map` [R] indexes the flattened first two axes of the id maps; `local_id` [R].
+        `row_map` [R] indexes the flattened first two axes of the id maps; `local_id` [R] is the target's id.
         """
         cell, x, y = self._locate(points)
         cell += (row_map * self.cells.shape[-1])[:, None]
@@ -103,19 +103,25 @@ class LabelMaps(NamedTuple):
         return self._weigh(quads, local_id, x, y)
 
     def images(self, layer: Tensor, local_id: Tensor, points: Tensor) -> Tensor:
-        """Soft labels [l, B, N, P] of all targets (layer and local_id [B, N]) at points [l, B, P, 2] of their image."""
+        """Return soft labels [l, B, N, P] of all targets at points [l, B, P, 2] of their image.
+
+        `layer` and `local_id` are [B, N].
+        """
         cell, x, y = self._locate(points)
         images = torch.arange(len(self.cells), device=points.device)[:, None]
         quads = self.cells.transpose(1, 2)[images, cell].transpose(-1, -2)  # [l, B, Y, P]
         return self._weigh(quads[:, images, layer], local_id, x[:, :, None], y[:, :, None])
 
     def _locate(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Index of the cell of every point and the place of the point inside it."""
+        """Return the index of every point's cell and the point's position (x, y) inside it."""
         (column, row), (x, y) = _cells(points, self.height, self.width)
         return row.mul_(self.width + 1).add_(column), x, y
 
     def _weigh(self, quads: Tensor, local_id: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of the bilinear weights of the corners that have the id: the same bits as grid_sample of the mask."""
+        """Sum the bilinear weights of the corners with the given id.
+
+        The result equals grid_sample of the mask bit for bit.
+        """
         ids = quads.contiguous().view(self.id_dtype).view(*quads.shape, 4)
         hits = (ids == local_id[..., None, None].to(self.id_dtype)).unbind(-1)
         left, upper = 1 - x, 1 - y
@@ -126,10 +132,10 @@ class LabelMaps(NamedTuple):
 
 
 def _cells(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cells [2, ..., P] (x, y) between pixel centres, from 0 (before the first) to the size (after the last), and the
-    places [2, ..., P] of the points in them.
+    """Return the cells [2, ..., P] (x, y) between pixel centres and the positions [2, ..., P] of the points in them.
 
-    Rounds as grid_sample does on CPU: [0, 1] to [-1, 1], and from there to pixels with one fused multiply-add.
+    Cells count from 0 (before the first centre) to the size (after the last). Rounding matches grid_sample on CPU: from
+    [0, 1] to [-1, 1], and from there to pixels with one fused multiply-add.
     """
     shifted = points.movedim(-1, 0).mul(2).sub_(1).add_(1)
     half = shifted.new_full((1,), -0.5).expand(shifted.shape[1:])

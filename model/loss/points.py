@@ -1,7 +1,8 @@
-"""Random points in the unit square for the matcher and the losses, reproducible at any batch composition.
+"""Random points in the unit square for the matcher and the losses, independent of the batch composition.
 
-A training step draws uniform points in three places (paper section 3.3): one set per image and prediction for matching,
-a larger candidate set per matched mask of which the most uncertain are kept, and a few fresh ones per matched mask.
+A training step draws uniform points for three purposes (paper section 3.3): one set per image and prediction for
+matching, a larger set of candidates per matched mask of which the most uncertain are kept, and a few fresh points per
+matched mask.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from m2f.model.random_bits import GOLDEN, mix, signed
 
 
 class RowIndex(NamedTuple):
-    """Which mask each of R rows is: prediction l, image b of the micro-batch, target n of that image."""
+    """Identifies the mask of each of R rows: prediction l, image b of the micro-batch, target n of that image."""
 
     layer: Tensor
     """[R] int64"""
@@ -29,33 +30,33 @@ class RowIndex(NamedTuple):
 
 @dataclass(frozen=True)
 class RowPoints:
-    """Points of R rows as G shared base sets and one shift on the torus per row.
+    """Points of R rows, stored as G shared base sets and one shift modulo 1 per row.
 
-    A shift of independent uniform points modulo 1 leaves them independent and uniform, so every row follows the law of
-    fresh draws while the random numbers cost G sets instead of R. Materialised in slices to bound memory.
+    Independent uniform points shifted modulo 1 stay independent and uniform. Every row therefore has the distribution
+    of fresh points, but only G sets are drawn instead of R. Slices of rows are computed on demand to bound memory.
     """
 
     base: Tensor
-    """[G, P, 2] in [0, 1), multiples of 2^-23 so that the shifted sum is exact in fp32."""
+    """[G, P, 2] in [0, 1), multiples of 2^-23, so that the shifted sum is exact in fp32."""
     group: Tensor
-    """[R] int64 into G."""
+    """[R] int64 index into the G base sets."""
     shift: Tensor
     """[R, 2] in [0, 1), multiples of 2^-23."""
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Points [r, P, 2] as (x, y) of a slice of the rows."""
+        """Return the points [r, P, 2] as (x, y) of a slice of the rows."""
         return self.base[self.group[rows]].add_(self.shift[rows, None]).frac_()
 
 
 class PointCounts(NamedTuple):
-    """How many points are drawn for each use; 0 where whole masks take their place."""
+    """Number of points for each use; 0 if whole masks are used instead."""
 
     matching: int
-    """Of every prediction and image."""
+    """Points per prediction and image."""
     candidates: int
-    """Of every matched mask: importance sampling keeps the most uncertain of them."""
+    """Candidates per matched mask. Importance sampling keeps the most uncertain of them."""
     fresh: int
-    """Of every matched mask, used as they are."""
+    """Points per matched mask that are used without selection."""
 
 
 class DrawnPoints(Protocol):
@@ -63,19 +64,19 @@ class DrawnPoints(Protocol):
 
     @property
     def matching(self) -> Tensor:
-        """[L, B, P, 2]"""
+        """[L, B, P, 2] points for matching."""
         ...
 
     def of_rows(self, rows: RowIndex) -> tuple[RowPoints, RowPoints]:
-        """Candidates and fresh points of matched rows."""
+        """Return the candidates and the fresh points of matched rows."""
         ...
 
 
 class PointSource(Protocol):
-    """Where the matcher and the losses take their points from."""
+    """Source of the points for the matcher and the losses."""
 
     def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> DrawnPoints:
-        """Points of a micro-batch; `position` [B] int64 is the place of each image in the data order."""
+        """Draw the points of a micro-batch. `position` [B] int64 is the position of each image in the data order."""
         ...
 
 
@@ -90,15 +91,15 @@ class _Stream(IntEnum):
 class CounterPoints:
     """Stateless points: a pure function of (seed, position, prediction, target, stream) and the index of the point.
 
-    Restarts, other world sizes and other groupings of the same images therefore see the same points. All streams are
-    drawn at once, and the number of device operations does not depend on the batch.
+    Restarts, other world sizes and other groupings of the same images therefore use the same points. All streams are
+    drawn at once, so the number of device operations does not depend on the batch.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> CounterDraw:
-        """See PointSource."""
+        """Draw the points of a micro-batch; see PointSource."""
         image_keys = mix(position + signed(self.seed * GOLDEN))
         streams = torch.arange(1, num_layers * len(_Stream) + 1, device=position.device).mul_(GOLDEN)
         keys = mix(image_keys + streams.view(num_layers, len(_Stream), 1))  # [L, S, B]
@@ -118,19 +119,19 @@ class CounterPoints:
 
 @dataclass(frozen=True)
 class CounterDraw:
-    """See DrawnPoints. Rows of one prediction and image share a base set of points."""
+    """Points of one micro-batch; see DrawnPoints. Rows of one prediction and image share a base set of points."""
 
     matching: Tensor
-    """[L, B, P, 2]"""
+    """[L, B, P, 2] points for matching."""
     candidates: Tensor
-    """[L, B, P, 2]"""
+    """[L, B, P, 2] base sets of candidates."""
     fresh: Tensor
-    """[L, B, P, 2]"""
+    """[L, B, P, 2] base sets of fresh points."""
     keys: Tensor
-    """[L, streams, B] of 64 bits."""
+    """[L, streams, B] int64 random keys."""
 
     def of_rows(self, rows: RowIndex) -> tuple[RowPoints, RowPoints]:
-        """See DrawnPoints."""
+        """Return the candidates and the fresh points of matched rows."""
         keys = self.keys[:, _Stream.CANDIDATE_SHIFT :: 2].transpose(0, 1)[:, rows.layer, rows.image]
         candidate_shift, fresh_shift = _to_unit_square(mix(keys + (rows.target + 1).mul_(GOLDEN))).unbind()
         group = rows.layer * self.matching.shape[1] + rows.image
@@ -142,21 +143,21 @@ class CounterDraw:
 
 @dataclass(frozen=True)
 class GivenPoints:
-    """Points handed over by the caller, to replay the draws of another implementation."""
+    """Points given by the caller, to reproduce the draws of another implementation."""
 
     matching: Tensor
-    """[L, B, P, 2]"""
+    """[L, B, P, 2] points for matching."""
     candidates: Tensor
-    """[L, B, N, P, 2] in [0, 1)"""
+    """[L, B, N, P, 2] in [0, 1)."""
     fresh: Tensor
-    """[L, B, N, P, 2] in [0, 1)"""
+    """[L, B, N, P, 2] in [0, 1)."""
 
     def draw(self, position: Tensor, num_layers: int, counts: PointCounts) -> GivenPoints:
-        """See PointSource."""
+        """Return the given points; the arguments are ignored."""
         return self
 
     def of_rows(self, rows: RowIndex) -> tuple[RowPoints, RowPoints]:
-        """See DrawnPoints."""
+        """Return the candidates and the fresh points of matched rows."""
         candidates, fresh = (points[rows.layer, rows.image, rows.target] for points in (self.candidates, self.fresh))
         return _unshifted(candidates), _unshifted(fresh)
 
@@ -166,6 +167,6 @@ def _unshifted(points: Tensor) -> RowPoints:
 
 
 def _to_unit_square(bits: Tensor) -> Tensor:
-    """[..., 2] in [0, 1): x from the highest 23 bits, y from the 23 below them."""
+    """Return points [..., 2] in [0, 1): x from the highest 23 bits, y from the next 23 bits."""
     pair = torch.stack((bits >> 41, bits >> 18), dim=-1).bitwise_and_(2**23 - 1)
     return pair.to(torch.float32).mul_(2.0**-23)

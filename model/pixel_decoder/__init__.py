@@ -1,4 +1,4 @@
-"""Pixel decoders: a backbone's maps to per-pixel embeddings and multi-scale features."""
+"""Pixel decoders: from a backbone's maps to per-pixel embeddings and multi-scale features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["MSDeformAttnPixelDecoder", "PixelDecoder", "build_pixel_decoder", "c
 
 
 def build_pixel_decoder(config: MultiScalePixelDecoderConfig, channels: Sequence[int]) -> PixelDecoder:
-    """The pixel decoder of a recipe for a backbone with `channels` at strides 4, 8, 16, 32."""
+    """Build the pixel decoder of a recipe for a backbone with `channels` at strides 4, 8, 16, 32."""
     match config:
         case MSDeformAttnPixelDecoderConfig():
             return MSDeformAttnPixelDecoder(config, channels)

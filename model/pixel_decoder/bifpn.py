@@ -12,11 +12,11 @@ from m2f.model.config import BiFPNPixelDecoderConfig
 from m2f.model.layers import PixelDecoder, convolution, group_norm, keep_in_graph, lateral, output
 
 _EPSILON = 1e-4
-"""Keeps the fusion weights finite where all of them are zero."""
+"""Keeps the fusion weights finite if all of them are zero."""
 
 
 class WeightedFusion(nn.Module):
-    """Weighted mean of maps with learnt weights ("fast normalised fusion"), then a separable convolution."""
+    """Weighted mean of maps with learned weights ("fast normalised fusion"), followed by a separable convolution."""
 
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class WeightedFusion(nn.Module):
         )
 
     def forward(self, *maps: Tensor) -> Tensor:
-        """Maps [B, dim, h, w] to one of the same shape."""
+        """Fuse maps [B, dim, h, w] into one map of the same shape."""
         weights = self.weights.relu()
         weights = (weights / (weights.sum() + _EPSILON)).to(maps[0].dtype)
         fused = [level * weight for level, weight in zip(maps, weights, strict=True)]
@@ -37,7 +37,7 @@ class WeightedFusion(nn.Module):
 
 
 class BiFPNLayer(nn.Module):
-    """One way down the pyramid and one way up; every node also sees the layer's input of its level (figure 2d)."""
+    """One top-down and one bottom-up pass. Every node also receives the layer's input of its level (figure 2d)."""
 
     def __init__(self, levels: int, dim: int) -> None:
         super().__init__()
@@ -45,11 +45,11 @@ class BiFPNLayer(nn.Module):
         self.up = nn.ModuleList(WeightedFusion(3 if index < levels - 2 else 2, dim) for index in range(levels - 1))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """`maps` [B, dim, ., .] from coarse to fine to maps of the same shapes."""
+        """Return maps of the same shapes for `maps` [B, dim, ., .], from coarse to fine."""
         enlarged = [maps[0]]
         for fuse, level in zip(self.down, maps[1:], strict=True):
             enlarged.append(fuse(level, F.interpolate(enlarged[-1], level.shape[-2:], mode="nearest")))
-        # The coarsest level has no node of the way down, so that its map is one input and not two.
+        # The coarsest level has no top-down node, so its map is a single input.
         inputs = [(maps[0],), *zip(maps[1:-1], enlarged[1:-1], strict=True)]
         fused = [enlarged[-1]]
         for fuse, levels in zip(self.up, reversed(inputs), strict=True):
@@ -58,18 +58,18 @@ class BiFPNLayer(nn.Module):
 
 
 def _shrunk(feature: Tensor, size: Sequence[int]) -> Tensor:
-    """Maximum over 3x3 pixels at stride 2, which gives half the size rounded up, brought to `size` where it is not."""
+    """Return the 3x3 maximum at stride 2, resized to `size` if that differs from half the size rounded up."""
     return F.interpolate(F.max_pool2d(feature, 3, stride=2, padding=1), tuple(size), mode="nearest")
 
 
 class BiFPNPixelDecoder(PixelDecoder):
     """FPN with BiFPN layers between the lateral and the output convolutions.
 
-    The paper leaves depth and convolutions open; docs/numerics.md says how these were chosen.
+    The paper does not specify depth and convolutions; docs/numerics.md explains the choice.
     """
 
     def __init__(self, config: BiFPNPixelDecoderConfig, channels: Sequence[int]) -> None:
-        """`channels` of the backbone's maps at strides 4, 8, 16, 32."""
+        """Build the decoder for a backbone with `channels` at strides 4, 8, 16, 32."""
         super().__init__(config.conv_dim, config.mask_dim)
         dim, levels = config.conv_dim, len(channels)
         self.laterals = nn.ModuleList(lateral(width, dim) for width in reversed(channels))
@@ -78,7 +78,7 @@ class BiFPNPixelDecoder(PixelDecoder):
         self.mask_features = convolution(dim, config.mask_dim, 3)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See PixelDecoder."""
+        """Return mask features and multi-scale maps; see PixelDecoder."""
         maps = [project(feature) for project, feature in zip(self.laterals, reversed(features), strict=True)]
         fused = self.layers(maps)
         *coarse, finest = (smooth(level) for smooth, level in zip(self.outputs, fused, strict=True))

@@ -21,7 +21,7 @@ def _input_projection(in_channels: int, channels: int) -> nn.Sequential:
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and a feed-forward network, each with residual and LayerNorm after it."""
+    """Deformable self-attention and a feed-forward network, each followed by residual and LayerNorm."""
 
     def __init__(self, config: MSDeformAttnPixelDecoderConfig, levels: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, source: Tensor, position: Tensor, grid: SamplingGrid) -> Tensor:
-        """`source` [B, S, C] to the same shape; `position` [S, C] is added to the queries only."""
+        """Update `source` [B, S, C]; `position` [S, C] is added to the queries only."""
         attended = self.attention(source + position, source, grid)
         source = self.norm1(source + self.dropout(attended))
         expanded = self.linear2(self.dropout(self.linear1(source).relu()))
@@ -47,7 +47,7 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
     """Deformable self-attention over the pixels of strides 8 to 32, and one FPN step to stride 4."""
 
     def __init__(self, config: MSDeformAttnPixelDecoderConfig, channels: Sequence[int]) -> None:
-        """`channels` of the backbone's maps at strides 4, 8, 16, 32."""
+        """Build the decoder for a backbone with `channels` at strides 4, 8, 16, 32."""
         super().__init__(config.conv_dim, config.mask_dim)
         dim = config.conv_dim
         stride4, *others = channels
@@ -60,7 +60,7 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
         self.mask_features = convolution(dim, config.mask_dim, 1)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See PixelDecoder."""
+        """Return mask features and multi-scale maps; see PixelDecoder."""
         stride4, *others = features
         projected = [proj(feature) for proj, feature in zip(self.input_proj, reversed(others), strict=True)]
         maps = self._encode(projected)
@@ -72,7 +72,7 @@ class MSDeformAttnPixelDecoder(PixelDecoder):
         """Run the encoder over the pixels of all levels as one sequence."""
         shapes = [(feature.shape[-2], feature.shape[-1]) for feature in maps]
         device = maps[0].device
-        # The residual stream has the parameters' dtype: float32 under autocast.
+        # The residual stream keeps the parameters' dtype: float32 under autocast.
         tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in maps], dim=1).to(self.level_embed.dtype)
         position = torch.cat(
             [

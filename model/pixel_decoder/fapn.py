@@ -1,4 +1,7 @@
-"""Feature-aligned pyramid network (FaPN: Huang et al., ICCV 2021): selects and aligns before it adds."""
+"""Feature-aligned pyramid network (FaPN: Huang et al., ICCV 2021).
+
+It selects and aligns features before adding them.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from m2f.model.config import FaPNPixelDecoderConfig
 from m2f.model.layers import PixelDecoder, convolution, keep_in_graph, lateral, output
 
 _TAPS = 9
-"""Samples of a 3x3 kernel."""
+"""Samples per 3x3 kernel."""
 
 
 class FeatureSelection(nn.Module):
-    """Emphasises channels by their mean over the map, then projects (section 3.2.2)."""
+    """Emphasises channels according to their mean over the map, then projects (section 3.2.2)."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -27,13 +30,16 @@ class FeatureSelection(nn.Module):
         self.projection = convolution(in_channels, dim, 1, bias=False)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """[B, in_channels, h, w] to [B, dim, h, w]."""
+        """Map [B, in_channels, h, w] to [B, dim, h, w]."""
         importance = self.importance(feature.mean((2, 3), keepdim=True)).sigmoid()
         return self.projection(feature + feature * importance)
 
 
 class OffsetConvolution(nn.Conv2d):
-    """3x3 convolution, zero at first, that computes in float32 whatever autocast or its dtype say: it makes offsets."""
+    """3x3 convolution for sampling offsets, initialised to zero.
+
+    It computes in float32 regardless of autocast and of its own dtype, because offsets are coordinates.
+    """
 
     def __init__(self, dim: int, channels: int) -> None:
         super().__init__(dim, channels, 3, padding=1)
@@ -41,14 +47,14 @@ class OffsetConvolution(nn.Conv2d):
             nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.Conv2d
-        """[B, dim, h, w] to float32 [B, channels, h, w] (float64 stays float64)."""
+        """Map [B, dim, h, w] to float32 [B, channels, h, w]; float64 stays float64."""
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else to_at_least_float32(self.bias)
             return self._conv_forward(to_at_least_float32(input), to_at_least_float32(self.weight), bias)
 
 
 class FeatureAlignment(nn.Module):
-    """Modulated deformable convolution whose samples move by what another map says (section 3.2.1)."""
+    """Modulated deformable convolution whose offsets are predicted from another map (section 3.2.1)."""
 
     def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
@@ -56,10 +62,10 @@ class FeatureAlignment(nn.Module):
         self.offsets = OffsetConvolution(dim, groups * _TAPS * 3)
         self.weight = nn.Parameter(torch.empty(dim, dim, 3, 3))
         self.bias = nn.Parameter(torch.zeros(dim))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # +-1 / sqrt(fan_in), as deformable convolutions start
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # +-1 / sqrt(fan_in), as in torchvision's DeformConv2d
 
     def forward(self, feature: Tensor, difference: Tensor) -> Tensor:
-        """`feature` and `difference` [B, dim, h, w] to the aligned feature, float32 at least, of the same shape."""
+        """Return `feature` [B, dim, h, w], aligned by `difference` [B, dim, h, w], in float32 at least."""
         predicted = self.offsets(difference)
         offsets, modulation = predicted.split([2 * self.groups * _TAPS, self.groups * _TAPS], dim=1)
         feature, weight, bias = (to_at_least_float32(tensor) for tensor in (feature, self.weight, self.bias))
@@ -68,7 +74,7 @@ class FeatureAlignment(nn.Module):
 
 
 class AlignedStep(nn.Module):
-    """Adds the map above, enlarged and aligned, to the selected features of a backbone's map."""
+    """Adds the coarser map, enlarged and aligned, to the selected features of a backbone's map."""
 
     def __init__(self, in_channels: int, dim: int, groups: int) -> None:
         super().__init__()
@@ -77,7 +83,7 @@ class AlignedStep(nn.Module):
         self.alignment = FeatureAlignment(dim, groups)
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        """`fine` [B, in_channels, h, w] of the backbone and `coarse` [B, dim, ., .] to [B, dim, h, w]."""
+        """Combine `fine` [B, in_channels, h, w] of the backbone and `coarse` [B, dim, ., .] to [B, dim, h, w]."""
         selected = self.selection(fine)
         coarse = F.interpolate(coarse, selected.shape[-2:], mode="bilinear", align_corners=False)
         difference = self.difference(torch.cat([selected, 2 * coarse.to(selected.dtype)], dim=1))
@@ -85,10 +91,10 @@ class AlignedStep(nn.Module):
 
 
 class FaPNPixelDecoder(PixelDecoder):
-    """FPN whose top-down steps align the coarse map with the fine one; smoothing stays outside of the way down."""
+    """FPN whose top-down steps align the coarse map with the fine one. Smoothed maps do not enter the top-down path."""
 
     def __init__(self, config: FaPNPixelDecoderConfig, channels: Sequence[int]) -> None:
-        """`channels` of the backbone's maps at strides 4, 8, 16, 32."""
+        """Build the decoder for a backbone with `channels` at strides 4, 8, 16, 32."""
         super().__init__(config.conv_dim, config.mask_dim)
         dim = config.conv_dim
         *others, coarsest = channels
@@ -98,7 +104,7 @@ class FaPNPixelDecoder(PixelDecoder):
         self.mask_features = convolution(dim, config.mask_dim, 3)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See PixelDecoder."""
+        """Return mask features and multi-scale maps; see PixelDecoder."""
         *others, coarsest = features
         level = self.top(coarsest)
         maps = [level]

@@ -13,21 +13,21 @@ from m2f.model.pixel_decoder.fpn import FeaturePyramid
 
 
 class SemanticFPNPixelDecoder(PixelDecoder):
-    """FPN whose four maps are convolved and enlarged step by step to stride 4 and summed there."""
+    """FPN whose four maps are convolved, enlarged step by step to stride 4 and summed."""
 
     def __init__(self, config: SemanticFPNPixelDecoderConfig, channels: Sequence[int]) -> None:
-        """`channels` of the backbone's maps at strides 4, 8, 16, 32."""
+        """Build the decoder for a backbone with `channels` at strides 4, 8, 16, 32."""
         super().__init__(config.conv_dim, config.mask_dim)
         dim = config.conv_dim
         self.fpn = FeaturePyramid(channels, dim)
-        # One convolution per enlargement, and one for the finest map, which needs none. From coarse to fine.
+        # From coarse to fine: one convolution per enlargement, and one for the finest map, which is not enlarged.
         self.branches = nn.ModuleList(
             nn.ModuleList(output(dim, dim) for _ in range(max(1, level))) for level in reversed(range(len(channels)))
         )
         self.mask_features = convolution(dim, config.mask_dim, 3)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See PixelDecoder."""
+        """Return mask features and multi-scale maps; see PixelDecoder."""
         pyramid = self.fpn(features)
         sizes = [level.shape[-2:] for level in pyramid]
         enlarged = [
@@ -38,7 +38,7 @@ class SemanticFPNPixelDecoder(PixelDecoder):
 
 
 def _enlarged(branch: nn.Module, level: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-    """`level` through the convolutions of a branch, enlarged after each to the next of `sizes` while there is one."""
+    """Apply a branch's convolutions to `level`, enlarging after each one to the next of `sizes` if there is one."""
     for index, convolve in enumerate(branch.children()):
         level = convolve(level)
         if index < len(sizes):

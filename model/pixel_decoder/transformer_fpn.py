@@ -14,7 +14,7 @@ from m2f.model.position_encoding import sine_position_embedding
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, each with residual and LayerNorm after it (DETR's encoder)."""
+    """Self-attention and a feed-forward network, each followed by residual and LayerNorm (DETR's encoder)."""
 
     def __init__(self, config: TransformerFPNPixelDecoderConfig) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class EncoderLayer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, source: Tensor, position: Tensor) -> Tensor:
-        """`source` [B, S, C] to the same shape; `position` [S, C] is added to queries and keys."""
+        """Update `source` [B, S, C]; `position` [S, C] is added to queries and keys."""
         query, key = self.query_key(source + position).chunk(2, dim=-1)
         source = self.attention.norm(source + self.attention(query, key, self.value(source)))
         expanded = self.linear2(self.dropout(self.linear1(source).relu()))
@@ -40,14 +40,14 @@ class EncoderLayer(nn.Module):
 
 
 class TransformerFPNPixelDecoder(PixelDecoder):
-    """FPN over the finer maps and a transformer-encoded coarsest one.
+    """FPN over the finer maps and a transformer-encoded coarsest map.
 
-    The map at 1/32 that it returns is the encoder's, before the pyramid smooths it: MaskFormer's transformer decoder
-    attends to that one.
+    The returned map at 1/32 is the encoder's output, before the pyramid smooths it, because MaskFormer's transformer
+    decoder attends to that map.
     """
 
     def __init__(self, config: TransformerFPNPixelDecoderConfig, channels: Sequence[int]) -> None:
-        """`channels` of the backbone's maps at strides 4, 8, 16, 32."""
+        """Build the decoder for a backbone with `channels` at strides 4, 8, 16, 32."""
         super().__init__(config.conv_dim, config.mask_dim)
         dim = config.conv_dim
         *others, coarsest = channels
@@ -58,7 +58,7 @@ class TransformerFPNPixelDecoder(PixelDecoder):
         self.mask_features = convolution(dim, config.mask_dim, 3)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See PixelDecoder."""
+        """Return mask features and multi-scale maps; see PixelDecoder."""
         *others, coarsest = features
         encoded = self._encode(self.input_proj(coarsest))
         _, stride16, stride8, stride4 = self.fpn((*others, encoded))
@@ -66,7 +66,7 @@ class TransformerFPNPixelDecoder(PixelDecoder):
 
     def _encode(self, feature: Tensor) -> Tensor:
         height, width = feature.shape[-2:]
-        # The residual stream has the parameters' dtype: float32 under autocast.
+        # The residual stream keeps the parameters' dtype: float32 under autocast.
         tokens = feature.flatten(2).transpose(1, 2).to(self.input_proj.weight.dtype)
         position = sine_position_embedding(height, width, self.feature_dim, feature.device).flatten(0, 1)
         for layer in self.layers:

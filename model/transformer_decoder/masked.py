@@ -1,4 +1,4 @@
-"""Transformer decoder with masked attention (Mask2Former, sections 3.2 and 3.2.2) and the variants that it ablates.
+"""Transformer decoder with masked attention (Mask2Former, sections 3.2 and 3.2.2) and its ablated variants.
 
 Axis letters: L predictions, B images, Q queries, K classes, C channels, h x w pixels of a level, T pixels of the levels
 that a layer attends to.
@@ -26,7 +26,7 @@ from m2f.model.position_encoding import sine_position_embedding
 from m2f.model.structures import Predictions
 
 NUM_LEVELS = 3
-"""Feature levels 1/32, 1/16 and 1/8; the efficient multi-scale strategy attends to them in turn."""
+"""Feature levels 1/32, 1/16 and 1/8. The efficient multi-scale strategy attends to them in turn."""
 
 _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "multi_scale": ((0,), (1,), (2,)),
@@ -35,16 +35,17 @@ _LEVEL_GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "stride_16": ((1,),),
     "stride_8": ((2,),),
 }
-"""Levels that a layer attends to; the layers take these groups in turn (Table 4d)."""
+"""Groups of levels for each setting of `features`. Layers attend to these groups in turn (Table 4d)."""
 
 AttentionGuide = Callable[[int, Tensor], Tensor | None]
-"""The mask or the added logits of a layer, from its index and the queries before it."""
+"""Returns the mask or the added logits of a layer, given its index and its input queries."""
 
 
 class DecoderLayer(nn.Module):
     """Cross-attention (or mask pooling), self-attention and a feed-forward network, each with residual and LayerNorm.
 
-    As in the published code, cross-attention comes first and LayerNorm after the residual; both can be turned around.
+    By default, as in the published code, cross-attention precedes self-attention and LayerNorm follows the residual.
+    Settings reverse both.
     """
 
     def __init__(self, config: MaskedTransformerDecoderConfig) -> None:
@@ -78,10 +79,14 @@ class DecoderLayer(nn.Module):
         attn_mask: Tensor | None,
         self_mask: Tensor | None = None,
     ) -> Tensor:
-        """`queries` and their embedding `position` [B, Q, C] to [B, Q, C].
+        """Update the queries [B, Q, C].
 
-        `memory` is what `LevelMemory` has for this layer; `attn_mask` the attention mask, or the logits to add;
-        `self_mask` [B, 1, Q, Q] True where a query may attend to another.
+        Args:
+            queries: [B, Q, C] features of the queries.
+            position: [B, Q, C] positional embedding of the queries.
+            memory: the entry of `LevelMemory` for this layer.
+            attn_mask: attention mask, or logits to add.
+            self_mask: [B, 1, Q, Q] bool, True if a query (row) may attend to another one (column).
         """
 
         def cross(source: Tensor) -> Tensor:
@@ -106,10 +111,10 @@ class DecoderLayer(nn.Module):
 
 
 class LevelMemory(nn.Module):
-    """Keys and values of one group of feature levels for all decoder layers that attend to it, in one product each.
+    """Keys and values of one group of feature levels, for all decoder layers that attend to it.
 
-    They do not depend on the queries, so a layer's projections are rows of these two larger ones. Mask pooling needs
-    neither: its layers share the tokens.
+    They do not depend on the queries, so one matrix product each computes the keys and the values of all layers. Mask
+    pooling has no keys and values: its layers share the tokens.
     """
 
     def __init__(self, in_dim: int, config: MaskedTransformerDecoderConfig, layers: int) -> None:
@@ -127,10 +132,10 @@ class LevelMemory(nn.Module):
     def forward(
         self, features: Sequence[Tensor], level_embeddings: Sequence[Tensor | float]
     ) -> tuple[tuple[Tensor, ...], ...]:
-        """`features` [B, C', h, w] of the group's levels to (key, value), or (tokens,) for pooling, of every layer.
+        """Return (key, value) of every layer, or (tokens,) of every layer for mask pooling.
 
-        Keys, values and tokens are [B, T, C]. The embedding of a level is part of all three, that of positions only
-        of keys.
+        `features` are the maps [B, C', h, w] of the group's levels. Keys, values and tokens are [B, T, C]. Level
+        embeddings are added to all three, positional embeddings to keys only.
         """
         maps = [self.input_proj(feature) for feature in features]
         pairs = zip(maps, level_embeddings, strict=True)
@@ -148,15 +153,21 @@ class LevelMemory(nn.Module):
 
 
 def mask_head(dim: int, mask_dim: int) -> nn.Sequential:
-    """From queries to embeddings whose product with the mask features is a mask."""
+    """Return the MLP from queries to mask embeddings, whose products with the mask features are mask logits."""
     return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, mask_dim))
 
 
 class MaskedTransformerDecoder(nn.Module):
-    """Queries refined layer by layer by attending to the image; the queries after every layer are supervised."""
+    """Decoder that refines queries layer by layer by attending to the image.
+
+    The queries after every layer are supervised.
+    """
 
     def __init__(self, config: MaskedTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int) -> None:
-        """`in_dim` channels of the multi-scale features, `mask_dim` channels of the mask features."""
+        """Build the decoder.
+
+        `in_dim` is the number of channels of the multi-scale features, `mask_dim` that of the mask features.
+        """
         super().__init__()
         dim = config.hidden_dim
         self.attention = config.attention
@@ -182,9 +193,9 @@ class MaskedTransformerDecoder(nn.Module):
     def forward(
         self, features: Sequence[Tensor], mask_features: Tensor, pilots: PilotGuides | None = None
     ) -> Predictions:
-        """`features` [B, C', h, w] in the order 1/32, 1/16, 1/8 and `mask_features` [B, mask_dim, h, w].
+        """Return predictions, with those of pilots before those of the queries.
 
-        The predictions of pilots stand before those of the queries.
+        `features` are [B, C', h, w] in the order 1/32, 1/16, 1/8; `mask_features` is [B, mask_dim, h, w].
         """
         rows = torch.arange(len(self.levels), device=mask_features.device)
         embeddings = dict(zip(self.levels, self.level_embed(rows), strict=True))
@@ -205,22 +216,22 @@ class MaskedTransformerDecoder(nn.Module):
             slot, group = divmod(index, len(self.groups))
             queries = layer(queries, position, memories[group][slot], attn_mask(index, queries), self_mask)
             states.append(queries)
-        # All predictions in one call; the masks above need the same embeddings earlier, but without gradient.
+        # All predictions in one call. The masks above need the same embeddings earlier, but without gradients.
         normalised = self.norm(torch.stack(states))
         return Predictions(self.class_embed(normalised), self.mask_embed(normalised), mask_features)
 
     def _with_pilots(self, own: AttentionGuide, pilots: PilotGuides) -> AttentionGuide:
-        """The masks of pilots before those of the queries after them."""
+        """Return a guide that puts the masks of pilots before those of the other queries."""
 
         def mask(index: int, queries: Tensor) -> Tensor:
             predicted = own(index, queries[:, pilots.content.shape[1] :])
-            assert predicted is not None  # the recipe was checked for it
+            assert predicted is not None  # ModelConfig rejects pilots for other kinds of attention
             return torch.cat((pilots.attention_mask(index, self.groups[index % len(self.groups)]), predicted), dim=2)
 
         return mask
 
     def _initial_queries(self, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and positional embeddings of the queries [B, Q, C]."""
+        """Return the features and the positional embeddings of the initial queries, [B, Q, C] each."""
         indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
         position = self.query_embed(indices).expand(mask_features.shape[0], -1, -1)
         if self.zero_initialised:
@@ -230,10 +241,10 @@ class MaskedTransformerDecoder(nn.Module):
     def _attention_masks(
         self, features: Sequence[Tensor], mask_features: Tensor, queries: Tensor, position: Tensor
     ) -> AttentionGuide:
-        """The mask or the added logits of a layer, as a function of its index and of the queries before it.
+        """Return a function that gives the mask or the added logits of a layer from its index and input queries.
 
-        The mask of the first layer comes from the initial queries, also where these are not supervised (equation 3).
-        Initial queries of zeros all have the same mask.
+        The first layer's mask comes from the initial queries, even if these are not supervised (equation 3). Initial
+        queries of zeros all have the same mask.
         """
         sizes = [feature.shape[-2:] for feature in features]
         groups = self.groups

@@ -13,13 +13,17 @@ from m2f.model.transformer_decoder.masked import DecoderLayer, LevelMemory, mask
 
 
 class StandardTransformerDecoder(nn.Module):
-    """DETR's decoder on one map: queries of zeros with learnt positions attend to each other, then everywhere.
+    """DETR's decoder on one map, with zero queries and learned positions.
 
-    Every layer is supervised (deep supervision) through the one LayerNorm and the heads that they share.
+    Self-attention precedes cross-attention to all pixels. Every layer is supervised (deep supervision) through one
+    shared LayerNorm and shared heads.
     """
 
     def __init__(self, config: StandardTransformerDecoderConfig, in_dim: int, mask_dim: int, num_classes: int) -> None:
-        """`in_dim` channels of the map at stride 32, `mask_dim` channels of the mask features."""
+        """Build the decoder.
+
+        `in_dim` is the number of channels of the map at stride 32, `mask_dim` that of the mask features.
+        """
         super().__init__()
         dim = config.hidden_dim
         layer = MaskedTransformerDecoderConfig(
@@ -38,9 +42,10 @@ class StandardTransformerDecoder(nn.Module):
         self.mask_embed = mask_head(dim, mask_dim)
 
     def forward(self, features: Sequence[Tensor], mask_features: Tensor) -> Predictions:
-        """`features` [B, in_dim, h, w] of which the first, at stride 32, is used; `mask_features` [B, mask_dim, h, w].
+        """Return the predictions of all layers; there is none before the first layer.
 
-        Prediction i is that of layer i; there is none before the first layer.
+        `features` are [B, in_dim, h, w], of which only the first, at stride 32, is used; `mask_features` is [B,
+        mask_dim, h, w].
         """
         memory = self.memory(features[:1], (0.0,))
         indices = torch.arange(self.query_embed.num_embeddings, device=mask_features.device)
