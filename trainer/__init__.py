@@ -1,1 +1,1 @@
-"""One rank of training: engine, loop, schedule, checkpoint. Knows neither Ray nor MLflow."""
+"""Training of one rank: engine, loop, schedule and checkpoints. Independent of Ray and MLflow."""

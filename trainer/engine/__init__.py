@@ -1,1 +1,1 @@
-"""One optimizer step: module, DeepSpeed engine, parameter groups, schedule, moving average."""
+"""One optimizer step: module, DeepSpeed engine, parameter groups, schedule and moving average."""

@@ -1,4 +1,4 @@
-"""Compiling the model's parts, each into one graph of its own."""
+"""Compile the model's parts, each into its own graph."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _CPP = "clang++" if sys.platform == "darwin" else "g++"
 
 
 def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Let the parts of a model that are graphs of their own compile themselves at their first input of each shape.
+    """Mark the compilable parts of a model. Each compiles itself at its first input of every shape.
 
-    Images of one size make one graph per region, whatever they show: targets are seen by the criterion alone, which is
-    not compiled. With pilots the decoder has one graph for each number of them (`m2f.model.pilots.padded_number`), made
-    when it first comes. Weights keep their names, and DeepSpeed its hooks.
+    Images of one size give one graph per region, whatever they show: targets reach only the criterion, which is not
+    compiled. With pilots, the decoder has one graph per padded number of pilots (`m2f.model.pilots.padded_number`),
+    compiled when that number first occurs. Names of weights and DeepSpeed's hooks are preserved.
 
-    Raises TrainingError where there is no compiler.
+    Raises TrainingError if there is no compiler.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "inductor" and find_compiler(device) is None:
@@ -36,19 +36,19 @@ def compile_regions(model: Segmenter, backend: str | Callable[..., Any] = "induc
 
 
 def find_compiler(device: str) -> str | None:
-    """Path of what builds kernels: C++ for those of a CPU, C for the launchers of a GPU's; None where it is missing."""
+    """Return the path of the compiler for kernels: C++ for a CPU, C for a GPU's launchers; None if it is missing."""
     found = (shutil.which(name) for name in _compilers(device))
     return next((path for path in found if path is not None), None)
 
 
 def compiler_names(device: str) -> str:
-    """What `find_compiler` looks for, in words."""
+    """Describe in words the compilers that `find_compiler` looks for."""
     language, variable = ("C++", "CXX") if device == "cpu" else ("C", "CC")
     return f"a {language} compiler ({' or '.join(_compilers(device))}; {variable} names another)"
 
 
 def _compilers(device: str) -> tuple[str, ...]:
-    """As PyTorch (CPU) and Triton (GPU) choose them; a variable may hold arguments too."""
+    """Return the names that PyTorch (CPU) and Triton (GPU) look for. The variable may contain arguments too."""
     named = os.environ.get("CXX" if device == "cpu" else "CC", "").split()
     if named:
         return (named[0],)

@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the device, each copied while the one before it is computed."""
+"""Copy micro-batches to the device, each during the computation of the previous one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from m2f.data_pipeline.transforms.collate import Batch
 
 
 class DeviceCopies:
-    """Copies on a stream of their own, so that no copy waits for the work that was queued before it."""
+    """Copies on a separate CUDA stream, so that a copy does not wait for work that is already queued."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """The micro-batches of a step on the device, for work on its current stream.
+        """Yield the micro-batches of a step on the device, ready for work on its current stream.
 
-        The first one's copy begins at once, that of each further one before the one before it is handed out.
+        The copy of the first one starts at once. The copy of each further one starts before the previous one is
+        yielded.
         """
         return self._in_turn(batches, self._copy(batches[0]))
 
@@ -41,18 +42,18 @@ class DeviceCopies:
 
 
 class _Copy:
-    """A batch that is whole on the device when its event has come; without an event, now."""
+    """A batch that is complete on the device once `event` has occurred, or already if there is no event."""
 
     def __init__(self, batch: Batch, event: Any) -> None:
         self._batch, self._event = batch, event
 
     def arrived(self) -> Batch:
-        """The batch; the device's current stream waits for it, the host does not."""
+        """Return the batch. The device's current stream waits for the copy; the host does not."""
         if self._event is not None:
             stream = torch.cuda.current_stream(self._batch.images.device)
             stream.wait_event(self._event)
             for tensor in _tensors(self._batch):
-                tensor.record_stream(stream)  # its memory belongs to the stream of the copies
+                tensor.record_stream(stream)  # the memory was allocated on the copy stream
         return self._batch
 
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (EMA), which often evaluates better than the weights themselves."""
+"""Exponential moving average (EMA) of the weights, which often scores better in evaluations than the weights."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average of all trainable weights in fp32; each rank keeps an equal part of every one, under any ZeRO stage."""
+    """Average of all trainable weights in fp32. Each rank keeps an equal part of each weight under any ZeRO stage."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        """Starts at the weights as they are. The parameters must have their final place and device."""
+        """Start at the current weights. The parameters must already be partitioned and on their final device."""
         self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.decay = decay
         self._parts = {name: _own_part(p).float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step`. The decay grows with the steps, so that the start is soon forgotten."""
+        """Update after optimizer step number `step`. The decay increases with `step`, so early weights fade quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = [_own_part(parameter).float() for parameter in self._parameters.values()]
         torch._foreach_lerp_(list(self._parts.values()), current, 1 - decay)
 
     def gathered(self) -> dict[str, Tensor]:
-        """The averages on CPU, on rank 0; empty on others. A collective."""
+        """Return the averages on CPU on rank 0, and an empty dict on other ranks. A collective."""
         averages = {}
         for name, parameter in self._parameters.items():
             part, shape = self._parts[name], _whole_shape(parameter)
@@ -42,7 +42,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of what `gathered` returned, with any number of ranks then."""
+        """Restore this rank's part of an earlier result of `gathered`, from any number of ranks."""
         for name, part in self._parts.items():
             start = _part_size(self._parameters[name]) * dist.get_rank()
             own = weights[name].flatten()[start : start + part.numel()]
@@ -50,7 +50,7 @@ class WeightAverage:
 
 
 def _own_part(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter, one-dimensional; under ZeRO-3 the one that DeepSpeed keeps, with its padding."""
+    """Return this rank's part of a parameter, 1-D; under ZeRO-3 it is DeepSpeed's own partition, including padding."""
     if hasattr(parameter, "ds_tensor"):
         return parameter.ds_tensor.detach()  # type: ignore[attr-defined]
     size = _part_size(parameter)

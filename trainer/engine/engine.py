@@ -1,4 +1,4 @@
-"""DeepSpeed as this project uses it: ZeRO 0 to 3 over a client AdamW, with gradients of the summed global loss."""
+"""Adapter for DeepSpeed: ZeRO stages 0 to 3 around our own AdamW, with gradients of the summed global loss."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from m2f.trainer.engine.skipping import DeviceSkips, device_can_decide
 from m2f.trainer.errors import TrainingError
 
 _LOSS_SCALE = "loss_scale"
-"""Key of our part of DeepSpeed's files."""
+"""Key of our own state in DeepSpeed's files."""
 _GATHERED_AT_ONCE = 50_000_000  # elements; 200 MB of fp32 while ZeRO-3 weights are consolidated
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of one optimizer step, the same on all ranks."""
+    """Outcome of one optimizer step; equal on all ranks."""
 
     applied: bool
-    """False where a gradient was not finite: weights and optimizer state are as before."""
+    """False if a gradient was not finite; weights and optimizer state are then unchanged."""
     grad_norm: float
-    """Global L2 norm before clipping; infinity where the step was skipped."""
+    """Global L2 norm before clipping; infinity if the step was skipped."""
 
 
 class Engine:
-    """One rank's share of the weights, gradients and optimizer state.
+    """One rank's part of the weights, gradients and optimizer state.
 
-    Use: `set_lr_factor`, `accumulate` once per micro-batch, then `finish_step`; or `update`, and `settle` before the
-    next one. Raises TrainingError for settings that cannot work with this number of ranks. The process group must
-    exist.
+    Per step, call `set_lr_factor`, then `accumulate` for every micro-batch, then `finish_step`. Instead of
+    `finish_step`, call `update`, and `settle` before the next `update`. Raises TrainingError if the settings do not
+    suit the number of ranks or the device. The process group must exist.
     """
 
     def __init__(
         self, module: TrainingModule, training: TrainingConfig, device: torch.device, universal: bool = False
     ) -> None:
-        """`universal`: `load` will get what `to_universal` made."""
+        """Set `universal` if `load` will read the output of `to_universal`."""
         self.world_size = dist.get_world_size()
         check_world_size(training, self.world_size)
         check_device(training, device)
@@ -64,8 +64,8 @@ class Engine:
         self._clip_norm = training.optimizer.clip_norm
         self.module = module.to(device)
         self.runs_ahead = device.type == "cuda" and module.loss_scale is None
-        """Whether `settle` may come as late as after the next step's backward pass: not where it changes the scale of
-        the loss, and on a CPU there is nothing to gain."""
+        """Whether `settle` may be delayed until after the next step's backward pass. False with loss scaling, because
+        `settle` changes the scale, and on CPUs, because it brings no gain."""
         self._has_masters = training.settled_precision in ("bf16", "fp16")
         self._adamw = _build_adamw(module, training)
         self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adamw.param_groups]
@@ -79,29 +79,29 @@ class Engine:
         self._average = WeightAverage(parameters, training.ema_decay) if training.ema_decay else None
 
     def set_lr_factor(self, factor: float, backbone: float | None = None) -> None:
-        """Set every group's learning rate to its own base times `factor`, those of the backbone times `backbone`."""
+        """Set every group's learning rate to its base times `factor`; backbone groups use `backbone` if given."""
         self.lr_factor = factor
         for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
             in_backbone = settings["name"].startswith("backbone")
             group["lr"] = settings["lr"] * (factor if backbone is None or not in_backbone else backbone)
 
     def accumulate(self, batch: Batch, normalizers: Normalizers) -> Losses:
-        """Forward and backward of one micro-batch on this rank; returns its detached share of the step's losses."""
+        """Run forward and backward of one micro-batch; return this rank's detached part of the step's losses."""
         losses = self._engine(batch, normalizers)
-        # DeepSpeed averages over ranks; the losses are shares of one sum, so their gradients must be added.
+        # DeepSpeed averages over ranks, but the losses are parts of one sum, so their gradients must be added.
         self._engine.backward(losses.total * self.world_size, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
         return Losses(losses.total.detach(), losses.terms, losses.per_image)
 
     def finish_step(self, number: int) -> StepResult:
-        """Clip, then update the weights for the `number`-th time, or skip that where a gradient is not finite."""
+        """Clip, then apply update `number`, counted from 1, or skip it if a gradient is not finite."""
         return self.settle(number, float(self.update()))
 
     def update(self) -> Tensor | float:
-        """Clip, then give the device the update of the weights, which it skips where a gradient is not finite.
+        """Clip, then queue the update of the weights on the device, which skips it if a gradient is not finite.
 
-        Returns the norm that `settle` takes, [] on the device as far as nothing had to wait for it.
+        Returns the norm for `settle`: a tensor, [], on the device if no host synchronisation was needed, else a float.
         """
         if self.stage == 0:
             norm = self._clip_plain_gradients()
@@ -117,7 +117,7 @@ class Engine:
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
     def settle(self, number: int, norm: float) -> StepResult:
-        """What became of the `number`-th update, by its norm. To be called before the next one."""
+        """Return the outcome of update `number`, given its norm. Call it before the next update."""
         applied = math.isfinite(norm)
         if applied and self._average is not None:
             self._average.update(number)
@@ -126,27 +126,27 @@ class Engine:
         return StepResult(applied=applied, grad_norm=norm if applied else math.inf)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's files to `folder/tag`. A collective: every rank calls it, each with a folder of its own."""
+        """Write this rank's files to `folder/tag`. A collective: every rank calls it with a folder of its own."""
         (folder / tag).mkdir(parents=True, exist_ok=True)
         scale = self.module.loss_scale
         ours = {} if scale is None else {_LOSS_SCALE: scale.state()}
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=ours, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote. Executes nothing: raises CheckpointError for a file that asks for code."""
+        """Restore what `save` wrote, without executing code. Raises CheckpointError for a file that requires code."""
         with safe_loads():
             _, ours = self._engine.load_checkpoint(str(folder), tag=tag)
         if self.module.loss_scale is not None:
             self.module.loss_scale.load(ours[_LOSS_SCALE])
-        # Loading the universal format under ZeRO-3 leaves all groups with the settings of the first and with one step
-        # counter between them, which would then count every group's update.
+        # Loading the universal format under ZeRO-3 gives all groups the settings of the first one. They also share one
+        # step counter, which would then count every group's update.
         for group, settings in zip(self._adamw.param_groups, self._settings, strict=True):
             group.update(settings)
         for state in self._adamw.state.values():
             state["step"] = state["step"].clone()
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights of the model in fp32 on CPU, on rank 0; empty on others. A collective."""
+        """Return all weights of the model in fp32 on CPU on rank 0, and an empty dict on other ranks. A collective."""
         model = self.module.model
         if self._has_masters:
             return _master_weights(model)
@@ -157,11 +157,11 @@ class Engine:
         return _gathered_weights(model)
 
     def averaged_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """`weights` with the moving averages in place of what was trained; None where none is kept. A collective."""
+        """Return `weights` with moving averages for the trained ones; None if no average is kept. A collective."""
         return None if self._average is None else weights | self._average.gathered()
 
     def load_average(self, weights: Mapping[str, Tensor] | None) -> None:
-        """Go on from the average of a checkpoint, or from the loaded weights where it has none."""
+        """Restore the average from `weights`; if None, restart it from the model's current weights."""
         if self._average is None:
             return
         if weights is None:
@@ -170,7 +170,7 @@ class Engine:
             self._average.load(weights)
 
     def _clip_plain_gradients(self) -> Tensor:
-        """Without ZeRO, DeepSpeed steps the client optimizer even where gradients are not finite."""
+        """Clip gradients without ZeRO, where DeepSpeed would apply the update even if gradients are not finite."""
         assert self._skips is not None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf)
@@ -179,7 +179,7 @@ class Engine:
 
 
 def check_world_size(training: TrainingConfig, world_size: int) -> None:
-    """Raise TrainingError where the global batch has less than one image per rank."""
+    """Raise TrainingError if the global batch has fewer images than there are ranks."""
     if training.global_batch < world_size:
         raise TrainingError(
             f"training.global_batch is {training.global_batch}, but there are {world_size} ranks; "
@@ -188,7 +188,7 @@ def check_world_size(training: TrainingConfig, world_size: int) -> None:
 
 
 def check_device(training: TrainingConfig, device: torch.device) -> None:
-    """Raise TrainingError where the device cannot compute in the precision."""
+    """Raise TrainingError if the device does not support the precision."""
     if training.precision == "fp16" and device.type == "cpu":
         raise TrainingError(
             "training.precision is fp16, which needs a GPU; set it to bf16_autocast, fp16_autocast, bf16 or fp32"
@@ -196,10 +196,10 @@ def check_device(training: TrainingConfig, device: torch.device) -> None:
 
 
 def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool = False) -> dict[str, Any]:
-    """Our settings in DeepSpeed's words. Optimizer, schedule and autocast are ours and not in it."""
+    """Translate our settings to DeepSpeed's. Optimizer, schedule and autocast are ours and not part of them."""
     plan = step_positions(0, training.global_batch, 0, world_size, training.micro_batch)
     zero = training.zero
-    # One rank exchanges nothing: it needs no hook on every gradient, and no second place for it.
+    # A single rank exchanges nothing, so it needs neither gradient hooks nor a second copy of the gradients.
     alone = world_size == 1 and zero.stage == 1
     stage3 = {"stage3_param_persistence_threshold": zero.param_persistence_threshold} if zero.stage == 3 else {}
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if zero.offload_optimizer else {}
@@ -209,9 +209,9 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
         "gradient_accumulation_steps": len(plan),
         "gradient_clipping": training.optimizer.clip_norm if zero.stage else 0.0,  # stage 0: _clip_plain_gradients
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at the first start; torch has a fused one
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's is compiled at the first start; torch has a fused one
         "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice per micro-batch
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise with the device twice per micro-batch
         "checkpoint": {"load_universal": universal},
         "zero_optimization": {
             "stage": zero.stage,
@@ -226,9 +226,9 @@ def deepspeed_config(training: TrainingConfig, world_size: int, universal: bool 
 
 
 def to_universal(source: Path, target: Path) -> None:
-    """Convert the files of all ranks that `Engine.save` wrote, for a number of ranks that is not theirs.
+    """Convert the files that all ranks wrote in `Engine.save`, for use with another number of ranks.
 
-    Executes nothing: raises CheckpointError for a file that asks for code.
+    Executes no code from the files: raises CheckpointError for a file that requires code.
     """
     _import_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
@@ -247,7 +247,7 @@ def to_universal(source: Path, target: Path) -> None:
 
 
 def _build_adamw(module: TrainingModule, training: TrainingConfig) -> torch.optim.AdamW:
-    """Fused: one pass over memory, on CPUs too, where the other forms take a third of a second for an R50."""
+    """Build a fused AdamW: one pass over memory. On CPUs the other variants take a third of a second for an R50."""
     config = training.optimizer
     groups = build_param_groups(module, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
@@ -261,19 +261,19 @@ def _initialize(module: TrainingModule, optimizer: torch.optim.AdamW, config: di
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed for the device at hand, quietly, and without its compiled shared-memory all-reduce."""
+    """Import DeepSpeed for the available device, quietly and without compiling its shared-memory all-reduce."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    __compatible_ops__["deepspeed_shm_comm"] = False  # serves inference only; its build takes minutes
+    __compatible_ops__["deepspeed_shm_comm"] = False  # used by inference only; compiling it takes minutes
     return deepspeed
 
 
 def _gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """State dict of a ZeRO-3 model on rank 0, gathered in portions of bounded size."""
+    """Return the state dict of a ZeRO-3 model on rank 0, gathered in portions of bounded size; empty on other ranks."""
     gathered = _import_deepspeed().zero.GatheredParameters
     named: dict[str, Any] = dict(model.named_parameters())  # DeepSpeed gives parameters a ds_numel
     weights = {name: buffer.cpu() for name, buffer in model.state_dict().items() if name not in named}
@@ -285,7 +285,7 @@ def _gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _master_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """State dict on rank 0 with the optimizer's fp32 copies in place of what is trained in 16 bits. A collective."""
+    """Return the state dict on rank 0, with the optimizer's fp32 copies of 16-bit trained weights. A collective."""
     _import_deepspeed()
     from deepspeed.utils import safe_get_full_fp32_param
 

@@ -1,4 +1,4 @@
-"""Scaling of the loss, so that small gradients do not vanish in float16 on their way back through the network."""
+"""Dynamic loss scaling, so that small gradients do not underflow in float16 during the backward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 INITIAL_SCALE = 2.0**16
 GROWTH_STEPS = 2000
-"""Updates in a row after which twice the scale is tried. Both are those of torch's GradScaler, the official code's."""
+"""Consecutive applied updates after which the scale doubles. Both values are those of torch's GradScaler, as in the
+official code."""
 
 
 class LossScale:
-    """A power of two by which gradients are larger inside the network, halved when they overflow.
+    """A power of two that scales gradients inside the network. It is halved when they overflow.
 
-    Gradients are divided by it again, in fp32, before anyone sees those of the parameters: buckets, clipping and the
-    optimizer know nothing of it.
+    Gradients of parameters are divided by it in fp32 as soon as they are computed. Buckets, clipping and the optimizer
+    see unscaled gradients only.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -28,11 +29,11 @@ class LossScale:
                 parameter.register_hook(lambda gradient: gradient / self.scale)
 
     def enlarge(self, total: Tensor) -> Tensor:
-        """The same loss [], whose gradient is larger by the scale."""
+        """Return the loss, [], unchanged in value, with a gradient that is multiplied by the scale."""
         return _EnlargedGradient.apply(total, self.scale)
 
     def update(self, applied: bool) -> None:
-        """After an optimizer step, which was not applied where a gradient overflowed."""
+        """Adapt the scale after an optimizer step; `applied` is False if a gradient overflowed."""
         self._good_steps = self._good_steps + 1 if applied else 0
         if not applied:
             self.scale /= 2
@@ -40,11 +41,11 @@ class LossScale:
             self.scale, self._good_steps = 2 * self.scale, 0
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds."""
+        """Return the state to store in a checkpoint."""
         return {"scale": self.scale, "good_steps": self._good_steps}
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.scale, self._good_steps = float(state["scale"]), int(state["good_steps"])
 
 

@@ -1,4 +1,4 @@
-"""Forward and loss in one module: what DeepSpeed wraps."""
+"""Forward pass and loss in one module, which DeepSpeed wraps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from m2f.trainer.engine.loss_scale import LossScale
 
 
 class TrainingModule(nn.Module):
-    """Normalise, predict, match and compute the losses of one micro-batch.
+    """Normalise the images, predict, match and compute the losses of one micro-batch.
 
-    Everything happens inside one forward, so that ZeRO-3 sees every use of a parameter. Returns tensors only; of these
-    `total` alone carries gradients.
+    All of it happens in one forward call, so that ZeRO-3 sees every use of a parameter. Returns tensors only; `total`
+    is the only one with gradients.
     """
 
     def __init__(
@@ -37,17 +37,17 @@ class TrainingModule(nn.Module):
         self.loss = config.loss
         self.num_classes = config.num_classes
         self.seed, self.points = seed, CounterPoints(seed)
-        # Beside the model, whose weights are those of one without pilots.
+        # Outside the model, so that the weights are the same as without pilots.
         self.pilots = PilotQueries(config, seed) if config.pilots.max_targets else None
         self.precision = precision
         model.pixel_decoder_fp32 = pixel_decoder_fp32 or precision == "fp16_autocast"
         self.loss_scale = LossScale(self.parameters()) if precision == "fp16_autocast" else None
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> Losses:
-        """Losses of a micro-batch, in fp32 whatever the precision of the forward."""
+        """Return the losses of a micro-batch, in fp32 regardless of the forward pass's precision."""
         images = self.model.normalise(batch.images, batch.sizes)
         pilots = None if self.pilots is None else self.pilots(batch.targets)
-        # Where weights have 16 bits themselves, autocast is what brings them together with what stays in fp32.
+        # With 16-bit weights, autocast still reconciles them with the parts that stay in fp32.
         dtype = torch.float16 if self.precision in ("fp16", "fp16_autocast") else torch.bfloat16
         with torch.autocast(images.device.type, dtype, enabled=self.precision != "fp32"):
             predictions = self.model(images, TrainingContext(batch.targets, self.seed, pilots))

@@ -1,4 +1,4 @@
-"""An optimizer whose state lies in the host's memory (`training.zero.offload_optimizer`)."""
+"""Optimizer whose state is kept in host memory (`training.zero.offload_optimizer`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class OffloadedScalars:
-    """What DeepSpeed's optimizer wants to know of every gradient, brought to the host for all of them at once.
+    """Brings the gradient statistics that DeepSpeed's optimizer needs to the host in one transfer.
 
-    It would ask the GPU for each by itself: whether it is finite during the backward pass, and its norm before the
-    update. So it would wait twice as often as there are parameters. Sums and their order stay.
+    DeepSpeed itself reads every gradient's values separately: whether it is finite during the backward pass, and its
+    norm before the update. That synchronises with the GPU twice per parameter. Sums and their order are unchanged.
     """
 
     def __init__(self, zero: Any) -> None:
@@ -23,7 +23,7 @@ class OffloadedScalars:
             zero.update_offload_overflow_tracker = self._note
 
     def bring_to_host(self) -> None:
-        """To be called between the last backward pass of a step and the update."""
+        """Transfer the statistics. Call it between the last backward pass of a step and the update."""
         norms = self._zero.norm_for_param_grads
         if norms:
             together = torch.stack([norm.reshape(()) for norm in norms.values()]).cpu()

@@ -1,4 +1,4 @@
-"""Parameter groups of the official optimizer, merged: same maths, few groups instead of one per tensor."""
+"""Parameter groups of the official optimizer, merged into a few groups that give the same updates."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _NORMS = (
     nn.RMSNorm,
 )
 _BLOCK = re.compile(r"(.*?(?:blocks|layer\d+)\.\d+)\.")
-"""Residual blocks of ResNet (layer1.0), of transformers (blocks.0) and of stages (layers.0.blocks.0)."""
+"""Name prefixes of residual blocks (layer1.0), transformer blocks (blocks.0) and stages (layers.0.blocks.0)."""
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
 def build_param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups `{name, params, lr, weight_decay}` for torch.optim.AdamW.
+    """Return groups `{name, params, lr, weight_decay}` for torch.optim.AdamW.
 
-    No decay on norms, `nn.Embedding` and the position tables of Swin, unless `decay_everything`; all else decays,
-    biases included. Everything under the submodule `backbone` takes `lr * backbone_lr_multiplier`, and with
-    `layer_decay` once more that number for every block between it and the head. Raises TrainingError where nothing is
-    trainable, and where a backbone without blocks shall have `layer_decay`.
+    Norms, `nn.Embedding` and the position tables of Swin have no weight decay, unless `decay_everything` is set. All
+    other parameters decay, including biases. Parameters under the submodule `backbone` use `lr *
+    backbone_lr_multiplier`, multiplied by `layer_decay` for every block between the parameter and the head. Raises
+    TrainingError if nothing is trainable, or if `layer_decay` is set for a backbone without blocks.
     """
     merged: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -60,9 +60,10 @@ def _in_backbone(module_name: str) -> bool:
 
 
 def _depths(model: nn.Module, config: OptimizerConfig) -> dict[nn.Parameter, int]:
-    """For every parameter of the backbone how often its rate takes the factor: for each block down to its own.
+    """Return, for every backbone parameter, the exponent of `layer_decay` in its learning rate.
 
-    What is not in a block (downsampling, norms) counts with the block before it; what precedes all blocks is deepest.
+    Parameters outside blocks (downsampling, norms) count with the block before them. Those before the first block are
+    deepest.
     """
     named = [
         (name, p) for name, p in model.named_parameters() if p.requires_grad and _in_backbone(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""A step that the device was given, whose scalars the host reads once: in one copy, when they are there anyway."""
+"""A step queued on the device, whose scalars the host reads in one copy once they are available."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from m2f.model.loss.host_copies import HostCopy
 
 @dataclass(frozen=True)
 class StepValues:
-    """One rank's scalars of one step."""
+    """Scalars of one step on one rank."""
 
     norm: float
-    """Global gradient norm; not finite where the update was skipped."""
+    """Global gradient norm; not finite if the update was skipped."""
     loss_share: float
     """This rank's part of the total loss."""
     terms: Tensor
@@ -26,10 +26,10 @@ class StepValues:
 
 
 class QueuedStep:
-    """A step between `Engine.update` and `Engine.settle`. Its scalars go to the host; the device does not wait."""
+    """A step between `Engine.update` and `Engine.settle`. Its scalars are copied to the host asynchronously."""
 
     def __init__(self, batches: StepBatches, images: float, losses: Sequence[Losses], norm: Tensor | float) -> None:
-        """`images` are those that count, of all ranks; `norm` is what `Engine.update` returned."""
+        """`images` counts the real images of all ranks; `norm` is the result of `Engine.update`."""
         self.batches, self.images, self.losses = batches, images, losses
         self._known_norm = None if isinstance(norm, Tensor) else norm
         parts = [loss_terms(losses), *(loss.total.reshape(1).double() for loss in losses)]
@@ -38,7 +38,7 @@ class QueuedStep:
         self._copy = HostCopy(torch.cat(parts))
 
     def read(self) -> StepValues:
-        """The scalars, once the device has got that far."""
+        """Return the scalars; wait until the device has computed them."""
         values = torch.from_numpy(self._copy.wait())
         terms, totals, norm = values.split([3, len(self.losses), len(values) - 3 - len(self.losses)])
         return StepValues(
@@ -49,5 +49,5 @@ class QueuedStep:
 
 
 def loss_terms(losses: Sequence[Losses]) -> Tensor:
-    """Class, mask and dice losses of one step from all micro-batches of this rank: [3] float64, on their device."""
+    """Sum the class, mask and dice losses of this rank's micro-batches: [3] float64, on the device of the losses."""
     return torch.stack([loss.terms.sum(0) for loss in losses]).double().sum(0)

@@ -1,8 +1,8 @@
-"""Read torch's files without executing what they hold, whoever reads them.
+"""Read torch files without executing code from them, whichever library reads them.
 
-A pickle is a program. DeepSpeed reads its own files with `weights_only=False`, so that whoever can write a run folder
-could run code on every rank. Within `safe_loads`, torch makes tensors, plain values and a few small classes of such a
-file, and refuses whatever else the file names before it looks that up.
+A pickle can run arbitrary code. DeepSpeed reads its own files with `weights_only=False`, so anyone with write access to
+a run folder could run code on every rank. Inside `safe_loads`, torch builds only tensors, plain values and a few small
+classes. It rejects every other name in a file before it looks the name up.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _MALFORMED = (
     pickle.UnpicklingError,
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError),
 )
-"""What a file raises that torch did not write. Others, such as a full memory, are no fault of the file."""
+"""Errors raised for a file that torch did not write. Others, such as a lack of memory, are not the file's fault."""
 
 
 @contextmanager
 def safe_loads() -> Iterator[None]:
-    """Make `torch.load` safe in this process, DeepSpeed's calls among others.
+    """Make `torch.load` safe in this process, including calls by DeepSpeed.
 
-    A file that asks for more raises CheckpointError, which names the file and what it asks for. Threads share this.
+    A file that requires more raises CheckpointError with the file and the rejected name. Applies to all threads.
     """
     load = torch.load
     torch.load = _safe(load)
@@ -55,7 +55,7 @@ def _safe(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _classes_of_deepspeed() -> list[Any]:
-    """All that DeepSpeed 0.19 writes beside tensors and plain values. They have no code that data could steer."""
+    """Classes that DeepSpeed 0.19 writes besides tensors and plain values. Data cannot make them run code."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -64,7 +64,7 @@ def _classes_of_deepspeed() -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """In our words: torch's own text advises to load the file unsafely."""
+    """Describe the error in our own words, because torch's message advises to load the file unsafely."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return f"asks for {asked[1]}, which no checkpoint of this program does; nothing of it was executed"
@@ -72,7 +72,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_names(content: Any, file: str) -> None:
-    """Refuse names that are paths: the conversion for other ranks makes folders of names."""
+    """Reject names that are paths, because the conversion for another number of ranks creates folders from names."""
     if isinstance(content, Mapping):
         for name, value in content.items():
             if isinstance(name, str) and ("/" in name or key_problem(name)):

@@ -10,10 +10,11 @@ from m2f.trainer.config import CosineSchedule, MultiStepSchedule, PolySchedule, 
 
 
 def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
-    """Factor on every group's learning rate for the update that follows `step` finished ones (0 = the first).
+    """Return the factor on every group's learning rate for the update after `step` finished ones (0: the first update).
 
-    Warm-up rises linearly from 1 / (warmup_steps + 1) and multiplies the schedule, which does not wait for it, unless
-    it is a cosine. Where the backbone has a schedule of its own, the factor is that of the others.
+    Warm-up rises linearly from 1 / (warmup_steps + 1) and multiplies the schedule. The schedule runs during warm-up
+    too, except for the cosine, which starts after it. If the backbone has a schedule of its own, the factor is that of
+    all other groups.
     """
     match config:
         case PolySchedule(power=power):
@@ -31,7 +32,7 @@ def lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
 
 
 def backbone_lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
-    """As `lr_factor`, for the groups of the backbone."""
+    """Return the factor for the groups of the backbone, as `lr_factor` does for the others."""
     match config:
         case StagedPolySchedule():
             first, length = config.warmup_steps, config.backbone_warmup_steps
@@ -41,7 +42,7 @@ def backbone_lr_factor(config: ScheduleConfig, step: int, max_steps: int) -> flo
 
 
 def _warm_then_poly(step: int, warmup_steps: int, max_steps: int, power: float) -> float:
-    """From 0 to 1 in `warmup_steps`, then as a polynomial to 0 at `max_steps`; 0 before step 0."""
+    """Rise linearly from 0 to 1 in `warmup_steps`, then fall as a polynomial to 0 at `max_steps`; 0 before step 0."""
     if step < 0:
         return 0.0
     if step < warmup_steps:

@@ -1,4 +1,4 @@
-"""Updates of DeepSpeed's ZeRO 1 and 2 that ask the device for nothing, and take few calls of the host."""
+"""Updates of DeepSpeed's ZeRO 1 and 2 without host synchronisation and with few host calls."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 _QUESTION = "is_invalid_grad_norm"
-"""Function by which DeepSpeed's optimizer waits for the device, in its module for ZeRO 1 and 2."""
+"""Function with which DeepSpeed's optimizer waits for the device, in its module for ZeRO 1 and 2."""
 
 
 def device_can_decide() -> bool:
-    """Whether this version of DeepSpeed asks by the function that `DeviceSkips` knows."""
+    """Return whether this version of DeepSpeed has the function that `DeviceSkips` replaces."""
     from deepspeed.runtime.zero import stage_1_and_2
 
     return hasattr(stage_1_and_2, _QUESTION)
 
 
 class DeviceSkips:
-    """Makes a fused AdamW leave weights, moments and step counters as they are where the gradient norm is not finite.
+    """Makes a fused AdamW leave weights, moments and step counters unchanged if the gradient norm is not finite.
 
-    DeepSpeed's optimizer of ZeRO 1 and 2 reads the norm to the host twice per parameter group and once more, and copies
-    a constant to the device for every group; it measures and links every tensor by itself. Its arithmetic stays.
+    DeepSpeed's optimizer of ZeRO 1 and 2 reads the norm to the host twice per parameter group and once more. It also
+    copies a constant to the device for every group, and measures and links every tensor separately. Its arithmetic is
+    unchanged.
     """
 
     def __init__(self, adamw: torch.optim.AdamW, zero: Any | None) -> None:
@@ -33,17 +34,17 @@ class DeviceSkips:
         if zero is not None:
             self._measure = zero.scaled_global_norm
             zero.scaled_global_norm = self._scaled_global_norm
-            zero.check_grad_overflow = False  # the norm of gradients is not finite where one of them is not
+            zero.check_grad_overflow = False  # the norm is not finite if any gradient is not
             zero.get_grad_norm_direct = self._norm_of_group
 
     def skip_unless_finite(self, norm: Tensor) -> None:
-        """For the next update; `norm` is [], on the device."""
-        # The flag by which torch's GradScaler lets fused optimizers skip; see torch.optim.Adam.step.
+        """Skip the next update if `norm` is not finite; `norm` is [], on the device."""
+        # torch's GradScaler uses this attribute to let fused optimizers skip, see torch.optim.Adam.step.
         self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
 
     @contextmanager
     def decided_on_device(self) -> Iterator[None]:
-        """Inside, DeepSpeed takes every norm for finite, and leaves weights the parts of flat buffers that they are."""
+        """Inside, DeepSpeed treats every norm as finite and keeps the weights as views of its flat buffers."""
         from deepspeed.runtime.zero import stage_1_and_2
 
         zero = self._zero
@@ -63,9 +64,10 @@ class DeviceSkips:
         return norm
 
     def _norm_of_group(self, gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: float = 2) -> Tensor:
-        """L2 norm of a parameter group over all ranks, [] float32 on the device, finite if all gradients are.
+        """Return the L2 norm of a parameter group over all ranks: [] float32 on the device, finite if all gradients
+        are.
 
-        As DeepSpeed's `get_grad_norm_direct`, with one call for all tensors. Norms of tensors are float64.
+        Replaces DeepSpeed's `get_grad_norm_direct` with one call for all tensors. Norms of tensors are float64.
         """
         import deepspeed.comm
 
