@@ -1,9 +1,9 @@
-"""The sqlite file of an MLflow store: made whole or not at all, and brought to the schema of the installed MLflow.
+"""Create the sqlite file of an MLflow store atomically, and upgrade it to the schema of the installed MLflow.
 
-MLflow makes its tables in fifty steps, of several seconds, and upgrades them likewise. A process that is killed
-meanwhile, or a second one that starts, would leave or meet tables that no later start can complete. So both is done
-in a copy, under a lock. The file keeps sqlite's rollback journal: a write-ahead log would not work on network file
-systems, and would be lost where somebody copies the file alone. MLflow itself waits 20 s for other writers.
+MLflow creates and upgrades its tables in about fifty steps that take several seconds. A process that is killed
+meanwhile leaves tables that no later start can complete, and a second process may read them. Therefore both happen in
+a copy, under a lock. The file uses sqlite's rollback journal, because a write-ahead log does not work on network file
+systems, and is lost if a user copies only the file. MLflow itself waits 20 s for other writers.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from m2f.data_pipeline.storage.local import rename_new
 LOGGER = logging.getLogger(__name__)
 _MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations"
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""What `flock` says on a file system that has none; creation and upgrades are safe without, too."""
+"""Errors of `flock` on a file system without locks. Creation and upgrades are safe without a lock, too."""
 _POLL_S = 0.1
 _SAY_S = 5.0
 
 
 @contextmanager
 def database_lock(path: Path, patience_s: float) -> Iterator[bool]:
-    """Hold `path`.lock, which no other process of this machine holds. The death of its holder frees it.
+    """Hold an exclusive lock on `path`.lock among the processes of this machine. It is released if its holder dies.
 
-    Gives False on a file system without locks, where nothing is held.
+    Gives True if the lock is held, False on a file system without locks.
 
-    Raises TrackingError after `patience_s` seconds, OSError where the file cannot be made.
+    Raises TrackingError after `patience_s` seconds, OSError if the file cannot be created.
     """
     lock = path.with_name(f"{path.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def database_lock(path: Path, patience_s: float) -> Iterator[bool]:
 
 
 def make_database(path: Path, connect: Callable[[str], MlflowClient]) -> None:
-    """Make the file where it does not exist, or is empty. Raises OSError and what MLflow raises."""
+    """Create the file if it does not exist or is empty. Raises OSError and the errors of MLflow."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
         return
@@ -72,26 +72,26 @@ def make_database(path: Path, connect: Callable[[str], MlflowClient]) -> None:
     try:
         connect(f"sqlite:///{partial}").search_experiments(max_results=1)
         rename_new(partial, path)
-    except FileExistsError:  # another run of the same store was faster
+    except FileExistsError:  # another run created the store first
         pass
     finally:
         _delete(partial)
 
 
 def clear_partials(path: Path) -> None:
-    """Delete what killed processes left of copies of the file. To be called under the lock."""
+    """Delete partial copies of the file that killed processes have left. To be called under the lock."""
     for left in path.parent.glob(f".partial-*-{path.name}*"):
         left.unlink(missing_ok=True)
 
 
 def upgrade_database(path: Path, patience_s: float) -> None:
-    """Bring the tables to the schema of the installed MLflow, if they have an older one. To be called under the lock.
+    """Upgrade the tables to the schema of the installed MLflow if they have an older one. To be called under the lock.
 
-    The file as it was stays beside it, as NAME.before-REVISION. A process that is killed leaves the file as it was.
+    A copy of the old file stays beside it as NAME.before-REVISION. If the process is killed, the file is unchanged.
 
     Raises:
         TrackingError: a newer MLflow wrote the file, or its tables cannot be upgraded.
-        OSError, sqlite3.Error: the file cannot be read, or the disk has no room for copies.
+        OSError, sqlite3.Error: the file cannot be read, or the disk has no space for copies.
     """
     uri, old, new = f"sqlite:///{path}", _revision(path), _newest_revision()
     if old in (new, ""):
@@ -102,21 +102,24 @@ def upgrade_database(path: Path, patience_s: float) -> None:
     LOGGER.warning(f"tracking: upgrading {path} to the schema of MLflow {mlflow.__version__}; it stays as {kept.name}")
     try:
         with closing(open_database(path, patience_s)) as database, closing(open_database(path, patience_s)) as reader:
-            database.execute("PRAGMA locking_mode=EXCLUSIVE")  # also from the end of this transaction to the copy back
-            database.execute("BEGIN IMMEDIATE")  # nobody else writes meanwhile
+            database.execute("PRAGMA locking_mode=EXCLUSIVE")  # held beyond ROLLBACK, until the copy back
+            database.execute("BEGIN IMMEDIATE")  # keeps other writers out
             _copy(reader, partial)
             os.replace(partial, kept)
             _copy(reader, partial)
             _upgrade(partial, uri)
             database.execute("ROLLBACK")
             with closing(open_database(partial, patience_s)) as upgraded:
-                upgraded.backup(database, progress=_refuse_busy)  # one transaction: whole or not at all
+                upgraded.backup(database, progress=_refuse_busy)  # atomic: one transaction
     finally:
         _delete(partial)
 
 
 def schema_problem(path: Path) -> str | None:
-    """Why the installed MLflow cannot read a file as it is; None where it can, or where that is for MLflow to say."""
+    """Return why the installed MLflow cannot use the file without an upgrade.
+
+    Returns None if MLflow can use it, or if the file is damaged, which MLflow reports itself.
+    """
     try:
         found = _revision(path)
     except sqlite3.Error:
@@ -149,13 +152,16 @@ def _upgrade(partial: Path, uri: str) -> None:
 
 
 def _refuse_busy(status: int, remaining: int, total: int) -> None:
-    """Called after every step of a copy: the connection has waited, and `backup` alone would wait without end."""
+    """Raise OperationalError if a step of a backup failed. The connection has already waited.
+
+    Without this callback, `backup` would retry forever.
+    """
     if status not in (sqlite3.SQLITE_OK, sqlite3.SQLITE_DONE):
         raise sqlite3.OperationalError("database is locked")
 
 
 def _take(descriptor: int) -> bool | None:
-    """Whether the lock is ours now; None where the file system has none."""
+    """Try to take the lock and return whether this process holds it; None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -177,9 +183,10 @@ def _delete(partial: Path) -> None:
 
 
 def open_database(path: Path, patience_s: float = 20.0) -> sqlite3.Connection:
-    """An existing file, each statement a transaction of its own; other writers are waited for.
+    """Open an existing file in autocommit mode; statements wait up to `patience_s` seconds for other writers.
 
-    Raises sqlite3.Error. Not opened for reading alone: what a writer that was killed began must be rolled back.
+    The file is opened for writing even by readers, so that the transaction of a killed writer is rolled back.
+    Raises sqlite3.Error.
     """
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=patience_s, isolation_level=None)
 
@@ -190,7 +197,7 @@ def _copy(source: sqlite3.Connection, target: Path) -> None:
 
 
 def _revision(path: Path) -> str:
-    """Of the schema; "" where the tables have none, as in a file that MLflow did not make."""
+    """Return the revision of the schema; "" without one, as in a file that MLflow did not create."""
     with closing(open_database(path)) as database:
         has_one = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
         found = database.execute("SELECT version_num FROM alembic_version").fetchone() if has_one else None
@@ -199,7 +206,7 @@ def _revision(path: Path) -> str:
 
 @lru_cache
 def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(_MIGRATIONS))  # reads seventy files
+    return ScriptDirectory(str(_MIGRATIONS))  # cached, because it reads seventy files
 
 
 def _newest_revision() -> str:

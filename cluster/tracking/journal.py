@@ -1,7 +1,7 @@
-"""A file of entries that wait to be sent: appended by one writer, read from where the last commit stopped.
+"""File of entries to be sent: one writer appends, and reading continues after the last committed entry.
 
-What is appended survives the death of the process; entries that were read but not committed are read again. An entry
-that the disk refuses leaves nothing behind, so that the next one is whole.
+Appended entries survive the death of the process. Entries that were read but not committed are read again. If the disk
+refuses an entry, the file is truncated to its previous length, so that the next entry is not corrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["metrics", "artifact", "tag", "status", "evaluation", "kept"]
 
 
 def kind_of(entry: Entry) -> Kind | None:
-    """What is to be sent; None for an entry that another version wrote or that somebody damaged."""
+    """Return the kind of an entry; None if another version wrote it or it is damaged."""
     match entry:
         case {"metrics": dict() as values, "step": int(), "time_ms": int()}:
             return "metrics" if all(isinstance(value, int | float) for value in values.values()) else None
@@ -40,10 +40,10 @@ def kind_of(entry: Entry) -> Kind | None:
 
 
 class Journal:
-    """JSON lines in `path`; the number of bytes already sent is kept beside it in `path` + `.sent`."""
+    """Journal of JSON lines in `path`; `path` + `.sent` stores the number of bytes already sent."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where its folder cannot be made."""
+        """Raises OSError if the folder of `path` cannot be created."""
         self.path = path
         self._mark = path.with_name(path.name + ".sent")
         self._lock = threading.Lock()
@@ -51,11 +51,11 @@ class Journal:
         self._sent = self._read_mark()
 
     def append(self, entry: Entry) -> None:
-        """Add one entry. Raises OSError where the disk refuses it; the file is then as before."""
+        """Append one entry. Raises OSError if the disk refuses it; the file is then unchanged."""
         line = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
         with self._lock, self.path.open("a+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
-            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a writer was killed within a line
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a writer was killed in the middle of a line
                 line = b"\n" + line
             try:
                 _write_whole(file, line)
@@ -65,7 +65,7 @@ class Journal:
                 raise
 
     def read(self, limit: int) -> list[tuple[Entry, int]]:
-        """Up to `limit` entries that are not committed, each with the position to commit once it is sent."""
+        """Return up to `limit` uncommitted entries, each with the position to commit once it is sent."""
         if not self.path.exists():
             return []
         entries: list[tuple[Entry, int]] = []
@@ -73,7 +73,7 @@ class Journal:
             file.seek(self._sent)
             while len(entries) < limit:
                 line = file.readline()
-                if not line.endswith(b"\n"):  # the end, or a line that is being written
+                if not line.endswith(b"\n"):  # end of file, or a line that is being written
                     break
                 entry = _parse(line)
                 if entry is not None:
@@ -81,7 +81,7 @@ class Journal:
         return entries
 
     def commit(self, position: int) -> None:
-        """Everything before `position` is sent."""
+        """Record that everything before `position`, in bytes, has been sent."""
         partial = self._mark.with_name(self._mark.name + ".partial")
         partial.write_text(str(position))
         os.replace(partial, self._mark)
@@ -89,16 +89,16 @@ class Journal:
 
     @property
     def refused(self) -> Path:
-        """File of the entries that can never be sent, for a person to look at."""
+        """File of entries that can never be sent, kept for inspection."""
         return self.path.with_name(self.path.name + ".refused")
 
     def set_aside(self, entries: Sequence[Entry]) -> None:
-        """Keep entries in `refused`. Raises OSError."""
+        """Append entries to `refused`. Raises OSError."""
         with self.refused.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(entry, ensure_ascii=True)}\n" for entry in entries)
 
     def remove(self) -> None:
-        """Delete the files. The mark goes first: a crash in between replays entries rather than skips them."""
+        """Delete the files. The mark is deleted first, so that a crash in between resends entries and skips none."""
         self._mark.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
         self._sent = 0
@@ -111,12 +111,12 @@ class Journal:
 
 
 def _write_whole(file: BinaryIO, data: bytes) -> None:
-    while data:  # a disk that is nearly full takes a part first
+    while data:  # a nearly full disk may accept only a part
         data = data[file.write(data) :]
 
 
 def _parse(line: bytes) -> Entry | None:
-    """The entry, or None for the half line that a killed writer left."""
+    """Return the entry; None for an incomplete line that a killed writer left."""
     try:
         entry = parse_json(line)
     except ValueError:

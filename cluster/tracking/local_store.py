@@ -1,10 +1,10 @@
-"""The MLflow store of runs on this machine: a sqlite file for all runs of an `output`, with their artifacts beside it.
+"""The local MLflow store: one sqlite file for all runs of an `output` folder, with their artifacts beside it.
 
 <output>/mlflow.db, <output>/mlartifacts/                  new runs
-<output>/<name>/mlflow.db, <output>/<name>/artifacts/      runs that have one, as those of version 0.1 had at first
+<output>/<name>/mlflow.db, <output>/<name>/artifacts/      runs with their own store, as early runs of version 0.1
 
-MLflow stores absolute paths of artifacts and our records those of databases, so a folder that was moved is put right
-here, when a process is about to write.
+MLflow stores absolute paths of artifacts, and `tracking.json` stores absolute paths of databases. If a folder was
+moved, this module corrects the paths before a process writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 _OWN_ARTIFACTS = "artifacts"
 FOLDER_TAG = "m2f.run_folder"
-"""Tag of an MLflow run: its run folder."""
+"""Tag of an MLflow run that holds its run folder."""
 _SCHEME = "sqlite:///"
 _URL_TAG = "m2f.checkpoint.url"
 _LOCATIONS = (
@@ -39,43 +39,43 @@ _LOCATIONS = (
     ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"),
 )
-"""Columns with places of artifacts."""
+"""Tables and columns with locations of artifacts."""
 _ADDRESSES = (
     ("tags", "value", f"key = '{FOLDER_TAG}'"),
     ("logged_model_tags", "tag_value", f"tag_key = '{_URL_TAG}'"),
     ("model_version_tags", "value", f"key = '{_URL_TAG}'"),
 )
-"""Columns with places of run folders and checkpoints."""
+"""Tables, columns and conditions of values that hold locations of run folders and checkpoints."""
 
 
 def local_database(run_folder: str) -> Path:
-    """The sqlite file of a run that names no other store: its own, if that holds a run, else that of its `output`."""
+    """Return the sqlite file of a run without another store: its own if that holds a run, else that of `output`."""
     own, shared = _databases(run_folder)
     return own if own.exists() and _holds_runs(own) else shared
 
 
 def is_shared(run_folder: str, database: Path) -> bool:
-    """Whether this is the file of the `output`."""
+    """Return whether the database is the shared one of the `output` folder."""
     return database == _databases(run_folder)[1]
 
 
 def sqlite_uri(database: Path) -> str:
-    """As MLflow names it."""
+    """Return the URI of the database for MLflow."""
     return f"{_SCHEME}{database}"
 
 
 def artifact_root(database: Path, shared: bool) -> str:
-    """URI of the folder of the artifacts of a store."""
+    """Return the URI of the folder that holds a store's artifacts."""
     return (database.parent / (ARTIFACTS if shared else _OWN_ARTIFACTS)).as_uri()
 
 
 def prepare(database: Path, shared: bool, connect: Callable[[str], MlflowClient], patience_s: float) -> None:
-    """Make the store, or bring it to the installed MLflow's schema and to the place where it lies now.
+    """Create the store, or upgrade its schema to the installed MLflow and correct its paths if it was moved.
 
-    Raises TrackingError, OSError, sqlite3.Error and what MLflow raises.
+    Raises TrackingError, OSError, sqlite3.Error and the errors of MLflow.
     """
     with database_lock(database, patience_s) as is_held:
-        if is_held:  # else they may be those of a process that lives
+        if is_held:  # without the lock, partial copies may belong to a running process
             clear_partials(database)
         make_database(database, connect)
         upgrade_database(database, patience_s)
@@ -84,14 +84,14 @@ def prepare(database: Path, shared: bool, connect: Callable[[str], MlflowClient]
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a database says of a run."""
+    """A run as its database records it."""
 
     folder: str
-    """The run folder of its tag; "" where it has none."""
+    """Run folder from its tag; "" without one."""
 
 
 def find_stored(database: Path, run_id: str) -> StoredRun | None:
-    """A run of a database; None where it does not hold it or does not exist. Raises sqlite3.Error."""
+    """Return a run of a database; None if the run or the database does not exist. Raises sqlite3.Error."""
     if not database.exists():
         return None
     with closing(open_database(database)) as connection:
@@ -103,7 +103,7 @@ def find_stored(database: Path, run_id: str) -> StoredRun | None:
 
 
 def is_copy(stored: StoredRun, run_folder: str) -> bool:
-    """Whether the MLflow run is that of another run folder beside this one, of which this one is a copy."""
+    """Return whether `run_folder` is a copy of a run folder beside it, to which the MLflow run belongs."""
     other = stored.folder
     if not other or "://" in other or _same(other, run_folder) or not _same(_parent(other), _parent(run_folder)):
         return False
@@ -111,23 +111,26 @@ def is_copy(stored: StoredRun, run_folder: str) -> bool:
 
 
 def uri_of_moved(run_folder: str, uri: str, run_id: str) -> str:
-    """URI of the store that has a run now: its run folder may have been moved since `uri` was recorded, or all of
-    `output`. The recorded one where no other has it."""
+    """Return the URI of the store that holds a run.
+
+    The run folder or the whole `output` folder may have been moved since `uri` was recorded. Returns `uri` if no local
+    database holds the run.
+    """
     if not uri.startswith(_SCHEME) or "://" in run_folder:
         return uri
     for database in _databases(run_folder):
         try:
             if find_stored(database, run_id) is not None:
                 return sqlite_uri(database)
-        except sqlite3.Error:  # damaged: whoever opens it says so
+        except sqlite3.Error:  # damaged; reported when the database is used
             continue
     return uri
 
 
 def moved_artifacts(uri: str, artifact_uri: str) -> Path | None:
-    """Folder of the artifacts of a run whose store was moved; None where the recorded place is right.
+    """Return the artifact folder of a run whose store was moved; None if the recorded location is correct.
 
-    A reader needs it: only a process that writes puts the records right.
+    Readers need this, because only a process that writes corrects the recorded locations.
     """
     if not uri.startswith(_SCHEME):
         return None
@@ -139,7 +142,7 @@ def moved_artifacts(uri: str, artifact_uri: str) -> Path | None:
 
 
 def _databases(run_folder: str) -> tuple[Path, Path]:
-    """The run's own file and that of its `output`, whether or not they exist."""
+    """Return the run's own database and that of its `output`. Neither needs to exist."""
     return Path(run_folder).resolve() / DATABASE, Path(_parent(run_folder)).resolve() / DATABASE
 
 
@@ -152,7 +155,10 @@ def _same(one: str, other: str) -> bool:
 
 
 def _holds_runs(database: Path) -> bool:
-    """Also where that cannot be found out; a file that a killed process of version 0.1 left half made holds none."""
+    """Return whether the database holds runs; True if it cannot be read.
+
+    Version 0.1 could leave an incomplete file without tables when it was killed; such a file holds no runs.
+    """
     try:
         with closing(open_database(database)) as connection:
             return connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0] > 0
@@ -163,7 +169,7 @@ def _holds_runs(database: Path) -> bool:
 
 
 def _relocate(database: Path, root: str, patience_s: float) -> None:
-    """Where the store was moved, let its artifacts and the tags of run folders follow. Other locations stay."""
+    """Correct the locations of artifacts, run folders and checkpoints if the store was moved. Others stay unchanged."""
     with closing(open_database(database, patience_s)) as connection:
         rows = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
         moved = [old for (old,) in rows if old and old != root and _is_root_of_store(old, root.rpartition("/")[2])]
@@ -181,7 +187,7 @@ def _relocate(database: Path, root: str, patience_s: float) -> None:
 
 
 def _is_root_of_store(location: str, name: str) -> bool:
-    """Whether this module made the location, for a store at another place."""
+    """Return whether the location is one that this module creates, for a store at another path."""
     return location.startswith("file:///") and location.endswith(f"/{name}")
 
 

@@ -1,7 +1,7 @@
-"""Evaluated checkpoints as MLflow's logged models, and tables of their classes.
+"""Evaluated checkpoints as logged models of MLflow, with tables of metrics per class.
 
-A model is external: MLflow keeps its figures and the address of its checkpoint, whose files stay in the run folder.
-Everything here may be done twice with the same outcome, as a process may die between sending and noting that it sent.
+The models are external: MLflow stores their metrics and the URL of their checkpoint, whose files stay in the run
+folder. All operations are idempotent, because a process may die after it has sent an entry and before it notes that.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from m2f.data_pipeline.storage.scratch import ScratchFolder
 
 LOGGER = logging.getLogger(__name__)
 COMMIT_TAG = "m2f.commit"
-"""Tag of a logged model: name of the checkpoint's commit, which tells it from every other one of the run."""
+"""Tag of a logged model that holds the name of its checkpoint's commit, which is unique within the run."""
 CHECKPOINT_TAG = "m2f.checkpoint"
-"""Name of the checkpoint's folder."""
+"""Tag of a logged model that holds the folder name of its checkpoint."""
 URL_TAG = "m2f.checkpoint.url"
 STEP_TAG = "m2f.step"
 STATE_TAG = "m2f.checkpoint.state"
@@ -38,15 +38,15 @@ MODEL_TYPE = "segmentation"
 EXTERNAL_TAG = "mlflow.model.isExternal"
 TABLES_TAG = "mlflow.loggedArtifacts"
 _SHARED_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
-"""Of the run, which its models have as well."""
+"""Tags of the run that its models copy."""
 METRICS_PER_CALL = 1000
 TABLE_ATTEMPTS = 3
-"""Times that rows of a table are written while other processes overwrite them."""
+"""Attempts to write rows of a table that other processes may overwrite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedCheckpoint:
-    """A committed checkpoint that was evaluated."""
+    """A committed checkpoint that has been evaluated."""
 
     commit: str
     """Name of its commit."""
@@ -60,11 +60,11 @@ class EvaluatedCheckpoint:
 
     @property
     def model_name(self) -> str:
-        """As MLflow lists it, without the characters that it refuses."""
+        """Name of the logged model, without the characters that MLflow refuses."""
         return "".join("_" if c in "/:.%\"'" else c for c in f"{self.run_name}-{self.name}")
 
     def tags(self) -> dict[str, str]:
-        """Of the logged model."""
+        """Return the tags of the logged model."""
         tags = {
             COMMIT_TAG: self.commit,
             CHECKPOINT_TAG: self.name,
@@ -78,34 +78,34 @@ class EvaluatedCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class SetFigures:
-    """What an evaluation found on one set."""
+    """Results of an evaluation on one set."""
 
     label: str
-    """What the results are called; metrics begin with it."""
+    """Label of the evaluation set; names of metrics begin with it."""
     data: DataInput
     metrics: Mapping[str, float]
-    """As `val/PQ`."""
+    """Values by name, for example `val/PQ`."""
     per_class: Sequence[Mapping[str, Any]]
-    """Rows of the table."""
+    """Rows of the table of classes."""
 
     def point(self, key: str, value: float, time_ms: int, step: int, model_id: str | None) -> Metric:
-        """A point of the run that belongs to this data set and to a model."""
+        """Return a metric of the run that is linked with this data set and, unless `model_id` is None, with a model."""
         digest = digest_of(self.data)
         return Metric(key, value, time_ms, step, model_id, dataset_name=self.data.name, dataset_digest=digest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptCheckpoints:
-    """Which checkpoints a run had at one moment."""
+    """Checkpoints that a run had at one point in time."""
 
     names: Collection[str]
-    """Of their folders."""
+    """Names of their folders."""
     newest: int
-    """The last step that a checkpoint had then; nothing is known of later ones."""
+    """Step of the newest checkpoint at that time. Nothing is known of later checkpoints."""
 
 
 class LoggedModels:
-    """The logged models of one run."""
+    """Logged models of one MLflow run."""
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self._client, self._run_id = client, run_id
@@ -117,9 +117,9 @@ class LoggedModels:
             client.set_experiment_tag(self._experiment, EXPERIMENT_KIND, MODEL_TRAINING)
 
     def ensure(self, checkpoint: EvaluatedCheckpoint) -> LoggedModel | None:
-        """The model of a checkpoint, which is made, completed and linked with the run where it is not.
+        """Return the model of a checkpoint; create, complete or link it with the run if that is still missing.
 
-        None where the server is of a version that has no logged models.
+        Returns None if the server does not support logged models.
         """
         if not self._has_models:
             return None
@@ -127,16 +127,16 @@ class LoggedModels:
         if model is None:
             made = self._create(checkpoint, checkpoint.model_name)
             model = self._find(checkpoint.commit) or made
-            if model.model_id != made.model_id:  # another process was faster
+            if model.model_id != made.model_id:  # another process created it first
                 self._client.delete_logged_model(made.model_id)
         return self._complete(model, checkpoint.step)
 
     def make(self, checkpoint: EvaluatedCheckpoint, name: str) -> LoggedModel:
-        """Another model of a checkpoint that has one."""
+        """Create and return another model of a checkpoint that already has one."""
         return self._complete(self._create(checkpoint, name), checkpoint.step)
 
     def find_tagged(self, commit: str, tag: str, value: str) -> LoggedModel | None:
-        """A model of a commit with this value of a tag."""
+        """Return a model of a commit whose tag has this value; None without one."""
         query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
         return next((model for model in self._all(query) if model.tags.get(tag) == value), None)
 
@@ -160,7 +160,7 @@ class LoggedModels:
         return model
 
     def link_data(self, sets: Sequence[SetFigures]) -> None:
-        """Make the evaluated data sets inputs of the run where they are not."""
+        """Log the evaluated data sets as inputs of the run, except for those that it has."""
         inputs = self._client.get_run(self._run_id).inputs
         known = {(one.dataset.name, one.dataset.digest) for one in (inputs.dataset_inputs if inputs else ())}
         new = [one.data for one in sets if (one.data.name, digest_of(one.data)) not in known]
@@ -168,7 +168,7 @@ class LoggedModels:
             self._client.log_inputs(self._run_id, [dataset_input(data) for data in new])
 
     def mark(self, kept: KeptCheckpoints) -> None:
-        """Tag the models whose checkpoints are gone, and those that came back."""
+        """Update the state tag of models whose checkpoints were deleted or exist again."""
         for model in self._all(f"source_run_id = '{self._run_id}'") if self._has_models else ():
             name, step = model.tags.get(CHECKPOINT_TAG), model.tags.get(STEP_TAG, "")
             if name is None or not step.isdecimal() or (name not in kept.names and int(step) > kept.newest):
@@ -178,9 +178,10 @@ class LoggedModels:
                 self._client.set_logged_model_tags(model.model_id, {STATE_TAG: state})
 
     def add_metrics(self, model: LoggedModel | None, points: Sequence[Metric]) -> None:
-        """Points of the run that are the model's, too. Those that either has already are not doubled.
+        """Log metrics for the run and the model, without duplicates.
 
-        A point that the run has must come with the value and time that it has there.
+        Metrics that the model has are skipped. A metric that the run has must come with its stored value and time, so
+        that MLflow ignores it for the run.
         """
         known = {(metric.key, metric.dataset_digest) for metric in (model.metrics or () if model else ())}
         new = [point for point in points if (point.key, point.dataset_digest) not in known]
@@ -193,13 +194,13 @@ class LoggedModels:
         except MlflowException as error:
             if error.error_code != "ENDPOINT_NOT_FOUND":
                 raise
-            self._client.get_run(self._run_id)  # raises where the server is away, whose proxy may say the same
+            self._client.get_run(self._run_id)  # raises if the server is down and a proxy returned the error above
             LOGGER.warning("tracking: this MLflow server has no logged models; evaluations are points of the run alone")
             return False
         return True
 
     def _find(self, commit: str) -> LoggedModel | None:
-        """The oldest model of a commit."""
+        """Return the oldest model of a commit; None without one."""
         query = f"source_run_id = '{self._run_id}' AND tags.`{COMMIT_TAG}` = '{commit}'"
         return min(self._all(query), key=lambda m: (m.creation_timestamp, m.model_id), default=None)
 
@@ -213,7 +214,7 @@ class LoggedModels:
                 return
 
     def _describe_external(self, model: LoggedModel) -> None:
-        """The file by which MLflow says that the model's files are elsewhere when somebody loads it."""
+        """Log the MLmodel file from which MLflow knows, on loading, that the model's files are elsewhere."""
         described = Model(
             artifact_path=model.artifact_location,
             run_id=self._run_id,
@@ -226,12 +227,12 @@ class LoggedModels:
 
 
 def digest_of(data: DataInput) -> str:
-    """As MLflow keeps it, which takes at most 36 characters; the profile has the whole fingerprint."""
+    """Return the digest for MLflow, which allows at most 36 characters. The profile has the whole fingerprint."""
     return data.fingerprint[:36]
 
 
 def dataset_input(data: DataInput) -> DatasetInput:
-    """With a source that `mlflow.data.get_source` opens."""
+    """Return the input for MLflow, with a source that `mlflow.data.get_source` can open."""
     scheme, _, rest = data.url.partition("://")
     uri, kind = (data.url, scheme) if rest else (os.path.abspath(data.url), "local")
     dataset = Dataset(data.name, digest_of(data), kind, json.dumps({"uri": uri}), profile=data.profile)
@@ -239,10 +240,10 @@ def dataset_input(data: DataInput) -> DatasetInput:
 
 
 def write_table(client: MlflowClient, run_id: str, step: int, figures: SetFigures) -> None:
-    """Add rows of a step to the table of the set's classes, in place of earlier ones of that step.
+    """Write the rows of a step to the table of the set's classes, replacing earlier rows of that step.
 
-    The table is as `MlflowClient.log_table` writes it, which would append the rows once more. Several processes may
-    write one table, so it is read again, and written again where another one has overwritten these rows.
+    The format is that of `MlflowClient.log_table`, which cannot replace rows. Several processes may write one table.
+    Therefore the table is read again, and written again if another process has overwritten these rows.
     """
     path = f"per_class/{figures.label}.json"
     wanted = [{"step": step, **row} for row in figures.per_class]
@@ -258,7 +259,7 @@ def write_table(client: MlflowClient, run_id: str, step: int, figures: SetFigure
 
 
 def _put_rows(client: MlflowClient, run_id: str, path: str, step: int, wanted: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of a step among those of the others, with every column that any row has."""
+    """Write the table with the rows of a step replaced. Its columns are all those that any row has."""
     rows = [row for row in _table_rows(client, run_id, path) if row.get("step") != step]
     rows += [dict(row) for row in wanted]
     rows.sort(key=lambda row: row["step"])
@@ -279,12 +280,12 @@ def _table_rows(client: MlflowClient, run_id: str, path: str) -> list[dict[str, 
 def evaluation_entry(
     checkpoint: EvaluatedCheckpoint, sets: Sequence[SetFigures], time_ms: int, replaces: bool
 ) -> dict[str, Any]:
-    """As a journal keeps an evaluation."""
+    """Return the journal entry of an evaluation."""
     figures = [asdict(one) for one in sets]
     return {"evaluation": asdict(checkpoint), "sets": figures, "time_ms": time_ms, "replaces": replaces}
 
 
 def parse_evaluation(entry: Mapping[str, Any]) -> tuple[EvaluatedCheckpoint, tuple[SetFigures, ...]]:
-    """Back from a journal. Raises TypeError or LookupError for what another version wrote."""
+    """Return the evaluation of a journal entry. Raises TypeError or LookupError if another version wrote the entry."""
     sets = tuple(SetFigures(**one | {"data": DataInput(**one["data"])}) for one in entry["sets"])
     return EvaluatedCheckpoint(**entry["evaluation"]), sets

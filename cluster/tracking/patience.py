@@ -1,4 +1,4 @@
-"""Calls of a tracking server that wait for it: briefly for its first answer, for `storage.patience_s` from then on."""
+"""Calls of a tracking server with retries: briefly before its first answer, for `storage.patience_s` afterwards."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from m2f.data_pipeline.errors import OutageError
 T = TypeVar("T")
 LOGGER = logging.getLogger(__name__)
 FIRST_CONTACT_S = 20.0
-"""How long a server that has not answered yet is asked: a wrong address is a mistake, no outage."""
+"""Seconds to retry before the first answer. A server that never answered counts as a wrong address, not an outage."""
 _FIRST_REQUEST_S = 10.0
 _HASTE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_FIRST_REQUEST_S:.0f}"}
-"""MLflow's own settings for the first contact, which it reads with every request."""
+"""Environment variables of MLflow for the first contact. MLflow reads them with every request."""
 _SAY_S = 60.0
 _MAX_PAUSE_S = 20.0
 _TOO_MANY = 429
 
 
 class TrackingAwayError(TrackingError, OutageError):
-    """A server that answered this run before gave no answer for `storage.patience_s`."""
+    """A server that had answered before has not answered for `storage.patience_s`."""
 
 
 class Patience:
-    """Makes the calls of one process to one store. A sqlite file is waited for only while others write to it."""
+    """Calls one store from one process, with retries. A sqlite file is retried only while others write to it."""
 
     def __init__(self, uri: str, patience_s: float) -> None:
         self._uri, self._patience_s = uri, patience_s
@@ -39,11 +39,11 @@ class Patience:
         self._said = float("-inf")
 
     def ask(self, call: Callable[[], T]) -> T:
-        """What a call returns, which is repeated where the server does not answer; it must be harmless to do it twice.
+        """Return the result of `call`, repeating it while the server does not answer. The call must be idempotent.
 
         Raises:
-            TrackingAwayError: the server answered an earlier call, and patience is over.
-            Exception: what the call raises, where it is the first one, or no outage.
+            TrackingAwayError: the server has answered before, but not for the last `storage.patience_s` seconds.
+            Exception: the error of `call`, if it is not an outage or if the server has never answered.
         """
         began = time.monotonic()
         for attempt in itertools.count():
@@ -63,7 +63,7 @@ class Patience:
         raise AssertionError("unreachable: the loop has no end")
 
     def _wait(self, error: Exception, pause: float, waited: float) -> None:
-        """Before the next call. Raises where there is none."""
+        """Sleep before the next call; raise if the time is up."""
         if not self._answered and waited + pause + _FIRST_REQUEST_S > min(FIRST_CONTACT_S, self._patience_s):
             raise error
         if self._answered and waited + pause > self._patience_s:
@@ -81,7 +81,7 @@ class Patience:
 
 
 def _is_outage(error: Exception) -> bool:
-    """Whether a server or the way to it is out of order; MLflow counts a connection that fails as status 500."""
+    """Return whether the server or the network fails. MLflow reports a failed connection as status 500."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
     else:

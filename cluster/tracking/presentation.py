@@ -1,4 +1,4 @@
-"""How a run looks in MLflow's pages: who started it, with which command, what it is, and below which run it stands."""
+"""Presentation of a run in MLflow's UI: its user, command, description and parent run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from m2f.data_pipeline.urls import without_secrets
 
 EXPERIMENT_KIND = "mlflow.experimentKind"
 MODEL_TRAINING = "custom_model_development"
-"""Value of the tag above with which the pages of an experiment open on runs and models, not on chat traces.
+"""Value of the tag above that makes the UI open an experiment on runs and models instead of GenAI traces.
 
-MLflow 3.17 goes by its switch between GenAI and model training first.
+In MLflow 3.17, the UI's own switch between GenAI and model training takes precedence.
 """
 PARENT_TAG = "mlflow.parentRunId"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def shown_tags(config: RunConfig, facts: Mapping[str, str], inputs: Sequence[DataInput]) -> dict[str, str]:
-    """Tags under the names that MLflow's pages show: user, source, commit and the note of the run."""
+    """Return the tags that MLflow's UI shows: user, source, commit and description of the run."""
     tags = {
         "mlflow.user": _user(),
         "mlflow.source.name": _command(),
@@ -46,7 +46,7 @@ def shown_tags(config: RunConfig, facts: Mapping[str, str], inputs: Sequence[Dat
 
 
 def note(config: RunConfig, inputs: Sequence[DataInput]) -> str:
-    """The description of a run in Markdown: what is trained on what, and where its files are."""
+    """Return the description of a run in Markdown: its model, data sets and run folder."""
     backbone = config.model.backbone
     lines = [
         f"Mask2Former for {config.data.task} segmentation, backbone `{getattr(backbone, 'name', backbone.kind)}`, "
@@ -62,12 +62,13 @@ def note(config: RunConfig, inputs: Sequence[DataInput]) -> str:
 
 
 def parent_run(client: MlflowClient, experiment: str, wanted: str | None, uri: str) -> str | None:
-    """Id of the run below which a new run is shown; None for a run that stands alone.
+    """Return the id of the parent of a new run; None for a run without a parent.
 
-    `wanted` is an id, or a name: the oldest run of this name in the experiment, which is made where there is none.
-    Without it, a run that this process has open in the same experiment is the parent, as with MLflow's own nested runs.
+    `wanted` is the id of a run, or a name. A name selects the oldest run of that name in the experiment; a missing one
+    is created. Without `wanted`, the parent is the run that this process has open in the same experiment, as with
+    MLflow's nested runs.
 
-    Raises TrackingError for an id that the experiment does not have.
+    Raises TrackingError if the experiment has no run of this id.
     """
     if wanted is None:
         active = mlflow.active_run()
@@ -78,9 +79,9 @@ def parent_run(client: MlflowClient, experiment: str, wanted: str | None, uri: s
         return _run_of_id(client, experiment, wanted, uri)
     if (found := _oldest(client, experiment, wanted)) is None:
         made = client.create_run(experiment, run_name=wanted).info.run_id
-        client.set_terminated(made)  # it only groups others
+        client.set_terminated(made)  # it only groups other runs
         found = _oldest(client, experiment, wanted) or made
-        if found != made:  # another driver was faster
+        if found != made:  # another driver created it first
             client.delete_run(made)
     return found
 
@@ -115,7 +116,7 @@ def _user() -> str:
 
 
 def _command() -> str:
-    """The command line of this process, without what URLs in it must not show."""
+    """Return the command line of this process without secrets in URLs, at most 500 characters."""
     program = os.path.basename(sys.argv[0]) or "python"
     return shlex.join([program, *map(_harmless, sys.argv[1:])])[:500]
 

@@ -1,4 +1,4 @@
-"""What a run was made from besides its recipe: the code as git knows it, and the data by their fingerprints."""
+"""Provenance of a run besides its recipe: the git commit of the code, and the fingerprints of the data sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DataInput:
     """One data set of a run."""
 
     name: str
-    """In the recipe."""
+    """Name in the recipe."""
     context: str
     """`training` or `evaluation`."""
     url: str
@@ -30,24 +30,24 @@ class DataInput:
     """Hex digest of categories, shards and their checksums."""
     images: int
     profile: str
-    """JSON for people: the whole fingerprint, images, shards and categories."""
+    """JSON for display: the whole fingerprint, and the numbers of images, shards and bytes."""
 
 
 def code_facts(folder: Path = CODE) -> dict[str, str]:
-    """Commit and branch of the code, and how many tracked files differ from it; {} for code that git does not keep."""
+    """Return commit and branch of the code, and the number of changed tracked files; {} outside a git checkout."""
     if not (folder / ".git").exists():
         return {}
     try:
         facts = {"code.commit": _git(folder, "rev-parse", "HEAD")}
         facts["code.branch"] = _git(folder, "rev-parse", "--abbrev-ref", "HEAD")
         facts["code.changed_files"] = str(len(_git(folder, "status", "--porcelain", "-uno").splitlines()))
-    except (OSError, subprocess.SubprocessError):  # no git, or a checkout that git refuses
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or refuses the checkout
         return {}
     return facts
 
 
 def data_inputs(config: RunConfig, storage: Storage) -> tuple[DataInput, ...]:
-    """Data sets that are trained on, then those that are evaluated on, without those whose shards are not made yet."""
+    """Return the data sets for training, then those for evaluation. Data sets without shards are left out."""
     used = [("training", item.dataset) for item in config.data.train]
     used += [("evaluation", chosen.dataset) for chosen in config.evaluation.sets]
     found = [data_input(config, context, name, storage) for context, name in dict.fromkeys(used)]
@@ -55,12 +55,12 @@ def data_inputs(config: RunConfig, storage: Storage) -> tuple[DataInput, ...]:
 
 
 def data_facts(inputs: Sequence[DataInput]) -> dict[str, str]:
-    """The fingerprint of every data set."""
+    """Return the fingerprint of every data set by name, with the prefix `data.`."""
     return {f"data.{entry.name}": entry.fingerprint for entry in inputs}
 
 
 def data_input(config: RunConfig, context: str, name: str, storage: Storage) -> DataInput | None:
-    """One data set of a run; None where its shards are not made yet."""
+    """Return a data set of a run; None if its shards do not exist yet."""
     url = config.datasets[name].shards
     document = read_document(url, storage)
     if document is None:

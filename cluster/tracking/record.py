@@ -1,4 +1,4 @@
-"""`tracking.json` of a run folder: which MLflow run a restart continues."""
+"""`tracking.json` of a run folder, which records the MLflow run that a restart continues."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from m2f.data_pipeline.urls import without_secrets
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The MLflow run of a run folder, and what it began with."""
+    """The MLflow run of a run folder, with the settings, code and data of its first start."""
 
     uri: str
     run_id: str
     parameters: dict[str, str] | None
-    """Settings by name; None where they are not known any more."""
+    """Settings by name; None if they are no longer known."""
     facts: dict[str, str] | None
-    """Code and data; None in records of version 0.1, too."""
+    """Commit of the code and fingerprints of the data; None if unknown, as in records of version 0.1."""
     lacks_evaluations: bool = False
-    """Whether the run was made again, and the evaluations that the run folder holds are not on their way to it yet."""
+    """Whether the MLflow run was created again and the run folder's evaluations are not yet queued for it."""
 
 
 def record_url(run_folder: str) -> str:
-    """Where the record is stored."""
+    """Return the URL of the record."""
     return join(run_folder, "tracking.json")
 
 
@@ -36,16 +36,16 @@ def write_record(storage: Storage, run_folder: str, record: RunRecord) -> None:
 
 
 def record_evaluations(storage: Storage, run_folder: str) -> None:
-    """Store that the evaluations of the run folder are in the journals of its MLflow run."""
+    """Record that the evaluations of the run folder are in the journals of its MLflow run."""
     record = read_record(storage, run_folder)
     if record is not None and record.lacks_evaluations:
         write_record(storage, run_folder, replace(record, lacks_evaluations=False))
 
 
 def read_record(storage: Storage, run_folder: str) -> RunRecord | None:
-    """The record; None where there is none. Raises ValueError for one that is damaged.
+    """Return the record; None without one. Raises ValueError if it is damaged.
 
-    Earlier versions stored URLs with credentials, which are left out.
+    Credentials in URLs, which earlier versions stored, are removed.
     """
     url = record_url(run_folder)
     if not storage.exists(url):

@@ -1,4 +1,4 @@
-"""Registered models by their address, `models:/NAME@ALIAS`, and where their files are on this machine."""
+"""Resolve registered models by their address, `models:/NAME@ALIAS`, and fetch their files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from m2f.data_pipeline.storage.scratch import ScratchFolder
 from m2f.model.errors import UserError
 
 CHECKPOINT_FOLDER = "artifacts/checkpoint"
-"""Within a registered model: a checkpoint folder with weights, identity and recipe."""
+"""Path inside a registered model of the checkpoint folder with weights, identity and recipe."""
 
 
 def model_folder(address: str, tracking: str | None = None, folder: str | None = None) -> Path:
-    """The checkpoint folder of a registered model, fetched from the store unless that is on this machine.
+    """Return the checkpoint folder of a registered model, and fetch it from the store if necessary.
 
     Args:
         address: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or `models:/MODEL_ID` of a logged model.
-        tracking: the store; None takes MLFLOW_TRACKING_URI, and MLFLOW_REGISTRY_URI where that is set.
-        folder: where files are copied to; None opens files of this machine where they are, and fetches others into a
-            folder of temporary files that is removed when this process ends.
+        tracking: URI of the store; None uses MLFLOW_TRACKING_URI. MLFLOW_REGISTRY_URI, if set, names the registry.
+        folder: destination of the files. With None, files on this machine are used in place, and others are fetched
+            into a temporary folder that is removed when this process ends.
 
-    Raises TrackingError for an address that names nothing, a model that `m2f register` did not make, or a store that
-    does not answer; StorageError where there is no room for temporary files.
+    Raises:
+        TrackingError: the address does not exist, `m2f register` did not create the model, or the store does not
+            answer.
+        StorageError: there is no space for temporary files.
     """
     uri = checked_uri(tracking or os.environ.get("MLFLOW_TRACKING_URI") or mlflow.get_tracking_uri())
     registry = os.environ.get("MLFLOW_REGISTRY_URI") or uri
@@ -48,7 +50,7 @@ def model_folder(address: str, tracking: str | None = None, folder: str | None =
         )
     except UserError:
         raise
-    except Exception as error:  # whatever the artifact store behind it raises
+    except Exception as error:  # artifact stores raise errors of many types
         if fetched is not None:
             fetched.remove()
         raise TrackingError(
@@ -62,25 +64,25 @@ def model_folder(address: str, tracking: str | None = None, folder: str | None =
 
 
 def _location(address: str, client: MlflowClient) -> str:
-    """Where the files of a model lie, as its store says: MLflow itself would ask the store of the process."""
+    """Return the location of a model's files from its store. MLflow itself would use the store of the process."""
     words = address.removeprefix("models:/").strip("/")
     name, at, alias = words.rpartition("@")
     if at:
         return client.get_model_version_download_uri(name, client.get_model_version_by_alias(name, alias).version)
     name, slash, version = words.rpartition("/")
     if slash:
-        known = version.isdecimal()  # else a word of MLflow's, as latest
+        known = version.isdecimal()  # otherwise a keyword of MLflow such as `latest`
         return client.get_model_version_download_uri(name, version) if known else address
     return str(client.get_logged_model(words).artifact_location)
 
 
 def _is_here(location: str) -> bool:
-    """Whether files are opened where they are: those of a path or a file URL."""
+    """Return whether a location is on this machine: a path or a file URL."""
     return urlsplit(location).scheme in ("", "file")
 
 
 def find_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """The version of a registered model that an alias means; None where there is no such model or alias."""
+    """Return the model version that an alias points to; None if the model or the alias does not exist."""
     try:
         return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
@@ -90,16 +92,16 @@ def find_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | 
 
 
 def registry_client(uri: str) -> MlflowClient:
-    """A client of a store and its registry, which MLFLOW_REGISTRY_URI may put elsewhere."""
-    connect(uri)  # for its settings of MLflow, and the check of the URI
+    """Return a client of a store and its registry. MLFLOW_REGISTRY_URI, if set, names another registry."""
+    connect(uri)  # configures MLflow and checks the URI
     return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
 
 
 @contextmanager
 def using_store(uri: str) -> Iterator[None]:
-    """Let MLflow's functions that take no store use this one."""
+    """Set the store for MLflow's functions that take no URI, and restore the previous one at exit."""
     before, stated = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(checked_uri(uri))  # which exports it as well
+    mlflow.set_tracking_uri(checked_uri(uri))  # also sets MLFLOW_TRACKING_URI
     try:
         yield
     finally:

@@ -9,14 +9,14 @@ from m2f.trainer.reporting import CommitReport, Event, Notice, StepReport
 
 
 class TrackingReporter:
-    """Metrics at their optimizer step; the newest checkpoint and the last notice of each kind as tags."""
+    """Reporter that logs metrics by optimizer step, and the newest checkpoint and last notice of each kind as tags."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
         self._steps: set[int] = set()
 
     def report(self, event: Event) -> None:
-        """Nothing for a RankReport: a StepReport has what matters of all ranks."""
+        """Log an event. RankReport is ignored, because StepReport summarizes all ranks."""
         match event:
             case StepReport(step, metrics):
                 self.track(step, metrics.values())
@@ -27,10 +27,10 @@ class TrackingReporter:
                 self._tracking.set_tag(f"event.{kind}", f"step {step}: {message}")
 
     def track(self, step: int, values: Mapping[str, float]) -> bool:
-        """Values by name, under `train/`, and under `system/` what MLflow shows as such.
+        """Log values by name under `train/`; names under `system/`, which MLflow shows separately, stay unchanged.
 
-        Steps that a restart does again are left out: they have the same values, or are those of a loss spike that was
-        rolled back, which the curve keeps. Returns False where the disk refuses the step: it may be tracked again.
+        A step that a restart repeats is left out: its values are the same, or the curve keeps those of a loss spike
+        that was rolled back. Returns False if the disk refuses the values; the step can then be tracked again.
         """
         if step in self._steps:
             return True
@@ -41,5 +41,5 @@ class TrackingReporter:
 
 
 def tracked_name(name: str) -> str:
-    """How MLflow names a metric of training."""
+    """Return the MLflow name of a training metric."""
     return name if name.startswith("system/") else f"train/{name}"

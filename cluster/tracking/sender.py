@@ -1,4 +1,4 @@
-"""Sends the entries of a journal to a tracking store."""
+"""Send the entries of a journal to a tracking store."""
 
 from __future__ import annotations
 
@@ -36,20 +36,23 @@ class Sender:
         self._client: MlflowClient | None = None
         self._models: LoggedModels | None = None
         self._latest: dict[str, int] | None = None
-        """Last step per key that the store has; None = to be asked (at the start and after every failure)."""
+        """Last stored step by metric; None at the start and after every failure, when the store must be queried."""
         self._steps: dict[str, set[int]] = {}
-        """All steps of the keys that were behind `_latest`."""
+        """All stored steps of a metric, for metrics that were sent at or before their last stored step."""
         self.trouble = ""
-        """Why the last attempt failed; "" when it did not."""
+        """Why the last attempt failed; "" if it succeeded."""
         self._storage = Storage(run.lease.storage) if run.lease is not None else None
         self._stopped = False
 
     def stop(self) -> None:
-        """Send nothing more."""
+        """Stop sending."""
         self._stopped = True
 
     def send_some(self) -> bool:
-        """Send a batch of waiting entries and commit them; False when none waits or the store does not answer."""
+        """Send a batch of pending entries and commit them.
+
+        Returns False if no entry is pending, the store does not answer, or this process may not send any more.
+        """
         try:
             if not self._may_send():
                 return False
@@ -59,7 +62,7 @@ class Sender:
                 self._note_recovery()
                 if not entries:
                     return True
-        except Exception as error:  # whatever a store, a driver or a proxy may raise: training goes on
+        except Exception as error:  # a store, driver or proxy can raise anything, and training must continue
             self._latest = None
             if not self.trouble:
                 LOGGER.warning(f"tracking: {self._run.uri} does not answer ({brief(error)}); points wait on disk")
@@ -67,7 +70,7 @@ class Sender:
         return False
 
     def _may_send(self) -> bool:
-        """Whether the run is still this process's to write."""
+        """Return whether this process may still write to the run: it has not lost the lease and was not stopped."""
         lease = self._run.lease
         if lease is not None and self._storage is not None and not self._stopped:
             try:
@@ -77,7 +80,7 @@ class Sender:
         return not self._stopped
 
     def _send_group(self, entries: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
-        """Send the first entry, or all metrics up to the next entry of another kind; returns the rest."""
+        """Send the first entry, or all metrics up to the next entry of another kind; return the rest."""
         kinds = [kind_of(entry) for entry, _ in entries]
         count = 1
         if kinds[0] == "metrics":
@@ -95,7 +98,7 @@ class Sender:
         return rest
 
     def _leave(self, group: list[Entry], reason: str) -> None:
-        """Go on behind entries that can never be sent."""
+        """Set aside entries that can never be sent, and log the reason."""
         self._journal.set_aside(group)
         LOGGER.warning(f"tracking: {reason} in {self._journal.refused}")
 
@@ -129,7 +132,7 @@ class Sender:
                 assert_never(kind)
 
     def _send_evaluation(self, client: MlflowClient, entry: Entry) -> None:
-        """Points of the run that are those of a logged model as well, and the tables of classes."""
+        """Send the metrics of an evaluation for the run and its logged model, and the tables of classes."""
         try:
             checkpoint, sets = parse_evaluation(entry)
         except (TypeError, LookupError):
@@ -147,11 +150,11 @@ class Sender:
         points = [point if entry["replaces"] else self._as_stored(client, point) for point in points]
         models.add_metrics(model, points)
         self._note_sent(points)
-        for one in sets if model is not None else ():  # to read a table MLflow's client asks for models, too
+        for one in sets if model is not None else ():  # MLflow's client needs logged models to read a table
             write_table(client, self._run.run_id, checkpoint.step, one)
 
     def _as_stored(self, client: MlflowClient, metric: Metric) -> Metric:
-        """With the value and time of the point that the run has at this step: that one is not stored again."""
+        """Return the metric with the stored value and time if the run has it at this step, to avoid a duplicate."""
         if not self._has(client, metric.key, metric.step):
             return metric
         history = client.get_metric_history(self._run.run_id, metric.key)
@@ -172,14 +175,17 @@ class Sender:
         return self._models
 
     def _look(self, client: MlflowClient) -> None:
-        """Find out which steps the store has."""
+        """Query the last stored step of each metric, unless it is known."""
         if self._latest is None:
             self._steps.clear()
             metrics = client.get_run(self._run.run_id).data.to_proto().metrics
             self._latest = {metric.key: metric.step for metric in metrics}
 
     def _new_points(self, client: MlflowClient, group: list[Entry]) -> list[Metric]:
-        """The points of these entries whose step the store does not have for that key, each once."""
+        """Return the metrics of the entries, each once. Those that the store has at their step are left out.
+
+        Entries that replace stored values are always included.
+        """
         self._look(client)
         points: dict[tuple[str, int], Metric] = {}
         for entry in group:

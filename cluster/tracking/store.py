@@ -1,4 +1,4 @@
-"""A tracking store: its client, its limits, and its errors in our words."""
+"""Tracking stores of MLflow: their client, their limits, and clear errors."""
 
 from __future__ import annotations
 
@@ -20,32 +20,38 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"
 
 
 class TrackingError(UserError):
-    """The tracking store cannot be used. Names its URI, the cause and the remedy."""
+    """The tracking store cannot be used. The message names its URI, the cause and the remedy."""
 
 
 def checked_uri(uri: str) -> str:
-    """The URI of a tracking store. Raises TrackingError for one that may hold a secret: it is stored and printed."""
+    """Return the URI of a tracking store.
+
+    Raises TrackingError if the URI may contain a secret, because it is stored and printed.
+    """
     if (problem := url_problem(uri)) is not None:
         raise TrackingError(f"the tracking URI {problem}, and would be stored with the run. {REMEDY}")
     return uri
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of a tracking store that is quiet and gives up soon. Raises TrackingError as `checked_uri` does."""
-    # By default MLflow retries a request for minutes; our journal waits better than a blocked thread does.
+    """Return a client of a tracking store, with short timeouts and little logging.
+
+    Raises TrackingError as `checked_uri` does.
+    """
+    # By default, MLflow retries a request for minutes and blocks the thread; the journal retries instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # prints every error that it also raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs every error that it also raises
     return MlflowClient(tracking_uri=checked_uri(uri))
 
 
 @contextmanager
 def named_store(uri: str) -> Iterator[None]:
-    """Raise TrackingError for whatever a store, a driver or a proxy may raise."""
+    """Convert any error of a store, a driver or a proxy to a TrackingError with a remedy."""
     try:
         yield
     except TrackingError:
@@ -66,17 +72,20 @@ def named_store(uri: str) -> Iterator[None]:
 
 
 def is_refusal(error: MlflowException, uri: str) -> bool:
-    """Whether the store itself says no for good; the 404 page of a proxy whose server restarts does not count."""
+    """Return whether the store itself refuses a request permanently. A proxy's 404 page does not count."""
     return error.error_code in _REFUSALS and (isinstance(error, RestException) or not uri.startswith("http"))
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether a sqlite file was written by others for longer than MLflow waits."""
+    """Return whether the error says that others wrote to a sqlite file for longer than MLflow waits."""
     return "database is locked" in str(error)
 
 
 def ui_command(uri: str) -> str:
-    """How a person looks at a store: a command for a sqlite file, which is named from here if it lies below."""
+    """Return how to open the store's UI: a command for a sqlite file, otherwise the URI.
+
+    The path in the command is relative if the file is below the current folder.
+    """
     if not uri.startswith("sqlite:///"):
         return uri
     path = uri.removeprefix("sqlite:///")
@@ -85,16 +94,16 @@ def ui_command(uri: str) -> str:
 
 
 def shortened(value: str) -> str:
-    """MLflow keeps 6000 characters of a parameter; the whole text is in the recipe artifact."""
+    """Return the value cut to the 6000 characters that MLflow stores; the recipe artifact has the whole text."""
     return value if len(value) <= MAX_PARAM_CHARS else value[: MAX_PARAM_CHARS - 3] + "..."
 
 
 def store_key(name: str) -> str:
-    """A name of a metric, tag or parameter as MLflow allows it."""
+    """Return the name of a metric, tag or parameter with characters that MLflow refuses replaced by `_`."""
     return _NOT_ALLOWED.sub("_", name)
 
 
 def brief(error: Exception) -> str:
-    """An error in one line."""
+    """Return the error's message in one line of at most 203 characters, or its type without a message."""
     text = " ".join(str(error).partition("[SQL:")[0].split()) or type(error).__name__  # SQLAlchemy adds the statement
     return text if len(text) <= 200 else text[:200] + "..."

@@ -1,4 +1,4 @@
-"""The MLflow run of a run folder, as any process that writes to it must know it."""
+"""Description of a run folder's MLflow run for the processes that write to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from m2f.data_pipeline.config import StorageConfig
 
 @dataclass(frozen=True)
 class RunLease:
-    """The lease of a run folder, as far as another process must know it to stop in time."""
+    """The lease of a run folder, with which another process checks whether it may still write."""
 
     run_folder: str
     number: int
@@ -19,17 +19,17 @@ class RunLease:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """All that another process needs to write to the same MLflow run."""
+    """Everything that a process needs to write to an MLflow run. Can be sent to another process."""
 
     uri: str
     run_id: str
     spool: str
-    """Local folder of the journals."""
+    """Local folder that contains the journals."""
     lease: RunLease | None = None
-    """Under which the run is written; None for a process that only adds results of its own."""
+    """Lease under which the process writes; None for a process that only adds its own results."""
     remade: bool = False
-    """Whether it was made again for a run folder that already holds points and evaluations, which it still lacks."""
+    """Whether the MLflow run was created again and still lacks the run folder's points and evaluations."""
 
     def journal(self, writer: str) -> Path:
-        """File of one writer's journal; a holder whose lease is outdated writes to another file than the next one."""
+        """Return the journal file of a writer. Its name contains the lease, so successive holders share no file."""
         return Path(self.spool) / (f"{writer}-{self.lease.number}.jsonl" if self.lease else f"{writer}.jsonl")

@@ -1,9 +1,9 @@
-"""MLflow, written so that it can never hold up or end a training run.
+"""Write to MLflow without ever delaying or ending a training run.
 
-Every point goes to a journal file first and is sent from there by a thread; while the tracking server is away the
-journal grows, and it is replayed when the server answers or when the run is continued. Steps that the server already
-has are not sent again, so the curves of a resumed run have one point per step. MlflowClient only: the fluent API marks
-a run FINISHED when any of its users leaves.
+Every entry goes to a journal file first, and a thread sends it from there. The journal grows while the server does not
+answer; its entries are sent when the server answers again or when the run is continued. Steps that the server already
+has are not sent again, so the curves of a resumed run have one point per step. Only MlflowClient is used, because the
+fluent API marks a run FINISHED when any of its processes exits.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ _RUN_JOURNAL = re.compile(r"(?:driver|rank0|evaluation)(?:-(\d+))?\.jsonl")
 
 
 def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
-    """Make the MLflow run of this run folder, or continue the one that `tracking.json` names. Only the driver calls it.
+    """Create the MLflow run of this run folder, or continue the run in `tracking.json`. Only the driver calls this.
 
-    Its inputs are the data sets with their fingerprints; its tags name the commit of the code. Continuing contacts no
-    server; settings, code and data that changed since are written as tags `resumed.<setting>`. Under a `lease`, what
-    holders of earlier leases could not send is sent with what this one writes.
+    The inputs of the run are the data sets with their fingerprints, and its tags name the commit of the code.
+    Continuing a run contacts no server. Settings, code and data that have changed are logged as tags
+    `resumed.<setting>`. With a `lease`, pending entries of earlier lease holders are taken over.
 
     Raises:
-        TrackingError: the store cannot be reached or refuses the run. Only at the first start: later outages wait.
-        TrackingAwayError: a server that had answered was away for longer than `storage.patience_s`; also only then.
+        TrackingError: the store cannot be reached or refuses the run; a server only at the first start.
+        TrackingAwayError: a server that had answered did not answer for `storage.patience_s`; only at the first start.
     """
     uri, spool, parameters = tracking_uri(config), _spool_folder(config), flatten(config)
     _prepare(config, uri)
@@ -95,7 +95,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
         remade = known.lacks_evaluations
         run = TrackedRun(uri=uri, run_id=known.run_id, spool=spool, lease=held, remade=remade)
         _continue_journals(run, (known.parameters or parameters) | (known.facts or facts), parameters | facts)
-        if stored.folder != config.run_folder:  # moved: a damaged record is rebuilt by this tag
+        if stored.folder != config.run_folder:  # moved; a damaged record is restored from this tag
             Journal(run.journal("driver")).append({"tag": FOLDER_TAG, "value": config.run_folder})
     else:
         run_id = _start_run(config, uri, parameters, facts, inputs)
@@ -111,7 +111,7 @@ def create_run(config: RunConfig, lease: int = 0) -> TrackedRun:
 
 
 def find_run(config: RunConfig) -> TrackedRun | None:
-    """The MLflow run of this run folder, to add to it; None where there is none."""
+    """Return the MLflow run of this run folder, to add results to it; None without one."""
     known = _known_run(config, Storage(config.storage), tracking_uri(config))
     if known is None:
         return None
@@ -121,7 +121,10 @@ def find_run(config: RunConfig) -> TrackedRun | None:
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The recipe's tracking.uri, else MLFLOW_TRACKING_URI, else a sqlite file: see `local_store`."""
+    """Return the recipe's tracking.uri, else MLFLOW_TRACKING_URI, else the URI of a sqlite file (see `local_store`).
+
+    Raises TrackingError if the URI may contain a secret, or if `output` is in a bucket and no URI is set.
+    """
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None and "://" in config.run_folder:
         raise TrackingError(
@@ -131,9 +134,9 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 class Tracking:
-    """Writes one process's metrics to an MLflow run. Only `close` and `finish` wait, and no method raises.
+    """Writes one process's metrics to an MLflow run. No method raises; only `close`, `finish` and `abandon` block.
 
-    `writer` names the journal ("driver", "rank0", "evaluation"): one living process per name.
+    `writer` names the journal ("driver", "rank0", "evaluation"). Only one running process may use a name.
     """
 
     def __init__(self, run: TrackedRun, writer: str, interval_s: float = 2.0) -> None:
@@ -148,9 +151,10 @@ class Tracking:
         self._thread.start()
 
     def log_metrics(self, step: int, values: Mapping[str, float], replaces: bool = False) -> bool:
-        """Values at an optimizer step; False where the disk refuses them.
+        """Log values at an optimizer step; return False if the disk refuses them.
 
-        What the store has of a step stays, unless the values replace it: MLflow then shows these, as they are younger.
+        Values that the store already has at this step stay, unless `replaces` is set. MLflow then shows the new ones,
+        because their time is later.
         """
         points = {store_key(name): float(value) for name, value in values.items()}
         entry: Entry = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": points}
@@ -159,26 +163,29 @@ class Tracking:
     def log_evaluation(
         self, checkpoint: EvaluatedCheckpoint, sets: Sequence[SetFigures], replaces: bool = False
     ) -> None:
-        """What an evaluation found: points of the run at the checkpoint's step, its logged model, tables of classes."""
+        """Log an evaluation: metrics at the checkpoint's step, its logged model, and tables of classes."""
         named = [
             replace(one, metrics={store_key(name): float(value) for name, value in one.metrics.items()}) for one in sets
         ]
         self._append(evaluation_entry(checkpoint, named, time.time_ns() // 1_000_000, replaces))
 
     def note_kept(self, kept: KeptCheckpoints) -> None:
-        """Which checkpoints there are: the logged models of others are tagged as deleted."""
+        """Log which checkpoints exist; the logged models of other checkpoints are tagged as deleted."""
         self._append({"kept": sorted(kept.names), "newest": kept.newest})
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """A local file, or a folder with all it holds, under `folder` of the run. It is read when it is sent."""
+        """Log a local file or folder under `folder` of the run's artifacts. It is read when it is sent."""
         self._append({"artifact": str(Path(path).resolve()), "folder": folder})
 
     def set_tag(self, name: str, value: str) -> None:
-        """A tag of the run; the last value stands."""
+        """Set a tag of the run; the last value wins."""
         self._append({"tag": store_key(name), "value": value[:MAX_PARAM_CHARS]})
 
     def finish(self, status: RunStatus, timeout_s: float = 60.0, kept: KeptCheckpoints | None = None) -> bool:
-        """The run has ended: send what waits, here and in journals that other processes left, and close."""
+        """Set the final status, send all pending entries, also those in journals of other processes, and close.
+
+        Each journal has `timeout_s` seconds. Returns whether everything was sent.
+        """
         if self._run.lease is not None:
             _adopt_journals(self._run, self._run.lease.number)
         if kept is not None:
@@ -191,14 +198,17 @@ class Tracking:
         return sent
 
     def abandon(self) -> None:
-        """Another process has taken the run over: send nothing more; the journal is left to that process."""
+        """Stop sending, because another process has taken over the run; that process sends the journal."""
         self._sender.stop()
-        self._deadline = 0.0  # also where the store does not answer
+        self._deadline = 0.0  # ends the thread even if the store does not answer
         self._closing.set()
         self._thread.join()
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Send what waits, for at most `timeout_s`; whether all went out. What did not stays in the journal."""
+        """Send pending entries for at most `timeout_s` seconds; return whether all were sent.
+
+        Entries that could not be sent stay in the journal.
+        """
         self._deadline = time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s + 1.0)
@@ -229,7 +239,7 @@ class Tracking:
     def _send_all(self) -> None:
         pause_s = self._interval_s
         while True:
-            is_closing = self._closing.is_set()  # asked first: what was appended before `close` is sent
+            is_closing = self._closing.is_set()  # read before sending, so that entries appended before `close` are sent
             more = self._sender.send_some()
             if self._sender.trouble:
                 pause_s = min(MAX_PAUSE_S, pause_s * 2)
@@ -246,7 +256,7 @@ class Tracking:
 
 
 def _local(config: RunConfig, uri: str) -> Path | None:
-    """The sqlite file that the run uses as it names no other store; None where `uri` is another one."""
+    """Return the local sqlite file of the run if `uri` is its URI; otherwise None."""
     if "://" in config.run_folder:
         return None
     database = local_database(config.run_folder)
@@ -254,7 +264,7 @@ def _local(config: RunConfig, uri: str) -> Path | None:
 
 
 def _prepare(config: RunConfig, uri: str) -> None:
-    """Before anything else touches the local store. Raises TrackingError."""
+    """Prepare the local store if `uri` is one. To be called before any other access. Raises TrackingError."""
     database = _local(config, uri)
     if database is not None:
         with named_store(uri):
@@ -262,7 +272,10 @@ def _prepare(config: RunConfig, uri: str) -> None:
 
 
 def _continued(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | None:
-    """The recorded run, if it is the one to write to. Raises TrackingError."""
+    """Return the recorded run; None if it is missing in the store or belongs to another run folder.
+
+    Raises TrackingError.
+    """
     database = _local(config, uri)
     if database is None:
         return StoredRun(config.run_folder) if known.uri == uri else None
@@ -272,7 +285,7 @@ def _continued(config: RunConfig, known: RunRecord, uri: str) -> StoredRun | Non
 
 
 def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | None:
-    """The run that `tracking.json` names; where that is damaged, the newest one of this run folder in the store."""
+    """Return the run in `tracking.json`; if that file is damaged, the newest run of this run folder in the store."""
     try:
         return read_record(storage, config.run_folder)
     except ValueError as error:
@@ -285,7 +298,7 @@ def _known_run(config: RunConfig, storage: Storage, uri: str) -> RunRecord | Non
 
 
 def _tagged_run(config: RunConfig, uri: str) -> str | None:
-    """Id of the newest run with the tag of this run folder."""
+    """Return the id of the newest run with the tag of this run folder; None without one."""
     local = _local(config, uri)
     if local is not None and not local.exists():
         return None
@@ -295,19 +308,19 @@ def _tagged_run(config: RunConfig, uri: str) -> str | None:
         experiment = patience.ask(lambda: client.get_experiment_by_name(config.tracking.experiment))
         if experiment is None:
             return None
-        # In a database of its own every run is one of this folder, which may have been moved.
+        # All runs of a run folder's own database belong to it, even if the folder was moved and the tag is outdated.
         quote = '"' if "'" in config.run_folder else "'"
         wanted = f"tags.`{FOLDER_TAG}` = {quote}{config.run_folder}{quote}"
         wanted = "" if local is not None and not is_shared(config.run_folder, local) else wanted
         runs = [experiment.experiment_id]
-        found = patience.ask(lambda: client.search_runs(runs, wanted, max_results=1))  # the newest comes first
+        found = patience.ask(lambda: client.search_runs(runs, wanted, max_results=1))  # sorted newest first
         return found[0].info.run_id if found else None
 
 
 def _start_run(
     config: RunConfig, uri: str, parameters: Mapping[str, str], facts: Mapping[str, str], inputs: Sequence[DataInput]
 ) -> str:
-    """Create the run with its parameters, tags, inputs and recipe; returns its id."""
+    """Create the run with its parameters, tags, inputs and recipe; return its id."""
     with named_store(uri):
         if uri.startswith("sqlite:///"):
             make_database(Path(uri.removeprefix("sqlite:///")), connect)
@@ -326,7 +339,7 @@ def _start_run(
 
 
 class _Creation:
-    """Makes the run, and finds it when it is called again since only the answer was lost."""
+    """Idempotent creation of a run: a second call finds the run if only the answer to the first was lost."""
 
     def __init__(self, client: MlflowClient, config: RunConfig, experiment: str, tags: Mapping[str, str]) -> None:
         self._client, self._config, self._experiment = client, config, experiment
@@ -351,7 +364,7 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
         if EXPERIMENT_KIND not in experiment.tags:
             client.set_experiment_tag(experiment.experiment_id, EXPERIMENT_KIND, MODEL_TRAINING)
         return experiment.experiment_id
-    # A sqlite store would put artifacts under the current folder, wherever that is.
+    # By default, a sqlite store puts artifacts into the current folder.
     location, local = None, _local(config, uri)
     if local is not None:
         location = artifact_root(local, is_shared(config.run_folder, local))
@@ -363,16 +376,16 @@ def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        made = client.get_experiment_by_name(config.tracking.experiment)  # another driver was faster
+        made = client.get_experiment_by_name(config.tracking.experiment)  # another driver created it first
         assert made is not None, "MLflow says that it exists"
         return made.experiment_id
 
 
 def _adopt_journals(run: TrackedRun, newest: int) -> None:
-    """Move what processes under leases up to `newest` could not send into the driver's journal, but for the status.
+    """Move unsent entries of processes under leases up to `newest` to the driver's journal, except for their status.
 
-    What the evaluation left goes to that of the evaluation under this lease, if it is to begin: so one process alone
-    makes models and tables.
+    At the start of a run, entries of earlier evaluations go to the evaluation journal of this lease instead, so that a
+    single process creates models and tables.
     """
     assert run.lease is not None
     is_end = newest == run.lease.number
@@ -392,7 +405,7 @@ def _adopt_journals(run: TrackedRun, newest: int) -> None:
 
 
 def _continue_journals(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Take over what earlier processes could not send, and note what changed. Raises TrackingError."""
+    """Take over unsent entries of earlier processes, and log what has changed. Raises TrackingError."""
     try:
         if run.lease is not None:
             _adopt_journals(run, run.lease.number - 1)
@@ -413,7 +426,7 @@ def _note_resume(run: TrackedRun, before: Mapping[str, str], now: Mapping[str, s
 
 
 def _spool_folder(config: RunConfig) -> str:
-    """`tracking/` in the run folder; for one in a bucket, a folder on this machine that a restart finds again."""
+    """Return `tracking/` in the run folder; for a run folder in a bucket, a local folder derived from its URL."""
     if "://" not in config.run_folder:
         return str(Path(config.run_folder).resolve() / "tracking")
     name = sha256(config.run_folder.encode()).hexdigest()[:16]
