@@ -1,1 +1,1 @@
-"""Backbones that return feature maps of strides 4, 8, 16 and 32."""
+"""Backbones that return feature maps at strides 4, 8, 16 and 32."""

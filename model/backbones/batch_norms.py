@@ -1,4 +1,4 @@
-"""What a backbone's BatchNorms can become: frozen, synchronised over all ranks, or GroupNorm."""
+"""Replacements for a backbone's BatchNorms: frozen, synchronised over all ranks, or GroupNorm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m2f.model.layers import GroupNorm
 
 
 class _KeptConstants(NamedTuple):
-    """What a frozen BatchNorm multiplies with and adds, and what it was made from."""
+    """Cached scale and shift of a frozen BatchNorm, with the buffers and versions they were computed from."""
 
     dtype: torch.dtype
     buffers: tuple[Tensor, ...]
@@ -23,15 +23,16 @@ class _KeptConstants(NamedTuple):
     scale_and_shift: tuple[Tensor, Tensor]
 
     def is_of(self, dtype: torch.dtype, buffers: tuple[Tensor, ...], versions: list[int]) -> bool:
-        """Whether it was made from these buffers, as they were then."""
+        """Return whether the constants were computed from these buffers in these versions."""
         is_same = all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
         return is_same and dtype == self.dtype and versions == self.versions
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """BatchNorm with fixed statistics and affine, all buffers: one fused kernel that keeps no activation for backward.
+    """BatchNorm with fixed statistics and affine parameters, all stored as buffers.
 
-    Starts as the identity, as in Detectron2; a fresh BatchNorm may have zero gains, which would never recover here.
+    The forward pass is one fused kernel that keeps no activation for the backward pass. The initial state is the
+    identity, as in Detectron2. A new BatchNorm may have zero gains, which could never recover here.
     """
 
     def __init__(self, source: nn.BatchNorm2d) -> None:
@@ -45,31 +46,34 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def from_trained(cls, source: nn.BatchNorm2d) -> FrozenBatchNorm2d:
-        """Freeze a BatchNorm as it is."""
+        """Freeze a BatchNorm in its current state."""
         frozen = cls(source)
         for name, buffer in frozen.named_buffers():
             buffer.copy_(getattr(source, name).detach())
         return frozen
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # the buffers of a copy count their writes anew
+        return self.__dict__ | {"_kept": None}  # version counters start again in a copy
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape and dtype.
+        """Normalise [B, C, H, W]; shape and dtype stay the same.
 
-        Writes to `.data` of a buffer are not seen: torch does not count them.
+        Writes to `.data` of a buffer are not noticed, because torch does not count them.
         """
         scale, shift = self._scale_and_shift(features.dtype)
         return torch.addcmul(shift, features, scale)
 
     def _scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[1, C, 1, 1] each; made again only after a buffer was replaced or written to."""
+        """Return scale and shift, [1, C, 1, 1] each.
+
+        They are recomputed only after a buffer was replaced or written to.
+        """
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
-        if not may_keep() or any(buffer.is_inference() for buffer in buffers):  # these do not count writes
+        if not may_keep() or any(buffer.is_inference() for buffer in buffers):  # these have no version counter
             return self._make_scale_and_shift(dtype)
         versions = [buffer._version for buffer in buffers]
         if self._kept is None or not self._kept.is_of(dtype, buffers, versions):
-            with torch.inference_mode(False):  # what inference makes, training could not keep for its backward pass
+            with torch.inference_mode(False):  # autograd cannot save inference tensors for a backward pass
                 self._kept = _KeptConstants(dtype, buffers, versions, self._make_scale_and_shift(dtype))
         return self._kept.scale_and_shift
 
@@ -82,21 +86,21 @@ class FrozenBatchNorm2d(nn.Module):
 class SyncBatchNorm2d(nn.SyncBatchNorm):
     """BatchNorm whose training statistics cover the batches of all ranks.
 
-    torch's own has kernels for GPUs only; on the CPU the same sums go through two all-reduces here. In one process,
-    and outside of training, it is a plain BatchNorm.
+    torch's version supports GPUs only. On a CPU, this class computes the same sums with two all-reduces. In a single
+    process, and outside training, it is a plain BatchNorm.
     """
 
     @classmethod
     def like(cls, source: nn.BatchNorm2d) -> SyncBatchNorm2d:
-        """Take over a BatchNorm with its affine and statistics."""
+        """Create a SyncBatchNorm2d with the affine parameters and statistics of a BatchNorm."""
         norm = cls(source.num_features, eps=source.eps, momentum=source.momentum)
         norm.load_state_dict(source.state_dict())
         return norm
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
-        """[B, C, H, W] to the same shape; B, H and W may differ between ranks."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.SyncBatchNorm
+        """Normalise [B, C, H, W]; the shape stays the same. B, H and W may differ between ranks."""
         is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-        if is_alone:  # torch's own refuses a CPU wherever there is a process group
+        if is_alone:  # torch's version rejects CPU tensors if a process group exists
             return nn.modules.batchnorm._BatchNorm.forward(self, input)
         if not self.training or input.device.type != "cpu":
             return super().forward(input)
@@ -125,7 +129,7 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks. Every rank's output depends on every rank's input, so gradients are summed over ranks too."""
+    """Sum over ranks. Every rank's output depends on every rank's input, so gradients are also summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -141,9 +145,9 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def group_norm_like(source: nn.BatchNorm2d) -> GroupNorm:
-    """GroupNorm in place of a BatchNorm, with its affine (residual branches may start at zero gain).
+    """Return a GroupNorm with the affine parameters of a BatchNorm, because residual branches may start at zero gain.
 
-    About 16 channels a group: with a fixed number of groups, a narrow stage would be normalised channel by channel.
+    A group has about 16 channels. With a fixed number of groups, a narrow stage would be normalised channel by channel.
     """
     norm = GroupNorm(math.gcd(max(1, source.num_features // 16), source.num_features), source.num_features)
     with torch.no_grad():
@@ -153,7 +157,7 @@ def group_norm_like(source: nn.BatchNorm2d) -> GroupNorm:
 
 
 def replace_batch_norms(module: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
-    """Replace every BatchNorm below `module`; what timm fuses into one (dropout, activation) is kept behind it."""
+    """Replace every BatchNorm below `module`. Dropout and activation that timm fuses into a norm are kept after it."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             fused = [part for key in ("drop", "act") if isinstance(part := getattr(child, key, None), nn.Module)]

@@ -1,4 +1,4 @@
-"""Backbones: images to feature maps at strides 4, 8, 16 and 32."""
+"""Construction of backbones, which turn images into feature maps at strides 4, 8, 16 and 32."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from m2f.model.backbones.vit_adapter import ViTAdapter
 from m2f.model.config import BackboneConfig, SwinBackboneConfig, TimmBackboneConfig, ViTAdapterBackboneConfig
 
 Backbone = TimmBackbone | SwinTransformer | PlainVit | ViTAdapter
-"""A module whose forward takes images [B, 3, H, W] and returns a tuple of four maps [B, C_i, H / s, W / s], rounded up;
-its `channels` are the C_i. A PlainVit returns tokens instead."""
+"""A module that maps images [B, 3, H, W] to a tuple of four maps [B, C_i, H / s, W / s], rounded up. Its `channels` are
+the C_i. A PlainVit returns tokens instead."""
 
 
 def build_backbone(config: BackboneConfig, *, pretrained: bool = True) -> Backbone:
-    """Build the backbone of a recipe. With `pretrained=False` its weights are neither fetched nor read.
+    """Build the backbone of a recipe. With `pretrained=False` its weights are neither downloaded nor read.
 
-    Raises ConfigError for an unknown name, unusable options or weights, or a model without such features.
+    Raises ConfigError for an unknown name, unusable options or weights, or a model without suitable features.
     """
     match config:
         case TimmBackboneConfig(features="tokens"):

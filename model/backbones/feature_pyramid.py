@@ -1,4 +1,4 @@
-"""Simple feature pyramid: four maps from the last one of a plain vision transformer.
+"""Simple feature pyramid: four maps from the last map of a plain vision transformer.
 
 Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022, section 3.
 """
@@ -13,7 +13,7 @@ PYRAMID_CHANNELS = 256
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Scales the map at stride 16 by 4, 2, 1 and 1/2, each with its own convolutions."""
+    """Scales the map at stride 16 by 4, 2, 1 and 1/2, with separate convolutions for each scale."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        """[B, C, H / 16, W / 16] to four maps [B, 256, H / s, W / s] at strides s of 4, 8, 16, 32."""
+        """Map [B, C, H / 16, W / 16] to four maps [B, 256, H / s, W / s] at strides s of 4, 8, 16, 32."""
         return tuple(level(features) for level in self.levels)
 
 

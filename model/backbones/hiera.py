@@ -1,4 +1,4 @@
-"""Hiera (Ryali et al., ICML 2023) on images of any size; timm's is bound to the size that it was built for."""
+"""Hiera (Ryali et al., ICML 2023) for images of any size; timm's version is fixed to the size it was built for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class AnySizeHiera(nn.Module):
-    """The blocks of a timm Hiera with position embeddings and token order made for each image size.
+    """The blocks of a timm Hiera, with position embeddings and token order computed for each image size.
 
-    Models with absolute window embeddings (`hiera_*_abswin_*`) tile what belongs to a window and interpolate the rest,
-    which keeps their quality at other sizes (Bolya et al., "Window attention is bugged", ICLR 2024).
+    Models with absolute window embeddings (`hiera_*_abswin_*`) tile the window part and interpolate the rest, which
+    keeps their quality at other sizes (Bolya et al., "Window attention is bugged", ICLR 2024).
     """
 
     def __init__(self, source: Hiera) -> None:
-        """Take over the modules of `source`, which is of no use afterwards."""
+        """Take over the modules of `source`, which cannot be used afterwards."""
         super().__init__()
         self.patch_embed = source.patch_embed
         assert source.pos_embed is not None, "of a video model"
@@ -33,7 +33,10 @@ class AnySizeHiera(nn.Module):
         self.multiple = max(s * unit for s, unit in zip(self._patch_stride, source.mask_unit_size, strict=True))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """`images` [B, 3, H, W], sides divisible by `multiple`, to the maps [B, C_i, H_i, W_i] of all stages."""
+        """Return the maps [B, C_i, H_i, W_i] of all stages.
+
+        `images` is [B, 3, H, W]; its sides must be divisible by `multiple`.
+        """
         size = images.shape[-2:]
         grid = [side // stride for side, stride in zip(size, self._patch_stride, strict=True)]
         tokens = self.patch_embed(images) + self._positions(grid)
@@ -50,7 +53,7 @@ class AnySizeHiera(nn.Module):
         return maps
 
     def _positions(self, grid: list[int]) -> Tensor:
-        """[1, h * w, C]."""
+        """Return position embeddings [1, h * w, C] for a grid of h x w tokens."""
         if self.pos_embed_win is None:
             return resample_abs_pos_embed(self.pos_embed, grid, self._grid, num_prefix_tokens=0)
         windows = [side // unit for side, unit in zip(grid, self.pos_embed_win.shape[-2:], strict=True)]

@@ -1,4 +1,7 @@
-"""Plain vision transformers of timm as their parts: tokens, blocks, norm. For heads whose queries join the blocks."""
+"""Plain vision transformers of timm, split into tokens, blocks and norm.
+
+Segmentation heads whose queries join the blocks need the parts separately.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from m2f.model.constants import kept
 from m2f.model.errors import ConfigError
 
 _PATCH = 16
-"""Side of a patch in pixels; timm resamples the embedding of models with patches of 14, as the authors of EoMT do."""
+"""Side of a patch in pixels. timm resamples the embedding of models with patches of 14, as the authors of EoMT do."""
 _TEMPERATURE = 100.0
 """Base of the frequencies of rotary positions (DINOv3)."""
 
@@ -29,10 +32,10 @@ Grid = tuple[int, int]
 
 
 class PatchTokens(nn.Module):
-    """Turns images into the tokens of class, registers and patches, with learned or rotary positions."""
+    """Turns images into class, register and patch tokens with learned or rotary positions."""
 
     def __init__(self, source: Any, rotary_dim: int) -> None:
-        """Take over the parts of a timm model; `rotary_dim` is the width of a head, 0 without rotary positions."""
+        """Take over the parts of a timm model. `rotary_dim` is the width of a head, or 0 without rotary positions."""
         super().__init__()
         self.proj = source.patch_embed.proj
         self.cls_token, self.reg_token, self.pos_embed = source.cls_token, source.reg_token, source.pos_embed
@@ -42,9 +45,9 @@ class PatchTokens(nn.Module):
         self.grid, self._rotary_dim = tuple(source.patch_embed.grid_size), rotary_dim
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
-        """`images` [B, 3, H, W] to tokens [B, P + N, C], the table of `rotary_positions` or None, and the grid.
+        """Return tokens [B, P + N, C], the table of `rotary_positions` or None, and the grid.
 
-        Sides that the patch does not divide are padded with zeros.
+        `images` [B, 3, H, W] are padded with zeros to multiples of the patch size.
         """
         height, width = images.shape[-2:]
         patches = self.proj(F.pad(images, (0, -width % self.patch, 0, -height % self.patch)))
@@ -59,16 +62,16 @@ class PatchTokens(nn.Module):
         return self.norm(torch.cat([*prefix, tokens], dim=1)), table, grid
 
     def _learned_positions(self, grid: Grid) -> Tensor:
-        if not isinstance(grid[0], torch.SymInt) and grid == self.grid:  # a graph for any size asks nothing of it
+        if not isinstance(grid[0], torch.SymInt) and grid == self.grid:  # graphs for any size must not branch here
             return self.pos_embed
         return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=0)
 
 
 class PlainVit(nn.Module):
-    """A vision transformer whose tokens all have one stride; `embed`, `blocks` and `norm` can be called one by one."""
+    """Vision transformer whose tokens all have one stride. `embed`, `blocks` and `norm` can be called separately."""
 
     def __init__(self, config: TimmBackboneConfig, *, pretrained: bool = True) -> None:
-        """Raises ConfigError for a model of another kind."""
+        """Build the model. Raises ConfigError if it is not a supported plain vision transformer."""
         super().__init__()
         use_pretrained = pretrained and (config.pretrained is True or config.weights is not None)
         source = create_timm_model(config, use_pretrained, num_classes=0, dynamic_img_size=True, patch_size=_PATCH)
@@ -83,14 +86,17 @@ class PlainVit(nn.Module):
         self.checkpointing = config.checkpointing
 
     def forward(self, images: Tensor) -> Tensor:
-        """`images` [B, 3, H, W] to normalised tokens [B, P + N, C]."""
+        """Return normalised tokens [B, P + N, C] of `images` [B, 3, H, W]."""
         tokens, table, _ = self.embed(images)
         for block in self.blocks:
             tokens = self.run(block, tokens, table)
         return self.norm(tokens)
 
     def levels(self, images: Tensor, blocks: Sequence[int]) -> tuple[list[Tensor], Tensor | None, Grid]:
-        """Normalised tokens [B, P + N, C] behind each of these blocks (from 0, ascending), and what `embed` says."""
+        """Return normalised tokens [B, P + N, C] after each of these blocks, and the table and grid of `embed`.
+
+        Block indices start at 0 and are ascending.
+        """
         tokens, table, grid = self.embed(images)
         found = []
         for index, block in enumerate(self.blocks[: blocks[-1] + 1]):
@@ -100,7 +106,10 @@ class PlainVit(nn.Module):
         return found, table, grid
 
     def run(self, block: nn.Module, tokens: Tensor, table: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """One block on tokens [B, T, C]; `mask` is bool [B, 1, T, T], True where a token (row) may attend."""
+        """Run one block on tokens [B, T, C].
+
+        `mask` is bool [B, 1, T, T], True if a token (row) may attend to another (column).
+        """
         positions = (table,) if isinstance(block, EvaBlock) else ()
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, tokens, *positions, attn_mask=mask, use_reentrant=False)
@@ -109,20 +118,21 @@ class PlainVit(nn.Module):
 
 @kept(4)
 def rotary_positions(grid: Grid, dim: int, device: torch.device) -> Tensor:
-    """Sine and cosine [N, 2 * dim] of the angles by which heads of width `dim` are rotated, row by row."""
+    """Return sine and cosine [N, 2 * dim] of the rotation angles for heads of width `dim`, in row order of the
+    patches."""
     return rotations(rotary_angles(grid, dim, device))
 
 
 def rotations(angles: Tensor) -> Tensor:
-    """The table [..., 2 * dim] of angles [..., dim], as blocks take it."""
+    """Return the table [..., 2 * dim] of angles [..., dim] in the form that blocks expect."""
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 @kept(4)
 def rotary_angles(grid: Grid, dim: int, device: torch.device) -> Tensor:
-    """Angles [N, dim]: centres of patches are mapped to [-1, 1] along each axis; y comes before x.
+    """Return angles [N, dim] in float32, whatever the precision of the model.
 
-    In float32 for every precision.
+    Patch centres are mapped to [-1, 1] along each axis; y comes before x.
     """
     axes = [(torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size * 2 - 1 for size in grid]
     centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
@@ -131,10 +141,10 @@ def rotary_angles(grid: Grid, dim: int, device: torch.device) -> Tensor:
 
 
 def with_unrotated(table: Tensor | None, count: int) -> Tensor | None:
-    """A table for sequences with `count` more tokens in front, which are not rotated.
+    """Return the table for sequences with `count` more tokens in front, which are not rotated.
 
-    timm leaves as many tokens in front alone as the model has class and register tokens. With others before these, the
-    rows that follow stand for tokens without position: sine 0 and cosine 1.
+    timm leaves the first tokens unrotated, as many as the model has class and register tokens. If other tokens precede
+    these, the following rows must not rotate: they have sine 0 and cosine 1.
     """
     if table is None:
         return None
@@ -143,7 +153,7 @@ def with_unrotated(table: Tensor | None, count: int) -> Tensor | None:
 
 
 def _require_plain(source: Any, config: TimmBackboneConfig) -> None:
-    """Raise ConfigError for what these parts do not compute."""
+    """Raise ConfigError for models that these parts do not support."""
     is_dinov3 = isinstance(source, Eva) and source.pos_embed is None and type(source.blocks[0]) is EvaBlock
     is_vit = isinstance(source, VisionTransformer) and source.no_embed_class and source.pos_embed is not None
     if not (is_dinov3 or is_vit):

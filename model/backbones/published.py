@@ -1,4 +1,4 @@
-"""Whether a backbone's published weights can be had, found out before anything starts."""
+"""Availability of a backbone's published weights, checked before a run starts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from m2f.model.weights.hub import unavailable
 
 
 def published_problem(name: str) -> str | None:
-    """Why timm's published weights of a model cannot be had here; None where they can. Answers within 5 s.
+    """Return why timm's published weights of a model are not available, or None if they are. Takes at most 5 s.
 
-    Raises ConfigError where the name has a tag that timm does not know.
+    Raises ConfigError if the name has a tag that timm does not know.
     """
     if not timm.is_model(name):
-        return None  # the model's construction names those that timm has
+        return None  # building the model reports the error and suggests names
     try:
         found = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # of a tag after the dot
+    except RuntimeError as error:  # unknown tag after the dot
         known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
         raise ConfigError(f"model.backbone.name is {name!r}: {error}; published are: {known}") from error
     if found is None or not (found.hf_hub_id or found.url):
@@ -29,5 +29,5 @@ def published_problem(name: str) -> str | None:
 
 
 def has_frozen_norms(config: BackboneConfig) -> bool:
-    """Whether a backbone has norms that training leaves as they are."""
+    """Return whether a backbone has norms that training does not change."""
     return any(isinstance(module, FrozenBatchNorm2d) for module in build_backbone_shapes(config).modules())

@@ -1,7 +1,7 @@
 """Swin Transformer (Liu et al., ICCV 2021) with the arithmetic of the published Mask2Former weights.
 
-It differs from timm's Swin on maps that the window does not divide: they are padded first and rolled second, windows
-never shrink, padding takes part in attention, and every output has its own LayerNorm. Names are the official ones.
+It differs from timm's Swin on maps that the window does not divide. Maps are padded before they are rolled, windows
+never shrink, and padding takes part in attention. Every output has its own LayerNorm. Names are the official ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from m2f.model.config import SwinBackboneConfig
 _PATCH = 4
 """Side of a patch in pixels."""
 _MLP_RATIO = 4
-"""Width of the MLP's hidden layer over that of the tokens. All published Swins have these two."""
+"""Width of the MLP's hidden layer relative to the tokens. All published Swins use these two values."""
 _CROSS_REGION_BIAS = -100.0
-"""Added to the attention logits between pixels that only the roll made neighbours; the published value."""
+"""Added to the attention logits between pixels that are neighbours only because of the roll; the published value."""
 
 
 class SwinTransformer(nn.Module):
-    """Four stages of window attention; each one's output is normalised for the pixel decoder."""
+    """Four stages of window attention. The output of each stage is normalised for the pixel decoder."""
 
     channels: tuple[int, ...]
     """Channels of the maps at strides 4, 8, 16, 32."""
@@ -44,12 +44,12 @@ class SwinTransformer(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """`images` [B, 3, H, W] to maps [B, C_i, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up.
+        """Return maps [B, C_i, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up, for `images` [B, 3, H, W].
 
         The maps are channels-last in memory.
         """
         tokens = self.patch_embed(images)
-        # Drawn before any block, so that checkpointed blocks draw nothing when they run again.
+        # Drawn before the blocks, so that checkpointed blocks draw nothing when they are recomputed.
         is_drawn = self.training and self.drop_path > 0
         scales = draw_drop_path_scales(self.drop_path, sum(self._depths), tokens) if is_drawn else None
         maps = []
@@ -62,7 +62,7 @@ class SwinTransformer(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Images to tokens of 4 x 4 pixels; sizes that 4 does not divide are padded with zeros."""
+    """Turns images into tokens of 4 x 4 pixels. Sizes that 4 does not divide are padded with zeros."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,14 +70,14 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, H / 4, W / 4, C], rounded up."""
+        """Map [B, 3, H, W] to [B, H / 4, W / 4, C], rounded up."""
         height, width = images.shape[-2:]
         patches = self.proj(F.pad(images, (0, -width % _PATCH, 0, -height % _PATCH)))
         return self.norm(patches.permute(0, 2, 3, 1))
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, every second one with shifted windows, and the merging that follows them."""
+    """Blocks at one resolution, every second one with shifted windows, followed by patch merging."""
 
     def __init__(self, width: int, depth: int, heads: int, window: int, *, merges: bool) -> None:
         super().__init__()
@@ -89,7 +89,10 @@ class Stage(nn.Module):
         self.downsample = PatchMerging(width) if merges else None
 
     def forward(self, tokens: Tensor, scales: Tensor | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
-        """`tokens` [B, H, W, C], `scales` [depth, 2, B] to the tokens after the blocks and those of the next stage."""
+        """Return the tokens after the blocks and those of the next stage.
+
+        `tokens` is [B, H, W, C]; `scales` [depth, 2, B] are the drop-path factors or None.
+        """
         height, width = (side + window_padding(side, self.window) for side in tokens.shape[1:3])
         mask = shift_mask(height, width, self.window, self.shift, tokens)
         for index, block in enumerate(self.blocks):
@@ -102,7 +105,7 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Window attention and MLP, each a residual branch behind a LayerNorm."""
+    """Window attention and MLP, each in a residual branch that starts with a LayerNorm."""
 
     def __init__(self, width: int, heads: int, window: int, *, shift: int) -> None:
         super().__init__()
@@ -114,7 +117,10 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, tokens: Tensor, mask: Tensor, scales: Tensor | None) -> Tensor:
-        """`tokens` [B, H, W, C] to the same shape; `mask` as `shift_mask` returns it; `scales` [2, B] of drop path."""
+        """Update `tokens` [B, H, W, C].
+
+        `mask` is that of `shift_mask`; `scales` [2, B] are the drop-path factors or None.
+        """
         attended = self._attend(self.norm1(tokens), mask if self.shift else None)
         tokens = tokens + (attended if scales is None else scales[0, :, None, None, None] * attended)
         transformed = self.mlp(self.norm2(tokens))
@@ -133,7 +139,7 @@ class Block(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows with a learned bias per relative position."""
+    """Multi-head self-attention inside windows, with a learned bias per relative position."""
 
     relative_position_index: Tensor
 
@@ -141,24 +147,27 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        # Not a weight, so not in the state dict: loaders skip it in official files.
+        # Not a weight, so it is not in the state dict. Loaders skip it in official files.
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
-        """`windows` [B * M, N, C] of M windows per image and N pixels each; `mask` [M, N, N] is added to the logits."""
+        """Attend inside `windows` [B * M, N, C], with M windows per image and N pixels per window.
+
+        `mask` [M, N, N] is added to the logits.
+        """
         queries, keys, values = self.qkv(windows).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
         if mask is not None:
-            # [M, heads, N, N], then once per image: fused kernels want the batch of the mask to be that of the queries.
+            # [M, heads, N, N], repeated per image: fused kernels need the same batch size for mask and queries.
             bias = (bias + mask[:, None]).repeat(windows.shape[0] // mask.shape[0], 1, 1, 1)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.to(queries.dtype))
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -166,12 +175,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(_MLP_RATIO * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[..., C] to the same shape."""
+        """Transform [..., C]; the shape stays the same."""
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
 class PatchMerging(nn.Module):
-    """Joins 2 x 2 tokens into one of twice the width; odd maps are padded with zeros."""
+    """Joins 2 x 2 tokens into one of twice the width. Odd maps are padded with zeros."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -179,18 +188,18 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, H, W, C] to [B, H / 2, W / 2, 2C], rounded up."""
+        """Map [B, H, W, C] to [B, H / 2, W / 2, 2C], rounded up."""
         height, width = tokens.shape[1:3]
         padded = F.pad(tokens, (0, 0, 0, width % 2, 0, height % 2))
         quads = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H / 2, 2, W / 2, 2, C]
-        # The weights expect the four in column order: top left, bottom left, top right, bottom right.
+        # The weights expect column order: top left, bottom left, top right, bottom right.
         return self.reduction(self.norm(quads.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 def draw_drop_path_scales(rate: float, depth: int, tokens: Tensor) -> Tensor:
-    """Factors [depth, 2, B] of the residual branches of `depth` blocks on `tokens` [B, ...].
+    """Return factors [depth, 2, B] for the residual branches of `depth` blocks on `tokens` [B, ...].
 
-    0 where a sample skips the branch, else 1 / P(kept); P(skipped) grows linearly from 0 to `rate`.
+    A factor is 0 if a sample skips the branch, otherwise 1 / P(kept). P(skipped) grows linearly from 0 to `rate`.
     """
     kept = 1 - torch.linspace(0, rate, depth, device=tokens.device)[:, None, None]
     draws = torch.rand(depth, 2, len(tokens), device=tokens.device)
@@ -198,34 +207,34 @@ def draw_drop_path_scales(rate: float, depth: int, tokens: Tensor) -> Tensor:
 
 
 def window_padding(size: int, window: int) -> int:
-    """How many tokens a side of `size` lacks to be a multiple of the window.
+    """Return the number of tokens to add to a side of `size` to reach a multiple of the window.
 
-    A quotient and not `-size % window`: of that torch.export cannot show that the window divides the sum. Its dividend
-    is positive because ONNX rounds quotients towards zero.
+    The formula uses a quotient instead of `-size % window`, for which torch.export cannot prove that the window divides
+    the sum. The dividend is positive because ONNX rounds quotients towards zero.
     """
     return (size + window - 1) // window * window - size
 
 
 def split_windows(tokens: Tensor, window: int) -> Tensor:
-    """[B, H, W, C] to [B * M, window * window, C]; images are outermost, then rows of windows."""
+    """Split [B, H, W, C] into windows [B * M, window * window, C]. Images are outermost, then rows of windows."""
     grid = _copy(tokens.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3))
     return grid.flatten(3, 4).flatten(0, 2)
 
 
 def merge_windows(windows: Tensor, shape: torch.Size, window: int) -> Tensor:
-    """Undo `split_windows` of tokens of this shape."""
+    """Invert `split_windows` for tokens of this shape."""
     batch, height, width, channels = shape
     grid = windows.view(batch, height // window, width // window, window, window, channels)
     return _copy(grid.transpose(2, 3)).flatten(3, 4).flatten(1, 2)
 
 
 def _copy(grid: Tensor) -> Tensor:
-    """As `flatten` does where there are several windows; without it, a graph would depend on their number."""
+    """Copy explicitly, as `flatten` does with several windows. Without it, a graph would depend on their number."""
     return grid.clone(memory_format=torch.contiguous_format)
 
 
 def relative_position_index(window: int) -> Tensor:
-    """[N, N] int64: the row of the bias table for every pair of the N = window * window pixels."""
+    """Return [N, N] int64: the row of the bias table for every pair of the N = window * window pixels."""
     offsets = torch.arange(window)
     distance = offsets[:, None] - offsets + window - 1  # [window, window] in 0..2 * window - 2
     index = distance[:, None, :, None] * (2 * window - 1) + distance[None, :, None, :]
@@ -233,9 +242,9 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """[M, N, N] for a padded map that was rolled by `shift`: 0 inside a region of the image, -100 between regions.
+    """Return [M, N, N] for a padded map rolled by `shift`: 0 inside a region of the image, -100 between regions.
 
-    The roll brings the first rows next to the last ones; a window that holds both must not mix them.
+    The roll moves the first rows next to the last ones. A window that contains both must not mix them.
     """
     rows, columns = (
         (steps >= size - window).int() + (steps >= size - shift)

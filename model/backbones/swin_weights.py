@@ -1,4 +1,4 @@
-"""Start a Swin Transformer from published weights, whoever named them."""
+"""Initialise a Swin Transformer from published weights in any of the common naming schemes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from m2f.model.weights.files import read_state
 
 _CLASSIFIER_NAMES = re.compile(r"^(norm|head|fc)\.")
 _BUFFER_NAMES = re.compile(r"\.(relative_position_index|attn_mask)$")
-"""Tensors of published files that the backbone does not have as weights: classifiers, and tables it computes."""
+"""Tensors of published files that are not weights of the backbone: classifiers, and tables that it computes itself."""
 _OUTPUT_NORM_NAMES = re.compile(r"^norm\d\.")
 """LayerNorms of the outputs, which classifiers do not have."""
 
 
 def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> None:
-    """Load what `config.pretrained` or `config.weights` names; a recipe with neither keeps the initialisation.
+    """Load the weights that `config.pretrained` or `config.weights` names. With neither, keep the initialisation.
 
-    Raises ConfigError if the weights cannot be had or are of another Swin.
+    Raises ConfigError if the weights are not available or belong to another Swin.
     """
     if config.weights is not None:
         setting, source = "weights", config.weights
@@ -55,9 +55,9 @@ def load_swin_weights(backbone: SwinTransformer, config: SwinBackboneConfig) -> 
 
 
 def official_swin_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's weights of a state dict of timm, of the Swin authors or of a whole official model.
+    """Return the backbone's weights from a state dict of timm, the Swin authors or a whole official model.
 
-    The three agree but for a prefix and for the merging between two stages, which timm counts to the later one. The
+    The three differ only in a prefix and in the merging between two stages, which timm assigns to the later stage. The
     norms of the outputs, `norm0` to `norm3`, exist in segmentation models only.
     """
     prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""

@@ -1,4 +1,4 @@
-"""Any timm model as a feature pyramid at strides 4, 8, 16 and 32, for images of any size."""
+"""timm models as feature pyramids at strides 4, 8, 16 and 32, for images of any size."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from m2f.model.weights.packages import packaged_weights, renamed_in_order, weigh
 from m2f.model.weights.sources import PACKAGE
 
 STRIDES = (4, 8, 16, 32)
-"""Strides of the four maps that the pixel decoders take."""
+"""Strides of the four maps that pixel decoders expect."""
 _VIT_PATCH = 16
-"""Patch of plain transformers: the simple feature pyramid is made for maps of this stride."""
+"""Patch size of plain transformers in pixels. The simple feature pyramid expects maps of this stride."""
 
 
 class TimmBackbone(nn.Module):
-    """A timm model cut into four feature maps."""
+    """A timm model that returns four feature maps."""
 
     channels: tuple[int, ...]
     """Channels of the maps at strides 4, 8, 16, 32."""
@@ -56,15 +56,15 @@ class TimmBackbone(nn.Module):
             _enable_checkpointing(self.body, config)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """`images` [B, 3, H, W] to maps [B, C_i, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up.
+        """Return maps [B, C_i, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up, for `images` [B, 3, H, W].
 
-        Sizes that `multiple` does not divide are padded with zeros first: some models would drop the last rows and
-        columns, others would mix opposite borders.
+        Images are first padded with zeros to sizes that `multiple` divides. Without padding, some models would drop the
+        last rows and columns, and others would mix opposite borders.
         """
         height, width = images.shape[-2:]
         features = self._maps(F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple)))
         return tuple(
-            feature[..., : -(-height // stride), : -(-width // stride)]  # integers only, for torch.export
+            feature[..., : -(-height // stride), : -(-width // stride)]  # integer arithmetic only, for torch.export
             for feature, stride in zip(features, STRIDES, strict=True)
         )
 
@@ -75,7 +75,10 @@ class TimmBackbone(nn.Module):
 
     @torch.no_grad()
     def _probe_channels(self, name: str) -> tuple[int, ...]:
-        """Run a small image through the model: checks layout, strides and that any size is taken."""
+        """Return the channels of the maps.
+
+        Runs a small image to check layout and strides, and that any size is accepted.
+        """
         height, width = 64, 96
         training = self.training
         try:
@@ -99,7 +102,7 @@ class TimmBackbone(nn.Module):
 
 
 class PlainTransformer(nn.Module):
-    """A vision transformer with all features at one stride, followed by a simple feature pyramid."""
+    """Vision transformer with all features at one stride, followed by a simple feature pyramid."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -108,13 +111,16 @@ class PlainTransformer(nn.Module):
         self.pyramid = SimpleFeaturePyramid(model.num_features)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """[B, 3, H, W], sides divisible by 32, to four maps. The last block's tokens pass the model's final norm."""
+        """Return four maps for images [B, 3, H, W] with sides divisible by 32.
+
+        The tokens of the last block pass through the model's final norm.
+        """
         (features,) = self.model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
         return self.pyramid(features)
 
 
 def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
-    """The module that makes four maps of images whose sides `_required_multiple` divides."""
+    """Return the module that makes four maps from images whose sides are multiples of `_required_multiple`."""
     if (problem := name_problem(config.name)) is not None:
         raise ConfigError(f"model.backbone.name is {config.name!r}, {problem}")
     pyramid = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
@@ -125,7 +131,7 @@ def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
                 "most image sizes; use model.backbone.kind swin"
             )
         case "vision_transformer" | "eva" | "deit":
-            # Positions are interpolated for every image size; patches of 14 are resampled to 16, for strides 4 to 32.
+            # Positions are interpolated to every image size. Patches of 14 are resampled to 16 for strides 4 to 32.
             any_size = {"dynamic_img_size": True, "patch_size": _VIT_PATCH}
             return PlainTransformer(create_timm_model(config, use_pretrained, num_classes=0, **any_size))
         case "hiera":
@@ -137,7 +143,7 @@ def _create_body(config: TimmBackboneConfig, use_pretrained: bool) -> nn.Module:
 
 
 def create_timm_model(config: TimmBackboneConfig, use_pretrained: bool, **settings: Any) -> Any:
-    """A model of timm with `settings`, the recipe's options over them, and its weights where they are wanted."""
+    """Create a timm model with `settings`, overridden by the recipe's options, and its weights if requested."""
     settings |= dict(config.options)
     state: dict[str, Tensor] = {}
     if use_pretrained and config.weights is not None:
@@ -145,7 +151,7 @@ def create_timm_model(config: TimmBackboneConfig, use_pretrained: bool, **settin
             state = _read_weights(config.weights)
         except WeightsError as error:
             raise ConfigError(f"model.backbone.weights: {error}") from error
-        # timm then adapts names and drops the classifier as it does with its own files.
+        # timm adapts names and drops the classifier as it does for its own files.
         settings["pretrained_cfg_overlay"] = {"state_dict": dict(state)}
     try:
         model = timm.create_model(config.name, pretrained=use_pretrained, **settings)
@@ -160,7 +166,7 @@ def create_timm_model(config: TimmBackboneConfig, use_pretrained: bool, **settin
 
 
 def _read_weights(weights: str) -> dict[str, Tensor]:
-    """Tensors under the names of timm, from a file with the classifier."""
+    """Return tensors with timm's names, from a file that may include the classifier."""
     state = read_state(weights_path(weights))
     if not weights.startswith(PACKAGE):
         return to_timm_names(state)
@@ -172,12 +178,12 @@ def _read_weights(weights: str) -> dict[str, Tensor]:
 
 
 def _required_multiple(body: nn.Module) -> int:
-    """What must divide the sides of an image, so that no stage has to pad its map."""
+    """Return what must divide the sides of an image, so that no stage has to pad its map."""
     if isinstance(body, AnySizeHiera):
         return math.lcm(STRIDES[-1], body.multiple)
     sides = [STRIDES[-1]]
     if isinstance(model := getattr(body, "model", None), SwinTransformerV2):
-        # It rolls before it pads, so that padding inside a stage would mix opposite borders.
+        # It rolls before it pads, so padding inside a stage would mix opposite borders.
         stages: Any = model.layers
         for stride, stage in zip(STRIDES, stages, strict=True):
             sides += [stride * side for side in stage.blocks[0].window_size]
@@ -185,7 +191,10 @@ def _required_multiple(body: nn.Module) -> int:
 
 
 def _write_no_input(body: nn.Module) -> None:
-    """Let no stage write to its input, which checkpointing keeps; a ReLU of the stem is one for timm before 1.0.31."""
+    """Prevent stages from overwriting their inputs, which checkpointing keeps.
+
+    Before timm 1.0.31, a ReLU of the stem is a stage of its own and works in place.
+    """
     if Version(timm.__version__) < Version("1.0.31"):
         for stage in body.children():
             if getattr(stage, "inplace", False) is True:
@@ -193,7 +202,7 @@ def _write_no_input(body: nn.Module) -> None:
 
 
 def _enable_checkpointing(body: nn.Module, config: TimmBackboneConfig) -> None:
-    """Block by block where the model's parts can, else stage by stage."""
+    """Enable checkpointing, block by block if the model's parts support it, otherwise stage by stage."""
     where = f"model.backbone.checkpointing is true, but {config.name!r}"
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in body.modules()):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Whether timm has a model of a name, mostly without importing timm, which takes seconds."""
+"""Check of timm model names, mostly without importing timm, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _REGISTERED = re.compile(r"@register_model\s+(?:@[^\n]*\s+)*def (\w+)\(")
 
 
 def name_problem(name: str) -> str | None:
-    """The end of a message about a name that timm does not have, with the nearest ones; None for one that it has.
+    """Return the end of a message about an unknown timm model, with similar names; None if the model exists.
 
-    A name may end in a tag of weights: `resnet50.a1_in1k`. Without timm nothing is found out.
+    A name may end in a tag of weights: `resnet50.a1_in1k`. If timm is not installed, return None.
     """
     architecture = name.partition(".")[0]
     if not (known := _written_names()) or architecture in known or _is_model(architecture):
@@ -24,14 +24,17 @@ def name_problem(name: str) -> str | None:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """`did you mean A, B?`, else where all names are."""
+    """Return `did you mean A, B?`, or a hint how to list all names if none is similar."""
     close = difflib.get_close_matches(name, sorted(known), n=5)
     return f"did you mean {', '.join(close)}?" if close else "`timm.list_models()` lists all names"
 
 
 @lru_cache
 def _written_names() -> frozenset[str]:
-    """Names in the source of the installed timm, but for old names of models that were renamed."""
+    """Return the registered names in the source of the installed timm.
+
+    Deprecated names of renamed models are not among them.
+    """
     found = importlib.util.find_spec("timm")
     if found is None or not found.submodule_search_locations:
         return frozenset()
@@ -40,7 +43,7 @@ def _written_names() -> frozenset[str]:
 
 
 def _is_model(name: str) -> bool:
-    """What timm itself says."""
+    """Ask timm itself, which also knows deprecated names."""
     import timm
 
     return timm.is_model(name)

@@ -1,7 +1,7 @@
-"""ViT-Adapter: four maps from a plain vision transformer that it never changes, so that this one can stay frozen.
+"""ViT-Adapter: four maps from a plain vision transformer that stays unchanged and can therefore be frozen.
 
-Source: Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023, in the form that DINOv3 publishes a
-segmentation head for: convolutions and extractors, no injectors.
+Source: Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023, in the form of DINOv3's published
+segmentation head: convolutions and extractors, no injectors.
 
 Axis letters: B images, N patches, T pixels of strides 8, 16 and 32, C channels of the vision transformer.
 """
@@ -23,24 +23,24 @@ from m2f.model.errors import ConfigError
 from m2f.model.layers import run_layer
 
 STRIDES = (4, 8, 16, 32)
-"""Strides of the maps; the extractors' tokens are the pixels of the last three."""
+"""Strides of the maps. The extractors' tokens are the pixels of the last three."""
 _PATCH = 16
 _POINTS = 4
-"""Samples of a token and head."""
+"""Sampling points per token and head."""
 _EPS = 1e-6
-"""Of the extractors' LayerNorms."""
+"""Epsilon of the extractors' LayerNorms."""
 _EXTRACTORS = (1, 1, 1, 3)
-"""How many look at each of the four layers, one after the other."""
+"""Number of successive extractors for each of the four layers."""
 
 
 class ViTAdapter(nn.Module):
-    """A vision transformer and the adapter beside it."""
+    """A vision transformer with its adapter."""
 
     channels: tuple[int, ...]
-    """Channels of the maps at strides 4, 8, 16, 32: all have those of the transformer."""
+    """Channels of the maps at strides 4, 8, 16, 32; all equal those of the transformer."""
 
     def __init__(self, config: ViTAdapterBackboneConfig, *, pretrained: bool = True) -> None:
-        """Raises ConfigError for a transformer of another kind, or one that the adapter does not fit."""
+        """Build the model. Raises ConfigError if the transformer is not supported or does not fit the adapter."""
         super().__init__()
         source = TimmBackboneConfig(
             name=config.name,
@@ -69,13 +69,13 @@ class ViTAdapter(nn.Module):
             part.apply(_initialise)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """`images` [B, 3, H, W] to maps [B, C, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up.
+        """Return maps [B, C, H / s, W / s] at strides s of 4, 8, 16, 32, rounded up, for `images` [B, 3, H, W].
 
         Sizes that 32 does not divide are padded with zeros.
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
-        # Nothing before the transformer is trained, so a frozen one keeps nothing for a backward pass.
+        # Nothing before the transformer is trained, so a frozen transformer keeps no activations.
         found, _, grid = self.vit.levels(images, self.layers)
         layers = [tokens[:, self.vit.embed.prefix :] for tokens in found]
         stride4, *others = self.prior(images)
@@ -90,20 +90,20 @@ class ViTAdapter(nn.Module):
             for norm, level, layer in zip(self.norms, maps, seen, strict=True)
         ]
         return tuple(
-            feature[..., : -(-height // stride), : -(-width // stride)]  # integers only, for torch.export
+            feature[..., : -(-height // stride), : -(-width // stride)]  # integer arithmetic only, for torch.export
             for feature, stride in zip(features, STRIDES, strict=True)
         )
 
     def _extract(self, maps: Sequence[Tensor], shapes: list[Grid], layers: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Pixels of strides 8, 16 and 32 as tokens [B, T, C], after they looked at all layers."""
+        """Return the pixels of strides 8, 16 and 32 as tokens [B, T, C] that have attended to all layers."""
         flat = [
             level.flatten(2).transpose(1, 2) + embedding
             for level, embedding in zip(maps, self.level_embed, strict=True)
         ]
-        # The residual stream has the parameters' dtype: float32 under autocast.
+        # The residual stream keeps the parameters' dtype: float32 under autocast.
         tokens = torch.cat(flat, dim=1).to(self.level_embed.dtype)
         places = _places(shapes, grid, tokens.device)
-        # Drawn before any extractor, so that checkpointed ones draw nothing when they run again.
+        # Drawn before the extractors, so that checkpointed ones draw nothing when they are recomputed.
         scales: Sequence[Tensor | None] = [None] * sum(_EXTRACTORS)
         if self.training and self.drop_path > 0:
             kept = torch.rand(len(scales), len(tokens), 1, 1, device=tokens.device) >= self.drop_path
@@ -116,10 +116,13 @@ class ViTAdapter(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """Convolutions on the image, whose maps the adapter begins with."""
+    """Convolutions on the image that make the adapter's initial maps."""
 
     def __init__(self, stem: int, width: int) -> None:
-        """`stem` channels of the first convolutions, `width` of the transformer."""
+        """Build the convolutions.
+
+        `stem` is the number of channels of the first ones, `width` that of the transformer.
+        """
         super().__init__()
         pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.stem = nn.Sequential(*_convolution(3, stem, 2), *_convolution(stem, stem), *_convolution(stem, stem), pool)
@@ -132,7 +135,10 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * stem, width, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """`images` [B, 3, H, W], sides divisible by 32, to maps [B, C, H / s, W / s] at strides s of 4, 8, 16, 32."""
+        """Return maps [B, C, H / s, W / s] at strides s of 4, 8, 16, 32.
+
+        `images` is [B, 3, H, W]; its sides must be divisible by 32.
+        """
         stride4 = self.stem(images)
         stride8 = self.conv2(stride4)
         stride16 = self.conv3(stride8)
@@ -140,7 +146,10 @@ class SpatialPrior(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Tokens of the adapter look at the patches of a layer, and go through a feed-forward network with convolution."""
+    """Deformable attention from the adapter's tokens to the patches of a layer, followed by a feed-forward network.
+
+    The feed-forward network contains a depthwise convolution.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -153,14 +162,14 @@ class Extractor(nn.Module):
     def forward(
         self, tokens: Tensor, layer: Tensor, places: SamplingGrid, shapes: Sequence[Grid], scale: Tensor | None
     ) -> Tensor:
-        """`tokens` [B, T, C] to the same shape; `layer` [B, N, C]; `scale` [B, 1, 1] of drop path."""
+        """Update `tokens` [B, T, C] from `layer` [B, N, C]; `scale` [B, 1, 1] is the drop-path factor or None."""
         tokens = tokens + self.attn(self.query_norm(tokens), self.feat_norm(layer), places)
         transformed = self.ffn(self.ffn_norm(tokens), shapes)
         return tokens + (transformed if scale is None else scale * transformed)
 
 
 class ConvolutionalFeedForward(nn.Module):
-    """Two linear layers, and between them a depthwise convolution that the three maps share."""
+    """Two linear layers with a depthwise convolution between them, which the three maps share."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -170,7 +179,7 @@ class ConvolutionalFeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor, shapes: Sequence[Grid]) -> Tensor:
-        """`tokens` [B, T, C] to the same shape; `shapes` of the maps that they are the pixels of."""
+        """Transform `tokens` [B, T, C]; `shapes` are (height, width) of the maps they come from."""
         levels = self.fc1(tokens).split([rows * columns for rows, columns in shapes], dim=1)
         maps = [level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True)]
         mixed = torch.cat([self.dwconv(level).flatten(2).transpose(1, 2) for level in maps], dim=1)
@@ -178,12 +187,15 @@ class ConvolutionalFeedForward(nn.Module):
 
 
 def seen_layers(depth: int) -> tuple[int, ...]:
-    """The blocks, from 0, whose output the adapter sees: the last of each quarter; DINOv3 takes 4 and not 5 of 24."""
+    """Return the blocks, from 0, whose outputs the adapter reads: the last of each quarter.
+
+    For 24 blocks, DINOv3 takes block 4 instead of 5.
+    """
     return (4, 11, 17, 23) if depth == 24 else tuple(quarter * depth // 4 - 1 for quarter in range(1, 5))
 
 
 def _places(shapes: list[Grid], grid: Grid, device: torch.device) -> SamplingGrid:
-    """Every pixel of the maps looks at its own place among the patches."""
+    """Return the grid in which every pixel of the maps samples at its own position among the patches."""
     centres = SamplingGrid.of_pixels(shapes, device).reference
     return SamplingGrid([grid], SamplingGrid.of_pixels([grid], device).sizes, centres)
 

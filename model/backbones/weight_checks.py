@@ -1,4 +1,4 @@
-"""Whether a file had the weights of a backbone."""
+"""Check that a weights file belongs to a backbone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from m2f.model.config import TimmBackboneConfig
 from m2f.model.errors import ConfigError
 
 _MIN_MATCHING_SHARE = 0.5
-"""Share of a model's matrices and kernels that must come from the file; stems and positions may be resampled."""
+"""Minimum share of a model's matrices and kernels that must come from the file; timm may resample stems and
+positions."""
 
 
 def require_weights_of(model: nn.Module, state: Mapping[str, Tensor], config: TimmBackboneConfig) -> None:
-    """Raise ConfigError unless most weights of `model` are in `state`: timm passes over files of other models.
+    """Raise ConfigError unless `state` contains most weights of `model`.
 
-    timm renames, splits and resamples, so values are compared and not names.
+    timm silently skips files of other models. It also renames, splits and resamples tensors, so the check compares
+    values instead of names.
     """
     in_file = {_fingerprint(tensor) for tensor in state.values()}
     is_found = [_fingerprint(parameter) in in_file for parameter in model.parameters() if parameter.ndim > 1]

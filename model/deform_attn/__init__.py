@@ -1,1 +1,1 @@
-"""Multi-scale deformable attention: module, CPU form, Triton kernels."""
+"""Multi-scale deformable attention: module, CPU implementation and Triton kernels."""

@@ -1,7 +1,8 @@
-"""Bilinear samples as weighted sums of rows of a table: deformable attention for CPUs.
+"""Deformable attention for CPUs: bilinear samples as weighted sums of table rows.
 
-The table has all pixels of all levels, each level with a margin of zeros two pixels wide. A sample outside of its map
-reads zeros there, so that it needs no case of its own. Axis letters as in `m2f.model.deform_attn.module`, and T rows.
+The table holds all pixels of all levels, each level with a margin of zeros two pixels wide. A sample outside its map
+reads zeros there, so it needs no special case. Axis letters are those of `m2f.model.deform_attn.module`, and T table
+rows per image.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Shapes = Sequence[tuple[int, int]]
 """(height, width) of every level, in the order of the flattened pixels."""
 
 MARGIN = 2
-"""Both neighbours of a position beyond the border are in the margin."""
+"""Margin in pixels. It contains both neighbours of a position that is clamped just outside the map."""
 
 
 def padded_table(value: Tensor, shapes: Shapes) -> Tensor:
-    """The table [B * T, D] of values [B, S, G, D]; T counts pixels with margins times heads."""
+    """Return the table [B * T, D] of values [B, S, G, D]; T is the number of pixels with margins times the heads."""
     batch, _, heads, dim = value.shape
     table = value.new_zeros(batch, _padded_pixels(shapes), heads, dim)
     for inner, pixels in _levels(table, value, shapes):
@@ -32,7 +33,10 @@ def padded_table(value: Tensor, shapes: Shapes) -> Tensor:
 
 
 def unpadded_values(table: Tensor, like: Tensor, shapes: Shapes) -> Tensor:
-    """What `padded_table` takes, of the shape of `like` [B, S, G, D], from a table without its margins."""
+    """Return the values [B, S, G, D] of a table without its margins; the inverse of `padded_table`.
+
+    `like` has the shape of the result.
+    """
     batch, _, heads, dim = like.shape
     value = table.new_empty(like.shape)
     for inner, pixels in _levels(table.view(batch, -1, heads, dim), value, shapes):
@@ -45,7 +49,7 @@ def _padded_pixels(shapes: Shapes) -> int:
 
 
 def _levels(table: Tensor, value: Tensor, shapes: Shapes) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views [B, H, W, G, D] of every level in a table and in values."""
+    """Yield views [B, H, W, G, D] of every level, in the table and in the values."""
     row = pixel = 0
     for height, width in shapes:
         rows, columns = height + 2 * MARGIN, width + 2 * MARGIN
@@ -56,25 +60,25 @@ def _levels(table: Tensor, value: Tensor, shapes: Shapes) -> Iterator[tuple[Tens
 
 
 class Samples(NamedTuple):
-    """Where in the table samples are."""
+    """Positions of samples in the table."""
 
     rows: Tensor
-    """[B, Q, G, 4, L * P] int32: the upper left, upper right, lower left and lower right neighbour."""
+    """[B, Q, G, 4, L * P] int32 table rows of the upper left, upper right, lower left and lower right neighbours."""
     x: Tensor
-    """[B, Q, G, L * P] how far to the right of the left neighbours, in pixels; NaN where a location is not finite."""
+    """[B, Q, G, L * P] distance to the right of the left neighbours, in pixels; NaN if a location is not finite."""
     y: Tensor
-    """[B, Q, G, L * P] likewise downwards."""
+    """[B, Q, G, L * P] distance below the upper neighbours, in pixels; NaN if a location is not finite."""
 
     @staticmethod
     def locate(shapes: Shapes, locations: Tensor) -> Samples:
-        """From locations [B, Q, G, L, P, 2]."""
+        """Compute the samples at locations [B, Q, G, L, P, 2]."""
         batch, _, heads, _, points, _ = locations.shape
         width, height, stride, corner = _level_table(shapes, points, locations)
         low_x, x = _split(locations[..., 0].flatten(-2), width)
         low_y, y = _split(locations[..., 1].flatten(-2), height)
         total = _padded_pixels(shapes)
         pixel = low_y.mul_(stride).add_(low_x).add_(corner).int()
-        # A location that is not a number becomes any pixel with four neighbours; its weight says what it was.
+        # A NaN location is clamped to some valid pixel. Its weight stays NaN, so the result does too.
         pixel.clamp_(0, total - 2 - (shapes[-1][1] + 2 * MARGIN))
         device = locations.device
         image = torch.arange(batch, dtype=torch.int32, device=device).view(batch, 1, 1, 1) * (total * heads)
@@ -84,13 +88,13 @@ class Samples(NamedTuple):
         return Samples(upper_left[..., None, :] + steps, x, y)
 
     def row_weights(self, weights: Tensor) -> Tensor:
-        """[B, Q, G, 4, L * P] from attention weights [B, Q, G, L, P]."""
+        """Return weights [B, Q, G, 4, L * P] of the rows from attention weights [B, Q, G, L, P]."""
         weights = weights.flatten(-2)
         left, upper, lower = 1 - self.x, (1 - self.y) * weights, self.y * weights
         return torch.stack((upper * left, upper * self.x, lower * left, lower * self.x), dim=-2)
 
     def gradients(self, products: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
-        """Gradients of locations and attention weights from those of `row_weights`, [B, Q, G, 4, L * P]."""
+        """Return the gradients of locations and attention weights from those of `row_weights`, [B, Q, G, 4, L * P]."""
         upper_left, upper_right, lower_left, lower_right = products.unbind(-2)
         upper, lower = upper_right - upper_left, lower_right - lower_left  # along x
         top, bottom = torch.addcmul(upper_left, self.x, upper), torch.addcmul(lower_left, self.x, lower)
@@ -103,7 +107,7 @@ class Samples(NamedTuple):
 
 
 def _level_table(shapes: Shapes, points: int, like: Tensor) -> Tensor:
-    """[4, L * P]: width, height, padded width, and row of pixel (0, 0), of the level of every sample."""
+    """Return [4, L * P]: width, height, padded width, and table row of pixel (0, 0), for the level of every sample."""
     rows, start = [], 0
     for height, width in shapes:
         padded = width + 2 * MARGIN
@@ -113,7 +117,10 @@ def _level_table(shapes: Shapes, points: int, like: Tensor) -> Tensor:
 
 
 def _split(location: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """The neighbour before a location on one axis, at most two pixels outside, and the distance from it."""
+    """Split locations on one axis into the neighbour before each and the distance from it.
+
+    The neighbour lies at most two pixels outside the map.
+    """
     position = (location * size).sub_(0.5)
     low = position.floor()
     fraction = position.sub_(low)
@@ -121,16 +128,19 @@ def _split(location: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SampledRowSum(torch.autograd.Function):
-    """The weighted sum of a query's and head's 4 L P rows, for CPU tensors.
+    """Weighted sum of the 4 L P table rows of a query and head, for CPU tensors.
 
-    The backward pass locates the samples again: kept, they are a quarter of what a training step remembers. The table's
-    gradient is a product with a transposed sparse matrix, which scipy does in one pass where PyTorch sorts all indices
-    first (10 times slower).
+    The backward pass recomputes the samples, because keeping them would take a quarter of a training step's memory for
+    activations. The table's gradient is a product with a transposed sparse matrix. scipy computes it in one pass;
+    PyTorch sorts all indices first, which is 10 times slower.
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
-        """`value` [B, S, G, D], `locations` [B, Q, G, L, P, 2], `weights` [B, Q, G, L, P] to [B * Q * G, D]."""
+        """Return [B * Q * G, D] sums.
+
+        `value` is [B, S, G, D], `locations` [B, Q, G, L, P, 2] and `weights` [B, Q, G, L, P].
+        """
         ctx.save_for_backward(value, locations, weights)
         ctx.shapes = shapes
         samples = Samples.locate(shapes, locations)
@@ -140,7 +150,7 @@ class SampledRowSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """Gradients of the values, the locations and the weights."""
+        """Return the gradients of the values, the locations and the weights."""
         value, locations, weights = ctx.saved_tensors
         gradient, shapes = grad_outputs[0].contiguous(), ctx.shapes
         samples = Samples.locate(shapes, locations)

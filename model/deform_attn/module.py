@@ -20,15 +20,15 @@ from m2f.model.constants import kept
 from m2f.model.deform_attn.cpu import SampledRowSum, Shapes
 
 _exporting = False
-"""Whether `for_export` is on; a global, which torch.compile guards on."""
+"""Whether `for_export` is active. This is a module global because torch.compile guards on those."""
 
 
 @contextmanager
 def for_export() -> Iterator[None]:
-    """While this is on, modules take the form that any runtime can run, also on CUDA.
+    """Context manager in which modules use portable operations that every runtime supports, also on CUDA.
 
-    A flag of our own: torch.compile takes `torch.compiler.is_exporting()` for true on torch 2.11, and compiled models
-    would lose the kernel.
+    This flag replaces `torch.compiler.is_exporting()`, which torch.compile treats as true on torch 2.11; compiled
+    models would lose the kernel.
     """
     global _exporting
     before, _exporting = _exporting, True
@@ -39,10 +39,15 @@ def for_export() -> Iterator[None]:
 
 
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples of all levels: [B, Q, G * D] in the dtype of `value`.
+    """Return the weighted sum of bilinear samples of all levels, [B, Q, G * D] in the dtype of `value`.
 
-    `value` is [B, S, G, D]; `locations` [B, Q, G, L, P, 2] are (x, y) with 0 and 1 at the outer borders of a map, and
-    pixels outside count zero; `weights` is [B, Q, G, L, P]. Sampling is done in the dtype of `locations`.
+    Sampling uses the dtype of `locations`. Pixels outside a map count as zero.
+
+    Args:
+        value: [B, S, G, D] features of the pixels of all levels.
+        shapes: (height, width) of every level.
+        locations: [B, Q, G, L, P, 2] as (x, y), with 0 and 1 at the outer borders of a map.
+        weights: [B, Q, G, L, P] attention weights.
     """
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         return ms_deform_attn_embedding_bag(value, shapes, locations, weights)
@@ -50,7 +55,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
 
 
 def ms_deform_attn_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The obvious form of `ms_deform_attn`, one `grid_sample` per level. It exports to ONNX."""
+    """Compute `ms_deform_attn` with one `grid_sample` per level. This form exports to ONNX."""
     batch, _, heads, dim = value.shape
     queries = locations.shape[1]
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # [B G, Q, L, P, 2]
@@ -65,31 +70,34 @@ def ms_deform_attn_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor,
 
 
 def ms_deform_attn_embedding_bag(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """`ms_deform_attn` as one weighted sum of 4 L P rows per query and head: fast on CPU, and stores no sample."""
+    """Compute `ms_deform_attn` as one weighted sum of 4 L P rows per query and head.
+
+    This form is fast on CPU and does not store samples.
+    """
     batch, queries = weights.shape[:2]
     output = SampledRowSum.apply(value.to(locations.dtype), locations, weights, shapes)
     return output.view(batch, queries, -1).to(value.dtype)
 
 
 class SamplingGrid(NamedTuple):
-    """Where the queries of one forward pass look, apart from their learnt offsets."""
+    """Reference points of the queries in one forward pass, without their learned offsets."""
 
     shapes: Shapes
     sizes: Tensor
     """[L, 1, 2] float32 (width, height) of every level."""
     reference: Tensor
-    """[B or 1, Q, L or 1, 2] float32 (x, y) in [0, 1] around which a query samples."""
+    """[B or 1, Q, L or 1, 2] float32 reference points (x, y) in [0, 1]."""
 
     @staticmethod
     def of_pixels(shapes: Shapes, device: torch.device | str = "cpu") -> SamplingGrid:
-        """Every pixel of every level is a query at its own centre: Q = S."""
+        """Return the grid in which every pixel of every level is a query at its own centre (Q = S)."""
         return SamplingGrid(shapes, *_sizes_and_centres(tuple((height, width) for height, width in shapes), device))
 
 
 @kept(4)
 def _sizes_and_centres(shapes: Shapes, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """`sizes` and `reference` of `SamplingGrid.of_pixels`."""
-    # Filled on the device: a copy from the host would wait for all work queued before it.
+    """Return `sizes` and `reference` of `SamplingGrid.of_pixels`."""
+    # Filled on the device, because a copy from the host would wait for all queued work.
     extents = [torch.sym_float(extent) for height, width in shapes for extent in (width, height)]
     sizes = torch.stack([torch.full((), extent, dtype=torch.float32, device=device) for extent in extents])
     levels = []
@@ -102,10 +110,10 @@ def _sizes_and_centres(shapes: Shapes, device: torch.device | str) -> tuple[Tens
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever autocast or the parameters' dtype say: it makes coordinates."""
+    """Linear layer that computes in float32 regardless of autocast and of its own dtype, for coordinates."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name of nn.Linear
-        """[..., in_features] to float32 [..., out_features] (float64 stays float64)."""
+        """Map [..., in_features] to float32 [..., out_features]; float64 stays float64."""
         dtype = torch.promote_types(input.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(input.device.type, enabled=False):
@@ -113,10 +121,10 @@ class Float32Linear(nn.Linear):
 
 
 class MSDeformAttn(nn.Module):
-    """Every query attends to `points` learnt positions per head and level around its reference point."""
+    """Attention of every query to `points` learned positions per head and level, around its reference point."""
 
     def __init__(self, dim: int, levels: int, heads: int, points: int, *, value_dim: int | None = None) -> None:
-        """`value_dim` channels of what is sampled, if it is not `dim`."""
+        """Build the module. `value_dim` is the number of sampled channels, if it is not `dim`."""
         super().__init__()
         self.levels, self.heads, self.points = levels, heads, points
         value_dim = dim if value_dim is None else value_dim
@@ -127,7 +135,10 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head g looks into direction g of a circle, point p at p + 1 pixels; uniform attention."""
+        """Initialise offsets and attention.
+
+        The offsets of head g point in direction g of a circle; point p lies p + 1 pixels away. Attention is uniform.
+        """
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the unit square, not the circle
@@ -143,7 +154,10 @@ class MSDeformAttn(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, query: Tensor, source: Tensor, grid: SamplingGrid) -> Tensor:
-        """Attend from `query` [B, Q, C] to `source` [B, S, C]: [B, Q, C]. Coordinates and softmax stay float32."""
+        """Return [B, Q, C]: attention from `query` [B, Q, C] to `source` [B, S, C].
+
+        Coordinates and softmax stay in float32.
+        """
         batch, queries, _ = query.shape
         value = self.value_proj(source).unflatten(2, (self.heads, -1))
         samples = (batch, queries, self.heads, self.levels, self.points)
@@ -152,9 +166,9 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(self.attend(value, offsets, logits, grid))
 
     def attend(self, value: Tensor, offsets: Tensor, logits: Tensor, grid: SamplingGrid) -> Tensor:
-        """`value` [B, S, G, D], `offsets` [B, Q, G, L, P, 2] in pixels of their level, `logits` [B, Q, G, L, P].
+        """Return [B, Q, G * D], with the fused kernel if possible and otherwise step by step.
 
-        To [B, Q, G * D]: in one kernel where it can be, else step by step.
+        `value` is [B, S, G, D], `offsets` [B, Q, G, L, P, 2] in pixels of their level and `logits` [B, Q, G, L, P].
         """
         if self._is_fused(value):
             from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
@@ -167,7 +181,7 @@ class MSDeformAttn(nn.Module):
         return ms_deform_attn(value, grid.shapes, locations, weights)
 
     def _is_fused(self, value: Tensor) -> bool:
-        """Whether the kernel takes this input: on CUDA, except in exported graphs and in float64."""
+        """Return whether the kernel supports this input: on CUDA, except in exported graphs and in float64."""
         if value.device.type != "cuda" or value.dtype == torch.float64 or _exporting:
             return False
         return _kernel_agrees(value.dtype, self.levels, self.heads, self.points, value.shape[-1])
@@ -175,13 +189,13 @@ class MSDeformAttn(nn.Module):
 
 @torch.compiler.assume_constant_result
 def _kernel_agrees(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
-    """As `_checked_kernel` says; a function around it because torch.compile looks through caches."""
+    """Return the result of `_checked_kernel`. The wrapper is needed because torch.compile looks through caches."""
     return _checked_kernel(dtype, levels, heads, points, dim)
 
 
 @functools.cache
 def _checked_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, dim: int) -> bool:
-    """Try the Triton kernel on this machine against the plain form, once; say so where the plain form must do."""
+    """Compare the Triton kernel with the plain form on this machine, once; warn if it cannot be used."""
     try:
         from m2f.model.deform_attn.triton_op import fused_ms_deform_attn
 
@@ -201,7 +215,7 @@ def _checked_kernel(dtype: torch.dtype, levels: int, heads: int, points: int, di
 def _kernel_error(
     fused: Callable[..., Tensor], dtype: torch.dtype, levels: int, heads: int, points: int, dim: int
 ) -> float:
-    """Largest difference of outputs and gradients, as a share of the largest value of each."""
+    """Return the largest difference of outputs and gradients, relative to the largest value of each."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(level + 2, level + 3) for level in range(levels)]
     grid = SamplingGrid.of_pixels(shapes, "cuda")

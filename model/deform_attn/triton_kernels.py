@@ -1,7 +1,7 @@
-"""The Triton kernels behind `m2f.model.deform_attn.triton_op`; what they compute is said there.
+"""Triton kernels of `m2f.model.deform_attn.triton_op`, which documents what they compute.
 
-Plain `@triton.jit`, so that Triton's interpreter can run them without a GPU. A program does a block of queries, one
-head and one image; its tensors are [BLOCK], over queries, or [BLOCK, LANES], over queries and channels.
+They use plain `@triton.jit`, so Triton's interpreter can run them without a GPU. A program computes a block of queries,
+one head and one image. Its tensors are [BLOCK] over queries, or [BLOCK, LANES] over queries and channels.
 """
 
 import triton
@@ -13,7 +13,10 @@ def _queries(
     reference_ptr, logits_ptr, queries, heads, reference_per_image,
     SAMPLES: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What is the same for all samples of a query: which are real, rows of the outputs, references, softmax."""
+    """Load what all samples of a query share.
+
+    Return which queries exist, their output rows, their reference points, and maximum and sum of the softmax.
+    """
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head, image = tl.program_id(1), tl.program_id(2)
     inside = query < queries
@@ -32,13 +35,13 @@ def _queries(
 
 @triton.jit
 def _head_start(pixels, heads, DIM: tl.constexpr):
-    """Where pixel 0 of the program's image and head begins among the values; pixels are heads * DIM elements apart."""
+    """Return the offset of pixel 0 of the program's image and head. Pixels are heads * DIM elements apart."""
     return (tl.program_id(2).to(tl.int64) * pixels * heads + tl.program_id(1)) * DIM
 
 
 @triton.jit
 def _level(levels_ptr, level: tl.constexpr):
-    """Width, height and first pixel of a level."""
+    """Return width, height and first pixel of a level."""
     at = levels_ptr + level * 3
     return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
@@ -48,7 +51,10 @@ def _sample(
     offsets_ptr, logits_ptr, rows, inside, ref_x, ref_y, largest, total, width, height,
     sample, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Attention weight and pixel coordinates of one sample of every query; 0 is the middle of the first pixel."""
+    """Return attention weight and pixel coordinates of one sample of every query.
+
+    Coordinate 0 is the centre of the first pixel.
+    """
     at = rows * COUNT + sample
     logit = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x = ref_x * width + tl.load(offsets_ptr + at * 2, mask=inside, other=0.0) - 0.5
@@ -58,7 +64,10 @@ def _sample(
 
 @triton.jit
 def _corner(x, y, inside, width, height, start, corner: tl.constexpr):
-    """Shares along x and y of one of the four pixels around every sample, whether it exists, and its index."""
+    """Return the weights along x and y of one of the four pixels around every sample, and the pixel's index.
+
+    Also return whether the pixel exists.
+    """
     column = tl.floor(x) + corner % 2
     line = tl.floor(y) + corner // 2
     along_x = 1 - tl.abs(x - column)  # NaN stays NaN
@@ -75,7 +84,7 @@ def forward_kernel(
     DIM: tl.constexpr, LANES: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of the samples of every query."""
+    """Compute the weighted sum of the samples of every query."""
     COUNT: tl.constexpr = LEVELS * POINTS
     inside, rows, ref_x, ref_y, largest, total = _queries(
         reference_ptr, logits_ptr, queries, heads, reference_per_image, SAMPLES, COUNT, BLOCK
@@ -108,7 +117,10 @@ def backward_kernel(
     DIM: tl.constexpr, LANES: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the value is added atomically where SCATTER is set, those of offsets and logits written once."""
+    """Compute the gradients of value, offsets and logits.
+
+    The gradient of the value is added atomically if SCATTER is set. Those of offsets and logits are written once.
+    """
     COUNT: tl.constexpr = LEVELS * POINTS
     inside, rows, ref_x, ref_y, largest, total = _queries(
         reference_ptr, logits_ptr, queries, heads, reference_per_image, SAMPLES, COUNT, BLOCK

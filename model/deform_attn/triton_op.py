@@ -1,10 +1,10 @@
 """Multi-scale deformable attention in one CUDA kernel per direction, written in Triton.
 
-Softmax over levels and points, the way from offsets to pixels and the sampling happen in one pass: neither attention
-weights nor locations nor samples are ever stored. Values may be float32, bfloat16 or float16; geometry, weights and
-sums are float32. Both directions are operators of torch (`m2f::ms_deform_attn`), which torch.compile takes as they are.
+One pass computes the softmax over levels and points, the coordinates and the samples. Attention weights, locations and
+samples are never stored. Values may be float32, bfloat16 or float16; geometry, weights and sums are float32. Both
+directions are registered torch operators (`m2f::ms_deform_attn`), which torch.compile calls without tracing into them.
 
-Axis letters as in `m2f.model.deform_attn.module`, and K = L * P samples of a query and head.
+Axis letters are those of `m2f.model.deform_attn.module`, and K = L * P samples of a query and head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from m2f.model.deform_attn.cpu import Samples, Shapes, padded_table, unpadded_va
 from m2f.model.deform_attn.triton_kernels import backward_kernel, forward_kernel
 from m2f.model.deform_attn.tuning import Autotuner, LaunchConfig, milliseconds_on_gpu
 
-# None of these needs more registers than there are, for 32 channels per head on a GPU of compute capability 9.0.
+# No configuration spills registers with 32 channels per head on a GPU of compute capability 9.0.
 FORWARD = Autotuner(
     [LaunchConfig(8, 1), LaunchConfig(32, 4), LaunchConfig(16, 2), LaunchConfig(16, 4)], milliseconds_on_gpu
 )
@@ -38,18 +38,25 @@ BACKWARD = Autotuner(
     milliseconds_on_gpu,
 )
 WIDE_HEAD = LaunchConfig(16, 4)
-"""Taken untried above 32 channels per head, where the forward kernel's first cut would spill registers."""
+"""Configuration for more than 32 channels per head, used without tuning. The forward kernel's first one would spill
+registers."""
 MIN_QUERIES_TO_TUNE = 1024
-"""Queries of a batch below which compiling all tunings costs more than the fastest can save."""
+"""Minimum queries of a batch for tuning. Below it, compiling all configurations costs more than the fastest can
+save."""
 
 
 def fused_ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-    """Output [B, Q, G * D] in the dtype of `value`.
+    """Return the output [B, Q, G * D] in the dtype of `value`.
 
-    `value` [B, S, G, D]; `reference` float32 [B or 1, Q, 2] as (x, y) in [0, 1]; `offsets` float32
-    [B, Q, G, L, P, 2] in pixels of their level; `logits` [B, Q, G, L, P] before the softmax. Gradients go to value,
-    offsets and logits. With `torch.use_deterministic_algorithms` the gradient of the value adds up in a fixed order,
-    which takes longer.
+    Args:
+        value: [B, S, G, D] features of the pixels of all levels.
+        shapes: (height, width) of every level.
+        reference: float32 [B or 1, Q, 2] as (x, y) in [0, 1].
+        offsets: float32 [B, Q, G, L, P, 2] in pixels of their level.
+        logits: [B, Q, G, L, P] before the softmax.
+
+    Value, offsets and logits get gradients. With `torch.use_deterministic_algorithms` the gradient of the value is
+    summed in a fixed order, which is slower.
     """
     sides = [side for shape in shapes for side in shape]
     return _attend(value, sides, reference, offsets, logits)
@@ -57,7 +64,7 @@ def fused_ms_deform_attn(value: Tensor, shapes: Shapes, reference: Tensor, offse
 
 @torch.library.custom_op("m2f::ms_deform_attn", mutates_args=())
 def _attend(value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-    """See `fused_ms_deform_attn`; `sides` are height, width of the levels in turn."""
+    """Implement `fused_ms_deform_attn`; `sides` are height and width of each level in turn."""
     inputs = _inputs(value, sides, reference, offsets, logits)
     output = _empty_output(value, sides, reference, offsets, logits)
 
@@ -78,7 +85,7 @@ def _empty_output(value: Tensor, sides: Sequence[int], reference: Tensor, offset
 def _gradients(
     gradient: Tensor, value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value (float32), offsets and logits; all samples are taken again."""
+    """Return the gradients of value (float32), offsets and logits. The samples are recomputed."""
     inputs = _inputs(value, sides, reference, offsets, logits)
     gradient = gradient.contiguous()
     value_gradient, offset_gradient, logit_gradient = _empty_gradients(gradient, *inputs[:1], sides, *inputs[2:])
@@ -123,14 +130,17 @@ _attend.register_autograd(_backward, setup_context=_save_inputs)
 def _inputs(
     value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The pointers with which both kernels begin."""
+    """Return the first arguments of both kernels: contiguous inputs and the level table."""
     levels = _level_table(tuple(sides), value.device)
     return value.contiguous(), levels, reference.contiguous(), offsets.contiguous(), logits.contiguous()
 
 
 @kept(16)
 def _level_table(sides: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [L, 3]: width, height and first pixel of every level; filled on the device, as a copy would wait."""
+    """Return int32 [L, 3]: width, height and first pixel of every level.
+
+    The table is filled on the device, because a copy from the host would wait for all queued work.
+    """
     rows, start = [], 0
     for height, width in zip(sides[::2], sides[1::2], strict=True):
         rows += [torch.full((), number, dtype=torch.int32, device=device) for number in (width, height, start)]
@@ -139,10 +149,11 @@ def _level_table(sides: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _launch_config(tuner: Autotuner, inputs: tuple[Tensor, ...], run: Callable[[LaunchConfig], object]) -> LaunchConfig:
-    """The tuning for inputs of these sizes; numbers of queries between two powers of two share one.
+    """Return the launch configuration for inputs of these sizes.
 
-    Tunings may add in another order, and so round differently. Where algorithms are to be fixed, as with
-    `torch.use_deterministic_algorithms` and in evaluation (`torch.backends.cudnn.deterministic`), no clock decides.
+    Numbers of queries are rounded up to powers of two, which share a configuration. Configurations may sum in different
+    orders and so round differently. Therefore timing does not decide if algorithms must be fixed: with
+    `torch.use_deterministic_algorithms`, and in evaluation (`torch.backends.cudnn.deterministic`).
     """
     value, _, _, offsets, _ = inputs
     batch, queries, *per_query = offsets.shape
@@ -155,7 +166,7 @@ def _launch_config(tuner: Autotuner, inputs: tuple[Tensor, ...], run: Callable[[
 
 
 def _launch(kernel: Any, tuning: LaunchConfig, pointers: tuple[Tensor, ...], **constants: bool) -> None:
-    """Run a kernel over blocks of queries, heads and images; the first four tensors give the sizes."""
+    """Run a kernel over blocks of queries, heads and images. The first four tensors give the sizes."""
     value, _, reference, offsets = pointers[:4]
     batch, pixels, heads, dim = value.shape
     queries, levels, points = offsets.shape[1], offsets.shape[3], offsets.shape[4]
@@ -172,7 +183,7 @@ def _launch(kernel: Any, tuning: LaunchConfig, pointers: tuple[Tensor, ...], **c
         SAMPLES=triton.next_power_of_2(levels * points),
         BLOCK=tuning.block,
         num_warps=tuning.num_warps,
-        enable_fp_fusion=True,  # Triton 3.10 will no longer do so by itself
+        enable_fp_fusion=True,  # no longer the default in Triton 3.10
         **constants,
     )
 
@@ -180,7 +191,10 @@ def _launch(kernel: Any, tuning: LaunchConfig, pointers: tuple[Tensor, ...], **c
 def _deterministic_value_gradient(
     value: Tensor, sides: Sequence[int], reference: Tensor, offsets: Tensor, logits: Tensor, gradient: Tensor
 ) -> Tensor:
-    """The gradient of the value as a sorted sum, for one image, head and neighbour at a time to bound its memory."""
+    """Return the gradient of the value as a sum in sorted order.
+
+    It processes one image, head and neighbour at a time to bound memory.
+    """
     heads = value.shape[2]
     shapes = list(zip(sides[::2], sides[1::2], strict=True))
     sizes = torch.tensor([[width, height] for height, width in shapes], device=value.device)

@@ -1,4 +1,4 @@
-"""Autotuning of a kernel: which of a few launch configurations is fastest on this device."""
+"""Autotuning of a kernel: selection of the fastest launch configuration on this device."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ from typing import NamedTuple
 import torch
 
 Run = Callable[[], object]
-"""Queues a kernel once."""
+"""Function that queues a kernel once."""
 
 
 class LaunchConfig(NamedTuple):
-    """How a kernel is cut into programs."""
+    """Launch configuration of a kernel."""
 
     block: int
-    """Queries of one program."""
+    """Queries per program."""
     num_warps: int
 
 
 class Autotuner:
-    """Finds the fastest tuning of one kernel when a bucket of sizes is first seen, and remembers it in this process."""
+    """Measures the configurations of one kernel once per bucket of sizes and keeps the fastest for this process."""
 
     def __init__(self, table: Sequence[LaunchConfig], time: Callable[[Run], float]) -> None:
-        """`table` with the tuning first that is taken untried; `time` gives the milliseconds of one run."""
+        """Create a tuner for the configurations in `table`.
+
+        The first entry is the default used without tuning. `time` returns the milliseconds of one run.
+        """
         self.table, self._time = tuple(table), time
         self._fastest: dict[Hashable, LaunchConfig] = {}
 
     def choose(self, bucket: Hashable, run: Callable[[LaunchConfig], object]) -> LaunchConfig:
-        """The fastest tuning for a bucket; where it is not known yet, `run` queues the kernel with one to be timed."""
+        """Return the fastest configuration for a bucket.
+
+        If it is not known yet, `run` is called to queue the kernel with each configuration for timing.
+        """
         if bucket not in self._fastest:
             self._fastest[bucket] = min(self.table, key=lambda tuning: self._time(partial(run, tuning)))
         return self._fastest[bucket]
 
 
 def milliseconds_on_gpu(run: Run, repeats: int = 10, rounds: int = 3) -> float:
-    """Of one run: the best mean of several rounds, after one that compiles."""
+    """Return the milliseconds of one run: the best mean of several rounds, after one run that compiles."""
     run()
     best = math.inf
     for _ in range(rounds):
