@@ -1,4 +1,4 @@
-"""The training data of a run: manifests, order and this rank's batches."""
+"""Training data of a run: manifests, data order and the batches of this rank."""
 
 from __future__ import annotations
 
@@ -18,61 +18,61 @@ from m2f.trainer.state import TrainState
 
 
 class TrainingData(Protocol):
-    """An endless sequence of images, the same on all ranks."""
+    """Endless sequence of images; the same on all ranks."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal exactly when two runs see the same image at every position."""
+        """Equal for two runs exactly if both see the same image at every position."""
         ...
 
     @property
     def most_segments(self) -> int:
-        """Of any image."""
+        """Largest number of segments in any image."""
         ...
 
     def check(self, storage: Storage) -> None:
-        """Raise StorageError where something is missing that steps will want. Only rank 0 calls it."""
+        """Raise StorageError if data that later steps need are missing. Only rank 0 calls it."""
         ...
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
-        """One rank's endless steps; the sequence begins at position `order_start`."""
+        """Yield one rank's steps endlessly; the sequence starts at position `order_start`."""
         ...
 
 
 OpenData = Callable[[TrainJob, Storage], TrainingData]
-"""Opens the data of a job on every rank."""
+"""Function that opens the data of a job; every rank calls it."""
 
 
 @dataclass(frozen=True)
 class ShardedData:
-    """Shards, in the order that the recipe gives them."""
+    """Shards, in the order defined by the recipe."""
 
     manifests: tuple[Manifest, ...]
     order: Order
 
     @property
     def fingerprint(self) -> str:
-        """Of the order."""
+        """Fingerprint of the order."""
         return self.order.fingerprint
 
     @property
     def most_segments(self) -> int:
-        """By the manifests."""
+        """Largest number of segments in any image, from the manifests."""
         return max(int(manifest.num_segments.max()) for manifest in self.manifests)
 
     def check(self, storage: Storage) -> None:
-        """Every shard is there and has its size."""
+        """Check that every shard exists and has the size in its manifest."""
         for manifest in self.manifests:
             manifest.check_shards(storage)
 
     def steps(self, job: TrainJob, storage: Storage, spec: LoaderSpec, order_start: int) -> Generator[StepBatches]:
-        """From the loader."""
+        """Return the steps of the loader; closing the generator stops it."""
         order = OffsetOrder(self.order, order_start) if order_start else self.order
         return build_loader(self.manifests, order, job.data, storage, spec)
 
 
 def open_shards(job: TrainJob, storage: Storage) -> ShardedData:
-    """Load the manifests and build the order. Raises DataError, StorageError, and TrainingError for a wrong job."""
+    """Load the manifests and build the order. Raises DataError, StorageError, or TrainingError for an invalid job."""
     if len(job.shards) != len(job.data.train):
         raise TrainingError(f"{len(job.shards)} shard folders for {len(job.data.train)} data sets in data.train")
     manifests = tuple(Manifest.load(url, storage) for url in job.shards)
@@ -89,11 +89,12 @@ def open_batches(
     *,
     pin: bool = False,
 ) -> Generator[StepBatches]:
-    """This rank's batches from where the run is, without the steps of `job.skipped`; close it to stop the loader.
+    """Yield this rank's batches from `state.position` on, without the steps in `job.skipped`. Close it to stop the
+    loader.
 
-    `neighbors` share its machine's cache. With `pin` batches are in pinned memory.
+    `neighbors` are the ranks that share the machine's cache. With `pin`, batches are in pinned memory.
 
-    Raises TrainingError where the global batch does not divide the position.
+    Raises TrainingError if the position is not a multiple of the global batch.
     """
     global_batch, position = job.training.global_batch, state.position
     if position % global_batch:
@@ -117,7 +118,7 @@ def open_batches(
 
 
 def unskipped(position: int, skipped: Sequence[PositionRange], global_batch: int) -> list[tuple[int, int | None]]:
-    """First step and number of steps of every stretch between the skipped ranges; the last one has no end (None)."""
+    """Return first step and number of steps of every stretch between skipped ranges; the last is endless (None)."""
     stretches: list[tuple[int, int | None]] = []
     for positions in sorted(skipped, key=lambda positions: positions.start):
         if positions.stop <= position:

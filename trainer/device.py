@@ -1,4 +1,4 @@
-"""The device of a rank: which GPU it is, and that no other rank has it."""
+"""Assignment of a GPU to every rank, and the check that no two ranks share one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from m2f.trainer.ranks import Ranks
 
 
 def this_device() -> torch.device:
-    """The GPU that `take_device` chose for this rank, else the CPU."""
+    """Return the GPU that `take_device` selected for this rank, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def take_device() -> torch.device:
-    """Make the GPU with the index LOCAL_RANK this process's own; the CPU where torch sees no GPU.
+    """Select the GPU with index LOCAL_RANK for this process and return it; the CPU if torch sees no GPU.
 
-    Raises TrainingError where there is no GPU of that index.
+    Raises TrainingError if there is no GPU with that index.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -37,7 +37,7 @@ def take_device() -> torch.device:
 
 
 def require_own_device(device: torch.device, ranks: Ranks) -> None:
-    """Raise TrainingError on all ranks where two have one GPU. A collective."""
+    """Raise TrainingError on all ranks if two of them use the same GPU. A collective."""
     name = ""
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
@@ -46,7 +46,7 @@ def require_own_device(device: torch.device, ranks: Ranks) -> None:
 
 
 def shared_device(names: Sequence[str]) -> str | None:
-    """What is wrong where two ranks have one GPU; `names` are those of all ranks' GPUs, empty for the CPU."""
+    """Return an error message if two ranks use the same GPU. `names` identify all ranks' GPUs; empty for the CPU."""
     for rank, name in enumerate(names):
         if name and (first := names.index(name)) != rank:
             return (

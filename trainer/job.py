@@ -1,4 +1,4 @@
-"""What one rank needs to train, and how the outside asks it to end."""
+"""Inputs of one training rank, and the interface through which others ask it to end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m2f.trainer.config import TrainingConfig
 
 @dataclass(frozen=True)
 class PositionRange:
-    """Positions of the data order from `start` up to but not including `stop`, both between two steps."""
+    """Positions `start` to `stop` - 1 of the data order; both limits lie between two steps."""
 
     start: int
     stop: int
@@ -27,44 +27,44 @@ class PositionRange:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """One training run as one rank sees it; the same for all ranks. Picklable."""
+    """One training run, as passed to every rank. Picklable."""
 
     run_folder: str
-    """Folder or `s3://` prefix; checkpoints go to `checkpoints/` in it."""
+    """Folder or `s3://` prefix. Checkpoints go to its subfolder `checkpoints/`."""
     model: ModelConfig
-    """With `num_classes` set."""
+    """Model settings, with `num_classes` set."""
     data: DataConfig
     shards: tuple[str, ...]
-    """Folder or `s3://` prefix of the shards of every item of `data.train`, in its order."""
+    """Shard folder or `s3://` prefix of every item of `data.train`, in the same order."""
     training: TrainingConfig
     storage: StorageConfig = field(default_factory=StorageConfig)
     seed: int = 0
     recipe: str = ""
     """The resolved recipe (YAML), stored with every checkpoint."""
     identity: ModelIdentity | None = None
-    """What the weights mean, stored with every checkpoint; None where only the ranks' tensors matter."""
+    """Classes, task and input of the model, stored with every checkpoint; None if only the tensors matter."""
     lease: int = 0
-    """Number of the lease under which the run folder is written; 0 for a run that nobody else can know of."""
+    """Number of the lease under which the run folder is written; 0 for a run that no other process can write to."""
     attempt: str = ""
-    """Names this start of the ranks in the run folder; empty where nobody supervises them."""
+    """Name of this start of the ranks in the run folder; empty without a supervisor."""
     evaluates: bool = False
-    """Whether checkpoints are evaluated, and kept until they are."""
+    """Whether checkpoints are evaluated, and kept until their evaluation ends."""
     evaluator_bytes: int = 0
-    """What evaluation actors take of each rank's GPU, where they share it."""
+    """Bytes that evaluation actors use of each rank's GPU, if they share it."""
     skipped: tuple[PositionRange, ...] = ()
-    """What the run leaves out after loss spikes, as if the order did not have it."""
+    """Positions that the run skips after loss spikes, as if they were not part of the order."""
 
     @property
     def effective_identity(self) -> ModelIdentity | None:
-        """The identity with the recipe as the run has it now."""
+        """The identity with the current recipe of the run."""
         return None if self.identity is None else replace(self.identity, recipe=self.recipe)
 
     def started_from(self, start: tuple[StartWeights, ...]) -> TrainJob:
-        """The job with what its run began with in the identity of its checkpoints."""
+        """Return the job with `start` in the identity of its checkpoints."""
         return self if self.identity is None else replace(self, identity=replace(self.identity, start=start))
 
     def with_micro_batch(self, size: int) -> TrainJob:
-        """The job with another `training.micro_batch`, which its recipe names, too."""
+        """Return the job with `size` as `training.micro_batch`, in its recipe too."""
         job = replace(self, training=replace(self.training, micro_batch=size))
         if not self.recipe:
             return job
@@ -74,28 +74,28 @@ class TrainJob:
 
 
 class Control(Protocol):
-    """Asked by rank 0. Before every step: stop and drain end the run after a checkpoint at the next step boundary."""
+    """Stop and drain requests. Rank 0 polls them before every step; both save a checkpoint and end the run there."""
 
     def stop_requested(self) -> bool:
-        """Whether the user wants the run to end."""
+        """Return whether the user wants the run to end."""
         ...
 
     def drain_requested(self) -> bool:
-        """Whether a machine is about to go away; the run is meant to continue elsewhere."""
+        """Return whether a machine is about to go away, so the run should end here and continue elsewhere."""
         ...
 
 
 @dataclass
 class ManualControl:
-    """Control by attributes: for tests, and for runs that nobody interrupts."""
+    """Control through attributes, for tests and for runs that are never interrupted."""
 
     stop: bool = False
     drain: bool = False
 
     def stop_requested(self) -> bool:
-        """Whether `stop` was set."""
+        """Return whether `stop` was set."""
         return self.stop
 
     def drain_requested(self) -> bool:
-        """Whether `drain` was set."""
+        """Return whether `drain` was set."""
         return self.drain

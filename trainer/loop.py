@@ -1,4 +1,4 @@
-"""The training loop of one rank, on one page."""
+"""Training loop of one rank."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from m2f.trainer.telemetry.phases import Phase
 
 
 def train(job: TrainJob, reporter: Reporter, control: Control, open_data: OpenData) -> TrainState:
-    """Train until `max_steps`, or until `control` asks to end, resuming from the newest whole checkpoint of the run.
+    """Train until `max_steps` or until `control` requests the end, resuming from the run's newest undamaged checkpoint.
 
-    Every rank calls this inside a process group. The returned state is checkpointed and committed. Raises
-    TrainingError (on all ranks where the data or upload of one fails), CheckpointError, DataError, StorageError and
-    ConfigError.
+    Every rank calls this inside a process group. Returns the final state, which is saved in a committed checkpoint.
+    Raises TrainingError (on all ranks if loading data or uploading fails on one), CheckpointError, DataError,
+    StorageError and ConfigError.
     """
     with open_run(job, reporter, open_data) as run, Observer(run, reporter) as observer:
         return _Loop(run, reporter, control, observer).run()
 
 
 class _Loop:
-    """What one rank does between the first step and the last checkpoint."""
+    """Runs the steps of one rank, from the first one to the last checkpoint."""
 
     def __init__(self, run: Run, reporter: Reporter, control: Control, observer: Observer) -> None:
         self._run = run
@@ -56,9 +56,9 @@ class _Loop:
         self._bad_samples = BadSamples(run.job.data.max_bad_samples, run.ranks)
         self._announced = -1
         self._queued: tuple[QueuedStep, dict[Phase, float]] | None = None
-        """A step whose outcome the host has not looked at, and the seconds of its phases."""
+        """A step whose outcome the host has not read yet, and the seconds of its phases."""
         self._uncommitted: dict[int, StepMetrics] = {}
-        """Rank 0: metrics by step since the last save."""
+        """On rank 0: metrics since the last save, by step."""
 
     def run(self) -> TrainState:
         training, engine, state = self._training, self._run.engine, self._run.state
@@ -71,11 +71,11 @@ class _Loop:
                 self._report_substitutions(state, batches)
             if facts.stop or facts.drain:
                 return self._end("stopped" if facts.stop else "drained", self._settled(state))
-            # A step that is queued counts: whether it was skipped is not known yet.
+            # A queued step is counted as applied, because it is not yet known whether it was skipped.
             engine.module.model.set_progress(state.step + (self._queued is not None), training.max_steps)
             losses = self._forward_backward(batches, on_device, facts, state)
             state = self._settled(state)
-            state = replace(state, position=batches.step * training.global_batch)  # behind what is left out
+            state = replace(state, position=batches.step * training.global_batch)  # skipped positions are passed over
             progress = training.schedule, state.step, training.max_steps
             engine.set_lr_factor(lr_factor(*progress), backbone_lr_factor(*progress))
             step = self._update(batches, facts, losses, state)
@@ -86,20 +86,20 @@ class _Loop:
         return self._end("finished", state)
 
     def _is_due(self, step: int) -> bool:
-        """Whether the host must know at once what became of the step: something follows it."""
+        """Return whether the outcome of `step` is needed at once, for a report, a checkpoint or the end of the run."""
         training = self._training
         often = (training.log_every_steps, training.checkpoint.every_steps)
         return step >= training.max_steps or any(step % every == 0 for every in often)
 
     def _settled(self, state: TrainState) -> TrainState:
-        """The state after the step before, where that is still queued: by now the device is past it, nothing waits."""
+        """Settle the queued step, if any; return the new state. The device has finished it, so nothing waits."""
         if self._queued is None:
             return state
         (step, phases), self._queued = self._queued, None
         return self._settle(state, step, phases)
 
     def _settle(self, state: TrainState, step: QueuedStep, phases: dict[Phase, float] | None = None) -> TrainState:
-        """The state after the step, once what became of it is known, and what follows it is done."""
+        """Read the outcome of a step; report, detect spikes and save as due. Returns the new state."""
         training, values = self._training, step.read()
         result = self._run.engine.settle(state.step + 1, values.norm)
         state = state.advance(training.global_batch, result.applied)
@@ -118,7 +118,7 @@ class _Loop:
         return state
 
     def _next_step(self, state: TrainState) -> tuple[StepBatches, Iterator[Batch], StepFacts]:
-        """This rank's batches, their copies on the device, and what all ranks said about the step.
+        """Return this rank's batches, their copies on the device, and the facts of the step summed over all ranks.
 
         An error on any rank is raised on all.
         """
@@ -162,7 +162,7 @@ class _Loop:
         self, batches: StepBatches, on_device: Iterator[Batch], facts: StepFacts, state: TrainState
     ) -> list[Losses]:
         engine = self._run.engine
-        # Filled on the device: a copy from the host would wait for all work queued before it.
+        # Filled on the device: a copy from the host would wait for all queued work.
         sums = (facts.num_masks, facts.class_weight_sum, facts.micro_batches)
         normalizers = Normalizers(*(torch.full((), number, device=engine.device) for number in sums))
         losses = []
@@ -181,7 +181,7 @@ class _Loop:
 
     @contextmanager
     def _shortage_named(self, batches: StepBatches, state: TrainState) -> Iterator[None]:
-        """Raises OutOfMemoryError for a lack of memory, on the rank whose device is too small."""
+        """Convert out-of-memory errors to OutOfMemoryError, raised on the rank whose memory is full."""
         try:
             yield
         except RuntimeError as error:
@@ -193,7 +193,7 @@ class _Loop:
             ) from error
 
     def _look_for_spikes(self, state: TrainState, loss: float) -> TrainState:
-        """The state with this step's loss. Where that completes a spike: an event, or LossSpikeError on all ranks."""
+        """Add this step's loss to the state. Report a complete spike; with `roll_back`, raise LossSpikeError."""
         config = self._training.spikes
         if config.action == "off":
             return state
@@ -246,12 +246,12 @@ class _Loop:
 
     def _save(self, state: TrainState) -> None:
         self._observer.enter("checkpoint")
-        self._announce(self._run.saver.finish())  # every commit is heard of, also where the next one follows at once
+        self._announce(self._run.saver.finish())  # report every commit, even if the next one follows at once
         self._run.saver.save(self._run.engine, state, self._uncommitted)
         self._uncommitted.clear()
 
     def _announce(self, commit: CommittedCheckpoint | None) -> None:
-        """Tell the reporter of a commit, once."""
+        """Report a commit, once."""
         if commit is not None and commit.step > self._announced:
             self._announced = commit.step
             self._reporter.report(CommitReport(commit))

@@ -1,4 +1,4 @@
-"""Which precision suits which devices (no torch)."""
+"""Choice of the precision that suits the devices. Independent of torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from m2f.trainer.config import Precision
 
 Capability = tuple[int, int]
-"""Of a GPU: CUDA's number of what it can do."""
+"""CUDA compute capability of a GPU, major and minor."""
 _BF16: Capability = (8, 0)
 _TENSOR_CORES: Capability = (7, 0)
 
 
 def sensible_precision(capabilities: Sequence[Capability]) -> Precision:
-    """What `training.precision: auto` means on these GPUs; none: the CPU."""
+    """Return the meaning of `training.precision: auto` on these GPUs, decided by the oldest; none: CPU."""
     least = min(capabilities, default=(0, 0))
     if least >= _BF16:
         return "bf16_autocast"

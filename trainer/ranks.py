@@ -1,4 +1,4 @@
-"""What ranks tell each other before the first forward of a step: one small all-reduce on CPU."""
+"""Communication between ranks on CPU, such as the small all-reduce before the first forward pass of a step."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepFacts:
-    """One rank's contribution to a step; `exchange` returns the sums over ranks. All are small exact numbers."""
+    """One rank's contribution to a step. `exchange` returns sums over ranks, exact since all values are small."""
 
     num_masks: float = 0.0
-    """Ground-truth masks that the losses divide by."""
+    """Ground-truth masks, by which the mask losses are divided."""
     class_weight_sum: float = 0.0
     """Denominator of the class loss."""
     micro_batches: float = 0.0
     images: float = 0.0
-    """Images that count (fillers do not)."""
+    """Real images, without fillers."""
     substitutions: float = 0.0
-    """Samples that others took the place of."""
+    """Samples that were replaced by others."""
     stop: float = 0.0
     drain: float = 0.0
     committed: float = 0.0
-    """Newest committed checkpoint's step, from rank 0 only."""
+    """Step of the newest committed checkpoint; set by rank 0 only."""
 
 
 class Ranks:
-    """The ranks of a run as seen from one of them. Collectives run on a gloo group, beside the training's own."""
+    """The ranks of a run, seen from one of them. Collectives run on a gloo group, separate from that of training."""
 
     def __init__(self, timeout_s: float) -> None:
         self.rank = dist.get_rank()
@@ -51,10 +51,10 @@ class Ranks:
         return self.rank == 0
 
     def exchange(self, mine: StepFacts, error: BaseException | None = None) -> StepFacts:
-        """The sums over all ranks.
+        """Return the sums over all ranks.
 
-        Where any rank brings an error, all raise a PeersError that names the ranks and their errors (or, where all
-        bring the same UserError, that one).
+        If any rank passes an error, all ranks raise a PeersError that names the ranks and their errors. If all ranks
+        pass the same UserError, they raise that one instead.
         """
         values = [getattr(mine, field.name) for field in fields(mine)] + [float(error is not None)]
         total = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
@@ -63,44 +63,44 @@ class Ranks:
         return StepFacts(*total[:-1])
 
     def check(self, error: BaseException | None = None) -> None:
-        """Wait for all ranks. Where any brings an error, all raise as in `exchange`."""
+        """Wait for all ranks. If any passes an error, all raise as in `exchange`."""
         self.exchange(StepFacts(), error)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise sum over ranks, in place, on CPU."""
+        """Sum `values` (on CPU) elementwise over ranks, in place, and return them."""
         dist.all_reduce(values, group=self._group)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """The picklable value of every rank, in rank order, on every rank."""
+        """Return the picklable values of all ranks on every rank, in rank order."""
         values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]
 
     def count(self, name: str, more: int = 0) -> int:
-        """A counter that all ranks share, after adding `more`. No collective; one thread may call it at any time."""
-        if self._store is None:  # a connection of its own: nothing that waits in the other one holds it up
+        """Add `more` to a counter shared by all ranks; return it. No collective; one thread may call it at any time."""
+        if self._store is None:  # a separate connection, which requests that block on the other one cannot delay
             self._store = dist.distributed_c10d._get_default_store().clone()
         return self._store.add(f"m2f/{name}", more)
 
     def neighbors(self) -> tuple[int, ...]:
-        """The ranks on this machine, this one among them. A collective."""
+        """Return the ranks on this machine, including this one. A collective."""
         hosts = self.gather(socket.gethostname())
         return tuple(rank for rank, host in enumerate(hosts) if host == hosts[self.rank])
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's picklable value."""
+        """Return rank 0's picklable value on every rank. A collective."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def run_on_rank0(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; where it raises there, all ranks raise."""
+        """Call `make` on rank 0; return its result on every rank. If it raises, all ranks raise. A collective."""
         box = self.run_on_all(lambda: [make()] if self.is_first else [])
         return self.broadcast(box)[0]
 
     def run_on_all(self, make: Callable[[], T]) -> T:
-        """What `make` returns on this rank; where it raises on any rank, all ranks raise."""
+        """Call `make` on every rank; return this rank's result. If it raises on any rank, all raise. A collective."""
         box: list[T] = []
         error = None
         try:
@@ -113,6 +113,6 @@ class Ranks:
     def _raise_together(self, error: BaseException | None) -> NoReturn:
         texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if isinstance(error, UserError) and len(set(texts)) == 1:
-            raise error  # the same mistake everywhere needs no list of ranks
+            raise error  # the same user error on all ranks needs no list of ranks
         causes = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
         raise PeersError(f"training stops on all ranks: {causes}") from error

@@ -1,4 +1,4 @@
-"""Events of a run, and who receives them."""
+"""Events of a run, and the interface of their receivers."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NoticeKind = Literal[
 ]
 
 STALL_EXIT = 75
-"""Status of a rank that ended itself after the notice `stalled`."""
+"""Exit status of a rank that ended itself after the notice `stalled`."""
 
 
 @dataclass(frozen=True)
 class CommittedCheckpoint:
-    """A checkpoint whose manifest is written: it is complete and can be loaded by anyone."""
+    """A checkpoint whose manifest is written, so it is complete and can be loaded by any process."""
 
     step: int
     """Optimizer steps done."""
@@ -50,7 +50,7 @@ class CommittedCheckpoint:
 
 @dataclass(frozen=True)
 class StepReport:
-    """By rank 0, every `log_every_steps` optimizer steps."""
+    """Metrics of all ranks, sent by rank 0 every `log_every_steps` optimizer steps."""
 
     step: int
     metrics: StepMetrics
@@ -58,7 +58,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RankReport:
-    """By every rank, as often as StepReport: what it measured of itself."""
+    """Measurements of one rank, sent by every rank as often as StepReport."""
 
     step: int
     numbers: RankNumbers
@@ -66,14 +66,14 @@ class RankReport:
 
 @dataclass(frozen=True)
 class CommitReport:
-    """By every rank in the same step, after a commit."""
+    """A newly committed checkpoint, sent by every rank in the same step."""
 
     checkpoint: CommittedCheckpoint
 
 
 @dataclass(frozen=True)
 class Notice:
-    """By rank 0 (`stalled`, `storage`: any): something worth a line in the log."""
+    """A line for the log, sent by rank 0; `stalled` and `storage` are sent by any rank."""
 
     kind: NoticeKind
     step: int
@@ -87,7 +87,7 @@ class Reporter(Protocol):
     """Receives the events of a run."""
 
     def report(self, event: Event) -> None:
-        """Must return at once, and never raise for an outage of what is behind it."""
+        """Handle `event`. Must return at once, and must not raise if a service behind it is down."""
         ...
 
 
@@ -98,7 +98,7 @@ class Reporters:
         self._reporters = reporters
 
     def report(self, event: Event) -> None:
-        """To all."""
+        """Pass `event` to all reporters."""
         for reporter in self._reporters:
             reporter.report(event)
 
@@ -111,7 +111,7 @@ class LogReporter:
         self.stream = stream or sys.stdout
 
     def report(self, event: Event) -> None:
-        """Nothing for a RankReport: the line of the StepReport covers all ranks."""
+        """Print one line for `event`. Ignores RankReport, because StepReport covers all ranks."""
         match event:
             case StepReport(step, metrics):
                 self._line(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  {_describe(metrics)}")
@@ -129,7 +129,7 @@ class LogReporter:
 
 
 def _describe(metrics: StepMetrics) -> str:
-    """Losses, gradient norm, learning rate, images/s, time waited for data, traffic, memory, time left."""
+    """Return losses, gradient norm, learning rate, images/s, data wait, traffic, memory and remaining time as text."""
     loss, pace = metrics.loss, metrics.throughput
     return (
         f"loss {loss.total:.4f} (class {loss.class_:.4f}, mask {loss.mask:.4f}, dice {loss.dice:.4f})"
@@ -140,7 +140,7 @@ def _describe(metrics: StepMetrics) -> str:
 
 
 def _traffic(storage: StorageTraffic) -> str:
-    """What was read since the last line; zero cache reads and retries are left out."""
+    """Return the data read since the last line; cache reads and retries are omitted if zero."""
     text = f"  read {storage.read_mb:.1f} MB"
     if storage.cached_mb:
         text += f" and {storage.cached_mb:.1f} MB cached"
@@ -150,7 +150,7 @@ def _traffic(storage: StorageTraffic) -> str:
 
 
 def _memory(system: SystemUse) -> str:
-    """Peak of allocated GPU memory, and of it what an image of a micro-batch took."""
+    """Return the peak of allocated GPU memory, and the part of it per image of a micro-batch."""
     if system.gpu_memory_gb is None:
         return ""
     return f"  GPU {system.gpu_memory_gb:.1f} GB, {system.gpu_image_gb or 0.0:.2f} GB an image"

@@ -1,4 +1,4 @@
-"""Everything a rank needs before its first step."""
+"""Set up one rank before its first step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from m2f.trainer.state import TrainState
 
 @dataclass(frozen=True)
 class Run:
-    """One rank's parts of a run that is ready to go on."""
+    """Components of one rank in a run that is ready to train."""
 
     job: TrainJob
     ranks: Ranks
@@ -44,7 +44,7 @@ class Run:
 
 @contextmanager
 def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator[Run]:
-    """Open data and model, resume from the newest whole checkpoint, start the loader. Every rank calls it."""
+    """Open data and model, resume from the newest undamaged checkpoint, and start the loader. Every rank calls it."""
     training = job.training
     ranks = Ranks(training.collective_timeout_s)
     device = settle_device(ranks, reporter)
@@ -86,9 +86,9 @@ def open_run(job: TrainJob, reporter: Reporter, open_data: OpenData) -> Iterator
 
 
 def settle_device(ranks: Ranks, reporter: Reporter) -> torch.device:
-    """This rank's device, with the forms of attention that are right there. A collective.
+    """Return this rank's device after selecting the attention implementations that suit it. A collective.
 
-    Raises TrainingError on all ranks where two have one GPU.
+    Raises TrainingError on all ranks if two of them use the same GPU.
     """
     device = this_device()
     require_own_device(device, ranks)

@@ -1,4 +1,4 @@
-"""Where a run is: small, exact, stored with every checkpoint."""
+"""Progress of a run: small, exact, and stored with every checkpoint."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from m2f.trainer.recovery.spikes import LossHistory
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Progress of a run after some step, and what the run must have in common with one that resumes it."""
+    """Progress of a run after a step, and the properties that a resuming run must share."""
 
     step: int = 0
-    """Optimizer steps done; skipped ones do not count."""
+    """Optimizer steps done, without skipped ones."""
     position: int = 0
-    """Samples consumed, including those of skipped steps: the state of the data order."""
+    """Samples consumed, including those of skipped steps. It determines the state of the data order."""
     skipped: int = 0
-    """Steps skipped in a row just now."""
+    """Number of consecutive steps skipped up to now."""
     skipped_total: int = 0
     order_fingerprint: str
     order_start: int = 0
-    """Position at which this order began; above 0 only after the data of the run were changed."""
+    """Position at which this order started; above 0 only if the run's data were changed."""
     seed: int
     world_size: int
     zero_stage: int
     losses: LossHistory = field(default_factory=LossHistory)
 
     def advance(self, samples: int, applied: bool) -> TrainState:
-        """After an optimizer step over `samples` positions; one that was not applied consumes them all the same."""
+        """Return the state after an optimizer step over `samples` positions. A skipped step consumes them too."""
         return replace(
             self,
             step=self.step + applied,
@@ -41,13 +41,14 @@ class TrainState:
         )
 
     def inside(self, positions: PositionRange) -> bool:
-        """Whether the run has trained on some of them and is not past them: a spike may be in the weights."""
+        """Return whether the run is within these positions and past their start, so a spike may be in the weights."""
         return positions.start < self.position <= positions.stop
 
     def in_order(self, fingerprint: str, url: str, accept_changes: bool) -> TrainState:
-        """The state of checkpoint `url` as a run goes on from it whose data have the order of this fingerprint.
+        """Return the state with which a run whose data order has `fingerprint` resumes from checkpoint `url`.
 
-        With `accept_changes` another order begins anew at the checkpoint's position. Raises CheckpointError without.
+        If the orders differ, the new order starts at the checkpoint's position with `accept_changes`; else raises
+        CheckpointError.
         """
         if self.order_fingerprint == fingerprint:
             return self
@@ -60,12 +61,12 @@ class TrainState:
         )
 
     def to_json(self) -> bytes:
-        """As stored in `state.json`."""
+        """Return the content of `state.json`."""
         return json.dumps(asdict(self), indent=1).encode()
 
     @staticmethod
     def from_json(data: bytes, source: str) -> TrainState:
-        """Read back. Raises CheckpointError naming `source`."""
+        """Parse the content of `state.json`. Raises CheckpointError with the name `source`."""
         try:
             content = parse_json(data)
             losses = content.pop("losses", {"recent": ()})  # states of version 0.1.0 have none

@@ -1,4 +1,4 @@
-"""What weights mean: classes, task, input and the recipe that made them. Stored beside weights and inside them."""
+"""Identity of a model: classes, task, input and recipe. Stored beside the weights and in their metadata."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.trainer.errors import CheckpointError
 
 IDENTITY = "identity.json"
-"""File of a checkpoint folder."""
+"""File name in a checkpoint folder."""
 METADATA_KEY = "m2f.identity"
-"""Where the same text stands in metadata of weights and of exported models."""
+"""Key of the same text in the metadata of weights and exported models."""
 START_ANEW = (
     "set it back, or train under another name from its weights (model.weights), which keeps the rows of the classes "
     "that both have"
@@ -30,53 +30,53 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class InputRules:
-    """What an image becomes before it enters the model."""
+    """Preprocessing of an image before it enters the model."""
 
     shortest_edge: int
-    """Pixels of the shorter side."""
+    """Length of the shorter side in pixels."""
     max_size: int
-    """Pixels that the longer side may have."""
+    """Largest length of the longer side in pixels."""
     pixel_mean: tuple[float, float, float]
-    """RGB, 0 to 255."""
+    """RGB, on a scale from 0 to 255."""
     pixel_std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartWeights:
-    """A file of weights that a run began with."""
+    """Weights that a run started from."""
 
     setting: str
-    """`model.weights` or `model.backbone.weights`."""
+    """Setting that names the weights: `model.weights` or `model.backbone.weights`."""
     source: str
-    """The setting's value, with the commit where it is a model of the hub."""
+    """Value of the setting, with the commit if it is a model of the hub."""
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """What a checkpoint knows about its model, without shards and run folder."""
+    """What a checkpoint states about its model, readable without shards and run folder."""
 
     label_spaces: tuple[LabelSpace, ...]
-    """One today."""
+    """Label spaces of the model; currently exactly one."""
     input: InputRules
     num_queries: int
     recipe: str = ""
     """The effective recipe (YAML)."""
     start: tuple[StartWeights, ...] = ()
-    """What the training began with; empty for random weights, and for runs of earlier versions."""
+    """Weights that the training started from; empty for random weights, and for runs of earlier versions."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What the model was trained for."""
+        """Tasks that the model was trained for."""
         return tuple(space.task for space in self.label_spaces)
 
     @property
     def recipe_sha256(self) -> str:
-        """Digest of the effective recipe."""
+        """SHA-256 of the effective recipe."""
         return hashlib.sha256(self.recipe.encode()).hexdigest()
 
     def to_json(self) -> str:
-        """As stored in `identity.json` and in metadata."""
+        """Return the text for `identity.json` and for metadata."""
         content = {
             "version": _VERSION,
             "tasks": list(self.tasks),
@@ -92,7 +92,7 @@ class ModelIdentity:
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Self:
-        """Read back. Raises CheckpointError naming `source`."""
+        """Parse the stored text. Raises CheckpointError with the name `source`."""
         try:
             content = parse_json(text)
             if content["version"] != _VERSION:
@@ -112,7 +112,7 @@ class ModelIdentity:
 
 
 def store_identity(folder: Path, identity: ModelIdentity | None) -> dict[str, str]:
-    """Write `identity.json` into a folder; returns the metadata for the safetensors files beside it."""
+    """Write `identity.json` to a folder; return the metadata for the safetensors files beside it."""
     if identity is None:
         return {"format": "pt"}
     text = identity.to_json()
@@ -121,9 +121,9 @@ def store_identity(folder: Path, identity: ModelIdentity | None) -> dict[str, st
 
 
 def read_metadata(path: str | Path) -> ModelIdentity | None:
-    """The identity in a local safetensors file or in an official checkpoint that we exported; None without any.
+    """Return the identity in a local safetensors file or an exported official checkpoint; None if it has none.
 
-    Raises CheckpointError for metadata that cannot be read.
+    Raises CheckpointError for an invalid identity.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,7 +135,7 @@ def read_metadata(path: str | Path) -> ModelIdentity | None:
         size = int.from_bytes(head[:8], "little")
         file.seek(8)
         if size > path.stat().st_size:
-            return None  # whoever loads the tensors says that the file is cut off
+            return None  # loading the tensors reports that the file is truncated
         try:
             text = parse_json(file.read(size)).get("__metadata__", {}).get(METADATA_KEY)
         except (ValueError, AttributeError):
@@ -144,9 +144,9 @@ def read_metadata(path: str | Path) -> ModelIdentity | None:
 
 
 def require_same_classes(task: str, classes: tuple[Category, ...] | None, now: ModelIdentity, url: str) -> None:
-    """Compare the task and the classes (None: not known) of checkpoint `url` with those of a run that goes on from it.
+    """Check that checkpoint `url`, with this task and these classes (None: unknown), fits the run that resumes from it.
 
-    Raises CheckpointError: weights and optimizer state would be taken for something else.
+    Raises CheckpointError if they differ, because weights and optimizer state would be misinterpreted.
     """
     space = now.label_spaces[0]
     if task != space.task:
@@ -154,7 +154,7 @@ def require_same_classes(task: str, classes: tuple[Category, ...] | None, now: M
             f"checkpoint {url} is of a model for the task {task}, and data.task is {space.task}; {START_ANEW}"
         )
     if classes is None or [(c.name, c.is_thing) for c in classes] == [(c.name, c.is_thing) for c in space.classes]:
-        return  # ids and colours are not in the weights
+        return  # ids and colours do not affect the weights
     rows = zip_longest(classes, space.classes)
     differing = tuple((a, b) for a, b in rows if a is None or b is None or (a.name, a.is_thing) != (b.name, b.is_thing))
     raise CheckpointError(
@@ -166,7 +166,7 @@ def require_same_classes(task: str, classes: tuple[Category, ...] | None, now: M
 def require_own_checkpoint(
     storage: Storage, urls: Sequence[str], now: ModelIdentity | None
 ) -> tuple[StartWeights, ...]:
-    """`require_same_classes` for the first of these checkpoints that says what it is; what its run began with."""
+    """Apply `require_same_classes` to the first checkpoint with a readable identity; return its start weights."""
     if now is None:
         return ()
     for url in urls:
@@ -174,7 +174,7 @@ def require_own_checkpoint(
             try:
                 stored = ModelIdentity.from_json(storage.get(address), address)
             except CheckpointError:
-                continue  # damaged: resuming finds that out
+                continue  # damaged: resuming reports it
             require_same_classes(stored.tasks[0], stored.label_spaces[0].classes, now, url)
             return stored.start
     return ()
@@ -185,7 +185,7 @@ def _read_official(path: Path) -> ModelIdentity | None:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whatever is wrong with it, `read_state` says it
+    except Exception:  # `read_state` reports any problem with the file
         return None
     text = content.get(METADATA_KEY) if isinstance(content, Mapping) else None
     return None if not isinstance(text, str) else ModelIdentity.from_json(text, str(path))

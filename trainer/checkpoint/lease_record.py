@@ -1,13 +1,12 @@
-"""The numbered leases of a run folder: who may write to it, and which checkpoints each holder found.
+"""Numbered leases of a run folder: which process may write to it, and which checkpoints each holder found.
 
 <run folder>/lease/
     000003            record of lease 3: its holder and the checkpoints that it found; written once, if absent
     000003.beat       renewed by the holder every few seconds
-    000003.released   the holder ended its work
+    000003.released   the holder has ended its work
 
-A lease is never taken away: its number is outdated as soon as a higher one exists. Everything that changes the folder
-checks its number first, and checkpoint folders carry the number, so that what an outdated holder writes late is
-complete, harmless and ignored.
+A lease is never revoked: it is outdated as soon as a higher number exists. Everything that changes the folder checks
+its number first. Checkpoint folders carry the number, so late writes of an outdated holder are harmless and ignored.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ _UNKNOWN = ""
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, so exactly that another process on its machine can tell whether it still runs."""
+    """A process, identified so that another process on the same machine can tell whether it still runs."""
 
     host: str
     pid: int
     boot: str = _UNKNOWN
-    """Boot id of the machine; empty where the system has none."""
+    """Boot id of the machine; empty if the system has none."""
     namespace: str = _UNKNOWN
-    """Its pid namespace: in another one the same pid is another process."""
+    """Pid namespace of the process. In another namespace, the same pid is another process."""
     started: str = _UNKNOWN
-    """Start time of the process in clock ticks after boot: a pid is used again."""
+    """Start time of the process in clock ticks after boot, because pids are reused."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
     def is_dead(self) -> bool:
-        """Whether it provably ended: this is its machine and namespace, and no process has its pid and start time."""
+        """Return whether it provably ended: same machine and namespace, but no process with its pid and start time."""
         here = this_process()
         if _UNKNOWN in (self.boot, self.namespace, self.started):
             return False
@@ -56,22 +55,22 @@ class Holder:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """One lease as it is stored."""
+    """A lease as stored."""
 
     number: int
     nonce: str
-    """Random, so that a repeated write of one contender is told from the write of another."""
+    """Random value that tells a repeated write by one contender from a write by another."""
     holder: Holder
     found: tuple[str, ...]
     """Names of the checkpoint folders that were committed when the lease was taken."""
 
     def to_json(self) -> bytes:
-        """As stored."""
+        """Return the content of the record."""
         return json.dumps(asdict(self), indent=1).encode()
 
 
 def this_process() -> Holder:
-    """The process that asks."""
+    """Describe the current process."""
     pid = os.getpid()
     return Holder(
         host=socket.gethostname(),
@@ -83,18 +82,18 @@ def this_process() -> Holder:
 
 
 def record_url(run_folder: str, number: int) -> str:
-    """Where the record of a lease is stored."""
+    """Return the URL of a lease's record."""
     return join(run_folder, "lease", f"{number:06d}")
 
 
 def newest_number(storage: Storage, run_folder: str) -> int:
-    """Number of the newest lease; 0 where the folder never had one."""
+    """Return the number of the newest lease; 0 if the folder never had one."""
     matches = [_RECORD.search(url) for url in storage.list(join(run_folder, "lease"))]
     return max((int(match[1]) for match in matches if match), default=0)
 
 
 def read_record(storage: Storage, run_folder: str, number: int) -> LeaseRecord:
-    """The record of a lease. Raises CheckpointError if it cannot be read, MissingObjectError if there is none."""
+    """Return the record of a lease. Raises CheckpointError if it is unreadable, MissingObjectError if there is none."""
     url = record_url(run_folder, number)
     data = storage.get(url)
     try:
@@ -108,7 +107,7 @@ def read_record(storage: Storage, run_folder: str, number: int) -> LeaseRecord:
 
 
 def check_lease(storage: Storage, run_folder: str, number: int) -> None:
-    """Raise LeaseLostError where a newer lease than `number` exists; 0 stands for a run without a lease."""
+    """Raise LeaseLostError if a lease newer than `number` exists; 0 stands for a run without a lease."""
     if number and storage.exists(record_url(run_folder, number + 1)):
         holder = read_record(storage, run_folder, number + 1).holder
         raise LeaseLostError(
@@ -118,9 +117,9 @@ def check_lease(storage: Storage, run_folder: str, number: int) -> None:
 
 
 def accepted_names(storage: Storage, run_folder: str, newest: int, number: int, names: Sequence[str]) -> frozenset[str]:
-    """Those of `names`, checkpoint folders written under lease `number`, that count while lease `newest` is the newest.
+    """Return those `names` of checkpoint folders, written under lease `number`, that are valid under lease `newest`.
 
-    A commit counts if its lease is the newest one, or if the lease after its own found it.
+    A commit is valid if its lease is the newest one, or if the holder of the next lease found it.
     """
     if number >= newest:
         return frozenset(names)
@@ -128,7 +127,7 @@ def accepted_names(storage: Storage, run_folder: str, newest: int, number: int, 
 
 
 def _start_time(pid: int) -> str:
-    """In clock ticks after boot; empty where no such process runs (one that only waits to be reaped does not)."""
+    """Return the start time in clock ticks after boot; empty if there is no such process or it is a zombie."""
     stat = _text(Path(f"/proc/{pid}/stat"))
     fields = stat.rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else _UNKNOWN

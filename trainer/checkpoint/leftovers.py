@@ -1,4 +1,4 @@
-"""What a run folder holds that no run needs any more: checkpoints without a commit, and writes without an end."""
+"""Find what no run needs in a run folder: checkpoints without a valid commit, and writes that were never completed."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What may be deleted."""
+    """Folders and writes that may be deleted."""
 
     folders: tuple[tuple[str, str], ...]
     """Checkpoint folders, each with the reason."""
     writes: tuple[UnfinishedWrite, ...]
-    """Temporary files and multipart uploads, also those in `folders`."""
+    """Temporary files and multipart uploads, including those in `folders`."""
 
     def __len__(self) -> int:
         return len(self.folders) + len(self.writes)
 
     def describe(self) -> list[str]:
-        """One line for each."""
+        """Return one line per folder and write."""
         lines = [f"folder  {url}: {reason}" for url, reason in self.folders]
         kinds = [("upload" if write.upload else "part", write.url) for write in self.writes]
         return lines + [f"{kind:<6}  {url}: never completed" for kind, url in kinds]
 
     def delete(self, storage: Storage, check: Callable[[], None]) -> None:
-        """Delete all; `check` is called before each, and what it raises is raised."""
+        """Delete everything. `check` is called before each deletion; an exception from it ends the deletion."""
         for write in self.writes:
             check()
             storage.delete_unfinished(write)
@@ -44,15 +44,18 @@ class Leftovers:
 
 
 def find_leftovers(storage: Storage, run_folder: str, in_use: int, alone: bool) -> Leftovers:
-    """What processes have left under leases before `in_use`; writes outside of checkpoints, which carry no lease, where
-    the caller is `alone`: nobody else writes to the run folder."""
+    """Find what processes left under leases before `in_use`.
+
+    Writes outside of checkpoint folders carry no lease. They are included only if the caller is `alone`: no other
+    process writes to the run folder.
+    """
     leases = [(write, lease_within(write.url)) for write in storage.list_unfinished(run_folder)]
     left = [write for write, lease in leases if (alone if lease is None else lease < in_use)]
     return Leftovers(orphan_folders(storage, run_folder, in_use), tuple(left))
 
 
 def lease_in_use(storage: Storage, run_folder: str) -> int:
-    """The first lease under which a process may be writing now, for somebody who has none."""
+    """Return the first lease under which a process may be writing now, for a caller without a lease."""
     newest = newest_number(storage, run_folder)
     if not newest or storage.exists(f"{record_url(run_folder, newest)}.released"):
         return newest + 1
@@ -60,10 +63,10 @@ def lease_in_use(storage: Storage, run_folder: str) -> int:
 
 
 def end_outdated_writes(storage: Storage, run_folder: str) -> int:
-    """End what processes were writing to checkpoints under leases before the newest; how many writes there were.
+    """Abort writes to checkpoints that were started under leases before the newest; return their number.
 
-    Uploads in parts that are never completed cost money, and no listing shows them. A store that refuses to
-    list or end them is warned of.
+    Unfinished multipart uploads cost money and appear in no listing. If a store refuses to list or abort them, log a
+    warning.
     """
     newest, ended = newest_number(storage, run_folder), 0
     try:

@@ -12,7 +12,7 @@ from m2f.trainer.engine.safe_load import safe_loads
 
 
 def save_random_state(path: Path) -> None:
-    """Write all states as plain tensors and numbers, so that reading them executes nothing."""
+    """Write all random states as plain tensors and numbers, so that reading them runs no code."""
     version, python, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -26,7 +26,7 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
-    """Restore what `save_random_state` wrote. Raises CheckpointError for a file that asks for code."""
+    """Restore what `save_random_state` wrote. Raises CheckpointError for a file that requires code."""
     with safe_loads():
         state = torch.load(path, weights_only=True)
     version, python, gauss = state["python"]

@@ -1,4 +1,4 @@
-"""Go on from the newest checkpoint that is whole, with the same number of ranks or another."""
+"""Resume from the newest undamaged checkpoint, with the same or another number of ranks."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ _UNIVERSAL = f"{ENGINE}_universal"
 
 @dataclass(frozen=True)
 class Restart:
-    """A checkpoint on this machine's disk, checked and ready to be loaded."""
+    """A checkpoint on the local disk, verified and ready to be loaded."""
 
     checkpoint: CommittedCheckpoint
     state: TrainState
-    """Where the run goes on, with the number of ranks that it has now."""
+    """State from which the run continues, with its current number of ranks."""
     folder: Path
     same_ranks: bool
     saved_stage: int
-    """ZeRO stage of the run that wrote it."""
+    """ZeRO stage of the run that wrote the checkpoint."""
 
     @property
     def weights_only(self) -> bool:
-        """Whether the optimizer begins anew: the stages cut and name its state differently."""
+        """Whether the optimizer starts afresh, because ZeRO stages partition and name its state differently."""
         return self.saved_stage != self.state.zero_stage
 
     @property
     def reshard(self) -> bool:
-        """Whether the optimizer state is cut for another number of ranks; without ZeRO it is not cut at all."""
+        """Whether the optimizer state is repartitioned for another number of ranks; never without ZeRO."""
         return not self.same_ranks and not self.weights_only and self.state.zero_stage > 0
 
     def load_model(self, model: Segmenter) -> None:
-        """Before the engine is made: buffers and frozen parameters, which DeepSpeed's universal format lacks."""
+        """Load buffers and frozen parameters, which DeepSpeed's universal format lacks, before the engine exists."""
         if self.reshard or self.weights_only:
             load_weights(model, self.folder / WEIGHTS)
 
     def load_engine(self, engine: Engine, ranks: Ranks) -> None:
-        """Weights and optimizer state. With the same ranks the random states too: then every bit is as at the save."""
+        """Load weights and optimizer state; with the same ranks also random states, so all is bit-identical."""
         with _named(self.checkpoint.url):
             if not self.weights_only:
                 engine.load(self.folder, _UNIVERSAL if self.reshard else ENGINE)
@@ -74,7 +74,7 @@ class Restart:
             engine.load_average(safetensors.torch.load_file(average) if average.is_file() else None)
             if self.same_ranks:
                 load_random_state(self.folder / rng_path(ranks.rank))
-        ranks.check()  # ranks of one machine may share the folder, which goes when its owner leaves
+        ranks.check()  # ranks of one machine may share the folder, which its owner deletes on leaving
 
 
 @contextmanager
@@ -88,12 +88,11 @@ def open_restart(
     skipped: Sequence[PositionRange] = (),
     lease: int = 0,
 ) -> Iterator[Restart | None]:
-    """Bring the first of `candidates` (newest first) that is whole on every rank to disk; None without candidates.
+    """Download the first of `candidates` (newest first) that is undamaged on every rank; None without candidates.
 
-    `expected` is the state of a fresh start of this run, which the checkpoint must fit (with `accept_changes`: but for
-    its order of the data). Damaged ones before it are set aside, and so are those within a `skipped` range. Raises
-    CheckpointError where the checkpoint does not fit or no candidate can be used, StorageError where the storage does
-    not answer. A collective.
+    The checkpoint must fit `expected`, the state of a fresh start; with `accept_changes` its data order may differ.
+    Damaged candidates before it, and those within a `skipped` range, are set aside. Raises CheckpointError if the
+    checkpoint does not fit or no candidate is usable, and StorageError if the storage does not answer. A collective.
     """
     problems = []
     for checkpoint in candidates:
@@ -118,7 +117,7 @@ def open_restart(
 
 
 def _set_aside(damaged: tuple[CommittedCheckpoint, ...], storage: Storage, ranks: Ranks, lease: int) -> None:
-    """Once a whole one is found, so that listings ignore the damaged ones."""
+    """Set damaged checkpoints aside, after an undamaged one was found, so that listings ignore them."""
 
     def set_all_aside() -> None:
         for checkpoint in damaged:
@@ -138,7 +137,7 @@ def _bring(
     accept_changes: bool,
     skipped: Sequence[PositionRange],
 ) -> Restart | str:
-    """Download what this rank needs and, for another number of ranks, convert it; or what is damaged on any rank."""
+    """Download this rank's files, and convert them if the ranks differ; or return what is damaged on any rank."""
     inspected = ranks.run_on_rank0(lambda: _inspect(storage, checkpoint.url, folder, skipped))
     if isinstance(inspected, str):
         return inspected
@@ -164,7 +163,7 @@ def _convert(url: str, folder: Path) -> None:
 
 @contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Errors about a file within name its checkpoint and the remedy, too."""
+    """Add the checkpoint and the remedy to errors about a file."""
     try:
         yield
     except CheckpointError as error:
@@ -188,19 +187,19 @@ def _inspect(
 
 
 def _folder_of_machine(ranks: Ranks, folder: Path) -> Path:
-    """The folder of the first rank on this machine."""
+    """Return the folder of the first rank on this machine."""
     host = socket.gethostname()
     return next(path for other, path in ranks.gather((host, folder)) if other == host)
 
 
 def _paths(restart: Restart, manifest: CheckpointManifest, rank: int) -> list[str]:
-    """Files that this rank needs; when resharding, those that its machine needs."""
+    """Return the files that this rank needs; when resharding, those that its machine needs."""
     average = [AVERAGE] if AVERAGE in manifest.files else []
     if restart.weights_only:
         return [WEIGHTS, *average] + ([rng_path(rank)] if restart.same_ranks else [])
     if restart.reshard:
         return [path for path in manifest.files if path.startswith(f"{ENGINE}/")] + [WEIGHTS, *average]
-    names = ("mp_rank_00_", f"zero_pp_rank_{rank}_", f"bf16_zero_pp_rank_{rank}_")  # the first is one for all ranks
+    names = ("mp_rank_00_", f"zero_pp_rank_{rank}_", f"bf16_zero_pp_rank_{rank}_")  # the first is shared by all ranks
     own = tuple(f"{ENGINE}/{name}" for name in names)
     engine = [path for path in manifest.files if path.startswith(own)] + average
     return [*engine, rng_path(rank)] if restart.same_ranks else engine

@@ -1,4 +1,4 @@
-"""Save a checkpoint: local files at once, upload in the background, commit when every rank's receipt is there."""
+"""Save checkpoints: write local files, upload in the background, commit once all ranks have written receipts."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from m2f.trainer.reporting import CommittedCheckpoint
 from m2f.trainer.state import TrainState
 from m2f.trainer.telemetry.numbers import StepMetrics
 
-_POLL_S = (0.05, 2.0)  # first and longest pause between looks for the other ranks' receipts
+_POLL_S = (0.05, 2.0)  # first and longest pause between checks for the other ranks' receipts
 
 
 class CheckpointSaver:
-    """Saves checkpoints of one run; one is uploaded at a time.
+    """Saves checkpoints of one run, with one upload at a time.
 
-    `save` and `finish` are collectives. An upload that fails stops the run: its error comes out of the next
-    `newest_commit` or `finish`.
+    `save` and `finish` are collectives. A failed upload stops the run: the next call of `newest_commit` or `finish`
+    raises its error.
     """
 
     def __init__(self, job: TrainJob, storage: Storage, ranks: Ranks, resumed: CommittedCheckpoint | None) -> None:
@@ -66,15 +66,15 @@ class CheckpointSaver:
         self._closing = threading.Event()
 
     def close(self) -> None:
-        """End the thread without waiting for other ranks. What they have all uploaded by now is still committed."""
+        """End the thread without waiting for other ranks. If all ranks have uploaded by now, it still commits."""
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def check_room(self, engine: Engine) -> None:
-        """Find out before the first step whether disks hold a checkpoint: this machine's, for the files of its ranks,
-        and that of a local run folder, for all of them. A collective.
+        """Check before the first step whether the disks have room for a checkpoint. A collective.
 
-        Raises StorageError, on all ranks, where it does not.
+        The local disk must hold the files of all ranks on this machine; the disk of a local run folder must hold those
+        of all ranks. Raises StorageError on all ranks if one has too little room.
         """
         ranks, host = self._ranks, socket.gethostname()
         own = checkpoint_bytes(engine.module.model, self._job.training, ranks.world_size, ranks.is_first)
@@ -88,16 +88,16 @@ class CheckpointSaver:
             ranks.run_on_rank0(lambda: require_room(total, "a checkpoint", run_folder, remedy))
 
     def newest_commit(self) -> CommittedCheckpoint | None:
-        """The newest commit that this rank knows of (rank 0: as soon as it is made). Raises what an upload raised."""
+        """Return the newest commit known to this rank (rank 0: as soon as it is made). Raises an upload's error."""
         if self._upload is not None and self._upload.done():
             self._upload.result()
         return self._committed
 
     def save(self, engine: Engine, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
-        """Write the files of this rank to local disk and start their upload; call `finish` first.
+        """Write this rank's files to the local disk and start their upload; call `finish` first.
 
-        `metrics` (rank 0) are those since the last save, by step; they are stored with the commit. Nothing happens
-        where the same step was saved or restored last. Raises StorageError where the disk is full.
+        `metrics` (rank 0) holds the metrics since the last save, by step; they are stored with the commit. Does nothing
+        if the same step was the last one saved or restored. Raises StorageError if the disk is full.
         """
         if state.step == self._saved_step:
             return
@@ -110,7 +110,7 @@ class CheckpointSaver:
         self._saved_step = state.step
 
     def finish(self) -> CommittedCheckpoint | None:
-        """Wait until the last saved checkpoint is committed, and return it on every rank; None where there is none."""
+        """Wait until the last saved checkpoint is committed; return it on every rank, or None if there is none."""
         self._await_uploads()
         error = self._upload.exception() if self._upload is not None else None
         self._ranks.check(error)
@@ -118,7 +118,7 @@ class CheckpointSaver:
         return self._ranks.broadcast(self._committed)
 
     def _write(self, engine: Engine, state: TrainState) -> ScratchFolder:
-        """This rank's files in a folder on the local disk."""
+        """Write this rank's files to a folder on the local disk and return it."""
         scratch = ScratchFolder("checkpoint")
         folder = scratch.path
         try:
@@ -139,13 +139,13 @@ class CheckpointSaver:
         return scratch
 
     def _clear(self, url: str) -> None:
-        """Delete what an interrupted or damaged save left."""
+        """Delete the remains of an interrupted or damaged save."""
         check_lease(self._storage, self._job.run_folder, self._job.lease)
         withdraw_commit(self._storage, url)
         self._storage.delete_prefix(url)
 
     def _await_uploads(self) -> None:
-        """Until no rank uploads any more. Ranks talk all the while: a slow upload is no lost peer."""
+        """Wait until no rank is uploading. Ranks communicate meanwhile, so a slow upload causes no timeout."""
         pause, longest = _POLL_S
         while self._ranks.sum(torch.tensor([float(self._upload is not None and not self._upload.done())])).item():
             self._closing.wait(pause)
@@ -162,7 +162,7 @@ class CheckpointSaver:
             self._commit(url, state, metrics)
 
     def _commit(self, url: str, state: TrainState, metrics: Mapping[int, StepMetrics]) -> None:
-        """Everything that follows from the commit is stored before it, but for its entry in the list of commits."""
+        """Commit the checkpoint. Pin and metrics are stored before the manifest, the entry in `commits/` after it."""
         files = {}
         for rank in range(self._ranks.world_size):
             files |= self._await_receipt(url, rank).files

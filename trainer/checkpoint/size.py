@@ -1,4 +1,4 @@
-"""How large the files of a rank become, before there are any."""
+"""Estimate the size of a rank's checkpoint files before they exist."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import nn
 from m2f.trainer.config import TrainingConfig
 
 _ADAM_BYTES = 8
-"""Of fp32 first and second moments, for every trained parameter."""
+"""First and second moments in fp32, per trained parameter."""
 _FP32_BYTES = 4
 _SMALL_FILES = 1_000_000
 """Random states, recipe, identity and file headers."""
 
 
 def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int, is_first: bool) -> int:
-    """Bytes of one rank's files of a checkpoint, to within a few per cent."""
+    """Return the bytes of one rank's files of a checkpoint, accurate to a few per cent."""
     parameters = list(model.parameters())
     total, trained = _count(parameters), _count(p for p in parameters if p.requires_grad)
     stage = training.zero.stage
     trained_bytes = 2 if training.settled_precision in ("bf16", "fp16") else _FP32_BYTES
     size = _SMALL_FILES
-    if stage:  # the fp32 copies, too, each rank its share
+    if stage:  # each rank's part of the fp32 copies, too
         size += (_ADAM_BYTES + _FP32_BYTES) * trained // world_size
     elif is_first:
         size += _ADAM_BYTES * trained
@@ -35,4 +35,4 @@ def checkpoint_bytes(model: nn.Module, training: TrainingConfig, world_size: int
 
 
 def _count(parameters: Iterable[Any]) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # under ZeRO-3 a rank has only its share
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # under ZeRO-3 numel() counts this rank's part

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint or from elsewhere: where they lie, whether they are whole, and what they mean."""
+"""Weights from a checkpoint or elsewhere: their location, integrity and identity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SUFFIXES = ("safetensors", "pt", "pth", "pkl", "bin")
 
 
 def weights_url(checkpoint: str, storage: Storage) -> str:
-    """Weights of a checkpoint folder, the moving average where it has one; other files and folders as they are."""
+    """Return the weights file of a checkpoint folder, preferably the moving average; other paths are unchanged."""
     is_file = checkpoint.rsplit("/", 1)[-1].rpartition(".")[2] in _SUFFIXES
     if is_file:
         return checkpoint
@@ -33,7 +33,7 @@ def weights_url(checkpoint: str, storage: Storage) -> str:
 
 
 def stated_sha256(weights: str, storage: Storage) -> str | None:
-    """SHA-256 of a checkpoint's weights as its manifest states it; None for weights that no manifest names."""
+    """Return the SHA-256 of a checkpoint's weights from its manifest; None if no manifest lists them."""
     folder, _, name = weights.rpartition("/")
     if name not in (AVERAGE, WEIGHTS) or not storage.exists(join(folder, MANIFEST)):
         return None
@@ -42,8 +42,8 @@ def stated_sha256(weights: str, storage: Storage) -> str | None:
 
 
 def start_file(weights: str, storage: Storage) -> str:
-    """What `model.weights` means: of a checkpoint folder its weights, not their average; a model of the hub in its
-    cache, fetched if need be; else itself.
+    """Resolve `model.weights`: for a checkpoint folder its weights, without averaging; for a model of the hub its cache
+    folder, after downloading if necessary; otherwise the value itself.
     """
     if weights.startswith(HUB):
         return str(hub_folder(weights))
@@ -53,10 +53,10 @@ def start_file(weights: str, storage: Storage) -> str:
 
 
 def check_start(identity: ModelIdentity | None, model: ModelConfig, storage: Storage) -> None:
-    """Compare what `model.weights` says of itself with a new run, as far as that is known without its tensors.
+    """Check `model.weights` against a new run, as far as possible without reading its tensors.
 
-    Raises DataError for classes that contradict those of the data, WeightsError for a model of Hugging Face with
-    another architecture, or one of the hub that cannot be had.
+    Raises DataError if its classes contradict those of the data. Raises WeightsError for a Hugging Face model with
+    another architecture, or a hub model that is not available.
     """
     if model.weights is None:
         return
@@ -68,12 +68,12 @@ def check_start(identity: ModelIdentity | None, model: ModelConfig, storage: Sto
 
 
 def start_weights(setting: str, source: str, path: Path) -> StartWeights:
-    """The value of a setting of weights, with the digest of the file or folder at `path` that it means."""
+    """Return the value of a weights setting with the digest of the file or folder at `path` that it refers to."""
     return StartWeights(setting=setting, source=source, sha256=weights_sha256(path))
 
 
 def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
-    """The file that `model.backbone.weights` means; nothing for weights by their name in timm, or none."""
+    """Return the file of `model.backbone.weights`; empty for weights by their name in timm, or without weights."""
     if backbone.weights is None:
         return ()
     return (start_weights("model.backbone.weights", backbone.weights, weights_path(backbone.weights)),)
@@ -81,10 +81,9 @@ def backbone_start(backbone: BackboneConfig) -> tuple[StartWeights, ...]:
 
 @contextmanager
 def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
-    """A local path of weights from a URL, a file or a local folder.
+    """Provide weights from a URL, a file or a local folder at a local path.
 
-    Those of a checkpoint are compared with its manifest: raises CheckpointError naming file and checkpoint where a bit
-    differs.
+    Raises CheckpointError with file and checkpoint if the weights of a checkpoint differ from its manifest.
     """
     with ScratchFolder("weights") as folder:
         path = Path(weights)
@@ -96,9 +95,9 @@ def fetched_weights(weights: str, storage: Storage) -> Iterator[Path]:
 
 
 def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
-    """What weights say of themselves: a checkpoint's folder, else the file or the Hugging Face folder. None without.
+    """Return the identity of weights, from their checkpoint folder, file or Hugging Face folder; None if it has none.
 
-    Raises CheckpointError where it is there and damaged.
+    Raises CheckpointError if the identity is damaged.
     """
     folder, _, name = weights.rpartition("/")
     if name in (AVERAGE, WEIGHTS) and storage.exists(url := join(folder, IDENTITY)):
@@ -116,9 +115,10 @@ def read_identity(weights: str, storage: Storage) -> ModelIdentity | None:
 
 
 def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Storage) -> tuple[int | None, ...] | None:
-    """For every class of a new run its label in the weights that it starts from, by name; None: take the head as it is.
+    """Return, for every class of a new run, the label of the same name in its start weights; None: use the head
+    unchanged.
 
-    Raises DataError with both tables' rows where they contradict each other.
+    Raises DataError with the rows of both tables if they contradict each other.
     """
     if identity is None:
         return None
@@ -133,7 +133,7 @@ def known_class_rows(identity: ModelIdentity | None, weights: str, storage: Stor
 
 
 def _rows_by_label(identity: ModelIdentity, weights: str) -> tuple[int | None, ...] | None:
-    """By the names in a folder of Hugging Face, which does not say what is a thing; a repeated name means no class."""
+    """Match by names in a Hugging Face folder, which does not tell things from stuff; repeated names match nothing."""
     labels = None if "://" in weights else known_labels(weights)
     if not labels:
         return None
@@ -143,7 +143,7 @@ def _rows_by_label(identity: ModelIdentity, weights: str) -> tuple[int | None, .
 
 
 def _check(weights: str, path: Path, storage: Storage) -> None:
-    """Compare a file of a checkpoint with the manifest beside it, where there is one."""
+    """Compare a file of a checkpoint with the manifest beside it, if there is one."""
     folder, _, name = weights.rpartition("/")
     if name not in (AVERAGE, WEIGHTS, IDENTITY) or not storage.exists(join(folder, MANIFEST)):
         return
