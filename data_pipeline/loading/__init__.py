@@ -1,1 +1,1 @@
-"""Reading samples from shards and decoding them into batches, in worker processes."""
+"""Reading of samples from shards, and their decoding into batches in worker processes."""

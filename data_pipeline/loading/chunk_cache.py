@@ -1,12 +1,12 @@
-"""Chunks of shards on a local disk, shared by all processes of a machine, within a size limit.
+"""Cache of shard chunks on a local disk with a size limit, shared by all processes of a machine.
 
-    FOLDER/chunks/NAME.chunk    bytes of one ranged read; the name says of which shard (by sha256) and which bytes
-    FOLDER/chunks/NAME.partial  one being written, or left by a process that was killed and written anew later
-    FOLDER/locks/0 ... 255      a process that fetches a chunk holds the lock of its name, so that the others wait for
-                                its copy; the system frees the locks of a killed process
+    FOLDER/chunks/NAME.chunk    bytes of one ranged read; the name holds the shard's sha256, the offset and the length
+    FOLDER/chunks/NAME.partial  a chunk being written, or left by a killed process; the next write replaces it
+    FOLDER/locks/0 ... 255      a process holds the lock of a chunk's name while it fetches the chunk, so that others
+                                wait for its copy; the system releases the locks of a killed process
 
-A chunk appears by renaming a file that is complete. Its content is not trusted for that: every sample has a checksum
-in the manifest, and a chunk with a damaged one is fetched again.
+A complete file is renamed to its final name. Its content is still verified: the manifest has a checksum of every
+sample, and a chunk with a damaged sample is fetched again.
 """
 
 from __future__ import annotations
@@ -33,28 +33,32 @@ from m2f.data_pipeline.storage.storage import StorageCounters
 log = logging.getLogger(__name__)
 
 _NUM_LOCKS = 256
-"""Lock files; chunks whose names have the same hash modulo this share one."""
+"""Number of lock files. Chunks whose names have the same hash modulo this number share a lock."""
 _CHUNK_SUFFIX = ".chunk"
 _KEPT_AFTER_EVICTION = 0.9
-"""Share of the limit that an eviction leaves, so that not every write evicts."""
+"""Share of the limit that remains after an eviction, so that not every write evicts."""
 _SCANS_PER_LIMIT = 64
-"""Scans of the folder while a cache of this size is written: processes notice each other's files that often."""
+"""A process scans the folder each time it has written 1/64 of the limit, and so notices files of other processes."""
 _MAX_LOOK_AHEAD = 1_000_000
-"""Positions ahead for which reads are predicted; an eviction computes them all, in about 0.1 s."""
+"""Upper limit of positions for which reads are predicted. Each eviction computes them, in about 0.1 s."""
 
 
 class ChunkCache:
-    """Reads chunks through the disk. Safe in threads and processes, and when any of them is killed at any moment."""
+    """Disk cache for chunks. Safe for concurrent threads and processes, even if they are killed."""
 
     def __init__(
         self, config: CacheConfig, counters: StorageCounters, upcoming: Callable[[], Sequence[str]] = lambda: ()
     ) -> None:
-        """Raises StorageError where the folder cannot be made.
+        """Open the cache and create its folders.
 
         Args:
-            config: folder and limit.
-            counters: where hits are counted.
-            upcoming: names in the order in which this machine reads them next; others are evicted first.
+            config: folder and size limit.
+            counters: counters to which hits are added.
+            upcoming: returns the names of chunks in the order in which this machine reads them next. Chunks without a
+                known use are evicted first.
+
+        Raises:
+            StorageError: the folder cannot be created.
         """
         self._chunks, self._locks = Path(config.folder, "chunks"), Path(config.folder, "locks")
         try:
@@ -71,11 +75,11 @@ class ChunkCache:
         self._mutex = threading.Lock()
 
     def read(self, name: str, length: int, fetch: Callable[[], bytes]) -> bytes:
-        """The chunk `name` of `length` bytes from the disk, else from `fetch`, whose errors pass through."""
+        """Return the chunk `name` of `length` bytes from the disk, or from `fetch`, whose errors are not caught."""
         data = self._load(name, length)
         if data is None:
             with self._locked(name):
-                data = self._load(name, length)  # another process may have been faster
+                data = self._load(name, length)  # another process may have stored it meanwhile
                 if data is None:
                     data = fetch()
                     self._store(name, data)
@@ -84,7 +88,7 @@ class ChunkCache:
         return data
 
     def delete(self, name: str) -> None:
-        """Delete a chunk, whose content is damaged."""
+        """Delete a chunk with damaged content. A missing chunk is ignored."""
         (self._chunks / f"{name}{_CHUNK_SUFFIX}").unlink(missing_ok=True)
 
     def _load(self, name: str, length: int) -> bytes | None:
@@ -100,7 +104,7 @@ class ChunkCache:
             descriptor = os.open(
                 self._locks / str(zlib.crc32(name.encode()) % _NUM_LOCKS), os.O_RDWR | os.O_CREAT, 0o666
             )
-        except OSError:  # no lock: two processes may fetch the same chunk, which harms nobody
+        except OSError:  # without a lock two processes may fetch the same chunk, which is harmless
             yield
             return
         try:
@@ -126,7 +130,7 @@ class ChunkCache:
         self._make_room()
 
     def _reduce_limit(self, error: OSError) -> None:
-        """The disk is full although the limit is not reached, or fails: go on with less, at worst with nothing."""
+        """Lower the limit after a failed write, for example on a full disk, and evict. The limit may reach 0."""
         sizes = self._sizes()
         self._limit = round(_KEPT_AFTER_EVICTION * sum(sizes.values()))
         if not self._warned:
@@ -148,22 +152,23 @@ class ChunkCache:
                 self.delete(name)
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes of every chunk on the disk, whoever wrote it."""
+        """Return the bytes of each chunk on the disk, including those of other processes."""
         sizes = {}
         with os.scandir(self._chunks) as entries:
             for entry in entries:
                 if entry.name.endswith(_CHUNK_SUFFIX):
                     try:
                         sizes[entry.name.removesuffix(_CHUNK_SUFFIX)] = entry.stat().st_size
-                    except FileNotFoundError:  # another process made room
+                    except FileNotFoundError:  # another process evicted it
                         continue
         return sizes
 
 
 def choose_victims(sizes: Mapping[str, int], upcoming: Iterable[str], excess: float) -> list[str]:
-    """Names to evict so that `excess` bytes become free: those read last, before them those not read at all.
+    """Return the names to evict so that at least `excess` bytes become free.
 
-    Belady's rule, which no other can beat (IBM Systems Journal 5(2), 1966).
+    Names that are not in `upcoming` come first, then those whose next use is farthest away. This is Belady's optimal
+    rule (IBM Systems Journal 5(2), 1966).
     """
     rank = {name: number for number, name in enumerate(upcoming)}
     chosen = []
@@ -176,12 +181,12 @@ def choose_victims(sizes: Mapping[str, int], upcoming: Iterable[str], excess: fl
 
 
 def chunk_name(manifest: Manifest, shard: int, start: int, length: int) -> str:
-    """Name of bytes of a shard, the same in every run that uses the shard."""
+    """Return the name of a byte range of a shard. It is the same in all runs that use the shard."""
     return f"{manifest.shards[shard].sha256[:32]}-{start}-{length}"
 
 
 class UpcomingChunks:
-    """What the ranks of this machine will read, in the order of their first need; called by the cache."""
+    """Callable that returns the chunks that the ranks of this machine read next, in the order of first use."""
 
     def __init__(
         self,
@@ -195,10 +200,10 @@ class UpcomingChunks:
         self._world, self._ranks = world, list(ranks)
         self._count = min(2 * sum(manifest.num_samples for manifest in manifests), _MAX_LOOK_AHEAD)
         self.position = 0
-        """Where training is; set by the loader."""
+        """Current position of training, set by the loader."""
 
     def __call__(self) -> list[str]:
-        """Names of chunks, the most urgent first."""
+        """Return the names of the upcoming chunks, the next one first."""
         return [
             chunk_name(self._manifests[dataset], *self._chunks[dataset].span(self._manifests[dataset], chunk))
             for dataset, chunk in upcoming_chunks(
@@ -210,7 +215,10 @@ class UpcomingChunks:
 def upcoming_chunks(
     order: Order, chunks: Sequence[Chunks], start: int, count: int, world: int, ranks: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """(data set, chunk) in the order of first use by these ranks of `world`, over `count` positions from `start`."""
+    """Return the pairs (data set, chunk) that some of `world` ranks use, in the order of first use.
+
+    Covers `count` positions from `start` on. `ranks` are the ranks of interest.
+    """
     refs = order.refs(start, count)
     mine = np.isin(np.arange(start, start + count) % world, ranks)
     dataset, index = refs.dataset[mine], refs.index[mine]

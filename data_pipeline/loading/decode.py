@@ -1,4 +1,4 @@
-"""Micro-batches from bytes: decoding, augmentation, and substitutes for samples that cannot be used."""
+"""Decoding and augmentation of micro-batches, and replacement of unusable samples."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ from m2f.data_pipeline.transforms.example import (
 from m2f.model.errors import UserError
 
 _MAX_CANDIDATES = 100
-"""Samples that are tried as a substitute; so many bad ones in a row are no accident."""
+"""Number of samples that are tried as a substitute. More bad samples in a row indicate a damaged data set."""
 
 
 @dataclass(frozen=True)
 class Substitution:
-    """A sample that cannot be used, and the next good one of the order, which replaced it, be it as the image itself
-    or as the one whose objects are pasted.
+    """An unusable sample and its substitute, the next good sample of the order.
+
+    Either the image itself is replaced, or the image whose objects are pasted.
     """
 
     position: int
     key: str
     cause: str
-    """Names the shard and the byte."""
+    """Reason, with the shard and the byte offset."""
     substitute: str
-    """Key of what is shown instead."""
+    """Key of the substitute."""
 
 
 @dataclass(frozen=True)
 class RawExample:
-    """The samples, before decoding, that one image of a micro-batch is made of."""
+    """The undecoded samples of one image of a micro-batch."""
 
     position: int
     base: RawSample
     """The image itself."""
     partner: RawSample | None
-    """The image whose objects are pasted on it; None without copy-paste."""
+    """The image whose objects are pasted onto it; None if nothing is pasted."""
 
     @property
     def error(self) -> DataError | None:
-        """Why the first sample that cannot be used cannot be used."""
+        """Return the error of the first unusable sample; None if all are usable."""
         samples = (self.base, self.partner)
         return next((s.members for s in samples if s is not None and isinstance(s.members, DataError)), None)
 
@@ -63,17 +64,17 @@ RawBatch = tuple[RawExample | None, ...]
 """A micro-batch before decoding; None is a filler."""
 
 BatchResult = Batch | RawBatch | UserError
-"""A batch; or, where samples of it cannot be used, the raw batch with the errors in their place; or what ends all."""
+"""A batch. If samples are unusable, the raw batch with errors in their place. UserError for an error that ends it."""
 
 
 class MicroBatchDataset(Dataset[BatchResult]):
-    """Decodes, augments and collates. An error is a result like others: re-raised by torch it would lose its form."""
+    """Decodes, augments and collates raw batches. Errors are returned, because torch would change their type."""
 
     def __init__(self, transforms: Sequence[TrainTransform]) -> None:
         self._transforms = transforms  # of every data set
 
     def __getitem__(self, index: RawBatch | UserError) -> BatchResult:
-        """The batch of a raw batch (torch calls what it hands to a data set an index)."""
+        """Return the batch for a raw batch. torch calls the argument of a data set an index."""
         if isinstance(index, UserError):
             return index
         try:
@@ -86,7 +87,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
             return error
 
     def _example(self, raw: RawExample) -> Example | RawExample:
-        """The example; where a sample of it cannot be used, `raw` with the error in its place."""
+        """Return the example. If a sample is unusable, return `raw` with the error in its place."""
         base = self._augmented(raw.base, raw.position, Stream.AUGMENT)
         partner = None if raw.partner is None else self._augmented(raw.partner, raw.position, Stream.PASTED)
         if isinstance(base, RawSample) or isinstance(partner, RawSample):
@@ -99,7 +100,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
         return without_empty_targets(base if partner is None else paste_objects(base, partner, transform), transform)
 
     def _augmented(self, sample: RawSample, position: int, stream: Stream) -> Example | RawSample:
-        """The augmented image; where the sample cannot be used, the sample with the error in it."""
+        """Return the augmented image. If the sample is unusable, return the sample with the error in it."""
         dataset = sample.ref.dataset
         if isinstance(sample.members, DataError):
             return sample
@@ -110,7 +111,7 @@ class MicroBatchDataset(Dataset[BatchResult]):
 
 
 class SubstituteFinder:
-    """Replaces samples that cannot be used, in the main process, since this is rare."""
+    """Replaces unusable samples in the main process, since this is rare."""
 
     def __init__(
         self, manifests: Sequence[Manifest], order: Order, storage: Storage, dataset: MicroBatchDataset
@@ -118,7 +119,11 @@ class SubstituteFinder:
         self._manifests, self._order, self._storage, self._dataset = manifests, order, storage, dataset
 
     def __call__(self, raw: RawBatch) -> tuple[Batch, tuple[Substitution, ...]]:
-        """The batch with substitutes for its bad samples. Raises DataError where none can be found."""
+        """Return the batch with substitutes for its bad samples, and the list of substitutions.
+
+        Raises:
+            DataError: no substitute is found.
+        """
         substitutions: list[Substitution] = []
         replaced = tuple(None if example is None else self._replace(example, substitutions) for example in raw)
         return batch_of(self._dataset[replaced], None)[0], tuple(substitutions)
@@ -131,7 +136,7 @@ class SubstituteFinder:
         return RawExample(example.position, base, partner)
 
     def _usable(self, sample: RawSample, position: int, substitutions: list[Substitution]) -> RawSample:
-        """The sample, or the next good one of the order: a function of the position alone, whatever the ranks."""
+        """Return the sample, or the next good one of the order, which depends on the position but not on the ranks."""
         if not isinstance(sample.members, DataError):
             return sample
         for ahead in range(1, _MAX_CANDIDATES + 1):
@@ -151,7 +156,11 @@ class SubstituteFinder:
 
 
 def batch_of(result: BatchResult, substitutes: SubstituteFinder | None) -> tuple[Batch, tuple[Substitution, ...]]:
-    """The batch, with substitutes for bad samples where these are wanted; otherwise raises what is wrong with it."""
+    """Return the batch, with substitutes for bad samples if `substitutes` is given.
+
+    Raises:
+        UserError: the result is an error, or a sample is bad and `substitutes` is None.
+    """
     match result:
         case UserError():
             raise result

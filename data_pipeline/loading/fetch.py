@@ -1,6 +1,7 @@
-"""Bytes of samples whose future is known: chunk-wise ranged reads ahead of use, checked, kept while still needed.
+"""Fetching of samples whose future uses are known.
 
-Bytes whose checksum is wrong are read again; a sample that stays damaged is handed over as the error that says so.
+Chunks are read ahead by ranged reads, samples are verified, and their bytes are kept while they are still needed. If a
+checksum is wrong, the bytes are read again. A sample that stays damaged is returned as an error.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from m2f.data_pipeline.shards.manifest import Manifest
 from m2f.data_pipeline.storage.storage import Storage
 
 _REFETCHES = 3
-"""Further reads of a sample whose checksum is wrong: a fault on the way passes, damage in the store stays."""
+"""Further reads of a sample with a wrong checksum. They cure transmission errors, but not damage in the store."""
 _THREADS = 8
-"""Ranged reads at a time, enough to hide the latency of an object store."""
+"""Number of concurrent ranged reads, enough to hide the latency of an object store."""
 _KEPT_BYTES = 1 << 30
-"""Bytes of samples that one rank holds at most."""
+"""Upper limit of bytes of samples that one rank holds."""
 _KEPT_AFTER_EVICTION = 0.9
-"""Share of the limit that an eviction leaves, so that not every read evicts."""
+"""Share of the limit that remains after an eviction, so that not every read evicts."""
 
 Members = Mapping[str, bytes]
-"""Members of one sample by extension, as `codec.decode` takes them."""
+"""Members of one sample by extension, the input of `codec.decode`."""
 
 _SampleKey = tuple[int, int]  # data set, row of its manifest
 _ChunkKey = tuple[int, int]  # data set, number of the chunk in it
@@ -36,29 +37,29 @@ _ChunkKey = tuple[int, int]  # data set, number of the chunk in it
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """One sample as its shard holds it, before decoding."""
+    """One undecoded sample from its shard."""
 
     ref: SampleRef
     members: Members | DataError
-    """Its members by extension, or why it cannot be used."""
+    """Members by extension, or the error if the sample is unusable."""
 
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """How far a fetcher looks and how much it holds."""
+    """Limits of a fetcher: how far it looks ahead and how many bytes it holds."""
 
     groups_ahead: int
-    """Groups whose reads are started before they are asked for."""
+    """Number of groups whose reads are started before the groups are requested."""
     horizon: int
-    """Groups of known future: bytes of samples that occur in them are kept once read."""
+    """Number of groups that are known ahead. Samples that occur in them are kept once they are read."""
     kept_bytes: int = _KEPT_BYTES
-    """Above this, the samples whose next use is farthest away are given up and read again later."""
+    """Limit in bytes. Above it, the samples whose next use is farthest away are dropped and read again later."""
 
 
 class SampleFetcher:
-    """Iterator over groups of samples that are needed together (micro-batches). None is a filler without bytes.
+    """Iterator over groups of samples that are needed together (micro-batches). None is a filler.
 
-    Bookkeeping is done by the consumer's thread; a thread pool only reads.
+    Bookkeeping runs in the consumer's thread; the thread pool only reads.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class SampleFetcher:
         return self
 
     def __next__(self) -> tuple[RawSample | None, ...]:
-        """The next group. Raises StorageError where a shard cannot be read or is not the manifest's."""
+        """Return the next group. Raises StorageError if a shard cannot be read or does not match the manifest."""
         self._look_ahead()
         if not self._future:
             raise StopIteration
@@ -98,7 +99,7 @@ class SampleFetcher:
         return samples
 
     def close(self) -> None:
-        """Cancel reads that have not begun, and end those that wait for the store to come back."""
+        """Cancel reads that have not started, and stop retries of reads that wait for the store."""
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -147,7 +148,7 @@ class SampleFetcher:
         return int(self._manifests[dataset].length[index])
 
     def _evict(self) -> None:
-        """Keep what is used soonest (Belady's rule)."""
+        """Drop the samples whose next use is farthest away (Belady's rule)."""
         budget, keep = self._limits.kept_bytes * _KEPT_AFTER_EVICTION, set[_SampleKey]()
         for group in self._future:
             for sample in ((ref.dataset, ref.index) for ref in group if ref is not None):
@@ -160,7 +161,7 @@ class SampleFetcher:
                     keep.add(sample)
 
     def _read(self, dataset: int, number: int, indices: list[int]) -> dict[_SampleKey, Members | DataError]:
-        """These samples of a chunk, the damaged ones read again a few times. Runs in a thread."""
+        """Return the given samples of a chunk; damaged ones are read again up to 3 times. Runs in a pool thread."""
         with self._storage.until(self._closed):
             return self._read_repeatedly(dataset, number, indices)
 
@@ -177,7 +178,10 @@ class SampleFetcher:
         return found
 
     def _read_span(self, dataset: int, number: int, indices: list[int]) -> tuple[memoryview, int]:
-        """Bytes from the first to the last of these samples and where they begin; with a cache the whole chunk."""
+        """Return the bytes from the first to the last of the given samples, and the offset of the first byte.
+
+        With a cache, the bytes are the whole chunk.
+        """
         manifest = self._manifests[dataset]
         shard, start, length = self._chunks[dataset].span(manifest, number)
         if self._cache is not None:
@@ -192,10 +196,13 @@ class SampleFetcher:
         return chunk_name(manifest, *self._chunks[dataset].span(manifest, number))
 
     def _get(self, dataset: int, shard: int, start: int, length: int) -> bytes:
-        """A ranged read of the shard as it was at its first one, when it had the manifest's size."""
+        """Return a byte range of a shard.
+
+        The first read of a shard checks its size against the manifest; later reads require the same ETag.
+        """
         manifest = self._manifests[dataset]
         url = manifest.shard_url(shard)
-        if url not in self._etags:  # two threads may both ask, which costs one request
+        if url not in self._etags:  # two threads may both check, which only costs a request
             self._etags[url] = manifest.check_shard(shard, self._storage).etag
         return self._storage.get_range(url, start, length, self._etags[url])
 
@@ -209,7 +216,7 @@ class SampleFetcher:
 
 
 def read_single(manifest: Manifest, index: int, storage: Storage) -> Members:
-    """One sample by itself. Raises DataError where it stays damaged."""
+    """Read the members of one sample. Raises DataError if it is still damaged after 3 further reads."""
     for _ in range(_REFETCHES):
         try:
             return manifest.read_members(index, storage)

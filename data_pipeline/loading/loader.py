@@ -1,7 +1,7 @@
-"""From an order to batches: fetch in this process, decode and augment in worker processes.
+"""Loader of batches in a given order: this process fetches, worker processes decode and augment.
 
-Nothing in here has a state that a checkpoint must hold: a loader started at step s yields what an uninterrupted one
-yields from step s on, pixel for pixel, with any number of workers. Prefetched batches are simply thrown away.
+The loader has no state for a checkpoint. A loader that starts at step s yields exactly the batches that an
+uninterrupted one yields from step s on, with any number of workers. Prefetched batches are discarded at a restart.
 """
 
 from __future__ import annotations
@@ -53,64 +53,67 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 _EVAL_HORIZON = 20_000
-"""Samples of known future in an evaluation; bounds memory and start-up time, like `look_ahead` in training."""
+"""Number of samples known ahead in an evaluation. It bounds memory and start-up time, like `look_ahead` in training."""
 _EVAL_CHUNK_BYTES = 4_000_000
-"""Bytes of one ranged read, the default of data.chunk_mb."""
+"""Bytes of one ranged read; the default of data.chunk_mb."""
 _EVAL_BATCHES_AHEAD = 2
-"""Batches whose reads are started before they are needed: one is prepared, one is read."""
+"""Batches whose reads are started before they are needed: one is being decoded, one is being read."""
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What one rank computes in one optimizer step."""
+    """The batches of one rank for one optimizer step."""
 
     step: int
     micro_batches: tuple[Batch, ...]
     positions: tuple[int, ...]
-    """Positions of the order that this rank owns in this step, without fillers."""
+    """Positions of the order that this rank has in this step, without fillers."""
     wait_s: float
-    """Seconds that the caller waited for this step's data."""
+    """Seconds that the caller waited for the data of this step."""
     substitutions: tuple[Substitution, ...] = ()
-    """Samples of this step that stay bad, and what is shown in their place."""
+    """Bad samples of this step and their substitutes."""
 
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """One rank's share of the work."""
+    """The part of the work that one rank loads."""
 
     global_batch: int
     micro_batch: int
-    """Largest micro-batch; see `step_positions`."""
+    """Largest size of a micro-batch; see `step_positions`."""
     rank: int
     world: int
     start_step: int
-    """Steps already done."""
+    """Number of completed steps, which is the first step to load."""
     seed: int
     """Seed of the augmentation."""
     local_ranks: tuple[int, ...] = ()
-    """Ranks on this machine, which share a cache; empty means this one alone."""
+    """Ranks on this machine, which share a cache. Empty means only this rank."""
     pin: bool = False
-    """Whether batches come in pinned memory, which a GPU copies from without the host; substitutes come as they are."""
+    """Whether to return batches in pinned memory, for asynchronous copies to a GPU. Batches with substitutes are not
+    pinned."""
 
     def positions(self, step: int) -> tuple[tuple[int | None, ...], ...]:
-        """This rank's micro-batches of positions."""
+        """Return this rank's positions of a step, grouped by micro-batch. None is a filler."""
         return step_positions(step, self.global_batch, self.rank, self.world, self.micro_batch)
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Micro-batches in every step."""
+        """Return the number of micro-batches in each step."""
         return len(self.positions(0))
 
 
 def build_loader(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec
 ) -> Generator[StepBatches]:
-    """Endless batches of one rank from `spec.start_step` on. Close it to stop its threads and processes.
+    """Return an endless generator of one rank's batches from `spec.start_step` on.
+
+    Close the generator to stop its threads and processes.
 
     Raises:
-        DataError: data sets whose category tables differ, a sample that is damaged, or a loader process that died
-            (LoaderDiedError).
-        StorageError: a shard that cannot be read.
+        DataError: the category tables of the data sets contradict each other, copy-paste has no things to paste, or a
+            sample is damaged. LoaderDiedError: a loader process died.
+        StorageError: a shard cannot be read.
     """
     things = _thing_labels(manifests[0], data)
     transforms = [
@@ -138,10 +141,13 @@ def _thing_labels(manifest: Manifest, data: DataConfig) -> frozenset[int]:
 
 
 def mixture_labels(manifests: Sequence[Manifest], task: Task) -> list[dict[int, int]]:
-    """For every data set of a mixture: source id -> class, where the first data set's table defines the classes.
+    """Return the mapping from source id to class for each data set of a mixture.
 
-    The others may have other ids, another order, and only some of the classes. Raises DataError for a class that the
-    first one lacks or that is a thing in one and stuff in the other.
+    The table of the first data set defines the classes. The others may have other ids, another order, or only some of
+    the classes.
+
+    Raises:
+        DataError: a data set has a class that the first one lacks, or that is a thing in one and stuff in the other.
     """
     first = manifests[0]
     classes = {(c.name, c.is_thing): label for label, c in enumerate(first.categories.for_task(task))}
@@ -166,11 +172,11 @@ def eval_batches(
     max_size: int,
     shrink: Shrink = "area",
 ) -> Generator[EvalBatch]:
-    """One batch for every group of rows of a manifest (see `eval_groups`). One batch is prepared ahead.
+    """Yield one batch for each group of rows of a manifest (see `eval_groups`). One batch is prepared ahead.
 
     Raises:
-        DataError: a sample that is damaged.
-        StorageError: a shard that cannot be read.
+        DataError: a sample is damaged.
+        StorageError: a shard cannot be read.
     """
     rows = [tuple(int(i) for i in group) for group in groups]
     refs = (tuple(SampleRef(0, 0, index) for index in group) for group in rows)
@@ -189,10 +195,10 @@ def eval_batches(
 def eval_groups(
     manifest: Manifest, indices: Sequence[int], *, batch_size: int, shortest_edge: int, max_size: int
 ) -> list[tuple[int, ...]]:
-    """Up to `batch_size` rows each whose images have the same size once they are resized and padded.
+    """Group rows whose images have the same size after resizing and padding, up to `batch_size` rows per group.
 
-    So an image is padded by what its own size asks for, whatever the batch size. Rows of one size keep their order, and
-    groups are in the order of their first rows.
+    The padding of an image therefore depends only on its own size, not on the batch size. Rows of one size keep their
+    order, and groups are in the order of their first rows.
     """
     open_groups: dict[tuple[int, int], list[int]] = {}
     groups: list[list[int]] = []
@@ -242,9 +248,9 @@ def _steps(
 def _raw_batches(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, storage: Storage, spec: LoaderSpec, ahead: int
 ) -> Generator[RawBatch | UserError]:
-    """Micro-batches before decoding. An error comes in place of the one that it prevents, and ends all."""
+    """Yield micro-batches before decoding. An error is yielded in place of a micro-batch and ends the generator."""
     micro_batches, for_fetcher = tee(positions for step in count(spec.start_step) for positions in spec.positions(step))
-    # Reads start well before a micro-batch is due: one that waits for its bytes holds up batches that are ready.
+    # Reads start well before a micro-batch is due, because one that waits for its bytes delays finished batches.
     spread = look_ahead(data, spec.world)
     chunks = [group_chunks(m.shard, m.offset, chunk_bytes(data)) for m in manifests]
     upcoming = UpcomingChunks(manifests, chunks, order, spec.world, spec.local_ranks or (spec.rank,))
@@ -271,7 +277,10 @@ def _raw_batches(
 def _sample_refs(
     positions: Sequence[int | None], order: Order, data: DataConfig, seed: int
 ) -> tuple[SampleRef | None, ...]:
-    """The sample at every position, then the one whose objects are pasted on it; None where there is none."""
+    """Return the samples at all positions, followed by those whose objects are pasted onto them.
+
+    None stands for a filler or for a missing partner.
+    """
     partners = [None if p is None else partner_position(p, seed, data) for p in positions]
     return tuple(None if p is None else order.at(p) for p in (*positions, *partners))
 
@@ -286,7 +295,7 @@ def _raw_example(position: int | None, base: RawSample | None, partner: RawSampl
 def _results(
     dataset: MicroBatchDataset, raw_batches: Iterator[RawBatch | UserError], workers: int, ahead: int, pin: bool
 ) -> Generator[BatchResult]:
-    """What `raw_batches` become, in their order; `pin` is done by the thread that makes or receives them."""
+    """Yield the results of `raw_batches` in their order. The thread that makes or receives a batch also pins it."""
 
     def make(raw: RawBatch | UserError) -> BatchResult:
         result = dataset[raw]
@@ -305,13 +314,13 @@ def _results(
         pin_memory=pin,
         multiprocessing_context=_worker_context(),
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # its seed is never used; the default would draw from the trainer's generator
+        generator=torch.Generator(),  # its seed is not used, but the default would advance the trainer's generator
     )
     try:
         for result in loader:
             yield tuple(result) if isinstance(result, list) else result  # pinning may turn tuples into lists
     except (RuntimeError, EOFError, OSError) as error:
-        # OSError and EOFError: the process died between sending a batch and handing over its shared memory.
+        # OSError and EOFError: the process died after it sent a batch and before it passed on the shared memory.
         if isinstance(error, RuntimeError) and not re.search("exited unexpectedly|killed by signal", str(error)):
             raise
         raise LoaderDiedError(
@@ -321,7 +330,7 @@ def _results(
 
 
 class _RawBatchSampler(Sampler[RawBatch | UserError]):
-    """Hands raw batches to the DataLoader as if they were indices."""
+    """Passes raw batches to the DataLoader as if they were indices."""
 
     def __init__(self, raw_batches: Iterator[RawBatch | UserError]) -> None:
         self._raw_batches = raw_batches
@@ -335,8 +344,8 @@ def _identity(batch: Any) -> Any:
 
 
 def _worker_context() -> BaseContext:
-    # forkserver: the training process has threads and perhaps CUDA, which fork must not copy. The server imports this
-    # module once, so that workers start at once.
+    # forkserver, because fork must not copy the threads and CUDA state of the training process. The server imports
+    # this module once, so that workers start fast.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["m2f.data_pipeline.loading.loader"])
     return context
@@ -348,7 +357,9 @@ def _start_worker(_: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End with the training process where that is killed: this one's parent is the fork server, which would live on."""
+    """Exit when the training process exits, even if it is killed. The parent of a worker is the fork server, which
+    stays alive then.
+    """
     training = multiprocessing.parent_process()
     assert training is not None
     training.join()
@@ -356,7 +367,10 @@ def _exit_with_parent() -> None:
 
 
 def map_in_thread(make: Callable[[In], Out], work: Iterator[In], ahead: int) -> Generator[Out]:
-    """`map(make, work)`, up to `ahead` results prepared by one thread; `work` is advanced by the caller's thread."""
+    """Yield the results of `map(make, work)`. One thread prepares up to `ahead` of them.
+
+    The caller's thread advances `work`.
+    """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=cv2.setNumThreads, initargs=(0,))
     running: deque[Future[Out]] = deque()
     try:

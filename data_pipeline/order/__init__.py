@@ -1,1 +1,1 @@
-"""The order of the samples of a run, as a pure function of the position."""
+"""The order of a run's samples, a pure function of the position."""

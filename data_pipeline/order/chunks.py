@@ -1,4 +1,4 @@
-"""Chunks: runs of neighbouring samples of one shard that are fetched by one ranged read."""
+"""Chunks: groups of adjacent samples of one shard that one ranged read fetches."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ from m2f.data_pipeline.shards.manifest import Manifest
 
 @dataclass(frozen=True)
 class Chunks:
-    """N samples grouped into C chunks; whole samples only, and every sample in exactly one chunk."""
+    """N samples grouped into C chunks. Every sample lies in exactly one chunk as a whole."""
 
     samples: np.ndarray
-    """[N] sample indices in storage order: chunk c holds `samples[first[c]:first[c + 1]]`."""
+    """[N] sample indices in storage order. Chunk c holds `samples[first[c]:first[c + 1]]`."""
     first: np.ndarray
     """[C + 1] bounds of the chunks in `samples`."""
     chunk_of: np.ndarray
-    """[N] chunk of every sample index."""
+    """[N] chunk number of each sample index."""
     shard: np.ndarray
-    """[C] shard number."""
+    """[C] shard number of each chunk."""
 
     def members(self, chunk: int) -> np.ndarray:
-        """Sample indices in this chunk, in storage order."""
+        """Return the sample indices of a chunk in storage order."""
         return self.samples[self.first[chunk] : self.first[chunk + 1]]
 
     def span(self, manifest: Manifest, chunk: int) -> tuple[int, int, int]:
-        """Shard, first byte and number of bytes of a whole chunk."""
+        """Return the shard number, first byte and number of bytes of a whole chunk."""
         first, last = self.members(chunk)[[0, -1]]
         start = int(manifest.offset[first])
         return int(self.shard[chunk]), start, int(manifest.offset[last] + manifest.length[last]) - start
 
 
 def group_chunks(shard: np.ndarray, offset: np.ndarray, chunk_bytes: int) -> Chunks:
-    """Group samples (columns of a manifest, [N] each) by the `chunk_bytes`-sized cell of the shard they start in.
+    """Group samples into chunks.
 
-    A chunk spans fewer than `chunk_bytes` bytes besides its last sample.
+    Each shard is divided into cells of `chunk_bytes` bytes. Samples that start in the same cell form a chunk, so a
+    chunk without its last sample spans fewer than `chunk_bytes` bytes.
+
+    Args:
+        shard: [N] shard number of each sample, a column of the manifest.
+        offset: [N] first byte of each sample in its shard, a column of the manifest.
+        chunk_bytes: size of a cell.
     """
     samples = np.lexsort((offset, shard))
     cell = offset[samples] // chunk_bytes

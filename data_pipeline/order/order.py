@@ -1,13 +1,18 @@
-"""The order of training samples: a pure function from an integer position to an image.
+"""The order of training samples: a pure function from an integer position to a sample.
 
-The state of a run's input is one integer, the number of samples consumed. Nothing in the order knows about ranks:
-`step_positions` deals the positions of a step to the ranks, so a run may change its world size at any step
+The input state of a run is one integer, the number of samples consumed. The order does not depend on the ranks:
+`step_positions` assigns the positions of a step to ranks. A run can therefore change its world size at any step
 without losing or repeating a sample.
 
-One epoch of a data set: chunks are permuted and laid end to end; the sequence is cut into `lanes` equal segments; each
-lane is shuffled inside windows; positions go round the lanes. A rank count that divides `lanes` gives every chunk one
-owner (two at the cuts), and a chunk's samples are wanted close together. Samples that an epoch repeats come again with
-their chunk at another place of the sequence.
+The order of one epoch of a data set is made in four steps:
+
+1. Permute the chunks and concatenate their samples.
+2. Cut the sequence into `lanes` segments of equal length.
+3. Shuffle each lane within windows.
+4. Take samples from the lanes in turn.
+
+If the number of ranks divides `lanes`, each chunk is read by one rank (by two at the cuts), and its samples are used
+close together. Samples that an epoch repeats occur again, with their chunk, at another place of the sequence.
 """
 
 from __future__ import annotations
@@ -29,23 +34,23 @@ from m2f.data_pipeline.randomness import Stream, random_words
 from m2f.data_pipeline.shards.manifest import Manifest
 
 ORDER_VERSION = 1
-"""Part of every fingerprint. Raise it with any change that moves a sample; the golden test then needs a new file."""
+"""Part of every fingerprint. Raise it for any change that moves a sample; the golden test then needs a new file."""
 
 _EPOCHS_KEPT = 3
-"""Permutations in memory: a global batch straddles two epochs at most, and caches look ahead."""
+"""Number of epochs whose permutations stay in memory: global batches can span two epochs, and caches look ahead."""
 
 _MAX_LOOK_AHEAD = 20_000
-"""Samples; bounds the loader's own memory and start-up time to tens of milliseconds."""
+"""Upper limit of `look_ahead` in samples. It bounds the loader's memory, and its start-up to tens of milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """Which sample of which data set, and in which epoch."""
+    """Reference to one sample of one data set in one epoch."""
 
     dataset: int
     """Index of the data set in the mixture."""
     epoch: int
-    """Epochs of the data set that were completed before."""
+    """Number of completed epochs of the data set before this use."""
     index: int
     """Row of the manifest."""
 
@@ -55,9 +60,9 @@ class SampleRefs:
     """References to the samples at n consecutive positions."""
 
     dataset: np.ndarray
-    """[n] int64"""
+    """[n] int64 index of the data set in the mixture."""
     index: np.ndarray
-    """[n] int64"""
+    """[n] int64 row of the manifest."""
 
 
 class Order(Protocol):
@@ -65,21 +70,21 @@ class Order(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal exactly when two orders give the same sample at every position."""
+        """Return a hash of everything that determines the order. Equal fingerprints mean equal orders."""
         ...
 
     def at(self, position: int) -> SampleRef:
-        """The sample at a position, from 0."""
+        """Return the sample at a position, counted from 0."""
         ...
 
     def refs(self, start: int, count: int) -> SampleRefs:
-        """The samples at positions start .. start + count - 1."""
+        """Return the samples at positions start .. start + count - 1."""
         ...
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch as rows of the manifest, and the position of the first."""
+    """One epoch: its rows of the manifest in order, and the position of the first."""
 
     number: int
     start: int
@@ -92,7 +97,7 @@ class _Epoch:
 
 @dataclass(frozen=True)
 class DatasetOrder:
-    """Exact epochs over one data set: every sample appears in each as often as `rates` says. Safe in threads."""
+    """Order over one data set in exact epochs: `rates` determines how often each epoch shows a sample. Thread-safe."""
 
     chunks: Chunks
     rates: SamplingRates
@@ -105,12 +110,12 @@ class DatasetOrder:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def at(self, position: int) -> SampleRef:
-        """The sample at a position. Computes an epoch's permutation on first use (about 0.3 us per sample)."""
+        """Return the sample at a position. The first use of an epoch computes it, in about 0.3 us per sample."""
         epoch = self._epoch_at(position)
         return SampleRef(self.dataset, epoch.number, int(epoch.rows[position - epoch.start]))
 
     def refs(self, start: int, count: int) -> SampleRefs:
-        """The samples at `count` positions from `start` on."""
+        """Return the samples at `count` positions from `start` on."""
         parts, position = [np.zeros(0, dtype=np.int64)], start
         while position < start + count:
             epoch = self._epoch_at(position)
@@ -130,14 +135,14 @@ class DatasetOrder:
     def _permute(self, epoch: int) -> np.ndarray:
         sequence = self._permuted_chunks(epoch)
         size, lanes = len(sequence), self.lanes
-        # Lane c serves positions c, c + lanes, ...: its segment of the sequence has exactly that many samples.
+        # Lane c serves positions c, c + lanes, ..., and its segment has exactly as many samples.
         lane_sizes = (size - np.arange(lanes) + lanes - 1) // lanes
         lane_start = np.concatenate([[0], np.cumsum(lane_sizes)[:-1]])
         lane = np.repeat(np.arange(lanes), lane_sizes)
         within = np.arange(size) - lane_start[lane]
 
         words = random_words(self.seed, Stream.WINDOW_ORDER, self.dataset, epoch, lanes + size)
-        phase = words[:lanes] % np.uint64(self.window)  # windows do not meet at the same places in every epoch
+        phase = words[:lanes] % np.uint64(self.window)  # window borders differ between epochs
         window = (within + phase[lane].astype(np.int64)) // self.window
         shuffled = sequence[np.lexsort((words[lanes:], window, lane))]
 
@@ -145,10 +150,10 @@ class DatasetOrder:
         return shuffled[lane_start[position % lanes] + position // lanes]
 
     def _permuted_chunks(self, epoch: int) -> np.ndarray:
-        """The epoch's samples, chunk after chunk in this epoch's chunk order.
+        """Return the samples of an epoch, ordered by the permuted chunks.
 
-        Repeats make further chunks of what has a second use, a third, and so on, so that they are spread over the
-        epoch and not seen in a row.
+        The second uses of a chunk's samples form another chunk, as do the third uses, and so on. Repeats are thus
+        spread over the epoch instead of following each other.
         """
         counts = self.rates.counts(epoch)[self.chunks.samples]
         samples = np.repeat(self.chunks.samples, counts)
@@ -164,17 +169,19 @@ class DatasetOrder:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """Children interleaved by exact shares: of the first P positions, child k owns P times its share, give or take one
-    per child before it; every child is read at its own positions 0, 1, 2, ... in turn.
+    """Child orders interleaved by exact shares.
+
+    Of the first P positions, child k has P times its share, with a deviation of at most one per earlier child. Each
+    child is read at its own positions 0, 1, 2, ... in turn.
     """
 
     children: tuple[Order, ...]
     shares: tuple[Fraction, ...]
-    """Share of each child among itself and the later ones; the last is 1."""
+    """Share of each child relative to itself and all later children; the last one is 1."""
     fingerprint: str
 
     def at(self, position: int) -> SampleRef:
-        """The sample at a position."""
+        """Return the sample at a position."""
         for child, share in zip(self.children, self.shares, strict=True):
             before = position * share.numerator // share.denominator
             after = (position + 1) * share.numerator // share.denominator
@@ -184,11 +191,11 @@ class MixtureOrder:
         raise AssertionError("the last share is 1 and takes what the others left")
 
     def refs(self, start: int, count: int) -> SampleRefs:
-        """The samples at `count` positions from `start` on."""
+        """Return the samples at `count` positions from `start` on."""
         dataset, index = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-        left = np.arange(count)  # those that no child has taken yet; they are neighbours among themselves
+        left = np.arange(count)  # free places, which are consecutive positions of the later children
         for child, share in zip(self.children, self.shares, strict=True):
-            # floor(start * share) in Python's integers, the small rest in numpy's.
+            # floor(start * share) in Python integers, the small remainder in NumPy integers.
             first, rest = divmod(start * share.numerator, share.denominator)
             largest = share.denominator + share.numerator * (count + 1)
             exact = np.int64 if largest < 1 << 62 else object
@@ -202,34 +209,34 @@ class MixtureOrder:
 
 @dataclass(frozen=True)
 class OffsetOrder:
-    """An order that begins at a later position: what a run continues with when its data have changed."""
+    """An order that begins at a later position. A run uses it to continue after its data have changed."""
 
     order: Order
     start: int
-    """The position where `order` begins."""
+    """Position where `order` begins."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the order, wherever it begins."""
+        """Return the fingerprint of `order`; it does not depend on `start`."""
         return self.order.fingerprint
 
     def at(self, position: int) -> SampleRef:
-        """The sample at a position, from `start`."""
+        """Return the sample at a position, which is at least `start`."""
         return self.order.at(position - self.start)
 
     def refs(self, start: int, count: int) -> SampleRefs:
-        """The samples at `count` positions from `start` on."""
+        """Return the samples at `count` positions from `start` on."""
         return self.order.refs(start - self.start, count)
 
 
 def build_order(manifests: Sequence[Manifest], seed: int, config: DataConfig) -> Order:
-    """The order of the mixture `config.train`, whose data sets have these manifests.
+    """Return the order of the mixture `config.train`, given the manifests of its data sets.
 
-    The fingerprint covers the manifests, the weights' ratios, the sampling rates, the seed and the
-    shuffle's settings.
+    The fingerprint covers the manifests, the ratios of the weights, the sampling rates, the seed and the shuffle
+    settings.
 
     Raises:
-        DataError: a data set of which no image is left, or a filter with an unknown class.
+        DataError: no image of a data set is left, or a filter names an unknown class.
     """
     rates = [
         select(manifest, item, config, seed, dataset)
@@ -278,15 +285,15 @@ def _fingerprint(
 
 
 def chunk_bytes(config: DataConfig) -> int:
-    """Bytes of one ranged read."""
+    """Return the size of one ranged read in bytes."""
     return max(1, round(config.chunk_mb * 1e6))
 
 
 def look_ahead(config: DataConfig, world: int) -> int:
-    """Own samples ahead of which a rank of `world` keeps what it has read.
+    """Return how many of its own samples ahead a rank looks. It keeps the samples in this range once they are read.
 
-    A chunk's samples lie in at most two windows of one lane; nothing read now is wanted later than that. With
-    copy-paste a sample is first wanted up to one window before its turn.
+    The samples of a chunk lie in at most two windows of one lane, so the range covers all uses of a chunk. With
+    copy-paste, a sample is first used up to one window before its own position. `world` is the number of ranks.
     """
     windows = 2 if config.copy_paste is None else 3
     return min(windows * config.lanes * config.window // world, _MAX_LOOK_AHEAD)
@@ -295,10 +302,11 @@ def look_ahead(config: DataConfig, world: int) -> int:
 def step_positions(
     step: int, global_batch: int, rank: int, world: int, micro_batch: int
 ) -> tuple[tuple[int | None, ...], ...]:
-    """The positions of one rank in one optimizer step, micro-batch by micro-batch.
+    """Return the positions of one rank in one optimizer step, grouped by micro-batch.
 
-    Step s owns positions sG .. sG + G - 1, and rank r of W takes those congruent to r modulo W. None is a filler of
-    weight zero: every rank has the same number of micro-batches, all of one size (at most `micro_batch`).
+    With a global batch of G, step s has the positions sG .. sG + G - 1. Rank r of W ranks takes those congruent to r
+    modulo W. Every rank has the same number of micro-batches, all of one size of at most `micro_batch`. None is a
+    filler with weight zero.
     """
     first = step * global_batch
     mine: list[int | None] = list(range(first + (rank - first) % world, first + global_batch, world))

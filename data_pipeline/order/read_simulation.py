@@ -1,4 +1,4 @@
-"""What reading will cost, before anything is read: a simulation of one epoch of the order on every rank."""
+"""Prediction of read costs before anything is read: simulates one epoch of the order on all ranks."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ _BYTES_PER_PIXEL = 4  # three colours and one layer of ids
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedRanks:
-    """Ranks that read, for the simulation."""
+    """The simulated ranks."""
 
     world: int
-    """Ranks in all."""
+    """Number of ranks on all machines."""
     per_machine: int
     batch: int
     """Images per rank and optimizer step."""
     images_per_s: float
-    """Speed of one rank."""
+    """Speed of one rank in images per second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadCosts:
-    """One epoch of all data sets of the mixture. Bytes are of all ranks unless they say otherwise."""
+    """Read costs of one epoch of all data sets of the mixture. Numbers are totals of all ranks unless stated."""
 
     images: int
-    """Images that the epoch shows, repeats included."""
+    """Images in the epoch, repeats included."""
     chunks: int
-    """Chunks with at least one of them."""
+    """Chunks with at least one of these images."""
     chunk_bytes: int
-    """Size of those chunks: what a cache needs to hold everything."""
+    """Size of these chunks in bytes, which is the size of a cache that holds everything."""
     reads: int
     """Ranged reads of all ranks without a cache."""
     read_bytes: int
     cached_reads: int
-    """Reads of all machines in the first epoch with a cache that is large enough."""
+    """Reads of all machines in the first epoch with a sufficiently large cache."""
     machine_bytes: int
     """Bytes of the chunks that the busiest machine reads in the epoch."""
     fetched_peak: int
-    """Bytes of samples that were read and not yet used, on the rank that has most."""
+    """Largest number of bytes of samples that one rank holds between their read and their use."""
     batch_bytes: int
     """Bytes of decoded micro-batches that wait on one rank."""
 
@@ -57,7 +57,7 @@ class ReadCosts:
 def simulate_reads(
     manifests: Sequence[Manifest], order: Order, data: DataConfig, seed: int, ranks: SimulatedRanks
 ) -> ReadCosts:
-    """Simulate one epoch from position 0. Linear in its images: for COCO about 0.3 s, with copy-paste 2 s."""
+    """Simulate one epoch from position 0. The time is linear in its images: COCO takes 0.3 s, with copy-paste 2 s."""
     count = sum(
         select(manifest, item, data, seed, dataset).total(1)
         for dataset, (manifest, item) in enumerate(zip(manifests, data.train, strict=True))
@@ -84,7 +84,7 @@ def simulate_reads(
 
 
 def format_read_costs(found: ReadCosts, ranks: SimulatedRanks) -> str:
-    """The costs as text."""
+    """Return the costs as a text of several lines."""
     speed = ranks.world * ranks.images_per_s
     per_image, machines = found.reads / found.images, -(-ranks.world // ranks.per_machine)
     rate = found.read_bytes / found.images * speed / 1e6
@@ -108,17 +108,20 @@ def format_read_costs(found: ReadCosts, ranks: SimulatedRanks) -> str:
 
 @dataclass(frozen=True)
 class _SampleReads:
-    """Columns with one entry per sample that is needed; chunks are numbered through all data sets."""
+    """Columns with one entry per needed sample. Chunks are numbered consecutively over all data sets."""
 
     time: np.ndarray
-    """Position of the image that it is wanted for."""
+    """Position of the image that needs the sample."""
     chunk: np.ndarray
     offset: np.ndarray
     length: np.ndarray
 
 
 def _needed_positions(count: int, seed: int, data: DataConfig) -> np.ndarray:
-    """[2, n] positions of images and of the samples that they need: their own and those whose objects they receive."""
+    """Return [2, n]: positions of images, and positions of the samples that they need.
+
+    An image needs its own sample and, with copy-paste, the sample whose objects it receives.
+    """
     own = np.stack([np.arange(count)] * 2)
     if data.copy_paste is None:
         return own
@@ -145,9 +148,9 @@ def _sample_reads(
 
 
 def _group_reads(needed: _SampleReads, rank: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples grouped by read, and where each read begins in them.
+    """Return the start of each read in the sorted samples, and the samples sorted by rank, chunk and time.
 
-    A rank reads a chunk again when it needs it again so late that it did not see this coming.
+    A rank reads a chunk again if its next use of the chunk is more than `reach` positions later.
     """
     wanted = np.lexsort((needed.time, needed.chunk, rank))
     chunk, owner = needed.chunk[wanted], rank[wanted]
@@ -157,11 +160,14 @@ def _group_reads(needed: _SampleReads, rank: np.ndarray, reach: int) -> tuple[np
 
 
 def _peak_bytes(needed: _SampleReads, rank: np.ndarray, read: np.ndarray, wanted: np.ndarray) -> int:
-    """Most bytes that a rank holds: every sample from its read, with the first of its chunk, to its own use."""
+    """Return the largest number of bytes that a rank holds.
+
+    A rank holds a sample from the first use of its chunk, when the sample is read, until its own use.
+    """
     first = np.repeat(needed.time[wanted[read]], np.diff(np.append(read, len(wanted))))
     time = np.concatenate([first, needed.time[wanted]])
     change = np.concatenate([needed.length[wanted], -needed.length[wanted]])
-    events = np.lexsort((change < 0, time, np.tile(rank[wanted], 2)))  # every rank ends with nothing: one running sum
+    events = np.lexsort((change < 0, time, np.tile(rank[wanted], 2)))  # each rank ends at 0: one running sum suffices
     return int(np.cumsum(change[events]).max())
 
 
@@ -175,7 +181,7 @@ def _chunk_sizes(manifests: Sequence[Manifest], chunks: Sequence[Chunks]) -> np.
 
 
 def _batch_bytes(data: DataConfig, batch: int) -> int:
-    """Decoded images in the queue of one rank and in the hands of its workers."""
+    """Return the bytes of decoded images in the queue of one rank and in its workers."""
     return (data.prefetch_steps + data.workers + 1) * batch * _pixels(data.augment) * _BYTES_PER_PIXEL
 
 

@@ -1,4 +1,4 @@
-"""Which samples of a data set a run uses, and how often in an epoch: decided from the manifest alone."""
+"""Selection of the samples of a data set that a run uses, and their uses per epoch. It needs only the manifest."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ from m2f.data_pipeline.randomness import Stream, random_words
 from m2f.data_pipeline.shards.manifest import Manifest
 
 _FRACTION_BITS = 24
-"""Rates are whole numbers in units of 2^-24, so that no sum of them is rounded."""
+"""Rates are integers in units of 2^-24, so that their sums are exact."""
 _ONE = 1 << _FRACTION_BITS
 """The rate of one use per epoch."""
 _MAX_RATE = 1 << 12
-"""Uses per epoch; keeps cumulative counts inside int64 for 2^26 epochs."""
+"""Upper limit of uses per epoch. It keeps cumulative counts within int64 for 2^26 epochs."""
 
 
 @dataclass(frozen=True)
 class SamplingRates:
-    """How often N samples are used: a sample with rate r was used floor(e * r + phase) times after e epochs.
+    """Uses per epoch of N samples. After e epochs, a sample with rate r has been used floor(e * r + phase) times.
 
-    So it is used floor(r) or ceil(r) times in every epoch and never differs from its rate by a whole use, however many
-    epochs pass; and any epoch is known without those before it.
+    Each epoch uses it floor(r) or ceil(r) times. The total never deviates from e * r by a whole use, and each epoch can
+    be computed without the previous ones.
     """
 
     rate: np.ndarray
     """[N] int64 uses per epoch times 2^24; 0 leaves a sample out."""
     phase: np.ndarray
-    """[N] int64 below 2^24, in the same unit: when a fractional rate gives its additional uses."""
+    """[N] int64 below 2^24, in the same unit. It determines in which epochs a fractional rate gives an extra use."""
 
     @property
     def kept(self) -> np.ndarray:
-        """[N] bool, the samples that are used at all."""
+        """Return [N] bool: the samples that are used at all."""
         return self.rate > 0
 
     @property
     def repeats(self) -> bool:
-        """Whether any sample is used more than once in some epoch."""
+        """Return whether any sample is used more than once in some epoch."""
         return bool((self.rate > _ONE).any())
 
     @property
     def per_epoch(self) -> float:
-        """Samples in an epoch, on average, repeats included."""
+        """Return the mean number of samples in an epoch, repeats included."""
         return int(self.rate.sum()) / _ONE
 
     def total(self, epochs: int) -> int:
-        """Samples in the first `epochs` epochs, repeats included."""
+        """Return the number of samples in the first `epochs` epochs, repeats included."""
         if not self.repeats:
             return epochs * int(np.count_nonzero(self.rate))
         return int(self._cumulative(epochs).sum())
 
     def counts(self, epoch: int) -> np.ndarray:
-        """[N] uses of every sample in one epoch."""
+        """Return [N] int64: uses of each sample in one epoch."""
         return self._cumulative(epoch + 1) - self._cumulative(epoch)
 
     def epoch_of(self, position: int) -> int:
-        """The epoch that `position` (from 0) belongs to."""
+        """Return the epoch of a position. Both are counted from 0."""
         epoch = int(position / self.per_epoch)
         while self.total(epoch) > position:
             epoch -= 1
@@ -71,7 +71,7 @@ class SamplingRates:
         return epoch
 
     def digest(self) -> str:
-        """Hash of which samples are used and, where any is repeated, how often."""
+        """Return a hash of the samples that are used and, if any is repeated, of the rates."""
         content = np.packbits(self.kept).tobytes()
         return hashlib.sha256(content + (self.rate.tobytes() if self.repeats else b"")).hexdigest()
 
@@ -80,18 +80,18 @@ class SamplingRates:
 
 
 def uniform_rates(kept: np.ndarray) -> SamplingRates:
-    """One use in every epoch for samples where `kept` [N] bool is true."""
+    """Return rates of one use per epoch for the samples for which `kept` ([N] bool) is true."""
     return SamplingRates(kept.astype(np.int64) * _ONE, np.zeros(len(kept), dtype=np.int64))
 
 
 def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int, dataset: int) -> SamplingRates:
-    """The sampling rates of one data set of a mixture.
+    """Return the sampling rates of one data set of a mixture.
 
-    Filters by target and class come first, then `fraction` and `limit`, then repeats, whose class frequencies are
-    those of the samples left.
+    Filters by target and class are applied first, then `fraction` and `limit`, then repeats. Repeats use the class
+    frequencies of the remaining samples.
 
     Raises:
-        DataError: a class that the data set does not have, or no sample is left.
+        DataError: a filter names a class that the data set lacks, or no sample is left.
     """
     kept = _with_targets(manifest, config) & _with_classes(manifest, item)
     if not kept.any():
@@ -105,10 +105,10 @@ def select(manifest: Manifest, item: MixtureItem, config: DataConfig, seed: int,
 
 
 def repeat_factors(manifest: Manifest, kept: np.ndarray, threshold: float) -> np.ndarray:
-    """[N] float64, at least 1: how often images should be seen so that rare classes are seen more often.
+    """Return [N] float64 of at least 1: uses per epoch of each image, larger for images with rare classes.
 
-    f(c) is the share of kept images that show class c, r(c) = max(1, sqrt(threshold / f(c))), and an image takes the
-    largest r of its classes (repeat-factor sampling: Gupta et al., "LVIS", CVPR 2019, appendix B.2).
+    f(c) is the share of kept images that show class c, and r(c) = max(1, sqrt(threshold / f(c))). The factor of an
+    image is the largest r of its classes (repeat-factor sampling: Gupta et al., "LVIS", CVPR 2019, appendix B.2).
     """
     present = manifest.category_ids
     rows = present.rows()
@@ -122,7 +122,7 @@ def repeat_factors(manifest: Manifest, kept: np.ndarray, threshold: float) -> np
 
 
 def _with_targets(manifest: Manifest, config: DataConfig) -> np.ndarray:
-    """[N] bool: images with at least one target of the task (a crowd is none)."""
+    """Return [N] bool: images with at least one target of the task. Crowds are not targets."""
     if not config.skip_images_without_targets:
         return np.ones(manifest.num_samples, dtype=bool)
     return _shows_any(manifest, list(manifest.categories.labels(config.task)))
@@ -138,7 +138,7 @@ def _with_classes(manifest: Manifest, item: MixtureItem) -> np.ndarray:
 
 
 def _shows_any(manifest: Manifest, category_ids: Sequence[int]) -> np.ndarray:
-    """[N] bool: images with a segment of any of these categories."""
+    """Return [N] bool: images with a segment of any of these categories."""
     present = manifest.category_ids
     return present.any(np.isin(present.values, category_ids))
 
@@ -156,10 +156,10 @@ def _ids(manifest: Manifest, names: Sequence[str], dataset: str, setting: str) -
 
 
 def _subset(manifest: Manifest, kept: np.ndarray, item: MixtureItem) -> np.ndarray:
-    """[N] bool: the part of the kept samples that `fraction` and `limit` leave.
+    """Return [N] bool: the kept samples that remain after `fraction` and `limit`.
 
-    Keys are ranked by a hash, so the same images are chosen however the data set was sharded, and a smaller part is
-    contained in a larger one.
+    Samples are ranked by a hash of their keys. The selection therefore does not depend on the sharding, and a larger
+    selection contains a smaller one.
     """
     count = int(np.count_nonzero(kept))
     wanted = max(1, round(Fraction(str(item.fraction)) * count))

@@ -1,1 +1,1 @@
-"""Augmentation of images and targets, and their collation into a batch."""
+"""Augmentation of images and targets, and collation into batches."""

@@ -1,9 +1,10 @@
-"""Augmentation of an image and its id maps with OpenCV: parameters are drawn first, then applied by a pure function.
+"""Augmentation of an image and its id maps. Parameters are drawn first and then applied by a pure function.
 
-The part of the image that the crop needs is cut out before it is resized. Where an axis is cropped, the cut moves the
-content by at most half an output pixel (mostly below a tenth) against a resize of the whole image; image and id maps
-move together. Without a crop on an axis there is no such shift. With `shrink: bilinear` the whole image is resized
-first, by Pillow, and everything is where the official code has it, pixel for pixel.
+With `shrink: area`, only the part of the image that the crop needs is resized, by OpenCV. On a cropped axis this shifts
+the content by at most half an output pixel (mostly less than a tenth) compared with resizing the whole image. Image
+and id maps shift together. An axis that is not cropped has no shift.
+
+With `shrink: bilinear`, Pillow resizes the whole image first. The result equals the official code's, pixel for pixel.
 """
 
 from __future__ import annotations
@@ -18,40 +19,40 @@ from PIL import Image
 from m2f.data_pipeline.config import AugmentConfig, LargeScaleJitter, ScaleJitter, ShortestEdgeCrop, Shrink
 
 PADDING_GREY = 128
-"""Grey level of image pixels outside the image (official mappers)."""
+"""Grey level of padding, as in the official mappers."""
 
 _CROP_FIRST_EDGES = (400, 500, 600)
-"""Shortest edges before the first crop of DETR."""
+"""Shortest edges at which DETR crops before the final resize."""
 
-_MAX_EARLIER_START = 16  # source pixels that a cut may begin earlier
+_MAX_EARLIER_START = 16  # source pixels by which a cut may begin earlier than needed
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Photometric distortion of SSD (Liu et al., 2016, section 3.6) on uint8 images; None leaves a step out."""
+    """Photometric distortion of SSD (Liu et al., 2016, section 3.6) for uint8 images. None skips a step."""
 
     contrast_first: bool = True
-    """Contrast before saturation and hue, else after them."""
+    """Whether contrast comes before saturation and hue; otherwise it comes after them."""
     brightness: float | None = None
-    """Added grey levels."""
+    """Grey levels to add."""
     contrast: float | None = None
-    """Factor."""
+    """Factor for all channels."""
     saturation: float | None = None
-    """Factor."""
+    """Factor for the saturation."""
     hue: int | None = None
-    """Added degrees / 2 (OpenCV's hue has 180 steps)."""
+    """Steps to add to the hue; OpenCV's hue has 180 steps of 2 degrees."""
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """Everything that was drawn for one sample: resize, crop, recolour, flip, pad."""
+    """Random parameters of one sample for resizing, cropping, colour jitter, flipping and padding."""
 
     scaled: tuple[int, int]
     """Height and width of the whole image after resizing."""
     offset: tuple[int, int]
-    """y and x of the crop's first pixel in the scaled image, before the flip."""
+    """y and x of the first pixel of the crop in the scaled image, before the flip."""
     canvas: tuple[int, int]
-    """Height and width of the result; the crop is as large as fits, the rest is padding on the right and below."""
+    """Height and width of the result. The crop is as large as possible; the rest, right and below, is padding."""
     flip: bool = False
     shrink: Shrink = "area"
     color: ColorJitter | None = None
@@ -59,7 +60,7 @@ class AugmentParams:
 
 @dataclass(frozen=True)
 class AxisCrop:
-    """One axis of a crop: source pixels start..stop are scaled, then `skip` pixels are dropped and `length` kept."""
+    """One axis of a crop. Source pixels start..stop are scaled; then `skip` pixels are dropped and `length` kept."""
 
     start: int
     stop: int
@@ -69,14 +70,15 @@ class AxisCrop:
     length: int
 
     def nearest(self) -> np.ndarray:
-        """[length] source pixel under the centre of every output pixel."""
+        """Return [length]: index of the source pixel under the centre of each output pixel."""
         index = self.start + np.floor((np.arange(self.length) + self.skip + 0.5) / self.scale).astype(np.intp)
         return np.minimum(index, self.source - 1)
 
     def pillow_nearest(self, mirrored: bool = False) -> np.ndarray:
-        """The same by Pillow, whose sums of steps decide differently where two pixels are equally near.
+        """Return the same indices computed by Pillow, which decides differently if two pixels are equally near.
 
-        `mirrored`: of the mirrored axis, mirrored back (the official code flips before it resizes).
+        With `mirrored`, the axis is mirrored before the resize and the result mirrored back, because the official code
+        flips before it resizes.
         """
         pixels = np.arange(self.source, dtype=np.int32)[None]
         scaled = round(self.source * self.scale)
@@ -88,18 +90,18 @@ class AxisCrop:
 
 @dataclass(frozen=True)
 class Augmented:
-    """The result of `augment`."""
+    """Result of `augment`."""
 
     image: np.ndarray
     """[H, W, 3] uint8."""
     id_maps: np.ndarray
-    """[Y, H, W], dtype of the input."""
+    """[Y, H, W] with the dtype of the input."""
     size: tuple[int, int]
-    """Height and width of the part that shows the image."""
+    """Height and width of the part that shows the image; the rest is padding."""
 
 
 def draw_params(rng: np.random.Generator, size: tuple[int, int], config: AugmentConfig) -> AugmentParams:
-    """Draw the parameters for an image of `size` (height, width)."""
+    """Draw random parameters for an image of `size` (height, width)."""
     match config:
         case LargeScaleJitter():
             return draw_large_scale_jitter(rng, size, config)
@@ -112,7 +114,7 @@ def draw_params(rng: np.random.Generator, size: tuple[int, int], config: Augment
 
 
 def draw_large_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: LargeScaleJitter) -> AugmentParams:
-    """Flip with probability 1/2, scale and crop position uniform."""
+    """Draw a flip with probability 1/2, and a uniform scale and crop position."""
     flip, scale, crop_position = rng.random(3)
     scale = config.min_scale + (config.max_scale - config.min_scale) * float(scale)
     return large_scale_jitter(size, config, flip=bool(flip < 0.5), scale=scale, crop_position=float(crop_position))
@@ -121,7 +123,10 @@ def draw_large_scale_jitter(rng: np.random.Generator, size: tuple[int, int], con
 def large_scale_jitter(
     size: tuple[int, int], config: LargeScaleJitter, *, flip: bool, scale: float, crop_position: float
 ) -> AugmentParams:
-    """The official geometry of given draws: flip first; one `crop_position` in [0, 1] sets both crop offsets."""
+    """Return the official geometry for given draws.
+
+    The flip comes first. One `crop_position` in [0, 1] determines both crop offsets.
+    """
     factor = min(config.size * scale / size[0], config.size * scale / size[1])
     height, width = (max(1, round(side * factor)) for side in size)
     y, x = (round(max(side - config.size, 0) * crop_position) for side in (height, width))
@@ -133,7 +138,7 @@ def large_scale_jitter(
 
 
 def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], config: ShortestEdgeCrop) -> AugmentParams:
-    """A random shortest edge, a crop uniform over all places, colours, and a flip with probability 1/2."""
+    """Draw a shortest edge, a uniform crop position, colour jitter, and a flip with probability 1/2."""
     edge, y, x, flip = rng.random(4)
     scaled = shortest_edge_size(size, _choice(config.shortest_edges, edge), config.max_size)
     canvas_length = tuple(max(side - crop, 0) for side, crop in zip(scaled, config.crop, strict=True))
@@ -148,7 +153,10 @@ def draw_shortest_edge_crop(rng: np.random.Generator, size: tuple[int, int], con
 
 
 def draw_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: ScaleJitter) -> AugmentParams:
-    """A flip with probability 1/2 and a random shortest edge of the image or, with `crop_first`, of a part of it."""
+    """Draw a flip with probability 1/2 and a shortest edge.
+
+    With `crop_first`, the shortest edge refers to a random part of the image in half of the cases.
+    """
     flip, edge, use_part, part_edge, height, width, y, x = rng.random(8).tolist()
     inner, part, start = size, size, (0, 0)
     if config.crop_first is not None and use_part < 0.5:
@@ -158,14 +166,17 @@ def draw_scale_jitter(rng: np.random.Generator, size: tuple[int, int], config: S
         part = _uniform_int(*rows, height), _uniform_int(*columns, width)
         start = _uniform_int(0, inner[0] - part[0], y), _uniform_int(0, inner[1] - part[1], x)
     canvas = shortest_edge_size(part, _choice(config.shortest_edges, edge), config.max_size)
-    # Both resizes in one: the whole image at the scale that brings the part to its final size.
+    # Combine both resizes: scale the whole image so that the part gets its final size.
     rows, columns = (_scaled_axis(*axis) for axis in zip(inner, part, start, canvas, strict=True))
     scaled, offset = zip(rows, columns, strict=True)
     return AugmentParams(scaled=scaled, offset=offset, canvas=canvas, flip=flip < 0.5, shrink=config.shrink)
 
 
 def _scaled_axis(side: int, part: int, start: int, canvas: int) -> tuple[int, int]:
-    """Length of an axis of `side` pixels, and where a part of it begins, once the part is `canvas` pixels long."""
+    """Return the length of an axis and the start of a part of it, after scaling the part to `canvas` pixels.
+
+    Before the scaling, the axis has `side` pixels and the part covers `part` pixels from `start` on.
+    """
     scaled = max(canvas, round(side * canvas / part))
     return scaled, min(round(start * canvas / part), scaled - canvas)
 
@@ -175,12 +186,15 @@ def _choice(values: tuple[int, ...], draw: float) -> int:
 
 
 def _uniform_int(low: int, high: int, draw: float) -> int:
-    """A whole number from low to high, both possible."""
+    """Map a draw from [0, 1) to an integer from low to high, both included."""
     return low + int(draw * (high - low + 1))
 
 
 def shortest_edge_size(size: tuple[int, int], shortest_edge: int, max_size: int | None = None) -> tuple[int, int]:
-    """Detectron2's rule: the shorter side at `shortest_edge`, unless the longer one then exceeds `max_size`."""
+    """Return height and width after Detectron2's shortest-edge resize.
+
+    The shorter side becomes `shortest_edge`. If the longer side then exceeds `max_size`, it becomes `max_size` instead.
+    """
     factor = shortest_edge / min(size)
     if max_size is not None and max(size) * factor > max_size:
         factor = max_size / max(size)
@@ -188,7 +202,7 @@ def shortest_edge_size(size: tuple[int, int], shortest_edge: int, max_size: int 
 
 
 def draw_color_jitter(rng: np.random.Generator) -> ColorJitter:
-    """Official ranges, each step with probability 1/2; always nine draws."""
+    """Draw colour jitter with the official ranges. Each step has probability 1/2. Always consumes nine draws."""
     draws = [float(draw) for draw in rng.random(9)]
     use = [draw < 0.5 for draw in draws[:5]]
     brightness, contrast, saturation, hue = draws[5:]
@@ -202,13 +216,13 @@ def draw_color_jitter(rng: np.random.Generator) -> ColorJitter:
 
 
 def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignore: int) -> Augmented:
-    """Apply drawn parameters. Pure; the inputs are not written to.
+    """Apply drawn parameters. A pure function, which does not modify its inputs.
 
     Args:
         image: [H, W, 3] uint8 RGB.
         id_maps: [Y, H, W] uint8 or int16.
-        params: the draws.
-        ignore: value of the id maps outside the image.
+        params: the drawn parameters.
+        ignore: value of the id maps in the padding.
     """
     span = _cropped_axis if params.shrink == "area" else _whole_axis
     rows, columns = map(span, image.shape[:2], params.scaled, params.offset, params.canvas)
@@ -225,7 +239,7 @@ def augment(image: np.ndarray, id_maps: np.ndarray, params: AugmentParams, ignor
 
 
 def _resize_id_maps(id_maps: np.ndarray, rows: AxisCrop, columns: AxisCrop, params: AugmentParams) -> np.ndarray:
-    """The crop of id maps [Y, H, W], by nearest neighbours and flipped where `params` say so."""
+    """Return the crop of id maps [Y, H, W] with nearest-neighbour interpolation, flipped if `params.flip` is set."""
     if params.shrink == "area":
         row_index, column_index = rows.nearest(), columns.nearest()
     else:
@@ -237,13 +251,13 @@ def _resize_id_maps(id_maps: np.ndarray, rows: AxisCrop, columns: AxisCrop, para
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], shrink: Shrink = "area") -> np.ndarray:
-    """The whole image [H, W, 3] at another height and width."""
+    """Resize a whole image [H, W, 3] to a given height and width."""
     rows, columns = (_whole_axis(old, new, 0, new) for old, new in zip(image.shape[:2], size, strict=True))
     return _resize_crop(image, rows, columns, shrink)
 
 
 def jitter_color(image: np.ndarray, jitter: ColorJitter) -> np.ndarray:
-    """Apply the colour steps in the official order, rounding to uint8 after each as the official code does."""
+    """Apply colour jitter to an image [H, W, 3] uint8, in the official order, truncating to uint8 after each step."""
     image = _linear(image, 1.0, jitter.brightness)
     if jitter.contrast_first:
         image = _linear(image, jitter.contrast, 0.0)
@@ -275,7 +289,7 @@ def _hsv_channel(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarr
 
 
 def _pad(array: np.ndarray, canvas: tuple[int, int], value: int, axis: int) -> np.ndarray:
-    """Fill up the two axes from `axis` on at their ends."""
+    """Pad the axes `axis` and `axis + 1` at their ends to the size of the canvas."""
     height, width = array.shape[axis : axis + 2]
     if (height, width) == canvas:
         return array
@@ -285,17 +299,20 @@ def _pad(array: np.ndarray, canvas: tuple[int, int], value: int, axis: int) -> n
 
 
 def _whole_axis(source: int, scaled: int, offset: int, canvas_length: int) -> AxisCrop:
-    """All of an axis of `source` pixels, of which `canvas_length` pixels from `offset` are kept once it is `scaled`."""
+    """Return the crop of an axis that scales all `source` pixels to `scaled` pixels.
+
+    At most `canvas_length` pixels from `offset` on are kept.
+    """
     return AxisCrop(0, source, source, scaled / source, offset, min(scaled, canvas_length))
 
 
 def _cropped_axis(source: int, scaled: int, offset: int, canvas_length: int) -> AxisCrop:
-    """The same with only the part of the axis that is needed."""
+    """Return the same crop as `_whole_axis`, but scale only the part of the axis that is needed."""
     scale, length = scaled / source, min(scaled, canvas_length)
     if length == scaled:
         return _whole_axis(source, scaled, 0, canvas_length)
-    # One pixel more on both sides, so that interpolation has its neighbours. Of the nearest possible starts the one
-    # that lands closest to a whole output pixel is taken, since the part can only be placed on whole ones.
+    # One more pixel on both sides gives interpolation its neighbours. The part can only be placed on whole output
+    # pixels, so among the nearby starts the one that lands closest to a whole pixel is chosen.
     latest = max(0, int(offset / scale) - 1)
     starts = np.arange(max(0, latest - _MAX_EARLIER_START), latest + 1)
     start = int(starts[np.argmin(np.abs(starts * scale - np.round(starts * scale)))])

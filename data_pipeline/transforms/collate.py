@@ -1,4 +1,4 @@
-"""Batches: what the trainer and the evaluation receive."""
+"""Batches for training and evaluation, and their collation."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.model.structures import BACKGROUND_ID, Targets, ignore_id
 
 FILLER_POSITION = -1
-"""Position of samples of weight zero, which show no image."""
+"""Position of fillers, which have weight zero and show no image."""
 
 EVAL_PADDING = (124, 116, 104)
-"""ImageNet's mean colour: padding that is near zero after normalisation, as in the official test-time batches."""
+"""ImageNet's mean colour, RGB. After normalisation the padding is near zero, as in the official test-time batches."""
 
 SIZE_MULTIPLE = 32
-"""Height and width of batches without a fixed size are multiples of this (Detectron2's size divisibility)."""
+"""Batches without a fixed size have a height and width that are multiples of this (Detectron2: size divisibility)."""
 
-_BUCKET = 8  # targets are padded to a multiple of this, so that few shapes occur
+_BUCKET = 8  # the number of targets is padded to a multiple of this, to limit the number of different shapes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch."""
+    """One micro-batch of augmented images with their targets."""
 
     images: Tensor
     """[B, 3, H, W] uint8 RGB in channels_last memory."""
     targets: Targets
     keys: tuple[str, ...]
-    """Sample keys, empty for fillers; for error messages and panels."""
+    """Sample keys for messages and panels; empty for fillers."""
     sizes: Tensor
-    """[B, 2] int64 height and width of the part that shows the image; the rest is padding."""
+    """[B, 2] int64 height and width of the part that shows the image or pasted objects. The rest is padding, which is 0
+    after normalisation. With `data.crop_padding: grey` the part is the whole crop."""
     dropped_targets: int
-    """Targets left out because nothing of them is left to see."""
+    """Number of targets removed because no pixel of them is visible."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
+        """Return the batch with its tensors on another device."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),
@@ -52,7 +53,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """The same batch in pinned host memory."""
+        """Return the batch with its tensors in pinned host memory."""
         return replace(
             self,
             images=self.images.pin_memory(),
@@ -63,24 +64,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Resized images for the model and the samples they came from."""
+    """Resized images for the model, with the samples that they were made from."""
 
     images: Tensor
     """[B, 3, H, W] uint8 RGB in channels_last memory, padded on the right and below with EVAL_PADDING."""
     sizes: Tensor
     """[B, 2] int64 height and width of the resized images inside the padding."""
     indices: tuple[int, ...]
-    """Rows of the manifest."""
+    """Rows of the samples in the manifest."""
     samples: tuple[DecodedSample, ...]
-    """Image and truth at original size."""
+    """Samples with image and ground truth at the original size."""
 
 
 def collate(examples: Sequence[Example | None], canvas: tuple[int, int] | None) -> Batch:
-    """Stack examples, filled up on the right and below; None becomes a grey filler of weight zero without targets.
+    """Stack examples, padded on the right and below, into a batch.
 
     Args:
-        examples: of any sizes, which `canvas` holds.
-        canvas: height and width of the batch; None for the smallest multiples of SIZE_MULTIPLE that hold every example.
+        examples: examples that fit into `canvas`. None becomes a grey filler of weight zero without targets.
+        canvas: height and width of the batch. None uses the smallest multiples of SIZE_MULTIPLE that hold all examples.
     """
     shapes = [example.image.shape[:2] for example in examples if example is not None]
     canvas = canvas or _smallest_canvas(shapes)
@@ -101,7 +102,15 @@ def collate_eval(
     max_size: int,
     shrink: Shrink = "area",
 ) -> EvalBatch:
-    """Resize every image by Detectron2's shortest-edge rule and pad all to one size, a multiple of SIZE_MULTIPLE."""
+    """Resize images by Detectron2's shortest-edge rule and pad them to one size, in multiples of SIZE_MULTIPLE.
+
+    Args:
+        samples: decoded samples.
+        indices: their rows in the manifest.
+        shortest_edge: length of the shorter side in pixels.
+        max_size: upper limit of the longer side in pixels.
+        shrink: interpolation, see `data.augment.shrink`.
+    """
     sizes = [shortest_edge_size(sample.size, shortest_edge, max_size) for sample in samples]
     height, width = _smallest_canvas(sizes)
     images = np.empty((len(samples), height, width, 3), dtype=np.uint8)
@@ -117,12 +126,12 @@ def collate_eval(
 
 
 def padded_eval_size(size: tuple[int, int], shortest_edge: int, max_size: int) -> tuple[int, int]:
-    """Height and width of an image of this (height, width), resized and padded by `collate_eval` without others."""
+    """Return the padded height and width that `collate_eval` gives to a single image of `size` (height, width)."""
     return _smallest_canvas([shortest_edge_size(size, shortest_edge, max_size)])
 
 
 def _smallest_canvas(sizes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    """Multiples of SIZE_MULTIPLE that hold all these (height, width)."""
+    """Return the smallest height and width, multiples of SIZE_MULTIPLE, that hold all sizes (height, width)."""
     height, width = (-(-max(sides) // SIZE_MULTIPLE) * SIZE_MULTIPLE for sides in zip((1, 1), *sizes, strict=True))
     return height, width
 
@@ -172,7 +181,7 @@ def _stack_targets(examples: Sequence[Example]) -> Targets:
 
 
 def _stack_id_maps(targets: Sequence[ImageTargets]) -> Tensor:
-    """[B, Y, H, W]: int16 as soon as one image needs it; images with fewer layers get empty ones."""
+    """Return [B, Y, H, W], int16 if any image needs it, else uint8. Images with fewer layers get empty ones."""
     dtype = np.result_type(*(t.id_maps.dtype for t in targets))
     layers = max(len(t.id_maps) for t in targets)
     stacked = np.full((len(targets), layers, *targets[0].id_maps.shape[1:]), BACKGROUND_ID, dtype=dtype)

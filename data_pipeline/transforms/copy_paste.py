@@ -1,8 +1,10 @@
-"""Copy-paste: things of another image on top of this one (Ghiasi et al., "Simple Copy-Paste", CVPR 2021, section 3).
+"""Copy-paste of things from a partner image (Ghiasi et al., "Simple Copy-Paste", CVPR 2021, section 3).
 
-Both images are augmented by themselves, then some things of the partner cover what is under them. The partner of a
-position is the sample at a later position of the same lane of the order. Whoever reads a lane reads both, so that no
-byte is read for it alone where the number of ranks divides the lanes; and everything is a function of the position.
+Both images are augmented independently. Then some things of the partner are pasted and cover the pixels under them.
+
+The partner of a position is the sample at a later position of the same lane of the order. If the number of ranks
+divides the number of lanes, the rank that reads a lane reads both samples anyway, so copy-paste needs no extra reads.
+Everything is a function of the position.
 """
 
 from __future__ import annotations
@@ -23,17 +25,17 @@ _PASTE_PROBABILITY = 0.5  # share of the partner's objects that are pasted (the 
 
 @dataclass(frozen=True)
 class PasteResult:
-    """The result of `paste`."""
+    """Result of `paste`."""
 
     targets: ImageTargets
     mask: np.ndarray
     """[H, W] bool: pixels of the pasted objects."""
     hidden: int
-    """Targets that were left out because the objects cover all that was to be seen of them."""
+    """Number of targets removed because the pasted objects cover all their visible pixels."""
 
 
 def partner_position(position: int, seed: int, config: DataConfig) -> int | None:
-    """Position of the sample whose objects are pasted on the one at `position`; None where nothing is."""
+    """Return the position of the sample whose objects are pasted onto the sample at `position`; None if none are."""
     if config.copy_paste is None:
         return None
     used, distance = sample_rng(seed, position, Stream.COPY_PASTE).random(2).tolist()
@@ -43,23 +45,23 @@ def partner_position(position: int, seed: int, config: DataConfig) -> int | None
 
 
 def draw_objects(partner: ImageTargets, things: Collection[int], seed: int, position: int) -> np.ndarray:
-    """[k] rows of the partner's targets to paste: each visible thing with probability 1/2."""
+    """Return [k] rows of the partner's targets to paste. Each visible thing is chosen with probability 1/2."""
     draws = sample_rng(seed, position, Stream.PASTED_OBJECTS).random(len(partner.labels))
     chosen = np.isin(partner.labels, list(things)) & (draws < _PASTE_PROBABILITY)
     return np.flatnonzero(chosen & _visible(partner))
 
 
 def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, merge_classes: bool) -> PasteResult:
-    """Put these targets of `partner` on top of `base`, whose id maps have the same height and width.
+    """Paste some targets of `partner` onto `base`. Their id maps have the same height and width.
 
-    Under the objects nothing of the base remains, in no layer. Objects keep their layers, so that those that overlap
-    each other do so in the result. Inputs are not written to.
+    All layers of the base are cleared under the objects. Objects keep their layers, so pasted objects can overlap each
+    other. The inputs are not modified.
 
     Args:
-        base: targets of the image that is covered.
+        base: targets of the image that receives the objects.
         partner: targets of the image that the objects come from.
-        objects: rows of its targets.
-        merge_classes: an object becomes part of the base's target of its class (semantic: one target per class).
+        objects: [k] rows of the partner's targets.
+        merge_classes: merge an object into the base's target of the same class (semantic: one target per class).
     """
     labels = partner.labels[objects]
     known = {int(label): int(id_) for label, id_ in zip(base.labels, base.local_id, strict=True)}
@@ -88,7 +90,7 @@ def paste(base: ImageTargets, partner: ImageTargets, objects: np.ndarray, *, mer
 
 
 def _covering(partner: ImageTargets, objects: np.ndarray, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """[Y, H, W] new ids where these objects are, else BACKGROUND_ID."""
+    """Return [Y, H, W]: the new ids at the pixels of the objects, BACKGROUND_ID elsewhere."""
     table = np.full(np.iinfo(partner.id_maps.dtype).max + 1, BACKGROUND_ID, dtype=dtype)
     table[partner.local_id[objects]] = ids
     return table[partner.id_maps]
@@ -100,7 +102,7 @@ def _id_type(highest: int, base: ImageTargets) -> tuple[np.dtype, int]:
 
 
 def _in_layers(base: ImageTargets, layers: int, dtype: np.dtype, ignore: int) -> np.ndarray:
-    """A copy of the id maps with so many layers. What is unknown in an old layer is unknown in the new ones."""
+    """Return a copy of the id maps with `layers` layers. Pixels ignored in any old layer are ignored in new layers."""
     unknown = base.id_maps == base.ignore
     maps = np.empty((layers, *base.id_maps.shape[1:]), dtype=dtype)
     maps[: len(base.id_maps)] = base.id_maps
@@ -114,5 +116,5 @@ def _visible(targets: ImageTargets) -> np.ndarray:
 
 
 def _has_pixel(maps: np.ndarray, layer: np.ndarray, local_id: np.ndarray) -> np.ndarray:
-    """[n] bool: is there a pixel of this id in this layer?"""
+    """Return [n] bool: whether a pixel with the id exists in the layer."""
     return np.stack([present_ids(one) for one in maps])[layer, local_id]

@@ -1,4 +1,4 @@
-"""From a decoded sample to one augmented image with its targets."""
+"""Conversion of a decoded sample into an augmented image with targets."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from m2f.data_pipeline.transforms.targets import ImageTargets, drop_empty_target
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Settings that turn a decoded sample into an example."""
+    """Settings for converting decoded samples of one data set into examples."""
 
     task: Task
     labels: Mapping[int, int]
-    """Source category id -> class."""
+    """Contiguous class by source category id."""
     augment: AugmentConfig
     drop_empty_targets: bool
     seed: int
     things: frozenset[int] = frozenset()
-    """Classes whose targets copy-paste moves to other images."""
+    """Classes whose targets copy-paste may paste."""
     rasterise: Rasterise = "source"
     crop_padding: CropPadding = "mean"
 
     @property
     def canvas(self) -> tuple[int, int] | None:
-        """Height and width of every example; None where they differ."""
+        """Return the height and width of all examples; None if they differ."""
         match self.augment:
             case LargeScaleJitter(size=size):
                 return size, size
@@ -66,32 +66,42 @@ class Example:
     """[H, W, 3] uint8 RGB."""
     targets: ImageTargets
     size: tuple[int, int]
+    """Height and width of the part that is not zero padding; see `Batch.sizes`."""
     dropped: int
-    """Targets left out because nothing of them is left to see."""
+    """Number of targets removed because no pixel of them is visible."""
 
 
 def make_example(sample: DecodedSample, dataset: int, position: int, transform: TrainTransform) -> Example:
-    """Targets, augmentation and removal of empty targets; a pure function of sample, position and transform."""
+    """Return the augmented example of a sample, without pasted objects.
+
+    A pure function of sample, data set, position and transform.
+    """
     return without_empty_targets(augment_sample(sample, dataset, position, transform, Stream.AUGMENT), transform)
 
 
 def augment_sample(
     sample: DecodedSample, dataset: int, position: int, transform: TrainTransform, stream: Stream
 ) -> Example:
-    """The example with all targets, empty ones too. `stream` is AUGMENT for the base, PASTED for the partner."""
+    """Return the augmented example with all targets, including empty ones.
+
+    `stream` is AUGMENT for the base image and PASTED for the partner of copy-paste.
+    """
     targets = image_targets(sample, transform.task, transform.labels)
     params = draw_params(sample_rng(transform.seed, position, stream), sample.size, transform.augment)
     augmented = augment(sample.image, targets.id_maps, params, targets.ignore)
     targets = replace(targets, id_maps=augmented.id_maps)
     if transform.rasterise == "crop" and (polygons := target_polygons(sample, transform.task)) is not None:
         targets = redraw_polygons(targets, polygons, sample.size, params, augmented.size)
-    # What lies beyond this size is 0 after normalisation.
+    # Pixels beyond this size are 0 after normalisation.
     size = augmented.size if transform.crop_padding == "mean" else params.canvas
     return Example(sample.key, dataset, position, augmented.image, targets, size, dropped=0)
 
 
 def paste_objects(example: Example, partner: Example, transform: TrainTransform) -> Example:
-    """Objects of `partner`, which has the same canvas, on top of `example`; what they hide wholly is dropped."""
+    """Return `example` with pasted objects of `partner`, which has the same canvas.
+
+    Targets that are completely hidden are removed.
+    """
     objects = draw_objects(partner.targets, transform.things, transform.seed, example.position)
     if not len(objects):
         return example
@@ -108,7 +118,7 @@ def paste_objects(example: Example, partner: Example, transform: TrainTransform)
 
 
 def without_empty_targets(example: Example, transform: TrainTransform) -> Example:
-    """Without the targets that the crop left without a pixel, where the transform says so."""
+    """Return the example without targets that have no pixel in it, if `drop_empty_targets` is set."""
     if not transform.drop_empty_targets:
         return example
     targets, dropped = drop_empty_targets(example.targets, example.size)

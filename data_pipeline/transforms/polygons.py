@@ -1,4 +1,4 @@
-"""Instance masks from polygons at the size of a crop, where the official code makes them."""
+"""Instance masks that are rasterised from polygons at the size of the crop, as in the official code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from m2f.data_pipeline.transforms.targets import ImageTargets
 from m2f.model.structures import BACKGROUND_ID
 
 Rings = Sequence[Sequence[float]]
-"""Polygons x, y, x, y, ... in pixels of the source image, of which a mask is the union."""
+"""Polygons x, y, x, y, ... in pixels of the source image. The mask is their union."""
 
 _MIN_POINTS = 3
-"""Of a ring that encloses something."""
+"""Smallest number of points of a ring with an area."""
 
 
 def redraw_polygons(
@@ -25,16 +25,16 @@ def redraw_polygons(
     params: AugmentParams,
     size: tuple[int, int],
 ) -> ImageTargets:
-    """Targets of an augmented image whose polygons are drawn anew instead of resized with the pixels.
+    """Return targets of an augmented image with masks rasterised from polygons instead of resized.
 
-    What has no polygons keeps its resized pixels. Masks that newly overlap get layers of their own; pixels that were
-    ignored stay so where no mask is.
+    Targets without polygons keep their resized pixels. Masks that overlap are put into separate layers. Ignored pixels
+    stay ignored unless a mask covers them.
 
     Args:
-        targets: after the augmentation.
-        polygons: of every target, None where the source has none.
+        targets: targets after the augmentation.
+        polygons: rings of each target in source pixels; None for targets without polygons.
         source_size: height and width of the image before the augmentation.
-        params: the augmentation.
+        params: parameters of the augmentation.
         size: height and width of the part of the crop that shows the image.
     """
     if all(rings is None for rings in polygons):
@@ -67,7 +67,7 @@ def _is_object(ids: np.ndarray, ignore: int) -> np.ndarray:
 def augment_ring(
     ring: Sequence[float], source_size: tuple[int, int], params: AugmentParams, size: tuple[int, int]
 ) -> np.ndarray:
-    """Points [n, 2] (x, y) of a ring in the crop, cut at the borders of its part that shows the image."""
+    """Return the points [n, 2] (x, y) of a ring in the crop, clipped to the part of `size` that shows the image."""
     height, width = size
     (source_height, source_width), (scaled_height, scaled_width) = source_size, params.scaled
     points = np.asarray(ring, np.float64).reshape(-1, 2) * (scaled_width / source_width, scaled_height / source_height)
@@ -83,7 +83,7 @@ def augment_ring(
 
 
 def _above(points: np.ndarray, axis: int, limit: float) -> np.ndarray:
-    """The part of a ring [n, 2] whose coordinate is at least `limit` (Sutherland and Hodgman, 1974)."""
+    """Clip a ring [n, 2] to coordinates of at least `limit` on one axis (Sutherland and Hodgman, 1974)."""
     here, there = points, np.roll(points, -1, axis=0)
     is_in, goes_in = here[:, axis] >= limit, there[:, axis] >= limit
     if is_in.all():
@@ -92,23 +92,27 @@ def _above(points: np.ndarray, axis: int, limit: float) -> np.ndarray:
     span = np.where(crosses, there[:, axis] - here[:, axis], 1.0)
     crossing = here + (there - here) * ((limit - here[:, axis]) / span)[:, None]
     crossing[:, axis] = limit
-    # Of every edge: where it crosses the limit, then its end.
+    # Each edge contributes its crossing of the limit, if any, and then its end, if that is inside.
     return np.stack([crossing, there], axis=1)[np.stack([crosses, goes_in], axis=1)]
 
 
 def rasterise(rings: Sequence[np.ndarray], height: int, width: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Union of rings [n, 2] inside the frame, by the rule of COCO's own code: a window of it, its mask [h, w]."""
+    """Rasterise the union of rings [n, 2] by the rule of COCO's code.
+
+    Returns the window (rows, columns) of the frame `height` x `width` that holds the union, and the mask [h, w] bool of
+    this window.
+    """
     rings = [ring for ring in rings if len(ring) >= _MIN_POINTS]
     if not rings:
         return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), bool)
-    # Whole pixels, so that coordinates are rounded as in the whole frame.
+    # The window starts at a whole pixel, so that coordinates are rounded as in the whole frame.
     left, top = np.floor(np.min([ring.min(axis=0) for ring in rings], axis=0)).astype(int).tolist()
     right, bottom = np.ceil(np.max([ring.max(axis=0) for ring in rings], axis=0)).astype(int).tolist()
     rows, columns = slice(top, min(bottom + 1, height)), slice(left, min(right + 1, width))
     shape = rows.stop - rows.start, columns.stop - columns.start
     if 0 in shape:
         return (rows, columns), np.zeros(shape, bool)
-    from pycocotools import mask as coco_mask  # here: recorded batches train where pycocotools is not installed
+    from pycocotools import mask as coco_mask  # here, since recorded batches train without pycocotools
 
     flat = [(ring - (left, top)).ravel().tolist() for ring in rings]
     mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, *shape)))

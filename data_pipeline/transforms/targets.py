@@ -1,4 +1,4 @@
-"""From an image's annotation to the targets of one task, still at source size: one table look-up per map."""
+"""Conversion of an annotation into the targets of one task, at source size, by one table look-up per map."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from m2f.data_pipeline.sample import DecodedSample, Segment
 from m2f.model.structures import BACKGROUND_ID, ignore_id
 
 MAX_UINT8_TARGETS = 254
-"""Targets of a uint8 map: 0 is background and 255 is ignored."""
+"""Largest number of targets in a uint8 map: 0 is background, and 255 is ignored."""
 
 
 @dataclass(frozen=True)
 class ImageTargets:
-    """Targets of one image: target n covers the pixels of layer `layer[n]` that equal `local_id[n]`."""
+    """Targets of one image. Target n covers the pixels of layer `layer[n]` that equal `local_id[n]`."""
 
     id_maps: np.ndarray
     """[Y, H, W] uint8, or int16 above 254 targets; see BACKGROUND_ID and ignore_id of `m2f.model.structures`."""
     labels: np.ndarray
     """[n] int64 contiguous classes."""
     layer: np.ndarray
-    """[n] int64"""
+    """[n] int64 index into the Y layers of `id_maps`."""
     local_id: np.ndarray
-    """[n] int64, unique over all layers."""
+    """[n] int64 id in the layer; unique over all layers."""
 
     @property
     def ignore(self) -> int:
-        """Id of pixels that count nowhere."""
+        """Return the id of ignored pixels, which the loss leaves out."""
         return ignore_id(torch.uint8 if self.id_maps.dtype == np.uint8 else torch.int16)
 
 
 def image_targets(sample: DecodedSample, task: Task, labels: Mapping[int, int]) -> ImageTargets:
-    """The targets of a sample.
+    """Return the targets of a sample for one task.
 
-    panoptic: one target per segment that is not a crowd; crowd and unlabelled pixels are ignored.
-    semantic: one target per class, crowds included (they are pixels of their class); unlabelled pixels are ignored.
-    instance: one target per thing that is not a crowd, from `inst` or else from the things of `seg`; crowd pixels are
-    ignored, everything else is background.
+    - panoptic: one target per segment, without crowds. Crowd pixels and unlabelled pixels are ignored.
+    - semantic: one target per class. Crowds count as pixels of their class; unlabelled pixels are ignored.
+    - instance: one target per thing, without crowds, from `inst` if present, otherwise from the things of `seg`. Crowd
+      pixels are ignored; all others are background.
 
     Args:
         sample: a decoded sample.
         task: what the model predicts.
-        labels: source category id -> class, from `CategoryTable.labels(task)`.
+        labels: class by source category id, from `CategoryTable.labels(task)`.
 
     Raises:
-        DataError: the sample has no map for this task, or a category that the table does not know.
+        DataError: the sample has no map for the task, or a category that is missing in `labels`.
     """
     annotation = sample.annotation
     if task == "instance" and annotation.inst is not None:
@@ -82,7 +82,10 @@ def image_targets(sample: DecodedSample, task: Task, labels: Mapping[int, int]) 
 
 
 def target_polygons(sample: DecodedSample, task: Task) -> list[tuple[tuple[float, ...], ...] | None] | None:
-    """Polygons of every target of `image_targets`; None for a task or sample whose masks never were polygons."""
+    """Return the polygons of all targets of `image_targets`, in their order; None for a target without polygons.
+
+    Returns None as a whole for other tasks than instance and for samples without instance layers.
+    """
     if task != "instance" or sample.annotation.inst is None:
         return None
     segments = (s for s in sample.annotation.segments if s.map == "inst" and s.is_thing)
@@ -90,7 +93,10 @@ def target_polygons(sample: DecodedSample, task: Task) -> list[tuple[tuple[float
 
 
 def drop_empty_targets(targets: ImageTargets, size: tuple[int, int]) -> tuple[ImageTargets, int]:
-    """Leave out targets without a pixel in the first `size` rows and columns. Also returns how many those were."""
+    """Remove targets without a pixel in the first `size` rows and columns.
+
+    Returns the remaining targets and the number of removed ones.
+    """
     present = np.stack([present_ids(layer[: size[0], : size[1]]) for layer in targets.id_maps])
     keep = present[targets.layer, targets.local_id]
     if keep.all():
@@ -123,10 +129,10 @@ def _remap(
     )
     table[crowd] = ignore
     table[list(target_of)] = list(target_of.values())
-    # cv2.LUT is eight times faster than indexing, but takes 8-bit maps only.
+    # cv2.LUT is eight times as fast as indexing, but supports only 8-bit maps.
     id_maps = np.stack([cv2.LUT(m, table) if m.dtype == np.uint8 else table[m] for m in maps])
     if crowd and len(id_maps) > 1:
-        # A crowd lies in one layer; its pixels are unknown in the others too, except where an instance is drawn.
+        # A crowd lies in one layer. Its pixels are ignored in all other layers, too, unless they belong to an instance.
         crowded = (id_maps == ignore).any(axis=0)
         id_maps[(id_maps == BACKGROUND_ID) & crowded] = ignore
     return ImageTargets(
@@ -138,9 +144,9 @@ def _remap(
 
 
 def present_ids(layer: np.ndarray) -> np.ndarray:
-    """Bool per id: does it occur in this map?
+    """Return a bool per possible id: whether it occurs in a map [H, W].
 
-    Only the first pixel of every run in a row is looked up, five times as fast as a histogram of all pixels.
+    Only the first pixel of each run in a row is looked up. This is five times as fast as a histogram of all pixels.
     """
     present = np.zeros(np.iinfo(layer.dtype).max + 1, dtype=bool)
     present[layer[:, 0]] = True
