@@ -1,6 +1,6 @@
-"""Which of several runs is better, by how much, and what differs between them: pure functions of what was read.
+"""Comparison of runs: metrics, speed, classes and recipe differences, computed by pure functions of run records.
 
-The first run is the baseline; deltas are differences to it. A value that a run does not have is None, never 0.
+The first run is the baseline; deltas are differences to it. A missing value is None, never 0.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ METRIC_ORDER = (
     *("mIoU", "fwIoU", "mACC", "pACC", "mIoU_occurring", "mIoU_all"),
 )
 CLASS_METRICS = ("PQ", "AP", "IoU")
-"""Columns of per_class in results.json that are compared class by class."""
+"""Columns of per_class in results.json that are compared for each class."""
 HEADLINES = ("PQ", "AP", "mIoU")
 IDENTITY = ("name", "output")
-"""Settings that differ between runs by nature."""
+"""Settings that always differ between runs and are therefore not reported."""
 OF_THE_MODEL = ("weights",)
-"""Settings of an evaluation that differ between checkpoints by nature."""
+"""Evaluation settings that always differ between checkpoints and are therefore not reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number of one run."""
+    """One number of one run."""
 
     value: float | None
     delta: float | None = None
-    """To the baseline; None for the baseline itself and where one of the two has no value."""
+    """Difference to the baseline; None for the baseline itself and if one of the two has no value."""
     best: bool = False
-    """The best of the runs, or as good; never where the runs do not differ or only one has a value."""
+    """Whether this is the best value of the runs or ties with it. False for all runs if the known values are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunValues:
-    """A metric, a class or a measure of speed: one value per run."""
+    """One row of a table (a metric, a class or a measure of speed) with one value per run."""
 
     name: str
     values: tuple[Value, ...]
@@ -64,7 +64,7 @@ class RunValues:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTable:
-    """One metric of every class of one set."""
+    """One metric of every class of one evaluation set."""
 
     dataset: str
     metric: str
@@ -74,7 +74,7 @@ class ClassTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A setting that is not the same in all runs; None where a run's recipe does not have it."""
+    """A setting that differs between runs. The value is None for a run whose recipe does not have the setting."""
 
     setting: str
     values: tuple[str | None, ...]
@@ -82,7 +82,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """One metric over training, one curve per run; empty where a run has none."""
+    """One metric over training, with one curve per run; the curve of a run without the metric is empty."""
 
     metric: str
     x_label: str
@@ -91,12 +91,12 @@ class Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything that the reports show."""
+    """The complete comparison that the reports show."""
 
     runs: tuple[RunRecord, ...]
     metrics: tuple[RunValues, ...]
     steps: Mapping[str, tuple[int | None, ...]]
-    """By set: the evaluated step of every run."""
+    """The evaluated step of every run, by evaluation set; None for a run without an evaluation."""
     paper: PaperResult | None
     speed: tuple[RunValues, ...]
     differences: tuple[Difference, ...]
@@ -105,22 +105,22 @@ class Comparison:
     intervals: tuple[Interval, ...]
     """95 % intervals of differences to the baseline."""
     notes: tuple[str, ...]
-    """What makes numbers hard to compare, or is missing."""
+    """Messages about missing results and about everything that makes numbers hard to compare."""
 
 
 def compare_runs(
     runs: Sequence[RunRecord], metrics: Sequence[str] = (), step: int | None = None, draws: int = DRAWS
 ) -> Comparison:
-    """Compare runs with the first of them.
+    """Compare runs with the first run.
 
     Args:
-        runs: at least one.
-        metrics: as `PQ` (of every set) or `val/PQ` or `train/loss/total`; none: all evaluated ones.
-        step: of the evaluations; None takes the newest of each run and set.
-        draws: image sets drawn for intervals over images; 0 leaves these out.
+        runs: at least one run.
+        metrics: names such as `PQ` (of every set), `val/PQ` or `train/loss/total`. Empty: all evaluated metrics.
+        step: step of the evaluations; None takes the newest one of each run and set.
+        draws: number of image sets drawn for intervals over images; 0 leaves these intervals out.
 
     Raises:
-        CompareError: an unknown metric, several runs without a metric in common, or with classes that contradict each
+        CompareError: a metric is unknown, several runs have no metric in common, or their classes contradict each
             other.
     """
     by_run = [_metric_values(run, step) for run in runs]
@@ -161,7 +161,10 @@ def compare_runs(
 
 
 def _metric_values(run: RunRecord, step: int | None) -> dict[str, float]:
-    """The run's numbers at the compared step of every set, and its last numbers of training."""
+    """Return the run's metrics at the compared step of every set, and its last training metrics.
+
+    Infinite values and NaN are left out.
+    """
     values: dict[str, float] = {}
     for name, curve in run.curves.items():
         if is_of_training(name):
@@ -213,7 +216,7 @@ def _run_values(
 
 
 def _first_set(runs: Sequence[RunRecord], by_run: Sequence[Mapping[str, float]]) -> str | None:
-    """The set that the baseline's recipe evaluates first: the one that a paper's numbers are about."""
+    """Return the set that the baseline's recipe evaluates first. The paper's numbers belong to this set."""
     recipe = runs[0].recipe
     named = recipe.get("evaluation.sets.0.name") or recipe.get("evaluation.sets.0.dataset")
     sets = [set_and_metric(name)[0] for name in by_run[0] if not is_of_training(name)]
@@ -229,7 +232,7 @@ def _listed(values: Mapping[str, float]) -> str:
 
 
 def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
-    """Throughput, waiting, time and memory, where any run logged them."""
+    """Return throughput, data wait, time and memory, each if at least one run logged it."""
 
     def measure(name: str, key: str, reduce: Callable[[list[float]], float], *, higher: bool = False) -> RunValues:
         found = [[value for _, value in run.curves.get(key, ())] for run in runs]
@@ -250,7 +253,10 @@ def _speed(runs: Sequence[RunRecord]) -> tuple[RunValues, ...]:
 
 
 def _hours(step_times: Curve) -> float | None:
-    """Hours in steps: every logged step time stands for the steps since the one before."""
+    """Return the hours spent in steps, or None without step times.
+
+    Each logged step time stands for all steps since the previous logged one.
+    """
     if not step_times:
         return None
     return sum(s * (step - before) for (before, _), (step, s) in pairwise([(0, 0.0), *step_times])) / 3600
@@ -260,7 +266,7 @@ def _hours(step_times: Curve) -> float | None:
 
 
 def _differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
-    """Settings that are not the same everywhere, in the order of the recipe. Unknown recipes say nothing."""
+    """Return the settings that differ between runs, in the order of the recipe. Runs without a recipe are ignored."""
     known = [run.recipe for run in runs if run.recipe]
     settings = dict.fromkeys(setting for recipe in known for setting in recipe)
     return tuple(
@@ -271,7 +277,7 @@ def _differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
 
 
 def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassTable]:
-    """Classes of the baseline first, then those that only others have."""
+    """Return a table per set and metric. Classes of the baseline come first, then classes of other runs only."""
     tables = []
     for dataset in sets:
         found = [run.results.get(dataset) for run in runs]
@@ -286,7 +292,10 @@ def _class_tables(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[ClassT
 
 
 def _compare_classes(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[str]:
-    """Lines that say which classes only some runs were evaluated on. Raises CompareError for contradictions."""
+    """Return messages about classes that only some runs were evaluated on.
+
+    Raises CompareError if the classes of the runs contradict each other.
+    """
     notes = []
     for dataset in sets:
         tables = [(run.name, _classes(run.results[dataset])) for run in runs if dataset in run.results]
@@ -305,7 +314,7 @@ def _compare_classes(runs: Sequence[RunRecord], sets: Sequence[str]) -> list[str
 
 
 def _classes(result: SetResult) -> list[Category]:
-    """Those of results.json; none where it does not describe them."""
+    """Return the classes in results.json, or none if the file does not describe them."""
     rows = result.per_class
     if not all({"id", "name", "is_thing"} <= row.keys() for row in rows):
         return []
@@ -313,7 +322,10 @@ def _classes(result: SetResult) -> list[Category]:
 
 
 def _plots(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Plot]:
-    """The headline metrics among the chosen ones (all chosen ones where there is none), and the loss."""
+    """Return plots of the chosen headline metrics, or of all chosen metrics if none is a headline, and of the loss.
+
+    The x axis counts images instead of steps if the global batch differs between runs.
+    """
     shown = [name for name in names if set_and_metric(name)[1] in HEADLINES] or list(names)
     shown += [name for name in ("train/loss/total",) if name not in shown and any(name in r.curves for r in runs)]
     batches = [run.recipe.get("training.global_batch") for run in runs]
@@ -352,7 +364,7 @@ def _notes(runs: Sequence[RunRecord], sets: Sequence[str], step: int | None) -> 
 
 
 def _settings_notes(dataset: str, found: Sequence[tuple[str, SetResult]]) -> list[str]:
-    """A line for every setting of the evaluation that is not the same in all results that say it."""
+    """Return one message for each evaluation setting that differs between the results that record their settings."""
     known = [(name, dict(one.settings)) for name, one in found if one.settings is not None]
     names = dict.fromkeys(setting for _, settings in known for setting in settings if setting not in OF_THE_MODEL)
     notes = []

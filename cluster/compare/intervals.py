@@ -1,8 +1,8 @@
-"""How sure differences between runs are: over the images that they were evaluated on, and over seeds.
+"""Confidence intervals of differences between runs, over evaluated images and over seeds.
 
-`images`: image sets are drawn again from the evaluated images, the same ones for both runs, and the middle 95 % of the
-differences are the interval. It says nothing about the noise of training. `seeds`: runs that differ only in their seed
-are one side, and the interval is Student's (Welch's for two sides).
+`images`: a paired bootstrap. Image sets are resampled from the evaluated images, the same sets for both runs, and the
+interval is the middle 95 % of the differences. It does not include the noise of training. `seeds`: runs that differ
+only in their seed form one side, and the interval is Student's t interval (Welch's for two sides).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from m2f.eval.metrics.seed_interval import SeedInterval, difference_interval, me
 from m2f.eval.results.images import IMAGES_FILE, ImageRecords
 
 DRAWS = 1000
-"""Image sets drawn for an interval."""
+"""Number of image sets that are drawn for an interval."""
 CONFIDENCE = 0.95
 MIN_SEEDS = 2
 NOT_OF_A_SIDE = ("name", "output", "seed")
@@ -28,33 +28,36 @@ NOT_OF_A_SIDE = ("name", "output", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A difference to the baseline, or the mean of its seeds, with its bounds."""
+    """A difference to the baseline, or the mean over the baseline's seeds, with its bounds."""
 
     metric: str
-    """As `val/PQ`."""
+    """Set and metric, such as `val/PQ`."""
     kind: Literal["images", "seeds"]
     run: str
-    """The run, or the first of the runs that differ in their seed."""
+    """Name of the run, or of the first run of a side over seeds."""
     baseline: str | None
-    """What `value` is the difference to; None for a mean."""
+    """Name of the run to which `value` is the difference; None if `value` is a mean."""
     value: float
     low: float
     high: float
     images: int | None = None
-    """Images that were drawn from; None over seeds."""
+    """Number of images from which sets are drawn; None over seeds."""
     runs: tuple[int, ...] = ()
-    """Runs of each side, the baseline's first; empty over images."""
+    """Number of runs of each side, the baseline's first; empty over images."""
 
 
 def image_intervals(runs: Sequence[RunRecord], metrics: Sequence[str], draws: int = DRAWS) -> list[Interval]:
-    """Intervals of every run against the first, for those of `metrics` that their image records give."""
+    """Return the intervals of every run against the first run, for the `metrics` that image records contain.
+
+    Runs that were evaluated on other images than the first run are left out.
+    """
     intervals: list[Interval] = []
     for dataset in dict.fromkeys(set_and_metric(name)[0] for name in metrics):
         baseline = runs[0].images.get(dataset)
         compared = [run for run in runs[1:] if baseline is not None and _same_images(run, baseline, dataset)]
         if baseline is None or not compared or not draws:
             continue
-        # The first draw is the set as it is: every image once.
+        # The first draw is the original set, with every image once.
         once = np.ones((len(baseline.image_ids), 1), dtype=np.int32)
         weights = np.concatenate([once, draw_weights(baseline.image_ids, draws)], axis=1)
         of_baseline = baseline.resampled(weights)
@@ -73,7 +76,10 @@ def _same_images(run: RunRecord, baseline: ImageRecords, dataset: str) -> bool:
 
 
 def _of_draws(metric: str, differences: np.ndarray, run: str, baseline: str, images: int) -> Interval | None:
-    """The middle of the differences, of which the first is that of the whole set; None where it is undefined."""
+    """Return the middle CONFIDENCE share of the differences as an interval, or None if it is undefined.
+
+    The first difference is that of the original set and gives the value; the others are those of the draws.
+    """
     drawn = differences[1:][np.isfinite(differences[1:])]
     if not np.isfinite(differences[0]) or not len(drawn):
         return None
@@ -88,12 +94,14 @@ def _of_draws(metric: str, differences: np.ndarray, run: str, baseline: str, ima
 def seed_intervals(
     runs: Sequence[RunRecord], values: Sequence[Mapping[str, float]], metrics: Sequence[str]
 ) -> list[Interval]:
-    """Intervals of sides with several seeds against the side of the first run; of that side alone, of its mean.
+    """Return the intervals of sides with at least MIN_SEEDS seeds against the side of the first run.
+
+    If only that side has enough seeds, return the interval of its mean.
 
     Args:
-        runs: those that are compared.
-        values: of every run, its metrics by name.
-        metrics: those to take.
+        runs: the compared runs.
+        values: metrics of each run, by name.
+        metrics: names of the metrics to use.
     """
     sides = seed_sides(runs)
     intervals = []
@@ -117,7 +125,10 @@ def _over_seeds(metric: str, run: str, baseline: str | None, bounds: SeedInterva
 
 
 def seed_sides(runs: Sequence[RunRecord]) -> list[list[int]]:
-    """Positions of the runs that differ only in name, place and seed, one of every seed; runs of no recipe alone."""
+    """Group the positions of runs that differ only in name, output and seed.
+
+    Only the first run of each seed counts. A run without a recipe forms its own group.
+    """
     sides: dict[object, dict[str | None, int]] = {}
     for position, run in enumerate(runs):
         recipe = frozenset((key, value) for key, value in run.recipe.items() if key not in NOT_OF_A_SIDE)
@@ -126,7 +137,7 @@ def seed_sides(runs: Sequence[RunRecord]) -> list[list[int]]:
 
 
 def interval_notes(runs: Sequence[RunRecord], intervals: Sequence[Interval], sets: Sequence[str]) -> list[str]:
-    """What the intervals do not include, and why some are missing."""
+    """Return messages about missing intervals and about the noise that the intervals do not include."""
     notes = []
     for dataset in sets:
         evaluated = [run for run in runs if dataset in run.results]

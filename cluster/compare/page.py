@@ -1,4 +1,4 @@
-"""A comparison as one HTML page."""
+"""Render a comparison as an HTML page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from m2f.eval.report.page import Cell, Section, folded, grid, page, paragraph, t
 from m2f.model.counted import counted
 
 SHOWN_CLASSES = 20
-"""Largest gains and largest losses that a chart shows; the table below it has all classes."""
+"""Number of largest gains, and of largest losses, in a chart. The table below the chart has all classes."""
 
 
 def as_page(comparison: Comparison) -> str:
-    """The whole page, with everything inside."""
+    """Return the page as one self-contained HTML file."""
     report = build_report(comparison)
     differences, names = report.differences, [run.name for run in comparison.runs]
     steps = [
@@ -44,13 +44,13 @@ def as_page(comparison: Comparison) -> str:
 
 
 def plot_svg(plot: Plot, comparison: Comparison) -> str:
-    """The curves of one metric."""
+    """Return the curves of one metric as SVG."""
     series = [Series(run.name, curve) for run, curve in zip(comparison.runs, plot.curves, strict=True)]
     return line_chart(plot.metric, series, plot.x_label)
 
 
 def _table(content: Table, texts: Collection[int] = ()) -> str:
-    """`texts`: positions of the columns that hold text of any length."""
+    """Return a table as HTML. `texts` holds the positions of columns with text of any length."""
     return table(
         content.head,
         [[_cell(cell, "text" if i in texts else "") for i, cell in enumerate(row)] for row in content.rows],
@@ -66,7 +66,7 @@ def _cell(cell: str | Number, kind: str) -> Cell:
 
 
 def _classes(comparison: Comparison, report: Report) -> str:
-    """Gains and losses as charts, and every class in tables that open on a click."""
+    """Return charts of gains and losses, and folded tables of all classes that open on a click."""
     others = list(enumerate(comparison.runs))[1:]
     charts = [_change_chart(one, position, run.name) for one in comparison.classes for position, run in others]
     tables = [
@@ -77,7 +77,7 @@ def _classes(comparison: Comparison, report: Report) -> str:
 
 
 def _change_chart(one: ClassTable, position: int, name: str) -> str:
-    """Gains and losses of one run; "" where no class can be compared."""
+    """Return a chart of the gains and losses of one run, or "" if no class can be compared."""
     changes, _ = largest_changes(one, position, SHOWN_CLASSES)
     bars = [Bar(row.name, delta, f"{delta:+.1f}", GOOD if delta >= 0 else BAD) for row, delta in changes]
     return bar_chart(f"{one.dataset}/{one.metric}: {name}", bars) if bars else ""

@@ -1,6 +1,6 @@
-"""What the Mask2Former paper publishes for the models that the recipes in configs/ train: by name of the recipe.
+"""Results of the Mask2Former paper for the models that the recipes in configs/ train, by name of the recipe.
 
-At one scale, in per cent. `m2f compare` shows the row of a recipe beside its runs.
+Values are in per cent, for inference at a single scale. `m2f compare` shows the row of a recipe beside its runs.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ INSTANCE = ("AP", "APs", "APm", "APl")
 
 @dataclass(frozen=True)
 class PaperResult:
-    """One row of a table."""
+    """One row of a table of the paper."""
 
     recipe: str
     table: str
-    """Of the Mask2Former paper."""
+    """Number of the table in the Mask2Former paper, and the data set."""
     metrics: Mapping[str, float]
-    """Under the names of results.json; only what is printed."""
+    """Published metrics in per cent, under the names of results.json."""
 
 
 def paper_result(recipe: str) -> PaperResult | None:
-    """The published row of a recipe's name; None where there is none. `NAME_official` has the row of NAME."""
+    """Return the published row for a recipe name, or None. `NAME_official` has the row of NAME."""
     return PAPER_RESULTS.get(recipe.removesuffix("_official"))
 
 

@@ -1,4 +1,4 @@
-"""What is known of a run, read from MLflow or from its run folder, for comparison with others."""
+"""Read the records of runs for a comparison, from MLflow or from run folders."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from m2f.model.errors import UserError
 from m2f.trainer.checkpoint.commits import read_metrics
 
 Curve = tuple[tuple[int, float], ...]
-"""(step, value), ascending, one per step."""
+"""(step, value) points in ascending order of steps, one per step."""
 NOT_COMPARED = {"train/eta_s", "train/images"}
-"""Metrics whose history says nothing about a run."""
+"""Metrics that are not compared, because their history says nothing about the quality or speed of a run."""
 GROUPS_NOT_COMPARED = ("train/storage/", "train/ranks/", "system/")
-"""Beginnings of the names of further ones."""
+"""Name prefixes of further metrics that are not compared."""
 MAX_RUNS = 50
 
 
 class CompareError(UserError):
-    """Runs that cannot be found, read or compared. Names the run or the tracking server and the remedy."""
+    """Runs cannot be found, read or compared. The message names the run or tracking server, and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetResult:
-    """results.json of one evaluated set at one step."""
+    """Contents of results.json of one evaluated set at one step."""
 
     step: int
     fingerprint: str
@@ -53,46 +53,47 @@ class SetResult:
     metrics: Mapping[str, float | None]
     per_class: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any] | None = None
-    """What else decided the numbers; None where the file does not say."""
+    """Settings of the evaluation, which influence the numbers; None if the file does not record them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run."""
+    """Everything that a comparison uses of one run."""
 
     name: str
     source: str
     """Run folder, or run id and tracking server."""
     status: str | None = None
-    """As MLflow says; None where MLflow was not asked."""
+    """Status in MLflow; None if MLflow was not read."""
     version: str | None = None
-    """Of m2f."""
+    """Version of m2f; None if it is not known."""
     recipe: Mapping[str, str] = field(default_factory=dict)
     """Resolved settings by dotted path."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    """`train/...` and `<set>/<metric>`; `is_of_training` tells them apart."""
+    """Curves by name, `train/...` or `<set>/<metric>`; `is_of_training` distinguishes the two."""
     results: Mapping[str, SetResult] = field(default_factory=dict)
-    """By set, of the compared step; a set without results.json is missing."""
+    """Results at the compared step, by set. A set without results.json is missing."""
     images: Mapping[str, ImageRecords] = field(default_factory=dict)
-    """By set, of the compared step; results of earlier versions have none."""
+    """Image records at the compared step, by set. Results of earlier versions have none."""
     notes: tuple[str, ...] = ()
-    """What could not be read, and why."""
+    """Messages about files that could not be read, with the reason."""
 
 
 def read_runs(
     wanted: Sequence[str], *, tracking: str | None, experiment: str | None, query: str | None, step: int | None
 ) -> list[RunRecord]:
-    """The wanted run folders, run ids and run names, in this order, then those that a filter finds, newest first.
+    """Read the `wanted` runs in their order, then the runs that match `query`, newest first.
 
     Args:
         wanted: paths or URLs of run folders, or MLflow run ids or names.
-        tracking: MLflow's URI; None takes MLFLOW_TRACKING_URI.
-        experiment: where names are looked up; alone, all its runs.
-        query: MLflow's search syntax, for example `metrics."val/PQ" > 50`.
-        step: of the evaluations; None takes the newest of each run and set.
+        tracking: URI of the MLflow server; None takes MLFLOW_TRACKING_URI.
+        experiment: MLflow experiment in which names are looked up. Without `wanted` and `query`, its newest runs are
+            read.
+        query: filter in MLflow's search syntax, for example `metrics."val/PQ" > 50`.
+        step: step of the evaluations; None takes the newest one of each run and set.
 
     Raises:
-        CompareError: a run that does not exist, an unknown experiment or filter, a server that does not answer.
+        CompareError: a run or experiment does not exist, the filter is invalid, or the server does not answer.
     """
     uri = tracking or os.environ.get("MLFLOW_TRACKING_URI")
     by_filter = query is not None or (experiment is not None and not wanted)
@@ -113,7 +114,7 @@ def read_runs(
 
 
 class _Store:
-    """One MLflow server or database."""
+    """Reads runs from one MLflow server or database."""
 
     def __init__(self, uri: str, experiment: str | None) -> None:
         self.uri = uri
@@ -125,7 +126,7 @@ class _Store:
         self._experiments = [known[experiment]] if experiment is not None else list(known.values())
 
     def find(self, wanted: str) -> Run:
-        """The run with this id or, in the experiment, this name."""
+        """Return the run with this name in the experiments, else the run with this id."""
         quoted = wanted.replace("'", "\\'")
         with _answering(self.uri):
             named = self._client.search_runs(self._experiments, f"attributes.run_name = '{quoted}'")
@@ -145,7 +146,7 @@ class _Store:
         return named[0]
 
     def search(self, query: str | None) -> list[Run]:
-        """Runs of the experiments that a filter lets through, newest first."""
+        """Return at most MAX_RUNS runs of the experiments that match the filter, newest first."""
         try:
             with _answering(self.uri):
                 runs = self._client.search_runs(self._experiments, query or "", max_results=MAX_RUNS)
@@ -156,7 +157,7 @@ class _Store:
         return list(runs)
 
     def read(self, run: Run, step: int | None) -> RunRecord:
-        """All that MLflow has of a run."""
+        """Return the record of a run with everything that MLflow stores about it."""
         run_id = run.info.run_id
         curves = self.curves(run)
         notes: list[str] = []
@@ -185,7 +186,7 @@ class _Store:
         )
 
     def curves(self, run: Run) -> dict[str, Curve]:
-        """The history of every metric that is compared."""
+        """Return the history of every compared metric."""
         with _answering(self.uri):
             keys = [key for key in run.data.metrics if not key.startswith(GROUPS_NOT_COMPARED)]
             wanted = [key for key in keys if key not in NOT_COMPARED]
@@ -196,7 +197,7 @@ class _Store:
         return tuple(sorted(by_step.items()))
 
     def _images(self, run: Run, place: str, notes: list[str]) -> ImageRecords | None:
-        """The image records beside results; None where an earlier version wrote none."""
+        """Return the image records beside results.json, or None if there are none, as in earlier versions."""
         path = f"{place}/{IMAGES_FILE}"
         try:
             if (moved := moved_artifacts(self.uri, run.info.artifact_uri)) is not None:
@@ -216,7 +217,7 @@ class _Store:
             with ScratchFolder("compare") as folder:
                 local = self._client.download_artifacts(run.info.run_id, path, str(folder))
                 return Path(local).read_bytes()
-        except Exception as error:  # whatever the artifact store behind it raises; the rest is still worth showing
+        except Exception as error:  # artifact stores raise errors of any type; the rest of the run is still shown
             notes.append(f"{path} cannot be read ({_brief(error)})")
             return None
 
@@ -229,15 +230,15 @@ def _open_store(uri: str | None, wanted: str, experiment: str | None) -> _Store:
         )
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).exists():
-        raise CompareError(f"there is no MLflow database {database}")  # MLflow would make an empty one
+        raise CompareError(f"there is no MLflow database {database}")  # MLflow would create an empty one
     if database != uri and (problem := schema_problem(Path(database))) is not None:
-        raise CompareError(problem)  # MLflow would change its tables
+        raise CompareError(problem)  # MLflow would migrate its tables
     return _Store(uri, experiment)
 
 
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
-    """Turns what the client raises for a server that is away into one message."""
+    """Convert errors of the MLflow client in the block to one CompareError. Errors about invalid requests pass."""
     try:
         yield
     except Exception as error:
@@ -257,7 +258,10 @@ def _is_folder(wanted: str) -> bool:
 
 
 def _read_folder(folder: str, step: int | None) -> RunRecord:
-    """Evaluations and recipe from the folder; curves of training from the MLflow run that it names, if that answers."""
+    """Read a run folder: recipe and evaluations from its files, training curves from its MLflow run if that answers.
+
+    Otherwise the training curves also come from the files of the folder.
+    """
     storage = Storage()
     folder = folder.rstrip("/")
     try:
@@ -290,7 +294,7 @@ def _read_folder(folder: str, step: int | None) -> RunRecord:
 
 
 def _folder_images(storage: Storage, results: Mapping[str, str], notes: list[str]) -> dict[str, ImageRecords]:
-    """By set: the image records beside each results.json; what an earlier version wrote has none."""
+    """Return the image records beside each results.json, by set. Results of earlier versions have none."""
     images = {}
     for name, url in results.items():
         beside = join(url.rpartition("/")[0], IMAGES_FILE)
@@ -313,7 +317,7 @@ def _parse_images(payload: bytes, where: str, notes: list[str]) -> ImageRecords 
 
 
 def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | None) -> RunRecord:
-    """What MLflow has beyond the folder; without it, the curves of training that the folder holds."""
+    """Return status, version and training curves from MLflow, or the training curves in the folder without MLflow."""
     bare = RunRecord(name=folder, source=folder)
     if known is None:
         return replace(bare, curves=_stored_curves(storage, folder), notes=("no tracking.json, so not in MLflow",))
@@ -330,7 +334,7 @@ def _tracked_record(storage: Storage, folder: str, known: Mapping[str, Any] | No
 
 
 def _stored_curves(storage: Storage, folder: str) -> dict[str, Curve]:
-    """What `metrics/` of a run folder holds of the metrics that are compared."""
+    """Return the curves of the compared metrics from `metrics/` in a run folder."""
     points: dict[str, dict[int, float]] = {}
     for _, by_step in read_metrics(storage, folder):
         for step, values in by_step.items():
@@ -342,7 +346,7 @@ def _stored_curves(storage: Storage, folder: str) -> dict[str, Curve]:
 
 
 def parse_results(text: str) -> SetResult:
-    """What results.json holds. Raises CompareError where it is damaged."""
+    """Parse the text of a results.json. Raises CompareError if it is damaged."""
     try:
         content = parse_json(text)
         values = {one.name: content[one.name] for one in fields(SetResult) if one.name != "settings"}
@@ -352,19 +356,22 @@ def parse_results(text: str) -> SetResult:
 
 
 def set_and_metric(key: str) -> tuple[str, str]:
-    """`val/PQ` -> (`val`, `PQ`)."""
+    """Split a name such as `val/PQ` into set and metric: (`val`, `PQ`)."""
     name, _, metric = key.rpartition("/")
     return name, metric
 
 
 def is_of_training(key: str) -> bool:
-    """Whether training logged it. An evaluated set may be called `train` too: names of its metrics have capitals."""
+    """Return whether training logged the metric.
+
+    An evaluation set may also be called `train`; the names of its metrics contain capitals.
+    """
     name, metric = set_and_metric(key)
     return key.startswith("train/") and (name != "train" or metric.islower())
 
 
 def compared_step(dataset: str, curves: Mapping[str, Curve], wanted: int | None) -> int | None:
-    """The newest evaluated step of a set, or the wanted one if it was evaluated."""
+    """Return the wanted step of a set, or its newest evaluated step if `wanted` is None; None if not evaluated."""
     evaluated = [key for key in curves if set_and_metric(key)[0] == dataset and not is_of_training(key)]
     steps = {step for key in evaluated for step, _ in curves[key]}
     if wanted is not None:
@@ -373,7 +380,11 @@ def compared_step(dataset: str, curves: Mapping[str, Curve], wanted: int | None)
 
 
 def _with_distinct_names(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Runs of one name get what tells them apart: the names of their folders, else their number in the comparison."""
+    """Return the records with distinct names.
+
+    If names clash, runs are named after their folders if these differ. Otherwise runs with equal names get their
+    position in the comparison appended.
+    """
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         folders = [record.source.rstrip("/").rpartition("/")[2] for record in records]

@@ -1,4 +1,4 @@
-"""A comparison as plain text, Markdown and JSON."""
+"""Render a comparison as plain text, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from m2f.cluster.compare.compare import ClassTable, Comparison
 from m2f.cluster.compare.tables import Number, Report, Table, build_report, largest_changes, number_text
 
 TEXT_WIDTH = 120
-"""Columns of a terminal: further runs go to another block, which repeats the baseline."""
+"""Columns of a terminal. Runs that do not fit go to further blocks, each of which repeats the baseline."""
 SHOWN_CLASSES = 8
-"""Largest gains and largest losses that text shows per run; HTML and JSON have all."""
+"""Number of largest gains, and of largest losses, that text shows per run. HTML and JSON have all classes."""
 VALUE_WIDTH = 14
 
 
 def as_text(comparison: Comparison) -> str:
-    """Tables for a terminal."""
+    """Return the comparison as tables for a terminal."""
     report = build_report(comparison)
     blocks = [_runs(comparison, report)]
     if comparison.notes:
@@ -36,7 +36,7 @@ def as_text(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison, curves: str | None = None) -> str:
-    """Tables for an issue or a wiki; `curves` is the path of a picture to show."""
+    """Return the comparison as Markdown; `curves` is the path of a picture to include."""
     report = build_report(comparison)
     blocks = [f"# {report.title}", "\n".join(f"- **{run.name}**: {run.source}" for run in comparison.runs)]
     if comparison.notes:
@@ -50,16 +50,16 @@ def as_markdown(comparison: Comparison, curves: str | None = None) -> str:
 
 
 def as_json(comparison: Comparison) -> str:
-    """Everything, with full precision; null where a run has no value."""
+    """Return the comparison as JSON with full precision; missing values are null."""
     content = asdict(comparison)
-    for run in content["runs"]:  # the plots have the curves that were compared, the tables the classes
+    for run in content["runs"]:  # the plots contain the compared curves, and the tables the classes
         for name in ("curves", "results", "recipe", "images"):
             del run[name]
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def aligned(*rows: Sequence[str | Number]) -> str:
-    """Lines of columns, the first to the left, the others to the right; the first row is the head."""
+    """Format rows as aligned columns: the first to the left, the others to the right. The first row is the head."""
     lines = [[*map(str, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -77,7 +77,10 @@ def _runs(comparison: Comparison, report: Report) -> str:
 
 
 def _blocks(table: Table, first: str, runs: int) -> list[str]:
-    """Blocks of a terminal's width: the baseline and as many other runs as fit, and the paper; none without rows."""
+    """Split a table into blocks of TEXT_WIDTH columns, each with the baseline, as many runs as fit, and the paper.
+
+    A table without rows gives no block.
+    """
     if not table.rows:
         return []
     widths = [max(VALUE_WIDTH, len(name)) + 2 for name in table.head]
@@ -93,7 +96,7 @@ def _blocks(table: Table, first: str, runs: int) -> list[str]:
 
 
 def _class_blocks(table: Table, of_class: ClassTable) -> list[str]:
-    """The largest gains and losses of every run but the baseline."""
+    """Return one table with the largest gains and losses for every run except the baseline."""
     blocks = []
     for run in range(1, len(table.head) - 1):
         changes, left_out = largest_changes(of_class, run, SHOWN_CLASSES)
@@ -109,7 +112,7 @@ def _class_blocks(table: Table, of_class: ClassTable) -> list[str]:
 
 
 def _markdown(table: Table) -> list[str]:
-    """Heading and table."""
+    """Return a heading and the table as Markdown."""
 
     def line(cells: Sequence[str | Number]) -> str:
         texts = (str(cell).strip().replace("|", "\\|").replace("\n", " ") for cell in cells)

@@ -1,4 +1,4 @@
-"""The tables of a comparison as text: built once, written as plain text, Markdown and HTML."""
+"""Tables of a comparison with formatted cells, shared by the reports in plain text, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from m2f.cluster.compare.compare import ClassTable, Comparison, RunValues, Value
 
 @dataclass(frozen=True)
 class Number:
-    """A number of one run."""
+    """A formatted number of one run."""
 
     text: str
     delta: str = ""
-    """To the baseline, signed; "" where there is none."""
+    """Signed difference to the baseline; "" if there is none."""
     gain: float = 0.0
-    """Above 0 where the run is better than the baseline, below 0 where it is worse."""
+    """Above 0 if the run is better than the baseline, below 0 if it is worse."""
     best: bool = False
 
     def __str__(self) -> str:
-        """`63.45 +1.20*`, with a space in the place of a missing star."""
+        """Return text such as `63.45 +1.20*`; a space replaces the star if the value is not the best."""
         return f"{self.text}{self.delta and ' ' + self.delta}{'*' if self.best else ' '}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns: a name, the runs in the order of the comparison, and the paper where it has figures."""
+    """A table with a name column, a column per run, and a column for the paper if it published numbers."""
 
     title: str
     head: tuple[str, ...]
@@ -35,22 +35,22 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What every form of a report shows; tables may be without rows."""
+    """The contents of a report in every format. Tables may have no rows."""
 
     title: str
-    """What is compared with what."""
+    """Names of the compared runs."""
     paper: str | None
-    """Recipe and table that the paper's column is from."""
+    """Recipe and table of the paper's column; None without such a column."""
     metrics: Table
     intervals: Table
     speed: Table
     classes: tuple[Table, ...]
-    """In the order of the comparison."""
+    """Tables of classes, in the order of the comparison."""
     differences: Table
 
 
 def build_report(comparison: Comparison) -> Report:
-    """The tables of all runs."""
+    """Build the tables of a comparison."""
     names = [run.name for run in comparison.runs]
     paper = comparison.paper
     settings = (
@@ -97,14 +97,17 @@ def _number(value: Value, row: RunValues) -> Number:
 
 
 def number_text(value: float | None) -> str:
-    """Two decimals, more for small numbers; `-` for None."""
+    """Format a number with two decimals, or two significant digits if it is below 0.1; None gives `-`."""
     if value is None:
         return "-"
     return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def largest_changes(table: ClassTable, run: int, count: int) -> tuple[list[tuple[RunValues, float]], int]:
-    """The `count` largest gains and losses of the run at a position, best first; how many between are left out."""
+    """Return the `count` largest gains and `count` largest losses of the run at position `run`, best first.
+
+    Also return the number of changes in between that are left out.
+    """
     deltas = [(row, row.values[run].delta) for row in table.rows]
     changes = sorted(((row, delta) for row, delta in deltas if delta is not None), key=lambda change: -change[1])
     left_out = max(0, len(changes) - 2 * count)

@@ -1,1 +1,1 @@
-"""Evaluation actors, their pool, and the service that evaluates the checkpoints of a run."""
+"""Evaluation of checkpoints: the actors, their pool, and the service that evaluates every checkpoint of a run."""

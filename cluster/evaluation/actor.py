@@ -1,6 +1,6 @@
-"""One evaluation actor: keeps the model of one checkpoint and turns runs of images into metric states.
+"""The evaluation actor: it keeps the model of one checkpoint and computes metric states of groups of images.
 
-Also defines which images belong together, so that results do not depend on which actor computes them.
+This module also defines the groups, so that results do not depend on the actor that computes them.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from m2f.model.inference.precision import set_precision
 from m2f.model.segmenter import Segmenter
 
 IMAGES_PER_CALL = 8
-"""Images that one call evaluates: enough to share a ranged read, few enough to spread over actors."""
+"""Images per call: enough to share a ranged read, and few enough to balance the load between actors."""
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What all calls of one evaluation have in common."""
+    """Parameters that all calls of one evaluation share."""
 
     weights: str
     """Path or URL of the model's weights."""
     evaluated: EvaluationSet
     model_classes: tuple[Category, ...] | None = None
-    """By label of the model; None where nothing says it: the model then has those of the data set."""
+    """Classes by label of the model; None if they are unknown, and then the model has those of the data set."""
     drawn: tuple[int, ...] = ()
-    """Rows of the manifest to draw panels of, one per call, in place of the evaluation of the set."""
+    """Rows of the manifest of which panels are drawn, one row per call. Empty: the set is evaluated."""
     dump: str | None = None
-    """Folder or URL that every call stores its predictions in."""
+    """Folder or URL in which every call stores its predictions; None stores none."""
 
 
 def evaluated_rows(manifest: Manifest, evaluated: EvaluationSet) -> np.ndarray:
-    """Rows of the manifest that are evaluated, in its order."""
+    """Return the evaluated rows of the manifest, in its order: all of them, or the first `limit`."""
     return np.arange(manifest.num_samples)[: evaluated.limit]
 
 
 def call_groups(
     manifest: Manifest, evaluated: EvaluationSet, settings: EvaluationConfig
 ) -> list[list[tuple[int, ...]]]:
-    """The forward batches of every call, as rows of the manifest: fixed by the manifest and the settings."""
+    """Return the batches of every call, as rows of the manifest. They depend only on the manifest and the settings."""
     groups = eval_groups(
         manifest,
         evaluated_rows(manifest, evaluated).tolist(),
@@ -69,17 +69,20 @@ def call_groups(
 
 
 class MemoryPeak(NamedTuple):
-    """Bytes."""
+    """Peak memory of a process in bytes, on the host and on its GPU."""
 
     host: int
     gpu: int
 
 
 class EvaluationActor:
-    """Runs as a Ray actor. Models and manifests are loaded when they are first needed; the last model is kept."""
+    """Evaluates batches of images, usually as a Ray actor.
+
+    Models and manifests are loaded when they are first needed. Only the last model is kept.
+    """
 
     def __init__(self, config: RunConfig, gpu: int = 0) -> None:
-        """`gpu`: which one of those that torch sees, if the settings give one to an actor and there is one."""
+        """`gpu` is the index of the GPU among those that torch sees. It is ignored if actors have no GPU."""
         self._device = f"cuda:{gpu}" if config.evaluation.gpus_per_actor > 0 else "cpu"
         torch.set_num_threads(config.evaluation.threads)
         self._config = config
@@ -88,15 +91,18 @@ class EvaluationActor:
         self._loaded: tuple[tuple[str, int], Segmenter] | None = None
 
     def ping(self) -> None:
-        """Answer, as proof of life."""
+        """Return None, to show that the actor is alive."""
 
     def peak_memory(self) -> MemoryPeak:
-        """The most that this process has held so far."""
+        """Return the peak memory of this process so far. The GPU value is 0 without a GPU."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return MemoryPeak(host, torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else 0)
 
     def evaluate(self, task: EvaluationTask, call: int) -> bytes:
-        """States of one call's images, as bytes. Raises EvaluationError where torch does not see the actor's GPU."""
+        """Evaluate the images of one call and return their metric states as bytes.
+
+        Raises EvaluationError if the actor should have a GPU and torch sees none.
+        """
         if self._device != "cpu" and not torch.cuda.is_available():
             raise EvaluationError(
                 f"evaluation.num_gpus_per_actor is {self._config.evaluation.gpus_per_actor:g}, and torch sees no GPU "
@@ -145,7 +151,7 @@ class EvaluationActor:
     def _model(self, task: EvaluationTask, classes: EvaluatedClasses) -> Segmenter:
         wanted = task.weights, len(classes.model_classes)
         if self._loaded is None or self._loaded[0] != wanted:
-            self._loaded = None  # frees the memory of the last one first
+            self._loaded = None  # free the memory of the previous model first
             config = replace(self._config.model, num_classes=len(classes.model_classes))
             model = model_with_weights(config, task.weights, self._storage, device=self._device)
             set_precision(model, self._config.evaluation.precision)
@@ -156,5 +162,5 @@ class EvaluationActor:
 
 
 def classes_of(task: EvaluationTask, manifest: Manifest, config: RunConfig) -> EvaluatedClasses:
-    """What the model and the data set of a task have in common; raises DataError where they contradict each other."""
+    """Return the classes that model and data set share. Raises DataError if their classes contradict each other."""
     return evaluated_classes(manifest.categories, task.model_classes, config.data.task, task.evaluated.dataset)

@@ -1,4 +1,4 @@
-"""Which waiting checkpoints are evaluated, and which one is the best: pure functions."""
+"""Pure functions that choose the next checkpoint to evaluate and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 HEADLINE = ("PQ", "AP", "mIoU")
-"""The main number of each task."""
+"""Headline metric of each task."""
 
 
 def first_headline(metrics: Mapping[str, float]) -> str | None:
-    """Name of the main number by which checkpoints are judged if the recipe names none; None where there is none."""
+    """Return the name of the metric that ranks checkpoints if the recipe names none; None without a headline metric."""
     names = (name for title in HEADLINE for name in sorted(metrics) if name.rpartition("/")[2] == title)
     return next(names, None)
 
 
 def best_step(metrics: Mapping[int, Mapping[str, float]], name: str) -> int | None:
-    """The step with the highest value of a metric, the earliest of several; None where no step has the metric."""
+    """Return the step with the highest value of a metric, the earliest if several tie; None if no step has it."""
     values = {step: numbers[name] for step, numbers in metrics.items() if name in numbers}
     return min(values, key=lambda step: (-values[step], step)) if values else None
 
 
 @dataclass(frozen=True)
 class QueueChoice:
-    """Which waiting checkpoint is evaluated next, and which are given up."""
+    """The step to evaluate next (None if no step waits) and the waiting steps to drop."""
 
     next: int | None
     dropped: tuple[int, ...] = ()
 
 
 def choose(waiting: Sequence[int], policy: Literal["every", "latest"]) -> QueueChoice:
-    """Choice among the steps that wait: `every` takes the oldest, `latest` the newest and drops the others."""
+    """Choose among the waiting steps. `every` takes the oldest; `latest` takes the newest and drops the others."""
     if not waiting:
         return QueueChoice(None)
     ordered = sorted(waiting)

@@ -1,4 +1,4 @@
-"""The evaluation service as a detached Ray actor, and the driver's handle of it."""
+"""Driver-side client of the evaluation service, which runs as a detached Ray actor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ MAX_STARTS = 4
 
 
 class EvaluationClient:
-    """The driver's handle of the service, a detached actor that is made again where Ray does not do it."""
+    """The driver's handle of the evaluation service.
+
+    The service is a detached actor. Ray restarts it after a crash; this class creates it again if it died for good.
+    """
 
     def __init__(self, config: RunConfig, tracked: TrackedRun) -> None:
         self._config = config
@@ -36,20 +39,20 @@ class EvaluationClient:
         self._deaths = 0
         self._next_start = 0.0
         self.lost: str | None = None
-        """Why there is no service any more; its queue is stored, and done when the run is continued."""
+        """Why the service is gone for good; None while there is one. A continued run processes the stored queue."""
         _end_earlier(self._name)
         self._service = self._start()
 
     def training_ended(self) -> None:
-        """Nothing: its actors have resources of their own."""
+        """Do nothing: the evaluation actors have resources of their own and do not wait for the end of training."""
 
     def status(self) -> EvaluationStatus | None:
-        """What the service knows; None while it does not answer."""
+        """Return the status of the service, or None while it does not answer within PATIENCE_S."""
         if self.lost is not None:
             return None
         try:
             status = ray.get(self._service.status.remote(), timeout=PATIENCE_S)
-        except ActorDiedError as error:  # for good: in every other case Ray restarts it by itself
+        except ActorDiedError as error:  # it died for good; in all other cases Ray restarts it
             self._replace(error)
             return None
         except (RayActorError, GetTimeoutError):
@@ -58,26 +61,29 @@ class EvaluationClient:
         return status
 
     def entries(self) -> tuple[Entry, ...]:
-        """The stored queue."""
+        """Return the entries of the stored queue."""
         return read_entries(Storage(self._config.storage), queue_url(self._config))
 
     def close(self) -> tuple[Entry, ...]:
-        """End the actor and its pool; the entries as they are stored. What waits is done when the run is continued."""
+        """End the actor and its pool, and return the stored entries. A continued run evaluates the waiting ones."""
         status = self.status()
         if status is not None and status.idle:
-            with suppress(RayError):  # what it could not send waits in its journal
+            with suppress(RayError):  # points that were not sent stay in its journal
                 ray.get(self._service.close.remote(), timeout=CLOSE_S)
         ray.kill(self._service)
         return self.entries()
 
     def _start(self) -> Any:
         service = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(EvaluationService)
-        return service.options(  # on the driver's node, where the journal of MLflow points is
+        return service.options(  # on the driver's node, which holds the journal of MLflow points
             name=self._name, namespace=NAMESPACE, lifetime="detached", label_selector=this_node()
         ).remote(self._config, self._tracked, make_pool)
 
     def _replace(self, error: ActorDiedError) -> None:
-        """Another service in place of one that could not even be made, after a pause that doubles."""
+        """Create the service again after its actor died for good, with a pause that doubles every time.
+
+        Give up after MAX_STARTS attempts in a row and set `lost`.
+        """
         if time.monotonic() < self._next_start:
             return
         self._deaths += 1
@@ -90,7 +96,7 @@ class EvaluationClient:
 
 
 def make_pool(config: RunConfig) -> EvaluationPool:
-    """The recipe's actors. Ray restarts those that die."""
+    """Make a pool with the recipe's evaluation actors. Ray restarts actors that die."""
     settings = config.evaluation
     actor = ray.remote(
         num_cpus=settings.num_cpus_per_actor,
@@ -106,6 +112,6 @@ def _end_earlier(name: str) -> None:
     while True:
         try:
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-        except ValueError:  # nobody has the name
+        except ValueError:  # no actor has the name
             return
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Whether a run ends before its last step: a pure function of the ledger of its evaluations."""
+"""Early stopping, decided by pure functions of the evaluations of a run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from m2f.trainer.config import EarlyStoppingConfig
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Why a run ends early."""
+    """Decision to end a run early."""
 
     step: int
-    """Of the checkpoint whose result decided."""
+    """Step of the checkpoint whose result caused the decision."""
     reason: str
-    """One line."""
+    """One line for the user."""
 
 
 def early_stop(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> EarlyStop | None:
-    """The first result, by step, after which patience is over; None where there is none.
+    """Return the first result, by step, at which the patience is exhausted, or None if there is none.
 
-    Results count in the order of their steps, up to the first checkpoint that still waits: whatever the order in which
-    they arrive, and whoever asks after a restart, the answer is the same. Checkpoints without the metric do not count.
+    Results are read in the order of their steps, up to the first checkpoint that is not evaluated yet. The decision
+    therefore does not depend on the order in which results arrive, or on restarts. Checkpoints without the metric are
+    skipped.
     """
     best, best_step, since = -math.inf, 0, 0
     for entry in itertools.takewhile(lambda entry: entry.settled, entries):
@@ -47,7 +48,10 @@ def early_stop(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> EarlySt
 
 
 def unknown_metric(config: EarlyStoppingConfig, entries: Sequence[Entry]) -> str | None:
-    """What to say where results are there and none has the metric, so that it never ends the run."""
+    """Return a warning if results are published but none has the metric, so that the run would never end early.
+
+    Otherwise return None.
+    """
     published = [entry for entry in entries if entry.status == "published"]
     if not published or any(config.metric in entry.metrics for entry in published):
         return None

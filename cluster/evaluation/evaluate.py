@@ -1,4 +1,4 @@
-"""Evaluate one checkpoint on all sets of a recipe with a pool of actors, and write down what came out."""
+"""Evaluate one checkpoint on all sets of a recipe with a pool of actors, and write the result files."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
 
 @dataclass(frozen=True)
 class SetEvaluation:
-    """What one set gave."""
+    """Results of one evaluation set."""
 
     results: EvaluationResults
     panels: dict[int, bytes]
-    """PNG of the fixed images, by image id."""
+    """PNG panels of the first `evaluation.panels` images, by image id."""
     worst: dict[int, bytes]
-    """PNG of the images with the lowest quality, the worst first."""
+    """PNG panels of the images with the lowest quality, by image id, the worst first."""
     images: bytes
-    """Figures and match records of every image, see `m2f.eval.results.images`."""
+    """Table with metrics and match records of every image, see `m2f.eval.results.images`."""
 
     def files(self) -> dict[str, bytes]:
-        """What is stored, by file name."""
+        """Return the contents of the result files, by file name."""
         files = {
             "results.json": self.results.to_json().encode(),
             "results.txt": self.results.table().encode(),
@@ -57,18 +57,21 @@ class SetEvaluation:
 
 
 SPILL_BYTES = 2**27
-"""What a metric's state may hold of an evaluation in memory; beyond it goes to files."""
+"""Bytes that the state of a metric may keep in memory during an evaluation. Larger states are spilled to files."""
 
 
 class Pool(Protocol):
-    """Computes the calls of an evaluation, see EvaluationPool and LocalPool."""
+    """Interface of the pools that compute an evaluation, see EvaluationPool and LocalPool."""
 
     def run(self, task: EvaluationTask, batches: Iterable[int], take: Callable[[int, bytes], None]) -> None:
-        """Evaluate all calls; `take(call, states)` gets every result once. Raises EvaluationError if one fails."""
+        """Evaluate all calls and pass every result to `take(call, states)` once.
+
+        Raises EvaluationError if a call fails.
+        """
         ...
 
     def ask(self, method: str) -> list[Any]:
-        """What the actors answer to a method without arguments."""
+        """Call a method without arguments on the actors and return their answers."""
         ...
 
     def close(self) -> None:
@@ -77,15 +80,15 @@ class Pool(Protocol):
 
 
 OnProgress = Callable[[EvaluationSet, int, int], None]
-"""Called with the set, the calls done and all calls."""
+"""Callback for progress, called with the set, the number of finished calls and the number of all calls."""
 
 
 def check_sets(config: RunConfig) -> None:
-    """Find out before training what would make every evaluation fail.
+    """Check before training for mistakes that would make every evaluation fail.
 
     Raises:
-        ConfigError: tasks that a model of `data.task` cannot be evaluated on, or metrics that a set cannot have.
-        DataError: a set that does not exist or whose classes contradict those of the training data.
+        ConfigError: a model of `data.task` does not support an evaluated task, or a set does not support a metric.
+        DataError: a set does not exist, or its classes contradict those of the training data.
     """
     if not config.evaluation.sets:
         return
@@ -109,10 +112,12 @@ def evaluate_sets(
     on_progress: OnProgress,
     dump: str | None = None,
 ) -> tuple[SetEvaluation, ...]:
-    """Results of all sets, in the recipe's order. `dump/SET` gets the predictions, see `m2f.eval.report.dump`.
+    """Evaluate a checkpoint on all sets and return the results in the recipe's order.
+
+    If `dump` is a folder or URL, the predictions are stored in `dump/SET`, see `m2f.eval.report.dump`.
 
     Raises:
-        EvaluationError: images could not be evaluated, or the weights are not those of the recipe's model.
+        EvaluationError: images could not be evaluated, or the weights do not fit the recipe's model.
         DataError, StorageError: a set cannot be read.
     """
     storage = Storage(config.storage)
@@ -132,10 +137,11 @@ def evaluate_sets(
 
 
 def name_of_results(storage: Storage, place: str, results: EvaluationResults) -> str:
-    """The label of the set, or `LABEL.DIGEST` where `place` holds results of other settings or weights under the label.
+    """Return the name under which results are stored: the label of the set, or `LABEL.DIGEST`.
 
-    So `m2f eval` with other settings leaves published files and points alone. Results of version 0.1 name no settings:
-    they are the same if their metrics are equal. Damaged ones count as others.
+    The digest is appended if `place` already holds results of other settings or weights under the label. `m2f eval`
+    with other settings therefore does not overwrite published files and points. Results of version 0.1 record no
+    settings; they count as the same results if their metrics are equal. Damaged results count as different.
     """
     label, settings = results.subject.label, results.subject.settings
     url = join(place, label, "results.json")
@@ -155,7 +161,7 @@ def name_of_results(storage: Storage, place: str, results: EvaluationResults) ->
 
 
 def write_files(storage: Storage, url: str, files: dict[str, bytes], local: str | os.PathLike[str]) -> Path:
-    """Store files under `url`; returns a local folder with them: `url` itself, or `local` where `url` is remote."""
+    """Store files under `url` and return a local folder with them: `url` itself, or `local` if `url` is remote."""
     for name, data in files.items():
         storage.put(join(url, name), data)
     if "://" not in url:
@@ -235,7 +241,10 @@ def _settings(config: RunConfig, evaluated: EvaluationSet, weights: str | None) 
 def _draw_worst(
     count: int, manifest: Manifest, pool: Pool, task: EvaluationTask, qualities: Mapping[int, float]
 ) -> dict[int, bytes]:
-    """Panels of the images with the lowest quality, the worst first: only now is it known which they are."""
+    """Draw panels of the `count` images with the lowest quality and return them by image id, the worst first.
+
+    A second pass is needed, because the worst images are known only after the evaluation.
+    """
     worst = sorted(qualities, key=lambda image_id: (qualities[image_id], image_id))[:count]
     if not worst:
         return {}

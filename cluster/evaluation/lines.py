@@ -1,4 +1,4 @@
-"""One line each on what evaluations do."""
+"""One-line messages about evaluations."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from m2f.model.counted import counted
 
 
 def describe(entry: Entry) -> str:
-    """One line on a settled evaluation."""
+    """Return a line about a settled evaluation."""
     if entry.status != "published":
         return f"step {entry.step}: evaluation {entry.status}: {entry.detail}"
     return f"step {entry.step}: evaluated: {headline(entry.metrics)}"
 
 
 def headline(metrics: Mapping[str, float]) -> str:
-    """The main numbers of every set: `val PQ 51.2, AP 30.1, mIoU 70.3`."""
+    """Return the headline metrics of every set, such as `val PQ 51.20, AP 30.10, mIoU 70.30`."""
     sets = sorted({name.rpartition("/")[0] for name in metrics})
     shown = {s: [f"{n} {metrics[f'{s}/{n}']:.2f}" for n in HEADLINE if f"{s}/{n}" in metrics] for s in sets}
     return "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in shown.items() if numbers)
 
 
 def started(progress: EvaluationProgress) -> str:
-    """One line on an evaluation that begins."""
+    """Return a line about an evaluation that starts."""
     return f"step {progress.step}: evaluating on {progress.dataset}, {counted(progress.total, 'batch', 'batches')}"

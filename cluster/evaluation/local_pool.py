@@ -1,4 +1,4 @@
-"""Evaluation in this process, for runs without Ray."""
+"""Evaluation in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from m2f.cluster.recipe.config import RunConfig
 
 
 class LocalPool:
-    """One EvaluationActor that does the calls one after the other."""
+    """Pool with one EvaluationActor in this process, which evaluates one batch at a time."""
 
     def __init__(self, config: RunConfig, gpu: int = 0) -> None:
         self._actor = EvaluationActor(config, gpu)
 
     def run(self, task: EvaluationTask, batches: Iterable[int], take: Callable[[int, bytes], None]) -> None:
-        """Evaluate all batches; `take(batch, states)` gets every result."""
+        """Evaluate all batches and pass every result to `take(batch, states)`."""
         for batch in batches:
             take(batch, self._actor.evaluate(task, batch))
 
     def ask(self, method: str) -> list[Any]:
-        """What the actor answers to a method without arguments."""
+        """Call a method without arguments on the actor and return its answer in a list."""
         return [getattr(self._actor, method)()]
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing: there are no processes to end."""

@@ -1,4 +1,4 @@
-"""Thread that evaluates the commits of a run one after the other."""
+"""Thread that evaluates the committed checkpoints of a run one at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """How far the running evaluation is."""
+    """Progress of the running evaluation: `done` of `total` calls on a data set."""
 
     step: int
     key: str
-    """Of the entry."""
+    """Key of the entry."""
     dataset: str
     done: int
     total: int
@@ -31,7 +31,7 @@ class EvaluationProgress:
 
 @dataclass(frozen=True)
 class EvaluationStatus:
-    """What the manager knows at one moment."""
+    """Snapshot of the queue and of the running evaluation, which is None if none runs."""
 
     entries: tuple[Entry, ...]
     current: EvaluationProgress | None
@@ -46,12 +46,17 @@ Report = Callable[[EvaluationProgress], None]
 
 
 class EvaluationManager:
-    """Finds commits, and evaluates them one after the other in a thread of its own.
+    """Finds new commits of a run and evaluates them one at a time in its own thread.
 
-    `find()` lists the commits of the run; it is called every `look_s` seconds. `evaluate(entry, report)` computes and
-    publishes one entry and returns its headline numbers. After an OutageError the entry is done again; everything else
-    that it raises fails that entry alone. Publishing twice must be harmless, since a process that dies between
-    publication and ledger does it again. `release(entry)` is called at least once for every settled entry.
+    Args:
+        queue: stored queue of the run's evaluations.
+        find: lists the commits of the run. It is called about every `look_s` seconds while no evaluation runs.
+        policy: which waiting entry is evaluated next, see `choose`.
+        evaluate: `evaluate(entry, report)` computes and publishes one entry and returns its headline metrics. After an
+            OutageError the entry is evaluated again; any other error except LeaseLostError fails only this entry.
+            Publishing twice must be harmless: a process may die after publication and before the queue is updated.
+        release: called at least once for every settled entry.
+        look_s: pause between two calls of `find`, in seconds.
     """
 
     def __init__(
@@ -75,11 +80,11 @@ class EvaluationManager:
         self._thread.start()
 
     def status(self) -> EvaluationStatus:
-        """Entries and the running evaluation."""
+        """Return all entries and the progress of the running evaluation."""
         return EvaluationStatus(self._queue.entries(), self._current)
 
     def close(self) -> None:
-        """Finish the running evaluation and end the thread; what waits stays in the stored queue."""
+        """Finish the running evaluation and end the thread. Waiting entries stay in the stored queue."""
         self._closing.set()
         self._thread.join()
 
@@ -87,7 +92,7 @@ class EvaluationManager:
         released = False
         while not self._closing.is_set():
             try:
-                if not released:  # the process before this one may have died just before it did so
+                if not released:  # the previous process may have died before it released its settled entries
                     self._release_all(entry for entry in self._queue.entries() if entry.settled)
                     released = True
                 self._release_all(self._queue.update(self._find()))
@@ -101,7 +106,7 @@ class EvaluationManager:
             except LeaseLostError as error:
                 LOGGER.warning("no more evaluations: %s", error)
                 return
-            except StorageError as error:  # of the queue or a pin: do it again, results of the same step are the same
+            except StorageError as error:  # from the queue or a pin: evaluating the step again gives the same results
                 self._queue.put_back()
                 LOGGER.warning("evaluations wait for the storage: %s", error)
                 self._closing.wait(RETRY_S)

@@ -1,6 +1,6 @@
-"""`m2f eval`: one checkpoint on all sets of a recipe, with a progress line.
+"""Evaluation of one checkpoint on all sets of a recipe, for `m2f eval` and `m2f.evaluate`.
 
-Few images are evaluated in this process, as Ray takes long to start; all where Ray is not installed.
+A few images are evaluated in this process, because Ray takes long to start. Without Ray, all images are.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from m2f.eval.config import EvaluationSet
 from m2f.model.errors import ConfigError
 
 FEW_IMAGES = 500
-"""Images that one actor evaluates no faster than this process does."""
+"""Up to this number of images, evaluation in this process is at least as fast as one Ray actor with its start."""
 
 
 def evaluate_checkpoint(
     config: RunConfig, checkpoint: str, step: int | None = None, dump: str | None = None
 ) -> tuple[SetEvaluation, ...]:
-    """Evaluate a checkpoint folder or a file of weights, with a progress line.
+    """Evaluate a checkpoint folder or weight file on all sets, with a progress line for each set.
 
-    Nothing is written, except predictions where `dump` is a folder or URL that all actors reach. `step` is the
-    optimizer step of a checkpoint; results then equal those that training publishes, byte for byte.
-    Raises ConfigError without sets, and what `evaluate_sets` raises.
+    Args:
+        config: recipe with at least one evaluation set.
+        checkpoint: path or URL of the checkpoint folder or weight file.
+        step: optimizer step of a checkpoint. With it, results equal those that training publishes, byte for byte.
+        dump: folder or URL, accessible to all actors, in which predictions are stored. Nothing else is written.
+
+    Raises:
+        ConfigError: the recipe has no evaluation sets.
+        EvaluationError, DataError, StorageError: see `evaluate_sets`.
     """
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty: name at least one set, for example [{dataset: val}]")
@@ -55,7 +61,7 @@ def _evaluate_on_ray(
 
 
 def _is_little(config: RunConfig) -> bool:
-    """Whether one actor would evaluate at most FEW_IMAGES images, on no cluster that is named."""
+    """Return whether to evaluate in this process: at most FEW_IMAGES images, one actor and no named Ray cluster."""
     if uses_ray(config.cluster.address) or config.evaluation.actors > 1:
         return False
     storage = Storage(config.storage)
@@ -66,7 +72,7 @@ def _is_little(config: RunConfig) -> bool:
 def _evaluate(
     config: RunConfig, pool: Pool, checkpoint: str, step: int | None, dump: str | None
 ) -> tuple[SetEvaluation, ...]:
-    """All sets, with a progress line for each; the pool is closed at the end."""
+    """Evaluate all sets with a progress line for each, and close the pool."""
     bars: dict[EvaluationSet, Progress] = {}
 
     def show(evaluated: EvaluationSet, done: int, total: int) -> None:

@@ -1,8 +1,8 @@
-"""Actors that evaluate batches of a checkpoint, and the loop that feeds them whatever happens to them.
+"""Pool of Ray actors that evaluate the batches of a checkpoint, tolerant of actors that die or hang.
 
-A batch may be computed more than once (an actor died after the work, before the answer); its result is entered once.
-A batch that failed before runs alone on its actor, so that a poison batch is told from its neighbours. An actor that
-owes an answer for too long hangs: it is killed and replaced, and what it had is done elsewhere.
+A batch may be computed more than once, for example if an actor dies before it answers; its result is used once. A
+batch that failed before runs alone on its actor, so that a poison batch can be identified. An actor whose answer is
+due for more than `hang_s` seconds is presumed hung: it is killed and replaced, and its batches run again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Take = Callable[[int, bytes], None]
 
 
 class BatchLedger:
-    """Which batches of one evaluation wait, run and are done."""
+    """Bookkeeping of the batches of one evaluation: waiting, failed and done."""
 
     def __init__(self, batches: Iterable[int], max_attempts: int = MAX_ATTEMPTS) -> None:
         self._waiting = deque(batches)
@@ -43,27 +43,27 @@ class BatchLedger:
 
     @property
     def complete(self) -> bool:
-        """Whether every batch has a result."""
+        """Return whether every batch has a result."""
         return len(self.done) == self._total
 
     def suspect(self, batch: int) -> bool:
-        """Whether the batch failed before and must run alone."""
+        """Return whether the batch failed before and must therefore run alone."""
         return batch in self._failures
 
     def take(self, idle: bool) -> int | None:
-        """The next batch for an actor; None when none waits or the next one needs an idle actor."""
+        """Return the next batch for an actor, or None if no batch waits or the next one needs an idle actor."""
         if not self._waiting or (self.suspect(self._waiting[0]) and not idle):
             return None
         return self._waiting.popleft()
 
     def finish(self, batch: int) -> bool:
-        """Enter that a batch is done; False for a late duplicate, which must not be used."""
+        """Mark a batch as done. Return False for a late duplicate, whose result must not be used."""
         known = batch in self.done
         self.done.add(batch)
         return not known
 
     def fail(self, batch: int, reason: str) -> None:
-        """Queue the batch again, last; raises EvaluationError when its attempts are spent."""
+        """Append the batch to the queue again. Raises EvaluationError after `max_attempts` failures of the batch."""
         if batch in self.done:
             return
         self._failures[batch] = self._failures.get(batch, 0) + 1
@@ -74,35 +74,38 @@ class BatchLedger:
 
 @dataclass
 class _Slot:
-    """One actor's place in the pool."""
+    """A place in the pool with its current actor."""
 
     actor: Any
     batches: set[int] = field(default_factory=set)
-    """In flight."""
+    """Batches in flight."""
     since: float = 0.0
-    """When the call that the actor is at became its next: monotonic seconds."""
+    """Monotonic time in seconds at which the current call became the actor's next call."""
     benched: bool = True
-    """Gets no batch until a ping has answered; every actor starts so."""
+    """Whether the actor gets no batches until it answers a ping. Every actor starts in this state."""
     pinging: bool = False
+    """Whether a ping is in flight."""
     ping_after: float = 0.0
+    """Monotonic time in seconds of the next ping at the earliest."""
     answered: bool = False
-    """Whether a ping was ever answered: one that waits for resources is no hanging actor."""
+    """Whether the actor ever answered a ping. Otherwise it may wait for resources and is not presumed hung."""
     deaths: int = 0
-    """Times in a row that the actor could not even be made."""
+    """Number of times in a row that the actor could not be created."""
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """A call under way; `batch` is None for a ping."""
+    """A call in flight; `batch` is None for a ping."""
 
     slot: _Slot
     batch: int | None
 
 
 class EvaluationPool:
-    """`size` actors with the methods `ping()` and `evaluate(task, batch) -> bytes`, kept between evaluations.
+    """Pool of `size` actors, which are kept between evaluations.
 
-    An actor that has an answer due for more than `hang_s` seconds is replaced.
+    `spawn()` creates an actor with the methods `ping()` and `evaluate(task, batch) -> bytes`. An actor whose answer is
+    due for more than `hang_s` seconds is replaced.
     """
 
     def __init__(self, spawn: Callable[[], Any], size: int, hang_s: float) -> None:
@@ -111,10 +114,11 @@ class EvaluationPool:
         self._slots = [_Slot(spawn()) for _ in range(size)]
 
     def run(self, task: Any, batches: Iterable[int], take: Take) -> None:
-        """Evaluate all batches; `take(batch, result)` gets every result once, as it comes.
+        """Evaluate all batches and pass every result to `take(batch, result)` once, as soon as it arrives.
 
-        Raises EvaluationError when a batch fails or hangs MAX_ATTEMPTS times or an actor cannot be made, OutageError
-        when the storage did not answer an actor for longer than its patience.
+        Raises:
+            EvaluationError: a batch failed or hung MAX_ATTEMPTS times, or an actor could not be created.
+            OutageError: the storage did not answer an actor for longer than `storage.patience_s`.
         """
         ledger = BatchLedger(batches)
         for slot in self._slots:
@@ -138,7 +142,10 @@ class EvaluationPool:
             self._abandon(flights)
 
     def ask(self, method: str) -> list[Any]:
-        """What the idle actors that answer within ASK_S say to a method without arguments."""
+        """Call a method without arguments on the actors and return the answers that arrive within ASK_S.
+
+        Actors that have not answered a ping yet are left out.
+        """
         refs = [getattr(slot.actor, method).remote() for slot in self._slots if slot.answered]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=ASK_S) if refs else ([], [])
         answers = []
@@ -183,7 +190,7 @@ class EvaluationPool:
             slot.benched = True
             ledger.fail(batch, f"its actor died ({type(error).__name__})")
         except RayTaskError as error:
-            if isinstance(error.cause, OutageError):  # no batch is to blame
+            if isinstance(error.cause, OutageError):  # not caused by a batch
                 raise error.cause from None
             ledger.fail(batch, f"{type(error.cause).__name__}: {error.cause}")
         else:
@@ -195,7 +202,7 @@ class EvaluationPool:
         slot.ping_after = time.monotonic() + PING_PAUSE_S
         try:
             ray.get(ref)
-        except ActorDiedError as error:  # for good: Ray restarts an actor by itself in every other case
+        except ActorDiedError as error:  # it died for good; in all other cases Ray restarts the actor
             slot.deaths += 1
             if slot.deaths >= MAX_ATTEMPTS:
                 raise EvaluationError(f"an evaluation actor could not be started: {error}") from None
@@ -206,7 +213,10 @@ class EvaluationPool:
             slot.benched, slot.answered, slot.deaths = False, True, 0
 
     def _replace_hanging(self, ledger: BatchLedger, flights: dict[Any, _Flight]) -> None:
-        """Kill actors whose answer is overdue. Each of their batches counts as failed: one of them may be the cause."""
+        """Kill and replace actors whose answer is overdue.
+
+        All of their batches count as failed, since any of them may be the cause.
+        """
         now = time.monotonic()
         for slot in self._slots:
             owes = bool(slot.batches) or (slot.pinging and slot.answered)
@@ -223,7 +233,10 @@ class EvaluationPool:
                 ledger.fail(batch, f"its actor gave no answer for {self._hang_s:g} s (evaluation.hang_s)")
 
     def _abandon(self, flights: dict[Any, _Flight]) -> None:
-        """Forget calls under way (late duplicates, or a failed evaluation); a ping comes before the next batch."""
+        """Cancel the calls in flight, which are late duplicates or belong to a failed evaluation.
+
+        Their actors must answer a ping before they get the next batch.
+        """
         for ref, flight in flights.items():
             ray.cancel(ref, recursive=False)
             flight.slot.batches.clear()
@@ -231,7 +244,10 @@ class EvaluationPool:
 
 
 def _next_ready(flights: dict[Any, _Flight]) -> list[Any]:
-    """Wait for a call to end, or for a moment when every actor is between two pings."""
+    """Wait up to POLL_S for a call to end and return the finished calls.
+
+    Without calls in flight, when every actor waits for its next ping, sleep for PING_PAUSE_S.
+    """
     if not flights:
         time.sleep(PING_PAUSE_S)
         return []

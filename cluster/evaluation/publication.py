@@ -1,4 +1,4 @@
-"""What MLflow is told of an evaluation: the checkpoint as a logged model, and the figures of every set."""
+"""Data of an evaluation for MLflow: the checkpoint as a logged model, and the metrics of every set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m2f.trainer.checkpoint.weights import stated_sha256, weights_url
 def evaluated_checkpoint(
     config: RunConfig, storage: Storage, url: str, step: int, commit: str = ""
 ) -> EvaluatedCheckpoint:
-    """A checkpoint of the run; `commit` is found out where it is empty."""
+    """Describe a checkpoint of the run for MLflow. If `commit` is empty, the name of its commit is looked up."""
     name = url.rstrip("/").rpartition("/")[2]
     return EvaluatedCheckpoint(
         commit=commit or commit_name(storage, url) or f"{step:08d}-{parse_folder(url)[1]}",
@@ -32,7 +32,7 @@ def evaluated_checkpoint(
 
 
 def figures_of(config: RunConfig, storage: Storage, evaluation: SetEvaluation, label: str) -> SetFigures:
-    """What an evaluation found, under the label that its results have."""
+    """Return the metrics of an evaluation, named with `label`."""
     results = evaluation.results
     return SetFigures(
         label=label,
@@ -43,7 +43,7 @@ def figures_of(config: RunConfig, storage: Storage, evaluation: SetEvaluation, l
 
 
 def stored_figures(config: RunConfig, storage: Storage, entry: Entry) -> tuple[SetFigures, ...]:
-    """The same from the published files of a step; sets without results or with damaged ones are left out."""
+    """Return the metrics of a published step, read from its files. Sets without intact results are left out."""
     found = []
     for evaluated in config.evaluation.sets:
         url = join(config.run_folder, place_of(entry.step), evaluated.label, "results.json")
@@ -62,14 +62,14 @@ def stored_figures(config: RunConfig, storage: Storage, entry: Entry) -> tuple[S
 
 
 def kept_checkpoints(storage: Storage, run_folder: str) -> KeptCheckpoints:
-    """Those that the run has now."""
+    """Return the names of the checkpoints that the run folder holds now, and the newest step."""
     found = list_checkpoints(storage, run_folder)
     newest = max((checkpoint.step for checkpoint in found), default=0)
     return KeptCheckpoints(names=frozenset(checkpoint.name for checkpoint in found), newest=newest)
 
 
 def _data(config: RunConfig, storage: Storage, name: str, fingerprint: str, images: int) -> DataInput:
-    """The evaluated data set as the run lists its inputs; from the results where its shards have changed since."""
+    """Describe the evaluated data set as the run's inputs do, or from the results if its shards have changed since."""
     known = data_input(config, "evaluation", name, storage)
     if known is not None and known.fingerprint == fingerprint:
         return known

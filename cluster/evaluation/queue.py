@@ -1,4 +1,4 @@
-"""The stored queue and ledger of a run's evaluations: what waits, runs, was published, failed or dropped."""
+"""Stored queue of a run's evaluations, with the status of each: waiting, running, published, failed or dropped."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ WITHDRAWN = "the run went back behind this checkpoint"
 
 @dataclass(frozen=True)
 class Entry:
-    """One committed checkpoint and what became of its evaluation."""
+    """One committed checkpoint and the status of its evaluation."""
 
     step: int
     checkpoint: str
     """Folder or URL of the checkpoint."""
     queued_ms: int
-    """Unix time; orders the entries of a step."""
+    """Unix time in milliseconds; orders the entries of a step."""
     status: Status = "waiting"
     detail: str = ""
-    """Why it failed or was dropped."""
+    """Reason why the evaluation failed or was dropped."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Headline numbers, once published."""
+    """Headline metrics by name, such as `val/PQ`; empty until they are published."""
     commit: str = ""
     """Name of the commit; empty in entries of version 0.1."""
 
     @property
     def key(self) -> str:
-        """What tells it from other entries: a step that is committed again after a rollback has two."""
+        """Unique key of the entry. The step is not unique: a step has two entries if it is committed again."""
         return self.commit or f"{self.step}"
 
     @property
@@ -49,30 +49,29 @@ class Entry:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Return whether the evaluation is neither waiting nor running."""
         return self.status not in ("waiting", "running")
 
 
 def queue_url(config: RunConfig) -> str:
-    """Where the queue of a run's evaluations is stored."""
+    """Return the path or URL of the queue file of a run."""
     return join(config.run_folder, "evaluations", "queue.json")
 
 
 def place_of(step: int) -> str:
-    """Folder of an evaluation's files within the run folder."""
+    """Return the folder of an evaluation's files, relative to the run folder."""
     return f"evaluations/step_{step:08d}"
 
 
 class EvaluationQueue:
-    """Entries of commits in one JSON object, written after every change.
+    """Queue of evaluations in one JSON file, which is written after every change.
 
-    A damaged one is made again at the start of a run, see `rebuild`.
-
-    One process writes it; its threads may share it. An entry that was running when its process died waits again.
+    Only one process may write the file; its threads may share the queue. An entry that was running when its process
+    died waits again. A damaged file is rebuilt at the start of a run, see `rebuild`.
     """
 
     def __init__(self, storage: Storage, url: str, check: Callable[[], None] = lambda: None) -> None:
-        """`check` is called before every write; what it raises is raised instead."""
+        """`check` is called before every write. If it raises, nothing is written."""
         self._check = check
         self._storage = storage
         self._url = url
@@ -81,13 +80,16 @@ class EvaluationQueue:
         self.put_back()
 
     def entries(self) -> tuple[Entry, ...]:
-        """All entries by ascending step."""
+        """Return all entries in ascending order of steps."""
         with self._lock:
             return _ordered(self._entries.values())
 
     def update(self, found: CommitList) -> tuple[Entry, ...]:
-        """Queue the commits that are new. Entries of commits that were withdrawn are dropped if they wait and marked
-        if they are published; returns them."""
+        """Queue new commits, and return the entries that changed because their commits were withdrawn.
+
+        A waiting entry whose commit no longer exists is dropped. A published entry of a withdrawn commit is marked as
+        withdrawn.
+        """
         with self._lock:
             changed = [
                 entry for commit in found.commits if (entry := self._entry_of(commit)) != self._entries.get(entry.key)
@@ -103,12 +105,12 @@ class EvaluationQueue:
             return tuple(marked)
 
     def replaces(self, entry: Entry) -> bool:
-        """Whether results of the same step are published already, of a commit that was withdrawn."""
+        """Return whether results of the same step were already published for a commit that was withdrawn."""
         with self._lock:
             return any(e.step == entry.step and e.status == "withdrawn" for e in self._entries.values())
 
     def take(self, policy: Literal["every", "latest"]) -> tuple[Entry | None, tuple[Entry, ...]]:
-        """Mark the next waiting entry as running and return it, with those that the policy drops."""
+        """Mark the next waiting entry as running. Return it (None if none waits) and the entries that are dropped."""
         with self._lock:
             waiting = {e.step: e for e in _ordered(self._entries.values()) if e.status == "waiting"}
             choice = choose(list(waiting), policy)
@@ -121,25 +123,25 @@ class EvaluationQueue:
             return taken, tuple(dropped)
 
     def put_back(self) -> None:
-        """What was taken and not settled waits again; needs no storage, as a stored `running` means the same."""
+        """Make running entries wait again. Nothing is stored, because a stored `running` is read as waiting."""
         with self._lock:
             for entry in tuple(self._entries.values()):
                 if entry.status == "running":
                     self._entries[entry.key] = replace(entry, status="waiting")
 
     def publish(self, entry: Entry, metrics: Mapping[str, float]) -> None:
-        """Enter that an evaluation's results are published."""
+        """Mark an entry as published, with its metrics."""
         self._settle(replace(entry, status="published", metrics=dict(metrics)))
 
     def fail(self, entry: Entry, reason: str) -> None:
-        """Enter that an evaluation failed."""
+        """Mark an entry as failed, with the reason."""
         self._settle(replace(entry, status="failed", detail=reason))
 
     def _entry_of(self, commit: Commit) -> Entry:
-        """The entry of a commit at the place where it is now: a known one, one of version 0.1, or a new one."""
+        """Return the entry of a commit with its current URL: a known one, one of version 0.1, or a new one."""
         step, url = commit.checkpoint.step, commit.checkpoint.url
         known = self._entries.get(commit.name)
-        if known is not None and known.detail == WITHDRAWN:  # the same bytes were committed again, so it counts again
+        if known is not None and known.detail == WITHDRAWN:  # the same bytes were committed again: undo the withdrawal
             status: Status = "published" if known.status == "withdrawn" else "waiting"
             return replace(known, checkpoint=url, status=status, detail="")
         if known is not None:
@@ -154,7 +156,7 @@ class EvaluationQueue:
             self._store(entry)
 
     def _store(self, *changed: Entry) -> None:
-        """Write first, believe after: a change that the storage refuses has not happened."""
+        """Store changed entries, first in the file and then in memory, so that a failed write changes nothing."""
         entries = {**self._entries, **{entry.key: entry for entry in changed}}
         for entry in changed:
             if entry.commit and (old := entries.get(f"{entry.step}")) and old.folder == entry.folder:
@@ -170,7 +172,10 @@ def _ordered(entries: Iterable[Entry]) -> tuple[Entry, ...]:
 
 
 def read_entries(storage: Storage, url: str) -> tuple[Entry, ...]:
-    """The entries that a queue wrote, by ascending step; none where it does not exist."""
+    """Read the stored entries in the order of the file, which is by step; none if the file does not exist.
+
+    Raises EvaluationError if the file is damaged.
+    """
     if not storage.exists(url):
         return ()
     try:

@@ -1,4 +1,4 @@
-"""The queue of a run's evaluations, made again from commits and results where its file is damaged."""
+"""Rebuild a damaged queue of evaluations from the commits and results of a run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ SUPERSEDED = "a newer one was evaluated"
 
 
 def restore_queue(config: RunConfig, storage: Storage) -> str | None:
-    """Make a damaged queue again and keep its file beside it; what was done, in a line, or None for a whole one.
+    """Rebuild the queue if its file is damaged, and keep the damaged file beside it.
 
-    Called by the holder of the lease before anything else reads the queue.
+    Return a message about it, or None if the queue is intact. The holder of the lease must call this before anything
+    else reads the queue.
     """
     url = queue_url(config)
     try:
@@ -36,7 +37,7 @@ def restore_queue(config: RunConfig, storage: Storage) -> str | None:
     storage.put(f"{url}.damaged", storage.get(url))
     entries = rebuilt_entries(config, storage)
     for entry in entries:
-        if not entry.settled:  # an evaluation that failed had let go of it
+        if not entry.settled:  # a failed evaluation had removed the pin
             pin(storage, entry.checkpoint, EVALUATION_PIN)
     storage.put(url, json.dumps([asdict(entry) for entry in entries], indent=1).encode())
     counts = Counter(entry.status for entry in entries)
@@ -47,11 +48,12 @@ def restore_queue(config: RunConfig, storage: Storage) -> str | None:
 
 
 def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
-    """An entry for every commit, by ascending step.
+    """Return an entry for every commit in ascending order of steps, and entries of withdrawn commits with results.
 
-    Published are those whose weights the results of all sets name. Of a deleted checkpoint nobody can tell the weights;
-    it is published where its step was committed once. What failed or was dropped waits again while its checkpoint is
-    there, with the policy `latest` only if it is newer than what was evaluated.
+    A commit counts as published if the results of all sets name its weights. If the weights of the checkpoint or of
+    the results are unknown, for example because the checkpoint is deleted, it counts as published if its step was
+    committed only once. All other commits wait again if their checkpoint still exists. With the policy `latest`, they
+    wait only if they are newer than every published one.
     """
     found = read_commits(storage, config.run_folder)
     times = Counter(_step_of(name) for name in [*(commit.name for commit in found.commits), *found.withdrawn])
@@ -66,23 +68,23 @@ def rebuilt_entries(config: RunConfig, storage: Storage) -> tuple[Entry, ...]:
     for name in found.withdrawn:
         step, lease, _ = name.split("-")
         url = checkpoint_url(config.run_folder, int(step), int(lease))
-        if (published := results[int(step)]) is not None:  # whose points a later evaluation of the step replaces
+        if (published := results[int(step)]) is not None:  # a later evaluation of the step replaces these points
             entries.append(Entry(int(step), url, 0, "withdrawn", WITHDRAWN, published.metrics, name))
     return tuple(sorted(entries, key=lambda entry: (entry.step, entry.status != "withdrawn")))
 
 
 @dataclass(frozen=True)
 class _Results:
-    """What the published files of a step say."""
+    """Contents of the published files of a step."""
 
     weights: str | None
-    """SHA-256; None where an earlier version wrote them."""
+    """SHA-256 of the weights; None in files of earlier versions."""
     metrics: Mapping[str, float]
-    """Headline numbers of all sets."""
+    """Metrics of all sets, by name such as `val/PQ`."""
 
 
 def _results_of(config: RunConfig, storage: Storage, step: int) -> _Results | None:
-    """None where a set of the recipe has no results, damaged ones, or those of other weights than the others."""
+    """Read the results of a step; None if a set has no intact results, or if the sets name different weights."""
     weights, metrics = set[str | None](), dict[str, float]()
     for evaluated in config.evaluation.sets:
         url = join(config.run_folder, place_of(step), evaluated.label, "results.json")

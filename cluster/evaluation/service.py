@@ -1,4 +1,4 @@
-"""Evaluates the commits of one run and publishes the results: files in the run folder, points in MLflow."""
+"""Service that evaluates the commits of one run and publishes the results to the run folder and to MLflow."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ BEST_PIN = "best"
 
 
 class EvaluationService:
-    """Queue, pool and publication of one run. After its death another one goes on from the stored queue."""
+    """Evaluates the checkpoints of one run and publishes the results.
+
+    A new service continues from the stored queue if this one dies.
+    """
 
     def __init__(self, config: RunConfig, tracked: TrackedRun, make_pool: Callable[[RunConfig], Pool]) -> None:
-        """The pool is made with the first evaluation."""
+        """`make_pool` is called at the first evaluation."""
         self._config = config
         self._make_pool = make_pool
         self._tracked = tracked
@@ -47,16 +50,19 @@ class EvaluationService:
         )
 
     def status(self) -> EvaluationStatus:
-        """Entries and the running evaluation."""
+        """Return all entries and the progress of the running evaluation."""
         return self._manager.status()
 
     def close(self) -> None:
-        """Send what waits for MLflow. Called when every entry is settled."""
+        """End the evaluation thread and send the remaining data to MLflow. Call it when every entry is settled."""
         self._manager.close()
         self._tracking.close()
 
     def _evaluate(self, entry: Entry, report: Report) -> Mapping[str, float]:
-        """Evaluate and publish; returns the headline numbers of all sets. The story of a failure goes to a file."""
+        """Evaluate and publish an entry, and return the headline metrics of all sets.
+
+        The traceback of a failure is stored as error.txt in the folder of the evaluation.
+        """
         try:
             return self._evaluate_sets(entry, report)
         except (LeaseLostError, OutageError):
@@ -100,7 +106,7 @@ class EvaluationService:
 
     @staticmethod
     def _cost(pool: Pool, seconds: float) -> dict[str, float]:
-        """What the evaluation took: for MLflow, no part of its results."""
+        """Return the time (s) and peak memory (10^9 bytes) of an evaluation. They go to MLflow, not into results."""
         cost = {"train/evaluation/seconds": seconds}
         peaks = pool.ask("peak_memory")
         for name in ("host", "gpu"):
@@ -110,7 +116,7 @@ class EvaluationService:
         return cost
 
     def _check_lease(self) -> None:
-        """Raise LeaseLostError where another process has taken the run over."""
+        """Raise LeaseLostError if another process has taken over the run."""
         lease = self._tracked.lease
         if lease is not None:
             check_lease(self._storage, lease.run_folder, lease.number)
@@ -121,17 +127,20 @@ class EvaluationService:
 
 
 def release(storage: Storage, entry: Entry, entries: Iterable[Entry], metric: str | None) -> None:
-    """Let a settled checkpoint be deleted; the one with the best value of `metric` stays, in place of earlier ones."""
+    """Allow a settled checkpoint to be deleted, by removing its evaluation pin.
+
+    If it has the best value of `metric`, pin it as the best and remove that pin from all others.
+    """
     known = {e.step: e for e in entries if e.status == "published"}
     best = best_step({step: e.metrics for step, e in known.items()}, metric) if metric is not None else None
     if best == entry.step:
         pin(storage, entry.checkpoint, BEST_PIN)
         for step in known.keys() - {best}:
             unpin(storage, known[step].checkpoint, BEST_PIN)
-    if entry.detail != WITHDRAWN:  # whose folder may hold the commit that came after
+    if entry.detail != WITHDRAWN:  # the folder of a withdrawn commit may now hold a later one
         unpin(storage, entry.checkpoint, EVALUATION_PIN)
 
 
 def look_s(run_folder: str) -> float:
-    """Seconds between two looks at the commits of a run."""
+    """Return the seconds between two checks for new commits: 5 for a remote run folder, 1 for a local one."""
     return 5.0 if "://" in run_folder else 1.0

@@ -1,4 +1,4 @@
-"""The model of an evaluation with its weights, and the classes that it has."""
+"""Load the model of a checkpoint for inference, and determine its classes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from m2f.trainer.checkpoint.weights import fetched_weights, read_identity
 
 
 def model_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Category, ...] | None:
-    """Classes, by label, of weights for a recipe: their own, else those of the training data; None where neither is.
+    """Return the classes of weights by label: their own, else those of the recipe's training data.
 
-    Raises ConfigError where the weights are of another task or model than the recipe's.
+    Return None if both are unknown. Raises ConfigError if the weights belong to another task or model than the recipe.
     """
     identity = read_identity(weights, storage)
     if identity is not None:
@@ -35,14 +35,14 @@ def model_classes(config: RunConfig, weights: str, storage: Storage) -> tuple[Ca
 
 
 def model_with_weights(config: ModelConfig, weights: str, storage: Storage, *, device: str | None = None) -> Segmenter:
-    """The model with weights from a URL, a file or a local folder, for inference.
+    """Load the model with weights from a URL, a file or a local folder, in evaluation mode.
 
-    It lies on `device`, by default the GPU if there is one.
+    `device` is a torch device; None means the GPU if there is one, else the CPU.
 
     Raises:
-        EvaluationError: the weights are not those of the whole model.
-        WeightsError: they are of another model.
-        CheckpointError: they differ from the manifest of their checkpoint.
+        EvaluationError: the weights do not cover the whole model.
+        WeightsError: the weights belong to another model.
+        CheckpointError: the weights differ from the manifest of their checkpoint.
     """
     with fetched_weights(weights, storage) as path:
         model, report = build_with_weights(config, path)

@@ -1,1 +1,1 @@
-"""From raw data sets to shards: in this process where there is little to do, else as Ray tasks."""
+"""Write the shards of raw data sets, in this process for small jobs, else with Ray tasks."""

@@ -1,7 +1,7 @@
-"""One data set: its missing shards, then its manifest.
+"""Job that writes the missing shards of one data set and then its manifest.
 
-A shard can be written again and has the same bytes, so a job that was interrupted in any way is simply started again:
-shards with a receipt are skipped. Little work is done in this process, as Ray takes longer to start.
+Writing a shard again gives the same bytes. An interrupted job can therefore be started again; it skips shards with a
+receipt. Small jobs run in this process, because Ray takes longer to start.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from m2f.model.errors import UserError
 
 FEW_IMAGES = 300
 FEW_BYTES = 50_000_000
-"""Images and their bytes that take about as long in this process as Ray does to start."""
+"""Number of images and bytes that this process writes in about the time that Ray takes to start."""
 Write = Callable[[Sequence[int]], Iterator[ShardPart | ShardFailure]]
-"""Writes shards by their indices; a part or failure for each, in the order in which they are done."""
+"""Function that writes the shards with the given indices and yields a part or failure for each, as they finish."""
 
 
 def run_shard_job(
@@ -54,17 +54,26 @@ def run_shard_job(
     redo: bool = False,
     ray_until: ExitStack | None = None,
 ) -> ShardReport:
-    """Write what is missing of one data set, then its manifest. The report is stored in any case.
+    """Write the missing shards of one data set, then its manifest.
 
-    Shards of source files that have changed since are written again, with `redo` all. Samples that cannot be used never
-    end the job early. With `keep_going` neither do shards that cannot be written: all others are written first. Where
-    Ray is started it lives on until `ray_until` is closed, for further data sets.
+    Shards are written again if their source files have changed. Unusable annotations that show when the source is
+    opened end the job at once, unless `skip_bad` is set. Unusable samples that show later do not end it early. After
+    the last shard the report is stored beside the shards, also if the data set cannot be committed.
+
+    Args:
+        name: name of the data set.
+        dataset: its settings, with a source.
+        cluster: settings of the Ray cluster.
+        storage: storage of the shards.
+        skip_bad: whether to leave out samples that cannot be used. Otherwise they keep the manifest from being written.
+        keep_going: whether to write all other shards if one cannot be written. Otherwise the job ends at once.
+        redo: whether to write all shards again.
+        ray_until: keeps Ray running, if this job starts it, until the stack is closed. This serves further data sets.
 
     Raises:
-        DataError: no source, a source that cannot be used, a target that holds another data set, or samples that
-            cannot be used (unless `skip_bad` leaves them out): then no manifest is written.
-        ShardJobError: tasks failed for good.
-        StorageError, ClusterError: the store or Ray cannot be reached.
+        DataError: the source is missing or unusable, the target holds another data set, or samples cannot be used.
+        ShardJobError: a shard could not be written.
+        StorageError, ClusterError: the storage or Ray cannot be reached.
     """
     started = time.monotonic()
     if dataset.source is None:
@@ -110,7 +119,7 @@ def run_shard_job(
     if report.committed:
         try:
             commit_manifest(plan, parts.values(), storage, skip_bad=skip_bad)
-        except DataError as error:  # nothing is left, or another data set came first: the report says why all the same
+        except DataError as error:  # no sample is left, or another data set was committed first; still store the report
             refusal, report = error, replace(report, committed=False)
     storage.put(join(plan.target, REPORT_FILE), json.dumps(asdict(report), indent=1).encode())
     _require_committed(plan, report, refusal)
@@ -126,7 +135,7 @@ def _choose_writer(
     keep_going: bool,
     ray_until: ExitStack,
 ) -> Write:
-    """Writes in this process where little is missing, else with Ray, which is started here."""
+    """Return a function that writes shards in this process if little is missing, else with Ray, which it starts."""
     if not uses_ray(cluster.address) and _is_little(reader, plan, missing):
         return lambda indices: write_here(reader, plan, indices, storage, keep_going)
     from m2f.cluster.ray_cluster import local_or_existing
@@ -137,7 +146,7 @@ def _choose_writer(
 
 
 def _is_little(reader: Reader, plan: ShardPlan, missing: Sequence[int]) -> bool:
-    """Whether the missing shards have at most FEW_IMAGES images and FEW_BYTES bytes."""
+    """Return whether the missing shards have at most FEW_IMAGES images and FEW_BYTES bytes."""
     wanted = {key for index in missing for key in plan.shard_keys[index]}
     if len(wanted) > FEW_IMAGES:
         return False
@@ -147,7 +156,7 @@ def _is_little(reader: Reader, plan: ShardPlan, missing: Sequence[int]) -> bool:
 def write_here(
     reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, keep_going: bool
 ) -> Iterator[ShardPart | ShardFailure]:
-    """Write shards one after the other in this process."""
+    """Write shards one at a time in this process and yield a part or failure for each."""
     for index in missing:
         try:
             yield write_shard(reader, plan, index, storage)
@@ -160,7 +169,7 @@ def write_here(
 def _write_missing(
     name: str, plan: ShardPlan, parts: dict[int, ShardPart], missing: Sequence[int], write: Write
 ) -> list[ShardFailure]:
-    """Write the shards that `parts` lacks and add them to it, with progress; returns those that failed."""
+    """Write the missing shards with a progress line, add them to `parts`, and return the failures."""
     failures: list[ShardFailure] = []
     done = sum(len(plan.shard_keys[index]) for index in parts)
     with Progress(f"sharding {name}", plan.num_samples, "images", done) as progress:
@@ -177,7 +186,7 @@ def _write_missing(
 
 
 def _compare_sources(name: str, reader: Reader, plan: ShardPlan, storage: Storage) -> SourceChanges:
-    """The changes, announced in a line where contents have to be compared, which takes a while."""
+    """Return the changes of source files. Print a line if contents must be compared, because that takes a while."""
 
     def announce() -> None:
         print_err(f"{name}: times of source files differ from those of the shards; comparing their contents")
@@ -186,7 +195,10 @@ def _compare_sources(name: str, reader: Reader, plan: ShardPlan, storage: Storag
 
 
 def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
-    """Lines of a report about changed source files; `has_files` where a committed source should have known ones."""
+    """Return messages about changed source files.
+
+    `has_files` says that the source has files, so that a committed data set should have recorded them.
+    """
     notes = []
     if changes.changed:
         notes.append(
@@ -204,7 +216,7 @@ def _source_notes(changes: SourceChanges, has_files: bool) -> tuple[str, ...]:
 
 
 def _require_committed(plan: ShardPlan, report: ShardReport, refusal: DataError | None) -> None:
-    """Raise what keeps the data set from being committed: the manifest's refusal, failed tasks or unusable samples."""
+    """Raise an error if the data set is not committed: manifest refused, shards failed or samples unusable."""
     failures, problems = report.failures, report.problems
     if refusal is not None:
         raise DataError(f"{report.summary()}\n{refusal}") from refusal
@@ -232,7 +244,7 @@ def _count_repairs(parts: Iterable[ShardPart]) -> tuple[tuple[str, int], ...]:
 def _stored_report(
     name: str, plan: ShardPlan, shards: Sequence[dict[str, int]], notes: tuple[str, ...], storage: Storage
 ) -> ShardReport:
-    """The report of a data set that is committed already."""
+    """Return the report of a data set that is already committed."""
     url = join(plan.target, REPORT_FILE)
     try:
         stored = parse_json(storage.get(url)) if storage.exists(url) else {"problems": []}

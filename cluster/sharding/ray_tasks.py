@@ -1,4 +1,4 @@
-"""Shards as Ray tasks: one task per shard, a bounded number at once."""
+"""Write shards with Ray: one task per shard, with a bounded number of running tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TASK_RETRIES = 3
 def run_tasks(
     reader: Reader, plan: ShardPlan, missing: Sequence[int], storage: Storage, max_running: int, keep_going: bool
 ) -> Iterator[ShardPart | ShardFailure]:
-    """Parts in the order in which their tasks end, with at most `max_running` at once."""
+    """Run the tasks, at most `max_running` at once, and yield their parts in the order in which they finish.
+
+    A failed shard raises UserError, or with `keep_going` yields a ShardFailure.
+    """
     position = {key: index for index, key in enumerate(reader.keys)}
     plan_ref = ray.put(plan)
     waiting = list(reversed(missing))
@@ -28,7 +31,7 @@ def run_tasks(
     while waiting or running:
         while waiting and len(running) < max_running:
             index = waiting.pop()
-            samples = reader.subset([position[key] for key in plan.shard_keys[index]])  # small arguments of tasks
+            samples = reader.subset([position[key] for key in plan.shard_keys[index]])  # keeps task arguments small
             running[_write_shard_task.remote(samples, plan_ref, index, storage)] = index
         done, _ = ray.wait(list(running), num_returns=1)
         index = running.pop(done[0])
@@ -47,7 +50,7 @@ def _write_shard_task(samples: Reader, plan: ShardPlan, index: int, storage: Sto
 
 
 def _task_result(ref: ray.ObjectRef, index: int, plan: ShardPlan) -> ShardPart:
-    """The part, or the task's failure as one message."""
+    """Return the part that a task wrote. Raises the task's UserError, or ShardJobError if its workers died."""
     try:
         return ray.get(ref)
     except RayTaskError as error:

@@ -1,4 +1,4 @@
-"""What a sharding job found and did, and how it can fail."""
+"""Report and errors of a sharding job."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SHOWN_PROBLEMS = 10
 
 
 class ShardJobError(UserError):
-    """A shard that cannot be written. Names the shard, the cause and the remedy."""
+    """A shard cannot be written. The message names the shard, the cause and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFailure:
-    """A shard that could not be written, and why."""
+    """Index of a shard that could not be written, and the error message."""
 
     index: int
     message: str
@@ -28,32 +28,33 @@ class ShardFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What a sharding job found and did; stored as report.json beside the shards."""
+    """Outcome of a sharding job, stored as report.json beside the shards."""
 
     dataset: str
     target: str
     """Folder or `s3://` prefix of the data set."""
     num_samples: int
-    """Samples that the source has."""
+    """Number of samples in the source."""
     num_shards: int
     num_bytes: int
-    """Of all shards."""
+    """Size of all shards in bytes."""
     written_shards: int
-    """By this run; the others were there already."""
+    """Number of shards that this job wrote; the others existed before."""
     elapsed_s: float
+    """Duration of the job in seconds."""
     problems: tuple[SampleProblem, ...]
-    """Samples, and annotations of other samples, that cannot be used."""
+    """Samples that cannot be used, and single unusable annotations of other samples."""
     repairs: tuple[tuple[str, int], ...] = ()
-    """What was mended in the samples, and how often."""
+    """Descriptions of repairs to samples, with their counts."""
     notes: tuple[str, ...] = ()
-    """What became of the source files since shards were made of them."""
+    """Messages about source files that changed since their shards were written."""
     failures: tuple[ShardFailure, ...] = ()
-    """Shards that could not be written, where the job was told to go on."""
+    """Shards that could not be written in a job with `keep_going`."""
     committed: bool
-    """Whether the manifest is written: the data set exists."""
+    """Whether the manifest is written, which means that the data set exists."""
 
     def summary(self) -> str:
-        """As text: what is written, and why the rest is not."""
+        """Return the report as text: counts, messages, and the first problems."""
         kept = self.num_samples - sum(not problem.is_in_shard for problem in self.problems)
         lines = [
             f"{self.dataset}: {counted(kept, 'sample')} in {counted(self.num_shards, 'shard')}, "
