@@ -1,10 +1,10 @@
-"""The list of a run's commits, which the supervisor and the evaluation service read, and the metrics of every commit.
+"""List of a run's commits, read by the supervisor and the evaluation service, and metrics per commit.
 
 <run folder>/commits/00000042-3-0123456789abcdef             step, lease and digest of the manifest; an empty object
 <run folder>/commits/00000042-3-0123456789abcdef.withdrawn   the run went back behind this commit, or it is damaged
-<run folder>/metrics/00000042-3.json                         metrics by step since the commit before
+<run folder>/metrics/00000042-3.json                         metrics by step since the previous commit
 
-Rank 0 writes metrics before the manifest of the checkpoint and the commit after it. Needs no torch.
+Rank 0 writes metrics before the manifest of the checkpoint, and the entry in `commits/` after it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _METRICS = re.compile(r"/metrics/(\d{8,})-(\d+)\.json$")
 
 @dataclass(frozen=True)
 class Commit:
-    """One commit of a checkpoint. A step that is committed again after a rollback has another one."""
+    """One commit of a checkpoint. If a step is committed again after a rollback, that is another commit."""
 
     name: str
     """Step, lease and digest of the manifest."""
@@ -48,9 +48,9 @@ class Commit:
 
 
 def record_commit(storage: Storage, checkpoint: CommittedCheckpoint, manifest: bytes) -> None:
-    """Add a checkpoint, whose manifest is stored, to the list of commits. Doing it again changes nothing.
+    """Add a checkpoint with a stored manifest to the list of commits. Repeating the call changes nothing.
 
-    A step that is done again after its checkpoint was damaged may give the same bytes: then it counts again.
+    A repeated step after a damaged checkpoint may produce the same bytes. The commit is then valid again.
     """
     url = _commit_url(checkpoint.url, manifest)
     storage.put(url, b"")
@@ -58,7 +58,7 @@ def record_commit(storage: Storage, checkpoint: CommittedCheckpoint, manifest: b
 
 
 def commit_name(storage: Storage, url: str) -> str | None:
-    """Name of the commit of the checkpoint folder `url`; None where it has no manifest."""
+    """Return the name of the commit of the checkpoint folder `url`; None if it has no manifest."""
     try:
         return _commit_url(url, storage.get(join(url, MANIFEST))).rpartition("/")[2]
     except MissingObjectError:
@@ -66,7 +66,7 @@ def commit_name(storage: Storage, url: str) -> str | None:
 
 
 def withdraw_commit(storage: Storage, url: str) -> None:
-    """Mark the commit of the checkpoint folder `url`, before its manifest goes; nothing without a manifest."""
+    """Withdraw the commit of the checkpoint folder `url` before its manifest is deleted, if it has a manifest."""
     try:
         manifest = storage.get(join(url, MANIFEST))
     except MissingObjectError:
@@ -76,21 +76,21 @@ def withdraw_commit(storage: Storage, url: str) -> None:
 
 @dataclass(frozen=True)
 class CommitList:
-    """What `commits/` says at one moment."""
+    """Content of `commits/` at one moment."""
 
     commits: tuple[Commit, ...]
-    """Those that count, by step: neither withdrawn nor made by a process that had lost the run folder before."""
+    """Valid commits, by step: neither withdrawn nor made by a process that had lost the run folder."""
     withdrawn: frozenset[str] = frozenset()
-    """Names of those behind which the run went back."""
+    """Names of withdrawn commits."""
 
 
 def list_commits(storage: Storage, run_folder: str) -> tuple[Commit, ...]:
-    """Commits that count, by step."""
+    """Return the valid commits, by step."""
     return read_commits(storage, run_folder).commits
 
 
 def read_commits(storage: Storage, run_folder: str) -> CommitList:
-    """All commits of a run."""
+    """Read all commits of a run."""
     found, withdrawn = set[tuple[str, int, int]](), set[str]()
     for url in storage.list(join(run_folder, "commits")):
         if match := _COMMIT.search(url):
@@ -107,10 +107,10 @@ def read_commits(storage: Storage, run_folder: str) -> CommitList:
 
 
 def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
-    """Called by the holder of the lease while no rank runs: complete what a rank that died had no time to write.
+    """Complete what a rank that died could not write. The holder of the lease calls this while no rank runs.
 
-    Every committed checkpoint gets its pin and its entry in `commits/`; those of version 0.1 also their metrics. Where
-    the run no longer `evaluates`, pins for an evaluation are removed. Writes that were never completed are ended.
+    Every committed checkpoint gets its pin and its entry in `commits/`, and those of version 0.1 also get their
+    metrics. If the run no longer `evaluates`, pins for evaluations are removed. Unfinished writes are aborted.
     """
     end_outdated_writes(storage, run_folder)
     listed = {match[1] for url in storage.list(join(run_folder, "commits")) if (match := _COMMIT.search(url))}
@@ -132,7 +132,7 @@ def repair_commits(storage: Storage, run_folder: str, evaluates: bool) -> None:
 def write_metrics(
     storage: Storage, run_folder: str, step: int, lease: int, points: Mapping[int, Mapping[str, float]]
 ) -> None:
-    """Store the metrics by step that the commit of `step` covers."""
+    """Store the metrics, by step, that the commit of `step` covers."""
     url = join(run_folder, "metrics", f"{step:08d}-{lease}.json")
     storage.put(url, json.dumps(points).encode())
 
@@ -140,10 +140,10 @@ def write_metrics(
 def read_metrics(
     storage: Storage, run_folder: str, known: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[int, dict[str, float]]]]:
-    """URL and content of every file of metrics that is not in `known`, by step of its commit.
+    """Yield URL and content of every metrics file that is not in `known`, ordered by the step of its commit.
 
-    Files of a process that had lost the run folder before are left out: the run went on from an earlier step. So are
-    damaged ones, with a warning: training does not need them.
+    Files from a process that had lost the run folder are left out, because the run continued from an earlier step.
+    Damaged files yield no metrics and log a warning, because training does not need them.
     """
     files = [(match, url) for url in storage.list(join(run_folder, "metrics")) if (match := _METRICS.search(url))]
     newest = newest_number(storage, run_folder) if files else 0
@@ -162,7 +162,7 @@ def read_metrics(
 
 
 def _last_step(storage: Storage, run_folder: str, lease: int, newest: int) -> int | None:
-    """Where the holder of the next lease went on; None for the newest lease."""
+    """Return the step from which the holder of the next lease continued; None for the newest lease."""
     if lease >= newest:
         return None
     return max((parse_folder(name)[0] for name in read_record(storage, run_folder, lease + 1).found), default=0)

@@ -1,17 +1,17 @@
-"""What a checkpoint folder holds, when it counts, and which folders are kept. Needs neither torch nor DeepSpeed.
+"""Layout of a checkpoint folder, when a checkpoint is valid, and which folders are kept. Needs no torch or DeepSpeed.
 
 <run folder>/checkpoints/step_00000042-3/     step and number of the lease (see `lease_record`); older folders have none
     engine/*.pt             DeepSpeed's files of every rank
     rng/rank_00000.pt       random states of every rank
     weights.safetensors     the whole model in fp32, loadable by `m2f.model.weights.load.load_weights`
-    ema.safetensors         the same with the moving average of the weights, where the run keeps one
+    ema.safetensors         the same with the moving average of the weights, if the run keeps one
     identity.json           classes, task, input and recipe of the model (see `identity`); also in the weights' metadata
     state.json              TrainState
     recipe.yaml             the resolved recipe
-    receipts/rank_00000.json  files of one rank with sizes and checksums, written when they are all uploaded
+    receipts/rank_00000.json  files of one rank with sizes and checksums, written when all of them are uploaded
     manifest.json           all receipts joined; written last, once: without it the checkpoint does not exist
     damaged.json            the manifest of a checkpoint that was found damaged
-    pins/NAME               while any of these exists the folder is not deleted
+    pins/NAME               the folder is not deleted while any of these exists
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STATE = "state.json"
 RECIPE = "recipe.yaml"
 ENGINE = "engine"
 EVALUATION_PIN = "evaluation"
-"""Name of the pin that keeps a checkpoint until its evaluation is settled."""
+"""Name of the pin that keeps a checkpoint until its evaluation ends."""
 _OLD_METRICS = "metrics.json"
 
 _VERSION = 1
@@ -58,17 +58,17 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What one rank has uploaded, or all of them."""
+    """Files that one rank has uploaded."""
 
     attempt: str
-    """Names the start of the run that wrote the files, so that leftovers of an interrupted one are not taken."""
+    """Identifies the start of the run that wrote the files, to ignore leftovers of an interrupted one."""
     files: Mapping[str, FileEntry]
-    """By path relative to the checkpoint folder."""
+    """Files by path relative to the checkpoint folder."""
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """The commit of a checkpoint."""
+    """Manifest of a checkpoint, which commits it."""
 
     step: int
     world_size: int
@@ -76,32 +76,32 @@ class CheckpointManifest:
     files: Mapping[str, FileEntry]
 
     def to_json(self) -> bytes:
-        """As stored in `manifest.json`."""
+        """Return the content of `manifest.json`."""
         return json.dumps({"version": _VERSION, **asdict(self)}, indent=1).encode()
 
 
 def checkpoint_url(run_folder: str, step: int, lease: int = 0) -> str:
-    """Folder of the checkpoint after `step` optimizer steps, written under a lease; 0 for a run without one."""
+    """Return the folder of the checkpoint after `step` optimizer steps; `lease` 0 stands for a run without a lease."""
     return join(run_folder, "checkpoints", f"step_{step:08d}" + (f"-{lease}" if lease else ""))
 
 
 def receipt_url(url: str, rank: int) -> str:
-    """Receipt of one rank in the checkpoint folder `url`."""
+    """Return the URL of a rank's receipt in the checkpoint folder `url`."""
     return join(url, "receipts", f"rank_{rank:05d}.json")
 
 
 def rng_path(rank: int) -> str:
-    """Random states of one rank, relative to the checkpoint folder."""
+    """Return the path of a rank's random states, relative to the checkpoint folder."""
     return f"rng/rank_{rank:05d}.pt"
 
 
 def write_receipt(storage: Storage, url: str, rank: int, receipt: Receipt) -> None:
-    """Store that all files of a rank are there."""
+    """Store a rank's receipt, which states that all of its files are uploaded."""
     storage.put(receipt_url(url, rank), json.dumps(asdict(receipt), indent=1).encode())
 
 
 def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
-    """The receipt of a rank; None where it is not there yet."""
+    """Return a rank's receipt; None if it does not exist yet. Raises CheckpointError if it is unreadable."""
     address = receipt_url(url, rank)
     if not storage.exists(address):
         return None
@@ -115,11 +115,11 @@ def read_receipt(storage: Storage, url: str, rank: int) -> Receipt | None:
 
 
 def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
-    """The manifest of the checkpoint folder `url`.
+    """Return the manifest of the checkpoint folder `url`.
 
     Raises:
-        CheckpointError: it is damaged, or not one of ours.
-        NewerFormatError: this program is too old for it.
+        CheckpointError: it is damaged or not a manifest of this program.
+        NewerFormatError: a newer version of this program wrote it.
     """
     address = join(url, MANIFEST)
     try:
@@ -142,9 +142,10 @@ def read_manifest(storage: Storage, url: str) -> CheckpointManifest:
 
 
 def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckpoint, ...]:
-    """Committed checkpoints of a run, newest first, one per step: that of the highest lease. Files are not looked at.
+    """Return the committed checkpoints of a run, newest first, without checking their files.
 
-    What a holder committed after another process had taken the run over does not count.
+    For each step only the checkpoint of the highest lease is returned. Commits that a holder made after another process
+    had taken over the run are ignored.
     """
     folders = {file.folder for file in _matches(storage.list(join(run_folder, "checkpoints"))) if file.path == MANIFEST}
     counted = _counted(storage, run_folder, folders)
@@ -153,7 +154,7 @@ def list_checkpoints(storage: Storage, run_folder: str) -> tuple[CommittedCheckp
 
 
 def _counted(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> set[_Folder]:
-    """Those that the leases of the run accept."""
+    """Return the folders whose commits the leases of the run accept."""
     newest, accepted = newest_number(storage, run_folder), set[_Folder]()
     for lease in {folder.lease for folder in folders}:
         own = [folder for folder in folders if folder.lease == lease]
@@ -163,7 +164,7 @@ def _counted(storage: Storage, run_folder: str, folders: Iterable[_Folder]) -> s
 
 
 def newest_whole(storage: Storage, run_folder: str) -> CommittedCheckpoint | None:
-    """The newest committed checkpoint whose files are there with their sizes; None without any."""
+    """Return the newest committed checkpoint whose files exist with the right sizes; None if there is none."""
     for checkpoint in list_checkpoints(storage, run_folder):
         try:
             verify_sizes(storage, checkpoint.url)
@@ -174,20 +175,20 @@ def newest_whole(storage: Storage, run_folder: str) -> CommittedCheckpoint | Non
 
 
 def newest_step(storage: Storage, run_folder: str) -> int:
-    """Step of the newest whole checkpoint; 0 without any."""
+    """Return the step of the newest undamaged checkpoint; 0 if there is none."""
     newest = newest_whole(storage, run_folder)
     return 0 if newest is None else newest.step
 
 
 def parse_folder(url: str) -> tuple[int, int]:
-    """Step and lease of a checkpoint folder, by its name or URL; lease 0 where the name has none."""
+    """Return step and lease of a checkpoint folder, given its name or URL; lease 0 if the name has none."""
     match = _FOLDER.search(f"/{url.rstrip('/').rpartition('/')[2]}/_")
     assert match is not None, url
     return int(match[2]), int(match[3] or 0)
 
 
 def metrics_of_old_checkpoint(storage: Storage, url: str) -> dict[int, dict[str, float]]:
-    """Metrics by step that checkpoints of version 0.1 hold, since the driver may not have had them; {} if damaged."""
+    """Return the metrics by step from a checkpoint of version 0.1, which the driver may lack; {} if there are none."""
     if not storage.exists(join(url, _OLD_METRICS)):
         return {}
     with ScratchFolder("metrics") as folder:
@@ -199,7 +200,7 @@ def metrics_of_old_checkpoint(storage: Storage, url: str) -> dict[int, dict[str,
 
 
 def points_by_step(data: bytes) -> dict[int, dict[str, float]]:
-    """Metrics by step as they are stored. Raises ValueError where the content is something else."""
+    """Parse stored metrics by step. Raises ValueError for any other content."""
     content = parse_json(data)
     try:
         return {
@@ -210,16 +211,16 @@ def points_by_step(data: bytes) -> dict[int, dict[str, float]]:
 
 
 def set_aside(storage: Storage, url: str) -> None:
-    """Take a damaged checkpoint out of the run's list; its files stay, for a person to look at."""
+    """Remove a damaged checkpoint from the run's list; its files stay for inspection."""
     storage.put(join(url, DAMAGED), storage.get(join(url, MANIFEST)))
     storage.delete(join(url, MANIFEST))
 
 
 def verify_sizes(storage: Storage, url: str) -> CheckpointManifest:
-    """The manifest, after checking that every file is there with its size.
+    """Check that every file of a checkpoint exists with the right size, and return its manifest.
 
-    Raises CheckpointError naming the file. No damage: StorageError where the storage does not answer, NewerFormatError
-    where this program is too old.
+    Raises CheckpointError with the file's name if the checkpoint is damaged. Raises StorageError if the storage does
+    not answer, and NewerFormatError if a newer version of this program wrote the manifest.
     """
     manifest = read_manifest(storage, url)
     for path, entry in manifest.files.items():
@@ -234,9 +235,9 @@ def verify_sizes(storage: Storage, url: str) -> CheckpointManifest:
 
 
 def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: CheckpointManifest, folder: Path) -> None:
-    """Download files of a checkpoint and compare their checksums.
+    """Download files of a checkpoint and compare their checksums with the manifest.
 
-    Raises CheckpointError for a damaged one, and StorageError where the storage does not answer.
+    Raises CheckpointError if one is damaged or missing, and StorageError if the storage does not answer.
     """
     for path in paths:
         if path not in manifest.files:
@@ -252,31 +253,31 @@ def fetch(storage: Storage, url: str, paths: Sequence[str], manifest: Checkpoint
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and checksum of a local file."""
+    """Return size and SHA-256 of a local file."""
     with path.open("rb") as file:
         return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def pin(storage: Storage, url: str, name: str) -> None:
-    """Keep the checkpoint folder `url` until `unpin` with the same name."""
+    """Keep the checkpoint folder `url` until `unpin` is called with the same name."""
     storage.put(join(url, "pins", name), b"")
 
 
 def unpin(storage: Storage, url: str, name: str) -> None:
-    """Take a pin away; nothing happens where there is none."""
+    """Remove a pin, if it exists."""
     storage.delete(join(url, "pins", name))
 
 
 def pins(storage: Storage, url: str) -> tuple[str, ...]:
-    """Names of all pins of a checkpoint folder."""
+    """Return the names of all pins of a checkpoint folder."""
     folder = join(url, "pins")
     return tuple(address.removeprefix(f"{folder}/") for address in storage.list(folder))
 
 
 def delete_old(storage: Storage, run_folder: str, newest: int, keep: int, lease: int = 0) -> None:
-    """After the commit of step `newest` under `lease`: delete what `folders_to_delete` says.
+    """Delete the folders in `folders_to_delete` after the commit of step `newest` under `lease`.
 
-    Raises LeaseLostError where another process has taken the run over.
+    Raises LeaseLostError if another process has taken over the run.
     """
     urls = storage.list(join(run_folder, "checkpoints"))
     committed = {file.folder for file in _matches(urls) if file.path == MANIFEST}
@@ -284,7 +285,7 @@ def delete_old(storage: Storage, run_folder: str, newest: int, keep: int, lease:
     for name in folders_to_delete(urls, newest, keep, lease, frozenset(folder.name for folder in ignored)):
         url = join(run_folder, "checkpoints", name)
         check_lease(storage, run_folder, lease)
-        if pins(storage, url):  # set since the listing
+        if pins(storage, url):  # pinned after the listing
             continue
         storage.delete(join(url, MANIFEST))  # first, so that a half-deleted checkpoint does not exist
         storage.delete_prefix(url)
@@ -293,10 +294,11 @@ def delete_old(storage: Storage, run_folder: str, newest: int, keep: int, lease:
 def folders_to_delete(
     urls: Sequence[str], newest: int, keep: int, lease: int = 0, ignored: frozenset[str] = frozenset()
 ) -> tuple[str, ...]:
-    """Names of the checkpoint folders that go, given all objects: older than the `keep` newest committed steps, not
-    pinned, and not written under a higher lease. Commits in `ignored` folders do not count.
+    """Return the names of the checkpoint folders to delete, given the URLs of all objects.
 
-    Steps after `newest` do not count: they are damaged, or the run would not have gone back behind them.
+    These are folders older than the `keep` newest committed steps, without a pin, and not written under a higher lease.
+    Commits in `ignored` folders do not count. Neither do steps after `newest`: the run has gone back behind them, or
+    they are damaged.
     """
     found = [file for file in _matches(urls) if file.folder.step <= newest]
     counted = {file.folder.step for file in found if file.path == MANIFEST and file.folder.name not in ignored}
@@ -310,9 +312,9 @@ def folders_to_delete(
 
 
 def orphan_folders(storage: Storage, run_folder: str, in_use: int) -> tuple[tuple[str, str], ...]:
-    """Checkpoint folders that no run goes on from, with the reason; those of leases from `in_use` on are left out.
+    """Return the checkpoint folders that no run resumes from, with the reason, for leases before `in_use`.
 
-    A folder with a pin other than that of its evaluation is kept, whoever has set it.
+    A folder with any pin other than that of its evaluation is kept.
     """
     paths: dict[_Folder, set[str]] = {}
     for file in _matches(storage.list(join(run_folder, "checkpoints"))):
@@ -333,14 +335,14 @@ def _why_orphan(paths: set[str]) -> str:
 
 
 def lease_within(url: str) -> int | None:
-    """Lease of the checkpoint folder that an object is in; None for an object elsewhere."""
+    """Return the lease of the checkpoint folder that contains an object; None for an object elsewhere."""
     match = _FOLDER.search(url)
     return None if match is None else int(match[3] or 0)
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A checkpoint folder, by its name."""
+    """A checkpoint folder, with the step and lease in its name."""
 
     name: str
     step: int
@@ -352,7 +354,7 @@ class _Folder:
 
 @dataclass(frozen=True)
 class _File:
-    """An object in a checkpoint folder."""
+    """An object in a checkpoint folder, with its path relative to it."""
 
     folder: _Folder
     path: str

@@ -1,8 +1,8 @@
-"""Taking and holding the lease of a run folder: one writer at a time, on local disks and in S3.
+"""Take and hold the lease of a run folder: one writer at a time, on local disks and in S3.
 
-A contender judges by its own clock and by reads that succeed. If the holder's beat changes, it is alive and the
-contender is refused. If the beat stays the same for `Timing.unchanged_s` of time in which the store answered, or if the
-holder provably ended, the contender takes the next number. A store that does not answer counts against nobody.
+A contender relies on its own clock and on successful reads. If the holder's beat changes, the holder is alive and the
+contender is refused. The contender takes the next number if the holder provably ended, or if the beat stays unchanged
+for `Timing.unchanged_s` during which the store answers. Time in which the store does not answer does not count.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from m2f.trainer.checkpoint.lease_record import (
 from m2f.trainer.errors import LeaseHeldError, LeaseLostError
 
 INHERITED = "M2F_LEASE"
-"""Environment variable by which a driver works under the lease of its parent: NUMBER:NONCE."""
+"""Environment variable that passes a parent's lease to a driver: NUMBER:NONCE."""
 _THREAD_LIMIT_S = 10.0
-"""Of one request of the thread, which repeats it anyway."""
+"""Time limit of one request by the thread, which repeats it anyway."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds; tests use shorter ones."""
+    """Intervals in seconds; tests use shorter ones."""
 
     renew_s: float = 2.0
     poll_s: float = 0.5
     unchanged_s: float = 30.0
-    """How long a beat may stay the same, in time in which the store answers, before its holder counts as dead."""
+    """Time for which a beat may stay unchanged, while the store answers, before its holder counts as dead."""
 
 
 class Lease:
-    """A lease that this process holds and renews, or that its parent does."""
+    """A lease that this process, or its parent, holds and renews."""
 
     def __init__(self, storage: Storage, run_folder: str, record: LeaseRecord, timing: Timing, renews: bool) -> None:
         self._storage, self._run_folder, self._record, self._timing = storage, run_folder, record, timing
@@ -61,29 +61,29 @@ class Lease:
 
     @property
     def number(self) -> int:
-        """Travels with the job."""
+        """Number of the lease, passed on with the job."""
         return self._record.number
 
     def environment(self) -> dict[str, str]:
-        """By which a child process works under this lease."""
+        """Return the environment variables with which a child process uses this lease."""
         return {INHERITED: f"{self._record.number}:{self._record.nonce}"}
 
     def raise_if_lost(self) -> None:
-        """Raise LeaseLostError where the thread found a newer lease; asks the store nothing."""
+        """Raise LeaseLostError if the thread has found a newer lease; sends no request."""
         if self._lost is not None:
             raise self._lost
 
     def check(self) -> None:
-        """Ask the store. Raises LeaseLostError where there is a newer lease."""
+        """Query the store. Raises LeaseLostError if there is a newer lease."""
         self.raise_if_lost()
         check_lease(self._storage, self._run_folder, self.number)
 
     def close(self) -> None:
-        """End the thread, and let the next contender take over at once."""
+        """End the thread, and release the lease so that the next contender can take over at once."""
         self._closing.set()
         self._thread.join()
         if self._renews and self._lost is None:
-            with suppress(StorageError):  # the next one waits until the beat is old
+            with suppress(StorageError):  # without the release, the next one waits until the beat is old
                 self._storage.put(f"{record_url(self._run_folder, self.number)}.released", b"")
 
     def _keep(self) -> None:
@@ -95,7 +95,7 @@ class Lease:
             except LeaseLostError as error:
                 self._lost = error
                 return
-            except StorageError:  # an outage counts against nobody: go on trying
+            except StorageError:  # an outage is no loss: retry
                 continue
 
     def _beat(self, storage: Storage) -> None:
@@ -107,9 +107,9 @@ class Lease:
 def hold_lease(
     storage: Storage, run_folder: str, say: Callable[[str], None] = lambda line: None, timing: Timing | None = None
 ) -> Iterator[Lease]:
-    """Hold the lease of a run folder during the block; before Ray starts and before any other write.
+    """Hold the lease of a run folder during the block. Call it before Ray starts and before any other write.
 
-    A process whose parent holds it (`Lease.environment`) works under that one. `say` hears why it takes longer.
+    A process whose parent holds the lease (`Lease.environment`) uses that one. `say` receives messages about delays.
 
     Raises:
         LeaseHeldError: another process trains in this folder.
@@ -127,7 +127,7 @@ def hold_lease(
 
 
 def take(storage: Storage, run_folder: str, say: Callable[[str], None], timing: Timing) -> LeaseRecord:
-    """Take the next lease of a run folder, after waiting where it is not clear whether its holder lives."""
+    """Take the next lease of a run folder. If it is unclear whether the current holder is alive, wait to find out."""
     while True:
         number = newest_number(storage, run_folder)
         if number:
@@ -136,13 +136,13 @@ def take(storage: Storage, run_folder: str, say: Callable[[str], None], timing: 
         record = LeaseRecord(number + 1, uuid.uuid4().hex, this_process(), found)
         try:
             storage.put(record_url(run_folder, record.number), record.to_json(), if_absent=True)
-        except ObjectExistsError:  # another contender was faster: judge it
+        except ObjectExistsError:  # another contender was faster: wait for its end
             continue
         return record
 
 
 def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[str], None], timing: Timing) -> None:
-    """Return when the holder of a lease has ended or counts as dead. Raises LeaseHeldError when its beat changes."""
+    """Return once the holder of a lease has ended or counts as dead. Raises LeaseHeldError if its beat changes."""
     address = record_url(run_folder, number)
     holder = read_record(storage, run_folder, number).holder
     first: bytes | None = None
@@ -160,7 +160,7 @@ def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[st
         now = time.monotonic()
         if seen is None:
             first = beat if first is None else first
-        else:  # a slow answer counts no longer than a quick one: the holder's writes are as slow
+        else:  # a slow answer counts as a quick one: the holder's writes are as slow
             unchanged += min(now - seen, 2 * timing.poll_s)
         seen = now
         if beat != first:
@@ -179,12 +179,12 @@ def _await_end(storage: Storage, run_folder: str, number: int, say: Callable[[st
 def _read_beat(storage: Storage, url: str) -> bytes:
     try:
         return storage.get(url)
-    except MissingObjectError:  # it died before its first beat, or is about to write it
+    except MissingObjectError:  # the holder died before its first beat, or has yet to write it
         return b""
 
 
 def _inherited_record(storage: Storage, run_folder: str, inherited: str) -> LeaseRecord | None:
-    """The parent's lease, if it is one of this run folder; else None, and this process takes its own."""
+    """Return the parent's lease if it belongs to this run folder; else None, and this process takes its own."""
     number, _, nonce = inherited.partition(":")
     with suppress(MissingObjectError):
         record = read_record(storage, run_folder, int(number))

@@ -1,4 +1,4 @@
-"""How torch cuts the memory of GPUs (no torch)."""
+"""Configuration of torch's GPU memory allocator. Independent of torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def let_segments_grow(environment: MutableMapping[str, str]) -> None:
-    """Ask torch for memory in segments that grow, so that sizes which change leave fewer gaps; a user's choice stays.
+    """Make torch allocate memory in expandable segments, so that changing sizes leave fewer gaps.
 
-    To be called before the first tensor on a GPU.
+    A setting by the user is kept. Call this before creating the first tensor on a GPU.
     """
     if not any(name in environment for name in _SETTINGS):
         environment[_SETTINGS[0]] = "expandable_segments:True"

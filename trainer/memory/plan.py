@@ -1,4 +1,4 @@
-"""How much GPU memory a recipe will need, and how many images fit: by counting, before there is a GPU."""
+"""Calculate, without a GPU, how much GPU memory a recipe needs and how many images fit."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from m2f.trainer.memory.probe import largest_shape
 from m2f.trainer.memory.states import WIDTHS, state_bytes
 
 _USABLE = 0.9
-"""Share of a GPU that tensors can have; the rest is for its driver, workspaces and gaps between tensors."""
+"""Share of a GPU available for tensors; the rest is for the driver, workspaces and gaps between tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one GPU at the worst moment of a step."""
+    """Peak memory of a step on one GPU, in bytes."""
 
     size: tuple[int, int]
-    """Height and width of the largest images."""
+    """Height and width of the largest images, in pixels."""
     micro_batch: int
-    """Images at once, by the recipe and the number of ranks."""
+    """Images per forward pass, from the recipe and the number of ranks."""
     states: int
-    """Weights, gradients, optimizer state and the buckets in which gradients travel."""
+    """Weights, gradients, optimizer state and the buckets in which gradients are exchanged."""
     fixed: int
-    """What a forward and a backward pass take besides, whatever the number of images."""
+    """Further memory of a forward and a backward pass that does not depend on the number of images."""
     per_image: int
 
     def peak(self, images: int) -> int:
-        """With so many images at once."""
+        """Return the peak with `images` images per forward pass, in bytes."""
         return self.states + self.fixed + images * self.per_image
 
     def largest_micro_batch(self, gpu_bytes: float) -> int:
-        """Images that fit at once into a GPU of that size; 0 where not even one does."""
+        """Return the number of images that fit at once into a GPU of that size; 0 if not even one fits."""
         return max(0, int((_USABLE * gpu_bytes - self.states - self.fixed) // self.per_image))
 
 
 def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, world: int, targets: int) -> MemoryPlan:
-    """Count one micro-batch of one image and one of two, with `targets` segments in each. Takes seconds."""
+    """Count micro-batches of one and of two images, with `targets` segments per image. Takes seconds."""
     size = largest_shape(data.augment)
     dtype = WIDTHS.get(training.settled_precision, torch.float32)
     fp32 = training.pixel_decoder_fp32 or training.settled_precision == "fp16_autocast"
@@ -66,7 +66,7 @@ def plan_memory(model: ModelConfig, data: DataConfig, training: TrainingConfig, 
 
 
 def format_memory(plan: MemoryPlan, world: int, stage: int, gpu_gb: float) -> str:
-    """The plan in words."""
+    """Describe the plan in two lines of text."""
     height, width = plan.size
     largest = plan.largest_micro_batch(gpu_gb * 1e9)
     fits = f"up to {counted(largest, 'image')} at once fit" if largest else "not even one image fits"

@@ -1,4 +1,4 @@
-"""Does the largest micro-batch fit into the GPU? Found out before the first step, without a collective in between."""
+"""Probe before the first step whether the largest micro-batch fits into GPU memory, without a collective inside it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from m2f.trainer.reporting import Notice, Reporter
 def probe_memory(
     module: TrainingModule, job: TrainJob, data: TrainingData, device: torch.device, ranks: Ranks, reporter: Reporter
 ) -> TrainJob:
-    """The job with the largest micro-batch that every rank can compute; on CPU the job as it is. A collective.
+    """Return the job with the largest micro-batch that fits on every rank; unchanged on CPU. A collective.
 
-    Tries a forward and a backward with images of the largest size and as many segments as any image of the data, then
-    with half as many images, and so on; with room for what ZeRO and evaluation actors take besides. Raises
-    OutOfMemoryError where a single image does not fit.
+    Tries a forward and a backward pass with images of the largest size and as many segments as any image of the data.
+    Then tries half as many images, and so on. Reserves memory for ZeRO and evaluation actors. Raises OutOfMemoryError
+    if a single image does not fit.
     """
     if device.type != "cuda":
         return job
@@ -59,7 +59,7 @@ def probe_memory(
 
 
 def largest_that_fits(fits: Callable[[int], bool], micro_batch: int) -> int:
-    """`micro_batch`, or the half of it, or the half of that. Raises OutOfMemoryError where even 1 does not fit."""
+    """Halve `micro_batch` until it fits, and return it. Raises OutOfMemoryError if even 1 does not fit."""
     size = micro_batch
     while not fits(size):
         if size == 1:
@@ -69,7 +69,7 @@ def largest_that_fits(fits: Callable[[int], bool], micro_batch: int) -> int:
 
 
 def worst_batch(job: TrainJob, size: int, targets: int) -> Batch:
-    """`size` images of the largest shape, each with `targets` segments (at most one per query, or per pilot)."""
+    """Return `size` images of the largest shape, each with `targets` segments, at most one per query or per pilot."""
     height, width = largest_shape(job.data.augment)
     assert job.model.num_classes is not None
     targets = max(1, min(targets, max(job.model.transformer_decoder.num_queries, job.model.pilots.max_targets)))
@@ -95,13 +95,13 @@ def worst_batch(job: TrainJob, size: int, targets: int) -> Batch:
 
 
 def largest_shape(config: AugmentConfig) -> tuple[int, int]:
-    """Height and width of the largest batch that an augmentation makes."""
+    """Return height and width of the largest batch that an augmentation produces."""
     match config:
         case LargeScaleJitter(size=size):
             return size, size
         case ShortestEdgeCrop(crop=crop):
             return crop
-        case ScaleJitter(max_size=longest):  # a wide and a high image in one batch
+        case ScaleJitter(max_size=longest):  # a wide and a tall image in one batch
             side = -(-longest // SIZE_MULTIPLE) * SIZE_MULTIPLE
             return side, side
         case _:
@@ -109,7 +109,7 @@ def largest_shape(config: AugmentConfig) -> tuple[int, int]:
 
 
 def _fits(module: TrainingModule, batch: Batch, beside: int) -> bool:
-    """Whether forward and backward have room, with `beside` bytes that a step takes for other things."""
+    """Return whether forward and backward fit, with `beside` bytes reserved for other uses during a step."""
     device = batch.images.device
     one = torch.ones((), device=device)
     rest = None
@@ -131,10 +131,10 @@ def _fits(module: TrainingModule, batch: Batch, beside: int) -> bool:
 
 @contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
-    """BatchNorms take their stored statistics, and all buffers are afterwards as before.
+    """Use the stored statistics of BatchNorms, and restore all buffers afterwards.
 
-    In training they would learn from the made-up images, and synchronised ones would wait for all ranks: a rank whose
-    memory is full waits for none.
+    In training mode they would learn from the artificial images. Synchronised ones would wait for all ranks, forever if
+    one of them runs out of memory.
     """
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]

@@ -1,4 +1,4 @@
-"""How a GPU says that its memory is full."""
+"""Detection of errors that mean a lack of GPU memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _TEXTS = (
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
 )
-"""What torch's RuntimeErrors say where a library of CUDA finds no room for its workspace, the last one for itself."""
+"""Texts of torch's RuntimeErrors if a CUDA library has no memory for its workspace, or (the last one) for itself."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device's memory is full; libraries of CUDA say so in words of their own."""
+    """Return whether an error means that device memory is full. CUDA libraries report it with their own texts."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

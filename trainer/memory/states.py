@@ -1,4 +1,4 @@
-"""What a rank keeps beside the activations: weights, gradients, optimizer state, buckets."""
+"""Memory of a rank besides activations: weights, gradients, optimizer state and buckets."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from m2f.trainer.config import TrainingConfig
 from m2f.trainer.engine.engine import deepspeed_config
 
 CONTEXT_BYTES = 600_000_000
-"""What CUDA and its libraries take of a GPU for each process, roughly."""
+"""Approximate GPU memory that CUDA and its libraries use per process."""
 FULL = 4  # bytes of a number in fp32
 _MOMENTS = 8  # bytes per weight: AdamW's two in fp32
 WIDTHS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Type of the weights, where it is not fp32, by precision."""
+"""Data type of the weights by precision, for precisions in which it is not fp32."""
 
 
 def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int = 0) -> int:
-    """What one rank keeps of that many weights under the recipe's ZeRO stage (Rajbhandari et al., SC 2020, figure 1).
+    """Return the bytes of training state on one rank, by ZeRO stage (Rajbhandari et al., SC 2020, figure 1).
 
-    Of `frozen` ones besides, nothing but themselves. From stage 1 on, DeepSpeed keeps an fp32 copy of the rank's share
-    of the trained weights in every precision.
+    `weights` counts the trained weights, `frozen` further ones without gradients and optimizer state. From stage 1 on,
+    DeepSpeed keeps an fp32 copy of the rank's part of the trained weights in every precision.
     """
     zero = training.zero
     width = 2 if training.settled_precision in WIDTHS else FULL
@@ -36,13 +36,13 @@ def state_bytes(weights: int, training: TrainingConfig, world: int, frozen: int 
 
 
 def bytes_of_evaluators(wanted: int, taken: int) -> int:
-    """What evaluation actors have still to take of a GPU, where they need `wanted` bytes for models and images.
+    """Return the bytes that evaluation actors will still allocate, if they need `wanted` bytes for models and images.
 
-    `taken` bytes of the GPU are no tensors of this process: actors that are there already, and CUDA's own part of it.
+    `taken` bytes of the GPU are not tensors of this process: running actors, and CUDA's own memory.
     """
     return max(0, wanted - max(0, taken - CONTEXT_BYTES))
 
 
 def bytes_beside_module(weights: int, training: TrainingConfig, world: int) -> int:
-    """What comes on top of a bare module with so many trainable weights and their gradients, both in fp32."""
+    """Return the bytes needed besides a module with `weights` trainable weights and their gradients, both in fp32."""
     return max(0, state_bytes(weights, training, world) - 2 * FULL * weights)

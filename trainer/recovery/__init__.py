@@ -1,1 +1,1 @@
-"""What changes a run after a failure: adjustments, bad samples, loss spikes."""
+"""Changes to a run after a failure: adjustments, bad samples, loss spikes."""

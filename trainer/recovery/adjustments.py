@@ -1,4 +1,4 @@
-"""What a run has learned about itself and every later start must keep: `adjustments.json` in the run folder."""
+"""Automatic adjustments that persist across restarts of a run: `adjustments.json` in the run folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NAME = "adjustments.json"
 
 @dataclass(frozen=True)
 class SmallerMicroBatch:
-    """Out of memory: fewer images per forward, more micro-batches per step, the same global batch."""
+    """Reaction to a lack of memory: fewer images per forward pass, more micro-batches, same global batch."""
 
     micro_batch: int
 
 
 @dataclass(frozen=True)
 class SkipPositions:
-    """A loss spike: go back before it, and leave its samples out."""
+    """Reaction to a loss spike: resume from before it and skip its samples."""
 
     positions: PositionRange
 
@@ -32,16 +32,16 @@ Change = SmallerMicroBatch | SkipPositions
 
 @dataclass(frozen=True)
 class Adjustments:
-    """All changes so far."""
+    """All changes to a run so far."""
 
     micro_batch: int | None = None
-    """Upper bound of `training.micro_batch`; None where memory has always sufficed."""
+    """Upper limit of `training.micro_batch`; None if memory has always sufficed."""
     skipped: tuple[PositionRange, ...] = ()
     reasons: tuple[str, ...] = ()
-    """One sentence per change, oldest first, for people who read the file."""
+    """One sentence per change, oldest first, for readers of the file."""
 
     def after(self, change: Change, reason: str) -> Adjustments:
-        """With one more change."""
+        """Return the adjustments with one more change."""
         reasons = (*self.reasons, reason)
         match change:
             case SmallerMicroBatch(micro_batch):
@@ -50,14 +50,14 @@ class Adjustments:
                 return replace(self, skipped=(*self.skipped, positions), reasons=reasons)
 
     def applied(self, job: TrainJob) -> TrainJob:
-        """The job as it runs from now on."""
+        """Return the job with all changes applied."""
         most = job.training.micro_batch if self.micro_batch is None else self.micro_batch
         micro_batch = min(job.training.micro_batch, most)
         return replace(job, training=replace(job.training, micro_batch=micro_batch), skipped=self.skipped)
 
 
 def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
-    """What earlier starts of the run have changed. Raises ConfigError for a file that is not one of ours."""
+    """Read the changes of earlier starts. Raises ConfigError if the file is invalid."""
     url = join(run_folder, _NAME)
     if not storage.exists(url):
         return Adjustments()
@@ -74,7 +74,7 @@ def read_adjustments(storage: Storage, run_folder: str) -> Adjustments:
 
 
 def adjust(storage: Storage, run_folder: str, change: Change, reason: str) -> Adjustments:
-    """Add a change for every later start; returns all of them."""
+    """Store a change for all later starts; return all changes."""
     adjustments = read_adjustments(storage, run_folder).after(change, reason)
     storage.put(join(run_folder, _NAME), json.dumps(asdict(adjustments), indent=1).encode())
     return adjustments

@@ -1,4 +1,4 @@
-"""Samples that stay bad, over all ranks: reported one by one, and the end of the run when there are too many."""
+"""Permanently bad samples over all ranks: each is reported, and too many end the run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from m2f.trainer.ranks import Ranks
 
 
 class BadSamples:
-    """The bad samples that this attempt has met on any rank; equal on all ranks."""
+    """Bad samples that any rank has met in this attempt; equal on all ranks."""
 
     def __init__(self, limit: int, ranks: Ranks) -> None:
-        """`limit` is `data.max_bad_samples`."""
+        """`limit` is the setting `data.max_bad_samples`."""
         self._limit, self._ranks = limit, ranks
         self._causes: dict[str, str] = {}
 
     def note(self, mine: Sequence[Substitution]) -> list[Substitution]:
-        """Add this rank's substitutions of a step; returns those of all ranks by position. A collective.
+        """Add this rank's substitutions of a step; return those of all ranks, ordered by position. A collective.
 
-        Raises DataError, on all ranks, where more different samples are bad than the limit allows.
+        Raises DataError on all ranks if more distinct samples are bad than the limit allows.
         """
         found = sorted(
             (substitution for of_rank in self._ranks.gather(list(mine)) for substitution in of_rank),

@@ -1,4 +1,4 @@
-"""Why the ranks of an attempt ended without an error that says it: one object in the run folder per attempt."""
+"""Reason for the end of an attempt if no error states it: one object per attempt in the run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ending:
-    """Written by the rank that knows, read by the supervisor once no rank runs any more."""
+    """Reason for the end. A rank writes it; the supervisor reads it after all ranks have ended."""
 
     kind: Kind
     """stalled: the watchdog ended the ranks; drained: a machine is about to go away."""
@@ -25,13 +25,13 @@ class Ending:
 
 
 def write_ending(storage: Storage, run_folder: str, attempt: str, ending: Ending) -> None:
-    """Store it; nothing for an attempt without a name, which nobody supervises."""
+    """Store the ending. Does nothing for an attempt without a name, which no process supervises."""
     if attempt:
         storage.put(_url(run_folder, attempt), json.dumps(asdict(ending)).encode())
 
 
 def read_ending(storage: Storage, run_folder: str, attempt: str) -> Ending | None:
-    """What a rank of the attempt wrote; None where none did, or where it is damaged: exit codes must do then."""
+    """Return the stored ending; None if it is missing or damaged, so that the exit codes decide."""
     url = _url(run_folder, attempt)
     try:
         content = parse_json(storage.get(url))

@@ -1,4 +1,4 @@
-"""Loss spikes: a robust look at the losses of the last steps, the same on all ranks and after every resume."""
+"""Detection of loss spikes with robust statistics. Decisions are the same on all ranks and after every resume."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from statistics import median
 
 from m2f.trainer.config import SpikeConfig
 
-_SIGMA_PER_MAD = 1.4826  # of a normal distribution
-_LEAST_SIGMA = 0.01  # of the median: a loss that hardly moves has no spikes of a thousandth
+_SIGMA_PER_MAD = 1.4826  # for a normal distribution
+_LEAST_SIGMA = 0.01  # relative to the median: avoids spikes of a thousandth if the loss hardly changes
 
 
 @dataclass(frozen=True)
 class LossHistory:
-    """Losses of the last steps, all-reduced: part of the run's state, so that a resumed run decides alike."""
+    """All-reduced losses of the last steps. Part of the run's state, so that a resumed run decides the same."""
 
     recent: tuple[float, ...] = ()
-    """At most `window` of them, oldest first; those of skipped steps are not among them."""
+    """At most `window` losses, oldest first, without those of skipped steps."""
     high: int = 0
-    """How many of the last steps in a row were too high."""
+    """Number of consecutive last steps with too high a loss."""
     start: int = 0
-    """Position of the data order where the first of these steps began."""
+    """Position of the data order at which the first of these steps started."""
 
     def after(self, loss: float, position: int, config: SpikeConfig) -> LossHistory:
-        """With the loss of the step that began at `position`."""
+        """Return the history with the loss of the step that started at `position`."""
         high = self.high + 1 if self._is_high(loss, config) else 0
         start = self.start if high > 1 else position
         return LossHistory((*self.recent, loss)[-config.window :], high, start)
 
     def usual(self) -> tuple[float, float]:
-        """Median and robust standard deviation of the recent losses."""
+        """Return median and robust standard deviation of the recent losses."""
         middle = median(self.recent)
         deviation = median(abs(loss - middle) for loss in self.recent)
         return middle, max(_SIGMA_PER_MAD * deviation, _LEAST_SIGMA * abs(middle))
