@@ -1,1 +1,1 @@
-"""The recipe of a run: its dataclass, reading and writing YAML, overrides and paths."""
+"""The recipe of a run: its dataclasses, YAML reading and writing, overrides, and paths."""

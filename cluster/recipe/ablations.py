@@ -1,4 +1,4 @@
-"""Recipes by name: a file of `configs/`, and rows of `configs/ablations.yaml` on top of it, as `NAME+ROW`."""
+"""Recipes by name: `NAME` is a file in `configs/`, and `NAME+ROW` adds rows of `configs/ablations.yaml`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ TABLE = CONFIGS / "ablations.yaml"
 
 @dataclass(frozen=True)
 class Ablation:
-    """One thing that differs from a base recipe."""
+    """A named change of a base recipe."""
 
     name: str
     overrides: tuple[str, ...]
-    """`section.key=value`, as on the command line."""
+    """Overrides `section.key=value`, as on the command line."""
     published: Mapping[str, str]
-    """The paper's result by base recipe; the ablation goes with these bases only."""
+    """Result in the paper by base recipe. The ablation is valid for these bases only."""
     extra: Mapping[str, tuple[str, ...]]
-    """Further overrides by base recipe."""
+    """Additional overrides by base recipe."""
 
     def overrides_of(self, base: str) -> tuple[str, ...]:
-        """All overrides on top of one base."""
+        """Return all overrides for a base recipe."""
         return self.overrides + self.extra.get(base, ())
 
 
 @cache
 def ablations() -> dict[str, Ablation]:
-    """The table, by name."""
+    """Return the ablations of `TABLE` by name."""
     return {name: _ablation(name, content) for name, content in parse_yaml(TABLE.read_bytes()).items()}
 
 
 def find_recipe(recipe: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """File and overrides of a recipe that is given as a path, as `NAME` of a file in `configs/`, or as `NAME+ROW`.
+    """Return file and overrides of a recipe, given as a path, as the `NAME` of a file in `configs/`, or as `NAME+ROW`.
 
-    An existing file is taken as it is; so is a path that does not exist, for the error of whoever opens it. Raises
-    ConfigError for a name that is not known, with the nearest ones, and for a row that does not go with the recipe.
+    A path is returned even if the file does not exist; the caller's attempt to open it reports the error.
+
+    Raises:
+        ConfigError: the name is unknown (the message suggests similar names), or the row is not valid for the recipe.
     """
     text = str(recipe)
     if Path(text).is_file() or "/" in text or text.endswith((".yaml", ".yml")):

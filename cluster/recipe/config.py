@@ -1,4 +1,4 @@
-"""RunConfig, the whole recipe. Imports neither ray nor mlflow nor torch, so that the command line starts at once."""
+"""RunConfig, the whole recipe. Imports neither ray nor mlflow nor torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from m2f.trainer.config import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig(Section):
-    """How many processes do the work, and where."""
+    """Number of processes, their resources, and the cluster they run on."""
 
     address: str | None = None
     """Address of a running Ray cluster; None starts a local one for the run."""
     num_workers: Annotated[int | tuple[int, int] | Literal["auto"], FROM_1] = "auto"
-    """Training workers. `auto`: one per GPU that is there, else one. `[min, max]`: as many as the cluster has room for;
-    the run shrinks when nodes are lost and grows when they come back, with the global batch, the data order and the
-    optimizer state kept."""
+    """Number of training workers. `auto`: one per available GPU, or one without GPUs. `[min, max]`: as many as fit into
+    the cluster; the run shrinks if nodes are lost and grows if nodes are added. It keeps its global batch, data order
+    and optimizer state."""
     num_cpus_per_worker: Annotated[float, FROM_0] = 1.0
-    """CPUs that Ray reserves for each training worker; `training.threads` says how many it uses."""
+    """CPUs that Ray reserves for each training worker; `training.threads` sets how many it uses."""
     num_gpus_per_worker: Annotated[float | Literal["auto"], FROM_0] = "auto"
-    """GPUs that Ray reserves for each training worker; 0 trains on the CPU. `auto`: one if there are GPUs, of which
-    evaluation actors get a quarter where none is left for them. A fraction above 0.5 leaves room for such an actor."""
+    """GPUs that Ray reserves for each training worker; 0 trains on the CPU. `auto`: one if there are GPUs, or at most
+    0.75 if evaluation actors must share them. A fraction above 0.5 leaves the rest to evaluation actors."""
     resources_per_worker: Annotated[Mapping[str, float], FROM_0] = field(default_factory=dict)
-    """Custom Ray resources that each takes, for example `{trainer: 1}`: it runs only on nodes that offer them."""
+    """Custom Ray resources of each training worker, for example `{trainer: 1}`. It runs only on nodes with them."""
     max_failures: Annotated[int, FROM_0] = 3
-    """Restarts without progress before the run stops; every new checkpoint resets the count."""
+    """Restarts without a new checkpoint before the run stops; every new checkpoint resets the count."""
     shard_tasks: Annotated[int, FROM_1] = 2
-    """Sharding tasks that run at once."""
+    """Number of sharding tasks that run in parallel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,12 +48,12 @@ class ClusterConfig(Section):
 
     @property
     def min_workers(self) -> int:
-        """The run starts as soon as the cluster has resources for so many; 1 while `auto` is not decided on."""
+        """Minimum number of workers with which a run may start; 1 while `auto` is not resolved."""
         return self._range[0]
 
     @property
     def max_workers(self) -> int:
-        """The run never uses more; 1 while `auto` is not decided on."""
+        """Maximum number of workers; 1 while `auto` is not resolved."""
         return self._range[1]
 
     @property
@@ -63,55 +63,55 @@ class ClusterConfig(Section):
 
     @property
     def gpus_per_worker(self) -> float:
-        """GPUs of each worker; 0 while `auto` is not decided on."""
+        """GPUs of each worker; 0 while `auto` is not resolved."""
         return 0.0 if self.num_gpus_per_worker == "auto" else self.num_gpus_per_worker
 
     @property
     def needs(self) -> dict[str, float]:
-        """Ray resources of one training worker."""
+        """Amount per Ray resource of one training worker; resources of amount 0 are left out."""
         amounts = {"CPU": self.num_cpus_per_worker, "GPU": self.gpus_per_worker, **self.resources_per_worker}
         return {name: amount for name, amount in amounts.items() if amount}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(Section):
-    """MLflow."""
+    """Where and how MLflow tracks the run."""
 
     uri: str | None = None
-    """Tracking server; None takes MLFLOW_TRACKING_URI, else the sqlite file `mlflow.db` in a local `output`."""
+    """URI of the tracking server. None uses MLFLOW_TRACKING_URI, or the sqlite file `mlflow.db` in a local `output`."""
     experiment: str = "m2f"
-    """Name of the MLflow experiment that gets the run; it is made where it does not exist."""
+    """Name of the MLflow experiment of the run; it is created if it does not exist."""
     parent: str | None = None
-    """MLflow run below which the run is shown, for the runs of a sweep or of several seeds: its id, or a name, under
-    which one is made where the experiment has none."""
+    """Parent run in MLflow, to group the runs of a sweep or of several seeds: its id or its name. A run of that name
+    is created if the experiment has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
-    """One run: all settings of a recipe."""
+    """All settings of a run."""
 
     name: str
-    """Name of the run; with `output` it gives the run folder."""
+    """Name of the run. The run folder is `output/name`."""
     output: str = "runs"
-    """Folder or `s3://` prefix under which the run folder is made."""
+    """Folder or `s3://` prefix that contains the run folder."""
     seed: int = 0
-    """Whole number from which the order of images, augmentation, random weights and loss points follow."""
+    """Random seed (integer) of the image order, augmentation, random weights and loss points."""
     storage: StorageConfig = field(default_factory=StorageConfig)
-    """How `s3://` URLs are reached."""
+    """Access to `s3://` URLs."""
     datasets: Mapping[str, DatasetConfig]
     """Data sets by name; other settings refer to them by these names."""
     data: DataConfig
-    """What training reads, and how images are augmented."""
+    """Training data and augmentation."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Network, losses and post-processing."""
     training: TrainingConfig
-    """Steps, batch, optimizer, checkpoints and what happens after failures."""
+    """Steps, batch, optimizer, checkpoints and failure handling."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """What is computed for every checkpoint, on which sets and with what resources."""
+    """Evaluation of checkpoints: sets, metrics and resources."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Number of workers, their resources and the Ray cluster they run on."""
+    """Number of workers, their resources, and the Ray cluster they run on."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where MLflow keeps the run."""
+    """Tracking of the run with MLflow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,7 +153,10 @@ class RunConfig(Section):
         )
 
     def _check_timeouts(self) -> None:
-        """One rank may wait for an S3 store as long as patience allows, while the others wait for it."""
+        """Raise ConfigError if the collective timeout is too short for S3.
+
+        One rank may wait for S3 up to `storage.patience_s`, plus the stall timeout, while the others wait for it.
+        """
         urls = [self.output, *(dataset.shards for dataset in self.datasets.values())]
         longest = self.storage.patience_s + self.training.stall_timeout_s
         if any("://" in url for url in urls) and self.training.collective_timeout_s <= longest:
@@ -165,12 +168,15 @@ class RunConfig(Section):
 
     @property
     def run_folder(self) -> str:
-        """Folder or URL that holds everything the run writes."""
+        """Folder or URL that contains all output of the run."""
         return f"{self.output.rstrip('/')}/{self.name}"
 
 
 def url_problems(value: object, path: str) -> list[str]:
-    """A line for each URL in a setting or section that must not be stored with the run; `path` is its dotted path."""
+    """Return a message for each URL in a setting or section that may contain a secret, because recipes are stored.
+
+    `path` is the dotted path of `value`.
+    """
     if isinstance(value, str):
         problem = url_problem(value)
         return [] if problem is None else [f"`{path}`: the URL {problem}, and is stored with the run. {REMEDY}"]

@@ -1,4 +1,4 @@
-"""Defaults that follow from other settings, filled into a recipe as it was written."""
+"""Defaults that depend on other settings, filled into the tree of a recipe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _VALIDATION_NAMES = ("val", "valid", "validation")
 
 
 def fill_defaults(tree: dict[str, Any]) -> None:
-    """Evaluate on the validation set, if there is one, for the task of the training, where the recipe says nothing.
+    """Set the defaults of `evaluation`: the task of the training, and the validation set if there is one.
 
-    Changes the tree in place. What it cannot read is left to the checks of the whole recipe.
+    Changes the tree in place. Malformed sections are left unchanged; the checks of the whole recipe report them.
     """
     data, datasets, evaluation = (tree.get(name) for name in ("data", "datasets", "evaluation"))
     if evaluation is None:
@@ -33,9 +33,9 @@ def fill_defaults(tree: dict[str, Any]) -> None:
 
 
 def take_input_rules(tree: dict[str, Any]) -> list[str]:
-    """Normalise pixels as the packaged weights of the backbone expect, where the recipe says nothing.
+    """Set the pixel mean and standard deviation that packaged backbone weights expect, unless the recipe sets them.
 
-    Changes the tree in place; returns a line that says so, or one that names what the recipe has otherwise.
+    Changes the tree in place. Returns a message for each value that was set, and for each one that differs.
     """
     model = tree.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
@@ -45,7 +45,7 @@ def take_input_rules(tree: dict[str, Any]) -> list[str]:
     try:
         known = packaged_weights(weights)
     except ConfigError:
-        return []  # the checks of the whole recipe say it
+        return []  # the checks of the whole recipe report it
     rules = {"pixel_mean": list(known.pixel_mean), "pixel_std": list(known.pixel_std)}
     taken = {name: values for name, values in rules.items() if name not in model}
     other = {name: values for name, values in rules.items() if name in model and model[name] != values}

@@ -1,6 +1,6 @@
-"""Where a run computes: devices, number of workers and precision where the recipe says `auto`.
+"""Resolve `auto` in a recipe: devices, number of workers, and precision.
 
-`settle` is a pure function of the recipe, the devices that are there, and the checkpoint that a run goes on from.
+`settle` is a pure function of the recipe, the available devices, and the precision of the run's newest checkpoint.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from m2f.trainer.config import Precision
 from m2f.trainer.precision import Capability, sensible_precision
 
 LARGE_ON_CPU = 512
-"""Pixels of a side above which a CPU takes many seconds for an image."""
+"""Side of an image in pixels above which a CPU needs many seconds per image."""
 RANK_SHARE = 0.75
-"""Of a GPU that evaluation actors share: more than half of it, so that Ray never puts two ranks on one."""
+"""Share of a GPU for a rank beside evaluation actors. Above 0.5, so that Ray never puts two ranks on one GPU."""
 _UNKNOWN_TYPE: Capability = (8, 0)
 _OLD_TYPES: Mapping[str, Capability] = {"V100": (7, 0), "T4": (7, 5), "P100": (6, 0), "P4": (6, 1), "K80": (3, 7)}
-"""Compute capability of the GPUs without bf16, by Ray's name of their type."""
+"""Compute capability of GPUs without bf16, by Ray's name for their type."""
 
 
 @dataclass(frozen=True)
 class SeenGpu:
-    """One GPU."""
+    """A GPU with its name and compute capability."""
 
     name: str
     capability: Capability
@@ -37,45 +37,46 @@ class SeenGpu:
 
 @dataclass(frozen=True)
 class SeenDevices:
-    """What can compute."""
+    """Devices that are available to a run."""
 
     gpus: tuple[SeenGpu, ...] = ()
     found: str = "torch sees"
-    """The beginning of a sentence about them."""
+    """Beginning of a sentence about the GPUs, for messages."""
     cores: int = 0
-    """CPU cores of this machine; 0 where they are not those that train."""
+    """CPU cores of this machine; 0 if the training runs elsewhere."""
     may_grow: bool = False
-    """Whether it is a cluster, which may get more."""
+    """Whether the devices belong to a cluster that may grow."""
 
     @property
     def none(self) -> str:
-        """The end of a sentence that there is no GPU."""
+        """Part of a sentence that says that there is no GPU, for messages."""
         return f"{self.found} no GPU" + (" now" if self.may_grow else "")
 
 
 @dataclass(frozen=True)
 class Settled:
-    """A recipe without `auto`."""
+    """A recipe with `auto` resolved, and messages for the user."""
 
     config: RunConfig
     line: str
-    """What was decided, for the user."""
+    """Summary of the decisions."""
     warnings: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
-    """What would make the run faster."""
+    """Suggestions that make the run faster."""
 
 
 def settle(config: RunConfig, seen: SeenDevices, stored: Precision | None = None, *, beside: bool = True) -> Settled:
-    """Decide on devices, workers and precision.
+    """Resolve `auto` for devices, workers and precision.
 
     Args:
-        config: the recipe; what it states stays, but workers beyond the GPUs that `auto` found.
-        seen: the devices.
-        stored: precision of the checkpoint that the run goes on from.
-        beside: evaluations run while the training does; otherwise after it, on the same device.
+        config: the recipe. Explicit settings stay, with two exceptions: if `num_gpus_per_worker` is `auto`, a larger
+            `num_workers` is reduced to the number of GPUs, and actors evaluate on the CPU if there are no GPUs.
+        seen: the available devices.
+        stored: precision of the checkpoint that the run continues from; None for a new run.
+        beside: whether evaluations run during the training; otherwise they run after it, on the same device.
 
     Raises:
-        ConfigError: the recipe asks for GPUs that are not there, or for two ranks on one.
+        ConfigError: the recipe requests GPUs that do not exist, or could put two ranks on one GPU.
     """
     require_gpus(config, seen)
     warnings: list[str] = []
@@ -94,7 +95,7 @@ def settle(config: RunConfig, seen: SeenDevices, stored: Precision | None = None
 
 
 def announced(settled: Settled) -> RunConfig:
-    """The settled recipe, after its warnings and its line are printed."""
+    """Print the warnings, the summary and the hints, and return the recipe."""
     for warning in settled.warnings:
         print_err(f"warning: {warning}")
     print_out(settled.line)
@@ -104,7 +105,7 @@ def announced(settled: Settled) -> RunConfig:
 
 
 def require_gpus(config: RunConfig, seen: SeenDevices) -> None:
-    """Raise ConfigError where the recipe asks for GPUs that are not there, or for two ranks on one."""
+    """Raise ConfigError if the recipe requests GPUs that do not exist, or could put two ranks on one GPU."""
     cluster = config.cluster
     asked = cluster.num_gpus_per_worker
     if asked == "auto" or not asked:
@@ -128,7 +129,7 @@ def require_gpus(config: RunConfig, seen: SeenDevices) -> None:
 
 
 def describe(config: RunConfig, seen: SeenDevices) -> str:
-    """The devices of a settled recipe in one line."""
+    """Return the devices of a settled recipe in one line."""
     cluster, evaluation = config.cluster, config.evaluation
     most = cluster.max_workers
     count = counted(most, "worker") if cluster.min_workers == most else f"{cluster.min_workers} to {most} workers"
@@ -147,7 +148,10 @@ def describe(config: RunConfig, seen: SeenDevices) -> str:
 
 
 def evaluation_devices(config: RunConfig, seen: SeenDevices) -> Settled:
-    """For an evaluation without training: one GPU for each actor where there are any, else the CPU, and says so."""
+    """Resolve `auto` for an evaluation without training: one GPU per actor if there are any, otherwise the CPU.
+
+    An explicit number of GPUs becomes 0, with a warning, if there are none and the cluster cannot grow.
+    """
     evaluation = config.evaluation
     asked = evaluation.num_gpus_per_actor
     if asked == "auto":
@@ -162,7 +166,7 @@ def evaluation_devices(config: RunConfig, seen: SeenDevices) -> Settled:
 
 
 def gpus_of_nodes(nodes: Iterable[Mapping[str, float]]) -> tuple[SeenGpu, ...]:
-    """The GPUs of a Ray cluster; `nodes` are the resources of its nodes."""
+    """Return the GPUs of a Ray cluster from the resources of its nodes."""
     found: list[SeenGpu] = []
     for resources in nodes:
         types = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
@@ -172,7 +176,7 @@ def gpus_of_nodes(nodes: Iterable[Mapping[str, float]]) -> tuple[SeenGpu, ...]:
 
 
 def gpus_of_machine() -> tuple[SeenGpu, ...]:
-    """The GPUs of this machine, as torch sees them."""
+    """Return the GPUs of this machine that torch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -182,14 +186,14 @@ def gpus_of_machine() -> tuple[SeenGpu, ...]:
 
 
 def device_index(assigned: Sequence[Any], visible: str | None) -> int:
-    """Which of the devices that CUDA shows to a rank is its own.
+    """Return the index of a rank's own GPU among the devices that CUDA shows to it.
 
     Args:
-        assigned: ids that Ray gave to the rank; of several the first counts.
-        visible: CUDA_VISIBLE_DEVICES, where Ray lists the GPUs of all ranks on the machine.
+        assigned: ids of the GPUs that Ray assigned to the rank; the first one is used.
+        visible: value of CUDA_VISIBLE_DEVICES, in which Ray lists the GPUs of all ranks on the machine.
 
     Raises:
-        ConfigError: the rank's own is not among them.
+        ConfigError: the rank's GPU is not visible.
     """
     own = str(assigned[0])
     shown = [name.strip() for name in visible.split(",")] if visible else []
@@ -207,7 +211,7 @@ def _no_gpu_to_evaluate(asked: float, seen: SeenDevices) -> str:
 
 
 def _hints(config: RunConfig, seen: SeenDevices) -> tuple[str, ...]:
-    """How a run on the CPU takes less time; `config` is settled."""
+    """Return hints that make a run on the CPU faster. `config` must be settled."""
     if config.cluster.gpus_per_worker or not seen.cores:
         return ()
     hints: list[str] = []
@@ -228,7 +232,7 @@ def _hints(config: RunConfig, seen: SeenDevices) -> tuple[str, ...]:
 def _training(
     config: RunConfig, seen: SeenDevices, beside: bool, warnings: list[str]
 ) -> tuple[int | tuple[int, int], float]:
-    """Workers, and GPUs of each."""
+    """Return the number of workers, and the GPUs of each; add warnings to `warnings`."""
     cluster, asked, there = config.cluster, config.cluster.num_gpus_per_worker, len(seen.gpus)
     if asked == "auto" and not there:
         if seen.may_grow:
@@ -247,7 +251,7 @@ def _training(
     room = max(1, (there - _kept_for_evaluation(config, there, beside)) // each)
     workers = cluster.num_workers
     if workers == "auto":
-        may_share = asked != "auto" and asked <= 0.5  # two such ranks could get one GPU
+        may_share = asked != "auto" and asked <= 0.5  # two ranks could be put on one GPU
         workers = 1 if may_share else min(room, config.training.global_batch)
     elif asked == "auto" and not seen.may_grow and cluster.max_workers > there:
         warnings.append(
@@ -262,7 +266,7 @@ def _training(
 
 
 def _kept_for_evaluation(config: RunConfig, there: int, beside: bool) -> int:
-    """GPUs that no rank may take, as the recipe gives whole ones to evaluation actors."""
+    """Return the number of GPUs reserved for evaluation actors, if the recipe gives whole GPUs to them."""
     evaluation = config.evaluation
     asked = evaluation.num_gpus_per_actor
     if not beside or not evaluation.sets or asked == "auto" or asked < 1:
@@ -271,9 +275,9 @@ def _kept_for_evaluation(config: RunConfig, there: int, beside: bool) -> int:
 
 
 def _share_of_rank(config: RunConfig, ranks: int, free: int, beside: bool) -> float:
-    """Of a GPU, where `free` are left for evaluation actors.
+    """Return each rank's share of a GPU if `free` GPUs are left for evaluation actors.
 
-    Raises ConfigError where the share that the recipe gives to an actor leaves too little.
+    Raises ConfigError if the share of an actor in the recipe leaves too little for a rank.
     """
     evaluation = config.evaluation
     asked = evaluation.num_gpus_per_actor
@@ -281,7 +285,7 @@ def _share_of_rank(config: RunConfig, ranks: int, free: int, beside: bool) -> fl
         return 1.0
     if asked == "auto":
         return RANK_SHARE if free < evaluation.actors else 1.0
-    if free * int(1 / asked + 1e-6) >= evaluation.actors:  # an actor lies on one GPU
+    if free * int(1 / asked + 1e-6) >= evaluation.actors:  # an actor cannot span several GPUs
         return 1.0
     left = 1 - asked * math.ceil(evaluation.actors / ranks)
     if left <= (0.5 if ranks > 1 else 0):
@@ -301,7 +305,7 @@ def _evaluating(
     beside: bool,
     warnings: list[str],
 ) -> float:
-    """GPUs of each evaluation actor."""
+    """Return the GPUs of each evaluation actor; add warnings to `warnings`."""
     evaluation = config.evaluation
     asked = evaluation.num_gpus_per_actor
     if asked != "auto":
@@ -323,4 +327,4 @@ def _evaluating(
         )
         return 0.0
     on_each = math.ceil(evaluation.actors / max(1, most))
-    return math.floor(left / on_each * 1e4) / 1e4  # Ray counts in ten-thousandths
+    return math.floor(left / on_each * 1e4) / 1e4  # Ray counts resources in units of 1/10,000

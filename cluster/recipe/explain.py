@@ -1,4 +1,4 @@
-"""The settings explained from their own source: types, defaults and docstrings, as Markdown that reads well as text."""
+"""Markdown documentation of the settings, from their types, defaults, ranges and docstrings in the source."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from m2f.model.limits import Range, ranges_of
 
 
 def explain(section: str = "") -> str:
-    """Fields of one section (`training.optimizer`) and of the sections inside it; of the whole recipe for "".
+    """Return the documentation of a section (`training.optimizer`) and its subsections; "" is the whole recipe.
 
-    A section with several kinds (`data.augment`) shows all of them; lists and named sections show their item.
+    All kinds of a section with several kinds (`data.augment`) are described. For lists and mappings of sections, the
+    section of their items is described.
 
     Raises:
-        ConfigError: there is no such section.
+        ConfigError: the section does not exist.
     """
     classes: tuple[type, ...] = (RunConfig,)
     known_path: list[str] = []
@@ -37,7 +38,7 @@ def explain(section: str = "") -> str:
 
 
 def _sections_of_field(classes: tuple[type, ...], name: str) -> tuple[tuple[type, ...], list[str]]:
-    """Sections behind the field `name` of any of the classes, and the names that would have led on."""
+    """Return the sections in the field `name` of any of the classes, and the names of all fields with sections."""
     inner = {field: sections_in(hint) for cls in classes for field, hint in type_hints(cls).items()}
     known = [field for field, sections in inner.items() if sections]
     return inner.get(name, ()), known
@@ -61,7 +62,7 @@ def _describe(cls: type, path: str) -> list[str]:
 
 
 def _type(field: dataclasses.Field[Any]) -> str:
-    """The annotation without its range."""
+    """Return the annotation of a field without its range."""
     return re.sub(r"^Annotated\[(.*), [^,]+\]$", r"\1", str(field.type))
 
 
@@ -83,7 +84,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 @lru_cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field, read from the source because Python keeps no attribute docstrings."""
+    """Return the docstring below each field. It is read from the source, because Python keeps no such docstrings."""
     tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
     docs: dict[str, str] = {}

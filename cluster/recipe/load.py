@@ -1,4 +1,4 @@
-"""From YAML and overrides to RunConfig: every problem of a recipe is found at once and named by its dotted path."""
+"""Build a RunConfig from YAML and overrides. All problems are reported in one error, by the path of their setting."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from m2f.model.limits import range_problems, ranges_of
 LOGGER = logging.getLogger(__name__)
 
 _INVALID = object()
-"""Replaces a value whose problem is recorded, so that one mistake gives one message."""
+"""Placeholder for a value whose problem is already recorded, so that one mistake causes one message."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-"""`${NAME}` or `${NAME:-default}`, so that one recipe finds its data on every machine."""
+"""`${NAME}` or `${NAME:-default}`: environment variables, so that a recipe works on several machines."""
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a recipe and apply `section.key=value` overrides; relative paths count from the current directory.
+    """Read a recipe and apply `section.key=value` overrides. Relative paths are relative to the current directory.
 
     `path` is a file, or a name for `find_recipe`: `coco_panoptic_r50`, `coco_panoptic_r50+cross_attention`.
 
     Raises:
-        ConfigError: the file cannot be read, or holds problems; the one message lists all of them.
+        ConfigError: the file cannot be read, or the recipe is invalid; the message lists all problems.
     """
     file, first = find_recipe(path)
     try:
@@ -57,9 +57,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def recipe_of_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-    """`load_recipe` for the settings of a recipe as nested dictionaries, lists and scalars.
+    """Build a RunConfig like `load_recipe`, from nested dictionaries, lists and scalars.
 
-    Raises ConfigError with all problems, also for values that YAML does not have.
+    Raises ConfigError with all problems, also for values that YAML cannot represent.
     """
     try:
         text = yaml.safe_dump(_to_tree(tree))
@@ -74,10 +74,10 @@ def recipe_of_tree(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> Ru
 
 
 def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe") -> RunConfig:
-    """`load_recipe` for the text of a stored recipe: paths as written, old names without a hint.
+    """Build a RunConfig from the text of a stored recipe.
 
-    Earlier versions stored URLs with credentials: what may be a secret is left out, with a warning. `source` is named
-    in the error.
+    Unlike `load_recipe`, paths stay as written, and old names of settings cause no hint. Possible secrets in URLs,
+    which earlier versions stored, are removed with a warning. Raises ConfigError, whose message names `source`.
     """
     return _build_recipe(text, overrides, source, is_stored=True)[0]
 
@@ -85,7 +85,7 @@ def parse_recipe(text: str, overrides: Iterable[str] = (), source: str = "recipe
 def _build_recipe(
     text: str, overrides: Iterable[str], source: str, is_stored: bool = False
 ) -> tuple[RunConfig, list[str]]:
-    """The recipe, and a hint for each setting that the text has under an old name."""
+    """Return the recipe, and hints: for settings under an old name, and for values that were changed or filled in."""
     problems: list[str] = []
     tree = _parse_yaml(text, source)
     if is_stored:
@@ -100,7 +100,7 @@ def _build_recipe(
     fill_defaults(tree)
     hints += take_input_rules(tree)
     config = _build(RunConfig, tree, "", problems)
-    if not is_stored:  # what an earlier timm had is for whoever makes the model
+    if not is_stored:  # a stored name may be of an earlier timm; building the model reports it
         problems += _unknown_backbones(tree)
     require_no_problems(source, problems)
     assert isinstance(config, RunConfig)
@@ -108,7 +108,7 @@ def _build_recipe(
 
 
 def _unknown_backbones(tree: dict[str, Any]) -> list[str]:
-    """A line for each name of a timm model that timm does not have; the rest of the recipe may be wrong, too."""
+    """Return a message if the backbone names a timm model that does not exist. The tree may have other problems."""
     model = tree.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
     if not isinstance(backbone, dict):
@@ -127,12 +127,12 @@ def require_no_problems(source: str, problems: Sequence[str]) -> None:
 
 
 def dump_recipe(config: RunConfig) -> str:
-    """The complete recipe with every default written out, as YAML that loads back to an equal RunConfig."""
+    """Return the complete recipe with all defaults as YAML; loading it gives an equal RunConfig."""
     return yaml.safe_dump(_to_tree(config), sort_keys=False, width=100)
 
 
 def describe_changes(before: Mapping[str, str], after: Mapping[str, str], keys: Iterable[str]) -> tuple[str, ...]:
-    """Lines `setting: before -> after` for those of the settings that differ."""
+    """Return lines `setting: before -> after` for the settings in `keys` that differ."""
     return tuple(
         f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
         for key in sorted(keys)
@@ -141,14 +141,14 @@ def describe_changes(before: Mapping[str, str], after: Mapping[str, str], keys: 
 
 
 def flatten(config: RunConfig) -> dict[str, str]:
-    """Every setting as `{dotted path: text}`, lists by index; what MLflow keeps as parameters."""
+    """Return all settings as `{dotted path: text}`, with indices for lists, as MLflow stores them as parameters."""
     return flatten_tree(_to_tree(config))
 
 
 def flatten_tree(tree: Any) -> dict[str, str]:
-    """The same of a tree as YAML gives it, whatever its keys: recipes of other versions can be compared.
+    """Flatten a YAML tree with arbitrary keys, so that recipes of other versions can be compared.
 
-    What may be a secret in a URL is left out.
+    Possible secrets in URLs are removed.
     """
     return dict(_leaves(tree, ""))
 
@@ -167,7 +167,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def _expand(node: Any, path: str, problems: list[str]) -> Any:
-    """The tree with `${NAME}` and `${NAME:-default}` in its texts replaced from the environment."""
+    """Return the tree with `${NAME}` and `${NAME:-default}` in its strings replaced from the environment."""
 
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
@@ -186,7 +186,7 @@ def _expand(node: Any, path: str, problems: list[str]) -> Any:
 
 
 def _without_secrets(node: Any, source: str, path: str = "") -> Any:
-    """The tree of a stored recipe with what may be a secret cut out of its URLs; a warning names each of them."""
+    """Return the tree of a stored recipe without possible secrets in its URLs; log a warning for each of them."""
     if isinstance(node, dict):
         return {key: _without_secrets(child, source, _join(path, key)) for key, child in node.items()}
     if isinstance(node, list):
@@ -198,7 +198,7 @@ def _without_secrets(node: Any, source: str, path: str = "") -> Any:
 
 
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
-    """Set one `a.b.0.c=value` in the tree; sections that the recipe leaves out are made."""
+    """Apply an override `a.b.0.c=value` to the tree; missing sections are created."""
     path, equals, text = override.partition("=")
     keys = renamed_path(path.strip()).split(".")
     if not equals or not all(keys):
@@ -232,9 +232,9 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
 
 
 def _build(hint: Any, value: Any, path: str, problems: list[str], default: Any = None) -> Any:
-    """The value converted to the type `hint`, or _INVALID with the reasons in `problems`.
+    """Return the value converted to the type `hint`, or _INVALID with the reasons in `problems`.
 
-    `default` is the field's default: where a union's `kind` is not written, the default's kind is meant.
+    `default` is the default of the field. If a section of a union has no `kind`, the kind of the default is used.
     """
     sections = sections_in(hint)
     if value is None and type(None) in get_args(hint):
@@ -257,7 +257,7 @@ def _build(hint: Any, value: Any, path: str, problems: list[str], default: Any =
 
 
 def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: list[str], default: Any) -> Any:
-    """One dataclass; a union's member is chosen by `kind` before anything inside it is looked at."""
+    """Build one dataclass. The member of a union is chosen by `kind` before its settings are checked."""
     where = f"`{path}`" if path else "the recipe"
     if value is None:
         value = {}
@@ -292,7 +292,7 @@ def _build_section(sections: tuple[type, ...], value: Any, path: str, problems: 
         return _INVALID
     try:
         return section(**arguments)
-    except ConfigError as error:  # a check between settings; its message names them
+    except ConfigError as error:  # a check across settings, whose message names them
         return _add_problem(problems, str(error))
 
 
@@ -314,18 +314,18 @@ def _build_leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 @lru_cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    # Lax on purpose: PyYAML reads `1e-4` as a string, which pydantic converts to a float.
+    # Not strict, because PyYAML reads `1e-4` as a string, which pydantic converts to a float.
     return TypeAdapter(hint)
 
 
 @lru_cache
 def type_hints(section: type) -> dict[str, Any]:
-    """Resolved type hints of a dataclass."""
+    """Return the resolved type hints of a dataclass."""
     return get_type_hints(section)
 
 
 def sections_in(hint: Any) -> tuple[type, ...]:
-    """The dataclasses that a hint names, directly, in a union, or as items of a tuple or mapping."""
+    """Return the dataclasses in a type hint: the hint itself, members of a union, or items of a tuple or mapping."""
     if dataclasses.is_dataclass(hint):
         return (hint,) if isinstance(hint, type) else ()
     if get_origin(hint) is Literal:
@@ -335,7 +335,7 @@ def sections_in(hint: Any) -> tuple[type, ...]:
 
 def _choose_section(sections: tuple[type, ...], value: Mapping[str, Any], default: Any) -> type | None:
     by_kind = {kind_tag(s): s for s in sections}
-    if len(sections) == 1 and ("kind" not in value or None in by_kind):  # without a tag `kind` is an unknown key
+    if len(sections) == 1 and ("kind" not in value or None in by_kind):  # without a tag, `kind` is an unknown setting
         return sections[0]
     if "kind" not in value:
         return next((s for s in sections if isinstance(default, s)), None)
@@ -343,7 +343,7 @@ def _choose_section(sections: tuple[type, ...], value: Mapping[str, Any], defaul
 
 
 def kind_tag(section: type) -> str | None:
-    """The value of a section's `kind: Literal[...]` field."""
+    """Return the value of a section's `kind: Literal[...]` field; None without one."""
     hint = type_hints(section).get("kind")
     return get_args(hint)[0] if get_origin(hint) is Literal else None
 
@@ -367,7 +367,7 @@ def _join(path: str, key: object) -> str:
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """The end of a sentence about an unknown word: the closest known one, else all of them."""
+    """Return the end of a message about an unknown word: the closest known word, or all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
 
@@ -391,7 +391,7 @@ def _required_hint(section: type, name: str) -> str:
 
 
 def _to_tree(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as the dicts, lists and scalars of YAML."""
+    """Return dataclasses, tuples and mappings as the dicts, lists and scalars of YAML."""
     if dataclasses.is_dataclass(value):
         return {f.name: _to_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

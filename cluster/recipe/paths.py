@@ -1,4 +1,4 @@
-"""Local paths of a recipe made absolute, because the processes of a cluster start in other folders."""
+"""Make local paths of a recipe absolute, because the processes of a cluster start in other folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m2f.model.weights.sources import is_path
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run with every relative path counted from the current directory; URLs stay as they are."""
+    """Return the recipe with relative paths resolved against the current directory; URLs stay unchanged."""
     backbone, cache = config.model.backbone, config.data.cache
     return replace(
         config,
@@ -35,7 +35,7 @@ def _dataset(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def _source(source: SourceConfig) -> SourceConfig:
-    """Every text of a source but its kind and the suffix of maps is a path."""
+    """Return the source with absolute paths. All its strings but `kind` and `suffix` are paths."""
     paths: dict[str, Any] = {}
     for field in fields(source):
         value = getattr(source, field.name)
@@ -45,7 +45,7 @@ def _source(source: SourceConfig) -> SourceConfig:
 
 
 def _absolute(path: str) -> str:
-    """The path from the root, without `..` where that names the same place: not behind a symbolic link."""
+    """Return the absolute path. `..` is removed only if the result is the same place, in spite of symbolic links."""
     if "://" in path:
         return path
     full = str(Path(path).expanduser().absolute())

@@ -1,4 +1,7 @@
-"""Which commit of the Hugging Face hub a run starts from. Imports no torch: without a network this is said at once."""
+"""Pin the commit of the Hugging Face hub that a run starts from.
+
+Does not import torch, so that a missing network is reported quickly.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from m2f.trainer.checkpoint.folder import list_checkpoints
 
 
 def with_pinned_weights(config: RunConfig, storage: Storage) -> RunConfig:
-    """The run with the commit that `model.weights: hub:...` means, which all its starts then take.
+    """Return the recipe with `model.weights: hub:...` pinned to a commit, so that all starts use the same weights.
 
-    A run with checkpoints needs the weights no more: it keeps what it was started with, and asks nobody. Raises
-    WeightsError where the hub has no such model or cannot be reached.
+    A run with checkpoints does not need the weights any more. It keeps the commit of its first start without
+    contacting the hub. Raises WeightsError if the model does not exist or the hub cannot be reached.
     """
     weights = config.model.weights
     if weights is None or not weights.startswith(HUB):
@@ -33,7 +36,7 @@ def with_pinned_weights(config: RunConfig, storage: Storage) -> RunConfig:
 
 
 def _stored_weights(config: RunConfig, storage: Storage) -> str:
-    """`model.weights` of the recipe in the run folder; empty where it has none."""
+    """Return `model.weights` of the recipe in the run folder; "" without one."""
     url = join(config.run_folder, STORED_RECIPE)
     if not storage.exists(url):
         return ""

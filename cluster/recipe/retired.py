@@ -1,4 +1,4 @@
-"""Settings that recipes of earlier versions have and this version does not: the table, and how it is applied."""
+"""Tables of settings that have been deleted or renamed since earlier versions, and functions that apply them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from m2f.trainer.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Retired:
-    """A setting that was deleted. At its old default it is dropped; any other value is refused."""
+    """A deleted setting. It is dropped if it has its old default; any other value is an error."""
 
     path: str
-    """Dotted path; `*` stands for one name or index, as in `datasets.*.source.seed`."""
+    """Dotted path; `*` matches one name or index, as in `datasets.*.source.seed`."""
     default: object
-    """Its old default, as YAML gives it: a list for a tuple, a mapping for a section."""
+    """Old default as parsed YAML: a list for a tuple, a mapping for a section."""
     remedy: str
-    """What to do instead: the end of a message, in the imperative."""
+    """What to do instead, in the imperative, for the end of the message."""
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """A setting whose old name is accepted for one version, with a hint."""
+    """A renamed setting. Its old name is accepted for one version, with a hint."""
 
     path: str
-    """Dotted path under the old name; `*` stands for one name or index."""
+    """Dotted path with the old name; `*` matches one name or index."""
     name: str
-    """The new name in the same section."""
+    """New name in the same section."""
 
 
 RETIRED: tuple[Retired, ...] = (
@@ -38,16 +38,16 @@ RETIRED: tuple[Retired, ...] = (
     Retired("storage.max_attempts", 8, "leave it out, and set storage.patience_s: requests are repeated for so long"),
     Retired("storage.connect_timeout_s", 10.0, "leave it out, and set storage.read_timeout_s, which it never exceeds"),
 )
-"""One line for each deleted setting."""
+"""All deleted settings."""
 
 RENAMED: tuple[Renamed, ...] = ()
-"""One line for each renamed setting; the line goes with the next version."""
+"""Settings renamed in this version. The entries are removed in the next version."""
 
 
 def apply_renames(tree: Any, problems: list[str], renamed: Sequence[Renamed] = RENAMED) -> list[str]:
-    """Give renamed settings of a recipe's tree their new names, in place; one hint for each.
+    """Rename settings in the tree of a recipe in place, and return a hint for each.
 
-    A section that has both names goes to `problems`.
+    If a section has both names, a message is added to `problems`.
     """
     hints: list[str] = []
     for rename in renamed:
@@ -64,7 +64,7 @@ def apply_renames(tree: Any, problems: list[str], renamed: Sequence[Renamed] = R
 
 
 def renamed_path(path: str, renamed: Sequence[Renamed] = RENAMED) -> str:
-    """A dotted path, as overrides have it, with the new names in place of old ones."""
+    """Return the dotted path of an override with old names replaced by new ones."""
     keys = path.split(".")
     for rename in renamed:
         pattern = rename.path.split(".")
@@ -74,7 +74,10 @@ def renamed_path(path: str, renamed: Sequence[Renamed] = RENAMED) -> str:
 
 
 def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RETIRED) -> None:
-    """Take deleted settings out of a recipe's tree, in place; those not at their old default go to `problems`."""
+    """Remove deleted settings from the tree of a recipe in place.
+
+    For each one that does not have its old default, a message is added to `problems`.
+    """
     for setting in retired:
         for path, section, key in _find_settings(tree, setting.path):
             value = section.pop(key)
@@ -83,8 +86,11 @@ def drop_retired(tree: Any, problems: list[str], retired: Sequence[Retired] = RE
 
 
 def raise_collective_timeout(tree: Any) -> str | None:
-    """In a whole recipe that a version without `storage.patience_s` stored: a `training.collective_timeout_s` that is
-    long enough beside the default patience; the line that says so. To be called before `drop_retired`."""
+    """Raise `training.collective_timeout_s` in a recipe stored by a version without `storage.patience_s`.
+
+    The timeout must exceed the default patience plus the stall timeout. Returns a message; None without a change. To be
+    called before `drop_retired`, which removes the setting that identifies these recipes.
+    """
     stored = [
         section
         for path in ("storage.max_attempts", "training.collective_timeout_s")
@@ -105,7 +111,7 @@ def raise_collective_timeout(tree: Any) -> str | None:
 
 
 def _find_settings(node: Any, path: str, above: str = "") -> list[tuple[str, dict[str, Any], str]]:
-    """Where a tree has settings of this path: the full path, the section that holds it, the key in the section."""
+    """Return all settings that match `path`, each with its full path, the section that contains it, and its key."""
     key, _, rest = path.partition(".")
     if isinstance(node, dict):
         names: list[Any] = list(node) if key == "*" else [key] if key in node else []

@@ -1,4 +1,4 @@
-"""Whether a recipe describes the model that made some weights, and what differs where it does not."""
+"""Check whether a recipe describes the model that weights belong to, and list the differences."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _CHANGEABLE = re.compile(
     r"model\.(loss\.|postprocess\.|pilots\.|freeze|weights$|num_classes$)|model\.backbone\.(pretrained|weights|drop_path)$"
     r"|model\..*\.(dropout|checkpointing)$|model\.backbone\.options\.\w*drop\w*$"
 )
-"""Settings of `model` that may change under the same weights."""
+"""Settings of `model` that may differ for the same weights."""
 _OPTIONS = "model.backbone.options."
-"""Settings that are only written where they are not timm's own."""
+"""Prefix of settings that a recipe contains only if they differ from timm's defaults."""
 _PRECISION = "training.precision"
 _GROUPS = ("layer_decay", "layer_decay_from", "layer_decay_spared", "decay_everything")
 _OPTIMIZER = (_PRECISION, *(f"training.optimizer.{name}" for name in _GROUPS))
-"""Settings that the stored state of the optimizer depends on, besides `model.freeze` and whether there are pilots."""
+"""Settings that the stored optimizer state depends on, besides `model.freeze` and whether there are pilots."""
 
 
 def model_changes(stored: str, now: str, optimizer: bool = False) -> tuple[str, ...]:
-    """Lines `setting: stored -> now` for two recipes (YAML) whose models differ.
+    """Return lines `setting: stored -> now` for the settings in which the models of two recipes (YAML) differ.
 
-    Settings that only one of them has are of another version of this program and say nothing. With `optimizer` also
-    what the optimizer's state depends on.
+    Settings that only one of the recipes has belong to another version of m2f and are ignored, except for timm
+    options. With `optimizer`, settings that the optimizer state depends on are compared, too.
 
     Raises:
-        ConfigError: one of them has a deleted setting at another value than its default.
+        ConfigError: a recipe is not valid YAML, or has a deleted setting with another value than its old default.
     """
     before, after = (_settings(text, optimizer) for text in (stored, now))
     for settings in (before, after):
-        if settings.get(_PRECISION) == "auto":  # says nothing; a run that goes on keeps its own
+        if settings.get(_PRECISION) == "auto":  # not comparable; a continued run keeps its precision
             del settings[_PRECISION]
     shared = before.keys() & after.keys() | {key for key in before.keys() | after.keys() if key.startswith(_OPTIONS)}
     return describe_changes(before, after, shared)
 
 
 def require_same_model(identity: ModelIdentity, config: RunConfig, weights: str) -> None:
-    """Raise ConfigError, naming settings with both values, where weights are of another task or model."""
+    """Raise ConfigError if the weights belong to another task or model; the message lists the different settings."""
     if config.data.task not in identity.tasks:
         raise ConfigError(
             f"{weights} is a model for the task {' and '.join(identity.tasks)}, but data.task is {config.data.task}; "

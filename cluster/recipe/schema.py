@@ -1,4 +1,4 @@
-"""JSON Schema of recipes, with which editors complete and check them."""
+"""JSON Schema of recipes, for completion and checks in editors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from m2f.model.limits import Range, ranges_of
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Draft 2020-12 schema: names, types, ranges, defaults and texts of all settings; other settings are refused.
+    """Return a draft 2020-12 schema with names, types, ranges, defaults and descriptions of all settings.
 
-    Checks between settings are not in it.
+    Unknown settings are refused. Checks across settings are not included.
     """
     schema = TypeAdapter(RunConfig).json_schema()
     found = {"RunConfig": schema, **schema["$defs"]}
@@ -39,7 +39,7 @@ def _all_sections(section: type) -> set[type]:
 
 
 def _limit(schema: Any, allowed: Range) -> None:
-    """Write the range into every number of a setting, also those in its lists and mappings."""
+    """Add the range to the schema of every number in a setting, also inside lists and mappings."""
     if isinstance(schema, list):
         for item in schema:
             _limit(item, allowed)

@@ -1,4 +1,4 @@
-"""The recipe in a run folder: what the run was started with, before any adjustment."""
+"""The recipe in a run folder: the settings of the first start, before any adjustment."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ STORED_RECIPE = "recipe.yaml"
 
 
 def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tuple[str, ...]:
-    """Write the resolved recipe into the run folder, once; returns a line for each setting that differs from it.
+    """Store the resolved recipe in the run folder, or return a line for each setting that differs from the stored one.
 
-    `has_progress` says whether the run has a checkpoint: a run without one may still change its recipe.
+    `has_progress` is set if the run has a checkpoint. Without one, the stored recipe is overwritten.
     """
     url = join(config.run_folder, STORED_RECIPE)
     if not has_progress or not storage.exists(url):
@@ -29,7 +29,7 @@ def store_recipe(storage: Storage, config: RunConfig, has_progress: bool) -> tup
 
 
 def stored_setting(content: str | bytes, *keys: str) -> Any:
-    """A value of a stored recipe; None where it does not have it, or is damaged."""
+    """Return a value of a stored recipe (YAML); None if it is missing or the recipe is damaged."""
     try:
         found: Any = parse_yaml(content)
         for key in keys:
@@ -40,7 +40,7 @@ def stored_setting(content: str | bytes, *keys: str) -> Any:
 
 
 def fresh_name(config: RunConfig) -> str:
-    """The run's name if its folder does not exist, else the first free one of NAME-2, NAME-3, ..."""
+    """Return the run's name if its folder does not exist, otherwise the first free one of NAME-2, NAME-3, ..."""
     storage = Storage(config.storage)
     names = itertools.chain([config.name], (f"{config.name}-{number}" for number in itertools.count(2)))
     return next(name for name in names if not storage.list(replace(config, name=name).run_folder))
