@@ -52,7 +52,7 @@ class FileEntry:
     """One file of a checkpoint."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     sha256: str
 
 
