@@ -1,1 +1,1 @@
-"""What is found out and decided about a run before its first rank starts."""
+"""Checks and decisions before the first rank of a run starts."""

@@ -1,4 +1,4 @@
-"""What the backbone of a new run begins with: `model.backbone.pretrained: auto`, and warnings of random weights."""
+"""Initial weights of the backbone of a new run: resolve `model.backbone.pretrained: auto`, warn of random weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _FROZEN = (
 
 @dataclass(frozen=True)
 class BackboneStart:
-    """A recipe without `auto`, and what the user should know."""
+    """A recipe with `auto` resolved, and messages for the user."""
 
     config: RunConfig
     line: str | None = None
-    """What the backbone begins with, where `auto` was decided on."""
+    """Initial weights of the backbone, if `auto` was resolved to published ones."""
     warning: str | None = None
 
 
@@ -35,13 +35,13 @@ def settle_backbone(
     problem: Callable[[str], str | None],
     is_frozen: Callable[[BackboneConfig], bool],
 ) -> BackboneStart:
-    """Published weights of a new run's backbone where they can be had, else random ones with a warning.
+    """Choose published weights for the backbone of a new run if available, otherwise random ones with a warning.
 
     Args:
-        config: the recipe. What it states about the backbone stays.
-        stored: what the run that goes on was started with; None for a new run.
-        problem: why the published weights of a timm model cannot be had, None where they can.
-        is_frozen: whether a backbone has frozen norms.
+        config: the recipe. Its explicit settings of the backbone stay.
+        stored: whether a continued run was started with published weights; None for a new run.
+        problem: returns why the published weights of a timm model are not available; None if they are.
+        is_frozen: returns whether a backbone has frozen norms.
     """
     backbone = config.model.backbone
     if stored is not None or config.model.weights is not None or backbone.weights is not None:
@@ -56,7 +56,7 @@ def settle_backbone(
             return BackboneStart(config)
         case TimmBackboneConfig(pretrained=False):
             return _random(config, backbone, "as model.backbone.pretrained is false", is_frozen, stated=True)
-        case TimmBackboneConfig(norm="group"):  # made for random weights, and published ones are not of such norms
+        case TimmBackboneConfig(norm="group"):  # meant for random weights; published weights have other norms
             return BackboneStart(_with_pretrained(config, False))
         case TimmBackboneConfig(options=options) if options:
             reason = "published ones may not fit model.backbone.options; model.backbone.pretrained: true takes them"
@@ -82,7 +82,10 @@ def _random(
     is_frozen: Callable[[BackboneConfig], bool],
     stated: bool = False,
 ) -> BackboneStart:
-    """Random weights; where the recipe states them, only frozen norms are worth a word."""
+    """Return a start from random weights, with a warning.
+
+    If the recipe requests random weights (`stated`), the warning is given only for frozen norms.
+    """
     frozen = backbone.norm == "frozen_batch" and is_frozen(backbone)
     if stated and not frozen:
         return BackboneStart(config)

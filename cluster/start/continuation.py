@@ -1,4 +1,4 @@
-"""Whether a run can go on from its checkpoints with the recipe as it is now: found out before anything starts."""
+"""Check before the start whether a run can continue from its checkpoints with the present recipe."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from m2f.trainer.state import TrainState
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a checkpoint says of its model."""
+    """Recipe, task and classes of a checkpoint's model."""
 
     recipe: str
     task: str
     classes: tuple[Category, ...] | None
-    """None for a checkpoint from before version 0.2 whose data are gone."""
+    """None for a checkpoint of a version before 0.2 whose data sets no longer exist."""
 
 
 def check_continuation(job: TrainJob, storage: Storage) -> None:
-    """Compare a job with the newest checkpoint of its run folder; nothing without one.
+    """Compare a job with the newest checkpoint of its run folder; without a checkpoint, check the initial weights.
 
-    Raises CheckpointError for another task, other classes or another model, which `data.accept_changes` does not allow
-    either: weights and optimizer state would be taken for something else. Raises it for another order of the data, too,
-    unless `data.accept_changes` is set. Raises what `check_start` raises where a new
-    run starts from weights that do not fit.
+    Raises CheckpointError if the task, the classes or the model differ. `data.accept_changes` does not allow these
+    changes, because weights and optimizer state would be misinterpreted. Also raises CheckpointError if the data order
+    differs and `data.accept_changes` is not set. For a new run, raises the errors of `check_start` if its initial
+    weights do not fit.
     """
     assert job.identity is not None
     checkpoints = list_checkpoints(storage, job.run_folder)
@@ -64,18 +64,21 @@ def _check_order(order: str, job: TrainJob, storage: Storage, checkpoint: str) -
     try:
         state = TrainState.from_json(storage.get(url), url)
     except (CheckpointError, MissingObjectError):
-        return  # a damaged checkpoint: the ranks take the one before
+        return  # a damaged checkpoint; the ranks use the previous one
     state.in_order(order, checkpoint, job.data.accept_changes)
 
 
 def newest_recipe(storage: Storage, run_folder: str) -> str | None:
-    """The recipe (YAML) that the newest checkpoint of a run folder says; None without one."""
+    """Return the recipe (YAML) of the newest readable checkpoint of a run folder; None without one."""
     found = (_read(storage, checkpoint.url) for checkpoint in list_checkpoints(storage, run_folder))
     return next((stored.recipe for stored in found if stored is not None), None)
 
 
 def _read(storage: Storage, url: str) -> _Stored | None:
-    """None where the checkpoint does not say: the trainer finds out whether it is damaged."""
+    """Return recipe, task and classes of a checkpoint; None if they cannot be read.
+
+    The trainer checks whether the checkpoint is damaged.
+    """
     if storage.exists(join(url, IDENTITY)):
         try:
             identity = ModelIdentity.from_json(storage.get(join(url, IDENTITY)), join(url, IDENTITY))

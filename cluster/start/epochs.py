@@ -1,4 +1,4 @@
-"""Steps of a run that is given in epochs."""
+"""Compute the number of steps of a run whose length is given in epochs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from m2f.data_pipeline.storage.storage import Storage
 
 
 def with_steps(config: RunConfig, storage: Storage) -> RunConfig:
-    """The run with `training.max_steps` in place of `training.max_epochs`, which one line says.
+    """Return the recipe with `training.max_epochs` replaced by `training.max_steps`, and print both.
 
-    Elastic runs keep their global batch, and so the number of images. Raises DataError, StorageError where a manifest
-    is missing or no image is left.
+    The result is valid for elastic runs, because they keep their global batch. Raises DataError or StorageError if a
+    manifest is missing or no image is left.
     """
     training = config.training
     if not training.max_epochs:
@@ -32,7 +32,7 @@ def with_steps(config: RunConfig, storage: Storage) -> RunConfig:
 
 
 def images_per_epoch(config: RunConfig, storage: Storage) -> float:
-    """Images of all data sets in `data.train`, as filters, limits and repeats leave them."""
+    """Return the number of images per epoch of all data sets in `data.train`, after filters, limits and repeats."""
     total = 0.0
     for number, item in enumerate(config.data.train):
         manifest = Manifest.load(config.datasets[item.dataset].shards, storage)
@@ -41,5 +41,8 @@ def images_per_epoch(config: RunConfig, storage: Storage) -> float:
 
 
 def steps_of(epochs: float, images: float, global_batch: int) -> int:
-    """Steps that pass so often over so many images; the last one may begin another pass."""
+    """Return the number of steps for `epochs` passes over `images` images, at least 1.
+
+    It is rounded up, so the last step may begin another pass.
+    """
     return max(1, math.ceil(Fraction(str(epochs)) * Fraction(images) / global_batch))

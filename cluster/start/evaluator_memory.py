@@ -1,4 +1,4 @@
-"""What evaluation actors need of a GPU that they share with a rank, counted before there is one."""
+"""Estimate the GPU memory of evaluation actors that share a GPU with a rank, before they start."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from m2f.trainer.memory.states import CONTEXT_BYTES
 
 
 def evaluator_bytes(config: RunConfig, model: ModelConfig) -> int:
-    """Bytes that actors take of each rank's GPU; 0 where they have GPUs of their own, or none.
+    """Return the bytes that actors use on each rank's GPU; 0 if they have their own GPUs or none.
 
-    `model` has its number of classes.
+    `model.num_classes` must be set.
     """
     cluster, evaluation = config.cluster, config.evaluation
     if not evaluation.sets or not 0 < cluster.gpus_per_worker < 1 or not 0 < evaluation.gpus_per_actor < 1:
@@ -34,7 +34,7 @@ def evaluator_bytes(config: RunConfig, model: ModelConfig) -> int:
 
 
 def _largest(settings: EvaluationConfig) -> tuple[int, int]:
-    """Sides of the largest image that the model gets with a set's settings."""
+    """Return height and width in pixels of the largest input of the model with the settings of an evaluation set."""
     match settings.test_time:
         case MultiScale(window=int(size)) | SlidingWindows(size=size):
             return size, size

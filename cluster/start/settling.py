@@ -1,4 +1,4 @@
-"""Looks at the devices and the stored run, and says what `auto` means for a run before it starts."""
+"""Resolve `auto` settings before a run starts, from the available devices and the stored run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from m2f.trainer.config import Precision
 
 
 def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunConfig:
-    """The run as it will be, printed in a few lines; see `settle` and `settle_backbone`.
+    """Return the recipe with `auto` resolved, and print the decisions; see `settle` and `settle_backbone`.
 
-    A run that goes on keeps its precision, and what its backbone began with.
+    A continued run keeps its precision and its choice of initial backbone weights. `beside` is set if evaluations run
+    during the training.
     """
     stored = _stored_choices(config)
     config = announced(settle(config, seen, stored.precision, beside=beside))
@@ -35,20 +36,20 @@ def settled_run(config: RunConfig, seen: SeenDevices, *, beside: bool) -> RunCon
 
 
 def this_machine() -> SeenDevices:
-    """The devices that torch sees here."""
+    """Return the GPUs that torch sees on this machine, and its number of usable cores."""
     return SeenDevices(gpus_of_machine(), cores=usable_cores())
 
 
 @dataclass(frozen=True)
 class _Choices:
-    """What an earlier start of the run decided on; None each for a new run."""
+    """Decisions of an earlier start of the run; all None for a new run."""
 
     precision: Precision | None = None
     pretrained: bool | None = None
 
 
 def _stored_choices(config: RunConfig) -> _Choices:
-    # A driver that is started again works for a run that the store has answered.
+    # A restarted driver belongs to a run for which the storage has already answered.
     storage = Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err)
     recipe = newest_recipe(storage, config.run_folder)
     if recipe is None:

@@ -1,1 +1,1 @@
-"""Sending a run to a Ray cluster or to Kubernetes."""
+"""Submit a run to a Ray cluster or to Kubernetes."""

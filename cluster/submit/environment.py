@@ -1,7 +1,7 @@
-"""Which environment variables travel with a job: those that hold no secrets, by a list of names.
+"""Environment variables that may be passed to a job: a list of names that contain no secrets.
 
-Ray keeps the environment of a job with its description, and shows both in the dashboard. What is not on the list is
-set where the nodes start Ray: all processes of a job have the environment of their node.
+Ray stores the environment of a job and shows it in the dashboard. Other variables must be set where the nodes start
+Ray, because all processes of a job inherit the environment of their node.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from m2f.data_pipeline.urls import REMEDY, url_problem
 from m2f.model.errors import ConfigError
 
 STOP_WAIT_S = 600
-"""Between SIGTERM and SIGKILL of a job that is stopped, for its last checkpoint; Ray's own default is 3 s."""
+"""Seconds between SIGTERM and SIGKILL of a stopped job, so that it can save a checkpoint. Ray's default is 3 s."""
 FAMILIES = (
     *("CUBLAS_", "CUDA_", "CUDNN_", "FI_", "GLOO_", "GOMP_", "KMP_", "MKL_", "NCCL_", "NVIDIA_", "NVTE_", "OMP_"),
     *("OPENBLAS_", "PYTORCH_", "RAY_TRAIN_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRITON_", "UCX_"),
 )
-"""Beginnings of names: settings of libraries that compute and exchange, and have no passwords."""
+"""Prefixes of allowed names: settings of libraries for computation and communication, which have no passwords."""
 NAMES = frozenset(
     [
         *("AWS_CA_BUNDLE", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"),
@@ -34,14 +34,14 @@ NAMES = frozenset(
         *("DS_ACCELERATOR", "M2F_DATA", "RAY_JOB_STOP_WAIT_TIME_S"),
     ]
 )
-"""Further names."""
+"""Other allowed names."""
 
 
 def job_environment(variables: Sequence[str], config: RunConfig | None = None) -> dict[str, str]:
-    """Variables for a job from `NAME=VALUE` and `NAME` (its value here), with what m2f itself sets.
+    """Return the variables of a job: those given as `NAME=VALUE` or `NAME` (its value here), and those that m2f sets.
 
     Raises:
-        ConfigError: a name is not on the list, a value is a URL that may hold a secret, or a variable is not set.
+        ConfigError: a name is not allowed, a value is a URL that may contain a secret, or a variable is not set.
     """
     env = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUNBUFFERED": "1"}
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
@@ -65,5 +65,5 @@ def job_environment(variables: Sequence[str], config: RunConfig | None = None) -
 
 
 def is_local_tracking(uri: str) -> bool:
-    """Whether it names files or a database in a file; such a URI has no host."""
+    """Return whether a tracking URI names local files or a sqlite database, without a host."""
     return urlsplit(uri).scheme in ("", "file", "sqlite")

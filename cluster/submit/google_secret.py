@@ -1,6 +1,7 @@
-"""Prints a secret of Google's Secret Manager: `python -m m2f.cluster.submit.google_secret PROJECT NAME`.
+"""Print a secret of Google's Secret Manager: `python -m m2f.cluster.submit.google_secret PROJECT NAME`.
 
-For machines of Google, whose service account may read it: Ray's images hold no client for it. Standard library only.
+For machines on Google Cloud whose service account may read the secret. Uses only the standard library, because Ray's
+images contain no client for Secret Manager.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ TIMEOUT_S = 10.0
 
 
 def read_secret(project: str, name: str, metadata: str = METADATA["gcp"], service: str = SERVICE) -> str:
-    """The latest version; `metadata` and `service` are addresses. Raises OSError where one refuses or is silent."""
+    """Return the latest version of a secret.
+
+    `metadata` and `service` are the base URLs of the metadata server and of Secret Manager. Raises OSError if one of
+    them refuses the request or does not answer.
+    """
     account = f"{metadata}/computeMetadata/v1/instance/service-accounts/default/token"
     token = _ask(account, {"Metadata-Flavor": "Google"})["access_token"]
     url = f"{service}/v1/projects/{project}/secrets/{name}/versions/latest:access"
@@ -33,7 +38,7 @@ def _ask(url: str, headers: dict[str, str]) -> Mapping[str, Mapping[str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 2 for other arguments than a project and a name, 1 where the secret cannot be read."""
+    """Print the secret. Return exit status 2 for wrong arguments, 1 if the secret cannot be read, otherwise 0."""
     if len(arguments) != 2:
         sys.stderr.write("usage: python -m m2f.cluster.submit.google_secret PROJECT NAME\n")
         return 2

@@ -1,4 +1,4 @@
-"""A recipe as a KubeRay `RayJob`: a template of the cluster, filled with the run and checked before it is sent."""
+"""Create a KubeRay `RayJob` from a recipe and a template of the cluster, and check it before it is sent."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _BY_DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 RECIPE_FOLDER = "/etc/m2f"
 APPLY_TIMEOUT_S = 60
 MAX_NAME_LENGTH = 30
-"""Characters of a run's name in the name of its RayJob, which may have 47 in all."""
+"""Maximum number of characters of a run's name in the name of its RayJob, which may have 47 characters."""
 
 
 class KubeRayError(UserError):
-    """A template that gives no RayJob that could work, or a Kubernetes that refuses it."""
+    """The template is not valid for the run, or kubectl is missing or refuses the RayJob."""
 
 
 def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> str:
-    """A ConfigMap with the recipe and the RayJob that trains it, as one YAML text.
+    """Return YAML of a ConfigMap with the recipe, and of the RayJob that trains it.
 
     Args:
         config: recipe for the cluster, see `m2f.cluster.submit.submit.bind_to_cluster`.
-        template: YAML of one RayJob without a command.
-        env: environment variables of the job, no secrets.
+        template: YAML file of one RayJob without a command.
+        env: environment variables of the job, without secrets.
 
     Raises:
-        KubeRayError: the template cannot be read, KubeRay would refuse it, or the run does not fit in it.
+        KubeRayError: the template cannot be read, KubeRay would refuse it, or the run does not fit into its resources.
     """
     ray_job = _read_template(template)
     problems = schema_problems(ray_job)
@@ -57,7 +57,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
         "runtimeEnvYAML": yaml.safe_dump({"env_vars": dict(env)}, sort_keys=True),
     }
     head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    if ray_job["spec"].get("submissionMode", "K8sJobMode") == "K8sJobMode":  # in the others there is no such pod
+    if ray_job["spec"].get("submissionMode", "K8sJobMode") == "K8sJobMode":  # other modes have no submitter pod
         ray_job["spec"].setdefault("submitterPodTemplate", {"spec": _submitter_pod(head)})
     _mount_recipe(head, name)
     config_map = {
@@ -70,7 +70,7 @@ def ray_job_yaml(config: RunConfig, template: Path, env: Mapping[str, str]) -> s
 
 
 class _ReadableDumper(yaml.SafeDumper):
-    """Writes texts of several lines as blocks."""
+    """YAML dumper that writes strings of several lines as block scalars."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -81,7 +81,7 @@ _ReadableDumper.add_representer(str, _represent_text)
 
 
 def kubectl_apply(text: str) -> None:
-    """Hand objects to kubectl, which prints what it does. Raises KubeRayError where it is absent or refuses."""
+    """Apply objects with kubectl, which prints its actions. Raises KubeRayError if it is missing or fails."""
     try:
         subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True, check=True, timeout=APPLY_TIMEOUT_S)
     except FileNotFoundError as error:
@@ -91,14 +91,14 @@ def kubectl_apply(text: str) -> None:
 
 
 def schema_problems(ray_job: object) -> list[str]:
-    """What KubeRay or Kubernetes would refuse, or silently drop, by path."""
+    """Return a message with its path for everything that KubeRay or Kubernetes would refuse or silently drop."""
     validator = Draft202012Validator(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
     errors = sorted(validator.iter_errors(ray_job), key=lambda error: error.json_path)
     return [f"{error.json_path.removeprefix('$.')}: {error.message[:200]}" for error in errors]
 
 
 def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
-    """What would keep the run from starting or make it fragile, though Kubernetes takes it."""
+    """Return messages about a valid cluster on which the run would not start or would not be robust."""
     problems: list[str] = []
     head, groups = spec["headGroupSpec"], spec["workerGroupSpecs"]
     if head["rayStartParams"].get("num-cpus") != "0":
@@ -115,7 +115,7 @@ def cluster_problems(config: RunConfig, spec: Mapping[str, Any]) -> list[str]:
 
 
 def _image_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
-    """A tag may be given to another image at any time; a digest names one for good."""
+    """Return messages about images without a digest. A tag can be moved to another image, a digest cannot."""
     images = [container.get("image", "") for container in pod["containers"]]
     return [
         f"{group}: image is {image}; name it by the digest that `docker push` prints, as registry/m2f@sha256:..."
@@ -137,16 +137,19 @@ def _pod_problems(group: str, pod: Mapping[str, Any]) -> list[str]:
 
 
 def _pod_resources(group: Mapping[str, Any]) -> dict[str, float]:
-    """What one pod of a group offers to Ray."""
+    """Return the Ray resources of one pod of a group."""
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    cores = str(limits.get("cpu", "inf"))  # without a limit, all of the machine; YAML makes 8 a number
+    cores = str(limits.get("cpu", "inf"))  # no limit: all cores; str, because YAML parses 8 as a number
     gpus = sum(float(amount) for name, amount in limits.items() if name.endswith("/gpu"))
     cpus = float(cores.removesuffix("m")) / 1000 if cores.endswith("m") else float(cores)
     return {"CPU": cpus, "GPU": gpus, **_custom_resources(group)}
 
 
 def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
-    """What a group offers per pod: `resources`, else the JSON within quotes for the shell in `rayStartParams`."""
+    """Return the custom Ray resources of one pod of a group.
+
+    They are in `resources`, or as JSON quoted for the shell in `rayStartParams`.
+    """
     if "resources" in group:
         return {name: float(amount) for name, amount in group["resources"].items() if amount.isdecimal()}
     text = group["rayStartParams"].get("resources", "{}").strip("'")
@@ -161,7 +164,10 @@ def _custom_resources(group: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _object_name(config: RunConfig) -> str:
-    """Kubernetes takes lower-case letters, digits and dashes, and KubeRay appends some to what it makes of the name."""
+    """Return the name of the objects: lower-case letters, digits and dashes only.
+
+    It is short, because KubeRay appends suffixes to the names of objects that it creates.
+    """
     readable = re.sub(r"[^a-z0-9]+", "-", config.name.lower())[:MAX_NAME_LENGTH].strip("-")
     return f"m2f-{readable}-{run_digest(config)}"
 
@@ -179,17 +185,17 @@ def _read_template(template: Path) -> dict[str, Any]:
 
 
 def _mount_recipe(head: dict[str, Any], name: str) -> None:
-    """The driver runs on the head, which alone needs the file."""
+    """Mount the recipe in the head pod, where the driver runs. Other pods do not need it."""
     head.setdefault("volumes", []).append({"name": "recipe", "configMap": {"name": name}})
     mount = {"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True}
     head["containers"][0].setdefault("volumeMounts", []).append(mount)
 
 
 def _submitter_pod(head: Mapping[str, Any]) -> dict[str, Any]:
-    """The pod that runs `ray job submit` and follows the log: image and rights of the head, without its account.
+    """Return the pod that runs `ray job submit` and follows the log.
 
-    KubeRay's own one has no security context and mounts a token of Kubernetes. KubeRay adds the command, and Ray's
-    token from the secret, to this one, too.
+    It has the image and the security context of the head, but no service account token. KubeRay's default pod has no
+    security context and mounts such a token. KubeRay adds the command and Ray's token to this pod as well.
     """
     ray = head["containers"][0]
     same = {key: ray[key] for key in ("image", "imagePullPolicy", "securityContext") if key in ray}

@@ -1,4 +1,4 @@
-"""Ray's Jobs API with errors that name the remedy: send a command, follow its output, stop it."""
+"""Client of Ray's Jobs API: submit a command, follow its output, and stop it. Errors name a remedy."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from m2f.model.errors import UserError
 
 POLL_S = 0.5
 DASHBOARD_TIMEOUT_S = 300.0
-"""How long a dashboard may not answer while a job is followed."""
+"""Seconds for which the dashboard may fail to answer while a job is followed."""
 _BEFORE_THE_DRIVER = ("RUNTIME_ENV_SETUP_FAILURE", "START", "UNSCHEDULABLE")
-"""Parts of Ray's types of errors of jobs that never ran."""
+"""Parts of Ray's error types for jobs whose command never ran."""
 
 
 class JobError(UserError):
-    """A cluster that cannot be reached or refuses a job."""
+    """The cluster cannot be reached or refuses a job."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class JobRequest:
     job_id: str
     command: str
     archive: Path
-    """Its working directory."""
+    """Zip file of the job's working directory."""
     env: Mapping[str, str]
     metadata: Mapping[str, str]
 
@@ -59,10 +59,10 @@ class JobInfo:
     message: str
     exit_code: int | None
     seconds: float | None
-    """How long it runs or ran; None before its start."""
+    """Run time in seconds so far or in total; None before the start."""
     metadata: Mapping[str, str]
     error: str = ""
-    """Ray's type of the error of a failed job."""
+    """Ray's error type of a failed job; "" without one."""
 
     @property
     def ended(self) -> bool:
@@ -71,9 +71,9 @@ class JobInfo:
 
     @property
     def exit_status(self) -> int:
-        """Of the command; where it has left none, what became of the job as an ExitStatus.
+        """Exit status of the command; without one, an ExitStatus that follows from the state of the job.
 
-        A job whose process died together with a node, or with Ray there, is worth another one: OUTAGE.
+        A job whose process was lost with its node or with Ray has status OUTAGE, because another job can continue it.
         """
         if self.exit_code:
             return self.exit_code if self.exit_code > 0 else 128 - self.exit_code
@@ -86,17 +86,17 @@ class JobInfo:
         return ExitStatus.DONE
 
     def describe(self) -> str:
-        """One line: id, status, duration and run."""
+        """Return id, status, duration and run in one line."""
         took = "" if self.seconds is None else f" after {format_duration(self.seconds)}"
         run = self.metadata.get("m2f_run")
         return f"{self.job_id}  {self.status}{took}" + ("" if run is None else f"  {run}")
 
 
 class JobClient:
-    """The jobs of one cluster, through its dashboard (`http://HEAD:8265`).
+    """Client for the jobs of one cluster, through its dashboard (`http://HEAD:8265`).
 
     Raises:
-        JobError: no dashboard answers there, or the token is missing or wrong; also from all methods.
+        JobError: the dashboard does not answer, or the token is missing or wrong. All methods raise it, too.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -111,18 +111,18 @@ class JobClient:
             print_err(f"the cluster has Ray {version}, this machine {ray.__version__}")
 
     def jobs(self) -> list[JobInfo]:
-        """All that were submitted through this API."""
+        """Return all jobs that were submitted through the Jobs API."""
         with _job_errors(self.address):
             jobs: list[Any] = self._client.list_jobs()
         return [_job_info(job) for job in jobs if job.submission_id is not None]
 
     def job(self, job_id: str) -> JobInfo:
-        """One of them."""
+        """Return one job."""
         with _job_errors(self.address):
             return _job_info(self._client.get_job_info(job_id))
 
     def submit(self, job: JobRequest) -> bool:
-        """Send a job; False where its id is taken, which means that another process was faster."""
+        """Submit a job; return False if its id exists, because another process has submitted it first."""
         with _job_errors(self.address):
             try:
                 self._client.submit_job(
@@ -138,7 +138,7 @@ class JobClient:
         return True
 
     def stop(self, job_id: str) -> JobInfo:
-        """Ask a job to end, and wait until it has: a training run saves a checkpoint first."""
+        """Ask a job to stop, wait until it has ended, and return it. A training run saves a checkpoint first."""
         with _job_errors(self.address):
             self._client.stop_job(job_id)
             while not (job := self.job(job_id)).ended:
@@ -146,9 +146,9 @@ class JobClient:
         return job
 
     def follow(self, job_id: str) -> int:
-        """Repeat what a job prints until it ends; its exit status, and 130 where Ctrl-C ends only this.
+        """Print the output of a job until it ends, and return its exit status.
 
-        A dashboard that does not answer for a while is waited for. Ctrl-C leaves the job alone.
+        Ctrl-C stops only the printing and returns 130. The dashboard may be unavailable for `DASHBOARD_TIMEOUT_S`.
         """
         printed, self._last_contact = 0, time.monotonic()
         try:
@@ -167,7 +167,7 @@ class JobClient:
         return job.exit_status
 
     async def _tail(self, job_id: str, printed: int) -> int:
-        """Print what comes after the first `printed` characters, as long as the connection holds."""
+        """Print the log after its first `printed` characters until the connection ends; return its printed length."""
         received = 0
         try:
             async for text in self._client.tail_job_logs(job_id):
@@ -181,7 +181,7 @@ class JobClient:
         return max(printed, received)
 
     def _poll(self, job_id: str) -> JobInfo | None:
-        """The job; None while the dashboard does not answer."""
+        """Return the job; None while the dashboard does not answer. Raises JobError after `DASHBOARD_TIMEOUT_S`."""
         try:
             job = self.job(job_id)
         except JobError:
@@ -193,7 +193,7 @@ class JobClient:
 
 
 def _job_info(info: Any) -> JobInfo:
-    """From Ray's JobDetails."""
+    """Return the state of a job from Ray's JobDetails."""
     start, end = info.start_time, info.end_time
     return JobInfo(
         job_id=info.submission_id or "",
@@ -208,7 +208,7 @@ def _job_info(info: Any) -> JobInfo:
 
 @contextmanager
 def _job_errors(address: str) -> Iterator[None]:
-    """What Ray, requests and sockets raise, as JobError."""
+    """Convert errors of Ray, requests and sockets to JobError."""
     try:
         yield
     except AuthenticationError as error:

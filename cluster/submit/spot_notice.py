@@ -1,7 +1,7 @@
-"""Runs on a spot machine: polls the cloud for the preemption notice and drains the Ray node, so that the run saves.
+"""Watch for the preemption notice of a spot machine and drain its Ray node, so that the run saves a checkpoint.
 
-`python -m m2f.cluster.submit.spot_notice aws` (or gcp); on Kubernetes a preStop hook does the same. Standard library
-only.
+Runs on every spot machine: `python -m m2f.cluster.submit.spot_notice aws` (or gcp). On Kubernetes, a preStop hook does
+the same. Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ POLL_S = 2.0
 TIMEOUT_S = 2.0
 METADATA: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
 NOTICE_S: dict[Cloud, int] = {"aws": 110, "gcp": 25}
-"""How long the machine stays after the notice, less a margin."""
+"""Seconds that the machine keeps running after the notice, minus a margin."""
 
 
 def watch(cloud: Cloud, drain: Callable[[int], None], metadata: str | None = None, poll_s: float = POLL_S) -> None:
-    """Wait for the notice, then call `drain(seconds left)` once. `metadata` is the address of another server."""
+    """Wait for the notice, then call `drain(seconds_left)` once. `metadata` replaces the URL of the metadata server."""
     while not is_preempted(cloud, metadata or METADATA[cloud]):
         time.sleep(poll_s)
     drain(NOTICE_S[cloud])
 
 
 def is_preempted(cloud: Cloud, metadata: str) -> bool:
-    """Whether the cloud has announced the end of this machine; False where the metadata server does not answer."""
+    """Return whether the cloud has announced the preemption of this machine.
+
+    Returns False if the metadata server does not answer.
+    """
     try:
         match cloud:
             case "aws":
@@ -53,7 +56,7 @@ def is_preempted(cloud: Cloud, metadata: str) -> bool:
 
 
 def drain_this_node(seconds: int) -> None:
-    """Ray's own command, which finds the node that it runs on."""
+    """Drain this node with Ray's command, which finds the node that it runs on."""
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot notice"]
     subprocess.run(["ray", "drain-node", *reason, "--deadline-remaining-seconds", str(seconds)], check=True)
 
@@ -64,7 +67,7 @@ def _ask(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 2 for an unknown cloud."""
+    """Watch for the notice and drain the node. Return exit status 2 for an unknown cloud, otherwise 0."""
     for cloud in get_args(Cloud):
         if arguments == [cloud]:
             watch(cloud, drain_this_node)

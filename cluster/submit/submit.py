@@ -1,6 +1,6 @@
-"""A training run as a Ray job: its upload, command, environment and id.
+"""Submit a training run as a Ray job: its upload, command, environment and id.
 
-The name of a job follows from its run folder, so a second `m2f submit` of the same run finds the first one's job.
+The id of a job is derived from the run folder, so a second `m2f submit` of the same run finds the existing job.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ class ChosenJob:
 
     job_id: str
     is_new: bool
-    """False where the cluster has it already."""
+    """False if the cluster already has the job."""
 
 
 def submit_training(
     client: JobClient, config: RunConfig, env: Mapping[str, str], shared: Sequence[str] = (), installed: bool = False
 ) -> ChosenJob:
-    """Send a run to a cluster, or find its active job there.
+    """Submit a run to a cluster, or find its active job there.
 
     Args:
-        client: the cluster.
+        client: client of the cluster.
         config: recipe with absolute paths.
         env: environment variables of the job; see `environment.job_environment`.
-        shared: folders that all nodes mount at the same place.
-        installed: the cluster has m2f; only the recipe is sent.
+        shared: folders that all nodes mount at the same path.
+        installed: m2f is installed on the cluster; only the recipe is sent.
 
     Raises:
-        ConfigError: the recipe cannot work on another machine, or a job with other settings trains in its run folder.
-        UploadError: too much to send.
-        JobError: the cluster refuses.
+        ConfigError: the recipe cannot run on another machine, or a job with other settings trains in its run folder.
+        UploadError: the upload is too large.
+        JobError: the cluster refuses the job.
     """
     config = bind_to_cluster(config, shared)
     recipe = dump_recipe(config)
@@ -74,30 +74,30 @@ def submit_training(
 
 
 def submit_doctor(client: JobClient, config: RunConfig | None, env: Mapping[str, str]) -> str:
-    """Send `m2f doctor` for all nodes of a cluster; the id of its job."""
+    """Submit `m2f doctor` for all nodes of a cluster, and return the id of its job."""
     recipe = None if config is None else dump_recipe(replace(config, cluster=replace(config.cluster, address=None)))
     command = ["python", "-m", "m2f.cluster.cli", "doctor", *(() if recipe is None else (RECIPE,)), "--address", "auto"]
     job_id = f"m2f-doctor-{secrets.token_hex(4)}"
-    env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is read on this terminal
+    env = {**env, "COLUMNS": str(shutil.get_terminal_size().columns)}  # its table is shown on this terminal
     with ScratchFolder("submit") as folder:
         client.submit(JobRequest(job_id, shlex.join(command), pack(folder, recipe), env, metadata={}))
     return job_id
 
 
 def job_name(config: RunConfig) -> str:
-    """First part of the ids of a run's jobs; `-1`, `-2` ... follow, as Ray takes no id twice."""
+    """Return the prefix of the ids of a run's jobs. `-1`, `-2`, ... follow, because Ray accepts an id only once."""
     return f"m2f-{config.name.replace('.', '-')}-{run_digest(config)}"
 
 
 def run_digest(config: RunConfig) -> str:
-    """Digest of the run folder, eight characters."""
+    """Return the first eight hex digits of the SHA-256 of the run folder."""
     return hashlib.sha256(config.run_folder.encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
 def choose_job(config: RunConfig, digest: str, jobs: Iterable[JobInfo]) -> ChosenJob:
-    """The active job of this run, else a new one with the next free id.
+    """Return the active job of this run, or a new one with the next free id.
 
-    Raises ConfigError where the active job has another recipe.
+    Raises ConfigError if the active job has another recipe.
     """
     earlier = jobs_of(config, jobs)
     for job in earlier:
@@ -114,7 +114,7 @@ def choose_job(config: RunConfig, digest: str, jobs: Iterable[JobInfo]) -> Chose
 
 
 def jobs_of(config: RunConfig, jobs: Iterable[JobInfo]) -> list[JobInfo]:
-    """Jobs of this run, the newest last."""
+    """Return the jobs of this run, newest last."""
     pattern = re.compile(re.escape(job_name(config)) + r"-\d+")
     return sorted((job for job in jobs if pattern.fullmatch(job.job_id)), key=_number)
 
@@ -124,9 +124,10 @@ def _number(job: JobInfo) -> int:
 
 
 def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
-    """The recipe as its job gets it: without `cluster.address`, as the job runs on the cluster.
+    """Return the recipe for a job on the cluster, without `cluster.address`.
 
-    Raises ConfigError for every path that exists only here; `shared` names folders that all nodes have.
+    Raises ConfigError that lists local paths outside the `shared` folders, which all nodes must have, and a local
+    tracking URI. Prints a warning for URLs of the loopback interface.
     """
     problems = [
         f"{setting} is {path}, which is a path of this machine; use s3://, or pass `--shared FOLDER` where all nodes "
@@ -146,7 +147,7 @@ def bind_to_cluster(config: RunConfig, shared: Sequence[str] = ()) -> RunConfig:
 
 
 def _paths(config: RunConfig) -> dict[str, str]:
-    """What training and evaluation read and write for the whole run, by setting. Caches belong to each machine."""
+    """Return the paths that a run reads and writes, by setting. Caches are left out: each machine has its own."""
     used = [item.dataset for item in config.data.train] + [item.dataset for item in config.evaluation.sets]
     paths = {"output": config.output}
     paths |= {f"datasets.{name}.shards": config.datasets[name].shards for name in used}

@@ -1,7 +1,7 @@
-"""What a Ray job needs of this machine: the code of m2f as it is here and the recipe, in one archive.
+"""Pack the upload of a Ray job: this machine's code of m2f and the recipe, in one archive.
 
-Ray unpacks it in the working directory of the driver and of every worker, so all run the same code. Libraries are not
-in it; they are part of the cluster's image or environment.
+Ray unpacks the archive in the working directory of the driver and of every worker, so all run the same code. It does
+not contain libraries; they are part of the cluster's image or environment.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from m2f.model.errors import UserError
 PACKAGE = "m2f"
 RECIPE = "recipe.yaml"
 LIMIT_BYTES = 100 * 2**20
-"""Ray's dashboard refuses larger requests with HTTP 413."""
+"""Maximum size of the archive in bytes. Ray's dashboard refuses larger requests with HTTP 413."""
 IGNORE_FILE = ".rayignore"
 _PROJECT_FILES = ("pyproject.toml", IGNORE_FILE)
 _NAMED_FOLDERS = 5
-"""How many folders the error of a large upload names."""
+"""Number of folders in the error message about a large upload."""
 _RECIPE_TIME = 946684800
-"""Date of the recipe in the archive, 2000-01-01: equal content must give an equal archive, which Ray sends once."""
+"""Modification time of the recipe in the archive, 2000-01-01 (Unix time).
+
+It is fixed, so that equal content gives an equal archive, which Ray uploads only once."""
 
 
 class UploadError(UserError):
-    """Too much to send to a cluster."""
+    """The upload to a cluster is too large."""
 
 
 def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | None = None) -> Path:
-    """An archive in `folder` of the code, but what .rayignore beside it excludes, and of the recipe.
+    """Create an archive of the code and the recipe, and return its path. `.rayignore` beside the code excludes files.
 
     Args:
-        folder: where the archive is made.
-        recipe: complete recipe as YAML; None for jobs that have none.
-        code: False leaves the code out, for clusters that have m2f installed.
-        source: folder in which `m2f` is; None takes the one that this module is from.
+        folder: folder in which the archive is created.
+        recipe: complete recipe as YAML; None for jobs without a recipe.
+        code: whether to include the code; False for clusters on which m2f is installed.
+        source: folder that contains `m2f`; None uses the one of this module.
 
     Raises:
-        UploadError: the archive is larger than Ray takes; names the largest folders.
+        UploadError: the archive exceeds `LIMIT_BYTES`; the message names the largest folders.
     """
     staged, archive = folder / "working_dir", folder / "m2f.zip"
     staged.mkdir()
@@ -58,7 +60,8 @@ def pack(folder: Path, recipe: str | None, code: bool = True, source: Path | Non
 
 
 def _copy_code(source: Path, staged: Path) -> None:
-    # In a checkout the folders in it are links, which copytree follows, or files, where git makes no links.
+    # In a checkout, the subfolders of `m2f` are symbolic links, which copytree follows. On systems where git creates
+    # no links, they are text files and are replaced by the folders here.
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(source / PACKAGE, staged / PACKAGE, ignore=ignore)
     for stub in (staged / PACKAGE).iterdir():
