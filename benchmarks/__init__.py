@@ -1,1 +1,1 @@
-"""Ours and peers side by side; agreement is checked before any ratio is printed."""
+"""Benchmarks against peer implementations; a ratio is printed only if the results agree."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--tiny] [--device cuda] [--save FOLDER] [NAME ...]`: ours and peers side by side."""
+"""`python -m benchmarks [--tiny] [--device cuda] [--save FOLDER] [NAME ...]`: compare our code with peers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ ON_ANY_DEVICE = (
     "postproc",
     "zero",
 )
-"""Names of benchmarks: each is `run` of `benchmarks.bench_NAME`."""
+"""Names of benchmarks; each name stands for the function `run` of `benchmarks.bench_NAME`."""
 
 
 def run(name: str, tiny: bool, device: torch.device) -> list[Measurement]:
-    """Import one benchmark, whose packages alone must be there, and run it."""
+    """Import and run one benchmark; only the packages that it needs must be installed."""
     benchmark = importlib.import_module(f"benchmarks.bench_{name}").run
     return benchmark(tiny) if name in ON_CPU else benchmark(tiny, device=device)
 
@@ -57,7 +57,7 @@ def main() -> None:
             began = time.monotonic()
             results += run(name, arguments.tiny, arguments.device)
             print(f"{number}/{len(wanted)} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    finally:  # what was measured before a failure stays
+    finally:  # keep the results measured before a failure
         print(f"{markdown(results, setting)}\n\n{json_lines(results, setting)}")
         if arguments.save is not None:
             print(f"\nwritten: {save(results, setting, arguments.save)}")

@@ -1,8 +1,10 @@
-"""From shards to batches of 1024 x 1024: CPU time per image of every stage, beside peers, and the start-up of a rank.
+"""The data pipeline from shards to batches of 1024 x 1024, against peers, and the start-up of a rank.
 
-Stages and their sum against a mapper in Detectron2's way (Pillow, whole images, one mask per segment) on the same
-files with the same draws; `exact` is our mode with the official pixels, which must equal the peer's. Reading, also from
-an S3 server on loopback in a process of its own, against `webdataset`, which reads tars from front to back.
+- Stages and their sum: CPU time per image, against a mapper in the style of Detectron2 (Pillow, whole images, one mask
+  per segment) on the same files with the same random numbers. `exact` is our mode that reproduces the official pixels;
+  they must equal the peer's.
+- Reading, from local files and from an S3 server on loopback in a separate process: against `webdataset`, which reads
+  tars from front to back.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ _SERVER_START_S = 30.0
 
 
 def run(tiny: bool) -> list[Measurement]:
-    """Stages, reading, start-up; milliseconds per image, except for the start-up."""
+    """Measure stages, reading and start-up; times are milliseconds per image, except for the start-up."""
     count, repeats = (12, 3) if tiny else (96, 7)
     images = [make_image(index) for index in range(count)]
     with tempfile.TemporaryDirectory() as folder, _s3_server() as s3:
@@ -72,7 +74,7 @@ def run(tiny: bool) -> list[Measurement]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everything that a stage takes, in the order of the manifest."""
+    """The inputs of all stages, in the order of the manifest."""
 
     images: list[SyntheticImage]
     members: list[Members]
@@ -122,7 +124,7 @@ def _stages(inputs: _Inputs, repeats: int) -> list[Measurement]:
 
 
 def _reading(manifest: Manifest, repeats: int) -> Measurement:
-    """Local tars: every sample at a random place and with its checksum, against front to back."""
+    """Compare reading local tars: ours at random positions with checksums, the peer from front to back."""
     urls = [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
     order = build_order([manifest], SEED, DATA)
     chunks = group_chunks(manifest.shard, manifest.offset, chunk_bytes(DATA))
@@ -142,9 +144,10 @@ def _reading(manifest: Manifest, repeats: int) -> Measurement:
 
 
 def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measurement]:
-    """The whole chain from S3, decoding included; the same work on both sides once the bytes are there.
+    """Compare the pipeline from S3 to batches; both sides decode and augment with our code.
 
-    Several epochs, so that the batches that our loader has begun when it is closed are few among them.
+    It reads several epochs, so that the batches that our loader has started but not finished at the end are a small
+    share.
     """
     urls = EPOCHS * [manifest.shard_url(shard) for shard in range(len(manifest.shards))]
     count = EPOCHS * manifest.num_samples
@@ -170,7 +173,7 @@ def _streaming(manifest: Manifest, storage: Storage, repeats: int) -> list[Measu
 
 
 def _start_up(small: Manifest, folder: Path, count: int, repeats: int) -> Measurement:
-    """A rank until it knows its first images, in all, against parsing the panoptic JSON of the same images."""
+    """Compare the start of a rank, until it knows its first images, with parsing the panoptic JSON of all images."""
     write_long_manifest(small, folder / "long", count, Storage())
     parsed = folder / "panoptic.json"
     parsed.write_text(json.dumps(_panoptic_json(count)))
@@ -195,8 +198,8 @@ def _first_images(url: str) -> object:
 
 
 def _grown_memory(url: str) -> int:
-    """Bytes that a fresh process has more, at most, after opening the data set."""
-    _first_images(_small_sibling(url))  # what libraries need once
+    """Return the peak growth in bytes of a fresh process when it opens the data set."""
+    _first_images(_small_sibling(url))  # exclude what libraries allocate once
     before = _status("VmRSS")
     kept = _first_images(url)
     return max(0, _status("VmHWM") - before) if kept else 0
@@ -256,7 +259,7 @@ def _collate_peer(mapped: Sequence[peer.Mapped]) -> list[object]:
 
 
 def _decoding_error(inputs: _Inputs, pixels: Sequence[peer.Pixels]) -> float:
-    """Largest difference of the decoded images, of 1; the segments must be equal."""
+    """Return the largest pixel difference of the decoded images, in [0, 1]; assert that segments are equal."""
     worst = 0.0
     for sample, encoded, (image, colors) in zip(inputs.samples, inputs.images, pixels, strict=True):
         ids = peer.segment_ids(colors)
@@ -268,7 +271,7 @@ def _decoding_error(inputs: _Inputs, pixels: Sequence[peer.Pixels]) -> float:
 
 
 def _exact_error(ours: Example, theirs: peer.Mapped) -> float:
-    """Largest difference of the images, of 1; masks must be equal."""
+    """Return the largest pixel difference of the images, in [0, 1]; assert that masks are equal."""
     masks = theirs.masks[theirs.masks.any(dim=(1, 2))]
     found = ours.targets.id_maps[0] == ours.targets.local_id[:, None, None]
     assert torch.equal(masks, torch.from_numpy(found)), "masks of the exact mode differ from the peer's"
@@ -276,7 +279,7 @@ def _exact_error(ours: Example, theirs: peer.Mapped) -> float:
 
 
 def _area_error(ours: Example, theirs: peer.Mapped) -> float:
-    """Largest difference of a segment's area as a share of the image."""
+    """Return the largest difference of a segment's area, as a share of the image."""
     areas = {int(n): int((ours.targets.id_maps[0] == n).sum()) for n in ours.targets.local_id}
     return max(abs(areas.get(n, 0) - int(mask.sum())) / mask.numel() for n, mask in enumerate(theirs.masks, start=1))
 
@@ -298,7 +301,7 @@ def _measure(
 
 @contextlib.contextmanager
 def _s3_server() -> Iterator[Storage]:
-    """moto's server on a free port of loopback, with an empty bucket `bench`."""
+    """Run moto's S3 server on a free loopback port, with an empty bucket `bench`."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,7 +1,7 @@
 """A training step of EoMT (ViT-S, 200 queries) against `transformers`: forward with masks, matching, loss, backward.
 
-Both have the same weights, images and targets. `transformers` draws random points of its own: logits without masks must
-agree, and losses up to what other points change.
+Both have the same weights, images and targets. `transformers` draws its own random points, so only the logits must
+agree closely; losses may differ by the effect of other points.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from m2f.trainer.engine.module import TrainingModule
 
 QUERIES, OBJECTS = 200, 10
 LOSS_TOLERANCE = 0.03
-"""Losses at different random points differ by about one per cent."""
+"""Relative difference; losses at different random points differ by about one per cent."""
 LOGITS_TOLERANCE = 1e-4
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """Batch 2 at 512 pixels, or at 256."""
+    """Measure a batch of 2 images at 512 pixels (`tiny`: 256)."""
     size = 256 if tiny else 512
     batch = make_batch(2, size, OBJECTS).to(device)
     theirs, ours, config = _twins(size, device)
@@ -85,7 +85,7 @@ def _twins(size: int, device: torch.device) -> tuple[nn.Module, Segmenter, Model
 
 @torch.no_grad()
 def _require_equal(ours: Segmenter, theirs: nn.Module, batch: Batch) -> None:
-    """Also with masks: the last predictions of both in training."""
+    """Assert that the last predictions agree in training mode, which uses attention masks."""
     pixels = ours.normalise(batch.images)
     found, expected = ours(pixels), theirs(pixels)
     error = max(

@@ -1,8 +1,9 @@
-"""Metrics per image against the reference tools' ways.
+"""Metrics per image against the reference tools.
 
-PQ: id maps in memory against one sort of 64-bit pairs on the same maps, as panopticapi does it (written here for the
-comparison), and against that with two PNG files per image. AP: against pycocotools on the same run lengths. Then both
-from files, with all checks of `m2f score`, against the tools that read such files.
+- PQ of id maps in memory: against panopticapi's algorithm (a sort of 64-bit pairs, written here for the comparison), on
+  the same maps and on two PNG files per image.
+- AP in memory: against pycocotools on the same run lengths.
+- Both from files, with all checks of `m2f score`: against tools that read the same files.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from m2f.eval.metrics.panoptic_quality import PanopticPrediction, PanopticQualit
 from m2f.eval.metrics.rle import encode_masks, mask_areas
 from m2f.eval.score.panoptic import PanopticFiles
 
-os.environ.setdefault("RAYON_NUM_THREADS", "1")  # hotcoco's threads; it asks when the first work comes
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # threads of hotcoco, which reads this at its first use
 SIZE = (480, 640)
 CLASSES = 20
 
 
 def run(tiny: bool) -> list[Measurement]:
-    """PQ, mIoU and AP on generated images; times are per image."""
+    """Measure PQ, mIoU and AP on generated images; times are per image."""
     count = 10 if tiny else 300
     images = [_id_maps(seed) for seed in range(count)]
     found = [_detections(one, seed) for seed, one in enumerate(images)]
@@ -51,14 +52,14 @@ def run(tiny: bool) -> list[Measurement]:
 @dataclass(frozen=True)
 class _IdMaps:
     truth: np.ndarray
-    """[H, W] uint8 ids: things on stuff on a little void."""
+    """[H, W] uint8 ids: things in front of stuff, with a strip of void (0)."""
     predicted: np.ndarray
     label_of: dict[int, int]
-    """Class of every id of both maps."""
+    """Class of every id in either map."""
 
 
 def _id_maps(seed: int) -> _IdMaps:
-    """About 12 segments, drawn as ellipses; the prediction is moved by some pixels and has other errors."""
+    """Return about 12 segments, drawn as ellipses; the prediction is the truth moved by up to 6 pixels."""
     rng = np.random.default_rng(seed)
     truth = np.ones(SIZE, np.uint8)
     truth[: SIZE[0] // 2] = 2
@@ -117,7 +118,7 @@ def _panoptic_quality(images: Sequence[_IdMaps]) -> list[Measurement]:
 def _slow_quality(
     pairs: Sequence[tuple[PanopticTruth, PanopticPrediction]], files: Sequence[tuple[bytes, ...]]
 ) -> Sequence[Tensor]:
-    """Sums and counts by class from two PNG files per image."""
+    """Return IoU sums and counts [K, 4] by class, from two PNG files per image."""
     table = np.zeros((CLASSES, 4))
     for (truth, prediction), png in zip(pairs, files, strict=True):
         maps = [np.array(Image.open(io.BytesIO(data)), dtype=np.uint32) for data in png]
@@ -127,7 +128,7 @@ def _slow_quality(
 
 
 def _wide(i: Any) -> Any:
-    """Ids spread over all three channels, as in COCO."""
+    """Map an id to one that uses all three colour channels, as in COCO."""
     return i * 1_000_003 % 2**24
 
 
@@ -146,7 +147,11 @@ def _count(
     prediction: PanopticPrediction,
     of_map: Callable[[int], int],
 ) -> None:
-    """The same rules by a sort of all pairs of pixels, and dictionaries; `of_map`: an id as the maps have it."""
+    """Add IoU sum, true positives, false positives and false negatives of an image to `table` [K, 4].
+
+    It sorts all pairs of pixels and matches with dictionaries, as panopticapi does. `of_map` converts an id to its
+    value in the maps.
+    """
     segments = {of_map(i): s for i, s in truth.segments.items()}
     labels = {of_map(i): k for i, k in prediction.labels.items()}
     area = dict(zip(*(a.tolist() for a in np.unique(p_map, return_counts=True)), strict=True))
@@ -167,7 +172,7 @@ def _count(
 
 
 def _from_files(images: Sequence[_IdMaps], found: Sequence[InstanceDetections], repeats: int) -> list[Measurement]:
-    """The same images as files."""
+    """Measure AP and PQ on the same images, read from files."""
     coco, results = _as_coco(_truths(images), found)
     pairs = _pairs(images)
     pngs = [tuple(_as_png(id_map) for id_map in (one.truth, one.predicted)) for one in images]
@@ -225,7 +230,7 @@ def _mean_iou(images: Sequence[_IdMaps]) -> Measurement:
 
 
 def _detections(one: _IdMaps, seed: int) -> InstanceDetections:
-    """100 detections that share 40 masks: moved things and junk."""
+    """Return 100 detections that share 40 masks: moved things, half of them with a random class."""
     rng = np.random.default_rng(seed)
     ids = [i for i in _present(one.truth, one) if i > 2]
     chosen = rng.choice(ids, 40)

@@ -1,7 +1,7 @@
 """A training step with a frozen vision transformer against one that trains it: ViT-S/16 with a ViT-Adapter.
 
-A backward pass is two forward passes. With the share b of the transformer in a forward pass, a frozen one leaves
-1 - 2 b / 3 of a step. The last row has b: how much longer the whole forward pass takes than that of the transformer.
+A backward pass costs two forward passes. If the transformer takes the share b of a forward pass, freezing it reduces a
+step to 1 - 2 b / 3. The last row measures b: its ratio is 1 / b, the whole forward pass over the transformer's.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ CONFIG = ModelConfig(
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """Batch 1 at 512 pixels, or at 256."""
+    """Measure a batch of 1 image at 512 pixels (`tiny`: 256)."""
     size = 256 if tiny else 512
     batch = make_batch(1, size, OBJECTS).to(device)
     frozen, trained = (_Step(replace(CONFIG, freeze=parts), batch, device) for parts in (("backbone.vit",), ()))
     repeats = 2 if tiny else 3
     shape = f"1 x {size} x {size}"
     case, peer = "training step, ViT-S frozen", "ViT-S trained"
-    # The first step has the loss of equal weights, so it is compared; times are those of later steps.
+    # Only the first step is compared, because both models then have equal weights.
     step = compare(case, shape, frozen, peer, trained, 1e-4, repeats, device, memory=True)
     share = interleaved(frozen.transformer, frozen.forward, repeats)
     return [step, Measurement("forward pass, ViT-S alone", shape, share[0], "whole model and loss", share[1], 0.0)]
 
 
 class _Step:
+    """A training step of one model, and parts of it."""
+
     def __init__(self, config: ModelConfig, batch: Batch, device: torch.device) -> None:
         torch.manual_seed(0)
         model = build_model(config, pretrained_backbone=False).to(device).train()
@@ -62,11 +64,11 @@ class _Step:
         return (total.detach(),)
 
     def forward(self) -> None:
-        """Also the loss, with what a backward pass needs."""
+        """Run the forward pass and the loss, and keep what a backward pass needs."""
         self.module(self.batch, self.normalizers)
 
     @torch.no_grad()
     def transformer(self) -> None:
-        """As far as the adapter sees it."""
+        """Run the transformer up to the last layer that the adapter uses."""
         assert isinstance(self.backbone, ViTAdapter)
         self.backbone.vit.levels(self.images, self.backbone.layers)

@@ -1,7 +1,7 @@
-"""Attention masks, matching, losses and their backward pass, from what ten predictions leave behind.
+"""Attention masks, matching, losses and their backward pass, from the outputs of ten predictions.
 
-Against the order of the published code, with the same points: losses and all gradients must agree. And against the
-criterion of `transformers`, without attention masks.
+The first peer is the published code's order of operations with the same points; losses and all gradients must agree.
+The second peer is the criterion of `transformers`, without attention masks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADS = 8
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """One measurement per number of objects (and, on a GPU, of images)."""
+    """Return one measurement per number of objects (on a GPU also per number of images), and one of `_criteria`."""
     if device.type == "cpu":
         size, objects = (256, (5, 25)) if tiny else (1024, (5, 11, 25, 60, 100))
         measurements = [_case(1, size, count, device, repeats=3) for count in objects]
@@ -65,7 +65,10 @@ def _case(images: int, size: int, objects: int, device: torch.device, repeats: i
 
 
 def _criteria(images: int, size: int, objects: int, device: torch.device, repeats: int) -> Measurement:
-    """Mask logits of all queries, matching and losses of `transformers`, which draws other points; ours as above."""
+    """Compare matching and losses with those of `transformers`.
+
+    The peer also computes the mask logits of all queries, and draws other points.
+    """
     predictions = Predictions(*(tensor.requires_grad_() for tensor in random_predictions(images, size, device)[:3]))
     targets, config = make_batch(images, size, objects).targets.to(device), LossConfig()
     truth, labels, source = dense_masks(targets), list(targets.labels), CounterPoints(seed=0)

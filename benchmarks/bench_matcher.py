@@ -1,6 +1,6 @@
-"""Matching alone: all predictions and images at once against one image and one prediction after the other.
+"""Matching alone: all predictions and images at once, against one image and one prediction after the other.
 
-The peer gets its dense mask logits for nothing; both see the same points and must find the same pairs.
+The time of the peer does not include its dense mask logits. Both use the same points and must find the same pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from m2f.model.loss.points import CounterPoints
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """One measurement per number of objects (and, on a GPU, of images)."""
+    """Return one measurement per number of objects (on a GPU: per number of images)."""
     if device.type == "cpu":
         return [_case(1, 256 if tiny else 1024, count, device, repeats=3) for count in ((11,) if tiny else (11, 25))]
     return [_case(images, 1024, 11, device, repeats=20) for images in ((2,) if tiny else (1, 2, 8))]

@@ -12,7 +12,7 @@ from benchmarks.transformers_peer import twins
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """One measurement per image size, in fp32."""
+    """Return one measurement per image size, in fp32."""
     ours, theirs = (model.eval().to(device) for model in twins())
     return [_case(ours, theirs, size, device) for size in ((256,) if tiny else (512, 1024))]
 

@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention against one `grid_sample` per level, as peers do it.
+"""Multi-scale deformable attention against one `grid_sample` per level, as peers implement it.
 
-From values, offsets and logits to the attended values: the softmax and the arithmetic of locations are part of it. With
-one image, both sides are also held against float64.
+The inputs are values, offsets and logits, so both sides include the softmax and the computation of locations. With one
+image, both sides are also compared with float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """On a CPU each image size in fp32; on a GPU 21,504 and 22,050 tokens in several batches and both dtypes."""
+    """Measure each image size in fp32 on a CPU.
+
+    On a GPU, measure 21,504 and 22,050 tokens with several batch sizes in bf16 and fp32 (`tiny`: one image).
+    """
     if device.type == "cpu":
         sides = (256,) if tiny else (256, 512, 1024)
         cases = [_Case(1, (side, side), torch.float32, device, 3 if tiny else 10) for side in sides]
@@ -36,7 +39,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 
 class _Case:
-    """One input, and every way to attend to it."""
+    """One input, and every implementation of attention to it."""
 
     def __init__(
         self, images: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device, repeats: int
@@ -52,13 +55,13 @@ class _Case:
             return torch.randn(shape, generator=generator, device=device)
 
         self.value = random(images, self.pixels, HEADS, DIM).to(dtype).requires_grad_()
-        # Odd multiples of 1/32 of a pixel: gradients jump at borders of pixels, where rounding would decide.
+        # Odd multiples of 1/32 pixel: gradients jump at pixel borders, and rounding would decide which one is taken.
         self.offsets = (((32 * random(*samples, 2)).round() + 0.5) / 16).requires_grad_()
         self.logits = random(*samples).requires_grad_()
         self.cotangent = random(images, self.pixels, HEADS * DIM).to(dtype)
 
     def results(self, ours: str) -> list[Measurement]:
-        """Forward alone and with the backward pass."""
+        """Measure the forward pass alone, and with the backward pass."""
         if self.images == 1:
             self._check_against_float64((ours, PEER))
         return [self._measure(backward, ours) for backward in (False, True)]
@@ -77,7 +80,7 @@ class _Case:
         )
 
     def _run(self, form: str, backward: bool) -> Sequence[Tensor]:
-        """The attended values, and the gradients of all that they come from."""
+        """Return the attended values and, with `backward`, the gradients of all inputs, of one implementation."""
         with torch.set_grad_enabled(backward):
             output = self._attend(form, self.value, self.offsets, self.logits)
         if not backward:

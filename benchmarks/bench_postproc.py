@@ -1,6 +1,6 @@
 """From the last prediction of one large image to its results, against the plain procedure: all queries at full size.
 
-The product of embeddings and features, with which the published model ends, is part of both sides.
+Both sides include the product of embeddings and features, which is the last operation of the published model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IS_THING = [k > 1 for k in range(CLASSES)]
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """The image of `sure_predictions` at the size of a Cityscapes image; tiny: panoptic alone."""
+    """Measure `sure_predictions` at the size of a Cityscapes image; `tiny`: panoptic only."""
     class_logits, embeddings, features = (tensor.to(device) for tensor in sure_predictions(SIZE, CLASSES))
     torch.manual_seed(0)
     class_logits = class_logits + 0.1 * torch.randn(class_logits.shape).to(device)  # no two instances score the same
@@ -76,5 +76,5 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 
 def _in_order(areas: Tensor, labels: Tensor, scores: Tensor) -> Sequence[Tensor]:
-    """Each sorted by itself: instances of almost one score may change places."""
+    """Sort each tensor on its own, because instances with almost equal scores may be in another order."""
     return [values.double().sort().values for values in (areas, labels, scores)]

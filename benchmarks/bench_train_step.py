@@ -1,11 +1,13 @@
 """A whole training step of the R50 model: forward, matching, loss, backward, clipping, AdamW.
 
-Against `transformers` (as it comes, and on a GPU at its best: channels-last weights and compiled parts), against the
-order of the published code, and against itself without matching: what matching costs while everything else goes on.
+The peers have the same weights, images and targets:
 
-All have the same weights, images and targets. `transformers` draws random points of its own: class and mask logits must
-agree, and losses up to what other points change. The floor is the time of the matrix products and convolutions of our
-step, which any implementation needs.
+- `transformers` as it is and, on a GPU, in its fastest form (channels-last weights, compiled parts). It draws its own
+  random points: class and mask logits must agree, and losses may differ by the effect of other points.
+- The published code's order of operations.
+- Our own step without matching, which shows the cost of matching.
+
+The floor is the time of the matrix products and convolutions of our step, which any implementation needs.
 """
 
 from __future__ import annotations
@@ -40,18 +42,21 @@ from m2f.trainer.engine.param_groups import build_param_groups
 
 OBJECTS = 10
 LOSS_TOLERANCE = 0.03
-"""Losses at different random points differ by about one per cent."""
+"""Relative difference; losses at different random points differ by about one per cent."""
 SAME_POINTS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}
-"""Of losses at the same points."""
+"""Relative difference of losses at the same points, by precision."""
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "_scaled_dot_product")
-"""Beginnings of the names of operations that count as floor; convolution_backward is one of them."""
+"""Prefixes of the operations that count as floor, including convolution_backward."""
 
 Step = Callable[[], Sequence[Tensor]]
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """Batch 2 at 512 pixels on a CPU in fp32; on a GPU several batches at 1024 pixels under bf16 autocast."""
+    """Measure batch 2 at 512 pixels in fp32 on a CPU (`tiny`: 256).
+
+    On a GPU, measure several batches at 1024 pixels under bf16 autocast (`tiny`: batch 2).
+    """
     if device.type == "cpu":
         case = _Case(2, 256 if tiny else 512, device, repeats=2 if tiny else 5)
         return [
@@ -66,6 +71,8 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 @dataclass(frozen=True)
 class _Case:
+    """Size of the batch, device, and number of timed runs."""
+
     images: int
     size: int
     device: torch.device
@@ -76,7 +83,7 @@ class _Case:
         return "fp32" if self.device.type == "cpu" else "bf16"
 
     def against_transformers(self) -> Measurement:
-        """Both as they come."""
+        """Compare with `transformers`, neither compiled."""
         workload = _workload(self)
         result = self._measure(
             "R50 training step", "transformers", workload.our_step(), workload.their_step(), LOSS_TOLERANCE
@@ -84,7 +91,7 @@ class _Case:
         return replace(result, floor_ms=_time_of_products(workload.our_step(), self.device))
 
     def at_their_best(self) -> Measurement:
-        """Both compiled; theirs with channels-last weights too, where ours follows from its images."""
+        """Compare with `transformers`, both compiled and channels-last. Our layout follows from the images."""
         workload = _workload(self)
         compile_regions(workload.ours)
         compile_parts(workload.theirs.to(memory_format=torch.channels_last))
@@ -92,7 +99,7 @@ class _Case:
         return self._measure("R50 training step, compiled", "transformers, compiled", *steps, LOSS_TOLERANCE)
 
     def against_official_order(self) -> Measurement:
-        """The same points, so that losses must agree."""
+        """Compare with the official order at the same points, so that losses must agree."""
         workload = _workload(self)
         tolerance = SAME_POINTS_TOLERANCE[self.precision]
         return self._measure(
@@ -100,7 +107,7 @@ class _Case:
         )
 
     def without_matching(self) -> Measurement:
-        """A ratio of 0.97 says that matching takes 3 % of the step."""
+        """Compare with our own step without matching; a ratio of 0.97 means that matching takes 3 % of the step."""
         workload = _workload(self)
         step = workload.our_step()
 
@@ -116,14 +123,14 @@ class _Case:
         )
 
     def _measure(self, case: str, peer_name: str, ours: Step, peer: Step, tolerance: float) -> Measurement:
-        ours(), peer()  # optimizer states are allocated once and not part of a step's memory
+        ours(), peer()  # allocates the optimizer state, which is not part of a step's memory
         shape = f"{self.images} x {self.size} x {self.size}, {OBJECTS} masks"
         name = f"{case} {self.precision}"
         return compare(name, shape, ours, peer_name, peer, tolerance, self.repeats, self.device, memory=True)
 
 
 class _Workload(NamedTuple):
-    """Both models with the same weights, and what they are trained on."""
+    """Both models with the same weights, a batch, and its normalizers."""
 
     case: _Case
     ours: Mask2Former
@@ -147,7 +154,7 @@ class _Workload(NamedTuple):
         return _step(self.theirs, loss)
 
     def official_step(self) -> Step:
-        """Our network with the published code's pixel decoder, masks of every query, and losses."""
+        """Return a step of our network with the published code's pixel decoder, dense masks and losses."""
         model, targets, source = official_pixel_decoder(self.ours), self.batch.targets, CounterPoints(seed=0)
         pixels, truth, labels = model.normalise(self.batch.images), dense_masks(targets), list(targets.labels)
 
@@ -166,7 +173,7 @@ class _Workload(NamedTuple):
 
 
 def _workload(case: _Case) -> _Workload:
-    """Their logits must agree, in fp32 whatever the precision of the measured steps."""
+    """Build both models and check that their fp32 logits agree."""
     ours, theirs = (model.to(case.device) for model in twins())
     batch = make_batch(case.images, case.size, OBJECTS).to(case.device)
     with torch.no_grad():
@@ -179,7 +186,7 @@ def _workload(case: _Case) -> _Workload:
 
 
 def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
-    """One optimizer step with so small a rate that all repetitions see the same losses."""
+    """Return an optimizer step whose learning rate is so small that all repetitions have the same loss."""
     optimizer = torch.optim.AdamW(build_param_groups(model, OptimizerConfig(lr=1e-12)), fused=True)
 
     def step() -> Sequence[Tensor]:
@@ -194,7 +201,7 @@ def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
 
 
 class _Known(NamedTuple):
-    """In place of a matching whose costs are on their way."""
+    """Stand-in for a pending matching; its result is already known."""
 
     matching: Matching
 
@@ -222,7 +229,7 @@ def _recorded_matching() -> Iterator[list[Matching]]:
 
 
 class _TimedProducts(TorchDispatchMode):
-    """Adds up the CPU time of matrix products and convolutions."""
+    """Sums the CPU time of matrix products and convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +246,7 @@ class _TimedProducts(TorchDispatchMode):
 
 
 def _time_of_products(step: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of matrix products and convolutions inside a step."""
+    """Return the milliseconds that a step spends in matrix products and convolutions."""
     if device.type == "cpu":
         with _TimedProducts() as timed:
             step()
@@ -247,5 +254,5 @@ def _time_of_products(step: Callable[[], object], device: torch.device) -> float
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         step()
     events = profiler.key_averages()
-    # An operation's own kernels only: `linear` would count those of the `addmm` inside it again.
+    # Self time only, because `linear` would count the kernels of the `addmm` inside it again.
     return sum(e.self_device_time_total for e in events if e.key.removeprefix("aten::").startswith(_PRODUCTS)) / 1000

@@ -1,4 +1,4 @@
-"""What DeepSpeed costs: a ZeRO-1 step of one rank against plain AdamW, and of two ranks against DDP."""
+"""Cost of DeepSpeed: a ZeRO-1 step of one rank against plain AdamW, and of two ranks against DDP."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from m2f.trainer.engine.param_groups import build_param_groups
 from m2f.trainer.worker import process_group
 
 CLIP_NORM = 0.01
-IMAGES = 2  # of a rank
+IMAGES = 2  # per rank
 
 
 def run(tiny: bool, device: torch.device) -> list[Measurement]:
-    """The R50 model with a batch of 2 per rank."""
+    """Measure the R50 model with a batch of 2 per rank; two ranks only on a CPU and without `tiny`."""
     for variable, text in (("DS_ACCELERATOR", device.type), ("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(variable, text)
     store = dist.HashStore()
@@ -45,7 +45,7 @@ def run(tiny: bool, device: torch.device) -> list[Measurement]:
 
 
 def _two_ranks(size: int) -> Measurement:
-    """CPU time of rank 0 of two on this machine."""
+    """Measure the CPU time of rank 0 of two ranks on this machine."""
     with TemporaryDirectory() as folder:
         found = Path(folder) / "result.json"
         launch(_rank, (size, str(found)), 2, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
@@ -66,7 +66,7 @@ def _case(size: int, device: torch.device, repeats: int) -> Measurement:
     precision = "fp32" if device.type == "cpu" else "bf16_autocast"
     torch.manual_seed(0)
     plain = TrainingModule(build_model(CONFIG, pretrained_backbone=False), CONFIG, 0, precision).to(device)
-    # So small a rate that all repetitions see the same weights.
+    # The rate is so small that all repetitions see the same weights.
     optimizer = OptimizerConfig(lr=1e-12, clip_norm=CLIP_NORM)
     training = TrainingConfig(
         max_steps=1,

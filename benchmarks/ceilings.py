@@ -1,4 +1,4 @@
-"""What this device can do at best, and what a training step then takes at least: to hold all other figures against."""
+"""Peak rates of a device, and the minimum time of a training step at these rates, as a reference for all figures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from benchmarks.transformers_peer import CONFIG
 from m2f.model.analysis.flops.executed import build_shapes, executed_flops
 
 PASSES = 3
-"""A backward pass counts for two forward passes."""
+"""Forward passes per training step; a backward pass counts as two."""
 
 
 def describe(device: torch.device, tiny: bool) -> str:
-    """Bandwidth of a copy, rate of a large matrix product, cost of starting an operation, floor of an R50 step."""
+    """Measure and describe the device in one line.
+
+    The line states the bandwidth of a copy, the rate of a large matrix product, the time to start an operation, and the
+    minimum time of an R50 training step at that rate.
+    """
     accelerated = device.type != "cpu"
     dtype = torch.bfloat16 if accelerated else torch.float32
     side = 8192 if accelerated else 1024 if tiny else 2048
@@ -36,7 +40,7 @@ def describe(device: torch.device, tiny: bool) -> str:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of five runs after one."""
+    """Return the median elapsed time in seconds of five runs, after one warm-up run."""
     times = []
     for _ in range(6):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Ours and a peer side by side in one process: agreement first, then interleaved times and their ratio."""
+"""Comparison of our code with a peer in one process: check agreement, then time both in turn."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.memory import peak_growth
 CPU = torch.device("cpu")
 
 Run = Callable[[], Sequence[Tensor]]
-"""One measured piece of work; returns what both sides must agree on."""
+"""A function to time; returns the tensors that must agree on both sides."""
 
 
 class Times(NamedTuple):
-    """Milliseconds of several runs: CPU time on a CPU, elapsed time on an accelerator."""
+    """Milliseconds over several runs: CPU time on a CPU, elapsed time on an accelerator."""
 
     median: float
     quartiles: tuple[float, float]
@@ -30,14 +30,14 @@ class Times(NamedTuple):
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Times:
-        """From at least one run."""
+        """Compute the statistics of the `seconds` of at least one run."""
         if len(seconds) == 1:
             seconds = [*seconds, *seconds]
         cuts = [round(1000 * cut, 4) for cut in statistics.quantiles(seconds, n=20, method="inclusive")]
         return cls(cuts[9], (cuts[4], cuts[14]), cuts[18])
 
     def per(self, count: int) -> Times:
-        """Of one of `count` equal parts."""
+        """Return the times of one of `count` equal parts."""
         return Times(self.median / count, (self.quartiles[0] / count, self.quartiles[1] / count), self.p95 / count)
 
 
@@ -46,7 +46,7 @@ class Measurement:
     """One line of the table."""
 
     case: str
-    """With the precision where there are several."""
+    """Name of the benchmark, with the precision if there are several."""
     shape: str
     ours: Times
     peer: str
@@ -54,22 +54,22 @@ class Measurement:
     error: float
     """Largest difference of the results, relative to the peer's largest value."""
     ours_gb: float | None = None
-    """GiB that ours adds at its peak."""
+    """Memory in GiB that our run adds at its peak; None if not measured."""
     peer_gb: float | None = None
     floor_ms: float | None = None
-    """Milliseconds of ours that any implementation needs."""
+    """Milliseconds of our run that any implementation needs; None if not measured."""
     ours_waits: int | None = None
-    """How often ours makes the host wait for the device, by PyTorch's own count; None on a CPU."""
+    """How often our run makes the host wait for the device, counted by PyTorch; None on a CPU."""
     peer_waits: int | None = None
 
     @property
     def ratio(self) -> float:
-        """How many times less time ours needs."""
+        """Median time of the peer over ours; above 1, ours is faster."""
         return self.theirs.median / self.ours.median
 
     @property
     def floor_share(self) -> float | None:
-        """Share of our time that any implementation needs."""
+        """Share of our median time that any implementation needs; None if not measured."""
         return None if self.floor_ms is None else self.floor_ms / self.ours.median
 
 
@@ -84,15 +84,15 @@ def compare(
     device: torch.device = CPU,
     memory: bool = False,
 ) -> Measurement:
-    """Check agreement, then time both in turn. Raises AssertionError where they disagree: no ratio without equality.
+    """Check that both sides agree, then time them in turn.
 
-    The check is made without TF32, times are measured with what is set. `memory`: measure what each adds at its peak as
-    well.
+    The check runs without TF32; the timed runs use the current setting. With `memory`, also measure the memory that
+    each side adds at its peak. Raises AssertionError if the relative error exceeds `tolerance`.
     """
     with without_tf32():
         error = max(relative_error(a, b) for a, b in zip(ours(), peer(), strict=True))
     assert error <= tolerance, f"{case} {shape}: ours and {peer_name} differ by {error:.1e}, more than {tolerance:.1e}"
-    if device.type != "cpu":  # what was compiled for the check is compiled again without it
+    if device.type != "cpu":  # changing TF32 triggers a recompilation, which must not be timed
         ours(), peer()
     our_times, peer_times = interleaved(ours, peer, repeats, _clock(device))
     result = Measurement(case, shape, our_times, peer_name, peer_times, error)
@@ -103,7 +103,7 @@ def compare(
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products and convolutions of fp32 on GPUs keep all digits; convolutions round to TF32 otherwise."""
+    """Disable TF32 for fp32 matrix products and convolutions on GPUs; convolutions use it by default."""
     kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [kind.allow_tf32 for kind in kinds]
     for kind in kinds:
@@ -116,7 +116,11 @@ def without_tf32() -> Iterator[None]:
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """CPU time, which neighbours on the machine do not change; on an accelerator the time when its work is done."""
+    """Return a clock in seconds.
+
+    On a CPU it is the process's CPU time, which other processes affect little. On an accelerator it is the elapsed time
+    after its queued work has finished.
+    """
     if device.type == "cpu":
         return time.process_time
 
@@ -130,7 +134,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
 def interleaved(
     ours: Callable[[], object], peer: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> tuple[Times, Times]:
-    """Times of both, run in turn."""
+    """Run both in turn, `repeats` times each, and return their times."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for run, of_run in zip((ours, peer), seconds, strict=True):
@@ -141,7 +145,10 @@ def interleaved(
 
 
 def count_waits(run: Callable[[], object], device: torch.device) -> int | None:
-    """How often PyTorch makes the host wait for a GPU inside `run` (waits for events are not counted)."""
+    """Return how often PyTorch makes the host wait for a GPU inside `run`; None on other devices.
+
+    Waits for events are not counted.
+    """
     if device.type != "cuda":
         return None
     with warnings.catch_warnings(record=True) as caught:
@@ -155,6 +162,6 @@ def count_waits(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def relative_error(ours: Tensor, peer: Tensor) -> float:
-    """Largest difference, relative to the peer's largest value."""
+    """Return the largest absolute difference, relative to the peer's largest absolute value."""
     scale = float(peer.detach().abs().max()) or 1.0
     return float((ours.detach() - peer.detach()).abs().max()) / scale

@@ -1,4 +1,4 @@
-"""How much memory a piece of work adds at its peak."""
+"""Peak memory of a function call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RESET = Path("/proc/self/clear_refs")
 
 
 def peak_growth(run: Callable[[], object], device: torch.device) -> float | None:
-    """GiB that `run` needs at its peak beyond what is there before it; None where the system cannot tell."""
+    """Return the GiB that `run` adds at its peak to the memory in use; None if the system does not report it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -27,8 +27,8 @@ def peak_growth(run: Callable[[], object], device: torch.device) -> float | None
         return (torch.cuda.max_memory_allocated(device) - before) / 2**30
     if not _RESET.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator holds would hide what comes next
-    _RESET.write_text("5")  # the peak starts again from here (proc(5))
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that the allocator still holds would hide new allocations
+    _RESET.write_text("5")  # resets the peak, see proc(5)
     before = _kibibytes("VmRSS")
     run()
     return (_kibibytes("VmHWM") - before) / 2**20

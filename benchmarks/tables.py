@@ -1,4 +1,4 @@
-"""Results as a Markdown table and as JSON lines, under a head that names machine, software and date."""
+"""Results as a Markdown table and as JSON lines, with a header of machine, software and date."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _RULE = "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where and with what a measurement was made."""
+    """Date, machine and software of a measurement."""
 
     day: str
     hardware: str
     threads: int
     load: float
-    """Processes that wanted to run, over the last minute before."""
+    """Load average over the minute before the measurement."""
     torch: str
     commit: str
-    """Of this repository; with a + where files differ from it."""
+    """Commit of this repository; ends with + if files differ from it."""
     tf32: bool
     """Whether matrix products of fp32 may round to TF32."""
     tf32_convolutions: bool
-    """Whether convolutions of fp32 may; when results are compared, neither does."""
+    """Whether fp32 convolutions may round to TF32. Comparisons of results disable both."""
     ceilings: str
-    """What the device can do at best."""
+    """Peak rates of the device, as text."""
 
     @classmethod
     def now(cls, device: torch.device, ceilings: str) -> Self:
-        """On this machine."""
+        """Return the setting of this machine and moment."""
         return cls(
             day=date.today().isoformat(),
             hardware=_hardware(device),
@@ -65,24 +65,24 @@ class Setting:
 
     @property
     def file_name(self) -> str:
-        """Day and hardware, fit for a file."""
+        """Day and hardware as a file name without suffix."""
         return f"{self.day}_{re.sub('[^a-z0-9]+', '_', self.hardware.lower()).strip('_')}"
 
 
 def markdown(results: Sequence[Measurement], setting: Setting) -> str:
-    """The table under its setting."""
+    """Return the Markdown table, preceded by the setting."""
     return "\n".join([str(setting), "", _HEAD, _RULE, *map(_line, results)])
 
 
 def json_lines(results: Sequence[Measurement], setting: Setting) -> str:
-    """The setting, then one object per measurement."""
+    """Return JSON lines: the setting, then one object per measurement."""
     found = (asdict(result) | {"ratio": result.ratio, "floor_share": result.floor_share} for result in results)
     plain = ({**result, "ours": result["ours"]._asdict(), "theirs": result["theirs"]._asdict()} for result in found)
     return "\n".join(json.dumps(content) for content in (asdict(setting), *plain))
 
 
 def save(results: Sequence[Measurement], setting: Setting, folder: Path) -> Path:
-    """Write both forms to files that are named after day and hardware; returns the path of the table."""
+    """Write both formats to files named after day and hardware; return the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{setting.file_name}.md"
     path.write_text(markdown(results, setting) + "\n")
