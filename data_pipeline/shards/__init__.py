@@ -1,1 +1,1 @@
-"""Writing, verifying and describing WebDataset shards and their manifest."""
+"""Writing, verification and description of WebDataset shards and their manifest."""

@@ -1,13 +1,13 @@
-"""A sample as members of a tar, and back.
+"""Encoding of a sample as members of a tar, and decoding.
 
-Members in this order, which is also the order of their names:
+A sample has these members. Their order is also the order of their names:
 
-    KEY.img.jpg | KEY.img.png   the original file, untouched
-    KEY.inst.png                instance layers below each other, [Y * H, W]; left out where there is no instance
-    KEY.json                    size, source, EXIF decision, segments
-    KEY.seg.png                 panoptic or semantic map, [H, W]; left out where the source has none
+    KEY.img.jpg | KEY.img.png   the original image file, unchanged
+    KEY.inst.png                instance layers stacked vertically, [Y * H, W]; omitted if there is no instance
+    KEY.json                    size, source, EXIF decision and segments
+    KEY.seg.png                 panoptic or semantic map, [H, W]; omitted if the source has none
 
-Maps are 8-bit, or 16-bit above 254 ids; the same sample always gives the same bytes.
+Maps are 8-bit, or 16-bit above 254 ids. Equal samples give equal bytes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from m2f.data_pipeline.sample import Annotation, DecodedSample, Sample, Segment
 from m2f.data_pipeline.shards.foreign import FORM, decode_foreign
 
 VERSION = 3
-"""Of the bytes that `encode` makes. Shards of a job that began with another one are written again."""
+"""Version of the encoding. Unfinished jobs write shards of other versions again."""
 
 _SEGMENT_FIELDS = tuple(field.name for field in fields(Segment))
 
 
 def encode(sample: Sample) -> list[tuple[str, bytes]]:
-    """Names and bytes of the sample's members in their fixed order."""
+    """Return the names and bytes of the sample's members in their fixed order."""
     annotation = sample.annotation
     members = [(f"{sample.key}.img.{sample.image_ext}", sample.image)]
     if annotation.inst is not None and annotation.inst.any():
@@ -53,7 +53,11 @@ def encode(sample: Sample) -> list[tuple[str, bytes]]:
 
 
 def decode(members: Mapping[str, bytes]) -> DecodedSample:
-    """The sample of members keyed by extension (`img.jpg`, `json`, ...). Raises DataError naming the sample."""
+    """Decode a sample from its members, keyed by extension (`img.jpg`, `json`, ...).
+
+    Raises:
+        DataError: the members cannot be decoded or contradict each other. The message names the sample.
+    """
     if FORM in members:
         return decode_foreign(members)
     description = _decode_description(members)

@@ -1,4 +1,4 @@
-"""Columns of a manifest's samples.parquet, decoded one at a time and within bounds."""
+"""Columns of a manifest's samples.parquet, decoded one at a time and with bounded memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from m2f.data_pipeline.keys import MAX_KEY
 from m2f.data_pipeline.storage.bounded_parquet import check_sizes
 
 SAMPLES_FILE = "samples.parquet"
-"""Name of the file below the data set's folder."""
+"""Name of the file in the folder of a data set."""
 _ROWS_AT_ONCE = 4096
-"""Rows that are decoded at a time, so that memory stays small beside the arrays that are made."""
+"""Number of rows per decoding step, so that decoding needs little memory beside the resulting arrays."""
 
 _TEXT_BYTES = 4 * MAX_KEY
 
@@ -24,41 +24,46 @@ SAMPLE_SCHEMA = pa.schema(
     {
         "key": pa.string(),
         "shard": pa.int32(),
-        "offset": pa.int64(),  # of the sample's first tar header in its shard
-        "length": pa.int64(),  # headers, members and padding
-        "crc32": pa.uint32(),  # of these `length` bytes
+        "offset": pa.int64(),  # first tar header of the sample in its shard
+        "length": pa.int64(),  # bytes of headers, members and padding
+        "crc32": pa.uint32(),  # checksum of these bytes
         "image_id": pa.int64(),
         "height": pa.int32(),
         "width": pa.int32(),
-        "num_segments": pa.int32(),  # crowds left out, as in the three columns below
+        "num_segments": pa.int32(),  # without crowds, like the four columns below
         "category_ids": pa.list_(pa.int32()),
         "category_counts": pa.list_(pa.int32()),
-        "category_areas": pa.list_(pa.int64()),  # as the source states them
-        "category_pixels": pa.list_(pa.int64()),  # as counted in the maps
+        "category_areas": pa.list_(pa.int64()),  # stated by the source
+        "category_pixels": pa.list_(pa.int64()),  # counted in the maps
         "member_names": pa.list_(pa.string()),
-        "member_offsets": pa.list_(pa.int64()),  # of the member's data, from the sample's offset
+        "member_offsets": pa.list_(pa.int64()),  # first byte of the data, relative to `offset`
         "member_lengths": pa.list_(pa.int64()),
     }
 )
 
 LATER_COLUMNS = ("category_pixels",)
-"""Columns that came after the first version; files without them are read."""
+"""Columns added after the first version. Files without them are valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Columns of samples.parquet, one at a time, as arrays of their own, no wider than they must be.
+    """Access to the columns of samples.parquet as NumPy arrays with narrow types.
 
-    Every rank holds a manifest: pyarrow's `read_table` and `to_numpy` would import pyarrow.dataset and pandas, and take
-    twice the time and memory. Few rows at a time cost less of both than whole columns.
+    Every rank holds a manifest, so time and memory matter. pyarrow's `read_table` and `to_numpy` would import
+    pyarrow.dataset and pandas and take twice of both. Decoding a few rows at a time is cheaper than whole columns.
     """
 
     data: bytes
-    """Content of the file."""
+    """Content of samples.parquet."""
 
     def check(self) -> None:
-        """Raise TypeError where a column of SAMPLE_SCHEMA is missing or of another type, ValueError where the file
-        says that it holds much more than its bytes can."""
+        """Check the schema and the stated sizes without decoding.
+
+        Raises:
+            KeyError: a column of SAMPLE_SCHEMA is missing.
+            TypeError: a column has another type.
+            ValueError: the file claims to hold much more than its bytes can.
+        """
         check_sizes(self.data)
         found = pq.read_schema(pa.BufferReader(self.data))
         for field in SAMPLE_SCHEMA:
@@ -69,15 +74,15 @@ class Columns:
 
     @property
     def num_rows(self) -> int:
-        """N."""
+        """Return the number N of samples."""
         return pq.read_metadata(pa.BufferReader(self.data)).num_rows
 
     def has(self, name: str) -> bool:
-        """Whether the file has a column."""
+        """Return whether the file has a column."""
         return name in pq.read_schema(pa.BufferReader(self.data)).names
 
     def numbers(self, name: str, dtype: type[np.number]) -> np.ndarray:
-        """[N] values."""
+        """Return [N] values of a column of numbers as `dtype`. Raises DataError if their number is not N."""
         values = np.concatenate([np.from_dlpack(part).astype(dtype) for part in self._parts(name)])
         if len(values) != self.num_rows:
             raise DataError(
@@ -86,7 +91,11 @@ class Columns:
         return values
 
     def texts(self, name: str) -> np.ndarray:
-        """[N] str objects. Raises DataError for texts that are too long, before a short code becomes many of them."""
+        """Return [N] str objects of a column of texts.
+
+        Raises:
+            DataError: a text has more than 4000 bytes. This is checked before dictionary codes are expanded.
+        """
         texts: list[str | None] = []
         for part in self._parts(name):
             if part.dictionary.nbytes > _ROWS_AT_ONCE * _TEXT_BYTES:
@@ -102,9 +111,10 @@ class Columns:
         return np.array(texts, dtype=object)
 
     def items(self, name: str, bounds: np.ndarray) -> np.ndarray:
-        """Values of all rows of lists, in as small integers as hold them.
+        """Return the concatenated values of a column of lists, in the smallest integer type that holds them.
 
-        Raises DataError where the rows do not have the lengths of `bounds`.
+        Raises:
+            DataError: the lengths of the lists do not match `bounds` [N + 1].
         """
         values, lengths = [], []
         for part in self._parts(name):
@@ -117,22 +127,22 @@ class Columns:
         return np.concatenate(values)
 
     def bounds(self, name: str) -> np.ndarray:
-        """[N + 1] where the rows of lists begin in `items`."""
+        """Return [N + 1] int64: the bounds of the rows of a column of lists in the result of `items`."""
         lengths = [np.diff(np.from_dlpack(part.offsets)) for part in self._parts(name)]
         return np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
 
     def member_names(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """All different names, and their numbers in all rows."""
+        """Return the distinct member names, and the concatenated indices into them of all rows."""
         parts = pa.chunked_array([part.flatten() for part in self._parts("member_names")]).unify_dictionaries()
         names = tuple(parts.chunk(0).dictionary.to_pylist())
         return names, np.concatenate([_narrowest(np.from_dlpack(part.indices)) for part in parts.chunks])
 
     def release_memory(self) -> None:
-        """Give back what decoding took: as much again as the columns that were read."""
+        """Release the memory of decoding, which is as large as the columns that were read."""
         pa.default_memory_pool().release_unused()
 
     def _parts(self, name: str) -> Iterator[pa.Array]:
-        """The column, some rows at a time; texts as codes with their dictionary."""
+        """Yield a column in parts of some rows. Texts are dictionary-encoded."""
         coded = {"member_names": ["member_names.list.element"], "key": ["key"]}.get(name)
         try:
             file = pq.ParquetFile(pa.BufferReader(self.data), read_dictionary=coded)
@@ -143,6 +153,6 @@ class Columns:
 
 
 def _narrowest(values: np.ndarray) -> np.ndarray:
-    """The same integers in a type as small as holds them."""
+    """Return the integers in the smallest type that holds them."""
     ends = (values.min(), values.max()) if values.size else (0,)
     return values.astype(np.result_type(*map(np.min_scalar_type, ends)))

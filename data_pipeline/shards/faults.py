@@ -1,4 +1,4 @@
-"""What checks find wrong in stored objects, one entry per fault."""
+"""Faults that checks find in stored objects."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that is wrong."""
+    """One fault with its place and remedy."""
 
     object: str
     """URL of the file."""
     key: str | None = None
-    """The sample; None where it is not about one."""
+    """Key of the sample; None if the fault concerns no single sample."""
     offset: int | None = None
-    """First byte in the object of what is wrong, where that is known."""
+    """First byte of the faulty part in the object; None if unknown."""
     problem: str
     remedy: str
 
@@ -25,6 +25,6 @@ class Fault:
 
 
 def fault_of_message(url: str, message: str) -> Fault:
-    """A fault of a message whose last clause is the remedy, as in all errors for users."""
+    """Return the fault described by an error message. Its last clause, after `; `, is the remedy."""
     problem, _, remedy = message.rpartition("; ")
     return Fault(object=url, problem=problem.removeprefix(f"{url}: "), remedy=remedy)

@@ -1,7 +1,8 @@
-"""Samples of WebDataset tars that others have made, read as they are.
+"""Decoding of samples from WebDataset tars that other programs wrote (foreign samples).
 
-`m2f index` writes a manifest for such tars and leaves them alone; their form stands in the manifest. A foreign sample
-travels as its members plus two that no tar can hold, because extensions have no slash: the form and the identity.
+`m2f index` writes a manifest for such tars and does not change them. The manifest describes their form. In memory, a
+foreign sample has two more members, its form and its identity. Their names have a slash, so they cannot collide with
+the extensions of members in a tar.
 """
 
 from __future__ import annotations
@@ -32,47 +33,52 @@ from m2f.data_pipeline.sample import Annotation, DecodedSample
 
 FORM = "/form"
 IDENTITY = "/identity"
-"""Names of the two added members; a slash keeps them apart from extensions."""
+"""Names of the two added members. The slash distinguishes them from extensions."""
 
 Labels = Literal["classes", "instances", "panoptic"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignForm:
-    """What the members of foreign samples are."""
+    """Meaning of the members of foreign samples."""
 
     labels: Labels
-    """classes: a grey or palette PNG of class labels. instances: a colour PNG, red the class and green + 256 blue the
-    number of the instance. panoptic: a colour PNG of segment ids as in COCO, beside JSON with `segments_info`."""
+    """Content of the label map. classes: a grey or palette PNG of class labels. instances: a colour PNG; red is the
+    class, green + 256 blue the instance number. panoptic: a colour PNG of segment ids as in COCO, with a JSON member
+    that has `segments_info`."""
     images: tuple[str, ...]
-    """Extensions of the image; a sample has one of them."""
+    """Possible extensions of the image. A sample has exactly one of them."""
     map: str
     """Extension of the PNG with labels."""
     json: str | None = None
-    """Extension of the JSON with `segments_info`; None where `labels` needs none."""
+    """Extension of the JSON member with `segments_info`; None if `labels` needs none."""
     void: tuple[int, ...] = ()
-    """Labels that say nothing; id 0 is always void in `panoptic`."""
+    """Labels of pixels without a class. In `panoptic`, id 0 is always void."""
 
 
 def form_member(form: ForeignForm, categories: CategoryTable) -> bytes:
-    """The member that says how to read a sample; equal for all samples of a data set."""
+    """Encode form and categories as the member `FORM`, which is equal for all samples of a data set."""
     listed = [(c.id, c.is_thing) for c in categories.categories]
     return json.dumps({"form": asdict(form), "categories": listed}).encode()
 
 
 def identity_member(key: str, image_id: int, source: str, height: int, width: int) -> bytes:
-    """The member that says which sample it is."""
+    """Encode key, image id, source and size of a sample as the member `IDENTITY`."""
     return json.dumps({"key": key, "image_id": image_id, "source": source, "size": [height, width]}).encode()
 
 
 def form_from_json(fields: dict[str, Any]) -> ForeignForm:
-    """A form as `dataset.json` has it."""
+    """Return the form for the fields in `dataset.json`."""
     lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("images", "void")}
     return ForeignForm(**(fields | lists))
 
 
 def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
-    """The sample of foreign members with their form and identity. Raises DataError naming the sample."""
+    """Decode a foreign sample from its members, including form and identity.
+
+    Raises:
+        DataError: the sample cannot be decoded. The message names the sample.
+    """
     form, table = _read_form(members[FORM])
     identity = parse_json(members[IDENTITY])
     name = f"sample {identity['key']!r} ({identity['source']})"
@@ -97,7 +103,7 @@ def decode_foreign(members: Mapping[str, bytes]) -> DecodedSample:
 
 
 def image_extension(members: Mapping[str, bytes], form: ForeignForm, name: str) -> str:
-    """Which member is the image. Raises DataError where none is, or several could be."""
+    """Return the extension of the image member. Raises DataError if there is not exactly one."""
     found = [extension for extension in form.images if extension in members]
     if len(found) != 1:
         raise DataError(f"{name}: one member of {some(form.images)} must be the image; it has {some(sorted(members))}")
@@ -107,7 +113,18 @@ def image_extension(members: Mapping[str, bytes], form: ForeignForm, name: str) 
 def decode_labels(
     members: Mapping[str, bytes], form: ForeignForm, table: CategoryTable, size: tuple[int, int], name: str
 ) -> Annotation:
-    """Ground truth of a foreign sample of this height and width. Raises DataError beginning with the name."""
+    """Return the ground truth of a foreign sample.
+
+    Args:
+        members: members by extension.
+        form: meaning of the members.
+        table: categories of the data set.
+        size: height and width of the sample.
+        name: description of the sample for messages.
+
+    Raises:
+        DataError: the labels are missing, damaged, of another size, or unknown.
+    """
     if form.map not in members:
         raise DataError(f"{name} has no member {form.map} with its labels; it has {some(sorted(members))}")
     try:
@@ -161,14 +178,14 @@ def _colors(data: bytes, header: ImageHeader) -> np.ndarray:
 
 
 def _require_size(header: ImageHeader, size: tuple[int, int], what: str) -> None:
-    """Before decoding: a small file may claim to be huge."""
+    """Raise BrokenImageError for another size. Checked before decoding, because a small file may claim to be huge."""
     if size not in ((header.height, header.width), (header.width, header.height)):
         raise BrokenImageError(f"{what} is {header.width} x {header.height}, by the manifest {size[1]} x {size[0]}")
 
 
 @lru_cache(maxsize=16)
 def _read_form(data: bytes) -> tuple[ForeignForm, CategoryTable]:
-    """Names and colours of categories are not needed here and stay behind."""
+    """Return form and category table of a `FORM` member. The table has no names and colours."""
     content = parse_json(data)
     table = CategoryTable(tuple(Category(i, "", is_thing, (0, 0, 0)) for i, is_thing in content["categories"]))
     return form_from_json(content["form"]), table

@@ -1,6 +1,6 @@
-"""A manifest for existing WebDataset tars, ours or others': each is read once, none is written.
+"""Manifest for existing WebDataset tars, written by m2f or by other programs. Tars are read once and never changed.
 
-The manifest may lie anywhere; it names tars below its own folder by their place in it, others by URL.
+The manifest may be in any folder. It names tars in its own folder by relative path, all others by URL.
 """
 
 from __future__ import annotations
@@ -33,49 +33,55 @@ from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.data_pipeline.storage.stream import ObjectStream
 
 OnProgress = Callable[[int, int], None]
-"""Called with samples and bytes read since the last call, by the caller's thread."""
+"""Callback with the numbers of samples and bytes read since the last call; runs in the caller's thread."""
 
 _PROGRESS_INTERVAL_S = 0.5
-"""Progress is reported at least this often while tars are read."""
+"""Longest time between checks for progress while tars are read."""
 _USUAL_VOID: dict[Labels, set[int]] = {"classes": {255}, "instances": {0, 255}, "panoptic": set()}
-"""Labels that data sets of this form leave void by convention."""
+"""Labels that are void by convention in data sets of this form."""
 _PLAN_PREFIX = "adopted-"
-"""Begins `plan` in the dataset.json of indexed tars, which is how they are told from shards of `m2f shard`."""
+"""Prefix of `plan` in the dataset.json of indexed tars. It distinguishes them from shards of `m2f shard`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """What the user says about the tars. Shards of m2f need the categories alone."""
+    """The user's description of the tars. Shards written by m2f need only the categories."""
 
     categories: CategoryTable
     void: frozenset[int] = frozenset()
-    """Labels that say nothing, besides the usual ones (255; of instances also 0) where no category has these."""
+    """Labels of pixels without a class. The usual ones (255, for instances also 0) are added unless they are
+    categories."""
     labels: Labels | None = None
-    """What the map of foreign tars holds."""
+    """Content of the label map in foreign tars; see `ForeignForm.labels`."""
     image: str = "jpg"
-    """Extension of the image; `jpg` stands for `jpeg`, too."""
+    """Extension of the image. `jpg` and `jpeg` stand for both."""
     map: str = "png"
-    """Extension of the map of labels."""
+    """Extension of the label map."""
     json: str = "json"
-    """Extension of the JSON with `segments_info`, for `labels` panoptic."""
+    """Extension of the JSON member with `segments_info`, for `labels` panoptic."""
     max_pixels: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """What was indexed, and what could not be."""
+    """Result of indexing."""
 
     form: ForeignForm | Literal["m2f"]
     num_samples: int
     num_shards: int
     num_bytes: int
     faults: tuple[Fault, ...]
-    """What could not be indexed."""
+    """Samples and tars that could not be indexed."""
     committed: bool
+    """Whether the manifest was written."""
 
 
 def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
-    """Tars that are named, and all below folders that are. Raises DataError for none and for one named twice."""
+    """Return the URLs of the given tars and of all tars in the given folders.
+
+    Raises:
+        DataError: no tar is found, or one is given twice.
+    """
     found: list[str] = []
     for url in urls:
         absolute = url if "://" in url else str(Path(url).expanduser().absolute())
@@ -91,9 +97,10 @@ def find_tars(urls: Iterable[str], storage: Storage) -> tuple[str, ...]:
 
 
 def choose_form(tar: str, options: IndexOptions, storage: Storage) -> ForeignForm | Literal["m2f"]:
-    """How to read the tars: as shards of m2f, where the first sample is one of m2f, else as the options say.
+    """Return how to read the tars: `m2f` if the first sample was written by m2f, otherwise the form in the options.
 
-    Raises DataError with the members of the first sample where the options do not say it, or name others.
+    Raises:
+        DataError: the options lack `labels`, or name members that the first sample lacks. The message lists them.
     """
     first = _first_sample(tar, storage)
     members = first.contents()
@@ -129,11 +136,14 @@ def index_tars(
     threads: int = 1,
     on_progress: OnProgress | None = None,
 ) -> IndexReport:
-    """Read all tars and write their manifest below `target`. Samples with faults are left out only with `skip_bad`.
+    """Read all tars and write their manifest into the folder `target`.
+
+    If there are faults, the manifest is written only with `skip_bad`, and leaves out the faulty samples. An unreadable
+    tar is reported as a fault.
 
     Raises:
-        DataError: the target holds another data set, or no sample can be used.
-        StorageError: the manifest cannot be written. A tar that cannot be read is a fault.
+        DataError: the target holds another data set, or no sample is usable.
+        StorageError: the manifest cannot be written.
     """
     indexer = _TarIndexer(target, form, options, storage)
     existing = manifest.read_document(target, storage)
@@ -160,7 +170,7 @@ def index_tars(
 
 @dataclass(frozen=True)
 class _IndexedTar:
-    """One tar, read."""
+    """Result of reading one tar."""
 
     info: ShardInfo
     rows: list[dict[str, Any]]
@@ -168,7 +178,7 @@ class _IndexedTar:
 
 
 class _TarIndexer:
-    """Reads tars; called by threads."""
+    """Reads and checks tars. Called by several threads."""
 
     def __init__(
         self, target: str, form: ForeignForm | Literal["m2f"], options: IndexOptions, storage: Storage
@@ -197,7 +207,7 @@ class _TarIndexer:
         return _IndexedTar(ShardInfo(name, stream.size, sha256, len(rows)), rows, faults)
 
     def _manifest_row(self, sample: TarSample, tar: str) -> dict[str, Any]:
-        """The manifest's row of a sample whose image and labels were decoded."""
+        """Decode image and labels of a sample and return its row for the manifest. Raises DataError."""
         members, where = sample.contents(), f"sample {sample.key!r} ({tar})"
         key, image_id = sample.key, None
         if self._form == "m2f":
@@ -224,7 +234,7 @@ class _TarIndexer:
         }
 
     def _label_size(self, members: dict[str, bytes], form: ForeignForm, where: str) -> tuple[int, int]:
-        """Height and width of the labels, after both headers were looked at."""
+        """Return height and width of the labels, after a check of both headers. Raises DataError."""
         try:
             if form.map not in members:
                 raise BrokenImageError(f"it has no member {form.map} with its labels")
@@ -253,7 +263,7 @@ def _index_in_threads(
 
 
 def _without_repeats(tars: Sequence[_IndexedTar]) -> tuple[list[_IndexedTar], list[Fault]]:
-    """Tars without the samples whose key was there before, in any of them; and these samples as faults."""
+    """Return the tars without samples whose key occurred before in any tar, and these samples as faults."""
     first: dict[str, str] = {}
     kept, faults = [], []
     for tar in tars:

@@ -1,7 +1,7 @@
-"""The manifest of a sharded data set: where every sample lies, byte by byte, and what is in it.
+"""The manifest of a sharded data set: the byte range and the content of each sample.
 
-dataset.json      format, fingerprint, categories, shards with size and sha256; written last, so its presence means
-                  that everything else is there
+dataset.json      format, fingerprint, categories, and shards with size and sha256; written last, so its presence
+                  means that all other files are complete
 samples.parquet   one row per sample, see SAMPLE_SCHEMA
 shards/00000.tar  plain WebDataset tars
 """
@@ -36,12 +36,12 @@ from m2f.data_pipeline.storage.object_info import ObjectInfo
 from m2f.data_pipeline.storage.storage import Storage, join
 
 FORMAT = 1
-"""Version of the two files; a manifest with another one is refused."""
+"""Version of the two files. Manifests of other versions are refused."""
 DATASET_FILE = "dataset.json"
-"""Name of the file below the data set's folder; the other one is SAMPLES_FILE."""
+"""Name of the file in the folder of a data set. The other file is SAMPLES_FILE."""
 
 _CHECKS_AT_ONCE = 16
-"""Threads that ask for the sizes of shards, to hide the latency of an object store."""
+"""Threads that request the sizes of shards, to hide the latency of an object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class ShardInfo:
     """One tar of the data set."""
 
     name: str
-    """Path below the data set's folder; a URL or absolute path where an indexed tar lies elsewhere."""
+    """Path relative to the folder of the data set; a URL or absolute path for indexed tars outside it."""
     size: int
     sha256: str
     num_samples: int
@@ -60,7 +60,7 @@ class Ragged:
     """Rows of different lengths in one flat array."""
 
     values: np.ndarray
-    """[sum of lengths]"""
+    """[sum of lengths] concatenated rows."""
     offsets: np.ndarray
     """[rows + 1] int64; row i is values[offsets[i]:offsets[i + 1]]."""
 
@@ -68,75 +68,75 @@ class Ragged:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     def rows(self) -> np.ndarray:
-        """[sum of lengths] row number of every value."""
+        """Return [sum of lengths]: the row number of each value."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def any(self, flags: np.ndarray) -> np.ndarray:
-        """[rows] whether a row has a value whose flag (bool, one per value) is set."""
+        """Return [rows] bool: whether any value of the row has its flag set. `flags` has one bool per value."""
         found = np.logical_or.reduceat(np.append(flags, False), self.offsets[:-1])
         return found & (np.diff(self.offsets) > 0)
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryStatistics:
-    """How often one category appears, crowds left out."""
+    """Numbers of images, segments and pixels of one category, without crowds."""
 
     category: Category
     num_images: int
     num_segments: int
     num_pixels: int
-    """Counted where the manifest has counts, else as the source states areas."""
+    """Pixels counted in the maps; for old manifests without counts, the areas stated by the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """An opened data set. Arrays have one entry per sample, in the order of the shards."""
+    """An opened data set. Arrays have one entry per sample, N in total, in the order of the shards."""
 
     url: str
     """Folder of the data set."""
     fingerprint: str
-    """Hex digest of the content: categories, shards and their checksums."""
+    """Hex digest of the format, the categories, and the shards with their checksums."""
     plan: str
-    """Hash of the shard plan that made it."""
+    """Hash of the shard plan that the data set was written by."""
     categories: CategoryTable
     foreign: ForeignForm | None = None
-    """How to read samples of tars that `m2f index` indexed; None for our own."""
+    """Form of the samples in indexed tars that other programs wrote; None for shards of m2f."""
     shards: tuple[ShardInfo, ...]
     columns: Columns
-    """What is decoded when it is wanted: keys and categories."""
+    """Columns that are decoded on first use: keys and categories."""
     shard: np.ndarray
-    """[N] int32 index into `shards`"""
+    """[N] int32 index into `shards`."""
     offset: np.ndarray
-    """[N] int64 first byte in the shard"""
+    """[N] int64 first byte of the sample in its shard."""
     length: np.ndarray
-    """[N] int64 bytes"""
+    """[N] int64 number of bytes of the sample."""
     crc32: np.ndarray
-    """[N] uint32 of those bytes"""
+    """[N] uint32 checksum of these bytes."""
     image_id: np.ndarray
-    """[N] int64"""
+    """[N] int64 image id; see `Sample.image_id`."""
     height: np.ndarray
-    """[N] int32"""
+    """[N] int32 height in pixels."""
     width: np.ndarray
-    """[N] int32"""
+    """[N] int32 width in pixels."""
     num_segments: np.ndarray
-    """[N] int32 without crowds; instances where the sample has both maps of its things"""
+    """[N] int32 number of segments without crowds. A thing in both maps counts once, as an instance."""
     member_names: tuple[str, ...]
-    """Extensions that members have anywhere in the data set."""
+    """Distinct extensions of the members in the data set."""
     member_codes: Ragged
-    """Members of a sample as indices into `member_names`."""
+    """Members of each sample as indices into `member_names`."""
     member_offsets: Ragged
-    """First byte of each member's data, counted from the sample's offset."""
+    """First byte of each member's data, relative to the offset of its sample."""
     member_lengths: Ragged
-    """Bytes of each member."""
+    """Number of bytes of each member."""
 
     @property
     def num_samples(self) -> int:
-        """N."""
+        """Return the number N of samples."""
         return len(self.shard)
 
     @cached_property
     def key(self) -> np.ndarray:
-        """[N] str objects. Raises DataError where one may not be used."""
+        """Return [N] keys as str objects. Raises DataError if one is invalid."""
         keys, where = self.columns.texts("key"), join(self.url, SAMPLES_FILE)
         for key in keys:
             check_key(key, where)
@@ -144,7 +144,7 @@ class Manifest:
 
     @cached_property
     def category_ids(self) -> Ragged:
-        """Categories present (source ids, ascending), without crowds."""
+        """Return the source ids of the categories in each sample, ascending and without crowds."""
         bounds = self.columns.bounds("category_ids")
         ids = Ragged(self.columns.items("category_ids", bounds), bounds)
         self.columns.release_memory()
@@ -152,17 +152,17 @@ class Manifest:
 
     @cached_property
     def category_counts(self) -> Ragged:
-        """Segments of each of `category_ids`."""
+        """Return the number of segments of each entry of `category_ids`."""
         return self._by_category("category_counts")
 
     @cached_property
     def category_areas(self) -> Ragged:
-        """Area of each of `category_ids`, as the source states it."""
+        """Return the area of each entry of `category_ids`, as stated by the source."""
         return self._by_category("category_areas")
 
     @cached_property
     def category_pixels(self) -> Ragged | None:
-        """Pixels of each of `category_ids`, as counted in the maps; None where the manifest is too old to have them."""
+        """Return the pixels of each entry of `category_ids`, counted in the maps; None for old manifests."""
         if not self.columns.has("category_pixels"):
             return None
         return self._by_category("category_pixels")
@@ -172,7 +172,11 @@ class Manifest:
 
     @classmethod
     def load(cls, url: str, storage: Storage) -> Self:
-        """Open a data set folder. Raises DataError where it is missing, unfinished, newer than this code or damaged."""
+        """Open the folder of a data set.
+
+        Raises:
+            DataError: the data set is missing, unfinished, damaged or of another format version.
+        """
         document = read_document(url, storage)
         if document is None:
             raise DataError(f"{join(url, DATASET_FILE)} does not exist; make the shards first (m2f shard)")
@@ -223,12 +227,16 @@ class Manifest:
         return opened
 
     def shard_url(self, shard: int) -> str:
-        """Full URL of a shard."""
+        """Return the full URL of a shard."""
         name = self.shards[shard].name
         return name if _is_elsewhere(name) else join(self.url, name)
 
     def check_shard(self, shard: int, storage: Storage) -> ObjectInfo:
-        """What the store says about a shard. Raises StorageError where it is missing or has another size than here."""
+        """Return size and ETag of a shard in the store.
+
+        Raises:
+            StorageError: the shard is missing, or its size differs from the manifest.
+        """
         url, size = self.shard_url(shard), self.shards[shard].size
         info = storage.stat(url)
         if info.size != size:
@@ -239,18 +247,18 @@ class Manifest:
         return info
 
     def check_shards(self, storage: Storage) -> None:
-        """`check_shard` for all of them, at once. Reads no sample."""
+        """Call `check_shard` for all shards concurrently. Reads no samples."""
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
             for _ in pool.map(lambda shard: self.check_shard(shard, storage), range(len(self.shards))):
                 pass
 
     def describe(self, index: int) -> str:
-        """A sample's name and place, for messages."""
+        """Return the key, shard URL and offset of a sample as text for messages."""
         place = f"{self.shard_url(int(self.shard[index]))} at byte {self.offset[index]}"
         return f"sample {self.key[index]!r} in {place}"
 
     def members(self, index: int, data: bytes | memoryview) -> dict[str, bytes]:
-        """Members by extension from a sample's bytes. Raises DataError where the checksum differs."""
+        """Split the bytes of a sample into members by extension. Raises DataError if the checksum is wrong."""
         if len(data) != self.length[index] or zlib.crc32(data) != self.crc32[index]:
             raise DataError(
                 f"{self.describe(index)} is damaged: its checksum differs from the manifest's; write it again, or "
@@ -276,16 +284,16 @@ class Manifest:
         return form_member(self.foreign, self.categories)
 
     def read_members(self, index: int, storage: Storage) -> dict[str, bytes]:
-        """Fetch one sample's members by extension with one ranged read."""
+        """Fetch the members of one sample by extension with one ranged read. Raises DataError if it is damaged."""
         url = self.shard_url(int(self.shard[index]))
         return self.members(index, storage.get_range(url, int(self.offset[index]), int(self.length[index])))
 
     def read_sample(self, index: int, storage: Storage) -> DecodedSample:
-        """Fetch, check and decode one sample."""
+        """Fetch, check and decode one sample. Raises DataError if it is damaged."""
         return codec.decode(self.read_members(index, storage))
 
     def statistics(self) -> tuple[CategoryStatistics, ...]:
-        """How often every category appears, in the order of the category table."""
+        """Return the statistics of all categories in the order of the category table."""
         ids = np.array([category.id for category in self.categories.categories])
         order = np.argsort(ids)
         column = order[np.searchsorted(ids[order], self.category_ids.values)]
@@ -300,7 +308,11 @@ class Manifest:
 
 
 def read_document(url: str, storage: Storage) -> dict[str, Any] | None:
-    """`dataset.json` of a data set folder; None where there is none. Raises DataError where it cannot be used."""
+    """Return the content of `dataset.json` in a data set folder; None if the file does not exist.
+
+    Raises:
+        DataError: the file is not valid JSON or has another format version.
+    """
     path = join(url, DATASET_FILE)
     try:
         content = storage.get(path)
@@ -325,7 +337,7 @@ def make_document(
     samples: bytes,
     foreign: ForeignForm | None = None,
 ) -> dict[str, Any]:
-    """Content of `dataset.json`."""
+    """Return the content of `dataset.json`. `samples` are the bytes of samples.parquet."""
     listed = [{**asdict(c), "color": list(c.color)} for c in categories.categories]
     shard_list = [asdict(shard) for shard in shards]
     form = {} if foreign is None else {"foreign": asdict(foreign)}
@@ -344,7 +356,10 @@ def make_document(
 
 
 def category_columns(annotation: Annotation) -> dict[str, Any]:
-    """What SAMPLE_SCHEMA says about segments, crowds left out. A thing in both maps counts once, as instance."""
+    """Return the columns of SAMPLE_SCHEMA about segments, without crowds.
+
+    A thing in both maps counts once, as an instance.
+    """
     pixels_of = {"seg": _count_pixels(annotation.seg), "inst": _count_pixels(annotation.inst)}
     counts: dict[int, int] = defaultdict(int)
     areas: dict[int, float] = defaultdict(float)
@@ -366,7 +381,7 @@ def category_columns(annotation: Annotation) -> dict[str, Any]:
 
 
 def _count_pixels(ids: np.ndarray | None) -> dict[int, int]:
-    """Pixels of every id in a map [H, W] or in layers [Y, H, W]."""
+    """Return the number of pixels by id in a map [H, W] or in layers [Y, H, W]."""
     if ids is None or not ids.size:
         return {}
     runs = find_runs(ids.reshape(-1, ids.shape[-1]))
@@ -374,7 +389,7 @@ def _count_pixels(ids: np.ndarray | None) -> dict[int, int]:
 
 
 def write_table(table: pa.Table) -> bytes:
-    """A parquet file of sample rows."""
+    """Return a table as the bytes of a parquet file."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -382,7 +397,7 @@ def write_table(table: pa.Table) -> bytes:
 
 def _shard_from_json(entry: dict[str, Any]) -> ShardInfo:
     shard = ShardInfo(**entry)
-    int(shard.sha256, 16)  # it names files of the local cache
+    int(shard.sha256, 16)  # must be hex digits, because it becomes part of file names in the local cache
     return shard
 
 

@@ -1,4 +1,4 @@
-"""Which samples go into which shard, and whose a folder of shards is."""
+"""Shard plans: the assignment of samples to shards, and the claim of a folder by one plan."""
 
 from __future__ import annotations
 
@@ -21,36 +21,40 @@ from m2f.data_pipeline.storage.storage import Storage, join
 
 _PLAN_FILE = "plan.json"
 _WRITTEN = re.compile(r"(samples|(parts|sources)/\d{5,})\.parquet|plan\.json|shards/\d{5,}\.tar")
-"""Names in the folder of a data set that sharding gives, beside that of the manifest."""
-_SIZE_SAMPLES = 512  # samples whose sizes are looked up to estimate the mean
+"""Names of the files that sharding writes into the folder of a data set, except the manifest's dataset.json."""
+_SIZE_SAMPLES = 512  # number of samples whose sizes estimate the mean size
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """Which samples go into which shard. Depends on the source, the seed and the shard size; never on who writes."""
+    """Assignment of samples to shards. It depends only on the source, the seed and the shard size."""
 
     target: str
     """Folder or `s3://` prefix of the data set."""
     shard_keys: tuple[tuple[str, ...], ...]
-    """Keys of every shard in their order."""
+    """Keys of the samples of each shard, in order."""
     categories: CategoryTable
     source_fingerprint: str
     seed: int
 
     @property
     def hash(self) -> str:
-        """Hex digest of everything that decides the shards' content."""
+        """Return a hex digest of everything that determines the content of the shards."""
         content = [manifest.FORMAT, self.shard_keys, asdict(self.categories), self.source_fingerprint, self.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_samples(self) -> int:
-        """Samples over all shards."""
+        """Return the number of samples in all shards."""
         return sum(map(len, self.shard_keys))
 
 
 def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> ShardPlan:
-    """Permute all samples with the seed and cut them into shards of about `shard_mb`. Raises DataError for none."""
+    """Permute all samples with the seed and divide them into shards of about `shard_mb`.
+
+    Raises:
+        DataError: the source has no sample.
+    """
     keys = reader.keys
     if not keys:
         raise DataError(f"the source of {config.shards} has no sample")
@@ -68,7 +72,7 @@ def plan_shards(reader: Reader, config: DatasetConfig, fingerprint: str) -> Shar
 
 
 def claim_target(plan: ShardPlan, storage: Storage) -> None:
-    """Reserve the folder for this plan. Raises DataError where it is another one's."""
+    """Reserve the target folder for this plan. Raises DataError if another plan has reserved it."""
     try:
         storage.put(join(plan.target, _PLAN_FILE), json.dumps(_claim(plan), indent=1).encode(), if_absent=True)
     except ObjectExistsError:
@@ -78,7 +82,11 @@ def claim_target(plan: ShardPlan, storage: Storage) -> None:
 
 
 def committed_document(plan: ShardPlan, storage: Storage) -> dict[str, Any] | None:
-    """`dataset.json` of this plan; None where it is not committed. Raises DataError for the folder of another plan."""
+    """Return the content of `dataset.json` of this plan; None if it is not committed yet.
+
+    Raises:
+        DataError: the folder belongs to another plan.
+    """
     committed = manifest.read_document(plan.target, storage)
     if committed is not None and committed["plan"] != plan.hash:
         _refuse_target(plan, _read_claim(plan, storage) or {"source": committed.get("source_fingerprint")})
@@ -89,18 +97,19 @@ def committed_document(plan: ShardPlan, storage: Storage) -> dict[str, Any] | No
 
 
 def withdraw(plan: ShardPlan, storage: Storage) -> None:
-    """Take back a committed manifest before shards of it are written again: until then there is no data set."""
+    """Delete the committed dataset.json before some shards are written again. The data set is invalid until then."""
     storage.delete(join(plan.target, manifest.DATASET_FILE))
 
 
 def clear_target(target: str, storage: Storage) -> None:
-    """Delete what sharding wrote into a folder, and nothing else in it; the manifest first.
+    """Delete the files that sharding wrote into a folder, the manifest first. Other files are kept.
 
-    Raises DataError for the manifest of tars that `m2f index` found, which are not ours.
+    Raises:
+        DataError: the manifest describes tars of other programs, indexed by `m2f index`.
     """
     try:
         document = manifest.read_document(target, storage)
-    except DataError:  # unreadable, which is a reason to write it again
+    except DataError:  # an unreadable manifest may be replaced
         document = None
     if document is not None and document.get("foreign") is not None:
         raise DataError(f"{target} is a manifest of `m2f index` for tars of others; choose another folder for shards")
@@ -112,7 +121,7 @@ def clear_target(target: str, storage: Storage) -> None:
 
 
 def _rounded_shard_count(wanted: float) -> int:
-    """The nearest number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
+    """Round a number of shards in steps of 10 %, so that a corrected image file does not change the plan."""
     return max(1, round(1.1 ** round(math.log(max(wanted, 1)) / math.log(1.1))))
 
 
@@ -139,7 +148,7 @@ def _read_claim(plan: ShardPlan, storage: Storage) -> dict[str, Any] | None:
 
 
 def _refuse_target(plan: ShardPlan, claim: dict[str, Any]) -> NoReturn:
-    """Refuse a folder whose plan has this claim."""
+    """Raise DataError for a folder with the claim of another plan, naming the differences."""
     own = _claim(plan)
     names = {"num_samples": "samples", "source": "settings or annotation files of the source", "seed": "seed"}
     names["num_shards"] = "number of shards"

@@ -1,4 +1,4 @@
-"""A contact sheet: images beside their annotation as a look-over of what is really in the shards."""
+"""Contact sheet of images beside their annotations, for a visual check of shards."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ _BACKGROUND = (250, 250, 250)  # RGB
 _TEXT_COLOR = (30, 30, 30)  # RGB
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _BAND = 3  # pixels along the border of a segment; the outermost is the white outline
-_OPACITY = 0.55  # of segments over the image, which stays recognisable
-_LABEL_SHARE = 0.01  # segments below this share of the image are coloured but not named
-_SWATCH = 14  # side of a colour in the legend in pixels
+_OPACITY = 0.55  # opacity of segments over the image
+_LABEL_SHARE = 0.01  # smaller segments, by share of the image, have no name written on them
+_SWATCH = 14  # side of a colour square in the legend in pixels
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """One sample as a picture, and the categories that it shows."""
+    """Picture of one sample, and the categories that it shows."""
 
     picture: np.ndarray
     category_ids: frozenset[int]
 
 
 def contact_sheet(manifest: Manifest, indices: Sequence[int], storage: Storage, columns: int = 3) -> np.ndarray:
-    """A sheet [H, W, 3] uint8 RGB of these samples: image, annotation, and a legend of all categories shown.
+    """Return a sheet [H, W, 3] uint8 RGB with image and annotation of samples, and a legend of their categories.
 
-    Instances are drawn over the panoptic or semantic map, crowds hatched. Raises DataError or StorageError where a
-    sample cannot be read.
+    Instances are drawn over the panoptic or semantic map. Crowds are hatched.
+
+    Raises:
+        DataError, StorageError: a sample cannot be read.
     """
     tiles = [
         _tile(manifest.read_sample(index, storage), int(manifest.num_segments[index]), manifest.categories)
@@ -62,15 +64,15 @@ def write_contact_sheet(
 
 
 def spread_indices(manifest: Manifest, count: int) -> tuple[int, ...]:
-    """Up to `count` rows spread evenly over the data set."""
+    """Return up to `count` rows, spread evenly over the data set."""
     count = min(count, manifest.num_samples)
     return tuple(int(i) for i in np.linspace(0, manifest.num_samples - 1, count).round())
 
 
 def draw_annotation(image: np.ndarray, annotation: Annotation, categories: CategoryTable) -> np.ndarray:
-    """The image [H, W, 3] uint8 with every segment outlined, named and tinted in its category's colour.
+    """Return the image [H, W, 3] uint8 with segments outlined, named and tinted in their category's colour.
 
-    Within the outline runs a band of exactly that colour, by which a segment is found in the legend.
+    A band inside the outline has exactly the colour of the legend.
     """
     drawn = image.copy()
     segments = list(_drawing_order(annotation))
@@ -94,9 +96,9 @@ def draw_annotation(image: np.ndarray, annotation: Annotation, categories: Categ
 
 
 def _drawing_order(annotation: Annotation) -> Iterator[tuple[Segment, np.ndarray]]:
-    """Segments with their masks [H, W]: the map first, then instances from large to small.
+    """Yield segments with their masks [H, W] bool: first those of the map, then instances from large to small.
 
-    Things of the map are left out where the sample has instances, which show the same objects in full.
+    If the sample has instances, things of the map are omitted, because instances show the same objects completely.
     """
     seg, inst = annotation.seg, annotation.inst
     if seg is not None:
@@ -110,7 +112,7 @@ def _drawing_order(annotation: Annotation) -> Iterator[tuple[Segment, np.ndarray
 
 
 def _inner_part(mask: np.ndarray) -> np.ndarray:
-    """[H, W] bool: the mask without the band along its border."""
+    """Return [H, W] bool: the mask without a band of 3 pixels along its border."""
     size = 2 * _BAND + 1
     return cv2.erode(mask.astype(np.uint8), np.ones((size, size), np.uint8)).astype(bool)
 
@@ -122,14 +124,14 @@ def _name_segment(picture: np.ndarray, mask: np.ndarray, name: str) -> None:
     (width, height), _ = cv2.getTextSize(_ascii(name), _FONT, 0.38, 1)
     left = min(max(0, int(x) - width // 2), max(0, picture.shape[1] - width))
     base = min(max(height, int(y) + height // 2), picture.shape[0] - 2)
-    # Dark copies around the text make it readable on any colour; a thicker pen would be a wider font.
+    # Dark copies around the text make it readable on any colour. A thicker stroke would widen the glyphs.
     for dx, dy in ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 1), (0, -1), (1, 0), (-1, 0)):
         cv2.putText(picture, _ascii(name), (left + dx, base + dy), _FONT, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
     cv2.putText(picture, _ascii(name), (left, base), _FONT, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
 
 
 def _tile(sample: DecodedSample, num_segments: int, categories: CategoryTable) -> _Tile:
-    """Image and annotation side by side under the sample's key, at a longer side of _TILE."""
+    """Return image and annotation side by side below the sample's key. Their longer side has _TILE pixels."""
     height, width = sample.size
     scale = _TILE / max(height, width)
     size = max(1, round(height * scale)), max(1, round(width * scale))
@@ -155,7 +157,7 @@ def _resize_ids(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _legend(categories: Sequence[Category], width: int) -> np.ndarray:
-    """Swatches with names in as many columns as fit."""
+    """Return a legend of colour squares with category names, in as many columns as fit into `width`."""
     names = [f"{_ascii(c.name)} ({'thing' if c.is_thing else 'stuff'})" for c in categories]
     cell = 2 * _SWATCH + max((cv2.getTextSize(name, _FONT, 0.45, 1)[0][0] for name in names), default=0)
     columns = max(1, width // (cell + _GAP))
@@ -174,7 +176,7 @@ def _text_line(text: str, width: int) -> np.ndarray:
 
 
 def _ascii(text: str) -> str:
-    return text.encode("ascii", "replace").decode()  # OpenCV's fonts have no other letters
+    return text.encode("ascii", "replace").decode()  # OpenCV's fonts have only ASCII letters
 
 
 def _stack_horizontally(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:

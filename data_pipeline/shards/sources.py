@@ -1,10 +1,10 @@
-"""Which source files a shard was made of, so that `m2f shard` notices when they change.
+"""Records of the source files of each shard, by which `m2f shard` detects changed files.
 
-sources/00000.parquet    one row per file of every sample in the shard: size, time of change and SHA-256
+sources/00000.parquet    one row per source file of the shard: size, modification time and SHA-256
 
-Files are named by their sample and their place among its files, not by paths: copies of a source keep their shards.
-Another size is a change; where only the time differs, contents are compared. Shards without such a file are older and
-taken as they are.
+A file is identified by its sample and its number among the sample's files, not by its path, so a copy of the source
+counts as unchanged. A file with another size has changed. If only the time differs, the contents are compared. Old
+shards without a record count as unchanged.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from m2f.data_pipeline.storage.storage import Storage, join
 FOLDER = "sources"
 _ROWS_AT_ONCE = 4096
 _THREADS = 16
-"""Hide the latency of network file systems and object stores."""
+"""Number of threads, to hide the latency of network file systems and object stores."""
 _SCHEMA = pa.schema(
     {
         "key": pa.string(),
-        "number": pa.int32(),  # among the sample's files
-        "size": pa.int64(),  # null, as in the columns below, where the file could not be read
+        "number": pa.int32(),  # index among the sample's files
+        "size": pa.int64(),  # null, like the columns below, if the file could not be read
         "mtime_ns": pa.int64(),
         "sha256": pa.binary(32),
     }
@@ -43,36 +43,36 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of a sample when its shard was written."""
+    """State of one source file when its shard was written."""
 
     key: str
     number: int
-    """Among the files of the sample."""
+    """Index among the files of the sample."""
     state: FileState | None
-    """None where it could not be read."""
+    """Size, time and SHA-256; None if the file could not be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceChanges:
-    """How source files differ from those that the shards were made of."""
+    """Differences between the current source files and those that the shards were made from."""
 
     changed: tuple[str, ...] = ()
-    """Paths of files with another content."""
+    """Paths of files with changed content."""
     num_missing: int = 0
-    """Files that cannot be read any more; their shards stay."""
+    """Number of files that are no longer readable. Their shards are kept."""
     shards: frozenset[int] = frozenset()
     """Shards with changed files."""
     digests: Mapping[int, str] = field(default_factory=dict)
-    """SHA-256 of every shard whose files are known."""
+    """SHA-256 of each shard whose source files are recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Files of one shard."""
+    """Record of the source files of one shard."""
 
     shard: int
     digest: str
-    """SHA-256 of the shard that was made of them."""
+    """SHA-256 of the shard that was made from these files."""
     files: tuple[SourceFile, ...]
 
 
@@ -83,7 +83,7 @@ class _Comparison:
 
 
 def write_record(target: str, shard: int, digest: str, files: Sequence[SourceFile], storage: Storage) -> None:
-    """Keep the files of a shard with this SHA-256. Nothing is written where samples are not made of files."""
+    """Write the record of a shard with the SHA-256 `digest`. Without files, nothing is written."""
     if not files:
         return
     rows = [
@@ -102,10 +102,16 @@ def compare_sources(
     storage: Storage,
     on_content: Callable[[], None] | None = None,
 ) -> SourceChanges:
-    """Compare all files of a source with those that the shards in `target` were made of.
+    """Compare all files of a source with those that the shards in `target` were made from.
 
-    `on_content` is called once, before the first content is compared, which takes as long as reading the files does.
-    Where only times have changed they are written down, so that the next comparison is quick.
+    If only times of a shard's files have changed, they are recorded, so that the next comparison is fast.
+
+    Args:
+        reader: reader of the source.
+        target: folder of the shards.
+        num_shards: number of shards in the plan.
+        storage: storage of the shards.
+        on_content: called once before contents are compared, because reading the files takes long.
     """
     present = set(storage.list(join(target, FOLDER)))
     numbers = [shard for shard in range(num_shards) if _url(target, shard) in present]
@@ -116,11 +122,11 @@ def compare_sources(
 
     def compare(shard: int) -> tuple[_Record, _Comparison] | None:
         record = _read_record(target, shard, storage)
-        if record is None or not all(file.key in position for file in record.files):  # damaged, or of another plan
+        if record is None or not all(file.key in position for file in record.files):  # damaged, or from another plan
             return None
         try:
             return record, _compare(record, reader, position, target, storage, announce)
-        except IndexError:  # a sample has fewer files
+        except IndexError:  # a sample has fewer files than recorded
             return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -134,7 +140,7 @@ def compare_sources(
 
 
 class _Once:
-    """Calls a function the first time only."""
+    """Callable that calls a function only the first time."""
 
     def __init__(self, function: Callable[[], None] | None) -> None:
         self._function = function
@@ -174,7 +180,7 @@ def _compare(
                 times_differ, then = True, state
         files.append(replace(file, state=then))
     if times_differ and not changed:
-        with suppress(StorageError):  # a store that can only be read: contents are compared again next time
+        with suppress(StorageError):  # on a read-only store, contents are compared again next time
             write_record(target, record.shard, record.digest, files, storage)
     return _Comparison(tuple(changed), num_missing)
 
@@ -188,7 +194,7 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _read_record(target: str, shard: int, storage: Storage) -> _Record | None:
-    """The record of a shard; None where it is damaged, so that nothing is known of its files."""
+    """Return the record of a shard; None if it is damaged."""
     try:
         table = read_bounded_table(storage.get(_url(target, shard)))
         digest = parse_json((table.schema.metadata or {})[b"shard"])["sha256"]
@@ -199,7 +205,11 @@ def _read_record(target: str, shard: int, storage: Storage) -> _Record | None:
 
 
 def _files(table: pa.Table) -> tuple[SourceFile, ...]:
-    """Raises ValueError where one is there twice, before few bytes become many rows."""
+    """Return the files in a table.
+
+    Raises:
+        ValueError: a file occurs twice. This is detected before a small damaged file expands to many rows.
+    """
     files: dict[tuple[str, int], SourceFile] = {}
     for batch in table.to_batches(_ROWS_AT_ONCE):
         for row in batch.to_pylist():

@@ -1,4 +1,4 @@
-"""What a data set holds, class by class, from its manifest alone."""
+"""Class statistics of a data set, computed from its manifest."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from m2f.model.counted import counted
 
 @dataclass(frozen=True, slots=True)
 class ClassRow:
-    """One category. Crowds are left out."""
+    """Statistics of one category, without crowds."""
 
     name: str
     is_thing: bool
     num_images: int
-    """Images in which it appears."""
+    """Number of images with the category."""
     image_share: float
-    """Of all images, 0 to 1."""
+    """Share of all images, 0 to 1."""
     num_segments: int
     pixel_share: float
-    """Of all pixels of all images, 0 to 1. Overlapping instances count in full. See `pixels_note`."""
+    """Share of the pixels of all images, 0 to 1. Overlapping instances are each counted in full. See `pixels_note`."""
 
 
 def pixels_note(manifest: Manifest) -> str | None:
-    """One line where `class_table` has no counted pixels."""
+    """Return a note for manifests without counted pixels; None for others."""
     if manifest.category_pixels is not None:
         return None
     return (
@@ -37,7 +37,7 @@ def pixels_note(manifest: Manifest) -> str | None:
 
 
 def class_table(manifest: Manifest) -> tuple[ClassRow, ...]:
-    """One row per category, in the order of the category table."""
+    """Return one row per category, in the order of the category table."""
     pixels = int(np.dot(manifest.height.astype(np.int64), manifest.width.astype(np.int64)))
     return tuple(
         ClassRow(
@@ -53,7 +53,7 @@ def class_table(manifest: Manifest) -> tuple[ClassRow, ...]:
 
 
 def format_class_table(rows: Sequence[ClassRow]) -> str:
-    """The rows as aligned text with a line of totals."""
+    """Return the rows as aligned text with a line of totals."""
     header = ("class", "kind", "images", "% images", "segments", "% pixels")
     body = [
         (
@@ -75,7 +75,7 @@ def format_class_table(rows: Sequence[ClassRow]) -> str:
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Words to the left, numbers to the right."""
+    """Join the cells of a line: the first two are left-aligned, numbers are right-aligned."""
     words = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
     numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
     return "  ".join(words + numbers)

@@ -1,4 +1,4 @@
-"""Tar headers as `tarfile` reads them, within bounds: an extended header may claim any size and ask for any work."""
+"""Tar headers for `tarfile` with limits, because an extended header can claim any size and cause any amount of work."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-"""Headers that say more about the member after them."""
+"""Types of extended headers, which hold more fields of the member after them."""
 _MAX_HEADER_BYTES = 64_000
-"""Of an extended header, and of all global ones of a tar. Names and times of files take some hundred bytes."""
+"""Limit of an extended header, and of all global headers of a tar together. File names and times need some hundred
+bytes."""
 _MAX_CHAIN = 8
-"""Extended headers before one member; `tarfile` calls itself for each. Usual tars have up to three."""
+"""Limit of extended headers before one member, because `tarfile` recurses for each. Usual tars have up to three."""
 _LONG_NUMBER = re.compile(rb"\d{31}")
-"""Digits that `tarfile` would search through again from each of them; a size or time has up to 20."""
+"""Run of digits that `tarfile` would search again from each digit. A size or time has up to 20 digits."""
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """A header. Reading one raises tarfile.ReadError where it would cost more than bytes of usual headers do."""
+    """Tar header with limits. Reading it raises tarfile.ReadError if it would cost much more than a usual header."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Self:
         state = cast("Any", archive)
@@ -50,13 +51,13 @@ class BoundedTarInfo(tarfile.TarInfo):
         return cast("Any", super())._proc_member(archive)
 
     def _proc_gnusparse_00(self, following: tarfile.TarInfo, *_: object) -> None:
-        """Mark a sparse file, which is refused whatever its map says; `tarfile` would read that map here."""
+        """Mark a sparse file without reading its map as `tarfile` would. Sparse files are refused anyway."""
         cast("Any", following).sparse = []
 
     _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
     def _proc_sparse(self, archive: tarfile.TarFile) -> Self:
-        """The same for the older form, whose map may go on in blocks of its own."""
+        """Mark a sparse file in the older format, and skip the blocks in which its map continues."""
         state = cast("Any", self)
         has_more = state._sparse_structs[1]
         del state._sparse_structs

@@ -1,4 +1,4 @@
-"""Samples of a WebDataset tar that may come from anywhere, read once from front to back, nothing extracted."""
+"""Samples of an untrusted WebDataset tar, which is read once from front to back without extracting it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from m2f.data_pipeline.shards.tar_headers import BoundedTarInfo
 from m2f.data_pipeline.storage.stream import ObjectStream
 from m2f.model.errors import UserError
 
-_BLOCK = 512  # bytes of a tar's header and unit of its padding
-# First bytes of compressed files, which are no tars.
+_BLOCK = 512  # bytes of a tar header and unit of padding
+# First bytes of compressed files, which are refused.
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -23,29 +23,33 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 _MAX_SAMPLE_BYTES = 1 << 30
-"""A header may claim anything; no image or map of labels comes near, and a sample must fit in memory."""
+"""Limit of a sample, which must fit into memory. Images and label maps are far smaller, but a header can claim more."""
 _REPACK = "pack the tar again with the files of each sample next to each other"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarSample:
-    """Neighbouring members with one base name."""
+    """Adjacent members of a tar with the same base name."""
 
     key: str
     offset: int
-    """Of its first header."""
+    """Offset of the first header in the tar."""
     data: bytes
-    """Headers, members and padding."""
+    """Bytes of headers, members and padding."""
     members: dict[str, tuple[int, int]]
-    """Extension -> first byte in `data` and length."""
+    """First byte in `data` and length of each member, by extension."""
 
     def contents(self) -> dict[str, bytes]:
-        """Extension -> content."""
+        """Return the content of each member by extension."""
         return {name: self.data[start : start + length] for name, (start, length) in self.members.items()}
 
 
 def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
-    """Samples in their order; what cannot be indexed comes as a fault in its place. The stream is not finished."""
+    """Yield the samples of a tar in order. Members that cannot be indexed are yielded as faults.
+
+    The stream is not read to its end; call `ObjectStream.finish` for the checksum. Raises StorageError if the tar
+    cannot be read.
+    """
     if (compression := _compression(stream)) is not None:
         yield _fault(stream, 0, f"it is compressed ({compression}), so parts of it cannot be read", "unpack it to .tar")
         return
@@ -54,11 +58,11 @@ def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
             end = yield from _samples(stream, tar)
     except UserError:
         raise
-    # tarfile lets through what Python says of a number or name that is none.
+    # tarfile does not wrap Python's errors for invalid numbers and names.
     except (tarfile.TarError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         yield _fault(stream, stream.tell(), f"it is no tar, or cut off or damaged here ({error})", "fetch it again")
         return
-    # tarfile takes any header that it cannot read for the end of the archive.
+    # tarfile treats an unreadable header as the end of the archive.
     if end >= stream.size:
         yield _fault(stream, stream.size, "it has no end mark and is probably cut off", "fetch it again, or repack it")
     elif not stream.is_zero_from(end):
@@ -66,7 +70,7 @@ def walk_tar(stream: ObjectStream) -> Iterator[TarSample | Fault]:
 
 
 class _File:
-    """What `tarfile` needs of a file."""
+    """File interface for `tarfile`."""
 
     def __init__(self, stream: ObjectStream) -> None:
         self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
@@ -79,12 +83,12 @@ def _compression(stream: ObjectStream) -> str | None:
 
 
 def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample | Fault, None, int]:
-    """Group neighbours by base name; returns the byte after the last header that was read, and its member."""
+    """Yield samples by grouping adjacent members by base name. Return the offset after the last member read."""
     group: list[tuple[str, tarfile.TarInfo]] = []
     key, done = "", set[str]()
     while (info := tar.next()) is not None:
-        cast("Any", tar).members.clear()  # it would keep every header that it has seen
-        if info.size < 0 or tar.offset < info.offset_data:  # reading might never end
+        cast("Any", tar).members.clear()  # tarfile would keep all headers in memory
+        if info.size < 0 or tar.offset < info.offset_data:  # would make the loop endless
             raise tarfile.ReadError("a size is negative")
         if not group:
             stream.discard(info.offset)
@@ -123,7 +127,7 @@ def _samples(stream: ObjectStream, tar: tarfile.TarFile) -> Generator[TarSample 
 
 
 def _problem(info: tarfile.TarInfo, size: int) -> str | None:
-    """What forbids to use a member."""
+    """Return why a member is unusable; None if it is usable. `size` is that of the tar in bytes."""
     if (problem := key_problem(info.name.removeprefix("./"))) is not None:
         return problem
     if not info.isreg() or info.issparse():
@@ -136,7 +140,7 @@ def _problem(info: tarfile.TarInfo, size: int) -> str | None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension as webdataset cuts them: at the first dot of the base name."""
+    """Split a member name into key and extension at the first dot of its base name, like webdataset."""
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()

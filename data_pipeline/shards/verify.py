@@ -1,6 +1,6 @@
-"""Whether a data set is what its manifest says: quickly by sizes, or in full down to every sample.
+"""Verification of a data set against its manifest: quickly by sizes, or in full down to each sample.
 
-Each fault becomes one entry that names the object, the sample, the byte and the remedy; the search goes on after it.
+Each fault names the object, the sample, the byte and the remedy. Verification continues after a fault.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from m2f.model.counted import counted
 
 Depth = Literal["quick", "full"]
 OnProgress = Callable[[int, int], None]
-"""Called with samples checked and bytes read since the last call, by the caller's thread."""
+"""Callback with the numbers of samples checked and bytes read since the last call; runs in the caller's thread."""
 
 _REWRITE = "copy the shard again from where it is whole, or delete the data set and write it again (m2f shard)"
 _PROGRESS_INTERVAL_S = 0.5
-"""Progress is reported at least this often while shards are read."""
+"""Longest time between checks for progress while shards are read."""
 _TAR_HEADER_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was checked and what was found."""
+    """Result of a verification."""
 
     url: str
     depth: Depth
     num_samples: int
-    """By the manifest; 0 where it cannot be read."""
+    """Number of samples in the manifest; 0 if the manifest cannot be read."""
     num_shards: int
     num_bytes: int
-    """Of all shards by the manifest."""
+    """Size of all shards according to the manifest."""
     faults: tuple[Fault, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether there is no fault."""
+        """Return whether no fault was found."""
         return not self.faults
 
 
@@ -60,16 +60,16 @@ def verify(
     on_start: Callable[[Manifest], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Verification:
-    """Check a data set; faults are returned, never raised.
+    """Verify a data set. Faults are returned, not raised.
 
     Args:
         url: folder or `s3://` prefix with `dataset.json`.
-        storage: where it is.
-        depth: `quick` compares the manifest with itself and with the sizes in the store; `full` reads every byte:
-            SHA-256 of shards, crc32, tar members and decodability of samples, labels against the manifest.
-        threads: shards that are read at once.
+        storage: storage of the data set.
+        depth: `quick` checks the consistency of the manifest and the sizes in the store. `full` reads every byte and
+            also checks the SHA-256 of shards, and crc32, tar members, decoding and labels of samples.
+        threads: number of shards that are read concurrently.
         on_start: called with the manifest before the first shard is checked.
-        on_progress: called with numbers of samples and bytes as they are checked.
+        on_progress: called with the numbers of samples and bytes as they are checked.
     """
     try:
         manifest = Manifest.load(url, storage)
@@ -80,12 +80,12 @@ def verify(
         on_start(manifest)
     try:
         faults = list(_check_rows(manifest))
-    except DataError as error:  # a column that is decoded only when it is wanted
+    except DataError as error:  # from a column that is decoded on first use
         faults = [fault_of_message(join(url, SAMPLES_FILE), str(error))]
-    if not faults:  # rows that contradict each other say nothing about shards
+    if not faults:  # inconsistent rows cannot be compared with shards
         shards = range(len(manifest.shards))
         with ThreadPoolExecutor(threads) as pool:
-            counts: list[tuple[int, int]] = []  # appended by threads, taken by this one
+            counts: list[tuple[int, int]] = []  # appended by pool threads, consumed by this thread
             check = _ShardCheck(manifest, storage, depth, lambda samples, size: counts.append((samples, size)))
             running = {pool.submit(check, shard) for shard in shards}
             while running:
@@ -106,7 +106,7 @@ def verify(
 
 
 def _check_rows(manifest: Manifest) -> Iterator[Fault]:
-    """Whether the manifest contradicts itself."""
+    """Yield faults of the manifest itself, for example overlapping samples."""
     samples = join(manifest.url, SAMPLES_FILE)
     remedy = f"restore {DATASET_FILE} and {SAMPLES_FILE}, or write the data set again"
 
@@ -141,12 +141,12 @@ def _check_rows(manifest: Manifest) -> Iterator[Fault]:
         yield fault(None, f"category ids {unknown[:10]} are not in {DATASET_FILE}")
         return
     for name in ("category_counts", "category_areas", "category_pixels"):
-        getattr(manifest, name)  # raises where its lists are no match for the others
+        getattr(manifest, name)  # raises DataError if the lengths of lists differ
 
 
 @dataclass(frozen=True)
 class _ShardCheck:
-    """Faults of one shard."""
+    """Callable that returns the faults of one shard."""
 
     manifest: Manifest
     storage: Storage
@@ -165,7 +165,7 @@ class _ShardCheck:
         return []
 
     def _read(self, shard: int) -> list[Fault]:
-        """Read the shard once, sample by sample, and compare its checksum."""
+        """Read the shard once, check all samples and the checksum of the shard, and return the faults."""
         manifest, faults = self.manifest, []
         stream = ObjectStream(manifest.shard_url(shard), self.storage)
         rows = np.flatnonzero(manifest.shard == shard)
@@ -184,7 +184,7 @@ class _ShardCheck:
 
 
 def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
-    """What is wrong with a sample's bytes, None for nothing."""
+    """Return what is wrong with the bytes of a sample; None if they are correct."""
     try:
         members = manifest.members(row, data)
     except DataError:
@@ -197,7 +197,7 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
         size = check_annotation(sample.annotation, manifest.categories, "its annotation")
     except DataError as error:
         return f"it cannot be decoded: {error}"
-    except Exception as error:  # whatever a hostile sample provokes is its fault, and the others are still looked at
+    except Exception as error:  # a malicious sample must not stop the check of the others
         return f"it cannot be decoded: {error!r:.200}"
     found = {
         "key": sample.key,
@@ -221,7 +221,7 @@ def _sample_problem(manifest: Manifest, row: int, data: bytes) -> str | None:
 
 
 def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> str | None:
-    """Whether the tar header before a member's data is one that other tar tools read in the same way."""
+    """Return what is wrong with the tar header before a member's data; None if other tar tools read it alike."""
     offset, length = int(manifest.member_offsets[row][member]), int(manifest.member_lengths[row][member])
     name = manifest.member_names[manifest.member_codes[row][member]]
     header = data[max(0, offset - _TAR_HEADER_BYTES) : offset]
@@ -229,7 +229,7 @@ def _member_problem(manifest: Manifest, row: int, member: int, data: bytes) -> s
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         return f"member {name} has no tar header ({error})"
-    longer = header[99] != 0  # than this field holds: the rest stands in a header before
+    longer = header[99] != 0  # the name field is full: the rest of the name is in an earlier header
     if info.size != length or not (longer or info.name.lower().endswith(name)):
         return f"member {name} of {length} bytes has a tar header for {info.name} of {info.size} bytes"
     return None

@@ -1,4 +1,4 @@
-"""What a user should know about a data set and a model that do not suit each other, from the manifest alone."""
+"""Warnings about data sets that do not suit the task or the model, computed from the manifest."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from m2f.data_pipeline.categories import CategoryTable, Task
 from m2f.data_pipeline.shards.manifest import Manifest
 
 _TELLING_AREA = 100
-"""Pixels per object; in smaller ones the border is much of the area."""
+"""Smallest mean pixels per object for `area_warning`. In smaller objects the border is much of the area."""
 _TELLING_ROWS = 5
 _USUAL_RATIO = (0.8, 1.25)
-"""Of counted pixels to stated areas: polygons gain and lose pixels along their border."""
+"""Normal range of counted pixels divided by stated areas. Polygons gain and lose pixels along their border."""
 
 
 def data_warnings(name: str, manifest: Manifest, task: Task, num_queries: int) -> list[str]:
-    """All lines for one data set of a recipe."""
+    """Return all warnings for one data set of a recipe, one line each."""
     found = (
         one_class_warning(name, manifest.categories, task),
         query_warning(name, manifest, task, num_queries),
@@ -25,7 +25,7 @@ def data_warnings(name: str, manifest: Manifest, task: Task, num_queries: int) -
 
 
 def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str | None:
-    """One line where semantic training has a single class: every pixel gets it, so that mIoU is 100 at once."""
+    """Return a warning if semantic training has a single class, since mIoU is 100 from the start; otherwise None."""
     classes = categories.for_task(task)
     if task != "semantic" or len(classes) != 1:
         return None
@@ -36,9 +36,9 @@ def one_class_warning(name: str, categories: CategoryTable, task: Task) -> str |
 
 
 def query_warning(name: str, manifest: Manifest, task: Task, num_queries: int) -> str | None:
-    """One line where images hold more objects than the model has queries; the rest of them cannot be learned.
+    """Return a warning if images have more objects than the model has queries; otherwise None.
 
-    Crowds do not count. Semantic training has at most one segment per class.
+    The model cannot predict the surplus objects. Crowds do not count. Semantic targets are one segment per class.
     """
     objects = objects_per_image(manifest, task)
     over = objects > num_queries
@@ -53,9 +53,10 @@ def query_warning(name: str, manifest: Manifest, task: Task, num_queries: int) -
 
 
 def area_warning(name: str, manifest: Manifest) -> str | None:
-    """One line where stated areas differ from counted pixels in the whole data set, not in single objects.
+    """Return a warning if the stated areas differ from the counted pixels throughout the data set; otherwise None.
 
-    Old manifests have no counted pixels and are not judged.
+    The median ratio decides, so single objects do not cause a warning. Old manifests without counted pixels are not
+    checked.
     """
     if manifest.category_pixels is None:
         return None
@@ -73,7 +74,7 @@ def area_warning(name: str, manifest: Manifest) -> str | None:
 
 
 def objects_per_image(manifest: Manifest, task: Task) -> np.ndarray:
-    """Targets [N] int64 that every image has for a task, crowds left out."""
+    """Return [N] int64: number of targets of each image for a task, without crowds."""
     ids = manifest.category_ids
     wanted = np.isin(ids.values, list(manifest.categories.labels(task)))
     counted = wanted if task == "semantic" else np.where(wanted, manifest.category_counts.values, 0)

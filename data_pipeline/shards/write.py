@@ -1,11 +1,11 @@
-"""From a reader to shards: plan, write shard by shard in any order on any machine, commit the manifest last.
+"""Writing of shards. They can be written in any order and on any machine; the manifest is committed last.
 
     plan = plan_shards(reader, config, source_fingerprint)
-    parts = complete_parts(plan, storage)                       what an interrupted run has left
+    parts = complete_parts(plan, storage)                       complete parts of an interrupted run
     parts += [write_shard(reader, plan, i, storage) for i in the others]
     commit_manifest(plan, parts, storage)
 
-Every step can be repeated. Tars are byte-identical whoever writes them.
+Every step can be repeated. All machines write byte-identical tars.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ from m2f.data_pipeline.storage.bounded_parquet import read_bounded_table
 from m2f.data_pipeline.storage.storage import Storage, join
 from m2f.model.counted import counted
 
-_BLOCK = 512  # bytes of a tar's header and unit of its padding
+_BLOCK = 512  # bytes of a tar header and unit of padding
 
 
 @dataclass(frozen=True, slots=True)
 class SampleProblem:
-    """A sample, or an annotation of it, that was left out of its shard, and why."""
+    """A sample, or one of its annotations, that was left out of a shard, with the reason."""
 
     key: str
     source: str
-    """Where the image came from."""
+    """Origin of the image."""
     message: str
     is_in_shard: bool = False
-    """Whether the sample is there, and only an annotation of it was left out."""
+    """Whether the sample is in the shard and only an annotation was left out."""
 
     @property
     def line(self) -> str:
-        """Source and message, the source once."""
+        """Return source and message as one line. The source is not repeated."""
         return self.message if self.message.startswith(self.source) else f"{self.source}: {self.message}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPart:
-    """Receipt of one shard that was written and verified."""
+    """Receipt of a shard that was written and verified."""
 
     index: int
     info: ShardInfo
@@ -74,15 +74,19 @@ class ShardPart:
     """Rows of SAMPLE_SCHEMA."""
     problems: tuple[SampleProblem, ...] = ()
     repairs: tuple[tuple[str, int], ...] = ()
-    """What was mended in the samples, and how often."""
+    """Repairs of samples, each with its count."""
     encoding: int = codec.VERSION
-    """`codec.VERSION` of the code that wrote it."""
+    """`codec.VERSION` of the code that wrote the shard."""
 
 
 def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Storage) -> ShardPart:
-    """Read, check and write one shard, verify what the store holds, then leave its receipt there.
+    """Read, check and write one shard, verify it in the store, and then write its receipt.
 
-    Samples that cannot be used are left out and reported in the part. Raises StorageError where writing fails.
+    Unusable samples are left out and reported in the returned part.
+
+    Raises:
+        DataError: the source lacks a sample of the plan.
+        StorageError: writing fails, or the store returns other bytes.
     """
     positions = {key: position for position, key in enumerate(reader.keys)}
     tar = _Tar(shard_index)
@@ -128,11 +132,13 @@ def write_shard(reader: Reader, plan: ShardPlan, shard_index: int, storage: Stor
 
 
 def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | None = None) -> tuple[ShardPart, ...]:
-    """Parts that need not be written again: receipt and shard are there, in the encoding of this version, no sample was
-    left out, and no source file has changed as far as `changes` tells.
+    """Claim the target for this plan, and return the parts that need not be written again.
 
-    Once the manifest is committed, all parts count: see `withdraw`.
-    Claims the target for this plan. Raises DataError where it belongs to another one.
+    Such a part has a receipt, a shard of the right size and the current encoding; nothing was left out, and `changes`
+    has no changed source file of it. If the manifest is committed, receipt and shard suffice; see `withdraw`.
+
+    Raises:
+        DataError: the target belongs to another plan.
     """
     committed = committed_document(plan, storage)
     claim_target(plan, storage)
@@ -153,10 +159,11 @@ def complete_parts(plan: ShardPlan, storage: Storage, changes: SourceChanges | N
 def commit_manifest(
     plan: ShardPlan, parts: Iterable[ShardPart], storage: Storage, *, skip_bad: bool = False
 ) -> Manifest:
-    """Write samples.parquet and then dataset.json, which makes the data set exist. A second commit changes nothing.
+    """Write samples.parquet and then dataset.json, which completes the data set. A second commit changes nothing.
 
-    Raises DataError where shards are missing, where samples were left out (unless `skip_bad` accepts that), and where
-    the target holds another data set.
+    Raises:
+        DataError: shards are missing, the target holds another data set, no sample is usable, or samples or annotations
+            were left out and `skip_bad` is not set.
     """
     by_index = {part.index: part for part in parts}
     missing = sorted(set(range(len(plan.shard_keys))) - by_index.keys())
@@ -194,9 +201,21 @@ def write_dataset(
     redo: bool = False,
     progress: Callable[[ShardPart], None] | None = None,
 ) -> Manifest:
-    """Plan, write what is missing or of changed files and commit, in this process. `redo` writes everything again.
+    """Write a complete data set in this process: plan it, write shards and commit the manifest.
 
-    `progress` hears of every part, also of old ones.
+    Only missing shards and those with changed source files are written.
+
+    Args:
+        reader: reader of the source.
+        config: settings of the data set.
+        storage: storage of the shards.
+        skip_bad: leave out unusable samples and annotations instead of raising DataError.
+        redo: delete existing shards and write all of them again.
+        progress: called with each part, including those already written.
+
+    Raises:
+        DataError: the source cannot be used, or the folder belongs to another plan.
+        StorageError: shards cannot be written.
     """
     if config.source is None:
         raise DataError(f"the data set at {config.shards} has no source to shard; set datasets.<name>.source")
@@ -217,12 +236,12 @@ def write_dataset(
 
 
 class _Tar:
-    """A tar in memory and the manifest rows of its samples."""
+    """A tar in memory, and the manifest rows of its samples."""
 
     def __init__(self, shard_index: int) -> None:
         self._shard = shard_index
         self._buffer = io.BytesIO()
-        # Fixed owner, mode and time: the same samples give the same bytes on every machine.
+        # Fixed owner, mode and time, so that the same samples give the same bytes on every machine.
         self._writer = TarWriter(
             self._buffer, user="m2f", group="m2f", mode=0o444, mtime=0, encoder=False, compress=False
         )
@@ -230,7 +249,7 @@ class _Tar:
         self._end = 0
 
     def add(self, sample: Sample) -> None:
-        """Append one sample. A sample that cannot be encoded leaves no trace."""
+        """Append one sample. If it cannot be encoded, the tar does not change."""
         members = {name.removeprefix(f"{sample.key}."): data for name, data in codec.encode(sample)}
         assert list(members) == sorted(members), "TarWriter sorts members by name"
         self._writer.write({"__key__": sample.key, **members})
@@ -255,7 +274,7 @@ class _Tar:
         )
 
     def close(self) -> tuple[bytes, pa.Table]:
-        """The tar's bytes and the rows of its samples."""
+        """Return the bytes of the tar and the rows of its samples."""
         self._writer.close()
         data = self._buffer.getvalue()
         view = memoryview(data)
@@ -280,7 +299,7 @@ def _encode_part(part: ShardPart, plan: ShardPlan) -> bytes:
 
 
 def _decode_part(data: bytes, plan: ShardPlan) -> ShardPart | None:
-    """The part of a receipt; None where it is damaged or of another plan, so that the shard is written again."""
+    """Return the part of a receipt. For a damaged receipt or another plan return None; the shard is written again."""
     try:
         table = read_bounded_table(data)
         receipt = parse_json((table.schema.metadata or {})[b"receipt"])
@@ -302,18 +321,18 @@ def _part_of(receipt: dict[str, Any], rows: pa.Table) -> ShardPart:
         samples=rows.cast(SAMPLE_SCHEMA),
         problems=tuple(SampleProblem(**problem) for problem in receipt["problems"]),
         repairs=tuple((what, count) for what, count in receipt.get("repairs", ())),
-        encoding=receipt.get("encoding", 1),  # before receipts named it
+        encoding=receipt.get("encoding", 1),  # old receipts do not have it
     )
 
 
 def _is_current(part: ShardPart, changes: SourceChanges) -> bool:
-    """Whether a shard is what writing it now would give, as far as that is known without reading its samples."""
+    """Return whether writing a shard again would give the same bytes, judged without reading its samples."""
     return (
         not part.problems
         and part.encoding == codec.VERSION
         and not part.samples.column("category_pixels").null_count
         and part.index not in changes.shards
-        and changes.digests.get(part.index, part.info.sha256) == part.info.sha256  # else its receipt is an older one
+        and changes.digests.get(part.index, part.info.sha256) == part.info.sha256  # else the receipt is outdated
     )
 
 
@@ -325,7 +344,7 @@ def _has_size(url: str, size: int, storage: Storage) -> bool:
 
 
 def count_problems(problems: Sequence[SampleProblem], num_samples: int) -> str:
-    """For example `2 of 20 samples`, `3 annotations` or `3 annotations and 2 of 20 samples`."""
+    """Return text such as `2 of 20 samples`, `3 annotations` or `3 annotations and 2 of 20 samples`."""
     inside = sum(problem.is_in_shard for problem in problems)
     annotations, samples = (
         f"{counted(inside, 'annotation')}",
@@ -350,7 +369,7 @@ def _with_shard_number(rows: pa.Table, shard: int) -> pa.Table:
 
 
 def _is_published(plan: ShardPlan, document: dict[str, Any], storage: Storage) -> bool:
-    """Whether this very data set is there already. Raises DataError where another one is."""
+    """Return whether this data set is already published. Raises DataError if the target holds another one."""
     existing = manifest.read_document(plan.target, storage)
     if existing is not None and existing["fingerprint"] != document["fingerprint"]:
         raise DataError(
@@ -364,5 +383,5 @@ def _publish(plan: ShardPlan, document: dict[str, Any], samples: bytes, storage:
     storage.put(join(plan.target, SAMPLES_FILE), samples)
     try:
         storage.put(join(plan.target, manifest.DATASET_FILE), json.dumps(document, indent=1).encode(), if_absent=True)
-    except ObjectExistsError:  # another driver of the same plan was quicker
+    except ObjectExistsError:  # another driver of the same plan was faster
         _is_published(plan, document, storage)
