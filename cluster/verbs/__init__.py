@@ -1,4 +1,5 @@
-"""One module per verb of `m2f`: SUMMARY, add_arguments(parser) and run(args). Heavy imports stay inside run.
+"""The verbs of `m2f`, one module each, with SUMMARY, add_arguments(parser) and run(args).
 
-`run` prints to standard output and returns the exit status of the process. A verb with sub-commands has them in KINDS.
+Heavy imports are inside `run`, so that the command line starts quickly. `run` prints to standard output and returns
+the exit status of the process. A verb with subcommands lists them in KINDS.
 """

@@ -1,4 +1,4 @@
-"""`m2f analyze`: size and speed of models, quality by decoder layer, and where attention goes."""
+"""`m2f analyze`: size and speed of models, quality by decoder layer, and distribution of attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share."""
+"""Arguments shared by several verbs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_and_names(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
-    """The recipe, names or paths, and overrides, in any order after the recipe."""
+    """Add arguments for the recipe, followed by names or paths and overrides in any order; `what` is their help."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name as coco_panoptic_r50+cross_attention")
     parser.add_argument("words", nargs="*", metavar=metavar, help=f"{what}; {OVERRIDE} changes a setting")
 
@@ -38,7 +38,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trained(parser: argparse.ArgumentParser) -> None:
-    """Which trained model, for `m2f.cluster.predict.trained_model.open_trained`."""
+    """Add the argument for a trained model, for `m2f.cluster.predict.trained_model.open_trained`."""
     parser.add_argument(
         "source",
         metavar="RECIPE|FOLDER",
@@ -47,7 +47,7 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
-    """For `type=`: a whole number of at least 1."""
+    """Parse an integer of at least 1, for argparse's `type`. Raises ArgumentTypeError or ValueError."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"is {number}; it must be at least 1")
@@ -55,24 +55,24 @@ def count(text: str) -> int:
 
 
 def list_faults(faults: Sequence[object], report: str | None) -> list[str]:
-    """Lines for the first faults; the others are in the file that `--report` names."""
+    """Return lines for the first 20 faults; the others are in the file given by `--report`."""
     return first_lines(faults, 20, f" in {report}" if report else "; --report FILE")
 
 
 def use_token() -> None:
-    """Called before Ray is imported, which reads its settings then: a token that is given is meant to be used."""
+    """Enable token authentication if a token is set. To be called before Ray is imported and reads its settings."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names or paths, and overrides: words with `=` that are no existing file or folder."""
+    """Split words into names or paths, and overrides: words with `=` that are not existing files or folders."""
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     return [word for word in words if word not in overrides], overrides
 
 
 def choose_datasets(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The wanted data sets, all for none. Raises ConfigError for an unknown one."""
+    """Return the wanted data sets, or all if none is given. Raises ConfigError for an unknown name."""
     for name in wanted:
         if name not in known:
             raise ConfigError(f"no data set {name!r} under `datasets` (known: {', '.join(known)})")

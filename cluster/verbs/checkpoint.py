@@ -1,4 +1,4 @@
-"""`m2f checkpoint`: which checkpoints a run has, whether they are whole, weights as one file, what is left over."""
+"""`m2f checkpoint`: list and verify the checkpoints of a run, export their weights, and delete leftovers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where a checkpoint is damaged."""
+    """Run the action. Return exit status 1 if a listed checkpoint is damaged or of a newer version."""
     print_err(f"{args.recipe}: loading PyTorch")
     from m2f.cluster.predict.choose_checkpoint import choose_checkpoint, open_recipe
     from m2f.data_pipeline.storage.storage import Storage
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
-    """Print what no run needs any more, and delete it under the lease of the run folder."""
+    """Print files that are no longer needed, and delete them under the lease of the run folder unless `dry_run`."""
     from m2f.cluster.terminal import print_err
     from m2f.trainer.checkpoint.lease import hold_lease
     from m2f.trainer.checkpoint.lease_record import newest_number
@@ -84,7 +84,10 @@ def _collect(storage: Storage, run_folder: str, dry_run: bool) -> int:
 
 
 def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> int:
-    """Write one file of a checkpoint under another name, after comparing its checksum."""
+    """Write the weights of a checkpoint to `output`, after comparing their checksum.
+
+    With `averaged`, the moving average is written if the checkpoint has one.
+    """
     from pathlib import Path
 
     from m2f.data_pipeline.storage.scratch import ScratchFolder
@@ -104,7 +107,7 @@ def _export(storage: Storage, url: str, output: str | None, averaged: bool) -> i
 
 
 def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: bool) -> bool:
-    """Print one row; whether the checkpoint is whole."""
+    """Print the row of a checkpoint, and return whether it is complete and readable."""
     from m2f.trainer.checkpoint.folder import pins, read_manifest, verify_sizes
     from m2f.trainer.errors import CheckpointError, NewerFormatError
 
@@ -129,7 +132,7 @@ def _print_state(storage: Storage, checkpoint: CommittedCheckpoint, every_byte: 
 
 
 def _verify_bytes(storage: Storage, url: str, manifest: CheckpointManifest) -> None:
-    """Read all files, one at a time, and compare checksums. Raises CheckpointError for the first that differs."""
+    """Read all files one after another and compare checksums. Raises CheckpointError for the first that differs."""
     from m2f.data_pipeline.storage.scratch import ScratchFolder
     from m2f.trainer.checkpoint.folder import fetch
 

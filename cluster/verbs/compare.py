@@ -1,4 +1,4 @@
-"""`m2f compare`: which of several runs is better, by how much, and what differs."""
+"""`m2f compare`: differences between runs in metrics, recipes, classes, curves and speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENDINGS = {".md": "markdown", ".html": "html", ".htm": "html", ".json": "json", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="run folder, or id or name of an MLflow run; the first is the baseline"
     )
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the comparison, or write it to --output."""
+    """Print the comparison, or write it to the file given by `--output`."""
     print_err("comparing runs: loading MLflow")
     from pathlib import Path
 
@@ -80,7 +80,7 @@ def _render(comparison: Comparison, form: str, output: Path | None) -> str:
 
 
 def _write_curves(comparison: Comparison, output: Path) -> str | None:
-    """Put the curves beside a Markdown file; returns the picture's name."""
+    """Write the curves as an SVG file beside a Markdown file, and return its name; None without curves."""
     from m2f.cluster.compare.page import plot_svg
     from m2f.eval.report.charts import stacked
 

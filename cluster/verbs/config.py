@@ -1,4 +1,4 @@
-"""`m2f config`: the complete recipe as it would run, or an explanation of the settings."""
+"""`m2f config`: print the complete recipe as it would run, or explain its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`m2f demo`: the whole chain on data that the project makes itself."""
+"""`m2f demo`: the whole workflow on synthetic data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where the run failed."""
+    """Run the demo. Return exit status 1 if the run failed."""
     print_err(f"demo below {args.output}: loading PyTorch, Ray and MLflow")
     from m2f.cluster.demo import run_demo
 

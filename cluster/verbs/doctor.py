@@ -1,4 +1,4 @@
-"""`m2f doctor`: whether this machine or a cluster can do its work, and what to do where it cannot."""
+"""`m2f doctor`: check whether this machine or a cluster is ready to run m2f, with remedies for problems."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where a check failed."""
+    """Run the checks and print the findings. Return exit status 1 if a check failed."""
     use_token()
     from m2f.cluster.recipe.load import load_recipe
 
@@ -60,7 +60,7 @@ def _on_cluster(config: RunConfig | None, address: str) -> list[Finding]:
 
 
 def _as_job(config: RunConfig | None, args: argparse.Namespace) -> int:
-    """The same on the cluster, with the code of this machine."""
+    """Run the checks in a job on the cluster, with the code of this machine; return its exit status."""
     from m2f.cluster.submit.environment import job_environment
     from m2f.cluster.submit.ray_jobs import JobClient
     from m2f.cluster.submit.submit import submit_doctor

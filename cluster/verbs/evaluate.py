@@ -1,4 +1,4 @@
-"""`m2f eval`: evaluate a checkpoint or any weights on the recipe's sets."""
+"""`m2f eval`: evaluate a checkpoint or other weights on the recipe's evaluation sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables; results of the run's own checkpoints also go to its MLflow run."""
+    """Evaluate and print the tables. Results of the run's own checkpoints are also logged to its MLflow run."""
     print_err(f"{args.source}: loading PyTorch and MLflow")
     from os.path import abspath
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         run = find_run(config) if weights.step is not None else None
         tracking = Tracking(run, "offline-evaluation") if run is not None else None
-    except TrackingError as error:  # as in a run that may only be read: the results are worth more than their curves
+    except TrackingError as error:  # for example a read-only run; the results must not be lost
         print_err(f"warning: the results do not go to MLflow: {error}")
     with ScratchFolder("evaluation") as scratch:
         for evaluation in evaluations:

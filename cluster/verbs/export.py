@@ -1,4 +1,4 @@
-"""`m2f export`: a trained model in the formats of others."""
+"""`m2f export`: write a trained model in a format of other tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`m2f index`: a manifest for existing WebDataset tars."""
+"""`m2f index`: write a manifest for existing WebDataset tars."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where samples cannot be indexed and none was written."""
+    """Index the tars. Return exit status 1 if samples cannot be indexed, in which case no manifest is written."""
     import json
     import os
     from dataclasses import asdict
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Numbers between commas. Raises ConfigError."""
+    """Parse comma-separated integers. Raises ConfigError."""
     try:
         return tuple(int(number) for number in text.split(",") if number)
     except ValueError:
@@ -93,7 +93,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _summary(found: IndexReport, target: str, report: str | None) -> str:
-    """As text: what was indexed, and what could not be."""
+    """Return a text about what was indexed and what could not be indexed."""
     what = (
         f"{counted(found.num_samples, 'sample')} of {counted(found.num_shards, 'tar')}, {found.num_bytes / 1e6:,.1f} MB"
     )

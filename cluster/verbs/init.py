@@ -1,4 +1,4 @@
-"""`m2f init`: from a folder of own data to a recipe."""
+"""`m2f init`: write a recipe for a folder of the user's own data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Says first what it does: opening readers takes longer than the first look."""
+    """Write the recipe. A message is printed first, because importing the readers takes a while."""
     folder = Path(args.folder)
     print_out(f"looking at {folder}")
     output = Path(args.output or f"{folder.resolve().name}.yaml")

@@ -1,4 +1,4 @@
-"""`m2f plan`: what training will read and how much GPU memory it will need, from the recipe and the manifests."""
+"""`m2f plan`: predict the data traffic and GPU memory of training from the recipe and the manifests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_reads(config: RunConfig, world: int, batch: int, args: argparse.Namespace) -> int | None:
-    """What training reads; returns the most segments of an image. None where there are no shards yet."""
+    """Print the predicted reads of training, and return the maximum number of segments per image.
+
+    Returns None if there are no shards yet.
+    """
     from m2f.data_pipeline.order.order import build_order
     from m2f.data_pipeline.order.read_simulation import SimulatedRanks, format_read_costs, simulate_reads
     from m2f.data_pipeline.shards.manifest import DATASET_FILE, Manifest

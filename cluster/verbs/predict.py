@@ -1,4 +1,4 @@
-"""`m2f predict`: pictures and result files for images."""
+"""`m2f predict`: predict images, and write pictures and result files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where some image could not be used."""
+    """Predict the images. Return exit status 1 if any image could not be used."""
     print_err(f"{args.source}: loading PyTorch")
     from dataclasses import replace
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""`m2f preview`: a sheet of images with their annotations, read back from the shards."""
+"""`m2f preview`: draw a contact sheet of images and annotations from the shards."""
 
 from __future__ import annotations
 

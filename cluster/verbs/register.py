@@ -1,4 +1,4 @@
-"""`m2f register`: put a checkpoint into MLflow's registry, whole enough to be served anywhere."""
+"""`m2f register`: register a checkpoint in MLflow, with everything that is needed to serve it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_hosts(hosts: Sequence[str]) -> None:
-    """Raise ConfigError for what is no host as it stands in a URL, which would let nothing pass."""
+    """Raise ConfigError if a value is not a host or HOST:PORT, because it would never match the host of a URL."""
     for given in hosts:
         if not given or any(c in "/@" or c.isspace() for c in given):
             host = given.strip().rpartition("://")[2].partition("/")[0].rpartition("@")[2]
@@ -57,7 +57,7 @@ def check_hosts(hosts: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where the checkpoint is not better."""
+    """Register the checkpoint. Return exit status 1 if `--if-better` is given and it is not better."""
     print_err(f"{args.run}: loading PyTorch and MLflow")
     from m2f.cluster.registry.register import Wanted, register
 

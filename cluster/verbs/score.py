@@ -1,4 +1,7 @@
-"""`m2f score`: metrics of result files, equal to panopticapi, pycocotools, boundary-iou-api and cityscapesscripts."""
+"""`m2f score`: metrics of result files.
+
+The numbers are equal to those of panopticapi, pycocotools, boundary-iou-api and cityscapesscripts.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
-    """Which images and classes are scored, and what is written beside the table."""
+    """Add options that select images and classes, and options for additional outputs and metrics."""
     for name in ("panoptic", "instances", "semantic"):
         kind = parsers[name]
         kind.add_argument("--report", type=Path, metavar="FILE", help="HTML page with charts, errors and confusion")
@@ -88,7 +91,7 @@ def _add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; the numbers go to --output."""
+    """Score the files, print the table, and write the numbers to the file given by `--output`."""
     import json
 
     from m2f.eval.errors import EvaluationError
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_beside(args: argparse.Namespace, scoring: Scoring, found: Any) -> None:
-    """The page and the file of images, where they are asked for."""
+    """Write the HTML page and the parquet file if they are requested."""
     from m2f.eval.report.evaluation_page import evaluation_page
 
     if getattr(args, "report", None) is not None:

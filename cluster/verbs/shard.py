@@ -1,4 +1,4 @@
-"""`m2f shard`: raw data sets to shards with a manifest."""
+"""`m2f shard`: write raw data sets as shards with a manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUMMARY = "write raw data sets as shards; goes on where it was, and writes shard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the arguments of the verb."""
     add_recipe_and_names(parser, "DATASET", "names under `datasets`, default all that have a source")
     parser.add_argument("--skip-bad", action="store_true", help="leave out annotations and samples that cannot be used")
     parser.add_argument("--redo", action="store_true", help="delete the shards and write all of them again")
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One data set after the other; Ray starts once, and not at all where there is little to do."""
+    """Write the data sets one after another. Ray starts at most once, and only if there is enough work."""
     from contextlib import ExitStack
 
     from m2f.cluster.recipe.load import load_recipe

@@ -1,4 +1,4 @@
-"""`m2f stats`: what a sharded data set holds, from its manifest alone."""
+"""`m2f stats`: statistics of sharded data sets, from their manifests only."""
 
 from __future__ import annotations
 

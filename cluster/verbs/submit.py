@@ -1,4 +1,4 @@
-"""`m2f submit`: train a recipe on a Ray cluster, as a job that this machine only watches."""
+"""`m2f submit`: train a recipe on a Ray cluster as a job, or on Kubernetes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status of the job; 130 for one that was left alone with Ctrl-C."""
+    """Submit, follow, stop or show a job, or write a RayJob.
+
+    Returns the exit status of a job that is followed, 130 if Ctrl-C detaches from it.
+    """
     if args.kuberay is not None:
         return _write_ray_job(args)
     if args.output is not None or args.apply:
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
-    """--stop and --status."""
+    """Carry out `--stop` or `--status`. Return exit status 1 if there is no job or the last one failed."""
     jobs = _named_jobs(client, args)
     if not jobs:
         print_err("the cluster knows no job of this run")
@@ -85,7 +88,7 @@ def _stop_or_show(client: JobClient, args: argparse.Namespace) -> int:
 
 
 def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
-    """The job of an id, or all of a recipe's run."""
+    """Return the job with the given id, or all jobs of a recipe's run."""
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.submit.submit import jobs_of
 
@@ -100,7 +103,7 @@ def _named_jobs(client: JobClient, args: argparse.Namespace) -> list[JobInfo]:
 
 
 def _write_ray_job(args: argparse.Namespace) -> int:
-    """--kuberay."""
+    """Carry out `--kuberay`: write or apply a RayJob."""
     if not args.kuberay:
         raise ConfigError(
             "--kuberay needs a TEMPLATE: copy cluster/cloud/kuberay.yaml, put your image and service account in, and "

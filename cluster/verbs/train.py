@@ -1,4 +1,4 @@
-"""`m2f train`: train a recipe; started again, it resumes from the last checkpoint."""
+"""`m2f train`: train a recipe; a second start resumes from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status by the run's end, see `ExitStatus`."""
+    """Train the recipe, and return an `ExitStatus` that depends on how the run ended."""
     from m2f.cluster.recipe.load import load_recipe
     from m2f.cluster.recipe.pinned_weights import with_pinned_weights
     from m2f.cluster.recipe.stored import fresh_name
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_recipe(args.recipe, args.overrides)
     if args.fresh:
-        args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts take the same folder
+        args.overrides = [*args.overrides, f"name={fresh_name(config)}"]  # restarts must use the same folder
         config = load_recipe(args.recipe, args.overrides)
     config = with_pinned_weights(config, Storage(config.storage, answered=INHERITED in os.environ, on_wait=print_err))
     print_err(f"{args.recipe}: loading PyTorch and MLflow")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, config: RunConfig) -> int:
-    """In this process."""
+    """Train in this process and print where the results are; return the exit status."""
     live = sys.stdout.isatty() and not args.plain
     if args.launcher == "local":
         from m2f.cluster.train.local import train_locally
@@ -98,7 +98,7 @@ def _train(args: argparse.Namespace, config: RunConfig) -> int:
 
 
 def _restarted(args: argparse.Namespace, config: RunConfig) -> int:
-    """--restart."""
+    """Train in a child process that is restarted after failures (`--restart`); return its last exit status."""
     from m2f.cluster.train.driver_restarts import run_restarted
 
     words = [args.recipe, *args.overrides]

@@ -1,4 +1,4 @@
-"""`m2f verify`: whether sharded data sets are whole."""
+"""`m2f verify`: check whether sharded data sets are complete and undamaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 1 where a fault was found."""
+    """Verify the data sets. Return exit status 1 if a fault was found."""
     import json
     import os
     from dataclasses import asdict
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verification:
-    """One data set, with progress."""
+    """Verify one data set, with a progress bar."""
     from contextlib import ExitStack
 
     from m2f.data_pipeline.shards.manifest import Manifest
@@ -62,7 +62,7 @@ def _verify(url: str, storage: Storage, depth: Depth, threads: int) -> Verificat
 
 
 def _summary(found: Verification, report: str | None) -> str:
-    """As text: that the data set is complete, or its faults."""
+    """Return a text that says that the data set is complete, or lists its faults."""
     what = f"{counted(found.num_samples, 'sample')} in {counted(found.num_shards, 'shard')}"
     what += f", {found.num_bytes / 1e6:,.1f} MB"
     if found.passed:
