@@ -118,8 +118,10 @@ class PlainVit(nn.Module):
 
 @kept(4)
 def rotary_positions(grid: Grid, dim: int, device: torch.device) -> Tensor:
-    """Return sine and cosine [N, 2 * dim] of the rotation angles for heads of width `dim`, in row order of the
-    patches."""
+    """Return sine and cosine [N, 2 * dim] of the rotation angles for heads of width `dim`.
+
+    Patches are in row order.
+    """
     return rotations(rotary_angles(grid, dim, device))
 
 

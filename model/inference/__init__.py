@@ -1,1 +1,1 @@
-"""From raw predictions to panoptic, instance and semantic results."""
+"""Conversion of raw predictions to panoptic, instance and semantic results."""

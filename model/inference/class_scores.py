@@ -1,6 +1,7 @@
 """Class scores of pixels: the sum over queries of class probability * mask probability, in bands of rows.
 
-Of one prediction, or averaged over several of the same image: at other sizes, mirrored, or of windows that overlap.
+Scores come from one prediction, or are averaged over several predictions of the same image: at other sizes, mirrored,
+or of overlapping windows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from m2f.model.structures import SemanticResult
 class ClassScores:
     """Scores of one prediction: class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
-    `resize` says whether masks or the scores of classes are brought from the input's size to the original's.
+    `resize` selects what is resized from the input to the original size: masks or class scores.
     """
 
     def __init__(
@@ -38,18 +39,18 @@ class ClassScores:
         self.device = class_logits.device
 
     def bands(self) -> Iterator[slice]:
-        """All rows of the original, some at a time."""
+        """Return slices that together cover all rows of the original image."""
         return self._masks.bands(self.values_per_pixel)
 
     def at(self, rows: slice) -> Tensor:
-        """[K, rows, W] at rows of the original."""
+        """Return scores [K, rows, W] for rows of the original image."""
         if self._resize_masks:
             return self._sum(self._masks.original(rows))
         source, taps = self._masks.to_original(rows)
         return self._masks.original_columns(taps.apply(self.at_input(source)))
 
     def at_input(self, rows: slice) -> Tensor:
-        """[K, rows, w] at rows of the image in the model's input."""
+        """Return scores [K, rows, w] for rows of the image in the model's input."""
         return self._sum(self._masks.input(rows))
 
     def _sum(self, mask_logits: Tensor) -> Tensor:
@@ -61,14 +62,14 @@ class View(NamedTuple):
 
     scores: ClassScores | WindowScores
     mirrored: bool
-    """Of the mirrored image: its scores are mirrored back."""
+    """Whether the image was mirrored; its scores are then mirrored back."""
 
 
 @torch.no_grad()
 def semantic_of_views(views: Sequence[View], original_size: tuple[int, int]) -> SemanticResult:
-    """The class of a pixel maximises the sum of the views' scores at the original size, added in their order.
+    """Return the class with the highest sum of the views' scores, for each pixel of the original image.
 
-    Views of windows are good for one call.
+    Scores are added in the order of the views. Views made of windows can be used for one call only.
     """
     height, width = original_size
     device = views[0].scores.device
@@ -85,7 +86,7 @@ def semantic_of_views(views: Sequence[View], original_size: tuple[int, int]) -> 
 
 
 class Window(NamedTuple):
-    """A prediction of a part of the resized image, at the model's resolution."""
+    """A prediction of part of the resized image, at the model's resolution."""
 
     top: int
     left: int
@@ -93,7 +94,7 @@ class Window(NamedTuple):
 
     @property
     def bottom(self) -> int:
-        """The row after its last."""
+        """Return the row after the last one."""
         return self.top + self.scores.size[0]
 
 
@@ -101,10 +102,10 @@ class Window(NamedTuple):
 def semantic_of_windows(
     windows: Iterable[Window], resized_size: tuple[int, int], original_size: tuple[int, int]
 ) -> SemanticResult:
-    """The class of a pixel maximises the mean score of the windows over it, brought to the original size.
+    """Return the class with the highest mean score over all windows that cover a pixel, at the original size.
 
-    Windows must cover the resized image and come in ascending `top`. They are taken as they are needed and dropped
-    when they are done with, so only the masks of few rows of windows are in memory.
+    Windows must cover the resized image and come in ascending order of `top`. Each window is fetched when needed and
+    dropped after use, so memory holds only the masks of windows in a few rows.
     """
     scores = WindowScores(windows, resized_size, original_size)
     label_map = torch.empty(original_size, dtype=torch.int64, device=scores.device)
@@ -115,7 +116,10 @@ def semantic_of_windows(
 
 
 class WindowScores:
-    """Mean scores of windows of the resized image, at the original's size; taken as `semantic_of_windows` says."""
+    """Mean scores of windows of the resized image, at the original size.
+
+    Windows must come in the order that `semantic_of_windows` requires.
+    """
 
     def __init__(
         self, windows: Iterable[Window], resized_size: tuple[int, int], original_size: tuple[int, int]
@@ -128,13 +132,13 @@ class WindowScores:
         self.device = self._mean.device
 
     def at(self, rows: slice) -> Tensor:
-        """[K, rows, W] at rows of the original, which are asked for in ascending order."""
+        """Return scores [K, rows, W] for rows of the original image. Calls must be in ascending order of rows."""
         source, taps = self._to_original.for_rows(rows)
         return resize_columns(taps.apply(self._mean.at(source)), self._width)
 
 
 class _WindowMean:
-    """Mean scores of windows by rows of the image that they cover; rows are asked for in ascending order."""
+    """Mean scores of windows for rows of the resized image. Calls must be in ascending order of rows."""
 
     def __init__(self, windows: Iterable[Window], width: int) -> None:
         self._coming = iter(windows)
@@ -147,7 +151,7 @@ class _WindowMean:
         self.device = first.device
 
     def at(self, rows: slice) -> Tensor:
-        """[K, rows, width]"""
+        """Return mean scores [K, rows, width]."""
         self._open = [window for window in self._open if window.bottom > rows.start]
         while self._next is not None and self._next.top < rows.stop:
             self._open.append(self._next)

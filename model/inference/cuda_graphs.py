@@ -1,4 +1,4 @@
-"""Inference without the cost of launching: one CUDA graph per size of image."""
+"""Inference without kernel launch overhead: one CUDA graph per image size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Forward = Callable[[Tensor], Predictions]
 
 
 def replay_forward(model: nn.Module) -> None:
-    """From now on a model on a GPU replays its forward pass for sizes that it has seen; on a CPU nothing changes.
+    """Make a model on a GPU replay its forward pass for image sizes it has seen. On a CPU nothing changes.
 
     For inference only. Weights may change in place, but hooks and Python code inside the model no longer run.
     """
@@ -39,23 +39,23 @@ class _Recording(NamedTuple):
 
 
 class ReplayedForward:
-    """Runs `forward` as it is for the first images of a size, records it with the second, then replays.
+    """Runs `forward` directly for the first images of a size, records it with the second, and replays it afterwards.
 
-    The first pass warms up what a graph cannot hold: compiling kernels, choosing algorithms. A recording must give what
-    the pass as it is gives, or it is dropped with a warning and nothing is recorded any more. The last
-    `max_recordings` sizes used are kept.
+    The first pass does what a graph cannot contain, such as compiling kernels and choosing algorithms. A recording must
+    reproduce the direct result. Otherwise it is dropped with a warning and recording stops. The `max_recordings` most
+    recently used sizes are kept.
     """
 
     def __init__(self, forward: Forward, max_recordings: int = 16) -> None:
         self._forward, self._max_recordings = forward, max_recordings
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
-        """By size; None for a size seen once."""
+        """Recording by image size; None for a size seen once."""
         self._pool: Any = None
         self._works = True
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Predictions:
-        """As the model's forward, from images [B, 3, H, W]."""
+        """Return the model's predictions for images [B, 3, H, W]."""
         if not self._works:
             return self._forward(images)
         size = (images.shape, images.stride(), images.dtype, torch.is_autocast_enabled("cuda"))
@@ -72,7 +72,10 @@ class ReplayedForward:
         return expected
 
     def _checked(self, images: Tensor, expected: Predictions) -> _Recording | None:
-        """A recording that gives what is expected, or None, once and for all."""
+        """Return a recording that reproduces `expected`.
+
+        If that fails, warn, return None and stop recording for good.
+        """
         try:
             recording = self._record(images)
             if _agree(recording.replay(images), expected):
@@ -90,7 +93,7 @@ class ReplayedForward:
             self._pool = torch.cuda.graph_pool_handle()
         static = images.clone()
         graph = torch.cuda.CUDAGraph()
-        # Weights that autocast has cached before would be gone at the next replay.
+        # Weights that autocast cached before would no longer exist at the next replay.
         uncached = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )

@@ -1,8 +1,8 @@
-"""From the last prediction of one image to panoptic, instance and semantic results at its original size.
+"""Panoptic, instance and semantic results at the original size, from the last prediction of one image.
 
-The official procedure (MaskFormer, section 3.4: mask-classification inference) with equal results and bounded memory:
-queries are filtered before their masks are upsampled, and masks are upsampled in bands of rows. `max(0).indices` is
-`argmax(0)`, the first of equals, at a quarter of its time on CPU.
+The results equal those of the official procedure (MaskFormer, section 3.4: mask-classification inference), with bounded
+memory. Queries are filtered before their masks are upsampled, and masks are upsampled in bands of rows.
+`max(0).indices` equals `argmax(0)` (the first of equal values) and takes a quarter of the time on CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from m2f.model.inference.mask_resize import ImageGeometry, MaskResize
 from m2f.model.structures import UNLABELLED, InstanceResult, PanopticResult, PanopticSegment, SemanticResult
 
 MASK_GROUP_BYTES = 2**28
-"""Instance masks at full size that are made together."""
+"""Maximum size of the full-size instance masks that are computed together, in bytes."""
 
 
 @torch.no_grad()
@@ -31,10 +31,11 @@ def panoptic(
     is_thing: Sequence[bool],
     config: PostprocessConfig,
 ) -> PanopticResult:
-    """Panoptic result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
+    """Return the panoptic result for class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
-    Queries above `object_threshold` compete for pixels by score * mask probability; a pixel also needs a probability of
-    at least 0.5, and a segment must keep `overlap_threshold` of its own mask. Stuff of one class is one segment.
+    Queries above `object_threshold` compete for pixels by score * mask probability. A pixel also needs a mask
+    probability of at least 0.5, and a segment must keep `overlap_threshold` of its own mask. Stuff of one class is one
+    segment.
     """
     num_classes = class_logits.shape[-1] - 1
     scores, labels = class_logits.float().softmax(-1).max(-1)
@@ -61,7 +62,7 @@ def panoptic(
 
 
 class _Candidate(NamedTuple):
-    """A kept query and its pixels: those it won, those of its own mask, and those of both."""
+    """A kept query with its pixel counts: pixels it won, pixels of its own mask, and pixels in both."""
 
     label: int
     won_area: int
@@ -73,7 +74,7 @@ class _Candidate(NamedTuple):
 def _merge(
     candidates: list[_Candidate], is_thing: Sequence[bool], config: PostprocessConfig
 ) -> tuple[list[int], tuple[PanopticSegment, ...]]:
-    """Segment id of every candidate (0 where it is dropped) and the segments, in the order of the queries."""
+    """Return the segment id of every candidate (0 if dropped) and the segments, in the order of the queries."""
     ids, segments = [], {}
     stuff_ids: dict[int, int] = {}
     for candidate in candidates:
@@ -100,10 +101,10 @@ def instance(
     is_thing: Sequence[bool],
     config: PostprocessConfig,
 ) -> InstanceResult:
-    """Instance result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
+    """Return the instance result for class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
-    The `max_instances` best (query, class) pairs of all classes; then only things stay (an instance model has nothing
-    else). Equal scores go to the lower query, then the lower class.
+    Selects the `max_instances` best (query, class) pairs over all classes, then keeps things only (an instance model
+    has no other classes). Equal scores go to the lower query, then to the lower class.
     """
     groups: list[Tensor] = []
     ranking = stream_instances(class_logits, mask_embeddings, mask_features, geometry, is_thing, config, groups.append)
@@ -112,14 +113,14 @@ def instance(
 
 
 class InstanceRanking(NamedTuple):
-    """What an InstanceResult holds besides its masks."""
+    """Fields of an InstanceResult without its masks."""
 
     mask_index: Tensor
-    """[D] int64"""
+    """[D] int64 index into the masks."""
     labels: Tensor
-    """[D] int64"""
+    """[D] int64 contiguous classes."""
     scores: Tensor
-    """[D] float32"""
+    """[D] float32 scores, descending."""
 
 
 @torch.no_grad()
@@ -132,9 +133,9 @@ def stream_instances(
     config: PostprocessConfig,
     take: Callable[[Tensor], None],
 ) -> InstanceRanking:
-    """As `instance`, but `take` is handed the masks [n, H, W] bool of some queries at a time, at least once.
+    """Compute the result of `instance`, but pass the masks to `take` in groups [n, H, W] bool, at least once.
 
-    So the masks of a large image need not be in memory together: a group has at most MASK_GROUP_BYTES, or one mask.
+    The masks of a large image therefore need not all be in memory. A group has at most MASK_GROUP_BYTES, or one mask.
     """
     num_classes = class_logits.shape[-1] - 1
     flat_scores = class_logits.float().softmax(-1)[:, :num_classes].flatten()
@@ -156,7 +157,7 @@ def stream_instances(
 
 
 def _masks_and_scores(mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry) -> tuple[Tensor, Tensor]:
-    """Masks [n, H, W] bool and the mean mask probabilities [n] inside them."""
+    """Return masks [n, H, W] bool and the mean mask probabilities [n] inside them."""
     count, device = len(mask_embeddings), mask_embeddings.device
     masks = torch.empty(count, *geometry.original_size, dtype=torch.bool, device=device)
     inside_sum = torch.zeros(count, dtype=torch.float64, device=device)
@@ -164,7 +165,7 @@ def _masks_and_scores(mask_embeddings: Tensor, mask_features: Tensor, geometry: 
     if count:
         for rows, logits in _bands(mask_embeddings, mask_features, geometry):
             masks[:, rows] = logits > 0
-            area += masks[:, rows].sum((1, 2))  # a sum of all masks at once would widen them all to int64
+            area += masks[:, rows].sum((1, 2))  # summing all masks at once would convert them all to int64
             inside_sum += logits.sigmoid_().mul_(masks[:, rows]).sum((1, 2))
     return masks, (inside_sum / (area + 1e-6)).float()
 
@@ -178,11 +179,11 @@ def semantic(
     config: PostprocessConfig,
     min_score: float | None = None,
 ) -> SemanticResult:
-    """Semantic result from class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
+    """Return the semantic result for class_logits [Q, K + 1], mask_embeddings [Q, C] and mask_features [C, h, w].
 
-    The class of a pixel maximises the sum over queries of class probability * mask probability; equal sums go to the
-    lower class. `semantic_resize` says whether masks or these sums are brought to the original size. Pixels whose best
-    sum is below `min_score` stay UNLABELLED.
+    The class of a pixel maximises the sum over queries of class probability * mask probability. Equal sums go to the
+    lower class. `semantic_resize` selects whether masks or these sums are resized to the original size. Pixels whose
+    best sum is below `min_score` stay UNLABELLED.
     """
     scores = ClassScores(class_logits, mask_embeddings, mask_features, geometry, config.semantic_resize)
     label_map = torch.empty(geometry.original_size, dtype=torch.int64, device=class_logits.device)
@@ -192,13 +193,13 @@ def semantic(
 
 
 def _best_class(scores: Tensor, min_score: float | None) -> Tensor:
-    """[rows, W] class of the highest score in [K, rows, W]."""
+    """Return the class with the highest score, [rows, W] for scores [K, rows, W]."""
     best = scores.max(0)
     return best.indices if min_score is None else torch.where(best.values >= min_score, best.indices, UNLABELLED)
 
 
 def _bands(mask_embeddings: Tensor, mask_features: Tensor, geometry: ImageGeometry) -> Iterator[tuple[slice, Tensor]]:
-    """Mask logits [Q, rows, W] at the original size, band by band."""
+    """Yield mask logits [Q, rows, W] at the original size, band by band, with their rows."""
     resize = MaskResize(mask_embeddings, mask_features, geometry)
     for rows in resize.bands(len(mask_embeddings)):
         yield rows, resize.original(rows)

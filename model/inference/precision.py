@@ -1,4 +1,4 @@
-"""Inference in 16 bits."""
+"""Inference in 16-bit precision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from m2f.model.structures import Predictions
 
 _CAST = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-"""Layers whose weights autocast would cast at every forward; not what inherits from them, which may know better."""
+"""Layers whose weights autocast would cast in every forward pass. Subclasses are excluded because they may handle
+precision themselves."""
 
 
 def set_precision(model: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
-    """From now on a model predicts in this precision; "fp32" changes nothing. For inference only.
+    """Set the precision of a model's predictions, for inference only; "fp32" changes nothing.
 
-    In "bf16" products and convolutions are done in bfloat16, with the bits of a forward in `bf16_autocast`. Their
-    weights are cast here, once and for all. Norms, coordinates and softmax stay float32, and so do mask logits.
+    In "bf16", matrix products and convolutions run in bfloat16 and give the same bits as a forward pass under autocast.
+    Their weights are cast once, in this call. Norms, coordinates, softmax and mask logits stay in float32.
     """
     if precision == "fp32":
         return
@@ -29,14 +30,14 @@ def set_precision(model: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
 
 
 class _InBfloat16:
-    """A model's forward under autocast."""
+    """A model's forward pass under autocast."""
 
     def __init__(self, forward: Callable[[Tensor], Predictions]) -> None:
         self._forward = forward
 
     def __call__(self, images: Tensor) -> Predictions:
-        """As the model's forward, from images [B, 3, H, W]; class logits are float32."""
-        # Without the cache, a CUDA graph of the forward refers to no tensor that is gone when it is replayed.
+        """Return the model's predictions for images [B, 3, H, W]; class logits are float32."""
+        # Without the cache, a CUDA graph of the forward pass refers only to tensors that still exist at replay.
         with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
             predictions = self._forward(images)
         return predictions._replace(class_logits=predictions.class_logits.float())

@@ -1,1 +1,1 @@
-"""Reading weights of other code and our own without executing pickles."""
+"""Reading of weights, those of this project and of others, without executing pickles."""

@@ -1,4 +1,4 @@
-"""Whether a folder of Hugging Face holds the model that a recipe describes, and which settings would make it so."""
+"""Check that a Hugging Face folder holds the model of a recipe, with the settings that differ."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ _SETTINGS = (
     "pixel_mean",
     "pixel_std",
 )
-"""What the weights depend on. Classes, queries and windows of Swin may be others: the loader deals with them."""
+"""Settings that determine the weights. Classes, queries and Swin's window size may differ; the loader handles them."""
 _PIXEL_TOLERANCE = 0.01
-"""Difference of mean and deviation that says nothing: files state them in 0..1 with the precision of float32."""
+"""Ignored difference of pixel mean and deviation (0 to 255), because files state them in 0..1 with float32
+precision."""
 
 
 def require_same_architecture(folder: Path, model: ModelConfig, source: str) -> None:
-    """Raise WeightsError with the settings that differ between a recipe's model and the one in a folder."""
+    """Raise WeightsError if a recipe's model differs from the model in a folder.
+
+    The message lists the settings that differ.
+    """
     stored = read_hugging_face_config(folder).config
     differing = [name for name in _SETTINGS if not _equal(_value(stored, name), _value(model, name))]
     if isinstance(stored.backbone, SwinBackboneConfig) != isinstance(model.backbone, SwinBackboneConfig):
@@ -45,7 +49,7 @@ def require_same_architecture(folder: Path, model: ModelConfig, source: str) -> 
 
 
 def _value(config: ModelConfig, name: str) -> object:
-    """None where the section has no such setting."""
+    """Return the value of a setting, or None if the section does not have it."""
     value: object = config
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)

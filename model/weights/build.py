@@ -1,4 +1,4 @@
-"""A model with the weights of a file, and the backbone's own where the file is of a head alone."""
+"""Models with the weights of a file, and with the backbone's own weights if the file has none."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from m2f.model.weights.names import is_head_alone
 def build_with_weights(
     config: ModelConfig, source: str | Path, class_rows: Sequence[int | None] | None = None, *, deltas: bool = False
 ) -> tuple[Segmenter, LoadReport]:
-    """The model of a recipe with the weights of a file or folder; `class_rows` and `deltas` as in `load_weights`.
+    """Return the model of a recipe with the weights of a file or folder, and the load report.
 
-    Heads on frozen vision transformers are published without them: the backbone then begins as the recipe says. Raises
-    WeightsError as `load_weights` does, and where the recipe does not say it.
+    Heads on frozen vision transformers are published without the transformer. The backbone then gets the weights that
+    the recipe names. See `load_weights` for `class_rows` and `deltas`.
+
+    Raises:
+        WeightsError: as `load_weights`, and if the file has no backbone and the recipe names no weights for it.
     """
     state, backbone = read_state(source), config.backbone
     head_alone = is_head_alone(state)

@@ -1,7 +1,7 @@
-"""Names of the weights of DINOv3's segmentation head (ViT-Adapter and Mask2Former), and ours.
+"""Conversion between the weight names of DINOv3's segmentation head (ViT-Adapter and Mask2Former) and ours.
 
-The head is that of the official Mask2Former under other names, so its tensors go through the canonical ones. Their file
-of it has no vision transformer: that is published apart.
+The head equals that of the official Mask2Former under other names, so its tensors are converted through the canonical
+names. The published file has no vision transformer, which is published separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _THEIR_QUERIES = "segmentation_model.1.predictor"
 _PIXELS = "sem_seg_head.pixel_decoder"
 _QUERIES = "sem_seg_head.predictor"
 _UNUSED = re.compile(r"\.(bias_mask|mask_token|rope_embed\.periods)$|\.local_cls_norm\.")
-"""What their vision transformer holds besides: what follows from settings, or serves its own training."""
+"""Other tensors of their vision transformer: derived from settings, or used in its own training only."""
 _BIAS = re.compile(r"(backbone\.vit\.blocks\.\d+\.attn)\.qkv\.bias")
 
 # Their names (left) and ours (right).
@@ -72,18 +72,18 @@ _HEAD = NameTable(
 
 
 def is_dinov3(names: Iterable[str]) -> bool:
-    """Whether a file has the names of DINOv3's segmentation head."""
+    """Return whether these are names of DINOv3's segmentation head."""
     return any(name.startswith("segmentation_model.") for name in names)
 
 
 def lacks_vit(names: Iterable[str]) -> bool:
-    """Whether a file with these names is the head of DINOv3 alone, as published."""
+    """Return whether these are names of DINOv3's head without the vision transformer, as published."""
     names = tuple(names)
     return is_dinov3(names) and not any(name.startswith(f"{_THEIR_VIT}.") for name in names)
 
 
 def dinov3_to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head under canonical names, all of the backbone under ours; names that no rule knows stay as they are."""
+    """Return the head under canonical names and the backbone under ours. Names without a rule stay unchanged."""
     renamed: dict[str, Tensor] = {}
     for theirs, tensor in state.items():
         name = _BACKBONE.forward(theirs) or _HEAD.forward(theirs) or theirs
@@ -91,13 +91,13 @@ def dinov3_to_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if (attention := _BIAS.fullmatch(name)) is None:
             renamed |= {} if _UNUSED.search(name) else {name: tensor}
             continue
-        query, _, value = tensor.chunk(3)  # a mask beside the bias puts that of the keys to 0
+        query, _, value = tensor.chunk(3)  # the bias of the keys is always 0; their file has a mask for that
         renamed |= {f"{attention[1]}.q_bias": query, f"{attention[1]}.v_bias": value}
     return renamed
 
 
 def backbone_to_dinov3(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our backbone under their names. Raises WeightsError for one that DINOv3 does not have."""
+    """Return our backbone under their names. Raises WeightsError if DINOv3 has no such backbone."""
     gated = any(".mlp.fc1_g." in name for name in own)
     state: dict[str, Tensor] = {}
     for name, tensor in own.items():
@@ -115,7 +115,10 @@ def backbone_to_dinov3(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def head_to_dinov3(canonical: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head from canonical names, projections packed as in the official code, to theirs."""
+    """Return the head under their names, from canonical names with projections packed as in the official code.
+
+    Raises WeightsError if a weight has no counterpart.
+    """
     names = {name: _HEAD.inverse(name) for name in canonical}
     if unknown := [name for name, theirs in names.items() if theirs is None]:
         raise WeightsError(f"{len(unknown)} weights have no counterpart in DINOv3's head, for example {unknown[0]}")

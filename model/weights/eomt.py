@@ -1,4 +1,4 @@
-"""Names of EoMT's weights: those of the authors and those of transformers beside ours."""
+"""Conversion between weight names of EoMT: those of its authors, of transformers, and ours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEADS = (
     ("embeddings.register_tokens", "backbone.embed.reg_token"),
     *((f"layers.#.norm{i}.*", f"backbone.blocks.#.norm{i}.*") for i in (1, 2)),
 )
-# Names of transformers (left) and ours (right), projections of attention one by one.
+# Names of transformers (left) and ours (right), with separate attention projections.
 _DINOV2 = NameTable(
     *_HEADS,
     ("embeddings.position_embeddings.weight", "backbone.embed.pos_embed"),
@@ -74,12 +74,12 @@ _AUTHORS_DINOV3 = NameTable(
 
 
 def is_eomt(names: Iterable[str]) -> bool:
-    """Whether a file has the names of the authors of EoMT, or those of transformers' `eomt` and `eomt_dinov3`."""
+    """Return whether these are names of EoMT's authors, or of `eomt` or `eomt_dinov3` in transformers."""
     return any(name.startswith(("network.upscale.", "upscale_block.")) for name in names)
 
 
 def eomt_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under our names; names that no rule knows stay as they are."""
+    """Return the weights under our names. Names without a rule stay unchanged."""
     is_dinov3 = any(name.endswith(".attention.o_proj.weight") for name in state)
     authors, table = (_AUTHORS_DINOV3, _DINOV3) if is_dinov3 else (_AUTHORS_DINOV2, _DINOV2)
     own = {}
@@ -92,7 +92,7 @@ def eomt_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def eomt_to_transformers(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of transformers' `eomt` or `eomt_dinov3`."""
+    """Return our weights under the names of `eomt` or `eomt_dinov3` in transformers."""
     table, state = _table(own), {}
     gated = _gated_layers(own)
     for name, tensor in unpack(own, {**attention_packs(own), **_gated_packs(gated)}).items():
@@ -102,7 +102,7 @@ def eomt_to_transformers(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def eomt_to_authors(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of the authors, the backbone whole."""
+    """Return our weights under the authors' names, backbone included."""
     table = _table(own)
     if table is _DINOV3:
         return {_AUTHORS_DINOV3.inverse(name) or name: tensor for name, tensor in eomt_to_transformers(own).items()}
@@ -114,7 +114,10 @@ def _table(own: Iterable[str]) -> NameTable:
 
 
 def _gated_layers(own: Mapping[str, Tensor]) -> list[str]:
-    """Names of first layers of MLPs that hold gate and value (SwiGLU): they are twice as wide as the second's input."""
+    """Return the names of MLP first layers that hold gate and value (SwiGLU).
+
+    They are twice as wide as the input of the second layer.
+    """
     wide = []
     for name in own:
         second = own.get(name.rpartition(".")[0].replace(".mlp.fc1", ".mlp.fc2") + ".weight")
@@ -124,5 +127,5 @@ def _gated_layers(own: Mapping[str, Tensor]) -> list[str]:
 
 
 def _gated_packs(names: Iterable[str]) -> PackedNames:
-    """One matrix for gate and value in timm, two in transformers."""
+    """Return packs for gate and value: one matrix in timm, two in transformers."""
     return {name: (name.replace(".fc1.", ".gate_proj."), name.replace(".fc1.", ".up_proj.")) for name in names}

@@ -1,7 +1,7 @@
-"""Read files of weights of any common kind without executing what they hold.
+"""Reading of weights files in any common format without executing code in them.
 
-The kind is told by the first bytes, not by the name. Safetensors hold no code; torch files are read with
-`weights_only`; plain pickles, which Detectron2 publishes, go through an unpickler that knows arrays and nothing else.
+The first bytes determine the format, not the file name. Safetensors contain no code. Torch files are read with
+`weights_only`. Plain pickles, which Detectron2 publishes, are read by an unpickler that supports arrays only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What a checkpoint folder of ours or a Hugging Face folder holds; the first that exists is read."""
+"""Possible files of a checkpoint folder of this project or a Hugging Face folder. The first one that exists is read."""
 
 _CLASS_HEADS = (
     "class_embed.weight",
@@ -36,16 +36,16 @@ _CLASS_HEADS = (
     "network.class_head.weight",
     "decoder.class_head.weight",
 )
-"""How the names of the class head end: ours and the official ones, Hugging Face's, EoMT's and PMT's authors'."""
+"""Name suffixes of the class head: ours and the official one, Hugging Face's, and those of EoMT's and PMT's authors."""
 
 _LEGACY_TORCH = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-"""Number with which torch files from before version 1.6 begin; pickles hold such files further inside."""
+"""Magic number of torch files from before version 1.6. In pickles that contain such a file, it occurs later."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name from a file, or from a folder that holds a checkpoint of ours or a Hugging Face model.
+    """Return tensors by name from a file, or from a checkpoint folder or Hugging Face model folder.
 
-    A wrapper such as {"model": ...} is opened. Raises WeightsError for what is no such file or cannot be read.
+    Wrappers such as {"model": ...} are removed. Raises WeightsError if the file is missing, unsupported or unreadable.
     """
     path = Path(path)
     if path.is_dir():
@@ -68,18 +68,20 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def count_classes(path: str | Path) -> int | None:
-    """Classes, without "no object", that the class head in a file or folder has; None where there is no class head.
+    """Return the number of classes of the class head in a file or folder, without "no object".
 
-    Raises WeightsError as `read_state` does.
+    Return None if there is no class head. Raises WeightsError as `read_state` does.
     """
     heads = [tensor for name, tensor in read_state(path).items() if name.endswith(_CLASS_HEADS)]
     return len(heads[0]) - 1 if len(heads) == 1 else None
 
 
 def weights_sha256(path: str | Path) -> str:
-    """SHA-256 of the file that `read_state` reads; of a model in several files, of what `sha256sum` prints for them.
+    """Return the SHA-256 of the file that `read_state` reads.
 
-    Raises WeightsError where there is none.
+    For several files, hash the lines that `sha256sum` prints.
+
+    Raises WeightsError if a file is missing or unreadable.
     """
     path = Path(path)
     files = _folder_files(path) if path.is_dir() else (path,)
@@ -142,14 +144,14 @@ def _is_mapping(content: Any) -> bool:
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """Tensors as they are and numeric arrays as tensors; None for anything else."""
+    """Return tensors unchanged and numeric arrays as tensors, otherwise None."""
     if isinstance(value, PickledArray):
         return None if value.values is None else torch.from_numpy(value.values)
     return value if isinstance(value, Tensor) else None
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """What a reader's error means; torch's own text advises to load the file unsafely."""
+    """Explain a reader's error. torch's own message suggests loading the file unsafely, so it is not shown."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return f"it asks for {asked[1]}; files of weights need nothing but tensors, so nothing of it was executed"

@@ -1,4 +1,4 @@
-"""Weights of the Hugging Face hub, fetched into its own cache: safetensors only, nothing that holds code."""
+"""Weights of the Hugging Face hub, downloaded into its own cache: safetensors only, no files that can contain code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 _NOTES = ("config.json", "preprocessor_config.json")
-"""Names that transformers gives the files of a model."""
+"""File names of a model in transformers."""
 _PATIENCE_S = 4.0
-"""How long the hub may take to say what it has; looking its name up may hang for longer by itself."""
+"""Maximum seconds to wait for the hub's answer. Name resolution alone could otherwise take longer."""
 _REMEDY = (
     "give model.weights the path of a folder that was downloaded elsewhere, set HF_ENDPOINT to a mirror, or set "
     "HF_HUB_OFFLINE=1 with a cache (HF_HOME) that has the model"
@@ -30,16 +30,16 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _Listing:
-    """What the hub says of a revision."""
+    """The hub's answer about a revision."""
 
     commit: str
     files: tuple[str, ...]
 
 
 def pinned(text: str) -> str:
-    """The same address with the commit that its revision means now; where the hub cannot be asked, in the cache.
+    """Return the address with its revision replaced by the current commit, from the cache if the hub does not answer.
 
-    Raises WeightsError within 5 s where neither knows it, or where the hub has no such model.
+    Raises WeightsError within 5 s if the hub has no such model, or if neither hub nor cache knows the revision.
     """
     address = HubAddress.parse(text)
     if address.is_commit:
@@ -52,21 +52,23 @@ def pinned(text: str) -> str:
         return str(HubAddress(address.repo, folder.name))
     if _NOTES[0] not in found.files:
         return str(HubAddress(address.repo, found.commit))
-    # Under the revision's own name, so that the cache knows later, without a network, what it means.
+    # Download by the revision's name, so that the cache can resolve it later without a network.
     return str(HubAddress(address.repo, _download(address, [_NOTES[0]]).name))
 
 
 def hub_folder(text: str, *, weights: bool = True) -> Path:
-    """The local folder of a model of the hub, as `save_pretrained` writes one; without `weights` its notes alone.
+    """Return the local folder of a hub model, as `save_pretrained` writes it.
 
-    What the cache has is not fetched again. Raises WeightsError where the hub cannot be reached, has no such model, or
+    Without `weights`, it holds config files only.
+
+    Files in the cache are not downloaded again. Raises WeightsError if the hub is not reachable, has no such model, or
     has no safetensors of it.
     """
     address = HubAddress.parse(pinned(text))
     cached = _cached_folder(address)
     if cached is not None and (_has_weights(cached) or (not weights and (cached / _NOTES[0]).is_file())):
         return cached
-    listing = _ask(address)  # within 5 s, where a download without a network would be tried for minutes
+    listing = _ask(address)  # fails within 5 s; a download without a network would be retried for minutes
     if not isinstance(listing, _Listing):
         raise _not_to_be_had(address, listing)
     if weights and not {_WEIGHTS, _INDEX} & set(listing.files):
@@ -80,7 +82,7 @@ def hub_folder(text: str, *, weights: bool = True) -> Path:
 
 
 def unavailable(repo: str) -> str | None:
-    """Why a model of the hub, OWNER/NAME, cannot be had; None where the cache or the hub has it. Answers within 5 s."""
+    """Return why a hub model OWNER/NAME is not available, or None if the cache or the hub has it. Takes at most 5 s."""
     address = HubAddress(repo)
     cached = _cached_folder(address)
     if cached is not None and _has_weights(cached):
@@ -99,14 +101,14 @@ def _download(address: HubAddress, names: list[str]) -> Path:
         raise WeightsError(f"model.weights is {address}, which has no {_NOTES[0]}; choose a model of transformers")
     try:
         paths = [Path(hf_hub_download(address.repo, name, revision=address.revision)) for name in names]
-    except Exception as error:  # what cannot be fetched fails in many ways
+    except Exception as error:  # downloads fail with many exception types
         reason = f"the download failed ({_first_line(error)})"
         raise WeightsError(f"model.weights is {address}, and {reason}; {_REMEDY}") from error
     return paths[0].parent
 
 
 def _ask(address: HubAddress) -> _Listing | str:
-    """What the hub has, or why it cannot be asked. Raises WeightsError where it says that there is no such model."""
+    """Return the hub's listing, or why the hub cannot be asked. Raises WeightsError if the hub has no such model."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -121,7 +123,7 @@ def _ask(address: HubAddress) -> _Listing | str:
             f"model.weights is {address}, and {constants.ENDPOINT} has no such model or revision, or shows it only "
             "with a token (HF_TOKEN); check owner, name and revision"
         ) from error
-    except Exception as error:  # what cannot be reached fails in many ways
+    except Exception as error:  # connections fail with many exception types
         return f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
     if info.sha is None:
         return f"{constants.ENDPOINT} does not say which commit it is"
@@ -133,7 +135,7 @@ def _not_to_be_had(address: HubAddress, reason: str) -> WeightsError:
 
 
 def _cached_folder(address: HubAddress) -> Path | None:
-    """The folder of a revision in the cache, complete or not; its name is the commit."""
+    """Return the cached folder of a revision, complete or not, or None. The folder's name is the commit."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in (*_NOTES, _WEIGHTS, _INDEX):
@@ -154,7 +156,10 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _within(seconds: float, ask: Callable[[], _T]) -> _T:
-    """What `ask` returns or raises. Raises TimeoutError after `seconds`; its thread then ends when it can."""
+    """Return or raise what `ask` returns or raises; raise TimeoutError after `seconds`.
+
+    After a timeout, the thread of `ask` continues in the background until it ends.
+    """
     outcome: list[_T] = []
     errors: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Load weights into a model, whatever layout they come in, with an account of every tensor."""
+"""Loading of weights in any supported layout into a model, with a report on every tensor."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from m2f.model.weights.maskformer import is_maskformer, require_maskformer
 from m2f.model.weights.names import Layout, count_levels, detect_layout, is_ignored, to_own_names
 
 _TASK_SIZED = re.compile(r"^transformer_decoder\.(class_embed|query_feat|query_embed)\.")
-"""Their first axis is the number of classes or queries, which another task may choose differently."""
+"""Weights whose first axis is the number of classes or queries, which may differ between tasks."""
 
 _CLASS_HEAD = re.compile(r"^transformer_decoder\.class_embed\.")
 _PROJECTION = re.compile(r"^transformer_decoder\.memor(y|ies\.\d+)\.input_proj\.")
-"""Without them the decoder would read other features than it was trained on."""
+"""Projections before the transformer decoder. Without them the decoder would read other features than in training."""
 _MASK_PROBABILITIES = "transformer_decoder.attn_mask_probs"
 _RELATIVE_POSITIONS = "relative_position_bias_table"
-"""Ends the name of a table that depends on the window size."""
+"""Name suffix of a table that depends on the window size."""
 _MAX_LISTED = 8
-"""Names of each kind that the report shows."""
+"""Maximum number of names of each kind in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What happened to every tensor of a file and of the model. Names are ours."""
+    """Result for every tensor of a file and of the model. Names are those of this project."""
 
     layout: Layout
     loaded: tuple[str, ...]
-    """Weights of the model that came from the file, resized ones among them."""
+    """Weights of the model that were loaded from the file, including resized ones."""
     renamed: int
-    """Tensors of the file that had another name."""
+    """Number of tensors in the file that had another name."""
     resized: tuple[str, ...]
     """Position biases interpolated to another window size, with both shapes."""
     skipped: tuple[str, ...]
-    """Left at their initialisation because the number of classes or queries differs, with both shapes."""
+    """Weights that keep their initialisation because the number of classes or queries differs, with both shapes."""
     missing: tuple[str, ...]
-    """Left at their initialisation because the file does not have them."""
+    """Weights that keep their initialisation because the file does not have them."""
     unexpected: tuple[str, ...]
-    """In the file but not in the model."""
+    """Tensors of the file that the model does not have."""
     head_alone: bool = False
-    """Whether the file has no backbone, which then began with weights of its own."""
+    """Whether the file has no backbone, so that the backbone kept its own initial weights."""
     class_rows: str | None = None
-    """How many rows of the class head came from the file, where its classes are others than the model's."""
+    """How many rows of the class head came from the file, if its classes differ from the model's."""
 
     @property
     def complete(self) -> bool:
-        """Whether every weight of the model came from the file."""
+        """Return whether every weight of the model came from the file."""
         return not self.skipped and not self.missing
 
     def __str__(self) -> str:
@@ -78,15 +78,21 @@ def load_weights(
     deltas: bool = False,
     name: str = "the given state dict",
 ) -> LoadReport:
-    """Load a file, a folder (see `m2f.model.weights.files`) or a state dict into a Mask2Former.
+    """Load a file, a folder (see `m2f.model.weights.files`) or a state dict into a model.
 
-    The names may be ours, the official ones, Hugging Face's, or those of published weights of a backbone alone. Class
-    head and queries of another size are skipped and reported. `class_rows` gives for every class of the model its label
-    in the file, None for one that keeps its initialisation; "no object" is kept. `deltas`: the backbone of the file is
-    added to the model's. `name` is what errors call a state dict.
+    Names may be those of this project, of the official code, of Hugging Face, of EoMT's or PMT's authors, of DINOv3, or
+    of published weights of a backbone alone. A class head and queries of another size are skipped and reported.
 
-    Raises WeightsError for an unreadable file, for weights of another architecture, and if nothing matches; the model
-    is then as before.
+    Args:
+        model: the model. It stays unchanged if an error is raised.
+        source: file, folder or state dict.
+        class_rows: for every class of the model its label in the file, None to keep its initialisation. The row of
+            "no object" is always loaded.
+        deltas: add the backbone of the file to the model's instead of replacing it.
+        name: name of a state dict in error messages.
+
+    Raises:
+        WeightsError: the file is unreadable, the weights are of another architecture, or no name matches.
     """
     state = source if isinstance(source, Mapping) else read_state(source)
     name = name if isinstance(source, Mapping) else str(source)
@@ -97,7 +103,7 @@ def load_weights(
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
     converted = _match_timm_names(target, own, layout)
-    if layout in ("eomt", "pmt") and _MASK_PROBABILITIES in target:  # files of finished trainings may lack them
+    if layout in ("eomt", "pmt") and _MASK_PROBABILITIES in target:  # files of finished trainings may not have them
         converted.setdefault(_MASK_PROBABILITIES, torch.zeros_like(target[_MASK_PROBABILITIES]))
     if layout == "official" and is_maskformer(state):
         require_maskformer(converted, target, name)
@@ -137,7 +143,7 @@ def load_weights(
 
 
 def _select_class_rows(state: dict[str, Tensor], target: Mapping[str, Tensor], rows: Sequence[int | None]) -> None:
-    """Give the class head [K + 1, ...] of a file, in place, the rows of the model's classes."""
+    """Replace the class head [K + 1, ...] of a file, in place, by rows in the order of the model's classes."""
     for key in [key for key in state if _CLASS_HEAD.match(key) and key in target]:
         picked = target[key].clone().to(state[key].dtype)
         for label, row in enumerate([*rows, len(state[key]) - 1]):
@@ -152,7 +158,10 @@ def _describe_rows(rows: Sequence[int | None]) -> str:
 
 
 def _match_timm_names(target: Mapping[str, Tensor], state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """timm cuts a model into features under names like `stages_0` where its files have `stages.0`."""
+    """Map the names in timm's files to the model's, for the layout `backbone`.
+
+    timm's feature models have names such as `stages_0` for `stages.0`.
+    """
     if layout != "backbone":
         return state
     cut = {key.replace("_", ".").replace(".body.model.", ".body."): key for key in target}
@@ -160,7 +169,7 @@ def _match_timm_names(target: Mapping[str, Tensor], state: dict[str, Tensor], la
 
 
 def _resize_position_biases(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Interpolate Swin's biases of relative positions [(2 w - 1)^2, heads] in place to the model's window size w."""
+    """Interpolate Swin's relative position biases [(2 w - 1)^2, heads] in place to the model's window size w."""
     resized = []
     for key, tensor in state.items():
         wanted = target[key].shape if key.endswith(_RELATIVE_POSITIONS) and key in target else tensor.shape

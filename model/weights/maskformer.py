@@ -1,7 +1,7 @@
 """Official checkpoints of MaskFormer (Cheng et al., NeurIPS 2021), Mask2Former's predecessor.
 
-Its head is `pixel_decoder.kind` fpn or transformer_fpn with `transformer_decoder.kind` standard; backbones have the
-names of Mask2Former's.
+Its head is `pixel_decoder.kind` fpn or transformer_fpn with `transformer_decoder.kind` standard. Its backbones have the
+same names as Mask2Former's.
 """
 
 from __future__ import annotations
@@ -63,12 +63,15 @@ _TO_OWN = NameTable(
 
 
 def is_maskformer(official: Iterable[str]) -> bool:
-    """Whether these official names are MaskFormer's, or of one of the models that its code has beside it."""
+    """Return whether these official names are those of MaskFormer or of another model in its code."""
     return any(name.startswith((f"{_PREDICTOR}.transformer.", f"{_PREDICTOR}.weight")) for name in official)
 
 
 def maskformer_to_own(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under our names. Raises WeightsError, naming it, for a model of that code that ours lacks."""
+    """Return the weights under our names.
+
+    Raises WeightsError for a model of MaskFormer's code that is not supported.
+    """
     _refuse_relatives(official)
     canonical = unpack(official, attention_packs(official))
     own = {_TO_OWN.forward(name) or CANONICAL_TO_OWN.forward(name) or name: t for name, t in canonical.items()}
@@ -76,9 +79,9 @@ def maskformer_to_own(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_maskformer(own: Mapping[str, Tensor], target: Collection[str], source: str) -> None:
-    """Raise WeightsError with the settings to choose where the heads of a MaskFormer have other weights than a model.
+    """Raise WeightsError, with the settings to choose, if a MaskFormer's heads have other weights than the model's.
 
-    Both have our names: `own` what `maskformer_to_own` made, `target` the weights of the model.
+    Both have our names: `own` comes from `maskformer_to_own`, `target` are the weights of the model.
     """
     file, model = ({name for name in names if name.startswith(_HEADS)} for names in (own, target))
     if file == model:
@@ -114,7 +117,10 @@ def _count_layers(own: Iterable[str], part: str) -> int:
 
 
 def _own_packs(own: Iterable[str]) -> PackedNames:
-    """Keys and values of all decoder layers in one matrix each, queries and keys of a self-attention in one."""
+    """Return how our model packs projections of MaskFormer.
+
+    Keys and values of all decoder layers are one matrix each; queries and keys of a self-attention are one matrix.
+    """
     own = tuple(own)
     packs = dict(attention_packs(name for name in own if name.startswith("backbone.")))
     decoder, encoder = "transformer_decoder.layers", "pixel_decoder.layers"

@@ -1,9 +1,9 @@
-"""Names of weights in the layouts that people have, both ways.
+"""Conversion of weight names between the supported layouts, in both directions.
 
-All conversions go through *canonical* names: every tensor under the official name, with query, key and value
-projections one by one. Layouts differ from these in names, which templates translate, and in how they pack projections:
-the official code packs the three of one attention into a matrix; ours keeps the keys (and values) of all layers that
-attend to one level in one matrix, and query and key of the self-attention.
+All conversions go through *canonical* names: every tensor under its official name, with separate query, key and value
+projections. Layouts differ in names, which templates translate, and in how they pack projections. The official code
+packs the three projections of one attention into a matrix. Our model has one matrix for the keys (and one for the
+values) of all layers that attend to one level, and one for query and key of a self-attention.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from m2f.model.weights.pmt import is_pmt, pmt_to_own
 from m2f.model.weights.tables import CANONICAL_TO_OWN, HUGGING_FACE_TO_CANONICAL, NameTable
 
 Layout = Literal["own", "official", "hugging_face", "eomt", "pmt", "dinov3", "backbone"]
-"""Whose names a state dict uses; `backbone` are published weights of a backbone alone."""
+"""Naming scheme of a state dict; `backbone` means published weights of a backbone alone."""
 
 _IGNORED = re.compile(r"num_batches_tracked$|relative_position_index$|^criterion\.|^(backbone\.(body\.|stem\.)?)?fc\.")
-"""What files hold besides weights of ours: counters, tables that follow from settings, classifiers."""
+"""Tensors in files that are not weights of our model: counters, tables derived from settings, and classifiers."""
 
 
 _OLD_OFFICIAL = (
-    # Heads from before version 2 lack the level `pixel_decoder` and call the query features `static_query`.
+    # Before version 2, heads have no `pixel_decoder` level in their names and call the query features `static_query`.
     (re.compile(r"^sem_seg_head\.(?!pixel_decoder\.|predictor\.)"), "sem_seg_head.pixel_decoder."),
     (re.compile(r"\.predictor\.static_query\."), ".predictor.query_feat."),
 )
 
 _NEW_HUGGING_FACE = (
-    # Since transformers 5 a Swin in memory has other names than its files, which keep those of the table.
+    # Since transformers 5, a Swin in memory has other names than its files. The files keep the names of the table.
     (re.compile(r"\.encoder\.swin\."), ".encoder."),
     (re.compile(r"(\.blocks\.\d+\.attention)\.q_proj\."), r"\1.self.query."),
     (re.compile(r"(\.blocks\.\d+\.attention)\.k_proj\."), r"\1.self.key."),
@@ -46,13 +46,13 @@ _NEW_HUGGING_FACE = (
     (re.compile(r"(\.blocks\.\d+\.attention)\.relative_position_bias\."), r"\1.self."),
     (re.compile(r"(\.blocks\.\d+)\.mlp\.fc1\."), r"\1.intermediate.dense."),
     (re.compile(r"(\.blocks\.\d+)\.mlp\.fc2\."), r"\1.output.dense."),
-    # Behind the last stage, before the norms that the features go through: nothing uses it.
+    # Unused: a norm after the last stage; the features pass through other norms.
     (re.compile(r"^model\.pixel_level_module\.encoder\.layernorm\."), "criterion.layernorm."),
 )
 
 
 def detect_layout(state: Mapping[str, Tensor]) -> Layout:
-    """Whose names a state dict uses."""
+    """Return the naming scheme of a state dict."""
     if any(name.startswith("sem_seg_head.") for name in state):
         return "official"
     if is_eomt(state):
@@ -69,7 +69,7 @@ def detect_layout(state: Mapping[str, Tensor]) -> Layout:
 
 
 def is_head_alone(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file is that of a head whose authors publish it without the backbone."""
+    """Return whether a file is a head that its authors publish without the backbone."""
     match detect_layout(state):
         case "dinov3":
             return lacks_vit(state)
@@ -80,7 +80,7 @@ def is_head_alone(state: Mapping[str, Tensor]) -> bool:
 
 
 def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -> dict[str, Tensor]:
-    """The same weights under our names, projections packed as ours; names that no rule knows stay as they are.
+    """Return the weights under our names, with projections packed as in our model. Names without a rule stay unchanged.
 
     `levels` is the number of feature levels that the transformer decoder attends to in turn.
     """
@@ -108,22 +108,25 @@ def to_own_names(state: Mapping[str, Tensor], layout: Layout, levels: int = 3) -
 
 
 def to_official_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the official names. Raises WeightsError for a model that the official code cannot express."""
+    """Return our weights under the official names. Raises WeightsError if the official code has no such model."""
     canonical = _own_to_canonical(own)
     return pack(canonical, attention_packs(canonical))
 
 
 def to_hugging_face_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of Hugging Face's files. Raises WeightsError for a model that has none."""
+    """Return our weights under the names of Hugging Face's files.
+
+    Raises WeightsError if Hugging Face has no such model.
+    """
     canonical = _own_to_canonical(own)
     cross = {name: parts for name, parts in attention_packs(canonical).items() if "cross_attention" in name}
     return _renamed(pack(canonical, cross), HUGGING_FACE_TO_CANONICAL, "Hugging Face")
 
 
 def to_dinov3_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of DINOv3's segmentation head, with the vision transformer.
+    """Return our weights under the names of DINOv3's segmentation head, vision transformer included.
 
-    Raises WeightsError for a model that DINOv3 cannot express.
+    Raises WeightsError if DINOv3 has no such model.
     """
     backbone = {name: tensor for name, tensor in own.items() if name.startswith("backbone.")}
     head = _own_to_canonical({name: tensor for name, tensor in own.items() if name not in backbone})
@@ -131,13 +134,16 @@ def to_dinov3_names(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_levels(own: Iterable[str]) -> int:
-    """Feature levels that our transformer decoder attends to in turn, from its names; 3 where they do not say."""
+    """Return the number of feature levels that our transformer decoder attends to in turn.
+
+    Return 3 if the names do not show it.
+    """
     levels = {match[1] for name in own if (match := re.match(r"transformer_decoder\.memories\.(\d+)\.", name))}
     return len(levels) or 3
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a name is of something that files hold besides weights of ours."""
+    """Return whether a name belongs to a tensor that is not a weight of our model."""
     return _IGNORED.search(name) is not None
 
 
@@ -161,7 +167,10 @@ def _own_to_canonical(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _own_packs(names: Iterable[str], levels: int) -> PackedNames:
-    """How our model packs projections: cross-attention per level over its layers, self-attention per layer, Swin."""
+    """Return how our model packs projections.
+
+    Cross-attention is packed per level over its layers, self-attention per layer, and Swin as in the official layout.
+    """
     names = tuple(names)
     layers = {int(match[1]) for name in names if (match := re.match(r"transformer_decoder\.layers\.(\d+)\.", name))}
     packs = dict(attention_packs(name for name in names if name.startswith("backbone.")))
@@ -194,14 +203,17 @@ def _no_counterpart(target: str, names: list[str]) -> str:
 
 
 def to_timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a backbone with a ResNet of Detectron2 under the names that torchvision and timm share."""
+    """Return backbone weights with a Detectron2 ResNet renamed to the names that torchvision and timm share."""
     if not _is_detectron_resnet(state):
         return dict(state)
     return {name.removeprefix("backbone.body."): tensor for name, tensor in _backbone_to_own(state).items()}
 
 
 def _backbone_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights of a backbone: Detectron2's ResNets, Swin of Microsoft and of timm, and timm's other models."""
+    """Return a backbone's published weights under our names.
+
+    Supported are Detectron2's ResNets, Swin of Microsoft and of timm, and timm's other models.
+    """
     if _is_detectron_resnet(state):
         return _canonical_to_own({f"backbone.{name}": tensor for name, tensor in state.items()})
     if "patch_embed.proj.weight" in state and "layers.0.blocks.0.attn.qkv.weight" in state:
@@ -210,7 +222,10 @@ def _backbone_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_detectron_resnet(state: Mapping[str, Tensor]) -> bool:
-    """Raises WeightsError for the older ones, whose arithmetic is another."""
+    """Return whether the names are those of a Detectron2 ResNet.
+
+    Raises WeightsError for the older Caffe2 ResNets, whose arithmetic differs.
+    """
     if "res2_0_branch2a_w" in state:
         raise WeightsError(
             "these are ResNet weights of Caffe2 (MSRA), which strides in the first convolution of a block and takes "

@@ -1,4 +1,4 @@
-"""Weights that an installed Python package holds: for machines that reach a package index but no hub of models."""
+"""Weights in installed Python packages, for machines that reach a package index but no model hub."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedWeights:
-    """A file of weights in a package. Its tensors are those of a timm model in the same order, under other names."""
+    """A weights file in a package. Its tensors are those of a timm model in the same order, under other names."""
 
     name: str
-    """As in `package:NAME`, and as the extra of m2f that installs it."""
+    """Name in `package:NAME`, and of the m2f extra that installs it."""
     module: str
-    """Top-level module of the package; it is found and not imported."""
+    """Top-level module of the package, which is located but not imported."""
     file: str
-    """Path in the folder of the module."""
+    """Path relative to the folder of the module."""
     sha256: str
     model: str
-    """Name of the model in timm."""
+    """Name of the timm model."""
     head: tuple[str, ...]
-    """Modules of that model behind its last map of features."""
+    """Modules of that model after its last feature map."""
     pixel_mean: tuple[float, float, float]
-    """What the weights were trained with: RGB, 0 to 255."""
+    """RGB mean that the weights were trained with, 0 to 255."""
     pixel_std: tuple[float, float, float]
 
 
@@ -50,7 +50,7 @@ _KNOWN = (
 
 
 def packaged_weights(weights: str) -> PackagedWeights:
-    """The weights that `package:NAME` means. Raises ConfigError for an unknown name."""
+    """Return the weights that `package:NAME` names. Raises ConfigError for an unknown name."""
     for known in _KNOWN:
         if weights == f"{PACKAGE}{known.name}":
             return known
@@ -59,9 +59,9 @@ def packaged_weights(weights: str) -> PackagedWeights:
 
 
 def weights_path(weights: str) -> Path:
-    """The file that a setting of a backbone's weights means: a path, or one in an installed package.
+    """Return the file that a backbone's weights setting names: a path, or a file in an installed package.
 
-    Raises ConfigError where the package is not installed, or its file is another than the known one.
+    Raises ConfigError if the package is not installed or its file has an unexpected checksum.
     """
     if not weights.startswith(PACKAGE):
         return Path(weights)
@@ -82,9 +82,9 @@ def weights_path(weights: str) -> Path:
 
 
 def renamed_in_order(state: Mapping[str, _T], names: list[str]) -> dict[str, _T]:
-    """Tensors under the names of the same model elsewhere, in order; counters of batches are in neither.
+    """Return the tensors of `state` under `names`, matched by order. Batch counters are skipped on both sides.
 
-    Raises ConfigError where the numbers of tensors differ.
+    Raises ConfigError if the numbers of tensors differ.
     """
     kept = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
     wanted = [name for name in names if not name.endswith("num_batches_tracked")]

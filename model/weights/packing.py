@@ -1,4 +1,4 @@
-"""Projections of attention, packed into one tensor or one by one."""
+"""Packing of attention projections into one tensor, and unpacking."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 PackedNames = Mapping[str, tuple[str, ...]]
-"""Name of a packed tensor and the names of its parts, joined along the first axis."""
+"""Name of each packed tensor, with the names of its parts, which are joined along the first axis."""
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-"""In the order in which packed projections hold them."""
+"""Order of the projections in a packed tensor."""
 
 
 def attention_packs(names: Iterable[str]) -> PackedNames:
-    """How the official layout packs projections, packed or not yet: `qkv` in Swin, else as `nn.MultiheadAttention`."""
+    """Return how the official layout packs projections: `qkv` in Swin, otherwise as in `nn.MultiheadAttention`.
+
+    The names may be packed or unpacked.
+    """
     packs: dict[str, tuple[str, ...]] = {}
     for name in names:
         match = re.fullmatch(r"(.+)\.(?:qkv\.|in_proj_|q_proj\.)(weight|bias)", name)
@@ -28,7 +31,7 @@ def attention_packs(names: Iterable[str]) -> PackedNames:
 
 
 def pack(state: Mapping[str, Tensor], packs: PackedNames) -> dict[str, Tensor]:
-    """Join the parts that are all there."""
+    """Join the parts of every packed tensor whose parts are all present."""
     whole = {name: parts for name, parts in packs.items() if parts and all(part in state for part in parts)}
     packed = {part for parts in whole.values() for part in parts}
     joined = {name: torch.cat([state[part] for part in parts]) for name, parts in whole.items()}
@@ -36,7 +39,7 @@ def pack(state: Mapping[str, Tensor], packs: PackedNames) -> dict[str, Tensor]:
 
 
 def unpack(state: Mapping[str, Tensor], packs: PackedNames) -> dict[str, Tensor]:
-    """Cut packed tensors into their parts; others stay as they are."""
+    """Split packed tensors into their parts. Other tensors stay unchanged."""
     parts: dict[str, Tensor] = {}
     for name, tensor in state.items():
         names = packs.get(name, (name,))

@@ -1,7 +1,7 @@
-"""Read plain pickles of arrays and tensors, such as Detectron2 publishes, without executing what they hold.
+"""Reader of plain pickles of arrays and tensors, as Detectron2 publishes them, that never executes their code.
 
-A pickle is a program that calls what it names and changes what it has. Whatever one of these may name is replaced by a
-stand-in of this module, so that no function, class or data type of the process is within its reach.
+A pickle is a program that calls the functions it names and modifies the objects it has. Here every allowed name is
+mapped to a stand-in of this module. A pickle can therefore not reach any function, class or data type of the process.
 """
 
 from __future__ import annotations
@@ -19,28 +19,31 @@ import torch
 from torch import Tensor
 
 _NUMERIC = re.compile(r"[fiu][248]|[iu]1|b1")
-"""Data types of arrays that are read, as NumPy writes them: float, integers and bool."""
+"""Data types of arrays that are read, in NumPy's notation: floats, integers and bool."""
 
 
 def read_pickle(file: BinaryIO) -> Any:
-    """What a pickle holds: plain values, OrderedDicts, tensors and `PickledArray`s.
+    """Return the contents of a pickle: plain values, OrderedDicts, tensors and `PickledArray`s.
 
-    Raises pickle.UnpicklingError, naming it, where the pickle asks for anything else.
+    Raises pickle.UnpicklingError, with the name, if the pickle asks for anything else.
     """
-    return _ArrayUnpickler(file, encoding="latin1").load()  # the encoding of pickles that Python 2 wrote
+    return _ArrayUnpickler(file, encoding="latin1").load()  # the encoding of Python 2 pickles
 
 
 class PickledArray:
-    """An array of a pickle. It has its values once the pickle has given it a state."""
+    """Array of a pickle. It has values after the pickle has set its state."""
 
     __slots__ = ("values",)
 
     def __init__(self) -> None:
         self.values: np.ndarray | None = None
-        """None for an array of text or objects, and for one without a state."""
+        """None for an array of text or objects, and before the state is set."""
 
     def __setstate__(self, state: object) -> None:
-        """What BUILD calls: (version, shape, data type, is in column order, bytes or a list of objects)."""
+        """Handle the BUILD opcode.
+
+        The state is (version, shape, data type, is in column order, bytes or a list of objects).
+        """
         match state:
             case (int(), tuple() as shape, _PickledDtype() as dtype, bool() | int() as by_column, data):
                 self.values = dtype.array(data, shape, "F" if by_column else "C")
@@ -49,7 +52,10 @@ class PickledArray:
 
 
 class _PickledDtype:
-    """A data type of a pickle. NumPy's own are shared by the process, and an unexpected state breaks them."""
+    """Data type of a pickle.
+
+    It replaces NumPy's dtypes, which the process shares and which an unexpected state would break.
+    """
 
     __slots__ = ("_byte_order", "_code")
 
@@ -57,7 +63,7 @@ class _PickledDtype:
         self._code, self._byte_order = code, "="
 
     def __setstate__(self, state: object) -> None:
-        """What BUILD calls: (version, byte order, ...), of which the rest matters for other than numbers."""
+        """Handle the BUILD opcode; the state is (version, byte order, ...). The rest does not matter for numbers."""
         match state:
             case (int(), "<" | ">" | "=" | "|" as byte_order, *_):
                 self._byte_order = byte_order
@@ -65,7 +71,7 @@ class _PickledDtype:
                 raise pickle.UnpicklingError("a data type is given a state that NumPy does not write")
 
     def array(self, data: object, shape: tuple[Any, ...], order: Literal["C", "F"]) -> np.ndarray | None:
-        """The array of these bytes in native byte order; None where its values are no numbers."""
+        """Return the array of these bytes in native byte order, or None if its values are not numbers."""
         if not _NUMERIC.fullmatch(self._code):
             return None
         if isinstance(data, str):  # Python 2 had one type for text and bytes
@@ -78,7 +84,7 @@ class _PickledDtype:
 
 
 class _PickledStorage:
-    """Memory of a tensor."""
+    """Storage of a tensor."""
 
     __slots__ = ("storage",)
 
@@ -86,7 +92,7 @@ class _PickledStorage:
         self.storage = storage
 
     def __setstate__(self, state: object) -> None:
-        """What BUILD calls."""
+        """Reject the BUILD opcode."""
         raise pickle.UnpicklingError("the memory of a tensor is given a state")
 
 
@@ -97,39 +103,39 @@ def _dtype(code: object, *_flags: object) -> _PickledDtype:
 
 
 def _reconstruct(*_subtype_shape_and_dtype: object) -> PickledArray:
-    """How pickles up to protocol 4 begin an array, of which they then set the state."""
+    """Create an empty array, as pickles up to protocol 4 do before they set its state."""
     return PickledArray()
 
 
 def _frombuffer(data: object, dtype: object, shape: object, order: object) -> PickledArray:
-    """How pickles of protocol 5 write an array."""
+    """Create an array from a pickle of protocol 5."""
     array = PickledArray()
     array.__setstate__((1, shape, dtype, order == "F", data))
     return array
 
 
 def _scalar(*_dtype_and_bytes: object) -> None:
-    """A number of NumPy, which is no weight."""
+    """Return None for a NumPy scalar, which is not a weight."""
 
 
 def _encode(text: object, encoding: object = "latin1") -> bytes:
-    """How pickles of protocol 2 write bytes."""
+    """Return bytes, which pickles of protocol 2 write as encoded text."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """How pickles of protocol 2 write bytes of length zero."""
+    """Return empty bytes, which pickles of protocol 2 write as a call of `bytes`."""
     return b""
 
 
 def _load_storage(data: object) -> _PickledStorage:
-    """In place of torch.storage._load_from_bytes, which unpickles nested data."""
+    """Safe stand-in for torch.storage._load_from_bytes, which unpickles nested data."""
     if not isinstance(data, bytes):
         raise pickle.UnpicklingError("the memory of a tensor has no bytes")
     storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(storage, torch.TypedStorage):  # such as one of the functions that torch's own reader allows
+    if not isinstance(storage, torch.TypedStorage):  # for example a function that torch's reader allows
         raise pickle.UnpicklingError(f"the memory of a tensor is a {type(storage).__name__}")
     return _PickledStorage(storage)
 
@@ -163,11 +169,11 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch.storage", "_load_from_bytes"): _load_storage,
 }
-"""Everything that a pickle may name, what arrays and tensors consist of, and what makes it here."""
+"""Every name that a pickle of arrays and tensors may use, with its stand-in."""
 
 
 class _Constructor:
-    """Calls a function in place of the function itself, whose defaults and attributes a BUILD opcode could change."""
+    """Wrapper that calls a function, because a BUILD opcode could change the function's own defaults and attributes."""
 
     __slots__ = ("_function",)
 
@@ -178,15 +184,15 @@ class _Constructor:
         return self._function(*arguments)
 
     def __setstate__(self, state: object) -> None:
-        """What BUILD calls."""
+        """Reject the BUILD opcode."""
         raise pickle.UnpicklingError("a constructor is given a state")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries of arrays; whatever else a file names is refused before it is looked up."""
+    """Unpickler of dictionaries of arrays. It rejects all other names before looking them up."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A new constructor for what a pickle asks for by name."""
+        """Return a new constructor for an allowed name. Raises pickle.UnpicklingError for other names."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return _Constructor(_ALLOWED[module, name])

@@ -1,4 +1,4 @@
-"""Names of PMT's weights: those of the authors, whose files have no backbone, beside ours."""
+"""Conversion between weight names of PMT's authors, whose files have no backbone, and ours."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from m2f.model.weights.tables import NameTable
 _THEIRS, _OURS = "network.decoder", "transformer_decoder"
 _ENCODER = "network.encoder."
 _OLD = ("network.decoder.pe.", "network.bn_prefix.", "network.bn_patch.", "network._attn_mask_probs_fallback")
-"""Begin names in older files of what their program has no more."""
+"""Name prefixes in older files of modules that the authors' code no longer has."""
 _BLOCK, _OWN_BLOCK = f"{_THEIRS}.blocks.#", f"{_OURS}.blocks.#"
-# Names of the authors (left) and ours (right), projections of attention one by one.
+# Names of the authors (left) and ours (right), with separate attention projections.
 _TABLE = NameTable(
     (f"{_THEIRS}.q.*", f"{_OURS}.query_feat.*"),
     (f"{_THEIRS}.class_head.*", f"{_OURS}.class_embed.*"),
@@ -39,12 +39,12 @@ _TABLE = NameTable(
 
 
 def is_pmt(names: Iterable[str]) -> bool:
-    """Whether a file has the names of the authors of PMT."""
+    """Return whether these are names of PMT's authors."""
     return any(name.startswith(f"{_THEIRS}.upscale.") for name in names)
 
 
 def pmt_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under our names, with those of the backbone where the file has them; unknown names stay as they are."""
+    """Return the weights under our names, backbone included if the file has it. Names without a rule stay unchanged."""
     backbone = eomt_to_own({name: tensor for name, tensor in state.items() if name.startswith(_ENCODER)})
     decoder = {
         _TABLE.forward(name) or name: tensor for name, tensor in state.items() if not name.startswith((_ENCODER, *_OLD))
@@ -53,7 +53,7 @@ def pmt_to_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pmt_to_authors(own: Mapping[str, Tensor], *, backbone: bool = False) -> dict[str, Tensor]:
-    """Our weights under the names of the authors, as they publish them: without the backbone unless it is asked for."""
+    """Return our weights under the authors' names. As in the published files, the backbone is left out by default."""
     parts = {name: tensor for name, tensor in own.items() if not name.startswith("backbone.")}
     state = {_TABLE.inverse(name) or name: tensor for name, tensor in unpack(parts, attention_packs(parts)).items()}
     if backbone:

@@ -1,4 +1,4 @@
-"""What a setting of weights may be besides a path or a URL (standard library only)."""
+"""Sources of weights other than paths and URLs (standard library only)."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Self
 from m2f.model.errors import ConfigError
 
 HUB = "hub:"
-"""Begins the address of a model on the Hugging Face hub: `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`."""
+"""Prefix of a model address on the Hugging Face hub: `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION`."""
 PACKAGE = "package:"
-"""Begins the name of weights that an installed Python package holds: `package:NAME`."""
+"""Prefix of weights in an installed Python package: `package:NAME`."""
 
 _HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_path(weights: str) -> bool:
-    """Whether a setting of weights names a file or folder of this machine."""
+    """Return whether a weights setting names a file or folder on this machine."""
     return "://" not in weights and not weights.startswith((HUB, PACKAGE))
 
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A model on the Hugging Face hub."""
+    """Address of a model on the Hugging Face hub."""
 
     repo: str
-    """OWNER/NAME."""
+    """Repository as OWNER/NAME."""
     revision: str = "main"
     """Branch, tag or commit."""
 
     @classmethod
     def parse(cls, text: str, setting: str = "model.weights") -> Self:
-        """Raises ConfigError for another form than `hub:OWNER/NAME[@REVISION]`."""
+        """Parse `hub:OWNER/NAME[@REVISION]`. Raises ConfigError, which names `setting`, for any other form."""
         match = _HUB.fullmatch(text)
         if match is None:
             raise ConfigError(f"{setting} is {text!r}; write hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
@@ -41,7 +41,7 @@ class HubAddress:
 
     @property
     def is_commit(self) -> bool:
-        """Whether the revision is a commit, which always means the same files."""
+        """Return whether the revision is a commit, which always refers to the same files."""
         return _COMMIT.fullmatch(self.revision) is not None
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Which name is which: the official names of weights beside ours and beside Hugging Face's.
+"""Tables of weight names: official names to ours, and Hugging Face's names to official ones.
 
 `m2f.model.weights.names` defines canonical names and uses these tables.
 """
@@ -9,9 +9,9 @@ import re
 
 
 class NameTable:
-    """One-to-one renaming by pairs of templates, where `#` stands for a number and `*` for the rest of the name.
+    """One-to-one renaming by pairs of templates, in which `#` stands for a number and `*` for the rest of the name.
 
-    The first pair that fits decides, so narrow templates come first.
+    The first matching pair applies, so narrow templates come first.
     """
 
     def __init__(self, *pairs: tuple[str, str]) -> None:
@@ -19,11 +19,11 @@ class NameTable:
         self._inverse = [(_pattern(right), _replacement(left)) for left, right in pairs]
 
     def forward(self, name: str) -> str | None:
-        """The right name of a left one; None where no template fits."""
+        """Return the right name for a left one, or None if no template matches."""
         return _rename(name, self._forward)
 
     def inverse(self, name: str) -> str | None:
-        """The left name of a right one; None where no template fits."""
+        """Return the left name for a right one, or None if no template matches."""
         return _rename(name, self._inverse)
 
 
@@ -45,7 +45,10 @@ def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
 
 
 def _resnet_stages(left: str, right: str) -> list[tuple[str, str]]:
-    """A pair of templates for each of four stages: `S` stands for res2 to res5 (left) and layer1 to layer4 (right)."""
+    """Return a pair of templates for each of four stages.
+
+    `S` stands for res2 to res5 (left) and layer1 to layer4 (right).
+    """
     return [(left.replace("S", f"res{i + 1}"), right.replace("S", f"layer{i}")) for i in range(1, 5)]
 
 
@@ -103,7 +106,7 @@ _HF_LAYER = f"{_HF_QUERIES}.decoder.layers.#"
 
 
 def _hugging_face_resnet() -> list[tuple[str, str]]:
-    """Convolutions and their norms; Hugging Face counts stages and convolutions from zero."""
+    """Return pairs for convolutions and their norms. Hugging Face counts stages and convolutions from zero."""
     pairs = [(f"{_HF_ENCODER}.embedder.embedder", "backbone.stem.conv1")]
     for stage in range(4):
         pairs.append((f"{_HF_STAGE}.{stage}.layers.#.shortcut", f"backbone.res{stage + 2}.#.shortcut"))
